@@ -26,7 +26,7 @@ MINUTES ?= 10
 fuzz: setup ## read damaged files of each kind, MINUTES of them a target (10), each with a limit of time and memory
 	OMP_NUM_THREADS=1 RANKPILOT_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/fuzz -m fuzz -s
 
-check: $(VENV)/.installed-dev ## lint, format, types and import rules
+check: $(VENV)/.installed-dev ## lint, format, types, import rules and size
 	scripts/check
 
 docs: $(VENV)/.installed-docs ## make the pages of docs/ in build/docs, where a browser opens index.html
@@ -38,19 +38,16 @@ demo: setup ## train a small policy, fine-tune a model with plain LoRA and under
 	$(BIN)/rankpilot train --preset quick --output runs/demo/policy --resume
 	$(BIN)/rankpilot finetune $(DEMO) --goal time --tolerance 0.02 --compare-all-linear --output runs/demo/saves
 	$(BIN)/rankpilot finetune $(DEMO) --budget 40% --output runs/demo/tight
-	$(BIN)/rankpilot report runs/demo/saves runs/demo/tight
 	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --batch-size 4 --max-length 1024 --output runs/demo/memory
 	$(BIN)/rankpilot study runs/demo/saves runs/demo/tight --output runs/demo/study.html
 
-bench: setup ## measure what steps and decisions cost, how memory is predicted, how fast the environment is, how policies do (two hours)
-	$(BIN)/rankpilot bench overhead --json runs/bench/overhead.json
-	$(BIN)/rankpilot bench start --json runs/bench/start.json
-	$(BIN)/rankpilot bench decide --json runs/bench/decide.json
-	$(BIN)/rankpilot bench memory --json runs/bench/memory.json --resume
-	$(BIN)/rankpilot bench env-speed --json runs/bench/env_speed.json
-	$(BIN)/rankpilot bench policy --output runs/bench/policy --json runs/bench/policy.json
-	$(BIN)/rankpilot bench transfer --json runs/bench/transfer.json --resume
-	$(BIN)/rankpilot bench methods --suite quick --output runs/bench/methods
+bench: setup ## measure what a step costs, how its memory and time are predicted, how fast the environment is, how policies do (two hours)
+	$(BIN)/python -m benchmarks overhead --json runs/bench/overhead.json
+	$(BIN)/python -m benchmarks step-time --json runs/bench/step_time.json
+	$(BIN)/python -m benchmarks memory --json runs/bench/memory.json
+	$(BIN)/python -m benchmarks env-speed --json runs/bench/env_speed.json
+	$(BIN)/python -m benchmarks methods --suite quick --output runs/bench/methods
+	$(BIN)/python -m benchmarks methods-report --suite quick --rows runs/bench/methods --output runs/bench/methods/report
 
 clean: ## remove .venv, build output and caches (keeps runs/)
 	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -11,7 +11,6 @@
     ├── PolicyFileError    a policy file that is corrupt, foreign or too new       (ValueError)
     ├── RunFolderError     a run or adapter that exists, is missing or is cut off  (OSError)
     ├── AssetError         a packaged model or data set that is not at hand        (OSError)
-    ├── ReviewError        a person who refused a plan, or gave no answer in time  (RuntimeError)
     ├── WorkerError        work at which worker processes ended again and again    (RuntimeError)
     └── ProcessError       processes of one run that no longer hold the same       (RuntimeError)
 
@@ -120,10 +119,6 @@ class RunFolderError(RankPilotError, OSError):
 
 class AssetError(RankPilotError, OSError):
     """A packaged model or data set that is neither cached nor downloadable."""
-
-
-class ReviewError(RankPilotError, RuntimeError):
-    """A person who refused a plan in review, or gave no answer in time."""
 
 
 class WorkerError(RankPilotError, RuntimeError):

@@ -349,8 +349,7 @@ class RankController(Generic[AdaptersT]):
         check_cost(cost, len(adapters.targets))
         if isinstance(cost, TimedCost):
             raise TypeError("time is beside the cost")
-        # Some are unknown in checkpoints of earlier versions, whose policies do not see them.
-        seen = (state["first_loss"], state.get("probe_fall", 0.0), state.get("predicted", 1.0))
+        seen = (state["first_loss"], state["probe_fall"], state["predicted"])
         controller = cls(
             adapters,
             cost,
@@ -358,11 +357,11 @@ class RankController(Generic[AdaptersT]):
             schedule,
             counted(state["total_steps"], 1),
             ProbeResult(adapters.meter.values, *map(finite, seen)),
-            rows=counted(state.get("rows", 1), 1),
+            rows=counted(state["rows"], 1),
             low=low,
             high=high,
             seed=counted(state["seed"]),
-            time=TimeLimit.from_state(state["time"]) if state.get("time") else None,
+            time=TimeLimit.from_state(state["time"]) if state["time"] else None,
         )
         controller._reference_cost = finite(state["reference_cost"])
         controller.interval_losses = [finite(loss) for loss in state["interval_losses"]]

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from ..common.arrays import FloatArray
 from ..errors import UnknownNameError
 from ..lora.signals import SIGNALS
-from ..memory.cost import plan_cost
+from ..memory.cost import FixedCost, plan_cost
 from .features import MODULE_FEATURES, MOST_FEATURE, RUN_FEATURES
-from .fixed_cost import FixedCost
 from .module_shapes import ModuleShapes
 from .problem import AllocationProblem
 from .time_limit import under_limit

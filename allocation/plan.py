@@ -23,8 +23,7 @@ from ..common.arrays import FloatArray, IntArray
 from ..common.units import format_bytes
 from ..errors import BudgetError
 from ..lora.ladder import REFERENCE_RANK
-from ..memory.cost import ParameterCost, TimedCost, moment_costs, plan_cost
-from .fixed_cost import FixedCost
+from ..memory.cost import FixedCost, ParameterCost, TimedCost, moment_costs, plan_cost
 from .plan_builder import PlanBuilder
 from .problem import AllocationProblem
 
@@ -133,19 +132,17 @@ def _rounded_up(seconds: float) -> str:
     return f"{math.ceil(seconds / last) * last:.4g}"
 
 
-def uniform_window(problem: AllocationProblem, least_rank: int | None = None) -> tuple[int, int] | None:
+def uniform_window(problem: AllocationProblem) -> tuple[int, int] | None:
     """One rank on whole layers from the top down: the rank, at least 1, and the lowest layer; None if none fits.
 
-    It adapts as many layers as fit at `least_rank`, or else the top layer alone, and gives them the largest whole rank
+    It adapts as many layers as fit at rank 8, as people use it, or at rank 1 under a budget of parameters, where depth
+    costs nothing (docs/design.md, "Uniform rank"), or else the top layer alone. It gives them the largest whole rank
     that fits.
 
     Args:
         problem: the plans that are possible; `max_step`, `pinned` and current ranks are ignored.
-        least_rank: the rank that every adapted module should be able to have, >= 1. By default it is 8, as people
-            use it, and 1 under a budget of parameters, where depth costs nothing (docs/design.md, "Uniform rank").
     """
-    if least_rank is None:
-        least_rank = 1 if isinstance(problem.cost, ParameterCost) else REFERENCE_RANK
+    least_rank = 1 if isinstance(problem.cost, ParameterCost) else REFERENCE_RANK
     blocks = range(int(problem.blocks.max()) + 1)
     lowest = bisect_left(blocks[:-1], True, key=lambda block: problem.fits(problem.uniform(least_rank, block)))
     ranks = range(1, problem.ladder.ranks[-1] + 1)
@@ -153,18 +150,17 @@ def uniform_window(problem: AllocationProblem, least_rank: int | None = None) ->
     return (rank, lowest) if rank and problem.uniform(rank, lowest).any() else None
 
 
-def uniform_ranks(problem: AllocationProblem, least_rank: int | None = None) -> IntArray:
+def uniform_ranks(problem: AllocationProblem) -> IntArray:
     """One rank on all modules of as many top layers as can have a useful one, the simple plan that others must beat.
 
     Args:
-        problem: see `uniform_window`.
-        least_rank: see `uniform_window`.
+        problem: the plans that are possible; `max_step`, `pinned` and current ranks are ignored.
 
     Returns:
         Any whole ranks up to the ladder's end, within the bounds of each module, int64 (modules,). Where not even the
         top layer fits at rank 1, single modules of it are adapted, at ranks that are as equal as possible.
     """
-    window = uniform_window(problem, least_rank)
+    window = uniform_window(problem)
     if window:
         return problem.uniform(*window)
     return pack(problem.fresh(), np.zeros(len(problem.ranks)), rank_floor=1.0)

@@ -7,8 +7,7 @@ from bisect import bisect_left
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
-from ..memory.cost import plan_cost
-from .fixed_cost import FixedCost
+from ..memory.cost import FixedCost, plan_cost
 from .problem import AllocationProblem
 
 

@@ -148,8 +148,7 @@ class TimeLimit:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TimeLimit:
         """The limit that `state` described; who chooses `layers` says so again."""
-        beside = state.get("beside")  # unknown to earlier versions
-        seconds = float(state["seconds"])
+        beside, seconds = state["beside"], float(state["seconds"])
         return cls(StepTime.from_state(state["time"]), seconds, beside=None if beside is None else float(beside))
 
     def _over(self, ranks: IntArray) -> float:

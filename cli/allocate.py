@@ -36,8 +36,9 @@ class Allocate(FinetuneConfig):
     program, with the memory that a training step is predicted to take.
 
     Attributes:
-        form: peft, lines for LoraConfig; axolotl, lines for its config file; llama-factory, which has one rank for all
-            modules: the nearest that it can express.
+        form: plan, a file that you can edit and pass as --policy; peft, lines for LoraConfig; axolotl, lines for its
+            config file; llama-factory, which has one rank for all modules: the nearest that it can express. By default
+            plan if the output is a .yaml file, else peft.
         output: write the lines to this new file; by default they are printed.
         log: a new folder for the log of the decision, which `rankpilot study` explains.
         frontier: also show the plans that are worth their cost: bytes, the time of a step, and the expected loss
@@ -48,7 +49,7 @@ class Allocate(FinetuneConfig):
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    form: Literal["peft", "axolotl", "llama-factory"] = "peft"
+    form: Literal["plan", "peft", "axolotl", "llama-factory"] | None = None
     output: Path | None = None
     log: Path | None = None
     frontier: bool = False
@@ -60,7 +61,6 @@ class Allocate(FinetuneConfig):
     eval_batch_size: tyro.conf.Suppress[int | None] = None
     best: tyro.conf.Suppress[bool] = False
     early_stopping: tyro.conf.Suppress[int | None] = None
-    review: tyro.conf.Suppress[Path | None] = None
     merge: tyro.conf.Suppress[bool] = False
     report_to: tyro.conf.Suppress[tuple[str, ...]] = ()
 
@@ -75,18 +75,25 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{options.output} exists already. Name a file that does not.")
     if options.log is not None and options.log.exists():
         raise ConfigError(f"{options.log} exists already. Name a folder that does not.")
+    from ..agents.rules.given_plan import FILE_SUFFIXES
     from ..finetune.experiment import plan_ahead
 
     tell = partial(console.rule, align="left")
     plan = plan_ahead(options, lambda text: tell(escape(text)), options.log, frontier=options.frontier)
     if plan.frontier is not None:
         console.print(_frontier(plan))
-    text = {"peft": _peft, "axolotl": _axolotl, "llama-factory": _llama_factory}[options.form](plan)
-    if options.output is None:
+    output = options.output
+    form = options.form or ("plan" if output and output.suffix in FILE_SUFFIXES else "peft")
+    if form == "plan":
+        text = plan.text(output.name if output else "plan.yaml")
+    else:
+        text = {"peft": _peft, "axolotl": _axolotl, "llama-factory": _llama_factory}[form](plan)
+    if output is None:
         console.out(text, end="", highlight=False)
     else:
-        write_text(options.output, text)
-        console.print(f"{options.output} holds the plan.", soft_wrap=True, markup=False)
+        write_text(output, text)
+        use = f" Edit it, and pass --policy {output} to rankpilot finetune." if form == "plan" else ""
+        console.print(f"{output} holds the plan.{use}", soft_wrap=True, markup=False)
     console.print(f"Predicted: {plan.line()}", soft_wrap=True, markup=False, highlight=False)
 
 

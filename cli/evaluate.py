@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
 from ..agents.evaluation.config import EvaluateConfig
 from .on_cluster import on_cluster
 from .progress import console, progress_bar
+
+if TYPE_CHECKING:
+    from ..agents.evaluation.results import Group, PolicyResult
+    from ..common.statistics import Estimate, PairedComparison
 
 
 @dataclass(frozen=True)
@@ -19,16 +26,11 @@ class Evaluate(EvaluateConfig):
     """Compare policies and rules on the same proxy fine-tunes: same tasks, seeds, batches and budgets.
 
     A POLICY is "default", which ships with rankpilot, the folder of a trained policy, or a rule: uniform,
-    uniform-16, uniform-32, top-half, top-third, top-down, top-down-mlp, one-deeper, two-deeper, all-layers,
-    ramp-up, ramp-down, random, gradient-norm, adalora, snr, signal-mean, utility-per-byte. Parts of a trained
-    policy can compete too: constant:FOLDER always takes its mean action, whatever the task; actor:FOLDER decides
-    without its value ensemble; once:FOLDER decides only at the start; without-signals:FOLDER (or -costs, -place,
-    -progress, or one feature) does not see those features; explore-0.05:FOLDER draws plans at that temperature, in
-    the unit of the votes. static:LOGS and shuffled:LOGS run at the final ranks of runs that were logged before
-    (--logs; LOGS is OUTPUT/logs/POLICY), as they are or dealt anew among the modules of each kind: what changes on
-    the way, and the choice of layers, were worth. Four more show what could be reached, and may do more than the
-    others: uniform-115 (15 % more budget), oracle (knows what was planted), best-window and best-of-8 (the best of
-    several runs).
+    top-half, top-down, random, gradient-norm, signal-mean. explore-0.05:FOLDER draws
+    the plans of a trained policy at that temperature, in the unit of the votes. static:LOGS and shuffled:LOGS run at
+    the final ranks of runs that were logged before (--logs; LOGS is OUTPUT/logs/POLICY), as they are or dealt anew
+    among the modules of each kind: what changes on the way, and the choice of layers, were worth. oracle knows what was
+    planted in a task, and shows what could be reached.
 
     A gain is how much lower the held-out loss is than that of uniform rank in the same budget. It is given as a share
     of the headroom, which is what the best known allocation gains over uniform rank. Every figure comes with the 95 %
@@ -59,7 +61,6 @@ def main(arguments: Sequence[str]) -> None:
     """Compare policies, and show who is better."""
     options = tyro.cli(Evaluate, args=arguments, prog="rankpilot evaluate")
     from ..agents.evaluation.evaluate import ROWS, evaluate
-    from ..study.policy.tables import comparison_table
 
     if options.split == "test":
         console.print("The test split is for final reports: whoever chooses by it has no test left.")
@@ -70,3 +71,46 @@ def main(arguments: Sequence[str]) -> None:
         console.print(comparison_table(group))
     console.print("Below a figure: its 95 % interval; below a chance also the runs won/tied/lost.", style="dim")
     console.print(f"A line for each run: {options.output / ROWS}", soft_wrap=True, markup=False)
+
+
+def comparison_table(group: Group) -> Table:
+    """Who is better on one group of tasks, best first.
+
+    Below each figure is its 95 % interval, below a chance also how many runs were won, tied and lost.
+    """
+    # Narrow enough for 80 columns with the name of any rule in one line.
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}
+    table = Table(title=f"{group.name} ({group.tasks} tasks)", title_justify="left", **look)
+    table.add_column("policy", overflow="fold", min_width=16)
+    chances = ("better than\nuniform", f"better than\n{escape(group.against)}")
+    for column in ("runs", "held-\nout\nloss", "gain, of\nheadroom", "inter-\nquartile\nmean"):
+        table.add_column(column, justify="right")
+    for column in chances:
+        table.add_column(column, justify="right", overflow="fold", min_width=11)
+    for result in group.results:
+        table.add_row(*_cells(result))
+    return table
+
+
+def _cells(result: PolicyResult) -> tuple[str, ...]:
+    against, failed = result.against, f"\n[red]{result.failed}\nfailed[/]" if result.failed else ""
+    return (
+        escape(result.policy),
+        f"{result.runs}{failed}",
+        "" if result.loss is None else f"{result.loss:.4f}",
+        _gain(result.improvement),
+        _gain(result.interquartile),
+        _chance(result.uniform),
+        _chance(against) if against else "",
+    )
+
+
+def _gain(gain: Estimate) -> str:
+    return f"{gain.value:+.2f}\n[dim]{gain.low:+.2f} to\n{gain.high:+.2f}[/]"
+
+
+def _chance(pairs: PairedComparison) -> str:
+    """The chance of being better, its interval, and the wins, ties and losses behind it."""
+    chance = pairs.better
+    counts = f"{pairs.wins}/{pairs.ties}/{pairs.losses}"
+    return f"{chance.value:.0%}\n[dim]{chance.low:.0%} to {chance.high:.0%}[/]\n[dim]{counts}[/]"

@@ -13,6 +13,7 @@ from rich.markup import escape
 from ..finetune.config import FinetuneConfig
 from .config_file import peek, read_config_file, with_file_settings
 from .progress import console
+from .study import write_study
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Finetune(FinetuneConfig):
     """Fine-tune a model with LoRA at the ranks that a policy decides for its modules, inside a hard budget.
 
     The run uses the transformers Trainer and PEFT, and plain PEFT loads the adapter that comes out. The run's folder
-    holds all settings (config.json), every decision (JSON lines), the adapter, a report and pictures.
+    holds all settings (config.json), every decision (JSON lines), the adapter, and a page about all of it (study.html).
 
     Attributes:
         output: folder of the run.
@@ -45,18 +46,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def finetune_command(options: Finetune) -> None:
-    """Fine-tune, compare, check the adapter, and write the report."""
+    """Fine-tune, compare, and write the page of the run."""
     from ..finetune.experiment import finetune
-    from ..study.run.comparison import summary_table
-    from ..study.run.report import write_report
-    from .report import print_ending
 
-    summary = finetune(
+    finetune(
         options, options.output, resume=options.resume, on_phase=lambda text: console.rule(escape(text), align="left")
     )
-    report = write_report(options.output)
-    console.print(summary_table(report.run))
-    reload = summary["reload"]
-    verdict = "identical" if reload["identical"] else f"different by up to {reload['max_abs_difference']:.2g}"
-    console.print(f"Reloaded by plain PEFT in a process without rankpilot: logits {verdict}.", soft_wrap=True)
-    print_ending(report)
+    write_study((options.output,))

@@ -1,6 +1,6 @@
 """The command line: which command runs, what a mistake prints, and the exit status.
 
-Each command is a module of this package, or a package in it, with a function `main(arguments)`, imported when it is
+Each command is a module of this package with a function `main(arguments)`, imported when it is
 asked for: showing help or refusing an option loads none of the libraries that training needs.
 """
 
@@ -23,26 +23,26 @@ COMMANDS = {
     "train": "train a policy on proxy fine-tunes",
     "evaluate": "compare policies and rules on the same proxy fine-tunes",
     "finetune": "fine-tune a model under a policy",
-    "report": "write the report of a run, with pictures",
     "study": "write a page about runs and their decisions, for a browser",
+    "replay": "show what another policy would have decided in a run",
+    "branch": "run a fine-tune again with another plan from one step on",
     "allocate": "plan ranks before training, for PEFT or axolotl",
     "memory": "show where the bytes of a training step go",
     "export": "write an adapter for vLLM, llama.cpp or axolotl",
     "assets": "list or download packaged models and data",
-    "bench": "repeat a measurement of docs/experiments.md",
 }
 """What each command does; the module that runs it has its name."""
 
 NO_MEMORY = ("out of memory", "can't allocate memory")
 """What torch's errors say when a device, or the machine, has no memory left."""
 
-NOT_WRITTEN = ("I/O error", "IoError", "inline_container", "PytorchStreamWriter")
-"""What the errors of safetensors and of `torch.save` say when a disk is full; they are no OSErrors."""
+NOT_WRITTEN = ("I/O error", "IoError", "inline_container", "PytorchStreamWriter", "os error ")
+"""What the errors of safetensors, tokenizers and `torch.save` say when a disk is full; they are no OSErrors."""
 
 CHECK_PATH = "Check that the path is right, that you may use it, and that the disk has room."
 
 RESUMABLE = ("train", "evaluate", "finetune")
-"""Commands that an interrupted run can go on with."""
+"""Commands that SIGTERM ends in order, so that they can go on."""
 
 
 def usage() -> str:
@@ -94,8 +94,7 @@ def run(arguments: Sequence[str]) -> int:
         )
     except (KeyboardInterrupt, Terminated) as end:
         word, status = ("Terminated", STATUS) if isinstance(end, Terminated) else ("Interrupted", 130)
-        hint = " The same command with --resume continues from here." if command in RESUMABLE else ""
-        Console(stderr=True).print(f"{word}.{hint}")
+        Console(stderr=True).print(" ".join([f"{word}.", *getattr(end, "__notes__", ())]))
         return status
     return status or 0
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.markup import escape
@@ -15,6 +15,9 @@ from ..errors import ConfigError, UnknownNameError
 from ..memory.step_config import Quantization, StepConfig
 from ..study.memory.config import MemoryConfig
 from .progress import console
+
+if TYPE_CHECKING:
+    from ..memory.outlook import Outlook
 
 NOTHING_FITS = 3
 """The exit status where nothing fits the card."""
@@ -35,7 +38,7 @@ class Memory(MemoryConfig):
 
     Attributes:
         output: folder of the picture and of all figures.
-        json: print all figures as JSON, and nothing else; for a card.
+        json: print all figures as JSON, and nothing else.
         config: print the LoraConfig and the training arguments of the best choice; for a card.
     """
 
@@ -55,28 +58,49 @@ class Memory(MemoryConfig):
 def main(arguments: Sequence[str]) -> int:
     """Show where the bytes go, and write the picture; returns the exit status."""
     options = tyro.cli(Memory, args=arguments, prog="rankpilot memory")
-    if options.card:
-        return _card(options, options.card)
-    if options.json or options.config:
-        raise ConfigError("--json and --config are of a card: give --device or --device-memory with them.")
+    if options.config and not options.card:
+        raise ConfigError("--config is of a card: give --device or --device-memory with it.")
     from ..common.run_folder import refuse_file
-    from ..study.memory import report as memory_report
-    from ..study.memory.alternatives import memory_use
+    from ..study.memory import report
 
     refuse_file(options.output)  # now, and not after minutes of work
-    use = memory_use(options, lambda text: console.print(f"[dim]{escape(text)} ...[/]"))
-    console.print(f"[bold]{escape(memory_report.subject(use))}[/]", highlight=False)
-    tables = (memory_report.peak_table, memory_report.layer_table, memory_report.rank_table)
-    for make in (*tables, memory_report.change_table, memory_report.measured_table):
-        table = make(use)
-        if table is not None:
-            console.print(table)
-    console.print(memory_report.finding(use), markup=False, highlight=False)
-    for note in filter(None, (memory_report.allocator_note(use), *use.notes)):
-        console.print(note, markup=False, highlight=False)
-    memory_report.write_memory_report(use, options.output)
-    console.print(f"Picture and all figures: {options.output}", soft_wrap=True, markup=False)
-    return 0
+    outlook = _of_card(options, options.card) if options.card else _here(options)
+    told = not (options.json or options.config)
+    if told:  # what is asked for first, and then what takes seconds more
+        console.print(f"[bold]{escape(report.subject(outlook, options))}[/]", highlight=False)
+        console.print(report.verdict_text(outlook), markup=False, highlight=False)
+        console.print(report.choice_table(outlook))
+    elif options.config:
+        console.out(report.configuration_text(outlook), highlight=False)
+    report.write_memory_report(outlook, options, options.output)
+    if options.json:
+        console.out(json.dumps(report.figures(outlook), indent=2), highlight=False)
+    if told:
+        if outlook.grid:
+            console.print(report.grid_table(outlook))
+        for note in report.notes(outlook):
+            console.print(note, markup=False, highlight=False)
+        console.print(f"Picture and all figures: {options.output}", soft_wrap=True, markup=False)
+    return NOTHING_FITS if options.card and not outlook.best else 0
+
+
+def _here(options: Memory) -> Outlook:
+    """Of the model where it is."""
+    from ..study.memory.setup import memory_here
+
+    quiet = options.json
+    return memory_here(options, lambda text: None if quiet else console.print(f"[dim]{escape(text)} ...[/]"))
+
+
+def _of_card(options: Memory, card: str) -> Outlook:
+    """Of the model's configuration on a card."""
+    from ..memory.outlook import memory_of
+
+    settings = {each.name: getattr(options, each.name) for each in fields(StepConfig)}
+    if not options.bf16:
+        del settings["bf16"]  # the card decides
+    with console.status(f"reading the step of {options.model} from its configuration ..."):
+        return memory_of(_configured(options.model), card, rank=options.rank, dtype=options.dtype, **settings)
 
 
 def _configured(model: str) -> str:
@@ -91,34 +115,3 @@ def _configured(model: str) -> str:
         except UnknownNameError:
             return resolve_model(model)
     return model
-
-
-def _card(options: Memory, card: str) -> int:
-    """Show what fits a card; returns the exit status."""
-    from ..common.run_folder import refuse_file
-    from ..memory.outlook import memory_of
-    from ..study.memory import card_report
-
-    refuse_file(options.output)
-    settings = {each.name: getattr(options, each.name) for each in fields(StepConfig)}
-    if not options.bf16:
-        del settings["bf16"]  # the card decides
-    with console.status(f"reading the step of {options.model} from its configuration ..."):
-        outlook = memory_of(_configured(options.model), card, rank=options.rank, dtype=options.dtype, **settings)
-    told = not (options.json or options.config)
-    if told:  # what is asked for first, and then what takes seconds more
-        console.print(f"[bold]{escape(card_report.card_subject(outlook))}[/]", highlight=False)
-        console.print(card_report.verdict_text(outlook), markup=False, highlight=False)
-        console.print(card_report.choice_table(outlook))
-    elif options.config:
-        console.out(card_report.configuration_text(outlook), highlight=False)
-    with console.status("looking at other batches ..."):
-        card_report.write_card_report(outlook, options.output)
-    if options.json:
-        console.out(json.dumps(card_report.card_figures(outlook), indent=2), highlight=False)
-    if told:
-        console.print(card_report.grid_table(outlook))
-        for note in card_report.card_notes(outlook):
-            console.print(note, markup=False, highlight=False)
-        console.print(f"Picture and all figures: {options.output}", soft_wrap=True, markup=False)
-    return 0 if outlook.best else NOTHING_FITS

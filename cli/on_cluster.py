@@ -26,9 +26,9 @@ def on_cluster(address: str | None, device: str = "cpu") -> Iterator[None]:
         return
     from ..common.cluster import running_on_cluster
     from ..common.devices import find_device
-    from ..env.episodes.canary import canary
+    from ..env.episodes.stacked import rounding_digest
 
     if (found := find_device(device)).type != "cpu":
         raise ConfigError(f"Workers of a cluster train on CPUs, and --device {device} is {found}. Pass --device cpu.")
-    with running_on_cluster(address, canary, lambda line: console.print(line, markup=False, soft_wrap=True)):
+    with running_on_cluster(address, rounding_digest, lambda line: console.print(line, markup=False, soft_wrap=True)):
         yield

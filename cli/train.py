@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..agents.training.config import PRESETS, TrainConfig
 from ..common.files import read_json_lines
-from ..errors import ConfigError, UnknownNameError
+from ..errors import UnknownNameError
 from .config_file import peek, read_config_file, with_file_settings
 from .on_cluster import on_cluster
 from .progress import console, progress_bar, stage_bar
@@ -36,9 +36,6 @@ class Train(TrainConfig):
         preset: sets all options that are not given. On two cores, quick takes 5 minutes, default 90, full 140.
         config: a JSON or YAML file of settings, such as the config.json of an earlier run. It overrides the preset, and
             options on the command line override both.
-        from_trials: folder of a data set (rankpilot study dataset). Its actor is taken, and the value ensemble is
-            fitted to its plan runs, so nothing is run but the validation. It has the settings of its training; only
-            seed, workers, device and validation_tasks can be chosen.
         resume: continue an interrupted run in the same folder; a finished run is left as it is.
         cluster: train on a Ray cluster: "local" starts one on this machine, "auto" joins the one that runs here, and
             HOST:PORT the one with that address. The policy is the same (docs/cluster.md).
@@ -47,7 +44,6 @@ class Train(TrainConfig):
     output: Path = Path("runs/policy")
     preset: Literal["quick", "default", "full"] = "quick"
     config: Path | None = None
-    from_trials: Path | None = None
     resume: bool = False
     cluster: str | None = None
 
@@ -56,23 +52,12 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command; options on the command line go before those of --config FILE, and both before the preset."""
     path = peek(arguments, "--config")
     values = read_config_file(path)
-    trials = peek(arguments, "--from-trials") or values.get("from_trials")
     preset = peek(arguments, "--preset") or values.get("preset", "quick")
     if preset not in PRESETS:
         raise UnknownNameError.of("preset", str(preset), PRESETS)
-    base = Train(**vars(_settings_of(trials, arguments) if trials else PRESETS[preset]) | {"preset": preset})
+    base = Train(**vars(PRESETS[preset]) | {"preset": preset})
     default = with_file_settings(base, values | {"preset": preset}, path)
     train_command(tyro.cli(Train, args=arguments, default=default, prog="rankpilot train"))
-
-
-def _settings_of(trials: str, arguments: Sequence[str]) -> TrainConfig:
-    """The settings of the training in a data set, which take the place of a preset."""
-    from ..study.dataset.read import open_dataset
-    from ..study.dataset.refit import training_config
-
-    if peek(arguments, "--preset"):
-        raise ConfigError("Leave out --preset: with --from-trials, the settings are those of the data set's training.")
-    return training_config(open_dataset(trials))
 
 
 def train_command(options: Train) -> None:
@@ -85,14 +70,13 @@ def train_command(options: Train) -> None:
     folder = options.output
     if is_finished(folder) and options.resume:
         load_policy(folder)  # whole
-        if not options.from_trials:
-            with open_run(folder, as_json(TrainConfig, options), resume=True, kind=TrainConfig):
-                pass  # with these settings
+        with open_run(folder, as_json(TrainConfig, options), resume=True):
+            pass  # with these settings
         console.print(f"{folder} holds a finished policy already.", markup=False, soft_wrap=True)
         _print_validation(read_card(folder).get("validation", {}))
         return
     with on_cluster(options.cluster, options.device):
-        results = _refit(options, options.from_trials) if options.from_trials else _train(options)
+        results = _train(options)
     _print_validation(results)
     line = f"The policy is in {folder}. Use it: rankpilot finetune MODEL DATA --policy {folder}"
     console.print(line, markup=False, soft_wrap=True)
@@ -131,26 +115,10 @@ def _print_returns(rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def _refit(options: Train, trials: Path) -> dict[str, dict[str, float]]:
-    """Fit value networks to a data set, and write the policy; returns what its validation found."""
-    from ..common.run_folder import open_run
-    from ..common.settings import as_json
-    from ..study.dataset.read import open_dataset
-    from ..study.dataset.refit import refit, save_refitted
-
-    folder, dataset = options.output, open_dataset(trials)
-    settings = as_json(TrainConfig, options) | {"from_trials": str(trials)}
-    with open_run(folder, settings, resume=options.resume):
-        console.rule("fitting value networks to the data set", align="left")
-        refitted = refit(dataset, options)
-        results = _validate(options, refitted.policy) if options.validation_tasks else {}
-        save_refitted(folder, refitted, options, dataset, results)
-    return results
-
-
 def _validate(options: Train, policy: Any) -> dict[str, dict[str, float]]:
     """Compare the trained policy with rules on validation tasks."""
-    from ..agents.evaluation.runs import compare, summarise
+    from ..agents.evaluation.results import summarise
+    from ..agents.evaluation.runs import compare
     from ..agents.rules import find_rule
     from ..env.tasks.suites import evenly, find_tasks
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ..errors import RunFolderError, shown
 from .files import read_object, write_json
-from .settings import as_json, from_json
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from .termination import Terminated
 
 CONFIG = "config.json"
 
@@ -23,17 +20,13 @@ LOCK = ".lock"
 
 
 @contextmanager
-def open_run(
-    folder: Path, config: dict[str, Any], *, resume: bool, kind: type[DataclassInstance] | None = None
-) -> Iterator[None]:
+def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[None]:
     """Claim a run folder for as long as the block lasts.
 
     Args:
         folder: the run's folder.
         config: what the run does, as JSON values; written there.
         resume: go on with what is there; the settings must be the same.
-        kind: class of the settings, by which a file of an earlier version is read; without it keys are compared as
-            they are.
 
     Raises:
         RunFolderError: it holds another run or one with other settings, it is a file, or another process uses it.
@@ -43,7 +36,7 @@ def open_run(
     if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):
         folder.mkdir(parents=True, exist_ok=True)
     else:
-        _check(folder, config, resume, kind)
+        _check(folder, config, resume)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
@@ -53,10 +46,13 @@ def open_run(
         ) from error
     try:
         if (folder / CONFIG).exists():
-            _check(folder, config, resume, kind)  # once more: another process may have been faster
+            _check(folder, config, resume)  # once more: another process may have been faster
         else:
             write_json(folder / CONFIG, config)
         yield
+    except (KeyboardInterrupt, Terminated) as end:
+        end.add_note("The same command with --resume continues from here.")
+        raise
     finally:
         lock.release()
 
@@ -67,7 +63,7 @@ def refuse_file(folder: Path) -> None:
         raise RunFolderError(f"{folder} is a file. Pass the name of a folder as --output.")
 
 
-def _check(folder: Path, config: dict[str, Any], resume: bool, kind: type[DataclassInstance] | None) -> None:
+def _check(folder: Path, config: dict[str, Any], resume: bool) -> None:
     """Refuse a folder that does not hold this run."""
     if not resume:
         raise RunFolderError(f"{folder} exists already. Pass --resume to go on with it, or another --output.")
@@ -76,7 +72,6 @@ def _check(folder: Path, config: dict[str, Any], resume: bool, kind: type[Datacl
         raise RunFolderError(f"{folder} is not empty and holds no {CONFIG}, so it is no run of rankpilot's.")
     try:
         previous = read_object(path)
-        previous = as_json(kind, from_json(kind, previous)) if kind else previous
     except ValueError as error:
         raise RunFolderError(f"This version of rankpilot cannot go on with {path}: {error}") from error
     differing = sorted(key for key in {*previous, *config} if previous.get(key) != config.get(key))

@@ -1,10 +1,4 @@
-"""Settings as JSON values, and settings from JSON values: one writer and one reader for all dataclasses of settings.
-
-Files of earlier versions can be read. For that, a class may tell which keys have changed since:
-
-* `RENAMED`, {old key: key of today}: the value is taken over;
-* `GONE`, {old key: the value under which nothing changes}: that value is passed over, any other one is refused.
-"""
+"""Settings as JSON values, and settings from JSON values: one writer and one reader for all dataclasses of settings."""
 
 from __future__ import annotations
 
@@ -48,7 +42,6 @@ def from_json(kind: type[Settings], values: Any, *, base: Settings | None = None
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"settings are keys with values; got {shown(values)}.")
-    values = _with_current_keys(kind, values)
     names = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
     unknown = [key for key in values if key not in names]
     needed = [] if base else [name for name, required in names.items() if required or complete]
@@ -60,23 +53,6 @@ def from_json(kind: type[Settings], values: Any, *, base: Settings | None = None
     types = get_type_hints(kind)
     read = {name: _read(types[name], value, name) for name, value in values.items()}
     return replace(base, **read) if base else kind(**read)
-
-
-def _with_current_keys(kind: type[DataclassInstance], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values under the keys of today."""
-    renamed: Mapping[str, str] = getattr(kind, "RENAMED", {})
-    gone: Mapping[str, Any] = getattr(kind, "GONE", {})
-    current: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in gone:
-            if value != gone[key]:
-                raise ConfigError(f"the setting {key!r} is gone; only {gone[key]!r} can go on, not {shown(value)}.")
-            continue
-        name = renamed.get(key, key)
-        if name in current:
-            raise ConfigError(f"the setting {name!r} is there twice, once under an older name.")
-        current[name] = value
-    return current
 
 
 def _read(expected: Any, value: Any, name: str) -> Any:

@@ -29,7 +29,7 @@ EVAL_SHARE = 0.1
 """Share of each corpus, at its end, that training never sees."""
 
 
-def _standard_library() -> list[Path]:
+def standard_library() -> list[Path]:
     """The source files of Python's standard library, without its tests and tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "site-packages", "lib2to3", "idlelib", "__pycache__", "pydoc_data", "encodings"}
@@ -37,7 +37,7 @@ def _standard_library() -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _docstrings(source: str) -> list[tuple[str, str]]:
+def docstrings(source: str) -> list[tuple[str, str]]:
     """Names and docstrings of a source file that are longer than 80 characters; a module's name is empty."""
     try:
         tree = ast.parse(source)
@@ -49,39 +49,18 @@ def _docstrings(source: str) -> list[tuple[str, str]]:
     return [(name, text) for name, text in texts if text and len(text) > 80]
 
 
-@functools.lru_cache(maxsize=1)
-def documented_names() -> tuple[tuple[str, str], ...]:
-    """Functions and classes of the standard library, such as "asyncio.base_events.run_forever", with their docstrings.
-
-    They come from the running Python, and differ a little from one of its versions to the next. In file order.
-    """
-    root, pairs = Path(sysconfig.get_paths()["stdlib"]), []
-    for path in _standard_library():
-        module = ".".join(path.relative_to(root).with_suffix("").parts)
-        source = path.read_text(encoding="utf-8", errors="ignore")
-        pairs += [(f"{module}.{name}", text) for name, text in _docstrings(source) if name]
-    return tuple(pairs)
-
-
 def _documentation() -> str:
     """Python's language reference and the standard library's docstrings: English prose about code."""
     topics = pydoc_data.topics.topics
     parts = [topics[name] for name in sorted(topics)]
-    for path in _standard_library():
-        parts.extend(text for _, text in _docstrings(path.read_text(encoding="utf-8", errors="ignore")))
+    for path in standard_library():
+        parts.extend(text for _, text in docstrings(path.read_text(encoding="utf-8", errors="ignore")))
     return "\n\n".join(parts)
 
 
 def _code() -> str:
     """The standard library's source."""
-    return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in _standard_library())
-
-
-def library_source(package: str) -> str:
-    """The source of one package of the standard library."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = (path for path in _standard_library() if path.relative_to(root).parts[0] == package)
-    return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in files)
+    return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in standard_library())
 
 
 def _reviews(path: Path) -> str:

@@ -16,7 +16,7 @@ from ..errors import AssetError, ConfigError, UnknownNameError, first_line
 from ..lora.fresh import fresh_adapters, head_names
 from ..memory.find_configuration import unusable
 from ..memory.step_config import Quantization
-from ..memory.step_parts import check_installed
+from ..memory.training_step import check_installed
 from .asset_list import ASSETS
 from .assets import fetch_asset
 from .quantised import bitsandbytes_settings, loading_options, prepare

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,9 +43,22 @@ def load_splits(name: str) -> DatasetDict:
             loaded = load_dataset(os.fspath(path) if path.is_dir() else name)
     except Exception as error:  # datasets lets through what its many readers raise
         if is_local:
-            raise DataError(f"The data {path} cannot be read: {_root(error)}") from error
+            reason = (_broken_line(path) if path.suffix == ".jsonl" else "") or _root(error)
+            raise DataError(f"The data {path} cannot be read: {reason}") from error
         raise not_found("data set", name, dict.fromkeys(DATASETS), error) from error
     return DatasetDict(loaded)
+
+
+def _broken_line(path: Path) -> str:
+    """Which line of a JSONL file is no JSON, counted from 1; "" if all are. Arrow counts rows from 0."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                if line.strip():
+                    return f"line {number} is no JSON: {first_line(error)}"
+    return ""
 
 
 def _root(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""One episode as an environment sees it: its reward, `info` and picture, whatever trains the adapters."""
+"""One episode as an environment sees it: its reward, `info` and text, whatever trains the adapters."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from ..allocation.controller import RankController
 from ..allocation.observation import Observation
 from ..allocation.problem import AllocationProblem
-from ..common.arrays import IntArray
+from ..common.module_names import kinds_in_layers
+from ..common.units import format_bytes
 from ..memory.cost import plan_cost
-from .rendering import EpisodeTrace
 from .reward import Comparison, churn_cost
 from .tasks.finetune import Reference
 
@@ -41,13 +41,10 @@ class EpisodeRecord:
         self.task, self.reference, self.observation = task, reference, observation
         self.churn: float = 0.0
         self._controller = controller
+        self._problem: AllocationProblem = observation.problem  # kept: others may train the same adapters later
         self._step = 0
         self._loss: float | None = None
-        self._failed = False
-        self._decision_steps: list[int] = []
-        self._ranks: list[IntArray] = []
-        self._costs: list[float] = []
-        self._losses: list[tuple[int, float]] = []
+        self._decided = False
         self._held_out: float | None = None
         self._comparison: Comparison | None = None
 
@@ -56,27 +53,18 @@ class EpisodeRecord:
         """Mean training loss of the latest interval; None before the first one, and where it was not finite."""
         return self._loss
 
-    def decided(self) -> None:
-        """The controller has applied a decision."""
-        problem = self._controller.problem()
-        if self._decision_steps:
-            self.churn += churn_cost(self.observation.problem.rungs, problem.rungs)
-        self._decision_steps.append(self._step)
-        self._ranks.append(problem.ranks)
-        self._costs.append(plan_cost(problem.cost, problem.ranks))
-
-    def close_interval(self, step: int, loss: float | None, observation: Observation | None = None) -> None:
-        """Training has gone on to a step.
+    def advance(self, step: int, loss: float | None, observation: Observation) -> None:
+        """The controller has applied a decision, and training has gone on to a step.
 
         Args:
             step: optimiser steps done.
-            loss: mean training loss of the interval; None if it was not finite.
-            observation: the next one, before the end.
+            loss: mean training loss since the decision; None if it was not finite.
+            observation: the next one; at the end the last one again.
         """
-        self._step, self._loss, self._failed = step, loss, loss is None
-        self._losses.append((step, np.nan if loss is None else loss))
-        if observation is not None:
-            self.observation = observation
+        self._problem = self._controller.problem()
+        if self._decided:
+            self.churn += churn_cost(self.observation.problem.rungs, self._problem.rungs)
+        self._decided, self._step, self._loss, self.observation = True, step, loss, observation
 
     def end(self, held_out_loss: float | None, comparison: Comparison) -> float:
         """The episode is over; returns its reward.
@@ -89,12 +77,16 @@ class EpisodeRecord:
         return self._improvement - self.churn
 
     @property
+    def _failed(self) -> bool:
+        return self._decided and self._loss is None
+
+    @property
     def _improvement(self) -> float:
         return self._comparison.improvement(self._held_out) if self._comparison else 0.0
 
     def info(self) -> dict[str, Any]:
         """The same keys at each step; see the environment's manual."""
-        problem: AllocationProblem = self._controller.problem()
+        problem = self._problem
         return {
             "task": self.task,
             "step": self._step,
@@ -102,7 +94,7 @@ class EpisodeRecord:
             "held_out_loss": self._held_out,
             "uniform_loss": self.reference.uniform,
             "other_loss": self._comparison.loss if self._comparison else None,
-            "cost": plan_cost(problem.cost, problem.ranks) if self._decision_steps else math.nan,
+            "cost": plan_cost(problem.cost, problem.ranks) if self._decided else math.nan,
             "limit": problem.limit,
             "ranks": tuple(problem.ranks.tolist()),
             "non_finite": self._failed,
@@ -110,23 +102,32 @@ class EpisodeRecord:
             "churn": self.churn,
         }
 
-    @property
-    def trace(self) -> EpisodeTrace:
-        """What has happened so far, for a picture."""
-        controller, problem = self._controller, self.observation.problem  # others may train the adapters since
-        # Before the first decision: the probe's rank 1 everywhere.
-        first = not self._decision_steps
-        return EpisodeTrace(
-            title=self.task,
-            names=controller.names,
-            blocks=problem.blocks,
-            total_steps=controller.total_steps,
-            steps=(0,) if first else tuple(self._decision_steps),
-            ranks=np.stack([problem.ranks] if first else self._ranks),
-            costs=() if first else tuple(self._costs),
-            limit=problem.limit,
-            unit=controller.cost.unit,
-            losses=tuple(self._losses),
-            held_out_loss=self._held_out,
-            uniform_loss=self.reference.uniform,
-        )
+    def describe(self) -> str:
+        """The episode as text: its task, where it stands, then the ranks of each layer from the top down."""
+        layers, ranks = np.asarray(self._problem.blocks).tolist(), self._problem.ranks.tolist()
+        labels = kinds_in_layers(self._controller.names, layers)
+        known = dict(zip(zip(layers, labels, strict=True), ranks, strict=True))
+        kinds = list(dict.fromkeys(labels))
+        number, width = (max(len(str(value)) for value in values) for values in (layers, ranks))
+        lines = [self.task, self._status()]
+        for layer in sorted(set(layers), reverse=True):
+            cells = [
+                f"{kind} {known[layer, kind]:>{width}}" if (layer, kind) in known else " " * (len(kind) + 1 + width)
+                for kind in kinds
+            ]
+            lines.append("  ".join([f"layer {layer:>{number}} ", *cells]).rstrip())
+        return "\n".join(lines)
+
+    def _status(self) -> str:
+        """Where the episode stands, in one line."""
+        problem, unit = self._problem, self._controller.cost.unit
+        parts = [f"step {self._step} of {self._controller.total_steps}"]
+        limit = format_bytes(problem.limit) if unit == "bytes" else f"{problem.limit:,.0f} {unit}"
+        if self._decided:
+            parts.append(f"loss {math.nan if self._loss is None else self._loss:.3f}")
+            parts.append(f"{100 * plan_cost(problem.cost, problem.ranks) / problem.limit:.1f} % of {limit}")
+        else:
+            parts.append(f"no plan yet for {limit}")
+        if self._held_out is not None:
+            parts.append(f"held-out loss {self._held_out:.3f} (uniform {self.reference.uniform:.3f})")
+        return ", ".join(parts)

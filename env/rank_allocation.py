@@ -20,15 +20,13 @@ from .episode_record import EpisodeRecord
 from .episodes.episode_log import AGENT, EpisodeLog, next_log
 from .episodes.single import Episode, reference_of, rule_losses
 from .proxies.adapted import adapted_base
-from .rendering import describe, draw
-from .reward import GROUP, UNIFORM, Comparison, rule_to_compare_with
+from .reward import UNIFORM, Comparison, rule_to_compare_with
 from .spaces import Actions, action_space, observation_space, read_action
 from .tasks.finetune import FineTune, Reference
 from .tasks.proxy_finetune import fine_tune_of
 from .tasks.proxy_task import ProxyTask
-from .tasks.stream import TaskStream, check_task
 from .tasks.suite_names import SPLITS, SUITES
-from .tasks.suites import find_tasks
+from .tasks.suites import TaskStream, check_task, find_tasks
 
 
 class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickle):
@@ -104,8 +102,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     | improvement, churn | the parts of the reward: 0 before the end; what moves have cost so far |
 
     ## Rendering
-    "rgb_array": ranks, losses and budget as a picture, uint8 (600, 900, 3). "ansi": as text. "human", of `gym.make`
-    alone: the picture in a window, by Gymnasium's wrapper, which needs pygame.
+    "ansi": where the episode stands, and the rank of each module, as text. Pictures of a run are made from its log.
 
     ## Arguments
     * `task`: a fixed task; None draws one at each reset.
@@ -117,8 +114,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     * `max_modules`: padding; None for the most that any of the tasks has.
     * `task_overrides`: fields of `ProxyTask` that every drawn task gets, such as `{"steps": 60}`.
     * `actions`: "deltas" or "scores".
-    * `against`: "uniform", or the name of a rule (`rankpilot.agents.rules`), whose run of the task is trained first. In
-      vectors also "group": the mean of the episodes that share a task.
+    * `against`: "uniform", or the name of a rule (`rankpilot.agents.rules`), whose run of the task is trained first.
     * `fresh_seeds`: give each drawn task a seed of its own, so that teacher, data and adapters are new. Against
       uniform, the uniform run of each is trained first; else `uniform_loss` stays that of the task as it was.
     * `logs`: a folder; each episode writes the decision log `episode-NNNNN` there, after those that it holds.
@@ -144,7 +140,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
         RunFolderError: no folder can be made in `logs`.
     """
 
-    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 1}  # noqa: RUF012  (declared so by Gymnasium)
+    metadata = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012  (declared so by Gymnasium)
 
     def __init__(
         self,
@@ -179,8 +175,6 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
             raise ConfigError(f"max_modules is at least {modules}, a whole number; got {shown(max_modules)}.")
         self.max_modules: int = modules if max_modules is None else max_modules
         self._against = against if rule_to_compare_with(against) else None
-        if against == GROUP:
-            raise ConfigError(f"One environment has no group to compare with; give against={UNIFORM!r} or a rule.")
         self.actions = actions
         self.schedule: DecisionSchedule = schedule or DecisionSchedule()
         self.render_mode = render_mode
@@ -233,7 +227,6 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
             raise ConfigError("No episode is under way: call reset() first.")
         seen, step, last_loss = record.observation, episode.step, record.loss
         plan = episode.apply(decision)
-        record.decided()
         if self._log is not None:
             self._log.append(episode.controller, seen, decision, plan, step=step, loss=last_loss)
         loss: float | None = None
@@ -243,7 +236,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
             terminated = True
         else:
             terminated = episode.step == episode.task.steps
-        record.close_interval(episode.step, loss, None if terminated else episode.observe(loss))
+        record.advance(episode.step, loss, seen if terminated else episode.observe(loss))
         reward = 0.0
         if terminated:
             held_out_loss = None if loss is None else episode.held_out_loss()
@@ -261,11 +254,9 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     def _arrays(self) -> dict[str, Any]:
         return self.observation.padded(self.max_modules)
 
-    def render(self) -> Any:
-        """The episode so far as `render_mode` asks: a picture (height, width, 3), a text, or None."""
-        if self._record is None or self.render_mode is None:
-            return None
-        return draw(self._record.trace) if self.render_mode == "rgb_array" else describe(self._record.trace)
+    def render(self) -> str | None:
+        """The episode so far as text, with `render_mode="ansi"`."""
+        return self._record.describe() if self._record and self.render_mode else None
 
 
 for _placeholder, _features in (("module_features", MODULE_FEATURE_TABLE), ("run_features", RUN_FEATURE_TABLE)):

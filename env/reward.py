@@ -2,8 +2,8 @@
 
     reward = clip((other loss - loss) / headroom, -3, 3) - churn
 
-* *other loss*: the held-out loss of the run that it is compared with: uniform rank, a rule's run on the same task, seed
-  and batches, or the mean of the episodes that share them;
+* *other loss*: the held-out loss of the run that it is compared with: uniform rank, or a rule's run on the same task,
+  seed and batches;
 * *headroom*: what a better allocation could gain over that run, nearly;
 * *churn*: a small cost of rungs moved after the first decision.
 
@@ -30,26 +30,25 @@ REWARD_BOUND = 3.0
 CHURN = 0.002
 """Cost of moving every module by one rung."""
 
-
-UNIFORM, GROUP = "uniform", "group"
-"""What episodes are compared with: the uniform run of their task, or the mean of those that share task and seed."""
+UNIFORM = "uniform"
+"""What episodes are compared with, unless a rule is named: the uniform run of their task."""
 
 
 def rule_to_compare_with(against: str) -> Policy | None:
-    """The rule whose runs episodes are compared with; None for the uniform run and for the mean of a group.
+    """The rule whose runs episodes are compared with; None for the uniform run.
 
     Raises:
         ConfigError: it is no name.
-        UnknownNameError: neither a rule nor one of those.
+        UnknownNameError: there is no such rule.
     """
     if not isinstance(against, str):
-        raise ConfigError(f"against is {UNIFORM!r}, {GROUP!r} or the name of a rule; got {shown(against)}.")
-    if against in (UNIFORM, GROUP):
+        raise ConfigError(f"against is {UNIFORM!r} or the name of a rule; got {shown(against)}.")
+    if against == UNIFORM:
         return None
     try:
         return find_rule(against)
     except UnknownNameError:
-        raise UnknownNameError.of("comparison", against, [*dict.fromkeys([UNIFORM, GROUP, *RULES])]) from None
+        raise UnknownNameError.of("comparison", against, [*dict.fromkeys([UNIFORM, *RULES])]) from None
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,6 @@ class Comparison:
         level = loss if math.isfinite(loss) else float(np.median(others)) if len(others) else initial
         gain = max(initial - level, 0.01 * initial, 1e-6)
         return cls(level, gain * reference.headroom / reference.gain)
-
-    @classmethod
-    def with_mean(cls, losses: Sequence[float], reference: Reference) -> Comparison:
-        """With the mean of the runs that did not fail, of which there may be none."""
-        return cls(float(np.mean(losses)) if len(losses) else reference.uniform, reference.headroom)
 
     def improvement(self, loss: float | None, bound: float = REWARD_BOUND) -> float:
         """How much lower a loss is, as a share of the headroom, from -bound to bound.

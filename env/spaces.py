@@ -6,14 +6,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from gymnasium import spaces
-from numpy.typing import NDArray
 
 from ..allocation.actions import PLACEMENT, SCORE_BOUND
 from ..allocation.features import MODULE_FEATURES, MOST_FEATURE, RUN_FEATURES
 from ..allocation.observation import Observation
 from ..allocation.policy import Decision, decision_from_scores
-from ..allocation.problem import AllocationProblem
-from ..common.arrays import IntArray
 from ..errors import ConfigError, UnknownNameError
 from ..lora.ladder import DEFAULT_RANKS
 
@@ -38,18 +35,20 @@ def observation_space(max_modules: int) -> spaces.Dict:
 
 
 def action_space(actions: str, max_modules: int) -> spaces.MultiDiscrete | spaces.Box:
-    """The space of one form of actions.
+    """The space of one form of actions: a number of rungs plus TOP for each module, or their scores and the placement.
 
     Raises:
         UnknownNameError: there is no such form.
     """
     if actions not in ACTIONS:
         raise UnknownNameError.of("form of actions", str(actions), ACTIONS)
-    return delta_space(max_modules) if actions == "deltas" else score_space(max_modules)
+    if actions == "deltas":
+        return spaces.MultiDiscrete(np.full(max_modules, 2 * TOP + 1))
+    return spaces.Box(-SCORE_BOUND, SCORE_BOUND, (max_modules + len(PLACEMENT),), np.float32)
 
 
 def read_action(actions: str, action: Any, max_modules: int, observation: Observation) -> Decision:
-    """The decision that an action asks for.
+    """The decision that an action asks for; scores out of range are clipped.
 
     Args:
         actions: its form.
@@ -60,46 +59,18 @@ def read_action(actions: str, action: Any, max_modules: int, observation: Observ
     Raises:
         ConfigError: the action has another shape, or a value that is not allowed.
     """
+    problem, count = observation.problem, len(observation.modules)
     if actions == "deltas":
-        ranks = read_deltas(action, max_modules, observation.problem)
-        return Decision(ranks, np.zeros(len(ranks)))
-    return decision_from_scores(observation, *read_scores(action, max_modules, len(observation.modules)))
-
-
-def delta_space(max_modules: int) -> spaces.MultiDiscrete:
-    """A number of rungs for each module, plus TOP."""
-    return spaces.MultiDiscrete(np.full(max_modules, 2 * TOP + 1))
-
-
-def score_space(max_modules: int) -> spaces.Box:
-    """A score for each module, and the placement."""
-    return spaces.Box(-SCORE_BOUND, SCORE_BOUND, (max_modules + len(PLACEMENT),), np.float32)
-
-
-def read_deltas(action: Any, max_modules: int, problem: AllocationProblem) -> IntArray:
-    """The wanted ranks, int64 (modules,), of an action of `delta_space`: so many rungs from the current ones.
-
-    Raises:
-        ConfigError: the action has another shape, or a value out of range.
-    """
-    array = np.asarray(action)
-    whole = array.dtype.kind in "iu" or (array.dtype.kind == "f" and bool((array == np.round(array)).all()))
-    if array.shape != (max_modules,) or not whole or not bool(((array >= 0) & (array <= 2 * TOP)).all()):
-        shown = np.array2string(array, threshold=12)
-        raise ConfigError(f"An action holds {max_modules} whole numbers from 0 to {2 * TOP}; got {shown}.")
-    return problem.ladder.step(problem.ranks, array[: len(problem.ranks)].astype(np.int64) - TOP)
-
-
-def read_scores(action: Any, max_modules: int, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scores (count,) and the placement (2,), from an action of `score_space`; values out of range are clipped.
-
-    Raises:
-        ConfigError: the action has another shape, or a value that is not finite.
-    """
+        deltas = np.asarray(action)
+        whole = deltas.dtype.kind in "iu" or (deltas.dtype.kind == "f" and bool((deltas == np.round(deltas)).all()))
+        if deltas.shape != (max_modules,) or not whole or not bool(((deltas >= 0) & (deltas <= 2 * TOP)).all()):
+            shown = np.array2string(deltas, threshold=12)
+            raise ConfigError(f"An action holds {max_modules} whole numbers from 0 to {2 * TOP}; got {shown}.")
+        return Decision(problem.ladder.step(problem.ranks, deltas[:count].astype(np.int64) - TOP), np.zeros(count))
     values = np.asarray(action, dtype=np.float64)
     size = max_modules + len(PLACEMENT)
     if values.shape != (size,) or not np.isfinite(values).all():
         shown = np.array2string(values, threshold=12)
         raise ConfigError(f"Scores are {size} finite numbers, rank floor and depth bias last; got {shown}.")
     values = np.clip(values, -SCORE_BOUND, SCORE_BOUND)
-    return values[:count], values[max_modules:]
+    return decision_from_scores(observation, values[:count], values[max_modules:])

@@ -17,11 +17,13 @@ from transformers import Trainer, TrainingArguments
 
 from ..agents.learned.goals import check_any_cost
 from ..agents.learned.policy_file import DEFAULT, load_policy
+from ..agents.rules.given_plan import plan_text
 from ..allocation.decision_line import decision_line
 from ..allocation.frontier import FrontierPlan
 from ..allocation.frontier import frontier as frontier_of
 from ..allocation.policy import Policy
-from ..errors import ConfigError
+from ..common.files import write_text
+from ..errors import ConfigError, shown
 from ..lora.export import pattern_config
 from ..lora.factors import write_in_place
 from ..lora.optimizer_state import kept_state
@@ -75,6 +77,10 @@ class StaticPlan:
         after = list(self.ranks.values())
         return decision_line(0, [0] * len(after), after, self.cost, self.limit, self.unit)  # type: ignore[arg-type]
 
+    def text(self, name: str = "plan.yaml") -> str:
+        """The plan as a file that a person edits, and that can be the policy of a run; see `plan_text`."""
+        return plan_text(self.ranks, self.cost, self.limit, self.unit, name)
+
 
 def allocate(
     model: Any,
@@ -82,6 +88,7 @@ def allocate(
     *,
     budget: str | float | Budget = "100%",
     policy: str | Path | Policy = DEFAULT,
+    output: str | Path | None = None,
     **options: Any,
 ) -> LoraConfig:
     """The ranks that a policy gives before training, as a LoraConfig for plain PEFT; logs the memory that it predicts.
@@ -95,21 +102,27 @@ def allocate(
         data: batches of the fine-tune; left out for a Trainer, which has its own.
         budget: see `RankPilot`, as `policy`.
         policy: who decides.
+        output: also write the plan to this new file (plan.yaml). A person may edit it there, and it can be the `policy`
+            of a run.
         options: for a Trainer those of `RankPilotCallback`; for a model those of `RankPilot`, and `loss`, `optimizer`,
             `learning_rate`, `accumulation` and `total_steps`, the length of the run that is planned. With `log`, a
             folder, the decision is logged as that of a run is.
 
     Raises:
         BudgetError: no plan fits the budget.
-        ConfigError: there is no data, or PEFT cannot adapt the model.
+        ConfigError: there is no data, PEFT cannot adapt the model, or the output exists.
         UnsupportedError: the model or its training step cannot be handled, or it holds adapters outside of a PeftModel.
 
     Example:
         >>> config = rankpilot.allocate(model, loader, budget="60%")  # doctest: +SKIP
         >>> model = get_peft_model(model, config)  # doctest: +SKIP
     """
+    if output is not None and Path(output).exists():
+        raise ConfigError(f"{output} exists already. Name a file that does not.")
     plan = static_plan(model, data, budget=budget, policy=policy, **options)
     logger.info(plan.line())
+    if output is not None:
+        write_text(Path(output), plan.text(Path(output).name))
     return plan.config
 
 
@@ -169,6 +182,11 @@ def static_plan(
         callback = _FirstPlan(policy, budget, **options)
         callback.pilot.times_plans |= frontier and not callback.pilot.recompute
         return _with_frontier(_plan_of_trainer(model, callback), callback.pilot, frontier)
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(
+            f"allocate takes a Trainer or a model that is loaded, as `from_pretrained` returns it; got {shown(model)}. "
+            "A model by name is planned by the command `rankpilot allocate`."
+        )
     if data is None:
         raise ConfigError("allocate needs the batches of the fine-tune: pass a DataLoader, or a Trainer.")
     with _switches_put_back(model):

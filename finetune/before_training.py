@@ -21,22 +21,23 @@ from ..allocation.problem import AllocationProblem
 from ..allocation.schedule import DecisionSchedule
 from ..allocation.time_limit import TimeLimit
 from ..common.arrays import IntArray
+from ..common.units import plural
 from ..data.batches import count_predictions, predicted_share
-from ..errors import BudgetError, DataError
+from ..errors import BudgetError, DataError, NonFiniteError
 from ..lora.adapters import PeftAdapters
 from ..lora.ladder import RankLadder
 from ..lora.optimizer_state import drop_foreign_state, kept_state, reset_state
 from ..lora.resize import is_trained, reset_adapters, resize
 from ..lora.scaling import reference_scaling
 from ..lora.targets import TargetModule, check_trains, other_trainable, unwrap
-from ..memory.budget import Budget, free_bytes
-from ..memory.for_training import PlanCosts, highest_ranks, measure_memory, plan_costs
+from ..memory.batch_shape import BatchShape
+from ..memory.budget import Budget, TimeBudget, free_bytes
+from ..memory.calibration import PlanCosts, highest_ranks, measure_memory, plan_costs
 from ..memory.model import MemoryModel
 from ..memory.recording import Batch
-from ..memory.time_budget import TimeBudget
 from .recomputation import Recomputation
 from .run import TrainingRun
-from .time_before_training import time_limit
+from .time_before_training import StepTimer
 
 PROBE_SHARE = 0.0175
 """The probe reads at most this share of the examples that the run reads. An example costs up to 1.6 times as much in
@@ -159,7 +160,7 @@ def prepare(
     kept = _ranks_that_hold(targets) if keeps else None
     costs = run_costs(run, targets, budget, signals=True, recompute=recomputation is not None, kept=kept)
     limit = costs.limit.value
-    timed = time_limit(run, targets, time, costs.memory, limit, recomputation) if time else None
+    timed = StepTimer(run, targets, costs.memory, limit, recomputation).time_limit(time) if time else None
     _check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
     if not keeps:
         reset_adapters(targets, 1, seed)
@@ -322,7 +323,7 @@ def run_probe(
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
-        DataError: the labels of all rows that it reads are masked.
+        DataError: the labels of all rows that it reads are masked, or rows have one token and no loss.
     """
     pairs = [w for target in targets if target.rank > 0 for w in (target.weight_a, target.weight_b)]
     parameters = [*other_trainable(run.model, targets), *pairs]
@@ -331,11 +332,12 @@ def run_probe(
     batches: Iterable[Any] = run.small_batches(steps, schedule.probe_batch, seed)
     if progress:
         batches = progress(batches, "probing the modules", steps)
-    counts = []
+    counts, length = [], 0
 
     def losses() -> Iterator[Callable[[], torch.Tensor]]:
+        nonlocal length
         for batch in batches:
-            counted = count_predictions(batch)
+            counted, length = count_predictions(batch), BatchShape.of(batch).length
             if counted[0] > 0:  # the loss of rows whose labels are all masked is 0 / 0
                 counts.append(counted)
                 yield partial(run.loss, batch)
@@ -346,7 +348,15 @@ def run_probe(
             )
 
     with _restored(parameters):
-        result = probe(targets, optimizer, losses())
+        try:
+            result = probe(targets, optimizer, losses())
+        except NonFiniteError as error:
+            if length > 1:
+                raise
+            raise DataError(
+                f"The loss of rows of {plural(length, 'token')} is not finite: a language model needs a token to read "
+                "and one to predict. Leave such rows out, or raise the length at which texts are cut."
+            ) from error
     return replace(result, predicted=predicted_share(counts))
 
 

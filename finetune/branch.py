@@ -111,7 +111,6 @@ def branch(
             "seed": config.seed,
             "steps": result["steps"],
             "branch": {"of": str(source), "at": at},
-            "reload": result.pop("reload"),
             "runs": {PILOT: result},
         }
         write_json(output / "summary.json", summary)

@@ -23,10 +23,9 @@ from ..errors import ConfigError, DataError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import let_train, resizable_targets
 from ..lora.scaling_names import Scaling
-from ..memory.budget import Budget
+from ..memory.budget import Budget, TimeBudget
 from ..memory.recording import Batch
 from ..memory.step_config import check_seed
-from ..memory.time_budget import TimeBudget
 from .checkpoint import chosen_checkpoint, load_state, save_state
 from .evaluations import Evaluations
 from .parallel_kinds import check_arguments
@@ -57,8 +56,6 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         measure_every: measure the real peak every so many steps, and after each change of ranks.
         bounds: the rank of single modules, or their least and largest rank.
         fresh: begin with new adapters even where they are trained.
-        review: a file in which a person changes or approves each plan; see `RankPilot`, as `review_timeout`.
-        review_timeout: how many seconds to wait for that.
         recompute: let as few layers as each plan needs run again in the backward pass; see `RankPilot`.
         time: what a step may take in time, beside the budget: "75%", "0.8s"; see `RankPilot`.
         explore: draw plans at this temperature, and log their probabilities; see `RankPilot`.
@@ -91,8 +88,6 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         measure_every: int = 100,
         bounds: Bounds | None = None,
         fresh: bool = False,
-        review: str | Path | None = None,
-        review_timeout: float | None = None,
         recompute: bool = False,
         time: str | TimeBudget | None = None,
         explore: float | None = None,
@@ -110,8 +105,6 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             fresh=fresh,
             tell=self._tell,
             progress=self._progress,
-            review=review,
-            review_timeout=review_timeout,
             recompute=recompute,
             time=time,
             explore=explore,

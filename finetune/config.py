@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from ..allocation.goal import GoalKind, goal_of
 from ..data.task import Task
 from ..errors import ConfigError
 from ..lora.scaling_names import Scaling
-from ..memory.budget import Budget
+from ..memory.budget import Budget, TimeBudget
 from ..memory.step_config import StepConfig, check_seed
-from ..memory.time_budget import TimeBudget
 
 PILOT, UNIFORM, ALL_LINEAR = RUNS = ("rankpilot", "uniform", "all-linear")
 """The run under a policy, and those that it may be compared with: names of folders, and in what is written."""
@@ -27,7 +25,8 @@ class FinetuneConfig(StepConfig):
         model: a packaged model (rankpilot assets lists them), a Hugging Face id or a local folder.
         data: a packaged data set, a Hugging Face id, a local file (csv, json, jsonl, parquet, txt) or a folder.
         policy: who decides the ranks: "default", the policy that ships with rankpilot; the folder of a trained policy;
-            or a rule such as signal-mean (rankpilot evaluate --help lists the rules).
+            a rule such as signal-mean (rankpilot evaluate --help lists the rules); or a plan that rankpilot allocate
+            wrote and you edited (plan.yaml).
         budget: limit that no training step may exceed: "6GiB", "350MB", "80%" of what plain LoRA takes (rank 8 on all
             modules), "auto" for nine tenths of what is free on the device, or "300k params", which counts the adapter's
             parameters alone.
@@ -58,7 +57,6 @@ class FinetuneConfig(StepConfig):
             A policy with networks uses it only where it expects a loss that is lower by more than 1 %.
         time: what a step may take in time, beside the budget: "75%" of what plain LoRA takes where no layer runs
             again, or "0.8s". Measured before training.
-        review: a file in which you see and change each plan before it is applied.
         explore: draw each plan at this temperature (0.05, say) and log its probability, so that the log can tell what
             other policies would have been worth.
         goal: quality, the lowest loss within the budget; time or bytes, the cheapest plan whose loss is surely within
@@ -98,7 +96,6 @@ class FinetuneConfig(StepConfig):
     bounds: tuple[str, ...] = ()
     recompute: bool = False
     time: str | None = None
-    review: Path | None = None
     explore: float | None = None
     goal: GoalKind = "quality"
     tolerance: float | None = None

@@ -24,17 +24,14 @@ from ..errors import DataError
 from ..lora.ladder import REFERENCE_RANK
 from ..lora.peft_config import adapter_ranks
 from ..lora.targets import find_target_modules
-from ..memory.budget import Budget
+from ..memory.budget import Budget, TimeBudget
 from ..memory.peak_meter import PeakMeter
-from ..memory.time_budget import TimeBudget
 from .allocate import StaticPlan, static_plan
 from .callback import RankPilotCallback
 from .checkpoint import last_checkpoint
 from .config import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig
-from .hardware import hardware_facts
-from .metrics import RunMetrics
+from .metrics import RunMetrics, hardware_facts
 from .parallel_kinds import check_arguments
-from .reload_check import check_reload
 from .stop import StopWithCheckpoint
 from .trainer import new_model, new_trainer, read_workload
 from .trainer_settings import new_arguments, rank_bounds_of
@@ -71,7 +68,7 @@ def finetune(
     workload = read_workload(config, tell)
     check_arguments(new_arguments(config, workload.task, folder))  # so that a setting that does not fit is told now
     rank_bounds_of(config.bounds)
-    with open_run(folder, as_json(FinetuneConfig, config), resume=resume, kind=FinetuneConfig):
+    with open_run(folder, as_json(FinetuneConfig, config), resume=resume):
         runs = {}
         for name, under in _runs(config, policy.name).items():
             tell(f"fine-tuning {under}")
@@ -84,7 +81,6 @@ def finetune(
             "steps": runs[PILOT]["steps"],
             **_head(workload),
             "runs": runs,
-            "reload": runs[PILOT].pop("reload"),
         }
         write_json(folder / "summary.json", summary)
     return summary
@@ -186,7 +182,7 @@ def run_one(
         for step, peak in decides.peaks:
             append_json_line(metrics_path, {"step": step, "peak_bytes": peak})
     targets = find_target_modules(model)
-    adapter = _save_adapter(model, workload, folder / name)
+    _save_adapter(model, workload, folder / name)
     result = {
         "held_out_loss": held_out["eval_loss"],
         "held_out_accuracy": held_out.get("eval_accuracy"),
@@ -202,8 +198,6 @@ def run_one(
         "steps": trainer.state.max_steps,
         "ranks": adapter_ranks(targets),
     }
-    if pilot:
-        result["reload"] = check_reload(config, workload, model, adapter)
     if config.merge:
         with atomic_path(folder / name / "merged") as temporary:
             model.merge_and_unload().save_pretrained(temporary)
@@ -225,7 +219,6 @@ def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback
         log=folder / "decisions",
         measure_every=MEASURE_EVERY,
         bounds=rank_bounds_of(config.bounds),
-        review=config.review,
         recompute=config.recompute,
         time=config.time,
         explore=config.explore,
@@ -235,14 +228,13 @@ def _ranks(config: FinetuneConfig, folder: Path, name: str) -> RankPilotCallback
     )
 
 
-def _save_adapter(model: PeftModel, workload: Workload, folder: Path) -> Path:
-    """Save the adapter, with the tokenizer and the names of the classes beside it; returns its folder."""
+def _save_adapter(model: PeftModel, workload: Workload, folder: Path) -> None:
+    """Save the adapter, with the tokenizer and the names of the classes beside it."""
     adapter = folder / "adapter"
     model.save_pretrained(adapter)
     workload.tokenizer.save_pretrained(adapter)
     if workload.labels:
         write_json(adapter / "labels.json", list(workload.labels))
-    return adapter
 
 
 def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:

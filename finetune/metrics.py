@@ -1,19 +1,25 @@
-"""Writes the curves of a run while it trains, and shows its losses in the progress bar."""
+"""What a run measures of itself: its device at the start, its curves while it trains, its losses in the bar."""
 
 from __future__ import annotations
 
 import json
 import math
+import platform
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..common.energy import EnergyCounter
 from ..common.files import append_json_line, read_json_lines, write_text
 from ..errors import NonFiniteError
+from ..memory.budget import free_bytes
 from ..memory.peak_meter import PeakMeter
+
+_PROCESSORS = Path("/proc/cpuinfo")
 
 
 class RunMetrics(TrainerCallback):  # type: ignore[misc]
@@ -133,3 +139,38 @@ class LossInProgressBar(ProgressCallback):  # type: ignore[misc]
         if self.training_bar is not None and logs:
             shown = {key: f"{float(logs[key]):.4f}" for key in ("loss", "eval_loss") if key in logs}
             self.training_bar.set_postfix(shown, refresh=False)
+
+
+def hardware_facts(device: torch.device) -> dict[str, Any]:
+    """Name of a device, the share of it that is busy, and its free and whole memory in bytes, as JSON values.
+
+    The share is that of all cores over the last minute; of a GPU as the driver tells it, None where it does not.
+
+    Args:
+        device: where the run trains.
+    """
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, total, busy = properties.name, int(properties.total_memory), _busy_gpu(device)
+    else:
+        cores = psutil.cpu_count() or 1
+        name, total = f"{_processor()}, {cores} cores", int(psutil.virtual_memory().total)
+        busy = min(psutil.getloadavg()[0] / cores, 1.0)
+    return {"device": name, "busy": busy, "free_bytes": free_bytes(device), "total_bytes": total}
+
+
+def _busy_gpu(device: torch.device) -> float | None:
+    try:
+        return torch.cuda.utilization(device) / 100
+    except (ModuleNotFoundError, RuntimeError):  # torch asks NVIDIA's library, which may be absent or refuse
+        return None
+
+
+def _processor() -> str:
+    """The name of the processor, as Linux gives it; elsewhere its kind."""
+    try:
+        lines = _PROCESSORS.read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

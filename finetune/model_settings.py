@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..memory.marked_segments import CHECKPOINT
-from ..memory.step_parts import requires_grad_hook
+from ..memory.training_step import CHECKPOINT, requires_grad_hook
 
 _SWITCHES = ("gradient_checkpointing", CHECKPOINT, "_loss_function")
 """Attributes of a module that say whether it runs again in the backward pass, and how, and what computes its loss."""

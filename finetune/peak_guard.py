@@ -21,8 +21,8 @@ from ..errors import BudgetError, UnsupportedError
 from ..lora.signals import signal_buffer_bytes
 from ..memory.batch_shape import BatchShape, reshaped
 from ..memory.budget import Budget
+from ..memory.calibration import highest_ranks, measure_memory
 from ..memory.cost import ByteCost, plan_cost
-from ..memory.for_training import highest_ranks, measure_memory
 from ..memory.model import MemoryModel
 from ..memory.model_states import excess_of_state
 from ..memory.peak_meter import PeakMeter

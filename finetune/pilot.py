@@ -13,6 +13,7 @@ import torch
 from ..agents.learned.exploring import exploring
 from ..agents.learned.goals import with_goal
 from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
+from ..agents.rules.given_plan import PlanFile, given_ranks
 from ..allocation.bounds import Bounds, rank_bounds
 from ..allocation.controller import RankController
 from ..allocation.goal import goal_of
@@ -27,12 +28,11 @@ from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, resizable_targets
 from ..lora.scaling_names import Scaling
 from ..lora.starts import start_kept
-from ..memory.budget import Budget
+from ..memory.budget import Budget, TimeBudget
+from ..memory.calibration import beside_model
 from ..memory.recording import Batch
-from ..memory.time_budget import TimeBudget
 from .before_training import Progress, learned_kept, prepare, put_back_on_error, run_memory, within_all
 from .correction import Correction
-from .given_ranks import given_ranks
 from .gradient_watch import GradientWatch
 from .journal import Journal
 from .loop_calls import LoopCalls
@@ -41,11 +41,9 @@ from .options import check_options, check_run, readable_budget
 from .peak_guard import PeakGuard
 from .readings import Readings
 from .recomputation import recomputing
-from .review import PlanReview
 from .run import TrainingRun
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state
-from .time_before_training import other_time_limit, settle_time
-from .worth_recomputing import decide
+from .time_before_training import StepTimer, decide
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +57,7 @@ class RankPilot(Readings):
 
     Args:
         policy: "default", which ships with the package, the folder of a trained policy, the name of a rule
-            ("signal-mean", "top-down"), or a policy object.
+            ("signal-mean", "top-down"), a plan that a person edited ("plan.yaml"), or a policy object.
         budget: bytes at the peak of a step ("350MB", "6GiB", an int from 1024 on), a share of what plain LoRA takes,
             rank 8 on all modules ("80%", 0.8), most of the memory that is free on the device ("auto"), or a number of
             adapter parameters ("300k params").
@@ -72,12 +70,9 @@ class RankPilot(Readings):
         fresh: begin with new adapters. By default trained ones are kept, and the first plan resizes them.
         tell: called with a line for each decision and each correction; by default they go to the log of this module.
         progress: shows how far the probe has come.
-        review: a file. Each plan is written there, and a person changes or approves it before it is applied. Without a
-            terminal the run waits until the file says `approved: true`.
-        review_timeout: how many seconds to wait for that; None for as long as it takes.
         recompute: let as few layers as each plan needs run again in the backward pass (gradient checkpointing, layer by
             layer): less memory, more time, the same losses. A share is then one of what plain LoRA takes without.
-            A policy with networks uses it only where they expect that to pay; see `worth_recomputing`.
+            A policy with networks uses it only where they expect that to pay; see `time_before_training.decide`.
         time: what a step may take in time: a share of what plain LoRA takes with no layer run again ("75%"), or
             seconds ("0.8s"), measured on the device before training.
         explore: draw each plan at this temperature and log the probabilities (`exploring`); by default take the best.
@@ -108,8 +103,6 @@ class RankPilot(Readings):
         fresh: bool = False,
         tell: Callable[[str], None] | None = None,
         progress: Progress[Any] | None = None,
-        review: str | Path | None = None,
-        review_timeout: float | None = None,
         recompute: bool = False,
         time: str | TimeBudget | None = None,
         explore: float | None = None,
@@ -130,7 +123,7 @@ class RankPilot(Readings):
         self.time: TimeBudget | None = None if time is None else TimeBudget.parse(time)
         decisions = DecisionLog(Path(log)) if log else None
         self.journal: Journal = Journal(decisions, self.policy, tell or logger.info, recompute)
-        self._review, self._measure_every = PlanReview.of(review, review_timeout), measure_every
+        self._measure_every = measure_every
         self._guard, self._losses, self._progress = PeakGuard(measure_every), LossMeter(), progress
 
     # The events of a run, in their order ------------------------------------------------------------------------------
@@ -146,10 +139,9 @@ class RankPilot(Readings):
             BudgetError: no plan fits the budget.
             UnsupportedError: the model, the optimiser or the loss cannot be handled.
             DataError, NonFiniteError: the training set is empty, or the loss is NaN or infinite.
-            ReviewError: a person refused the plan, or gave no answer in time.
             ProcessError: the first of several processes failed, or they no longer hold the same adapters.
         """
-        self._start(run, resumed=False)
+        self._start(run)
         targets = resizable_targets(run.model, self.scaling)
         self.journal.open(name, [], writes=run.replicas.processes.first)
         kept = start_kept(run.model, targets, self.fresh, self.journal.note)
@@ -168,7 +160,7 @@ class RankPilot(Readings):
             )
             self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
             if self.time:
-                settle_time(run, self.controller, self._ask, memory, recomputation)
+                StepTimer(run, targets, memory, self.controller.limit, recomputation).settle(self.controller, self._ask)
             self._decide()
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
@@ -184,7 +176,7 @@ class RankPilot(Readings):
             RunFolderError: policy, schedule, bounds or the model's ranks are others than those of that time.
             BudgetError: no plan fits another budget.
         """
-        self._start(run, resumed=True)
+        self._start(run)
         targets = resizable_targets(run.model, self.scaling)
         low, high = rank_bounds(targets, self.bounds)
         adapters, schedule = PeftAdapters(run.model, targets), self.schedule
@@ -205,10 +197,10 @@ class RankPilot(Readings):
                 recomputation.take(layers)
             if (was := before.get("budget")) != settings["budget"]:
                 budget, on_first = within_all(run, self.budget), run.replicas.processes.on_first
-                limit = on_first(lambda: controller.limit_of(budget.beside(run.model), run.device, was))
+                limit = on_first(lambda: controller.limit_of(beside_model(budget, run.model), run.device, was))
             if before.get("time") != settings["time"]:
-                facts = (run, targets, self.time, memory, limit, recomputation)
-                controller.time = other_time_limit(controller.time, *facts)
+                timer = StepTimer(run, targets, memory, limit, recomputation)
+                controller.time = timer.other_limit(controller.time, self.time)
             self._guard.attach(run, self._controller, memory, self._corrected, recomputation)
             run.replicas.changed(targets, step)
             if changed := changes(settings, before):
@@ -221,7 +213,7 @@ class RankPilot(Readings):
         A batch that is larger than all before may shrink the plan. A decision that was put off is made here.
 
         Raises:
-            BudgetError, ReviewError: see `after_step`; no plan fits the larger batch.
+            BudgetError: no plan fits the larger batch, or the plan of the decision does not fit.
         """
         self._decide_if_due()
         self._calls.made("before_step")
@@ -257,7 +249,6 @@ class RankPilot(Readings):
         Raises:
             ConfigError: the step had no `before_step`, or no `before_optimizer_step`.
             BudgetError: the step was above the budget, and no plan fits.
-            ReviewError: a person refused the plan, or gave no answer in time.
         """
         self._check_begun()
         self._calls.end_step(self._step + 1)
@@ -335,14 +326,12 @@ class RankPilot(Readings):
 
     # What the events do -----------------------------------------------------------------------------------------------
 
-    def _start(self, run: TrainingRun, *, resumed: bool) -> None:
+    def _start(self, run: TrainingRun) -> None:
         check_run(run)
         self._run = run
         self._guard.finish()  # of an earlier run that did not end
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
         self._guard, self._losses = PeakGuard(self._measure_every), LossMeter(run.replicas.processes)
-        if self._review is not None:
-            self._review.processes, self._review.resumed = run.replicas.processes, resumed
 
     def _decide_if_due(self) -> None:
         if self._is_due():
@@ -352,19 +341,17 @@ class RankPilot(Readings):
     def _decide(self) -> None:
         controller, step, loss = self._controller, self._step, self._losses.mean()
         self._guard.deciding()
-        notes: dict[str, str] = {}
-        with nullcontext() if controller.decision else learned_kept(self._run, controller, self.journal.note):
-            asked = self._guard, controller, self._ask, self.journal.note, step, loss
-            observation, decision = decide(*asked, recomputes=self.recompute)
+        by_hand = isinstance(self.policy, PlanFile)  # who wrote the plan may shrink trained adapters
+        keeps = not by_hand and not controller.decision
+        with learned_kept(self._run, controller, self.journal.note) if keeps else nullcontext():
+            observation, decision = decide(
+                self._guard, controller, self._ask, self.journal.note, step, loss, recomputes=self.recompute
+            )
             self.decision = decision
-            if self._review is None:
-                plan = controller.apply(decision, step, self._run.optimizer)
-            else:
-                facts = len(self.predictions), step, self.policy.name, self._run.optimizer
-                plan, notes = self._review.apply(controller, observation, decision, *facts)
+            plan = controller.apply(decision, step, self._run.optimizer)
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
-        self._record(step, loss, observation, decision, plan, notes)
+        self._record(step, loss, observation, decision, plan)
 
     def _ask(self, observation: Observation) -> Decision:
         return self._run.replicas.processes.on_first(lambda: self.policy.decide(observation))

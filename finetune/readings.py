@@ -11,8 +11,7 @@ from ..allocation.schedule import DecisionSchedule
 from ..errors import ConfigError
 from ..lora.adapters import PeftAdapters
 from ..lora.scaling_names import Scaling
-from ..memory.budget import Budget
-from ..memory.time_budget import TimeBudget
+from ..memory.budget import Budget, TimeBudget
 from .journal import Journal
 from .peak_guard import PeakGuard
 from .run_settings import run_settings

@@ -13,10 +13,9 @@ from ..errors import UnsupportedError
 from ..lora.targets import unwrap
 from ..memory.batch_shape import BatchShape
 from ..memory.cost import ByteCost
-from ..memory.model import MemoryModel
-from ..memory.recomputation import fewest_recomputed, recomputed_cost
-from ..memory.step_parts import check_checkpointing, switch_checkpointing
+from ..memory.model import MemoryModel, fewest_recomputed, recomputed_cost
 from ..memory.tiled_loss import use_tiled_loss
+from ..memory.training_step import check_checkpointing, switch_checkpointing
 from .model_settings import ModelSettings
 
 

@@ -21,8 +21,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..memory.batch_shape import BatchShape, map_tensors, tensors_of
 from ..memory.model_states import trained_outside
 from ..memory.recording import Batch
-from ..memory.step_parts import release_inputs
-from ..memory.training_step import LossFunction, TrainingStep, checked_loss, model_loss
+from ..memory.training_step import LossFunction, TrainingStep, checked_loss, model_loss, release_inputs
 from .attributes import put_back
 from .replicas import Replicas
 

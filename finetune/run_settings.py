@@ -15,8 +15,7 @@ from ..errors import RankPilotError, RunFolderError, first_line, shown
 from ..lora.ladder import REFERENCE_RANK
 from ..lora.peft_config import adapter_ranks
 from ..lora.targets import TargetModule
-from ..memory.budget import Budget
-from ..memory.time_budget import TimeBudget
+from ..memory.budget import Budget, TimeBudget
 
 MAY_CHANGE = ("budget", "time")
 
@@ -63,7 +62,7 @@ def check_same(now: Mapping[str, Any], state: Mapping[str, Any], targets: Sequen
 
     Args:
         now: the settings.
-        state: what `RankPilot.state_dict` returned; those of earlier versions tell no ranks and no scalings.
+        state: what `RankPilot.state_dict` returned.
         targets: the model's adapters.
 
     Returns:
@@ -76,7 +75,7 @@ def check_same(now: Mapping[str, Any], state: Mapping[str, Any], targets: Sequen
         raise RunFolderError(f"This is no state of a run: it has {shown([*state])}. Pass what `state_dict` returned.")
     before, adapters = state["settings"], adapter_settings(targets)
     ranks, scalings = adapters["ranks"], adapters["scalings"]
-    there, scaled = state.get("ranks", ranks), state.get("scalings", scalings)
+    there, scaled = state["ranks"], state["scalings"]
     differing = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
     if differing:
         each = "; ".join(f"{key}: {shown(before.get(key))} there, {now[key]!r} now" for key in differing)

@@ -1,171 +1,143 @@
-"""The time of a run's step, measured before training, and the limit that a person sets it."""
+"""The time of a run's step, measured before training, and what follows: its limit, and whether layers run again."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from ..allocation.controller import RankController
+from ..allocation.goal import TOLERANCE
 from ..allocation.observation import Observation
+from ..allocation.plan import check_budget
 from ..allocation.policy import Decision
 from ..allocation.time_limit import FewestLayers, TimeLimit
 from ..common.arrays import IntArray
-from ..errors import UnsupportedError
+from ..errors import BudgetError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.ladder import REFERENCE_RANK
 from ..lora.targets import TargetModule
 from ..memory.batch_shape import BatchShape, reshaped
-from ..memory.for_training import highest_ranks
+from ..memory.budget import TimeBudget
+from ..memory.calibration import highest_ranks
 from ..memory.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
-from ..memory.model import MemoryModel
-from ..memory.recomputation import fewest_recomputed
+from ..memory.model import MemoryModel, fewest_recomputed
 from ..memory.recording import Batch
 from ..memory.step_time import PARTS, StepTime
-from ..memory.time_budget import TimeBudget
+from .peak_guard import PeakGuard
 from .recomputation import Recomputation
 from .run import TrainingRun
 
 LEAST_LENGTH = 16
 """Texts are not cut below this many tokens, so that the time of a step is more than that of its overhead."""
 
+Ask = Callable[[Observation], Decision]
+"""Asks a policy for a decision."""
 
-def time_limit(
-    run: TrainingRun,
-    targets: Sequence[TargetModule],
-    budget: TimeBudget,
-    memory: MemoryModel | None,
-    limit: float,
-    recomputation: Recomputation | None,
-) -> TimeLimit:
-    """Measure the time of a run's step under any plan, and set its limit.
+
+@dataclass(frozen=True, eq=False)
+class StepTimer:
+    """Times the steps of a run that is about to begin.
 
     Steps that are timed stay within the limit of bytes as well: if one would not with the largest batch, fewer rows or
     shorter texts are timed, and time counts in proportion to tokens. A step is an optimiser's step, with all its
     batches.
 
-    Args:
+    Attributes:
         run: the run.
         targets: the target modules of its model.
-        budget: the limit of time as its user gave it.
         memory: predicts bytes, where the budget counts them; with all layers running again under `recomputation`.
         limit: of bytes, if `memory` is given.
-        recomputation: chooses the layers that run again; all do now.
-
-    Raises:
-        DataError, UnsupportedError: see `TrainingRun.largest_batch` and `measure_step_time`.
+        recomputation: chooses the layers that run again; all do while a method runs, and afterwards.
     """
-    time = run.measured(lambda: _step_time(run, targets, memory, limit, recomputation))
-    fewest = partial(fewest_recomputed, memory, limit=limit) if recomputation and memory else None
-    return _limit(budget, time, targets, fewest)
 
+    run: TrainingRun
+    targets: Sequence[TargetModule]
+    memory: MemoryModel | None
+    limit: float
+    recomputation: Recomputation | None
 
-def _step_time(
-    run: TrainingRun,
-    targets: Sequence[TargetModule],
-    memory: MemoryModel | None,
-    limit: float,
-    recomputation: Recomputation | None,
-) -> StepTime:
-    """The time of a step with the run's largest batch; see `time_limit`."""
-    batch, share = _timed_batch(run, targets, memory, limit, recomputation)
-    time = measure_step_time(run.step, targets, batch, recomputation.take if recomputation else None)
-    return time.scaled(np.full(len(PARTS), run.accumulation / share))
+    def time_limit(self, budget: TimeBudget) -> TimeLimit:
+        """Measure the time of a step under any plan, and set it the limit that its user gave.
 
+        Raises:
+            DataError, UnsupportedError: see `TrainingRun.largest_batch` and `measure_step_time`.
+        """
+        fewest = (
+            partial(fewest_recomputed, self.memory, limit=self.limit) if self.recomputation and self.memory else None
+        )
+        return self._limit(budget, self.run.measured(self._step_time), fewest)
 
-def _timed_batch(
-    run: TrainingRun,
-    targets: Sequence[TargetModule],
-    memory: MemoryModel | None,
-    limit: float,
-    recomputation: Recomputation | None,
-) -> tuple[Batch, float]:
-    """The batch of timed steps, and its tokens as a share of those of the run's largest one; see `time_limit`."""
-    batch, each = run.largest_batch(), run.step.rows_per_example
-    whole = BatchShape.of(batch)
-    layers = recomputation.layers if recomputation else ()
-    shape = _largest_that_fits(memory, timed_plans(targets, layers), limit, each) if memory else whole
-    timed = batch if shape == whole else reshaped(batch, shape, each)
-    return timed, shape.rows * shape.length / (whole.rows * whole.length)
+    def other_limit(self, before: TimeLimit | None, budget: TimeBudget | None) -> TimeLimit | None:
+        """The limit of a run that is resumed with another time: of the time that was measured before, if it was.
 
+        Args:
+            before: the limit of the run that is resumed; None if it had none.
+            budget: the new limit; None for none.
+        """
+        if budget is None:
+            return None
+        return self._limit(budget, before.time, before.layers) if before else self.time_limit(budget)
 
-def settle_time(
-    run: TrainingRun,
-    controller: RankController[PeftAdapters],
-    decide: Callable[[Observation], Decision],
-    memory: MemoryModel | None,
-    recomputation: Recomputation | None,
-) -> None:
-    """Let a run's limit of time agree with steps under the first plan that it leads to; see `TimeLimit.settled`.
+    def settle(self, controller: RankController[PeftAdapters], ask: Ask) -> None:
+        """Let the limit of time agree with steps under the first plan that it leads to; see `TimeLimit.settled`.
 
-    Args:
-        run: that is about to begin.
-        controller: before its first decision, with a limit of time; it gets the new one.
-        decide: the policy.
-        memory: see `time_limit`, as `recomputation`.
-        recomputation: chooses the layers that run again; all do now, and afterwards.
-    """
-    given, targets = controller.time, controller.targets
-    assert given is not None, "time is limited"
-    plain = np.minimum(REFERENCE_RANK, highest_ranks(targets))
-    take = recomputation.take if recomputation else None
+        Args:
+            controller: before its first decision, with a limit of time; it gets the new one.
+            ask: the policy.
+        """
+        given = controller.time
+        assert given is not None, "time is limited"
+        plain = np.minimum(REFERENCE_RANK, highest_ranks(self.targets))
 
-    def plan(limit: TimeLimit) -> IntArray:
-        controller.time = limit
-        problem = controller.problem()
-        limit.check(problem)
-        return controller.propose(decide(controller.observe(0)))[1].ranks
+        def plan(limit: TimeLimit) -> IntArray:
+            controller.time = limit
+            problem = controller.problem()
+            limit.check(problem)
+            return controller.propose(ask(controller.observe(0)))[1].ranks
 
-    def measured(ranks: IntArray) -> float:
-        planned, reference = (ranks, given.layers(ranks) if given.layers else ()), (plain, ())
+        def measured(ranks: IntArray) -> float:
+            planned = ranks, given.layers(ranks) if given.layers else ()
 
-        def share() -> float:
-            batch, _ = _timed_batch(run, targets, memory, controller.limit, recomputation)
-            return measured_share(run.step, targets, batch, planned, reference, take)
+            def share() -> float:
+                batch, _ = self._timed_batch()
+                return measured_share(self.run.step, self.targets, batch, planned, (plain, ()), self._take)
 
-        return run.measured(share)
+            return self.run.measured(share)
 
-    controller.time = given.settled(plan, measured, given.time.seconds(plain, () if take else None))
-    if recomputation:
-        recomputation.take(recomputation.layers)
+        controller.time = given.settled(plan, measured, given.time.seconds(plain, () if self._take else None))
+        if self.recomputation:
+            self.recomputation.take(self.recomputation.layers)
 
+    @property
+    def _take(self) -> Callable[..., None] | None:
+        return self.recomputation.take if self.recomputation else None
 
-def other_time_limit(
-    before: TimeLimit | None,
-    run: TrainingRun,
-    targets: Sequence[TargetModule],
-    budget: TimeBudget | None,
-    memory: MemoryModel | None,
-    limit: float,
-    recomputation: Recomputation | None,
-) -> TimeLimit | None:
-    """The limit of a run that is resumed with another time: of the time that was measured before, if it was.
+    def _limit(self, budget: TimeBudget, time: StepTime, layers: FewestLayers | None) -> TimeLimit:
+        most = highest_ranks(self.targets)
+        plain = np.minimum(REFERENCE_RANK, most)  # beside it with the layers that the user's step runs again
+        beside = time.seconds(plain) if budget == TimeBudget.unlimited() else None
+        return TimeLimit(time, budget.resolve(time, most), layers, beside)
 
-    Args:
-        before: the limit of the run that is resumed.
-        run: see `time_limit`, as the other arguments.
-        targets: the target modules.
-        budget: the new limit; None for none.
-        memory: predicts bytes.
-        limit: of bytes.
-        recomputation: chooses the layers that run again.
-    """
-    if budget is None:
-        return None
-    if before is None:
-        return time_limit(run, targets, budget, memory, limit, recomputation)
-    return _limit(budget, before.time, targets, before.layers)
+    def _step_time(self) -> StepTime:
+        """The time of a step with the run's largest batch."""
+        batch, share = self._timed_batch()
+        time = measure_step_time(self.run.step, self.targets, batch, self._take)
+        return time.scaled(np.full(len(PARTS), self.run.accumulation / share))
 
-
-def _limit(
-    budget: TimeBudget, time: StepTime, targets: Sequence[TargetModule], layers: FewestLayers | None
-) -> TimeLimit:
-    most = highest_ranks(targets)
-    plain = np.minimum(REFERENCE_RANK, most)  # beside it with the layers that the user's step runs again
-    beside = time.seconds(plain) if budget == TimeBudget.unlimited() else None
-    return TimeLimit(time, budget.resolve(time, most), layers, beside)
+    def _timed_batch(self) -> tuple[Batch, float]:
+        """The batch of timed steps, and its tokens as a share of those of the run's largest one."""
+        batch, each = self.run.largest_batch(), self.run.step.rows_per_example
+        whole = shape = BatchShape.of(batch)
+        if self.memory:
+            plans = timed_plans(self.targets, self.recomputation.layers if self.recomputation else ())
+            shape = _largest_that_fits(self.memory, plans, self.limit, each)
+        timed = batch if shape == whole else reshaped(batch, shape, each)
+        return timed, shape.rows * shape.length / (whole.rows * whole.length)
 
 
 def _largest_that_fits(
@@ -186,3 +158,64 @@ def _largest_that_fits(
         return shapes[min(bisect_left(range(len(shapes)), True, key=fits), len(shapes) - 1)]
     except UnsupportedError:  # the shape that was measured is the only one that is known
         return memory.shape
+
+
+def decide(
+    guard: PeakGuard,
+    controller: RankController[Any],
+    ask: Ask,
+    note: Callable[[str], None],
+    step: int,
+    loss: float | None,
+    *,
+    recomputes: bool,
+) -> tuple[Observation, Decision]:
+    """Ask a policy for a decision; at the first one, where layers may run again, for two, and take the better one.
+
+    The plan without recomputation takes less time. So it is taken unless the networks expect that the other one's loss
+    is lower by more than `TOLERANCE`. A rule expects nothing, and a goal of cost has a cost of its own: there, layers
+    run again as the plan needs.
+
+    Args:
+        guard: has priced plans for this decision.
+        controller: of the run.
+        ask: the policy.
+        note: tells a line.
+        step: optimiser steps done.
+        loss: mean training loss since the last decision, if known.
+        recomputes: whether layers may run again in this run.
+
+    Returns:
+        What was seen, and the decision; plans are priced as they were for it.
+
+    Raises:
+        BudgetError: no plan fits.
+    """
+    observation = controller.observe(step, loss)
+    decision = ask(observation)
+    gained = _expected(decision)
+    if controller.decision or not recomputes or gained is None:
+        return observation, decision
+    guard.deciding(recomputing=False)
+    try:
+        check_budget(controller.problem(), list(controller.names))
+        without = controller.observe(step, loss)
+        other = ask(without)
+    except BudgetError:
+        guard.deciding()
+        return observation, decision
+    lost = _expected(other)
+    if lost is None or lost - gained > TOLERANCE:
+        guard.deciding()
+        return observation, decision
+    note(
+        f"No layer runs again before memory asks for it: that is expected to lower the loss by {lost - gained:.3f} "
+        f"(log), and it is worth its time from {TOLERANCE:g} on."
+    )
+    return without, other
+
+
+def _expected(decision: Decision) -> float | None:
+    """The loss that is expected beside plain LoRA; None of a rule, and under a goal of cost."""
+    found = decision.deliberation
+    return None if found is None or found.goal.saves else found.loss_beside_plain

@@ -27,8 +27,8 @@ from ..errors import ConfigError, UnsupportedError
 from ..lora.ladder import REFERENCE_RANK
 from ..lora.scaling import choose_scaling
 from ..lora.targets import find_target_modules
-from ..memory.step_parts import check_checkpointing, check_installed
-from ..memory.text_models import check_length
+from ..memory.find_configuration import check_length
+from ..memory.training_step import check_checkpointing, check_installed
 from .config import FinetuneConfig
 from .metrics import LossInProgressBar
 from .trainer_settings import new_arguments

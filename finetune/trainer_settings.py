@@ -18,7 +18,7 @@ from ..common.files import parse_json
 from ..data.task import Task
 from ..errors import ConfigError, UnknownNameError, UnsupportedError, first_line, shown
 from ..memory.step_config import OptimizerName
-from ..memory.step_parts import CHECKPOINTING
+from ..memory.training_step import CHECKPOINTING
 from .config import FinetuneConfig
 
 _RANK = re.compile(r"[0-9]{1,10}")

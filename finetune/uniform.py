@@ -11,12 +11,11 @@ from ..allocation.problem import AllocationProblem
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, make_resizable
 from ..lora.targets import find_target_modules
-from ..memory.budget import Budget
-from ..memory.time_budget import TimeBudget
+from ..memory.budget import Budget, TimeBudget
 from .before_training import run_costs
 from .callback import run_of
 from .recomputation import Recomputation
-from .time_before_training import time_limit
+from .time_before_training import StepTimer
 from .trainer_step import TrainerStep, find_trainer
 
 
@@ -78,7 +77,7 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
             return
         timed = None
         if self.time:
-            timed = time_limit(run, targets, self.time, costs.memory, self.limit, recomputation)
+            timed = StepTimer(run, targets, costs.memory, self.limit, recomputation).time_limit(self.time)
         problem = AllocationProblem.of(
             targets, timed.added_to(costs.cost, self.limit) if timed else costs.cost, self.limit
         )

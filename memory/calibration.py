@@ -1,30 +1,39 @@
-"""Measures, by a few small recorded steps, what plans cost on a user's model and batch."""
+"""From a training step to the limit of its plans: byte model, cost of a plan, budget in the same unit.
+
+The byte model comes of a few small steps that are recorded on the user's model and batch.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from peft.utils.integrations import get_bnb_param_type
 from torch import nn
 
+from ..common.arrays import IntArray
 from ..common.module_names import branches_to
-from ..errors import RankPilotError, UnsupportedError
+from ..common.units import format_bytes
+from ..errors import BudgetError, ConfigError, RankPilotError, UnsupportedError
 from ..lora.factors import write_in_place
+from ..lora.signals import signal_buffer_bytes
 from ..lora.targets import TargetModule
 from .batch_shape import BatchShape, reshaped
-from .device_kind import device_kind
-from .growth import Growth
-from .loss_tiles import LossTiles
-from .model import RANK, MemoryModel
-from .model_states import model_states, trained_outside
+from .breakdown import frozen_bytes
+from .budget import Budget, Limit
+from .cost import ParameterCost, UntimedCost
+from .device_table import HOPPER_WORKSPACE_BYTES
+from .live_storages import device_kind
+from .model import RANK, Growth, MemoryModel, recomputed_cost
+from .model_states import model_states, trained_outside, with_buckets
 from .recorder import Recorder
 from .recording import Batch, Recording
-from .training_step import LossFunction
+from .tiled_loss import LossTiles
+from .training_step import LossFunction, TrainingStep
 
 CUT_FAILS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
 """What a loss function may raise for a batch that was cut."""
@@ -84,14 +93,14 @@ def calibrate(
     _check_all_ran(base, targets)
     slope = np.where(base.target_index >= 0, (double.sizes - base.sizes) / RANK, 0.0)
     return MemoryModel(
-        shape,
-        accumulates,
-        model_states(model, targets, optimizer, signal_bytes),
-        base,
-        base.sizes - RANK * slope,
-        slope,
-        growth,
-        CUDA_BLOCK if device_kind(next(model.parameters())) == "cuda" else 1,
+        shape=shape,
+        accumulates=accumulates,
+        states=model_states(model, targets, optimizer, signal_bytes),
+        recording=base,
+        _base=base.sizes - RANK * slope,
+        _slope=slope,
+        _growth=growth,
+        _block_bytes=CUDA_BLOCK if device_kind(next(model.parameters())) == "cuda" else 1,
     )
 
 
@@ -223,3 +232,128 @@ def _without_part(absent: Sequence[str], ran: Sequence[str]) -> str:
         return f"{text}."
     pattern = "|".join(map(re.escape, named))
     return rf"""{text}, or give LoraConfig exclude_modules=r"({pattern})(\..*)?"."""
+
+
+LOOP_BYTES = 1024
+"""Room for the few scalars that a training loop adds to the graph, such as a loss divided by a token count."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlanCosts:
+    """What plans cost, and their limit; `memory`, None under a budget of parameters, predicts other batch shapes."""
+
+    cost: UntimedCost
+    limit: Limit
+    memory: MemoryModel | None
+
+
+def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: Batch, *, signals: bool) -> MemoryModel:
+    """The byte model of a training loop's step: `calibrate`, with the scalars and the buckets that the loop adds.
+
+    Takes batches as `calibrate` does and raises its errors; with `signals`, plans pay for signal buffers.
+    """
+    memory = calibrate(
+        step.model,
+        targets,
+        batch,
+        step.optimizer,
+        loss=step.loss,
+        rows_per_example=step.rows_per_example,
+        signal_bytes=signals,
+        accumulates=step.accumulates,
+    )
+    states = replace(memory.states, others=memory.states.others + LOOP_BYTES)
+    return replace(memory, states=with_buckets(states, step.model, targets, step.bucket_copies))
+
+
+def plan_costs(
+    budget: Budget,
+    step: TrainingStep,
+    targets: Sequence[TargetModule],
+    batch: Batch,
+    *,
+    signals: bool,
+    recompute: bool = False,
+    kept: IntArray | None = None,
+) -> PlanCosts:
+    """What plans cost in this step, on its largest batch, and the limit that a budget sets them.
+
+    A share is a share of what *plain* LoRA takes, rank 8 on all modules, without signal buffers. With `recompute`,
+    layers may run again in the backward pass, as all do in the step as it is set: plans cost what `recomputed_cost`
+    says, and a share is one of what plain LoRA takes where none does. Under a budget of parameters nothing is measured.
+    See `Budget.resolve` for `kept`, and `measure_memory` for the other arguments.
+    """
+    if budget.kind == "parameters":
+        return PlanCosts(*limited_cost(budget, targets, None, kept), None)
+    memory = measure_memory(step, targets, batch, signals=False)
+    plainly = memory.recomputing(()) if recompute else memory
+    cost, limit = limited_cost(beside_model(budget, step.model), targets, plainly, kept)
+    if signals:
+        memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
+    if recompute:
+        cost = recomputed_cost(memory, highest_ranks(targets), limit.value)
+    elif signals:
+        cost = memory.cost()
+    return PlanCosts(cost, limit, memory)
+
+
+def limited_cost(
+    budget: Budget, targets: Sequence[TargetModule], memory: MemoryModel | None, kept: IntArray | None = None
+) -> tuple[UntimedCost, Limit]:
+    """The cost that a budget limits, and its limit.
+
+    A budget of "total" bytes comes as what is left of it (`beside_model`). `memory` is the byte model without signal
+    buffers; None only under a budget of parameters. See `Budget.resolve` for `kept`.
+    """
+    cost: UntimedCost = ParameterCost.of(targets) if budget.kind == "parameters" or memory is None else memory.cost()
+    # "auto" reads the free memory here: by now, libraries have taken the memory that they need to compute.
+    return cost, budget.resolve(cost, highest_ranks(targets), targets[0].weight_a.device, kept)
+
+
+def highest_ranks(targets: Sequence[TargetModule]) -> IntArray:
+    """The highest rank that each module can have, int64 (modules,)."""
+    return np.array([target.max_rank for target in targets], dtype=np.int64)
+
+
+def check_rank(rank: int, targets: Sequence[TargetModule]) -> None:
+    """Raise ConfigError for a rank that none of the modules can have."""
+    widest = max(target.max_rank for target in targets)
+    if rank > widest:
+        raise ConfigError(f"No module has a rank above {widest}, the smaller width of the widest; got {rank}.")
+
+
+MOST_WORKSPACE_BYTES = 2 * HOPPER_WORKSPACE_BYTES
+"""What cuBLAS takes through torch's allocator at most: a workspace for each of two threads (on Hopper; less before)."""
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes on the model's device beside those that plans are priced with.
+
+    They are those of the frozen model; on CUDA also all that is used outside torch's allocator, by contexts and other
+    processes, and workspaces of cuBLAS.
+    """
+    frozen, device = frozen_bytes(model), next(model.parameters()).device
+    if device.type != "cuda":
+        return frozen
+    free, total = torch.cuda.mem_get_info(device)
+    return frozen + total - free - torch.cuda.memory_reserved(device) + MOST_WORKSPACE_BYTES
+
+
+def beside_model(budget: Budget, model: nn.Module) -> Budget:
+    """What is left of a budget of "total" bytes beside what lies on the device whatever the plan; any other as it is.
+
+    That is the frozen model and, on CUDA, what contexts and libraries take (`resident_bytes`).
+
+    Raises:
+        BudgetError: that alone takes all of it.
+    """
+    if budget.kind != "total":
+        return budget
+    resident = resident_bytes(model)
+    if resident >= budget.value:
+        raise BudgetError(
+            f"The budget of {format_bytes(budget.value)} in total is less than the frozen model and the device's "
+            f"context take, {format_bytes(resident, up=True)}. Give more, or load the model in a smaller precision "
+            "(bf16, or quantised)."
+        )
+    return Budget("bytes", budget.value - resident)

@@ -15,8 +15,7 @@ from ..lora.optimizer_layouts import unwrap_optimizer
 from ..lora.optimizer_state import state_bytes_of
 from ..lora.signals import signal_buffer_bytes
 from ..lora.targets import TargetModule
-from .device_kind import device_kind
-from .live_storages import storages
+from .live_storages import device_kind, storages
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,15 +1,16 @@
-"""What fits a card, and what it costs: the choices that a user has before a model is downloaded.
+"""What a training step takes, what other choices would take, and what fits: a card, or a budget.
 
-Everything follows from one recording on the meta device (`memory/from_config.py`) in which every layer runs again: the
-peak of any ranks, any depth, any set of recomputed layers and any batch.
+Every choice follows from one recording in which every layer runs again: the peak of any ranks, any depth, any set of
+recomputed layers and any batch. The recording is made on the meta device for a model that is known from its
+configuration (`memory_of`), or on the device for one that is here (`study.memory.here`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,19 +20,18 @@ from ..common.arrays import IntArray
 from ..errors import ConfigError, UnknownNameError
 from ..lora.ladder import REFERENCE_RANK
 from .batch_shape import BatchShape
-from .breakdown import frozen_sizes
+from .breakdown import Breakdown, break_down, frozen_sizes
+from .budget import Limit, reference_seconds
+from .calibration import check_rank, highest_ranks
+from .cost import ParameterCost, plan_cost
 from .device_table import DeviceRates, DeviceSpec, Precision, device_table, find_device_spec
 from .find_configuration import find_configuration
-from .for_training import check_rank, highest_ranks
 from .from_config import ConfiguredStep, LoadedAs, from_config
-from .hollow.attention import Attention
-from .model import MemoryModel
-from .recomputation import fewest_recomputed, holding_layers
+from .hollow_device import Attention
+from .model import MemoryModel, fewest_recomputed, holding_layers
 from .step_config import StepConfig
-from .step_time import StepTime
-from .step_work import OPERATOR_SECONDS, Rates
-from .time_budget import reference_seconds
-from .verdict import CardUse, card_use
+from .step_time import OPERATOR_SECONDS, Rates, StepTime
+from .verdict import CardUse, Verdict, card_use
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Precisions in which a frozen model can be loaded."""
@@ -39,17 +39,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
 """Batches of the grid, beside the one that was asked for."""
 
-PLACES = 9
-"""Places between all layers running again and none, in the picture."""
-
 USUAL_CARD = "RTX 4090"
 """Times on a card of which only the memory is known are by the rates of this one. They are told as shares."""
 
 SHARES = (0.75, 0.5, 0.25)
 """Shares of the layers, from the top, that are shown beside all of them."""
 
-RANKS = (8, 16, 64)
+RANKS = (1, 8, 16, 64)
 """Ranks on all modules that are shown beside the one that was asked for."""
+
+ChoiceKind = Literal["asked", "depth", "rank", "batch", "rule"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,22 +56,33 @@ class Choice:
     """One way to train.
 
     Attributes:
-        rank: of every adapted module, or the most that it can have.
+        kind: what is changed: nothing ("asked"), the layers that have adapters or run again ("depth"), the rank of all
+            modules, the batch, or the whole plan, by a rule.
+        rank: of every adapted module, or the most that it can have; under a rule the highest.
         layers: how many layers have adapters, from the top.
         recomputed: names of the layers that run again in the backward pass.
         ranks: the plan, int64 (modules,).
         step_bytes: predicted peak of a step, beside the frozen model.
-        use: what the card sees.
-        time: of a step, as a share of plain LoRA's: rank 8 on all modules, no layer runs again.
+        use: what the card sees; None without a card.
+        time: of a step, as a share of plain LoRA's: rank 8 on all modules, no layer runs again; None where work was not
+            counted.
+        verdict: whether it fits; None where nothing limits it.
+        shape: of the batch.
+        label: what people call it, where its numbers do not tell.
     """
 
+    kind: ChoiceKind
     rank: int
     layers: int
     recomputed: tuple[str, ...] = field(repr=False)
     ranks: IntArray = field(repr=False)
     step_bytes: float
-    use: CardUse
-    time: float
+    use: CardUse | None
+    time: float | None
+    verdict: Verdict | None
+    shape: BatchShape
+    label: str = ""
+    _memory: MemoryModel = field(repr=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -91,45 +101,73 @@ class GridCell:
     bytes: float
 
 
+@dataclass(frozen=True)
+class MeasuredStep:
+    """A measured step. The frozen model does not count unless it is named. None: the system does not report it.
+
+    Attributes:
+        peak_bytes: bytes of live tensors on the CPU, bytes that the allocator had handed out on CUDA.
+        resident_bytes: how far the process's resident memory rose above what it was without training state (CPU).
+        process_bytes: the process's peak resident memory, the model and all libraries included (CPU).
+        reserved_bytes: what the allocator had reserved, the model included (CUDA).
+    """
+
+    peak_bytes: int
+    resident_bytes: int | None = None
+    process_bytes: int | None = None
+    reserved_bytes: int | None = None
+
+
 class Outlook:
-    """What fits a card.
+    """What a training step takes, and what fits.
 
     Args:
-        step: from the configuration, with all layers checkpointed, or with none where the model's class has no
-            gradient checkpointing.
-        card: the card.
+        step: the step, with all layers checkpointed, or with none where the model's class has no gradient
+            checkpointing.
         rank: on all modules, or the most that one can have.
         settings: rows, tokens and further settings of the step.
-        dtype: of the frozen model, by its name in `DTYPES`.
+        card: the card that is asked about; None for a model that is looked at where it is.
+        dtype: of the frozen model on a card, by its name in `DTYPES`.
+        asked: the byte model of the step just as it was asked for; None on a card, where the choices decide what runs
+            again.
+        limit: what a step, or an adapter, may take at most; None without a budget.
+        measured: a real step, if one was taken.
+        facts: what else is known of a model that is here, by name: task and device.
 
     Attributes:
         blocks: number of layers with target modules.
+        notes: what could not be shown, and why.
     """
 
-    card: DeviceSpec
-    dtype: str
-    rank: int
-    settings: StepConfig
-    step: ConfiguredStep
-
-    def __init__(self, step: ConfiguredStep, card: DeviceSpec, rank: int, settings: StepConfig, dtype: str) -> None:
-        self.step, self.card, self.rank, self.settings, self.dtype = step, card, rank, settings, dtype
+    def __init__(
+        self,
+        step: ConfiguredStep,
+        rank: int,
+        settings: StepConfig,
+        *,
+        card: DeviceSpec | None = None,
+        dtype: str = "fp32",
+        asked: MemoryModel | None = None,
+        limit: Limit | None = None,
+        measured: MeasuredStep | None = None,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
+        self.step, self.rank, self.settings, self.card, self.dtype = step, rank, settings, card, dtype
+        self.measured, self.facts, self.notes = measured, dict(facts or {}), list[str]()
+        self._asked, self._limit, self._others = asked, limit, list[Choice]()
         self._blocks = np.array([target.block for target in step.targets])
         self._highest = highest_ranks(step.targets)
-        self._loaded = frozen_sizes(step.model)
+        self._loaded = frozen_sizes(step.model) if card else []
         self.blocks: int = len(np.unique(self._blocks))
 
     @cached_property
-    def _time(self) -> StepTime:
+    def _time(self) -> StepTime | None:
         """The time of any plan, by counted work and the published rates of the card, or of a usual one."""
-        assert self.step.work is not None, "the step was made without its work"
+        if self.step.work is None or self.card is None:
+            return None
         rates = self.card.rates or device_table()[USUAL_CARD].rates
         assert rates is not None, "cards of the table have rates"
         return self.step.work.time(Rates(product_rate(rates, self.dtype), rates.bytes_per_s, OPERATOR_SECONDS))
-
-    @cached_property
-    def _plain_seconds(self) -> float:
-        return reference_seconds(self._time, self._highest)
 
     @property
     def memory(self) -> MemoryModel:
@@ -137,8 +175,22 @@ class Outlook:
         return self.step.memory
 
     @property
+    def limit_bytes(self) -> float | None:
+        """Bytes of the card, or those that a step may take; None without a card and a budget of bytes."""
+        if self.card:
+            return self.card.memory_bytes
+        return self._limit.value if self._limit and self._limit.unit == "bytes" else None
+
+    @cached_property
+    def reference_bytes(self) -> float:
+        """The peak with rank 8 on all modules, as it was asked for; on a card, no layer runs again."""
+        plain = np.minimum(REFERENCE_RANK, self._highest)
+        return plan_cost(self._asked.cost(), plain) if self._asked else self.memory.recomputing(()).peak(plain)
+
+    @property
     def room(self) -> float:
-        """Bytes that a step may allocate beside the frozen model."""
+        """Bytes that a step may allocate beside the frozen model on the card."""
+        assert self.card is not None, "there is no card"
         taken = self.step.frozen_bytes + self.card.context_bytes + self.card.workspace_bytes
         return float(self.card.memory_bytes - taken)
 
@@ -152,93 +204,143 @@ class Outlook:
         lowest = np.unique(self._blocks)[-layers]
         return np.where(self._blocks >= lowest, np.minimum(rank, self._highest), 0)
 
-    def choice(self, layers: int, rank: int, recomputed: tuple[str, ...]) -> Choice:
-        """What the card sees under one choice; the batch is the one that was asked for."""
-        ranks, memory = self.plan(layers, rank), self.memory.recomputing(recomputed)
-        use = card_use(memory, ranks, self._loaded, self.card, evaluation=memory.shape)
-        time = self._time.seconds(ranks, recomputed) / self._plain_seconds
-        return Choice(rank, layers, recomputed, ranks, memory.peak(ranks), use, time)
+    def choice(self, layers: int, rank: int, recomputed: tuple[str, ...], kind: ChoiceKind = "depth") -> Choice:
+        """What one choice takes; the batch is the one that was asked for."""
+        return self._priced(kind, layers, rank, recomputed, self.memory.recomputing(recomputed))
 
-    def fitting(self, layers: int, rank: int) -> Choice:
-        """The same with as few recomputed layers as fit, the allocator's reserve included where that is possible."""
+    def add(self, kind: ChoiceKind, label: str, memory: MemoryModel, shape: BatchShape, ranks: IntArray) -> None:
+        """Show one choice more, which its numbers do not tell: another batch, or the plan of a rule.
+
+        Args:
+            kind: what is changed.
+            label: what people call it.
+            memory: the byte model of its step.
+            shape: of its batch, of which `memory` can tell.
+            ranks: its plan, int64 (modules,).
+        """
+        layers, rank = len(np.unique(self._blocks[ranks > 0])), int(ranks.max())
+        recomputed = tuple(dict.fromkeys(segment.name for segment in memory.segments))
+        self._others.append(self._priced(kind, layers, rank, recomputed, memory, ranks, shape, label))
+
+    def _priced(
+        self,
+        kind: ChoiceKind,
+        layers: int,
+        rank: int,
+        recomputed: tuple[str, ...],
+        memory: MemoryModel,
+        ranks: IntArray | None = None,
+        shape: BatchShape | None = None,
+        label: str = "",
+    ) -> Choice:
+        ranks, shape = self.plan(layers, rank) if ranks is None else ranks, shape or memory.shape
+        step_bytes = memory.peak(ranks, shape) if self.card else plan_cost(memory.cost(shape), ranks)
+        use = card_use(memory, ranks, self._loaded, self.card, shape=shape, evaluation=shape) if self.card else None
+        time = self._time.seconds(ranks, recomputed) / self._plain_seconds if self._time else None
+        verdict: Verdict | None = use.verdict if use else None
+        if self._limit:
+            cost = step_bytes if self._limit.unit == "bytes" else plan_cost(ParameterCost.of(self.step.targets), ranks)
+            verdict = "fits" if cost <= self._limit.value else "does not fit"
+        return Choice(
+            kind, rank, layers, recomputed, ranks, step_bytes, use, time, verdict, shape, label, _memory=memory
+        )
+
+    @cached_property
+    def _plain_seconds(self) -> float:
+        assert self._time is not None, "the step was made without its work"
+        return reference_seconds(self._time, self._highest)
+
+    def breakdown(self, choice: Choice) -> Breakdown:
+        """The peak of a choice's step by layer and kind of bytes."""
+        return break_down(choice._memory, self.step.targets, choice.ranks, choice.shape)
+
+    def fitting(self, layers: int, rank: int, kind: ChoiceKind = "depth") -> Choice:
+        """The same with as few recomputed layers as fit the card, the allocator's reserve included if possible."""
         ranks = self.plan(layers, rank)
         chosen = fewest_recomputed(self.memory, ranks, self._room_for_tensors)
-        choice, holding = self.choice(layers, rank, chosen), holding_layers(self.memory, ranks)
-        while choice.use.verdict != "fits" and len(choice.recomputed) < len(holding):
-            choice = self.choice(layers, rank, holding[: len(choice.recomputed) + 1])
+        choice, holding = self.choice(layers, rank, chosen, kind), holding_layers(self.memory, ranks)
+        while choice.verdict != "fits" and len(choice.recomputed) < len(holding):
+            choice = self.choice(layers, rank, holding[: len(choice.recomputed) + 1], kind)
         return choice
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
-        """All layers and fewer layers, with no recomputation, as little as fits, and all of it; then other ranks."""
-        return tuple(self._choices())
+        """What was asked for; fewer layers, none, as few as fit or all of them recomputed; ranks; what was added."""
+        return (*self._depths(), *self._ranks(), *self._others)
 
     @property
     def depths(self) -> tuple[int, ...]:
         """How many layers from the top have adapters, in the choices that are shown."""
         return tuple(dict.fromkeys(max(1, round(share * self.blocks)) for share in (1.0, *SHARES)))
 
-    def _choices(self) -> Iterator[Choice]:
+    def _depths(self) -> Iterator[Choice]:
+        as_asked: tuple[str, ...] | None = None
+        if self._asked:
+            as_asked = self.recomputable if self._asked.segments else ()
+            yield self._priced("asked", self.blocks, self.rank, as_asked, self._asked)
         for layers in self.depths:
             none = self.choice(layers, self.rank, ())
-            yield none
-            if not self.recomputable:
+            holding = holding_layers(self.memory, none.ranks)
+            if as_asked != () or layers < self.blocks:
+                yield none
+            if not holding or (as_asked and layers == self.blocks):
                 continue
-            every = self.choice(layers, self.rank, holding_layers(self.memory, none.ranks))
-            if none.use.verdict != "fits" and every.use.verdict != "does not fit":
+            every = self.choice(layers, self.rank, holding)
+            if self.card and none.verdict != "fits" and every.verdict != "does not fit":
                 fitting = self.fitting(layers, self.rank)
                 if fitting.recomputed != every.recomputed:
                     yield fitting
             yield every
+
+    def _ranks(self) -> Iterator[Choice]:
         for rank in RANKS:
-            if rank != self.rank and rank <= self._highest.max():
-                yield self.fitting(self.blocks, rank)
+            if rank == self.rank or rank > self._highest.max():
+                continue
+            if self._asked:
+                recomputed = self.recomputable if self._asked.segments else ()
+                yield self._priced("rank", self.blocks, rank, recomputed, self._asked)
+            else:
+                yield self.fitting(self.blocks, rank, "rank")
 
     @property
     def best(self) -> Choice | None:
         """The choice that adapts most layers, and recomputes least among those, and fits; None if none does."""
-        fitting = [choice for choice in self.choices if choice.use.verdict == "fits" and choice.rank == self.rank]
+        fitting = [
+            choice
+            for choice in self.choices
+            if choice.kind in ("asked", "depth") and choice.verdict == "fits" and choice.rank == self.rank
+        ]
         return max(fitting, key=lambda choice: (choice.layers, -len(choice.recomputed)), default=None)
 
     @cached_property
     def grid(self) -> tuple[GridCell, ...]:
-        """Batches by rows and tokens, for all layers at the rank that was asked for."""
+        """Batches by rows and tokens, for all layers at the rank that was asked for; empty without a card."""
+        if self.card is None:
+            return ()
         limit = self.step.positions or max(LENGTHS)
         lengths = sorted({length for length in LENGTHS if length <= limit} | {self.settings.max_length})
         rows = sorted({*ROWS, self.settings.batch_size})
         return tuple(self._cell(BatchShape(count, length)) for length in lengths for count in rows)
 
     def _cell(self, shape: BatchShape) -> GridCell:
+        assert self.card is not None, "there is no card"
         ranks, room = self.plan(self.blocks, self.rank), self._room_for_tensors
         taken = self.card.memory_bytes - self.room
         chosen = fewest_recomputed(self.memory, ranks, room, shape)
         peak = self.memory.recomputing(chosen).peak(ranks, shape)
         return GridCell(shape, len(chosen) if peak <= room else None, (peak + taken) * (1 + self._reserve_share))
 
-    def trade(self, layers: int) -> list[tuple[int, float, float]]:
-        """What recomputation trades for so many adapted layers from the top: from all of them again to none.
-
-        Returns:
-            (layers that run again, bytes on the card, time as a share of plain LoRA's) at a few places between.
-        """
-        ranks = self.plan(layers, self.rank)
-        holding, points = holding_layers(self.memory, ranks), []
-        taken = self.card.memory_bytes - self.room
-        for count in sorted({round(part * len(holding)) for part in np.linspace(0, 1, PLACES)}, reverse=True):
-            peak = self.memory.recomputing(holding[:count]).peak(ranks)
-            seconds = self._time.seconds(ranks, holding[:count])
-            points.append((count, (peak + taken) * (1 + self._reserve_share), seconds / self._plain_seconds))
-        return points
-
     @property
     def _room_for_tensors(self) -> float:
         """What is left of `room` where the allocator's reserve is the share that it is for the batch asked for."""
+        assert self.card is not None, "there is no card"
         return self.room - self.card.memory_bytes * (1 - 1 / (1 + self._reserve_share))
 
     @cached_property
     def _reserve_share(self) -> float:
         """The allocator's reserve as a share of all tensors, where all layers run again on the batch asked for."""
         use = self.choice(self.blocks, self.rank, self.recomputable).use
+        assert use is not None, "there is no card"
         return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
 
 
@@ -297,4 +399,4 @@ def memory_of(
     loaded = LoadedAs(dtype=DTYPES[dtype], attention=attention, padded=padded)
     configured = from_config(config, step, loaded, counted=True, checkpointing_optional=True)
     check_rank(rank, configured.targets)
-    return Outlook(configured, spec, rank, step, dtype)
+    return Outlook(configured, rank, step, card=spec, dtype=dtype)

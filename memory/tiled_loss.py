@@ -1,13 +1,20 @@
-"""The loss of a causal language model in tiles of its tokens, with the gradient of the logits in the logits' own place.
+"""The loss of a causal language model in tiles of its tokens, with the logits' gradient in the logits' own place.
 
 transformers' loss holds the logarithms of all probabilities beside the logits, and its backward pass two more tensors
 of that size. Here one tile of them at a time is there, made once more in the backward pass. The operators are torch's
 own, row by row, so loss and gradients are the same bit for bit.
+
+TRL has tiles too: `trl.kernels.chunked_logprob` multiplies the last hidden states with the head in tiles of at most
+`TOKEN_CHUNK_SIZE` tokens. A small recorded step would fill one of them in part, and the batch of the run fills several:
+a tile would be predicted as large as all of them. So while a small step is recorded, its tiles are as many as those of
+the whole batch. Of `tiled_loss` there are always as many tiles, and their tokens are rounded up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..errors import UnsupportedError
+from .batch_shape import BatchShape
 
 TILES = 16
 """Into how many tiles the tokens of a batch are divided, whatever its size."""
@@ -152,3 +160,97 @@ def _picked(logarithms: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 def _held_once(tensor: torch.Tensor) -> bool:
     """Whether no other tensor has the same storage; it and the object that asks count."""
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)) <= 2
+
+
+MODULE, FUNCTION, TILE = "trl.kernels.chunked_logprob", "ChunkedLogProbFunction", "TOKEN_CHUNK_SIZE"
+
+
+class LossTiles:
+    """Scales the tiles of TRL's fused loss while steps of a batch are recorded.
+
+    Args:
+        whole: the shape of the whole batch.
+
+    Attributes:
+        used: whether a step has run the fused loss.
+        of_own: whether a step has run `TiledCrossEntropy`.
+    """
+
+    used: bool
+    of_own: bool
+
+    def __init__(self, whole: BatchShape) -> None:
+        self.used = self.of_own = False
+        self._whole, self._module = whole, sys.modules.get(MODULE)
+        self._size: int | None = getattr(self._module, TILE, None)
+
+    @property
+    def size(self) -> int | None:
+        """Tokens of a tile; None if no step has run the fused loss."""
+        return self._size if self.used else None
+
+    @property
+    def count(self) -> int:
+        """Tiles of the whole batch; 1 without the fused loss."""
+        return -(-loss_tokens(self._whole) // self._size) if self.used and self._size else 1
+
+    def tokens(self, shape: BatchShape) -> int:
+        """Tokens of a tile while a batch of this shape is recorded; 1 without the fused loss."""
+        return tile_tokens(loss_tokens(shape), loss_tokens(self._whole), self._size) if self._size else 1
+
+    @contextmanager
+    def scaled(self, shape: BatchShape) -> Iterator[None]:
+        """Inside the context a batch of this shape has as many tiles as the whole batch."""
+        function = getattr(self._module, FUNCTION, None)
+        with _noted(TiledCrossEntropy, self._note_own), _noted(function, self._note):
+            if function is not None and self._size is not None:
+                setattr(self._module, TILE, self.tokens(shape))
+            try:
+                yield
+            finally:
+                if function is not None and self._size is not None:
+                    setattr(self._module, TILE, self._size)
+
+    def _note(self) -> None:
+        self.used = True
+
+    def _note_own(self) -> None:
+        self.of_own = True
+
+
+@contextmanager
+def _noted(function: Any, note: Callable[[], None]) -> Iterator[None]:
+    """Inside the context it is noted when an autograd function runs; None for one that is not there."""
+    if function is None:
+        yield
+        return
+    forward = function.forward
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        note()
+        return forward(*arguments, **options)
+
+    function.forward = staticmethod(noted)
+    try:
+        yield
+    finally:
+        function.forward = staticmethod(forward)
+
+
+def own_tile(shape: BatchShape) -> int:
+    """The tokens of a tile of `tiled_loss` with a batch of this shape."""
+    return tile_size(shape.rows * shape.length)
+
+
+def loss_tokens(shape: BatchShape) -> int:
+    """The tokens of a batch that have a next one, for which there is a loss."""
+    return shape.rows * max(shape.length - 1, 1)
+
+
+def tile_tokens(small: int, whole: int, size: int) -> int:
+    """The tile of a small batch that is to it what a tile is to the whole batch; all in tokens."""
+    tiles = -(-whole // size)
+    if tiles == 1:
+        return size
+    scaled = -(-size * small // whole)
+    return max(1, min(scaled, -(-small // (tiles - 1)) - 1))  # rounding must not save a tile

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ..common.arrays import IntArray
+from .allocator import replay
 from .batch_shape import BatchShape
 from .device_table import DeviceSpec
 from .model import MemoryModel
-from .replay import replay
 
 Verdict = Literal["fits", "tight", "does not fit"]
 """fits: what the allocator reserves and the context fit the card. tight: only tensors and the context do, so training
@@ -25,7 +25,7 @@ class CardUse:
         device: the card.
         base_bytes: the frozen model.
         step_bytes: tensors at the peak of a training step beside the frozen model, workspaces of libraries included.
-        evaluation_bytes: the same at the peak of evaluation and generation; 0 if none is asked for.
+        evaluation_bytes: the same at the peak of evaluation; 0 if none is asked for.
         reserve_bytes: what the allocator holds beyond tensors at the most.
         context_bytes: the CUDA context.
         margin_bytes: the byte model's margin, so that nothing is predicted too low.
@@ -75,7 +75,6 @@ def card_use(
     *,
     shape: BatchShape | None = None,
     evaluation: BatchShape | None = None,
-    cache: Sequence[int] = (),
 ) -> CardUse:
     """What a plan takes of a card.
 
@@ -87,7 +86,6 @@ def card_use(
         shape: of the batches; by default that of calibration.
         evaluation: the shape of batches of evaluation; None for none. It is the recorded forward pass with nothing
             saved for a backward pass: all logits, and the widest layer.
-        cache: bytes of each tensor that generation keeps; see `generation_cache`.
 
     Raises:
         UnsupportedError: see `MemoryModel.sizes`.
@@ -98,7 +96,6 @@ def card_use(
         loaded,
         shape=shape,
         evaluation=evaluation,
-        cache=cache,
         workspace_bytes=device.workspace_bytes,
     )
     base = sum(loaded)
@@ -112,19 +109,3 @@ def card_use(
         context_bytes=device.context_bytes,
         margin_bytes=int(memory.margin * step),
     )
-
-
-def generation_cache(config: Any, shape: BatchShape, value_bytes: int = 2) -> list[int]:
-    """Bytes of the keys and values that generation keeps, a tensor of each kind for each layer.
-
-    Args:
-        config: the model's, of transformers.
-        shape: rows that are generated at once, and tokens of each, the prompt included. Attention windows are not
-            counted, so models that have them take less.
-        value_bytes: of one key's or value's number.
-    """
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kinds = 4 if config.is_encoder_decoder else 2  # keys and values, of its own tokens and of those that it reads
-    return [shape.rows * shape.length * heads * width * value_bytes] * (kinds * text.num_hidden_layers)

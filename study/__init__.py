@@ -1,1 +1,1 @@
-"""Offline: figures and reports of runs."""
+"""What can be learned from runs: their page, why they were decided so, where the bytes go."""

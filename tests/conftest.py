@@ -17,7 +17,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES, Inputs
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.problem import AllocationProblem
-from rankpilot.finetune import reload_check
 from rankpilot.lora.ladder import RankLadder
 from rankpilot.memory.cost import ParameterCost
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -87,12 +86,13 @@ def warm_python() -> Iterator[WarmPython]:
     python.close()
 
 
-@pytest.fixture(scope="module")
-def warm_reload(warm_python: WarmPython) -> Iterator[None]:
-    """After a fine-tune the adapter is loaded again in a process that has the libraries already."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reload_check, "subprocess", warm_python)
-        yield
+@pytest.fixture
+def reloads(warm_python: WarmPython) -> Iterator[list[dict[str, Any]]]:
+    """What plain PEFT, in a process without rankpilot, gives of each adapter that a fine-tune saves."""
+    from .finetune.reloading import reloaded  # it loads what a fine-tune needs
+
+    with reloaded(warm_python) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

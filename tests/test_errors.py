@@ -19,7 +19,6 @@ BUILTINS = {
     "PolicyFileError": ValueError,
     "RunFolderError": OSError,
     "AssetError": OSError,
-    "ReviewError": RuntimeError,
     "WorkerError": RuntimeError,
     "ProcessError": RuntimeError,
 }

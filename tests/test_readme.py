@@ -85,7 +85,7 @@ def test_every_block_of_the_readme_runs(warm_python: WarmPython, tmp_path: Path,
                 printed += run_shell(warm_python, line, tmp_path)
     assert "logits identical" in printed
     assert (tmp_path / "runs/policy/policy.safetensors").is_file()
-    assert (tmp_path / "runs/finetune/report.md").is_file()
+    assert (tmp_path / "runs/finetune/ranks.png").is_file()
     assert (tmp_path / "runs/finetune/study.html").is_file()
     assert (tmp_path / "runs/mine/adapter/adapter_model.safetensors").is_file()
     assert any((tmp_path / "runs/sft/decisions").iterdir())

@@ -13,8 +13,7 @@ class EvaluateConfig:
     """Which policies are compared, and on what.
 
     Attributes:
-        policies: rules, folders of trained policies, or constant:FOLDER, actor:FOLDER, once:FOLDER and
-            without-FEATURES:FOLDER.
+        policies: rules, folders of trained policies, explore-TEMPERATURE:FOLDER, static:LOGS, shuffled:LOGS, or oracle.
         suite: suites that the tasks come from: "planted", "shift" or both.
         split: which part of a suite's tasks.
         bases: use only tasks on these proxy bases; all bases by default.

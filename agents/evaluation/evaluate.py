@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from itertools import groupby
+from dataclasses import asdict
 from pathlib import Path
 
 from ...allocation.schedule import DecisionSchedule
@@ -12,37 +11,27 @@ from ...common.files import as_plain, read_object, write_json
 from ...common.run_folder import CONFIG, open_run
 from ...common.settings import as_json, from_json
 from ...common.workers import count_workers
-from ...env.episodes.stacked import StackedEpisodes
 from ...env.tasks.proxy_finetune import check_texts
 from ...env.tasks.proxy_task import ProxyTask
-from ...env.tasks.suite_names import SUITES
 from ...env.tasks.suites import evenly, find_tasks
 from ...errors import ConfigError, RunFolderError, UnknownNameError
 from ..learned.exploring import exploring
 from ..learned.policy_file import load_policy, policy_folder, policy_schedule, read_card
-from ..rules import EARLIER_NAMES, RULES
-from ..rules.constant import Constant, constant_of
-from .ablation import Once, Without, actor_of
+from ..rules import RULES
 from .config import EvaluateConfig
-from .hindsight import TASK_RULES
-from .replayed import SHUFFLED, STATIC, Replayed
-from .results import read_rows, write_rows
-from .runs import SLOTS, Competitor, compare, first_observations
-from .tables import Group, groups_of
+from .replayed import SHUFFLED, STATIC, Oracle, Replayed
+from .results import Group, groups_of, read_rows, write_rows
+from .runs import Competitor, compare
 
 ROWS, SUMMARY, POLICIES, LOGS = "rows.jsonl", "summary.json", "policies.json", "logs"
 
 _FIXED = ("suite", "split", "bases", "tasks", "task_steps")
 """Settings that stay the same when a comparison goes on."""
 
-CONSTANT = "constant:"
-"""Before the folder of a policy: its mean action in its place."""
+EXPLORE = "explore-"
+"""Before a temperature, a colon and the folder of a policy: it draws its plans."""
 
-ACTOR, ONCE, WITHOUT, EXPLORE = "actor", "once", "without-", "explore-"
-"""Before a colon and the folder of a policy: see `agents.ablation`."""
-
-CONSTANT_TASKS = 32
-"""Training tasks over which a constant action is averaged."""
+ORACLE = Oracle()
 
 
 def evaluate(
@@ -70,11 +59,9 @@ def evaluate(
         RunFolderError: the folder holds something else.
         AssetError: a text is not at hand.
     """
-    policies, against = tuple(map(_current_name, config.policies)), _current_name(config.against)
-    config = replace(config, policies=policies, against=against)
     tasks = evaluation_tasks(config)
     schedule = _common_schedule(config.names, folder if resume else None)
-    competitors = {name: find_competitor(name, schedule) for name in config.names}
+    competitors = {name: find_competitor(name) for name in config.names}
     check_texts(tasks)
     settings = {name: getattr(config, name) for name in _FIXED} | {"schedule": asdict(schedule)}
     with open_run(folder, as_plain(settings), resume=resume):
@@ -111,12 +98,7 @@ def evaluation_tasks(config: EvaluateConfig) -> tuple[ProxyTask, ...]:
     return tasks if config.tasks is None else evenly(tasks, config.tasks)
 
 
-def _current_name(name: str) -> str:
-    """What a rule is called now; any other competitor keeps the name that it was given."""
-    return name if policy_folder(name).exists() else EARLIER_NAMES.get(name, name)
-
-
-def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
+def find_competitor(name: str) -> Competitor:
     """A competitor by its name on the command line.
 
     Raises:
@@ -124,14 +106,6 @@ def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
         PolicyFileError, RunFolderError: a folder that cannot be used.
     """
     before, colon, folder = name.rpartition(":")
-    if name.startswith(CONSTANT):
-        return _constant(folder, schedule)
-    if colon and before == ACTOR:
-        return actor_of(load_policy(folder))
-    if colon and before == ONCE:
-        return Once(load_policy(folder))
-    if colon and before.startswith(WITHOUT):
-        return Without(load_policy(folder), (before.removeprefix(WITHOUT),))
     if colon and before.startswith(EXPLORE):
         return exploring(load_policy(folder), before.removeprefix(EXPLORE))
     if colon and before in (STATIC, SHUFFLED):
@@ -140,28 +114,17 @@ def find_competitor(name: str, schedule: DecisionSchedule) -> Competitor:
                 f"There is no folder {folder} of decision logs. Pass OUTPUT/logs/POLICY of an evaluation."
             )
         return Replayed(Path(folder), before)
-    if name in TASK_RULES:
-        return TASK_RULES[name]
-    if name not in {*RULES, *EARLIER_NAMES} and Path(name).name == name and not policy_folder(name).exists():
-        raise UnknownNameError.of("rule", name, [*RULES, *TASK_RULES], "A trained policy is given by its folder.")
+    if name == ORACLE.name:
+        return ORACLE
+    if name not in RULES and Path(name).name == name and not policy_folder(name).exists():
+        raise UnknownNameError.of("rule", name, [*RULES, ORACLE.name], "A trained policy is given by its folder.")
     return load_policy(name)
-
-
-def _constant(folder: str, schedule: DecisionSchedule) -> Constant:
-    """A policy's mean action over training tasks."""
-    policy = load_policy(folder)
-    tasks = sorted(evenly(find_tasks(SUITES, "train"), CONSTANT_TASKS), key=lambda task: task.base)
-    check_texts(tasks)
-    observations = []
-    for base, on_base in groupby(tasks, key=lambda task: task.base):
-        observations += first_observations(StackedEpisodes(base, schedule, SLOTS), list(on_base), SLOTS)
-    return constant_of(policy, observations, f"{CONSTANT}{policy.name}")
 
 
 def _folder(name: str) -> Path | None:
     """The folder of a trained policy among the competitors; None for a rule."""
     before, _, folder = name.rpartition(":")
-    if name in TASK_RULES or before in (STATIC, SHUFFLED):
+    if name == ORACLE.name or before in (STATIC, SHUFFLED):
         return None
     path = policy_folder(folder)
     return path if path.is_dir() else None

@@ -25,7 +25,7 @@ from ...allocation.problem import AllocationProblem
 from ...allocation.time_limit import dearer, under_limit
 from ...common.arrays import FloatArray, IntArray
 from ...memory.cost import ParameterCost, TimedCost, moment_costs, unit_cost
-from ..rules.by_signal import signal_mean
+from ..rules import signal_mean
 from .structures import ALL_LINEAR, all_linear, structure_plans
 
 BASIS = ("signal_mean", "rank_cost", "relative_depth", "actor")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from ...errors import ConfigError, shown
 
@@ -29,9 +27,6 @@ class NetworkConfig:
     Raises:
         ConfigError: a value out of range.
     """
-
-    GONE: ClassVar[Mapping[str, Any]] = {"attention_heads": 0}
-    RENAMED: ClassVar[Mapping[str, str]] = {"floor_std": "rank_floor_std", "tilt_std": "depth_bias_std"}
 
     width: int = 32
     critics: int = 4

@@ -23,7 +23,7 @@ from torch import nn
 from ...allocation.actions import PLACEMENT, SCORE_BOUND
 from ...allocation.features import MODULE_FEATURES, RUN_FEATURES, Inputs
 from ...lora.signals import SIGNALS
-from ..rules.by_signal import MEAN_SIGNALS
+from ..rules import MEAN_SIGNALS
 from .config import NetworkConfig
 
 DIRECTIONS = (*SIGNALS, "relative_depth", "rank_cost", "estimate")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ...allocation.features import EARLIER_FEATURE_NAMES, MODULE_FEATURES, RUN_FEATURES, Inputs
+from ...allocation.features import MODULE_FEATURES, RUN_FEATURES, Inputs
 from ...allocation.policy import Policy
 from ...allocation.schedule import DecisionSchedule
 from ...common.files import atomic_path, read_json, sha256, write_json
@@ -22,7 +22,8 @@ from ...common.settings import from_json
 from ...common.tensor_files import check_tensor_file
 from ...errors import MOST_NAME, ConfigError, DataError, PolicyFileError, UnknownNameError, first_line, shown
 from ...lora.ladder import DEFAULT_RANKS
-from ..rules import EARLIER_NAMES, RULES, find_rule
+from ..rules import RULES, find_rule
+from ..rules.given_plan import FILE_SUFFIXES, PlanFile
 from .config import NetworkConfig
 from .network import RankNetwork
 from .plan_value import PlanValueConfig, PlanValueEnsemble
@@ -95,22 +96,24 @@ def load_policy(given: str | Path | Policy) -> Policy:
 
     Args:
         given: "default" for the policy that ships with the package, the name of a rule ("signal-mean", "top-down"),
-            the folder of a trained policy, or a policy object, which is returned.
+            the folder of a trained policy, a plan in a .yaml file, or a policy object, which is returned.
 
     Raises:
         PolicyFileError: the folder is incomplete, corrupt, or of another format, schema, feature set or ladder.
         UnknownNameError: neither a rule nor a folder.
-        ConfigError: something else than a name, a path or a policy.
+        ConfigError: something else than a name, a path or a policy; or the file holds no plan.
     """
     if not isinstance(given, str | Path):
         named = isinstance(getattr(given, "name", None), str)
         if isinstance(given, type) or not named or not callable(getattr(given, "decide", None)):
             raise ConfigError(
-                "policy is 'default', the folder of a policy, the name of a rule, or an object with `name` and "
-                f"`decide`; got {given!r}."
+                "policy is 'default', the folder of a policy, the name of a rule, a plan in a .yaml file, or an object "
+                f"with `name` and `decide`; got {given!r}."
             )
         return given
     folder = policy_folder(given)
+    if folder.suffix in FILE_SUFFIXES and not folder.is_dir():
+        return PlanFile(folder)
     if not folder.exists():
         if folder.name == str(given):
             return find_rule(str(given))
@@ -120,11 +123,9 @@ def load_policy(given: str | Path | Policy) -> Policy:
         )
     if folder.is_file():
         raise PolicyFileError(
-            f"{folder} is a file. A policy is a folder with {WEIGHTS} and {CARD}; pickles and zips are never read."
+            f"{folder} is a file. A policy is a folder with {WEIGHTS} and {CARD}, a plan a .yaml file; pickles and "
+            "zips are never read."
         )
-    stored = _stored_card(folder)
-    if stored["schema"] != SCHEMA:
-        logger.warning("The policy in %s has a card of schema %s, which is read.", folder, stored["schema"])
     card = read_card(folder)
     try:
         inputs = Inputs(len(card["module_features"]), len(card["run_features"]))
@@ -193,15 +194,25 @@ def policy_folder(given: str | Path) -> Path:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The card of a policy folder, checked, and upgraded if an earlier version wrote it.
+    """The card of a policy folder, checked.
 
     Raises:
         PolicyFileError: it is missing, unreadable, or belongs to another format, schema, feature set or ladder.
     """
+    path = folder / CARD
     try:
-        card = upgraded(_stored_card(folder))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise PolicyFileError(f"{folder / CARD} is not the card of a rankpilot policy: {shown(error)}.") from error
+        card = read_json(path, MOST_CARD_BYTES)
+    except FileNotFoundError as error:
+        raise PolicyFileError(f"{folder} is no policy folder: {CARD} is missing.") from error
+    except DataError as error:
+        raise PolicyFileError(str(error)) from error
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise PolicyFileError(f"{path} is not the card of a rankpilot policy.")
+    if card.get("schema") != SCHEMA:
+        raise PolicyFileError(
+            f"The policy in {folder} has schema {shown(card.get('schema'))}; this version of rankpilot reads {SCHEMA}. "
+            "Train it again, or install the version that made it."
+        )
     features: dict[str, list[Any]] = {"module_features": list(MODULE_FEATURES), "run_features": list(RUN_FEATURES)}
     expected: dict[str, list[Any]] = {**features, "ladder": list(DEFAULT_RANKS)}
     for key, value in expected.items():
@@ -215,53 +226,11 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
-def upgraded(card: dict[str, Any]) -> dict[str, Any]:
-    """A card of an earlier version as one of today, which tells the unit of values and what they were fitted to."""
-    new = _renamed(card) if card["schema"] == 2 else {**card}
-    new["schema"] = SCHEMA
-    if isinstance(new.get("plan_value"), dict):
-        unit = {} if card["schema"] == SCHEMA else {"unit": "spread", "doubt": 0.0}
-        new["plan_value"] = {**unit, "doubt_on_labels": None, "lowest": [], "highest": [], **new["plan_value"]}
-    return new
-
-
-def _renamed(card: dict[str, Any]) -> dict[str, Any]:
-    """A card of schema 2 as one of schema 3, which calls features, rules and the plan value ensemble by other names."""
-    new = {
-        **card,
-        "module_features": [EARLIER_FEATURE_NAMES.get(name, name) for name in card.get("module_features", ())],
-        "plan_value": card.get("plan_critics"),
-    }
-    new.pop("plan_critics", None)
-    if "validation" in card:
-        new["validation"] = {EARLIER_NAMES.get(name, name): result for name, result in card["validation"].items()}
-    if "test" in card:
-        against = [EARLIER_NAMES.get(row["against"], row["against"]) for row in card["test"]]
-        new["test"] = [{**row, "against": name} for row, name in zip(card["test"], against, strict=True)]
-    return new
-
-
-def _stored_card(folder: Path) -> dict[str, Any]:
-    """The card as it is stored, of any schema that can be read."""
-    path = folder / CARD
-    try:
-        card = read_json(path, MOST_CARD_BYTES)
-    except FileNotFoundError as error:
-        raise PolicyFileError(f"{folder} is no policy folder: {CARD} is missing.") from error
-    except DataError as error:
-        raise PolicyFileError(str(error)) from error
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
-        raise PolicyFileError(f"{path} is not the card of a rankpilot policy.")
-    if card.get("schema") not in (2, 3, SCHEMA):
-        raise PolicyFileError(
-            f"The policy in {folder} has schema {shown(card.get('schema'))}; this version of rankpilot reads 2, 3 and "
-            "4. Train it again, or install the version that made it."
-        )
-    return card
-
-
 def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
-    """When a policy was trained to decide; for rules and policy objects the default schedule."""
+    """When a policy was trained to decide, or a plan file is read; the default schedule for all others."""
+    policy = load_policy(given) if Path(str(given)).suffix in FILE_SUFFIXES else given
+    if isinstance(policy, PlanFile):
+        return policy.schedule
     if not isinstance(given, str | Path) or not policy_folder(given).is_dir():
         return DecisionSchedule()
     card = read_card(policy_folder(given))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from ...allocation.schedule import ONCE, DecisionSchedule
 from ...env.tasks.suite_names import SUITES
@@ -34,7 +33,7 @@ class TrainConfig:
             multiple of twice tasks_per_stack; half of the tasks are varied in text, place, budget, steps and rows, and
             every one gets another learning rate than its suite's. With 0 there is no ensemble, and the actor decides
             alone.
-        more_plan_runs: a file that `rankpilot bench plan-runs` has packed: plan runs of real fine-tunes, from which the
+        more_plan_runs: a file of `python -m benchmarks plan-runs`: plan runs of real fine-tunes, from which the
             value ensemble learns beside those of fresh tasks.
         suites: suites that the tasks come from: "planted", "shift" or both.
         bases: use only tasks on these proxy bases; by default all bases of the training split.
@@ -50,12 +49,6 @@ class TrainConfig:
     Raises:
         ConfigError: a value is out of range.
     """
-
-    RENAMED: ClassVar[Mapping[str, str]] = {
-        "groups": "tasks_per_stack",
-        "group": "episodes_per_task",
-        "trial_tasks": "plan_tasks",
-    }
 
     iterations: int = 10
     stacks: int = 2

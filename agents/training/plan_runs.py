@@ -28,7 +28,6 @@ from ...common.files import atomic_path, parse_json
 from ...common.settings import from_json
 from ...common.tensor_files import read_arrays
 from ...common.workers import worker_pool
-from ...env.episodes.rollout import Rollout, rollout
 from ...env.episodes.stacked import StackedEpisodes
 from ...env.proxies.bases import find_base
 from ...env.tasks.proxy_task import ProxyTask
@@ -38,7 +37,7 @@ from ..learned.plan_value import Plans
 from ..learned.policy import LearnedPolicy, MeanAction
 from ..learned.policy_file import SCHEMA
 from ..learned.structures import ALL_LINEAR, DEPTHS, KINDS, all_linear, structure_plans
-from .plan_dataset import PlanDataset
+from .fit_plan_value import PlanDataset
 
 PLAN_RUNS = "plan_runs"
 """Folder, inside a training run's, of what its value ensemble learns from."""
@@ -84,8 +83,6 @@ _DESCRIBED = ("tasks", "names", "family", "weight")
 @dataclass(frozen=True, eq=False)
 class PlanRun:
     """What one stack of runs was, decision by decision.
-
-    Files of earlier versions lack the last three, which no fit needs.
 
     Attributes:
         modules: float32 (decisions, runs, modules, features).
@@ -156,8 +153,8 @@ def run_plans(stack: Stack) -> PlanRun:
     episodes = _episodes(first.base, shape, stack.schedule, len(stack.tasks) * RUNS, stack.device)
     roomy = [replace(task, budget=max(task.budget, ROOM)) for task in stack.tasks]
     shares = [task.budget / room.budget for task, room in zip(stack.tasks, roomy, strict=True)]
-    run = Rollout(episodes, [task for task in roomy for _ in range(RUNS)])
-    initial = np.repeat([run.initial_loss(place * RUNS) for place in range(len(stack.tasks))], RUNS)
+    episodes.start_all([task for task in roomy for _ in range(RUNS)])
+    initial = episodes.held_out_losses(range(0, len(stack.tasks) * RUNS, RUNS))
     noted: dict[str, list[NDArray[Any]]] = {"modules": [], "scores": [], "run": [], "ranks": [], "choices": []}
 
     def as_budgeted(seen: Sequence[Observation]) -> list[Observation]:
@@ -172,22 +169,23 @@ def run_plans(stack: Stack) -> PlanRun:
         noted["choices"].append(np.array([CHOICES.index(choice) for choice in choices], dtype=np.int8))
         return decisions
 
-    def note(roomy_seen: Sequence[Observation], _: Sequence[Decision]) -> None:
+    def note(roomy_seen: Sequence[Observation], going: Sequence[int]) -> None:
         seen = as_budgeted(roomy_seen)
         noted["modules"].append(np.stack([observation.modules for observation in seen]))
         noted["run"].append(np.stack([observation.run for observation in seen]))
         ranks = np.full((len(seen), len(seen[0].modules)), -1)
-        ranks[run.decided] = np.stack(run.ranks)[run.decided]
+        for slot in going:
+            ranks[slot] = episodes.under_way[slot].ranks
         noted["ranks"].append(ranks)
 
-    rollout(run, decide, note)
+    losses = episodes.run_to_the_end(decide, note)
     arrays: dict[str, Any] = {name: np.stack(parts) for name, parts in noted.items()}
     return PlanRun(
         **arrays,
-        losses=np.array(run.losses()),
-        initial=initial,
+        losses=np.array(losses),
+        initial=np.repeat(list(initial.values()), RUNS),
         tasks=stack.tasks,
-        names=run.seen[0].names,
+        names=episodes.under_way[0].observation.names,
     )
 
 

@@ -1,26 +1,37 @@
-"""What is done after each of PPO's updates: a row of progress, validation if it is due, and a checkpoint."""
+"""What is done after each of PPO's updates: a row of progress, validation if it is due, and a checkpoint.
+
+A run that goes on from a checkpoint is the same as a run that was not interrupted. Checkpoints hold tensors and numbers
+only, so reading one never unpickles code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from ...common.arrays import IntArray
-from ...common.files import append_json_line
+from ...common.archives import load_archive
+from ...common.arrays import Arrays, IntArray
+from ...common.files import append_json_line, atomic_path
+from ...env.reward import Comparison
+from ...env.tasks.proxy_task import ProxyTask
+from ...errors import RunFolderError
 from ..learned.network import RankNetwork
-from .checkpoint import CHECKPOINT, write_checkpoint
+from ..learned.policy_file import SCHEMA
 from .config import TrainConfig
 from .ppo_policy import RankPolicy
 from .rollout_env import ProxyVecEnv
-from .validation import Validation
 
-PROGRESS = "progress.jsonl"
+PROGRESS, CHECKPOINT = "progress.jsonl", "checkpoint.pt"
+
+BOUND = 1.0
+"""Improvements on one task count from minus to plus this, so that no task alone decides which network is best."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,53 @@ class Stage:
 
 
 OnStage = Callable[[Stage], None]
+
+
+def greedy(policy: RankPolicy) -> Callable[[Arrays], Any]:
+    """Mean actions."""
+
+    @torch.no_grad()
+    def act(arrays: Arrays) -> Any:
+        return policy.get_distribution(policy.obs_to_tensor(arrays)[0]).mode().cpu().numpy()
+
+    return act
+
+
+class Validation:
+    """Measures the policy on validation tasks, and keeps the best one.
+
+    Attributes:
+        best: state of the best network so far, and its score.
+    """
+
+    def __init__(self, tasks: Sequence[ProxyTask], envs: ProxyVecEnv) -> None:
+        self._tasks, self._envs = tasks, envs
+        self._start: list[float] = []
+        self.best: tuple[float, dict[str, torch.Tensor]] | None = None
+
+    def measure(self, policy: RankPolicy) -> dict[str, float]:
+        """Run the tasks; improvements over the untrained policy and over uniform, in shares of the headroom."""
+        losses = self._envs.play(self._tasks, greedy(policy))
+        self._start = self._start or losses
+        headrooms = [task.reference.headroom for task in self._tasks if task.reference]
+        uniform = [task.reference.uniform for task in self._tasks if task.reference]
+        row = {}
+        for name, baseline in (("over_start", self._start), ("over_uniform", uniform)):
+            comparisons = [Comparison(*each) for each in zip(baseline, headrooms, strict=True)]
+            shares = [other.improvement(loss, BOUND) for other, loss in zip(comparisons, losses, strict=True)]
+            row[name] = float(np.mean(shares))
+        if self.best is None or row["over_start"] > self.best[0]:
+            state = {name: value.clone() for name, value in policy.network.state_dict().items()}
+            self.best = row["over_start"], state
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"start": self._start, "best": self.best}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._start, self.best = state["start"], state["best"]
 
 
 class PPOProgress(BaseCallback):
@@ -117,3 +175,44 @@ class PPOProgress(BaseCallback):
             self.logger.record(f"validation/{key}", value)
         self.logger.record("validation/regret", 1 - shares["over_uniform"])
         return {f"validation_{key}": value for key, value in shares.items()}
+
+
+def write_checkpoint(path: Path, model: PPO, iteration: int, validation: Validation) -> None:
+    """Tensors and numbers only, so that reading it back never unpickles code."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  (SB3 shuffles with it)
+    state = {
+        "schema": SCHEMA,
+        "iteration": iteration,
+        "timesteps": model.num_timesteps,
+        "policy": model.policy.state_dict(),
+        "optimizer": model.policy.optimizer.state_dict(),
+        "validation": validation.state(),
+        "torch_rng": torch.get_rng_state(),
+        "numpy_rng": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            position,
+            has_gauss,
+            gauss,
+        ],
+    }
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def restore(path: Path, model: PPO, validation: Validation) -> int:
+    """Go on from a checkpoint; returns the iterations done."""
+    try:
+        state = load_archive(path)
+        if state.get("schema") != SCHEMA:
+            raise ValueError("it was written by another version of rankpilot")
+        model.policy.load_state_dict(state["policy"])
+        model.policy.optimizer.load_state_dict(state["optimizer"])
+        model.num_timesteps = int(state["timesteps"])
+        validation.restore(state["validation"])
+        torch.set_rng_state(state["torch_rng"])
+        kind, keys, position, has_gauss, gauss = state["numpy_rng"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+        return int(state["iteration"])
+    except Exception as error:  # whatever torch makes of a damaged file
+        raise RunFolderError(f"The checkpoint {path} cannot be read ({error}). Delete it to start over.") from error

@@ -1,7 +1,7 @@
 """Plan runs of real fine-tunes in one file, which a training reads beside those of fresh proxies.
 
-`rankpilot bench plan-runs` makes the file. A task's runs share its seed and batches, and each had one decision, before
-the first step.
+`python -m benchmarks plan-runs` makes the file. A task's runs share its seed and batches, and each had one decision,
+before the first step.
 """
 
 from __future__ import annotations

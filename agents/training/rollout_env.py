@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,16 +20,74 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 
 from ...common.arrays import Arrays, FloatArray
 from ...common.workers import Call, make_workers
-from ...env.episodes.rollout import rollout
-from ...env.episodes.slots import StackedConfig
+from ...env.reward import UNIFORM
 from ...env.spaces import action_space, observation_space
+from ...env.tasks.oracle import utilities
 from ...env.tasks.proxy_finetune import CACHED_TASKS
 from ...env.tasks.proxy_task import ProxyTask
-from .stack_worker import EnvironmentStack, RolloutStack
+from ...env.vector import StackedConfig, StackedVectorEnv
 from .task_sampling import FreshTasks
 from .vec_env import SharedVecEnv
 
 Note = Callable[[Arrays, Sequence[FloatArray | None]], None]
+
+
+@dataclass(frozen=True, eq=False)
+class StackStep:
+    """What a stack has come to after a decision.
+
+    Attributes:
+        arrays: the observations, one row an episode.
+        rewards: of the episodes that have ended with this decision, 0 for others, float64 (episodes,).
+        infos: of each episode; see `RankAllocationEnv`.
+    """
+
+    arrays: Arrays
+    rewards: NDArray[np.float64]
+    infos: tuple[dict[str, Any], ...]
+
+
+class EnvironmentStack:
+    """The vector environment on given tasks, as a worker keeps it; episodes that have ended wait for all others.
+
+    Args:
+        config: of the vector; its base is that of the tasks.
+    """
+
+    def __init__(self, config: StackedConfig) -> None:
+        self._config = config
+        self._vectors: dict[str, StackedVectorEnv] = {}
+        self._infos: dict[int, dict[str, Any]] = {}
+        self._active: list[int] = []
+
+    def begin(self, tasks: Sequence[ProxyTask]) -> Arrays:
+        """Start the episodes of tasks on one base, one a group; returns what they see."""
+        base, size = tasks[0].base, self._config.episodes_per_task
+        if base not in self._vectors:
+            self._vectors[base] = StackedVectorEnv(task=tasks[0], **vars(self._config) | {"base": base})
+        self._vector = self._vectors[base]
+        self._vector.records.clear()
+        self._infos = self._vector.begin({slot: tasks[slot // size] for slot in range(len(tasks) * size)})
+        self._active = list(self._infos)
+        return self._vector.padded()
+
+    def worth(self, tasks: Sequence[ProxyTask]) -> list[FloatArray | None]:
+        """What each module is worth at most, in nats, (modules,) by task; None where it is not known.
+
+        Args:
+            tasks: as they have begun, in groups of one.
+        """
+        problems = [self._vector.records[slot].observation.problem for slot in range(len(tasks))]
+        pairs = zip(tasks, problems, strict=True)
+        return [utilities(task, problem)[:, -1] if task.kind == "planted" else None for task, problem in pairs]
+
+    def step(self, actions: NDArray[Any]) -> StackStep:
+        """Take decisions, (episodes, action size)."""
+        transitions = self._vector.advance({slot: actions[slot] for slot in self._active})
+        self._active = [slot for slot, each in transitions.items() if not each.terminated]
+        self._infos |= {slot: each.info for slot, each in transitions.items()}
+        rewards = [transitions[slot].reward if slot in transitions else 0.0 for slot in self._infos]
+        return StackStep(self._vector.padded(), np.array(rewards), tuple(self._infos.values()))
 
 
 class ProxyVecEnv(SharedVecEnv):
@@ -62,9 +121,10 @@ class ProxyVecEnv(SharedVecEnv):
         self.round = self._taken = 0
         self._names: list[str] = []
         self.workers = make_workers(min(workers, stacks))
+        whole_tasks = replace(config, num_envs=config.rows, episodes_per_task=1, against=UNIFORM)
         for stack in range(stacks):
             self.workers.keep(stack, partial(EnvironmentStack, config))
-            self.workers.keep(stacks + stack, partial(RolloutStack, config))
+            self.workers.keep(stacks + stack, partial(EnvironmentStack, whole_tasks))
 
     # Rounds of PPO ----------------------------------------------------------------------------------------------------
 
@@ -110,7 +170,7 @@ class ProxyVecEnv(SharedVecEnv):
         """Run tasks to their end, in stacks of their own: the round under way waits.
 
         Args:
-            tasks: any, of the templates' length; those on one base run side by side.
+            tasks: any with a reference, of the templates' length; those on one base run side by side.
             act: actions (episodes, action size) for observations.
             note: called with the observations and the worth of modules, after each decision of each stack.
             on_progress: called with the tasks that are done and all of them, at first and now and then.
@@ -128,13 +188,33 @@ class ProxyVecEnv(SharedVecEnv):
         report(0, len(tasks))
         for start in range(0, len(chunks), self.stacks):
             side_by_side = dict(enumerate(chunks[start : start + self.stacks], start=self.stacks))
-            running = _Tasks(self, {stack: [tasks[i] for i in chunk] for stack, chunk in side_by_side.items()}, note)
-            rollout(running, lambda seen: {stack: act(arrays) for stack, arrays in seen.items()}, running.note)
+            infos = self._play({stack: [tasks[i] for i in chunk] for stack, chunk in side_by_side.items()}, act, note)
             for stack, chunk in side_by_side.items():
-                for index, loss in zip(chunk, running.states[stack].losses, strict=True):
-                    losses[index] = loss
+                for index, info in zip(chunk, infos[stack], strict=True):
+                    losses[index] = math.nan if info["held_out_loss"] is None else info["held_out_loss"]
             report(sum(map(len, chunks[: start + len(side_by_side)])), len(tasks))
         return losses
+
+    def _play(
+        self, stacks: dict[int, list[ProxyTask]], act: Callable[[Arrays], NDArray[Any]], note: Note | None
+    ) -> dict[int, tuple[dict[str, Any], ...]]:
+        """Run whole tasks, by number of their stack, side by side; returns the last infos of each."""
+        names = {stack: ", ".join(task.id for task in tasks) for stack, tasks in stacks.items()}
+
+        def call(method: Callable[..., Any], arguments: dict[int, Any], *, anew: bool = False) -> dict[int, Any]:
+            calls = {stack: Call(method, (each,), names[stack], anew=anew) for stack, each in arguments.items()}
+            return self.workers.call(calls)
+
+        seen = call(EnvironmentStack.begin, stacks, anew=True)
+        worth = call(EnvironmentStack.worth, stacks) if note else {}
+        for _ in range(self.decisions):
+            chosen = {stack: act(arrays) for stack, arrays in seen.items()}
+            steps = call(EnvironmentStack.step, chosen)
+            for stack, arrays in seen.items():
+                if note:
+                    note(arrays, worth[stack])
+            seen = {stack: step.arrays for stack, step in steps.items()}
+        return {stack: step.infos for stack, step in steps.items()}
 
     def close(self) -> None:
         """End the processes."""
@@ -145,45 +225,3 @@ def _joined(arrays: dict[int, Arrays]) -> Arrays:
     """The observations of all stacks, one row an episode."""
     ordered = [arrays[stack] for stack in sorted(arrays)]
     return {key: np.concatenate([each[key] for each in ordered]) for key in ordered[0]}
-
-
-class _Tasks:
-    """Stacks of whole tasks that run side by side; see `Running`.
-
-    Args:
-        envs: whose workers train them.
-        stacks: tasks on one base, by number of the stack.
-        note: see `ProxyVecEnv.play`.
-    """
-
-    def __init__(self, envs: ProxyVecEnv, stacks: dict[int, list[ProxyTask]], note: Note | None) -> None:
-        self._envs, self._note, self._taken = envs, note, 0
-        self._names = {stack: ", ".join(task.id for task in tasks) for stack, tasks in stacks.items()}
-        calls = {
-            stack: Call(RolloutStack.begin, (tasks, note is not None), self._names[stack], anew=True)
-            for stack, tasks in stacks.items()
-        }
-        self.states = envs.workers.call(calls)
-        self._worth = {stack: state.worth for stack, state in self.states.items()}
-
-    @property
-    def ended(self) -> bool:
-        """Whether all decisions have been taken."""
-        return self._taken == self._envs.decisions
-
-    @property
-    def seen(self) -> dict[int, Arrays]:
-        """Observations by stack."""
-        return {stack: state.arrays for stack, state in self.states.items()}
-
-    def step(self, chosen: dict[int, NDArray[Any]]) -> None:
-        """Take decisions, (episodes, action size) by stack."""
-        calls = {stack: Call(RolloutStack.step, (each,), self._names[stack]) for stack, each in chosen.items()}
-        self.states = self._envs.workers.call(calls)
-        self._taken += 1
-
-    def note(self, seen: dict[int, Arrays], _: object) -> None:
-        """Note observations together with what modules are worth."""
-        if self._note:
-            for stack, arrays in seen.items():
-                self._note(arrays, self._worth[stack])

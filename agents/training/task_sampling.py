@@ -13,8 +13,7 @@ import numpy as np
 from ...allocation.plan import uniform_ranks
 from ...env.tasks.proxy_finetune import first_problem
 from ...env.tasks.proxy_task import ProxyTask
-from ...env.tasks.stream import fresh_task
-from ...env.tasks.suites import evenly, find_tasks
+from ...env.tasks.suites import evenly, find_tasks, fresh_task
 from ...errors import ConfigError
 from .config import TrainConfig
 

@@ -25,32 +25,36 @@ from ...common.devices import find_device
 from ...common.files import append_json_line, read_json, read_json_lines, write_json, write_text
 from ...common.run_folder import open_run
 from ...common.settings import as_json
-from ...env.episodes.slots import StackedConfig
 from ...env.proxies.adapted import adapted_base
 from ...env.tasks.proxy_finetune import check_texts
 from ...env.tasks.proxy_task import ProxyTask
 from ...env.tasks.suites import VERSION
+from ...env.vector import StackedConfig
 from ...errors import DataError, RunFolderError, first_line
 from ..learned.network import RankNetwork
 from ..learned.plan_value import PlanValueEnsemble
 from ..learned.policy import LearnedPolicy
 from ..learned.policy_file import CARD, save_policy
-from .checkpoint import CHECKPOINT, restore, write_checkpoint
 from .config import TrainConfig
 from .fit_plan_value import ANY_COST, fit_value_ensemble
 from .plan_runs import PLAN_RUNS, RUNS, Stack, collect_plan_runs, plan_dataset
 from .ppo_policy import GroupRolloutBuffer, RankPolicy
-from .progress import PROGRESS, OnStage, PPOProgress, Stage
+from .progress import (
+    CHECKPOINT,
+    PROGRESS,
+    OnStage,
+    PPOProgress,
+    Stage,
+    Validation,
+    restore,
+    write_checkpoint,
+)
 from .real_plan_runs import more_plan_runs
 from .rollout_env import ProxyVecEnv
 from .task_sampling import FreshTasks, fresh_tasks, plan_draws, validation_tasks, warm_draws
-from .validation import Validation
 from .warm_start import warm_start
 
 TENSORBOARD = "tensorboard/ppo_1"
-
-WARM_START = "warm_start"
-"""Folder, inside a run's, of the policy before PPO."""
 
 SUMMARY = "summary.json"
 """File, among a training's plan runs, that tells what came of them."""
@@ -98,7 +102,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         max_modules=modules,
         device=str(find_device(config.device)),
     )
-    with open_run(folder, as_json(TrainConfig, config), resume=resume, kind=TrainConfig):
+    with open_run(folder, as_json(TrainConfig, config), resume=resume):
         return _train(config, folder, fresh, stack, validation, on_stage or (lambda stage: None))
 
 
@@ -179,7 +183,7 @@ def _value_ensemble(
 
 
 def _begin(model: PPO, envs: ProxyVecEnv, config: TrainConfig, progress: PPOProgress, folder: Path) -> None:
-    """Measure the untrained policy, teach it scores, measure again, and keep it to compare with."""
+    """Measure the untrained policy, teach it scores, and measure again."""
     policy = model.policy
     assert isinstance(policy, RankPolicy)
     model._setup_learn(0, progress, reset_num_timesteps=False)
@@ -196,12 +200,6 @@ def _begin(model: PPO, envs: ProxyVecEnv, config: TrainConfig, progress: PPOProg
         )
         row |= {f"warm_{key}": value for key, value in facts.items()}
         row |= {f"warm_{key}": value for key, value in progress.validate().items()}
-        save_policy(
-            folder / WARM_START,
-            policy.network,
-            config.schedule,
-            {"name": WARM_START, "training": as_json(TrainConfig, config)},
-        )
     append_json_line(folder / PROGRESS, row)
 
 

@@ -12,33 +12,26 @@
 # %%
 import os
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from rankpilot.agents.evaluation.evaluate import LOGS, ROWS
-from rankpilot.agents.evaluation.replayed import Replayed
+from rankpilot.agents.evaluation.replayed import STATIC, Replayed
 from rankpilot.agents.evaluation.runs import compare, log_folder
 from rankpilot.agents.learned.exploring import exploring
 from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
 from rankpilot.allocation.log import DecisionLog
 from rankpilot.common.drawing import save_figure
+from rankpilot.common.statistics import estimate
 from rankpilot.env.tasks.suites import evenly, find_tasks
-from rankpilot.study.dataset import sample
-from rankpilot.study.decision.case import Case
-from rankpilot.study.decision.explain import explain, explanations
-from rankpilot.study.decision.redecide import redecide
-from rankpilot.study.decision.replay import replay
+from rankpilot.study.decision.replay import DecidedAgain, redecide, replay
 from rankpilot.study.decision.shapley import GROUPS, attribute
-from rankpilot.study.decision.stability import stability
-from rankpilot.study.decision.what_if import Question, what_if
-from rankpilot.study.off_policy.from_logs import logged_suite
-from rankpilot.study.off_policy.targets import TargetPolicy
-from rankpilot.study.off_policy.weighted import importance, self_normalised
+from rankpilot.study.decision.what_if import Question, stability, what_if
+from rankpilot.study.decision.why import explain, explanations
 from rankpilot.study.page.data import page_data
 from rankpilot.study.page.html import write_page
-from rankpilot.study.policy.suite_page import suite_data, write_suite_page
-from rankpilot.study.policy.suite_study import study_suite
 from rankpilot.study.run.heatmap import rank_heatmap
 from rankpilot.study.run.run_data import read_run
 
@@ -124,7 +117,7 @@ print(f"  {'total':20s} {parts.bound_total:+.3f}, missed by {parts.error:.1e}")
 # is told and at one step less.
 
 # %%
-case = Case(first, policy)
+case = DecidedAgain(first, policy)
 for question in (Question("budget", -1), Question("budget", 1), Question("caution", 1)):
     answer = what_if(case, question)
     if answer is None:
@@ -171,50 +164,48 @@ print("Page of the run:", folder / "run.html")
 # %% [markdown]
 # ## One suite
 #
-# One run tells little. Over the suite, each figure comes with the 95 % interval of a bootstrap over tasks; a difference
-# whose interval holds 0 decides nothing. Runs at the final ranks of the logged ones, taken from the first step on, tell
-# what later decisions were worth.
+# One run tells little. Over the suite, a table of its rows says how often the policy leaves uniform rank, whether runs
+# gain where the votes promise it, and what went wrong where. Runs at the final ranks of the logged ones, taken from the
+# first step on, tell what later decisions were worth. A difference counts where its interval leaves out 0: `estimate`
+# gives that of a bootstrap over tasks.
 
 # %%
-compare([Replayed(folder / LOGS / policy.name)], tasks, schedule, workers=1, file=folder / ROWS)
-study = study_suite(folder, policy.name, policy)
-data = suite_data(study)
-for sentence in (*data["sentences"]["verdict"], *data["sentences"]["promise"], *data["sentences"]["traits"]):
-    print(" -", sentence)
-write_suite_page(data, folder / "suite.html")
-print("Page of the suite:", folder / "suite.html")
+rows = compare([Replayed(folder / LOGS / policy.name)], tasks, schedule, workers=1, file=folder / ROWS)
+table = pd.DataFrame([asdict(row) for row in rows])
+mine = table[table["policy"] == policy.name].set_index(["task", "seed"])
+firsts = {}
+for row in rows:
+    if row.policy == policy.name:
+        found = DecisionLog(log_folder(folder / LOGS, row.key)).logged(0).deliberation
+        votes = {"leaves uniform": found.plan != found.reference, "promised": found.mean[found.plan]}
+        firsts[row.task, row.seed] = votes | {"spread": found.std[found.plan]}
+runs = pd.MultiIndex.from_tuples(firsts, names=["task", "seed"])
+mine = mine.join(pd.DataFrame(list(firsts.values()), index=runs))
+gain = estimate(mine["improvement"].to_numpy(), mine.index.get_level_values("task").to_list())
+print(f"The gain of {policy.name} over uniform rank is {gain:+.2f} of the headroom.")
+print(f"It leaves uniform rank in {mine['leaves uniform'].mean():.0%} of the runs.")
+promise = mine.loc[mine["leaves uniform"], ["promised", "improvement"]].corr(method="spearman").iloc[0, 1]
+print(f"Rank correlation of what the votes promise and what is gained: {promise:+.2f}")
+print(mine.groupby("cost_kind")["improvement"].agg(["count", "mean"]).round(2).to_string())
+
+# %%
+static = table[table["policy"].str.endswith(STATIC)].set_index(["task", "seed"])["improvement"]
+later = (mine["improvement"] - static).dropna()
+worth = estimate(later.to_numpy(), later.index.get_level_values("task").to_list())
+print(f"What it changes on the way is worth {worth:+.3f} of the headroom.")
+print("The worst runs:")
+print(mine.nsmallest(3, "improvement")[["improvement", "family", "cost_kind", "promised"]].round(2).to_string())
 
 # %% [markdown]
-# ### What another policy would have gained: off-policy estimates
+# ### What another policy would have gained
 #
-# The explorer logged with which probability it took each plan. So its runs tell what another policy would have gained
-# with its first plan, if the explorer took such plans often enough. Where it did not, there is no number: an estimate
-# from a handful of tasks would mislead. A policy that draws at half the temperature overlaps; one that always
-# takes the rule top-down does not.
+# Run it: `compare([load_policy("signal-mean")], tasks, ...)`, or `rankpilot evaluate` on the command line, takes
+# seconds. The explorer above logged with which probability it took each plan, so one could weigh its runs instead; but
+# at the temperatures at which a policy still gains, its logs hardly hold the plans that another one would take
+# (docs/experiments.md).
 
 # %%
-suite = logged_suite(folder, explorer.name)
-cooler = replace(explorer, temperature=2.0)
-drawn = [replace(each.deliberation, temperature=cooler.temperature).probabilities for each in suite.decisions]
-close = TargetPolicy("half as hot", np.concatenate(drawn))
-far = suite.target(load_policy("top-down"))
-print(f"as logged: {suite.choices.outcomes.mean():+.3f} in log loss below uniform rank")
-for target in (close, far):
-    for estimate in (importance, self_normalised):
-        found = estimate(suite.choices, target)
-        told = found.refused or f"{found:+.3f}, effective sample size {found.effective_size:.1f}"
-        print(f"{target.name}, {found.method}: {told}")
-
-# %% [markdown]
-# ## A data set of decisions
-#
-# Rankpilot ships a sample of the decisions from which its value networks learned: what was seen, which ranks were
-# given, how the run ended. `rankpilot study dataset` writes such a data set from runs of your own.
-
-# %%
-trials = sample()
-table = trials.table(["task", "kind", "budget", "source"])
-columns = len(trials.table().column_names)
-tasks_of_sample = set(table["task"].to_pylist())
-print(f"{table.num_rows} decisions on {len(tasks_of_sample)} tasks, of {columns} columns")
-print("kinds of task:", ", ".join(sorted(set(table["kind"].to_pylist()))))
+rows = compare([load_policy("signal-mean")], tasks, schedule, workers=1, file=folder / ROWS)
+for name in (policy.name, explorer.name, "signal-mean"):
+    gains = [row.improvement for row in rows if row.policy == name]
+    print(f"{name}: {np.mean(gains):+.2f} of the headroom")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ class EpisodeLog:
     """Writes down the decisions of one episode.
 
     Attributes:
-        log: the log; what it held is dropped at the first decision.
+        write: takes each decision, such as `DecisionLog.append`.
         policy: decides.
         run: name of the run.
     """
 
-    log: DecisionLog
+    write: Callable[[DecisionRecord], object]
     policy: Policy
     run: str
 
@@ -39,17 +40,14 @@ class EpisodeLog:
         loss: float | None,
     ) -> None:
         """Write down a decision that has just been applied; see `DecisionRecord.of`."""
-        number = controller.decision - 1
-        if number == 0:
-            self.log.truncate(0)
-        self.log.append(
+        self.write(
             DecisionRecord.of(
                 controller,
                 observation,
                 decision,
                 plan,
                 policy=self.policy,
-                number=number,
+                number=controller.decision - 1,
                 step=step,
                 run=self.run,
                 loss=loss,
@@ -95,7 +93,7 @@ def next_log(folder: Path, policy: Policy, run: str) -> EpisodeLog:
         except OSError as error:
             raise _unusable(folder, error) from error
         else:
-            return EpisodeLog(DecisionLog(place), policy, run)
+            return EpisodeLog(DecisionLog(place).append, policy, run)
 
 
 def _unusable(folder: Path, error: OSError) -> RunFolderError:

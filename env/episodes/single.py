@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -25,13 +27,23 @@ from ...lora.resize import reset_adapters, resize, set_ranks
 from ...lora.scaling import reference_scaling
 from ...lora.signals import SIGNALS
 from ..tasks.finetune import FineTune, Reference
-from .remembered import remembered
+
+Result = TypeVar("Result")
 
 MAX_GRAD_NORM = 1.0
 """Gradients are clipped to this norm, the Trainer's default."""
 
 _holders: WeakKeyDictionary[nn.Module, ref[Episode]] = WeakKeyDictionary()
 """The episode whose factors each base model holds."""
+
+
+def found_once(task: FineTune, key: Hashable, find: Callable[[], Result]) -> Result:
+    """What is known of a task under a key; found out the first time."""
+    known = task.known
+    if key not in known:
+        known[key] = find()
+    result: Result = known[key]
+    return result
 
 
 def new_controller(
@@ -52,9 +64,12 @@ def rate_at(peak: float, step: int, steps: int) -> float:
     return peak * (1 - step / steps)
 
 
-@remembered(64)
 def probe_task(task: FineTune, schedule: DecisionSchedule) -> ProbeResult:
     """The probe of a task; every episode of the task starts from the same one."""
+    return found_once(task, ("probe", schedule), lambda: _probe(task, schedule))
+
+
+def _probe(task: FineTune, schedule: DecisionSchedule) -> ProbeResult:
     model, targets = task.adapted()
     reset_adapters(targets, 1, task.seed)
     rows = min(schedule.probe_batch, task.batch_size)
@@ -180,10 +195,9 @@ def reference_of(task: FineTune, schedule: DecisionSchedule) -> Reference:
     Raises:
         ConfigError: the held-out loss is not finite before training.
     """
-    return task.reference or _measured_reference(task, schedule)
+    return task.reference or found_once(task, "reference", lambda: _measured_reference(task, schedule))
 
 
-@remembered(512)
 def _measured_reference(task: FineTune, schedule: DecisionSchedule) -> Reference:
     episode = Episode(task, schedule)
     initial = _initial_loss(episode)
@@ -206,9 +220,12 @@ def _initial_loss(episode: Episode) -> float:
     return initial
 
 
-@remembered(512)
 def rule_losses(task: FineTune, schedule: DecisionSchedule, rule: str) -> tuple[float, float]:
     """Held-out losses of a rule's run of a task, NaN if it failed, and before training; see `reference_of`."""
+    return found_once(task, (rule, schedule), lambda: _rule_losses(task, schedule, rule))
+
+
+def _rule_losses(task: FineTune, schedule: DecisionSchedule, rule: str) -> tuple[float, float]:
     episode = Episode(task, schedule)
     initial, loss = _initial_loss(episode), None
     try:

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 
 from ...lora.stacked.adapters import StackedAdapters
-from ...lora.stacked.blocks import FORWARD_TOKENS, Blocks
+from ...lora.stacked.blocks import FORWARD_TOKENS, Blocks, States
 from ...lora.stacked.run import StackedMeter, accumulate_all
 from ..proxies.adapted import adapted_base
 from ..proxies.bases import load_base_model
 from ..tasks.proxy_finetune import TaskData, load_task
 from ..tasks.proxy_task import ProxyTask
-from .frozen_states import FrozenStates, joining
 from .single import MAX_GRAD_NORM
 
 CACHED_TOKENS = 2560
@@ -80,25 +79,64 @@ class Lane:
         return self.step % self.task.steps
 
 
+class FrozenStates:
+    """Hidden states of the batches of some steps below the lowest adapters of all runs of a task, which share them.
+
+    They are computed for many steps at a time.
+
+    Args:
+        blocks: of the model.
+        batches: token ids of steps that follow one another, int64 (steps, rows, length).
+        wanted: the blocks.
+        first: number of the first step.
+    """
+
+    def __init__(self, blocks: Blocks, batches: torch.Tensor, wanted: Sequence[int], first: int = 0) -> None:
+        self._blocks, self._batches, self._wanted, self._first = blocks, batches, sorted(set(wanted)), first
+        self._start, self._end = 0, 0
+        self._states: States = {}
+
+    def at(self, step: int) -> States:
+        """Those of one step, (rows, length, width) by block."""
+        place = step - self._first
+        if not self._start <= place < self._end:
+            part = self._batches[place : place + max(1, FORWARD_TOKENS // self._batches[0].numel())]
+            states = self._blocks.frozen(part.flatten(0, 1), self._wanted)
+            self._states = {block: torch.unflatten(each, 0, part.shape[:2]) for block, each in states.items()}
+            self._start, self._end = place, place + len(part)
+        return {block: each[place - self._start] for block, each in self._states.items()}
+
+
+def joining(entries: Sequence[int], states: Sequence[torch.Tensor]) -> States:
+    """The states with which runs join a batch.
+
+    Args:
+        entries: the block at which each run joins, in rising order.
+        states: of each run, (rows, length, width).
+    """
+    parts: dict[int, list[torch.Tensor]] = {}
+    for block, own in zip(entries, states, strict=True):
+        parts.setdefault(block, []).append(own)
+    return {block: torch.cat(each) for block, each in parts.items()}
+
+
 class StackTrainer:
     """Trains and evaluates runs of tasks on one base.
 
     Args:
         base: name of the proxy base.
         runs: how many have room.
-        compiled: train through torch.compile; see `StackedAdapters`. All runs are then in the batch from the first
-            block on, since each other batch would be compiled anew.
         device: where to train.
 
     Attributes:
         adapters: of the runs.
     """
 
-    def __init__(self, base: str, runs: int, *, compiled: bool, device: torch.device) -> None:
+    def __init__(self, base: str, runs: int, *, device: torch.device) -> None:
         targets = adapted_base(base)[1]
         model = load_base_model(base).to(device)
         model.config.use_cache = False  # nothing is generated
-        self.adapters: StackedAdapters = StackedAdapters(model, targets, runs, compiled=compiled)
+        self.adapters: StackedAdapters = StackedAdapters(model, targets, runs)
         self._blocks = Blocks(model, targets)
         self._device = device
 
@@ -107,9 +145,6 @@ class StackTrainer:
     def train(self, lanes: Sequence[Lane]) -> None:
         """Train each lane to its end; one that meets a loss that is not finite stops there."""
         if not lanes:
-            return
-        if self.adapters.compiled and lanes[0].rows is None:
-            self._train(lanes, self._compiled_losses)
             return
         entries = self._blocks.entries(self.adapters.ranks)  # ranks stay as they are here
         states = self._states_of(lanes, entries)
@@ -159,20 +194,6 @@ class StackTrainer:
             losses = self._losses(logits, part)
             self.adapters.backward(losses)
         return dict(zip(part, losses.tolist(), strict=True))
-
-    def _compiled_losses(self, active: Sequence[Lane]) -> dict[Lane, float]:
-        """The same through the compiled model.
-
-        It is for one number of runs: rows that do not train see some other lane's batch.
-        """
-        lanes = {lane.row: lane for lane in active}
-        crew = [lanes.get(row, active[0]) for row in range(len(self.adapters.ranks))]
-        inputs = torch.cat([lane.data.inputs[lane.batch] for lane in crew]).to(self._device)
-        with self.adapters.running(range(len(crew)), compiled=True) as model:
-            losses = self._losses(model(input_ids=inputs).logits, crew)
-            self.adapters.backward(losses)
-        by_row = losses.tolist()
-        return {lane: by_row[lane.row] for lane in active}
 
     def _losses(self, logits: torch.Tensor, lanes: Sequence[Lane]) -> torch.Tensor:
         """The loss of each lane, (lanes,), from their answers, one after another."""

@@ -27,8 +27,8 @@ class ProxyBase:
     """One proxy architecture, a language model over bytes.
 
     Attributes:
-        name: folder below `env/bases`.
-        family: "llama", "bert", "gpt2" or "gpt_neox", as transformers calls it.
+        name: folder below `env/proxies/weights`.
+        family: "llama", "bert" or "gpt2", as transformers calls it.
         depth: layers.
         target_modules: the linear layers that carry an adapter, as in `peft.LoraConfig`.
         config: keyword arguments of the transformers configuration.
@@ -102,31 +102,11 @@ def _gpt2(depth: int, width: int) -> ProxyBase:
     return ProxyBase(f"gpt2-{depth}x{width}", "gpt2", depth, ("c_attn", "c_proj", "c_fc"), config)
 
 
-def _neox() -> ProxyBase:
-    config = {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "max_position_embeddings": POSITIONS,
-        "initializer_range": 0.06,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    targets = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h")
-    return ProxyBase("neox-8x64", "gpt_neox", 8, targets, config)
-
-
 PROXY_BASES = {
     base.name: base
-    for base in (
-        *(make(depth, width) for make in (_llama, _bert, _gpt2) for depth in (4, 8) for width in (32, 64)),
-        _neox(),
-    )
+    for base in (make(depth, width) for make in (_llama, _bert, _gpt2) for depth in (4, 8) for width in (32, 64))
 }
-"""Bases by name. Policies learn from the first three families; GPT-NeoX is left for what is asked of new families."""
+"""Bases by name."""
 
 
 def find_base(name: str) -> ProxyBase:
@@ -160,19 +140,23 @@ def _weights(name: str) -> dict[str, Any]:
     path = BASES_FOLDER / name / "model.safetensors"
     if not path.is_file():
         raise AssetError(
-            f"The weights of proxy base {name!r} are missing ({path}). Reinstall rankpilot, or make them with "
-            f"`python -m rankpilot.env.proxies.pretrain {name}`."
+            f"The weights of proxy base {name!r} are missing ({path}). Bases of the test split are in a "
+            "checkout of the repository and not in the wheel: install rankpilot from one (pip install -e .)."
         )
     return load_file(path)
 
 
 def load_base_model(name: str) -> PreTrainedModel:
     """A fresh copy of a pretrained proxy base, frozen, in evaluation mode, fp32."""
-    model = new_base_model(find_base(name))
-    weights = {key: value.float() for key, value in _weights(name).items()}
-    _, unexpected = model.load_state_dict(weights, strict=False)
+    return with_weights(find_base(name), _weights(name))
+
+
+def with_weights(base: ProxyBase, weights: dict[str, Any]) -> PreTrainedModel:
+    """A model of an architecture with these weights, frozen, in evaluation mode, fp32."""
+    model = new_base_model(base)
+    _, unexpected = model.load_state_dict({key: value.float() for key, value in weights.items()}, strict=False)
     if unexpected:
-        raise AssetError(f"The weights of proxy base {name!r} do not fit its architecture: {unexpected[:3]}.")
+        raise AssetError(f"The weights of proxy base {base.name!r} do not fit its architecture: {unexpected[:3]}.")
     model.tie_weights()
     model.requires_grad_(False)
     return model.eval()

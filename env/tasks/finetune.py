@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,10 @@ class FineTune(Hashable, Protocol):
     @property
     def reference(self) -> Reference | None:
         """What fixed allocations achieve, if it is known already."""
+
+    @property
+    def known(self) -> dict[Hashable, Any]:
+        """What episodes have found out about it, such as its probe; the same object each time."""
 
     def adapted(self) -> tuple[PeftModel, list[TargetModule]]:
         """The model with a LoRA pair on every target module; the same object each time."""

@@ -19,8 +19,7 @@ from ...allocation.problem import AllocationProblem
 from ...common.arrays import FloatArray, IntArray
 from ...errors import ConfigError
 from ..proxies.adapted import adapted_base
-from .planted import Change, changed_weights
-from .proxy_finetune import CACHED_TASKS, load_task
+from .proxy_finetune import CACHED_TASKS, Change, changed_weights, load_task
 from .proxy_task import ProxyTask
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -130,6 +130,11 @@ class OwnTask:
     def limit(self) -> Budget:
         """The budget."""
         return Budget.parse(self.budget)
+
+    @cached_property
+    def known(self) -> dict[Hashable, Any]:
+        """What episodes have found out about it; it goes with the task."""
+        return {}
 
     @cached_property
     def predicted(self) -> float:

@@ -15,13 +15,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 import torch
-import torch.fx.experimental._config as dynamic_shapes
 from torch import nn
 from torch.optim.adamw import adamw
 
@@ -46,8 +44,6 @@ class StackedAdapters:
             no active dropout, and compute each row independently of the others.
         targets: the modules to adapt; gives names, shapes and scaling.
         runs: number of runs.
-        compiled: train through torch.compile, which takes a minute for each new number of runs; every module then has
-            a width of at least `WIDTH_STEP`.
 
     Attributes:
         ranks: int64 (runs, modules); `lora/stacked/resize.py` changes them.
@@ -72,7 +68,7 @@ class StackedAdapters:
     sums: torch.Tensor
     weights: torch.Tensor
 
-    def __init__(self, model: nn.Module, targets: Sequence[TargetModule], runs: int, *, compiled: bool = False) -> None:
+    def __init__(self, model: nn.Module, targets: Sequence[TargetModule], runs: int) -> None:
         for target in targets:
             if target.embedding or len(target.parameters) > 2:
                 raise UnsupportedError(
@@ -86,15 +82,13 @@ class StackedAdapters:
         self.ages: IntArray = np.zeros((runs, len(targets)), dtype=np.int64)
         parameter = next(model.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
-        self.compiled = compiled
-        self._call: Callable[..., Any] = torch.compile(model) if compiled else model
         self._anchor = torch.zeros((), device=self.device, requires_grad=True)
         self._rows: list[int] = []
         self._entries: list[int] | None = None
-        self._leaves: list[Pair] = []
-        dims = [np.array([getattr(t, side) for t in targets], dtype=np.int64) for side in ("d_in", "d_out")]
-        self.layout: Layout = Layout(np.zeros(len(targets), dtype=np.int64), *dims)
-        self._piece = WIDTH_STEP * int(np.gcd.reduce(np.concatenate(dims)))
+        d_in = np.array([target.d_in for target in targets], dtype=np.int64)
+        d_out = np.array([target.d_out for target in targets], dtype=np.int64)
+        self.layout: Layout = Layout(np.zeros(len(targets), dtype=np.int64), d_in, d_out)
+        self._piece = WIDTH_STEP * int(np.gcd.reduce(np.concatenate([d_in, d_out])))
         self._slices: dict[int, list[tuple[int, int, int]]] = {}
         self._allocate()
         for index, target in enumerate(targets):
@@ -134,8 +128,7 @@ class StackedAdapters:
 
         Widths shrink only if that saves much memory; components beyond the new width must then be zero.
         """
-        least = WIDTH_STEP if self.compiled else 0
-        widths = np.maximum(-(-ranks.max(axis=0) // WIDTH_STEP) * WIDTH_STEP, least)
+        widths = -(-ranks.max(axis=0) // WIDTH_STEP) * WIDTH_STEP
         old, new = self.layout, Layout(widths, self.layout.d_in, self.layout.d_out)
         if bool((widths <= old.widths).all()) and new.size > SHRINK_BELOW * old.size:
             return
@@ -151,31 +144,19 @@ class StackedAdapters:
     # Forward and backward ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def running(
-        self, rows: Sequence[int], entries: Sequence[int] | None = None, *, compiled: bool = False
-    ) -> Iterator[Callable[..., Any]]:
-        """Yield the model (the `compiled` one for training), to be called with batches of these runs, in this order.
+    def running(self, rows: Sequence[int], entries: Sequence[int] | None = None) -> Iterator[nn.Module]:
+        """Yield the model, to be called with batches of these runs, in this order.
 
         Args:
             rows: the runs.
             entries: the block at which each of them joins the batch, in rising order (see `Blocks.joined`); None if all
                 are there from the first block on.
-            compiled: only without `entries`.
         """
         self._rows, self._entries = list(rows), None if entries is None else list(entries)
-        distinct_widths: Any = nullcontext()
-        if compiled:  # one graph for all widths needs contiguous factors, whose strides follow from their shapes
-            leaves = self.layout.pairs(self.weights[self._index(self._rows)])
-            self._factors = self._scalings_of(self._rows)
-            self._leaves = [(a.clone().requires_grad_(), b.clone().requires_grad_()) for a, b in leaves]
-            for leaf in (leaf for pair in self._leaves for leaf in pair):
-                torch._dynamo.maybe_mark_dynamic(leaf, 1)
-            distinct_widths = dynamic_shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
         try:
-            with distinct_widths:
-                yield self._call if compiled else self.model
+            yield self.model
         finally:
-            self._rows, self._entries, self._leaves = [], None, []
+            self._rows, self._entries = [], None
 
     def _hook(self, index: int) -> Callable[..., torch.Tensor]:
         d_in, d_out = self.targets[index].d_in, self.targets[index].d_out
@@ -186,9 +167,6 @@ class StackedAdapters:
             if not runs:
                 return output
             x, y = args[0].reshape(runs, -1, d_in), output.reshape(runs, -1, d_out)
-            if self._leaves:
-                a, b = self._leaves[index]
-                return torch.baddbmm(y, torch.bmm(x, a.mT) * self._factors[index], b).view(output.shape)
             segments = self._segments_of(index, runs, x.shape[1])
             if not segments:
                 return output
@@ -215,16 +193,8 @@ class StackedAdapters:
 
     def backward(self, losses: torch.Tensor) -> None:
         """Compute `gradients` of the runs in the batch from their losses, (runs,); call within `running`."""
-        if not self._leaves:
-            if losses.requires_grad:  # some run has an adapter
-                losses.sum().backward()  # type: ignore[no-untyped-call]
-            return
-        leaves = [leaf for pair in self._leaves for leaf in pair]
-        gradients = torch.autograd.grad(losses.sum(), leaves)
-        for rows, gradient in zip(
-            (view for pair in self.pairs(self.gradients) for view in pair), gradients, strict=True
-        ):
-            rows[self._rows] = gradient
+        if losses.requires_grad:  # some run has an adapter
+            losses.sum().backward()  # type: ignore[no-untyped-call]
 
     # Adam -------------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What would have to be different for another decision: the smallest change that does it, found by deciding again.
+"""What would have to be different for another decision, and whether noise is enough: found by deciding again.
 
 A question names what is changed. Its amounts are whole steps of a size of its own, so that what a statement says is
 exactly what was tried. A coarse grid of amounts finds one that changes the decision, and bisection the first step at
@@ -11,19 +11,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from ...allocation.log import DecisionRecord
 from ...allocation.observation import with_limit
 from ...allocation.plan import pack
+from ...allocation.policy import Policy
 from ...allocation.time_limit import under_limit
-from ...common.arrays import IntArray
+from ...common.arrays import BoolArray, FloatArray, IntArray
 from ...common.module_names import short_names
 from ...common.units import cost_text, plural
 from ...errors import ConfigError
 from ...lora.signals import SIGNALS
-from .case import Case, with_least, with_most, with_signals
+from .replay import DecidedAgain, with_least, with_most, with_signals
 
 Kind = Literal["signals", "budget", "recipe budget", "most", "least", "caution"]
 
@@ -38,6 +40,13 @@ GRID: dict[str, tuple[int, ...]] = {
     "caution": tuple(range(10, 310, 10)),
 }
 """The amounts that are tried first, in steps. Of bounds every rung is tried."""
+
+
+PROBE_NOISE = 0.3
+"""The noise that signals have: two probes of one task on other batches differ so much (docs/experiments.md)."""
+
+SURE = 0.9
+"""A module is sure whose rank stays within a rung in this share of the draws."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Question:
     label: str = ""
     target: int | None = None
 
-    def plan(self, case: Case, steps: int) -> IntArray:
+    def plan(self, case: DecidedAgain, steps: int) -> IntArray:
         """The ranks after a change by so many steps, int64 (modules,).
 
         Raises:
@@ -82,7 +91,7 @@ class Question:
         change = with_most if self.kind == "most" else with_least
         return case.decide(change(observation, self.modules[0], int(amount)))
 
-    def amount(self, case: Case, steps: int) -> float:
+    def amount(self, case: DecidedAgain, steps: int) -> float:
         """What so many steps are: the shift of the signals, or the budget, bound or caution that they lead to."""
         problem = case.observation.problem
         if self.kind == "most":
@@ -94,7 +103,7 @@ class Question:
             return change
         return round(_caution(case) + change, 6) if self.kind == "caution" else problem.limit * (1 + change)
 
-    def amounts(self, case: Case) -> Sequence[int]:
+    def amounts(self, case: DecidedAgain) -> Sequence[int]:
         """The amounts that are tried first, in steps, rising."""
         if self.kind in ("most", "least"):
             problem, module = case.observation.problem, self.modules[0]
@@ -137,7 +146,7 @@ class WhatIf:
         moved[list(asked)] = False
         return int(moved.sum())
 
-    def holds(self, case: Case) -> bool:
+    def holds(self, case: DecidedAgain) -> bool:
         """Whether deciding again gives just this, at the change and at one step less of it."""
         plans = [self.question.plan(case, steps) for steps in (self.steps, self.steps - 1)]
         same = np.array_equal(plans[0], self.after) and np.array_equal(case.plan, self.before)
@@ -145,7 +154,7 @@ class WhatIf:
         return same and changed and not unchanged
 
 
-def what_if(case: Case, question: Question) -> WhatIf | None:
+def what_if(case: DecidedAgain, question: Question) -> WhatIf | None:
     """The smallest change that answers a question; None if none of the grid does.
 
     Raises:
@@ -169,20 +178,20 @@ def what_if(case: Case, question: Question) -> WhatIf | None:
     return WhatIf(question, steps, before, after, _text(case, question, steps, before, after))
 
 
-def _caution(case: Case) -> float:
+def _caution(case: DecidedAgain) -> float:
     deliberation = case.decision.deliberation
     if deliberation is None:
         raise ConfigError(f"{case.policy.name} has no value ensemble: there are no votes, and no caution to change.")
     return deliberation.lcb_coefficient
 
 
-def _with_caution(case: Case, caution: float) -> IntArray:
+def _with_caution(case: DecidedAgain, caution: float) -> IntArray:
     deliberation = case.decision.deliberation
     assert deliberation is not None
     return np.asarray(deliberation.plans[replace(deliberation, lcb_coefficient=caution).favourite])
 
 
-def _same_recipe(case: Case, limit: float) -> IntArray:
+def _same_recipe(case: DecidedAgain, limit: float) -> IntArray:
     """The ranks that the same scores, rank floor and depth bias lead to under another limit."""
     decision, problem = case.decision, under_limit(case.observation.problem, limit)
     if not decision.rank_floor:
@@ -191,7 +200,7 @@ def _same_recipe(case: Case, limit: float) -> IntArray:
     return case.plan_of(problem, replace(decision, ranks=ranks))
 
 
-def _text(case: Case, question: Question, steps: int, before: IntArray, after: IntArray) -> str:
+def _text(case: DecidedAgain, question: Question, steps: int, before: IntArray, after: IntArray) -> str:
     moved, target = before != after, question.target
     if target is None:
         effect = f"{plural(int(moved.sum()), 'module')} would have another rank"
@@ -203,7 +212,7 @@ def _text(case: Case, question: Question, steps: int, before: IntArray, after: I
     return f"{_condition(case, question, steps)}, {effect}."
 
 
-def _condition(case: Case, question: Question, steps: int) -> str:
+def _condition(case: DecidedAgain, question: Question, steps: int) -> str:
     amount, less = question.amount(case, steps), question.direction * (steps - 1)
 
     def but(before: str) -> str:
@@ -232,7 +241,7 @@ def _condition(case: Case, question: Question, steps: int) -> str:
 # Questions ------------------------------------------------------------------------------------------------------------
 
 
-def usual_questions(case: Case) -> list[Question]:
+def usual_questions(case: DecidedAgain) -> list[Question]:
     """What people ask first: caution, budget, the module of the highest rank, its type, and a bound on it."""
     names = short_names(case.observation.names)
     first = int(np.argmax(case.plan))
@@ -245,25 +254,66 @@ def usual_questions(case: Case) -> list[Question]:
     return questions
 
 
-def _kinds(case: Case, kind: Kind) -> list[Kind]:
+def _kinds(case: DecidedAgain, kind: Kind) -> list[Kind]:
     """The kind, if the decision has what it asks about."""
     known = case.decision.deliberation is not None if kind == "caution" else case.decision.rank_floor > 0
     return [kind] if known else []
 
 
-def drawn_question(case: Case, generator: np.random.Generator) -> Question:
-    """A question drawn at random, for tests of the answers."""
-    kinds: list[Kind] = ["signals", "signals", "budget", "most", "least"]
-    kinds += [*_kinds(case, "caution"), *_kinds(case, "recipe budget")]
-    kind = kinds[generator.integers(len(kinds))]
-    names, direction = short_names(case.observation.names), 1 if generator.integers(2) else -1
-    module = int(generator.integers(len(names)))
-    target = module if generator.integers(2) else None
-    if kind in ("most", "least"):
-        return Question(kind, 1 if kind == "least" else -1, (module,), str(names[module]), target)
-    if kind != "signals":
-        return Question(kind, direction, target=target)
-    if generator.integers(2):
-        return Question(kind, direction, (module,), str(names[module]), target)
-    alike = tuple(number for number, name in enumerate(names) if name.kind == names[module].kind)
-    return Question(kind, direction, alike, f"all {names[module].kind} modules", target)
+# Noise ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Stability:
+    """What noise leaves of a decision.
+
+    Attributes:
+        noise: standard deviation of what was added to each signal of each module, in log.
+        draws: how often.
+        same: share of the draws with the same plan.
+        near: share of the draws in which a module's rank stays within one rung, float64 (modules,).
+    """
+
+    noise: float
+    draws: int
+    same: float
+    near: FloatArray
+
+    @property
+    def sure(self) -> BoolArray:
+        """The modules whose rank noise does not move, bool (modules,)."""
+        return self.near >= SURE
+
+    def sentence(self) -> str:
+        """The same in words."""
+        return (
+            f"Noise of {self.noise:g} in the log of every signal leaves the plan as it is in {self.same:.0%} of "
+            f"{self.draws} draws; {int(self.sure.sum())} of {len(self.near)} modules stay within one rung in at least "
+            f"{SURE:.0%} of them."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What pages read, as JSON values."""
+        return {"same": self.same, "noise": self.noise, "sure": self.sure.tolist()}
+
+
+def stability(logged: DecisionRecord, policy: Policy, noise: float = 0.05, draws: int = 50) -> Stability:
+    """Take a decision again with normal noise on the signals.
+
+    Args:
+        logged: the decision.
+        policy: takes it again.
+        noise: standard deviation, in log; at least 0.
+        draws: how often, at least 1. They are the same each time.
+
+    Raises:
+        ConfigError: noise or draws out of range, or no policy decided there.
+    """
+    if not noise >= 0 or draws < 1:
+        raise ConfigError(f"noise is at least 0 and draws are at least 1; got {noise} and {draws}.")
+    case, generator = DecidedAgain(logged, policy), np.random.default_rng(0)
+    ladder, shape = logged.problem.ladder, (len(case.plan), len(SIGNALS))
+    shifts = (generator.normal(0, noise, shape) for _ in range(draws))
+    plans = np.stack([case.decide(with_signals(case.observation, shift)) for shift in shifts])
+    rungs = np.abs(ladder.rung(plans) - ladder.rung(case.plan))
+    return Stability(noise, draws, float((plans == case.plan).all(axis=1).mean()), (rungs <= 1).mean(axis=0))

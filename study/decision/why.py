@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from ...agents.learned.candidates import BASIS, FIXED_NAMES, KEEP
 from ...agents.learned.network import DIRECTIONS
+from ...agents.learned.policy import LearnedPolicy
+from ...agents.learned.policy_file import DEFAULT, load_policy
 from ...allocation.actions import base_depth_bias, base_rank_floor
 from ...allocation.decision_line import unlike
 from ...allocation.deliberation import DRAWN, Deliberation
 from ...allocation.features import MODULE_FEATURES
 from ...allocation.goal import improvement_of
-from ...allocation.log import DecisionRecord
+from ...allocation.log import DecisionLog, DecisionRecord
+from ...allocation.policy import Policy
 from ...common.arrays import BoolArray, FloatArray
 from ...common.module_names import short_names
-from ...common.tables import make_table
 from ...common.units import cost_text, plural
+from ...errors import PolicyFileError
 from ...memory.cost import unit_cost
-from .projection import Projection, projection_of
-from .shapley import GROUPS, Attribution
-from .stability import Stability
-from .what_if import WhatIf
+from .replay import DecidedAgain, redecide
+from .shapley import GROUPS, Attribution, attribute
+from .what_if import PROBE_NOISE, Stability, WhatIf, stability, usual_questions, what_if
 
 UNITS_OF_VOTES = {
     "spread": "standard deviations of the log loss between plans",
@@ -35,9 +38,6 @@ UNITS_OF_VOTES = {
 
 SHOWN = 3
 """Modules and groups that a sentence names at most."""
-
-ROWS = 10
-"""Plans that a table shows, beside the one taken and the reference."""
 
 _WORDS = {"signal_mean": "the mean signal", "rank_cost": "the cost of a rank", "relative_depth": "the relative depth"}
 _WORDS |= {"actor": "the actor's scores"}
@@ -49,7 +49,6 @@ class Explanation:
 
     Attributes:
         logged: the decision.
-        projection: what became of the ranks that were wanted.
         attribution: which features speak for the plan; None if unknown.
         what_ifs: what would have changed the decision.
         stability: what noise leaves of it; None if unknown.
@@ -57,7 +56,6 @@ class Explanation:
     """
 
     logged: DecisionRecord
-    projection: Projection
     attribution: Attribution | None = None
     what_ifs: tuple[WhatIf, ...] = ()
     stability: Stability | None = None
@@ -90,31 +88,13 @@ class Explanation:
         """The explanation in plain English, the most important first; the verdict is not repeated."""
         found = self.logged.deliberation
         parts = [] if found is None else _of_deliberation(self.logged, found)
-        parts += self.projection.sentences()
+        parts += _of_budget(self.logged)
         if self.attribution:
             parts.append(_of_attribution(self.attribution, self.logged))
         parts += [answer.text for answer in self.what_ifs]
         if self.stability:
             parts.append(self.stability.sentence())
         return [*parts, *self.notes]
-
-    def table(self) -> Table:
-        """The best plans, and the reference."""
-        found = self.logged.deliberation
-        columns = ("plan", "candidates", "mean", "spread", "lower bound", "probability", "tied")
-        if found is None:
-            return make_table(self.verdict, columns)
-        rows = []
-        best = np.argsort(-found.bound, kind="stable")[:ROWS].tolist()
-        for plan in dict.fromkeys((*best, found.plan, found.reference)):
-            names = [name for name, led in zip(found.candidates, found.plan_of, strict=True) if led == plan]
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            mark = " (taken)" if plan == found.plan else " (reference)" if plan == found.reference else ""
-            numbers = (found.mean[plan], found.std[plan], found.bound[plan])
-            chance = f"{found.probabilities[plan]:.0%}"
-            tied = "yes" if found.tied[plan] else ""
-            rows.append((f"{plan}{mark}", f"{names[0]}{more}", *(f"{value:.3f}" for value in numbers), chance, tied))
-        return make_table(f"Plans at step {self.logged.step}", columns, rows)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values, for pages."""
@@ -129,14 +109,104 @@ class Explanation:
             **({} if found is None else _deliberation_json(logged, found)),
             "shapley": self.attribution and self.attribution.to_json(),
             "what_ifs": [{"text": answer.text, "side_effects": answer.side_effects} for answer in self.what_ifs],
-            "projection": self.projection.to_json(),
             "stability": self.stability and self.stability.to_json(),
         }
 
 
-def explain_votes(logged: DecisionRecord) -> Explanation:
-    """The explanation of a decision from its log alone, without the policy's networks."""
-    return Explanation(logged, projection_of(logged))
+def explanations(
+    log: DecisionLog,
+    policy: Policy | None = None,
+    what_ifs: bool = True,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any] | None]:
+    """Explain every decision of a log.
+
+    Args:
+        log: of a run.
+        policy: that decided; without it the policy that ships with the package is tried.
+        what_ifs: also take decisions again with something changed, for what-ifs and stability: some seconds each.
+        on_progress: called with (decisions done, decisions in all).
+
+    Returns:
+        By decision, what `Explanation.to_json` gives; less where less is known, with a sentence why. None for a number
+        of which the log holds no decision.
+
+    Raises:
+        RunFolderError: there is no log, or it cannot be read.
+    """
+    records = log.read()
+    found: list[dict[str, Any] | None] = [None] * (records[-1].number + 1)
+    for done, logged in enumerate(records, 1):
+        found[logged.number] = explain(logged, policy, what_ifs).to_json()
+        if on_progress:
+            on_progress(done, len(records))
+    return found
+
+
+def explain(logged: DecisionRecord, policy: Policy | None = None, what_ifs: bool = True) -> Explanation:
+    """Explain one decision.
+
+    Args:
+        logged: the decision, as `DecisionLog.logged` gives it.
+        policy: who decided; by default the policy that ships with rankpilot, if its weights are those of the log.
+        what_ifs: also look for what would have changed the decision, and for how sure it is: some seconds.
+    """
+    found = Explanation(logged)
+    obstacle = _without_votes(logged)
+    if obstacle:
+        return replace(found, notes=(obstacle,))
+    given, obstacle = _policy_of(logged, policy)
+    if given is None:
+        return replace(found, notes=(obstacle,))
+    differences = redecide(logged, given).differences
+    if set(differences) - {"rank_after"}:
+        note = (
+            f"Taken again on this machine, the decision differs in {', '.join(differences)}; so there are no Shapley "
+            "values and no what-ifs."
+        )
+        return replace(found, notes=(note,))
+    notes = _about_the_plan(logged, "rank_after" in differences)
+    found = replace(found, attribution=attribute(logged, given), notes=notes)
+    if not what_ifs:
+        return found
+    case = DecidedAgain(logged, given)
+    answers = [answer for question in usual_questions(case) if (answer := what_if(case, question))]
+    return replace(found, what_ifs=tuple(answers), stability=stability(logged, given, PROBE_NOISE))
+
+
+def _about_the_plan(logged: DecisionRecord, changed: bool) -> tuple[str, ...]:
+    """Where what is explained is not the plan that the run got."""
+    drawn = logged.deliberation is not None and logged.deliberation.temperature > 0
+    notes = {
+        "The plan was drawn; what-ifs and the effect of noise are those of the plan that the policy prefers.": drawn,
+        "A limit of time, or somebody by hand, changed the plan; what is explained is the policy's own.": changed,
+    }
+    return tuple(note for note, applies in notes.items() if applies)
+
+
+def _without_votes(logged: DecisionRecord) -> str:
+    """Why a decision has no votes to explain; empty if it has."""
+    if logged.correction:
+        return "The log does not tell how the guard, or a person, chose these ranks."
+    if logged.deliberation is not None:
+        return ""
+    return f"{logged.policy} is a rule, or a policy without a value ensemble: it weighs no plans."
+
+
+def _policy_of(logged: DecisionRecord, policy: Policy | None) -> tuple[LearnedPolicy | None, str]:
+    """The policy that decided, or why it is not at hand."""
+    lacking = "so there are no Shapley values and no what-ifs."
+    try:
+        given = load_policy(DEFAULT) if policy is None else policy
+    except PolicyFileError as error:
+        return None, f"The policy cannot be read ({error}), {lacking}"
+    wanted, name = logged.policy_sha256, logged.policy
+    if not isinstance(given, LearnedPolicy) or given.sha256 != wanted:
+        which = (
+            "no policy was given, and the one that ships is another" if policy is None else "the one given is another"
+        )
+        return None, f"The policy {name} is not at hand ({which}: its weights have another sha256), {lacking}"
+    return given, ""
 
 
 def same_in_tie(deliberation: Deliberation) -> BoolArray:
@@ -295,6 +365,33 @@ def _actor(logged: DecisionRecord, found: Deliberation) -> str:
         rows.append(f"{names[module]} ({found.actor_scores[module]:+.2f}, of it {share})")
     weights = ", ".join(f"{name} {gain:+.2f}" for name, gain in gains[:SHOWN])
     return f"The actor weighs {weights} the most; its highest scores are those of {', '.join(rows)}."
+
+
+def _of_budget(logged: DecisionRecord) -> list[str]:
+    """What became of the ranks that the policy asked for: clipped to the ladder and the bounds, then to the budget."""
+    asked, clipped, got = logged.rank_wanted, logged.rank_clipped, logged.rank_after
+    if np.array_equal(asked, got):
+        return ["Every module got the rank that the policy asked for."]
+    problem = logged.problem
+    ladder, (lower, upper) = problem.ladder, problem.bounds()
+    rungs = ladder.rung(asked)
+    allowed = ladder.array[np.clip(rungs, lower, upper)]
+    reasons = np.full(len(asked), "", dtype=object)
+    reach = "no module may move further at one decision"
+    reasons[rungs > upper] = np.where(upper < problem.tops, reach, "their upper bound is lower")[rungs > upper]
+    reasons[rungs < lower] = np.where(lower > problem.bottoms, reach, "their lower bound is higher")[rungs < lower]
+    reasons[problem.is_pinned & (allowed != asked)] = "they are pinned"
+    off_ladder = (allowed == clipped) & (ladder.array[rungs] == clipped) & (asked != clipped)
+    reasons[off_ladder] = "the ladder has no such rank, and the next one below counts"
+    reasons[clipped != allowed] = "it was given by hand, or changed by a limit of time"
+    counts = Counter(filter(None, reasons.tolist()))
+    found = [f"{plural(count, 'module')} did not get the rank asked for: {why}." for why, count in counts.items()]
+    lowered, raised = int((got < clipped).sum()), int((got > clipped).sum())
+    if lowered:
+        found.append(f"{plural(lowered, 'module')} had to give way, since the ranks asked for exceed the budget.")
+    if raised:
+        found.append(f"What was left of the budget raised {plural(raised, 'module')}.")
+    return found
 
 
 def _of_attribution(found: Attribution, logged: DecisionRecord) -> str:

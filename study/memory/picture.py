@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from ...common.arrays import FloatArray, IntArray
 from ...common.drawing import BUDGET_RED, COLORS, FAINT, INK, clean_axes, new_figure
 from ...common.module_names import layer_titles
 from ...common.units import format_bytes
-from ...memory.breakdown import Kind
-from .alternatives import MemoryUse
+from ...memory.breakdown import Breakdown, Kind
+from ...memory.outlook import Outlook
 
 KIND_COLORS: dict[Kind, tuple[str, str]] = {
     "saved": (COLORS[0], "saved for backward"),
@@ -38,66 +38,88 @@ MOST_ROOMY_LAYERS, MOST_NAMED_LAYERS = 24, 45
 """More rows than the first are drawn closer together; of more than the second, not every one is named."""
 
 
-def memory_picture(use: MemoryUse) -> Figure:
-    """Draw bytes by layer, stacked by kind, and below them the bytes that other choices would take."""
-    layers, choices = len(use.breakdown.layers), len(use.alternatives)
+BESIDE = "#c9ccd1"
+"""What is on a card beside the step: the frozen model, the context, what the allocator reserves, the margin."""
+
+
+def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure:
+    """Draw the bytes of the first choice by layer, stacked by kind, and below them the bytes that each choice takes.
+
+    On a card, what is there beside the step is drawn as well, and the line is the card's memory; else it is the budget.
+
+    Args:
+        outlook: of a step.
+        labels: of its choices, in words.
+        note: what was looked at, in small type.
+    """
+    breakdowns = [outlook.breakdown(choice) for choice in outlook.choices]
+    layers, choices = len(breakdowns[0].layers), len(breakdowns)
     row = 0.19 if layers <= MOST_ROOMY_LAYERS else 0.15
     heights = 0.55 + row * min(max(layers, 6), 60), 0.55 + 0.21 * choices
-    figure = new_figure(1.15 + sum(heights), _title(use), _note(use))
+    total = breakdowns[0].total
+    saved = sum(breakdowns[0].of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
+    title = f"A training step peaks at {format_bytes(total)}; {saved / total:.0%} is held for backward"
+    figure = new_figure(1.15 + sum(heights), title, note)
     grid = figure.add_gridspec(2, 1, height_ratios=heights)
-    _draw_layers(figure.add_subplot(grid[0]), use)
-    _draw_choices(figure.add_subplot(grid[1]), use)
+    top = figure.add_subplot(grid[0])
+    _draw_layers(top, breakdowns[0])
+    shown = [
+        Patch(color=color, label=label)
+        for kind, (color, label) in KIND_COLORS.items()
+        if any(breakdown.of_kind(kind) > VISIBLE * breakdown.total for breakdown in breakdowns)
+    ]
+    shown += [Patch(color=BESIDE, label="card, beside the step")] if outlook.card else []
+    style: dict[str, Any] = {"frameon": False, "borderaxespad": 0, "handlelength": 1, "handleheight": 1}
+    top.legend(handles=shown, loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=9, **style)
+    _draw_choices(figure.add_subplot(grid[1]), outlook, breakdowns, labels)
     return figure
 
 
-def _draw_layers(axes: Axes, use: MemoryUse) -> None:
-    breakdown = use.breakdown
-    divisor, unit = _scale(float(breakdown.bytes.sum(axis=1).max()))
+def _draw_layers(axes: Axes, breakdown: Breakdown) -> None:
+    size, unit = _scale(float(breakdown.bytes.sum(axis=1).max()))
     rows = np.arange(len(breakdown.layers))
-    _stack(axes, rows, {kind: breakdown.by_layer(kind) / divisor for kind in KIND_COLORS})
+    _stack(axes, rows, {kind: breakdown.by_layer(kind) / size for kind in KIND_COLORS})
     _clean_bars(axes, len(rows), "By layer")
     every = 1 + len(rows) // MOST_NAMED_LAYERS
     axes.set_yticks(rows[::every], layer_titles(breakdown.layers)[::every])
     axes.tick_params(axis="y", labelsize=8.5 if len(rows) <= MOST_ROOMY_LAYERS else 7.5)
     axes.set(xlabel=f"{unit} at the peak")
-    shown = [
-        Patch(color=color, label=label)
-        for kind, (color, label) in KIND_COLORS.items()
-        if any(choice.breakdown.of_kind(kind) > VISIBLE * choice.peak_bytes for choice in use.alternatives)
-    ]
-    style: dict[str, Any] = {"frameon": False, "borderaxespad": 0, "handlelength": 1, "handleheight": 1}
-    axes.legend(handles=shown, loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=9, **style)
 
 
-def _draw_choices(axes: Axes, use: MemoryUse) -> None:
-    choices = use.alternatives
-    largest = max(*(choice.peak_bytes for choice in choices), use.limit_bytes or 0)
-    divisor, unit = _scale(largest)
+def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown], labels: Sequence[str]) -> None:
+    choices, limit = outlook.choices, outlook.limit_bytes
+    wholes = np.array([choice.use.total_bytes if choice.use else choice.step_bytes for choice in choices])
+    largest = max(float(wholes.max()), limit or 0)
+    size, unit = _scale(largest)
     rows = np.arange(len(choices))[::-1]
-    for_kind = {kind: np.array([choice.breakdown.of_kind(kind) for choice in choices]) for kind in KIND_COLORS}
-    _stack(axes, rows, {kind: sizes / divisor for kind, sizes in for_kind.items()})
-    for row, choice in zip(rows.tolist(), choices, strict=True):
-        text = f"{choice.peak_bytes / use.reference_bytes:.0%}  {format_bytes(choice.peak_bytes)}"
+    kinds = {kind: np.array([each.of_kind(kind) for each in breakdowns]) / size for kind in KIND_COLORS}
+    ends = _stack(axes, rows, kinds)
+    if outlook.card:
+        axes.barh(rows, wholes / size - ends, left=ends, color=BESIDE, height=0.78, linewidth=0)
+    for row, choice, whole in zip(rows.tolist(), choices, wholes.tolist(), strict=True):
+        text = f"{choice.step_bytes / outlook.reference_bytes:.0%}  {format_bytes(whole)}"
+        text += "" if choice.time is None else f"  time {choice.time:.2f}"
         style: dict[str, Any] = {"fontsize": 8.5, "color": INK, "va": "center", "textcoords": "offset points"}
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}  # above the budget's line
-        axes.annotate(text, (choice.peak_bytes / divisor, row), (5, 0), bbox=box, **style)
-    title = "What other choices take, as shares of rank 8 on all modules"
-    _clean_bars(axes, len(rows), title, pad=20 if use.limit_bytes else 6)
-    axes.set_yticks(rows, [choice.label for choice in choices])
-    axes.set(xlim=(0, 1.2 * largest / divisor), xlabel=f"{unit} at the peak")
-    if use.limit_bytes is not None:  # a line behind the numbers, its name above the bars
-        axes.axvline(use.limit_bytes / divisor, color=BUDGET_RED, linewidth=1.6, zorder=0.5)
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}  # above the limit's line
+        axes.annotate(text, (whole / size, row), (5, 0), bbox=box, **style)
+    title = "What each choice takes, the step as a share of rank 8 on all modules"
+    _clean_bars(axes, len(rows), title, pad=20 if limit else 6)
+    axes.set_yticks(rows, labels)
+    axes.set(xlim=(0, (1.35 if outlook.card else 1.2) * largest / size), xlabel=f"{unit} at the peak")
+    if limit is not None:  # a line behind the numbers, its name above the bars
+        axes.axvline(limit / size, color=BUDGET_RED, linewidth=1.6, zorder=0.5)
         place: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "center"}
-        name = f"budget {format_bytes(use.limit_bytes)}"
-        axes.annotate(name, (use.limit_bytes / divisor, 1), (0, 3), color=BUDGET_RED, fontsize=9, **place)
+        name = f"{outlook.card.name if outlook.card else 'budget'} {format_bytes(limit)}"
+        axes.annotate(name, (limit / size, 1), (0, 3), color=BUDGET_RED, fontsize=9, **place)
 
 
-def _stack(axes: Axes, rows: IntArray, sizes: Mapping[Kind, FloatArray]) -> None:
-    """One bar a row, its kinds side by side."""
+def _stack(axes: Axes, rows: IntArray, sizes: Mapping[Kind, FloatArray]) -> FloatArray:
+    """One bar a row, its kinds side by side; returns where the bars end, (rows,)."""
     left = np.zeros(len(rows))
     for kind, widths in sizes.items():
         axes.barh(rows, widths, left=left, color=KIND_COLORS[kind][0], height=0.78, linewidth=0)
         left = left + widths
+    return left
 
 
 def _clean_bars(axes: Axes, rows: int, title: str, pad: float = 6) -> None:
@@ -115,19 +137,3 @@ def _scale(largest: float) -> tuple[float, str]:
         if largest >= 1024**power:
             return float(1024**power), unit
     return 1.0, "bytes"
-
-
-def _title(use: MemoryUse) -> str:
-    total = use.breakdown.total
-    saved = sum(use.breakdown.of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
-    return f"A training step peaks at {format_bytes(total)}; {saved / total:.0%} is held for backward"
-
-
-def _note(use: MemoryUse) -> str:
-    config = use.config
-    extras = ", ".join(["bf16"] * config.bf16 + ["gradient checkpointing"] * config.checkpointing)
-    name = config.model.rstrip("/").rpartition("/")[2]
-    return (
-        f"{name}: rank {config.rank} on {len(use.modules)} modules, {use.shape} tokens, {config.optimizer}"
-        f"{', ' + extras if extras else ''}. The frozen model ({format_bytes(use.frozen_bytes)}) comes on top."
-    )

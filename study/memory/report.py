@@ -1,28 +1,26 @@
-"""Tables of where the bytes of a training step go, and the folder with all figures.
+"""An `Outlook` for people: its subject and verdict in words, one table of choices, the batches that fit, all figures.
 
 memory.json  memory.png
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from ...common.drawing import save_figure
 from ...common.files import write_json
-from ...common.module_names import layer_titles
-from ...common.settings import as_json
 from ...common.tables import make_table
 from ...common.units import format_bytes
+from ...errors import BudgetError
+from ...lora.ladder import REFERENCE_RANK
 from ...memory.breakdown import KINDS, Kind
-from .alternatives import MemoryUse
+from ...memory.outlook import USUAL_CARD, Choice, GridCell, Outlook
 from .config import MemoryConfig
 from .picture import memory_picture
 
@@ -39,196 +37,286 @@ WORDS: dict[Kind, str] = {
 }
 """The kinds of bytes, for people."""
 
-MOST_LISTED = 3
-"""A cell with more different ranks than this gives their range."""
+HELD_FOR_BACKWARD: tuple[Kind, ...] = ("saved", "inputs", "recomputed")
 
 HELD_BACK = 0.05, 8 * 2**20
 """Resident memory beyond the peak by this share of it and by these bytes is worth a note."""
 
 
-def subject(use: MemoryUse) -> str:
+def subject(outlook: Outlook, config: MemoryConfig) -> str:
     """What was looked at, in one line."""
-    config = use.config
+    step, settings, shape = outlook.step, outlook.settings, outlook.memory.shape
+    where = outlook.card.name if outlook.card else outlook.facts["device"]
+    named = any(setting.startswith("optim=") for setting in config.trainer)
     parts = [
-        f"{Path(config.model).name}, {use.task}, {use.shape.rows} x {use.shape.length} tokens",
-        f"rank {config.rank} on {len(use.modules)} modules",
-        *([] if any(setting.startswith("optim=") for setting in config.trainer) else [config.optimizer]),
-        *([f"frozen model in {config.quantization}"] if config.quantization != "none" else []),
-        *(["gradients accumulated"] if config.accumulation > 1 else []),
-        *(["bf16 autocast"] if config.bf16 else []),
+        f"{Path(config.model).name}, {outlook.facts['task']}" if outlook.facts else Path(config.model).name,
+        f"{step.parameters / 1e9:.3g}B parameters on {where}",
+        f"{shape.rows} x {shape.length} tokens",
+        f"rank {outlook.rank} on {len(step.targets)} modules of {outlook.blocks} layers",
+        *([] if named else [settings.optimizer]),
+        *([f"frozen model in {settings.quantization}"] if settings.quantization != "none" else []),
+        *(["gradients accumulated"] if settings.accumulation > 1 else []),
+        *(["bf16 autocast"] if settings.bf16 else []),
         *(["gradient checkpointing"] if config.checkpointing else []),
         *config.trainer,
-        use.device,
     ]
     return ", ".join(parts)
 
 
-def moment_text(label: str) -> str:
+def verdict_text(outlook: Outlook) -> str:
+    """What came out, in one or two sentences: on a card whether it fits, else where the bytes are."""
+    if outlook.card is None:
+        return _finding(outlook)
+    best = outlook.best
+    if best is None:
+        tight = [choice for choice in outlook.choices if choice.verdict == "tight"]
+        if tight:
+            return (
+                f"Tight: {choice_text(outlook, tight[0])} fits only without fragmentation. Set "
+                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or take a smaller batch."
+            )
+        least = min((choice.use.total_bytes, index) for index, choice in enumerate(outlook.choices) if choice.use)
+        return (
+            f"Does not fit: the least of these, {choice_text(outlook, outlook.choices[least[1]])}, takes "
+            f"{format_bytes(least[0], up=True)} of {format_bytes(outlook.card.memory_bytes)}.{_largest_text(outlook)}"
+        )
+    assert best.use is not None, "choices of a card have a use of it"
+    text = f"Fits with {format_bytes(best.use.spare_bytes)} to spare: {choice_text(outlook, best)}"
+    return f"{text}{_time_text(outlook, best)}."
+
+
+def _finding(outlook: Outlook) -> str:
+    asked, *others = outlook.choices
+    breakdown, reference = outlook.breakdown(asked), outlook.reference_bytes
+    saved = sum(breakdown.of_kind(kind) for kind in HELD_FOR_BACKWARD)
+    least = min(others, key=lambda choice: choice.step_bytes)
+    thin = next((choice for choice in outlook.choices if choice.rank == 1 and choice.layers == outlook.blocks), asked)
+    return (
+        f"{saved / breakdown.total:.0%} of the peak is held for the backward pass. Rank 1 takes "
+        f"{thin.step_bytes / reference:.0%} of the bytes that rank 8 takes; the choice that saves most, "
+        f"{choice_text(outlook, least)}, takes {least.step_bytes / reference:.0%} of them."
+    )
+
+
+def _largest_text(outlook: Outlook) -> str:
+    """What to do where the batch that was asked for does not fit."""
+    fitting = [cell for cell in outlook.grid if cell.recomputed is not None]
+    if not fitting:
+        smaller = "--quantization nf4, " if outlook.settings.quantization != "nf4" else ""
+        return f" No batch of the grid fits. Take {smaller}a smaller model or a larger card."
+    largest = max(fitting, key=lambda cell: (cell.shape.rows * cell.shape.length, cell.shape.length))
+    how = _recomputed_text(outlook, largest.recomputed or 0)
+    return f" The largest batch of the grid that fits all layers is {largest.shape}, with {how}."
+
+
+def _time_text(outlook: Outlook, best: Choice) -> str:
+    """A plan of fewer layers that is quicker than the best one, for comparison."""
+    if best.time is None:
+        return ""
+    text = f", at {best.time:.2f} of plain LoRA's time"
+    timed = [(each.time, each) for each in outlook.choices if each.verdict == "fits" and each.time is not None]
+    quicker = [(time, each) for time, each in timed if time < 0.9 * best.time]
+    if not quicker:
+        return text
+    time, other = max(quicker, key=lambda pair: (pair[1].layers, -len(pair[1].recomputed)))
+    return f"{text}; {choice_text(outlook, other)} takes {time / best.time:.2f} of that"
+
+
+def choice_text(outlook: Outlook, choice: Choice) -> str:
+    """A choice in words."""
+    if choice.label:
+        return choice.label
+    where = "all layers" if choice.layers == outlook.blocks else f"the top {choice.layers} layers"
+    return f"{where} at rank {choice.rank} with {_recomputed_text(outlook, len(choice.recomputed))}"
+
+
+def _recomputed_text(outlook: Outlook, count: int) -> str:
+    """How many layers run again, in words."""
+    if not count:
+        return "no checkpointing"
+    every = len(outlook.recomputable)
+    return "checkpointing" if count == every else f"{count} of {every} layers checkpointed"
+
+
+def choice_table(outlook: Outlook) -> Table:
+    """All choices: the bytes of a step, their share of what rank 8 on all modules takes, and what is known beside."""
+    card, timed = outlook.card is not None, outlook.choices[0].time is not None
+    limited = outlook.choices[0].verdict is not None
+    columns = ["choice", "step", "of rank 8", *(["on card", "spare"] if card else [])]
+    columns += [*(["fits"] if limited else []), *(["time"] if timed else [])]
+    title = "What each choice takes"
+    if outlook.limit_bytes is not None and not card:
+        title += f", budget {format_bytes(outlook.limit_bytes)}"
+    table = make_table(title, columns, first_wraps=True)
+    previous = outlook.choices[0]
+    for choice in outlook.choices:
+        if choice.kind != previous.kind or (choice.kind == "depth" and choice.layers != previous.layers):
+            table.add_section()
+        previous, use = choice, choice.use
+        table.add_row(
+            choice_text(outlook, choice) + (", as asked" if choice.kind == "asked" else ""),
+            format_bytes(choice.step_bytes),
+            f"{choice.step_bytes / outlook.reference_bytes:.1%}",
+            *([format_bytes(use.total_bytes), format_bytes(use.spare_bytes).replace("-", "−")] if use else []),
+            *([{"fits": "yes", "does not fit": "no"}.get(choice.verdict, choice.verdict)] if choice.verdict else []),
+            *([f"{choice.time:.2f}"] if choice.time is not None else []),
+        )
+    return table
+
+
+def grid_table(outlook: Outlook) -> Table:
+    """Which batches fit the card, for all layers at the rank that was asked for, by tokens and rows."""
+    cells = outlook.grid
+    rows = sorted({cell.shape.rows for cell in cells})
+    title = f"Layers that must run again so that rank {outlook.rank} on all layers fits; – does not fit"
+    table = make_table(title, ("tokens", *(f"{count} rows" if count > 1 else "1 row" for count in rows)))
+    for length in sorted({cell.shape.length for cell in cells}):
+        table.add_row(f"{length:,}", *(_cell_text(cell) for cell in cells if cell.shape.length == length))
+    return table
+
+
+def _cell_text(cell: GridCell) -> str:
+    return "–" if cell.recomputed is None else str(cell.recomputed or "none")
+
+
+def notes(outlook: Outlook) -> Iterator[str]:
+    """Where the bytes of the first choice are, and how to read the rest."""
+    breakdown = outlook.breakdown(outlook.choices[0])
+    kinds = sorted((kind for kind in KINDS if breakdown.of_kind(kind)), key=breakdown.of_kind, reverse=True)
+    parts = [f"{format_bytes(breakdown.of_kind(kind))} {WORDS[kind]}" for kind in kinds]
+    margin = [f"{format_bytes(breakdown.margin)} margin, so as not to predict too little"] if breakdown.margin else []
+    first = choice_text(outlook, outlook.choices[0])
+    peak = f"{format_bytes(breakdown.total)} ({_moment_text(breakdown.label)})"
+    yield f"The peak of a step of {first}, {peak}: {'; '.join([*parts, *margin])}."
+    frozen = format_bytes(outlook.step.frozen_bytes)
+    if outlook.card is None:
+        yield f"The frozen model, {frozen}, is beside it, and in no budget."
+    else:
+        taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
+        yield (
+            f"On the card: the frozen model ({frozen}), CUDA's context and workspaces ({taken}), the step, and what "
+            "the allocator reserves beside it. Tight: it fits without that."
+        )
+        if not outlook.recomputable:
+            name = type(outlook.step.model.get_base_model()).__name__
+            yield f"{name} does not support gradient checkpointing: no layer can run again."
+        whose = "" if outlook.card.rates else f" and the rates of an {USUAL_CARD}"
+        yield (
+            "Time: a step's share of plain LoRA's (rank 8 on all modules, no layer runs again), by counted "
+            f"work{whose}."
+        )
+    yield from _measured(outlook)
+    yield from outlook.notes
+
+
+def _moment_text(label: str) -> str:
     """The name of a moment of the step, without the names of the wrappers."""
     phase, colon, place = label.partition(": ")
     place = place.removeprefix("base_model.model").removeprefix(".").removesuffix(".base_layer")
     return f"{phase}: {place or 'loss'}" if colon else phase
 
 
-def peak_table(use: MemoryUse) -> Table:
-    """The peak by kind."""
-    breakdown = use.breakdown
-    title = f"Peak of a training step: {moment_text(breakdown.label)}"
-    table = make_table(title, ("what", "bytes", "share"), first_wraps=True)
-    for kind in sorted(KINDS, key=breakdown.of_kind, reverse=True):
-        if breakdown.of_kind(kind):
-            table.add_row(WORDS[kind], *_with_share(breakdown.of_kind(kind), breakdown.total))
-    if breakdown.margin:
-        table.add_row("margin, so as not to predict too little", *_with_share(breakdown.margin, breakdown.total))
-    table.add_section()
-    table.add_row("[bold]total[/]", f"[bold]{format_bytes(breakdown.total)}[/]", "")
-    table.add_row("frozen model, beside it, in no budget", format_bytes(use.frozen_bytes), "")
-    return table
-
-
-def _with_share(count: float, total: float) -> tuple[str, str]:
-    return format_bytes(count), f"{count / total:.1%}"
-
-
-def layer_table(use: MemoryUse) -> Table:
-    """The peak by layer, with the model's output at the top."""
-    breakdown = use.breakdown
-    saved, moment, adapter = (breakdown.by_layer(*kinds) for kinds in _COLUMNS.values())
-    every = (breakdown.bytes.sum(axis=1) / breakdown.total).tolist()
-    titles, rows = layer_titles(breakdown.layers), []
-    for row in range(len(titles))[::-1]:
-        cells = [format_bytes(values[row]) if values[row] else "–" for values in (saved, moment, adapter)]
-        rows.append((titles[row], (*cells, f"{every[row]:.1%}")))
-    columns = ("layer", *_COLUMNS, "share")
-    folded = ((title, *cells) for title, cells in _folded(rows))
-    return make_table("By layer, the model's output at the top", columns, folded)
-
-
-def rank_table(use: MemoryUse) -> Table | None:
-    """The ranks that the rules give inside the budget, by layer; None without a budget."""
-    rules = [alternative for alternative in use.alternatives if alternative.kind == "budget"]
-    if not rules:
-        return None
-    breakdown, rows = use.breakdown, []
-    for title, layer in list(zip(layer_titles(breakdown.layers), breakdown.layers, strict=True))[::-1]:
-        inside = [each == layer for each in breakdown.layer_of]
-        if any(inside):
-            rows.append((title, tuple(_ranks_text(rule.ranks[inside].tolist()) for rule in rules)))
-    columns = ("layer", *(rule.label.partition(" ")[0] for rule in rules))
-    return make_table(f"Ranks inside {use.config.budget}", columns, ((title, *ranks) for title, ranks in _folded(rows)))
-
-
-def _folded(rows: Sequence[tuple[str, tuple[str, ...]]]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The rows of a table by layer, with one row for numbered layers that follow one another and have equal cells."""
-
-    def stack(row: tuple[str, tuple[str, ...]]) -> tuple[str, tuple[str, ...]]:
-        title, cells = row
-        name, _, number = title.rpartition(" " if " " in title else ".")
-        return (name if number.isdigit() else title, cells)
-
-    for _, equal in groupby(rows, stack):
-        (first, cells), *others = equal
-        if others:
-            last = others[-1][0]
-            low = last.removeprefix("layer ")
-            first = f"layers {low} to {first.removeprefix('layer ')}, each"
-        yield first, cells
-
-
-_COLUMNS: dict[str, tuple[Kind, ...]] = {
-    "saved": ("saved", "inputs", "recomputed"),
-    "momentary": ("transient",),
-    "adapter": ("weights", "gradients", "optimizer", "signals", "others"),
-}
-
-
-def _ranks_text(ranks: Sequence[int]) -> str:
-    """The ranks of a layer's modules: "16", "–" for no adapter, "8 ×4, 12 ×2" for mixed ones."""
-    counts = Counter(ranks)
-    if not any(ranks):
-        return "–"
-    if len(counts) == 1:
-        return str(ranks[0])
-    if len(counts) > MOST_LISTED:
-        return f"{min(ranks)} to {max(ranks)}"
-    return ", ".join(f"{rank} ×{count}" for rank, count in sorted(counts.items(), reverse=True))
-
-
-def change_table(use: MemoryUse) -> Table:
-    """The bytes that other choices would take."""
-    asked = use.alternatives[0].peak_bytes
-    title = "What to change" if use.limit_bytes is None else f"What to change, budget {format_bytes(use.limit_bytes)}"
-    fits_column = ["fits"] if use.config.budget is not None else []
-    table = make_table(title, ("choice", "peak", "saves", "of rank 8", *fits_column), first_wraps=True)
-    previous = "rank"
-    for choice in use.alternatives:
-        if choice.kind not in (previous, "asked"):
-            table.add_section()
-            previous = choice.kind
-        saves = f"{1 - choice.peak_bytes / asked:.1%}".replace("-", "−") if choice.kind != "asked" else ""
-        fits = [["no", "yes"][choice.fits]] if choice.fits is not None else []
-        share = f"{choice.peak_bytes / use.reference_bytes:.1%}"
-        table.add_row(choice.label, format_bytes(choice.peak_bytes), saves, share, *fits)
-    return table
-
-
-def measured_table(use: MemoryUse) -> Table | None:
-    """Predicted beside measured bytes; None if nothing was measured."""
-    measured = use.measured
+def _measured(outlook: Outlook) -> Iterator[str]:
+    """A real step beside the prediction; nothing if none was taken."""
+    measured, predicted = outlook.measured, outlook.choices[0].step_bytes
     if measured is None:
-        return None
-    tensors = "live tensors" if use.device == "cpu" else "allocated by CUDA's allocator"
-    table = make_table("A real step", ("what", "bytes", "of predicted"), first_wraps=True)
-    for word, count, compared in (
-        ("predicted", use.breakdown.total, True),
-        (f"measured: {tensors}", measured.peak_bytes, True),
-        ("measured: rise of resident memory", measured.resident_bytes, True),
-        ("peak resident memory of the process", measured.process_bytes, False),
-        ("reserved by CUDA's allocator, the model included", measured.reserved_bytes, False),
-    ):
-        if count is not None:
-            table.add_row(word, format_bytes(count), f"{count / use.breakdown.total:.1%}" if compared else "")
-    return table
-
-
-def allocator_note(use: MemoryUse) -> str:
-    """Why the process takes more than its tensors, and how to change that; empty if it takes no more."""
-    resident = use.measured.resident_bytes if use.measured else None
+        return
+    tensors = "of live tensors" if outlook.facts["device"] == "cpu" else "allocated by CUDA's allocator"
+    parts = [f"{format_bytes(measured.peak_bytes)} {tensors}, {measured.peak_bytes / predicted:.1%} of predicted"]
+    if measured.resident_bytes is not None:
+        rise = f"{format_bytes(measured.resident_bytes)}, {measured.resident_bytes / predicted:.1%} of predicted"
+        parts.append(f"the resident memory rose by {rise}")
+    if measured.process_bytes is not None:
+        parts.append(f"the process took {format_bytes(measured.process_bytes)} at its peak")
+    if measured.reserved_bytes is not None:
+        parts.append(f"the allocator reserved {format_bytes(measured.reserved_bytes)}, the model included")
+    yield f"A real step took {'; '.join(parts)}."
     share, count = HELD_BACK
-    if resident is None or resident - use.breakdown.total < max(share * use.breakdown.total, count):
-        return ""
-    return (
-        "The process took more than its tensors: the C library keeps freed memory for later. With "
-        "MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives large pieces back at once."
-    )
+    if measured.resident_bytes is not None and measured.resident_bytes - predicted >= max(share * predicted, count):
+        yield (
+            "The process took more than its tensors: the C library keeps freed memory for later. With "
+            "MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives large pieces back at once."
+        )
 
 
-def finding(use: MemoryUse) -> str:
-    """The main result, in one sentence."""
-    breakdown = use.breakdown
-    saved = sum(breakdown.of_kind(kind) for kind in _COLUMNS["saved"])
-    least = min(use.alternatives[1:], key=lambda choice: choice.peak_bytes)
-    thin = next(choice for choice in use.alternatives if choice.label.startswith("rank 1 "))
-    return (
-        f"{saved / breakdown.total:.0%} of the peak is held for the backward pass. Rank 1 takes "
-        f"{thin.peak_bytes / use.reference_bytes:.0%} of the bytes that rank 8 takes; the choice that saves most, "
-        f"{least.label}, takes {least.peak_bytes / use.reference_bytes:.0%} of them."
-    )
+def configuration_text(outlook: Outlook) -> str:
+    """The best choice as Python: a LoraConfig, and what belongs into the training arguments.
+
+    Raises:
+        BudgetError: nothing fits.
+    """
+    best, settings = outlook.best, outlook.settings
+    if best is None:
+        raise BudgetError(verdict_text(outlook))
+    names = [name.strip() for name in settings.target_modules.split(",")]
+    modules = repr(names[0] if len(names) == 1 else names)
+    if best.layers < outlook.blocks:
+        modules = repr([target.name for target, rank in zip(outlook.step.targets, best.ranks, strict=True) if rank])
+    checkpointed = 0 < len(best.recomputed) == len(outlook.recomputable)
+    narrow = _narrow_ranks(outlook, best)
+    lines = [
+        "from peft import LoraConfig",
+        "",
+        "lora = LoraConfig(",
+        f"    r={best.rank},",
+        f"    lora_alpha={2 * REFERENCE_RANK},",
+        f"    target_modules={modules},",
+        *([f"    rank_pattern={narrow},  # modules that are narrower than {best.rank}"] if narrow else []),
+        ")",
+        "arguments = dict(",
+        f"    per_device_train_batch_size={settings.batch_size},",
+        f"    gradient_accumulation_steps={settings.accumulation},",
+        f"    bf16={settings.bf16},",
+        f"    gradient_checkpointing={checkpointed},",
+        "    gradient_checkpointing_kwargs={'use_reentrant': False},",
+        ")",
+    ]
+    if 0 < len(best.recomputed) < len(outlook.recomputable):
+        lines.append(
+            f"# {len(best.recomputed)} layers run again: RankPilotCallback(recompute=True) chooses them inside "
+            f"budget='{math.ceil(10 * best.step_bytes / 2**30) / 10:.1f}GiB'"
+        )
+    return "\n".join(lines)
 
 
-def figures(use: MemoryUse) -> dict[str, Any]:
-    """All figures, as JSON values."""
-    breakdown = use.breakdown
+def _narrow_ranks(outlook: Outlook, choice: Choice) -> dict[str, int]:
+    """The ranks of modules that are narrower than the rank of a choice, as `LoraConfig.rank_pattern` has them.
+
+    By the end of their names ("k_proj") where all adapted modules of that end have one rank, else by the whole name.
+    """
+    ranks = {target.name: int(rank) for target, rank in zip(outlook.step.targets, choice.ranks, strict=True) if rank}
+    ends: dict[str, set[int]] = {}
+    for name, rank in ranks.items():
+        ends.setdefault(name.rpartition(".")[2], set()).add(rank)
+    named = {name: name.rpartition(".")[2] for name in ranks}
     return {
-        "config": as_json(MemoryConfig, use.config),
-        "task": use.task,
-        "device": use.device,
-        "rows": use.shape.rows,
-        "length": use.shape.length,
-        "frozen_bytes": use.frozen_bytes,
+        end if len(ends[end]) == 1 else name: ranks[name] for name, end in named.items() if ranks[name] < choice.rank
+    }
+
+
+def figures(outlook: Outlook) -> dict[str, Any]:
+    """All figures, as JSON values."""
+    breakdown, shape, card = outlook.breakdown(outlook.choices[0]), outlook.memory.shape, outlook.card
+    of_card = {} if card is None else {
+        "card": card.name,
+        "memory_bytes": card.memory_bytes,
+        "context_bytes": card.context_bytes,
+        "workspace_bytes": card.workspace_bytes,
+    }  # fmt: skip
+    return {
+        **outlook.facts,
+        **of_card,
+        "parameters": outlook.step.parameters,
+        "frozen_bytes": outlook.step.frozen_bytes,
+        "rows": shape.rows,
+        "length": shape.length,
+        "rank": outlook.rank,
+        "blocks": outlook.blocks,
+        "verdict": verdict_text(outlook),
+        "fits": outlook.best is not None,
         "peak_bytes": breakdown.total,
-        "reference_bytes": use.reference_bytes,
-        "limit_bytes": use.limit_bytes,
+        "reference_bytes": outlook.reference_bytes,
+        "limit_bytes": outlook.limit_bytes,
         "moment": breakdown.label,
         "margin_bytes": breakdown.margin,
         "kinds": {kind: breakdown.of_kind(kind) for kind in KINDS},
@@ -236,24 +324,36 @@ def figures(use: MemoryUse) -> dict[str, Any]:
             {"layer": layer, **dict(zip(KINDS, row, strict=True))}
             for layer, row in zip(breakdown.layers, breakdown.bytes.tolist(), strict=True)
         ],
-        "alternatives": [
+        "choices": [
             {
                 "kind": choice.kind,
-                "label": choice.label,
-                "peak_bytes": choice.peak_bytes,
-                "share": choice.peak_bytes / use.reference_bytes,
-                "kinds": {kind: choice.breakdown.of_kind(kind) for kind in KINDS},
-                "fits": choice.fits,
-                "ranks": dict(zip(use.modules, np.asarray(choice.ranks).tolist(), strict=True)),
+                "label": choice_text(outlook, choice),
+                "layers": choice.layers,
+                "rank": choice.rank,
+                "recomputed": len(choice.recomputed),
+                "step_bytes": choice.step_bytes,
+                "share": choice.step_bytes / outlook.reference_bytes,
+                "total_bytes": choice.use and choice.use.total_bytes,
+                "spare_bytes": choice.use and choice.use.spare_bytes,
+                "verdict": choice.verdict,
+                "time": choice.time,
+                "ranks": {
+                    target.name: rank for target, rank in zip(outlook.step.targets, choice.ranks.tolist(), strict=True)
+                },
             }
-            for choice in use.alternatives
+            for choice in outlook.choices
         ],
-        "notes": list(use.notes),
-        "measured": asdict(use.measured) if use.measured else None,
+        "grid": [
+            {"rows": cell.shape.rows, "length": cell.shape.length, "recomputed": cell.recomputed, "bytes": cell.bytes}
+            for cell in outlook.grid
+        ],
+        "measured": asdict(outlook.measured) if outlook.measured else None,
+        "notes": outlook.notes,
     }
 
 
-def write_memory_report(use: MemoryUse, folder: Path) -> None:
+def write_memory_report(outlook: Outlook, config: MemoryConfig, folder: Path) -> None:
     """Write memory.json and memory.png; existing ones are replaced."""
-    write_json(folder / "memory.json", figures(use))
-    save_figure(memory_picture(use), folder / "memory.png")
+    write_json(folder / "memory.json", figures(outlook))
+    texts = [choice_text(outlook, choice) for choice in outlook.choices]
+    save_figure(memory_picture(outlook, texts, subject(outlook, config)), folder / "memory.png")

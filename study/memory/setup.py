@@ -1,8 +1,8 @@
-"""The model, adapter, data and optimiser that `rankpilot memory` looks at: those of `rankpilot finetune`."""
+"""A model that is here, as `rankpilot memory` looks at it: with the data and the Trainer of `rankpilot finetune`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,9 +21,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 )
 
+from ...allocation.placements import top_down
+from ...allocation.plan import check_budget, uniform_ranks
+from ...allocation.problem import AllocationProblem
+from ...common.arrays import IntArray
 from ...data.models import load_config
 from ...data.task import Task
 from ...data.workload import Texts, Workload
+from ...errors import UnsupportedError
 from ...finetune.before_training import run_memory
 from ...finetune.config import FinetuneConfig
 from ...finetune.run import TrainingRun
@@ -31,12 +36,20 @@ from ...finetune.run_of_trainer import run_of_trainer
 from ...finetune.trainer import check_possible, new_model, new_trainer, read_workload
 from ...lora.resize import set_ranks
 from ...lora.targets import TargetModule, find_target_modules
-from ...memory.for_training import check_rank
+from ...memory import resident
+from ...memory.batch_shape import BatchShape, reshaped
+from ...memory.breakdown import frozen_bytes
+from ...memory.budget import Budget, Limit
+from ...memory.calibration import check_rank, highest_ranks, limited_cost
+from ...memory.find_configuration import check_reads_tokens
+from ...memory.from_config import ConfiguredStep
 from ...memory.model import MemoryModel
+from ...memory.model_states import state_bytes
+from ...memory.outlook import MeasuredStep, Outlook
+from ...memory.peak_meter import PeakMeter
 from ...memory.recording import Batch
 from ...memory.step_config import StepConfig
-from ...memory.step_parts import switch_checkpointing
-from ...memory.text_models import check_reads_tokens
+from ...memory.training_step import switch_checkpointing
 from .config import MemoryConfig
 
 Tell = Callable[[str], None]
@@ -62,13 +75,80 @@ class StepSetup:
     run: TrainingRun
     batch: Batch
 
-    def measure_memory(self, batch: Batch | None = None) -> MemoryModel:
-        """The byte model of this step as it is set up now, without signal buffers; on the largest batch, or another."""
+    def measure_memory(self, tell: Tell, how: str = "", batch: Batch | None = None) -> MemoryModel:
+        """The byte model of this step as it is set up now, without signal buffers.
+
+        Args:
+            tell: called with a few words on what happens next.
+            how: the step is taken, in words.
+            batch: another batch than the largest one.
+        """
+        tell(f"calibrating on a few small steps {how}".rstrip())
         return run_memory(self.run, self.targets, self.batch if batch is None else batch)
 
-    def switch_checkpointing(self) -> None:
-        """Make the other choice of gradient checkpointing; raise UnsupportedError if the model has none."""
-        switch_checkpointing(self.model.get_base_model(), not self.config.checkpointing)
+
+def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
+    """Where the bytes of a training step go on a model that is here, and what other choices would take.
+
+    `tell` is called with a few words on what happens next.
+
+    Raises:
+        RankPilotError: see `set_up`; also if checkpointing is asked for and the model does not support it.
+        BudgetError: no plan fits the budget.
+    """
+    setup = set_up(config, tell)
+    asked = setup.measure_memory(tell, "with gradient checkpointing" if config.checkpointing else "")
+    rules, limit = _rules(setup, asked)  # first, since it may raise that no plan fits
+    if config.measure:
+        tell("measuring real steps")
+    measured = measure_step(setup) if config.measure else None
+    batches = list(_other_batches(setup, asked, tell))
+    recorded, notes = asked, []
+    if not config.checkpointing:
+        try:
+            switch_checkpointing(setup.model.get_base_model(), True)
+            recorded = setup.measure_memory(tell, "with gradient checkpointing")
+        except UnsupportedError as error:
+            notes.append(f"Without a figure for gradient checkpointing: {error}")
+    frozen = frozen_bytes(setup.model)
+    parameters = sum(parameter.numel() for parameter in setup.model.parameters() if not parameter.requires_grad)
+    step = ConfiguredStep(recorded, setup.model, setup.targets, parameters, frozen, 0, None, None)
+    facts = {"model": config.model, "task": setup.task, "device": setup.run.device.type}
+    outlook = Outlook(step, config.rank, config, asked=asked, limit=limit, measured=measured, facts=facts)
+    outlook.notes += notes
+    ranks = np.minimum(config.rank, highest_ranks(setup.targets))
+    for label, shape, memory in batches:
+        outlook.add("batch", label, memory, shape, ranks)
+    for name, plan in rules.items():
+        outlook.add("rule", f"{name} inside {config.budget}", asked, asked.shape, plan)
+    return outlook
+
+
+def _other_batches(setup: StepSetup, memory: MemoryModel, tell: Tell) -> Iterator[tuple[str, BatchShape, MemoryModel]]:
+    """Half the rows, and half the tokens. Where the operations depend on the data, the step is calibrated anew."""
+    shape = memory.shape
+    fewer = BatchShape(max(1, shape.rows // 2), shape.length)
+    shorter = BatchShape(shape.rows, -(-shape.length // 2))
+    for name, half in (("half the batch", fewer), ("half the length", shorter)):
+        if half == shape:
+            continue
+        known = memory
+        try:
+            memory.sizes(half)
+        except UnsupportedError:
+            known = setup.measure_memory(tell, f"of {name}", reshaped(setup.batch, half))
+        yield f"{name} ({half})", half, known
+
+
+def _rules(setup: StepSetup, memory: MemoryModel) -> tuple[dict[str, IntArray], Limit | None]:
+    """The plans of the placement rules inside the budget by name, and its limit; BudgetError if no plan fits."""
+    if setup.config.budget is None:
+        return {}, None
+    budget = Budget.parse(setup.config.budget)
+    cost, limit = limited_cost(budget.beside(setup.model), setup.targets, memory)
+    problem = AllocationProblem.of(setup.targets, cost, limit.value)
+    check_budget(problem, [target.name for target in setup.targets], budget.share)
+    return {"uniform": uniform_ranks(problem), "top-down": top_down(problem)}, limit
 
 
 def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
@@ -100,6 +180,35 @@ def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
         run = run_of_trainer(trainer)
     model.train()
     return StepSetup(config, workload.task, model, targets, run, run.largest_batch())
+
+
+def measure_step(setup: StepSetup) -> MeasuredStep:
+    """Train one step, which makes the optimiser's state, then measure further steps. The adapters change."""
+    _step(setup)
+    state = state_bytes(setup.model, setup.run.optimizer, gradients=False)
+    if setup.run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    meter = PeakMeter()
+    meter.begin(setup.model, setup.run.optimizer)
+    _step(setup)
+    reserved = torch.cuda.max_memory_reserved(setup.run.device) if setup.run.device.type == "cuda" else None
+    peak = meter.end(1)
+    assert peak is not None, "the step was measured"
+    if reserved is not None:
+        return MeasuredStep(peak, reserved_bytes=reserved)
+    before = resident.restart_peak()
+    if before is None:
+        return MeasuredStep(peak)
+    _step(setup)
+    highest = resident.peak()
+    return MeasuredStep(peak, highest - before + state, highest)
+
+
+def _step(setup: StepSetup) -> None:
+    for _ in range(setup.config.accumulation):
+        (setup.run.loss(setup.batch) / setup.config.accumulation).backward()  # type: ignore[no-untyped-call]
+    setup.run.optimizer.step()
+    setup.run.optimizer.zero_grad(set_to_none=True)
 
 
 def fine_tune_of(config: MemoryConfig) -> FinetuneConfig:

@@ -1,4 +1,4 @@
-"""Study pages as one file: its text, style, code and data, and nothing that is fetched."""
+"""The study page as one file: its text, style, code and data, and nothing that is fetched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import gzip
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ STYLES = ("uplot/uPlot.min.css", "page.css")
 SCRIPTS = (
     "uplot/uPlot.iife.min.js",
     "unpack.js",
-    "frame.js",
     "elements.js",
     "heatmap.js",
     "charts.js",
@@ -35,22 +34,11 @@ def study_html(data: Mapping[str, Any]) -> str:
     Args:
         data: see `page_data`.
     """
-    return page_html(data, SCRIPTS, STYLES)
-
-
-def page_html(data: Mapping[str, Any], scripts: Sequence[str], styles: Sequence[str] = ("page.css",)) -> str:
-    """A page of one file.
-
-    Args:
-        data: JSON values, which the last script shows.
-        scripts: names of assets, in the order in which they run.
-        styles: the same of styles.
-    """
     text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     packed = gzip.compress(text.encode("utf-8"), compresslevel=9, mtime=0)
     parts = {
-        "style": "\n".join(_asset(name) for name in styles),
-        "script": "\n".join(_asset(name) for name in scripts),
+        "style": "\n".join(_asset(name) for name in STYLES),
+        "script": "\n".join(_asset(name) for name in SCRIPTS),
         "data": base64.b64encode(packed).decode("ascii"),
     }
     # In one pass: what is put in may look like a place to put something.

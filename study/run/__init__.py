@@ -1,1 +1,1 @@
-"""Reports and pictures of one fine-tune."""
+"""What the folder of one fine-tune tells."""

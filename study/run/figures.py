@@ -1,4 +1,4 @@
-"""Curves of a fine-tune's losses and of policy training; each function returns a matplotlib Figure.
+"""The learning curve of a policy.
 
 Drawn with the object interface on the Agg canvas: no display, no global state. Sizes suit the 900 pixels of a
 README, colours (Okabe and Ito 2008; viridis) suit colour-blind readers, and titles state the result.
@@ -6,9 +6,7 @@ README, colours (Okabe and Ito 2008; viridis) suit colour-blind readers, and tit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -17,54 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ...common.arrays import FloatArray
-from ...common.drawing import (
-    COLORS,
-    FAINT,
-    Points,
-    clean_axes,
-    draw_legend,
-    finite_points,
-    mark_steps,
-    new_figure,
-    smooth,
-)
-
-FEW_POINTS = 24
-"""Training losses fewer than this are drawn as they are, with a mark each; more are smoothed."""
-
-
-def loss_curves(runs: Mapping[str, Mapping[str, Points]], decision_steps: Sequence[int] = ()) -> Figure:
-    """Training loss, raw and smoothed, beside the held-out loss.
-
-    Args:
-        runs: for each run "train" and "eval", each a list of (step, loss); either may be empty.
-        decision_steps: where ranks were moved, drawn as dotted lines.
-    """
-    curves = {run: {part: finite_points(points) for part, points in parts.items()} for run, parts in runs.items()}
-    titles = {"train": "Training loss", "eval": "Held-out loss"}
-    parts = [part for part in titles if any(len(curves[run].get(part, ())) for run in curves)] or ["train"]
-    lasts = {run: curve["eval"][-1, 1] for run, curve in curves.items() if len(curve.get("eval", ()))}
-    end = max((points[-1, 0] for curve in curves.values() for points in curve.values() if len(points)), default=0) or 1
-    figure = new_figure(3.9, loss_sentence(lasts), "Dotted lines: decisions." if len(decision_steps) else "")
-    panels = figure.subplots(1, len(parts), squeeze=False)[0]
-    for axes, part in zip(panels, parts, strict=True):
-        mark_steps(clean_axes(axes, titles[part]), decision_steps)
-        ends, values = [], []
-        for color, (run, curve) in zip(cycle(COLORS), curves.items(), strict=False):
-            if len(points := curve.get(part, np.empty((0, 2)))):
-                ends.append((_draw_loss(axes, points, part, color, run), color))
-                values += points[:, 1].tolist()
-        axes.set(xlabel="training step", ylabel="loss")
-        if len(values) >= 20:  # one spike must not flatten all curves
-            middle, usual = np.percentile(values, (50, 99))
-            low, high = min(values), min(max(values), 2 * usual - middle)
-            if high > low:
-                axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        axes.set_xlim(0, 1.02 * end)  # room for the last mark
-        _label_ends(axes, ends)
-    if len(curves) > 1 or len(parts) == 1:
-        draw_legend(panels[0])
-    return figure
+from ...common.drawing import COLORS, FAINT, clean_axes, draw_legend, finite_points, new_figure, smooth
 
 
 def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -126,48 +77,6 @@ def _draw_validation(axes: Axes, checks: Mapping[str, FloatArray]) -> None:
         axes.annotate("warm start", points[1], **style)
     axes.set(xlabel="PPO iteration", ylabel="gain")
     draw_legend(axes)
-
-
-def _draw_loss(axes: Axes, points: FloatArray, part: str, color: str, run: str) -> tuple[float, float]:
-    """Draw one run and return the end of its line."""
-    if part == "eval" or len(points) < FEW_POINTS:
-        axes.plot(points[:, 0], points[:, 1], "o-", color=color, markersize=4.5, linewidth=1.6, label=run)
-        return points[-1, 0], points[-1, 1]
-    line = smooth(points[:, 1], max(1, len(points) // 12))
-    axes.plot(points[:, 0], points[:, 1], color=color, linewidth=0.8, alpha=0.25)
-    axes.plot(points[:, 0], line, color=color, linewidth=2, label=f"{run} (smoothed)")
-    return points[-1, 0], float(line[-1])
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[tuple[float, float], str]]) -> None:
-    """Write the last value right of each line, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    gap, previous = 0.065 * (high - low), -math.inf
-    for (step, value), color in sorted(ends, key=lambda end: end[0][1]):
-        previous = max(min(value, high), previous + gap)  # a spike may end above the axis
-        style: dict[str, Any] = {
-            "color": color,
-            "fontsize": 9.5,
-            "fontweight": "bold",
-            "va": "center",
-            "annotation_clip": False,
-        }
-        axes.annotate(f"{value:.3f}", (step, previous), (6, 0), textcoords="offset points", **style)
-
-
-def loss_sentence(lasts: Mapping[str, float]) -> str:
-    """What the held-out losses say about the first run."""
-    if not lasts:
-        return "Training loss; no held-out loss was measured"
-    (run, value), *others = lasts.items()
-    if not others:
-        return f"{run} ends at a held-out loss of {value:.3f}"
-    other, reference = others[0]
-    change = (value - reference) / reference
-    if abs(change) < 0.0005:
-        return f"{run} and {other} end level at a held-out loss of {value:.3f}"
-    word = "below" if change < 0 else "above"
-    return f"{run} ends {abs(change):.1%} {word} {other} on held-out data: {value:.3f} against {reference:.3f}"
 
 
 def _learning_title(rows: Sequence[Mapping[str, Any]], checks: FloatArray) -> str:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from ...agents.rules.given_plan import shuffled_plan
+from ...agents.rules.given_plan import read_plan, shuffled_plan
 from ...allocation.log import DecisionLog
 from ...allocation.plan import uniform_ranks
-from ...common.files import read_text
-from ...common.plain_yaml import MOST_YAML_BYTES, parse_yaml
-from ...errors import ConfigError, DataError, first_line, shown
+from ...errors import ConfigError
 
 NAMED = {
     "final": "the ranks with which the run ended",
@@ -29,8 +24,7 @@ def other_plan(log: DecisionLog, which: str, seed: int = 0) -> Mapping[str, int]
 
     Args:
         log: of the run.
-        which: one of `NAMED`, or a YAML or JSON file with the rank of each module by its full name. A file that
-            `rankpilot finetune --review` wrote has them under `modules`.
+        which: one of `NAMED`, or a file that `read_plan` reads.
         seed: of a shuffled plan.
 
     Raises:
@@ -38,7 +32,10 @@ def other_plan(log: DecisionLog, which: str, seed: int = 0) -> Mapping[str, int]
         RunFolderError: the log cannot be read.
     """
     if which not in NAMED:
-        return _from_file(Path(which))
+        if not Path(which).exists():
+            known = ", ".join(f"{name} ({meaning})" for name, meaning in NAMED.items())
+            raise ConfigError(f"{which} is no file and no plan by name. Plans by name: {known}.")
+        return read_plan(Path(which))
     if which == "first":
         return log.logged(0).plan()
     last = log.read()[-1]
@@ -48,24 +45,3 @@ def other_plan(log: DecisionLog, which: str, seed: int = 0) -> Mapping[str, int]
         ladder, ranks = last.problem.ladder, uniform_ranks(last.problem.fresh())
         return dict(zip(last.observation.names, ladder.array[ladder.rung(ranks)].tolist(), strict=True))
     return last.plan()
-
-
-def _from_file(path: Path) -> dict[str, int]:
-    try:
-        content = parse_yaml(read_text(path, MOST_YAML_BYTES))
-    except FileNotFoundError as error:
-        known = ", ".join(f"{name} ({meaning})" for name, meaning in NAMED.items())
-        raise ConfigError(f"{path} is no file and no plan by name. Plans by name: {known}.") from error
-    except (OSError, DataError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML or JSON: {first_line(error)}.") from error
-    modules = content.get("modules", content) if isinstance(content, Mapping) else None
-    if not isinstance(modules, Mapping) or not modules:
-        raise ConfigError(f"{path} holds no ranks. It maps the full name of each module to its rank.")
-    entries: dict[Any, Any] = dict(modules)
-    ranks: dict[Any, Any] = {
-        name: entry.get("rank") if isinstance(entry, Mapping) else entry for name, entry in entries.items()
-    }
-    for name, rank in ranks.items():
-        if not isinstance(name, str) or type(rank) is not int or rank < 0:
-            raise ConfigError(f"The rank of {shown(name)} in {path} is {shown(rank)}; it is a whole number from 0 on.")
-    return ranks

@@ -1,4 +1,4 @@
-"""What the folder of a run holds, for its report.
+"""What the folder of a run holds, checked before it is shown: the folder may be a stranger's.
 
 Three kinds of folder have a decision log, and each may be of a run that goes on:
 
@@ -9,22 +9,36 @@ Three kinds of folder have a decision log, and each may be of a run that goes on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...allocation.deliberation import Deliberation
+from ...allocation.features import MODULE_FEATURES
 from ...allocation.log import LINES, DecisionLog, DecisionRecord
+from ...allocation.unusual_features import unusual_features
 from ...common.drawing import Points
 from ...common.files import read_json_lines, read_object
-from ...errors import DataError, RunFolderError, first_line
+from ...common.units import cost_text
+from ...errors import DataError, RunFolderError, first_line, shown
 from ...finetune.config import PILOT, RUNS
-from .checks import check_summary, number_rows
 
 Rows = Sequence[Mapping[str, Any]]
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+MOST_NUMBER = 2**53
+"""The largest whole number that is read; all below are exact as floating-point numbers."""
+
+_RESULTS = (
+    "held_out_loss", "held_out_accuracy", "adapter_parameters", "peak_bytes", "budget_bytes", "median_step_s",
+    "train_s", "steps", "energy_joules",
+)  # fmt: skip
+"""Results of a run that are numbers, or unknown."""
+
+_SETUP = ("seed", "held_out_rows", "largest_class", "outputs", "steps")
+"""What a summary tells as numbers beside them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +49,8 @@ class RunData:
         folder: the folder.
         summary: results and settings by name; empty before the end of `rankpilot finetune`, and in other folders.
         metrics: losses and measured peaks by step, for each run of which the folder has them.
-        decisions: those of the decision log; none without one that can be read.
-        missing: what a report has to leave out, and why, a few words each.
+        decisions: of the decision log; none without one that can be read.
+        missing: what a page has to leave out, and why, a few words each.
     """
 
     folder: Path
@@ -132,8 +146,8 @@ def read_run(folder: Path) -> RunData:
     summary = _read_summary(folder, missing) if of_finetune else {}
     if log is None and not summary:
         raise RunFolderError(
-            f"{folder} holds no run: there is no decision log, and {missing[0]}. The page of an evaluation is made by "
-            "`rankpilot study policy`."
+            f"{folder} holds no run: there is no decision log, and {missing[0]}. The page is about fine-tunes; what "
+            "`rankpilot evaluate` found is in its summary.json."
         )
     metrics = _read_metrics(folder, summary, missing) if of_finetune else _read_trainer_state(folder, missing)
     decisions: list[DecisionRecord] = []
@@ -145,6 +159,24 @@ def read_run(folder: Path) -> RunData:
         except RunFolderError as error:
             missing.append(f"all decisions ({error})")
     return RunData(folder, summary, metrics, decisions, tuple(missing))
+
+
+def moves_sentence(record: DecisionRecord) -> str:
+    """How many modules moved at a decision, what its plan costs, and how many ranks the budget changed."""
+    before, after, unit = record.rank_before, record.rank_after, record.problem.cost.unit
+    up, down = int((after > before).sum()), int((after < before).sum())
+    moved = f"{up} up, {down} down, {len(after) - up - down} unchanged"
+    plan = f"{cost_text(record.predicted_cost, unit)} of {cost_text(record.problem.limit, unit)}"
+    measured = record.measured_cost
+    seen = f" (measured before it: {cost_text(measured, unit)})" if measured is not None else ""
+    changed = int((record.rank_clipped != after).sum())
+    budget = f" The budget changed what was asked for {changed} modules." if changed else ""
+    return f"{moved}; predicted cost {plan}{seen}.{budget}"
+
+
+def standing_out(record: DecisionRecord) -> list[list[tuple[str, float]]]:
+    """The unusual features of each module at a decision; see `unusual_features`."""
+    return unusual_features(MODULE_FEATURES, record.observation.modules)
 
 
 def run_names(runs: Sequence[RunData]) -> list[str]:
@@ -210,3 +242,54 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
     """The checkpoints of a Trainer, the last one first."""
     numbered = [(path.name.rpartition("-")[2], path) for path in folder.glob("checkpoint-*")]
     yield from (path for _, path in sorted(((int(n), path) for n, path in numbered if n.isdecimal()), reverse=True))
+
+
+def number_rows(lines: Iterable[Any]) -> list[dict[str, Any]]:
+    """The numbers of each line of metrics by name, and its times of steps; lines of something else are left out."""
+    objects = [line for line in lines if isinstance(line, dict)]
+    rows = [{key: value for key, value in line.items() if _belongs(key, value)} for line in objects]
+    return [row for row in rows if is_number(row.get("step", 0)) and row.get("step", 0) >= 0]
+
+
+def check_summary(summary: Any) -> None:
+    """Refuse a summary whose values are not those of a run.
+
+    Raises:
+        TypeError, KeyError, AttributeError: something is of another type, or missing.
+    """
+    for name, run in summary["runs"].items():
+        _check_numbers(run, _RESULTS, f"{shown(name)}: ")
+        hardware = run.get("hardware") or {}
+        _check_numbers(hardware, ("busy", "free_bytes", "total_bytes"), f"{shown(name)}: ")
+        for text in (hardware.get("device"), run.get("energy_source")):
+            if not isinstance(text, str | None):
+                raise TypeError(f"{shown(name)} has a name of hardware that is {shown(text)}")
+        ranks = run.get("ranks") or {}
+        if not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
+            raise TypeError(f"{shown(name)} has a rank that is none")
+    _check_numbers(summary, _SETUP, "")
+    if not (summary.get("largest_class") or 0) <= 1:
+        raise TypeError(f"largest_class is {summary['largest_class']}, not a share")
+    for name in ("model", "data", "policy"):
+        if not isinstance(summary.get(name), str | None):
+            raise TypeError(f"{name} is {shown(summary[name])}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, of a size that floating-point numbers have; NaN and infinity are."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= MOST_NUMBER
+
+
+def _belongs(key: str, value: Any) -> bool:
+    if key == "step_s":
+        return isinstance(value, list) and all(map(is_number, value))
+    return is_number(value)
+
+
+def _check_numbers(values: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    for name in names:
+        value = values.get(name)
+        if value is not None and (not is_number(value) or value < 0):
+            raise TypeError(f"{where}{name} is {shown(value)}")

@@ -1,31 +1,35 @@
-"""What a reader of a report has to know first: whether the run is good for anything."""
+"""What a reader of a page has to know first: whether the run is good for anything, and its results beside others."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from rich.markup import escape
+from rich.table import Table
 
 from ...allocation.decision_line import promise, unlike
+from ...common.arrays import FloatArray, IntArray
 from ...common.drawing import Points, finite_points
+from ...common.tables import make_table
+from ...common.units import cost_text, format_bytes, part_of
 from ...finetune.config import ALL_LINEAR, PILOT, UNIFORM
-from .memory_figure import in_force
-from .run_data import RunData
+from .run_data import RunData, run_names
 
 RISE = 0.01
 """A held-out loss that ends this share above its lowest value has risen."""
 DIVERGED = 0.05
 """A training that ends this share above its start has diverged; below it, the loss only did not fall."""
-
-
 BLOWN_UP = 10
 """A held-out loss that is so many times the first training loss is that of a run that diverged."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Sentences for the top of a report.
+    """Sentences for the top of a page.
 
     Attributes:
         warnings: what is wrong with the run, the worst first.
@@ -38,10 +42,11 @@ class Verdict:
 
 def verdict(run: RunData) -> Verdict:
     """What is wrong with a run, and what came out of it."""
-    warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run), _changed_by_reload(run))
+    warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run))
     of_policy = (_misses_goal(run), _unlike(run))
     others = (_against(run, UNIFORM, "uniform ranks"), _against(run, ALL_LINEAR, "rank 8 on all modules"))
-    return Verdict(tuple(filter(None, (*warnings, *of_policy))), tuple(filter(None, (_ending(run), *others))))
+    results = (_ending(run), *others, _promise(run))
+    return Verdict(tuple(filter(None, (*warnings, *of_policy))), tuple(filter(None, results)))
 
 
 def _diverged(run: RunData) -> str:
@@ -123,11 +128,6 @@ def _exceeded(run: RunData) -> str:
     return f"The peak was above the budget at {over} of {len(peaks)} measured steps." if over else ""
 
 
-def _changed_by_reload(run: RunData) -> str:
-    check = run.summary.get("reload") or {}
-    return "" if check.get("identical", True) else "The saved adapter, loaded by plain PEFT, gives other outputs."
-
-
 def _unlike(run: RunData) -> str:
     difference = unlike(run.first) if run.first else ""
     return f"Its policy has learned from no run like this one, so trust it less: {difference}." if difference else ""
@@ -135,6 +135,11 @@ def _unlike(run: RunData) -> str:
 
 def _misses_goal(run: RunData) -> str:
     return promise(run.first) if run.first and run.first.misses_goal else ""
+
+
+def _promise(run: RunData) -> str:
+    """What the policy expected of its first plan."""
+    return promise(run.first) if run.first and not run.first.misses_goal else ""
 
 
 def _ending(run: RunData) -> str:
@@ -167,3 +172,161 @@ def _against(run: RunData, name: str, what: str) -> str:
         if name == ALL_LINEAR and mine.get(key) and other.get(key)
     ]
     return sentence + (f", with {' and '.join(shares)}." if shares else ".")
+
+
+# What each picture shows, in words -----------------------------------------------------------------------------------
+
+
+def loss_sentence(lasts: Mapping[str, float]) -> str:
+    """What the last held-out losses of runs say about the first run."""
+    if not lasts:
+        return "Training loss; no held-out loss was measured"
+    (run, value), *others = lasts.items()
+    if not others:
+        return f"{run} ends at a held-out loss of {value:.3f}"
+    other, reference = others[0]
+    change = (value - reference) / reference
+    if abs(change) < 0.0005:
+        return f"{run} and {other} end level at a held-out loss of {value:.3f}"
+    word = "below" if change < 0 else "above"
+    return f"{run} ends {abs(change):.1%} {word} {other} on held-out data: {value:.3f} against {reference:.3f}"
+
+
+def cost_sentence(run: RunData) -> str:
+    """Whether a run keeps to its budget, and how near it comes; empty without a budget."""
+    limits, predicted = finite_points(run.limits), finite_points(run.predicted())
+    peaks = {name: finite_points(points) for name, points in run.peaks().items()} if run.unit == "bytes" else {}
+    measured = [(name, points) for name, points in peaks.items() if len(points)]
+    if not len(limits):
+        return ""
+    if not measured and not len(predicted):
+        return f"Budget of {cost_text(limits[-1, 1], run.unit)}; nothing was measured"
+    if not measured:
+        text, _ = _most(predicted, in_force(limits, predicted[:, 0] + 1), run.unit)
+        return f"Plans take at most {text}{'' if run.unit == 'parameters' else '; nothing was measured'}"
+    name, points = measured[0]
+    budgets = in_force(limits, points[:, 0])
+    text, share = _most(points, budgets, run.unit)
+    if share > 1:
+        over = int((points[:, 1] > budgets).sum())
+        return f"{name} exceeds the budget at {over} of {len(points)} measured steps: {text}"
+    percent = f"{min(share, 0.999):.1%}" if share > 0.99 else f"{share:.0%}"
+    return f"{name} keeps to the budget at every measured step: at most {text} ({percent})"
+
+
+def _most(points: FloatArray, limits: FloatArray, unit: str) -> tuple[str, float]:
+    """The cost that took the largest share of the budget in force, and that share.
+
+    Args:
+        points: (step, cost), (points, 2).
+        limits: the budget at each of them, (points,).
+        unit: of both.
+    """
+    most = int(np.argmax(points[:, 1] / limits))
+    cost, limit = float(points[most, 1]), float(limits[most])
+    return part_of(cost, limit, unit), cost / limit
+
+
+def in_force(changes: FloatArray, steps: FloatArray) -> FloatArray:
+    """What each of some steps was run under, (steps,).
+
+    Args:
+        changes: (step, value from that step on), by step. A change takes effect after its step.
+        steps: numbers of steps, the first being 1. Before the first change its value counts.
+    """
+    rows = np.searchsorted(changes[:, 0], steps, side="left") - 1
+    return np.asarray(changes[np.maximum(rows, 0), 1])
+
+
+def ranks_sentence(final: IntArray) -> str:
+    """How concentrated the final ranks are, int (modules,)."""
+    if not final.any():
+        return "No module ends with an adapter"
+    if np.unique(final).size == 1:
+        return f"All {len(final)} modules end at rank {final[0]}"
+    reached = np.cumsum(np.sort(final)[::-1]) / final.sum()
+    few = int(np.searchsorted(reached, 0.8 - 1e-9)) + 1
+    without = int((final == 0).sum())
+    ending = f"; {without} {_end(without)} without an adapter" if without else ""
+    return f"{few} of {len(final)} modules {_end(few)} with {reached[few - 1]:.0%} of all rank{ending}"
+
+
+def _end(count: int) -> str:
+    return "ends" if count == 1 else "end"
+
+
+# Results beside those of other ranks ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """One row of the comparison; `better` is +1 if high values are good, -1 if low ones are, else 0.
+
+    `text` writes a value, in the unit of the run's budget where that matters.
+    """
+
+    label: str
+    key: str
+    text: Callable[[float, str], str]
+    better: int = 0
+
+
+_MEASURES = (
+    _Measure("held-out loss", "held_out_loss", lambda value, _: f"{value:.4f}" if value < 1e4 else f"{value:.4g}", -1),
+    _Measure("held-out accuracy", "held_out_accuracy", lambda value, _: f"{value:.2%}", +1),
+    _Measure("peak memory", "peak_bytes", lambda value, _: format_bytes(value), -1),
+    _Measure("budget", "budget_bytes", cost_text),
+    _Measure("adapter parameters", "adapter_parameters", lambda value, _: f"{value:,.0f}"),
+    _Measure("adapted modules", "adapted", lambda value, _: f"{value:,.0f}"),
+    _Measure("median step", "median_step_s", lambda value, _: f"{1000 * value:.1f} ms", -1),
+    _Measure("training time", "train_s", lambda value, _: f"{value:.1f} s", -1),
+    _Measure("energy", "energy_joules", lambda value, _: f"{value / 1000:.3g} kJ", -1),
+)
+
+
+def summary_table(*runs: RunData) -> Table:
+    """The comparison for a terminal: one column for each run, the best values bold."""
+    subjects = {subject(run) for run in runs}
+    table = make_table(escape(subjects.pop()) if len(subjects) == 1 else "", ["", *_columns(runs)], first_wraps=True)
+    for label, cells, best in comparison_rows(runs):
+        styled = [f"[bold]{cell}[/bold]" if index in best else cell for index, cell in enumerate(cells)]
+        table.add_row(label, *styled)
+    return table
+
+
+def subject(run: RunData) -> str:
+    """What was trained on what; empty if the folder does not tell."""
+    return " on ".join(str(run.summary[key]) for key in ("model", "data") if run.summary.get(key))
+
+
+def comparison_rows(runs: Sequence[RunData]) -> list[tuple[str, list[str], set[int]]]:
+    """Label, cells and the indices of the best cells of each row; no cell is best where all read the same.
+
+    Args:
+        runs: whose results are the columns, one after another.
+    """
+    rows, results = [], list(_columns(runs).values())
+    for measure in _MEASURES:
+        values = [result.get(measure.key) for result in results]
+        cells = [
+            "–" if value is None else measure.text(value, result["unit"])
+            for value, result in zip(values, results, strict=True)
+        ]
+        known = [(measure.better * value, cells[index]) for index, value in enumerate(values) if value is not None]
+        if not known:
+            continue
+        top = max(known)[1]
+        told_apart = measure.better != 0 and len({cell for _, cell in known}) > 1
+        rows.append((measure.label, cells, {i for i, cell in enumerate(cells) if told_apart and cell == top}))
+    return rows
+
+
+def _columns(runs: Sequence[RunData]) -> dict[str, Mapping[str, Any]]:
+    """The results of each run by the head of its column, with the name of the folder where there are several."""
+    folders = [f"{name}: " for name in run_names(runs)] if len(runs) > 1 else [""]
+    columns: dict[str, Mapping[str, Any]] = {}
+    for folder, run in zip(folders, runs, strict=True):
+        for name, result in run.results.items():
+            adapted = sum(rank > 0 for rank in result["ranks"].values()) if result.get("ranks") else None
+            columns[escape(folder + name)] = {**result, "adapted": adapted, "unit": run.unit}
+    return columns

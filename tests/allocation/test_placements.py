@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from rankpilot.memory.cost import ByteCost, ParameterCost, plan_cost
 
 from .synthetic_costs import transformer_cost
 
-RULES = (top_down, uniform_ranks, partial(uniform_ranks, least_rank=16))
+RULES = (top_down, uniform_ranks)
 
 
 def transformer_problem(seed, layers=5, share=None):
@@ -54,12 +53,18 @@ def test_layers_that_are_not_there(layers, rank):
 
 
 def test_uniform_takes_the_most_layers_that_can_have_a_rank_and_then_the_largest_rank():
-    assert uniform_ranks(simple_problem(10 * 16 * 4 + 50), 16).tolist() == [0, 0, 17, 17, 17, 17]
-    assert uniform_ranks(simple_problem(10 * 16 * 6), 16).tolist() == [16] * 6
-    assert uniform_ranks(simple_problem(10 * 16), 16).tolist() == [0, 0, 0, 0, 8, 8]
-    assert uniform_ranks(simple_problem(10 * 16), 2).tolist() == [2] * 6
-    assert uniform_ranks(simple_problem(10), 16).sum() == 1
-    assert uniform_ranks(simple_problem(9), 16).sum() == 0
+    def in_bytes(limit):
+        problem = simple_problem(limit)
+        free = ByteCost(("peak",), np.zeros(1), problem.cost.per_rank, np.zeros((1, 3)), np.repeat(np.eye(3) > 0, 2, 1))
+        return replace(problem, cost=free)
+
+    assert uniform_ranks(in_bytes(10 * 8 * 4 + 50)).tolist() == [0, 0, 9, 9, 9, 9]
+    assert uniform_ranks(in_bytes(10 * 8 * 6)).tolist() == [8] * 6
+    assert uniform_ranks(in_bytes(10 * 8)).tolist() == [0, 0, 0, 0, 4, 4]
+    assert uniform_ranks(simple_problem(10 * 16)).tolist() == [2] * 6
+    for problem in (in_bytes, simple_problem):
+        assert uniform_ranks(problem(10)).sum() == 1
+        assert uniform_ranks(problem(9)).sum() == 0
 
 
 def test_uniform_is_rank_8_or_more_where_depth_costs_something():
@@ -90,14 +95,13 @@ def test_rules_keep_to_the_budget_and_the_bounds(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize(("least_rank", "rank"), [(None, 8), (16, 16)])
-def test_uniform_is_the_one_that_a_full_search_finds(seed, least_rank, rank):
+def test_uniform_is_the_one_that_a_full_search_finds(seed):
     problem = transformer_problem(seed)
-    fitting_layers = [k for k in range(1, 6) if problem.fits(top_layers(problem, k, rank))]
+    fitting_layers = [k for k in range(1, 6) if problem.fits(top_layers(problem, k, 8))]
     layers = max(fitting_layers, default=1)
     fitting = [r for r in range(1, 65) if problem.fits(top_layers(problem, layers, r))]
     expected = top_layers(problem, layers, fitting[-1]) if fitting else pack(problem, np.zeros(35), 1.0)
-    assert uniform_ranks(problem, least_rank).tolist() == expected.tolist()
+    assert uniform_ranks(problem).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rankpilot.allocation.fixed_cost import FixedCost
 from rankpilot.allocation.plan import pack, project
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.lora.ladder import RankLadder
-from rankpilot.memory.cost import ByteCost, ParameterCost, moment_costs, plan_cost
+from rankpilot.memory.cost import ByteCost, FixedCost, ParameterCost, moment_costs, plan_cost
 
 from ..cases import first_cases
 from . import slow_plan

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from peft import LoraConfig
+from rankpilot.agents.rules.given_plan import read_plan
 from rankpilot.allocation.frontier import FrontierPlan
 from rankpilot.cli import allocate as module
 from rankpilot.errors import ConfigError
@@ -80,6 +81,21 @@ def test_the_frontier(capsys: pytest.CaptureFixture[str], plan: list[FinetuneCon
     assert ["all-linear,", "too", "large", "1,200", "-", "+0.0%", "+0.0%", "+0.0%", "tie"] in shown
     module.main(["m", "d"])
     assert "worth their cost" not in capsys.readouterr().out
+
+
+def test_a_plan_to_edit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    module.main(["m", "d", "--output", str(path)])
+    assert read_plan(path) == RANKS
+    text = path.read_text()
+    assert "model.layers.0: {q_proj: 0, v_proj: 4}\n" in text
+    assert "predicted to take 900 parameters; the budget is 1,000 parameters" in text
+    assert "--policy mine.yaml" in text
+    assert "Edit it, and pass --policy" in capsys.readouterr().out
+    module.main(["m", "d", "--form", "plan"])
+    assert 'or policy="plan.yaml"' in capsys.readouterr().out
+    module.main(["m", "d", "--form", "peft", "--output", str(tmp_path / "peft.yaml")])
+    assert LoraConfig(**json.loads((tmp_path / "peft.yaml").read_text())).r == 8
 
 
 def test_lines_for_axolotl(tmp_path: Path) -> None:

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 from rankpilot.agents.evaluation.config import EvaluateConfig
-from rankpilot.agents.evaluation.evaluate import find_competitor
 from rankpilot.agents.evaluation.results import read_rows
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.agents.rules.constant import Constant
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.cli import main as cli
 from rankpilot.errors import ConfigError
@@ -111,9 +109,6 @@ def test_a_comparison_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_pa
 
     assert "exists already" in failure(command, capsys)
     assert "other settings (split" in failure(["evaluate", *command[1:], "--resume", "--split", "train"], capsys)
-    # An earlier name of a rule means the same competitor.
-    assert cli.run(["evaluate", "fracrule", str(policy), "--against=heur3", *command[3:], "--resume"]) == 0
-    assert read_rows(folder / "rows.jsonl") == rows
     # Rules alone go on with the schedule of the policy that the comparison began with.
     more = ["evaluate", "uniform", *TINY, "--seeds", "2", "--output", str(folder), "--resume"]
     assert cli.run(more) == 0
@@ -135,13 +130,3 @@ def test_the_test_split_is_for_reports(capsys: pytest.CaptureFixture[str], tmp_p
     command = ["evaluate", "top-down", *TINY, "--split", "test", "--output", str(tmp_path / "out")]
     assert cli.run(command) == 0
     assert "The test split is for final reports" in capsys.readouterr().out
-
-
-def test_a_constant_action(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankpilot.agents.evaluation import evaluate as comparison
-
-    monkeypatch.setattr(comparison, "CONSTANT_TASKS", 3)
-    competitor = find_competitor(f"constant:{policy}", SCHEDULE)
-    assert isinstance(competitor, Constant)
-    assert competitor.name == "constant:pilot"
-    assert competitor.placement == (0, 0), "an untrained policy keeps the rule's floor and depth bias"

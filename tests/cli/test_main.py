@@ -16,10 +16,10 @@ import pytest
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.training.config import PRESETS, TrainConfig
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.bench import main as bench
 from rankpilot.cli import assets, finetune, train
 from rankpilot.cli import main as cli
 from rankpilot.common.files import write_json
+from rankpilot.common.run_folder import open_run
 from rankpilot.common.settings import as_json
 from rankpilot.finetune.config import FinetuneConfig
 
@@ -147,7 +147,6 @@ def test_help_and_mistakes_load_no_learning_library() -> None:
         ["train", "--preset", "nope"],
         ["train", "--episodes-per-task", "1"],
         ["evaluate"],
-        ["bench", "stpe"],
     ]
     mistakes += [["finetune", "m", "d", "--budget", "lots"], ["memory", "m", "--optimizer", "adam"], ["export"]]
     code = f"""
@@ -175,22 +174,6 @@ def test_unknown_preset(capsys: pytest.CaptureFixture[str], seen: list[Any]) -> 
     for given in (["--preset", "nope"], ["--preset=nope"]):
         assert "Unknown preset 'nope'. Allowed: 'quick', 'default', 'full'" in failure(["train", *given], capsys)
     assert not seen
-
-
-def test_benchmarks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cli.run(["bench"]) == 2
-    assert cli.run(["bench", "--help"]) == 0
-    listed = capsys.readouterr().out
-    for name, row in bench.BENCHMARKS.items():
-        assert f"rankpilot bench {name} " in listed
-        assert (ROOT / "bench" / f"{row.module.replace('.', '/')}.py").read_text().count(
-            "\ndef benchmark(options: Options, console: Console) -> Figures:"
-        ) == 1
-    assert "Unknown benchmark 'overhed'. Did you mean: 'overhead'" in failure(["bench", "overhed"], capsys)
-    given: list[Any] = []
-    monkeypatch.setattr("rankpilot.bench.step.decide.benchmark", lambda options, console: given.append(options))
-    assert cli.run(["bench", "decide", "--policy", "x", "--quick"]) == 0
-    assert (given[0].policy, given[0].quick) == ("x", True)
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:
@@ -224,12 +207,20 @@ def test_a_full_disk_is_one_line(
     """The errors of safetensors and torch are no OSErrors; a limit on the size of files provokes them."""
     import torch
     from safetensors.torch import save_file
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
 
     large = {"weight": torch.ones(50_000)}
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        for write in (lambda: save_file(large, tmp_path / "a"), lambda: torch.save(large, tmp_path / "b")):
+        words = Tokenizer(WordLevel({str(number): number for number in range(5000)}))
+        writers = (
+            lambda: save_file(large, tmp_path / "a"),
+            lambda: torch.save(large, tmp_path / "b"),
+            lambda: words.save(str(tmp_path / "c")),
+        )
+        for write in writers:
             monkeypatch.setattr(train, "train_command", lambda options, write=write: write())
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
             shown = failure(["train"], capsys)
@@ -245,7 +236,7 @@ def test_sigterm_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr(train, "train_command", lambda options: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert cli.run(["train"]) == 143
-    assert capsys.readouterr().err == "Terminated. The same command with --resume continues from here.\n"
+    assert capsys.readouterr().err == "Terminated.\n"
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -304,19 +295,9 @@ def test_settings_of_a_fine_tune_from_its_file(seen: list[Any], tmp_path: Path) 
     )
 
 
-def test_a_config_file_of_an_earlier_version(seen: list[Any], tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    network = as_json(NetworkConfig, NetworkConfig(width=9)) | {"attention_heads": 0}
-    write_json(path, {"groups": 5, "group": 6, "trial_tasks": 7, "network": network})
-    assert cli.run(["train", "--config", str(path)]) == 0
-    assert (seen[0].tasks_per_stack, seen[0].episodes_per_task, seen[0].plan_tasks) == (5, 6, 7)
-    assert seen[0].network == NetworkConfig(width=9)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"network": {"attention_heads": 4}}', "'attention_heads' is gone; only 0 can go on, not 4"),
         (None, "Cannot read the config file"),
         ("{", "Cannot read the config file"),
         ("[1]", "holds no settings by name"),
@@ -344,13 +325,20 @@ def test_a_config_option_without_a_file(capsys: pytest.CaptureFixture[str], seen
     assert not seen
 
 
-def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def interrupt(options: Any) -> None:
         raise KeyboardInterrupt
 
+    def interrupted_run(options: Any) -> None:
+        with open_run(tmp_path / "run", {}, resume=False):
+            interrupt(options)
+
+    monkeypatch.setattr(train, "train_command", interrupted_run)
+    assert cli.run(["train"]) == 130
+    assert capsys.readouterr().err == "Interrupted. The same command with --resume continues from here.\n"
     monkeypatch.setattr(train, "train_command", interrupt)
     assert cli.run(["train"]) == 130
-    assert "--resume continues" in capsys.readouterr().err
+    assert capsys.readouterr().err == "Interrupted.\n", "there is no run yet"
     monkeypatch.setattr(assets, "main", interrupt)
     assert cli.run(["assets"]) == 130
     assert capsys.readouterr().err == "Interrupted.\n"

@@ -88,13 +88,16 @@ def test_a_step_is_predicted_and_measured(
     if sys.platform == "linux":
         assert figures["measured"]["process_bytes"] > figures["measured"]["peak_bytes"]
     assert (folder / "memory.png").is_file()
-    for words in ("calibrating", "tensors saved for backward", "By layer", "half the batch (2 x 16)", "A real step"):
+    for words in ("calibrating", "tensors saved for backward", "half the batch (2 x 16)", "A real step"):
         assert words in printed
-    assert ("layers 0 to 1, each" in printed) == (name == "bert"), "layers with equal bytes share a row"
-    peaks = {choice["label"]: choice["peak_bytes"] for choice in figures["alternatives"]}
-    assert peaks["rank 1 on all modules"] < figures["peak_bytes"] < peaks["rank 32 on all modules"]
+    layers = [sum(value for kind, value in row.items() if kind != "layer") for row in figures["layers"]]
+    assert sum(layers) + figures["margin_bytes"] == pytest.approx(figures["peak_bytes"])
+    peaks = {choice["label"]: choice["step_bytes"] for choice in figures["choices"]}
+    ranks = {rank: peaks[f"all layers at rank {rank} with no checkpointing"] for rank in (1, 8, 16)}
+    assert ranks[1] < ranks[8] == figures["peak_bytes"] < ranks[16]
     assert peaks["half the length (4 x 8)"] < 0.7 * figures["peak_bytes"]
-    assert peaks["with gradient checkpointing"] < figures["peak_bytes"]
+    assert peaks["all layers at rank 8 with checkpointing"] < figures["peak_bytes"]
+    assert peaks["the top 1 layers at rank 8 with no checkpointing"] < figures["peak_bytes"]
 
 
 def test_settings_are_followed(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,12 +110,13 @@ def test_settings_are_followed(models: Path, tmp_path: Path, capsys: pytest.Capt
     assert figures["margin_bytes"] > 0
     assert figures["measured"]["peak_bytes"] <= figures["peak_bytes"]
     assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.03)
-    choices = {choice["label"]: choice for choice in figures["alternatives"]}
-    assert choices["without gradient checkpointing"]["peak_bytes"] > figures["peak_bytes"]
+    choices = {choice["label"]: choice for choice in figures["choices"]}
+    assert choices["all layers at rank 4 with no checkpointing"]["step_bytes"] > figures["peak_bytes"]
     assert figures["limit_bytes"] == pytest.approx(0.9 * figures["reference_bytes"])
-    assert figures["reference_bytes"] == choices["rank 8 on all modules"]["peak_bytes"]
+    assert figures["reference_bytes"] == choices["all layers at rank 8 with checkpointing"]["step_bytes"]
     for rule in ("uniform", "top-down"):
-        assert choices[f"{rule} inside 90%"]["peak_bytes"] <= figures["limit_bytes"]
+        assert choices[f"{rule} inside 90%"]["step_bytes"] <= figures["limit_bytes"]
+        assert choices[f"{rule} inside 90%"]["verdict"] == "fits"
     assert "uniform inside 90%" in printed
 
 
@@ -125,7 +129,7 @@ def test_settings_of_the_trainer_are_followed(
     _, plain, _ = measured("bert")
     options = [str(models / "bert"), *SMALL, "--measure"]
     printed, figures = run([*options, "--trainer", "optim=sgd", "label_smoothing_factor=0.1"], capsys, tmp_path / "sgd")
-    assert "modules, optim=sgd, label_smoothing_factor=0.1, cpu" in printed
+    assert "layers, optim=sgd, label_smoothing_factor=0.1" in printed
     assert figures["kinds"]["optimizer"] == 0 < plain["kinds"]["optimizer"]
     assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.005)
 
@@ -135,7 +139,7 @@ def test_optimizers(models: Path, optimizer: str, tmp_path: Path, capsys: pytest
     only = ["--target-modules", "q_proj, v_proj", "--optimizer", optimizer]
     _, figures = run([str(models / "llama"), *SMALL, *only], capsys, tmp_path / "memory")
     assert 0 < figures["kinds"]["optimizer"] <= 2 * figures["kinds"]["weights"]
-    assert set(figures["alternatives"][0]["ranks"]) == {
+    assert set(figures["choices"][0]["ranks"]) == {
         f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qv"
     }
 
@@ -169,8 +173,9 @@ def test_data_makes_the_batch(tmp_path: Path, models: Path, capsys: pytest.Captu
     arguments = [str(models / "bert"), str(tmp_path / "reviews.csv"), *SMALL]
     printed, figures = run(arguments, capsys, tmp_path / "memory")
     assert (figures["rows"], figures["length"]) == (4, 7)
-    assert "classification, 4 x 7 tokens" in printed
-    peaks = {choice["label"]: choice["peak_bytes"] for choice in figures["alternatives"]}
+    assert "classification" in printed
+    assert "4 x 7 tokens" in printed
+    peaks = {choice["label"]: choice["step_bytes"] for choice in figures["choices"]}
     assert peaks["half the batch (2 x 7)"] < 0.9 * figures["peak_bytes"]
     assert peaks["half the length (4 x 4)"] < 0.9 * figures["peak_bytes"]
 
@@ -210,7 +215,7 @@ def test_a_model_without_checkpointing(models: Path, tmp_path: Path, capsys: pyt
     printed, figures = run([str(models / "xlnet"), *SMALL], capsys, tmp_path / "memory")
     assert "does not support gradient checkpointing" in printed
     assert len(figures["notes"]) == 1
-    assert not [choice for choice in figures["alternatives"] if choice["kind"] == "checkpointing"]
+    assert not [choice for choice in figures["choices"] if choice["recomputed"]]
     line = failure(["memory", str(models / "xlnet"), *SMALL, "--checkpointing"], capsys)
     assert "does not support gradient checkpointing" in line
 
@@ -287,7 +292,8 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.assets
 def test_the_packaged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    printed, figures = run(["all-minilm-l6-v2", *SMALL], capsys, tmp_path / "memory")
-    assert "layer 5" in printed
-    assert len(figures["alternatives"][0]["ranks"]) == 37
+    _, figures = run(["all-minilm-l6-v2", *SMALL], capsys, tmp_path / "memory")
+    assert figures["blocks"] == 7, "six layers, and what lies above them"
+    assert "encoder.layer.5" in {row["layer"] for row in figures["layers"]}
+    assert len(figures["choices"][0]["ranks"]) == 37
     assert figures["kinds"]["saved"] > 0.5 * figures["peak_bytes"]

@@ -14,7 +14,7 @@ from rankpilot.common.files import read_json
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.memory import outlook
 from rankpilot.memory.outlook import Outlook, memory_of
-from rankpilot.study.memory.card_report import configuration_text
+from rankpilot.study.memory.report import configuration_text
 from transformers import AlbertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, WhisperConfig
 
 from .mistakes import failure, usage_error
@@ -160,7 +160,7 @@ def test_contradictions_are_refused_as_options(
         (["--device-memory", "24"], "needs a unit; got '24'. Did you mean '24GiB'?"),
         (["--device", "24G"], "Did you mean '24GiB'?"),
         (["--device-memory", "400MiB"], "would not hold the CUDA context"),
-        (["--json"], "give --device or --device-memory with them"),
+        (["--config"], "give --device or --device-memory with it"),
     ],
 )
 def test_a_card_that_is_not_known_is_one_line(

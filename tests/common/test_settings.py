@@ -1,11 +1,10 @@
-"""Settings as JSON values and back, also from files of earlier versions."""
+"""Settings as JSON values and back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pytest
 from rankpilot.agents.learned.config import NetworkConfig
@@ -32,9 +31,6 @@ class Inner:
 @dataclass(frozen=True)
 class Outer:
     """A field of every type that settings have."""
-
-    RENAMED: ClassVar[Mapping[str, str]] = {"old_name": "name"}
-    GONE: ClassVar[Mapping[str, Any]] = {"heads": 0}
 
     name: str
     rate: float = 0.5
@@ -115,11 +111,3 @@ def test_values_that_do_not_fit(values: Any, message: str) -> None:
 def test_complete_values_have_every_key() -> None:
     with pytest.raises(ConfigError, match="missing 'rate', 'count'"):
         from_json(Outer, {"name": "n"}, complete=True)
-
-
-def test_keys_of_earlier_versions() -> None:
-    assert from_json(Outer, {"old_name": "n", "heads": 0}) == Outer("n")
-    with pytest.raises(ConfigError, match="'heads' is gone; only 0 can go on, not 4"):
-        from_json(Outer, {"name": "n", "heads": 4})
-    with pytest.raises(ConfigError, match="'name' is there twice"):
-        from_json(Outer, {"old_name": "n", "name": "m"})

@@ -229,7 +229,7 @@ def test_fractions_are_classes_if_the_task_says_so(model_folder: ModelFolder, tm
     ("name", "content", "words"),
     [
         ("rows.csv", "text,label\na,1\nb,2,3,4\n", "Expected 2 fields in line 3, saw 4"),
-        ("rows.jsonl", '{"text": "a"}\n{"text": b}\n', "JSON parse error: Invalid value. in row 1"),
+        ("rows.jsonl", '{"text": "a"}\n{"text": b}\n', "line 2 is no JSON: Expecting value"),
         ("rows.json", '[{"text": "a"},\n {"text" "b"}]', "at position"),
         ("rows.parquet", "x", "Parquet file size is 1 bytes"),
     ],

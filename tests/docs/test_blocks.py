@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import tomllib
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,9 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from rankpilot.cli import main as cli
 from rankpilot.data import assets, packaged_data
-from rankpilot.study.dataset.read import SAMPLE
 from transformers import AutoModelForSequenceClassification
+
+from benchmarks.__main__ import BENCHMARKS
 
 from ..finetune.trainer_kinds import reviews
 from ..small_bases import bert as bert  # the fixtures
@@ -33,9 +34,6 @@ KINDS = ("python", "bash", "text", "sql", "yaml", "")
 """What a block may say it is. Another word for Python or shell would hide it from the tests."""
 
 DIRECTIVES = ("{toctree}", "{include}", "{literalinclude}", "{eval-rst}", "{docstring}")
-
-RUN_ELSEWHERE = {"docs/dataset.md": "tests/study/dataset/test_docs.py"}
-"""Pages whose Python has a test of its own, which also looks at what is printed."""
 
 MARKS = {"docs/environment.md": pytest.mark.assets}
 """Marks of pages whose Python needs more than tiny models."""
@@ -61,7 +59,7 @@ def of_kind(kind: str) -> dict[str, list[Block]]:
     return {page: blocks for page, blocks in found.items() if blocks}
 
 
-PYTHON = {page: blocks for page, blocks in of_kind("python").items() if page not in RUN_ELSEWHERE}
+PYTHON = of_kind("python")
 SHELL = of_kind("bash")
 
 
@@ -69,8 +67,6 @@ def test_blocks_are_found() -> None:
     assert len(PYTHON) >= 9
     assert len(SHELL) >= 12
     assert set(PRINTED) <= set(PYTHON)
-    for page, test in RUN_ELSEWHERE.items():
-        assert Path(page).name in (ROOT / test).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", BLOCKS)
@@ -138,8 +134,6 @@ def reads_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(tyro, "cli", read_and_stop)
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(SAMPLE, tmp_path / "runs/trials")  # `rankpilot train --from-trials` reads its settings there
-    (tmp_path / "trials").symlink_to(ROOT / "trials")
 
 
 @pytest.mark.usefixtures("reads_only")
@@ -154,8 +148,6 @@ def test_command_lines_are_right(page: str) -> None:
 
 
 def read_by_rankpilot(words: Sequence[str]) -> None:
-    if words == ["bench"]:
-        return
     with pytest.raises(ReadError):  # else an error was printed, or the options were not read
         cli.run(words)
 
@@ -173,13 +165,21 @@ def read_by_pip(words: Sequence[str]) -> None:
 
 
 def read_by_script(words: Sequence[str]) -> None:
-    """A script of the repository, and options that it knows."""
+    """A script of the repository, or a module of its `benchmarks` or `tools`, and options that it knows."""
+    if words[0] == "-m":
+        return read_by_module(words[1], words[2:])
     at = next(index for index, word in enumerate(words) if word.endswith(".py"))
     script = ROOT / words[at]
     assert script.is_file(), script
     text = script.read_text(encoding="utf-8")
     for option in (word for word in words[at + 1 :] if word.startswith("--")):
         assert f'"{option}"' in text, f"{script} has no {option}"
+
+
+def read_by_module(name: str, words: Sequence[str]) -> None:
+    options = import_module(f"benchmarks.{BENCHMARKS[words[0]][0]}" if name == "benchmarks" else name).Options
+    with pytest.raises(ReadError):
+        tyro.cli(options, args=words[1:] if name == "benchmarks" else words)
 
 
 def read_by_ray(words: Sequence[str]) -> None:

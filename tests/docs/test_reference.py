@@ -11,7 +11,6 @@ import pytest
 import rankpilot
 from rankpilot import errors
 from rankpilot.cli.main import COMMANDS
-from rankpilot.cli.study import PARTS
 
 from .pages import PAGES, ROOT, blocks_of
 
@@ -43,10 +42,9 @@ def test_every_error_is_described() -> None:
 
 def test_every_command_is_described() -> None:
     assert [command for command in COMMANDS if f"`rankpilot {command}`" not in text_of("command-line.md")] == []
-    commands = {*COMMANDS} - {"bench", "study", "finetune"}  # of a fine-tune, FinetuneConfig has all
-    modules = [*commands, *(f"study.{part.replace('-', '_')}" for part in PARTS)]
+    commands = {*COMMANDS} - {"bench", "finetune"}  # of a fine-tune, FinetuneConfig has all
     described = {name.rpartition(".")[0] for name, page in DESCRIBED.items() if page.name == "commands.md"}
-    assert {f"rankpilot.cli.{module}" for module in modules} <= described
+    assert {f"rankpilot.cli.{command}" for command in commands} <= described
 
 
 @pytest.mark.parametrize("name", DESCRIBED)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from rankpilot.env.reward import CHURN, GROUP, REWARD_BOUND, UNIFORM, Comparison, churn_cost, rule_to_compare_with
+from rankpilot.env.reward import CHURN, REWARD_BOUND, UNIFORM, Comparison, churn_cost, rule_to_compare_with
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.errors import UnknownNameError
 
@@ -63,12 +63,6 @@ def test_a_rule_that_gains_nothing_leaves_a_scale() -> None:
     assert [other.improvement(loss) for loss in (3.2, 3.1975)] == pytest.approx([0, 0.0025 / (0.03 / 4)])
 
 
-def test_the_mean_of_a_group() -> None:
-    other = Comparison.with_mean([1.9, 2.1, 2.3], REFERENCE)
-    assert [other.improvement(loss) for loss in (1.9, 2.1, 2.3)] == pytest.approx([1.0, 0.0, -1.0])
-    assert Comparison.with_mean([], REFERENCE) == Comparison.with_uniform(REFERENCE), "all of them failed"
-
-
 def test_churn_is_a_price_a_rung() -> None:
     before = np.array([0, 3, 5, 2])
     assert churn_cost(before, before) == 0.0
@@ -78,7 +72,7 @@ def test_churn_is_a_price_a_rung() -> None:
 
 
 def test_names_of_what_episodes_are_compared_with() -> None:
-    assert rule_to_compare_with(UNIFORM) is rule_to_compare_with(GROUP) is None
+    assert rule_to_compare_with(UNIFORM) is None
     rule = rule_to_compare_with("signal-mean")
     assert rule is not None
     assert rule.name == "signal-mean"

@@ -37,7 +37,9 @@ from rankpilot.finetune.branch import branch
 from rankpilot.finetune.checkpoint import STATE
 from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import finetune
-from rankpilot.study.run.report import write_report
+from rankpilot.study.page.data import page_data
+from rankpilot.study.run.heatmap import write_rank_picture
+from rankpilot.study.run.run_data import read_run
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -52,8 +54,8 @@ from transformers import (
 )
 
 from ..cases import first_cases
-
-pytestmark = pytest.mark.usefixtures("warm_reload")  # the README's run starts a process of its own
+from ..warm_python import WarmPython
+from .reloading import reloaded
 
 EARLIER = Path(__file__).parent / "earlier_version" / STATE
 """From a checkpoint of the version that did not number its formats."""
@@ -147,12 +149,6 @@ def recorded() -> Iterator[list[Any]]:
         yield Recorded.trainers
 
 
-@pytest.fixture
-def not_reloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For runs of which the adapter is not looked at: no process loads it again."""
-    monkeypatch.setattr(module, "check_reload", lambda *_: {})
-
-
 BOTH: dict[str, Any] = {"compare_uniform": True, "compare_all_linear": True, "trainer": ("save_total_limit=10",)}
 """Settings of `comparison`."""
 
@@ -164,14 +160,17 @@ class Comparison:
     folder: Path
     phases: list[str]
     trainers: list[Any]
+    reloads: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def comparison(make_config: Callable[..., FinetuneConfig], tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+def comparison(
+    make_config: Callable[..., FinetuneConfig], tmp_path_factory: pytest.TempPathFactory, warm_python: WarmPython
+) -> Comparison:
     folder, phases = tmp_path_factory.mktemp("runs") / "compared", list[str]()
-    with recorded() as trainers:
+    with recorded() as trainers, reloaded(warm_python) as reloads:
         finetune(make_config(**BOTH), folder, on_phase=phases.append)
-    return Comparison(folder, phases, trainers)
+    return Comparison(folder, phases, trainers, reloads)
 
 
 @pytest.fixture(scope="module")
@@ -180,19 +179,10 @@ def compared(comparison: Comparison) -> Path:
     return comparison.folder
 
 
-@pytest.fixture(scope="module")
-def reported(compared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the comparison with its report."""
-    folder = tmp_path_factory.mktemp("runs") / "reported"
-    shutil.copytree(compared, folder)
-    write_report(folder)
-    return folder
-
-
-def test_a_run_writes_what_it_promises(reported: Path) -> None:
-    folder = reported
+def test_a_run_writes_what_it_promises(compared: Path) -> None:
+    folder = compared
     summary = read_json(folder / "summary.json")
-    assert summary["reload"] == {"identical": True, "max_abs_difference": 0.0}
+    assert comparison.reloads == [{"identical": True, "max_abs_difference": 0.0}]
     assert (summary["outputs"], summary["held_out_rows"]) == (2, 20)
     assert 0.5 <= summary["largest_class"] < 0.8
     for name, run in summary["runs"].items():
@@ -205,7 +195,6 @@ def test_a_run_writes_what_it_promises(reported: Path) -> None:
     assert len(live) == 1
     assert len(DecisionLog(folder / "decisions")) == 4
     assert json.loads((folder / "config.json").read_text())["steps"] == 12
-    assert {path.name for path in (folder / "figures").iterdir()} == {"ranks.png", "loss.png", "memory.png"}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +217,6 @@ def test_a_run_writes_what_it_promises(reported: Path) -> None:
     ),
     ids=["accumulation-adamw8bit", "default", "bf16", "checkpointing", "sgd", "adafactor"],
 )
-@pytest.mark.usefixtures("not_reloaded")
 def test_every_setting_of_a_step_reaches_the_trainer_and_keeps_to_the_budget(
     make_config: Callable[..., FinetuneConfig],
     tmp_path: Path,
@@ -252,7 +240,7 @@ def test_without_settings_of_a_step_it_is_plain_adamw(comparison: Comparison) ->
 
 
 def test_beside_plain_lora_as_people_run_it(
-    make_config: Callable[..., FinetuneConfig], comparison: Comparison, reported: Path, tmp_path: Path
+    make_config: Callable[..., FinetuneConfig], comparison: Comparison, tmp_path: Path
 ) -> None:
     """No budget holds it back, and no callback of ours changes what the Trainer and PEFT do."""
     runs = read_json(comparison.folder / "summary.json")["runs"]
@@ -267,12 +255,11 @@ def test_beside_plain_lora_as_people_run_it(
     set_seed(config.seed)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] == plain["held_out_loss"]
-    report = (reported / "report.md").read_text()
-    assert "| | rankpilot | uniform | all-linear |" in report
-    assert "than that of rank 8 on all modules, with" in report
+    (page,) = page_data([read_run(comparison.folder)], [None])["runs"]
+    assert page["table"]["columns"] == ["rankpilot", "uniform", "all-linear"]
+    assert "than that of rank 8 on all modules, with" in " ".join(page["results"])
 
 
-@pytest.mark.usefixtures("not_reloaded")
 def test_both_runs_let_layers_run_again_where_the_budget_needs_it(
     make_config: Callable[..., FinetuneConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,23 +284,10 @@ def test_several_processes_are_refused(
 def test_an_optimizer_that_is_not_installed(
     make_config: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankpilot.memory.step_parts.find_spec", lambda name: None)
+    monkeypatch.setattr("rankpilot.memory.training_step.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"needs bitsandbytes: pip install 'rankpilot\[quant\]'"):
         finetune(make_config(optimizer="adamw8bit"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_from_before_these_settings_goes_on(
-    make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(compared, folder)
-    path = folder / "config.json"
-    later = ("accumulation", "optimizer", "bf16", "checkpointing")
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key not in later}))
-    assert finetune(make_config(**BOTH), folder, resume=True)["steps"] == 12
-    with pytest.raises(RunFolderError, match="bf16: False there, True now"):
-        finetune(make_config(**BOTH, bf16=True), folder, resume=True)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
@@ -383,9 +357,7 @@ def over(
     shutil.copytree(compared, folder)
     for name in ("rankpilot", "uniform"):
         (folder / f"result-{name}.json").unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "check_reload", lambda *_: {})
-        return folder, finetune(make_config(**BOTH), folder, resume=True)
+    return folder, finetune(make_config(**BOTH), folder, resume=True)
 
 
 def test_a_run_that_is_over_trains_no_step_and_doubles_no_row(
@@ -425,7 +397,6 @@ def cut_in_half(path: Path) -> None:
         ["rankpilot.safetensors", "optimizer.pt", "rankpilot.json", "adapter_model.safetensors", "trainer_state.json"],
     ),
 )
-@pytest.mark.usefixtures("not_reloaded")
 def test_a_torn_checkpoint_is_passed_over(
     make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path, file: str
 ) -> None:
@@ -445,15 +416,15 @@ def test_a_torn_checkpoint_is_passed_over(
 def test_a_torn_file_of_the_decision_log_does_not_stop_a_run_that_is_over(
     make_config: Callable[..., FinetuneConfig], over: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Nor does a report need it, or a run that was not gone on with after its end."""
+    """Nor does a page need it, or a run that was not gone on with after its end."""
     folder = tmp_path / "run"
     shutil.copytree(over[0], folder)
     cut_in_half(folder / "decisions" / "decision-000002.safetensors")
     assert finetune(make_config(**BOTH), folder, resume=True)["steps"] == 12
-    write_report(folder)
+    assert len(page_data([read_run(folder)], [None])["runs"][0]["left_out"]) == 1
+    assert write_rank_picture(read_run(folder)) is None
 
 
-@pytest.mark.usefixtures("not_reloaded")
 @pytest.mark.parametrize("name", first_cases(1, ["rankpilot", "uniform"]))
 def test_sigterm_saves_a_checkpoint(
     make_config: Callable[..., FinetuneConfig],
@@ -489,13 +460,13 @@ def test_sigterm_saves_a_checkpoint(
         assert set(rows_of(folder, run).values()) == {1}
 
 
-def test_language_modelling_from_a_text_file(llama_folder: Path, tmp_path: Path) -> None:
+def test_language_modelling_from_a_text_file(llama_folder: Path, tmp_path: Path, reloads: list[dict[str, Any]]) -> None:
     generator = np.random.default_rng(0)
     text = tmp_path / "text.txt"
     text.write_text("\n".join(" ".join(generator.choice(WORDS, 12)) for _ in range(60)))
     config = FinetuneConfig(str(llama_folder), str(text), steps=2, batch_size=2, eval_every=2, max_length=16)
     summary = finetune(config, tmp_path / "run")
-    assert summary["reload"]["identical"]
+    assert reloads == [{"identical": True, "max_abs_difference": 0.0}]
     assert summary["runs"]["rankpilot"]["held_out_accuracy"] is None
 
 
@@ -582,7 +553,6 @@ def test_a_branch_with_the_same_plan_is_the_same_run(compared: Path, tmp_path: P
     assert table["step"].tolist()[-1] == 8
 
 
-@pytest.mark.usefixtures("not_reloaded")
 @pytest.mark.parametrize("at", first_cases(1, [0, 4, 8]))
 def test_a_branch_takes_its_plan_and_keeps_it(compared: Path, tmp_path: Path, at: int) -> None:
     ranks = final_ranks(compared)
@@ -604,7 +574,6 @@ def test_a_branch_takes_its_plan_and_keeps_it(compared: Path, tmp_path: Path, at
         branch(compared, output, lowest, at=at)
 
 
-@pytest.mark.usefixtures("not_reloaded")
 def test_a_branch_whose_copy_was_interrupted_resumes(
     compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

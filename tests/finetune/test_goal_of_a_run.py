@@ -27,8 +27,9 @@ from rankpilot.finetune.allocate import static_plan
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.memory.cost import TimedCost
-from rankpilot.study.decision.redecide import redecide
-from rankpilot.study.run.report import write_report
+from rankpilot.study.decision.replay import redecide
+from rankpilot.study.run.run_data import read_run
+from rankpilot.study.run.verdict import verdict
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from .one_layer import llama_config as llama_config  # the fixture
@@ -100,7 +101,7 @@ def test_what_is_expected_is_told_before_the_first_step(
         trainer.train()
     expected = "Expected beside rank 8 on all modules: log loss +0.000, surely at most +0.000."
     assert expected in caplog.text
-    assert expected in write_report(tmp_path / "run").path.read_text()
+    assert expected in verdict(read_run(tmp_path / "run")).results
     found = DecisionLog(tmp_path / "run" / "decisions").logged(0).deliberation
     assert found is not None
     bad = np.where(np.arange(len(found.plans)) == found.reference, 0, np.float32(-5))

@@ -14,10 +14,9 @@ import torch
 from rankpilot.common.energy import EnergyCounter
 from rankpilot.common.files import read_json, read_json_lines, write_json
 from rankpilot.errors import NonFiniteError
-from rankpilot.finetune import hardware
-from rankpilot.finetune.hardware import hardware_facts
-from rankpilot.finetune.metrics import RunMetrics
-from rankpilot.study.run.report import write_report
+from rankpilot.finetune import metrics as metrics_module
+from rankpilot.finetune.metrics import RunMetrics, hardware_facts
+from rankpilot.study.page.data import page_data
 from rankpilot.study.run.run_data import read_run
 from transformers import TrainerState, TrainingArguments
 
@@ -33,7 +32,7 @@ def test_a_processor() -> None:
 
 
 def test_a_processor_without_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(hardware, "_PROCESSORS", tmp_path / "nothing")
+    monkeypatch.setattr(metrics_module, "_PROCESSORS", tmp_path / "nothing")
     name = hardware_facts(torch.device("cpu"))["device"].split(",")[0]
     assert name == (platform.processor() or platform.machine())
 
@@ -48,7 +47,7 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch, told: int | None) -> None:
     monkeypatch.setattr(torch.cuda, "utilization", utilization)
     properties = SimpleNamespace(name="H100", total_memory=80)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(hardware, "free_bytes", lambda device: 60)
+    monkeypatch.setattr(metrics_module, "free_bytes", lambda device: 60)
     expected = {"device": "H100", "busy": None if told is None else 0.37, "free_bytes": 60, "total_bytes": 80}
     assert hardware_facts(torch.device("cuda")) == expected
 
@@ -89,17 +88,18 @@ def test_a_gradient_that_is_not_finite_ends_a_run_but_in_float16(tmp_path: Path)
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_the_report_says_what_was_measured(run_folder: Path, counted: bool) -> None:
+def test_the_page_says_what_was_measured(run_folder: Path, counted: bool) -> None:
     summary = read_json(run_folder / "summary.json")
     facts = {"device": "EPYC, 2 cores", "busy": 0.25, "free_bytes": 2**30, "total_bytes": 2**31}
     energy = {"energy_joules": 1234.0, "energy_source": "1 processor, counted by RAPL"} if counted else {}
     summary["runs"]["rankpilot"] |= {"hardware": facts, **energy}
     write_json(run_folder / "summary.json", summary)
-    text = write_report(run_folder).path.read_text()
-    assert "* device: EPYC, 2 cores; at the start 1 GiB of 2 GiB free, 25% busy" in text
+    (run,) = page_data([read_run(run_folder)], [None])["runs"]
+    assert run["settings"]["device"] == "EPYC, 2 cores; at the start 1 GiB of 2 GiB free, 25% busy"
     line = "1 processor, counted by RAPL" if counted else "not measured: no counter can be read"
-    assert f"* energy: {line}" in text
-    assert ("| energy | 1.23 kJ | – |" in text) == counted
+    assert run["settings"]["energy"].startswith(line)
+    rows = {row["label"]: row["cells"] for row in run["table"]["rows"]}
+    assert rows.get("energy") == (["1.23 kJ", "–"] if counted else None)
 
 
 @pytest.mark.parametrize("wrong", [{"device": 3}, {"free_bytes": -1}, {"busy": "all"}])

@@ -222,6 +222,10 @@ def test_rows_without_labels_do_not_end_the_probe(new_model: Callable[..., PeftM
     masked = [row | {"labels": [-100] * 12} for row in ROWS]
     mixed = Dataset.from_list([row for pair in zip(ROWS, masked, strict=True) for row in pair])
     Trainer(new_model(), arguments(tmp_path / "mixed"), train_dataset=mixed, callbacks=[pilot()]).train()
+    short = Dataset.from_list([{name: values[:1] for name, values in row.items()} for row in ROWS])
+    trainer = Trainer(new_model(), arguments(tmp_path / "short"), train_dataset=short, callbacks=[pilot()])
+    with pytest.raises(DataError, match=r"The loss of rows of 1 token is not finite: a language model needs"):
+        trainer.train()
     trainer = Trainer(new_model(), arguments(tmp_path / "none"), train_dataset=masked, callbacks=[pilot()])
     with pytest.raises(DataError, match=r"All labels of \d+ rows that were tried are masked"):
         trainer.train()

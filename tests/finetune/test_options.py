@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import io
-import sys
-import threading
-import time
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from rankpilot.agents.rules.given_plan import read_plan
 from rankpilot.allocation.log import DecisionLog
-from rankpilot.common.files import read_json, read_json_lines, write_text
+from rankpilot.cli import main as cli
+from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.errors import ConfigError, UnknownNameError
-from rankpilot.finetune import review as review_module
 from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import finetune, plan_ahead
 from rankpilot.finetune.trainer_settings import arguments_class, further_settings, new_arguments, rank_bounds_of
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from ..data.small_models import WORDS, save, write_rows
-
-pytestmark = pytest.mark.usefixtures("warm_reload")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +37,7 @@ def settings(chats: tuple[str, str], **options: Any) -> FinetuneConfig:
     return FinetuneConfig(model, data, **usual | options)
 
 
-def test_a_chat_with_every_option(chats: tuple[str, str], tmp_path: Path) -> None:
+def test_a_chat_with_every_option(chats: tuple[str, str], tmp_path: Path, reloads: list[dict[str, Any]]) -> None:
     config = settings(
         chats,
         budget="110%",
@@ -57,7 +53,7 @@ def test_a_chat_with_every_option(chats: tuple[str, str], tmp_path: Path) -> Non
     run = summary["runs"]["rankpilot"]
     assert summary["steps"] == run["steps"] == 18, "40 rows, four of which are held out, in batches of four, twice"
     assert run["peak_bytes"] <= run["budget_bytes"]
-    assert summary["reload"]["identical"]
+    assert [found["identical"] for found in reloads] == [True]
     ranks = run["ranks"]
     assert max(rank for name, rank in ranks.items() if name.endswith("q_proj")) <= 2
     assert ranks["model.layers.1.mlp.down_proj"] == 4
@@ -129,31 +125,34 @@ def test_bounds() -> None:
         FinetuneConfig("m", "d", goal="bytes", budget="3k params")
 
 
-def test_a_person_reviews_the_plan(chats: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    review = tmp_path / "plan.yaml"
-    config = settings(chats, policy="signal-mean", budget="110%", steps=1, review=review)
+def test_a_plan_that_a_person_edited_decides_a_run(
+    chats: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`rankpilot allocate --output plan.yaml`, an edit, and `--policy plan.yaml`, and a plan that is too large."""
+    path, run = tmp_path / "plan.yaml", tmp_path / "run"
+    small = ["--batch-size=4", "--budget=110%"]
+    assert cli.run(["allocate", *chats, "--policy=signal-mean", *small, "--output", str(path)]) == 0
+    assert f"Edit it, and pass --policy {path} to rankpilot finetune" in " ".join(capsys.readouterr().out.split())
+    text = path.read_text()
+    planned = read_plan(path)
+    assert sum("{" in line for line in text.splitlines()) == 2, "a line for each layer"
+    name = max(planned, key=lambda module: planned[module])
+    edited = planned | {name: 1}
+    assert planned[name] > 1
+    path.write_text(yaml.safe_dump({"read_at": [0, 0.5], "modules": edited}))
+    command = ["finetune", *chats, f"--policy={path}", *small, "--steps=2", "--learning-rate=0.01"]
+    assert cli.run([*command, "--output", str(run)]) == 0
+    assert DecisionLog(run / "decisions").logged(0).plan() == edited
+    assert len(DecisionLog(run / "decisions")) == 2
+    assert read_json(run / "summary.json")["runs"]["rankpilot"]["ranks"] == edited
 
-    def answer() -> None:
-        while not review.exists():
-            time.sleep(0.05)
-        values = yaml.safe_load(review.read_text())
-        name = max(values["modules"], key=lambda module: values["modules"][module]["rank"])
-        values["modules"][name]["rank"] = 1
-        values["approved"] = True
-        write_text(review, yaml.safe_dump(values))
-
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
-    monkeypatch.setattr(review_module, "POLL_S", 0.01)
-    person = threading.Thread(target=answer, daemon=True)
-    person.start()
-    finetune(config, tmp_path / "run")
-    person.join()
-    table = DecisionLog(tmp_path / "run" / "decisions").to_pandas()
-    changed = table["note"].dropna().tolist()
-    assert len(changed) == 1
-    assert changed[0].startswith("changed in review: ")
-    assert changed[0].endswith(" -> 1")
-    assert read_json(tmp_path / "run" / "config.json")["review"] == str(review)
+    path.write_text(yaml.safe_dump({"modules": dict.fromkeys(planned, 16)}))
+    tight = ["--budget=100%" if option == "--budget=110%" else option for option in command]
+    assert cli.run([*tight, "--output", str(tmp_path / "larger")]) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert re.search(
+        r"plan\.yaml is predicted to take .* above the budget of .*Lower some ranks, or raise the bud", line
+    )
 
 
 def test_a_plan_ahead_is_the_first_of_the_run(chats: tuple[str, str], tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.budget import free_bytes
+from rankpilot.memory.calibration import LOOP_BYTES
 from rankpilot.memory.cost import plan_cost
-from rankpilot.memory.for_training import LOOP_BYTES
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..cases import first_cases

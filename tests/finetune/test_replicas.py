@@ -6,7 +6,6 @@ import gc
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from rankpilot.finetune import before_training
 from rankpilot.finetune import replicas as replicas_module
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.replicas import Replicas, digest_of, rebuild_reducer, trained_bytes
-from rankpilot.finetune.review import PlanReview
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
@@ -415,24 +413,6 @@ def test_a_peak_above_the_budget_in_one_process_corrects_all() -> None:
     first, second = in_processes(2, larger_peak, 60_000)
     assert first == second
     assert first[0].startswith(("4 shrunk: peak above the budget", "4 rolled back: peak above the budget"))
-
-
-def reviewed(folder: Path) -> dict[str, Any]:
-    """A run whose plans a person halves, in the first process."""
-
-    def halved(review: PlanReview, proposal: Any) -> Any:
-        assert review.processes.first
-        return proposal.plan.ranks // 2
-
-    PlanReview._wait = halved  # type: ignore[method-assign]
-    return loop(ddp, review=folder / "plan.yaml", steps=5)
-
-
-def test_a_person_is_asked_by_the_first_process(tmp_path: Path) -> None:
-    first, second = in_processes(2, reviewed, tmp_path)
-    assert first["digests"] == second["digests"]
-    assert max(weight.shape[0] for weight in first["weights"] if weight.shape[1] == 32) <= 48
-    assert {min(weight.shape) for weight in first["weights"]} <= {0, 2, 4, 6}
 
 
 def broken_probe() -> None:

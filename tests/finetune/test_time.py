@@ -15,11 +15,10 @@ import rankpilot
 from rankpilot.errors import BudgetError, RunFolderError
 from rankpilot.finetune import time_before_training
 from rankpilot.finetune.config import FinetuneConfig
-from rankpilot.memory.budget import Budget
-from rankpilot.memory.resident_model import resident_bytes
-from rankpilot.memory.step_work import Rates
-from rankpilot.memory.time_budget import reference_seconds
-from rankpilot.memory.work_counter import count_work
+from rankpilot.memory.budget import Budget, reference_seconds
+from rankpilot.memory.calibration import resident_bytes
+from rankpilot.memory.measured_time import count_work
+from rankpilot.memory.step_time import Rates
 from transformers import Trainer
 
 from ..cases import first_cases

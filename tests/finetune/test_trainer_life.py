@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.agents.rules.by_signal import SignalRule
+from rankpilot.agents.rules import SignalRule
 from rankpilot.allocation.features import RUN_FEATURES
 from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.observation import Observation

@@ -13,7 +13,7 @@ import rankpilot
 import torch
 from rankpilot.errors import BudgetError
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.memory.for_training import LOOP_BYTES
+from rankpilot.memory.calibration import LOOP_BYTES
 from transformers import Trainer, TrainerCallback
 
 from . import trainer_kinds

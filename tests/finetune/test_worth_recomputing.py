@@ -20,7 +20,7 @@ from rankpilot.errors import BudgetError
 from rankpilot.finetune.callback import RankPilotCallback
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.study.decision.redecide import redecide
+from rankpilot.study.decision.replay import redecide
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from ..cases import first_cases

@@ -1,4 +1,4 @@
-"""Configuration files of commands, in JSON and YAML, and the settings in them; files of plans and of reviews."""
+"""Configuration files of commands, in JSON and YAML, and the settings in them; files of plans."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import strategies as st
+from rankpilot.agents.rules.given_plan import PlanFile, read_plan
 from rankpilot.agents.training.config import TrainConfig
 from rankpilot.cli.config_file import read_config_file, with_file_settings
 from rankpilot.common.settings import as_json
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.config import FinetuneConfig
-from rankpilot.finetune.proposal import is_review_file, parse
 from rankpilot.finetune.trainer_settings import new_arguments, rank_bounds_of
-from rankpilot.study.run.other_plans import _from_file
 
 from .damage import NAMES, damaged, damaged_json, edited
 from .running import fuzz
@@ -73,15 +72,11 @@ def test_config_files(given: tuple[str, str, bytes]) -> None:
 
 
 @fuzz(st.lists(st.sampled_from(YAML_PARTS), max_size=25).map("".join), examples=200)
-def test_files_of_plans_and_reviews(text: str) -> None:
+def test_files_of_plans(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.yaml"
         path.write_text(text, encoding="utf-8", errors="replace")
-        is_review_file(path)
-        try:
-            parse(text)
-        except ConfigError:
-            _from_file(path)
+        assert PlanFile(path).schedule.fractions[0] == 0
 
 
 @fuzz(
@@ -119,10 +114,8 @@ def test_values_at_which_the_yaml_library_falls_over(tmp_path: Path, text: str) 
     path.write_text(text)
     with pytest.raises(ConfigError, match="Cannot read the config file"):
         read_config_file(str(path))
-    with pytest.raises(ConfigError, match="It is no YAML"):
-        parse(text)
     with pytest.raises(ConfigError, match="cannot be read as YAML"):
-        _from_file(path)
+        read_plan(path)
 
 
 def test_yaml_makes_no_objects(tmp_path: Path) -> None:

@@ -18,9 +18,8 @@ from rankpilot.agents.evaluation.results import read_rows
 from rankpilot.agents.evaluation.runs import log_folder
 from rankpilot.agents.training.plan_runs import RUNS, PlanRun, plan_dataset, read_plan_run, write_plan_run
 from rankpilot.env.tasks.proxy_task import ProxyTask
-from rankpilot.errors import DataError, RunFolderError
+from rankpilot.errors import RunFolderError
 from rankpilot.finetune.checkpoint import STATE, TENSORS, TRAINER_STATE, fault_of, load_state, save_state
-from rankpilot.study.dataset.read import FACTS, SAMPLE, open_dataset
 
 from .damage import as_text, damaged_json, damaged_tensors, opened
 from .running import fuzz
@@ -60,19 +59,6 @@ def test_plan_runs(content: bytes) -> None:
         runs = read_plan_run(path)
         if runs.modules.dtype == np.float32:
             plan_dataset([runs])
-
-
-@fuzz(st.deferred(lambda: damaged_json(json.loads((SAMPLE / FACTS).read_text()))), examples=60)
-def test_data_sets(content: bytes) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "data"
-        folder.mkdir()
-        (folder / FACTS).write_bytes(content)
-        for path in SAMPLE.rglob("*"):
-            if path.is_file() and path.name != FACTS:
-                (folder / path.relative_to(SAMPLE)).parent.mkdir(exist_ok=True)
-                (folder / path.relative_to(SAMPLE)).symlink_to(path)
-        assert open_dataset(folder).table(["task"]).num_rows > 0
 
 
 STATE_OF_A_RUN = {"ranks": [1, 2], "meter": {"signals": torch.ones(3), "steps": 5}, "processes": 2}
@@ -185,10 +171,3 @@ def test_tensors_that_do_not_fit_the_state(tmp_path: Path) -> None:
     (tmp_path / STATE).write_bytes(as_text(state | {"meter": 5}))
     with pytest.raises(RunFolderError, match=r"does not fit rankpilot\.json: it has a tensor 'meter/signals'"):
         load_state(tmp_path)
-
-
-def test_facts_of_a_data_set_that_are_too_long(tmp_path: Path) -> None:
-    with (tmp_path / FACTS).open("wb") as stream:
-        stream.truncate(2**31)
-    with pytest.raises(DataError, match="more than 4,194,304 bytes"):
-        open_dataset(tmp_path)

@@ -11,10 +11,8 @@ import pytest
 from hypothesis import strategies as st
 from rankpilot.study.page.data import page_data
 from rankpilot.study.page.html import study_html
-from rankpilot.study.run.checks import MOST_NUMBER, check_summary, number_rows
-from rankpilot.study.run.comparison import markdown_table
-from rankpilot.study.run.run_data import read_run
-from rankpilot.study.run.verdict import verdict
+from rankpilot.study.run.run_data import MOST_NUMBER, check_summary, number_rows, read_run
+from rankpilot.study.run.verdict import summary_table, verdict
 
 from .damage import damaged_json, edited
 from .running import fuzz
@@ -27,7 +25,7 @@ RESULT = {
 
 SUMMARY = {
     "model": "MiniLM", "data": "sst2", "policy": "pilot", "seed": 3, "held_out_rows": 100, "largest_class": 0.5,
-    "runs": {"rankpilot": RESULT, "uniform": RESULT}, "reload": {"identical": True, "max_abs_difference": 0.0},
+    "runs": {"rankpilot": RESULT, "uniform": RESULT},
 }  # fmt: skip
 
 ROWS = [{"step": step, "loss": 1.0 - step / 100, "peak_bytes": 90_000_000, "eval_loss": 0.5} for step in range(4)]
@@ -60,7 +58,7 @@ def test_run_folders(files: Files) -> None:
             path.write_bytes(content)
         run = read_run(Path(name) / "run")
         verdict(run)
-        markdown_table(run)
+        summary_table(run)
         study_html(page_data([run], [None]))
 
 
@@ -82,7 +80,6 @@ def test_rows_keep_their_numbers() -> None:
         {"largest_class": 1.5},
         {"held_out_rows": -1},
         {"outputs": "3); import os"},
-        {"reload": "yes"},
         {"model": ["m"]},
     ],
 )

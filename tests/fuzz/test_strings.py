@@ -12,8 +12,7 @@ from rankpilot.common.settings import from_json
 from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune.trainer_settings import rank_bounds_of
 from rankpilot.lora.module_spec import ModuleSpec
-from rankpilot.memory.budget import Budget
-from rankpilot.memory.time_budget import TimeBudget
+from rankpilot.memory.budget import Budget, TimeBudget
 
 from .damage import edited, odd_values
 from .running import fuzz

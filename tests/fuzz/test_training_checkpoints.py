@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from rankpilot.agents.training.checkpoint import restore, write_checkpoint
-from rankpilot.agents.training.validation import Validation
+from rankpilot.agents.training.progress import Validation, restore, write_checkpoint
 from rankpilot.errors import RunFolderError
 
 from ..agents.training.test_train import learner

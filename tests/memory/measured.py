@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
+from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.calibration import calibrate
+from rankpilot.memory.model import MemoryModel
 from rankpilot.memory.peak_meter import PeakMeter
 from torch import nn
 
@@ -176,6 +178,11 @@ class Run:
         assert self.optimizer is not None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def saved_bytes(memory: MemoryModel, ranks: np.ndarray, shape: BatchShape | None = None) -> float:
+    """Predicted bytes that autograd saves for the backward pass, outside of checkpointed segments."""
+    return float(memory.sizes_under(ranks, shape)[memory.recording.saved_under(ranks)].sum())
 
 
 def adamw_run(model: nn.Module, batch: dict[str, torch.Tensor], precision: str = "fp32", **options: Any) -> Run:

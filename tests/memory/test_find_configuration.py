@@ -10,7 +10,7 @@ import torch
 import transformers
 from rankpilot.errors import AssetError, ConfigError, UnknownNameError
 from rankpilot.memory.find_configuration import find_configuration, published_models
-from rankpilot.memory.hollow.base import hollow_base, usual_class
+from rankpilot.memory.from_config import hollow_base, usual_class
 from transformers import AutoConfig, LlamaConfig
 
 

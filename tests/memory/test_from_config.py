@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -9,20 +12,108 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from peft import prepare_model_for_kbit_training
+import transformers as t
+from peft import PeftModel, prepare_model_for_kbit_training
 from rankpilot.errors import UnknownNameError, UnsupportedError
+from rankpilot.lora.fresh import fresh_adapters
 from rankpilot.lora.frozen_weights import guard_base
+from rankpilot.lora.targets import find_target_modules
 from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.breakdown import frozen_bytes
-from rankpilot.memory.cost import plan_cost
+from rankpilot.memory.calibration import measure_memory
+from rankpilot.memory.cost import moment_costs, plan_cost
 from rankpilot.memory.device_table import WORKSPACE_BYTES
-from rankpilot.memory.from_config import LoadedAs, from_config
+from rankpilot.memory.from_config import PEFT_TYPES, LoadedAs, from_config, hollow_base, usual_class
+from rankpilot.memory.model import MemoryModel
 from rankpilot.memory.step_config import OptimizerName, StepConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DebertaV2Config, PreTrainedModel
+from rankpilot.memory.training_step import TrainingStep, model_loss, new_optimizer, release_inputs, switch_checkpointing
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DebertaV2Config, PreTrainedConfig, PreTrainedModel
 
-from .hollow.configurations import CONFIGURATIONS
-from .hollow.real import largest_error, largest_price_error, real_memory
 from .measured import adamw_run, random_plans
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+_GROUPED = _TEXT | {"num_key_value_heads": 2}
+_T5: dict[str, Any] = {"vocab_size": 256, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+
+CONFIGURATIONS: dict[str, t.PreTrainedConfig] = {
+    "llama": t.LlamaConfig(**_GROUPED),
+    "mistral-window": t.MistralConfig(**_GROUPED, sliding_window=8),
+    "qwen2": t.Qwen2Config(**_GROUPED),
+    "qwen3": t.Qwen3Config(**_GROUPED, head_dim=16),
+    "gemma2": t.Gemma2Config(**_GROUPED, head_dim=16),
+    "gemma3": t.Gemma3TextConfig(**_GROUPED, head_dim=16, sliding_window=8),
+    "phi3": t.Phi3Config(**_GROUPED, pad_token_id=0),
+    "falcon": t.FalconConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
+    "bloom": t.BloomConfig(vocab_size=256, hidden_size=64, n_layer=2, n_head=4),
+    "neox": t.GPTNeoXConfig(**_TEXT),
+    "gpt2": t.GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4),
+    "bert": t.BertConfig(**_TEXT),
+    "roberta": t.RobertaConfig(**_TEXT, pad_token_id=1),
+    "distilbert": t.DistilBertConfig(vocab_size=256, dim=64, hidden_dim=96, n_layers=2, n_heads=4),
+    "modernbert": t.ModernBertConfig(**_TEXT, pad_token_id=0, cls_token_id=1, sep_token_id=2),
+    "t5": t.T5Config(**_T5, decoder_start_token_id=0),
+    "flan-t5": t.T5Config(**_T5, decoder_start_token_id=0, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+}
+
+
+RANKS = (0, 1, 4, 8, 16, 64)
+
+
+def real_memory(
+    config: PreTrainedConfig, step: StepConfig, loaded: LoadedAs, base: PreTrainedModel | None = None
+) -> tuple[MemoryModel, PeftModel, dict[str, torch.Tensor]]:
+    """The byte model of the step on a real model on the CPU, that model, and its batch; `base` may be quantised."""
+    config = copy.deepcopy(config)
+    auto_class = usual_class(config)
+    base = base or hollow_base(config, auto_class, loaded.dtype)  # here on the CPU
+    if step.checkpointing:
+        switch_checkpointing(base, True, reentrant=loaded.reentrant)
+    kind = PEFT_TYPES[auto_class]
+    adapter = {"r": 8, "lora_alpha": 16} | loaded.adapter
+    model = fresh_adapters(
+        base, config.model_type, kind, new_head=kind.endswith("CLS"), target_modules=step.target_modules, **adapter
+    ).train()
+    if not loaded.input_gradients:
+        release_inputs(model)
+    training = TrainingStep(model, model_loss(model), new_optimizer(step.optimizer, model))
+    batch = real_batch(config, step, loaded, rows_only=auto_class.endswith("SequenceClassification"))
+    with torch.autocast("cpu", torch.bfloat16) if step.bf16 else nullcontext():
+        return measure_memory(training, find_target_modules(model), batch, signals=False), model, batch
+
+
+def real_batch(
+    config: PreTrainedConfig, step: StepConfig, loaded: LoadedAs, *, rows_only: bool
+) -> dict[str, torch.Tensor]:
+    """Random tokens without those that a model reads as its padding or the end of a text."""
+    shape = (step.batch_size, step.max_length)
+    tokens = torch.randint(5, config.get_text_config().vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    if loaded.padded:
+        mask[-1, -1] = 0
+    labels = torch.arange(step.batch_size) % config.num_labels if rows_only else tokens
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+def largest_error(config: PreTrainedConfig, step: StepConfig, plans: int = 40, **options: Any) -> float:
+    """The largest error of prices from the configuration, on the CPU."""
+    loaded = replace(LoadedAs(device="cpu", dtype=torch.float32), **options)
+    real, _, _ = real_memory(config, step, loaded)
+    return largest_price_error(from_config(config, step, loaded).memory, real, plans)
+
+
+def largest_price_error(hollow: MemoryModel, real: MemoryModel, plans: int = 40) -> float:
+    """The largest relative difference between prices of random plans."""
+    ours, theirs = hollow.cost(), real.cost()
+    ranks = np.random.default_rng(0).choice(RANKS, size=(plans, theirs.per_rank.shape[1]))
+    ranks[plans // 2 :, : ranks.shape[1] // 2] = 0
+    return float(np.abs(moment_costs(ours, ranks).max(axis=1) / moment_costs(theirs, ranks).max(axis=1) - 1).max())
+
 
 STEP: dict[str, Any] = {"batch_size": 4, "max_length": 24}
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from rankpilot.errors import UnsupportedError
 from rankpilot.memory.batch_shape import BatchShape
-from rankpilot.memory.growth import Growth
-from rankpilot.memory.loss_tiles import LossTiles
+from rankpilot.memory.model import Growth
+from rankpilot.memory.tiled_loss import LossTiles
 
 WHOLE, SHAPES = BatchShape(8, 64), (BatchShape(2, 16), BatchShape(2, 8), BatchShape(3, 8))
 SIZES: dict[str, Callable[[int, int], int]] = {

@@ -12,10 +12,9 @@ import torch
 from rankpilot.finetune.recomputation import Recomputation
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.memory import measured_time
-from rankpilot.memory.measured_time import measure_step_time, timed_plans, usual_seconds
-from rankpilot.memory.step_work import Rates
+from rankpilot.memory.measured_time import count_work, measure_step_time, timed_plans, usual_seconds
+from rankpilot.memory.step_time import Rates
 from rankpilot.memory.training_step import TrainingStep, model_loss
-from rankpilot.memory.work_counter import count_work
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 RATES = Rates(1e11, 1e10, 1e-6)

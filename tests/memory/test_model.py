@@ -25,7 +25,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from ..cases import first_cases
 from ..families import FAMILIES
-from .measured import Run, adamw_run, autocast, family_batch, family_model, random_plans
+from .measured import Run, adamw_run, autocast, family_batch, family_model, random_plans, saved_bytes
 
 ROWS = {family.name: family for family in FAMILIES}
 EXACT = 1e-9
@@ -54,7 +54,7 @@ def saved_errors(name: str, precision: str, plans: int, shapes: tuple[tuple[int,
     for seed, (rows, length) in enumerate(shapes):
         batch = family_batch(ROWS[name], run.model, rows, length, seed)
         for ranks in random_plans(run.targets, generator, plans):
-            errors.append(memory.saved(ranks, BatchShape.of(batch)) / run.saved(ranks, batch) - 1)
+            errors.append(saved_bytes(memory, ranks, BatchShape.of(batch)) / run.saved(ranks, batch) - 1)
     return np.array(errors)
 
 
@@ -113,7 +113,7 @@ def test_a_plan_of_no_ranks_saves_only_what_trains_beside_the_adapters():
     for name, trains_more in (("bert", True), ("llama", False)):
         run = run_of(name)
         none = np.zeros(len(run.targets), dtype=np.int64)
-        assert run.calibrated().saved(none) == run.saved(none)
+        assert saved_bytes(run.calibrated(), none) == run.saved(none)
         assert bool(run.saved(none)) is trains_more
 
 
@@ -220,7 +220,7 @@ def test_one_calibration_predicts_fewer_and_more_rows_and_tokens(name, every):
     for rows, length in itertools.product(every, (5, 16)):
         batch = family_batch(ROWS[name], run.model, rows, length)
         short = 8 if rows == 1 and name == "llama" else 0
-        assert memory.saved(ranks, BatchShape.of(batch)) == run.saved(ranks, batch) - short
+        assert saved_bytes(memory, ranks, BatchShape.of(batch)) == run.saved(ranks, batch) - short
         predicted, real = plan_cost(memory.cost(BatchShape.of(batch)), ranks), run.peak(ranks, batch)
         assert real - short <= predicted <= real + short, (rows, length)
 
@@ -239,7 +239,7 @@ def test_calibration_on_any_shape_predicts_any_other(calibrated):
 def test_batches_of_three_tokens_are_too_short_to_tell_of_others():
     run = run_of("llama")
     memory = run.calibrated(family_batch(ROWS["llama"], run.model, 4, 3))
-    assert memory.saved(np.full(14, 2), BatchShape(9, 3)) > memory.saved(np.full(14, 2))
+    assert saved_bytes(memory, np.full(14, 2), BatchShape(9, 3)) > saved_bytes(memory, np.full(14, 2))
     with pytest.raises(UnsupportedError, match=r"Batches of 4 x 12 .* batches of \S+ x 3, which are too short"):
         memory.cost(BatchShape(4, 12))
 
@@ -247,7 +247,11 @@ def test_batches_of_three_tokens_are_too_short_to_tell_of_others():
 def test_a_calibrated_shape_is_the_default():
     run = run_of("llama")
     memory, ranks = run.calibrated(), np.full(14, 2)
-    assert memory.saved(ranks) == memory.saved(ranks, BatchShape(*CALIBRATED)) < memory.saved(ranks, BatchShape(5, 12))
+    assert (
+        saved_bytes(memory, ranks)
+        == saved_bytes(memory, ranks, BatchShape(*CALIBRATED))
+        < saved_bytes(memory, ranks, BatchShape(5, 12))
+    )
     assert plan_cost(memory.cost(), ranks) == plan_cost(memory.cost(BatchShape(*CALIBRATED)), ranks)
 
 
@@ -255,12 +259,12 @@ def test_a_mixture_of_experts_is_known_at_the_calibrated_shape_only():
     run = run_of("mixtral")
     memory = run.calibrated()
     for ranks in random_plans(run.targets, np.random.default_rng(0), 5):
-        assert memory.saved(ranks) == pytest.approx(run.saved(ranks), rel=0.03)
+        assert saved_bytes(memory, ranks) == pytest.approx(run.saved(ranks), rel=0.03)
         assert plan_cost(memory.cost(), ranks) == pytest.approx(run.peak(ranks), rel=0.01)  # routes follow the adapters
     with pytest.raises(UnsupportedError, match=r"Batches of 9 x 12 cannot be predicted.* measured, 4 x 12, is known"):
         memory.cost(BatchShape(9, 12))
     with pytest.raises(UnsupportedError, match=r"Batches of 4 x 11 cannot be predicted"):
-        memory.saved(np.full(8, 2), BatchShape(4, 11))
+        saved_bytes(memory, np.full(8, 2), BatchShape(4, 11))
 
 
 def test_batches_with_padding_are_predicted_from_batches_with_padding():
@@ -272,7 +276,7 @@ def test_batches_with_padding_are_predicted_from_batches_with_padding():
         if rows == 4:
             memory = run.calibrated(batch)
         for ranks in random_plans(run.targets, np.random.default_rng(0), 4):
-            assert memory.saved(ranks, BatchShape.of(batch)) == run.saved(ranks, batch)
+            assert saved_bytes(memory, ranks, BatchShape.of(batch)) == run.saved(ranks, batch)
 
 
 # Costs of single ranks, optimisers and gradients -------------------------------------------------------------------
@@ -471,7 +475,7 @@ def test_calibration_does_not_depend_on_the_current_ranks():
     for rank in (4, 0, 11):
         run.apply(np.full(len(run.targets), rank))
         memory = run.calibrated()
-        prices.add((memory.saved(plan), plan_cost(memory.cost(), plan)))
+        prices.add((saved_bytes(memory, plan), plan_cost(memory.cost(), plan)))
     assert len(prices) == 1
 
 
@@ -494,9 +498,9 @@ def test_calibration_inside_autocast_is_of_autocast_and_leaves_its_cache_empty()
         assert run.loss().isfinite()
         run.apply(plan)
         assert run.loss().isfinite()
-    assert memory.saved(plan) == run.saved(plan)
+    assert saved_bytes(memory, plan) == run.saved(plan)
     full = calibrate(run.model, run.targets, run.batch, run.optimizer, signal_bytes=False)
-    assert memory.saved(plan) != full.saved(plan)
+    assert saved_bytes(memory, plan) != saved_bytes(full, plan)
 
 
 # Models that cannot be predicted, or hide what they hold -----------------------------------------------------------

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.memory.cost import plan_cost
-from rankpilot.memory.recomputation import fewest_recomputed, recomputed_cost
-from rankpilot.memory.step_parts import release_inputs
+from rankpilot.memory.model import fewest_recomputed, recomputed_cost
+from rankpilot.memory.training_step import release_inputs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..cases import first_cases

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,13 +11,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.errors import UnsupportedError
+from rankpilot.finetune.before_training import run_memory
 from rankpilot.finetune.recomputation import Recomputation
-from rankpilot.memory.batch_shape import BatchShape
-from rankpilot.memory.tiled_loss import TILES, tiled_causal_lm_loss, use_tiled_loss
+from rankpilot.memory.batch_shape import BatchShape, reshaped
+from rankpilot.memory.tiled_loss import TILES, loss_tokens, tile_tokens, tiled_causal_lm_loss, use_tiled_loss
+from rankpilot.study.memory.config import MemoryConfig
+from rankpilot.study.memory.setup import StepSetup, measure_step, set_up
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..cases import first_cases
+from ..data.small_models import save
 from .measured import Run, adamw_run
 
 
@@ -118,3 +124,52 @@ def test_a_loss_of_the_users_own_stays() -> None:
     model.get_base_model().loss_function = torch.nn.functional.cross_entropy
     use_tiled_loss(model)
     assert model.get_base_model().loss_function is torch.nn.functional.cross_entropy
+
+
+SIZE = 64
+
+
+@pytest.mark.parametrize("small", [14, 30, 45, 510, 1022])
+@pytest.mark.parametrize("whole", [16, 64, 65, 127, 128, 129, 4096])
+def test_a_small_batch_has_as_many_tiles(small: int, whole: int) -> None:
+    tile = tile_tokens(small, whole, SIZE)
+    tiles = -(-whole // SIZE)
+    if tiles == 1:
+        assert tile == SIZE
+    elif tiles <= small:
+        assert -(-small // tile) == tiles or abs(tile - SIZE * small / whole) < 1
+        assert abs(tile - SIZE * small / whole) <= 1
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """TRL's loss, with small tiles."""
+    module = pytest.importorskip("trl.kernels.chunked_logprob")
+    monkeypatch.setattr(module, "TOKEN_CHUNK_SIZE", SIZE)
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 4096)
+    return SimpleNamespace(module=module, forward=module.ChunkedLogProbFunction.forward)
+
+
+def step_of(model: str, rows: int, length: int) -> StepSetup:
+    return set_up(MemoryConfig(model, batch_size=rows, max_length=length, optimizer="sgd"), lambda text: None)
+
+
+@pytest.mark.parametrize(("rows", "length"), first_cases(3, [(8, 17), (9, 17), (2, 64), (4, 17), (16, 17)]))
+def test_the_peak_of_a_step(tmp_path: Path, fused: SimpleNamespace, rows: int, length: int) -> None:
+    setup = step_of(save("llama", tmp_path / "llama"), rows, length)
+    memory = setup.measure_memory(lambda text: None)
+    assert fused.module.TOKEN_CHUNK_SIZE == SIZE
+    assert fused.module.ChunkedLogProbFunction.forward is fused.forward
+    predicted = memory.at_peak(np.array([target.rank for target in setup.targets])).total
+    assert 0.97 * predicted <= measure_step(setup).peak_bytes <= predicted
+    for shape in (BatchShape(rows // 2, length), BatchShape(2 * rows, length)):
+        if max(loss_tokens(shape), loss_tokens(memory.shape)) <= SIZE:
+            assert memory.sizes(shape)
+        else:
+            with pytest.raises(UnsupportedError, match=f"cannot be predicted: .*tiles of {SIZE}|cannot be .* its data"):
+                memory.sizes(shape)
+
+
+def test_other_losses_have_no_tiles(tmp_path: Path, fused: SimpleNamespace) -> None:
+    setup = set_up(MemoryConfig(save("bert", tmp_path / "bert"), batch_size=8, max_length=16), lambda text: None)
+    assert run_memory(setup.run, setup.targets, reshaped(setup.batch, BatchShape(4, 16))).sizes(BatchShape(8, 16))

@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rankpilot.memory.allocator import replay
 from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.breakdown import frozen_sizes
 from rankpilot.memory.device_table import DeviceSpec, find_device_spec
-from rankpilot.memory.find_configuration import find_configuration
 from rankpilot.memory.from_config import ConfiguredStep, LoadedAs, from_config
-from rankpilot.memory.replay import replay
 from rankpilot.memory.step_config import StepConfig
-from rankpilot.memory.verdict import CardUse, card_use, generation_cache
+from rankpilot.memory.verdict import CardUse, card_use
 from transformers import LlamaConfig
 
 MIB = 2**20
@@ -64,24 +63,13 @@ def test_verdicts_change_where_the_card_is_full(step):
     assert on(needed - 1) == "does not fit"
 
 
-def test_evaluation_and_generation_count_where_they_are_the_peak(step):
+def test_evaluation_counts_where_it_is_the_peak(step):
     training, few = use_of(step), use_of(step, evaluation=BatchShape(1, 64))
     assert 0 < few.evaluation_bytes < few.step_bytes
     assert few.total_bytes == training.total_bytes
     many = use_of(step, evaluation=BatchShape(64, 512))
     assert many.evaluation_bytes > 64 * 512 * CONFIG.vocab_size * 4 > many.step_bytes
     assert many.allocated_bytes == many.base_bytes + many.evaluation_bytes
-    cache = generation_cache(CONFIG, BatchShape(64, 4096))
-    generating = use_of(step, cache=cache)
-    assert generating.evaluation_bytes - sum(cache) < training.step_bytes
-    assert generating.total_bytes > sum(cache) + generating.base_bytes
-
-
-def test_the_cache_of_generation_is_keys_and_values_of_each_layer():
-    assert generation_cache(CONFIG, BatchShape(2, 10)) == [2 * 10 * 4 * 64 * 2] * 6
-    t5 = find_configuration("t5-small")
-    assert generation_cache(t5, BatchShape(1, 1), 4) == [8 * 64 * 4] * (4 * 6)
-    assert sum(generation_cache(find_configuration("llama-3.1-8b"), BatchShape(1, 8192))) == 2**30
 
 
 def test_accumulated_gradients_and_rank_count(step):

@@ -16,8 +16,8 @@ from itertools import groupby
 from pathlib import Path
 
 from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
+from rankpilot.allocation.observation import Observation
 from rankpilot.common.workers import worker_pool
-from rankpilot.env.episodes.rollout import Rollout, rollout
 from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.env.tasks.suite_names import SUITES
@@ -30,14 +30,15 @@ SLOTS = 16
 def ranks_of(tasks: list[ProxyTask]) -> list[list[list[int]]]:
     """Ranks after each decision, by task; the tasks share a base and a batch shape."""
     policy, schedule = load_policy("default"), policy_schedule("default")
-    running = Rollout(StackedEpisodes(tasks[0].base, schedule, SLOTS), tasks)
+    episodes = StackedEpisodes(tasks[0].base, schedule, SLOTS)
+    episodes.start_all(tasks)
     ranks: list[list[list[int]]] = [[] for _ in tasks]
 
-    def note(*_: object) -> None:
-        for slot in running.decided:
-            ranks[slot].append(running.ranks[slot].tolist())
+    def note(_: list[Observation], active: list[int]) -> None:
+        for slot in active:
+            ranks[slot].append(episodes.under_way[slot].ranks.tolist())
 
-    rollout(running, lambda seen: [policy.decide(observation) for observation in seen], note)
+    episodes.run_to_the_end(lambda seen: [policy.decide(observation) for observation in seen], note)
     return ranks
 
 

@@ -124,7 +124,6 @@ def run_folder(tmp_path: Path) -> Path:
                 "rankpilot": run_summary(0.3841, 91.0, 120_000, 0.861),
                 "uniform": run_summary(0.4041, 96.0, 100_000, 0.852),
             },
-            "reload": {"identical": True, "max_abs_difference": 0.0},
         },
     )
     return folder

@@ -135,10 +135,10 @@ function ranksView() {
       "Point at a cell, or walk with the arrow keys; Enter opens the decision."), el("div", { class: "side" }, maps));
 }
 
-// A curve's colour and dashes: those of its run; a uniform run beside it is dashed.
+// A curve's dashes are those of its part in the run; so is its colour, or else that of its run where there are several.
 function styleOf(index, name) {
-  const uniform = name === "uniform";
-  return { color: () => runColor(data.runs.length === 1 && uniform ? 1 : index), dash: uniform ? 1 : 0, label: data.runs.length > 1 ? `${data.runs[index].name}: ${name}` : name };
+  const part = Math.max(0, ["rankpilot", "uniform", "all-linear"].indexOf(name)), one = data.runs.length === 1;
+  return { color: () => runColor(one ? part : index), dash: part, label: one ? name : `${data.runs[index].name}: ${name}` };
 }
 
 const marksOf = () => runsShown().flatMap(([run, index]) => run.decisions.map((decision) => ({
@@ -257,21 +257,57 @@ function choose(index, input) {
   if (next.length) { chosen = next; show(); } else input.checked = true;  // one run at least
 }
 
+// How plain PEFT loads what came out, and how it is exported.
+function adapterView() {
+  const shown = runsShown().filter(([run]) => run.adapter);
+  if (!shown.length) return null;
+  const code = (label, text) => el("pre", { tabindex: 0, role: "region", "aria-label": label }, text);
+  return el("section", { class: "card", id: "adapter" }, el("h2", {}, "The adapter"), shown.map(([{ name, adapter }, index]) => el("div", {},
+    several() ? el("h3", { class: "runname" }, runBadge(index), name) : null,
+    el("p", {}, "It is in ", el("code", {}, adapter.folder), "; its base model is ", el("code", {}, adapter.base), ". Plain PEFT loads it:"),
+    code("How to load the adapter", adapter.load),
+    el("p", {}, "For vLLM and llama.cpp, which read one rank for all modules, and for a new fine-tune at the learned ranks:"),
+    code("How to export the adapter", adapter.export))));
+}
+
 const VIEWS = [["verdict", "Verdict", verdictView], ["ranks", "Ranks", ranksView], ["losses", "Loss", lossesView], ["costs", null, costsView],
-  ["decisions", "Decisions", decisionsView], ["settings", "Settings", settingsView]];
+  ["decisions", "Decisions", decisionsView], ["adapter", "Adapter", adapterView], ["settings", "Settings", settingsView]];
 
 function show() {
   repaints.clear();
-  showViews(VIEWS.map(([id, name, make]) => [id, name, make()]));
+  const views = VIEWS.map(([id, name, make]) => [id, name, make()]).filter(([, , view]) => view);
+  document.getElementById("main").replaceChildren(...views.map(([, , view]) => view));
+  const link = ([id, name, view]) => el("a", { href: `#${id}` }, name || view.querySelector("h2").textContent);
+  document.getElementById("sections").replaceChildren(...views.map(link));
 }
 
-startPage((given) => {
-  data = given;
-  palette = data.palette;
-  chosen = data.runs.map((_, index) => index).slice(0, 4);
-  const picker = selector();
-  if (picker) document.querySelector("header").append(picker);
-  show();
-  const subjects = [...new Set(data.runs.map((run) => run.subject).filter(Boolean))];
-  return subjects.length === 1 ? subjects[0] : data.runs.map((run) => run.name).join(", ");
-});
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  document.getElementById("theme").textContent = theme === "dark" ? "Light theme" : "Dark theme";
+  for (const repaint of repaints) repaint();
+}
+
+async function start() {
+  try {
+    const system = matchMedia("(prefers-color-scheme: dark)"), button = document.getElementById("theme");
+    let own = false;
+    setTheme(system.matches ? "dark" : "light");
+    system.addEventListener("change", () => { if (!own) setTheme(system.matches ? "dark" : "light"); });
+    button.addEventListener("click", () => { own = true; setTheme(isDark() ? "light" : "dark"); });
+    data = await unpack(document.getElementById("data").textContent);
+    palette = data.palette;
+    chosen = data.runs.map((_, index) => index).slice(0, 4);
+    const picker = selector();
+    if (picker) document.querySelector("header").append(picker);
+    show();
+    const subjects = [...new Set(data.runs.map((run) => run.subject).filter(Boolean))];
+    const title = subjects.length === 1 ? subjects[0] : data.runs.map((run) => run.name).join(", ");
+    document.getElementById("title").textContent = title;
+    document.title = `${title} – rankpilot study`;
+    document.documentElement.dataset.ready = "true";
+  } catch (error) {
+    document.getElementById("title").textContent = `This page cannot be shown: ${error.message}`;
+  }
+}
+
+start();

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.agents.evaluation.evaluate import check_weights, find_competitor
-from rankpilot.agents.evaluation.hindsight import TaskRule
-from rankpilot.agents.evaluation.replayed import SHUFFLED, STATIC, Replayed
+from rankpilot.agents.evaluation.replayed import SHUFFLED, STATIC, Replayed, TaskRule
 from rankpilot.agents.evaluation.runs import compare, log_folder
 from rankpilot.agents.rules import RULES
 from rankpilot.agents.rules.given_plan import GivenPlan, shuffled_within_kinds
@@ -49,7 +48,7 @@ def test_shuffled_runs_have_the_same_ranks_elsewhere(logs: Path) -> None:
     replays = [Replayed(logs / "signal-mean", how) for how in (STATIC, SHUFFLED)]
     rows = compare(replays, [TASK], SCHEDULE, workers=1, logs=None)
     assert rows[0].loss != rows[1].loss
-    static, shuffled = (dict(each.prepare(TASK, None)[0][1].ranks) for each in replays)  # type: ignore[arg-type, attr-defined]
+    static, shuffled = (dict(each.policy_for(TASK, None).ranks) for each in replays)  # type: ignore[arg-type, union-attr]
     log = DecisionLog(log_folder(logs, ("signal-mean", TASK.id, TASK.seed)))
     assert [*static.values()] == log.logged(len(log) - 1).rank_after.tolist()
     assert Counter(static.values()) == Counter(shuffled.values())
@@ -61,14 +60,14 @@ def test_shuffled_runs_have_the_same_ranks_elsewhere(logs: Path) -> None:
 
 def test_by_name_on_the_command_line(logs: Path) -> None:
     for how in (STATIC, SHUFFLED):
-        found = find_competitor(f"{how}:{logs / 'top-half'}", SCHEDULE)
+        found = find_competitor(f"{how}:{logs / 'top-half'}")
         assert isinstance(found, TaskRule)
         assert found.name == f"top-half {how}"
 
 
 def test_other_logs_under_the_same_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"There is no folder .*none of decision logs"):
-        find_competitor(f"static:{tmp_path / 'none'}", SCHEDULE)
+        find_competitor(f"static:{tmp_path / 'none'}")
     check_weights(tmp_path, {"top-half static": "static:a/top-half"})
     check_weights(tmp_path, {"top-half static": f"static:{Path('a').resolve()}/top-half"})
     with pytest.raises(RunFolderError, match=r"results of another policy named 'top-half static' \(.*/a/top-half\)"):
@@ -77,7 +76,7 @@ def test_other_logs_under_the_same_name_are_refused(tmp_path: Path) -> None:
 
 def test_a_task_without_a_log(logs: Path, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="holds 0 logs of task"):
-        Replayed(tmp_path).prepare(TASK, None)  # type: ignore[arg-type]
+        Replayed(tmp_path).policy_for(TASK, None)  # type: ignore[arg-type]
 
 
 def test_a_given_plan_is_taken_as_it_is(logs: Path) -> None:

@@ -14,13 +14,12 @@ from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.gaussian import CorrelatedGaussian
 from rankpilot.agents.learned.network import DIRECTIONS, LATER_NOISE, Action, RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.rules import RULES, find_rule
-from rankpilot.agents.rules.by_signal import SignalRule, signal_mean
+from rankpilot.agents.rules import RULES, SignalRule, find_rule, signal_mean
 from rankpilot.agents.training.ppo_policy import LEAST_SPREAD, GroupRolloutBuffer, RankPolicy
 from rankpilot.allocation.actions import PLACEMENT, SCORE_BOUND
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.observation import Observation
-from rankpilot.env.spaces import observation_space, score_space
+from rankpilot.env.spaces import action_space, observation_space
 from rankpilot.errors import UnknownNameError
 from torch.distributions import MultivariateNormal
 
@@ -344,8 +343,8 @@ def test_rules(make_observation: MakeObservation) -> None:
 
 
 def test_a_policy_of_sb3_agrees_with_the_network() -> None:
-    policy = RankPolicy(observation_space(4), score_space(4), lambda _: 1e-3)
-    assert score_space(4).shape == (4 + len(PLACEMENT),)
+    policy = RankPolicy(observation_space(4), action_space("scores", 4), lambda _: 1e-3)
+    assert action_space("scores", 4).shape == (4 + len(PLACEMENT),)
     policy.network.load_state_dict(stirred().state_dict())
     modules, run, mask = arrays(4)
     mask[:, 3] = 0
@@ -370,7 +369,7 @@ def test_a_policy_of_sb3_agrees_with_the_network() -> None:
 
 
 def test_each_critic_learns_from_runs_of_its_own() -> None:
-    policy = RankPolicy(observation_space(4), score_space(4), lambda _: 1e-3)
+    policy = RankPolicy(observation_space(4), action_space("scores", 4), lambda _: 1e-3)
     policy.network.load_state_dict(stirred().state_dict())
     modules, run, mask = (tensor[:1].expand(400, *tensor.shape[1:]) for tensor in arrays(4))
     observation: Any = {"module_features": modules.flatten(1), "run_features": run, "mask": mask}

@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
-from rankpilot.agents.training.doubt import doubt_of, doubts_of
-from rankpilot.agents.training.fit_plan_value import FitConfig, fit_value_ensemble, standardised, targets_of
-from rankpilot.agents.training.plan_dataset import PlanDataset
+from rankpilot.agents.training.fit_plan_value import (
+    FitConfig,
+    PlanDataset,
+    doubt_of,
+    doubts_of,
+    fit_value_ensemble,
+    standardised,
+    targets_of,
+)
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.goal import CAUTION, vote_of
 from rankpilot.common.arrays import FloatArray

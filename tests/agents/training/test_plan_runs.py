@@ -36,10 +36,11 @@ from rankpilot.agents.training.plan_runs import (
 )
 from rankpilot.agents.training.task_sampling import fresh_tasks, plan_draws
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.observation import module_feature
 from rankpilot.allocation.plan import project
+from rankpilot.allocation.policy import decision_from_scores
 from rankpilot.allocation.schedule import ONCE, DecisionSchedule
 from rankpilot.common.workers import isolated
-from rankpilot.env.episodes.rollout import Rollout
 from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.proxies.adapted import adapted_base
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune
@@ -173,14 +174,15 @@ def test_kinds_of_modules_are_among_the_plans(made: PlanRun) -> None:
 
 def test_the_first_runs_follow_the_rules_and_the_actor(made: PlanRun) -> None:
     with isolated():
-        observations = Rollout(StackedEpisodes(BYTES.base, SCHEDULE, 2), [BYTES, PARAMETERS]).seen
+        episodes = StackedEpisodes(BYTES.base, SCHEDULE, 2)
+        episodes.start_all([BYTES, PARAMETERS])
+    observations = [episode.observation for episode in episodes.under_way.values()]
     actor = stack_of().actor
     for observation, start in zip(observations, (0, RUNS), strict=True):
         np.testing.assert_allclose(made.modules[0, start], observation.modules, atol=1e-5)
-        for number, policy in enumerate(
-            [find_rule("top-down"), find_rule("signal-mean"), find_rule("top-down-mlp"), actor]
-        ):
-            decision = policy.decide(observation)
+        for number, policy in enumerate([find_rule("top-down"), find_rule("signal-mean"), None, actor]):
+            costs = module_feature(observation, "rank_cost")
+            decision = policy.decide(observation) if policy else decision_from_scores(observation, costs)
             expected = project(observation.problem, decision.ranks, decision.scores).ranks
             np.testing.assert_array_equal(made.ranks[0, start + 2 + number], expected)
 

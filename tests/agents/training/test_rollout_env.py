@@ -17,7 +17,7 @@ import rankpilot
 import torch
 from numpy.typing import NDArray
 from rankpilot.agents.evaluation.runs import run_attempts
-from rankpilot.agents.rules.by_signal import MEAN_SIGNALS, signal_mean
+from rankpilot.agents.rules import MEAN_SIGNALS, signal_mean
 from rankpilot.agents.training import rollout_env
 from rankpilot.agents.training.rollout_env import ProxyVecEnv
 from rankpilot.agents.training.task_sampling import FreshTasks
@@ -26,14 +26,13 @@ from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision, decision_from_scores
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.arrays import Arrays
-from rankpilot.env.episodes.slots import StackedConfig
 from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.proxies.adapted import adapted_base
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.oracle import utilities
 from rankpilot.env.tasks.proxy_task import ProxyTask
-from rankpilot.env.tasks.stream import FRESH_SEEDS
-from rankpilot.env.vector import StackedVectorEnv
+from rankpilot.env.tasks.suites import FRESH_SEEDS
+from rankpilot.env.vector import StackedConfig, StackedVectorEnv
 from rankpilot.errors import BudgetError, ConfigError, WorkerError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -463,8 +462,8 @@ def test_it_is_the_registered_environment_on_other_tasks(envs: ProxyVecEnv) -> N
     envs.round = 11
     tasks = envs.fresh.draw(11, 0)
     observations: Any = envs.reset()
-    vector.core.start({slot: tasks[slot // 2] for slot in range(4)})
-    assert_same(vector.core.padded(range(4)), observations)
+    vector.begin({slot: tasks[slot // 2] for slot in range(4)})
+    assert_same(vector.padded(), observations)
     for decision in range(envs.decisions):
         actions = random_actions(envs, decision)
         observations, rewards, ended, infos = envs.step(actions)

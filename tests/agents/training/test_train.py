@@ -25,22 +25,20 @@ from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy
 from rankpilot.agents.training import progress as ppo_progress
 from rankpilot.agents.training import task_sampling as draws
 from rankpilot.agents.training import train as training
-from rankpilot.agents.training.checkpoint import CHECKPOINT, write_checkpoint
 from rankpilot.agents.training.config import TrainConfig
 from rankpilot.agents.training.plan_runs import PLAN_RUNS, RUNS
 from rankpilot.agents.training.ppo_policy import GroupRolloutBuffer, RankPolicy
-from rankpilot.agents.training.progress import PROGRESS
+from rankpilot.agents.training.progress import CHECKPOINT, PROGRESS, Validation, write_checkpoint
 from rankpilot.agents.training.real_plan_runs import RealPlanRun, write_real_plan_runs
 from rankpilot.agents.training.rollout_env import ProxyVecEnv
 from rankpilot.agents.training.task_sampling import for_plain_lora, fresh_tasks, plan_draws
-from rankpilot.agents.training.train import WARM_START, finish, is_finished, train
-from rankpilot.agents.training.validation import Validation
+from rankpilot.agents.training.train import finish, is_finished, train
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.allocation.plan import uniform_ranks
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common import workers
 from rankpilot.common.files import read_json, read_json_lines
-from rankpilot.env.spaces import observation_space, score_space
+from rankpilot.env.spaces import action_space, observation_space
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_finetune import first_problem
 from rankpilot.env.tasks.proxy_task import ProxyTask
@@ -208,10 +206,7 @@ def test_the_run_folder(whole: Run, bare: Run) -> None:
     assert not bare.network.training
     assert [row["iteration"] for row in bare.rows] == [0, 1, 2]
     assert bare.rows[0] == {"iteration": 0}
-    assert not (bare.folder / WARM_START).exists()
-    warm = load_policy(whole.folder / WARM_START)
-    assert isinstance(warm, LearnedPolicy)
-    assert not same_weights(warm.network, RankNetwork(CONFIG.network))
+    assert not same_weights(whole.network, RankNetwork(CONFIG.network))
 
 
 def test_nothing_is_left_among_the_temporary_files(bare: Run) -> None:
@@ -245,19 +240,19 @@ def test_any_number_of_workers_gives_the_same_policy(monkeypatch: pytest.MonkeyP
 
 # Going on -------------------------------------------------------------------------------------------------------------
 
-STARTED = 11
+STARTED = 12
 MOMENTS = {
     6: "in the warm start",
-    19: "in the validation of the second iteration",
+    20: "in the validation of the second iteration",
     STARTED: "after the start",
-    16: "in the second round",
+    17: "in the second round",
     1: "before anything",
     3: "in the first validation",
-    10: "in the validation after it",
-    13: "in the first round",
-    14: "after the first round",
-    24: "after the third round",
-    26: "in the last validation",
+    11: "in the validation after it",
+    14: "in the first round",
+    15: "after the first round",
+    25: "after the third round",
+    27: "in the last validation",
 }
 """Calls of the workers at which a run is killed."""
 
@@ -278,7 +273,6 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(whole: Run, tmp_path: 
     for name, value in states[0]["policy"].items():
         assert torch.equal(value, states[1]["policy"][name])
     assert torch.equal(states[0]["torch_rng"], states[1]["torch_rng"])
-    assert (folder / WARM_START / WEIGHTS).read_bytes() == (whole.folder / WARM_START / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("iteration", first_cases(1, [1, 0, 3]))
@@ -525,7 +519,7 @@ def test_measurements_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     given = [[2.2, 1.1], [2.1, 1.12], [9.0, 0.0], [math.nan, 1.1]]
     monkeypatch.setitem(globals(), "LOSSES", iter(given))
     validation = validation_of(Reference(3.0, 2.2, 2.0), Reference(2.0, 1.0))
-    policy = RankPolicy(observation_space(4), score_space(4), lambda _: 1e-3)
+    policy = RankPolicy(observation_space(4), action_space("scores", 4), lambda _: 1e-3)
     rows = [validation.measure(policy) for _ in given]
     assert [row["over_start"] for row in rows] == pytest.approx([0, (0.5 - 0.2) / 2, 0, (-1 + 0) / 2])
     assert [row["over_uniform"] for row in rows] == pytest.approx([(0 - 1) / 2, (0.5 - 1) / 2, 0, -1])
@@ -537,7 +531,7 @@ def test_a_start_that_failed_is_easily_bettered(monkeypatch: pytest.MonkeyPatch)
     """And measurements stay numbers, by which networks can be compared."""
     monkeypatch.setitem(globals(), "LOSSES", iter([[math.nan, 1.0], [math.nan, 0.95], [2.0, 1.0]]))
     validation = validation_of(Reference(3.0, 2.2, 2.0), Reference(2.0, 1.0))
-    policy = RankPolicy(observation_space(4), score_space(4), lambda _: 1e-3)
+    policy = RankPolicy(observation_space(4), action_space("scores", 4), lambda _: 1e-3)
     rows = [validation.measure(policy) for iteration in range(3)]
     assert [row["over_start"] for row in rows] == pytest.approx([0, 0.25, 0.5])
     assert validation.best is not None
@@ -634,7 +628,7 @@ class Toy(gym.Env[dict[str, Any], Any]):
     def __init__(self, modules: int = 4) -> None:
         self.modules = modules
         self.observation_space = observation_space(modules)
-        self.action_space = score_space(modules)
+        self.action_space = action_space("scores", modules)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)

@@ -17,7 +17,7 @@ from rankpilot.agents.training.rollout_env import ProxyVecEnv
 from rankpilot.agents.training.train import finish, train
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.cluster import running_on_cluster
-from rankpilot.env.episodes.canary import canary
+from rankpilot.env.episodes.stacked import rounding_digest
 from safetensors.numpy import load_file
 
 from ...ray_nodes import Nodes
@@ -71,7 +71,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.mark.long
 def test_two_nodes_train_the_same_policy(nodes: Nodes, alone: Made, tmp_path: Path) -> None:
     lines: list[str] = []
-    with running_on_cluster(nodes.address, canary, lines.append):
+    with running_on_cluster(nodes.address, rounding_digest, lines.append):
         made = trained(replace(TINY, workers=0), tmp_path / "policy")
     assert lines == ["On the cluster: 2 nodes with 2 CPUs."]
     assert made == alone
@@ -97,7 +97,7 @@ def test_an_actor_and_then_a_node_are_lost(
             lost.append("node")
 
     monkeypatch.setattr(ProxyVecEnv, "step_wait", kill_at_the_second_decision)
-    with running_on_cluster(nodes.address, canary):
+    with running_on_cluster(nodes.address, rounding_digest):
         made = trained(replace(TINY, workers=2), tmp_path / "policy", lose_at_the_first_plan_run)
     assert lost == ["actor", "node"]
     assert made == alone

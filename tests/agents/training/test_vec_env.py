@@ -14,11 +14,12 @@ import rankpilot
 import torch
 from rankpilot.agents.training.vec_env import GymnasiumVecEnv
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.errors import ConfigError
 from stable_baselines3 import PPO
+
+from ...env.conftest import INFO_KEYS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,33 +51,31 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> tuple[ProxyTask, ...]:
 
 
 @pytest.mark.parametrize("actions", ["scores", "deltas"])
-def test_it_is_single_environments_side_by_side(actions: Any) -> None:
-    task = make_task("planted", 2)
-    envs = make(2, task=task, actions=actions)
-    single = RankAllocationEnv(task=task, schedule=SCHEDULE, actions=actions)
-    assert envs.observation_space == single.observation_space
-    assert envs.action_space == single.action_space
-    envs.action_space.seed(0)
-    taken = np.array([[envs.action_space.sample() for _ in range(2)] for _ in range(4)])
-    first = envs.reset()
-    assert isinstance(first, dict)
-    expected = []
-    for copy in range(2):
-        assert set(single.reset()[1]) == set(envs.reset_infos[copy])
-        expected.append([single.step(action) for action in taken[:, copy]])
-    for turn, action in enumerate(taken):
+def test_it_is_the_vector_of_gymnasium(actions: Any) -> None:
+    """Whose episodes are compared with single environments in tests/env/episodes/test_stacked.py."""
+    envs, vector = (make(2, task=make_task("planted", 2), actions=actions) for _ in range(2))
+    same = vector.envs
+    assert envs.observation_space == same.single_observation_space
+    assert envs.action_space == same.single_action_space
+    same.action_space.seed(0)
+    first, (expected, told) = envs.reset(), same.reset()
+    np.testing.assert_equal(first, expected)
+    assert all(info["task"] == told["task"][slot] for slot, info in enumerate(envs.reset_infos))
+    for turn in range(4):
+        action = same.action_space.sample()
         observations, rewards, dones, infos = envs.step(action)
-        assert dones.tolist() == [turn == 3] * 2
+        expected, wanted, terminated, _, told = same.step(action)
+        np.testing.assert_equal(observations, expected)
+        assert dones.tolist() == terminated.tolist() == [turn == 3] * 2
         assert rewards.dtype == np.float32
-        np.testing.assert_allclose(rewards, [steps[turn][1] for steps in expected], rtol=0, atol=1e-4)
-        for copy, info in enumerate(infos):
-            assert set(expected[copy][turn][4]) <= set(info)
-            assert info["ranks"] == expected[copy][turn][4]["ranks"]
+        np.testing.assert_array_equal(rewards, wanted.astype(np.float32))
+        final = told["final_info"] if turn == 3 else told
+        for slot, info in enumerate(infos):
+            assert {key: info[key] for key in INFO_KEYS} == {key: final[key][slot] for key in INFO_KEYS}
             assert not info["TimeLimit.truncated"]
             assert ("terminal_observation" in info) == (turn == 3)
-            seen = info["terminal_observation"] if turn == 3 else {k: part[copy] for k, part in observations.items()}
-            for key, value in expected[copy][turn][0].items():
-                np.testing.assert_allclose(seen[key], value, rtol=0, atol=1e-3)
+            if turn == 3:
+                np.testing.assert_equal(info["terminal_observation"], told["final_obs"][slot])
     np.testing.assert_equal(observations, first)
 
 

@@ -17,10 +17,10 @@ from rankpilot.agents.training.task_sampling import FreshTasks
 from rankpilot.agents.training.warm_start import EXPONENT, SPAN, ScoreDataset, explore, target_scores, warm_start
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.common.arrays import Arrays
-from rankpilot.env.episodes.slots import StackedConfig
-from rankpilot.env.spaces import observation_space, score_space
+from rankpilot.env.spaces import action_space, observation_space
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_task import ProxyTask
+from rankpilot.env.vector import StackedConfig
 
 SCHEDULE = DecisionSchedule(probe_steps=6, fractions=(0.0, 0.4))
 SIZES: Any = {"base": "llama-4x32", "steps": 8, "batch_size": 4, "length": 16, "eval_rows": 16, "learning_rate": 4e-3}
@@ -42,7 +42,10 @@ def envs() -> Iterator[ProxyVecEnv]:
 def new_policy() -> RankPolicy:
     torch.manual_seed(0)
     return RankPolicy(
-        observation_space(MODULES + 2), score_space(MODULES + 2), lambda _: 1e-3, network=NetworkConfig(width=16)
+        observation_space(MODULES + 2),
+        action_space("scores", MODULES + 2),
+        lambda _: 1e-3,
+        network=NetworkConfig(width=16),
     )
 
 

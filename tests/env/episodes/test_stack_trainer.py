@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episodes import stack_trainer
-from rankpilot.env.episodes.frozen_states import FrozenStates, joining
-from rankpilot.env.episodes.stack_trainer import Lane, StackTrainer, parts_of
+from rankpilot.env.episodes.stack_trainer import FrozenStates, Lane, StackTrainer, joining, parts_of
 from rankpilot.env.episodes.stacked import StackedEpisodes
-from rankpilot.env.tasks.proxy_finetune import load_task
+from rankpilot.env.tasks.proxy_finetune import known_of, load_task
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.lora.stacked import adapters as adapters_module
 from rankpilot.lora.stacked.blocks import Blocks
@@ -77,23 +76,23 @@ class Story:
 def run(tasks: Sequence[ProxyTask]) -> Story:
     """`RUNS` runs of each task, adapted from another block on at each decision."""
     base, slots = tasks[0].base, range(len(tasks) * RUNS)
+    known_of.cache_clear()
     episodes, story = StackedEpisodes(base, SCHEDULE, len(slots)), Story()
     placed = {slot: tasks[slot // RUNS] for slot in slots}
     episodes.measure_references(placed)
     episodes.start(placed)
-    losses: dict[int, float | None] = {}
     blocks = np.array([target.block for target in episodes._targets])
     for turn in range(len(SCHEDULE.fractions)):
+        decisions = {}
         for slot in slots:
-            seen = episodes.observe(slot, losses.get(slot))
+            seen = episodes.under_way[slot].observation
             story.arrays += [seen.modules, seen.run, seen.problem.ranks]
             generator = np.random.default_rng([slot, turn])
             ranks = np.where(blocks >= generator.integers(4), generator.integers(0, 25, len(blocks)), 0)
-            episodes.apply(
-                slot, Decision(seen.problem.ladder.step(ranks, 0), blocks + generator.normal(size=len(blocks)))
-            )
-        losses = episodes.advance(list(slots))
-        story.losses.append(losses)
+            scores = blocks + generator.normal(size=len(blocks))
+            decisions[slot] = Decision(seen.problem.ladder.step(ranks, 0), scores)
+        episodes.step(decisions)
+        story.losses.append({slot: episodes.under_way[slot].loss for slot in slots})
         story.held_out.append(episodes.held_out_losses(list(slots)))
         adapters = episodes._trainer.adapters
         story.entries.append(Blocks(adapters.model, adapters.targets).entries(adapters.ranks))
@@ -138,7 +137,7 @@ def test_parts_keep_runs_of_a_batch_together(make_task: Any) -> None:
 
 def test_runs_at_different_steps_of_a_task_get_their_own_batches(make_task: Any) -> None:
     task = make_task(steps=8)
-    together, alone = (StackTrainer(task.base, 2, compiled=False, device=torch.device("cpu")) for _ in range(2))
+    together, alone = (StackTrainer(task.base, 2, device=torch.device("cpu")) for _ in range(2))
     lanes = [lane_of(task, 0), lane_of(task, 1, step=3)]
     reset_runs(together.adapters, {0: 5, 1: 6})
     together.train(lanes)
@@ -152,7 +151,7 @@ def test_runs_at_different_steps_of_a_task_get_their_own_batches(make_task: Any)
 
 def test_a_run_without_adapters_stands_still(make_task: Any) -> None:
     task = make_task(steps=3)
-    trainer = StackTrainer(task.base, 2, compiled=False, device=torch.device("cpu"))
+    trainer = StackTrainer(task.base, 2, device=torch.device("cpu"))
     reset_runs(trainer.adapters, {0: 1, 1: 2})
     none = np.zeros(len(trainer.adapters.targets), dtype=np.int64)
     set_stacked_ranks(trainer.adapters, [Move(0, none, 1, 0)])
@@ -168,11 +167,11 @@ def test_a_run_without_adapters_stands_still(make_task: Any) -> None:
 
 def test_frozen_states_are_computed_for_many_steps_at_a_time(make_task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     task = replace(make_task(), steps=7)
-    trainer = StackTrainer(task.base, 1, compiled=False, device=torch.device("cpu"))
+    trainer = StackTrainer(task.base, 1, device=torch.device("cpu"))
     batches, calls = load_task(task).inputs[2:], []
     frozen = Blocks.frozen
     monkeypatch.setattr(Blocks, "frozen", lambda self, *args: calls.append(len(args[0])) or frozen(self, *args))
-    monkeypatch.setattr("rankpilot.env.episodes.frozen_states.FORWARD_TOKENS", 2 * batches[0].numel())
+    monkeypatch.setattr("rankpilot.env.episodes.stack_trainer.FORWARD_TOKENS", 2 * batches[0].numel())
     states = FrozenStates(trainer._blocks, batches, [3, 1, 3], first=2)
     for step in range(2, 7):
         at = states.at(step)

@@ -17,8 +17,16 @@ from rankpilot.env.proxies.adapted import adapted_base
 from rankpilot.env.proxies.bases import find_base, load_base_model
 from rankpilot.env.tasks import oracle
 from rankpilot.env.tasks.oracle import attainable_loss, oracle_plan, utilities
-from rankpilot.env.tasks.planted import DENSITY, RANKS, STRENGTH, Change, changed_weights, draw_changes
-from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, load_task
+from rankpilot.env.tasks.proxy_finetune import (
+    DENSITY,
+    RANKS,
+    STRENGTH,
+    Change,
+    ProxyFineTune,
+    changed_weights,
+    draw_changes,
+    load_task,
+)
 from rankpilot.env.tasks.proxy_task import ProxyTask
 from rankpilot.errors import ConfigError
 from rankpilot.lora.ladder import RankLadder
@@ -112,7 +120,8 @@ def test_the_teacher_is_taken_out_again(make_task: MakeTask, base: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["rankpilot.env.tasks.proxy_finetune._log_probabilities", "rankpilot.env.tasks.planted.Change.truncated"]
+    "where",
+    ["rankpilot.env.tasks.proxy_finetune._log_probabilities", "rankpilot.env.tasks.proxy_finetune.Change.truncated"],
 )
 def test_the_teacher_is_taken_out_after_an_error(
     make_task: MakeTask, monkeypatch: pytest.MonkeyPatch, where: str

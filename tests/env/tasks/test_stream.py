@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rankpilot.env.tasks.finetune import Reference
 from rankpilot.env.tasks.proxy_task import ProxyTask
-from rankpilot.env.tasks.stream import FRESH_SEEDS, TaskStream, fresh_task
+from rankpilot.env.tasks.suites import FRESH_SEEDS, TaskStream, fresh_task
 from rankpilot.errors import ConfigError
 
 MakeTask = Callable[..., ProxyTask]

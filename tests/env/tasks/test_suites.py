@@ -25,9 +25,8 @@ from rankpilot.env.episodes.single import Episode, reference_of
 from rankpilot.env.proxies.adapted import adapted_base
 from rankpilot.env.proxies.bases import BASES_FOLDER, PROXY_BASES
 from rankpilot.env.rank_allocation import RankAllocationEnv
-from rankpilot.env.tasks import make_suites, suites
+from rankpilot.env.tasks import suites
 from rankpilot.env.tasks.finetune import Reference
-from rankpilot.env.tasks.make_suites import BUDGETS, LARGE_BATCH, MORE, RATES, MakeConfig, budget_range, definitions
 from rankpilot.env.tasks.oracle import oracle_plan
 from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, check_texts
 from rankpilot.env.tasks.proxy_task import PLACEMENTS, ProxyTask
@@ -35,6 +34,9 @@ from rankpilot.env.tasks.suite_names import SPLITS, SUITES
 from rankpilot.env.tasks.suites import FOLDER, VERSION, evenly, find_tasks, load_suite
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.memory.cost import plan_cost
+
+from tools import make_suites
+from tools.make_suites import BUDGETS, LARGE_BATCH, MORE, RATES, MakeConfig, budget_range, definitions
 
 from ...cases import first_cases
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from rankpilot.common.arrays import IntArray
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.resize import reset_adapters, set_ranks
@@ -22,7 +21,6 @@ from rankpilot.lora.stacked.resize import Move, reset_runs, set_stacked_ranks
 from rankpilot.lora.stacked.run import StackedMeter, StackedRun, accumulate_all
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from ...cases import first_cases
 
@@ -87,8 +85,8 @@ class Tiny:
     def max_ranks(self) -> IntArray:
         return np.array([target.max_rank for target in self.targets], dtype=np.int64)
 
-    def stacked(self, runs: int, *, compiled: bool = False, device: str = "cpu") -> StackedAdapters:
-        return StackedAdapters(copy.deepcopy(self.plain).to(device), self.targets, runs, compiled=compiled)
+    def stacked(self, runs: int, *, device: str = "cpu") -> StackedAdapters:
+        return StackedAdapters(copy.deepcopy(self.plain).to(device), self.targets, runs)
 
     def all_at(self, rank: int) -> IntArray:
         return np.full(len(self.targets), rank, dtype=np.int64)
@@ -200,7 +198,6 @@ def train_stacked(
     *,
     start: int = 0,
     broken: Sequence[int] = (),
-    compiled: bool = False,
 ) -> dict[int, Outcome]:
     """Runs by row, in this order in the batch; from fresh adapters of rank 1 if they start at step 0.
 
@@ -225,7 +222,7 @@ def train_stacked(
             set_stacked_ranks(adapters, moves)
         for row in changes:
             meters[row].restart()
-        one_step(tiny, adapters, runs, step, outcomes, compiled=compiled)
+        one_step(tiny, adapters, runs, step, outcomes)
         for row, squares in zip(rows, adapters.clip(rows, MAX_NORM), strict=True):
             accumulate_all([meters[row]], squares[None])
         adapters.step(rows, [run.rate_at(step) for run in runs.values()])
@@ -241,13 +238,11 @@ def one_step(
     runs: Mapping[int, Run],
     step: int,
     outcomes: Mapping[int, Outcome],
-    *,
-    compiled: bool = False,
 ) -> None:
     """Compute losses and gradients of a step."""
     batches = [tiny.batch(run, step) for run in runs.values()]
     tokens, labels = (torch.cat(parts).to(adapters.device) for parts in zip(*batches, strict=True))
-    with adapters.running(list(runs), compiled=compiled) as model:
+    with adapters.running(list(runs)) as model:
         losses = losses_of(model(input_ids=tokens).logits, labels, len(runs))
         adapters.backward(losses)
     for outcome, loss in zip(outcomes.values(), losses.tolist(), strict=True):
@@ -655,28 +650,7 @@ def test_what_is_no_plain_pair_on_a_linear_layer_is_refused(
         StackedAdapters(family.base(), find_target_modules(family.model()), 2)
 
 
-# Compiled, and on a GPU ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.long
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_runs_have_the_same_losses(llama_config: LlamaConfig) -> None:
-    config = copy.deepcopy(llama_config)
-    config.num_hidden_layers = 1
-    plain = LlamaForCausalLM(config).eval()
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
-    peft = get_peft_model(copy.deepcopy(plain), lora).eval()
-    tiny = Tiny(plain, peft, find_target_modules(peft))
-    ranks = [np.array([5, 0, 2]), np.array([0, 9, 16])]
-    runs = {row: Run(row, 1e-2, row, {3: [ranks[row]], 5: [ranks[1 - row]]}, reads=(7,)) for row in range(2)}
-    adapters = tiny.stacked(2, compiled=True)
-    outcomes = train_stacked(tiny, adapters, runs, 8, compiled=True)
-    expected = train_stacked(tiny, tiny.stacked(2), runs, 8)
-    for row in runs:
-        np.testing.assert_allclose(outcomes[row].losses, expected[row].losses, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(outcomes[row].signals[-1][0], expected[row].signals[-1][0], rtol=1e-2, atol=1e-5)
-    set_stacked_ranks(adapters, [Move(row, tiny.all_at(0), 0, 8) for row in runs])
-    assert adapters.layout.widths.tolist() == [16, 16, 16]  # else it would be compiled anew
+# On a GPU -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rankpilot.agents.evaluation.runs import run_attempts
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
@@ -18,7 +19,8 @@ from rankpilot.allocation.log import DecisionLog, DecisionRecord
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Policy, decided_plan
 from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.bench.study import log_runs
+from rankpilot.env.episodes.episode_log import EpisodeLog
+from rankpilot.env.episodes.stacked import StackedEpisodes
 from rankpilot.env.tasks.proxy_task import ProxyTask
 
 SIZES: dict[str, Any] = {"base": "llama-4x32", "steps": 20, "batch_size": 4, "length": 16, "eval_rows": 16}
@@ -40,6 +42,15 @@ class Formula(PlanValueEnsemble):
 
     def forward(self, plans: Plans) -> torch.Tensor:
         return self.say(plans)
+
+
+def log_runs(folder: Path, tasks: Sequence[ProxyTask], policy: Policy, schedule: DecisionSchedule) -> list[DecisionLog]:
+    """Run tasks of one base and batch shape under a policy, and log every decision; a folder for each run."""
+    logs = [DecisionLog(folder / str(number)) for number in range(len(tasks))]
+    episodes = StackedEpisodes(tasks[0].base, schedule, len(tasks))
+    written = [EpisodeLog(log.append, policy, task.id) for log, task in zip(logs, tasks, strict=True)]
+    run_attempts(episodes, [(task, policy) for task in tasks], len(tasks), written)
+    return logs
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,8 @@ from rankpilot.allocation.log import DecisionLog, DecisionRecord
 from rankpilot.allocation.observation import Observation
 from rankpilot.memory.cost import ByteCost
 from rankpilot.memory.step_time import SecondsRow
-from rankpilot.study.decision.explain import explain
-from rankpilot.study.decision.redecide import redecide
-from rankpilot.study.decision.why import explain_votes
+from rankpilot.study.decision.replay import redecide
+from rankpilot.study.decision.why import Explanation, explain
 
 pytestmark = pytest.mark.usefixtures("narrow_plans_too")
 
@@ -102,7 +101,7 @@ def test_what_was_saved(
     aimed: Callable[[str], LearnedPolicy], observation: Observation, log_decision: Callable[..., DecisionRecord]
 ) -> None:
     logged = log_decision(observation, aimed("bytes"))
-    told = explain_votes(logged)
+    told = Explanation(logged)
     found = logged.deliberation
     assert found is not None
     assert found.costs is not None
@@ -116,7 +115,7 @@ def test_what_was_saved(
     assert sentences[0] == ("The candidate 'wide at 2' is a plan that follows from no scores under this budget.")
     assert sentences[1].startswith("The networks expect a loss of -0.00%, -0.00% against rank 8 on all modules")
     assert sentences[2].startswith("The goal is the fewest bytes, with a loss that is surely at most 0.01 (log) above")
-    timed = explain_votes(log_decision(observation, aimed("time")))
+    timed = Explanation(log_decision(observation, aimed("time")))
     assert "it takes the least time a step: " in timed.verdict
     assert timed.verdict.endswith(" ms.")
     json.dumps(timed.to_json())
@@ -131,9 +130,9 @@ def test_nothing_was_sure(
     vars(policy.value_ensemble).update(changes)
     tight = replace(observation, problem=replace(observation.problem, limit=3500.0))
     logged = log_decision(tight, policy)
-    assert explain_votes(logged).verdict == (
+    assert Explanation(logged).verdict == (
         "At step 0 uniform rank was taken: there is no plan whose loss is surely within 1.00% of rank 8 on all "
         "modules, and that one does not fit the budget."
     )
-    roomy = explain_votes(log_decision(observation, policy)).verdict
+    roomy = Explanation(log_decision(observation, policy)).verdict
     assert "the plan of candidate 'all-linear' was taken: of the 1 plans" in roomy

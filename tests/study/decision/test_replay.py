@@ -14,8 +14,7 @@ from rankpilot.agents.rules import find_rule
 from rankpilot.allocation.log import DecisionLog, DecisionRecord
 from rankpilot.allocation.policy import decided_plan
 from rankpilot.errors import RunFolderError
-from rankpilot.study.decision.redecide import redecide
-from rankpilot.study.decision.replay import replay
+from rankpilot.study.decision.replay import redecide, replay
 from rich.console import Console
 
 

@@ -11,7 +11,7 @@ from rankpilot.agents.rules import find_rule
 from rankpilot.allocation.log import DecisionRecord
 from rankpilot.allocation.observation import Observation
 from rankpilot.errors import ConfigError
-from rankpilot.study.decision.stability import stability
+from rankpilot.study.decision.what_if import stability
 
 
 def test_more_noise_moves_more(

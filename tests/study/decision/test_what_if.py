@@ -15,12 +15,33 @@ from rankpilot.allocation.features import MODULE_FEATURES
 from rankpilot.allocation.log import DecisionLog, DecisionRecord
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import decided_plan
+from rankpilot.common.module_names import short_names
 from rankpilot.errors import ConfigError
 from rankpilot.lora.signals import SIGNALS
 from rankpilot.memory.cost import ParameterCost
 from rankpilot.memory.step_time import SecondsRow
-from rankpilot.study.decision.case import SIGNAL_COLUMNS, Case, with_least, with_most, with_signals
-from rankpilot.study.decision.what_if import Kind, Question, drawn_question, usual_questions, what_if
+from rankpilot.study.decision.replay import SIGNAL_COLUMNS, DecidedAgain, with_least, with_most, with_signals
+from rankpilot.study.decision.what_if import Kind, Question, usual_questions, what_if
+
+
+def drawn_question(case: DecidedAgain, generator: np.random.Generator) -> Question:
+    kinds: list[Kind] = ["signals", "signals", "budget", "most", "least"]
+    if case.decision.deliberation is not None:
+        kinds.append("caution")
+    if case.decision.rank_floor > 0:
+        kinds.append("recipe budget")
+    kind = kinds[generator.integers(len(kinds))]
+    names, direction = short_names(case.observation.names), 1 if generator.integers(2) else -1
+    module = int(generator.integers(len(names)))
+    target = module if generator.integers(2) else None
+    if kind in ("most", "least"):
+        return Question(kind, 1 if kind == "least" else -1, (module,), str(names[module]), target)
+    if kind != "signals":
+        return Question(kind, direction, target=target)
+    if generator.integers(2):
+        return Question(kind, direction, (module,), str(names[module]), target)
+    alike = tuple(number for number, name in enumerate(names) if name.kind == names[module].kind)
+    return Question(kind, direction, alike, f"all {names[module].kind} modules", target)
 
 
 def test_drawn_statements_are_true(logs: list[DecisionLog], policy: LearnedPolicy) -> None:
@@ -28,31 +49,31 @@ def test_drawn_statements_are_true(logs: list[DecisionLog], policy: LearnedPolic
     generator, kinds = np.random.default_rng(1), set()
     for turn in range(24):
         log, number = logs[turn % len(logs)], turn // 2 % 4
-        case = Case(log.logged(number), policy)
+        case = DecidedAgain(log.logged(number), policy)
         question = drawn_question(case, generator)
         answer = what_if(case, question)
         if answer:
-            assert answer.holds(Case(log.logged(number), policy)), answer.text
+            assert answer.holds(DecidedAgain(log.logged(number), policy)), answer.text
             kinds.add(question.kind)
             assert answer.side_effects <= len(answer.before)
     assert len(kinds) >= 4
 
 
 def test_a_false_statement_does_not_hold(decisions: list[DecisionRecord], policy: LearnedPolicy) -> None:
-    case = Case(decisions[0], policy)
+    case = DecidedAgain(decisions[0], policy)
     answer = what_if(case, Question("budget", 1))
     assert answer is not None
     assert answer.holds(case)
     assert not replace(answer, steps=answer.steps + 1).holds(case), "more than the smallest change"
     assert not replace(answer, after=answer.before).holds(case)
-    cases = [Case(decision, policy) for decision in decisions]
+    cases = [DecidedAgain(decision, policy) for decision in decisions]
     larger = [(case, answer) for case in cases if (answer := what_if(case, Question("budget", 1)))]
     smaller = [replace(answer, question=Question("budget", -1)).holds(case) for case, answer in larger]
     assert not all(smaller), "the same plan follows from less by chance alone"
 
 
 def test_the_usual_questions(decisions: list[DecisionRecord], policy: LearnedPolicy) -> None:
-    case = Case(decisions[0], policy)
+    case = DecidedAgain(decisions[0], policy)
     questions = usual_questions(case)
     assert [question.kind for question in questions] == [
         *("caution",) * 2, *("budget",) * 2, *("recipe budget",) * 2, "signals", "signals", "most"
@@ -80,7 +101,7 @@ def test_the_smallest_change_is_found(
     signal = float(observation.modules[3, SIGNAL_COLUMNS[0]] - observation.modules[:, SIGNAL_COLUMNS[0]].mean())
     left = 0.9  # of a shift, as signals are centred again over ten modules
     policy = policy_of(lambda plans: steps_of(plans, signal + left * 0.375))
-    case = Case(log_decision(observation, policy), policy)
+    case = DecidedAgain(log_decision(observation, policy), policy)
     answer = what_if(case, Question("signals", 1, (3,), "module 3"))
     assert answer is not None
     assert answer.steps == 38
@@ -100,7 +121,7 @@ def test_caution_is_what_the_votes_say(
         return torch.stack([0.5 * other, 1.5 * other])
 
     policy = policy_of(say)
-    case = Case(log_decision(make_observation(10), policy), policy)
+    case = DecidedAgain(log_decision(make_observation(10), policy), policy)
     answer = what_if(case, Question("caution", 1))
     assert answer is not None
     assert answer.text.startswith("With a caution of 2.00 instead of 1.00 standard deviations (1.99 changes nothing)")
@@ -111,7 +132,7 @@ def test_caution_is_what_the_votes_say(
 def test_the_same_recipe_under_another_budget_keeps_scores(
     decisions: list[DecisionRecord], policy: LearnedPolicy
 ) -> None:
-    case = Case(decisions[0], policy)
+    case = DecidedAgain(decisions[0], policy)
     question = Question("recipe budget", 1)
     means = [question.plan(case, steps).mean() for steps in (0, 100, 200, 400)]
     assert means == sorted(means)
@@ -128,7 +149,7 @@ def test_another_budget_leaves_the_limit_of_time(
     row = SecondsRow(1.0, np.full(modules, 0.03), np.zeros(0), np.zeros((0, modules), dtype=np.bool_))
     cost = row.added_to(ParameterCost(np.full((1, modules), 100.0)), limit, seconds)
     rule = find_rule("signal-mean")
-    case = Case(log_decision(make_observation(modules, cost=cost, limit=limit), rule), rule)
+    case = DecidedAgain(log_decision(make_observation(modules, cost=cost, limit=limit), rule), rule)
     assert 1.9 < row.seconds(case.plan) <= seconds
     assert what_if(case, Question(kind, 1)) is None
     for steps in (100, 400):
@@ -141,7 +162,7 @@ def test_rules_can_be_asked_too(
     make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     rule = find_rule("signal-mean")
-    case = Case(log_decision(make_observation(12), rule), rule)
+    case = DecidedAgain(log_decision(make_observation(12), rule), rule)
     assert "caution" not in {question.kind for question in usual_questions(case)}
     top = int(np.argmax(case.plan))
     answer = what_if(case, Question("most", -1, (top,), "it", top))
@@ -158,7 +179,7 @@ def test_a_correction_is_nobodys_decision(
 ) -> None:
     logged = log_decision(make_observation(8), find_rule("top-down"), correction=True)
     with pytest.raises(ConfigError, match="no policy decided there"):
-        Case(logged, policy)
+        DecidedAgain(logged, policy)
 
 
 # Changes --------------------------------------------------------------------------------------------------------------

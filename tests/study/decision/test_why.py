@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
-from io import StringIO
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.rules import find_rule
-from rankpilot.agents.rules.by_signal import signal_mean
+from rankpilot.agents.rules import find_rule, signal_mean
 from rankpilot.allocation.actions import SCORE_BOUND, base_depth_bias, base_rank_floor
 from rankpilot.allocation.log import DecisionRecord
 from rankpilot.allocation.observation import Observation, module_feature
-from rankpilot.allocation.policy import decided_plan, decision_from_scores
+from rankpilot.allocation.policy import Decision, decided_plan, decision_from_scores
 from rankpilot.memory.cost import unit_cost
-from rankpilot.study.decision.why import ROWS, actor_terms, explain_votes, same_in_tie
-from rich.console import Console
+from rankpilot.study.decision.why import Explanation, actor_terms, same_in_tie
 
 KEYS = {
     "decision", "step", "first", "policy", "verdict", "sentences", "candidates", "plans", "taken", "reference",
-    "caution", "margin", "unit_of_votes", "actor", "shapley", "what_ifs", "projection", "stability", "goal",
+    "caution", "margin", "unit_of_votes", "actor", "shapley", "what_ifs", "stability", "goal",
 }  # fmt: skip
 
 
@@ -41,7 +39,7 @@ def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[Decisio
     for logged in decisions:
         observation, found = logged.observation, logged.deliberation
         assert found is not None
-        told = explain_votes(logged).to_json()
+        told = Explanation(logged).to_json()
         parts = {name: module_feature(observation, name) for name in ("rank_cost", "relative_depth")}
         parts |= {"signal_mean": signal_mean(observation), "actor": found.actor_scores}
         parts = {name: values - values.mean() for name, values in parts.items()}
@@ -59,7 +57,7 @@ def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[Decisio
 
 def test_json_is_the_contract(decisions: list[DecisionRecord]) -> None:
     for logged in decisions:
-        told, found = explain_votes(logged).to_json(), logged.deliberation
+        told, found = Explanation(logged).to_json(), logged.deliberation
         assert found is not None
         assert set(told) == KEYS
         json.dumps(told, allow_nan=False)
@@ -70,18 +68,17 @@ def test_json_is_the_contract(decisions: list[DecisionRecord]) -> None:
         for plan in told["plans"]:
             assert plan["cost"] == unit_cost(logged.problem.cost, np.array(plan["ranks"]))
             assert plan["probability"] is None
-        assert told["projection"]["got"] == logged.rank_after.tolist()
 
 
 def test_sentences_of_decisions_of_a_run(decisions: list[DecisionRecord]) -> None:
-    first = explain_votes(decisions[0])
+    first = Explanation(decisions[0])
     deliberation = decisions[0].deliberation
     assert deliberation is not None
     text = " ".join(first.sentences())
     assert first.verdict.startswith("At step 0 the plan of candidate ")
     assert f"{deliberation.mean[deliberation.plan]:.3f} on the mean" in text
     assert f"a lower bound of {deliberation.bound[deliberation.plan]:.3f}" in text
-    kept = [explain_votes(logged) for logged in decisions if logged.kept]
+    kept = [Explanation(logged) for logged in decisions if logged.kept]
     assert kept
     for each in kept:
         assert "the ranks in place were taken: no other plan is surely better" in each.verdict
@@ -104,7 +101,7 @@ def test_a_tie_tells_what_its_plans_have_in_common(
     assert len(plans) >= 2
     assert (np.ptp(plans, axis=0)[same] == 0).all()
     assert np.ptp(plans, axis=0)[~same].all()
-    told = explain_votes(logged).sentences()
+    told = Explanation(logged).sentences()
     (sentence,) = [text for text in told if "plans are tied" in text]
     assert sentence.startswith(f"{len(plans)} of {len(found.plans)} plans are tied")
     assert f"{same.sum()} of {len(same)} modules the same rank" in sentence
@@ -112,7 +109,7 @@ def test_a_tie_tells_what_its_plans_have_in_common(
     assert f"is {-found.margin:.3f} higher. It was taken because it is nearest to the reference" in " ".join(told)
     fits = np.arange(len(found.plans)) != np.argmax(found.bound)
     limited = replace(logged.decision, deliberation=replace(found, allowed=fits))
-    without = explain_votes(replace(logged, decision=limited))
+    without = Explanation(replace(logged, decision=limited))
     assert f"the best of the other {len(found.plans) - 2} plans that fit" in " ".join(without.sentences()).lower()
     assert [plan["fits"] for plan in without.to_json()["plans"]] == fits.tolist()
 
@@ -126,26 +123,79 @@ def test_plans_that_are_drawn_have_probabilities(
         return (plans.ranks > 4).double().mean(2)[None].repeat(2, 1, 1)
 
     logged = log_decision(make_observation(10), policy_of(say, temperature=1.0))
-    told = explain_votes(logged).to_json()
+    told = Explanation(logged).to_json()
     assert sum(plan["probability"] for plan in told["plans"]) == pytest.approx(1)
     assert logged.deliberation is not None
     chance = logged.deliberation.probabilities[logged.deliberation.plan]
     assert f"was drawn, with a probability of {chance:.1%}: " in told["verdict"]
 
 
-def test_tables_show_the_best_plans_and_the_reference(decisions: list[DecisionRecord]) -> None:
-    shown = StringIO()
-    explanation = explain_votes(decisions[0])
-    Console(file=shown, width=120).print(explanation.table())
-    assert "(taken)" in shown.getvalue()
-    assert "(reference)" in shown.getvalue()
-    assert ROWS <= explanation.table().row_count <= ROWS + 2
-
-
 def test_a_rule_has_no_votes(
     make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
-    explanation = explain_votes(log_decision(make_observation(8), find_rule("top-down")))
+    explanation = Explanation(log_decision(make_observation(8), find_rule("top-down")))
     assert explanation.verdict == "At step 0 top-down decided; the log holds no candidates and no votes."
     assert explanation.to_json()["shapley"] is None
-    assert explanation.table().row_count == 0
+
+
+# What became of the ranks asked for ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Wants:
+    """A policy that wants certain ranks."""
+
+    ranks: tuple[int, ...]
+    name: str = "wants"
+
+    def decide(self, observation: Observation) -> Decision:
+        return Decision(np.array(self.ranks), np.zeros(len(self.ranks)), exact=True)
+
+
+def decided(make: Callable[..., Observation], log: Callable[..., DecisionRecord], *ranks: int, **problem: Any) -> Any:
+    observation = make(4, ranks=np.array([4, 4, 4, 4]), **problem)
+    return log(observation, Wants(ranks))
+
+
+def refused(logged: DecisionRecord) -> list[str]:
+    """Why modules did not get the rank asked for; each is told of one module."""
+    start, told = "1 module did not get the rank asked for: ", Explanation(logged).sentences()
+    return [text.removeprefix(start).rstrip(".") for text in told if text.startswith(start)]
+
+
+def test_every_reason_is_told(
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
+) -> None:
+    bounds = {"high": np.array([32, 2, 32, 32]), "low": np.array([0, 0, 6, 0])}
+    logged = decided(make_observation, log_decision, 5, 4, 4, 32, max_step=2, limit=1e9, **bounds)
+    assert logged.rank_after.tolist() == [4, 2, 8, 12]
+    assert refused(logged) == [
+        "the ladder has no such rank, and the next one below counts",
+        "their upper bound is lower",
+        "their lower bound is higher",
+        "no module may move further at one decision",
+    ]
+
+
+def test_pinned_modules_and_changes_by_a_person(
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
+) -> None:
+    logged = decided(make_observation, log_decision, 4, 8, 4, 4)
+    pinned, edited = np.array([False, True, False, False]), logged.rank_clipped.copy()
+    edited[1], edited[3] = 4, 16
+    assert refused(replace(logged, pinned=pinned, rank_clipped=edited, rank_after=edited)) == [
+        "they are pinned",
+        "it was given by hand, or changed by a limit of time",
+    ]
+
+
+def test_a_budget_lowers_and_its_rest_raises(
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
+) -> None:
+    logged = decided(make_observation, log_decision, 32, 32, 4, 4, limit=3000.0)
+    lowered = int((logged.rank_after < logged.rank_clipped).sum())
+    assert lowered >= 1
+    (sentence,) = [text for text in Explanation(logged).sentences() if "exceed the budget" in text]
+    assert sentence.startswith(f"{lowered} module")
+    same = Explanation(decided(make_observation, log_decision, 2, 2, 2, 2))
+    assert same.sentences() == ["Every module got the rank that the policy asked for."]

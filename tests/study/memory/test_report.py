@@ -1,11 +1,11 @@
-"""Tables and picture of memory show the numbers that they were given."""
+"""Table and picture of an outlook show the numbers that they were given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,28 +15,20 @@ from rankpilot.common.files import read_json
 from rankpilot.common.module_names import layer_titles
 from rankpilot.memory.batch_shape import BatchShape
 from rankpilot.memory.breakdown import KINDS, LOSS, Breakdown
-from rankpilot.study.memory.alternatives import Alternative, MemoryUse
+from rankpilot.memory.device_table import find_device_spec
+from rankpilot.memory.outlook import Choice, MeasuredStep
+from rankpilot.memory.verdict import CardUse
 from rankpilot.study.memory.config import MemoryConfig
-from rankpilot.study.memory.measured_step import MeasuredStep
 from rankpilot.study.memory.picture import memory_picture
-from rankpilot.study.memory.report import (
-    allocator_note,
-    change_table,
-    finding,
-    layer_table,
-    measured_table,
-    moment_text,
-    peak_table,
-    rank_table,
-    subject,
-    write_memory_report,
-)
+from rankpilot.study.memory.report import choice_table, choice_text, notes, subject, verdict_text, write_memory_report
 from rich.console import Console
 from rich.table import Table
 
 from ...cases import first_cases
 
 MIB = 2**20
+CARD = find_device_spec("RTX 4090")
+SHAPE = BatchShape(16, 64)
 
 
 def breakdown(layers: int, scale: float = 1.0) -> Breakdown:
@@ -49,35 +41,56 @@ def breakdown(layers: int, scale: float = 1.0) -> Breakdown:
     return Breakdown("backward: base_model.model", names, table, 0.0, tuple(np.repeat(names[1 : layers + 1], 2)))
 
 
-def memory_use(layers: int = 6, *, budget: bool = True, measured: MeasuredStep | None = None) -> MemoryUse:
-    asked, count = breakdown(layers), 2 * layers
+def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measured: MeasuredStep | None = None) -> Any:
+    """An outlook of given numbers, without a model."""
+    count = 2 * layers
     plan = np.full(count, 8)
     mixed = np.where(np.arange(count) % 2, 4, 16) * (np.arange(count) >= count // 2)
-    fits = {"fits": True} if budget else {}
-    rules = [Alternative("budget", f"{name} inside 60%", breakdown(layers, 0.5), mixed, **fits) for name in ("a", "b")]
-    return MemoryUse(
-        config=MemoryConfig("some/model", budget="60%" if budget else None),
-        task="classification",
-        device="cpu",
-        shape=BatchShape(16, 64),
-        modules=tuple(f"m{number}" for number in range(count)),
-        frozen_bytes=90 * MIB,
-        reference_bytes=asked.total,
-        alternatives=(
-            Alternative("asked", "rank 8 on all modules, as asked", asked, plan, False if budget else None),
-            Alternative("rank", "rank 1 on all modules", breakdown(layers, 0.9), np.ones(count, dtype=int), **fits),
-            Alternative("rank", "rank 32 on all modules", breakdown(layers, 1.3), 4 * plan, **fits),
-            Alternative("checkpointing", "with gradient checkpointing", breakdown(layers, 0.2), plan, **fits),
-            *(rules if budget else []),
+    scales: dict[int, float] = {}
+
+    def choice(kind: Any, scale: float, ranks: Any, again: int = 0, label: str = "") -> Choice:
+        total, rank = breakdown(layers, scale).total, int(ranks.max())
+        use = CardUse(CARD, 90 * MIB, int(total), 0, MIB, CARD.context_bytes, 0) if card else None
+        verdict: Any = use.verdict if use else ("fits" if total <= 0.6 * whole else "does not fit") if budget else None
+        recomputed = tuple(f"layer.{number}" for number in range(again))
+        time = 1 + again / 100 if card else None
+        made = Choice(kind, rank, layers, recomputed, ranks, total, use, time, verdict, SHAPE, label, _memory=None)  # type: ignore[arg-type]
+        scales[id(made)] = scale
+        return made
+
+    whole = breakdown(layers).total
+    choices = (
+        choice("depth" if card else "asked", 1.0, plan),
+        choice("depth", 0.2, plan, layers),
+        choice("rank", 0.9, np.ones(count, dtype=int)),
+        choice("rank", 1.3, 4 * plan),
+        *(choice("rule", 0.5, mixed, label=f"{name} inside 60%") for name in (("a", "b") if budget else ())),
+    )
+    return SimpleNamespace(
+        step=SimpleNamespace(
+            parameters=30e6,
+            frozen_bytes=90 * MIB,
+            targets=[SimpleNamespace(name=f"m{number}") for number in range(count)],
         ),
-        notes=("a note",),
-        limit_bytes=0.6 * asked.total if budget else None,
+        memory=SimpleNamespace(shape=SHAPE),
+        settings=MemoryConfig("some/model"),
+        facts={} if card else {"model": "some/model", "task": "classification", "device": "cpu"},
+        card=CARD if card else None,
+        rank=8,
+        blocks=layers,
+        recomputable=tuple(f"layer.{number}" for number in range(layers)),
+        reference_bytes=whole,
+        limit_bytes=CARD.memory_bytes if card else 0.6 * whole if budget else None,
+        choices=choices,
+        best=choices[0] if card else None,
+        grid=(),
         measured=measured,
+        notes=["a note"],
+        breakdown=lambda choice: breakdown(layers, scales[id(choice)]),
     )
 
 
-def printed(table: Table | None, width: int = 160) -> str:
-    assert table is not None
+def printed(table: Table, width: int = 160) -> str:
     console = Console(width=width, record=True, file=None, quiet=False)
     with console.capture() as capture:
         console.print(table)
@@ -90,82 +103,63 @@ def row_of(text: str, start: str) -> list[str]:
     return [cell.strip() for cell in line.strip("│").split("│")]
 
 
-def test_peak_by_kind() -> None:
-    text = printed(peak_table(memory_use()))
-    assert row_of(text, "tensors saved") == ["tensors saved for backward", "60 MiB", "66.7%"]
-    assert row_of(text, "total")[1] == "90 MiB"
-    assert row_of(text, "frozen model")[1] == "90 MiB"
-    assert "signal" not in text, "kinds of which there is nothing are left out"
-    assert "Peak of a training step: backward: loss" in text
-
-
-def first_column(text: str) -> list[str]:
-    return [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
-
-
-def test_layers_from_the_top() -> None:
-    text = printed(layer_table(memory_use()))
-    assert first_column(text) == ["loss and rest", "classifier", "layers 0 to 5, each", "embeddings"]
-    assert row_of(text, "layers") == ["layers 0 to 5, each", "10 MiB", "–", "4 MiB", "15.6%"]
-
-
-def test_only_layers_with_equal_cells_share_a_row() -> None:
-    use = memory_use()
-    use.breakdown.bytes[3, KINDS.index("saved")] += MIB
-    text = printed(layer_table(use))
-    layers = ["layers 3 to 5, each", "layer 2", "layers 0 to 1, each"]
-    assert first_column(text) == ["loss and rest", "classifier", *layers, "embeddings"]
-    assert row_of(text, "layer 2")[1] == "11 MiB"
-
-
-def test_ranks_by_layer() -> None:
-    text = printed(rank_table(memory_use()))
-    assert "Ranks inside 60%" in text
-    assert first_column(text) == ["layers 3 to 5, each", "layers 0 to 2, each"]
-    assert row_of(text, "layers 3") == ["layers 3 to 5, each", "16 ×1, 4 ×1", "16 ×1, 4 ×1"]
-    assert row_of(text, "layers 0")[1:] == ["–", "–"]
-    assert rank_table(memory_use(budget=False)) is None
-
-
-@pytest.mark.parametrize("make", [peak_table, layer_table, rank_table, change_table, measured_table])
-def test_tables_fit_a_narrow_terminal(make: Callable[[MemoryUse], Table | None]) -> None:
-    table = make(memory_use(30, measured=MeasuredStep(5)))
-    assert table is not None
-    text = printed(table, 80)
+@pytest.mark.parametrize("card", [False, True])
+def test_the_table_fits_a_narrow_terminal(card: bool) -> None:
+    text = printed(choice_table(outlook(30, card=card)), 80)
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
 
 
-def test_choices() -> None:
-    text = printed(change_table(memory_use()))
-    assert row_of(text, "rank 8") == ["rank 8 on all modules, as asked", "90 MiB", "", "100.0%", "no"]
-    assert row_of(text, "rank 32")[2:] == ["−28.0%", "128.0%", "yes"]
-    assert row_of(text, "with gradient")[2:4] == ["74.7%", "25.3%"]
+def test_choices_inside_a_budget() -> None:
+    text = printed(choice_table(outlook()))
+    asked = row_of(text, "all layers at rank 8 with no")
+    assert asked == ["all layers at rank 8 with no checkpointing, as asked", "90 MiB", "100.0%", "no"]
+    assert row_of(text, "all layers at rank 32")[1:] == ["115.2 MiB", "128.0%", "no"]
+    assert row_of(text, "all layers at rank 8 with checkpointing")[1:] == ["22.8 MiB", "25.3%", "yes"]
+    assert row_of(text, "a inside 60%")[1:] == ["48 MiB", "53.3%", "yes"]
     assert "budget 54 MiB" in text
-    assert "fits" not in printed(change_table(memory_use(budget=False)))
+    assert "fits" not in printed(choice_table(outlook(budget=False)))
+
+
+def test_choices_on_a_card() -> None:
+    text = printed(choice_table(outlook(card=True)))
+    asked = row_of(text, "all layers at rank 8 with no")
+    assert asked[:3] == ["all layers at rank 8 with no checkpointing", "90 MiB", "100.0%"]
+    assert asked[-2:] == ["yes", "1.00"]
+    assert row_of(text, "all layers at rank 8 with checkpointing")[-1] == "1.06"
+    assert "budget" not in text
 
 
 def test_measured_beside_predicted() -> None:
-    use = memory_use(measured=MeasuredStep(90 * MIB, 99 * MIB, 700 * MIB))
-    text = printed(measured_table(use))
-    assert row_of(text, "measured: live")[1:] == ["90 MiB", "100.0%"]
-    assert row_of(text, "measured: rise")[1:] == ["99 MiB", "110.0%"]
-    assert row_of(text, "peak resident")[1] == "700 MiB"
-    assert "MALLOC_MMAP_THRESHOLD_" in allocator_note(use)
-    assert not allocator_note(memory_use(measured=MeasuredStep(90 * MIB, 91 * MIB, 700 * MIB)))
-    cuda = replace(memory_use(measured=MeasuredStep(90 * MIB, reserved_bytes=200 * MIB)), device="cuda")
-    assert row_of(printed(measured_table(cuda)), "reserved")[1] == "200 MiB"
-    assert not allocator_note(cuda)
-    assert measured_table(memory_use()) is None
+    told = " ".join(notes(outlook(measured=MeasuredStep(90 * MIB, 99 * MIB, 700 * MIB))))
+    assert "A real step took 90 MiB of live tensors, 100.0% of predicted" in told
+    assert "the resident memory rose by 99 MiB, 110.0% of predicted" in told
+    assert "the process took 700 MiB at its peak" in told
+    assert "MALLOC_MMAP_THRESHOLD_" in told
+    calm = " ".join(notes(outlook(measured=MeasuredStep(90 * MIB, 91 * MIB, 700 * MIB))))
+    assert "MALLOC_MMAP_THRESHOLD_" not in calm
+    cuda = outlook(measured=MeasuredStep(90 * MIB, reserved_bytes=200 * MIB))
+    cuda.facts["device"] = "cuda"
+    told = " ".join(notes(cuda))
+    assert "90 MiB allocated by CUDA's allocator" in told
+    assert "reserved 200 MiB, the model included" in told
+    assert "A real step" not in " ".join(notes(outlook()))
 
 
 def test_words() -> None:
-    use = memory_use()
-    assert subject(use) == "model, classification, 16 x 64 tokens, rank 8 on 12 modules, adamw, cpu"
-    assert "67% of the peak" in finding(use)
-    assert "saves most, with gradient checkpointing, takes 25% of them" in finding(use)
-    assert moment_text("optimizer step") == "optimizer step"
-    assert moment_text("forward: base_model.model.lm_head.base_layer") == "forward: lm_head"
+    here, config = outlook(), MemoryConfig("some/model")
+    assert subject(here, config) == (
+        "model, classification, 0.03B parameters on cpu, 16 x 64 tokens, rank 8 on 12 modules of 6 layers, adamw"
+    )
+    assert subject(outlook(card=True), config).startswith("model, 0.03B parameters on RTX 4090, 16 x 64 tokens")
+    found = verdict_text(here)
+    assert "67% of the peak" in found
+    assert "saves most, all layers at rank 8 with checkpointing, takes 25% of them" in found
+    told = list(notes(here))
+    assert "backward: loss): 60 MiB tensors saved for backward; 12 MiB optimiser state" in told[0]
+    assert "signal" not in told[0], "kinds of which there is nothing are left out"
+    assert told[1] == "The frozen model, 90 MiB, is beside it, and in no budget."
+    assert told[-1] == "a note"
 
 
 def test_layer_titles_stay_different() -> None:
@@ -180,17 +174,17 @@ def test_layer_titles_stay_different() -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    use = memory_use(measured=MeasuredStep(5))
-    write_memory_report(use, tmp_path / "memory")
+    here = outlook(measured=MeasuredStep(5))
+    write_memory_report(here, MemoryConfig("some/model"), tmp_path / "memory")
     figures = read_json(tmp_path / "memory" / "memory.json")
     assert (tmp_path / "memory" / "memory.png").stat().st_size > 10_000
     layers = [sum(layer[kind] for kind in KINDS) for layer in figures["layers"]]
     assert sum(layers) + figures["margin_bytes"] == figures["peak_bytes"] == 90 * MIB
     assert sum(figures["kinds"].values()) == sum(layers)
-    assert figures["alternatives"][0]["ranks"]["m11"] == 8
-    assert figures["alternatives"][3]["share"] == pytest.approx(0.2533, abs=1e-3)
+    assert figures["choices"][0]["ranks"]["m11"] == 8
+    assert figures["choices"][1]["share"] == pytest.approx(0.2533, abs=1e-3)
     assert figures["measured"]["peak_bytes"] == 5
-    assert figures["config"]["model"] == "some/model"
+    assert figures["model"] == "some/model"
 
 
 def boxes(figure: Figure) -> dict[str, tuple[float, float, float, float]]:
@@ -208,9 +202,17 @@ def boxes(figure: Figure) -> dict[str, tuple[float, float, float, float]]:
     }
 
 
-@pytest.mark.parametrize(("layers", "budget"), first_cases(2, [(30, True), (80, False), (2, True), (6, False)]))
-def test_no_text_of_the_picture_overlaps_or_leaves_it(layers: int, budget: bool) -> None:
-    figure = memory_picture(memory_use(layers, budget=budget))
+def picture_of(shown: Any) -> Figure:
+    texts = [choice_text(shown, choice) for choice in shown.choices]
+    return memory_picture(shown, texts, subject(shown, MemoryConfig("some/model")))
+
+
+@pytest.mark.parametrize(
+    ("layers", "budget", "card"),
+    first_cases(3, [(30, True, False), (80, False, False), (30, False, True), (2, True, False), (6, False, False)]),
+)
+def test_no_text_of_the_picture_overlaps_or_leaves_it(layers: int, budget: bool, card: bool) -> None:
+    figure = picture_of(outlook(layers, budget=budget, card=card))
     texts = boxes(figure)
     width, height = figure.canvas.get_width_height()
     for name, (left, bottom, right, top) in texts.items():
@@ -225,9 +227,16 @@ def test_no_text_of_the_picture_overlaps_or_leaves_it(layers: int, budget: bool)
 
 
 def test_bars_are_the_bytes() -> None:
-    use = memory_use()
-    top, bottom = memory_picture(use).axes
+    here = outlook()
+    top, bottom = picture_of(here).axes
     assert sum(patch.get_width() for patch in top.patches) == pytest.approx(90)
     assert sum(patch.get_width() for patch in bottom.patches) == pytest.approx(
-        sum(choice.peak_bytes for choice in use.alternatives) / MIB
+        sum(choice.step_bytes for choice in here.choices) / MIB
     )
+
+
+def test_bars_of_a_card_are_all_that_it_holds() -> None:
+    here = outlook(card=True)
+    _, bottom = picture_of(here).axes
+    held = sum(choice.use.total_bytes for choice in here.choices) / 2**30
+    assert sum(patch.get_width() for patch in bottom.patches) == pytest.approx(held)

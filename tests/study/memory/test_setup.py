@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import plan_ahead
-from rankpilot.study.memory.alternatives import memory_use
 from rankpilot.study.memory.config import MemoryConfig
+from rankpilot.study.memory.setup import memory_here
 
 from ...cases import first_cases
 from ...data.small_models import WORDS, save, write_rows
@@ -48,7 +48,8 @@ def test_both_commands_name_the_same_peak(
     step = {"batch_size": 4, "max_length": 16, **settings}
     model = save(name, tmp_path / name, chat=data == "chats")
     planned = plan_ahead(FinetuneConfig(model, rows[data], policy="signal-mean", budget="100%", steps=4, **step))
-    use = memory_use(MemoryConfig(model, rows[data], measure=True, **step), lambda text: None)
-    assert use.reference_bytes == use.breakdown.total == planned.limit
-    assert use.measured is not None
-    assert 0.97 * use.breakdown.total <= use.measured.peak_bytes <= use.breakdown.total
+    outlook = memory_here(MemoryConfig(model, rows[data], measure=True, **step), lambda text: None)
+    asked = outlook.choices[0]
+    assert outlook.reference_bytes == outlook.breakdown(asked).total == asked.step_bytes == planned.limit
+    assert outlook.measured is not None
+    assert 0.97 * asked.step_bytes <= outlook.measured.peak_bytes <= asked.step_bytes

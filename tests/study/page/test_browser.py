@@ -26,7 +26,9 @@ HOSTILE = "encoder.layer.5.<img src=x onerror=window['harmed']=1>"
 
 @pytest.fixture
 def page_file(run_folder: Path, tmp_path: Path) -> Path:
-    """One run, with an explanation of each decision."""
+    """One run, with an adapter and an explanation of each decision."""
+    adapter = run_folder / "rankpilot" / "adapter"
+    write_json(adapter / "adapter_config.json", {"task_type": "SEQ_CLS", "base_model_name_or_path": "some/model"})
     return written(tmp_path / "study.html", [read_run(run_folder)])
 
 
@@ -71,6 +73,8 @@ def test_every_view_by_pointer(page_file: Path, visit: Callable[..., Visit]) -> 
     table.locator(".sorter", has_text="got").click()
     assert "layer 5 query" in table.locator("tbody tr").first.inner_text()
     assert here.count("[aria-sort=descending]") == 1
+    assert "AutoPeftModelForSequenceClassification.from_pretrained" in here.text("#adapter pre")
+    assert "gives identical outputs" in here.text("#adapter")
     here.page.locator("#settings summary").click()
     assert "100MiB" in here.text("#settings table")
 
@@ -121,6 +125,12 @@ def test_widths_and_themes(page_of_two: Path, visit: Callable[..., Visit], width
     tall = here.page.locator("#ranks canvas").first.bounding_box()
     assert tall["height"] > 100
     assert tall["width"] <= width
+
+
+def test_curves_of_one_folder_are_told_apart(page_file: Path, page_of_two: Path, visit: Callable[..., Visit]) -> None:
+    looks = "new Set(['rankpilot', 'uniform', 'all-linear'].map((name) => styleOf(0, name).%s)).size"
+    assert visit(page_file).page.evaluate(looks % "color()") == 3
+    assert visit(page_of_two).page.evaluate(looks % "dash") == 3
 
 
 def test_runs_side_by_side(page_of_two: Path, visit: Callable[..., Visit]) -> None:

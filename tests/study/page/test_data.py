@@ -14,10 +14,16 @@ from rankpilot.allocation.log import DecisionRecord
 from rankpilot.common.files import read_json, write_json
 from rankpilot.memory.cost import ParameterCost
 from rankpilot.study.page import data as page
-from rankpilot.study.page.curves import MOST_POINTS, curve, numbers, plain
-from rankpilot.study.page.data import page_data
-from rankpilot.study.page.explanation import MOST_PLANS, shown_explanation
-from rankpilot.study.page.modules import Modules
+from rankpilot.study.page.data import (
+    MOST_PLANS,
+    MOST_POINTS,
+    Modules,
+    curve,
+    numbers,
+    page_data,
+    plain,
+    shown_explanation,
+)
 from rankpilot.study.run.run_data import read_run, run_names
 
 from ..conftest import MIB, MODULES, STEPS, plans, problem_of, write_decisions

@@ -6,16 +6,10 @@ import base64
 import gzip
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pytest
 from rankpilot.study.page.html import ASSETS, SCRIPTS, STYLES, study_html, write_page
-from rankpilot.study.policy.suite_page import SCRIPTS as SUITE_SCRIPTS
-from rankpilot.study.policy.suite_page import suite_html
 
-ALL_SCRIPTS = (*SCRIPTS, *(name for name in SUITE_SCRIPTS if name not in SCRIPTS))
 HOSTILE = "</script><img src=x onerror=alert(1)>{{script}} \\1"
 
 
@@ -25,9 +19,8 @@ def data_of(page: str) -> object:
     return json.loads(gzip.decompress(base64.b64decode(packed[1])))
 
 
-@pytest.mark.parametrize("page_of", [study_html, suite_html])
-def test_it_is_small_and_fetches_nothing(page_of: Callable[[dict[str, Any]], str]) -> None:
-    page = page_of({})
+def test_it_is_small_and_fetches_nothing() -> None:
+    page = study_html({})
     assert len(page.encode()) < 300_000
     assert "default-src 'none'" in page
     assert not re.search(
@@ -45,7 +38,7 @@ def test_data_come_back_and_cannot_end_the_script() -> None:
 
 
 def test_text_enters_the_page_as_text_alone() -> None:
-    code = "".join((ASSETS / name).read_text() for name in ALL_SCRIPTS if not name.startswith("uplot"))
+    code = "".join((ASSETS / name).read_text() for name in SCRIPTS if not name.startswith("uplot"))
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", code)
 
 
@@ -57,7 +50,7 @@ def test_equal_data_give_equal_bytes(tmp_path: Path) -> None:
 
 def test_every_asset_is_in_the_page() -> None:
     present = {str(path.relative_to(ASSETS)) for path in ASSETS.rglob("*") if path.is_file()}
-    assert present == {*STYLES, *ALL_SCRIPTS, "page.html", "uplot/LICENSE"}
-    for name in ALL_SCRIPTS:
+    assert present == {*STYLES, *SCRIPTS, "page.html", "uplot/LICENSE"}
+    for name in SCRIPTS:
         lines = (ASSETS / name).read_text().splitlines()
         assert len(lines) <= 400, name

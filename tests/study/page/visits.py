@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,20 +11,39 @@ from typing import Any
 
 import pytest
 
-CHROMIUM = Path("/usr/bin/chromium")
+playwright = pytest.importorskip("playwright.sync_api", reason='playwright is missing: pip install -e ".[test]"')
 PHONE, DESKTOP = 360, 1200
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the page's browser tests need rankpilot[browser]")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+"""Programs that show the page as Chromium does; RANKPILOT_BROWSER names another."""
+
+
+def find_browser() -> str | None:
+    """The path of a browser on this machine: the one named, one on the PATH, or one that playwright downloaded."""
+    named = os.environ.get("RANKPILOT_BROWSER")
+    if named:
+        return named
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    caches = (Path.home() / ".cache/ms-playwright", Path.home() / "Library/Caches/ms-playwright")
+    downloaded = (path for cache in caches for path in sorted(cache.glob("chromium-*/chrome-*/chrome")))
+    return found or next(map(str, downloaded), None)
+
+
+BROWSER = find_browser()
 MARKS = [
     pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"the page's browser tests need {CHROMIUM}"),
+    pytest.mark.skipif(
+        BROWSER is None,
+        reason="no browser for the study page: apt-get install chromium, or .venv/bin/playwright install chromium, or "
+        "name one in RANKPILOT_BROWSER",
+    ),
 ]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        running = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield running
         running.close()
 

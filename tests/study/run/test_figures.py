@@ -5,20 +5,17 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from rankpilot.common.drawing import BUDGET_RED, save_figure, smooth
+from rankpilot.common.drawing import save_figure, smooth
 from rankpilot.common.module_names import short_names
-from rankpilot.study.run.figures import learning_curve, loss_curves
+from rankpilot.study.run.figures import learning_curve
 from rankpilot.study.run.heatmap import rank_heatmap
-from rankpilot.study.run.memory_figure import cost_timeline
 
-MIB = 2**20
 LLAMA = [
     f"model.layers.{layer}.{kind}"
     for layer in range(143)
@@ -161,113 +158,6 @@ def test_short_names() -> None:
 def test_short_names_of_two_stacks_stay_different() -> None:
     t5 = [f"{stack}.block.0.layer.0.SelfAttention.q" for stack in ("encoder", "decoder")]
     assert len({str(name) for name in short_names(t5)}) == 2
-
-
-def test_costs_are_drawn_near_the_budget() -> None:
-    runs = {"rankpilot": [(10, 60 * MIB), (20, 90 * MIB)], "uniform": [(10, 80 * MIB)]}
-    figure = cost_timeline(runs, [(0, 100 * MIB)], [(0, 70 * MIB), (10, 95 * MIB)])
-    axes, errors = figure.axes
-    levels = [set(np.asarray(line.get_ydata()).tolist()) for line in axes.lines]
-    assert {100.0} in levels
-    assert {60.0, 90.0} in levels
-    assert {70.0, 95.0} in levels
-    assert 40 < axes.get_ylim()[0] < 60
-    assert axes.get_ylim()[1] > 100
-    assert "MiB" in axes.get_ylabel()
-    title = "rankpilot keeps to the budget at every measured step: at most 90 of 100 MiB (90%)"
-    assert texts(figure) == [title, f"The axis starts at {axes.get_ylim()[0]:.3g} MiB."]
-    assert [text.get_text() for text in axes.texts] == ["budget 100 MiB"]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "headroom",
-        "predicted",
-        "rankpilot, measured",
-        "uniform, measured",
-    ]
-    # The decision after step 10 is in force from step 11 on.
-    (points,) = (line for line in errors.lines if line.get_marker() == "o")
-    assert np.asarray(points.get_ydata()) == pytest.approx([100 * (60 / 70 - 1), 100 * (90 / 95 - 1)])
-    assert errors.get_title(loc="left") == "Measured beside predicted: −14% where they differ most"
-
-
-def test_costs_far_below_the_budget_are_drawn_from_zero() -> None:
-    figure = cost_timeline({"rankpilot": [(1, 20 * MIB)]}, [(0, 100 * MIB)], [(0, 20 * MIB)])
-    assert figure.axes[0].get_ylim()[0] == 0
-    assert len(texts(figure)) == 1
-
-
-def test_a_gibibyte_budget_has_an_axis_in_gibibytes() -> None:
-    figure = cost_timeline({"rankpilot": [(1, 12000 * MIB)]}, [(0, 12 * 1024 * MIB)])
-    (axes,) = figure.axes
-    assert "GiB" in axes.get_ylabel()
-    assert texts(figure)[0].endswith("at most 11.7 of 12 GiB (98%)")
-
-
-def test_a_budget_that_is_nearly_full_is_not_called_full() -> None:
-    figure = cost_timeline({"rankpilot": [(1, 99.98 * MIB)]}, [(0, 100 * MIB)], [(0, 99.97 * MIB)])
-    assert texts(figure)[0].endswith("at most 100 of 100 MiB (99.9%)")
-    assert figure.axes[0].get_ylim()[0] > 99.8
-
-
-def test_costs_in_parameters() -> None:
-    figure = cost_timeline({}, [(0, 300_000)], [(0, 240_000), (10, 290_000)], "parameters", 50)
-    (axes,) = figure.axes
-    assert axes.get_ylabel() == "parameters"
-    assert axes.get_xlim() == (0, 50)
-    assert texts(figure)[0] == "Plans take at most 290,000 of 300,000 parameters"
-
-
-def test_a_budget_that_changed_is_that_of_its_time() -> None:
-    limits = [(0, 100 * MIB), (10, 60 * MIB)]
-    kept = cost_timeline({"rankpilot": [(10, 90 * MIB), (11, 57 * MIB)]}, limits, [(0, 91 * MIB), (10, 58 * MIB)])
-    assert texts(kept)[0].endswith("keeps to the budget at every measured step: at most 57 of 60 MiB (95%)")
-    (budget,) = (line for line in kept.axes[0].lines if line.get_color() == BUDGET_RED)
-    assert np.asarray(budget.get_xydata()).tolist() == [[0, 100], [10, 60], [11, 60]]
-    over = cost_timeline({"rankpilot": [(10, 90 * MIB), (11, 90 * MIB)]}, limits)
-    assert texts(over)[0] == "rankpilot exceeds the budget at 1 of 2 measured steps: 90 of 60 MiB"
-
-
-def test_costs_say_so_when_the_budget_is_exceeded() -> None:
-    figure = cost_timeline({"uniform": [(1, 60 * MIB), (2, 120 * MIB)]}, [(0, 100 * MIB)])
-    assert texts(figure)[0] == "uniform exceeds the budget at 1 of 2 measured steps: 120 of 100 MiB"
-    assert figure.axes[0].get_ylim()[1] > 120
-
-
-def test_loss_curves_label_the_last_values() -> None:
-    runs = {
-        "rankpilot": {"train": [(1, 1.0), (2, 0.5), (3, float("nan"))], "eval": [(2, 0.9)]},
-        "uniform": {"train": [(1, 1.0), (2, 0.6)], "eval": [(2, 1.0)]},
-    }
-    figure = loss_curves(runs, [1])
-    assert texts(figure)[0] == "rankpilot ends 10.0% below uniform on held-out data: 0.900 against 1.000"
-    train, held_out = figure.axes
-    assert {text.get_text() for text in held_out.texts} == {"0.900", "1.000"}
-    assert {text.get_text() for text in train.texts} == {"0.500", "0.600"}
-
-
-def test_losses_of_a_short_run_are_points() -> None:
-    runs = {"rankpilot": {"train": [(5, 0.9)], "eval": [(6, 0.8)]}}
-    train, held_out = loss_curves(runs).axes
-    for axes, point in ((train, (5, 0.9)), (held_out, (6, 0.8))):
-        (line,) = axes.lines
-        assert (line.get_marker(), line.get_xydata().tolist()) == ("o", [list(point)])
-        assert axes.get_xlim() == (0, 1.02 * 6), "both panels have the steps of the run"
-    many = {"rankpilot": {"train": [(step, 1.0) for step in range(100)], "eval": []}}
-    assert [line.get_marker() for line in loss_curves(many).axes[0].lines] == ["None", "None"]
-
-
-def test_labels_of_close_curves_do_not_overlap() -> None:
-    runs = {name: {"train": [], "eval": [(0, 1.0), (9, 0.5 + i / 1e4)]} for i, name in enumerate("abc")}
-    figure = loss_curves(runs)
-    figure.savefig(io.BytesIO(), format="png")
-    boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
-    assert len(boxes) == 3
-    assert all(low.y1 <= high.y0 + 2 for low, high in pairwise(boxes))
-
-
-def test_loss_curves_without_held_out_data() -> None:
-    figure = loss_curves({"rankpilot": {"train": [(1, 1.0), (2, 0.5)], "eval": []}})
-    assert len(figure.axes) == 1
-    assert "no held-out" in texts(figure)[0]
 
 
 def progress(iterations: int) -> list[dict[str, float]]:

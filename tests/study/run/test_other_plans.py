@@ -34,32 +34,11 @@ def test_plans_of_the_log(log: DecisionLog) -> None:
     assert Counter(other_plan(log, "shuffled").values()) == Counter(LAST)
 
 
-@pytest.mark.parametrize("form", ["{}", '{{"approved": true, "modules": {}}}'])
-def test_plans_of_files(log: DecisionLog, tmp_path: Path, form: str) -> None:
+def test_the_plan_of_a_file(log: DecisionLog, tmp_path: Path) -> None:
     ranks = dict(zip(MODULES, (1, 0, 16), strict=True))
     path = tmp_path / "plan.yaml"
-    entries = ranks if form == "{}" else {name: {"rank": rank, "before": 3} for name, rank in ranks.items()}
-    path.write_text(form.format(json.dumps(entries)))
+    path.write_text(json.dumps({"modules": ranks}))
     assert other_plan(log, str(path)) == ranks
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[", "cannot be read as YAML"),
-        ("", "holds no ranks"),
-        ("[1, 2]", "holds no ranks"),
-        ("a: -1", "The rank of 'a' in .* is -1"),
-        ("a: 2.5", "is 2.5; it is a whole number"),
-        ("a: true", "is True"),
-        ("1: 4", "The rank of 1 "),
-    ],
-)
-def test_files_that_hold_no_plan(log: DecisionLog, tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "plan.yaml"
-    path.write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        other_plan(log, str(path))
 
 
 def test_an_unknown_name(log: DecisionLog) -> None:

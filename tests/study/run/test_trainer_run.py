@@ -1,4 +1,4 @@
-"""The report of a script with a Trainer and the callback, from what they themselves wrote."""
+"""The page of a script with a Trainer and the callback, from what they themselves wrote."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from rankpilot.finetune.callback import RankPilotCallback
-from rankpilot.study.run.report import write_report
+from rankpilot.study.page.data import page_data
+from rankpilot.study.run.heatmap import write_rank_picture
+from rankpilot.study.run.run_data import read_run
 from transformers import Trainer, TrainingArguments
 
 
-def test_report_of_a_trainer_with_the_callback(make_llama: Callable[..., Any], tmp_path: Path) -> None:
+def test_page_of_a_trainer_with_the_callback(make_llama: Callable[..., Any], tmp_path: Path) -> None:
     rows = [{"input_ids": (row := torch.randint(0, 64, (8,))), "labels": row} for _ in range(16)]
     arguments = TrainingArguments(
         str(tmp_path / "out"),
@@ -34,15 +36,15 @@ def test_report_of_a_trainer_with_the_callback(make_llama: Callable[..., Any], t
         eval_dataset=rows[:4],
         callbacks=[callback],
     ).train()
-    report = write_report(tmp_path / "out")
-    assert not report.run.missing
-    assert [step for step, _ in report.run.points("rankpilot", "loss")] == [2, 4, 6, 8]
-    assert [step for step, _ in report.run.points("rankpilot", "eval_loss")] == [4, 8]
-    assert {limit for _, limit in report.run.limits} == {callback.limit}
-    assert report.run.peaks()["rankpilot"]
-    assert report.run.steps == 8
-    text = report.path.read_text()
-    for name in ("ranks", "loss", "memory"):
-        assert (tmp_path / "out" / "figures" / f"{name}.png").is_file()
-    assert f"The adapter is in `{tmp_path / 'out' / 'checkpoint-8'}`" in text
-    assert text.count("\nstep ") == len(callback.predictions)
+    run = read_run(tmp_path / "out")
+    assert not run.missing
+    assert [step for step, _ in run.points("rankpilot", "loss")] == [2, 4, 6, 8]
+    assert [step for step, _ in run.points("rankpilot", "eval_loss")] == [4, 8]
+    assert {limit for _, limit in run.limits} == {callback.limit}
+    assert run.peaks()["rankpilot"]
+    assert run.steps == 8
+    assert write_rank_picture(run) == tmp_path / "out" / "ranks.png"
+    (page,) = page_data([run], [None])["runs"]
+    assert page["adapter"]["folder"] == str(tmp_path / "out" / "checkpoint-8")
+    assert len(page["decisions"]) == len(callback.predictions)
+    assert set(page["sentences"]) == {"costs", "ranks", "losses"}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,8 @@ import pytest
 from rankpilot.allocation.deliberation import Deliberation
 from rankpilot.allocation.goal import Goal
 from rankpilot.common.files import append_json_line, read_json, write_json
-from rankpilot.study.run.report import write_report
 from rankpilot.study.run.run_data import RunData, read_run
-from rankpilot.study.run.verdict import rise_of, verdict
+from rankpilot.study.run.verdict import comparison_rows, cost_sentence, loss_sentence, rise_of, verdict
 
 from ...allocation.test_deliberation import four_plans
 from ..conftest import MIB
@@ -55,12 +55,12 @@ def test_a_held_out_loss_that_rises_is_said_even_if_it_beats_uniform(
     summary = read_json(folder / "summary.json")
     summary["runs"]["uniform"]["held_out_loss"] = 0.718
     write_json(folder / "summary.json", summary)
-    lines = write_report(folder).path.read_text().split("\n\n")
-    assert lines[1] == (
-        "**The held-out loss rose during the run: from 0.675 at step 50 to 0.715 at step 200. Train fewer steps, or "
-        "lower the learning rate.**"
+    found = verdict(read_run(folder))
+    assert found.warnings == (
+        "The held-out loss rose during the run: from 0.675 at step 50 to 0.715 at step 200. Train fewer steps, or "
+        "lower the learning rate.",
     )
-    assert lines[2] == "rankpilot's held-out loss is 0.4% lower than that of uniform ranks."
+    assert found.results == ("rankpilot's held-out loss is 0.4% lower than that of uniform ranks.",)
 
 
 def test_what_a_run_saves_beside_plain_lora(run_folder: Path) -> None:
@@ -106,7 +106,8 @@ def test_a_held_out_loss_that_has_blown_up(
         "The run diverged: the held-out loss is 1.2e+31 at its end, and the first training loss 0.7. Lower the "
         "learning rate."
     )
-    assert "| 1.2e+31 |" in write_report(folder).path.read_text()
+    losses = {label: cells for label, cells, _ in comparison_rows([read_run(folder)])}["held-out loss"]
+    assert losses[0] == "1.2e+31"
 
 
 def that_computed(folder: Path, found: Deliberation) -> RunData:
@@ -170,13 +171,67 @@ def test_a_peak_above_the_budget(with_metrics: Callable[[Mapping[int, Mapping[st
     assert verdict(read_run(folder)).warnings == ("The peak was above the budget at 1 of 2 measured steps.",)
 
 
-def test_a_reload_that_differs_and_several_warnings(run_folder: Path) -> None:
-    edit_results(run_folder, held_out_accuracy=0.4)
-    summary = read_json(run_folder / "summary.json")
-    write_json(run_folder / "summary.json", summary | {"reload": {"identical": False, "max_abs_difference": 0.25}})
-    assert [line.split()[1] for line in verdict(read_run(run_folder)).warnings] == ["model", "saved"]
-
-
 def test_a_run_without_results(run_folder: Path) -> None:
     (run_folder / "summary.json").unlink()
     assert verdict(read_run(run_folder)).results == ("The latest held-out loss is 0.3840, at step 200.",)
+
+
+# What pictures show, in words -----------------------------------------------------------------------------------------
+
+
+def run_of(
+    peaks: Mapping[str, list[tuple[int, float]]],
+    limits: list[tuple[int, float]],
+    predicted: list[float] | None = None,
+    unit: str = "bytes",
+) -> RunData:
+    """A run with measured peaks, and a decision at each step at which the budget or the plan changes."""
+    decisions: list[Any] = [
+        SimpleNamespace(
+            step=step,
+            predicted_cost=cost,
+            measured_cost=None,
+            problem=SimpleNamespace(limit=limit, cost=SimpleNamespace(unit=unit)),
+        )
+        for (step, limit), cost in zip(limits, predicted or [0.0] * len(limits), strict=True)
+    ]
+    metrics = {name: [{"step": step, "peak_bytes": peak} for step, peak in points] for name, points in peaks.items()}
+    return RunData(Path(), {}, metrics, decisions, ())
+
+
+def test_costs_beside_the_budget() -> None:
+    runs = {"rankpilot": [(10, 60 * MIB), (20, 90 * MIB)], "uniform": [(10, 80 * MIB)]}
+    found = cost_sentence(run_of(runs, [(0, 100 * MIB), (10, 100 * MIB)], [70 * MIB, 95 * MIB]))
+    assert found == "rankpilot keeps to the budget at every measured step: at most 90 of 100 MiB (90%)"
+    gibibytes = cost_sentence(run_of({"rankpilot": [(1, 12000 * MIB)]}, [(0, 12 * 1024 * MIB)]))
+    assert gibibytes.endswith("at most 11.7 of 12 GiB (98%)")
+    nearly = cost_sentence(run_of({"rankpilot": [(1, 99.98 * MIB)]}, [(0, 100 * MIB)]))
+    assert nearly.endswith("at most 100 of 100 MiB (99.9%)")
+    over = cost_sentence(run_of({"uniform": [(1, 60 * MIB), (2, 120 * MIB)]}, [(0, 100 * MIB)]))
+    assert over == "uniform exceeds the budget at 1 of 2 measured steps: 120 of 100 MiB"
+
+
+def test_costs_of_which_nothing_was_measured() -> None:
+    counted = run_of({}, [(0, 300_000), (10, 300_000)], [240_000, 290_000], "parameters")
+    assert cost_sentence(counted) == "Plans take at most 290,000 of 300,000 parameters"
+    planned = run_of({}, [(0, 100 * MIB)], [90 * MIB])
+    assert cost_sentence(planned) == "Plans take at most 90 of 100 MiB; nothing was measured"
+    known = replace(planned, decisions=(), summary={"runs": {"rankpilot": {"budget_bytes": 100 * MIB}}})
+    assert cost_sentence(known) == "Budget of 100 MiB; nothing was measured"
+    assert cost_sentence(replace(planned, decisions=())) == ""
+
+
+def test_a_budget_that_changed_is_that_of_its_time() -> None:
+    limits = [(0, 100 * MIB), (10, 60 * MIB)]
+    kept = cost_sentence(run_of({"rankpilot": [(10, 90 * MIB), (11, 57 * MIB)]}, limits, [91 * MIB, 58 * MIB]))
+    assert kept.endswith("keeps to the budget at every measured step: at most 57 of 60 MiB (95%)")
+    over = cost_sentence(run_of({"rankpilot": [(10, 90 * MIB), (11, 90 * MIB)]}, limits))
+    assert over == "rankpilot exceeds the budget at 1 of 2 measured steps: 90 of 60 MiB"
+
+
+def test_losses_in_words() -> None:
+    both = loss_sentence({"rankpilot": 0.9, "uniform": 1.0})
+    assert both == "rankpilot ends 10.0% below uniform on held-out data: 0.900 against 1.000"
+    assert "end level" in loss_sentence({"rankpilot": 1.0, "uniform": 1.0001})
+    assert loss_sentence({"rankpilot": 0.5}) == "rankpilot ends at a held-out loss of 0.500"
+    assert "no held-out" in loss_sentence({})

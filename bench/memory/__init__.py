@@ -1,1 +1,0 @@
-"""Predicted bytes beside measured ones."""

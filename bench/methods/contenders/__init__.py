@@ -1,1 +1,0 @@
-"""The methods that are compared: a file each; `registry.py` lists them."""

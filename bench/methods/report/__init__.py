@@ -1,1 +1,0 @@
-"""What the stored rows of the methods benchmark say: figures, tables, pictures, plain words."""

@@ -1,0 +1,60 @@
+"""`python -m benchmarks NAME`, from a checkout: what is claimed, measured again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from rich.console import Console
+
+from rankpilot.errors import RankPilotError, UnknownNameError
+
+BENCHMARKS = {
+    "overhead": ("overhead", "time and memory of a step, beside LoRA and AdaLoRA"),
+    "step-time": ("step_time", "predicted time of a step under any plan, and measured; budgets of time"),
+    "memory": ("memory", "predicted bytes of a training step, and measured"),
+    "published": ("published", "peaks that others measured on GPUs, and predicted"),
+    "env-speed": ("env_speed", "speed of stacked episodes, beside PEFT"),
+    "methods": ("methods.run", "adaptive and static ranks side by side, on real models, each tuned alike"),
+    "methods-report": ("methods.report", "tables, figures and answers from the stored rows of methods"),
+    "plan-runs": ("plan_runs", "many plans for real fine-tunes, from which value networks learn"),
+}
+"""The module of each benchmark and what it measures; a module has `Options` and `benchmark(options, console)`."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one benchmark; returns the exit status.
+
+    Args:
+        arguments: the benchmark's name and its options. Without a name, or with --help, all names are listed.
+
+    Raises:
+        UnknownNameError: there is no benchmark of that name.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, BENCHMARKS))
+        lines = [f"  [bold]python -m benchmarks {name:{width}}[/]  {told}" for name, (_, told) in BENCHMARKS.items()]
+        first = "Measure again what docs/experiments.md reports.\n"
+        last = "\nEach has its own --help and --json FILE (the figures), and nearly all have --quick (under a minute)."
+        Console().print("\n".join([first, *lines, last]), highlight=False, soft_wrap=True)
+        return 0 if arguments else 2
+    name, *options = arguments
+    if name not in BENCHMARKS:
+        raise UnknownNameError.of("benchmark", name, BENCHMARKS)
+    module = import_module(f"benchmarks.{BENCHMARKS[name][0]}")
+    import_module("benchmarks.harness").run_command(name, module.Options, module.benchmark, options)
+    return 0
+
+
+def main() -> int:
+    """Run one benchmark; a mistake of the caller is told in one line."""
+    try:
+        return run(sys.argv[1:])
+    except RankPilotError as error:
+        Console(stderr=True).print(f"python -m benchmarks: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

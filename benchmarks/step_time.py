@@ -1,0 +1,243 @@
+"""The time of a step that is predicted from a few timed steps, beside the time that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from rankpilot.allocation.plan import project
+from rankpilot.allocation.problem import AllocationProblem
+from rankpilot.allocation.time_limit import TimeLimit
+from rankpilot.common.arrays import FloatArray, IntArray
+from rankpilot.common.statistics import rank_correlation
+from rankpilot.common.tables import make_table
+from rankpilot.common.workers import isolated
+from rankpilot.data.models import load_model
+from rankpilot.errors import ConfigError
+from rankpilot.finetune.recomputation import Recomputation
+from rankpilot.lora.ladder import REFERENCE_RANK, RankLadder
+from rankpilot.memory.budget import TimeBudget
+from rankpilot.memory.calibration import highest_ranks
+from rankpilot.memory.cost import ParameterCost
+from rankpilot.memory.measured_time import TimedPlan, measure_step_time, measured_share, usual_seconds
+from rankpilot.memory.step_time import StepTime
+from rankpilot.memory.training_step import TrainingStep, model_loss
+
+from .harness import Figures, clock_for, interleave, machine_facts, paired_ratios, with_progress
+from .models import LORA, Family, Learner, Size, random_loader, random_model
+
+BUDGET = "75%"
+FAMILIES: tuple[Family, ...] = ("llama", "bert", "gpt2")
+LLAMA, MINILM = "llama-30x256", "all-minilm-l6-v2"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Predict the time of a training step under random plans, and measure it.
+
+    Plans differ in ranks, in depth, in the modules that have an adapter, and in the layers that run again. The times of
+    a handful of other plans predict them. Models: a random Llama of 30 layers x 256, and MiniLM (packaged). Then random
+    models are planned with time="75%" and random scores, without a limit of bytes, as a run does: the plan is timed,
+    and made anew until its prediction holds. Its steps are timed in turn with those of plain LoRA. CPU time of one
+    thread on a CPU. Takes about half an hour.
+
+    Attributes:
+        plans: of each model, at least 3.
+        models: that are planned under a budget of time, at least 1.
+        rounds: how often each step is timed, at least 1; the median counts.
+        quick: under a minute: one small Llama, 12 plans, 2 models.
+        json: also write the figures to this file, as flat JSON with names like "llama-30x256.median_error".
+    """
+
+    plans: int = 60
+    models: int = 20
+    rounds: int = 3
+    quick: bool = False
+    json: Path | None = None
+
+
+class _Timed:
+    """A model whose step can be timed under any plan, and the prediction of its time."""
+
+    def __init__(self, family: Family, size: Size, base: PreTrainedModel, seed: int, *, recompute: bool) -> None:
+        base.config.use_cache = False
+        self.learner = Learner(base, LoraConfig(**LORA[family]))
+        self.batch = next(iter(random_loader(family, size, seed, batches=1)))
+        self.targets = self.learner.targets
+        self.recomputation = Recomputation(self.learner.model) if recompute else None
+        take = self.recomputation.take if self.recomputation else None
+        self.layers = self.recomputation.layers if self.recomputation else ()
+        self.step = TrainingStep(self.learner.model, model_loss(self.learner.model), self.learner.optimizer)
+        self.time: StepTime = measure_step_time(self.step, self.targets, self.batch, take)
+        self.most = highest_ranks(self.targets)
+
+    def seconds(self, plans: Sequence[TimedPlan], rounds: int) -> dict[str, FloatArray]:
+        """Seconds of each plan in each round, by its number; plans take turns."""
+
+        def work(plan: TimedPlan) -> Callable[[int], None]:
+            return lambda turn: self.learner.step(self.batch)
+
+        device = self.batch["input_ids"].device
+        clock, found = clock_for(device), {str(number): np.zeros(rounds) for number in range(len(plans))}
+        for turn in range(rounds):
+            for number, plan in enumerate(plans):
+                self.set(plan)
+                # The first step after a change of ranks makes states of the optimiser.
+                seconds = interleave({"step": work(plan)}, 2, device, clock=clock)
+                found[str(number)][turn] = seconds["step"][-1]
+        return found
+
+    def set(self, plan: TimedPlan) -> None:
+        """Give the modules the plan's ranks, and let its layers run again."""
+        ranks, layers = plan
+        self.learner.set_ranks(ranks)
+        if self.recomputation:
+            self.recomputation.take(layers)
+
+
+def random_plans(
+    blocks: IntArray, most: IntArray, layers: Sequence[str], count: int, generator: np.random.Generator
+) -> list[TimedPlan]:
+    """Plans of all kinds: one rank or many, any depth, all modules or some, no layer again, some or all.
+
+    Args:
+        blocks: the layer of each module, int64 (modules,).
+        most: the highest rank of each, int64 (modules,).
+        layers: names of the layers that can run again.
+        count: how many plans.
+        generator: draws them.
+    """
+    ladder = RankLadder().array[1:]
+    plans: list[TimedPlan] = []
+    while len(plans) < count:
+        ranks = generator.choice(ladder, size=len(blocks)) if len(plans) % 2 else np.full(len(blocks), 8)
+        if not generator.integers(3):
+            ranks = np.full(len(blocks), generator.choice(ladder))
+        adapted = generator.random(len(blocks)) < generator.choice([0.2, 0.5, 1.0])
+        adapted &= blocks >= generator.integers(blocks.max() + 1)
+        again = generator.random(len(layers)) < generator.choice([0.0, 0.5, 1.0])
+        names = tuple(name for name, runs in zip(layers, again.tolist(), strict=True) if runs)
+        if adapted.any():
+            plans.append((np.where(adapted, np.minimum(ranks, most), 0), names))
+    return plans
+
+
+def accuracy(predicted: FloatArray, measured: FloatArray) -> Figures:
+    """Errors of predictions relative to what was measured, and the rank correlation; both (plans,)."""
+    errors = predicted / measured - 1
+    return {
+        "median_error": float(np.median(np.abs(errors))),
+        "worst_error": float(np.abs(errors).max()),
+        "mean_error": float(errors.mean()),
+        "rank_correlation": rank_correlation(predicted, measured),
+        "least_s": float(measured.min()),
+        "most_s": float(measured.max()),
+    }
+
+
+def predicted_and_measured(case: _Timed, plans: int, rounds: int) -> Figures:
+    """How well random plans of one model are predicted, in seconds and as shares of a step of plain LoRA.
+
+    Shares do not depend on the machine's pace, which changes between the timed steps that predict and those that judge.
+    """
+    blocks = np.array([target.block for target in case.targets])
+    drawn = random_plans(blocks, case.most, case.layers, plans, np.random.default_rng(0))
+    plain: TimedPlan = (np.minimum(REFERENCE_RANK, case.most), ())
+    seconds = case.seconds([*drawn, plain], rounds)
+    measured = usual_seconds(np.stack([*seconds.values()], axis=1))
+    predicted = np.array([case.time.seconds(*plan) for plan in (*drawn, plain)])
+    shares = accuracy(predicted[:-1] / predicted[-1], measured[:-1] / measured[-1])
+    return accuracy(predicted[:-1], measured[:-1]) | {"median_share_error": shares["median_error"]}
+
+
+def kept(case: _Timed, rounds: int, generator: np.random.Generator) -> Figures:
+    """The time of a plan under the budget as a share of plain LoRA's, predicted and measured."""
+    first = TimeLimit(case.time, TimeBudget.parse(BUDGET).resolve(case.time, case.most))
+    cost = ParameterCost.of(case.targets)
+    most = 1e3 * float((cost.per_rank @ case.most).max())  # no limit
+    scores = generator.normal(size=len(case.targets)) * generator.choice([0.0, 0.5, 1.0])
+    wanted = generator.choice(RankLadder().array[1:], size=len(case.targets))
+    plain = np.minimum(REFERENCE_RANK, case.most)
+
+    def plan(limit: TimeLimit) -> IntArray:
+        return project(AllocationProblem.of(case.targets, limit.added_to(cost, most), most), wanted, scores).ranks
+
+    def timed(ranks: IntArray) -> float:
+        return measured_share(case.step, case.targets, case.batch, (ranks, ()), (plain, ()))
+
+    limit = first.settled(plan, timed, case.time.seconds(plain, ()))
+    ranks = plan(limit)
+    seconds = case.seconds([(plain, ()), (ranks, ())], rounds)
+    share = float(np.median(paired_ratios(seconds["1"], seconds["0"], 1)))
+    guess = case.time.seconds(ranks, ()) / case.time.seconds(plain, ())
+    return {"share": share, "predicted_share": guess, "modules": int((ranks > 0).sum()), "mean_rank": ranks.mean()}
+
+
+def _random_case(index: int, quick: bool) -> tuple[str, _Timed]:
+    """A random model of a random size, and what it is, for people."""
+    generator = np.random.default_rng(index)
+    family = FAMILIES[index % len(FAMILIES)]
+    width, layers = int(generator.choice([192, 256, 384])), int(generator.integers(4, 13))
+    rows, length = int(generator.choice([4, 8, 16])), int(generator.choice([32, 64, 128]))
+    size = Size(4, 128, 512, 4, 64) if quick else Size(layers, width, 2048, rows, length)
+    base = random_model(family, size, index)
+    name = f"{family} {size.layers} x {size.width}, batch {size.rows} x {size.length}"
+    return name, _Timed(family, size, base, index, recompute=False)
+
+
+def _cases(quick: bool) -> dict[str, Callable[[], _Timed]]:
+    if quick:
+        size = Size(layers=6, width=128, vocabulary=1024, rows=4)
+        return {"llama-6x128": lambda: _Timed("llama", size, random_model("llama", size, 0), 0, recompute=True)}
+    deep, wide = Size(layers=30, width=256), Size(vocabulary=30_000)
+    return {
+        LLAMA: lambda: _Timed("llama", deep, random_model("llama", deep, 0), 0, recompute=True),
+        MINILM: lambda: _Timed("bert", wide, load_model(MINILM, "classification", ("0", "1"), None), 0, recompute=True),
+    }
+
+
+def benchmark(options: Options, console: Console) -> Figures:
+    """Measure, print the tables, and return all figures.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+    if options.plans < 3 or min(options.models, options.rounds) < 1:
+        raise ConfigError(
+            "--plans is at least 3, --models and --rounds at least 1; got "
+            f"{options.plans}, {options.models} and {options.rounds}."
+        )
+    plans, models = (12, 2) if options.quick else (options.plans, options.models)
+    figures: Figures = {**machine_facts(torch.device("cpu")), "quick": options.quick, "plans": plans}
+    rows: list[list[str]] = []
+    for name, make in with_progress(list(_cases(options.quick).items()), "models"):
+        with isolated():
+            found = predicted_and_measured(make(), plans, options.rounds)
+        figures |= {f"{name}.{key}": value for key, value in found.items()}
+        errors = ("median_share_error", "median_error", "worst_error", "mean_error")
+        shares = [f"{found[key]:.1%}" for key in errors]
+        times = f"{found['least_s']:.3g} to {found['most_s']:.3g} s"
+        rows.append([name, times, *shares, f"{found['rank_correlation']:.3f}"])
+    columns = ("model", "steps", "median error of shares", "of seconds", "largest", "mean", "rank correlation")
+    console.print(make_table(f"Predicted time of a step, {plans} random plans each", columns, rows))
+    rows, shares_kept = [], []
+    for index in with_progress(range(models), "budgets"):
+        with isolated():
+            name, case = _random_case(index, options.quick)
+            found = kept(case, 2 * options.rounds, np.random.default_rng(index))
+        figures |= {f"budget_{index}.{key}": value for key, value in found.items()}
+        shares_kept.append(float(found["share"]))
+        plan = f"{found['modules']} at mean rank {found['mean_rank']:.1f}"
+        rows.append([name, plan, f"{found['predicted_share']:.1%}", f"{found['share']:.1%}"])
+    title = f'time="{BUDGET}": a step as a share of plain LoRA\'s'
+    console.print(make_table(title, ("model", "adapted modules", "by the fit alone", "measured"), rows))
+    limit = TimeBudget.parse(BUDGET).value
+    figures |= {"largest_share": max(shares_kept), "largest_excess": max(shares_kept) / limit - 1}
+    return figures

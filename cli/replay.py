@@ -1,0 +1,45 @@
+"""`rankpilot replay`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from .progress import console
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """What another policy, or a rule, would have decided at the decisions of a run: where both agree, module by module.
+
+    Nothing is trained: each decision starts from what the run's own policy saw. With the policy that took them, all
+    decisions are equal, bit for bit. RUN is a folder that rankpilot study takes.
+
+    Attributes:
+        run: the folder of the run.
+        policy: the folder of a trained policy, "default", or a rule such as signal-mean.
+        json: print the agreement as JSON.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    policy: str = "default"
+    json: bool = False
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Take the decisions again, and show where they agree."""
+    options = tyro.cli(ReplayOptions, args=arguments, prog="rankpilot replay")
+    from ..agents.learned.policy_file import load_policy
+    from ..study.decision.replay import replay
+    from ..study.run.run_data import find_log
+
+    found = replay(find_log(options.run), load_policy(options.policy))
+    if options.json:
+        console.out(json.dumps(found.to_json(), indent=2, allow_nan=False), highlight=False)
+    else:
+        console.print(found.table())

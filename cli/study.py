@@ -1,0 +1,168 @@
+"""`rankpilot study`, and the page that `finetune` and `branch` write at the end of a run."""
+
+from __future__ import annotations
+
+import json
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tqdm import tqdm
+
+from ..errors import ConfigError, RunFolderError
+from .progress import console
+
+if TYPE_CHECKING:
+    from ..study.page.data import Explanations
+    from ..study.run.run_data import RunData
+
+PAGE = "study.html"
+"""The page's name in the folder of a run."""
+
+Depth = Literal["auto", "all", "votes", "none"]
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Write a page about one or several runs: one HTML file that a browser opens from disk, without a network.
+
+    It says first what came out, then shows ranks, losses, memory and time over the steps, every decision with its
+    reasons, and how the adapter is loaded; several runs stand side by side. RUN is the folder of rankpilot finetune,
+    the output folder of a Trainer with RankPilotCallback, or the folder of a decision log (decisions). A run may go on
+    meanwhile: what is not there yet is left out. In the folder of a run a picture of its ranks, ranks.png, lies beside
+    the page. docs/study.md says how to read it.
+
+    Attributes:
+        runs: the folders of the runs.
+        output: the file of the page, study.html in the run's folder by default; with --json, that of the data.
+        json: give the data of the page as JSON instead, on standard output or in --output.
+        open: open the page in a browser.
+        explain: how much to say of each decision: votes, what the networks voted and which features drove them; all,
+            also what would have changed the decision and how sure each rank is, some seconds a decision; none. By
+            default all for up to 12 decisions, votes for up to 200.
+        policy: the folder of the policy that decided, if it is not the one that ships with rankpilot.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
+    output: Path | None = None
+    json: bool = False
+    open: bool = False
+    explain: Depth = "auto"
+    policy: Path | None = None
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the page, or its data."""
+    options = tyro.cli(StudyOptions, args=arguments, prog="rankpilot study")
+    _check(options)
+    if options.json:
+        _, data = _read(options.runs, options.explain, options.policy)
+        _give_json(data, options.output)
+        return
+    path = write_study(options.runs, options.output, options.explain, options.policy)
+    if options.open:
+        webbrowser.open(path.resolve().as_uri())
+
+
+def write_study(
+    folders: Sequence[Path], output: Path | None = None, explain: Depth = "auto", policy: Path | None = None
+) -> Path:
+    """Write the page of some runs and say what came out; returns the page.
+
+    Args:
+        folders: of the runs, one at least.
+        output: the file of the page. Without it, the page and a picture of the ranks go into the folder of the run.
+        explain: see `StudyOptions`.
+        policy: see `StudyOptions`.
+    """
+    from ..study.page.html import write_page
+    from ..study.run.heatmap import write_rank_picture
+    from ..study.run.verdict import summary_table
+
+    runs, data = _read(folders, explain, policy)
+    path = output or folders[0] / PAGE
+    write_page(data, path)
+    picture = write_rank_picture(runs[0]) if output is None else None
+    if finished := [run for run in runs if run.results]:
+        console.print(summary_table(*finished))
+    for run, shown in zip(runs, data["runs"], strict=True):
+        for sentence in shown["warnings"]:
+            console.print(sentence, style="bold red", markup=False, highlight=False)
+        _tell(*shown["results"], *(f"Left out of the page: {part}." for part in shown["left_out"]))
+        if run.adapter:
+            _tell(f"Adapter (the page says how to load, merge and export it): {run.adapter}")
+    _tell(f"Page: {path}", *([f"Picture of the ranks: {picture}"] if picture else []))
+    return path
+
+
+def _tell(*lines: str) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check(options: StudyOptions) -> None:
+    """Refuse options that cannot be followed, before anything is read."""
+    if not options.runs:
+        raise ConfigError("No run was given. Pass the folder of a run, or those of several: rankpilot study RUN...")
+    for folder in options.runs:
+        if not folder.is_dir():
+            raise RunFolderError(
+                f"There is no folder {str(folder)!r}. Each word after `rankpilot study` is the folder of a run; "
+                "`rankpilot replay` and `rankpilot branch` are commands of their own."
+            )
+    output = options.output
+    if output is None and len(options.runs) > 1 and not options.json:
+        raise ConfigError(f"{len(options.runs)} runs have no common folder for their page. Pass --output FILE.")
+    if options.json and options.open:
+        raise ConfigError("--open opens the page, and --json writes none. Pass one of them.")
+    if output is None or not output.exists():
+        return
+    if output.is_dir():
+        raise ConfigError(f"--output {output} is a folder. Pass the name of a file, such as {output / PAGE}.")
+    start = b"{" if options.json else b"<!DOCTYPE html>"  # so that nothing else of the user's is replaced
+    with output.open("rb") as stream:
+        if stream.read(len(start)) != start:
+            kind = "JSON" if options.json else "page"
+            raise ConfigError(f"--output {output} exists and is no {kind}. Pass a name that is free.")
+
+
+def _read(folders: Sequence[Path], explain: Depth, policy: Path | None) -> tuple[list[RunData], dict[str, Any]]:
+    """The runs, and the data of their page."""
+    from ..study.page.data import page_data
+    from ..study.run.run_data import read_run
+
+    runs = [read_run(folder) for folder in folders]
+    return runs, page_data(runs, [_explanations(run, explain, policy) for run in runs])
+
+
+def _explanations(run: RunData, depth: Depth, given: Path | None) -> Explanations | None:
+    """Why each decision of a run was taken, see docs/study.md."""
+    from ..study.run.run_data import log_of
+
+    log = log_of(run.folder)
+    if log is None or not run.decisions:
+        return None
+    if depth == "auto":
+        depth = "all" if len(log) <= 12 else "votes" if len(log) <= 200 else "none"
+    if depth == "none":
+        return None
+    from ..agents.learned.policy_file import load_policy
+    from ..study.decision.why import explanations
+
+    policy = None if given is None else load_policy(given)
+    # On standard error, since standard output may be the data; nothing where nobody looks.
+    with tqdm(desc="explaining decisions", total=len(log), disable=None, leave=False) as bar:
+        return explanations(log, policy, what_ifs=depth == "all", on_progress=lambda *_: bar.update())
+
+
+def _give_json(data: dict[str, Any], path: Path | None) -> None:
+    from ..common.files import write_json
+
+    if path is None:
+        console.out(json.dumps(data, indent=2, allow_nan=False), highlight=False)
+    else:
+        write_json(path, data)
+        _tell(f"Data of the page: {path}")

@@ -1,1 +1,0 @@
-"""Hollow models: on the meta device, without contents, and run as another device would run them."""

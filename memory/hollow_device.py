@@ -1,0 +1,354 @@
+"""A context in which the meta device stands for a CPU or a CUDA device: the same operators, kernels and answers.
+
+A dispatch key of hardware that torch no longer has (`AutocastIPU`) comes before autograd and before the kernels of the
+meta device. Inside the context it is switched on, and so Python functions take the place of the operators at which the
+meta device differs from the device for which it stands. Outside of it nothing is changed.
+
+Which kernel attention takes follows aten/src/ATen/native/transformers/attention.cpp (scaled_dot_product_attention) and
+cuda/sdp_utils.cpp. Torch's own autocast looks at the device of each tensor, and the meta device has none: which
+operators take part is read from the installed torch; the lists below say how those do that do not simply compute in
+fp32 (aten/src/ATen/autocast_mode.h).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+
+from .live_storages import META_STANDS_FOR, DeviceKind
+
+ATEN = torch.ops.aten
+
+_KEY = "AutocastIPU"
+_DISPATCH_KEY = getattr(torch._C.DispatchKey, _KEY)
+_KEYS = torch._C.DispatchKeySet(_DISPATCH_KEY)
+
+
+@dataclass(frozen=True)
+class HollowDevice:
+    """The device for which the meta device stands.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        attention: which kernels CUDA has.
+        padded: whether batches are padded, which decides what is answered where a model reads its mask.
+        autocast: the autocast of the context; None for none.
+    """
+
+    kind: DeviceKind
+    attention: Attention = "auto"
+    padded: bool = False
+    autocast: Autocast | None = None
+
+
+_DEVICE: ContextVar[HollowDevice] = ContextVar("_DEVICE")
+
+
+@contextmanager
+def hollow_device(device: HollowDevice) -> Iterator[None]:
+    """Let the meta device stand for `device` inside the context, and make new tensors there."""
+    _register()
+    tokens = _DEVICE.set(device), META_STANDS_FOR.set(device.kind)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(_KEY, False)
+    try:
+        with torch.device("meta"), torch._C._IncludeDispatchKeyGuard(_DISPATCH_KEY):
+            yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(_KEY, True)
+        _DEVICE.reset(tokens[0])
+        META_STANDS_FOR.reset(tokens[1])
+
+
+@contextmanager
+def hollow_autocast(dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast inside a `hollow_device`; None does nothing."""
+    device = _DEVICE.get()
+    token = _DEVICE.set(replace(device, autocast=Autocast(device.kind, dtype) if dtype else None))
+    try:
+        yield
+    finally:
+        _DEVICE.reset(token)
+
+
+def _scaled_dot_product_attention(device: HollowDevice, *arguments: Any, **options: Any) -> Any:
+    with hollow_autocast(None):
+        return attend(device.kind, device.attention, *arguments, **options)
+
+
+def _softmax(
+    fused: Any, plain: Any, device: HollowDevice, tensor: torch.Tensor, dim: int, dtype: torch.dtype | None = None
+) -> Any:
+    """CUDA reads half precision and computes in fp32 without a copy, but not of bfloat16."""
+    if device.kind == "cuda" and tensor.dtype == torch.float16 and dtype == torch.float32:
+        return fused(tensor, dim, True)
+    return _below(plain, tensor, dim, dtype)
+
+
+def _dropout(device: HollowDevice, tensor: torch.Tensor, p: float, train: bool) -> Any:
+    """CUDA keeps a mask of one byte for each value."""
+    if device.kind == "cuda" and train and 0 < p < 1:
+        return ATEN.native_dropout(tensor, p, True)[0]
+    return _below(ATEN.dropout.default, tensor, p, train)
+
+
+def _read(device: HollowDevice, tensor: torch.Tensor) -> Any:
+    """What a mask says where it is read: whether all of it is ones; numbers are 1."""
+    if not tensor.is_meta:
+        return _below(ATEN._local_scalar_dense.default, tensor)
+    if tensor.dtype == torch.bool:
+        return not device.padded
+    return 1.0 if tensor.is_floating_point() else 1
+
+
+def _equal(device: HollowDevice, one: torch.Tensor, other: torch.Tensor) -> Any:
+    return not device.padded if one.is_meta else _below(ATEN.equal.default, one, other)
+
+
+_REPLACED: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": _scaled_dot_product_attention,
+    "softmax.int": partial(_softmax, ATEN._softmax.default, ATEN.softmax.int),
+    "log_softmax.int": partial(_softmax, ATEN._log_softmax.default, ATEN.log_softmax.int),
+    "dropout": _dropout,
+    "_local_scalar_dense": _read,
+    "equal": _equal,
+}
+"""By name of an operator, what runs in its place."""
+
+
+def _below(operator: Any, *arguments: Any, **options: Any) -> Any:
+    """Run an operator as the meta device does."""
+    with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+        return operator(*arguments, **options)
+
+
+def _run(name: str, operator: Any, *arguments: Any, **options: Any) -> Any:
+    """Run an operator as the device of the context does."""
+    device = _DEVICE.get()
+    if device.autocast is not None:
+        with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+            arguments, options = device.autocast.cast(name, arguments, options)
+    if name in _REPLACED:
+        return _REPLACED[name](device, *arguments, **options)
+    return _below(operator, *arguments, **options)
+
+
+@cache
+def _register() -> list[Any]:
+    """Put Python functions before the operators that differ, once in a process; without the key nothing calls them."""
+    make_library: Any = torch.library.Library
+    others = make_library("_", "IMPL", _KEY)
+    others.fallback(torch.library.fallthrough_kernel)
+    library = make_library("aten", "IMPL", _KEY)
+    for name in sorted({*_REPLACED, *operators("cpu"), *operators("cuda")}):
+        base, _, overload = name.partition(".")
+        operator = getattr(getattr(ATEN, base, None), overload or "default", None)
+        if operator is not None:
+            library.impl(operator, partial(_run, name, operator))
+    return [others, library]
+
+
+ATEN = torch.ops.aten
+
+Attention = Literal["auto", "efficient", "math"]
+"""Which kernels CUDA has.
+
+auto: as from Ampere on, flash attention in half precision without a mask, and otherwise the memory-efficient kernel.
+efficient: as on Turing, no flash attention; keys and values are repeated for all heads of the query.
+math: no fused kernel.
+"""
+
+WIDEST_FLASH = 256
+"""The largest width of a head that flash attention takes."""
+
+
+def attend(
+    kind: DeviceKind,
+    attention: Attention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` as a kind of device runs it; the last arguments are those of torch."""
+    grouped = enable_gqa and query.shape[-3] != key.shape[-3]
+    mask = _additive(attn_mask, query)
+    tensors: tuple[torch.Tensor, ...] = query, key, value
+    same_heads = enable_gqa or query.shape[:-2] == key.shape[:-2]
+    fused = query.dim() == 4 and same_heads and attention != "math"
+    if kind == "cpu" and fused and not dropout_p and not (mask is not None and mask.requires_grad):
+        output = ATEN._scaled_dot_product_flash_attention_for_cpu(*tensors, 0.0, is_causal, attn_mask=mask, scale=scale)
+        return _first(output)
+    if kind == "cuda" and fused:
+        if attention == "auto" and mask is None and query.element_size() == 2 and query.shape[-1] <= WIDEST_FLASH:
+            return _flash(tensors, dropout_p, is_causal, scale)
+        if attention == "efficient" and grouped:
+            repeats, grouped = query.shape[-3] // key.shape[-3], False
+            tensors = query, *(tensor.repeat_interleave(repeats, -3) for tensor in (key, value))
+        if not grouped:  # the kernel takes one key for each head of the query
+            return _efficient(tensors, mask, dropout_p, is_causal, scale)
+    output = ATEN._scaled_dot_product_attention_math(
+        *tensors, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=grouped
+    )
+    return _first(output)
+
+
+def _flash(tensors: tuple[torch.Tensor, ...], dropout_p: float, is_causal: bool, scale: float | None) -> torch.Tensor:
+    width = tensors[0].shape[-1]
+    scale = width**-0.5 if scale is None else scale
+    tensors = tuple(_padded(tensor, 8) for tensor in tensors)
+    output = _first(
+        ATEN._scaled_dot_product_flash_attention(*tensors, dropout_p, is_causal, False, scale=scale),
+    )
+    return output if output.shape[-1] == width else output[..., :width]
+
+
+def _efficient(
+    tensors: tuple[torch.Tensor, ...],
+    mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    query, key, _ = tensors
+    if mask is not None:  # rows of the mask begin at addresses that are multiples of 16 elements
+        length = mask.shape[-1]
+        mask = mask if length % 16 == 0 else _padded(mask, 16)[..., :length]
+        mask = mask.expand(*query.shape[:3], key.shape[2])
+    log_sums = any(tensor.requires_grad for tensor in tensors)
+    return _first(
+        ATEN._scaled_dot_product_efficient_attention(*tensors, mask, log_sums, dropout_p, is_causal, scale=scale)
+    )
+
+
+def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """A mask of truth values as one that is added."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    seen, hidden = (torch.scalar_tensor(value, dtype=query.dtype) for value in (0.0, float("-inf")))
+    return torch.where(mask, seen, hidden)
+
+
+def _padded(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
+    """The tensor with its last axis filled up to a multiple."""
+    missing = -tensor.shape[-1] % multiple
+    return functional.pad(tensor, (0, missing)) if missing else tensor
+
+
+def _first(outputs: Any) -> torch.Tensor:
+    output: torch.Tensor = outputs[0]
+    return output
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+LOWER = _names(
+    """
+    _addmm_activation _convolution _convolution.deprecated _native_multi_head_attention
+    _scaled_dot_product_flash_attention _thnn_fused_gru_cell _thnn_fused_lstm_cell addbmm addmm addmv addr baddbmm bmm
+    chain_matmul conv1d conv1d.padding conv2d conv2d.padding conv3d conv3d.padding conv_tbc conv_transpose1d
+    conv_transpose2d.input conv_transpose3d.input convolution einsum gru_cell linalg_multi_dot linalg_vecdot linear
+    lstm_cell matmul mkldnn_rnn_layer mm mv prelu rnn_relu_cell rnn_tanh_cell scaled_dot_product_attention
+    """
+)
+"""Operators that compute in the lower precision."""
+
+WITH_DTYPE = _names(
+    """
+    cumprod cumsum linalg_matrix_norm linalg_matrix_norm.str_ord linalg_vector_norm log_softmax.int prod prod.dim_int
+    softmax.int sum sum.dim_IntList
+    """
+)
+"""Operators that read the lower precision and compute in fp32 on CUDA, by their argument `dtype`."""
+
+WIDEST = _names(
+    """
+    addcdiv addcmul atan2 bilinear cat cross dot grid_sampler index_copy index_put scatter_add stack tensordot vdot
+    """
+)
+"""Operators that compute in the widest precision among their inputs."""
+
+
+@dataclass
+class Autocast:
+    """Autocast on one kind of device, inside a context.
+
+    Attributes:
+        kind: the device.
+        dtype: the lower precision.
+    """
+
+    kind: DeviceKind
+    dtype: torch.dtype
+    _copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def cast(
+        self, name: str, arguments: tuple[Any, ...], options: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of an operator ("softmax.int") as autocast gives them to it."""
+        given = arguments, dict(options)
+        if name not in operators(self.kind):
+            return given
+        if name in LOWER:
+            return self._all_to(given, self.dtype)
+        if self.kind == "cuda" and name in WITH_DTYPE:
+            has_dtype = options.get("dtype") is not None or any(isinstance(a, torch.dtype) for a in arguments)
+            if has_dtype or not _castable(arguments[0]):
+                return given
+            return arguments, given[1] | {"dtype": torch.float32}
+        if name in WIDEST:
+            return self._all_to(given, _widest(given) or self.dtype)
+        return self._all_to(given, torch.float32)
+
+    def _all_to(
+        self, given: tuple[tuple[Any, ...], dict[str, Any]], dtype: torch.dtype
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        result: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(
+            lambda value: self._to(value, dtype) if _castable(value) else value, given
+        )
+        return result
+
+    def _to(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor in another precision; a parameter that trains is cast once in each forward pass."""
+        if tensor.dtype == dtype:
+            return tensor
+        kept = dtype == self.dtype and tensor.dtype == torch.float32 and tensor.requires_grad and tensor.is_leaf
+        if not kept or tensor._is_view():
+            return tensor.to(dtype)
+        if id(tensor) not in self._copies:
+            self._copies[id(tensor)] = tensor, tensor.to(dtype)
+        return self._copies[id(tensor)][1]
+
+
+def _castable(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+
+
+def _widest(given: tuple[tuple[Any, ...], dict[str, Any]]) -> torch.dtype | None:
+    """fp32 if a tensor among the arguments has it."""
+    dtypes: set[torch.dtype] = set()
+    tree_map(lambda value: dtypes.add(value.dtype) if _castable(value) else None, given)
+    return torch.float32 if torch.float32 in dtypes else None
+
+
+@cache
+def operators(kind: DeviceKind) -> frozenset[str]:
+    """The operators that take part in a device's autocast, such as "softmax.int", in the installed torch."""
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[kind]
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::"))
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(name.removeprefix("aten::") for name in names if has_kernel(name, key))

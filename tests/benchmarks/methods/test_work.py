@@ -1,0 +1,148 @@
+"""Real runs of a few steps: every way to train, the same bit for bit when repeated, and the loop that all share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.policy_file import save_policy
+from rankpilot.allocation.schedule import ONCE
+
+from benchmarks.methods.policies import identity
+from benchmarks.methods.registry import perform
+from benchmarks.methods.rows import Work, plan_ranks
+from benchmarks.methods.starts import shared_out
+from benchmarks.methods.texts import load_data
+from benchmarks.methods.training import factor_at, new_loader
+
+from ...cases import first_cases
+from .made_up import TASK as SHORT
+
+TASK = replace(SHORT, data="french", steps=16, rows=4, length=24, held_out=16)
+LLAMA = replace(TASK, model="llama-4x32")
+PLAN = "0x8 4x8"
+TIMES = ("curve", "setup_s", "train_s", "step_s", "cpu_s", "energy_j")
+
+pytestmark = [pytest.mark.assets, pytest.mark.usefixtures("one_thread")]
+
+
+def untimed(row: dict[str, Any]) -> dict[str, Any]:
+    losses = [(step, loss) for step, _, loss in row["curve"]]
+    return {name: value for name, value in row.items() if name not in TIMES} | {"losses": losses}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "arguments"),
+    first_cases(
+        5,
+        [
+            ("rslora", {"plan": PLAN}),
+            ("pilot", {"budget": "50%", "recompute": True, **identity("signal-mean")}),
+            ("adalora", {"plan": PLAN, "target": 3}),
+            ("eva", {"plan": "0x8 8x8"}),
+            ("gora", {"plan": "0x8 8x8"}),
+            ("lora", {"plan": PLAN}),
+            ("pilot", {"budget": "60%", **identity("signal-mean")}),
+        ],
+    ),
+)
+def test_every_way_to_train(trainer: str, arguments: dict[str, Any]) -> None:
+    work = Work.of("train", TASK, trainer=trainer, rate=4e-3, seed=1, **arguments)
+    row = perform(work)
+    assert 0 < row["loss"] < row["untrained_loss"]
+    assert row["parameters"] > 0
+    ranks = plan_ranks(row["ranks"])
+    assert len(ranks) == 16
+    assert ranks[8:].any()
+    assert ranks[:4].any() == ("recompute" in arguments), "where layers run again there is room for the lowest"
+    assert [step for step, _, _ in row["curve"]] == [0, 8, 16]
+    if trainer != "pilot":
+        assert untimed(perform(work)) == untimed(row), "the same work gives the same row"
+    if trainer == "adalora":
+        assert ranks.sum() == 3 * 8
+        assert row["moved"] > 0
+    if trainer == "pilot":
+        assert row["measured"] <= row["limit"]
+        assert row["breaches"] == 0
+
+
+def test_miss_trains() -> None:
+    row = perform(Work.of("train", LLAMA, trainer="miss", rate=4e-3, seed=1, plan="0x14 16x14"))
+    assert row["loss"] < row["untrained_loss"]
+
+
+def test_a_rate_that_is_too_high_diverges() -> None:
+    row = perform(Work.of("train", TASK, trainer="lora", rate=1e30, seed=1, plan=PLAN))
+    assert row["loss"] is None
+    assert row["untrained_loss"] > 0
+
+
+def test_a_plan_and_its_step() -> None:
+    plan = perform(Work.of("plan", TASK, budget="60%", rate=4e-3, seed=1, **identity("top-down")))
+    assert plan["predicted"] <= plan["limit"]
+    costs = perform(Work.of("costs", TASK))
+    assert plan["limit"] == pytest.approx(0.6 * costs["reference"])
+    step = perform(Work.of("step", TASK, trainer="lora", plan=plan["plan"], seed=0))
+    assert step["measured"] <= plan["predicted"]
+    assert step["measured_reference"] <= costs["reference"]
+    assert 0 < step["step_ratio"] < 1.5
+
+
+def test_a_budget_that_nothing_fits_is_told() -> None:
+    assert "fits" in perform(Work.of("plan", TASK, budget="1%", rate=4e-3, seed=1, **identity("top-down")))["refused"]
+
+
+def test_checkpointing_makes_a_plan_fit() -> None:
+    row = perform(Work.of("recompute", LLAMA, plan="8x28", budget="70%"))
+    assert 0 < row["layers"] <= 4
+    assert row["measured"] <= row["predicted"] <= row["limit"]
+
+
+def test_the_search_stays_within_the_budget() -> None:
+    pytest.importorskip("optuna")
+    found = perform(Work.of("search", TASK, budget="60%", trials=2, seeds="101"))
+    assert len(found["tried"]) == 2
+    assert found["plan"] in [trial["plan"] for trial in found["tried"]]
+
+
+def test_all_methods_see_the_same_batches() -> None:
+    data = load_data(TASK)
+    first, again, other = (
+        [batch["input_ids"].tolist() for batch in new_loader(TASK, data, seed)] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert len(first) == TASK.steps
+
+
+def test_rows_for_tuning_are_no_rows_of_results() -> None:
+    data = load_data(TASK)
+    tuning, held_out = ({tuple(row) for row in part["input_ids"]} for part in (data.tuning, data.held_out))
+    assert len(tuning) == len(held_out) == TASK.held_out
+    assert not tuning & held_out
+
+
+def test_the_rate_rises_and_falls() -> None:
+    factors = [factor_at(step, 20) for step in range(20)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[-1] == pytest.approx(1 / 18)
+    assert np.all(np.diff(factors[2:]) < 0)
+
+
+def test_ranks_are_shared_out_by_importance() -> None:
+    ranks = shared_out({"a": 3.0, "b": 1.0, "c": 0.0}, {"a": 64, "b": 64, "c": 64})
+    assert ranks == {"a": 18, "b": 6, "c": 4}
+
+
+def test_what_identifies_a_policy(tmp_path: Path) -> None:
+    """Its weights; under a goal of cost its doubts too, if it has any."""
+    folder = str(save_policy(tmp_path / "mine", RankNetwork(NetworkConfig(width=8)), ONCE, {}))
+    alone = identity(folder)
+    assert identity(folder, saves=True) == alone
+    assert len(alone["sha"]) == 16
+    assert "doubt" not in identity("default")
+    assert len(identity("default", saves=True)["doubt"].split()) == 2

@@ -1,0 +1,57 @@
+"""One command for all benchmarks: it lists them and explains each."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rankpilot.errors import UnknownNameError
+
+from benchmarks.__main__ import BENCHMARKS, run
+
+ROOT = Path(__file__).parents[2]
+
+EXPLAINED = {
+    "overhead": ("--quick", "--json", "--device", "--seed", "adalora", "own work"),
+    "step-time": ("--plans", "--models", "--quick", "--json", "minilm", "cpu time"),
+    "memory": ("--quick", "--json", "--device", "--seed", "checkpointing", "guard"),
+    "published": ("--quick", "--json", "t4", "fitcheck", "configurations"),
+    "env-speed": ("--quick", "--json", "stacked", "cpu time", "peft"),
+    "methods": ("--suite", "--workers", "--cluster", "--pack", "--json", "paired seeds", "tuning seeds"),
+    "methods-report": ("--suite", "--rows", "--json", "stored rows", "bootstrap"),
+    "plan-runs": ("--cells", "--minutes", "--pack", "--quick", "plain lora", "share seed and batches"),
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_help_teaches(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run([name, "--help"])
+    assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.lower().replace("│", " ").split())
+    assert f"usage: python -m benchmarks {name}" in shown
+    for part in EXPLAINED[name]:
+        assert part in shown
+
+
+@pytest.mark.parametrize(("arguments", "status"), [([], 2), (["--help"], 0), (["help"], 0)])
+def test_all_benchmarks_are_listed(arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == status
+    shown = capsys.readouterr().out
+    for name, (_, told) in BENCHMARKS.items():
+        assert f"{name} " in shown
+        assert told[:40] in " ".join(shown.split())
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(UnknownNameError, match=r"Unknown benchmark 'overheads'. Did you mean: 'overhead'"):
+        run(["overheads"])
+
+
+def test_from_a_checkout() -> None:
+    command = [sys.executable, "-m", "benchmarks", "overheads"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.startswith("python -m benchmarks: Unknown benchmark 'overheads'. Did you mean: 'overhead'")
