@@ -102,7 +102,7 @@ class DecisionRecord:
         observation: what the policy saw; its problem has the ranks in place.
         decision: what the policy wanted, with all that it computed.
         rank_clipped: the wanted ranks on the ladder and within the bounds, before the budget, int64 (L,). Where a
-            person changed a rank in review, it is the person's.
+            person changed a rank, it is the person's.
         rank_after: ranks of the plan, int64 (L,).
         predicted_cost: predicted cost of the plan, in the unit of the problem.
         pinned: which modules kept their rank whatever was wanted, bool (L,); None for none.
@@ -213,7 +213,7 @@ class DecisionRecord:
     def problem(self) -> AllocationProblem:
         """The plans that were possible, with the pinned modules.
 
-        `project` on it gives the logged ranks once more, but for those that a person changed in review.
+        `project` on it gives the logged ranks once more, but for those that a person changed.
         """
         return replace(self.observation.problem, pinned=self.pinned)
 

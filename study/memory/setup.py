@@ -40,7 +40,7 @@ from ...memory import resident
 from ...memory.batch_shape import BatchShape, reshaped
 from ...memory.breakdown import frozen_bytes
 from ...memory.budget import Budget, Limit
-from ...memory.calibration import check_rank, highest_ranks, limited_cost
+from ...memory.calibration import beside_model, check_rank, highest_ranks, limited_cost
 from ...memory.find_configuration import check_reads_tokens
 from ...memory.from_config import ConfiguredStep
 from ...memory.model import MemoryModel
@@ -145,7 +145,7 @@ def _rules(setup: StepSetup, memory: MemoryModel) -> tuple[dict[str, IntArray], 
     if setup.config.budget is None:
         return {}, None
     budget = Budget.parse(setup.config.budget)
-    cost, limit = limited_cost(budget.beside(setup.model), setup.targets, memory)
+    cost, limit = limited_cost(beside_model(budget, setup.model), setup.targets, memory)
     problem = AllocationProblem.of(setup.targets, cost, limit.value)
     check_budget(problem, [target.name for target in setup.targets], budget.share)
     return {"uniform": uniform_ranks(problem), "top-down": top_down(problem)}, limit

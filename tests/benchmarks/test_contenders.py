@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.lora.optimizer_layouts import unwrap_optimizer
 from rankpilot.lora.targets import find_target_modules
 

@@ -79,7 +79,7 @@ def test_mistakes(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert "Each word after `rankpilot study` is the folder of a run" in line
         assert "`rankpilot replay` and `rankpilot branch` are commands of their own" in line
     (tmp_path / "empty").mkdir()
-    assert "there is no decision log (decisions/part-0" in failure(["study", str(tmp_path / "empty")], capsys)
+    assert "there is no decision log (decisions/decisions.jsonl" in failure(["study", str(tmp_path / "empty")], capsys)
     assert "is a folder. Pass the name of a file" in failure(
         ["study", str(run_folder), "--output", str(tmp_path)], capsys
     )

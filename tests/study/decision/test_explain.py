@@ -43,7 +43,7 @@ def test_what_ifs_and_stability_of_one_decision(tmp_path: Path) -> None:
         assert any(re.match(told_so, text) for text in texts)
     assert any("leaves its rank as it is" in text for text in texts), "and of a module whose rank is bounded"
     assert {text["text"] for text in told["what_ifs"]} <= set(told["sentences"])
-    assert len(told["stability"]["sure"]) == len(log.logged(0).ranks("rank_after"))
+    assert len(told["stability"]["sure"]) == len(log.logged(0).rank_after)
     json.dumps(told, allow_nan=False)
 
 
