@@ -294,6 +294,6 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_packaged_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, figures = run(["all-minilm-l6-v2", *SMALL], capsys, tmp_path / "memory")
     assert figures["blocks"] == 7, "six layers, and what lies above them"
-    assert "encoder.layer.5" in {row["layer"] for row in figures["layers"]}
+    assert "bert.encoder.layer.5" in {row["layer"] for row in figures["layers"]}
     assert len(figures["choices"][0]["ranks"]) == 37
     assert figures["kinds"]["saved"] > 0.5 * figures["peak_bytes"]

@@ -179,8 +179,8 @@ def compared(comparison: Comparison) -> Path:
     return comparison.folder
 
 
-def test_a_run_writes_what_it_promises(compared: Path) -> None:
-    folder = compared
+def test_a_run_writes_what_it_promises(comparison: Comparison) -> None:
+    folder = comparison.folder
     summary = read_json(folder / "summary.json")
     assert comparison.reloads == [{"identical": True, "max_abs_difference": 0.0}]
     assert (summary["outputs"], summary["held_out_rows"]) == (2, 20)
