@@ -16,7 +16,7 @@ from .errors import RankPilotError
 if TYPE_CHECKING:
     from .agents.learned.policy_file import load_policy
     from .agents.training.vec_env import GymnasiumVecEnv
-    from .allocation.decision_log import DecisionLog
+    from .allocation.log import DecisionLog
     from .allocation.observation import Observation, module_feature
     from .allocation.policy import Decision, decision_from_scores
     from .allocation.schedule import DecisionSchedule
@@ -40,7 +40,7 @@ _LAZY = {
     "ENV_ID": ".env.registration",
     "Budget": ".memory.budget",
     "Decision": ".allocation.policy",
-    "DecisionLog": ".allocation.decision_log",
+    "DecisionLog": ".allocation.log",
     "DecisionSchedule": ".allocation.schedule",
     "GymnasiumVecEnv": ".agents.training.vec_env",
     "Observation": ".allocation.observation",

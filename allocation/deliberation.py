@@ -1,6 +1,7 @@
 """What a learned policy computes at one decision: candidates, the plans that they lead to, and votes on the plans.
 
-The policy's decision, the decision log and every explanation read this one object, so they cannot disagree.
+The policy's choice, the decision log and every explanation read this one object, so they cannot disagree. The log
+stores its fields; `decision_line.py` and the study page put it into words.
 """
 
 from __future__ import annotations
@@ -8,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.arrays import Arrays, BoolArray, FloatArray, IntArray
-from .features import MOST_FEATURE, RUN_FEATURES, run_feature_number, run_feature_text
-from .goal import TOLERANCE, Goal, improvement_of
+from ..common.arrays import BoolArray, FloatArray, IntArray
+from .goal import Goal, improvement_of
 
 Votes = NDArray[np.float32]
 
@@ -25,14 +25,8 @@ Outside = tuple[float, float, float]
 VoteUnit = Literal["spread", "log loss"]
 """What networks vote in: standard deviations of the log loss between plans that cost the same, or see `goal`."""
 
-PLAIN = "rank 8 on all modules"
-"""Plain LoRA, with which plans are compared, in words."""
-
 COST_TIE = 0.01
 """Plans whose costs differ by less, as a share, are tied under a goal of cost."""
-
-_OF_PLANS = ("costs", "seconds", "allowed", "broad")
-"""Attributes with one value a plan, where they are known."""
 
 DRAWN = "drawn "
 """How names of candidates begin that were drawn; their numbers follow, from 0 on. They come last."""
@@ -40,12 +34,11 @@ DRAWN = "drawn "
 
 @dataclass(frozen=True, eq=False)
 class Deliberation:
-    """One deliberation; C candidates, P distinct plans, N value networks, L modules, D directions of the actor.
+    """One deliberation; C candidates, P distinct plans, N value networks, L modules.
 
     Attributes:
         candidates: names of the candidates, (C,): "keep", rules, "actor", and numbers of those that were drawn.
-        basis: what the candidates' scores are weighted sums of, names, (B,).
-        weights: of the basis in the scores of each candidate, (C, B); all 0 for "keep".
+        weights: of each part of `BASIS` in the scores of each candidate, (C, len(BASIS)); all 0 for "keep".
         placements: of each candidate, see `PLACEMENT`, (C, 2).
         plan_of: the plan to which each candidate leads, int64 (C,). The first candidate's is the reference: uniform
             rank, or at later decisions the ranks in place; under a goal of cost plain LoRA, even if it does not fit.
@@ -53,8 +46,7 @@ class Deliberation:
         votes: how much better than the reference each network expects each plan to be, in `unit`, float32 (N, P).
         lcb_coefficient: the lower bound is the mean vote less so many standard deviations.
         tie: plans whose lower bound is less than this below the best one's are tied with it, in the unit of votes.
-        directions: names of the actor's directions, (D,).
-        actor_gains: of each direction in the actor's scores, float64 (D,).
+        actor_gains: of each of the actor's `DIRECTIONS` in its scores, float64 (len(DIRECTIONS),).
         actor_estimate: the actor's estimate of what each module is worth, float64 (L,).
         actor_scores: the actor's scores, (L,).
         temperature: of the softmax over lower bounds that plans are drawn from; 0 where the best is taken.
@@ -76,7 +68,6 @@ class Deliberation:
     """
 
     candidates: tuple[str, ...]
-    basis: tuple[str, ...]
     weights: FloatArray
     placements: FloatArray
     plan_of: IntArray
@@ -84,7 +75,6 @@ class Deliberation:
     votes: Votes
     lcb_coefficient: float
     tie: float
-    directions: tuple[str, ...]
     actor_gains: FloatArray
     actor_estimate: FloatArray
     actor_scores: FloatArray
@@ -112,16 +102,6 @@ class Deliberation:
     def plan(self) -> int:
         """The plan of the candidate that is taken."""
         return int(self.plan_of[self.taken])
-
-    @property
-    def unlike(self) -> str:
-        """In what the run is unlike those that the networks have learned from, in words; empty where it is not."""
-        features = (
-            run_feature_text(name, value)
-            + f" (not {run_feature_number(name, low)} to {run_feature_number(name, high)})"
-            for name, (value, low, high) in self.outside.items()
-        )
-        return ", ".join([*(["adapters that are trained already"] if self.trained else []), *features])
 
     @cached_property
     def distances(self) -> FloatArray:
@@ -159,8 +139,12 @@ class Deliberation:
         Under a goal of cost these are the cheapest of the plans that are surely within the tolerance; if none is, the
         simple plan alone. At later decisions there is one plan, the ranks in place.
         """
+        if self.misses_goal:
+            return np.asarray(np.arange(len(self.plans)) == self.simple)
         if self.goal.saves and self.costs is not None:
-            return self._cheapest
+            costs = self.seconds if self.goal.kind == "time" and self.seconds is not None else self.costs
+            least = costs[self.within_tolerance].min()
+            return np.asarray(self.within_tolerance & (costs <= (1 + COST_TIE) * least))
         bound = np.where(self.may_take, self.bound, -np.inf)
         best = int(np.argmax(bound))
         if best == self.reference:
@@ -191,57 +175,11 @@ class Deliberation:
         return self.goal.saves and self.costs is not None and not self.within_tolerance.any()
 
     @property
-    def promise(self) -> str:
-        """What is expected of the plan that is taken beside plain LoRA, in words; empty where nothing is known."""
-        loss = self.loss_beside_plain
-        if loss is None or self.plain is None:
-            return ""
-        rival, allowed = PLAIN, f"{self.goal.tolerance:.2g} (log)"
-        if not self.goal.saves:
-            fits = "" if self.may_take[self.plain] else ", which does not fit"
-            known = self.plan != self.plain and not self.trained
-            return f"Expected beside {rival}{fits}: log loss {loss:+.3f}." if known else ""
-        if self.misses_goal:
-            return (
-                f"The goal cannot be kept: {rival} does not fit the budget, and no plan that fits surely stays "
-                f"within {allowed} of its loss. A larger budget, time or tolerance helps."
-            )
-        if self.plan == self.reference:
-            broad = "broad " if self.narrow.any() else ""
-            return f"No cheaper {broad}plan surely stays within {allowed} of the loss of {rival}, so it is {rival}."
-        if self.trained:
-            return ""
-        mean, worst = (
-            0.0 - improvement_of(vote) for vote in (self.mean[self.plan], (self.mean - self.reach)[self.plan])
-        )
-        return f"Expected beside {rival}: log loss {mean:+.3f}, surely at most {worst:+.3f}."
-
-    @property
     def loss_beside_plain(self) -> float | None:
         """The log loss that is expected of the plan, less that of plain LoRA; None where it is unknown."""
         if self.costs is None or self.plain is None:
             return None
         return 0.0 - improvement_of(float(self.mean[self.plan] - self.mean[self.plain]))
-
-    @property
-    def lacks_room(self) -> bool:
-        """Whether much is lost under a goal of quality since plain LoRA does not fit, as networks expect that know it.
-
-        In a run unlike those that they have learned from, they do not.
-        """
-        loss = self.loss_beside_plain
-        if loss is None or self.plain is None or self.goal.saves or self.unlike:
-            return False
-        return not self.may_take[self.plain] and loss > TOLERANCE
-
-    @property
-    def _cheapest(self) -> BoolArray:
-        if self.misses_goal:
-            return np.asarray(np.arange(len(self.plans)) == self.simple)
-        costs = self.seconds if self.goal.kind == "time" else self.costs
-        assert costs is not None
-        least = costs[self.within_tolerance].min()
-        return np.asarray(self.within_tolerance & (costs <= (1 + COST_TIE) * least))
 
     @cached_property
     def favourite(self) -> int:
@@ -264,111 +202,6 @@ class Deliberation:
         """How much higher the plan's lower bound is than that of the best other one that fits; 0 where none does."""
         others = self.bound[self.may_take & (np.arange(len(self.plans)) != self.plan)]
         return float(self.bound[self.plan] - others.max()) if len(others) else 0.0
-
-    @property
-    def log_prob(self) -> float | None:
-        """The log-probability of the plan; None where plans are not drawn."""
-        return float(np.log(self.probabilities[self.plan])) if self.temperature else None
-
-    def recipes(self) -> Arrays:
-        """What the candidates are made of, which is the same at many decisions: those that were drawn."""
-        return {"weights": self.weights[self._fixed :], "placements": self.placements[self._fixed :]}
-
-    def arrays(self) -> Arrays:
-        """All other arrays by name, in the smallest types that hold them exactly."""
-        return {
-            "weights": self.weights[: self._fixed],
-            "placements": self.placements[: self._fixed],
-            "plan_of": self.plan_of.astype(np.uint16),
-            "plans": self.plans.astype(np.uint16),
-            "votes": self.votes,
-            "actor_gains": self.actor_gains.astype(np.float32),
-            "actor_estimate": self.actor_estimate.astype(np.float32),
-            "actor_scores": self.actor_scores.astype(np.float32),
-            "probabilities": self.probabilities,
-            **{name: values for name in _OF_PLANS if (values := getattr(self, name)) is not None},
-        }
-
-    def scalars(self) -> dict[str, Any]:
-        """All that is no array, as JSON values."""
-        return {
-            "candidates": list(self.candidates[: self._fixed]),
-            "basis": list(self.basis),
-            "directions": list(self.directions),
-            "lcb_coefficient": self.lcb_coefficient,
-            "tie": self.tie,
-            "temperature": self.temperature,
-            "seed": self.seed,
-            "taken": self.taken,
-            **{name: getattr(self, name) for name in ("unit", "doubt", "simple", "plain")},
-            "outside": {name: list(values) for name, values in self.outside.items()},
-            "trained": self.trained,
-            "goal": [self.goal.kind, self.goal.tolerance],
-        }
-
-    @property
-    def _fixed(self) -> int:
-        """How many candidates have a name of their own; those that were drawn follow."""
-        return sum(not name.startswith(DRAWN) for name in self.candidates)
-
-    @classmethod
-    def restored(
-        cls, arrays: Mapping[str, NDArray[Any]], recipes: Mapping[str, NDArray[Any]], scalars: Mapping[str, Any]
-    ) -> Deliberation:
-        """The deliberation that `arrays`, `recipes` and `scalars` described.
-
-        Raises:
-            KeyError: a part is missing.
-            ValueError: parts disagree on their sizes, or have other types.
-        """
-        for name, array in (*arrays.items(), *recipes.items()):
-            kinds = "iu" if name in ("plan_of", "plans") else "b" if name in ("allowed", "broad") else "f"
-            if array.dtype.kind not in kinds or array.dtype == np.uint64:
-                raise ValueError(f"{name} is of type {array.dtype}")
-        values: dict[str, Any] = {
-            name: tuple(map(str, scalars[name])) for name in ("candidates", "basis", "directions")
-        }
-        values["candidates"] += tuple(f"{DRAWN}{number}" for number in range(len(recipes["weights"])))
-        values |= {name: np.concatenate([arrays[name], recipes[name]]) for name in ("weights", "placements")}
-        doubles = ("actor_gains", "actor_estimate", "actor_scores")
-        values |= {name: arrays[name].astype(np.float64) for name in doubles}
-        values |= {name: arrays[name].astype(np.int64) for name in ("plan_of", "plans")}
-        values |= {name: float(scalars[name]) for name in ("lcb_coefficient", "tie", "temperature")}
-        values |= {name: arrays[name] for name in _OF_PLANS if name in arrays}
-        values |= {name: scalars.get(name) for name in ("simple", "plain")}
-        kind, tolerance = scalars.get("goal", ("quality", TOLERANCE))  # unknown to earlier versions, as the unit
-        values |= {"goal": Goal(kind, tolerance), "unit": scalars.get("unit", "spread")}
-        values["doubt"] = float(scalars.get("doubt", 0.0))
-        values["outside"] = {name: tuple(map(float, found)) for name, found in scalars.get("outside", {}).items()}
-        values["trained"] = bool(scalars.get("trained", False))
-        found = cls(**values, votes=arrays["votes"], seed=int(scalars["seed"]), taken=int(scalars["taken"]))
-        found._check_sizes()
-        return found
-
-    def _check_sizes(self) -> None:
-        candidates, (plans, modules) = len(self.candidates), self.plans.shape
-        expected = {
-            "weights": (candidates, len(self.basis)),
-            "placements": (candidates, 2),
-            "plan_of": (candidates,),
-            "votes": (len(self.votes), plans),
-            "actor_gains": (len(self.directions),),
-            "actor_estimate": (modules,),
-            "actor_scores": (modules,),
-            **{name: (plans,) for name in _OF_PLANS if getattr(self, name) is not None},
-        }
-        for name, shape in expected.items():
-            if getattr(self, name).shape != shape:
-                raise ValueError(f"{name} has shape {getattr(self, name).shape}, not {shape}")
-        if not (0 <= self.taken < candidates and self.plan_of.min() >= 0 and self.plan_of.max() < plans):
-            raise ValueError(f"a candidate or plan is out of range: {self.taken} of {candidates}, {plans} plans")
-        if not all(each is None or (type(each) is int and 0 <= each < plans) for each in (self.simple, self.plain)):
-            raise ValueError(f"the simple or the plain plan is out of range: {self.simple!r}, {self.plain!r}")
-        for name, found in self.outside.items():
-            if name not in RUN_FEATURES or len(found) != 3 or not all(abs(value) <= MOST_FEATURE for value in found):
-                raise ValueError(f"{name!r} is outside of its range with {found}")
-        if self.plans.min(initial=0) < 0 or modules == 0 or len(self.votes) == 0 or self.unit not in get_args(VoteUnit):
-            raise ValueError(f"{len(self.votes)} votes in {self.unit!r} on plans for {modules} modules")
 
 
 def plan_distance(ranks: IntArray, reference: IntArray) -> FloatArray:

@@ -85,6 +85,9 @@ def run_feature_text(name: str, value: float) -> str:
 MODULE_FEATURES = tuple(feature.name for feature in MODULE_FEATURE_TABLE)
 RUN_FEATURES = tuple(feature.name for feature in RUN_FEATURE_TABLE)
 
+FEATURE_PREFIX, RUN_PREFIX = "feature.", "run."
+"""How the columns of tables begin that hold features of modules and of the run."""
+
 
 class Inputs(NamedTuple):
     """How many features a network reads, counted from the first.
@@ -97,9 +100,6 @@ class Inputs(NamedTuple):
     modules: int = len(MODULE_FEATURES)
     run: int = len(RUN_FEATURES)
 
-
-FIRST_INPUTS = Inputs(14, 8)
-"""What the networks of all policies read before policy cards of schema 4."""
 
 EARLIER_FEATURE_NAMES = {
     "height": "relative_depth",

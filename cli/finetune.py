@@ -21,7 +21,7 @@ class Finetune(FinetuneConfig):
     """Fine-tune a model with LoRA at the ranks that a policy decides for its modules, inside a hard budget.
 
     The run uses the transformers Trainer and PEFT, and plain PEFT loads the adapter that comes out. The run's folder
-    holds all settings (config.json), every decision (Parquet), the adapter, and a page about all of it (study.html).
+    holds all settings (config.json), every decision (JSON lines), the adapter, and a page about all of it (study.html).
 
     Attributes:
         output: folder of the run.

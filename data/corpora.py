@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from ..common.files import atomic_path
 from ..errors import AssetError, UnknownNameError
-from .readers import news, newsgroups, tables, tales, templates, translations
 from .asset_list import ASSETS, cache_folder
 from .assets import fetch_asset
 from .packaged_data import parse_reviews
+from .readers import news, newsgroups, tables, tales, templates, translations
 
 EVAL_SHARE = 0.1
 """Share of each corpus, at its end, that training never sees."""

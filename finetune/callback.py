@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..agents.learned.policy_file import DEFAULT
 from ..allocation.controller import RankController
-from ..allocation.decision_log import DecisionLog
+from ..allocation.log import DecisionLog
 from ..allocation.policy import Policy
 from ..common.processes import Processes
 from ..errors import ConfigError, DataError, UnsupportedError

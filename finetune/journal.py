@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..allocation.controller import RankController
-from ..allocation.decision_log import DecisionLog
-from ..allocation.decision_record import DecisionRecord
+from ..allocation.decision_line import lacks_room, promise, unlike
 from ..allocation.deliberation import Deliberation
+from ..allocation.log import DecisionLog, DecisionRecord
 from ..allocation.observation import Observation
 from ..allocation.plan import Plan
 from ..allocation.policy import Decision, Policy
@@ -125,7 +125,7 @@ class Journal:
         if self.log is not None and self._writes:
             self.log.append(record)
         self.note(record.line() + (f", {remark}" if remark else ""))
-        if record.decision == 0 and decision.deliberation is not None:
+        if record.number == 0 and decision.deliberation is not None:
             self._note_expected(decision.deliberation, observation.problem, controller.adapters.model)
         if not plan.ranks.any():
             raise BudgetError(
@@ -139,7 +139,7 @@ class Journal:
         if not isinstance(problem.cost, TimedCost):
             more = problem.cost.unit == "bytes" and not self._recompute and could_recompute(model)
             helps = f"A larger budget makes room{RECOMPUTE if more else ''}."
-        if found.promise:
-            self.note(f"{found.promise} {helps}" if found.lacks_room else found.promise)
-        if found.unlike:
-            self.note(f"{self._policy.name} has learned from no run like this one, so trust it less: {found.unlike}.")
+        if expected := promise(found):
+            self.note(f"{expected} {helps}" if lacks_room(found) else expected)
+        if difference := unlike(found):
+            self.note(f"{self._policy.name} has learned from no run like this one, so trust it less: {difference}.")

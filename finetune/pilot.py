@@ -16,7 +16,7 @@ from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
 from ..agents.rules.given_plan import PlanFile, given_ranks
 from ..allocation.bounds import rank_bounds
 from ..allocation.controller import RankController
-from ..allocation.decision_log import DecisionLog
+from ..allocation.log import DecisionLog
 from ..allocation.observation import Observation
 from ..allocation.plan import Plan
 from ..allocation.policy import Decision, Policy

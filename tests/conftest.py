@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.allocation.features import FIRST_INPUTS, MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES, Inputs
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.lora.ladder import RankLadder
@@ -35,6 +35,10 @@ transformers_logging.disable_progress_bar()
 # Deadlines measure the machine; derandomized runs fail for a change of the code alone.
 settings.register_profile("rankpilot", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "rankpilot"))
+
+
+FIRST_INPUTS = Inputs(14, 8)
+"""What the networks of all policies read before policy cards of schema 4."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

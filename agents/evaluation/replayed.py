@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from ...allocation.decision_log import DecisionLog
+from ...allocation.log import DecisionLog
 from ...allocation.policy import Policy
 from ...allocation.problem import AllocationProblem
 from ...env.tasks.oracle import oracle_plan
@@ -93,6 +93,6 @@ class Replayed:
                 f"{self.logs} holds {len(logs)} logs of task {task.id} with seed {task.seed}, and one is needed. Run "
                 "`rankpilot evaluate` with --logs on the same tasks and seeds first."
             )
-        last = logs[0].logged(len(logs[0]) - 1)
+        last = logs[0].read()[-1]
         ranks = shuffled_plan(last, task.seed) if self.how == SHUFFLED else last.plan()
         return GivenPlan(self.name, ranks) if any(ranks.values()) else None

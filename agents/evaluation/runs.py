@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...allocation.decision_log import DecisionLog
-from ...allocation.decision_record import DecisionRecord
+from ...allocation.log import DecisionLog, DecisionRecord
 from ...allocation.observation import Observation
 from ...allocation.policy import Decision, Policy
 from ...allocation.schedule import DecisionSchedule

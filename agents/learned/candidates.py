@@ -3,11 +3,14 @@
 Some are fixed: those of the rules and the actor's. Others are drawn. Their scores are weighted sums of the mean signal,
 the cost of a rank, the relative depth and the actor's scores. Weights and placements are drawn from wide distributions,
 because nobody knows in advance how deep adapters should go, or how far signals can be trusted.
+
+A policy whose networks tell plans of any cost apart weighs more plans at a first decision: plain LoRA, those that
+follow from a model's structure, and the fixed candidates under lower limits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,12 +19,14 @@ from numpy.typing import NDArray
 from ...allocation.actions import SCORE_BOUND, base_rank_floor
 from ...allocation.deliberation import DRAWN
 from ...allocation.observation import Observation, module_feature
-from ...allocation.plan import uniform_ranks, uniform_window
+from ...allocation.plan import least_ranks, uniform_ranks, uniform_window
 from ...allocation.policy import Decision, decided_plan, decision_from_plan, decision_from_scores, decision_to_keep
 from ...allocation.problem import AllocationProblem
+from ...allocation.time_limit import dearer, under_limit
 from ...common.arrays import FloatArray, IntArray
-from ...memory.cost import ParameterCost
+from ...memory.cost import ParameterCost, TimedCost, moment_costs, unit_cost
 from ..rules import signal_mean
+from .structures import ALL_LINEAR, all_linear, structure_plans
 
 BASIS = ("signal_mean", "rank_cost", "relative_depth", "actor")
 """The scores of candidates are weighted sums of these."""
@@ -47,71 +52,47 @@ UNIFORM = FIXED_NAMES[0]
 KEEP = "keep"
 """Name of the candidate that leaves the ranks as they are."""
 
+SHARES = (0.2, 0.4, 0.6, 0.8)
+"""Lower limits of the fixed candidates; see `with_less`."""
+
 
 @dataclass(frozen=True, eq=False)
-class Candidates:
-    """The candidates at a decision, C of them.
+class Candidate:
+    """One candidate at a decision.
 
     Attributes:
-        names: (C,).
-        weights: of each part of `BASIS` in the scores, (C, len(BASIS)).
-        scores: (C, modules).
-        placements: see `PLACEMENT`, (C, 2).
-        plans: ranks, int64 (modules,), of the candidates that follow from no scores under this budget, by name.
+        name: what the log calls it.
+        scores: of the modules, (modules,).
+        weights: of each part of `BASIS` in the scores, (len(BASIS),).
+        placement: see `PLACEMENT`, (2,).
+        ranks: the plan, int64 (modules,), of a candidate that follows from no scores under this budget; else None.
     """
 
-    names: tuple[str, ...]
-    weights: NDArray[np.float64]
-    scores: NDArray[np.float64]
-    placements: NDArray[np.float64]
-    plans: Mapping[str, IntArray] = field(default_factory=dict)
+    name: str
+    scores: FloatArray
+    weights: FloatArray = field(default_factory=lambda: np.zeros(len(BASIS)))
+    placement: FloatArray = field(default_factory=lambda: np.zeros(2))
+    ranks: IntArray | None = None
 
-    @classmethod
-    def joined(cls, *parts: Candidates) -> Candidates:
-        """Some one after another."""
-        return cls(
-            tuple(name for part in parts for name in part.names),
-            np.concatenate([part.weights for part in parts]),
-            np.concatenate([part.scores for part in parts]),
-            np.concatenate([part.placements for part in parts]),
-            {name: ranks for part in parts for name, ranks in part.plans.items()},
-        )
-
-    def rows(self, part: slice) -> Candidates:
-        """Some of them."""
-        return Candidates(self.names[part], self.weights[part], self.scores[part], self.placements[part], self.plans)
-
-    def after_keep(self) -> Candidates:
-        """The same after one more, which keeps the ranks in place."""
-        first = self.rows(slice(0, 1))
-        nothing = (np.zeros_like(part) for part in (first.weights, first.scores, first.placements))
-        weights, scores, placements = nothing
-        return Candidates.joined(Candidates((KEEP,), weights, scores, placements), self)
-
-    def with_uniform_plan(self, problem: AllocationProblem) -> Candidates:
-        """The same, with the very plan of the rule for the candidate `UNIFORM`, whose scores come near to it alone."""
-        ranks = decided_plan(problem, decision_from_plan(uniform_ranks(problem))).ranks
-        return replace(self, plans={**self.plans, UNIFORM: ranks})
-
-    def decisions(self, observation: Observation) -> list[Decision]:
-        """The decision that each leads to."""
-        return [
-            self._decision(observation, name, *values)
-            for name, *values in zip(self.names, self.scores, self.placements, strict=True)
-        ]
-
-    def _decision(self, observation: Observation, name: str, scores: FloatArray, placement: FloatArray) -> Decision:
-        if name == KEEP:
+    def decision(self, observation: Observation) -> Decision:
+        """The decision that it leads to."""
+        if self.name == KEEP:
             return decision_to_keep(observation)
-        if name in self.plans:
-            return Decision(self.plans[name], scores, exact=True)
-        return decision_from_scores(observation, scores, placement)
+        if self.ranks is not None:
+            return Decision(self.ranks, self.scores, exact=True)
+        return decision_from_scores(observation, self.scores, self.placement)
+
+
+def with_uniform_plan(candidates: Sequence[Candidate], problem: AllocationProblem) -> list[Candidate]:
+    """The same, with the very plan of the rule for the candidate `UNIFORM`, whose scores come near to it alone."""
+    ranks = decided_plan(problem, decision_from_plan(uniform_ranks(problem))).ranks
+    return [replace(each, ranks=ranks) if each.name == UNIFORM else each for each in candidates]
 
 
 def candidate_actions(
     observation: Observation, scores: FloatArray, placement: FloatArray, draws: int, generator: np.random.Generator
-) -> Candidates:
-    """The candidates at a decision.
+) -> list[Candidate]:
+    """The candidates at a decision that spend the budget: the fixed ones, then those that are drawn.
 
     Args:
         observation: of the decision.
@@ -130,16 +111,82 @@ def candidate_actions(
     drawn = _short(_draw_weights(draws, generator))
     weights = np.concatenate([np.array([*_FIXED.values()], dtype=np.float64), drawn])
     placements = np.concatenate([fixed, _short(_draw_placements(draws, by_parameters, generator))])
-    return Candidates(
-        (*_FIXED, *(f"{DRAWN}{number}" for number in range(draws))),
-        weights,
-        np.clip(weights @ basis, -SCORE_BOUND, SCORE_BOUND),
-        np.clip(placements, -SCORE_BOUND, SCORE_BOUND),
+    names = (*_FIXED, *(f"{DRAWN}{number}" for number in range(draws)))
+    all_scores = np.clip(weights @ basis, -SCORE_BOUND, SCORE_BOUND)
+    placements = np.clip(placements, -SCORE_BOUND, SCORE_BOUND)
+    return [Candidate(*each) for each in zip(names, all_scores, weights, placements, strict=True)]
+
+
+def all_options(observation: Observation, candidates: Sequence[Candidate], *, plain_first: bool) -> list[Candidate]:
+    """Candidates of a first decision, with plans of any cost beside them.
+
+    After the fixed ones come plain LoRA, plans that follow from the model's structure, as far as they fit, and the
+    fixed candidates under lower limits of the budget and, where it is known, of the time of a step. Those that were
+    drawn are the last.
+
+    Args:
+        observation: of the first decision.
+        candidates: from `candidate_actions`.
+        plain_first: put plain LoRA before all others, which are then compared with it.
+    """
+    problem, nothing = observation.problem, np.zeros(len(observation.modules))
+    fixed, drawn = candidates[:FIXED], candidates[FIXED:]
+    plain, exact = Candidate(ALL_LINEAR, nothing, ranks=all_linear(problem)), with_uniform_plan(fixed, problem)
+    structure = [
+        Candidate(name, nothing, ranks=ranks)
+        for name, ranks in structure_plans(observation)
+        if ranks.any() and problem.fits(ranks)
+    ]
+    limits = [(f"{share:.0%} of the budget", with_less(problem, share)) for share in SHARES]
+    if isinstance(problem.cost, TimedCost):
+        limits += [(f"{share:.0%} of the time", with_less_time(problem, share)) for share in SHARES]
+    for_less = []
+    for of_what, limited in limits:
+        less = replace(observation, problem=limited)
+        for each in with_uniform_plan(fixed, limited):
+            ranks = decided_plan(limited, each.decision(less)).ranks
+            for_less.append(replace(each, name=f"{each.name} for {of_what}", ranks=ranks))
+    first = [plain, *exact] if plain_first else [*exact, plain]
+    return [*first, *structure, *for_less, *drawn]
+
+
+def can_take(problem: AllocationProblem, ranks: IntArray) -> bool:
+    """Whether a plan fits and keeps the ladder and the bounds; ranks int64 (modules,)."""
+    rungs = problem.ladder.rung(ranks)
+    on_ladder = (problem.ladder.array[rungs] == ranks).all() and (rungs >= problem.bottoms).all()
+    return bool(on_ladder and (rungs <= problem.tops).all() and problem.fits(ranks))
+
+
+def with_less(problem: AllocationProblem, share: float) -> AllocationProblem:
+    """The problem with a lower limit, in its own unit; a limit of the time of a step stays as it is.
+
+    Args:
+        problem: of a first decision.
+        share: where the limit lies between the cheapest plan (0) and plain LoRA or the limit itself (1), whichever is
+            lower.
+    """
+    least = unit_cost(problem.cost, least_ranks(problem))
+    most = min(problem.limit, unit_cost(problem.cost, all_linear(problem)))
+    return under_limit(problem, least + share * max(0.0, most - least))
+
+
+def with_less_time(problem: AllocationProblem, share: float) -> AllocationProblem:
+    """The problem with a lower limit of the time of a step; see `with_less`.
+
+    Args:
+        problem: with the time of a step among its costs.
+        share: see `with_less`.
+    """
+    assert isinstance(problem.cost, TimedCost)
+    least, plain = (
+        float(moment_costs(problem.cost, ranks)[-1]) for ranks in (least_ranks(problem), all_linear(problem))
     )
+    most = min(problem.limit, plain)
+    return dearer(problem, problem.limit / (least + share * max(0.0, most - least)))
 
 
 def _short(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Values that half precision holds exactly: a log of them is a third as large."""
+    """Values rounded to half precision, as those were with which the shipped policies were trained."""
     return values.astype(np.float16).astype(np.float64)
 
 

@@ -15,14 +15,14 @@ from ...allocation.deliberation import Deliberation, Votes
 from ...allocation.goal import CAUTION, Goal
 from ...allocation.observation import Float32Array, Observation
 from ...allocation.policy import Decision, decided_plan, decision_from_scores, is_first
+from ...allocation.problem import AllocationProblem
 from ...common.arrays import FloatArray, IntArray
 from ...common.devices import without_autocast
 from ...errors import ConfigError
 from ...memory.cost import TimedCost, moment_costs, unit_costs
-from .candidates import BASIS, FIXED_NAMES, Candidates, candidate_actions
-from .network import DIRECTIONS, RankNetwork
-from .options import all_options, can_take
-from .plan_value import Plans, PlanValueEnsemble
+from .candidates import KEEP, UNIFORM, Candidate, all_options, can_take, candidate_actions
+from .network import RankNetwork
+from .plan_value import Plans, PlanValueConfig, PlanValueEnsemble
 from .structures import ALL_LINEAR
 
 DRAWS = 24
@@ -123,117 +123,108 @@ class LearnedPolicy:
         if self.value_ensemble is None:
             decision = decision_from_scores(observation, action.scores, action.placement)
             return replace(decision, expected=action.expected, uncertainty=action.uncertainty)
-        self._check_goal(observation)
-        candidates = self._candidates(observation, action)
-        decisions = candidates.decisions(observation)
-        deliberation = self._deliberate(observation, action, candidates, decisions)
-        return replace(
-            decisions[deliberation.taken],
-            log_prob=deliberation.log_prob,
-            expected=float(deliberation.mean[deliberation.plan]),
-            uncertainty=float(deliberation.std[deliberation.plan]),
-            deliberation=deliberation,
-        )
-
-    def _check_goal(self, observation: Observation) -> None:
         cost = observation.problem.cost
         if self.goal.kind == "time" and is_first(observation) and not isinstance(cost, TimedCost):
             raise ConfigError("goal='time' needs the time of a step, and here the time of a step is not known.")
         if self.goal.kind == "bytes" and cost.unit != "bytes":
             raise ConfigError(f"goal='bytes' needs a budget of bytes, and this one counts {cost.unit}.")
+        candidates = self._candidates(observation, action, self.value_ensemble.config)
+        decisions = [candidate.decision(observation) for candidate in candidates]
+        found = self._weigh(observation, action, candidates, decisions, self.value_ensemble)
+        return replace(
+            decisions[found.taken],
+            log_prob=float(np.log(found.probabilities[found.plan])) if self.temperature else None,
+            expected=float(found.mean[found.plan]),
+            uncertainty=float(found.std[found.plan]),
+            deliberation=found,
+        )
 
-    def _deliberate(
-        self, observation: Observation, action: MeanAction, candidates: Candidates, decisions: Sequence[Decision]
+    def _candidates(self, observation: Observation, action: MeanAction, values: PlanValueConfig) -> list[Candidate]:
+        """The candidates between which the value ensemble chooses; they are compared with the first one."""
+        usual = candidate_actions(observation, action.scores, action.placement, DRAWS, np.random.default_rng(0))
+        if not is_first(observation):
+            keep = Candidate(KEEP, np.zeros(len(observation.modules)))
+            return [keep] if self.goal.saves else [keep, *usual]
+        if values.unit == "spread":
+            return usual
+        return all_options(observation, usual, plain_first=self.goal.saves)
+
+    def _weigh(
+        self,
+        observation: Observation,
+        action: MeanAction,
+        candidates: Sequence[Candidate],
+        decisions: Sequence[Decision],
+        ensemble: PlanValueEnsemble,
     ) -> Deliberation:
-        """Weigh the plans of some decisions against that of the first one, and choose."""
-        assert self.value_ensemble is not None
-        any_cost = self.value_ensemble.config.unit == "log loss" and is_first(observation)
-        ranks = np.stack([self._ranks(observation, *pair) for pair in zip(candidates.names, decisions, strict=True)])
-        first, plan_of = _distinct(ranks)
-        votes = self._votes(observation, action, ranks)
-        open_ = Deliberation(
-            candidates=candidates.names,
-            basis=BASIS,
-            weights=candidates.weights,
-            placements=candidates.placements,
+        """Vote on the plans of all candidates, beside that of the first one, and choose."""
+        problem, first, values = observation.problem, is_first(observation), ensemble.config
+        ranks = np.stack(
+            [  # plain LoRA is compared with even if it does not fit
+                decision.ranks if candidate.name == ALL_LINEAR else decided_plan(problem, decision).ranks
+                for candidate, decision in zip(candidates, decisions, strict=True)
+            ]
+        )
+        places, plan_of = _distinct(ranks)
+        caution = CAUTION if self.goal.saves else LCB_COEFFICIENT
+        run = observation.run.tolist()
+        found = Deliberation(
+            candidates=tuple(candidate.name for candidate in candidates),
+            weights=np.stack([candidate.weights for candidate in candidates]),
+            placements=np.stack([candidate.placement for candidate in candidates]),
             plan_of=plan_of,
-            plans=ranks[first],
-            votes=votes[:, first],
-            lcb_coefficient=self._caution(observation),
-            tie=TIE if self.value_ensemble.config.unit == "spread" else LOSS_TIE,
-            directions=DIRECTIONS,
+            plans=ranks[places],
+            votes=_votes(ensemble, observation, action.scores, ranks)[:, places],
+            lcb_coefficient=caution if first else LATER_LCB_COEFFICIENT,
+            tie=TIE if values.unit == "spread" else LOSS_TIE,
             actor_gains=action.gains,
             actor_estimate=action.estimate,
             actor_scores=action.scores,
             temperature=self.temperature,
             seed=self.seed,
-            unit=self.value_ensemble.config.unit,
-            doubt=self.value_ensemble.config.doubt_of(observation.run.tolist()),
-            outside=self.value_ensemble.config.outside(observation.run.tolist()),
-            trained=is_first(observation) and bool((observation.problem.ranks > NEW_RANK).any()),
+            unit=values.unit,
+            doubt=values.doubt_of(run),
+            outside=values.outside(run),
+            trained=first and bool((problem.ranks > NEW_RANK).any()),
             goal=self.goal,
-            **(_of_any_cost(observation, candidates.names, plan_of, ranks[first]) if any_cost else {}),
         )
-        return replace(open_, taken=int(first[self._choose(observation, open_)]))
-
-    def _caution(self, observation: Observation) -> float:
-        if not is_first(observation):
-            return LATER_LCB_COEFFICIENT
-        return CAUTION if self.goal.saves else LCB_COEFFICIENT
-
-    def _candidates(self, observation: Observation, action: MeanAction) -> Candidates:
-        """The candidates between which the value ensemble chooses; they are compared with the first one."""
-        assert self.value_ensemble is not None
-        drawn = candidate_actions(observation, action.scores, action.placement, DRAWS, np.random.default_rng(0))
-        if not is_first(observation):
-            later = drawn.after_keep()
-            return later.rows(slice(0, 1)) if self.goal.saves else later
-        if self.value_ensemble.config.unit == "spread":
-            return drawn
-        return all_options(observation, drawn, plain_first=self.goal.saves)
-
-    def _ranks(self, observation: Observation, name: str, decision: Decision) -> IntArray:
-        """The plan of a candidate; that of plain LoRA even if it does not fit."""
-        return decision.ranks if name == ALL_LINEAR else decided_plan(observation.problem, decision).ranks
-
-    def _choose(self, observation: Observation, deliberation: Deliberation) -> int:
-        """The plan to take."""
-        if not self.temperature:
-            return deliberation.favourite
-        digest = hashlib.sha256(observation.run.tobytes() + observation.modules.tobytes()).digest()
-        generator = np.random.default_rng([self.seed, *digest])
-        return int(generator.choice(len(deliberation.plans), p=deliberation.probabilities))
-
-    @torch.no_grad()
-    def _votes(self, observation: Observation, action: MeanAction, ranks: IntArray) -> Votes:
-        """What each network expects of each plan, less what it expects of the first one, (networks, plans)."""
-        assert self.value_ensemble is not None
-        plans = Plans(
-            torch.from_numpy(observation.modules).unsqueeze(0),
-            torch.from_numpy(action.scores - action.scores.mean()).float().unsqueeze(0),
-            torch.from_numpy(observation.run).unsqueeze(0),
-            torch.ones(1, len(observation.modules)),
-            torch.from_numpy(ranks).unsqueeze(0),
-        )
-        values = self.value_ensemble(plans)[:, 0]
-        votes: Votes = (values - values[:, :1]).numpy()
-        return votes
+        if first and values.unit == "log loss":
+            found = _with_costs(found, problem)
+        plan = found.favourite
+        if self.temperature:
+            digest = hashlib.sha256(observation.run.tobytes() + observation.modules.tobytes()).digest()
+            generator = np.random.default_rng([self.seed, *digest])
+            plan = int(generator.choice(len(found.plans), p=found.probabilities))
+        return replace(found, taken=int(places[plan]))
 
 
-def _of_any_cost(
-    observation: Observation, names: tuple[str, ...], plan_of: IntArray, plans: IntArray
-) -> dict[str, Any]:
-    """What a deliberation holds of plans of any cost."""
-    cost = observation.problem.cost
-    seconds = moment_costs(cost, plans)[:, -1] / cost.unit_per_second if isinstance(cost, TimedCost) else None
-    return {
-        "simple": int(plan_of[names.index(FIXED_NAMES[0])]),
-        "plain": int(plan_of[names.index(ALL_LINEAR)]),
-        "costs": unit_costs(cost, plans).max(axis=1),
-        "seconds": seconds,
-        "allowed": np.array([can_take(observation.problem, ranks) for ranks in plans]),
-        "broad": broad_plans(observation.problem, plans),
-    }
+@torch.no_grad()
+def _votes(ensemble: PlanValueEnsemble, observation: Observation, scores: FloatArray, ranks: IntArray) -> Votes:
+    """What each network expects of each plan, less what it expects of the first one, (networks, plans)."""
+    plans = Plans(
+        torch.from_numpy(observation.modules).unsqueeze(0),
+        torch.from_numpy(scores - scores.mean()).float().unsqueeze(0),
+        torch.from_numpy(observation.run).unsqueeze(0),
+        torch.ones(1, len(observation.modules)),
+        torch.from_numpy(ranks).unsqueeze(0),
+    )
+    values = ensemble(plans)[:, 0]
+    votes: Votes = (values - values[:, :1]).numpy()
+    return votes
+
+
+def _with_costs(found: Deliberation, problem: AllocationProblem) -> Deliberation:
+    """The same with what its plans cost, which of them can be taken, and which are plain LoRA and uniform rank."""
+    cost, plans = problem.cost, found.plans
+    return replace(
+        found,
+        simple=int(found.plan_of[found.candidates.index(UNIFORM)]),
+        plain=int(found.plan_of[found.candidates.index(ALL_LINEAR)]),
+        costs=unit_costs(cost, plans).max(axis=1),
+        seconds=moment_costs(cost, plans)[:, -1] / cost.unit_per_second if isinstance(cost, TimedCost) else None,
+        allowed=np.array([can_take(problem, ranks) for ranks in plans]),
+        broad=broad_plans(problem, plans),
+    )
 
 
 def _distinct(ranks: IntArray) -> tuple[IntArray, IntArray]:

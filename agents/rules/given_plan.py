@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ...allocation.decision_log import LoggedDecision
+from ...allocation.log import DecisionRecord
 from ...allocation.observation import Observation
 from ...allocation.plan import Plan
 from ...allocation.policy import Decision, decided_plan, decision_to_keep, is_first
@@ -241,7 +241,7 @@ def _flat(modules: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield full, value
 
 
-def shuffled_plan(logged: LoggedDecision, seed: int) -> dict[str, int]:
+def shuffled_plan(logged: DecisionRecord, seed: int) -> dict[str, int]:
     """The ranks after a decision, dealt anew among the modules of each kind; under bytes, among the adapted ones.
 
     Args:

@@ -32,8 +32,7 @@ from ...env.episodes.stacked import StackedEpisodes
 from ...env.proxies.bases import find_base
 from ...env.tasks.proxy_task import ProxyTask
 from ...errors import RunFolderError, first_line
-from ..learned.candidates import FIXED_NAMES, KEEP, UNIFORM, candidate_actions
-from ..learned.cheaper import with_less
+from ..learned.candidates import FIXED_NAMES, KEEP, UNIFORM, candidate_actions, with_less, with_uniform_plan
 from ..learned.plan_value import Plans
 from ..learned.policy import LearnedPolicy, MeanAction
 from ..learned.policy_file import SCHEMA
@@ -214,8 +213,10 @@ def draw_decision(
     chosen = CHOICES.index(choice) if choice in FIXED_NAMES else len(FIXED_NAMES)
     if choice == "drawn for less":
         observation = replace(observation, problem=with_less(observation.problem, less))
-    one = candidates.rows(slice(chosen, chosen + 1))
-    (decision,) = (one.with_uniform_plan(observation.problem) if choice == UNIFORM else one).decisions(observation)
+    one = candidates[chosen]
+    if choice == UNIFORM:
+        (one,) = with_uniform_plan([one], observation.problem)
+    decision = one.decision(observation)
     ranks = decided_plan(observation.problem, decision).ranks
     return replace(decision, ranks=ranks, exact=True), choice  # exact: the run has more room than this
 

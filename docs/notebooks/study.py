@@ -23,7 +23,7 @@ from rankpilot.agents.evaluation.results import read_rows
 from rankpilot.agents.evaluation.runs import compare, log_folder
 from rankpilot.agents.learned.exploring import exploring
 from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.common.drawing import save_figure
 from rankpilot.common.statistics import estimate
 from rankpilot.env.tasks.suites import evenly, find_tasks
@@ -70,10 +70,8 @@ first = log.logged(0)
 print(f"{best.task}: gain {best.improvement:+.2f}, {len(log)} decisions")
 for number in range(len(log)):
     logged = log.logged(number)
-    moved = np.count_nonzero(logged.ranks("rank_after") != logged.ranks("rank_before"))
-    print(
-        f"  decision {number} at step {logged.value('step')}: {moved} of {len(logged.observation.names)} modules move"
-    )
+    moved = np.count_nonzero(logged.rank_after != logged.rank_before)
+    print(f"  decision {number} at step {logged.step}: {moved} of {len(logged.observation.names)} modules move")
 
 # %% [markdown]
 # A log would be worth little if it did not hold all that counts. Taken again from the log, each decision is equal, bit
@@ -156,8 +154,8 @@ for each in other.agreements:
 
 # %%
 logged = [log.logged(number) for number in range(len(log))]
-ranks = np.stack([each.ranks("rank_after") for each in logged])
-steps = [each.value("step") for each in logged]
+ranks = np.stack([each.rank_after for each in logged])
+steps = [each.step for each in logged]
 picture = rank_heatmap(steps, ranks, first.observation.names, first.problem.blocks, total_steps=tasks[0].steps)
 save_figure(picture, folder / "ranks.png")
 write_page(page_data([read_run(log.folder)], [explanations(log, policy, what_ifs=False)]), folder / "run.html")

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...allocation.controller import RankController
-from ...allocation.decision_log import DecisionLog
-from ...allocation.decision_record import DecisionRecord
+from ...allocation.log import DecisionLog, DecisionRecord
 from ...allocation.observation import Observation
 from ...allocation.plan import Plan
 from ...allocation.policy import Decision, Policy

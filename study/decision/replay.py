@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,17 +10,16 @@ import numpy as np
 from rich.table import Table
 
 from ...agents.learned.policy import LearnedPolicy
-from ...allocation.decision_log import DecisionLog, LoggedDecision
 from ...allocation.deliberation import plan_distance
 from ...allocation.features import MODULE_FEATURES
+from ...allocation.log import DecisionLog, DecisionRecord
 from ...allocation.observation import Observation
 from ...allocation.policy import Decision, Policy, decided_plan, keeps
 from ...allocation.problem import AllocationProblem
 from ...common.arrays import FloatArray, IntArray
 from ...common.tables import make_table
-from ...errors import ConfigError, RunFolderError
+from ...errors import ConfigError
 from ...lora.signals import SIGNALS
-from ..run.run_data import read_decisions
 
 SIGNAL_COLUMNS = [MODULE_FEATURES.index(name) for name in SIGNALS]
 
@@ -41,7 +39,7 @@ class Redecision:
     differences: tuple[str, ...]
 
 
-def redecide(logged: LoggedDecision, policy: Policy) -> Redecision:
+def redecide(logged: DecisionRecord, policy: Policy) -> Redecision:
     """Take a logged decision again.
 
     Where the log's policy drew plans at a temperature, this one draws with the same temperature and seed. It has the
@@ -63,26 +61,28 @@ def redecide(logged: LoggedDecision, policy: Policy) -> Redecision:
     return Redecision(decision, ranks, tuple(_differences(logged, decision, ranks)))
 
 
-def _differences(logged: LoggedDecision, decision: Decision, ranks: IntArray) -> list[str]:
+def _differences(logged: DecisionRecord, decision: Decision, ranks: IntArray) -> list[str]:
     scalars = ("rank_floor", "depth_bias", "log_prob", "expected", "uncertainty")
-    found = [name for name in scalars if logged.value(name) != getattr(decision, name)]
-    if logged.value("kept") is not None and logged.value("kept") != keeps(logged.observation, decision):
+    found = [name for name in scalars if getattr(logged.decision, name) != getattr(decision, name)]
+    if logged.kept != keeps(logged.observation, decision):
         found.append("kept")
     pairs = {
-        "score": (logged.table["score"].to_numpy(), decision.scores),
-        "rank_wanted": (logged.ranks("rank_wanted"), decision.ranks),
-        "rank_after": (logged.ranks("rank_after"), ranks),
+        "score": (logged.decision.scores, decision.scores),
+        "rank_wanted": (logged.rank_wanted, decision.ranks),
+        "rank_after": (logged.rank_after, ranks),
     }
     found += [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
     then, now = logged.deliberation, decision.deliberation
     if then is not None and now is not None:
-        today = {**now.arrays(), **now.recipes()}
-        before = {**then.arrays(), **then.recipes()}
-        found += [name for name, array in before.items() if not np.array_equal(array, today[name])]
-        found += [name for name, value in then.scalars().items() if value != now.scalars()[name]]
-    elif logged.state is not None and (then is None) != (now is None):
+        names = [each.name for each in fields(then)]
+        found += [name for name in names if not _same(getattr(then, name), getattr(now, name))]
+    elif (then is None) != (now is None):
         found.append("deliberation")
     return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    return np.array_equal(one, other) if isinstance(one, np.ndarray) else bool(one == other)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +99,7 @@ class DecidedAgain:
         ConfigError: no policy decided there.
     """
 
-    logged: LoggedDecision
+    logged: DecisionRecord
     policy: Policy
 
     def __post_init__(self) -> None:
@@ -134,14 +134,12 @@ class DecidedAgain:
         return replace(policy, temperature=0.0) if isinstance(policy, LearnedPolicy) else policy
 
 
-def _check_decided(logged: LoggedDecision) -> None:
-    if logged.value("correction"):
-        raise ConfigError(
-            f"At step {logged.value('step')} the guard or a person changed the ranks; no policy decided there."
-        )
+def _check_decided(logged: DecisionRecord) -> None:
+    if logged.correction:
+        raise ConfigError(f"At step {logged.step} the guard or a person changed the ranks; no policy decided there.")
 
 
-def _aimed_as(policy: Policy, logged: LoggedDecision) -> Policy:
+def _aimed_as(policy: Policy, logged: DecisionRecord) -> Policy:
     """A policy with the goal that the log's had, if it can have it."""
     found, ensemble = logged.deliberation, getattr(policy, "value_ensemble", None)
     if found is None or ensemble is None or ensemble.config.unit != "log loss":
@@ -269,34 +267,14 @@ def replay(log: DecisionLog, policy: Policy) -> Replay:
         policy: decides.
 
     Raises:
-        RunFolderError: there is no log.
+        RunFolderError: there is no log, or it cannot be read.
     """
-    lacking: dict[str, list[int]] = {}
-    unread: list[str] = []
-    decisions = read_decisions(log, lambda error: unread.append(str(error)))
-    agreements = []
-    for decision in decisions:
-        number, reason = decision.facts["decision"], _obstacle(decision.facts)
-        try:
-            logged = None if reason else log.logged(number)
-        except RunFolderError as error:
-            reason, logged = str(error), None
-        if logged:
-            agreements.append(_agreement(number, logged, policy))
-            reason = "" if logged.state else "log schema 3 holds no candidates and votes; only ranks are compared"
-        if reason:
-            lacking.setdefault(reason, []).append(number)
-    lines = [f"Decision {', '.join(map(str, numbers))}: {reason}." for reason, numbers in lacking.items()]
-    return Replay(decisions[0].facts["policy"], policy.name, tuple(agreements), (*unread, *lines))
+    records = log.read()
+    changed = [record.number for record in records if record.correction]
+    lacking = f"Decision {', '.join(map(str, changed))}: the guard or a person changed the ranks; no policy decided."
+    agreements = tuple(_agreement(record, policy) for record in records if not record.correction)
+    return Replay(records[0].policy, policy.name, agreements, (lacking,) if changed else ())
 
 
-def _obstacle(facts: Mapping[str, Any]) -> str:
-    """Why a decision cannot be taken again; empty if nothing stands in the way."""
-    if facts["problem"] is None:
-        return "log schema 2 does not hold the problem that was solved"
-    return "the guard or a person changed the ranks; no policy decided" if facts["correction"] else ""
-
-
-def _agreement(number: int, logged: LoggedDecision, policy: Policy) -> Agreement:
-    ranks, names = logged.ranks("rank_after"), logged.observation.names
-    return Agreement(number, logged.value("step"), names, ranks, redecide(logged, policy).ranks)
+def _agreement(logged: DecisionRecord, policy: Policy) -> Agreement:
+    return Agreement(logged.number, logged.step, logged.modules, logged.rank_after, redecide(logged, policy).ranks)

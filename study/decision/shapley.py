@@ -19,9 +19,9 @@ import torch
 
 from ...agents.learned.plan_value import Plans, PlanValueEnsemble
 from ...agents.learned.policy import LearnedPolicy
-from ...allocation.decision_log import LoggedDecision
 from ...allocation.deliberation import Deliberation
 from ...allocation.features import MODULE_FEATURES, RUN_FEATURES
+from ...allocation.log import DecisionRecord
 from ...common.arrays import BoolArray, FloatArray, IntArray
 from ...errors import ConfigError
 from ...lora.signals import SIGNALS
@@ -120,7 +120,7 @@ class Attribution:
         }
 
 
-def attribute(logged: LoggedDecision, policy: LearnedPolicy) -> Attribution | None:
+def attribute(logged: DecisionRecord, policy: LearnedPolicy) -> Attribution | None:
     """Explain the plan that was taken; where that is the reference, the best of the others.
 
     Args:
@@ -136,8 +136,7 @@ def attribute(logged: LoggedDecision, policy: LearnedPolicy) -> Attribution | No
     found, ensemble = logged.deliberation, policy.value_ensemble
     if found is None or ensemble is None:
         raise ConfigError(
-            f"Shapley values need the votes of a value ensemble; decision {logged.value('decision')} of "
-            f"{logged.value('policy')} has none."
+            f"Shapley values need the votes of a value ensemble; decision {logged.number} of {logged.policy} has none."
         )
     if len(found.plans) < 2:
         return None
@@ -172,7 +171,7 @@ def explained_plan(deliberation: Deliberation) -> int:
 
 
 @torch.no_grad()
-def _differences(logged: LoggedDecision, found: Deliberation, ensemble: PlanValueEnsemble, plan: int) -> FloatArray:
+def _differences(logged: DecisionRecord, found: Deliberation, ensemble: PlanValueEnsemble, plan: int) -> FloatArray:
     """The votes on the plan less those on the reference, float64 (networks, coalitions).
 
     Coalition number n shows the groups whose bits are set in n.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...allocation.decision_log import LoggedDecision
+from ...allocation.log import DecisionRecord
 from ...allocation.observation import with_limit
 from ...allocation.plan import pack
 from ...allocation.policy import Policy
@@ -297,7 +297,7 @@ class Stability:
         return {"same": self.same, "noise": self.noise, "sure": self.sure.tolist()}
 
 
-def stability(logged: LoggedDecision, policy: Policy, noise: float = 0.05, draws: int = 50) -> Stability:
+def stability(logged: DecisionRecord, policy: Policy, noise: float = 0.05, draws: int = 50) -> Stability:
     """Take a decision again with normal noise on the signals.
 
     Args:

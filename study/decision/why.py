@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from ...agents.learned.candidates import FIXED_NAMES, KEEP
+from ...agents.learned.candidates import BASIS, FIXED_NAMES, KEEP
+from ...agents.learned.network import DIRECTIONS
 from ...agents.learned.policy import LearnedPolicy
 from ...agents.learned.policy_file import DEFAULT, load_policy
 from ...allocation.actions import base_depth_bias, base_rank_floor
-from ...allocation.decision_log import DecisionLog, LoggedDecision
+from ...allocation.decision_line import unlike
 from ...allocation.deliberation import DRAWN, Deliberation
 from ...allocation.features import MODULE_FEATURES
 from ...allocation.goal import improvement_of
+from ...allocation.log import DecisionLog, DecisionRecord
 from ...allocation.policy import Policy
 from ...common.arrays import BoolArray, FloatArray
 from ...common.module_names import short_names
 from ...common.units import cost_text, plural
-from ...errors import PolicyFileError, RunFolderError
+from ...errors import PolicyFileError
 from ...memory.cost import unit_cost
-from ..run.run_data import read_decisions
 from .replay import DecidedAgain, redecide
 from .shapley import GROUPS, Attribution, attribute
 from .what_if import PROBE_NOISE, Stability, WhatIf, stability, usual_questions, what_if
@@ -54,7 +55,7 @@ class Explanation:
         notes: sentences on what is not known, and why.
     """
 
-    logged: LoggedDecision
+    logged: DecisionRecord
     attribution: Attribution | None = None
     what_ifs: tuple[WhatIf, ...] = ()
     stability: Stability | None = None
@@ -64,11 +65,11 @@ class Explanation:
     def verdict(self) -> str:
         """The decision in one sentence."""
         found, logged = self.logged.deliberation, self.logged
-        where = f"At step {logged.value('step')}"
-        if logged.value("correction"):
+        where = f"At step {logged.step}"
+        if logged.correction:
             return f"{where} the guard or a person changed the ranks; no policy decided."
         if found is None:
-            return f"{where} {logged.value('policy')} decided; the log holds no candidates and no votes."
+            return f"{where} {logged.policy} decided; the log holds no candidates and no votes."
         reference = _reference(logged)
         if found.goal.saves and found.costs is not None:
             return f"{where} {_saving(logged, found)}"
@@ -99,10 +100,10 @@ class Explanation:
         """All of it as JSON values, for pages."""
         found, logged = self.logged.deliberation, self.logged
         return {
-            "decision": logged.value("decision"),
-            "step": logged.value("step"),
+            "decision": logged.number,
+            "step": logged.step,
             "first": logged.problem.max_step is None,
-            "policy": logged.value("policy"),
+            "policy": logged.policy,
             "verdict": self.verdict,
             "sentences": self.sentences(),
             **({} if found is None else _deliberation_json(logged, found)),
@@ -127,26 +128,22 @@ def explanations(
         on_progress: called with (decisions done, decisions in all).
 
     Returns:
-        By decision, what `Explanation.to_json` gives; less where less is known, with a sentence why. None for a
-        decision of which nothing can be read.
+        By decision, what `Explanation.to_json` gives; less where less is known, with a sentence why. None for a number
+        of which the log holds no decision.
 
     Raises:
-        RunFolderError: there is no log, or none of it can be read.
+        RunFolderError: there is no log, or it cannot be read.
     """
-    decisions = read_decisions(log, lambda error: None)
-    found: list[dict[str, Any] | None] = [None] * max(len(log), *(each.facts["decision"] + 1 for each in decisions))
-    for done, decision in enumerate(decisions, 1):
-        number = decision.facts["decision"]
-        try:
-            found[number] = explain(log.logged(number), policy, what_ifs).to_json()
-        except RunFolderError as error:
-            found[number] = _known(decision.facts, str(error))
+    records = log.read()
+    found: list[dict[str, Any] | None] = [None] * (records[-1].number + 1)
+    for done, logged in enumerate(records, 1):
+        found[logged.number] = explain(logged, policy, what_ifs).to_json()
         if on_progress:
-            on_progress(done, len(decisions))
+            on_progress(done, len(records))
     return found
 
 
-def explain(logged: LoggedDecision, policy: Policy | None = None, what_ifs: bool = True) -> Explanation:
+def explain(logged: DecisionRecord, policy: Policy | None = None, what_ifs: bool = True) -> Explanation:
     """Explain one decision.
 
     Args:
@@ -177,7 +174,7 @@ def explain(logged: LoggedDecision, policy: Policy | None = None, what_ifs: bool
     return replace(found, what_ifs=tuple(answers), stability=stability(logged, given, PROBE_NOISE))
 
 
-def _about_the_plan(logged: LoggedDecision, changed: bool) -> tuple[str, ...]:
+def _about_the_plan(logged: DecisionRecord, changed: bool) -> tuple[str, ...]:
     """Where what is explained is not the plan that the run got."""
     drawn = logged.deliberation is not None and logged.deliberation.temperature > 0
     notes = {
@@ -187,25 +184,23 @@ def _about_the_plan(logged: LoggedDecision, changed: bool) -> tuple[str, ...]:
     return tuple(note for note, applies in notes.items() if applies)
 
 
-def _without_votes(logged: LoggedDecision) -> str:
+def _without_votes(logged: DecisionRecord) -> str:
     """Why a decision has no votes to explain; empty if it has."""
-    if logged.value("correction"):
+    if logged.correction:
         return "The log does not tell how the guard, or a person, chose these ranks."
     if logged.deliberation is not None:
         return ""
-    if logged.state is None:
-        return "The log is of schema 3, which does not hold the candidates and votes. Later runs log them."
-    return f"{logged.value('policy')} is a rule, or a policy without a value ensemble: it weighs no plans."
+    return f"{logged.policy} is a rule, or a policy without a value ensemble: it weighs no plans."
 
 
-def _policy_of(logged: LoggedDecision, policy: Policy | None) -> tuple[LearnedPolicy | None, str]:
+def _policy_of(logged: DecisionRecord, policy: Policy | None) -> tuple[LearnedPolicy | None, str]:
     """The policy that decided, or why it is not at hand."""
     lacking = "so there are no Shapley values and no what-ifs."
     try:
         given = load_policy(DEFAULT) if policy is None else policy
     except PolicyFileError as error:
         return None, f"The policy cannot be read ({error}), {lacking}"
-    wanted, name = logged.value("policy_sha256"), logged.value("policy")
+    wanted, name = logged.policy_sha256, logged.policy
     if not isinstance(given, LearnedPolicy) or given.sha256 != wanted:
         which = (
             "no policy was given, and the one that ships is another" if policy is None else "the one given is another"
@@ -214,31 +209,19 @@ def _policy_of(logged: LoggedDecision, policy: Policy | None) -> tuple[LearnedPo
     return given, ""
 
 
-def _known(facts: Mapping[str, Any], reason: str) -> dict[str, Any]:
-    """What is told of a decision that cannot be taken again; its facts are as the log has them."""
-    return {
-        "decision": facts["decision"],
-        "step": facts["step"],
-        "first": facts["decision"] == 0,
-        "policy": facts["policy"],
-        "verdict": f"At step {facts['step']} {facts['policy']} decided; the log does not hold enough to explain it.",
-        "sentences": [reason],
-    }
-
-
 def same_in_tie(deliberation: Deliberation) -> BoolArray:
     """The modules whose rank is the same in all plans that are tied, bool (modules,)."""
     plans = deliberation.plans[deliberation.tied]
     return np.asarray((plans == plans[0]).all(axis=0))
 
 
-def actor_terms(logged: LoggedDecision, deliberation: Deliberation) -> FloatArray:
+def actor_terms(logged: DecisionRecord, deliberation: Deliberation) -> FloatArray:
     """What each direction adds to the actor's scores, before they are clipped, (directions, modules)."""
     columns = [
         deliberation.actor_estimate
         if name == "estimate"
         else logged.observation.modules[:, MODULE_FEATURES.index(name)]
-        for name in deliberation.directions
+        for name in DIRECTIONS
     ]
     values = np.stack(columns).astype(np.float64)
     return np.asarray(deliberation.actor_gains[:, None] * (values - values.mean(axis=1, keepdims=True)))
@@ -247,14 +230,14 @@ def actor_terms(logged: LoggedDecision, deliberation: Deliberation) -> FloatArra
 # Words ----------------------------------------------------------------------------------------------------------------
 
 
-def _reference(logged: LoggedDecision) -> str:
+def _reference(logged: DecisionRecord) -> str:
     found = logged.deliberation
     if logged.problem.max_step is not None:
         return "the ranks in place"
     return "rank 8 on all modules" if found and found.goal.saves else "uniform rank"
 
 
-def _saving(logged: LoggedDecision, found: Deliberation) -> str:
+def _saving(logged: DecisionRecord, found: Deliberation) -> str:
     """The verdict under a goal of cost, without the step."""
     tolerated = f"whose loss is surely within {found.goal.tolerance:.2%} of rank 8 on all modules"
     if found.misses_goal:
@@ -268,24 +251,24 @@ def _saving(logged: LoggedDecision, found: Deliberation) -> str:
     )
 
 
-def _cost_text(logged: LoggedDecision, found: Deliberation, plan: int) -> str:
+def _cost_text(logged: DecisionRecord, found: Deliberation, plan: int) -> str:
     assert found.costs is not None
     if found.goal.kind == "time" and found.seconds is not None:
         return f"{1e3 * float(found.seconds[plan]):.4g} ms"
     return cost_text(float(found.costs[plan]), logged.problem.cost.unit)
 
 
-def _of_deliberation(logged: LoggedDecision, found: Deliberation) -> list[str]:
+def _of_deliberation(logged: DecisionRecord, found: Deliberation) -> list[str]:
     sentences = [_recipe(logged, found), _votes(logged, found)]
     sentences += [_aim(found)] if found.goal.saves else [_margin(found)]
-    if found.unlike:
-        sentences.append(f"The networks have learned from no run like this one: {found.unlike}.")
+    if difference := unlike(found):
+        sentences.append(f"The networks have learned from no run like this one: {difference}.")
     if int(found.tied.sum()) > 1:
         sentences.append(_tie(logged, found))
     return [*sentences, _actor(logged, found)]
 
 
-def _recipe(logged: LoggedDecision, found: Deliberation) -> str:
+def _recipe(logged: DecisionRecord, found: Deliberation) -> str:
     alike = int((found.plan_of == found.plan).sum()) - 1
     others = f" {plural(alike, 'other candidate')} lead{'s' * (alike == 1)} to the same plan." if alike else ""
     name = found.candidates[found.taken]
@@ -293,17 +276,17 @@ def _recipe(logged: LoggedDecision, found: Deliberation) -> str:
         return f"The candidate {name!r} leaves the ranks as they are.{others}"
     if not _follows_from_scores(name):
         return f"The candidate {name!r} is a plan that follows from no scores under this budget.{others}"
-    weights = zip(found.basis, found.weights[found.taken].tolist(), strict=True)
+    weights = zip(BASIS, found.weights[found.taken].tolist(), strict=True)
     parts = [f"{weight:+.3g} x {_WORDS.get(part, part)}" for part, weight in weights if weight]
     scores = f"scores are {' '.join(parts)}" if parts else "all scores are equal"
     return (
         f"The recipe of {name!r}: {scores}; every adapted module should be able to have rank "
-        f"{logged.value('rank_floor'):.3g} (rank floor), and each layer further down counts "
-        f"{logged.value('depth_bias'):.3g} less (depth bias).{others}"
+        f"{logged.decision.rank_floor:.3g} (rank floor), and each layer further down counts "
+        f"{logged.decision.depth_bias:.3g} less (depth bias).{others}"
     )
 
 
-def _votes(logged: LoggedDecision, found: Deliberation) -> str:
+def _votes(logged: DecisionRecord, found: Deliberation) -> str:
     plan, reference = found.plan, _reference(logged)
     if plan == found.reference:
         others = found.bound[found.may_take & (np.arange(len(found.plans)) != plan)]
@@ -358,7 +341,7 @@ def _margin(found: Deliberation) -> str:
     return f"The best of {others} is {size:.3f} higher.{'' if found.temperature else nearest}"
 
 
-def _tie(logged: LoggedDecision, found: Deliberation) -> str:
+def _tie(logged: DecisionRecord, found: Deliberation) -> str:
     same, names = same_in_tie(found), short_names(logged.observation.names)
     plans = found.plans[found.tied]
     spread = np.log2(1 + plans.max(axis=0)) - np.log2(1 + plans.min(axis=0))
@@ -372,21 +355,21 @@ def _tie(logged: LoggedDecision, found: Deliberation) -> str:
     )
 
 
-def _actor(logged: LoggedDecision, found: Deliberation) -> str:
+def _actor(logged: DecisionRecord, found: Deliberation) -> str:
     names, terms = short_names(logged.observation.names), actor_terms(logged, found)
-    gains = sorted(zip(found.directions, found.actor_gains.tolist(), strict=True), key=lambda pair: -abs(pair[1]))
+    gains = sorted(zip(DIRECTIONS, found.actor_gains.tolist(), strict=True), key=lambda pair: -abs(pair[1]))
     rows = []
     for module in np.argsort(-found.actor_scores, kind="stable")[:SHOWN].tolist():
         most = int(np.argmax(np.abs(terms[:, module])))
-        share = f"{found.directions[most]} {terms[most, module]:+.2f}"
+        share = f"{DIRECTIONS[most]} {terms[most, module]:+.2f}"
         rows.append(f"{names[module]} ({found.actor_scores[module]:+.2f}, of it {share})")
     weights = ", ".join(f"{name} {gain:+.2f}" for name, gain in gains[:SHOWN])
     return f"The actor weighs {weights} the most; its highest scores are those of {', '.join(rows)}."
 
 
-def _of_budget(logged: LoggedDecision) -> list[str]:
+def _of_budget(logged: DecisionRecord) -> list[str]:
     """What became of the ranks that the policy asked for: clipped to the ladder and the bounds, then to the budget."""
-    asked, clipped, got = (logged.ranks(f"rank_{name}") for name in ("wanted", "clipped", "after"))
+    asked, clipped, got = logged.rank_wanted, logged.rank_clipped, logged.rank_after
     if np.array_equal(asked, got):
         return ["Every module got the rank that the policy asked for."]
     problem = logged.problem
@@ -411,7 +394,7 @@ def _of_budget(logged: LoggedDecision) -> list[str]:
     return found
 
 
-def _of_attribution(found: Attribution, logged: LoggedDecision) -> str:
+def _of_attribution(found: Attribution, logged: DecisionRecord) -> str:
     parts = sorted(zip(GROUPS, found.bound.tolist(), strict=True), key=lambda pair: -abs(pair[1]))
     words = ", ".join(f"{name} {value:+.3f}" for name, value in parts[:SHOWN])
     plan = "the best other plan" if found.plan == found.reference else "this plan"
@@ -424,12 +407,12 @@ def _of_attribution(found: Attribution, logged: LoggedDecision) -> str:
 # JSON -----------------------------------------------------------------------------------------------------------------
 
 
-def _deliberation_json(logged: LoggedDecision, found: Deliberation) -> dict[str, Any]:
+def _deliberation_json(logged: DecisionRecord, found: Deliberation) -> dict[str, Any]:
     problem, drawn = logged.problem, bool(found.temperature)
     candidates = [
         {
             "name": None if name.startswith(DRAWN) else name,
-            "gains": dict(zip(found.basis, weights, strict=True)),
+            "gains": dict(zip(BASIS, weights, strict=True)),
             "rank_floor": base_rank_floor(problem) * 2.0**floor if _follows_from_scores(name) else None,
             "depth_bias": base_depth_bias(problem) + bias if _follows_from_scores(name) else None,
             "plan": plan,
@@ -461,5 +444,5 @@ def _deliberation_json(logged: LoggedDecision, found: Deliberation) -> dict[str,
         "margin": found.margin,
         "unit_of_votes": UNITS_OF_VOTES[found.unit],
         "goal": str(found.goal),
-        "actor": {"directions": list(found.directions), "gains": found.actor_gains.tolist()},
+        "actor": {"directions": list(DIRECTIONS), "gains": found.actor_gains.tolist()},
     }

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ...allocation.features import MODULE_FEATURES
+from ...allocation.log import DecisionRecord
 from ...common.arrays import FloatArray, IntArray
 from ...common.files import read_json, read_object
 from ...common.module_names import short_names
@@ -22,7 +24,7 @@ from ...errors import BudgetError, DataError
 from ...finetune.config import PILOT
 from ...memory.budget import TimeBudget
 from ..run.heatmap import module_kinds
-from ..run.run_data import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DecisionRows, RunData, is_number, run_names
+from ..run.run_data import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunData, is_number, moves_sentence, run_names, standing_out
 from ..run.verdict import comparison_rows, cost_sentence, loss_sentence, ranks_sentence, verdict
 
 Explanations = Sequence[Mapping[str, Any] | None]
@@ -33,7 +35,7 @@ FACTS = (
     "loss", "limit", "predicted_cost", "measured_cost", "rank_floor", "depth_bias", "expected", "uncertainty", "margin",
     "tie_size", "filled", "kept", "correction",
 )  # fmt: skip
-"""Columns of a log that a page shows as they are."""
+"""Facts of a decision that a page shows as they are; see `DecisionRecord.facts`."""
 
 ROW_CHARACTERS = 50
 """Characters of JSON that a module takes at a decision, measured."""
@@ -67,7 +69,7 @@ def page_data(runs: Sequence[RunData], explanations: Sequence[Explanations | Non
         runs: one at least.
         explanations: of each run's decisions in any order, see docs/study.md; None for a decision or a run without.
     """
-    rows = sum(len(decision.modules) for run in runs for decision in run.decisions)
+    rows = sum(len(record.modules) for run in runs for record in run.decisions)
     by_type = rows * ROW_CHARACTERS > MOST_CHARACTERS
     colors = np.rint(255 * rank_colors(np.array(RUNGS))).astype(int).tolist()
     named = zip(runs, explanations, run_names(runs), strict=True)
@@ -94,7 +96,7 @@ def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dic
         "steps": run.steps,
         "energy_joules": plain(run.results.get(PILOT, {}).get("energy_joules")),
         "modules": modules.shown,
-        "features": list(run.decisions[0].features) if run.decisions else [],
+        "features": list(MODULE_FEATURES) if run.decisions else [],
         "decisions": _decisions(run.decisions, modules, explained, by_type),
     }
     return shown | _curves(run) | {"sentences": _sentences(run)}
@@ -111,7 +113,7 @@ def _settings(run: RunData) -> dict[str, str]:
         config = {}
     known = {key: run.summary[key] for key in ("model", "data", "policy", "seed") if run.summary.get(key) is not None}
     if run.decisions:
-        known = {key: run.decisions[0].facts[key] for key in ("policy", "seed")} | known
+        known = {"policy": run.decisions[0].policy, "seed": run.decisions[0].seed} | known
     known |= _hardware(run.results.get(PILOT, {}))
     return {str(key): str(value) for key, value in (config | known).items() if value not in (None, [], {})}
 
@@ -191,12 +193,11 @@ def _curves(run: RunData) -> dict[str, Any]:
     for name in run.metrics:
         points = [(step, float(np.median(values))) for step, values in run.points(name, "step_s") if values]
         seconds[name] = curve(points, np.median)
-    predicted = zip(run.of_decisions("step"), run.of_decisions("predicted_cost"), strict=True)
     return {
         "losses": losses,
         "peaks": {name: curve(points, np.max) for name, points in run.peaks().items()},
         "budgets": curve(run.limits),
-        "predicted": curve(predicted, np.max),
+        "predicted": curve(run.predicted(), np.max),
         "step_seconds": {name: points for name, points in seconds.items() if points},
         "time_limit_s": _time_limit(_settings(run)),
     }
@@ -206,7 +207,7 @@ def _sentences(run: RunData) -> dict[str, str]:
     """What each picture shows, in words."""
     said = {"costs": cost_sentence(run)} if run.limits else {}
     if run.decisions:
-        said["ranks"] = ranks_sentence(run.decisions[-1].after)
+        said["ranks"] = ranks_sentence(run.decisions[-1].rank_after)
     ends = {}
     for name in run.metrics:
         held_out = [value for _, value in run.points(name, "eval_loss") if np.isfinite(value)]
@@ -218,47 +219,50 @@ def _sentences(run: RunData) -> dict[str, str]:
 
 
 def _decisions(
-    decisions: Sequence[DecisionRows], modules: Modules, explained: Explanations, by_type: bool
+    records: Sequence[DecisionRecord], modules: Modules, explained: Explanations, by_type: bool
 ) -> list[dict[str, Any]]:
     by_number = {each["decision"]: each for each in explained if each}
     shown = []
-    for decision, slots in zip(decisions, modules.slots, strict=True):
-        given = by_number.get(decision.facts["decision"])
-        row = _decision(decision, modules, slots) | {"explanation": shown_explanation(given)}
-        shown.append(row if by_type else row | _of_single_modules(decision, modules, slots, given))
+    for record, slots in zip(records, modules.slots, strict=True):
+        given = by_number.get(record.number)
+        row = _decision(record, modules, slots) | {"explanation": shown_explanation(given)}
+        shown.append(row if by_type else row | _of_single_modules(record, modules, slots, given))
     return shown
 
 
-def _decision(decision: DecisionRows, modules: Modules, slots: IntArray) -> dict[str, Any]:
-    """What a decision's rows say, without what only single modules have."""
-    facts = decision.facts
+def _decision(record: DecisionRecord, modules: Modules, slots: IntArray) -> dict[str, Any]:
+    """What is known of a decision, without what only single modules have."""
+    facts = record.facts()
     return {
-        "number": facts["decision"],
-        "step": facts["step"],
-        "policy": facts["policy"],
-        "line": decision.line,
-        "summary": decision.moves,
-        "moved": int(np.count_nonzero(decision.before != decision.after)),
-        "changed": int(decision.changed.sum()),
+        "number": record.number,
+        "step": record.step,
+        "policy": record.policy,
+        "line": record.line(),
+        "summary": moves_sentence(record),
+        "moved": int(np.count_nonzero(record.rank_before != record.rank_after)),
+        "changed": int(np.count_nonzero(record.rank_clipped != record.rank_after)),
         **{name: plain(facts[name]) for name in FACTS},
-        **{name: modules.means(getattr(decision, name), slots) for name in ("before", "asked", "clipped", "after")},
-        "score": modules.means(decision.scores, slots, 3),
+        "before": modules.means(record.rank_before, slots),
+        "asked": modules.means(record.rank_wanted, slots),
+        "clipped": modules.means(record.rank_clipped, slots),
+        "after": modules.means(record.rank_after, slots),
+        "score": modules.means(record.decision.scores, slots, 3),
     }
 
 
 def _of_single_modules(
-    decision: DecisionRows, modules: Modules, slots: IntArray, given: Mapping[str, Any] | None
+    record: DecisionRecord, modules: Modules, slots: IntArray, given: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Reasons as (feature, standard deviations), notes, pinned modules, and whether a module's rank is sure."""
-    features = {name: index for index, name in enumerate(decision.features)}
     reasons: list[list[list[float]]] = [[] for _ in modules.shown]
-    for slot, pairs in zip(slots.tolist(), decision.standing_out(), strict=True):
-        reasons[slot] = [[features[name], round(distance, 1)] for name, distance in pairs]
+    for slot, pairs in zip(slots.tolist(), standing_out(record), strict=True):
+        reasons[slot] = [[MODULE_FEATURES.index(name), round(distance, 1)] for name, distance in pairs]
+    notes = ((slot, record.notes.get(name)) for slot, name in zip(slots.tolist(), record.modules, strict=True))
     sure = ((given or {}).get("stability") or {}).get("sure")
     return {
         "reasons": reasons,
-        "notes": {str(slot): note for slot, note in zip(slots.tolist(), decision.notes, strict=True) if note},
-        "pinned": slots[decision.pinned].tolist(),
+        "notes": {str(slot): note for slot, note in notes if note},
+        "pinned": slots[record.problem.is_pinned].tolist(),
         "sure": modules.means(sure, slots) if sure is not None and len(sure) == len(slots) else None,
     }
 
@@ -273,25 +277,25 @@ class Modules:
     Attributes:
         shown: each as the page gets it: its name, the same shortened (label), its layer, block and type, and how many
             modules it stands for.
-        slots: which of them each row of each decision is about, int (rows,) for a decision.
+        slots: which of them each module is, at each decision, int (modules,) for a decision.
     """
 
     shown: list[dict[str, Any]]
     slots: tuple[IntArray, ...]
 
     @classmethod
-    def of(cls, decisions: Sequence[DecisionRows], by_type: bool) -> Modules:
-        """The modules of a log's decisions, which need not all be about the same ones.
+    def of(cls, records: Sequence[DecisionRecord], by_type: bool) -> Modules:
+        """The modules of some decisions, which need not all be about the same ones.
 
         Args:
-            decisions: of the log.
+            records: of the decisions.
             by_type: show one for all modules of a type.
         """
-        if not decisions:
+        if not records:
             return cls([], ())
         blocks: dict[str, int] = {}
-        for decision in decisions:
-            blocks |= zip(decision.modules, decision.blocks.tolist(), strict=True)
+        for record in records:
+            blocks |= zip(record.modules, record.problem.blocks.tolist(), strict=True)
         shorts = short_names(list(blocks))
         kinds = module_kinds(shorts)
         if by_type:
@@ -307,10 +311,12 @@ class Modules:
                 {"name": name, "label": str(short), "layer": short.layer, "block": block, "type": kind, "count": 1}
                 for (name, block), short, kind in zip(blocks.items(), shorts, kinds, strict=True)
             ]
-        slots = (np.array([slot_of[name] for name in decision.modules], dtype=np.int64) for decision in decisions)
+        slots = (np.array([slot_of[name] for name in record.modules], dtype=np.int64) for record in records)
         return cls(shown, tuple(slots))
 
-    def means(self, values: Sequence[float] | FloatArray, slots: IntArray, digits: int = 2) -> list[float | int | None]:
+    def means(
+        self, values: Sequence[float] | FloatArray | IntArray, slots: IntArray, digits: int = 2
+    ) -> list[float | int | None]:
         """Means over the rows of one decision, for each module that is shown; null where it has no row.
 
         Args:

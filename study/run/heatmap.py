@@ -63,13 +63,13 @@ class _Rows:
 
 def write_rank_picture(run: RunData) -> Path | None:
     """Write ranks.png into a run's folder; None without decisions, or where they are not all about the same modules."""
-    decisions, steps = run.decisions, run.of_decisions("step")
-    if len({decision.modules for decision in decisions}) != 1:
+    decisions, steps = run.decisions, [record.step for record in run.decisions]
+    if len({record.modules for record in decisions}) != 1:
         return None
-    ranks = np.stack([decision.after for decision in decisions])
+    ranks = np.stack([record.rank_after for record in decisions])
     if steps[0] > 0:  # before the first decision
-        ranks, steps = np.vstack([decisions[0].before, ranks]), [0, *steps]
-    figure = rank_heatmap(steps, ranks, decisions[0].modules, decisions[0].blocks, run.steps)
+        ranks, steps = np.vstack([decisions[0].rank_before, ranks]), [0, *steps]
+    figure = rank_heatmap(steps, ranks, decisions[0].modules, decisions[0].problem.blocks, run.steps)
     return save_figure(figure, run.folder / PICTURE)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...agents.rules.given_plan import read_plan, shuffled_plan
-from ...allocation.decision_log import DecisionLog
+from ...allocation.log import DecisionLog
 from ...allocation.plan import uniform_ranks
 from ...errors import ConfigError
 
@@ -38,7 +38,7 @@ def other_plan(log: DecisionLog, which: str, seed: int = 0) -> Mapping[str, int]
         return read_plan(Path(which))
     if which == "first":
         return log.logged(0).plan()
-    last = log.logged(len(log) - 1)
+    last = log.read()[-1]
     if which == "shuffled":
         return shuffled_plan(last, seed)
     if which == "uniform":

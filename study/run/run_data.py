@@ -4,26 +4,20 @@ Three kinds of folder have a decision log, and each may be of a run that goes on
 
     the folder of `rankpilot finetune`     decisions/  metrics-NAME.jsonl  summary.json  rankpilot/adapter/
     the output folder of a Trainer         decisions/  checkpoint-N/trainer_state.json
-    a decision log                         part-00000.parquet ...
+    a decision log                         decisions.jsonl ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from ...allocation.decision_line import decision_line
-from ...allocation.decision_log import DecisionLog
 from ...allocation.deliberation import Deliberation
-from ...allocation.log_part import FEATURE_PREFIX
+from ...allocation.features import MODULE_FEATURES
+from ...allocation.log import LINES, DecisionLog, DecisionRecord
 from ...allocation.unusual_features import unusual_features
-from ...common.arrays import BoolArray, FloatArray, IntArray
 from ...common.drawing import Points
 from ...common.files import read_json_lines, read_object
 from ...common.units import cost_text
@@ -48,115 +42,6 @@ _SETUP = ("seed", "held_out_rows", "largest_class", "outputs", "steps")
 
 
 @dataclass(frozen=True, eq=False)
-class DecisionRows:
-    """What the rows of one decision in a log tell, M modules and F features.
-
-    Attributes:
-        facts: values that the decision has once, by the name of their column: decision, step, policy, seed, loss, unit,
-            limit, predicted_cost and more. A value may be None.
-        modules: full names, (M,).
-        blocks: the layer of each module, int (M,).
-        before: ranks before the decision, int (M,).
-        asked: ranks that the policy wanted, int (M,); the clipped ones in a log that does not tell.
-        clipped: those on the ladder and within the bounds, int (M,).
-        after: ranks of the plan, int (M,).
-        scores: float (M,).
-        changed: which modules the budget gave another rank than was asked for, bool (M,).
-        pinned: which modules are pinned, bool (M,).
-        notes: what a person noted at a module, or None, (M,).
-        features: names, (F,).
-        values: of the features, float (M, F).
-    """
-
-    facts: Mapping[str, Any]
-    modules: tuple[str, ...]
-    blocks: IntArray
-    before: IntArray
-    asked: IntArray
-    clipped: IntArray
-    after: IntArray
-    scores: FloatArray
-    changed: BoolArray
-    pinned: BoolArray
-    notes: tuple[str | None, ...]
-    features: tuple[str, ...]
-    values: FloatArray
-
-    @property
-    def line(self) -> str:
-        """The decision in one line; see `decision_line`."""
-        facts = self.facts
-        cost, limit = facts["predicted_cost"], facts["limit"]
-        return decision_line(facts["step"], self.before, self.after, cost, limit, facts["unit"])
-
-    @property
-    def moves(self) -> str:
-        """How many modules moved and what the plan costs, in words."""
-        facts, unit = self.facts, self.facts["unit"]
-        up, down = int((self.after > self.before).sum()), int((self.after < self.before).sum())
-        moved = f"{up} up, {down} down, {len(self.after) - up - down} unchanged"
-        plan = f"{cost_text(facts['predicted_cost'], unit)} of {cost_text(facts['limit'], unit)}"
-        measured = facts["measured_cost"]
-        seen = f" (measured before it: {cost_text(measured, unit)})" if measured is not None else ""
-        changed = int(self.changed.sum())
-        budget = f" The budget changed what was asked for {changed} modules." if changed else ""
-        return f"{moved}; predicted cost {plan}{seen}.{budget}"
-
-    def standing_out(self) -> list[list[tuple[str, float]]]:
-        """The unusual features of each module; see `unusual_features`."""
-        return unusual_features(self.features, self.values)
-
-
-def read_decisions(log: DecisionLog, on_error: Callable[[RunFolderError], None]) -> tuple[DecisionRows, ...]:
-    """The decisions of a log, in order.
-
-    Args:
-        log: of a run.
-        on_error: called for each decision that cannot be read, which is left out.
-
-    Raises:
-        RunFolderError: there is no log, or none of it can be read.
-    """
-    return _decisions(log.read(on_error))
-
-
-def _decisions(log: pa.Table) -> tuple[DecisionRows, ...]:
-    coded = log["module"].combine_chunks().dictionary_encode()
-    names, codes = coded.dictionary.to_pylist(), coded.indices.to_numpy()
-    per_decision = [name for name in log.column_names if not name.startswith(FEATURE_PREFIX) and name != "module"]
-    features = [name for name in log.column_names if name.startswith(FEATURE_PREFIX)]
-    values = np.empty((log.num_rows, len(features)))
-    for index, name in enumerate(features):
-        values[:, index] = log[name].to_numpy()
-    clipped = log["rank_clipped"].to_numpy()
-    asked = clipped if log["rank_wanted"].null_count else log["rank_wanted"].to_numpy()  # logs of schema 2 have none
-    blocks, before, after, scores = (log[n].to_numpy() for n in ("block", "rank_before", "rank_after", "score"))
-    changed, pinned = (
-        log[name].combine_chunks().fill_null(False).to_numpy(zero_copy_only=False)
-        for name in ("changed_by_projection", "pinned")
-    )
-    starts = np.flatnonzero(np.diff(log["decision"].to_numpy(), prepend=-1)).tolist()
-    return tuple(
-        DecisionRows(
-            facts=log.slice(start, 1).select(per_decision).to_pylist()[0],
-            modules=tuple(names[code] for code in codes[start:end].tolist()),
-            blocks=blocks[start:end],
-            before=before[start:end],
-            asked=asked[start:end],
-            clipped=clipped[start:end],
-            after=after[start:end],
-            scores=scores[start:end],
-            changed=changed[start:end],
-            pinned=pinned[start:end],
-            notes=tuple(log["note"].slice(start, end - start).to_pylist()),
-            features=tuple(name.removeprefix(FEATURE_PREFIX) for name in features),
-            values=values[start:end],
-        )
-        for start, end in pairwise([*starts, log.num_rows])
-    )
-
-
-@dataclass(frozen=True, eq=False)
 class RunData:
     """What a folder says about a run.
 
@@ -166,15 +51,18 @@ class RunData:
         metrics: losses and measured peaks by step, for each run of which the folder has them.
         decisions: of the decision log; none without one that can be read.
         missing: what a page has to leave out, and why, a few words each.
-        first: what its policy computed at the first decision; None where that is unknown.
     """
 
     folder: Path
     summary: Mapping[str, Any]
     metrics: Mapping[str, Rows]
-    decisions: tuple[DecisionRows, ...]
+    decisions: Sequence[DecisionRecord]
     missing: tuple[str, ...]
-    first: Deliberation | None = None
+
+    @property
+    def first(self) -> Deliberation | None:
+        """What the policy computed at the first decision; None where that is unknown."""
+        return self.decisions[0].deliberation if self.decisions and self.decisions[0].number == 0 else None
 
     @property
     def results(self) -> dict[str, Mapping[str, Any]]:
@@ -185,12 +73,12 @@ class RunData:
     @property
     def unit(self) -> str:
         """The unit of the budget: "bytes" or "parameters"."""
-        return str(self.decisions[0].facts["unit"]) if self.decisions else "bytes"
+        return self.decisions[0].problem.cost.unit if self.decisions else "bytes"
 
     @property
     def limits(self) -> Points:
         """(step, budget from that step on, in `unit`): a run may be resumed with another one. Empty if unknown."""
-        limits = list(zip(self.of_decisions("step"), self.of_decisions("limit"), strict=True))
+        limits = [(record.step, record.problem.limit) for record in self.decisions]
         known = self.results.get(PILOT, {}).get("budget_bytes")
         return limits or ([(0, known)] if known else [])
 
@@ -198,7 +86,7 @@ class RunData:
     def steps(self) -> int:
         """The last step that the folder speaks of."""
         rows = [row["step"] for row in self.metrics.get(PILOT, ()) if "step" in row]
-        return max([*rows, *(step + 1 for step in self.of_decisions("step"))], default=0)
+        return max([*rows, *(record.step + 1 for record in self.decisions)], default=0)
 
     @property
     def adapter(self) -> Path | None:
@@ -207,9 +95,9 @@ class RunData:
         folders = [self.folder / PILOT / "adapter", self.folder, *checkpoints]
         return next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
 
-    def of_decisions(self, column: str) -> list[Any]:
-        """One value of a column for each decision."""
-        return [decision.facts[column] for decision in self.decisions]
+    def predicted(self) -> Points:
+        """(step, predicted cost of the plan) of each decision."""
+        return [(record.step, record.predicted_cost) for record in self.decisions]
 
     def points(self, run: str, key: str) -> Points:
         """(step, value) of each line of a run's metrics that has the value."""
@@ -221,8 +109,8 @@ class RunData:
         """(step, bytes at its peak) of each run that was measured; a run that goes on has those of its decisions."""
         peaks = {run: self.points(run, "peak_bytes") for run in RUNS}
         if not peaks[PILOT] and self.unit == "bytes":
-            pairs = zip(self.of_decisions("step"), self.of_decisions("measured_cost"), strict=True)
-            peaks[PILOT] = [(step, cost) for step, cost in pairs if cost is not None]
+            measured = [(record.step, record.measured_cost) for record in self.decisions]
+            peaks[PILOT] = [(step, cost) for step, cost in measured if cost is not None]
         return {run: points for run, points in peaks.items() if points}
 
 
@@ -236,9 +124,7 @@ def find_log(folder: Path) -> DecisionLog:
     """As `log_of`; RunFolderError if there is none."""
     log = log_of(folder)
     if log is None:
-        raise RunFolderError(
-            f"{folder} holds no decision log: there is neither decisions/part-00000.parquet nor part-00000.parquet."
-        )
+        raise RunFolderError(f"{folder} holds no decision log: there is neither decisions/{LINES} nor {LINES}.")
     return log
 
 
@@ -253,8 +139,8 @@ def read_run(folder: Path) -> RunData:
     of_finetune = any((folder / name).is_file() for name in ("config.json", "summary.json", f"metrics-{PILOT}.jsonl"))
     if log is None and not (folder / "summary.json").is_file():
         raise RunFolderError(
-            f"{folder} holds no run: there is no decision log (decisions/part-00000.parquet or part-00000.parquet) and "
-            "no summary.json. Pass the folder of `rankpilot finetune`, the output folder of a Trainer with "
+            f"{folder} holds no run: there is no decision log (decisions/{LINES} or {LINES}) and no "
+            "summary.json. Pass the folder of `rankpilot finetune`, the output folder of a Trainer with "
             "RankPilotCallback, or the folder of a decision log."
         )
     summary = _read_summary(folder, missing) if of_finetune else {}
@@ -264,23 +150,33 @@ def read_run(folder: Path) -> RunData:
             "`rankpilot evaluate` found is in its summary.json."
         )
     metrics = _read_metrics(folder, summary, missing) if of_finetune else _read_trainer_state(folder, missing)
-    decisions: tuple[DecisionRows, ...] = ()
+    decisions: list[DecisionRecord] = []
     if log is None:
         missing.append("the decisions (no decision log)")
     else:
         try:
-            decisions = read_decisions(log, lambda error: missing.append(f"a decision ({error})"))
+            decisions = log.read()
         except RunFolderError as error:
             missing.append(f"all decisions ({error})")
-    return RunData(folder, summary, metrics, decisions, tuple(missing), _first(log))
+    return RunData(folder, summary, metrics, decisions, tuple(missing))
 
 
-def _first(log: DecisionLog | None) -> Deliberation | None:
-    """See `RunData`; None where the first decision cannot be read."""
-    try:
-        return log.logged(0).deliberation if log else None
-    except RunFolderError:
-        return None
+def moves_sentence(record: DecisionRecord) -> str:
+    """How many modules moved at a decision, what its plan costs, and how many ranks the budget changed."""
+    before, after, unit = record.rank_before, record.rank_after, record.problem.cost.unit
+    up, down = int((after > before).sum()), int((after < before).sum())
+    moved = f"{up} up, {down} down, {len(after) - up - down} unchanged"
+    plan = f"{cost_text(record.predicted_cost, unit)} of {cost_text(record.problem.limit, unit)}"
+    measured = record.measured_cost
+    seen = f" (measured before it: {cost_text(measured, unit)})" if measured is not None else ""
+    changed = int((record.rank_clipped != after).sum())
+    budget = f" The budget changed what was asked for {changed} modules." if changed else ""
+    return f"{moved}; predicted cost {plan}{seen}.{budget}"
+
+
+def standing_out(record: DecisionRecord) -> list[list[tuple[str, float]]]:
+    """The unusual features of each module at a decision; see `unusual_features`."""
+    return unusual_features(MODULE_FEATURES, record.observation.modules)
 
 
 def run_names(runs: Sequence[RunData]) -> list[str]:

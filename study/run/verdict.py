@@ -11,6 +11,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from ...allocation.decision_line import promise, unlike
 from ...common.arrays import FloatArray, IntArray
 from ...common.drawing import Points, finite_points
 from ...common.tables import make_table
@@ -128,17 +129,17 @@ def _exceeded(run: RunData) -> str:
 
 
 def _unlike(run: RunData) -> str:
-    unlike = run.first.unlike if run.first else ""
-    return f"Its policy has learned from no run like this one, so trust it less: {unlike}." if unlike else ""
+    difference = unlike(run.first) if run.first else ""
+    return f"Its policy has learned from no run like this one, so trust it less: {difference}." if difference else ""
 
 
 def _misses_goal(run: RunData) -> str:
-    return run.first.promise if run.first and run.first.misses_goal else ""
+    return promise(run.first) if run.first and run.first.misses_goal else ""
 
 
 def _promise(run: RunData) -> str:
     """What the policy expected of its first plan."""
-    return run.first.promise if run.first and not run.first.misses_goal else ""
+    return promise(run.first) if run.first and not run.first.misses_goal else ""
 
 
 def _ending(run: RunData) -> str:
@@ -193,7 +194,7 @@ def loss_sentence(lasts: Mapping[str, float]) -> str:
 
 def cost_sentence(run: RunData) -> str:
     """Whether a run keeps to its budget, and how near it comes; empty without a budget."""
-    limits, predicted = finite_points(run.limits), finite_points(_predicted(run))
+    limits, predicted = finite_points(run.limits), finite_points(run.predicted())
     peaks = {name: finite_points(points) for name, points in run.peaks().items()} if run.unit == "bytes" else {}
     measured = [(name, points) for name, points in peaks.items() if len(points)]
     if not len(limits):
@@ -211,10 +212,6 @@ def cost_sentence(run: RunData) -> str:
         return f"{name} exceeds the budget at {over} of {len(points)} measured steps: {text}"
     percent = f"{min(share, 0.999):.1%}" if share > 0.99 else f"{share:.0%}"
     return f"{name} keeps to the budget at every measured step: at most {text} ({percent})"
-
-
-def _predicted(run: RunData) -> Points:
-    return list(zip(run.of_decisions("step"), run.of_decisions("predicted_cost"), strict=True))
 
 
 def _most(points: FloatArray, limits: FloatArray, unit: str) -> tuple[str, float]:

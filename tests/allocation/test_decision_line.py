@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from rankpilot.allocation.decision_line import decision_line
@@ -31,5 +29,5 @@ def test_line(after: list[int], cost: float, limit: float, unit: str, line: str)
 def test_line_of_a_record() -> None:
     assert make_record(1).line() == "step 36: 3 modules moved, 858 of 954 MiB, mean rank 2.3"
     problem = make_problem(cost=ParameterCost(np.array([[100.0, 200.0, 300.0]])), limit=1800.0)
-    record = replace(make_record(1), problem=problem, predicted_cost=1500.0)
+    record = make_record(1, problem=problem, predicted_cost=1500.0)
     assert record.line() == "step 36: 3 modules moved, 1,500 of 1,800 parameters, mean rank 2.3"

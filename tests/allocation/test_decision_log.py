@@ -1,24 +1,26 @@
-"""The decision log: whole parts, typed columns, any reader."""
+"""The decision log: whole decisions, read as they were written, and as a table."""
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.allocation.decision_record import DecisionRecord
-from rankpilot.allocation.decision_state import DecisionState
+import safetensors.numpy
 from rankpilot.allocation.deliberation import Deliberation
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.goal import Goal
+from rankpilot.allocation.log import DecisionLog, DecisionRecord
+from rankpilot.allocation.observation import Observation
+from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.problem import AllocationProblem
-from rankpilot.errors import DataError, RunFolderError
+from rankpilot.errors import ConfigError, DataError, RunFolderError
 from rankpilot.lora.ladder import RankLadder
-from rankpilot.memory.cost import ByteCost, ParameterCost
+from rankpilot.memory.cost import ByteCost, ParameterCost, TimedCost
 
 MODULES = ("layer.1.query", "layer.0.query", "layer.0.dense")
 STEPS = (0, 36, 68, 100)
@@ -41,7 +43,6 @@ def make_deliberation(**changes: Any) -> Deliberation:
     """Four candidates with three plans for three modules, on which two networks vote."""
     deliberation = Deliberation(
         candidates=("uniform", "top-down", "actor", "drawn 0"),
-        basis=("signal_mean", "actor"),
         weights=np.array([[0.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.5, 2.0]]),
         placements=np.array([[0.5, 0.0], [0.0, 0.0], [-1.0, 2.0], [0.25, -3.0]]),
         plan_of=np.array([0, 1, 1, 2]),
@@ -49,7 +50,6 @@ def make_deliberation(**changes: Any) -> Deliberation:
         votes=np.array([[0.0, 0.5, 0.25], [0.0, 0.5, -0.25]], dtype=np.float32),
         lcb_coefficient=1.0,
         tie=0.0,
-        directions=("snr", "estimate"),
         actor_gains=np.array([0.25, 1.0]),
         actor_estimate=np.array([0.5, -0.5, 0.0]),
         actor_scores=np.array([1.0, -1.0, 0.0]),
@@ -58,184 +58,214 @@ def make_deliberation(**changes: Any) -> Deliberation:
     return replace(deliberation, **changes)
 
 
-def make_record(decision: int = 0, **changes: Any) -> DecisionRecord:
-    """A decision whose numbers all differ, so that a swapped column shows."""
+def make_record(number: int = 0, **changes: Any) -> DecisionRecord:
+    """A decision whose numbers all differ, so that a swapped column shows; `problem` is one of the changes."""
+    generator = np.random.default_rng(number)
+    features = generator.uniform(-3, 3, (3, len(MODULE_FEATURES))).astype(np.float32)
+    run = generator.uniform(0, 1, len(RUN_FEATURES)).astype(np.float32)
+    problem = changes.pop("problem", None) or make_problem()
     record = DecisionRecord(
         run="sst2-7",
         policy="pilot-small",
         policy_sha256="5e1f",
-        decision=decision,
-        step=STEPS[decision % 4],
+        number=number,
+        step=STEPS[number % 4],
         seed=2**40,
-        loss=0.7 - 0.1 * decision,
-        predicted_cost=9e8 + 1,
-        measured_cost=None if decision == 0 else 8e8,
-        rank_floor=4.0,
-        depth_bias=3.5,
-        log_prob=-12.5,
-        expected=0.75,
-        uncertainty=0.125,
-        kept=False,
-        correction=decision == 3,
-        modules=MODULES,
-        problem=make_problem(pinned=np.array([False, True, False])),
-        rank_wanted=np.array([5, 1, 4]),
+        loss=0.7 - 0.1 * number,
+        measured_cost=None if number == 0 else 8e8,
+        observation=Observation(features, run, problem, MODULES),
+        decision=Decision(
+            np.array([5, 1, 4]), np.array([0.1, 1 / 3, -2.0]), 4.0, 3.5, -12.5, 0.75, 0.125, False, make_deliberation()
+        ),
         rank_clipped=np.array([4, 1, 4]),
         rank_after=np.array([4, 1, 2]),
-        score=np.array([0.1, 1 / 3, -2.0]),
-        features=np.arange(6, dtype=np.float32).reshape(3, 2),
-        feature_names=("snr", "relative_depth"),
-        run_features={"progress": 0.25 * decision},
-        state=DecisionState({"max_step": 2}, make_deliberation()),
+        predicted_cost=9e8 + 1,
+        pinned=np.array([False, True, False]),
+        correction=number == 3,
+        schedule={"max_step": 2},
         notes={MODULES[1]: "left alone"},
     )
     return replace(record, **changes)
 
 
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    """Two values of dataclasses, arrays and plain values are equal, types of arrays among it."""
+    if isinstance(one, np.ndarray):
+        assert one.dtype == other.dtype, where
+        np.testing.assert_array_equal(one, other, err_msg=where)
+    elif hasattr(one, "__dataclass_fields__"):
+        assert type(one) is type(other), where
+        for field in fields(one):
+            assert_same(getattr(one, field.name), getattr(other, field.name), f"{where}.{field.name}")
+    else:
+        assert one == other, where
+
+
 @pytest.fixture
 def log(tmp_path: Path) -> DecisionLog:
     log = DecisionLog(tmp_path / "decisions")
-    for decision in range(4):
-        log.append(make_record(decision))
+    for number in range(4):
+        log.append(make_record(number))
     return log
 
 
-def test_round_trip(log: DecisionLog) -> None:
-    table = log.read()
-    assert len(log) == 4
-    assert table.num_rows == 12
-    assert table["module"].to_pylist() == list(MODULES) * 4
-    assert table["decision"].to_pylist() == np.repeat(range(4), 3).tolist()
-    assert table.slice(4, 1).to_pylist() == [
+BYTES = make_problem().cost
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"problem": make_problem(1 / 3, max_step=None, hysteresis=0.0), "pinned": None},
+        {"problem": make_problem(low=np.array([0, 1, 0]), high=np.array([8, 8, 16]))},
+        {"problem": make_problem(cost=ParameterCost(np.array([[10.0, 20.0, 30.0]])), ladder=RankLadder((0, 1, 2, 4)))},
         {
-            "run": "sst2-7",
-            "policy": "pilot-small",
-            "policy_sha256": "5e1f",
-            "decision": 1,
-            "step": 36,
-            "seed": 2**40,
-            "loss": 0.7 - 0.1,
-            "limit": 1e9 + 1,
-            "predicted_cost": 9e8 + 1,
-            "measured_cost": 8e8,
-            "unit": "bytes",
-            "max_step": 2,
-            "hysteresis": 0.2,
-            "rank_floor": 4.0,
-            "depth_bias": 3.5,
-            "log_prob": -12.5,
-            "expected": 0.75,
-            "uncertainty": 0.125,
-            "margin": 0.5,
-            "tie_size": 1,
-            "kept": False,
-            "filled": 0,
-            "correction": False,
-            "problem": "problem-00000.safetensors",
-            "module_index": 1,
-            "module": "layer.0.query",
-            "block": 0,
-            "pinned": True,
-            "rank_before": 2,
-            "rank_wanted": 1,
-            "rank_clipped": 1,
-            "rank_after": 1,
-            "score": 1 / 3,  # float64: the projection can be replayed exactly
-            "changed_by_projection": False,
-            "note": "left alone",
-            "feature.snr": 2.0,
-            "feature.relative_depth": 3.0,
-            "run.progress": 0.25,
-        }
-    ]
+            "problem": make_problem(
+                cost=TimedCost("bytes", **{name: getattr(BYTES, name) for name in vars(BYTES)}, unit_per_second=1 / 3)
+            )
+        },
+        {"loss": None, "policy_sha256": None, "notes": {}, "schedule": {}},
+        {"decision": Decision(np.array([1, 2, 4]), np.zeros(3), exact=True)},
+        {
+            "decision": Decision(
+                np.array([1, 2, 4]),
+                np.zeros(3),
+                deliberation=make_deliberation(
+                    temperature=0.25, seed=7, taken=3, trained=True, unit="log loss", goal=Goal("time", 0.02),
+                    doubt=0.1, outside={"horizon": (1.0, -0.30103, 0.30103)}, simple=1, plain=2,
+                    costs=np.array([1.0, 2.0, 1 / 3]), seconds=np.array([0.1, 0.2, 0.3]),
+                    allowed=np.array([True, True, False]), broad=np.array([True, False, True]),
+                ),
+            )
+        },
+    ],
+)  # fmt: skip
+def test_a_decision_comes_back_as_it_was(tmp_path: Path, changes: dict[str, Any]) -> None:
+    log, record = DecisionLog(tmp_path), make_record(**changes)
+    log.append(record)
+    logged = log.logged(0)
+    assert_same(record, logged)
+    assert_same(record.problem, logged.problem)
+    assert logged.facts() == record.facts()
+    assert logged.kept == bool(changes.get("decision") and changes["decision"].exact)
 
 
-def test_changed_by_projection_compares_clipped_and_applied(log: DecisionLog) -> None:
-    assert log.read()["changed_by_projection"].to_pylist() == [False, False, True] * 4
+def test_a_line_tells_the_decision_without_the_arrays(log: DecisionLog) -> None:
+    lines = [json.loads(line) for line in (log.folder / "decisions.jsonl").read_text().splitlines()]
+    assert [line["decision"] for line in lines] == [0, 1, 2, 3]
+    assert lines[1]["sentence"] == "step 36: 3 modules moved, 858 of 954 MiB, mean rank 2.3"
+    assert lines[1]["ranks"] == {"layer.1.query": 4, "layer.0.query": 1, "layer.0.dense": 2}
+    assert lines[1]["notes"] == {"layer.0.query": "left alone"}
+    told = {"policy": "pilot-small", "step": 36, "unit": "bytes", "limit": 1e9 + 1, "predicted_cost": 9e8 + 1}
+    assert told.items() <= lines[1].items()
+    arrays = safetensors.numpy.load_file(log.folder / "decision-000001.safetensors")
+    assert arrays["rank_after"].tolist() == [4, 1, 2]
+    assert arrays["deliberation.votes"].tolist() == make_deliberation().votes.tolist()
 
 
-def test_columns_are_typed_even_where_all_values_are_missing(tmp_path: Path) -> None:
-    log = DecisionLog(tmp_path)
-    log.append(make_record(loss=None, measured_cost=None))
-    schema = log.read().schema
-    assert schema.field("loss").type == pa.float64()
-    assert schema.field("measured_cost").type == pa.float64()
-    assert schema.field("rank_after").type == pa.int32()
-    assert schema.field("feature.snr").type == pa.float32()
-    assert log.read()["loss"].null_count == 3
+def test_a_table_has_a_row_for_each_module(log: DecisionLog) -> None:
+    table = log.to_pandas()
+    assert table["module"].tolist() == list(MODULES) * 4
+    assert table["decision"].tolist() == np.repeat(range(4), 3).tolist()
+    assert table["changed_by_projection"].tolist() == [False, False, True] * 4
+    record = make_record(1)
+    row = table.iloc[4].to_dict()
+    assert {name: row[name] for name in row if not name.startswith(("feature.", "run."))} == {
+        "run": "sst2-7",
+        "policy": "pilot-small",
+        "policy_sha256": "5e1f",
+        "decision": 1,
+        "step": 36,
+        "seed": 2**40,
+        "loss": 0.7 - 0.1,
+        "limit": 1e9 + 1,
+        "predicted_cost": 9e8 + 1,
+        "measured_cost": 8e8,
+        "unit": "bytes",
+        "max_step": 2,
+        "hysteresis": 0.2,
+        "rank_floor": 4.0,
+        "depth_bias": 3.5,
+        "log_prob": -12.5,
+        "expected": 0.75,
+        "uncertainty": 0.125,
+        "margin": 0.5,
+        "tie_size": 1,
+        "kept": False,
+        "filled": 0,
+        "correction": False,
+        "module_index": 1,
+        "module": "layer.0.query",
+        "block": 0,
+        "pinned": True,
+        "rank_before": 2,
+        "rank_wanted": 1,
+        "rank_clipped": 1,
+        "rank_after": 1,
+        "score": 1 / 3,  # float64: the projection can be replayed exactly
+        "changed_by_projection": False,
+        "note": "left alone",
+    }
+    assert [row[f"feature.{name}"] for name in MODULE_FEATURES] == record.observation.modules[1].tolist()
+    assert [row[f"run.{name}"] for name in RUN_FEATURES] == record.observation.run.tolist()
+
+
+def test_without_pandas_there_is_a_line_that_says_so(log: DecisionLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ConfigError, match="needs pandas: pip install pandas"):
+        log.to_pandas()
 
 
 def test_more_than_ten_decisions_keep_their_order(tmp_path: Path) -> None:
     log = DecisionLog(tmp_path)
-    for decision in (11, 2, 100_000, 0):
-        log.append(make_record(decision))
-    assert log.read()["decision"].to_pylist()[::3] == [0, 2, 11, 100_000]
-
-
-def test_a_feature_that_came_later_is_null_before(tmp_path: Path) -> None:
-    log = DecisionLog(tmp_path)
-    log.append(make_record(0))
-    log.append(make_record(1, feature_names=("snr", "age")))
-    table = log.read()
-    assert table["feature.age"].null_count == 3
-    assert table["feature.relative_depth"].to_pylist()[:3] == [1.0, 3.0, 5.0]
-
-
-def test_datasets_opens_it_by_pattern(log: DecisionLog, tmp_path: Path) -> None:
-    import datasets
-
-    # A run folder below a name like "seed=3" must not gain a column.
-    renamed = log.folder.rename(tmp_path / "seed=3")
-    rows = datasets.load_dataset(
-        "parquet", data_files=str(renamed / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache")
-    )
-    assert rows.num_rows == 12
-    assert rows[3]["step"] == 36
-    assert set(DecisionLog(renamed).read()["seed"].to_pylist()) == {2**40}
-    assert pq.ParquetFile(renamed / "part-00000.parquet").schema_arrow.metadata[b"rankpilot.schema"] == b"4"
+    for number in (11, 2, 100_000, 0):
+        log.append(make_record(number))
+    assert [record.number for record in log.read()] == [0, 2, 11, 100_000]
 
 
 @pytest.mark.parametrize(("keep", "left"), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (10**6, 4)])
 def test_truncate_keeps_the_first_decisions(log: DecisionLog, keep: int, left: int) -> None:
+    before = (log.folder / "decisions.jsonl").read_text().splitlines()
     assert log.truncate(keep) == 4 - left
     assert len(log) == left
-    problems = ["problem-00000.safetensors"] if left else []
-    assert [path.name for path in sorted(log.folder.iterdir())] == [
-        *(f"part-0000{i}.parquet" for i in range(left)),
-        *problems,
-        *(path.name for path in log.folder.glob("recipes-*") if left),
-        *(f"state-0000{i}.safetensors" for i in range(left)),
-    ]
+    names = [*(f"decision-00000{number}.safetensors" for number in range(left)), *["decisions.jsonl"] * (left > 0)]
+    assert sorted(path.name for path in log.folder.iterdir()) == names
+    if left:
+        assert (log.folder / "decisions.jsonl").read_text().splitlines() == before[:left]
 
 
 def test_a_resumed_run_takes_its_decisions_again(log: DecisionLog) -> None:
     with pytest.raises(RunFolderError, match="Decision 2 is already"):
         log.append(make_record(2))
     log.truncate(2)
-    log.append(make_record(2, loss=0.25))
-    assert log.read()["loss"].to_pylist()[-1] == 0.25
+    log.append(make_record(2, loss=float("nan")))
+    assert np.isnan(log.read()[-1].loss or 0)
+    assert log.truncate(3) == 0, "what is not finite is kept as well"
 
 
-def test_a_crash_while_writing_leaves_no_part(log: DecisionLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    def torn(table: pa.Table, stream: Any) -> None:
-        stream.write(b"PAR1half")
+def test_a_crash_while_writing_leaves_whole_decisions(log: DecisionLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(*_: object) -> bytes:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pq, "write_table", torn)
+    monkeypatch.setattr(safetensors.numpy, "save", torn)
     with pytest.raises(KeyboardInterrupt):
         log.append(make_record(4))
     assert len(log) == 4
-    assert len(list(log.folder.glob("part-*"))) == 4
-    assert not list(log.folder.glob(".*"))
+    assert len(list(log.folder.iterdir())) == 5
 
 
-def test_what_a_killed_process_left_is_ignored(log: DecisionLog) -> None:
-    scratch = log.folder / ".part-00004.parquet.x1"
+def test_what_a_killed_process_left_is_not_read(log: DecisionLog, caplog: pytest.LogCaptureFixture) -> None:
+    """It was killed between the arrays and the line of a decision, in the middle of the line."""
+    path = log.folder / "decisions.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    scratch = log.folder / ".decision-000004.safetensors.x1"
     scratch.mkdir()
-    (scratch / "part-00004.parquet").write_bytes(b"PAR1half")
-    (log.folder / "part-00005.parquet").mkdir()
-    assert len(log) == 4
-    assert log.read().num_rows == 12
+    assert [record.number for record in log.read()] == [0, 1, 2]
+    assert caplog.messages == [f"Line 4 of {path} is no whole line of JSON, as after a crash, and is left out."]
+    assert log.truncate(4) == 0
+    log.append(make_record(3))
+    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("made", [False, True])
@@ -245,224 +275,120 @@ def test_a_missing_or_empty_folder(tmp_path: Path, made: bool) -> None:
         folder.mkdir()
     assert len(DecisionLog(folder)) == 0
     assert DecisionLog(folder).truncate(0) == 0
+    assert DecisionLog(folder).put_aside() is None
     with pytest.raises(RunFolderError, match="No decision log"):
         DecisionLog(folder).read()
 
 
-@pytest.mark.parametrize("keep", [0, 1, -1])
-def test_a_corrupt_part_is_named(log: DecisionLog, keep: int) -> None:
-    path = log.folder / "part-00002.parquet"
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2] if keep == 1 else content[:keep])
-    with pytest.raises(RunFolderError, match=r"part-00002\.parquet is corrupt"):
-        log.read()
-    with pytest.raises(RunFolderError, match=r"part-00002\.parquet"):
-        log.truncate(3)
-    assert len(log) == 4
-    assert log.truncate(2) == 2, "a part that is dropped need not be read"
+def test_another_run_puts_the_log_aside(log: DecisionLog) -> None:
+    records = log.read()
+    (log.folder.parent / "decisions-1").mkdir()
+    aside = log.put_aside()
+    assert aside == log.folder.parent / "decisions-2"
+    assert len(log) == 0
+    for one, other in zip(records, DecisionLog(aside).read(), strict=True):
+        assert_same(one, other)
 
 
-@pytest.mark.parametrize("metadata", [None, *({b"rankpilot.schema": name} for name in (b"1", b"5", b"new"))])
-def test_a_foreign_schema_is_refused(log: DecisionLog, metadata: dict[bytes, bytes] | None) -> None:
-    path = log.folder / "part-00001.parquet"
-    pq.write_table(pa.table({"step": [1]}).replace_schema_metadata(metadata), path)
-    with pytest.raises(
-        RunFolderError, match=r"part-00001\.parquet is no decision log of schema 2, 3 or 4: its schema is "
-    ):
-        log.read()
+def test_a_log_of_the_version_before_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "part-00000.parquet").write_bytes(b"PAR1")
+    log = DecisionLog(tmp_path)
+    for use in (log.read, lambda: log.logged(0), log.to_pandas, lambda: len(log)):
+        with pytest.raises(
+            RunFolderError, match=r"log of rankpilot 0\.2 .*pip install rankpilot==0\.2\.0\), or make"
+        ) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    log.append(make_record())
+    assert len(log) == 1, "a run in the same folder has a log of its own"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"score": np.zeros(2)}, r"`score` of decision 0 has shape \(2,\), not \(3,\)"),
-        ({"features": np.zeros((3, 1), dtype=np.float32)}, r"`features`"),
-        ({"modules": ("a", "a", "b")}, "used twice"),
-        ({"feature_names": ("snr", "snr")}, "used twice"),
-        (
-            {"problem": replace(make_problem(), ranks=np.zeros(2, dtype=np.int64))},
-            r"`problem.ranks` .* not \(3,\)",
-        ),
+        ({"schema": 6}, "is no decision of log schema 5: its schema is 6. Read it with the version"),
+        ({"schema": None}, "is no decision of log schema 5: its schema is None"),
+        ({"step": "1"}, "is damaged: step is '1'"),
+        ({"decision": True}, "is damaged: decision is True"),
+        ({"limit": None}, "is damaged: limit is None"),
+        ({"ranks": [1, 2, 4]}, r"is damaged: ranks is \[1, 2, 4\]"),
+    ],
+)
+def test_a_line_of_something_else_is_named(log: DecisionLog, changes: dict[str, Any], message: str) -> None:
+    path = log.folder / "decisions.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | changes)
+    path.write_text("\n".join(lines))
+    for use in (log.read, lambda: log.truncate(1)):
+        with pytest.raises(RunFolderError, match=f"Line 2 of .*jsonl {message}"):
+            use()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK", b"{}", "cut", "other modules", "no ranks"])
+def test_arrays_that_cannot_be_read_are_named(log: DecisionLog, content: bytes | str | None) -> None:
+    path = log.folder / "decision-000001.safetensors"
+    whole = path.read_bytes()
+    path.unlink()
+    if content == "cut":
+        path.write_bytes(whole[:-5])
+    elif isinstance(content, str):
+        arrays = safetensors.numpy.load(whole)
+        if content == "other modules":
+            arrays["rank_after"] = arrays["rank_after"][:2]
+        else:
+            del arrays["rank_wanted"]
+        with safetensors.safe_open(log.folder / "decision-000000.safetensors", framework="np") as file:
+            safetensors.numpy.save_file(arrays, path, file.metadata())
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(
+        RunFolderError, match=r"decision-000001\.safetensors is missing, damaged or of another decision"
+    ):
+        log.read()
+    assert log.logged(0).step == 0
+    with pytest.raises(RunFolderError, match="No decision 4 in"):
+        log.logged(4)
+
+
+def test_a_decision_made_from_other_features_is_named(log: DecisionLog) -> None:
+    path = log.folder / "decision-000001.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file(arrays, path, {"rankpilot.features": json.dumps([["snr"], ["progress"]])})
+    with pytest.raises(RunFolderError, match="its policy saw other features than those of this version"):
+        log.logged(1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"taken": 4}, {"plan_of": np.array([0, 1, 1, 9])}, {"votes": np.zeros((2, 4), dtype=np.float32)}],
+)
+def test_a_deliberation_that_contradicts_itself_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    log, record = DecisionLog(tmp_path), make_record()
+    log.append(record)
+    arrays = safetensors.numpy.load_file(tmp_path / "decision-000000.safetensors")
+    line = json.loads((tmp_path / "decisions.jsonl").read_text())
+    for name, value in changes.items():
+        if isinstance(value, np.ndarray):
+            arrays[f"deliberation.{name}"] = value
+        else:
+            line["deliberation"][name] = value
+    described = {"rankpilot.features": json.dumps([MODULE_FEATURES, RUN_FEATURES])}
+    safetensors.numpy.save_file(arrays, tmp_path / "decision-000000.safetensors", described)
+    (tmp_path / "decisions.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(RunFolderError, match=r"has shape|candidate 4 of 4|lead to 3 plans"):
+        log.logged(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank_after": np.zeros(2, dtype=np.int64)}, r"`rank_after` of decision 0 has shape \(2,\), not \(3,\)"),
+        ({"decision": Decision(np.ones(3, dtype=np.int64), np.zeros(2))}, r"`score` .* not \(3,\)"),
+        ({"problem": replace(make_problem(), ranks=np.zeros(2, dtype=np.int64))}, r"`rank_before` .* not \(3,\)"),
         ({"step": -1}, "step -1"),
+        ({"observation": replace(make_record().observation, names=("a", "a", "b"))}, "modules of different names"),
     ],
 )
 def test_a_contradictory_record_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         make_record(**changes)
-
-
-# Schema 2 -------------------------------------------------------------------------------------------------------------
-
-
-def to_schema_2(path: Path) -> None:
-    """Rewrite a part as the version before wrote it."""
-    table = pq.ParquetFile(path).read()
-    new = ["margin", "tie_size", "kept", "filled", "correction"]
-    new += ["policy_sha256", "max_step", "hysteresis", "depth_bias", "expected", "uncertainty", "problem", "pinned"]
-    names = {"rank_wanted": "delta", "rank_clipped": "rank_asked", "feature.relative_depth": "feature.height"}
-    table = table.drop_columns(new)
-    table = table.rename_columns([names.get(name, name) for name in table.column_names])
-    pq.write_table(table.replace_schema_metadata({b"rankpilot.schema": b"2"}), path)
-
-
-@pytest.mark.parametrize("parts", [2, 4])
-def test_a_log_of_schema_2_is_read_with_one_line_of_notice(
-    log: DecisionLog, parts: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    whole = log.read()
-    for part in range(parts):
-        to_schema_2(log.folder / f"part-0000{part}.parquet")
-    table = log.read()
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{parts} of 4 decisions in {log.folder} are of log schema 2: columns that it lacks are empty."
-    ]
-    assert set(whole.column_names) | {"delta"} == set(table.column_names)
-    for name in whole.column_names:
-        assert table.schema.field(name).type == whole.schema.field(name).type, name
-    for name in ("rank_clipped", "rank_after", "score", "feature.snr", "feature.relative_depth", "step"):
-        assert table[name].to_pylist() == whole[name].to_pylist()
-    for name in ("rank_wanted", "pinned", "expected", "max_step", "problem"):
-        assert table[name].to_pylist() == [None] * 3 * parts + whole[name].to_pylist()[3 * parts :]
-    assert log.truncate(2) == 2
-    with pytest.raises(RunFolderError, match="is of log schema 2, which does not hold the problem"):
-        log.problem(1)
-    log.append(make_record(2))
-    assert len(log.read()) == 9
-    assert log.problem(2).limit == 1e9 + 1
-
-
-# Problems -------------------------------------------------------------------------------------------------------------
-
-
-def assert_same_problem(problem: AllocationProblem, other: AllocationProblem) -> None:
-    for name in ("ranks", "max_ranks", "blocks", "low", "high", "pinned"):
-        left, right = getattr(problem, name), getattr(other, name)
-        assert (left is None) == (right is None), name
-        if left is not None:
-            assert left.dtype == right.dtype
-            np.testing.assert_array_equal(left, right)
-    assert (problem.limit, problem.max_step, problem.hysteresis) == (other.limit, other.max_step, other.hysteresis)
-    assert problem.ladder == other.ladder
-    assert type(problem.cost) is type(other.cost)
-    for field in fields(problem.cost):  # type: ignore[arg-type]
-        np.testing.assert_array_equal(getattr(problem.cost, field.name), getattr(other.cost, field.name))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"max_step": None, "hysteresis": 0.0, "pinned": None},
-        {"low": np.array([0, 1, 0]), "high": np.array([8, 8, 16])},
-        {"cost": ParameterCost(np.array([[10.0, 20.0, 30.0]])), "ladder": RankLadder((0, 1, 2, 4))},
-    ],
-)
-def test_the_problem_of_a_decision_comes_back(tmp_path: Path, changes: dict[str, Any]) -> None:
-    log, problem = DecisionLog(tmp_path), make_problem(1 / 3, **changes)
-    log.append(make_record(problem=problem))
-    assert_same_problem(log.problem(0), problem)
-
-
-def test_a_problem_is_written_once_for_each_change_of_costs(tmp_path: Path) -> None:
-    log = DecisionLog(tmp_path)
-    problem = make_problem()
-    later = replace(problem, ranks=np.array([8, 8, 8]), pinned=np.array([True, False, False]))
-    dearer = replace(problem.cost, constant=problem.cost.constant + 1)
-    for number, one in enumerate([problem, later, replace(later, cost=dearer), replace(later, cost=dearer, limit=5.0)]):
-        DecisionLog(tmp_path).append(make_record(number, problem=one))
-        assert_same_problem(log.problem(number), one)
-    assert log.read()["problem"].to_pylist()[::3] == [f"problem-0000{number}.safetensors" for number in (0, 0, 2, 3)]
-    log.truncate(2)
-    assert sorted(path.name for path in tmp_path.glob("problem-*")) == ["problem-00000.safetensors"]
-    log.append(make_record(2, problem=later))
-    assert log.read()["problem"].to_pylist()[-1] == "problem-00000.safetensors"
-
-
-@pytest.mark.parametrize("content", [None, b"", b"PK", b"{}"])
-def test_a_lost_problem_is_named(log: DecisionLog, content: bytes | None) -> None:
-    path = log.folder / "problem-00000.safetensors"
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(RunFolderError, match=r"problem-00000\.safetensors is missing, or is no file of an allocation"):
-        log.problem(3)
-    with pytest.raises(RunFolderError, match="No decision 4 in"):
-        log.problem(4)
-    log.append(make_record(4))
-    assert log.problem(4).limit == 1e9 + 1, "written anew"
-
-
-def test_a_part_that_cannot_be_read_can_be_left_out(tmp_path: Path) -> None:
-    log = DecisionLog(tmp_path)
-    for decision in range(3):
-        log.append(make_record(decision))
-    (tmp_path / "part-00001.parquet").write_bytes(b"PAR1")
-    errors: list[RunFolderError] = []
-    assert sorted(set(log.read(errors.append)["decision"].to_pylist())) == [0, 2]
-    (error,) = errors
-    assert "part-00001.parquet is corrupt" in str(error)
-    for number in (0, 2):
-        (tmp_path / f"part-0000{number}.parquet").write_bytes(b"")
-    with pytest.raises(RunFolderError, match="3 parts, and none can be read"):
-        log.read(errors.append)
-
-
-# Decisions as they were taken -----------------------------------------------------------------------------------------
-
-
-def whole_record(decision: int = 0, **changes: Any) -> DecisionRecord:
-    """One whose policy saw the features of this version."""
-    generator = np.random.default_rng(decision)
-    return make_record(
-        decision,
-        features=generator.uniform(-3, 3, (3, len(MODULE_FEATURES))).astype(np.float32),
-        feature_names=MODULE_FEATURES,
-        run_features=dict(zip(RUN_FEATURES, generator.uniform(0, 1, len(RUN_FEATURES)).tolist(), strict=True)),
-        **changes,
-    )
-
-
-def test_what_was_seen_and_computed_comes_back(tmp_path: Path) -> None:
-    log, record = DecisionLog(tmp_path), whole_record()
-    log.append(record)
-    logged = log.logged(0)
-    np.testing.assert_array_equal(logged.observation.modules, record.features)
-    assert logged.observation.modules.dtype == logged.observation.run.dtype == np.float32
-    assert logged.observation.run.tolist() == np.array([*record.run_features.values()], dtype=np.float32).tolist()
-    assert logged.observation.names == record.modules
-    assert_same_problem(logged.problem, record.problem)
-    assert_same_problem(logged.observation.problem, replace(record.problem, pinned=None))
-    assert (logged.value("step"), logged.ranks("rank_after").tolist()) == (0, [4, 1, 2])
-    assert logged.state is not None
-    assert logged.deliberation is not None
-    assert logged.state.schedule == {"max_step": 2}
-    assert logged.deliberation.votes.tolist() == make_deliberation().votes.tolist()
-
-
-def test_a_decision_of_schema_3_comes_back_without_what_was_computed(tmp_path: Path) -> None:
-    log = DecisionLog(tmp_path)
-    log.append(whole_record())
-    path = tmp_path / "part-00000.parquet"
-    table = pq.ParquetFile(path).read().drop_columns(["margin", "tie_size", "kept", "filled", "correction"])
-    pq.write_table(table.replace_schema_metadata({b"rankpilot.schema": b"3"}), path)
-    logged = log.logged(0)
-    assert logged.state is logged.deliberation is logged.value("correction") is None
-    assert logged.observation.problem.limit == 1e9 + 1
-    assert log.read()["kept"].to_pylist() == [None] * 3
-
-
-def test_a_decision_made_from_other_features_is_named(log: DecisionLog) -> None:
-    with pytest.raises(RunFolderError, match=r"made from other features than those of this version: .*snr|importance"):
-        log.logged(0)
-
-
-def test_a_decision_whose_state_is_torn_is_named_and_its_rows_are_read(tmp_path: Path) -> None:
-    log = DecisionLog(tmp_path)
-    for number in range(2):
-        log.append(whole_record(number))
-    path = tmp_path / "state-00001.safetensors"
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(RunFolderError, match=r"state-00001\.safetensors is missing, or is no file"):
-        log.logged(1)
-    assert log.logged(0).deliberation is not None
-    assert log.read().num_rows == 6

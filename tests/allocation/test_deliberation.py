@@ -1,16 +1,14 @@
-"""What a deliberation says of its plans, by hand, and what comes back from its file."""
+"""What a deliberation says of its plans, by hand."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.allocation.decision_state import DecisionState, read_state
+from rankpilot.allocation.decision_line import unlike
 from rankpilot.allocation.deliberation import Deliberation, plan_distance
-from rankpilot.errors import RunFolderError
 
 from .test_decision_log import make_deliberation
 
@@ -32,7 +30,6 @@ def test_bounds_by_hand() -> None:
     assert replace(deliberation, taken=2).margin == -0.25
     assert replace(deliberation, taken=2, allowed=np.array([True, False, True, True])).margin == 0, "the best cannot be"
     assert replace(deliberation, taken=2, allowed=np.array([False, False, True, False])).margin == 0
-    assert deliberation.log_prob is None
     assert deliberation.probabilities.tolist() == [0, 1, 0, 0]
     assert replace(deliberation, lcb_coefficient=3.0).bound.tolist() == [0, 0.5, -0.25, 0]
 
@@ -66,57 +63,12 @@ def test_distances_by_hand() -> None:
     assert plan_distance(PLANS, PLANS[0])[0] == 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.25, "seed": 7, "taken": 3, "trained": True}])
-def test_a_deliberation_comes_back(tmp_path: Path, changes: dict[str, Any]) -> None:
-    before = make_deliberation(**changes)
-    for name, content in DecisionState({"max_step": 2}, before).files("state-00000.safetensors").items():
-        (tmp_path / name).write_bytes(content)
-    state = read_state(tmp_path / "state-00000.safetensors")
-    after = state.deliberation
-    assert state.schedule == {"max_step": 2}
-    assert after is not None
-    for name, value in vars(before).items():
-        np.testing.assert_array_equal(getattr(after, name), value, err_msg=name)
-    assert after.plans.dtype == before.plans.dtype
-    np.testing.assert_array_equal(after.probabilities, before.probabilities)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"{}", b"x" * 64])
-def test_a_state_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "state-00000.safetensors"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(RunFolderError, match=r"state-00000\.safetensors is missing, or is no file of a"):
-        read_state(path)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"taken": 4}, {"plan_of": np.array([0, 1, 1, 9])}, {"votes": VOTES}, {"actor_scores": np.zeros(2)}],
-)
-def test_a_state_that_contradicts_itself_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
-    broken = make_deliberation(temperature=0.0, **changes)
-    arrays, recipes = dict(make_deliberation().arrays()), make_deliberation().recipes()
-    for name in ("plan_of", "votes", "actor_scores"):
-        arrays[name] = np.asarray(getattr(broken, name))
-    with pytest.raises(ValueError, match=r"has shape|out of range"):
-        Deliberation.restored(arrays, recipes, broken.scalars())
-
-
 # Runs unlike those that were learned from -----------------------------------------------------------------------------
 
 
 def test_what_a_run_is_unlike_is_told_as_people_count_it() -> None:
     outside = {"horizon": (1.0, -0.30103, 0.30103), "modules": (0.78, 0.4248, 0.5209), "depth": (0.5, 1.0, 1.0)}
     found = four_plans(outside=outside)
-    assert found.unlike == "1,000 steps (not 50 to 200), 223 modules (not 19 to 37), depth 0.5 (not 1 to 1)"
-    assert four_plans().unlike == ""
-    assert replace(found, trained=True).unlike == f"adapters that are trained already, {found.unlike}"
-    restored = Deliberation.restored(found.arrays(), found.recipes(), found.scalars())
-    assert restored.outside == outside
-    assert restored.unlike == found.unlike
-    for wrong in ({"horizon": [1e9, 0.0, 0.1]}, {"horizon": [1.0, 0.0]}, {"path": [1.0, 0.0, 0.1]}):
-        with pytest.raises(ValueError, match="outside of its range"):
-            Deliberation.restored(found.arrays(), found.recipes(), found.scalars() | {"outside": wrong})
-    earlier = {name: value for name, value in found.scalars().items() if name != "outside"}
-    assert Deliberation.restored(found.arrays(), found.recipes(), earlier).unlike == ""
+    assert unlike(found) == "1,000 steps (not 50 to 200), 223 modules (not 19 to 37), depth 0.5 (not 1 to 1)"
+    assert unlike(four_plans()) == ""
+    assert unlike(replace(found, trained=True)) == f"adapters that are trained already, {unlike(found)}"

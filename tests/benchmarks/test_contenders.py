@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.lora.optimizer_layouts import unwrap_optimizer
 from rankpilot.lora.targets import find_target_modules
 
@@ -120,7 +121,7 @@ def test_rankpilot_changes_real_ranks_in_the_budget_of_rank_eight(family: Family
     assert set(changed) <= {10, 20, 30}
     assert method.controller.decision == 4
     assert method.setup_seconds > 0
-    assert len(list(tmp_path.glob("decisions/part-*.parquet"))) == 4
+    assert len(DecisionLog(tmp_path / "decisions")) == 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from rankpilot.agents.evaluation.results import read_rows
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.cli import main as cli
 
 from .mistakes import failure
@@ -41,4 +41,4 @@ def test_a_comparison_is_that_of_one_process(capsys: pytest.CaptureFixture[str],
     for folder in folders:
         first, second = (DecisionLog(tmp_path / name / folder) for name in ("here", "there"))
         assert len(first) > 1
-        assert first.read().equals(second.read())
+        assert first.to_pandas().equals(second.to_pandas())

@@ -32,12 +32,11 @@ def folder(run_folder: Path) -> Path:
 
 def test_the_page_of_a_run_lies_in_its_folder(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_folder.rename(run_folder.with_name("run [x]"))
-    (folder / "decisions" / "part-00002.parquet").write_bytes(b"")
     assert cli.run(["study", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [f"Page: {folder / 'study.html'}", f"Picture of the ranks: {folder / 'ranks.png'}"]
     assert "rankpilot's held-out loss is 4.9% lower than that of uniform ranks." in lines
-    assert any(line.startswith("Left out of the page: a decision (The decision log's part") for line in lines)
+    assert not any(line.startswith("Left out of the page") for line in lines)
     assert (folder / "study.html").read_text().startswith("<!DOCTYPE html>")
     assert (folder / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
@@ -80,7 +79,7 @@ def test_mistakes(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert "Each word after `rankpilot study` is the folder of a run" in line
         assert "`rankpilot replay` and `rankpilot branch` are commands of their own" in line
     (tmp_path / "empty").mkdir()
-    assert "there is no decision log (decisions/part-0" in failure(["study", str(tmp_path / "empty")], capsys)
+    assert "there is no decision log (decisions/decisions.jsonl" in failure(["study", str(tmp_path / "empty")], capsys)
     assert "is a folder. Pass the name of a file" in failure(
         ["study", str(run_folder), "--output", str(tmp_path)], capsys
     )
@@ -109,13 +108,14 @@ def test_several_runs_stand_side_by_side(folder: Path, capsys: pytest.CaptureFix
 
 
 def test_what_is_wrong_and_what_is_missing_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "decisions" / "part-00002.parquet").write_bytes(b"")
+    (folder / "decisions" / "decision-000002.safetensors").write_bytes(b"")
     summary = read_json(folder / "summary.json") | {"held_out_rows": 800, "largest_class": 0.9}
     write_json(folder / "summary.json", summary)
     assert cli.run(["study", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "The model guesses" in " ".join(out.split())
-    assert "Left out of the page: a decision (The decision log's part" in out
+    assert "Left out of the page: all decisions (" in out
+    assert "Picture of the ranks" not in out
     assert f"Adapter (the page says how to load, merge and export it): {folder / 'rankpilot' / 'adapter'}\n" in out
     assert f"MiniLM on {NAME}" in out
 
@@ -123,7 +123,7 @@ def test_what_is_wrong_and_what_is_missing_is_printed(folder: Path, capsys: pyte
 def test_a_finished_run_with_a_torn_decision_is_resumed(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "decisions" / "part-00002.parquet").write_bytes(b"PAR1")
+    (folder / "decisions" / "decision-000002.safetensors").write_bytes(b"{")
 
     def finished(options: Any, output: Path, **others: Any) -> Any:
         others["on_phase"](f"loading {NAME}")
@@ -133,6 +133,5 @@ def test_a_finished_run_with_a_torn_decision_is_resumed(
     finetune.finetune_command(finetune.Finetune("m", "d", output=folder, resume=True))
     out = capsys.readouterr().out
     assert f"loading {NAME}" in out
-    assert "logits identical" in out
-    assert "part-00002.parquet is corrupt" in out
+    assert "decision-000002.safetensors is missing, damaged" in out
     assert f"Page: {folder / 'study.html'}\n" in out

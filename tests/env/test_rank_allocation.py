@@ -18,8 +18,8 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import RecordEpisodeStatistics
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.features import MODULE_FEATURES
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.plan import uniform_ranks
 from rankpilot.allocation.policy import decision_from_scores
 from rankpilot.allocation.schedule import DecisionSchedule
@@ -610,11 +610,11 @@ def test_every_episode_writes_its_log(make_env: MakeEnv, tmp_path: Path) -> None
             ranks.append(list(info["ranks"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["episode-00000", "episode-00001"]
     log = DecisionLog(tmp_path / "episode-00001")
-    table = log.read()
+    table = log.to_pandas()
     count = len(ranks[0])
-    assert table["step"].to_pylist()[::count] == steps
-    assert table["rank_after"].to_pylist() == [rank for row in ranks for rank in row]
-    assert set(table["policy"].to_pylist()) == {"agent"}
+    assert table["step"].tolist()[::count] == steps
+    assert table["rank_after"].tolist() == [rank for row in ranks for rank in row]
+    assert set(table["policy"].tolist()) == {"agent"}
     assert log.logged(0).deliberation is None
 
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from rankpilot import RankPilot, TrainingRun, allocate, attach
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, DataError
 from rankpilot.finetune.allocate import static_plan
@@ -70,9 +70,9 @@ def test_the_plan_is_the_first_of_a_run(llama_config: LlamaConfig, tmp_path: Pat
     assert trainer.model.peft_config["default"].rank_pattern == {}
     attach(trainer, "signal-mean", budget, schedule=SCHEDULE)
     trainer.train()
-    first = DecisionLog(tmp_path / "run" / "decisions").read().slice(0, len(plan.ranks))
-    assert dict(zip(first["module"].to_pylist(), first["rank_after"].to_pylist(), strict=True)) == plan.ranks
-    assert first["predicted_cost"][0].as_py() == plan.cost <= plan.limit == first["limit"][0].as_py()
+    first = DecisionLog(tmp_path / "run" / "decisions").to_pandas().iloc[: len(plan.ranks)]
+    assert dict(zip(first["module"].tolist(), first["rank_after"].tolist(), strict=True)) == plan.ranks
+    assert first["predicted_cost"][0] == plan.cost <= plan.limit == first["limit"][0]
 
 
 def test_plain_peft_makes_an_adapter_of_the_plan(llama_config: LlamaConfig, tmp_path: Path) -> None:
@@ -186,11 +186,11 @@ def test_a_logged_plan_is_made_again_bit_for_bit(
     trainer = trainer_of(adapted(llama_config), tmp_path / "run")
     plan = static_plan(trainer, budget="70%", explore=explore, log=tmp_path / "log")
     logged = DecisionLog(tmp_path / "log").logged(0)
-    assert dict(zip(logged.observation.names, logged.ranks("rank_after").tolist(), strict=True)) == plan.ranks
+    assert dict(zip(logged.observation.names, logged.rank_after.tolist(), strict=True)) == plan.ranks
     again = redecide(logged, load_policy("default"))
     assert again.differences == ()
     assert again.ranks.tolist() == [*plan.ranks.values()]
-    assert (logged.value("log_prob") is None) is (explore is None)
+    assert (logged.decision.log_prob is None) is (explore is None)
     other = redecide(logged, find_rule("uniform"))
     assert "deliberation" in other.differences  # a rule has none; its scores may be those of the policy's choice
 
@@ -203,13 +203,13 @@ def test_decisions_of_a_run_are_made_again_bit_for_bit(llama_config: LlamaConfig
     assert len(log) >= 4
     for number in range(len(log)):
         logged = log.logged(number)
-        if not logged.value("correction"):
+        if not logged.correction:
             assert redecide(logged, load_policy("default")).differences == ()
             assert logged.deliberation is not None
             assert logged.deliberation.seed == trainer.args.seed != 0
             chance = logged.deliberation.probabilities[logged.deliberation.plan]
-            assert logged.value("log_prob") == pytest.approx(float(np.log(chance)))
-    assert set(log.read()["policy"].to_pylist()) == {"default exploring at 0.5"}
+            assert logged.decision.log_prob == pytest.approx(float(np.log(chance)))
+    assert set(log.to_pandas()["policy"].tolist()) == {"default exploring at 0.5"}
 
 
 def test_a_new_head_trains_under_the_configuration(bert_config: BertConfig) -> None:

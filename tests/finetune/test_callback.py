@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.plan import project
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, NonFiniteError, RunFolderError, UnsupportedError
@@ -122,7 +123,7 @@ class Run:
         return self.pilot.controller
 
     def log(self) -> Any:
-        return DecisionLog(self.folder / "decisions").read()
+        return DecisionLog(self.folder / "decisions").to_pandas()
 
 
 @pytest.fixture
@@ -201,39 +202,40 @@ def test_ranks_peak_and_budget_stand_in_the_trainers_log(whole: Run) -> None:
 def test_the_decision_log(whole: Run) -> None:
     table = whole.log()
     names = [target.name for target in find_target_modules(whole.model)]
-    assert table.num_rows == len(DECISIONS) * len(names)
-    assert table["module"].to_pylist() == names * len(DECISIONS)
-    assert table["step"].to_pylist() == np.repeat(DECISIONS, len(names)).tolist()
+    assert len(table) == len(DECISIONS) * len(names)
+    assert table["module"].tolist() == names * len(DECISIONS)
+    assert table["step"].tolist() == np.repeat(DECISIONS, len(names)).tolist()
     for index, step in enumerate(DECISIONS[1:], start=1):
-        here = table.slice(index * len(names), len(names))
+        here = table.iloc[index * len(names) : (index + 1) * len(names)]
         before = [whole.recorder.ranks[step - 1][name] for name in names]
         after = [whole.recorder.ranks[step][name] for name in names]
-        assert here["rank_before"].to_pylist() == before
-        assert here["rank_after"].to_pylist() == after
+        assert here["rank_before"].tolist() == before
+        assert here["rank_after"].tolist() == after
         losses = whole.recorder.losses[DECISIONS[index - 1] : step]
-        assert here["loss"].to_pylist()[0] == pytest.approx(np.mean(losses), rel=1e-3)
-        assert here["measured_cost"].to_pylist()[0] == dict(whole.pilot.peaks)[step]  # type: ignore[union-attr]
-    first = table.slice(0, len(names))
-    assert first["rank_before"].to_pylist() == [1] * len(names)
-    assert first["loss"].null_count == len(names)
-    assert set(table["policy"].to_pylist()) == {"signal-mean"}
-    assert set(table["unit"].to_pylist()) == {"bytes"}
-    assert set(table["limit"].to_pylist()) == {whole.controller.limit}
-    assert set(table["max_step"].to_pylist()[len(names) :]) == {whole.pilot.pilot.schedule.max_step}  # type: ignore[union-attr]
+        assert here["loss"].tolist()[0] == pytest.approx(np.mean(losses), rel=1e-3)
+        assert here["measured_cost"].tolist()[0] == dict(whole.pilot.peaks)[step]  # type: ignore[union-attr]
+    first = table.iloc[: len(names)]
+    assert first["rank_before"].tolist() == [1] * len(names)
+    assert first["loss"].isna().sum() == len(names)
+    assert set(table["policy"].tolist()) == {"signal-mean"}
+    assert set(table["unit"].tolist()) == {"bytes"}
+    assert set(table["limit"].tolist()) == {whole.controller.limit}
+    assert set(table["max_step"].tolist()[len(names) :]) == {whole.pilot.pilot.schedule.max_step}  # type: ignore[union-attr]
 
 
 def test_logged_decisions_can_be_taken_again(whole: Run) -> None:
     log, table = DecisionLog(whole.folder / "decisions"), whole.log()
-    modules = table.num_rows // len(DECISIONS)
+    modules = len(table) // len(DECISIONS)
     for number in range(len(DECISIONS)):
-        here = table.slice(number * modules, modules)
+        here = table.iloc[number * modules : (number + 1) * modules]
         wanted, scores = (here[name].to_numpy() for name in ("rank_wanted", "score"))
-        plan = project(log.problem(number), wanted, scores)
-        assert plan.clipped.tolist() == here["rank_clipped"].to_pylist()
-        assert plan.ranks.tolist() == here["rank_after"].to_pylist()
-        assert plan.cost == here["predicted_cost"][0].as_py()
-    files = {path.name for path in log.folder.glob("problem-*")}
-    assert files == {"problem-00000.safetensors", f"problem-{len(DECISIONS) - 1:05d}.safetensors"}, "no signals at last"
+        plan = project(log.logged(number).problem, wanted, scores)
+        assert plan.clipped.tolist() == here["rank_clipped"].tolist()
+        assert plan.ranks.tolist() == here["rank_after"].tolist()
+        assert plan.cost == here["predicted_cost"].iloc[0]
+    of_a_rank = [record.problem.cost.per_rank for record in log.read()]
+    same = [np.array_equal(one, other) for one, other in pairwise(of_a_rank)]
+    assert same == [*[True] * (len(DECISIONS) - 2), False], "no signals at last"
 
 
 def test_the_adapter_loads_in_plain_peft(whole: Run, tmp_path: Path, llama_config: LlamaConfig) -> None:
@@ -380,13 +382,13 @@ def test_the_guard_corrects_a_prediction_that_was_too_low(
     steps = [step for step, _ in run.pilot.predictions]  # type: ignore[union-attr]
     assert steps == [0, 1, 2, 4, 6]
     table = run.log()
-    modules = table.num_rows // 5
-    shrunk = table.slice(modules, modules)
-    assert set(shrunk["step"].to_pylist()) == {1}
-    before, after = (np.array(shrunk[name].to_pylist()) for name in ("rank_before", "rank_after"))
+    modules = len(table) // 5
+    shrunk = table.iloc[modules : 2 * modules]
+    assert set(shrunk["step"].tolist()) == {1}
+    before, after = (np.array(shrunk[name].tolist()) for name in ("rank_before", "rank_after"))
     assert not np.array_equal(before, after)
-    assert shrunk["rank_wanted"].to_pylist() == before.tolist()
-    assert shrunk["measured_cost"].to_pylist()[0] > limit
+    assert shrunk["rank_wanted"].tolist() == before.tolist()
+    assert shrunk["measured_cost"].tolist()[0] > limit
 
 
 def test_a_resumed_run_logs_each_peak_once(launch: Callable[..., Run]) -> None:
@@ -407,8 +409,8 @@ def test_a_budget_of_parameters(launch: Callable[..., Run]) -> None:
         count = sum(rank * per_rank[name] for name, rank in ranks.items())
         assert 3500 - max(per_rank.values()) <= count <= 3500
     table = run.log()
-    assert set(table["unit"].to_pylist()) == {"parameters"}
-    assert table["measured_cost"].null_count == table.num_rows
+    assert set(table["unit"].tolist()) == {"parameters"}
+    assert table["measured_cost"].isna().sum() == len(table)
     assert run.pilot.predictions[-1][1] == count  # type: ignore[union-attr]
     resumed = launch(budget="3500 params", measure_every=STEPS, resume=run.folder / "checkpoint-3")
     assert resumed.recorder.losses == run.recorder.losses[3:]
@@ -421,7 +423,7 @@ def test_a_trained_policy_flies_by_its_own_schedule(tmp_path: Path, llama_config
     run = Run(tmp_path / "run", llama_config, data, pilot=pilot, max_steps=4)
     assert run.pilot is not None
     assert [step for step, _ in run.pilot.predictions] == [0, 2]
-    assert set(run.log()["policy"].to_pylist()) == {"mine"}
+    assert set(run.log()["policy"].tolist()) == {"mine"}
     assert max(peak for _, peak in run.pilot.peaks) <= run.controller.limit
 
 

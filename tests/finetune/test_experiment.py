@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.common.termination import Terminated
 from rankpilot.data.workload import load_workload
@@ -179,8 +179,8 @@ def compared(comparison: Comparison) -> Path:
     return comparison.folder
 
 
-def test_a_run_writes_what_it_promises(compared: Path) -> None:
-    folder = compared
+def test_a_run_writes_what_it_promises(comparison: Comparison) -> None:
+    folder = comparison.folder
     summary = read_json(folder / "summary.json")
     assert comparison.reloads == [{"identical": True, "max_abs_difference": 0.0}]
     assert (summary["outputs"], summary["held_out_rows"]) == (2, 20)
@@ -365,7 +365,7 @@ def test_a_run_that_is_over_trains_no_step_and_doubles_no_row(
 ) -> None:
     """It was killed after its last checkpoint and before its result; times are those of the whole run."""
     (folder, again), first = over, read_json(compared / "summary.json")
-    decisions = [DecisionLog(path / "decisions").read() for path in (compared, folder)]
+    decisions = [DecisionLog(path / "decisions").to_pandas() for path in (compared, folder)]
     assert decisions[0].equals(decisions[1])
     for name in ("rankpilot", "uniform"):
         for key in ("held_out_loss", "peak_bytes", "ranks"):
@@ -413,16 +413,16 @@ def test_a_torn_checkpoint_is_passed_over(
     assert rows_of(folder, "rankpilot").keys() >= rows_of(compared, "rankpilot").keys()
 
 
-def test_a_torn_part_of_the_decision_log_does_not_stop_a_run_that_is_over(
+def test_a_torn_file_of_the_decision_log_does_not_stop_a_run_that_is_over(
     make_config: Callable[..., FinetuneConfig], over: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Nor does a page need that part, or a run that was not gone on with after its end."""
+    """Nor does a page need it, or a run that was not gone on with after its end."""
     folder = tmp_path / "run"
     shutil.copytree(over[0], folder)
-    cut_in_half(folder / "decisions" / "part-00002.parquet")
+    cut_in_half(folder / "decisions" / "decision-000002.safetensors")
     assert finetune(make_config(**BOTH), folder, resume=True)["steps"] == 12
     assert len(page_data([read_run(folder)], [None])["runs"][0]["left_out"]) == 1
-    assert write_rank_picture(read_run(folder)) == folder / "ranks.png"
+    assert write_rank_picture(read_run(folder)) is None
 
 
 @pytest.mark.parametrize("name", first_cases(1, ["rankpilot", "uniform"]))
@@ -548,9 +548,9 @@ def test_a_branch_with_the_same_plan_is_the_same_run(compared: Path, tmp_path: P
     assert adapters[0].keys() == adapters[1].keys()
     for name, tensor in adapters[0].items():
         assert torch.equal(tensor, adapters[1][name]), name
-    table = DecisionLog(tmp_path / "same" / "decisions").read()
-    assert table["correction"].to_pylist()[-1] is True
-    assert table["step"].to_pylist()[-1] == 8
+    table = DecisionLog(tmp_path / "same" / "decisions").to_pandas()
+    assert table["correction"].tolist()[-1] is True
+    assert table["step"].tolist()[-1] == 8
 
 
 @pytest.mark.parametrize("at", first_cases(1, [0, 4, 8]))
@@ -561,12 +561,12 @@ def test_a_branch_takes_its_plan_and_keeps_it(compared: Path, tmp_path: Path, at
     summary = branch(compared, output, lowest, at=at, label="thin")
     assert summary["runs"]["rankpilot"]["ranks"] == lowest
     assert summary["policy"] == "thin"
-    table = DecisionLog(output / "decisions").read()
-    steps = dict.fromkeys(table["step"].to_pylist())
+    table = DecisionLog(output / "decisions").to_pandas()
+    steps = dict.fromkeys(table["step"].tolist())
     assert at in steps
-    before = DecisionLog(compared / "decisions").read()
+    before = DecisionLog(compared / "decisions").to_pandas()
     assert [step for step in steps if step < at] == [
-        step for step in dict.fromkeys(before["step"].to_pylist()) if step < at
+        step for step in dict.fromkeys(before["step"].tolist()) if step < at
     ]
     rows = [row["step"] for row in read_json_lines(output / "metrics-rankpilot.jsonl") if "eval_loss" in row]
     assert rows == [4, 8, 12]

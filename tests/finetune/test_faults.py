@@ -16,7 +16,7 @@ import rankpilot
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.schedule import ONCE, DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
 from rankpilot.finetune.callback import RankPilotCallback, attach
@@ -103,7 +103,7 @@ class Run:
         return {name: p.detach().clone() for name, p in self.model.named_parameters() if "lora_" in name}
 
     def log(self) -> Any:
-        return DecisionLog(self.folder / "decisions").read()
+        return DecisionLog(self.folder / "decisions").to_pandas()
 
 
 Launch = Callable[..., Run]
@@ -179,7 +179,7 @@ def test_a_step_without_memory_is_taken_again_on_a_smaller_plan(
     lines = [record.message for record in caplog.records if "ran out of memory" in record.message]
     assert len(lines) == times
     assert all("Step 3 ran out of memory. The plan shrinks to" in line for line in lines)
-    corrections = [note for note in run.log()["note"].to_pylist() if note == "shrunk: out of memory"]
+    corrections = [note for note in run.log()["note"] if note == "shrunk: out of memory"]
     assert corrections
     steps = [step for step, _ in run.pilot.predictions]
     assert steps[: 1 + times] == [0, *[2] * times]
@@ -333,7 +333,7 @@ def test_the_just_in_time_checkpoint_of_the_trainer_resumes(
     assert resumed.recorder.ranks == whole.recorder.ranks[saved:]
     assert resumed.recorder.losses == whole.recorder.losses[saved:]
     assert_same_adapter(resumed, whole)
-    assert resumed.log().drop_columns(["run"]).equals(whole.log().drop_columns(["run"]))
+    assert resumed.log().drop(columns="run").equals(whole.log().drop(columns="run"))
 
 
 def test_a_checkpoint_is_complete_before_older_ones_are_deleted(
@@ -475,10 +475,10 @@ def test_another_budget_counts_at_once(ended: Launch, whole: Run, caplog: pytest
         assert sum(resumed.recorder.ranks[0].values()) < sum(whole.recorder.ranks[8].values())
         assert all(peak <= resumed.pilot.limit for step, peak in resumed.pilot.peaks if step > 8)
         assert any(f"the budget is {resumed.pilot.pilot.budget} now, and was 80%" in r.message for r in caplog.records)
-        last = resumed.log().slice(2 * len(resumed.recorder.ranks[0]))
-        assert set(last["step"].to_pylist()) == {8}
-        assert set(last["limit"].to_pylist()) == {resumed.pilot.limit}
-        assert {note for note in last["note"].to_pylist() if note} == {"shrunk: another budget or time"}
+        last = resumed.log().iloc[2 * len(resumed.recorder.ranks[0]) :]
+        assert set(last["step"].tolist()) == {8}
+        assert set(last["limit"].tolist()) == {resumed.pilot.limit}
+        assert set(last["note"].dropna()) == {"shrunk: another budget or time"}
     # A second kill before the next checkpoint: the change is logged once, not twice.
     assert len(DecisionLog(resumed.folder / "decisions")) == 3
 

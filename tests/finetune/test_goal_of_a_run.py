@@ -18,8 +18,9 @@ from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.decision_line import lacks_room, promise
 from rankpilot.allocation.goal import Goal, vote_of
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.allocate import static_plan
@@ -80,8 +81,8 @@ def test_the_cheapest_plan_is_trained(policy: LearnedPolicy, trainer: Trainer, t
     costs = found.costs if found.seconds is None else found.seconds
     assert costs is not None
     assert costs[found.plan] <= 1.01 * costs[found.may_take].min()
-    ranks = first.ranks("rank_after")
-    np.testing.assert_array_equal(later.ranks("rank_after"), ranks)
+    ranks = first.rank_after
+    np.testing.assert_array_equal(later.rank_after, ranks)
     assert 0 < ranks.sum() < 8 * len(ranks)
     figures = callback.pilot.figures()
     assert ("plan_seconds" in figures) is (goal == "time")
@@ -105,12 +106,12 @@ def test_what_is_expected_is_told_before_the_first_step(
     assert found is not None
     bad = np.where(np.arange(len(found.plans)) == found.reference, 0, np.float32(-5))
     worse = replace(found, votes=np.repeat(bad[None], len(found.votes), axis=0))
-    assert worse.promise.startswith("The goal cannot be kept: rank 8 on all modules does not fit the budget")
+    assert promise(worse).startswith("The goal cannot be kept: rank 8 on all modules does not fit the budget")
     plain = replace(worse, allowed=None, taken=int(np.flatnonzero(found.plan_of == found.reference)[0]))
-    assert plain.promise.endswith(
+    assert promise(plain).endswith(
         "within 0.02 (log) of the loss of rank 8 on all modules, so it is rank 8 on all modules."
     )
-    assert replace(plain, goal=Goal()).promise == "", "nothing is expected of plain LoRA beside itself"
+    assert promise(replace(plain, goal=Goal())) == "", "nothing is expected of plain LoRA beside itself"
 
 
 def test_what_a_tight_budget_is_expected_to_cost_is_told(
@@ -125,12 +126,12 @@ def test_what_a_tight_budget_is_expected_to_cost_is_told(
     assert found is not None
     votes = np.where(np.arange(len(found.plans)) == found.plain, np.float32(vote_of(0.05)), np.float32(0))
     short = replace(found, votes=np.repeat(votes[None], len(found.votes), axis=0))
-    assert short.promise == "Expected beside rank 8 on all modules, which does not fit: log loss +0.050."
-    assert short.lacks_room
-    assert replace(short, allowed=None).promise == "Expected beside rank 8 on all modules: log loss +0.050."
-    assert replace(short, plain=None).promise == ""
+    assert promise(short) == "Expected beside rank 8 on all modules, which does not fit: log loss +0.050."
+    assert lacks_room(short)
+    assert promise(replace(short, allowed=None)) == "Expected beside rank 8 on all modules: log loss +0.050."
+    assert promise(replace(short, plain=None)) == ""
     others = {"allowed": None}, {"plain": None}, {"goal": Goal("bytes")}, {"trained": True}
-    assert not any(replace(short, **other).lacks_room for other in (*others, {"outside": {"depth": (0.5, 1.0, 1.0)}}))
+    assert not any(lacks_room(replace(short, **other)) for other in (*others, {"outside": {"depth": (0.5, 1.0, 1.0)}}))
 
 
 class Spendthrift(PlanValueEnsemble):

@@ -13,7 +13,7 @@ import rankpilot
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import ConfigError, DataError, RunFolderError, UnsupportedError
 from rankpilot.finetune.run import TrainingRun

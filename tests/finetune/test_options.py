@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from rankpilot.agents.rules.given_plan import read_plan
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.errors import ConfigError, UnknownNameError
@@ -59,7 +59,7 @@ def test_a_chat_with_every_option(chats: tuple[str, str], tmp_path: Path, reload
     assert ranks["model.layers.1.mlp.down_proj"] == 4
     losses = [row["loss"] for row in read_json_lines(tmp_path / "run" / "metrics-rankpilot.jsonl") if "loss" in row]
     assert losses[-1] < losses[0]
-    assert DecisionLog(tmp_path / "run" / "decisions").read().num_rows > 0
+    assert DecisionLog(tmp_path / "run" / "decisions").to_pandas().shape[0] > 0
     adapter = tmp_path / "run" / "rankpilot" / "adapter"
     assert {"tokenizer.json", "chat_template.jinja", "adapter_model.safetensors"} <= {p.name for p in adapter.iterdir()}
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "rankpilot" / "merged")
@@ -159,6 +159,6 @@ def test_a_plan_ahead_is_the_first_of_the_run(chats: tuple[str, str], tmp_path: 
     config = settings(chats, policy="signal-mean", budget="110%", steps=1, bounds=("q_proj=0:2",))
     plan = plan_ahead(config)
     finetune(config, tmp_path / "run")
-    first = DecisionLog(tmp_path / "run" / "decisions").read().slice(0, len(plan.ranks))
-    assert dict(zip(first["module"].to_pylist(), first["rank_after"].to_pylist(), strict=True)) == plan.ranks
-    assert first["predicted_cost"][0].as_py() == plan.cost
+    first = DecisionLog(tmp_path / "run" / "decisions").to_pandas().iloc[: len(plan.ranks)]
+    assert dict(zip(first["module"].tolist(), first["rank_after"].tolist(), strict=True)) == plan.ranks
+    assert first["predicted_cost"][0] == plan.cost

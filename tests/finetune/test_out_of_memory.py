@@ -17,7 +17,7 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.schedule import ONCE
 from rankpilot.finetune.out_of_memory import GOOD_STEPS, MOST_TRIES, PLAN_SHARE, saved_by_a_try
 from rankpilot.lora.targets import find_target_modules

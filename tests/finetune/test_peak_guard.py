@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError, UnsupportedError
 from rankpilot.finetune import peak_guard as guard_module
@@ -90,7 +90,7 @@ class Run:
         return max(peak for _, peak in self.pilot.peaks)
 
     def log(self) -> Any:
-        return DecisionLog(self.folder / "decisions").read()
+        return DecisionLog(self.folder / "decisions").to_pandas()
 
 
 @pytest.fixture
@@ -153,9 +153,9 @@ def test_the_cost_of_a_larger_batch_is_known_before_the_model_sees_it(
     assert "A batch of 4 x 24 came, larger than the memory was planned for. The plan is shrunk." in message
     before, after = run.steps.ranks[LONG_AT - 1], run.steps.ranks[LONG_AT]
     assert sum(rank > 0 for rank in after.values()) < sum(rank > 0 for rank in before.values())
-    last = run.log().slice(2 * len(after))
-    assert set(last["step"].to_pylist()) == {LONG_AT}
-    noted = {note for note in last["note"].to_pylist() if note}
+    last = run.log().iloc[2 * len(after) :]
+    assert set(last["step"].tolist()) == {LONG_AT}
+    noted = set(last["note"].dropna())
     assert noted == {"shrunk: batch of 4 x 24"}
 
 
@@ -212,8 +212,8 @@ def test_a_batch_that_grows_after_a_restart_is_measured_without_a_trace(launch: 
     assert resumed.steps.ranks[-1] != resumed.steps.ranks[0]
     assert resumed.highest <= resumed.limit == whole.limit
     here, there = resumed.log(), whole.log()
-    assert here["step"].to_pylist()[-1] == late
-    assert here["loss"].to_pylist() == there["loss"].to_pylist(), "losses of measuring do not count"
+    assert here["step"].tolist()[-1] == late
+    assert here["loss"].equals(there["loss"]), "losses of measuring do not count"
     for (name, a), (_, b) in zip(resumed.model.named_parameters(), whole.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -265,7 +265,7 @@ def test_a_breach_rolls_the_plan_back(
     assert run.steps.ranks[-1] == back, "one correction is enough"
     assert all(peak + excess <= run.limit for step, peak in run.pilot.peaks if step > decision + 1)
     table = run.log()
-    assert {note for note in table["note"].to_pylist() if note} == {"rolled back: peak above the budget"}
+    assert set(table["note"].dropna()) == {"rolled back: peak above the budget"}
 
 
 def test_a_breach_of_the_first_plan_shrinks_it(
@@ -281,7 +281,7 @@ def test_a_breach_of_the_first_plan_shrinks_it(
     assert "The plan is shrunk by the difference." in message
     assert sum(run.steps.ranks[0].values()) < sum(DecisionLog(run.folder / "decisions").logged(0).plan().values())
     assert all(peak + excess <= run.limit for step, peak in run.pilot.peaks if step > 1)
-    assert {note for note in run.log()["note"].to_pylist() if note} == {"shrunk: peak above the budget"}
+    assert set(run.log()["note"].dropna()) == {"shrunk: peak above the budget"}
 
 
 @pytest.mark.parametrize("every", first_cases(1, [5, 1, 100]))

@@ -16,7 +16,7 @@ from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import ConfigError, NoGradientError, UnknownNameError, UnsupportedError
 from rankpilot.finetune.callback import attach
@@ -108,9 +108,9 @@ def test_three_calls_a_step(llama_config: LlamaConfig, tmp_path: Path, accumulat
     assert max(peak for _, peak in loop.pilot.peaks) <= loop.pilot.limit
     for _, predicted, measured in loop.pilot.checks:
         assert measured == pytest.approx(predicted, rel=0.01)
-    table = DecisionLog(tmp_path / "log").read()
-    assert set(table["run"].to_pylist()) == {"mine"}
-    assert table["loss"][-1].as_py() == pytest.approx(sum(loop.losses[:4]) / 4)
+    table = DecisionLog(tmp_path / "log").to_pandas()
+    assert set(table["run"].tolist()) == {"mine"}
+    assert table["loss"].iloc[-1] == pytest.approx(sum(loop.losses[:4]) / 4)
     loop.model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
@@ -143,8 +143,8 @@ def test_given_ranks_leave_the_schedule_as_it_is(llama_config: LlamaConfig, tmp_
     assert {target.name: target.rank for target in find_target_modules(loop.model)} == given
     loop.train(range(2, STEPS))
     assert [step for step, _ in loop.pilot.predictions] == [0, 2, 4]
-    table = DecisionLog(tmp_path / "log").read()
-    losses = dict(zip(table["step"].to_pylist(), table["loss"].to_pylist(), strict=True))
+    table = DecisionLog(tmp_path / "log").to_pandas()
+    losses = dict(zip(table["step"].tolist(), table["loss"].tolist(), strict=True))
     assert losses[2] == pytest.approx(sum(loop.losses[:2]) / 2)
     assert losses[4] == pytest.approx(sum(loop.losses[2:4]) / 2), "an interval begins with the given ranks"
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.finetune.callback import RankPilotCallback, attach
 from rankpilot.finetune.checkpoint import last_checkpoint
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -151,9 +151,9 @@ def test_compiled_models(tmp_path: Path) -> None:
 
 def test_one_process_writes(saved: tuple[Setting, list[Outcome]]) -> None:
     folder = saved[0].folder
-    log = DecisionLog(folder / "decisions").read()
-    assert sorted(set(log["step"].to_pylist())) == sorted({0, 2, 4, 6, 8})
-    assert len(log) == len(set(zip(log["step"].to_pylist(), log["module"].to_pylist(), strict=True)))
+    log = DecisionLog(folder / "decisions").to_pandas()
+    assert sorted(set(log["step"].tolist())) == sorted({0, 2, 4, 6, 8})
+    assert len(log) == len(set(zip(log["step"].tolist(), log["module"].tolist(), strict=True)))
     names = {path.name for path in (folder / "checkpoint-10").iterdir()}
     assert {"rankpilot.json", "rankpilot.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names
 
@@ -181,7 +181,7 @@ def test_a_run_goes_on_with_any_number_of_processes(
     else:
         (whole,) = in_processes(before, train, setting)
     shutil.rmtree(tmp_path / "run" / "checkpoint-10")
-    log = DecisionLog(tmp_path / "run" / "decisions").read()
+    log = DecisionLog(tmp_path / "run" / "decisions").to_pandas()
     again = in_processes(after, train, replace(setting, resume=True))
     for outcome in again:
         assert outcome["digests"] == again[0]["digests"]
@@ -190,7 +190,7 @@ def test_a_run_goes_on_with_any_number_of_processes(
         assert outcome["predictions"] == whole["predictions"]
     if before == after:
         assert again[0]["digests"].items() <= whole["digests"].items()
-        assert DecisionLog(tmp_path / "run" / "decisions").read().equals(log)
+        assert DecisionLog(tmp_path / "run" / "decisions").to_pandas().equals(log)
     else:
         assert largest_difference(again[0], whole) < 1e-6
 
@@ -266,9 +266,8 @@ def test_a_killed_process_is_started_again_and_nothing_changes(tmp_path: Path) -
     (again,) = in_processes(1, restarted, killed)
     assert again["digests"].keys() == set(range(6, 16)), "it goes on from the checkpoint of step 5"
     assert again["digests"].items() <= whole["digests"].items()
-    logs = [DecisionLog(tmp_path / name / "decisions").read() for name in ("whole", "killed")]
-    columns = [name for name in logs[0].column_names if name != "run"]
-    assert logs[0].select(columns).equals(logs[1].select(columns))
+    logs = [DecisionLog(tmp_path / name / "decisions").to_pandas() for name in ("whole", "killed")]
+    assert logs[0].drop(columns="run").equals(logs[1].drop(columns="run"))
 
 
 # Other Trainers -------------------------------------------------------------------------------------------------------

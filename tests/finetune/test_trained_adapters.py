@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.finetune.callback import attach
 from rankpilot.lora.resize import is_trained, set_ranks
@@ -177,9 +177,9 @@ def test_shrinking_keeps_most_of_it(continued: Callable[..., Any], stage_1: Path
 
 
 def test_signals_are_read_at_the_ranks_that_are_there(grown: tuple[PeftModel, Any, Path]) -> None:
-    table = DecisionLog(grown[2] / "decisions").read()
-    first = table.slice(0, table.num_rows // 2)
-    assert set(first["rank_before"].to_pylist()) == {4}
+    table = DecisionLog(grown[2] / "decisions").to_pandas()
+    first = table.iloc[: len(table) // 2]
+    assert set(first["rank_before"].tolist()) == {4}
     assert not np.isnan(first["feature.snr"].to_numpy()).any()
 
 

@@ -15,8 +15,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.rules import SignalRule
-from rankpilot.allocation.decision_log import DecisionLog
 from rankpilot.allocation.features import RUN_FEATURES
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision, decision_from_plan
 from rankpilot.allocation.schedule import DecisionSchedule
@@ -175,7 +175,7 @@ class Run:
 
     @property
     def log(self) -> Any:
-        return DecisionLog(self.folder / "decisions").read()
+        return DecisionLog(self.folder / "decisions").to_pandas()
 
     def layers(self) -> list[tuple[int, ...]]:
         """The ranks in the lower and upper layer in each step."""
@@ -252,7 +252,7 @@ def test_accumulated_micro_batches_are_as_one_batch(launch: Launch, trainer: typ
     assert two.recorder.losses == pytest.approx(one.recorder.losses, rel=1e-4)
     for a, b in zip(one.recorder.norms, two.recorder.norms, strict=True):
         assert b == pytest.approx(a, rel=1e-2, abs=1e-5)
-    seen = [run.log["loss"].drop_null().to_pylist() for run in (one, two)]
+    seen = [run.log["loss"].dropna().tolist() for run in (one, two)]
     assert seen[1] == pytest.approx(seen[0], rel=1e-3), "what the policy sees is the same too"
 
 
@@ -406,7 +406,7 @@ def test_every_checkpoint_of_a_killed_run_resumes_bit_for_bit(launch: Launch, na
         resumed = launch("cut", resume=cut / f"checkpoint-{saved}", **options)
         assert resumed.recorder.losses == whole.recorder.losses[saved:]
         assert resumed.recorder.ranks == whole.recorder.ranks[saved:]
-        assert resumed.log.drop_columns("run").equals(whole.log.drop_columns("run"))
+        assert resumed.log.drop(columns="run").equals(whole.log.drop(columns="run"))
         for (key, value), (_, other) in zip(
             resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
         ):
@@ -454,7 +454,7 @@ def test_a_smaller_batch_after_running_out_of_memory(launch: Launch) -> None:
     assert run.pilot.controller.limit == fresh.pilot.controller.limit  # type: ignore[union-attr]
     assert run.recorder.losses[3:] == fresh.recorder.losses
     assert run.pilot.peaks == fresh.pilot.peaks
-    assert run.log.drop_columns("run").equals(fresh.log.drop_columns("run"))
+    assert run.log.drop(columns="run").equals(fresh.log.drop(columns="run"))
 
 
 # The best model -----------------------------------------------------------------------------------------------------
@@ -559,10 +559,10 @@ def test_a_module_that_is_not_finite_is_left_alone(launch: Launch, caplog: pytes
     assert run.recorder.losses[-1] < run.recorder.losses[0]
     warnings = [record.message for record in caplog.records if names[0] in record.message]
     assert len(warnings) == 1, "warned once"
-    notes = {(row["decision"], row["module"]): row["note"] for row in run.log.to_pylist()}
-    assert notes[0, names[0]] is None
-    assert all("NaN or infinity" in notes[decision, names[0]] for decision in (1, 2, 3))
-    assert all(note is None for (_, module), note in notes.items() if module != names[0])
+    noted = run.log[run.log["note"].notna()]
+    assert noted["decision"].tolist() == [1, 2, 3]
+    assert set(noted["module"]) == {names[0]}
+    assert noted["note"].str.contains("NaN or infinity").all()
 
 
 @pytest.mark.parametrize("where", ["factor", "gradient", "state"])

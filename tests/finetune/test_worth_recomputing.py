@@ -14,7 +14,7 @@ from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.allocation.bounds import Bounds
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError
 from rankpilot.finetune.callback import RankPilotCallback, attach
@@ -71,7 +71,7 @@ def test_layers_run_again_where_that_is_expected_to_pay(
     assert (0 not in ranks.values()) is pays
     logged = DecisionLog(tmp_path / "run" / "decisions").logged(0)
     assert redecide(logged, callback.pilot.policy).differences == (), "it is logged as it was priced"
-    assert [*ranks.values()] == logged.ranks("rank_after").tolist()
+    assert [*ranks.values()] == logged.rank_after.tolist()
 
 
 def test_without_recomputation_the_plan_is_that_of_a_run_that_cannot(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Damage: odd values, edits of JSON values and of bytes, and edits of files of tensors and of Parquet."""
+"""Damage: odd values, edits of JSON values and of bytes, and edits of files of tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pyarrow as pa
 from hypothesis import strategies as st
 
 NAMES = [
@@ -156,47 +155,3 @@ def opened(header: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             values[key] = text
     return header | {"__metadata__": values}
-
-
-@st.composite
-def edited_table(draw: st.DrawFn, table: pa.Table) -> pa.Table:
-    """A table with a few columns dropped, renamed, repeated or with other values or types, or with other rows."""
-    metadata = table.schema.metadata
-    for _ in range(draw(st.integers(0, 3))):
-        if not table.num_columns:
-            break
-        index = draw(st.integers(0, table.num_columns - 1))
-        name, column = table.column_names[index], table.column(index)
-        kind = draw(st.sampled_from(["values", "values", "values", "null", "drop", "rename", "again", "rows", "cast"]))
-        if kind == "values":
-            values = column.to_pylist()
-            if values:
-                values[draw(st.integers(0, len(values) - 1))] = draw(odd_values)
-            try:
-                table = table.set_column(index, name, pa.array(values, draw(st.sampled_from([column.type, None]))))
-            except (pa.ArrowException, OverflowError, TypeError, ValueError):  # such a column cannot be written
-                continue
-        elif kind == "null":
-            table = table.set_column(
-                index, name, pa.nulls(table.num_rows, draw(st.sampled_from([column.type, pa.null()])))
-            )
-        elif kind == "drop":
-            table = table.remove_column(index)
-        elif kind == "rename":
-            names = [*table.column_names]
-            names[index] = draw(st.sampled_from([*names, "x", "feature.x", "run.x"]))
-            table = table.rename_columns(names)
-        elif kind == "again":
-            table = table.append_column(name, column)
-        elif kind == "rows":
-            rows = draw(st.lists(st.integers(0, table.num_rows - 1), max_size=5)) if table.num_rows else []
-            table = table.take(pa.array(rows, pa.int64()))
-        else:
-            try:
-                wanted = draw(
-                    st.sampled_from([pa.string(), pa.int8(), pa.int64(), pa.float16(), pa.binary(), pa.bool_()])
-                )
-                table = table.set_column(index, name, column.cast(wanted))
-            except pa.ArrowException:
-                continue
-    return table.replace_schema_metadata(metadata)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import strategies as st
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.study.page.data import page_data
 from rankpilot.study.page.html import study_html
 from rankpilot.study.run.run_data import MOST_NUMBER, check_summary, number_rows, read_run
 from rankpilot.study.run.verdict import summary_table, verdict
 
+from ..allocation.test_decision_log import make_record
 from .damage import damaged_json, edited
 from .running import fuzz
-from .test_logs import small_log
 
 RESULT = {
     "held_out_loss": 0.38, "held_out_accuracy": 0.86, "adapter_parameters": 120_000, "peak_bytes": 91_000_000,
@@ -33,6 +35,16 @@ ROWS = [{"step": step, "loss": 1.0 - step / 100, "peak_bytes": 90_000_000, "eval
 TRAINER = {"global_step": 5, "log_history": [{"step": 1, "loss": 0.5}, {"step": 2, "eval_loss": 0.4}]}
 
 Files = dict[str, bytes]
+
+
+@cache
+def small_log() -> dict[str, bytes]:
+    """The files of a log of three decisions on three modules, by name."""
+    with tempfile.TemporaryDirectory() as name:
+        log = DecisionLog(Path(name))
+        for number in range(3):
+            log.append(make_record(number))
+        return {path.name: path.read_bytes() for path in Path(name).iterdir()}
 
 
 @st.composite

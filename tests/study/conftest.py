@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.allocation.decision_record import DecisionRecord
-from rankpilot.allocation.decision_state import DecisionState
+from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.log import DecisionLog, DecisionRecord
+from rankpilot.allocation.observation import Observation
+from rankpilot.allocation.policy import Decision
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.common.files import write_json, write_json_lines
 from rankpilot.lora.ladder import RankLadder
@@ -40,12 +41,18 @@ def plans() -> np.ndarray:
 
 def features(decision: int) -> np.ndarray:
     """Sensitivity of the top query is far above the rest; a flag and a constant say nothing."""
-    table = np.random.default_rng(decision).normal(0, 0.1, (36, 4))
+    table = np.zeros((36, len(MODULE_FEATURES)))
+    table[:, :2] = np.random.default_rng(decision).normal(0, 0.1, (36, 4))[:, :2]
     table[30, 0] = 3.0
     table[32, 1] = -3.0
-    table[:, 2] = BLOCKS == 5
-    table[:, 3] = 1.0
+    table[:, MODULE_FEATURES.index("wide")] = BLOCKS == 5
+    table[:, MODULE_FEATURES.index("shape")] = 1.0
     return table.astype(np.float32)
+
+
+def run_features(progress: float) -> np.ndarray:
+    """All that is known of the run is how far it is."""
+    return np.array([progress] + [0.0] * (len(RUN_FEATURES) - 1), dtype=np.float32)
 
 
 def problem_of(ranks: np.ndarray) -> AllocationProblem:
@@ -62,17 +69,14 @@ def write_decisions(
         before = ranks[decision - 1] if decision else np.ones(36, dtype=int)
         asked = ranks[decision].copy()
         asked[:3] += 1
+        observation = Observation(features(decision), run_features(step / 200), problem(before), MODULES)
         log.append(
             DecisionRecord(
-                run="demo", policy="pilot", policy_sha256=None, decision=decision, step=step, seed=3,
+                run="demo", policy="pilot", policy_sha256=None, number=decision, step=step, seed=3,
                 loss=None if decision == 0 else 0.7 - 0.1 * decision,
-                predicted_cost=(90 + 2 * decision) * MIB * scale,
-                measured_cost=None if decision == 0 else 89 * MIB, log_prob=-9.0, rank_floor=4.0,
-                depth_bias=4.0, expected=0.5, uncertainty=0.1, kept=False, correction=False, modules=MODULES,
-                problem=problem(before), state=DecisionState({}, None),
-                rank_wanted=asked, rank_clipped=asked, rank_after=ranks[decision], score=np.zeros(36),
-                features=features(decision), feature_names=("sensitivity", "snr", "top", "constant"),
-                run_features={"progress": step / 200},
+                measured_cost=None if decision == 0 else 89 * MIB, observation=observation,
+                decision=Decision(asked, np.zeros(36), 4.0, 4.0, -9.0, 0.5, 0.1),
+                rank_clipped=asked, rank_after=ranks[decision], predicted_cost=(90 + 2 * decision) * MIB * scale,
             )
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from rankpilot.agents.evaluation.replayed import SHUFFLED, STATIC, Replayed, Tas
 from rankpilot.agents.evaluation.runs import compare, log_folder
 from rankpilot.agents.rules import RULES
 from rankpilot.agents.rules.given_plan import GivenPlan, shuffled_within_kinds
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.policy import decided_plan
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.tasks.finetune import Reference
@@ -50,7 +50,7 @@ def test_shuffled_runs_have_the_same_ranks_elsewhere(logs: Path) -> None:
     assert rows[0].loss != rows[1].loss
     static, shuffled = (dict(each.policy_for(TASK, None).ranks) for each in replays)  # type: ignore[arg-type, union-attr]
     log = DecisionLog(log_folder(logs, ("signal-mean", TASK.id, TASK.seed)))
-    assert [*static.values()] == log.logged(len(log) - 1).ranks("rank_after").tolist()
+    assert [*static.values()] == log.logged(len(log) - 1).rank_after.tolist()
     assert Counter(static.values()) == Counter(shuffled.values())
     assert static != shuffled
     for kind in ("q_proj", "down_proj"):

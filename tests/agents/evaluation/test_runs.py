@@ -16,7 +16,7 @@ from rankpilot.agents.evaluation.results import Row, append_rows, groups_of, rea
 from rankpilot.agents.evaluation.runs import SEED_STEP, compare, log_folder, repetition
 from rankpilot.agents.rules import RULES
 from rankpilot.agents.rules.hand_written import SignalRule
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Decision, Policy
 from rankpilot.allocation.schedule import DecisionSchedule
@@ -86,11 +86,11 @@ def test_decisions_of_every_run_are_written_down(compared: list[Row], tmp_path: 
     assert [row.loss for row in rows] == [row.loss for row in compared]
     for row in rows:
         log = DecisionLog(log_folder(tmp_path, row.key))
-        table = log.read()
+        table = log.to_pandas()
         assert len(log) == len(SCHEDULE.steps(SIZES["steps"]))
-        assert table["step"].to_pylist()[:: table.num_rows // len(log)] == list(SCHEDULE.steps(SIZES["steps"]))
-        assert set(table["policy"].to_pylist()) == {row.policy}
-        assert table["loss"].null_count == table.num_rows // len(log), "none before the first decision"
+        assert table["step"].tolist()[:: len(table) // len(log)] == list(SCHEDULE.steps(SIZES["steps"]))
+        assert set(table["policy"].tolist()) == {row.policy}
+        assert table["loss"].isna().sum() == len(table) // len(log), "none before the first decision"
         for number in range(len(log)):
             assert redecide(log.logged(number), RULES[row.policy]).differences == ()
     assert len(list(tmp_path.glob("*/*"))) == 4

@@ -50,7 +50,7 @@ def actor_scores(modules: int = 16, seed: int = 0) -> NDArray[np.float64]:
 def proposals(observation: Observation, draws: int = 0, seed: int = 0, **actor: Any) -> Arrays:
     given = {"scores": actor_scores(len(observation.modules)), "placement": PLACEMENT} | actor
     candidates = candidate_actions(observation, **given, draws=draws, generator=np.random.default_rng(seed))
-    return candidates.scores, candidates.placements
+    return np.stack([each.scores for each in candidates]), np.stack([each.placement for each in candidates])
 
 
 def ranks_of(observation: Observation, actions: Arrays, number: int) -> IntArray:

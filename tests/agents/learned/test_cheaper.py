@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rankpilot.agents.learned.cheaper import with_less, with_less_time
+from rankpilot.agents.learned.candidates import with_less, with_less_time
 from rankpilot.allocation.plan import least_ranks
 from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.lora.ladder import RankLadder

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rankpilot.agents.learned.candidates import SHARES
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.goals import check_any_cost, with_goal
 from rankpilot.agents.learned.network import RankNetwork
-from rankpilot.agents.learned.options import SHARES
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.structures import ALL_LINEAR, parts, structure_plans

@@ -70,9 +70,8 @@ def network() -> RankNetwork:
 def proposed(network: RankNetwork, observation: Observation) -> list[Decision]:
     """In the order in which critics see them; ahead of them, later on, the ranks as they are."""
     acted = LearnedPolicy("actor", network).act(observation)
-    return candidate_actions(observation, acted.scores, acted.placement, DRAWS, np.random.default_rng(0)).decisions(
-        observation
-    )
+    proposed = candidate_actions(observation, acted.scores, acted.placement, DRAWS, np.random.default_rng(0))
+    return [candidate.decision(observation) for candidate in proposed]
 
 
 def same(left: Decision, right: Decision) -> bool:

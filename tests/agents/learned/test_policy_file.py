@@ -25,12 +25,14 @@ from rankpilot.agents.learned.policy_file import (
     save_policy,
 )
 from rankpilot.agents.rules import RULES, SignalRule
-from rankpilot.allocation.features import FIRST_INPUTS, MODULE_FEATURES, RUN_FEATURES, Inputs
+from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES, Inputs
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.schedule import ONCE, DecisionSchedule
 from rankpilot.common.files import sha256
 from rankpilot.errors import PolicyFileError, UnknownNameError
 from safetensors.torch import load_file, save_file
+
+from ...conftest import FIRST_INPUTS
 
 NETWORK = asdict(NetworkConfig(width=12))
 JUDGES = asdict(PlanValueConfig(count=2, width=8, dropout=0.5))

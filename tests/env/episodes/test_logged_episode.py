@@ -6,11 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from rankpilot.agents.rules import SignalRule
-from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.allocation.decision_record import DecisionRecord
+from rankpilot.allocation.log import DecisionLog, DecisionRecord
 from rankpilot.allocation.plan import project
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.env.episodes.single import Episode
@@ -35,13 +33,13 @@ def test_logged_decisions_of_an_episode_can_be_taken_again(
         )
         ranks.append(plan.ranks.tolist())
         loss = episode.advance()
-    table = log.read()
+    table = log.to_pandas()
     for number, expected in enumerate(ranks):
-        here = table.filter(np.array(table["decision"]) == number)
-        plan = project(log.problem(number), here["rank_wanted"].to_numpy(), here["score"].to_numpy())
-        assert plan.ranks.tolist() == here["rank_after"].to_pylist() == expected
-        assert plan.clipped.tolist() == here["rank_clipped"].to_pylist()
-    assert set(table["unit"].to_pylist()) == {unit}
-    assert set(table["policy"].to_pylist()) == {policy.name}
-    assert table["policy_sha256"].null_count == table.num_rows
-    assert table["loss"].null_count == table.num_rows // len(ranks), "none before the first decision"
+        here = table[table["decision"] == number]
+        plan = project(log.logged(number).problem, here["rank_wanted"].to_numpy(), here["score"].to_numpy())
+        assert plan.ranks.tolist() == here["rank_after"].tolist() == expected
+        assert plan.clipped.tolist() == here["rank_clipped"].tolist()
+    assert set(table["unit"].tolist()) == {unit}
+    assert set(table["policy"].tolist()) == {policy.name}
+    assert table["policy_sha256"].isna().sum() == len(table)
+    assert table["loss"].isna().sum() == len(table) // len(ranks), "none before the first decision"

@@ -15,8 +15,7 @@ from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
-from rankpilot.allocation.decision_log import DecisionLog, LoggedDecision
-from rankpilot.allocation.decision_record import DecisionRecord
+from rankpilot.allocation.log import DecisionLog, DecisionRecord
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import Policy, decided_plan
 from rankpilot.allocation.schedule import DecisionSchedule
@@ -75,21 +74,20 @@ def logs(policy: LearnedPolicy, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 @pytest.fixture(scope="session")
-def decisions(logs: list[DecisionLog]) -> list[LoggedDecision]:
+def decisions(logs: list[DecisionLog]) -> list[DecisionRecord]:
     """All decisions of both."""
     return [log.logged(number) for log in logs for number in range(len(log))]
 
 
 @pytest.fixture(scope="session")
-def log_decision() -> Callable[..., LoggedDecision]:
+def log_decision() -> Callable[..., DecisionRecord]:
     """A policy's decision on an observation, as its log would tell it."""
 
-    def decide(observation: Observation, policy: Policy, **changes: Any) -> LoggedDecision:
+    def decide(observation: Observation, policy: Policy, **changes: Any) -> DecisionRecord:
         controller: Any = SimpleNamespace(notes={}, seed=0, schedule=DecisionSchedule())
         decision = policy.decide(observation)
         plan = decided_plan(observation.problem, decision)
-        record = DecisionRecord.of(controller, observation, decision, plan, policy=policy, number=0, step=0, **changes)
-        return LoggedDecision(record.to_table("problem-00000.safetensors"), record.problem, observation, record.state)
+        return DecisionRecord.of(controller, observation, decision, plan, policy=policy, number=0, step=0, **changes)
 
     return decide
 

@@ -13,14 +13,13 @@ import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.decision_log import DecisionLog, LoggedDecision
+from rankpilot.allocation.log import DecisionLog, DecisionRecord
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.schedule import DecisionSchedule
 from rankpilot.errors import RunFolderError
 from rankpilot.study.decision.why import explain, explanations
 
 from .conftest import TASKS, log_runs
-from .test_replay import as_schema
 
 
 def test_every_decision_of_a_run_is_explained(logs: list[DecisionLog], policy: LearnedPolicy) -> None:
@@ -44,11 +43,11 @@ def test_what_ifs_and_stability_of_one_decision(tmp_path: Path) -> None:
         assert any(re.match(told_so, text) for text in texts)
     assert any("leaves its rank as it is" in text for text in texts), "and of a module whose rank is bounded"
     assert {text["text"] for text in told["what_ifs"]} <= set(told["sentences"])
-    assert len(told["stability"]["sure"]) == len(log.logged(0).ranks("rank_after"))
+    assert len(told["stability"]["sure"]) == len(log.logged(0).rank_after)
     json.dumps(told, allow_nan=False)
 
 
-def test_an_unknown_policy_leaves_what_the_log_tells(decisions: list[LoggedDecision], policy: LearnedPolicy) -> None:
+def test_an_unknown_policy_leaves_what_the_log_tells(decisions: list[DecisionRecord], policy: LearnedPolicy) -> None:
     told = explain(decisions[0], replace(policy, sha256="0")).to_json()
     assert told["shapley"] is None
     assert told["what_ifs"] == []
@@ -61,26 +60,23 @@ def test_an_unknown_policy_leaves_what_the_log_tells(decisions: list[LoggedDecis
 
 
 def test_a_decision_that_comes_out_otherwise_is_not_explained(
-    decisions: list[LoggedDecision], policy: LearnedPolicy
+    decisions: list[DecisionRecord], policy: LearnedPolicy
 ) -> None:
-    assert decisions[0].state is not None
     assert decisions[0].deliberation is not None
     found = replace(decisions[0].deliberation, votes=decisions[0].deliberation.votes * 1.5)
-    changed = replace(decisions[0], state=replace(decisions[0].state, deliberation=found))
+    changed = replace(decisions[0], decision=replace(decisions[0].decision, deliberation=found))
     assert "the decision differs in votes" in explain(changed, policy).notes[0]
 
 
 def test_plans_that_are_not_the_policys_own_are_said_to_be(
-    decisions: list[LoggedDecision],
+    decisions: list[DecisionRecord],
     policy: LearnedPolicy,
     make_observation: Callable[..., Observation],
-    log_decision: Callable[..., LoggedDecision],
+    log_decision: Callable[..., DecisionRecord],
 ) -> None:
-    ranks = decisions[0].ranks("rank_after")
+    ranks = decisions[0].rank_after.copy()
     ranks[np.argmax(ranks)] //= 2
-    place = decisions[0].table.column_names.index("rank_after")
-    table = decisions[0].table.set_column(place, "rank_after", [ranks.astype(np.int32)])
-    reviewed = explain(replace(decisions[0], table=table), policy, what_ifs=False)
+    reviewed = explain(replace(decisions[0], rank_after=ranks), policy, what_ifs=False)
     assert reviewed.attribution is not None
     assert reviewed.sentences()[-1].startswith("A limit of time, or somebody by hand, changed the plan")
     drawing = replace(policy, temperature=0.5, seed=3)
@@ -90,7 +86,7 @@ def test_plans_that_are_not_the_policys_own_are_said_to_be(
 
 
 def test_rules_and_corrections(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     rule = find_rule("signal-mean")
     of_rule = explain(log_decision(make_observation(8), rule), rule).to_json()
@@ -100,24 +96,15 @@ def test_rules_and_corrections(
     assert "does not tell how the guard" in correction["sentences"][-1]
 
 
-def test_earlier_schemas_and_parts_that_cannot_be_read(
-    logs: list[DecisionLog], policy: LearnedPolicy, tmp_path: Path
+def test_a_number_without_a_decision_and_a_folder_without_a_log(
+    decisions: list[DecisionRecord], policy: LearnedPolicy, tmp_path: Path
 ) -> None:
-    log = as_schema(logs[0], tmp_path / "log", 1, 2)
-    (log.folder / "part-00002.parquet").write_bytes(b"cut off")
-    log = DecisionLog(log.folder)
-    (log.folder / "state-00003.safetensors").unlink()
+    """The log of a run that was begun by an earlier version has its later decisions alone."""
+    log = DecisionLog(tmp_path / "log")
+    log.append(decisions[2])
     told = explanations(log, policy, what_ifs=False)
-    assert told[0] is not None
-    assert told[0]["shapley"] is not None
-    assert told[1] is not None
-    assert "log schema 2" in told[1]["sentences"][0]
-    assert told[1]["verdict"].endswith("the log does not hold enough to explain it.")
-    assert told[2] is None
-    assert told[3] is not None
-    assert "state-00003.safetensors is missing" in told[3]["sentences"][0]
-    third = explanations(as_schema(logs[0], tmp_path / "third", 0, 3), policy, what_ifs=False)[0]
-    assert third is not None
-    assert "schema 3" in third["sentences"][-1]
+    assert told[:2] == [None, None]
+    assert told[2] is not None
+    assert told[2]["shapley"] is not None
     with pytest.raises(RunFolderError, match="No decision log"):
         explanations(DecisionLog(tmp_path / "nothing"))

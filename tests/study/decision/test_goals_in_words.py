@@ -14,10 +14,9 @@ import torch
 from rankpilot.agents.learned.goals import with_goal
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.allocation.decision_log import LoggedDecision
-from rankpilot.allocation.decision_state import read_state
 from rankpilot.allocation.features import MODULE_FEATURES
 from rankpilot.allocation.goal import Goal
+from rankpilot.allocation.log import DecisionLog, DecisionRecord
 from rankpilot.allocation.observation import Observation
 from rankpilot.memory.cost import ByteCost
 from rankpilot.memory.step_time import SecondsRow
@@ -74,15 +73,14 @@ def observation(make_observation: Callable[..., Observation]) -> Observation:
 def test_it_is_taken_again_with_the_goal_of_the_log(
     aimed: Callable[[str], LearnedPolicy],
     observation: Observation,
-    log_decision: Callable[..., LoggedDecision],
+    log_decision: Callable[..., DecisionRecord],
     tmp_path: Path,
     goal: str,
 ) -> None:
     logged = log_decision(observation, aimed(goal))
-    assert logged.state is not None
-    for name, content in logged.state.files("state-00000.safetensors").items():
-        (tmp_path / name).write_bytes(content)
-    read = replace(logged, state=read_state(tmp_path / "state-00000.safetensors"))
+    log = DecisionLog(tmp_path)
+    log.append(logged)
+    read = log.logged(0)
     found, before = read.deliberation, logged.deliberation
     assert found is not None
     assert before is not None
@@ -100,7 +98,7 @@ def test_it_is_taken_again_with_the_goal_of_the_log(
 
 
 def test_what_was_saved(
-    aimed: Callable[[str], LearnedPolicy], observation: Observation, log_decision: Callable[..., LoggedDecision]
+    aimed: Callable[[str], LearnedPolicy], observation: Observation, log_decision: Callable[..., DecisionRecord]
 ) -> None:
     logged = log_decision(observation, aimed("bytes"))
     told = Explanation(logged)
@@ -124,7 +122,7 @@ def test_what_was_saved(
 
 
 def test_nothing_was_sure(
-    aimed: Callable[[str], LearnedPolicy], observation: Observation, log_decision: Callable[..., LoggedDecision]
+    aimed: Callable[[str], LearnedPolicy], observation: Observation, log_decision: Callable[..., DecisionRecord]
 ) -> None:
     policy = aimed("bytes")
     assert policy.value_ensemble is not None

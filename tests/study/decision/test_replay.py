@@ -1,35 +1,21 @@
-"""Another policy in the states of a run, and logs that hold less."""
+"""Another policy in the states of a run."""
 
 from __future__ import annotations
 
 import json
-import shutil
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.decision_log import DecisionLog
-from rankpilot.allocation.log_part import SCHEMA_KEY
+from rankpilot.allocation.log import DecisionLog, DecisionRecord
 from rankpilot.allocation.policy import decided_plan
 from rankpilot.errors import RunFolderError
 from rankpilot.study.decision.replay import redecide, replay
 from rich.console import Console
-
-
-def as_schema(log: DecisionLog, folder: Path, number: int, schema: int) -> DecisionLog:
-    """A copy of a log in which one decision is of an earlier schema."""
-    shutil.copytree(log.folder, folder)
-    part = folder / f"part-{number:05d}.parquet"
-    table = pq.ParquetFile(part).read()
-    (folder / f"state-{number:05d}.safetensors").unlink()
-    if schema == 2:
-        table = table.drop_columns(["problem", "rank_wanted"]).rename_columns({"rank_clipped": "rank_asked"})
-    pq.write_table(table.replace_schema_metadata({SCHEMA_KEY: str(schema).encode()}), part)
-    return DecisionLog(folder)
 
 
 def test_decisions_are_the_same_bit_for_bit(logs: list[DecisionLog], policy: LearnedPolicy) -> None:
@@ -48,7 +34,7 @@ def test_a_rule_in_the_states_of_the_run(logs: list[DecisionLog]) -> None:
         observation = logs[0].logged(number).observation
         expected = decided_plan(observation.problem, rule.decide(observation)).ranks
         np.testing.assert_array_equal(row.other, expected)
-        np.testing.assert_array_equal(row.ranks, logs[0].logged(number).ranks("rank_after"))
+        np.testing.assert_array_equal(row.ranks, logs[0].logged(number).rank_after)
         assert row.same < len(row.ranks)
         assert row.distance > 0
     told = json.loads(json.dumps(found.to_json()))
@@ -59,14 +45,16 @@ def test_a_rule_in_the_states_of_the_run(logs: list[DecisionLog]) -> None:
     assert f"{found.agreements[0].same} of 28" in shown.getvalue()
 
 
-def test_earlier_schemas_lack_a_line_each(logs: list[DecisionLog], tmp_path: Path, policy: LearnedPolicy) -> None:
-    third = replay(as_schema(logs[0], tmp_path / "3", 1, 3), policy)
-    assert len(third.agreements) == 4
-    assert third.lacking == ("Decision 1: log schema 3 holds no candidates and votes; only ranks are compared.",)
-    second = replay(as_schema(logs[0], tmp_path / "2", 1, 2), policy)
-    assert [row.decision for row in second.agreements] == [0, 2, 3]
-    assert second.lacking == ("Decision 1: log schema 2 does not hold the problem that was solved.",)
-    assert second.table().caption == second.lacking[0]
+def test_corrections_are_left_out_with_a_line(
+    decisions: list[DecisionRecord], tmp_path: Path, policy: LearnedPolicy
+) -> None:
+    log = DecisionLog(tmp_path)
+    for number in range(4):
+        log.append(replace(decisions[number], correction=number in (1, 3)))
+    found = replay(log, policy)
+    assert [row.decision for row in found.agreements] == [0, 2]
+    assert found.lacking == ("Decision 1, 3: the guard or a person changed the ranks; no policy decided.",)
+    assert found.table().caption == found.lacking[0]
 
 
 def test_no_log(tmp_path: Path, policy: LearnedPolicy) -> None:

@@ -12,8 +12,8 @@ import torch
 from rankpilot.agents.learned.plan_value import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.decision_log import LoggedDecision
 from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.allocation.log import DecisionRecord
 from rankpilot.allocation.observation import Observation
 from rankpilot.errors import ConfigError
 from rankpilot.study.decision.shapley import GROUPS, USUAL_RUN, attribute
@@ -27,7 +27,7 @@ def test_the_groups_hold_every_feature_once() -> None:
     assert set(USUAL_RUN) == set(RUN_FEATURES)
 
 
-def test_they_add_up_on_every_decision_of_runs(decisions: list[LoggedDecision], policy: LearnedPolicy) -> None:
+def test_they_add_up_on_every_decision_of_runs(decisions: list[DecisionRecord], policy: LearnedPolicy) -> None:
     taken = 0
     for logged in decisions:
         found, deliberation = attribute(logged, policy), logged.deliberation
@@ -58,7 +58,7 @@ def shares(values: dict[frozenset[str], float], players: tuple[str, ...]) -> dic
 def test_they_are_those_of_the_definition(
     make_observation: Callable[..., Observation],
     policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., LoggedDecision],
+    log_decision: Callable[..., DecisionRecord],
 ) -> None:
     """Three groups that depend on one another, and a plan's shape; two networks that disagree."""
 
@@ -103,7 +103,7 @@ def test_they_are_those_of_the_definition(
 
 
 def test_other_networks_than_those_of_the_log_are_refused(
-    decisions: list[LoggedDecision], policy_of: Callable[..., LearnedPolicy]
+    decisions: list[DecisionRecord], policy_of: Callable[..., LearnedPolicy]
 ) -> None:
     other = policy_of(lambda plans: plans.ranks.double().mean(2)[None])
     with pytest.raises(ConfigError, match="Pass the policy that decided"):
@@ -113,7 +113,7 @@ def test_other_networks_than_those_of_the_log_are_refused(
 def test_without_votes_there_is_nothing_to_share(
     make_observation: Callable[..., Observation],
     policy: LearnedPolicy,
-    log_decision: Callable[..., LoggedDecision],
+    log_decision: Callable[..., DecisionRecord],
 ) -> None:
     logged = log_decision(make_observation(8), find_rule("signal-mean"))
     with pytest.raises(ConfigError, match="decision 0 of signal-mean has none"):

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.decision_log import LoggedDecision
+from rankpilot.allocation.log import DecisionRecord
 from rankpilot.allocation.observation import Observation
 from rankpilot.errors import ConfigError
 from rankpilot.study.decision.what_if import stability
 
 
 def test_more_noise_moves_more(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     rule = find_rule("signal-mean")
     logged = log_decision(make_observation(16), rule)
@@ -32,22 +32,22 @@ def test_more_noise_moves_more(
 
 
 def test_a_rule_that_reads_no_signals_is_sure(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     logged = log_decision(make_observation(12), find_rule("top-down"))
     found = stability(logged, find_rule("top-down"), noise=1.0, draws=5)
     assert (found.same, found.sure.all()) == (1.0, True)
 
 
-def test_a_decision_of_a_run(decisions: list[LoggedDecision], policy: LearnedPolicy) -> None:
+def test_a_decision_of_a_run(decisions: list[DecisionRecord], policy: LearnedPolicy) -> None:
     found = stability(decisions[0], policy, draws=4)
     assert found.noise == 0.05
     assert 0 <= found.same <= 1
-    assert found.near.shape == decisions[0].ranks("rank_after").shape
+    assert found.near.shape == decisions[0].rank_after.shape
     assert set(np.unique(found.near * 4)) <= {0.0, 1.0, 2.0, 3.0, 4.0}
 
 
 @pytest.mark.parametrize(("noise", "draws"), [(-0.1, 5), (float("nan"), 5), (0.1, 0)])
-def test_out_of_range(decisions: list[LoggedDecision], policy: LearnedPolicy, noise: float, draws: int) -> None:
+def test_out_of_range(decisions: list[DecisionRecord], policy: LearnedPolicy, noise: float, draws: int) -> None:
     with pytest.raises(ConfigError, match="noise is at least 0 and draws are at least 1"):
         stability(decisions[0], policy, noise, draws)

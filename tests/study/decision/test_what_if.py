@@ -11,8 +11,8 @@ import torch
 from rankpilot.agents.learned.plan_value import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.decision_log import DecisionLog, LoggedDecision
 from rankpilot.allocation.features import MODULE_FEATURES
+from rankpilot.allocation.log import DecisionLog, DecisionRecord
 from rankpilot.allocation.observation import Observation
 from rankpilot.allocation.policy import decided_plan
 from rankpilot.common.module_names import short_names
@@ -59,7 +59,7 @@ def test_drawn_statements_are_true(logs: list[DecisionLog], policy: LearnedPolic
     assert len(kinds) >= 4
 
 
-def test_a_false_statement_does_not_hold(decisions: list[LoggedDecision], policy: LearnedPolicy) -> None:
+def test_a_false_statement_does_not_hold(decisions: list[DecisionRecord], policy: LearnedPolicy) -> None:
     case = DecidedAgain(decisions[0], policy)
     answer = what_if(case, Question("budget", 1))
     assert answer is not None
@@ -72,7 +72,7 @@ def test_a_false_statement_does_not_hold(decisions: list[LoggedDecision], policy
     assert not all(smaller), "the same plan follows from less by chance alone"
 
 
-def test_the_usual_questions(decisions: list[LoggedDecision], policy: LearnedPolicy) -> None:
+def test_the_usual_questions(decisions: list[DecisionRecord], policy: LearnedPolicy) -> None:
     case = DecidedAgain(decisions[0], policy)
     questions = usual_questions(case)
     assert [question.kind for question in questions] == [
@@ -95,7 +95,7 @@ def steps_of(plans: Plans, threshold: float) -> torch.Tensor:
 def test_the_smallest_change_is_found(
     make_observation: Callable[..., Observation],
     policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., LoggedDecision],
+    log_decision: Callable[..., DecisionRecord],
 ) -> None:
     observation = make_observation(10, seed=2)
     signal = float(observation.modules[3, SIGNAL_COLUMNS[0]] - observation.modules[:, SIGNAL_COLUMNS[0]].mean())
@@ -112,7 +112,7 @@ def test_the_smallest_change_is_found(
 def test_caution_is_what_the_votes_say(
     make_observation: Callable[..., Observation],
     policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., LoggedDecision],
+    log_decision: Callable[..., DecisionRecord],
 ) -> None:
     """Two networks: every other plan is worth 1 on the mean, with a spread of .5; so caution of 2 is too much."""
 
@@ -130,19 +130,19 @@ def test_caution_is_what_the_votes_say(
 
 
 def test_the_same_recipe_under_another_budget_keeps_scores(
-    decisions: list[LoggedDecision], policy: LearnedPolicy
+    decisions: list[DecisionRecord], policy: LearnedPolicy
 ) -> None:
     case = DecidedAgain(decisions[0], policy)
     question = Question("recipe budget", 1)
     means = [question.plan(case, steps).mean() for steps in (0, 100, 200, 400)]
     assert means == sorted(means)
     assert means[0] < means[-1]
-    np.testing.assert_array_equal(question.plan(case, 0), decisions[0].ranks("rank_after"))
+    np.testing.assert_array_equal(question.plan(case, 0), decisions[0].rank_after)
 
 
 @pytest.mark.parametrize("kind", ["budget", "recipe budget"])
 def test_another_budget_leaves_the_limit_of_time(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision], kind: Kind
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord], kind: Kind
 ) -> None:
     """Time is what stops the plan, so more budget does not change it, and less does once it is the tighter limit."""
     modules, limit, seconds = 8, 6400.0, 2.0
@@ -159,7 +159,7 @@ def test_another_budget_leaves_the_limit_of_time(
 
 
 def test_rules_can_be_asked_too(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     rule = find_rule("signal-mean")
     case = DecidedAgain(log_decision(make_observation(12), rule), rule)
@@ -175,7 +175,7 @@ def test_rules_can_be_asked_too(
 def test_a_correction_is_nobodys_decision(
     make_observation: Callable[..., Observation],
     policy: LearnedPolicy,
-    log_decision: Callable[..., LoggedDecision],
+    log_decision: Callable[..., DecisionRecord],
 ) -> None:
     logged = log_decision(make_observation(8), find_rule("top-down"), correction=True)
     with pytest.raises(ConfigError, match="no policy decided there"):

@@ -14,7 +14,7 @@ from rankpilot.agents.learned.plan_value import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.rules import find_rule, signal_mean
 from rankpilot.allocation.actions import SCORE_BOUND, base_depth_bias, base_rank_floor
-from rankpilot.allocation.decision_log import LoggedDecision
+from rankpilot.allocation.log import DecisionRecord
 from rankpilot.allocation.observation import Observation, module_feature
 from rankpilot.allocation.policy import Decision, decided_plan, decision_from_scores
 from rankpilot.memory.cost import unit_cost
@@ -26,7 +26,7 @@ KEYS = {
 }  # fmt: skip
 
 
-def test_the_actors_scores_are_the_sum_of_their_terms(decisions: list[LoggedDecision]) -> None:
+def test_the_actors_scores_are_the_sum_of_their_terms(decisions: list[DecisionRecord]) -> None:
     for logged in decisions:
         found = logged.deliberation
         assert found is not None
@@ -34,7 +34,7 @@ def test_the_actors_scores_are_the_sum_of_their_terms(decisions: list[LoggedDeci
         np.testing.assert_allclose(np.clip(sums, -SCORE_BOUND, SCORE_BOUND), found.actor_scores, atol=1e-5)
 
 
-def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[LoggedDecision]) -> None:
+def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[DecisionRecord]) -> None:
     """What pages are told of a candidate is enough to make its plan again."""
     for logged in decisions:
         observation, found = logged.observation, logged.deliberation
@@ -55,14 +55,14 @@ def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[LoggedD
             assert ranks.tolist() == told["plans"][candidate["plan"]]["ranks"], found.candidates[number]
 
 
-def test_json_is_the_contract(decisions: list[LoggedDecision]) -> None:
+def test_json_is_the_contract(decisions: list[DecisionRecord]) -> None:
     for logged in decisions:
         told, found = Explanation(logged).to_json(), logged.deliberation
         assert found is not None
         assert set(told) == KEYS
         json.dumps(told, allow_nan=False)
         assert told["plans"][told["taken"]]["ranks"] == found.plans[found.plan].tolist()
-        assert told["first"] == (logged.value("decision") == 0)
+        assert told["first"] == (logged.number == 0)
         bounds = [plan["mean"] - told["caution"] * plan["sd"] for plan in told["plans"]]
         assert bounds == pytest.approx([plan["bound"] for plan in told["plans"]], abs=1e-6)
         for plan in told["plans"]:
@@ -70,7 +70,7 @@ def test_json_is_the_contract(decisions: list[LoggedDecision]) -> None:
             assert plan["probability"] is None
 
 
-def test_sentences_of_decisions_of_a_run(decisions: list[LoggedDecision]) -> None:
+def test_sentences_of_decisions_of_a_run(decisions: list[DecisionRecord]) -> None:
     first = Explanation(decisions[0])
     deliberation = decisions[0].deliberation
     assert deliberation is not None
@@ -78,7 +78,7 @@ def test_sentences_of_decisions_of_a_run(decisions: list[LoggedDecision]) -> Non
     assert first.verdict.startswith("At step 0 the plan of candidate ")
     assert f"{deliberation.mean[deliberation.plan]:.3f} on the mean" in text
     assert f"a lower bound of {deliberation.bound[deliberation.plan]:.3f}" in text
-    kept = [Explanation(logged) for logged in decisions if logged.value("kept")]
+    kept = [Explanation(logged) for logged in decisions if logged.kept]
     assert kept
     for each in kept:
         assert "the ranks in place were taken: no other plan is surely better" in each.verdict
@@ -89,7 +89,7 @@ def test_sentences_of_decisions_of_a_run(decisions: list[LoggedDecision]) -> Non
 def test_a_tie_tells_what_its_plans_have_in_common(
     make_observation: Callable[..., Observation],
     policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., LoggedDecision],
+    log_decision: Callable[..., DecisionRecord],
 ) -> None:
     def say(plans: Plans) -> torch.Tensor:
         return plans.ranks.double().std(2)[None].repeat(2, 1, 1) / 500
@@ -108,9 +108,8 @@ def test_a_tie_tells_what_its_plans_have_in_common(
     assert found.margin < 0
     assert f"is {-found.margin:.3f} higher. It was taken because it is nearest to the reference" in " ".join(told)
     fits = np.arange(len(found.plans)) != np.argmax(found.bound)
-    assert logged.state is not None
-    state = replace(logged.state, deliberation=replace(found, allowed=fits))
-    without = Explanation(replace(logged, state=state))
+    limited = replace(logged.decision, deliberation=replace(found, allowed=fits))
+    without = Explanation(replace(logged, decision=limited))
     assert f"the best of the other {len(found.plans) - 2} plans that fit" in " ".join(without.sentences()).lower()
     assert [plan["fits"] for plan in without.to_json()["plans"]] == fits.tolist()
 
@@ -118,7 +117,7 @@ def test_a_tie_tells_what_its_plans_have_in_common(
 def test_plans_that_are_drawn_have_probabilities(
     make_observation: Callable[..., Observation],
     policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., LoggedDecision],
+    log_decision: Callable[..., DecisionRecord],
 ) -> None:
     def say(plans: Plans) -> torch.Tensor:
         return (plans.ranks > 4).double().mean(2)[None].repeat(2, 1, 1)
@@ -132,7 +131,7 @@ def test_plans_that_are_drawn_have_probabilities(
 
 
 def test_a_rule_has_no_votes(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     explanation = Explanation(log_decision(make_observation(8), find_rule("top-down")))
     assert explanation.verdict == "At step 0 top-down decided; the log holds no candidates and no votes."
@@ -153,23 +152,23 @@ class Wants:
         return Decision(np.array(self.ranks), np.zeros(len(self.ranks)), exact=True)
 
 
-def decided(make: Callable[..., Observation], log: Callable[..., LoggedDecision], *ranks: int, **problem: Any) -> Any:
+def decided(make: Callable[..., Observation], log: Callable[..., DecisionRecord], *ranks: int, **problem: Any) -> Any:
     observation = make(4, ranks=np.array([4, 4, 4, 4]), **problem)
     return log(observation, Wants(ranks))
 
 
-def refused(logged: LoggedDecision) -> list[str]:
+def refused(logged: DecisionRecord) -> list[str]:
     """Why modules did not get the rank asked for; each is told of one module."""
     start, told = "1 module did not get the rank asked for: ", Explanation(logged).sentences()
     return [text.removeprefix(start).rstrip(".") for text in told if text.startswith(start)]
 
 
 def test_every_reason_is_told(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     bounds = {"high": np.array([32, 2, 32, 32]), "low": np.array([0, 0, 6, 0])}
     logged = decided(make_observation, log_decision, 5, 4, 4, 32, max_step=2, limit=1e9, **bounds)
-    assert logged.ranks("rank_after").tolist() == [4, 2, 8, 12]
+    assert logged.rank_after.tolist() == [4, 2, 8, 12]
     assert refused(logged) == [
         "the ladder has no such rank, and the next one below counts",
         "their upper bound is lower",
@@ -179,26 +178,22 @@ def test_every_reason_is_told(
 
 
 def test_pinned_modules_and_changes_by_a_person(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     logged = decided(make_observation, log_decision, 4, 8, 4, 4)
-    pinned = replace(logged.problem, pinned=np.array([False, True, False, False]))
-    edited = logged.table.column("rank_clipped").to_numpy().copy()
+    pinned, edited = np.array([False, True, False, False]), logged.rank_clipped.copy()
     edited[1], edited[3] = 4, 16
-    table = logged.table
-    for column in ("rank_clipped", "rank_after"):
-        table = table.set_column(table.column_names.index(column), column, [edited.astype(np.int32)])
-    assert refused(replace(logged, problem=pinned, table=table)) == [
+    assert refused(replace(logged, pinned=pinned, rank_clipped=edited, rank_after=edited)) == [
         "they are pinned",
         "it was given by hand, or changed by a limit of time",
     ]
 
 
 def test_a_budget_lowers_and_its_rest_raises(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., LoggedDecision]
+    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
 ) -> None:
     logged = decided(make_observation, log_decision, 32, 32, 4, 4, limit=3000.0)
-    lowered = int((logged.ranks("rank_after") < logged.ranks("rank_clipped")).sum())
+    lowered = int((logged.rank_after < logged.rank_clipped).sum())
     assert lowered >= 1
     (sentence,) = [text for text in Explanation(logged).sentences() if "exceed the budget" in text]
     assert sentence.startswith(f"{lowered} module")

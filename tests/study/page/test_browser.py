@@ -152,7 +152,7 @@ def test_names_are_text(run_folder: Path, tmp_path: Path, visit: Callable[..., V
     write_json(run_folder / "summary.json", summary | {"data": "<b>bold</b><script>window.harmed=1</script>"})
     run = read_run(run_folder)
     names = tuple(HOSTILE if name == MODULES[30] else name for name in MODULES)
-    hostile = tuple(replace(decision, modules=names) for decision in run.decisions)
+    hostile = [replace(record, observation=replace(record.observation, names=names)) for record in run.decisions]
     here = visit(written(tmp_path / "hostile.html", [replace(run, decisions=hostile)]))
     assert "<script>" in here.text("h1")
     here.page.locator(".opener").nth(1).click()

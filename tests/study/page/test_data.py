@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from rankpilot.allocation.log import DecisionRecord
 from rankpilot.common.files import read_json, write_json
 from rankpilot.memory.cost import ParameterCost
 from rankpilot.study.page import data as page
@@ -95,13 +98,13 @@ def test_energy_and_time_where_they_were_measured(run_folder: Path) -> None:
     assert run["settings"]["time"] == "75%"
 
 
-def test_a_torn_part_is_one_line(run_folder: Path) -> None:
-    (run_folder / "decisions" / "part-00002.parquet").write_bytes(b"PAR1")
+def test_a_torn_decision_is_one_line(run_folder: Path) -> None:
+    (run_folder / "decisions" / "decision-000002.safetensors").write_bytes(b"{")
     (run_folder / "config.json").write_text('{"model": ')
     (run,) = page_data([read_run(run_folder)], [None])["runs"]
-    assert [decision["number"] for decision in run["decisions"]] == [0, 1, 3]
+    assert run["decisions"] == []
     (line,) = run["left_out"]
-    assert "part-00002.parquet is corrupt" in line
+    assert "decision-000002.safetensors is missing, damaged" in line
     assert "\n" not in line
 
 
@@ -118,14 +121,27 @@ def test_a_run_of_parameters_without_metrics_and_one_without_a_log(tmp_path: Pat
     assert any("no decision log" in line for line in unlogged["left_out"])
 
 
+def without_first_module(record: DecisionRecord) -> DecisionRecord:
+    """A decision on all modules but its first one."""
+    seen, cost = record.observation, record.problem.cost
+    arrays = {name: getattr(seen.problem, name)[1:] for name in ("ranks", "max_ranks", "blocks")}
+    arrays["cost"] = replace(cost, per_rank=cost.per_rank[:, 1:], needs=cost.needs[:, 1:])
+    return replace(
+        record,
+        observation=replace(
+            seen, modules=seen.modules[1:], names=seen.names[1:], problem=replace(seen.problem, **arrays)
+        ),
+        decision=replace(record.decision, ranks=record.rank_wanted[1:], scores=record.decision.scores[1:]),
+        rank_clipped=record.rank_clipped[1:],
+        rank_after=record.rank_after[1:],
+    )
+
+
 def test_decisions_about_different_modules(tmp_path: Path) -> None:
     write_decisions(tmp_path)
     run = read_run(tmp_path)
-    first = run.decisions[0]
-    names = [field.name for field in fields(first) if field.name not in ("facts", "features")]
-    without = replace(first, **{name: getattr(first, name)[1:] for name in names})  # its first module
-    run = replace(run, decisions=(without, *run.decisions[1:]))
-    (shown,) = page_data([run], [None])["runs"]
+    first = without_first_module(run.decisions[0])
+    (shown,) = page_data([replace(run, decisions=[first, *run.decisions[1:]])], [None])["runs"]
     assert shown["decisions"][0]["after"][-1] is None
     assert shown["decisions"][1]["after"][-1] == 0
     assert shown["modules"][-1]["name"] == MODULES[0]
@@ -158,11 +174,10 @@ def test_names_of_runs(run_folder: Path, tmp_path: Path) -> None:
     assert run_names([runs[0], runs[0]]) == ["demo (1)", "demo (2)"]
 
 
-def test_experts_are_of_one_type(run_folder: Path) -> None:
+def test_experts_are_of_one_type() -> None:
     names = [f"layers.{layer}.mlp.experts.{expert}.up_proj" for layer in (0, 1) for expert in (0, 1, 2)]
-    (first, *_) = read_run(run_folder).decisions
-    of_experts = replace(first, modules=tuple(names), blocks=np.array([0, 0, 0, 1, 1, 1]))
-    modules = Modules.of([of_experts], by_type=True)
+    log: Any = [SimpleNamespace(modules=names, problem=SimpleNamespace(blocks=np.array([0, 0, 0, 1, 1, 1])))]
+    modules = Modules.of(log, by_type=True)
     assert [(module["name"], module["count"]) for module in modules.shown] == [("up_proj", 6)]
     assert modules.means([1, 2, 3, 4, 5, 6], modules.slots[0]) == [3.5]
 

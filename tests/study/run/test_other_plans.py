@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankpilot.allocation.decision_log import DecisionLog
+from rankpilot.allocation.log import DecisionLog
 from rankpilot.errors import ConfigError
 from rankpilot.study.run.other_plans import other_plan
 
-from ...allocation.test_decision_log import MODULES, whole_record
+from ...allocation.test_decision_log import MODULES, make_record
 
 FIRST, LAST = [4, 1, 2], [8, 2, 0]
 
@@ -22,7 +22,7 @@ FIRST, LAST = [4, 1, 2], [8, 2, 0]
 def log(tmp_path: Path) -> DecisionLog:
     log = DecisionLog(tmp_path / "decisions")
     for number, ranks in enumerate((FIRST, LAST)):
-        log.append(replace(whole_record(number), rank_after=np.array(ranks)))
+        log.append(replace(make_record(number), rank_after=np.array(ranks)))
     return log
 
 

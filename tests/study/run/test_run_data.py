@@ -17,7 +17,7 @@ from rankpilot.errors import RunFolderError
 from rankpilot.memory.cost import ParameterCost
 from rankpilot.study.page.data import page_data
 from rankpilot.study.run.heatmap import write_rank_picture
-from rankpilot.study.run.run_data import read_run
+from rankpilot.study.run.run_data import read_run, standing_out
 from rankpilot.study.run.verdict import summary_table
 from rich.console import Console
 from safetensors.numpy import save_file
@@ -89,12 +89,12 @@ def test_decisions_in_words_and_in_a_line_each(run_folder: Path) -> None:
 
 
 def test_flags_and_constants_do_not_stand_out(run_folder: Path) -> None:
-    pairs = read_run(run_folder).decisions[0].standing_out()
+    pairs = standing_out(read_run(run_folder).decisions[0])
     assert pairs[30][0][0] == "sensitivity"
     assert pairs[30][0][1] > 5
     assert pairs[32][0][0] == "snr"
     assert pairs[32][0][1] < -5
-    assert not {name for row in pairs for name, _ in row} & {"top", "constant"}
+    assert not {name for row in pairs for name, _ in row} & {"wide", "shape"}
     assert all(abs(distance) >= 1 for row in pairs for _, distance in row)
 
 
@@ -130,7 +130,8 @@ def test_a_causal_model_without_a_uniform_run(run_folder: Path) -> None:
 
 
 def test_decisions_after_a_probe_start_from_the_ranks_in_place(run_folder: Path) -> None:
-    (run_folder / "decisions" / "part-00000.parquet").unlink()
+    lines = run_folder / "decisions" / "decisions.jsonl"
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[1:]))
     assert [decision["number"] for decision in page_of(run_folder)["decisions"]] == [1, 2, 3]
     assert write_rank_picture(read_run(run_folder))
 
@@ -159,26 +160,16 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_run_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunFolderError, match=r"decisions/part-00000\.parquet or part-00000\.parquet.*summary\.json"):
+    with pytest.raises(RunFolderError, match=r"decisions/decisions\.jsonl or decisions\.jsonl.*summary\.json"):
         read_run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_corrupt_decision_is_named_and_left_out(run_folder: Path) -> None:
-    (run_folder / "decisions" / "part-00001.parquet").write_bytes(b"PAR1")
+def test_a_log_that_cannot_be_read_is_named_and_left_out(run_folder: Path) -> None:
+    (run_folder / "decisions" / "decision-000001.safetensors").write_bytes(b"{")
     page = page_of(run_folder)
     (line,) = page["left_out"]
-    assert "part-00001.parquet is corrupt" in line
-    assert [decision["number"] for decision in page["decisions"]] == [0, 2, 3]
-    assert write_rank_picture(read_run(run_folder))
-
-
-def test_a_log_of_which_nothing_can_be_read(run_folder: Path) -> None:
-    for path in (run_folder / "decisions").glob("*.parquet"):
-        path.write_bytes(b"")
-    page = page_of(run_folder)
-    assert len(page["left_out"]) == 5
-    assert "none can be read" in page["left_out"][-1]
+    assert "decision-000001.safetensors is missing, damaged" in line
     assert page["losses"]
     assert not page["decisions"]
     assert write_rank_picture(read_run(run_folder)) is None

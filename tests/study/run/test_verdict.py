@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from rankpilot.allocation.deliberation import Deliberation
 from rankpilot.allocation.goal import Goal
 from rankpilot.common.files import append_json_line, read_json, write_json
-from rankpilot.study.run.run_data import DecisionRows, RunData, read_run
+from rankpilot.study.run.run_data import RunData, read_run
 from rankpilot.study.run.verdict import comparison_rows, cost_sentence, loss_sentence, rise_of, verdict
 
 from ...allocation.test_deliberation import four_plans
@@ -108,9 +110,16 @@ def test_a_held_out_loss_that_has_blown_up(
     assert losses[0] == "1.2e+31"
 
 
+def that_computed(folder: Path, found: Deliberation) -> RunData:
+    """A run whose policy computed this at the first decision."""
+    run = read_run(folder)
+    first = replace(run.decisions[0], decision=replace(run.decisions[0].decision, deliberation=found))
+    return replace(run, decisions=[first, *run.decisions[1:]])
+
+
 def test_a_run_unlike_all_that_its_policy_knows(run_folder: Path) -> None:
     first = four_plans(outside={"depth": (0.5, 1.0, 1.0)})
-    assert verdict(replace(read_run(run_folder), first=first)).warnings == (
+    assert verdict(that_computed(run_folder, first)).warnings == (
         "Its policy has learned from no run like this one, so trust it less: depth 0.5 (not 1 to 1).",
     )
 
@@ -118,9 +127,9 @@ def test_a_run_unlike_all_that_its_policy_knows(run_folder: Path) -> None:
 def test_a_goal_that_cannot_be_kept(run_folder: Path) -> None:
     known = {"costs": np.array([4.0, 3.0, 2.0, 1.0]), "simple": 1, "plain": 0, "goal": Goal("bytes", 0.01)}
     first = four_plans(**known, allowed=np.array([False, True, True, True]), doubt=9.0)
-    (warning,) = verdict(replace(read_run(run_folder), first=first)).warnings
+    (warning,) = verdict(that_computed(run_folder, first)).warnings
     assert warning.startswith("The goal cannot be kept: rank 8 on all modules does not fit the budget")
-    assert not verdict(replace(read_run(run_folder), first=replace(first, doubt=0.0))).warnings
+    assert not verdict(that_computed(run_folder, replace(first, doubt=0.0))).warnings
 
 
 def test_a_training_loss_that_did_not_fall(
@@ -177,17 +186,17 @@ def run_of(
     unit: str = "bytes",
 ) -> RunData:
     """A run with measured peaks, and a decision at each step at which the budget or the plan changes."""
-    nothing, no_flags = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
-    decisions = [
-        DecisionRows(
-            {"step": step, "limit": limit, "predicted_cost": cost, "measured_cost": None, "unit": unit},
-            (), nothing, nothing, nothing, nothing, nothing, nothing.astype(float), no_flags, no_flags, (), (),
-            np.zeros((0, 0)),
+    decisions: list[Any] = [
+        SimpleNamespace(
+            step=step,
+            predicted_cost=cost,
+            measured_cost=None,
+            problem=SimpleNamespace(limit=limit, cost=SimpleNamespace(unit=unit)),
         )
         for (step, limit), cost in zip(limits, predicted or [0.0] * len(limits), strict=True)
-    ]  # fmt: skip
+    ]
     metrics = {name: [{"step": step, "peak_bytes": peak} for step, peak in points] for name, points in peaks.items()}
-    return RunData(Path(), {}, metrics, tuple(decisions), ())
+    return RunData(Path(), {}, metrics, decisions, ())
 
 
 def test_costs_beside_the_budget() -> None:
