@@ -18,7 +18,7 @@ from threading import Thread
 import psutil
 import pytest
 import torch
-from rankpilot.common.worker_process import MOST_DEATHS
+from rankpilot.common.workers import MOST_DEATHS
 from rankpilot.common.workers import Call, Workers, isolated, worker_pool
 from rankpilot.errors import WorkerError
 
