@@ -58,20 +58,18 @@ def running_on_cluster(
         ConfigError: no address, no cluster there, or none of its nodes can take part.
     """
     ray = _connected(address)
+    before = ELSEWHERE.get()
     try:
         cluster = _Cluster(ray, canary, tell)
         nodes = cluster.nodes()
         if not nodes:
-            raise ConfigError(
-                f"No node of the cluster at {address!r} can take part. Start one that can, or leave out --cluster."
-            )
+            what = f"No node of the cluster at {address!r} can take part."
+            raise ConfigError(f"{what} Start one that can, or leave out --cluster.")
         tell(f"On the cluster: {plural(len(nodes), 'node')} with {sum(node.cpus for node in nodes)} CPUs.")
-        token = ELSEWHERE.set(cluster)
-        try:
-            yield
-        finally:
-            ELSEWHERE.reset(token)
+        ELSEWHERE.set(cluster)
+        yield
     finally:
+        ELSEWHERE.set(before)
         ray.shutdown()
 
 
@@ -87,14 +85,12 @@ def _connected(address: str) -> Any:
         raise UnsupportedError("Working on a cluster needs Ray: pip install 'rankpilot[cluster]'.") from error
     _check_address(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    dashboard = False if address == LOCAL else None
     try:
-        ray.init(address=address, include_dashboard=dashboard, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"The cluster at {address!r} cannot be joined: {first_line(error)}. This machine must be part of it, with "
-            "the same versions of Python and Ray, and know its token if it has one (docs/cluster.md)."
-        ) from error
+        needs = "the same versions of Python and Ray, and know its token if it has one (docs/cluster.md)"
+        trouble = f"The cluster at {address!r} cannot be joined: {first_line(error)}"
+        raise ConfigError(f"{trouble}. This machine must be part of it, with {needs}.") from error
     if current_thread() is main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -131,7 +127,7 @@ class _Node:
     id: str
     cpus: int
     busy: int = 0
-    idle: list[_Actor] = field(default_factory=list)
+    idle: list[_RayProcess] = field(default_factory=list)
     shunned: float = 0.0
 
 
@@ -157,7 +153,7 @@ class _Cluster:
             raise WorkerError("No node of the cluster is left that can take part. Start one, and pass --resume.")
         now = time.monotonic()
         node = min(nodes, key=lambda each: (now < each.shunned, each.busy / each.cpus))
-        actor = node.idle.pop() if node.idle else _Actor(self._ray, node)
+        actor = node.idle.pop() if node.idle else _RayProcess(self._ray, node)
         node.busy += 1
         return actor
 
@@ -165,8 +161,8 @@ class _Cluster:
         """Nodes that live, as Ray knows it, have CPUs, and take part; new ones are tried first."""
         cards = {card["NodeID"]: card for card in self._ray.nodes() if card["Alive"] and card["Resources"].get("CPU")}
         new = [_Node(key, int(card["Resources"]["CPU"])) for key, card in cards.items() if key not in self._known]
-        actors = [_Actor(self._ray, node) for node in new]
-        answers = [actor.submit(perform, Call(self._canary)) for actor in actors]
+        actors = [_RayProcess(self._ray, node) for node in new]
+        answers = [actor.submit(perform, Call(self._canary), None, None, []) for actor in actors]
         wait(answers, timeout=CANARY_SECONDS)
         for node, actor, answer in zip(new, actors, answers, strict=True):
             node.busy = 1
@@ -182,17 +178,13 @@ class _Cluster:
         """Why a node cannot take part, by the answer of its canary; empty if it can."""
         if not answer.done():
             return f"it gave no answer within {CANARY_SECONDS:.0f} seconds"
-        if isinstance(error := answer.exception(), BrokenExecutor):
-            return f"no worker starts there ({first_line(error)})"
-        if isinstance(error, Exception):
-            return f"its canary failed ({type(error).__name__}: {first_line(error)})"
-        found = answer.result()
-        return (
-            "" if found == self._expected else f"its bits differ from this machine's ({found}, here {self._expected})"
-        )
+        if isinstance(error := answer.exception(), Exception):
+            return f"the canary does not run there ({type(error).__name__}: {first_line(error)})"
+        bits = f"({answer.result()}, here {self._expected})"
+        return "" if answer.result() == self._expected else f"its bits differ from this machine's {bits}"
 
 
-class _Actor(Executor):
+class _RayProcess(Executor):
     """A process on a node."""
 
     def __init__(self, ray: Any, node: _Node) -> None:
@@ -201,14 +193,14 @@ class _Actor(Executor):
         self._ray, self._node, self._answer = ray, node, Future[Any]()
         # Beyond its CPUs a node takes the workers of nodes that are gone: to wait for a CPU might be to wait for ever.
         cpus, where = int(node.busy < node.cpus), NodeAffinitySchedulingStrategy(node.id, soft=False)
-        self._actor = ray.remote(_Remote).options(num_cpus=cpus, scheduling_strategy=where).remote()
+        self._actor = ray.remote(_Actor).options(num_cpus=cpus, scheduling_strategy=where).remote()
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
         answer = self._answer = Future[Any]()
 
         def arrive(reply: Future[bytes]) -> None:
             try:
-                answer.set_result(pickle.loads(reply.result()))
+                answer.set_result(pickle.loads(reply.result()))  # noqa: S301 - as from a process of this machine
             except self._ray.exceptions.RayTaskError as error:  # the work's own
                 answer.set_exception(error.cause)
             except self._ray.exceptions.RayError as error:  # the actor, its node or its answer is gone
@@ -232,11 +224,11 @@ class _Actor(Executor):
             self._ray.kill(self._actor)
 
 
-class _Remote:
+class _Actor:
     """What an actor is; it gets and sends bytes, since Ray would hand out arrays that cannot be written to."""
 
     def run(self, content: bytes) -> bytes:
-        function, arguments, named = pickle.loads(content)
+        function, arguments, named = pickle.loads(content)  # noqa: S301 - from this run
         return pickle.dumps(function(*arguments, **named))
 
     def forget(self) -> None:

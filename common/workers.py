@@ -22,7 +22,7 @@ import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
@@ -35,11 +35,13 @@ from ..errors import WorkerError
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
+_Make = Callable[[], Any]
+_Objects = dict[int, Any]
 
 MOST_DEATHS = 3
 """A piece or call at which so many processes have died is given up."""
 
-OBJECTS: dict[int, Any] = {}
+OBJECTS: _Objects = {}
 """What a worker's process keeps."""
 
 
@@ -99,7 +101,7 @@ class _State:
         home: the process in which it is as these calls left it, if there is one.
     """
 
-    make: Callable[[], Any]
+    make: _Make
     calls: list[Call] = field(default_factory=list)
     home: Executor | None = None
 
@@ -112,6 +114,13 @@ class _Job:
     call: Call
     state: _State | None = None
     deaths: int = 0
+
+    def count_death(self) -> None:
+        """Note that a process has died at it; WorkerError if it is not worth another."""
+        self.deaths += 1
+        if self.deaths == MOST_DEATHS:
+            often = f"A worker process ended {MOST_DEATHS} times at the same work, for lack of memory perhaps"
+            raise WorkerError(f"{often}: {textwrap.shorten(self.call.name, 200)}. Try fewer workers.")
 
 
 class Workers:
@@ -144,7 +153,7 @@ class Workers:
         for job, answer in self._done([waiting] * len(self._processes)):
             yield job.key, answer.result()
 
-    def keep(self, key: int, make: Callable[[], Any]) -> None:
+    def keep(self, key: int, make: _Make) -> None:
         """Keep an object, which `make` builds where it will live, in place of the one that had the key before."""
         self._states[key] = _State(make)
 
@@ -180,12 +189,7 @@ class Workers:
                     error = answer.exception()
                     if isinstance(error, BrokenExecutor):
                         self._stop(place)
-                        job.deaths += 1
-                        if job.deaths == MOST_DEATHS:
-                            raise WorkerError(
-                                f"A worker process ended {MOST_DEATHS} times at the same work, for lack of memory "
-                                f"perhaps: {textwrap.shorten(job.call.name, 200)}. Try fewer workers."
-                            ) from error
+                        job.count_death()
                         waiting[place].appendleft(job)
                         continue
                     if state := job.state:
@@ -199,13 +203,13 @@ class Workers:
     def _begin(self, place: int, job: _Job) -> Future[Any]:
         """Start with a job; if the process does not have the job's object, with what makes the object as it was."""
         process = self._processes[place] = self._processes[place] or self._start()
+        key, make, past = None, None, list[Call]()
+        if state := job.state:
+            key = job.key
+            if state.home is not process:
+                make, past = state.make, [] if job.call.anew else state.calls
         try:
-            if job.state is None:
-                return process.submit(perform, job.call)
-            if job.state.home is process:
-                return process.submit(perform, job.call, job.key)
-            past = [] if job.call.anew else job.state.calls
-            return process.submit(perform, job.call, job.key, job.state.make, past)
+            return process.submit(perform, job.call, key, make, past)
         except BrokenExecutor:  # the process died when it had nothing to do
             self._stop(place)
             return self._begin(place, job)
@@ -222,14 +226,9 @@ def make_workers(count: int) -> Workers:
     return Workers(count, machines.start if machines else _ThisProcess if count == 1 else _LocalProcess)
 
 
-@contextmanager
-def worker_pool(count: int) -> Iterator[Workers]:
-    """Workers that end with the block; see `make_workers`."""
-    workers = make_workers(count)
-    try:
-        yield workers
-    finally:
-        workers.close()
+def worker_pool(count: int) -> closing[Workers]:
+    """Workers that end with a block; see `make_workers`."""
+    return closing(make_workers(count))
 
 
 def count_workers(asked: int) -> int:
@@ -238,14 +237,7 @@ def count_workers(asked: int) -> int:
     return asked or (machines.size() if machines else os.cpu_count() or 1)
 
 
-def perform(
-    call: Call,
-    key: int | None = None,
-    make: Callable[[], Any] | None = None,
-    past: Sequence[Call] = (),
-    *,
-    objects: dict[int, Any] = OBJECTS,
-) -> Any:
+def perform(call: Call, key: int | None, make: _Make | None, past: Sequence[Call], objects: _Objects = OBJECTS) -> Any:
     """What a process does: one call, of a function or of a method of one of its objects.
 
     Args:
@@ -270,7 +262,7 @@ class _ThisProcess(Executor):
     """No process at all: work is done when it is asked for."""
 
     def __init__(self) -> None:
-        self._objects: dict[int, Any] = {}
+        self._objects: _Objects = {}
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
         future = Future[Any]()
@@ -323,7 +315,6 @@ def _prepare(environment: dict[str, str]) -> None:
 
 def _end_with_parent() -> None:
     """End this process when its parent is killed, also in the middle of a piece of work."""
-    parent = parent_process()
-    if parent:
+    if parent := parent_process():
         parent.join()
         os._exit(1)
