@@ -120,14 +120,14 @@ class _Node:
         id: Ray's.
         cpus: processes that it has room for.
         busy: processes that run there.
-        idle: those whose work is done.
+        idle: actors whose work is done.
         shunned: until when no process should start there, on the clock of `time.monotonic`.
     """
 
     id: str
     cpus: int
     busy: int = 0
-    idle: list[_RayProcess] = field(default_factory=list)
+    idle: list[Any] = field(default_factory=list)
     shunned: float = 0.0
 
 
@@ -150,23 +150,20 @@ class _Cluster:
             WorkerError: no node is left.
         """
         if not (nodes := self.nodes()):
-            raise WorkerError("No node of the cluster is left that can take part. Start one, and pass --resume.")
+            what = "No node of the cluster is left that can take part."
+            raise WorkerError(f"{what} Go on with --resume when there is one.")
         now = time.monotonic()
-        node = min(nodes, key=lambda each: (now < each.shunned, each.busy / each.cpus))
-        actor = node.idle.pop() if node.idle else _RayProcess(self._ray, node)
-        node.busy += 1
-        return actor
+        return _RayProcess(self._ray, min(nodes, key=lambda each: (now < each.shunned, each.busy / each.cpus)))
 
     def nodes(self) -> list[_Node]:
         """Nodes that live, as Ray knows it, have CPUs, and take part; new ones are tried first."""
         cards = {card["NodeID"]: card for card in self._ray.nodes() if card["Alive"] and card["Resources"].get("CPU")}
         new = [_Node(key, int(card["Resources"]["CPU"])) for key, card in cards.items() if key not in self._known]
-        actors = [_RayProcess(self._ray, node) for node in new]
-        answers = [actor.submit(perform, Call(self._canary), None, None, []) for actor in actors]
+        processes = [_RayProcess(self._ray, node) for node in new]
+        answers = [process.submit(perform, Call(self._canary), None, None, []) for process in processes]
         wait(answers, timeout=CANARY_SECONDS)
-        for node, actor, answer in zip(new, actors, answers, strict=True):
-            node.busy = 1
-            actor.shutdown()
+        for node, process, answer in zip(new, processes, answers, strict=True):
+            process.shutdown()
             trouble = self._trouble(answer)
             self._known[node.id] = None if trouble else node
             if trouble:
@@ -185,7 +182,7 @@ class _Cluster:
 
 
 class _RayProcess(Executor):
-    """A process on a node."""
+    """A process on a node: an actor that has no work there, or a new one."""
 
     def __init__(self, ray: Any, node: _Node) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -193,7 +190,9 @@ class _RayProcess(Executor):
         self._ray, self._node, self._answer = ray, node, Future[Any]()
         # Beyond its CPUs a node takes the workers of nodes that are gone: to wait for a CPU might be to wait for ever.
         cpus, where = int(node.busy < node.cpus), NodeAffinitySchedulingStrategy(node.id, soft=False)
-        self._actor = ray.remote(_Actor).options(num_cpus=cpus, scheduling_strategy=where).remote()
+        actor = ray.remote(_Actor).options(num_cpus=cpus, scheduling_strategy=where)
+        self._actor = node.idle.pop() if node.idle else actor.remote()
+        node.busy += 1
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
         answer = self._answer = Future[Any]()
@@ -215,11 +214,11 @@ class _RayProcess(Executor):
         return answer
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the process, or let it wait for more work if its own is done."""
+        """End the actor, or let it wait for more work if its own is done; it forgets what it had."""
         self._node.busy -= 1
         if self._answer.done() and not self._answer.exception():
             self._actor.forget.remote()
-            self._node.idle.append(self)
+            self._node.idle.append(self._actor)
         else:
             self._ray.kill(self._actor)
 

@@ -41,6 +41,9 @@ _Objects = dict[int, Any]
 MOST_DEATHS = 3
 """A piece or call at which so many processes have died is given up."""
 
+MOST_CORES = 100
+"""More processes of this machine only if asked for: each takes eight open files here, and 1,024 is a usual limit."""
+
 OBJECTS: _Objects = {}
 """What a worker's process keeps."""
 
@@ -234,7 +237,7 @@ def worker_pool(count: int) -> closing[Workers]:
 def count_workers(asked: int) -> int:
     """Worker processes for a setting in which 0 stands for as many as there are cores, here or where processes run."""
     machines = ELSEWHERE.get()
-    return asked or (machines.size() if machines else os.cpu_count() or 1)
+    return asked or (machines.size() if machines else min(os.cpu_count() or 1, MOST_CORES))
 
 
 def perform(call: Call, key: int | None, make: _Make | None, past: Sequence[Call], objects: _Objects = OBJECTS) -> Any:
