@@ -1,9 +1,9 @@
 """Worker processes on the machines of a Ray cluster: all that knows Ray.
 
-Each worker is an actor that takes one CPU of the cluster. It answers the requests that a process of this machine would
-answer, one at a time, so `common.workers` spreads pieces, keeps objects and repeats calls just the same; a cluster only
-tells where a process starts, and notices that one has died. An actor writes no files, and it is never handed more than
-it can do next. To load the libraries takes an actor seconds, so one whose work is done waits for the next.
+Each worker is an actor that takes one CPU of the cluster. `common.workers` gives it one thing to do at a time, keeps
+objects and repeats calls as with a process of this machine; a cluster only tells where a process starts, and notices
+that one has died. An actor writes no files. To load the libraries takes an actor seconds, so one whose work is done
+waits for the next.
 
 Machines of different kinds may round differently. So each node first runs a *canary*, a small fixed piece of work, and
 takes part only if the result is the one that this machine finds.
@@ -12,22 +12,21 @@ takes part only if the result is the one that this machine finds.
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import current_thread, main_thread
 from typing import Any
 
-import torch
-
 from ..errors import ConfigError, UnsupportedError, WorkerError, first_line
 from .units import plural
-from .worker_process import Request, answered, isolated, not_sent
-from .workers import running_on
+from .workers import ELSEWHERE, OBJECTS, Call, isolated, perform
 
 LOCAL, AUTO = "local", "auto"
 """Addresses of a cluster that is started on this machine, and of the one that runs here."""
@@ -40,25 +39,6 @@ SHUNNED_SECONDS = 60.0
 
 CONNECT_SECONDS = 10.0
 """A cluster answers within that time; Ray itself would try for many minutes."""
-
-
-@dataclass(eq=False)
-class _Node:
-    """A machine of the cluster that takes part.
-
-    Attributes:
-        id: Ray's.
-        name: its address and the start of its id, for people.
-        cpus: processes that it has room for.
-        busy: processes that run there.
-        shunned: until when no process should start there, on the clock of `time.monotonic`.
-    """
-
-    id: str
-    name: str
-    cpus: int
-    busy: int = 0
-    shunned: float = 0.0
 
 
 @contextmanager
@@ -77,255 +57,44 @@ def running_on_cluster(
         UnsupportedError: Ray is not installed.
         ConfigError: no address, no cluster there, or none of its nodes can take part.
     """
-    ray = _ray()
-    with _connection(ray, address):
-        cluster = Cluster(ray, canary, tell)
-        nodes, workers = len(cluster.nodes), cluster.size()
-        if not workers:
-            raise ConfigError(
-                f"No node of the cluster at {address!r} can take part. Start one that can, or leave out --cluster."
-            )
-        tell(f"On the cluster: {plural(nodes, 'node')} with {workers} CPUs.")
-        with running_on(cluster):
-            yield
+    ray = _connected(address)
+    before = ELSEWHERE.get()
+    try:
+        cluster = _Cluster(ray, canary, tell)
+        nodes = cluster.nodes()
+        if not nodes:
+            what = f"No node of the cluster at {address!r} can take part."
+            raise ConfigError(f"{what} Start one that can, or leave out --cluster.")
+        tell(f"On the cluster: {plural(len(nodes), 'node')} with {sum(node.cpus for node in nodes)} CPUs.")
+        ELSEWHERE.set(cluster)
+        yield
+    finally:
+        ELSEWHERE.set(before)
+        ray.shutdown()
 
 
-class Cluster:
-    """The nodes of a cluster whose bits are those of this machine; see `Machines`.
-
-    Args:
-        ray: the module, connected.
-        canary: see `running_on_cluster`.
-        tell: see `running_on_cluster`.
-
-    Attributes:
-        nodes: those that take part, by Ray's id.
-    """
-
-    def __init__(self, ray: Any, canary: Callable[[], str], tell: Callable[[str], None]) -> None:
-        self._ray, self._canary, self._tell = ray, canary, tell
-        self._known: set[str] = set()
-        self._idle: list[_ActorProcess] = []
-        self.nodes: dict[str, _Node] = {}
-        with isolated():
-            self._expected = canary()
-        self._look()
-
-    def size(self) -> int:
-        """The CPUs of all nodes that take part; nodes that have joined since are tried first."""
-        self._look()
-        return sum(node.cpus for node in self.nodes.values())
-
-    def start(self) -> _ActorProcess:
-        """Start a process on the node with the most room, or take one that has no work there; they may share a CPU.
-
-        Raises:
-            WorkerError: no node is left.
-        """
-        self._forget(self._alive())
-        if not self.nodes:
-            self._look()
-        if not self.nodes:
-            raise WorkerError(
-                "No node of the cluster is left that can take part. Go on with --resume when there is one."
-            )
-        now = time.monotonic()
-        node = min(self.nodes.values(), key=lambda each: (now < each.shunned, each.busy / each.cpus))
-        for process in [each for each in self._idle if each.node is node]:
-            self._idle.remove(process)
-            if process.goes_on():
-                return process
-        return _ActorProcess(self._ray, node, self._idle)
-
-    def ready(self, processes: Sequence[_ActorProcess]) -> Sequence[_ActorProcess]:
-        """See `Machines`."""
-        ready, _ = self._ray.wait([process.reply for process in processes], num_returns=1)
-        return [process for process in processes if process.reply in ready]
-
-    def _alive(self) -> dict[str, _Node]:
-        """Nodes that live, as Ray knows it, and that have CPUs."""
-        cards = [card for card in self._ray.nodes() if card["Alive"]]
-        nodes = [
-            _Node(
-                card["NodeID"],
-                f"{card['NodeManagerAddress']} ({card['NodeID'][:8]})",
-                int(card["Resources"].get("CPU", 0)),
-            )
-            for card in cards
-        ]
-        return {node.id: node for node in nodes if node.cpus}
-
-    def _forget(self, alive: dict[str, _Node]) -> None:
-        """Drop nodes that are gone, with their processes."""
-        self.nodes = {key: node for key, node in self.nodes.items() if key in alive}
-        self._idle[:] = [process for process in self._idle if process.node.id in self.nodes]
-
-    def _look(self) -> None:
-        """Drop nodes that are gone, and try those that are new."""
-        alive = self._alive()
-        self._forget(alive)
-        new = [node for key, node in alive.items() if key not in self._known]
-        self._known.update(node.id for node in new)
-        canaries = {node.id: _ActorProcess(self._ray, node, self._idle) for node in new}
-        end = time.monotonic() + CANARY_SECONDS
-        for process in canaries.values():
-            process.send(Request(None, self._canary))
-        for node in new:
-            process = canaries[node.id]
-            done, _ = self._ray.wait([process.reply], timeout=max(0.0, end - time.monotonic()))
-            trouble = self._trouble(process) if done else f"it gave no answer within {CANARY_SECONDS:.0f} seconds"
-            process.end(idle=not trouble)
-            if trouble:
-                self._tell(f"Node {node.name} is left out: {trouble}.")
-            else:
-                self.nodes[node.id] = node
-
-    def _trouble(self, process: _ActorProcess) -> str:
-        """Why a node whose canary has come back cannot take part; empty if it can."""
-        try:
-            succeeded, found = process.receive()
-        except ConnectionError as error:
-            return f"no worker starts there ({first_line(error)})"
-        if not succeeded:
-            return f"its canary failed ({type(found).__name__}: {first_line(found)})"
-        return (
-            "" if found == self._expected else f"its bits differ from this machine's ({found}, here {self._expected})"
-        )
-
-
-class _ActorProcess:
-    """A process of a cluster; see `Process`.
-
-    Args:
-        ray: the module, connected.
-        node: where it runs.
-        idle: where it waits for more work when its own is done.
-
-    Attributes:
-        node: where it runs.
-        reply: Ray's reference to the latest answer.
-    """
-
-    def __init__(self, ray: Any, node: _Node, idle: list[_ActorProcess]) -> None:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        self._ray, self.node, self._idle = ray, node, idle
-        # Beyond its CPUs a node takes the workers of nodes that are gone: to wait for a CPU might be to wait for ever.
-        options = {"num_cpus": int(node.busy < node.cpus), "max_restarts": 0, "max_task_retries": 0}
-        where = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        self._actor = ray.remote(_Actor).options(**options, scheduling_strategy=where).remote()
-        node.busy += 1
-        self.reply: Any = None
-
-    def send(self, request: Request) -> None:
-        """See `Process`; what it needs is pickled here, so that mistakes are those of a pipe."""
-        self.reply = self._actor.answer.remote(_pickled(request))
-
-    def receive(self) -> tuple[bool, Any]:
-        """See `Process`."""
-        try:
-            reply = self._ray.get(self.reply)
-        except self._ray.exceptions.RayError as error:  # the actor, its node or its answer is gone
-            self.node.shunned = time.monotonic() + SHUNNED_SECONDS
-            raise ConnectionError(first_line(error)) from error
-        succeeded, result = _unpickled(reply)
-        return succeeded, result
-
-    def end(self, *, idle: bool) -> None:
-        """See `Process`; one that is idle forgets what it has, and waits."""
-        self.node.busy -= 1
-        if idle:
-            self._actor.forget.remote()
-            self._idle.append(self)
-        else:
-            self._ray.kill(self._actor)
-
-    def goes_on(self) -> bool:
-        """Give a process that has waited work again; whether it still lives."""
-        try:
-            self._ray.get(self._actor.forget.remote())
-        except self._ray.exceptions.RayError:
-            return False
-        self.node.busy += 1
-        return True
-
-
-class _Actor:
-    """What answers requests on a node; replies are bytes, since Ray would hand out arrays that cannot be written to."""
-
-    def __init__(self) -> None:
-        torch.set_num_threads(1)
-        self._objects: dict[int, Any] = {}
-
-    def answer(self, request: bytes) -> bytes:
-        """Answer a request."""
-        try:
-            reply = answered(_unpickled(request), self._objects)
-        except Exception as error:  # the request names something that is not there
-            reply = False, error
-        try:
-            return _pickled(reply)
-        except Exception as error:
-            return _pickled(not_sent(error))
-
-    def forget(self) -> None:
-        """Drop all objects."""
-        self._objects.clear()
-
-
-def _pickled(value: Any) -> bytes:
-    from ray import cloudpickle
-
-    return bytes(cloudpickle.dumps(value))
-
-
-def _unpickled(content: bytes) -> Any:
-    """What another process of this run has sent; as with a pipe, whoever is in the cluster is trusted."""
-    from ray import cloudpickle
-
-    return cloudpickle.loads(content)
-
-
-# Ray itself -----------------------------------------------------------------------------------------------------------
-
-
-def _ray() -> Any:
-    """Ray, quiet about itself, and without reports of its use to its makers unless the user wants them."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what it warns that it will do later
-    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster that is started here: at 15 other work starves it
+def _connected(address: str) -> Any:
+    """Ray, connected to a cluster, or to one that it starts; signals do afterwards what they did before."""
+    # No reports of its use to its makers, nor a warning of what it will do later; and processes of a cluster that is
+    # started here run at this one's priority: at Ray's low one other work starves them.
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_worker_niceness"):
+        os.environ.setdefault(name, "0")
     try:
         import ray
     except ImportError as error:
         raise UnsupportedError("Working on a cluster needs Ray: pip install 'rankpilot[cluster]'.") from error
-    return ray
-
-
-@contextmanager
-def _connection(ray: Any, address: str) -> Iterator[None]:
-    """Connect to a cluster, or start one; signals do afterwards what they did before."""
     _check_address(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(
-            address=address,
-            namespace="rankpilot",
-            include_dashboard=False if address == LOCAL else None,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"The cluster at {address!r} cannot be joined: {first_line(error)}. This machine must be part of it, with "
-            "the same versions of Python and Ray, and know its token if it has one (docs/cluster.md)."
-        ) from error
-    try:
-        if current_thread() is main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        yield
-    finally:
-        ray.shutdown()
+        needs = "the same versions of Python and Ray, and know its token if it has one (docs/cluster.md)"
+        trouble = f"The cluster at {address!r} cannot be joined: {first_line(error)}"
+        raise ConfigError(f"{trouble}. This machine must be part of it, with {needs}.") from error
+    if current_thread() is main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return ray
 
 
 def _check_address(address: str) -> None:
@@ -333,14 +102,133 @@ def _check_address(address: str) -> None:
     if address in (LOCAL, AUTO):
         return
     if not re.fullmatch(r"[^\s:/]+:\d{1,5}", address):
-        raise ConfigError(
-            f"--cluster is {LOCAL!r}, {AUTO!r} or HOST:PORT of a Ray cluster that this machine is part of; got "
-            f"{address!r}."
-        )
+        allowed = f"{LOCAL!r}, {AUTO!r} or HOST:PORT of a Ray cluster that this machine is part of"
+        raise ConfigError(f"--cluster is {allowed}; got {address!r}.")
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"Nothing answers at {address} ({error}). Start a cluster there: ray start --head --port {port}."
-        ) from error
+        start = f"Start a cluster there: ray start --head --port {port}."
+        raise ConfigError(f"Nothing answers at {address} ({error}). {start}") from error
+
+
+@dataclass(eq=False)
+class _Node:
+    """A machine of the cluster.
+
+    Attributes:
+        id: Ray's.
+        cpus: processes that it has room for.
+        busy: processes that run there.
+        idle: actors whose work is done.
+        shunned: until when no process should start there, on the clock of `time.monotonic`.
+    """
+
+    id: str
+    cpus: int
+    busy: int = 0
+    idle: list[Any] = field(default_factory=list)
+    shunned: float = 0.0
+
+
+class _Cluster:
+    """The nodes of a cluster whose bits are those of this machine; see `Machines`, and `running_on_cluster`."""
+
+    def __init__(self, ray: Any, canary: Callable[[], str], tell: Callable[[str], None]) -> None:
+        self._ray, self._canary, self._tell = ray, canary, tell
+        self._known: dict[str, _Node | None] = {}  # None: it is left out
+        with isolated():
+            self._expected = canary()
+
+    def size(self) -> int:
+        return sum(node.cpus for node in self.nodes())
+
+    def start(self) -> Executor:
+        """Start a process on the node with the most room, or take one that has no work there; they may share a CPU.
+
+        Raises:
+            WorkerError: no node is left.
+        """
+        if not (nodes := self.nodes()):
+            what = "No node of the cluster is left that can take part."
+            raise WorkerError(f"{what} Go on with --resume when there is one.")
+        now = time.monotonic()
+        return _RayProcess(self._ray, min(nodes, key=lambda each: (now < each.shunned, each.busy / each.cpus)))
+
+    def nodes(self) -> list[_Node]:
+        """Nodes that live, as Ray knows it, have CPUs, and take part; new ones are tried first."""
+        cards = {card["NodeID"]: card for card in self._ray.nodes() if card["Alive"] and card["Resources"].get("CPU")}
+        new = [_Node(key, int(card["Resources"]["CPU"])) for key, card in cards.items() if key not in self._known]
+        processes = [_RayProcess(self._ray, node) for node in new]
+        answers = [process.submit(perform, Call(self._canary), None, None, []) for process in processes]
+        wait(answers, timeout=CANARY_SECONDS)
+        for node, process, answer in zip(new, processes, answers, strict=True):
+            process.shutdown()
+            trouble = self._trouble(answer)
+            self._known[node.id] = None if trouble else node
+            if trouble:
+                name = f"{cards[node.id]['NodeManagerAddress']} ({node.id[:8]})"
+                self._tell(f"Node {name} is left out: {trouble}.")
+        return [node for key, node in self._known.items() if node and key in cards]
+
+    def _trouble(self, answer: Future[str]) -> str:
+        """Why a node cannot take part, by the answer of its canary; empty if it can."""
+        if not answer.done():
+            return f"it gave no answer within {CANARY_SECONDS:.0f} seconds"
+        if isinstance(error := answer.exception(), Exception):
+            return f"the canary does not run there ({type(error).__name__}: {first_line(error)})"
+        bits = f"({answer.result()}, here {self._expected})"
+        return "" if answer.result() == self._expected else f"its bits differ from this machine's {bits}"
+
+
+class _RayProcess(Executor):
+    """A process on a node: an actor that has no work there, or a new one."""
+
+    def __init__(self, ray: Any, node: _Node) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._ray, self._node, self._answer = ray, node, Future[Any]()
+        # Beyond its CPUs a node takes the workers of nodes that are gone: to wait for a CPU might be to wait for ever.
+        cpus, where = int(node.busy < node.cpus), NodeAffinitySchedulingStrategy(node.id, soft=False)
+        actor = ray.remote(_Actor).options(num_cpus=cpus, scheduling_strategy=where)
+        self._actor = node.idle.pop() if node.idle else actor.remote()
+        node.busy += 1
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        answer = self._answer = Future[Any]()
+
+        def arrive(reply: Future[bytes]) -> None:
+            try:
+                answer.set_result(pickle.loads(reply.result()))  # noqa: S301 - as from a process of this machine
+            except self._ray.exceptions.RayTaskError as error:  # the work's own
+                answer.set_exception(error.cause)
+            except self._ray.exceptions.RayError as error:  # the actor, its node or its answer is gone
+                self._node.shunned = time.monotonic() + SHUNNED_SECONDS
+                self._node.idle.clear()  # Ray ends actors that nobody refers to
+                answer.set_exception(BrokenExecutor(first_line(error)))
+            except Exception as error:
+                answer.set_exception(error)
+
+        content = pickle.dumps((function, arguments, named))
+        self._actor.run.remote(content).future().add_done_callback(arrive)
+        return answer
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the actor, or let it wait for more work if its own is done; it forgets what it had."""
+        self._node.busy -= 1
+        if self._answer.done() and not self._answer.exception():
+            self._actor.forget.remote()
+            self._node.idle.append(self._actor)
+        else:
+            self._ray.kill(self._actor)
+
+
+class _Actor:
+    """What an actor is; it gets and sends bytes, since Ray would hand out arrays that cannot be written to."""
+
+    def run(self, content: bytes) -> bytes:
+        function, arguments, named = pickle.loads(content)  # noqa: S301 - from this run
+        return pickle.dumps(function(*arguments, **named))
+
+    def forget(self) -> None:
+        OBJECTS.clear()

@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.common.cluster import running_on_cluster
-from rankpilot.common.worker_process import MOST_DEATHS
-from rankpilot.common.workers import Call, Workers, count_workers, worker_pool
+from rankpilot.common.workers import MOST_DEATHS, Call, Workers, count_workers, worker_pool
 from rankpilot.errors import ConfigError, UnsupportedError, WorkerError
 
 from ..ray_nodes import Nodes

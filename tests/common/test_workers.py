@@ -11,15 +11,16 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from multiprocessing import active_children
+from multiprocessing.connection import Connection
 from operator import call
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import psutil
 import pytest
 import torch
-from rankpilot.common.worker_process import MOST_DEATHS
-from rankpilot.common.workers import Call, Workers, isolated, worker_pool
+from rankpilot.common.workers import MOST_DEATHS, Call, Workers, isolated, worker_pool
 from rankpilot.errors import WorkerError
 
 
@@ -61,6 +62,16 @@ def test_errors_in_a_worker_are_raised(two: Workers) -> None:
             with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
                 list(workers.spread(math.sqrt, [-1.0]))
     assert list(two.spread(math.sqrt, [4.0])) == [(4.0, 2.0)], "the processes go on"
+
+
+def test_results_that_cannot_be_sent_are_errors(two: Workers) -> None:
+    with pytest.raises((TypeError, AttributeError), match="pickle"):
+        list(two.spread(_generator, [3]))
+    assert list(two.spread(math.sqrt, [4.0])) == [(4.0, 2.0)], "the processes go on"
+
+
+def _generator(count: int) -> Iterator[int]:
+    return (number for number in range(count))
 
 
 def test_processes_end_with_the_pool() -> None:
@@ -257,6 +268,26 @@ def _die_once(path: str) -> str:
     return Path(path).name
 
 
+def test_a_process_that_dies_while_it_answers_is_replaced(tmp_path: Path) -> None:
+    """An answer longer than a pipe holds: nobody waits for the rest of it."""
+    with worker_pool(2) as workers:
+        assert dict(workers.spread(_answer_in_part_once, [str(tmp_path / "a")])) == {str(tmp_path / "a"): b"whole"}
+
+
+def _answer_in_part_once(path: str) -> Any:
+    """Of the first answer only its length is sent."""
+    if Path(path).exists():
+        return b"whole"
+    Path(path).touch()
+
+    def send(connection: Connection, content: bytes) -> None:
+        os.write(connection.fileno(), content)
+        os._exit(1)
+
+    Connection._send = send  # type: ignore[attr-defined]
+    return bytes(2**20)
+
+
 def _die(name: str) -> None:
     os._exit(1)
 
@@ -275,6 +306,7 @@ def test_work_that_kills_its_process_each_time_is_given_up() -> None:
 
 _SCRIPT = """
 import os, time
+from multiprocessing.connection import Connection
 from operator import call
 from rankpilot.common.workers import worker_pool
 

@@ -384,8 +384,7 @@ def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
     here, apart = (make((planted, shift), stacks=2, count=1, workers=workers) for workers in (1, 8))
     try:
         assert_same(play_round(apart, 0), play_round(here, 0))
-        workers = apart.workers.workers  # type: ignore[attr-defined]
-        assert len(workers) == 2, "more than there are stacks would be of no use"
+        assert len(worker_processes(apart)) == 2, "more than there are stacks would be of no use"
         tasks = [*planted, *shift, task("shift", 9, "bert-4x32", unit="parameters")]
         assert apart.play(tasks, rule_actions) == here.play(tasks, rule_actions)
 
@@ -399,7 +398,7 @@ def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
         apart.round = 2
         seen: list[Any] = [apart.reset()]
         for decision in range(apart.decisions):
-            os.kill(workers[decision % 2].process._process.pid, signal.SIGKILL)
+            os.kill(worker_processes(apart)[decision % 2], signal.SIGKILL)
             seen.append(apart.step(random_actions(apart, decision)))
         assert_same(seen, expected)
 
@@ -407,14 +406,18 @@ def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
 
         def kill_and_note(arrays: Arrays, worth: Any) -> None:
             worths.append(worth)
-            os.kill(workers[0].process._process.pid, signal.SIGKILL)
+            os.kill(worker_processes(apart)[0], signal.SIGKILL)
 
         assert apart.play(tasks, rule_actions, note=kill_and_note) == here.play(tasks, rule_actions)
         assert len(worths) == 3 * 3, "three stacks, three decisions"
     finally:
         apart.close()
         apart.close()
-    assert not any(worker.process for worker in workers)
+    assert not any(apart.workers._processes)
+
+
+def worker_processes(envs: ProxyVecEnv) -> list[int]:
+    return [pid for process in envs.workers._processes for pid in process._processes]  # type: ignore[union-attr]
 
 
 def test_a_round_at_which_workers_die_again_and_again_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def noted(config: TrainConfig, folder: Path, *, resume: bool = False, kill_at: i
     """Train; be killed at one of the calls of the workers."""
     stages: list[tuple[str, int, int]] = []
     calls = 0
-    call = workers._ThisProcess.call
+    call = workers.Workers.call
 
     def counted(worker: Any, given: Any) -> Any:
         nonlocal calls
@@ -118,7 +118,7 @@ def noted(config: TrainConfig, folder: Path, *, resume: bool = False, kill_at: i
         return call(worker, given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers._ThisProcess, "call", counted)
+        patch.setattr(workers.Workers, "call", counted)
         policy = train(config, folder, resume=resume, on_stage=lambda stage: stages.append(dataclasses.astuple(stage)))
     return Run(folder, policy, stages, calls)
 
