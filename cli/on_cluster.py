@@ -23,7 +23,8 @@ def on_cluster(address: str | None, device: str = "cpu") -> AbstractContextManag
         return nullcontext()
     from ..common.cluster import running_on_cluster
     from ..common.devices import find_device
+    from ..env.episodes.stacked import rounding_digest
 
     if (found := find_device(device)).type != "cpu":
         raise ConfigError(f"Workers of a cluster train on CPUs, and --device {device} is {found}. Pass --device cpu.")
-    return running_on_cluster(address, canary, lambda line: console.print(line, markup=False, soft_wrap=True))
+    return running_on_cluster(address, rounding_digest, lambda line: console.print(line, markup=False, soft_wrap=True))
