@@ -15,36 +15,36 @@ from .errors import RankPilotError
 
 if TYPE_CHECKING:
     from .agents.learned.policy_file import load_policy
-    from .agents.training.vec_env import GymnasiumVecEnv
-    from .allocation.log import DecisionLog
-    from .allocation.observation import Observation, module_feature
-    from .allocation.policy import Decision, decision_from_scores
-    from .allocation.schedule import DecisionSchedule
+    from .agents.log import DecisionLog
+    from .agents.observation import Observation, module_feature
+    from .agents.policy import Decision, decision_from_scores
+    from .agents.schedule import DecisionSchedule
+    from .cost.budget import Budget
+    from .cost.outlook import memory_of
     from .data.assets import fetch_asset
     from .data.packaged_data import load_packaged_dataset
+    from .env.own_task import OwnTask
     from .env.registration import ENV_ID
-    from .env.tasks.own_task import OwnTask
     from .finetune.allocate import StaticPlan, allocate, frontier, static_plan
     from .finetune.callback import RankPilotCallback, attach
     from .finetune.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
     from .finetune.options import PilotOptions
     from .finetune.pilot import RankPilot
     from .finetune.run import TrainingRun
-    from .lora.export import axolotl_yaml, export_padded, export_rank_pattern, rank_pattern_yaml
-    from .memory.budget import Budget
-    from .memory.outlook import memory_of
+    from .lora.adapter_file import axolotl_yaml, export_padded, export_rank_pattern, rank_pattern_yaml
+    from .training.vec_env import GymnasiumVecEnv
 
 silence_worker()
 
 _LAZY = {
     "ENV_ID": ".env.registration",
-    "Budget": ".memory.budget",
-    "Decision": ".allocation.policy",
-    "DecisionLog": ".allocation.log",
-    "DecisionSchedule": ".allocation.schedule",
-    "GymnasiumVecEnv": ".agents.training.vec_env",
-    "Observation": ".allocation.observation",
-    "OwnTask": ".env.tasks.own_task",
+    "Budget": ".cost.budget",
+    "Decision": ".agents.policy",
+    "DecisionLog": ".agents.log",
+    "DecisionSchedule": ".agents.schedule",
+    "GymnasiumVecEnv": ".training.vec_env",
+    "Observation": ".agents.observation",
+    "OwnTask": ".env.own_task",
     "PilotOptions": ".finetune.options",
     "RankPilot": ".finetune.pilot",
     "RankPilotCallback": ".finetune.callback",
@@ -52,19 +52,19 @@ _LAZY = {
     "TrainingRun": ".finetune.run",
     "allocate": ".finetune.allocate",
     "attach": ".finetune.callback",
-    "axolotl_yaml": ".lora.export",
-    "decision_from_scores": ".allocation.policy",
-    "export_padded": ".lora.export",
-    "export_rank_pattern": ".lora.export",
+    "axolotl_yaml": ".lora.adapter_file",
+    "decision_from_scores": ".agents.policy",
+    "export_padded": ".lora.adapter_file",
+    "export_rank_pattern": ".lora.adapter_file",
     "fetch_asset": ".data.assets",
     "frontier": ".finetune.allocate",
     "last_checkpoint": ".finetune.checkpoint",
     "load_checkpoint": ".finetune.checkpoint",
     "load_packaged_dataset": ".data.packaged_data",
     "load_policy": ".agents.learned.policy_file",
-    "memory_of": ".memory.outlook",
-    "module_feature": ".allocation.observation",
-    "rank_pattern_yaml": ".lora.export",
+    "memory_of": ".cost.outlook",
+    "module_feature": ".agents.observation",
+    "rank_pattern_yaml": ".lora.adapter_file",
     "save_checkpoint": ".finetune.checkpoint",
     "static_plan": ".finetune.allocate",
 }

@@ -11,26 +11,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.common.arrays import FloatArray
-from rankpilot.common.tables import make_table
+from rankpilot.common.text import make_table
 from rankpilot.common.workers import isolated
-from rankpilot.env.rank_allocation import RankAllocationEnv
-from rankpilot.env.spaces import TOP
-from rankpilot.env.tasks.finetune import Reference
-from rankpilot.env.tasks.proxy_task import ProxyTask
+from rankpilot.env.proxy_task import ProxyTask, Reference
+from rankpilot.env.rank_allocation import TOP, RankAllocationEnv
 from rankpilot.env.vector import StackedVectorEnv
 
-from .harness import (
-    Figures,
-    estimate_cycles,
-    estimate_figures,
-    interleave,
-    machine_facts,
-    paired_ratios,
-    usual_step,
-    with_progress,
-)
+from .harness import Figures, estimate_cycles, estimate_figures, interleave, machine_facts, paired_ratios, usual_step, with_progress
 
 SCHEDULE = DecisionSchedule(probe_steps=8, probe_batch=2, fractions=(0.0, 0.25, 0.5, 0.75))
 

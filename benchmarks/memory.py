@@ -15,31 +15,21 @@ import torch
 from peft import LoraConfig
 from rich.console import Console
 
-from rankpilot.allocation.placements import top_down, top_layers
-from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.devices import find_device
 from rankpilot.common.statistics import Estimate
-from rankpilot.common.tables import make_table
-from rankpilot.common.units import format_bytes
+from rankpilot.common.text import format_bytes, make_table
+from rankpilot.cost import resident
+from rankpilot.cost.batch_shape import BatchShape
+from rankpilot.cost.cost import Cost, plan_cost
+from rankpilot.cost.recording import Batch
 from rankpilot.errors import ConfigError
-from rankpilot.lora.ladder import REFERENCE_RANK
+from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import TargetModule
-from rankpilot.memory import resident
-from rankpilot.memory.batch_shape import BatchShape
-from rankpilot.memory.cost import Cost, plan_cost
-from rankpilot.memory.recording import Batch
+from rankpilot.plan.plan import top_down, top_layers
+from rankpilot.plan.problem import AllocationProblem
 
-from .harness import (
-    Figures,
-    estimate_cycles,
-    estimate_figures,
-    interleave,
-    machine_facts,
-    paired_ratios,
-    usual_step,
-    with_progress,
-)
+from .harness import Figures, estimate_cycles, estimate_figures, interleave, machine_facts, paired_ratios, usual_step, with_progress
 from .models import ARCHITECTURES, FAMILIES, LORA, Family, Learner, Size, random_model
 from .resident import large_learner, observe
 

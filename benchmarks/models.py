@@ -26,14 +26,14 @@ from transformers import (
 )
 
 from rankpilot.common.arrays import IntArray
-from rankpilot.lora.ladder import REFERENCE_RANK
+from rankpilot.cost.calibration import calibrate
+from rankpilot.cost.model import MemoryModel
+from rankpilot.cost.model_states import state_bytes
+from rankpilot.cost.peak_meter import PeakMeter
+from rankpilot.cost.recording import Batch
 from rankpilot.lora.resize import set_ranks
+from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import TargetModule, find_target_modules
-from rankpilot.memory.calibration import calibrate
-from rankpilot.memory.model import MemoryModel
-from rankpilot.memory.model_states import state_bytes
-from rankpilot.memory.peak_meter import PeakMeter
-from rankpilot.memory.recording import Batch
 
 from .harness import clock_for
 

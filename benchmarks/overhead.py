@@ -20,31 +20,20 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from rankpilot.allocation.controller import RankController
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.controller import RankController
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.devices import find_device
 from rankpilot.common.statistics import Estimate, Statistic
-from rankpilot.common.tables import make_table
-from rankpilot.common.units import format_bytes
+from rankpilot.common.text import format_bytes, make_table
+from rankpilot.cost.budget import Budget
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.pilot import RankPilot as Pilot
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.adapters import PeftAdapters
-from rankpilot.lora.ladder import REFERENCE_RANK
-from rankpilot.memory.budget import Budget
+from rankpilot.lora.spec import REFERENCE_RANK
 
-from .harness import (
-    Figures,
-    clock_for,
-    estimate_cycles,
-    estimate_figures,
-    interleave,
-    machine_facts,
-    paired_ratios,
-    usual_step,
-    whole_cycle,
-)
+from .harness import Figures, clock_for, estimate_cycles, estimate_figures, interleave, machine_facts, paired_ratios, usual_step, whole_cycle
 from .models import FAMILIES, LEARNING_RATE, LORA, Family, Learner, Size, random_loader, random_model
 
 

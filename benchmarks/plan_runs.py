@@ -1,7 +1,7 @@
 """`python -m benchmarks plan-runs`: many plans for real fine-tunes, from which value networks learn.
 
 The runs of a task share seed and batches and differ by their plans alone, as those of proxies do
-(agents/training/plan_runs.py). None of the data is that of the test cells of the methods benchmark.
+(training/plan_runs.py). None of the data is that of the test cells of the methods benchmark.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from rich.console import Console
 
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
-from rankpilot.agents.training.plan_runs import CHOICES, RUNS, draw_decision
-from rankpilot.agents.training.real_plan_runs import RealPlanRun, read_real_plan_runs, write_real_plan_runs
-from rankpilot.allocation.observation import Observation, with_limit
-from rankpilot.allocation.policy import Decision, decision_to_keep
-from rankpilot.allocation.schedule import ONCE
+from rankpilot.agents.observation import Observation, with_limit
+from rankpilot.agents.policy import Decision, decision_to_keep
+from rankpilot.agents.schedule import ONCE
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.workers import count_workers, worker_pool
 from rankpilot.errors import ConfigError, NonFiniteError
 from rankpilot.finetune.pilot import RankPilot
-from rankpilot.lora.ladder import REFERENCE_RANK
+from rankpilot.lora.spec import REFERENCE_RANK
+from rankpilot.training.plan_runs import CHOICES, RUNS, RealPlanRun, draw_decision, read_real_plan_runs, write_real_plan_runs
 
 from .harness import Figures, machine_facts
 from .methods.plans import plain_lora
@@ -58,7 +57,7 @@ OWN = {
     "gpt2-4x64": {"spanish": 100, "tables": 80, "german": 200, "code": 150},
     "gpt2-4x32": {"tales": 150, "tables": 200},
 }
-"""Steps that models of our own pretraining take on texts. No task is on GPT-NeoX, see `env/proxies/bases.py`."""
+"""Steps that models of our own pretraining take on texts. No task is on GPT-NeoX, see `env/bases.py`."""
 
 
 @dataclass(frozen=True)

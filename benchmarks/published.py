@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from rankpilot.common.tables import make_table
-from rankpilot.memory.batch_shape import BatchShape
-from rankpilot.memory.breakdown import frozen_sizes
-from rankpilot.memory.cost import moment_costs
-from rankpilot.memory.device_table import find_device_spec
-from rankpilot.memory.find_configuration import find_configuration
-from rankpilot.memory.from_config import ConfiguredStep, LoadedAs, from_config
-from rankpilot.memory.step_config import StepConfig
-from rankpilot.memory.verdict import CardUse, card_use
+from rankpilot.common.text import make_table
+from rankpilot.cost.batch_shape import BatchShape
+from rankpilot.cost.breakdown import frozen_sizes
+from rankpilot.cost.cost import moment_costs
+from rankpilot.cost.device_table import find_device_spec
+from rankpilot.cost.find_configuration import find_configuration
+from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
+from rankpilot.cost.outlook import CardUse, card_use
+from rankpilot.cost.step_config import StepConfig
 
 from .harness import Figures, with_progress
 
@@ -270,8 +270,8 @@ TIMED = ("llama-3.1-8b", "llama-3.1-70b")
 
 _TIMED_CODE = """
 import json, resource, sys, time
-from rankpilot.memory.from_config import from_config
-from rankpilot.memory.step_config import StepConfig
+from rankpilot.cost.from_config import from_config
+from rankpilot.cost.step_config import StepConfig
 step = StepConfig(batch_size=4, max_length=2048, checkpointing=True)
 before = time.process_time()
 from_config(sys.argv[1], step).memory.cost()

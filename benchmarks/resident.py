@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from rankpilot.cost import resident
+from rankpilot.cost.model_states import state_bytes
+from rankpilot.cost.recording import Batch
 from rankpilot.errors import RankPilotError
-from rankpilot.memory import resident
-from rankpilot.memory.model_states import state_bytes
-from rankpilot.memory.recording import Batch
 
 from .models import LORA, Family, Learner, Size, random_loader, random_model
 

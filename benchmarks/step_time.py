@@ -12,23 +12,23 @@ from peft import LoraConfig
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from rankpilot.allocation.plan import project
-from rankpilot.allocation.problem import AllocationProblem
-from rankpilot.allocation.time_limit import TimeLimit
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.statistics import rank_correlation
-from rankpilot.common.tables import make_table
+from rankpilot.common.text import make_table
 from rankpilot.common.workers import isolated
+from rankpilot.cost.budget import TimeBudget
+from rankpilot.cost.calibration import highest_ranks
+from rankpilot.cost.cost import ParameterCost
+from rankpilot.cost.measured_time import TimedPlan, measure_step_time, measured_share, usual_seconds
+from rankpilot.cost.step_time import StepTime
+from rankpilot.cost.training_step import TrainingStep, model_loss
 from rankpilot.data.models import load_model
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.recomputation import Recomputation
-from rankpilot.lora.ladder import REFERENCE_RANK, RankLadder
-from rankpilot.memory.budget import TimeBudget
-from rankpilot.memory.calibration import highest_ranks
-from rankpilot.memory.cost import ParameterCost
-from rankpilot.memory.measured_time import TimedPlan, measure_step_time, measured_share, usual_seconds
-from rankpilot.memory.step_time import StepTime
-from rankpilot.memory.training_step import TrainingStep, model_loss
+from rankpilot.lora.spec import REFERENCE_RANK, RankLadder
+from rankpilot.plan.plan import project
+from rankpilot.plan.problem import AllocationProblem
+from rankpilot.plan.time_limit import TimeLimit
 
 from .harness import Figures, clock_for, interleave, machine_facts, paired_ratios, with_progress
 from .models import LORA, Family, Learner, Size, random_loader, random_model

@@ -13,17 +13,16 @@ import tyro
 from rich.markup import escape
 
 from ..common.files import write_text
-from ..common.tables import make_table
-from ..common.units import cost_text
+from ..common.text import cost_text, make_table
 from ..errors import ConfigError
 from ..finetune.config import FinetuneConfig
-from .config_file import peek, read_config_file, with_file_settings
+from .options import peek, read_config_file, with_file_settings
 from .progress import console
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..allocation.frontier import FrontierPlan
+    from ..agents.deliberation import FrontierPlan
     from ..finetune.allocate import StaticPlan
 
 
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{options.output} exists already. Name a file that does not.")
     if options.log is not None and options.log.exists():
         raise ConfigError(f"{options.log} exists already. Name a folder that does not.")
-    from ..agents.rules.given_plan import FILE_SUFFIXES
+    from ..agents.plan_file import FILE_SUFFIXES
     from ..finetune.experiment import plan_ahead
 
     tell = partial(console.rule, align="left")
@@ -133,7 +132,7 @@ def _peft(plan: StaticPlan) -> str:
 
 
 def _axolotl(plan: StaticPlan) -> str:
-    from ..lora.export import axolotl_yaml
+    from ..lora.adapter_file import axolotl_yaml
 
     return axolotl_yaml(plan.by_name())
 

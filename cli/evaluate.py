@@ -12,13 +12,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ..agents.evaluation.config import EvaluateConfig
-from .on_cluster import on_cluster
+from ..training.config import EvaluateConfig
+from .options import on_cluster
 from .progress import console, progress_bar
 
 if TYPE_CHECKING:
-    from ..agents.evaluation.results import Group, PolicyResult
     from ..common.statistics import Estimate, PairedComparison
+    from ..training.results import Group, PolicyResult
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Evaluate(EvaluateConfig):
 def main(arguments: Sequence[str]) -> None:
     """Compare policies, and show who is better."""
     options = tyro.cli(Evaluate, args=arguments, prog="rankpilot evaluate")
-    from ..agents.evaluation.evaluate import ROWS, evaluate
+    from ..training.evaluate import ROWS, evaluate
 
     if options.split == "test":
         console.print("The test split is for final reports: whoever chooses by it has no test left.")

@@ -39,7 +39,7 @@ class Export:
 def main(arguments: Sequence[str]) -> None:
     """Write the padded adapter, or write or print its rank pattern."""
     options = tyro.cli(Export, args=arguments, prog="rankpilot export")
-    from ..lora.export import export_padded, rank_pattern_yaml
+    from ..lora.adapter_file import export_padded, rank_pattern_yaml
 
     output = options.output
     if options.format == "padded":

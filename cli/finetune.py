@@ -11,7 +11,7 @@ import tyro
 from rich.markup import escape
 
 from ..finetune.config import FinetuneConfig
-from .config_file import peek, read_config_file, with_file_settings
+from .options import peek, read_config_file, with_file_settings
 from .progress import console
 from .study import write_study
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.markup import escape
 
+from ..cost.step_config import Quantization, StepConfig
 from ..errors import ConfigError, UnknownNameError
-from ..memory.step_config import Quantization, StepConfig
-from ..study.memory.config import MemoryConfig
+from ..study.memory_config import MemoryConfig
 from .progress import console
 
 if TYPE_CHECKING:
-    from ..memory.outlook import Outlook
+    from ..cost.outlook import Outlook
 
 NOTHING_FITS = 3
 """The exit status where nothing fits the card."""
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.config and not options.card:
         raise ConfigError("--config is of a card: give --device or --device-memory with it.")
     from ..common.run_folder import refuse_file
-    from ..study.memory import report
+    from ..study import memory_report as report
 
     refuse_file(options.output)  # now, and not after minutes of work
     outlook = _of_card(options, options.card) if options.card else _here(options)
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _here(options: Memory) -> Outlook:
     """Of the model where it is."""
-    from ..study.memory.setup import memory_here
+    from ..study.memory_here import memory_here
 
     quiet = options.json
     return memory_here(options, lambda text: None if quiet else console.print(f"[dim]{escape(text)} ...[/]"))
@@ -94,7 +94,7 @@ def _here(options: Memory) -> Outlook:
 
 def _of_card(options: Memory, card: str) -> Outlook:
     """Of the model's configuration on a card."""
-    from ..memory.outlook import memory_of
+    from ..cost.outlook import memory_of
 
     settings = {each.name: getattr(options, each.name) for each in fields(StepConfig)}
     if not options.bf16:
@@ -105,9 +105,9 @@ def _of_card(options: Memory, card: str) -> Outlook:
 
 def _configured(model: str) -> str:
     """A model whose configuration is known by name, or the folder of a packaged one."""
-    from ..data.asset_list import ASSETS
+    from ..cost.find_configuration import find_configuration
+    from ..data.assets import ASSETS
     from ..data.models import resolve_model
-    from ..memory.find_configuration import find_configuration
 
     if model in ASSETS:
         try:

@@ -35,8 +35,8 @@ def main(arguments: Sequence[str]) -> None:
     """Take the decisions again, and show where they agree."""
     options = tyro.cli(ReplayOptions, args=arguments, prog="rankpilot replay")
     from ..agents.learned.policy_file import load_policy
-    from ..study.decision.replay import replay
-    from ..study.run.run_data import find_log
+    from ..study.replay import replay
+    from ..study.run_data import find_log
 
     found = replay(find_log(options.run), load_policy(options.policy))
     if options.json:

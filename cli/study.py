@@ -16,8 +16,8 @@ from ..errors import ConfigError, RunFolderError
 from .progress import console
 
 if TYPE_CHECKING:
-    from ..study.page.data import Explanations
-    from ..study.run.run_data import RunData
+    from ..study.page import Explanations
+    from ..study.run_data import RunData
 
 PAGE = "study.html"
 """The page's name in the folder of a run."""
@@ -78,9 +78,9 @@ def write_study(
         explain: see `StudyOptions`.
         policy: see `StudyOptions`.
     """
-    from ..study.page.html import write_page
-    from ..study.run.heatmap import write_rank_picture
-    from ..study.run.verdict import summary_table
+    from ..study.page import write_page
+    from ..study.pictures import write_rank_picture
+    from ..study.verdict import summary_table
 
     runs, data = _read(folders, explain, policy)
     path = output or folders[0] / PAGE
@@ -131,8 +131,8 @@ def _check(options: StudyOptions) -> None:
 
 def _read(folders: Sequence[Path], explain: Depth, policy: Path | None) -> tuple[list[RunData], dict[str, Any]]:
     """The runs, and the data of their page."""
-    from ..study.page.data import page_data
-    from ..study.run.run_data import read_run
+    from ..study.page import page_data
+    from ..study.run_data import read_run
 
     runs = [read_run(folder) for folder in folders]
     return runs, page_data(runs, [_explanations(run, explain, policy) for run in runs])
@@ -140,7 +140,7 @@ def _read(folders: Sequence[Path], explain: Depth, policy: Path | None) -> tuple
 
 def _explanations(run: RunData, depth: Depth, given: Path | None) -> Explanations | None:
     """Why each decision of a run was taken, see docs/study.md."""
-    from ..study.run.run_data import log_of
+    from ..study.run_data import log_of
 
     log = log_of(run.folder)
     if log is None or not run.decisions:
@@ -150,7 +150,7 @@ def _explanations(run: RunData, depth: Depth, given: Path | None) -> Explanation
     if depth == "none":
         return None
     from ..agents.learned.policy_file import load_policy
-    from ..study.decision.why import explanations
+    from ..study.why import explanations
 
     policy = None if given is None else load_policy(given)
     # On standard error, since standard output may be the data; nothing where nobody looks.

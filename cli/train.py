@@ -10,11 +10,10 @@ from typing import Any, Literal
 import tyro
 from rich.table import Table
 
-from ..agents.training.config import PRESETS, TrainConfig
 from ..common.files import read_json_lines
 from ..errors import UnknownNameError
-from .config_file import peek, read_config_file, with_file_settings
-from .on_cluster import on_cluster
+from ..training.config import PRESETS, TrainConfig
+from .options import on_cluster, peek, read_config_file, with_file_settings
 from .progress import console, progress_bar, stage_bar
 
 
@@ -63,9 +62,9 @@ def main(arguments: Sequence[str]) -> None:
 def train_command(options: Train) -> None:
     """Train, validate, and write the policy with its learning curve."""
     from ..agents.learned.policy_file import load_policy, read_card
-    from ..agents.training.train import is_finished
     from ..common.run_folder import open_run
     from ..common.settings import as_json
+    from ..training.train import is_finished
 
     folder = options.output
     if is_finished(folder) and options.resume:
@@ -84,10 +83,10 @@ def train_command(options: Train) -> None:
 
 def _train(options: Train) -> dict[str, dict[str, float]]:
     """Train, and write the policy; returns what its validation found."""
-    from ..agents.training.progress import PROGRESS
-    from ..agents.training.train import finish, train
     from ..common.drawing import save_figure
-    from ..study.run.figures import learning_curve
+    from ..study.pictures import learning_curve
+    from ..training.progress import PROGRESS
+    from ..training.train import finish, train
 
     folder = options.output
     with stage_bar("training on proxy fine-tunes (rounds)", "starting") as report:
@@ -117,10 +116,10 @@ def _print_returns(rows: Sequence[dict[str, Any]]) -> None:
 
 def _validate(options: Train, policy: Any) -> dict[str, dict[str, float]]:
     """Compare the trained policy with rules on validation tasks."""
-    from ..agents.evaluation.results import summarise
-    from ..agents.evaluation.runs import compare
     from ..agents.rules import find_rule
-    from ..env.tasks.suites import evenly, find_tasks
+    from ..env.suites import evenly, find_tasks
+    from ..training.compare import compare
+    from ..training.results import summarise
 
     policies = [replace(policy, name="learned"), find_rule("signal-mean"), find_rule("top-down")]
     tasks = find_tasks(options.suites, "validation", options.bases or None, options.task_overrides)

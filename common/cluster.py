@@ -25,7 +25,7 @@ from threading import current_thread, main_thread
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedError, WorkerError, first_line
-from .units import plural
+from .text import plural
 from .workers import ELSEWHERE, OBJECTS, Call, isolated, perform
 
 LOCAL, AUTO = "local", "auto"

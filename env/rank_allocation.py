@@ -1,4 +1,7 @@
-"""The Gymnasium environment `rankpilot/RankAllocation-v4`."""
+"""The Gymnasium environment `rankpilot/RankAllocation-v4`.
+
+The spaces of the environments, and actions read with a clear error.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,88 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 
-from ..allocation.features import MODULE_FEATURE_TABLE, RUN_FEATURE_TABLE, feature_table
-from ..allocation.observation import Observation
-from ..allocation.schedule import DecisionSchedule
-from ..common.given_numbers import is_count
+from ..agents.observation import MODULE_FEATURE_TABLE, MODULE_FEATURES, MOST_FEATURE, RUN_FEATURE_TABLE, RUN_FEATURES, Observation, feature_table
+from ..agents.policy import Decision, decision_from_scores
+from ..agents.schedule import DecisionSchedule
+from ..common.checks import is_count
 from ..errors import ConfigError, NonFiniteError, UnknownNameError, shown
-from .episode_record import EpisodeRecord
-from .episodes.episode_log import AGENT, EpisodeLog, next_log
-from .episodes.single import Episode, reference_of, rule_losses
-from .proxies.adapted import adapted_base
-from .reward import UNIFORM, Comparison, rule_to_compare_with
-from .spaces import Actions, action_space, observation_space, read_action
-from .tasks.finetune import FineTune, Reference
-from .tasks.proxy_finetune import fine_tune_of
-from .tasks.proxy_task import ProxyTask
-from .tasks.suite_names import SPLITS, SUITES
-from .tasks.suites import TaskStream, check_task, find_tasks
+from ..lora.spec import DEFAULT_RANKS
+from ..plan.plan import PLACEMENT, SCORE_BOUND
+from .bases import adapted_base
+from .episode import AGENT, Episode, EpisodeLog, next_log, reference_of, rule_losses
+from .episode_record import UNIFORM, Comparison, EpisodeRecord, rule_to_compare_with
+from .proxy_finetune import fine_tune_of
+from .proxy_task import FineTune, ProxyTask, Reference
+from .suite_names import SPLITS, SUITES
+from .suites import TaskStream, check_task, find_tasks
+
+Actions = Literal["deltas", "scores"]
+ACTIONS: tuple[Actions, ...] = get_args(Actions)
+"""Forms of actions: a number of rungs for each module, or a score for each module and two numbers that steer the whole
+plan. Policies learn in scores: free choices per module did not learn (docs/experiments.md)."""
+
+TOP = len(DEFAULT_RANKS) - 1
+"""The highest rung of the rank ladder, and the largest delta in rungs."""
+
+
+def observation_space(max_modules: int) -> spaces.Dict:
+    """Features of modules (flat, module after module) and of the run, and which modules exist."""
+    sizes = {"module_features": max_modules * len(MODULE_FEATURES), "run_features": len(RUN_FEATURES)}
+    return spaces.Dict(
+        {
+            **{name: spaces.Box(-MOST_FEATURE, MOST_FEATURE, (size,), np.float32) for name, size in sizes.items()},
+            "mask": spaces.MultiBinary(max_modules),
+        }
+    )
+
+
+def action_space(actions: str, max_modules: int) -> spaces.MultiDiscrete | spaces.Box:
+    """The space of one form of actions: a number of rungs plus TOP for each module, or their scores and the placement.
+
+    Raises:
+        UnknownNameError: there is no such form.
+    """
+    if actions not in ACTIONS:
+        raise UnknownNameError.of("form of actions", str(actions), ACTIONS)
+    if actions == "deltas":
+        return spaces.MultiDiscrete(np.full(max_modules, 2 * TOP + 1))
+    return spaces.Box(-SCORE_BOUND, SCORE_BOUND, (max_modules + len(PLACEMENT),), np.float32)
+
+
+def read_action(actions: str, action: Any, max_modules: int, observation: Observation) -> Decision:
+    """The decision that an action asks for; scores out of range are clipped.
+
+    Args:
+        actions: its form.
+        action: of `action_space`.
+        max_modules: padding of observations and actions.
+        observation: of the decision.
+
+    Raises:
+        ConfigError: the action has another shape, or a value that is not allowed.
+    """
+    problem, count = observation.problem, len(observation.modules)
+    if actions == "deltas":
+        deltas = np.asarray(action)
+        whole = deltas.dtype.kind in "iu" or (deltas.dtype.kind == "f" and bool((deltas == np.round(deltas)).all()))
+        if deltas.shape != (max_modules,) or not whole or not bool(((deltas >= 0) & (deltas <= 2 * TOP)).all()):
+            shown = np.array2string(deltas, threshold=12)
+            raise ConfigError(f"An action holds {max_modules} whole numbers from 0 to {2 * TOP}; got {shown}.")
+        return Decision(problem.ladder.step(problem.ranks, deltas[:count].astype(np.int64) - TOP), np.zeros(count))
+    values = np.asarray(action, dtype=np.float64)
+    size = max_modules + len(PLACEMENT)
+    if values.shape != (size,) or not np.isfinite(values).all():
+        shown = np.array2string(values, threshold=12)
+        raise ConfigError(f"Scores are {size} finite numbers, rank floor and depth bias last; got {shown}.")
+    values = np.clip(values, -SCORE_BOUND, SCORE_BOUND)
+    return decision_from_scores(observation, values[:count], values[max_modules:])
 
 
 class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickle):

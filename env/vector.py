@@ -13,17 +13,15 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ..allocation.schedule import DecisionSchedule
-from ..common.given_numbers import is_count
+from ..agents.schedule import DecisionSchedule
+from ..common.checks import is_count
 from ..errors import ConfigError, UnknownNameError, shown
-from .episode_record import EpisodeRecord
-from .episodes.stacked import StackedEpisodes
-from .rank_allocation import environment_tasks
-from .reward import UNIFORM, Comparison, rule_to_compare_with
-from .spaces import Actions, action_space, observation_space, read_action
-from .tasks.proxy_task import ProxyTask
-from .tasks.suite_names import SUITES
-from .tasks.suites import TaskStream
+from .episode_record import UNIFORM, Comparison, EpisodeRecord, rule_to_compare_with
+from .proxy_task import ProxyTask
+from .rank_allocation import Actions, action_space, environment_tasks, observation_space, read_action
+from .stacked import StackedEpisodes
+from .suite_names import SUITES
+from .suites import TaskStream
 
 
 @dataclass(frozen=True)

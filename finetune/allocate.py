@@ -18,21 +18,19 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
-from ..agents.learned.goals import check_any_cost
+from ..agents.deliberation import FrontierPlan, decision_line
+from ..agents.deliberation import frontier as frontier_of
+from ..agents.learned.policy import check_any_cost
 from ..agents.learned.policy_file import DEFAULT, load_policy
-from ..agents.rules.given_plan import plan_text
-from ..allocation.decision_line import decision_line
-from ..allocation.frontier import FrontierPlan
-from ..allocation.frontier import frontier as frontier_of
-from ..allocation.policy import Policy
+from ..agents.plan_file import plan_text
+from ..agents.policy import Policy
 from ..common.files import write_text
+from ..cost.training_step import LossFunction
 from ..errors import ConfigError, UnsupportedError, shown
-from ..lora.export import pattern_config
-from ..lora.fresh import fresh_adapters
-from ..lora.ladder import REFERENCE_RANK
-from ..lora.peft_config import adapter_ranks
+from ..lora.adapter_file import pattern_config
+from ..lora.peft_config import adapter_ranks, fresh_adapters
+from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import find_target_modules, unwrap, wrappers_of
-from ..memory.training_step import LossFunction
 from .callback import bar_of_trainer, ready_to_train, tell_beside_bar
 from .left_as_found import adapters_put_back, put_back, settings_put_back, switches_put_back
 from .options import GivenOptions, PilotOptions

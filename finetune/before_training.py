@@ -13,28 +13,26 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..allocation.bounds import Bounds, rank_bounds
-from ..allocation.controller import RankController
-from ..allocation.plan import check_budget
-from ..allocation.probe import ProbeResult, probe
-from ..allocation.problem import AllocationProblem
-from ..allocation.schedule import DecisionSchedule
-from ..allocation.time_limit import TimeLimit
+from ..agents.controller import ProbeResult, RankController, probe
+from ..agents.schedule import DecisionSchedule
 from ..common.arrays import IntArray
-from ..common.units import plural
+from ..common.text import plural
+from ..cost.batch_shape import BatchShape
+from ..cost.budget import Budget, TimeBudget, free_bytes
+from ..cost.calibration import PlanCosts, highest_ranks, measure_memory, plan_costs
+from ..cost.model import MemoryModel
+from ..cost.recording import Batch
 from ..data.batches import count_predictions, predicted_share
 from ..errors import BudgetError, DataError, NonFiniteError
 from ..lora.adapters import PeftAdapters
-from ..lora.ladder import RankLadder
 from ..lora.optimizer_state import drop_foreign_state, reset_state
+from ..lora.peft_config import reference_scaling
 from ..lora.resize import is_trained, reset_adapters
-from ..lora.scaling import reference_scaling
+from ..lora.spec import RankLadder
 from ..lora.targets import TargetModule, check_trains, other_trainable, unwrap
-from ..memory.batch_shape import BatchShape
-from ..memory.budget import Budget, TimeBudget, free_bytes
-from ..memory.calibration import PlanCosts, highest_ranks, measure_memory, plan_costs
-from ..memory.model import MemoryModel
-from ..memory.recording import Batch
+from ..plan.plan import check_budget
+from ..plan.problem import AllocationProblem, Bounds, rank_bounds
+from ..plan.time_limit import TimeLimit
 from .out_of_memory import Kept
 from .recomputation import Recomputation
 from .run import TrainingRun

@@ -15,16 +15,16 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..agents.controller import RankController
 from ..agents.learned.policy_file import DEFAULT
-from ..allocation.controller import RankController
-from ..allocation.log import DecisionLog
-from ..allocation.policy import Policy
+from ..agents.log import DecisionLog
+from ..agents.policy import Policy
 from ..common.processes import Processes
+from ..cost.recording import Batch
 from ..errors import ConfigError, DataError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import let_train, resizable_targets
-from ..lora.scaling_names import Scaling
-from ..memory.recording import Batch
+from ..lora.spec import Scaling
 from .checkpoint import chosen_checkpoint, load_state, save_state
 from .options import GivenOptions, PilotOptions
 from .pilot import RankPilot

@@ -18,17 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..allocation.policy import Policy
-from ..allocation.schedule import DecisionSchedule
-from ..common.archives import is_whole_archive, load_archive
-from ..common.files import atomic_path, read_json, read_object, write_json
-from ..common.stored_numbers import counted, finite
-from ..common.tensor_files import check_tensor_file
+from ..agents.policy import Policy
+from ..agents.schedule import DecisionSchedule
+from ..common.checks import counted, finite
+from ..common.files import atomic_path, check_tensor_file, is_whole_archive, load_archive, read_json, read_object, write_json
+from ..cost.model_states import trained_outside
 from ..errors import DataError, RankPilotError, RunFolderError, first_line, shown
-from ..lora.ladder import REFERENCE_RANK
 from ..lora.peft_config import adapter_ranks, resizable_targets
+from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule
-from ..memory.model_states import trained_outside
 
 if TYPE_CHECKING:
     from .options import PilotOptions

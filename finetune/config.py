@@ -7,14 +7,14 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..cost.step_config import StepConfig, check_seed
 from ..data.task import Task
 from ..errors import ConfigError, shown
-from ..lora.scaling_names import Scaling
-from ..memory.step_config import StepConfig, check_seed
+from ..lora.spec import Scaling
 from .options import PilotOptions, PlanOptions
 
 if TYPE_CHECKING:
-    from ..allocation.bounds import Bounds
+    from ..plan.problem import Bounds
 
 _RANK = re.compile(r"[0-9]{1,10}")
 

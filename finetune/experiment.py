@@ -14,21 +14,21 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from ..agents.learned.policy_file import load_policy
-from ..allocation.plan import check_budget, uniform_ranks
-from ..allocation.problem import AllocationProblem
-from ..common.energy import find_energy_counter
+from ..common.devices import find_energy_counter
 from ..common.files import append_json_line, atomic_path, read_json_lines, read_object, write_json
 from ..common.run_folder import open_run
 from ..common.settings import as_json
 from ..common.termination import Terminated, on_sigterm
+from ..cost.budget import Budget
+from ..cost.peak_meter import PeakMeter
 from ..data.workload import Workload
 from ..errors import DataError
 from ..lora.adapters import PeftAdapters
-from ..lora.ladder import REFERENCE_RANK
 from ..lora.peft_config import adapter_ranks, finish_load, make_resizable
+from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import find_target_modules
-from ..memory.budget import Budget
-from ..memory.peak_meter import PeakMeter
+from ..plan.plan import check_budget, uniform_ranks
+from ..plan.problem import AllocationProblem
 from .allocate import StaticPlan, static_plan
 from .before_training import run_costs
 from .callback import RankPilotCallback, attach

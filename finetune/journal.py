@@ -1,24 +1,59 @@
-"""Writes down what is decided in a run: a list of costs, a line for people, and the decision log."""
+"""Writes down what is decided in a run: a list of costs, a line for people, and the decision log.
+
+A change of ranks that no policy asked for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
-from ..allocation.controller import RankController
-from ..allocation.decision_line import lacks_room, promise, unlike
-from ..allocation.deliberation import Deliberation
-from ..allocation.log import DecisionLog, DecisionRecord
-from ..allocation.observation import Observation
-from ..allocation.plan import Plan
-from ..allocation.policy import Decision, Policy
-from ..allocation.problem import AllocationProblem
+from ..agents.controller import RankController
+from ..agents.deliberation import Deliberation, lacks_room, promise, unlike
+from ..agents.log import DecisionLog, DecisionRecord
+from ..agents.observation import Observation
+from ..agents.policy import Decision, Policy, decision_from_plan
+from ..common.arrays import IntArray
+from ..cost.cost import TimedCost, plan_cost
 from ..errors import BudgetError
-from ..memory.cost import TimedCost, plan_cost
+from ..plan.plan import Plan
+from ..plan.problem import AllocationProblem
 from .recomputation import could_recompute
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """A change of ranks that no policy asked for.
+
+    Attributes:
+        step: the optimiser steps before it.
+        reason: why, for the decision log.
+        wanted: ranks of the plan before, the current ones where there was none, int64 (modules,).
+        observation: the state of the run before it.
+        plan: the new plan.
+    """
+
+    step: int
+    reason: str
+    wanted: IntArray
+    observation: Observation
+    plan: Plan
+
+    @property
+    def decision(self) -> Decision:
+        """What is logged as the decision: the ranks that were wanted."""
+        return decision_from_plan(self.wanted)
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """The reason, for each module that has another rank now."""
+        moved = np.flatnonzero(self.plan.ranks != self.observation.problem.ranks)
+        return {self.observation.names[module]: self.reason for module in moved.tolist()}
+
 
 RECOMPUTE = ", and so does recompute=True: layers run again in the backward pass, which takes time"
 """What may help beside a larger budget."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..cost.training_step import CHECKPOINT, requires_grad_hook
 from ..lora.targets import TargetModule
-from ..memory.training_step import CHECKPOINT, requires_grad_hook
 from .out_of_memory import Kept
 
 LONG = 10_000

@@ -10,7 +10,7 @@ import logging
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError
-from ..lora.optimizer_layouts import unwrap_optimizer
+from ..lora.optimizer_state import unwrap_optimizer
 from .run import TrainingRun
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ import psutil
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..common.energy import EnergyCounter
+from ..common.devices import EnergyCounter
 from ..common.files import append_json_line, read_json_lines, write_text
+from ..cost.budget import free_bytes
+from ..cost.peak_meter import PeakMeter
 from ..errors import NonFiniteError
-from ..memory.budget import free_bytes
-from ..memory.peak_meter import PeakMeter
 
 _PROCESSORS = Path("/proc/cpuinfo")
 

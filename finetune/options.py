@@ -7,15 +7,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..allocation.goal import Goal, GoalKind, goal_of
-from ..allocation.schedule import DecisionSchedule
+from ..agents.schedule import DecisionSchedule
+from ..cost.budget import Budget, TimeBudget
+from ..cost.step_config import check_seed
 from ..errors import BudgetError, ConfigError, UnknownNameError
-from ..lora.scaling_names import Scaling, check_scaling
-from ..memory.budget import Budget, TimeBudget
-from ..memory.step_config import check_seed
+from ..lora.spec import Scaling, check_scaling
+from ..plan.goal import Goal, GoalKind, goal_of
 
 if TYPE_CHECKING:
-    from ..allocation.bounds import Bounds
+    from ..plan.problem import Bounds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from ..common.arrays import IntArray
-from ..common.stored_numbers import counted, finite
-from ..lora.factors import write_in_place
+from ..common.checks import counted, finite
 from ..lora.optimizer_state import kept_state, state_bytes_of
-from ..lora.resize import update_peft_records
+from ..lora.resize import update_peft_records, write_in_place
 from ..lora.targets import TargetModule, unwrap
 
 MOST_TRIES = 2

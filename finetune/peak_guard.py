@@ -12,26 +12,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..allocation.controller import RankController
-from ..allocation.plan import Plan, check_budget
+from ..agents.controller import RankController
 from ..common.arrays import IntArray
-from ..common.stored_numbers import counted, finite
-from ..common.units import format_bytes
+from ..common.checks import counted, finite
+from ..common.text import format_bytes
+from ..cost.batch_shape import BatchShape, reshaped
+from ..cost.budget import Budget, free_bytes
+from ..cost.calibration import highest_ranks, measure_memory
+from ..cost.cost import ByteCost, moment_costs, plan_cost
+from ..cost.model import MemoryModel
+from ..cost.model_states import excess_of_state, state_bytes, trained_outside
+from ..cost.peak_meter import PeakMeter, StepBatches, likely_cause
+from ..cost.recording import Batch
 from ..data.batches import unknown_lengths
 from ..errors import BudgetError, UnsupportedError
 from ..lora.signals import signal_buffer_bytes
-from ..memory.batch_shape import BatchShape, reshaped
-from ..memory.budget import Budget, free_bytes
-from ..memory.calibration import highest_ranks, measure_memory
-from ..memory.cost import ByteCost, moment_costs, plan_cost
-from ..memory.model import MemoryModel
-from ..memory.model_states import excess_of_state, state_bytes, trained_outside
-from ..memory.peak_meter import PeakMeter
-from ..memory.recording import Batch
-from .correction import Correction
-from .journal import Journal
+from ..plan.plan import Plan, check_budget
+from .journal import Correction, Journal
 from .out_of_memory import GOOD_STEPS, MOST_TRIES, STEP_SHARE, Kept, Taken, adapter_bytes, saved_by_a_try
-from .peak_cause import StepBatches, likely_cause
 from .recomputation import Recomputation
 from .run import TrainingRun
 

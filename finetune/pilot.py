@@ -10,41 +10,30 @@ from typing import Any
 
 import torch
 
-from ..agents.learned.exploring import drawing_from, exploring
-from ..agents.learned.goals import with_goal
+from ..agents.controller import RankController
+from ..agents.learned.policy import drawing_from, exploring, with_goal
 from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
-from ..agents.rules.given_plan import PlanFile, given_ranks
-from ..allocation.bounds import rank_bounds
-from ..allocation.controller import RankController
-from ..allocation.log import DecisionLog
-from ..allocation.observation import Observation
-from ..allocation.plan import Plan
-from ..allocation.policy import Decision, Policy
-from ..allocation.schedule import DecisionSchedule
+from ..agents.log import DecisionLog
+from ..agents.observation import Observation
+from ..agents.plan_file import PlanFile, given_ranks
+from ..agents.policy import Decision, Policy
+from ..agents.schedule import DecisionSchedule
+from ..common.checks import counted
 from ..common.devices import without_autocast
 from ..common.processes import Processes
-from ..common.stored_numbers import counted
+from ..cost.budget import Budget, TimeBudget
+from ..cost.calibration import beside_model
+from ..cost.recording import Batch
 from ..errors import ConfigError, NoGradientError
 from ..lora.adapters import PeftAdapters
-from ..lora.factors import norms_of
-from ..lora.peft_config import finish_load, resizable_targets
-from ..lora.starts import start_kept
+from ..lora.peft_config import finish_load, resizable_targets, start_kept
+from ..lora.resize import norms_of
 from ..lora.targets import TargetModule
-from ..memory.budget import Budget, TimeBudget
-from ..memory.calibration import beside_model
-from ..memory.recording import Batch
-from .before_training import (
-    Progress,
-    learned_kept,
-    prepare,
-    put_back_on_error,
-    run_memory,
-    warn_of_other_adapters,
-    within_all,
-)
+from ..plan.plan import Plan
+from ..plan.problem import rank_bounds
+from .before_training import Progress, learned_kept, prepare, put_back_on_error, run_memory, warn_of_other_adapters, within_all
 from .checkpoint import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
-from .correction import Correction
-from .journal import Journal
+from .journal import Correction, Journal
 from .loop_calls import LoopCalls
 from .options import GivenOptions, PilotOptions
 from .out_of_memory import Kept

@@ -9,13 +9,13 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..common.arrays import IntArray
+from ..cost.batch_shape import BatchShape
+from ..cost.cost import ByteCost
+from ..cost.model import MemoryModel, fewest_recomputed, recomputed_cost
+from ..cost.tiled_loss import use_tiled_loss
+from ..cost.training_step import check_checkpointing, switch_checkpointing
 from ..errors import UnsupportedError
 from ..lora.targets import unwrap
-from ..memory.batch_shape import BatchShape
-from ..memory.cost import ByteCost
-from ..memory.model import MemoryModel, fewest_recomputed, recomputed_cost
-from ..memory.tiled_loss import use_tiled_loss
-from ..memory.training_step import check_checkpointing, switch_checkpointing
 from .left_as_found import ModelSettings
 
 
@@ -23,7 +23,7 @@ class Recomputation:
     """Lets single layers of a transformers model run again in the backward pass. Losses stay the same.
 
     The loss of a causal language model is computed in tiles, which saves more bytes than several layers do and takes
-    hardly any time (`memory/tiled_loss.py`).
+    hardly any time (`cost/tiled_loss.py`).
 
     Args:
         model: the PEFT model. All its layers run again from now on, so that the step can be measured, and its loss has

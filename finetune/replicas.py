@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
 
 from ..common.processes import Processes
+from ..cost.batch_shape import BatchShape
+from ..cost.budget import Budget
+from ..cost.recording import Batch
 from ..errors import BudgetError, ProcessError, UnsupportedError
 from ..lora.targets import TargetModule, wrappers_of
-from ..memory.batch_shape import BatchShape
-from ..memory.budget import Budget
-from ..memory.recording import Batch
 
 STATELESS_HOOKS = ("allreduce_hook", "bf16_compress_hook", "fp16_compress_hook")
 """Communication hooks of torch that know nothing of the shapes of gradients, and so go on with others."""

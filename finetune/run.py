@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..cost.batch_shape import BatchShape, map_tensors, tensors_of
+from ..cost.model_states import trained_outside
+from ..cost.recording import Batch
+from ..cost.training_step import LossFunction, TrainingStep, checked_loss, model_loss, release_inputs
 from ..data.batches import Collate, first_example, largest_batch, small_batches
 from ..errors import ConfigError, UnsupportedError
 from ..lora.optimizer_state import check_optimizer
 from ..lora.targets import check_unmerged, find_target_modules, unwrap
-from ..memory.batch_shape import BatchShape, map_tensors, tensors_of
-from ..memory.model_states import trained_outside
-from ..memory.recording import Batch
-from ..memory.training_step import LossFunction, TrainingStep, checked_loss, model_loss, release_inputs
 from .left_as_found import put_back
 from .replicas import Replicas, check_one_device
 

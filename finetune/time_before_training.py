@@ -10,24 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from ..allocation.controller import RankController
-from ..allocation.goal import TOLERANCE
-from ..allocation.observation import Observation
-from ..allocation.plan import check_budget
-from ..allocation.policy import Decision
-from ..allocation.time_limit import FewestLayers, TimeLimit
+from ..agents.controller import RankController
+from ..agents.observation import Observation
+from ..agents.policy import Decision
 from ..common.arrays import IntArray
+from ..cost.batch_shape import BatchShape, reshaped
+from ..cost.budget import TimeBudget
+from ..cost.calibration import highest_ranks
+from ..cost.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
+from ..cost.model import MemoryModel, fewest_recomputed
+from ..cost.recording import Batch
+from ..cost.step_time import PARTS, StepTime
 from ..errors import BudgetError, UnsupportedError
 from ..lora.adapters import PeftAdapters
-from ..lora.ladder import REFERENCE_RANK
+from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule
-from ..memory.batch_shape import BatchShape, reshaped
-from ..memory.budget import TimeBudget
-from ..memory.calibration import highest_ranks
-from ..memory.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
-from ..memory.model import MemoryModel, fewest_recomputed
-from ..memory.recording import Batch
-from ..memory.step_time import PARTS, StepTime
+from ..plan.goal import TOLERANCE
+from ..plan.plan import check_budget
+from ..plan.time_limit import FewestLayers, TimeLimit
 from .peak_guard import PeakGuard
 from .recomputation import Recomputation
 from .run import TrainingRun

@@ -26,17 +26,17 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..common.files import parse_json
+from ..cost.find_configuration import check_length
+from ..cost.step_config import OptimizerName
+from ..cost.training_step import CHECKPOINTING, check_checkpointing, check_installed
 from ..data.batches import IGNORED
 from ..data.models import adapt, load_model
 from ..data.task import Task
 from ..data.workload import Texts, Workload, load_workload
 from ..errors import ConfigError, UnknownNameError, UnsupportedError, first_line
-from ..lora.ladder import REFERENCE_RANK
-from ..lora.scaling import choose_scaling
+from ..lora.peft_config import choose_scaling
+from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import find_target_modules
-from ..memory.find_configuration import check_length
-from ..memory.step_config import OptimizerName
-from ..memory.training_step import CHECKPOINTING, check_checkpointing, check_installed
 from .config import FinetuneConfig
 from .metrics import LossInProgressBar
 

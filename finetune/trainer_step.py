@@ -17,8 +17,8 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..cost.recording import Batch
 from ..errors import UnsupportedError
-from ..memory.recording import Batch
 from .left_as_found import put_back
 from .run import TrainingRun, data_of, probe_rate
 

@@ -3,25 +3,124 @@
 PEFT builds an adapter from `adapter_config.json` before it reads the weights, so the configuration must hold each
 module's rank and alpha. An unchanged model refuses weights of another rank; after `make_resizable` it loads them, as
 resuming and `load_best_model_at_end` need.
+
+Fresh LoRA adapters on a transformers model, and the head that trains beside them.
+
+The factor s in delta W = s B A, and how it depends on the rank.
+
+At a constant s a module learns faster the more rank it has: under Adam each of its r components takes steps of the same
+size. At a constant alpha, s = alpha / r, the best learning rate hardly depends on the rank (docs/scaling.md). So alpha
+stays when a rank changes, as PEFT's `rank_pattern` has it: s is alpha / r, and alpha / sqrt(r) under `use_rslora`
+(Kalajdzievski, 2023, arXiv:2312.03732).
+
+What adapters begin with by their user's choice: EVA's directions are kept, and what is not is told.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from ..errors import ConfigError, UnknownNameError
 from .frozen_weights import guard_base
-from .resize import resize
-from .scaling import choose_scaling
-from .scaling_names import Scaling
-from .targets import TargetModule, find_target_modules, unwrap
+from .resize import is_trained, resize
+from .spec import REFERENCE_RANK, Scaling
+from .targets import CONSTANT_SCALING, TargetModule, find_target_modules, unwrap
+
+
+def fresh_adapters(
+    base: PreTrainedModel, name: str, peft_type: str | None, *, new_head: bool, target_modules: str, **options: Any
+) -> PeftModel:
+    """The model with fresh LoRA adapters.
+
+    Args:
+        base: the model.
+        name: the model's name, for errors.
+        peft_type: PEFT's `task_type`; None for none.
+        new_head: whether the model's head is new, and trains whole.
+        target_modules: "all-linear" or names separated by commas.
+        options: further arguments of LoraConfig, such as r and lora_alpha.
+
+    Raises:
+        UnknownNameError: there is no such module.
+        ConfigError: a module cannot carry an adapter.
+    """
+    modules = target_modules if target_modules == "all-linear" else _existing(base, target_modules)
+    heads = _trained_heads(base, peft_type) if new_head else {}
+    lora = LoraConfig(target_modules=modules, task_type=peft_type, **heads, **options)
+    try:
+        return get_peft_model(base, lora)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"Cannot adapt {name!r} with target_modules={target_modules!r}: {error}") from error
+
+
+_HEADS = ("classifier", "score", "qa_outputs", "classification_head", "projector")
+"""Names of heads in models whose base model is no module of the name that their class tells."""
+
+
+def head_names(model: PreTrainedModel) -> list[str]:
+    """The names of the modules beside the base model that hold weights, such as "classifier"."""
+    with_weights = [name for name, child in model.named_children() if next(child.parameters(), None) is not None]
+    if model.base_model_prefix in with_weights:
+        return [name for name in with_weights if name != model.base_model_prefix]
+    return [name for name in with_weights if name in _HEADS]
+
+
+def _trained_heads(base: PreTrainedModel, peft_type: str | None) -> dict[str, Any]:
+    """The arguments of LoraConfig that let new heads train whole, without adapters in them."""
+    heads = head_names(base)
+    # PEFT does this by itself for the usual names.
+    if not heads or (peft_type == "SEQ_CLS" and set(heads) <= {"classifier", "score"}):
+        return {}
+    return {"modules_to_save": heads, "exclude_modules": rf"(?:{'|'.join(map(re.escape, heads))})(?:\..*)?"}
+
+
+def _existing(base: PreTrainedModel, target_modules: str) -> list[str]:
+    """The names in a list that is separated by commas; UnknownNameError if one is no module that can be adapted."""
+    kinds = (nn.Linear, nn.Embedding, Conv1D)
+    paths = [path for path, module in base.named_modules() if isinstance(module, kinds)]
+    names = [part.strip() for part in target_modules.split(",")]
+    for name in names:
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            linear = [path for path in paths if not isinstance(base.get_submodule(path), nn.Embedding)]
+            ends = dict.fromkeys(path.rpartition(".")[2] for path in linear)
+            raise UnknownNameError.of("target module", name, ends, "all-linear takes all linear layers.")
+    return names
+
+
+def choose_scaling(targets: Sequence[TargetModule], scaling: Scaling) -> None:
+    """Say what stays when the ranks of these modules change. It changes nothing now."""
+    for target in targets:
+        names: set[str] = target.layer.__dict__.setdefault(CONSTANT_SCALING, set())
+        (names.add if scaling == "constant" else names.discard)(target.adapter)
+
+
+@contextmanager
+def reference_scaling(targets: Sequence[TargetModule]) -> Iterator[None]:
+    """Let modules have the scaling of `REFERENCE_RANK` meanwhile, whatever their rank; no rank may change.
+
+    Probes compare modules, so all have one scaling there.
+    """
+    before = [target.scaling for target in targets]
+    for target in targets:
+        target.layer.scaling[target.adapter] = target.scaling_at(REFERENCE_RANK)
+    try:
+        yield
+    finally:
+        for target, scaling in zip(targets, before, strict=True):
+            target.layer.scaling[target.adapter] = scaling
+
 
 _SETTINGS, _RESIZABLE = "_rankpilot_user_settings", "_rankpilot_resizable"
 """Attributes of a PEFT model: by adapter its configuration, and what its user had set or the hooks of its modules."""
@@ -202,3 +301,48 @@ def finish_load(model: nn.Module, targets: Sequence[TargetModule]) -> None:
 def adapter_ranks(targets: Sequence[TargetModule]) -> dict[str, int]:
     """The current rank of each target module, by module name."""
     return {target.name: target.rank for target in targets}
+
+
+_BY_IMPORTANCE = "eva"
+"""PEFT's name of starts whose rows of A are sorted, the most important one first (EVA, arXiv 2410.07170)."""
+
+_DEFAULT = (True, False)
+
+PATTERN = (
+    "The rank_pattern of the LoraConfig is where nothing starts, since the policy decides all ranks. "
+    "`bounds` pins the rank of a module."
+)
+
+
+@contextmanager
+def start_kept(
+    model: torch.nn.Module, targets: Sequence[TargetModule], fresh: bool, note: Callable[[str], None]
+) -> Iterator[None]:
+    """Let adapters that have not trained keep what EVA chose for them, whatever ranks they get inside.
+
+    A module has as many of its rows of A as its new rank allows, and random ones beyond; the function stays. Other
+    starts than PEFT's default give way to it, and a `rank_pattern` to the first plan, which is told.
+
+    Args:
+        model: holds the adapters.
+        targets: the target modules.
+        fresh: keep nothing, since adapters are to begin anew.
+        note: tells a line.
+    """
+    start = unwrap(model).peft_config[targets[0].adapter].init_lora_weights
+    begins = fresh or not any(map(is_trained, targets))
+    if begins and pattern_of_user(model, targets):
+        note(PATTERN)
+    if start in _DEFAULT or not begins:
+        yield
+        return
+    if fresh or start != _BY_IMPORTANCE:
+        yield
+        note(f"This run begins with PEFT's default directions, in place of those of init_lora_weights={start!r}.")
+        return
+    rows = [target.weight_a.detach().clone() for target in targets]
+    yield
+    with torch.no_grad():
+        for target, before in zip(targets, rows, strict=True):
+            count = min(target.rank, len(before))
+            target.weight_a[:count] = before[:count]

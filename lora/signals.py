@@ -15,7 +15,7 @@ The last two serve other methods:
   2303.10512).
 
 Sensitivity, gradient norm and importance are as they would be at the scaling of rank 8: gradients grow with the scaling
-(`lora/scaling.py`), and a module would seem worth less the more rank it has.
+(`lora/peft_config.py`), and a module would seem worth less the more rank it has.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from ..common.arrays import FloatArray, IntArray
+from ..common.checks import counted
 from ..common.devices import without_autocast
-from ..common.stored_numbers import counted
 from .frozen_weights import base_norm
-from .ladder import REFERENCE_RANK
+from .spec import REFERENCE_RANK
 from .targets import TargetModule
 
 LEAST_PRECISION = torch.float32

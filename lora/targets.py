@@ -17,10 +17,10 @@ from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from torch import nn
 
 from ..errors import ConfigError, UnknownNameError, UnsupportedError
-from .module_spec import ModuleSpec
+from .spec import ModuleSpec
 
 CONSTANT_SCALING = "_rankpilot_constant_scaling"
-"""Attribute of a PEFT layer: its adapters whose scaling stays when a rank changes; see `lora/scaling.py`."""
+"""Attribute of a PEFT layer: its adapters whose scaling stays when a rank changes; see `lora/peft_config.py`."""
 
 CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Values of `init_lora_weights` that subtract the first adapter from the frozen weights."""

@@ -14,11 +14,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES, Inputs
-from rankpilot.allocation.observation import Observation
-from rankpilot.allocation.problem import AllocationProblem
-from rankpilot.lora.ladder import RankLadder
-from rankpilot.memory.cost import ParameterCost
+from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Inputs, Observation
+from rankpilot.cost.cost import ParameterCost
+from rankpilot.lora.spec import RankLadder
+from rankpilot.plan.problem import AllocationProblem
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
 
@@ -89,7 +88,7 @@ def warm_python() -> Iterator[WarmPython]:
 @pytest.fixture
 def reloads(warm_python: WarmPython) -> Iterator[list[dict[str, Any]]]:
     """What plain PEFT, in a process without rankpilot, gives of each adapter that a fine-tune saves."""
-    from .finetune.reloading import reloaded  # it loads what a fine-tune needs
+    from .finetune.reloading import reloaded
 
     with reloaded(warm_python) as found:
         yield found
@@ -259,4 +258,4 @@ def named_family() -> Callable[[str], Family]:
 def narrow_plans_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Goals of cost may take any plan: the floor of broad plans has tests of its own."""
     for name in ("LEAST_MODULES", "LEAST_LAYERS", "LEAST_THICK"):
-        monkeypatch.setattr(f"rankpilot.allocation.broad_plans.{name}", 0.0)
+        monkeypatch.setattr(f"rankpilot.plan.goal.{name}", 0.0)

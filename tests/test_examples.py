@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from .finetune.several import in_processes
 from .finetune.trainer_kinds import reviews
-from .small_bases import bert as bert  # the fixtures
+from .small_bases import bert as bert
 from .small_bases import chat_model as chat_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

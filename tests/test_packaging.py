@@ -81,13 +81,13 @@ MOST_BYTES = 4 * 10**6
 SHIPPED = (
     "agents/learned/policies/default/card.json",
     "agents/learned/policies/default/policy.safetensors",
-    "env/proxies/weights/llama-4x32/model.safetensors",
-    "env/tasks/suite_cards/planted-train.json",
-    "memory/devices.json",
-    "memory/published_models.json",
-    "study/page/assets/page.html",
-    "study/page/assets/uplot/LICENSE",
-    "study/page/assets/uplot/uPlot.iife.min.js",
+    "env/weights/llama-4x32/model.safetensors",
+    "env/suite_cards/planted-train.json",
+    "cost/devices.json",
+    "cost/published_models.json",
+    "study/assets/page.html",
+    "study/assets/uplot/LICENSE",
+    "study/assets/uplot/uPlot.iife.min.js",
     "py.typed",
 )
 """Some of what the package reads of its own, of each kind."""
@@ -139,7 +139,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(built: Path) -> None:
         licences = {name.partition("/licenses/")[2] for name in names if ".dist-info/licenses/" in name}
     assert held == {f"rankpilot/{name}" for name in package_files() | {"py.typed"}}
     assert {f"rankpilot/{name}" for name in SHIPPED} <= held
-    assert licences == {"LICENSE", "study/page/assets/uplot/LICENSE"}
+    assert licences == {"LICENSE", "study/assets/uplot/LICENSE"}
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
 

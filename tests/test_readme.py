@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from .small_bases import chat_model as chat_model  # the fixture
+from .small_bases import chat_model as chat_model
 from .small_bases import smaller
 from .warm_python import WarmPython
 

@@ -28,20 +28,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
 
-from rankpilot.agents.learned.candidates import FIXED_NAMES, KEEP
+from rankpilot.agents.learned.candidates import ALL_LINEAR, FIXED_NAMES, KEEP
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import CARD as POLICY_CARD
 from rankpilot.agents.learned.policy_file import load_policy, read_card, save_policy
-from rankpilot.agents.learned.structures import ALL_LINEAR
-from rankpilot.agents.training.config import TrainConfig
-from rankpilot.agents.training.plan_runs import CHOICES, MOVES, RUNS, PlanRun, read_plan_run
-from rankpilot.agents.training.plan_runs import PLAN_RUNS as PLAN_RUNS_FOLDER
-from rankpilot.agents.training.real_plan_runs import read_real_plan_runs
-from rankpilot.allocation.features import MODULE_FEATURE_TABLE, MODULE_FEATURES, RUN_FEATURE_TABLE, RUN_FEATURES
+from rankpilot.agents.observation import MODULE_FEATURE_TABLE, MODULE_FEATURES, RUN_FEATURE_TABLE, RUN_FEATURES
 from rankpilot.common.files import atomic_path, read_json, sha256, write_json, write_text
 from rankpilot.common.settings import as_json, from_json
-from rankpilot.env.tasks.suites import VERSION
+from rankpilot.env.suites import VERSION
 from rankpilot.errors import ConfigError, DataError, PolicyFileError, RunFolderError
+from rankpilot.training.config import TrainConfig
+from rankpilot.training.plan_runs import CHOICES, MOVES, RUNS, PlanRun, read_plan_run, read_real_plan_runs
+from rankpilot.training.plan_runs import PLAN_RUNS as PLAN_RUNS_FOLDER
 
 FACTS, CARD = "dataset.json", "README.md"
 

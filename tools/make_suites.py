@@ -17,22 +17,19 @@ import numpy as np
 import tyro
 from rich.progress import track
 
-from rankpilot.allocation.plan import uniform_ranks
-from rankpilot.allocation.problem import AllocationProblem
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.common.files import append_json_line, read_json_lines, write_json
-from rankpilot.env.episodes.stacked import StackedEpisodes
-from rankpilot.env.proxies.adapted import adapted_base
-from rankpilot.env.proxies.bases import find_base
-from rankpilot.env.tasks.finetune import Reference
-from rankpilot.env.tasks.oracle import oracle_plan
-from rankpilot.env.tasks.proxy_finetune import ProxyFineTune
-from rankpilot.env.tasks.proxy_task import PLACEMENTS, ProxyTask
-from rankpilot.env.tasks.suite_names import SPLITS, SUITES
-from rankpilot.env.tasks.suites import FOLDER, VERSION
-from rankpilot.lora.ladder import REFERENCE_RANK
-from rankpilot.memory.budget import reference_cost
-from rankpilot.memory.cost import plan_cost
+from rankpilot.cost.budget import reference_cost
+from rankpilot.cost.cost import plan_cost
+from rankpilot.env.bases import adapted_base, find_base
+from rankpilot.env.proxy_finetune import ProxyFineTune, oracle_plan
+from rankpilot.env.proxy_task import PLACEMENTS, ProxyTask, Reference
+from rankpilot.env.stacked import StackedEpisodes
+from rankpilot.env.suite_names import SPLITS, SUITES
+from rankpilot.env.suites import FOLDER, VERSION
+from rankpilot.lora.spec import REFERENCE_RANK
+from rankpilot.plan.plan import uniform_ranks
+from rankpilot.plan.problem import AllocationProblem
 
 RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 """Learning rates that are tried for uniform rank."""

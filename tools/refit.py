@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from rankpilot.agents.learned.plan_value import PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import WEIGHTS, load_policy, save_policy
-from rankpilot.agents.training.config import TrainConfig
-from rankpilot.agents.training.fit_plan_value import ANY_COST, fit_value_ensemble
-from rankpilot.agents.training.plan_runs import RUNS, PlanRun, plan_dataset
-from rankpilot.agents.training.real_plan_runs import more_plan_runs
-from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.common.files import sha256
 from rankpilot.common.settings import as_json, from_json
-from rankpilot.env.proxies.bases import find_base
+from rankpilot.env.bases import find_base
 from rankpilot.errors import ConfigError, DataError, RunFolderError, shown
+from rankpilot.training.config import TrainConfig
+from rankpilot.training.fit_plan_value import ANY_COST, fit_value_ensemble
+from rankpilot.training.plan_runs import RUNS, PlanRun, more_plan_runs, plan_dataset
 
 from .dataset import FACTS, FEATURE_PREFIX, RUN_PREFIX, TrialsDataset, open_dataset
 

@@ -1,7 +1,7 @@
 """The value of a plan: how much lower the held-out loss will be than with other plans for the same task.
 
 Losses differ a hundred times more on some tasks than on others. So the unit is either the standard deviation of the log
-loss between plans for one task, or the difference to plain LoRA as a vote (`allocation/goal.py`), which tells plans of
+loss between plans for one task, or the difference to plain LoRA as a vote (`plan/goal.py`), which tells plans of
 any cost apart. A network estimates the value from what the policy sees and the plan. Several of them
 make a value ensemble. They differ where they have learned from few plans, so a policy chooses by the lower confidence
 bound (as in Ghasemipour et al., 2022, arXiv 2205.13703).
@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from ...allocation.deliberation import Outside, VoteUnit
-from ...allocation.features import MODULE_FEATURES, MOST_FEATURE, RUN_FEATURES, Inputs
 from ...errors import ConfigError, shown
+from ..deliberation import Outside, VoteUnit
+from ..observation import MODULE_FEATURES, MOST_FEATURE, RUN_FEATURES, Inputs
 from .config import MOST_NETWORKS, MOST_WIDTH
 
 PLAN_FEATURES = 4

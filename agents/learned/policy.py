@@ -1,8 +1,14 @@
-"""A trained policy: a network, the actor, and a value ensemble that chooses between its plan and other candidates."""
+"""A trained policy: a network, the actor, and a value ensemble that chooses between its plan and other candidates.
+
+A learned policy that draws its plans, so that its log can tell what other policies would have been worth.
+
+A learned policy that aims at another goal than the lowest loss.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,20 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...allocation.broad_plans import broad_plans
-from ...allocation.deliberation import Deliberation, Votes
-from ...allocation.goal import CAUTION, Goal
-from ...allocation.observation import Float32Array, Observation
-from ...allocation.policy import Decision, decided_plan, decision_from_scores, is_first
-from ...allocation.problem import AllocationProblem
 from ...common.arrays import FloatArray, IntArray
 from ...common.devices import without_autocast
+from ...cost.cost import TimedCost, moment_costs, unit_costs
 from ...errors import ConfigError
-from ...memory.cost import TimedCost, moment_costs, unit_costs
-from .candidates import KEEP, UNIFORM, Candidate, all_options, can_take, candidate_actions
+from ...plan.goal import CAUTION, Goal, broad_plans
+from ...plan.problem import AllocationProblem
+from ..deliberation import Deliberation, Votes
+from ..observation import Float32Array, Observation
+from ..policy import Decision, Policy, decided_plan, decision_from_scores, is_first
+from .candidates import ALL_LINEAR, KEEP, UNIFORM, Candidate, all_options, can_take, candidate_actions
 from .network import RankNetwork
 from .plan_value import Plans, PlanValueConfig, PlanValueEnsemble
-from .structures import ALL_LINEAR
 
 DRAWS = 24
 """Candidates beside the fixed ones. Every decision draws the same numbers, so that decisions can be reproduced."""
@@ -234,3 +238,79 @@ def _distinct(ranks: IntArray) -> tuple[IntArray, IntArray]:
     number = np.empty_like(order)
     number[order] = np.arange(len(order))
     return places[order], number[which.reshape(-1)]
+
+
+def exploring(policy: Policy, temperature: float | str, seed: int = 0) -> LearnedPolicy:
+    """The policy, drawing from a softmax over the lower bounds of its plans.
+
+    At .05 the plan that the policy prefers is drawn a third of the time, and a draw costs .025 in the unit of the
+    bounds; at .1 it costs .064 (docs/experiments.md).
+
+    Args:
+        policy: a learned policy with a value ensemble.
+        temperature: see `LearnedPolicy`, > 0.
+        seed: with the observation it decides what is drawn.
+
+    Raises:
+        ConfigError: the temperature is no number above 0, or the policy has no value ensemble.
+    """
+    try:
+        value = float(temperature)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(
+            f"Exploration takes a temperature above 0, in the unit of the votes, such as 0.05; got {temperature!r}."
+        )
+    if not isinstance(policy, LearnedPolicy) or policy.value_ensemble is None:
+        raise ConfigError(f"{policy.name} has no value ensemble, so there is nothing to draw plans by.")
+    return replace(policy, name=f"{policy.name} exploring at {value:g}", temperature=value, seed=seed)
+
+
+def drawing_from(policy: Policy, seed: int) -> Policy:
+    """A policy that explores with another seed of what it draws; any other policy as it is.
+
+    Args:
+        policy: any.
+        seed: see `exploring`.
+    """
+    return replace(policy, seed=seed) if isinstance(policy, LearnedPolicy) and policy.temperature else policy
+
+
+def with_goal(policy: Policy, goal: Goal) -> Policy:
+    """The policy, aiming at a goal.
+
+    Raises:
+        ConfigError: the goal asks for a cheap plan, and the policy is a rule, has no networks that tell plans of any
+            cost apart, or draws its plans.
+    """
+    if not goal.saves:
+        return policy
+    check_any_cost(policy, f"goal={goal.kind!r}", "use goal='quality'")
+    assert isinstance(policy, LearnedPolicy)
+    if policy.temperature:
+        raise ConfigError(f"{policy.name} draws its plans, which goal={goal.kind!r} cannot: leave `explore` out.")
+    return replace(policy, goal=goal)
+
+
+def check_any_cost(policy: Policy, what: str, instead: str) -> None:
+    """Refuse a policy that cannot tell what a cheaper plan would lose.
+
+    Args:
+        policy: decides.
+        what: needs that, for the error.
+        instead: what else can be done.
+
+    Raises:
+        ConfigError: the policy is a rule, or its networks do not tell plans of any cost apart.
+    """
+    if not isinstance(policy, LearnedPolicy) or policy.value_ensemble is None:
+        raise ConfigError(
+            f"{policy.name} expects nothing of plans, so {what} needs another policy: one with value networks, made by "
+            f"`rankpilot train`. Or {instead}."
+        )
+    if policy.value_ensemble.config.unit != "log loss":
+        raise ConfigError(
+            f"The networks of {policy.name} compare plans of one cost alone, so {what} needs a policy that was trained "
+            f"with plans of any cost (`rankpilot train`). Or {instead}."
+        )

@@ -14,16 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ...allocation.features import MODULE_FEATURES, RUN_FEATURES, Inputs
-from ...allocation.policy import Policy
-from ...allocation.schedule import DecisionSchedule
-from ...common.files import atomic_path, read_json, sha256, write_json
+from ...common.files import atomic_path, check_tensor_file, read_json, sha256, write_json
 from ...common.settings import from_json
-from ...common.tensor_files import check_tensor_file
 from ...errors import MOST_NAME, ConfigError, DataError, PolicyFileError, UnknownNameError, first_line, shown
-from ...lora.ladder import DEFAULT_RANKS
+from ...lora.spec import DEFAULT_RANKS
+from ..observation import MODULE_FEATURES, RUN_FEATURES, Inputs
+from ..plan_file import FILE_SUFFIXES, PlanFile
+from ..policy import Policy
 from ..rules import RULES, find_rule
-from ..rules.given_plan import FILE_SUFFIXES, PlanFile
+from ..schedule import DecisionSchedule
 from .config import NetworkConfig
 from .network import RankNetwork
 from .plan_value import PlanValueConfig, PlanValueEnsemble

@@ -16,7 +16,7 @@ import numpy as np
 
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.statistics import Estimate, PairedComparison, compare_pairs, estimate, interquartile_means
-from rankpilot.memory.budget import Budget
+from rankpilot.cost.budget import Budget
 
 from .rows import plan_ranks
 from .study import DoesNotFitError, Method, MissingRowsError, Outcome, Study

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rankpilot.allocation.module_shapes import ModuleShapes
+from rankpilot.agents.observation import ModuleShapes
 from rankpilot.common.arrays import BoolArray, IntArray
 from rankpilot.lora.targets import find_target_modules
 

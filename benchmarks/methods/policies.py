@@ -12,14 +12,13 @@ from torch.utils.data import DataLoader
 
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy, policy_folder, policy_schedule, read_card
-from rankpilot.allocation.broad_plans import LEAST_LAYERS, LEAST_MODULES, LEAST_THICK
-from rankpilot.allocation.goal import GoalKind
 from rankpilot.common.arrays import IntArray
+from rankpilot.cost.recording import Batch
 from rankpilot.finetune.allocate import static_plan
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.run import TrainingRun
-from rankpilot.lora.ladder import REFERENCE_RANK
-from rankpilot.memory.recording import Batch
+from rankpilot.lora.spec import REFERENCE_RANK
+from rankpilot.plan.goal import LEAST_LAYERS, LEAST_MODULES, LEAST_THICK, GoalKind
 
 from .plans import module_names
 from .rows import Work, plan_ranks, plan_text

@@ -13,17 +13,18 @@ import torch
 import transformers
 from torch import nn
 
+from rankpilot.cost.budget import Budget
+from rankpilot.cost.cost import cost_state
+from rankpilot.cost.peak_meter import PeakMeter
+from rankpilot.cost.recording import Batch
 from rankpilot.errors import BudgetError, NonFiniteError, UnknownNameError
 from rankpilot.finetune.before_training import run_costs
 from rankpilot.finetune.recomputation import recomputing
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.memory.budget import Budget
-from rankpilot.memory.cost import cost_state
-from rankpilot.memory.peak_meter import PeakMeter
-from rankpilot.memory.recording import Batch
 
 from ..harness import interleave, paired_ratios
-from . import adalora, policies
+from . import adalora
+from . import policies
 from .plans import PLANS, WINDOWS, plain_lora, rslora
 from .policies import PilotDriver, make_plan
 from .rows import Work, plan_ranks

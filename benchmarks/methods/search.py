@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from rankpilot.common.arrays import IntArray
+from rankpilot.cost.cost import cost_from_state
 from rankpilot.errors import UnsupportedError
-from rankpilot.lora.module_spec import ModuleSpec
-from rankpilot.memory.cost import cost_from_state
+from rankpilot.lora.spec import ModuleSpec
 
 from .plans import at_rank, blocks, depth, mlp
 from .rows import Work, plan_ranks, plan_text

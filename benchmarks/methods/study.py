@@ -13,12 +13,11 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from rankpilot.allocation.problem import AllocationProblem
 from rankpilot.common.arrays import IntArray
-from rankpilot.lora.ladder import REFERENCE_RANK
-from rankpilot.lora.module_spec import ModuleSpec
-from rankpilot.memory.budget import Budget
-from rankpilot.memory.cost import Cost, cost_from_state, plan_cost
+from rankpilot.cost.budget import Budget
+from rankpilot.cost.cost import Cost, cost_from_state, plan_cost
+from rankpilot.lora.spec import REFERENCE_RANK, ModuleSpec
+from rankpilot.plan.problem import AllocationProblem
 
 from .rows import RowStore, Work, plan_ranks, plan_text
 from .tasks import Cell, MethodTask, Suite

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Literal
 
+from rankpilot.cost.budget import Budget
 from rankpilot.errors import ConfigError, UnknownNameError
-from rankpilot.memory.budget import Budget
 
 Kind = Literal["classification", "regression", "causal-lm"]
 

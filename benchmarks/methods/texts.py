@@ -17,10 +17,9 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
 from rankpilot.data import tokens
 from rankpilot.data.chats import encoded
-from rankpilot.data.corpora import docstrings, load_corpus, standard_library
+from rankpilot.data.corpora import docstrings, load_corpus, scattered, standard_library
 from rankpilot.data.models import load_tokenizer
 from rankpilot.data.packaged_data import DATASETS, read_official_split, read_splits
-from rankpilot.data.readers import scattered
 from rankpilot.errors import UnknownNameError
 
 from .tasks import MethodTask

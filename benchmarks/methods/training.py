@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from rankpilot.common.arrays import IntArray
-from rankpilot.common.energy import find_energy_counter
+from rankpilot.common.devices import find_energy_counter
+from rankpilot.cost.recording import Batch
 from rankpilot.data.models import load_model
 from rankpilot.data.task import KINDS
-from rankpilot.env.proxies.bases import POSITIONS, ProxyBase, load_base_model, with_weights
+from rankpilot.env.bases import POSITIONS, ProxyBase, load_base_model, with_weights
 from rankpilot.finetune.run import TrainingRun
-from rankpilot.lora.fresh import fresh_adapters
-from rankpilot.lora.ladder import REFERENCE_RANK
-from rankpilot.memory.recording import Batch
+from rankpilot.lora.peft_config import fresh_adapters
+from rankpilot.lora.spec import REFERENCE_RANK
 
 from .rows import plan_text
 from .tasks import MethodTask

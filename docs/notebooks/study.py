@@ -17,24 +17,22 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rankpilot.agents.evaluation.evaluate import LOGS, ROWS
-from rankpilot.agents.evaluation.replayed import STATIC, Replayed
-from rankpilot.agents.evaluation.results import read_rows
-from rankpilot.agents.evaluation.runs import compare, log_folder
-from rankpilot.agents.learned.exploring import exploring
+from rankpilot.agents.learned.policy import exploring
 from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
-from rankpilot.allocation.log import DecisionLog
+from rankpilot.agents.log import DecisionLog
 from rankpilot.common.drawing import save_figure
 from rankpilot.common.statistics import estimate
-from rankpilot.env.tasks.suites import evenly, find_tasks
-from rankpilot.study.decision.replay import DecidedAgain, redecide, replay
-from rankpilot.study.decision.shapley import GROUPS, attribute
-from rankpilot.study.decision.what_if import Question, stability, what_if
-from rankpilot.study.decision.why import explain, explanations
-from rankpilot.study.page.data import page_data
-from rankpilot.study.page.html import write_page
-from rankpilot.study.run.heatmap import rank_heatmap
-from rankpilot.study.run.run_data import read_run
+from rankpilot.env.suites import evenly, find_tasks
+from rankpilot.study.page import page_data, write_page
+from rankpilot.study.pictures import rank_heatmap
+from rankpilot.study.replay import DecidedAgain, redecide, replay
+from rankpilot.study.run_data import read_run
+from rankpilot.study.shapley import GROUPS, attribute
+from rankpilot.study.what_if import Question, stability, what_if
+from rankpilot.study.why import explain, explanations
+from rankpilot.training.compare import compare, log_folder
+from rankpilot.training.evaluate import LOGS, ROWS, STATIC, Replayed
+from rankpilot.training.results import read_rows
 
 folder = Path(os.environ.get("RANKPILOT_NOTEBOOK") or tempfile.mkdtemp(prefix="rankpilot-study-"))
 print("Everything is written to", folder)

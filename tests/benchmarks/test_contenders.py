@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from rankpilot.allocation.log import DecisionLog
-from rankpilot.lora.optimizer_layouts import unwrap_optimizer
+from rankpilot.agents.log import DecisionLog
+from rankpilot.lora.optimizer_state import unwrap_optimizer
 from rankpilot.lora.targets import find_target_modules
 
 from benchmarks.models import LORA, Family, Learner, Size, random_loader, random_model

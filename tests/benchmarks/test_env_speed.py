@@ -62,8 +62,7 @@ def test_an_episode_that_does_not_end_is_noticed(monkeypatch: pytest.MonkeyPatch
             observation, reward, _, truncated, info = super().step(action)
             return observation, reward, False, truncated, info
 
-    from rankpilot.env.tasks.finetune import Reference
-    from rankpilot.env.tasks.proxy_task import ProxyTask
+    from rankpilot.env.proxy_task import ProxyTask, Reference
 
     task = ProxyTask("shift", 0, "llama-4x32", steps=4, batch_size=2, length=8, reference=Reference(2.0, 1.8, 1.7))
     with pytest.raises(AssertionError, match="all that an episode has"):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rankpilot.common import statistics
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.statistics import Estimate, Statistic
-from rankpilot.common.tables import make_table
+from rankpilot.common.text import make_table
 from rankpilot.errors import ConfigError
 from rich.console import Console
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rankpilot.cost.batch_shape import BatchShape
+from rankpilot.cost.cost import plan_cost
 from rankpilot.errors import ConfigError
-from rankpilot.memory.batch_shape import BatchShape
-from rankpilot.memory.cost import plan_cost
 from rich.console import Console
 
 from benchmarks.memory import (

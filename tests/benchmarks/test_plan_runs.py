@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
-from rankpilot.agents.training.plan_runs import RUNS, plan_dataset
-from rankpilot.agents.training.real_plan_runs import WEIGHT, RealPlanRun, read_real_plan_runs, write_real_plan_runs
 from rankpilot.errors import ConfigError, RunFolderError
+from rankpilot.training.plan_runs import RUNS, WEIGHT, RealPlanRun, plan_dataset, read_real_plan_runs, write_real_plan_runs
 from rich.console import Console
 
 from benchmarks import plan_runs

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import yaml
 from peft import LoraConfig
-from rankpilot.agents.rules.given_plan import read_plan
-from rankpilot.allocation.frontier import FrontierPlan
+from rankpilot.agents.deliberation import FrontierPlan
+from rankpilot.agents.plan_file import read_plan
 from rankpilot.cli import allocate as module
 from rankpilot.errors import ConfigError
 from rankpilot.finetune import experiment

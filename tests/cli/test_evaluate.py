@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from rankpilot.agents.evaluation.config import EvaluateConfig
-from rankpilot.agents.evaluation.results import read_rows
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.cli import main as cli
 from rankpilot.errors import ConfigError
+from rankpilot.training.config import EvaluateConfig
+from rankpilot.training.results import read_rows
 
 from .mistakes import failure
 
@@ -73,7 +73,7 @@ def test_bad_settings() -> None:
 
 
 def test_a_suite_with_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankpilot.agents.evaluation import evaluate as comparison
+    from rankpilot.training import evaluate as comparison
 
     monkeypatch.setattr(comparison, "find_tasks", lambda *_: ("one",))
     with pytest.raises(ConfigError, match="at least 2 tasks"):

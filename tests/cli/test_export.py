@@ -10,7 +10,7 @@ import torch
 import yaml
 from peft import LoraConfig
 from rankpilot.cli import main as cli
-from rankpilot.lora.export import rank_pattern_yaml
+from rankpilot.lora.adapter_file import rank_pattern_yaml
 from safetensors.torch import load_file, save_file
 
 from .mistakes import failure

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.training.config import PRESETS, TrainConfig
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.cli import assets, finetune, train
 from rankpilot.cli import main as cli
 from rankpilot.common.files import write_json
 from rankpilot.common.run_folder import open_run
 from rankpilot.common.settings import as_json
 from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.training.config import PRESETS, TrainConfig
 
 from .mistakes import failure, usage_error
 
@@ -57,7 +57,8 @@ def test_unknown_model(capsys: pytest.CaptureFixture[str], tmp_path: Path, monke
 
 
 def test_unknown_data(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankpilot.data import splits, workload
+    from rankpilot.data import workload
+    from rankpilot.data import workload as splits
 
     monkeypatch.setattr(workload, "load_tokenizer", lambda model: None)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json
-from rankpilot.study.memory.setup import default_task
+from rankpilot.study.memory_here import default_task
 from transformers import (
     BertConfig,
     BertModel,

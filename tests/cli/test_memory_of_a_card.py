@@ -11,10 +11,10 @@ import peft
 import pytest
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json
+from rankpilot.cost import outlook
+from rankpilot.cost.outlook import Outlook, memory_of
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.memory import outlook
-from rankpilot.memory.outlook import Outlook, memory_of
-from rankpilot.study.memory.report import configuration_text
+from rankpilot.study.memory_report import configuration_text
 from transformers import AlbertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, WhisperConfig
 
 from .mistakes import failure, usage_error

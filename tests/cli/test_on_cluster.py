@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rankpilot.agents.evaluation.results import read_rows
-from rankpilot.allocation.log import DecisionLog
+from rankpilot.agents.log import DecisionLog
 from rankpilot.cli import main as cli
+from rankpilot.training.results import read_rows
 
 from .mistakes import failure
 

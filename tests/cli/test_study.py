@@ -12,9 +12,9 @@ import pytest
 from rankpilot.cli import finetune
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json, write_json
-from rankpilot.study.page.html import study_html
+from rankpilot.study.page import study_html
 
-from ..study.conftest import run_folder as run_folder  # the fixture
+from ..study.conftest import run_folder as run_folder
 from .mistakes import failure
 
 NAME = "a[x]b [/] [bold]c"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.common.energy import find_energy_counter
+from rankpilot.common.devices import find_energy_counter
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from rankpilot.common.plain_yaml import parse_yaml
+from rankpilot.common.files import parse_yaml
 
 
 def test_what_people_write() -> None:

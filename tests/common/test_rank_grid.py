@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from rankpilot.common.rank_grid import ABSENT, NO_ADAPTER, RUNGS, draw_cells, draw_key, rank_colors, write_rank
-from rankpilot.lora.ladder import DEFAULT_RANKS
+from rankpilot.common.drawing import ABSENT, NO_ADAPTER, RUNGS, draw_cells, draw_key, rank_colors, write_rank
+from rankpilot.lora.spec import DEFAULT_RANKS
 
 
 def test_higher_ranks_are_darker_and_rungs_stay_apart() -> None:

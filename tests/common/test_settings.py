@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import pytest
 from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.training.config import PRESETS, TrainConfig
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.common.settings import as_json, from_json
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.config import FinetuneConfig
-from rankpilot.study.memory.config import MemoryConfig
+from rankpilot.study.memory_config import MemoryConfig
+from rankpilot.training.config import PRESETS, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rankpilot.common.tensor_files import check_tensor_file, read_arrays
+from rankpilot.common.files import check_tensor_file, read_arrays
 from rankpilot.errors import DataError
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors

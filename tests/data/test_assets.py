@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from rankpilot.common.files import sha256
-from rankpilot.data import assets, packaged_data, wheels
-from rankpilot.data.asset_list import Asset
+from rankpilot.data import assets, packaged_data
+from rankpilot.data import assets as wheels
+from rankpilot.data.assets import Asset
 from rankpilot.errors import AssetError, UnknownNameError
 
 from ..cases import first_cases

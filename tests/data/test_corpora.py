@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from rankpilot.data import assets, corpora, labelled, readers
-from rankpilot.data.asset_list import ASSETS
+from rankpilot.data import assets, corpora
+from rankpilot.data import corpora as labelled
+from rankpilot.data import corpora as readers
+from rankpilot.data.assets import ASSETS
 from rankpilot.errors import AssetError, UnknownNameError
 
 SHA256 = {

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from rankpilot.cost.breakdown import frozen_bytes
+from rankpilot.cost.step_config import Quantization
 from rankpilot.data.models import adapt, load_model
 from rankpilot.data.task import Task
 from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import finetune
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.memory.breakdown import frozen_bytes
-from rankpilot.memory.step_config import Quantization
 from torch import nn
 
 from ..cases import first_cases
@@ -99,7 +99,7 @@ def test_the_bytes_of_a_quantised_model(quantization: Quantization, model_folder
 
 
 def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, model_folder: ModelFolder) -> None:
-    monkeypatch.setattr("rankpilot.memory.training_step.find_spec", lambda name: None)
+    monkeypatch.setattr("rankpilot.cost.training_step.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"The quantization nf4 needs bitsandbytes: pip install"):
         load("llama", model_folder("llama"), "causal-lm", "nf4")
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification
 from benchmarks.__main__ import BENCHMARKS
 
 from ..finetune.trainer_kinds import reviews
-from ..small_bases import bert as bert  # the fixtures
+from ..small_bases import bert as bert
 from ..small_bases import chat_model as chat_model
 from ..small_bases import smaller
 from .pages import PAGES, ROOT, Block, blocks_of, commands_of, name_of

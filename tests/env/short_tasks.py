@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.env.tasks.proxy_task import ProxyTask
+from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.env.proxy_task import ProxyTask
 
 MakeTask = Callable[..., ProxyTask]
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.allocation.problem import AllocationProblem
-from rankpilot.env.episode_record import EpisodeRecord
-from rankpilot.env.reward import Comparison
-from rankpilot.env.tasks.finetune import Reference
-from rankpilot.lora.ladder import RankLadder
-from rankpilot.memory.cost import ParameterCost
+from rankpilot.cost.cost import ParameterCost
+from rankpilot.env.episode_record import Comparison, EpisodeRecord
+from rankpilot.env.proxy_task import Reference
+from rankpilot.lora.spec import RankLadder
+from rankpilot.plan.problem import AllocationProblem
 
 KINDS = ("attn.q", "attn.k", "mlp.up")
 NAMES = tuple(f"h.{layer}.{kind}" for layer in range(2) for kind in KINDS)

@@ -17,27 +17,26 @@ import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import RecordEpisodeStatistics
+from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.observation import MODULE_FEATURES
+from rankpilot.agents.policy import decision_from_scores
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.features import MODULE_FEATURES
-from rankpilot.allocation.log import DecisionLog
-from rankpilot.allocation.plan import uniform_ranks
-from rankpilot.allocation.policy import decision_from_scores
-from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.env.episodes.single import Episode, reference_of, rule_losses
-from rankpilot.env.proxies.adapted import adapted_base, proxy_cost, proxy_memory
+from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.env.bases import adapted_base, proxy_cost, proxy_memory
+from rankpilot.env.episode import Episode, reference_of, rule_losses
+from rankpilot.env.episode_record import CHURN, Comparison
+from rankpilot.env.proxy_finetune import ProxyFineTune, TaskData, known_of, load_task
+from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.env.rank_allocation import RankAllocationEnv
-from rankpilot.env.reward import CHURN, Comparison
-from rankpilot.env.tasks.finetune import Reference
-from rankpilot.env.tasks.proxy_finetune import ProxyFineTune, TaskData, known_of, load_task
-from rankpilot.env.tasks.proxy_task import ProxyTask
-from rankpilot.env.tasks.suites import FRESH_SEEDS
+from rankpilot.env.suites import FRESH_SEEDS
 from rankpilot.errors import BudgetError, ConfigError, RunFolderError, UnknownNameError
-from rankpilot.lora.ladder import DEFAULT_RANKS
+from rankpilot.lora.spec import DEFAULT_RANKS
+from rankpilot.plan.plan import uniform_ranks
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 from ..cases import first_cases
-from .short_tasks import make_task as make_task  # the fixtures
+from .short_tasks import make_task as make_task
 from .short_tasks import schedule as schedule
 
 MakeTask = Callable[..., ProxyTask]
@@ -64,7 +63,7 @@ def make_env(make_task: MakeTask, schedule: DecisionSchedule) -> MakeEnv:
 @pytest.fixture
 def make_pool(make_task: MakeTask, schedule: DecisionSchedule, monkeypatch: pytest.MonkeyPatch) -> MakeEnv:
     """Environments that draw from a few tiny tasks in place of the suites."""
-    from rankpilot.env.tasks import suites
+    from rankpilot.env import suites
 
     pool = tuple(make_task("shift", 50 + index, budget=0.6 + 0.02 * index) for index in range(12))
     monkeypatch.setattr(suites, "load_suite", lambda name, split: pool if name == "shift" else ())

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from rankpilot.env.reward import CHURN, REWARD_BOUND, UNIFORM, Comparison, churn_cost, rule_to_compare_with
-from rankpilot.env.tasks.finetune import Reference
+from rankpilot.env.episode_record import CHURN, REWARD_BOUND, UNIFORM, Comparison, churn_cost, rule_to_compare_with
+from rankpilot.env.proxy_task import Reference
 from rankpilot.errors import UnknownNameError
 
 REFERENCE = Reference(initial=3.0, uniform=2.0, best=1.8)

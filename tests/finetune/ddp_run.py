@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.allocation.features import RUN_FEATURES
-from rankpilot.allocation.observation import Observation
-from rankpilot.allocation.policy import Decision, decision_from_plan
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.observation import RUN_FEATURES, Observation
+from rankpilot.agents.policy import Decision, decision_from_plan
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.finetune.callback import RankPilotCallback, attach
 from rankpilot.finetune.replicas import digest_of
 from rankpilot.lora.targets import find_target_modules

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from rankpilot.data.models import head_options, load_config, resolve_model
-from rankpilot.data.quantised import bitsandbytes_settings
+from rankpilot.data.models import bitsandbytes_settings, head_options, load_config, resolve_model
 from rankpilot.data.task import KINDS
 from rankpilot.data.workload import Workload
 from rankpilot.finetune import experiment

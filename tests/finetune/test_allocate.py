@@ -13,14 +13,14 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rankpilot import RankPilot, TrainingRun, allocate, attach
 from rankpilot.agents.learned.policy_file import load_policy
+from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.log import DecisionLog
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, DataError
 from rankpilot.finetune.allocate import static_plan
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.study.decision.replay import redecide
+from rankpilot.study.replay import redecide
 from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .one_layer import llama_config as llama_config  # the fixture
+from .one_layer import llama_config as llama_config
 
 TEXTS = [[i * j % 64 for i in range(20)] for j in range(40)]
 ROWS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in TEXTS])

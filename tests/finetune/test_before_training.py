@@ -9,10 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot import RankPilot, TrainingRun
-from rankpilot.allocation.features import RUN_FEATURES
-from rankpilot.allocation.observation import Observation
-from rankpilot.allocation.policy import Decision, decision_from_plan
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.observation import RUN_FEATURES, Observation
+from rankpilot.agents.policy import Decision, decision_from_plan
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.data.batches import IGNORED
 from rankpilot.finetune.before_training import LEAST_PROBE_STEPS, PROBE_SHARE, probe_steps
 from torch import nn

@@ -18,14 +18,14 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.allocation.log import DecisionLog
-from rankpilot.allocation.plan import project
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, NonFiniteError, RunFolderError, UnsupportedError
 from rankpilot.finetune import before_training as before_module
 from rankpilot.finetune.callback import attach
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
+from rankpilot.plan.plan import project
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 

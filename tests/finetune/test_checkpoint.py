@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rankpilot.cost.cost import ByteCost, ParameterCost, cost_from_state, cost_state
 from rankpilot.errors import RunFolderError
 from rankpilot.finetune.checkpoint import STATE, TENSORS, load_state, save_state
 from rankpilot.finetune.out_of_memory import Taken
 from rankpilot.finetune.peak_guard import PeakGuard
 from rankpilot.finetune.pilot import LossMeter
-from rankpilot.memory.cost import ByteCost, ParameterCost, cost_from_state, cost_state
 
 EARLIER = Path(__file__).parent / "earlier_version" / STATE
 """Written by the version that did not number its formats."""

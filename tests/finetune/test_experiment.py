@@ -17,29 +17,20 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from rankpilot.allocation.log import DecisionLog
+from rankpilot.agents.log import DecisionLog
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.common.termination import Terminated
 from rankpilot.data.workload import load_workload
-from rankpilot.errors import (
-    AssetError,
-    BudgetError,
-    ConfigError,
-    DataError,
-    NonFiniteError,
-    RunFolderError,
-    UnknownNameError,
-    UnsupportedError,
-)
+from rankpilot.errors import AssetError, BudgetError, ConfigError, DataError, NonFiniteError, RunFolderError, UnknownNameError, UnsupportedError
 from rankpilot.finetune import experiment as module
 from rankpilot.finetune import trainer as trainer_module
 from rankpilot.finetune.branch import branch
 from rankpilot.finetune.checkpoint import STATE
 from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import finetune
-from rankpilot.study.page.data import page_data
-from rankpilot.study.run.heatmap import write_rank_picture
-from rankpilot.study.run.run_data import read_run
+from rankpilot.study.page import page_data
+from rankpilot.study.pictures import write_rank_picture
+from rankpilot.study.run_data import read_run
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -284,7 +275,7 @@ def test_several_processes_are_refused(
 def test_an_optimizer_that_is_not_installed(
     make_config: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankpilot.memory.training_step.find_spec", lambda name: None)
+    monkeypatch.setattr("rankpilot.cost.training_step.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"needs bitsandbytes: pip install 'rankpilot\[quant\]'"):
         finetune(make_config(optimizer="adamw8bit"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -16,8 +16,8 @@ import rankpilot
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.allocation.log import DecisionLog
-from rankpilot.allocation.schedule import ONCE, DecisionSchedule
+from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.schedule import ONCE, DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
 from rankpilot.finetune.callback import RankPilotCallback, attach
 from rankpilot.finetune.checkpoint import STATE

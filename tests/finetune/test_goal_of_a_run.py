@@ -13,26 +13,26 @@ import rankpilot
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from rankpilot.agents.deliberation import lacks_room, promise
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.allocation.decision_line import lacks_room, promise
-from rankpilot.allocation.goal import Goal, vote_of
-from rankpilot.allocation.log import DecisionLog
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.cost.cost import TimedCost
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.allocate import static_plan
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.memory.cost import TimedCost
-from rankpilot.study.decision.replay import redecide
-from rankpilot.study.run.run_data import read_run
-from rankpilot.study.run.verdict import verdict
+from rankpilot.plan.goal import Goal, vote_of
+from rankpilot.study.replay import redecide
+from rankpilot.study.run_data import read_run
+from rankpilot.study.verdict import verdict
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from .one_layer import llama_config as llama_config  # the fixture
+from .one_layer import llama_config as llama_config
 from .test_time import counted_times
 
 pytestmark = pytest.mark.usefixtures("narrow_plans_too")

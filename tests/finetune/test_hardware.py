@@ -11,16 +11,16 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from rankpilot.common.energy import EnergyCounter
+from rankpilot.common.devices import EnergyCounter
 from rankpilot.common.files import read_json, read_json_lines, write_json
 from rankpilot.errors import NonFiniteError
 from rankpilot.finetune import metrics as metrics_module
 from rankpilot.finetune.metrics import RunMetrics, hardware_facts
-from rankpilot.study.page.data import page_data
-from rankpilot.study.run.run_data import read_run
+from rankpilot.study.page import page_data
+from rankpilot.study.run_data import read_run
 from transformers import TrainerState, TrainingArguments
 
-from ..study.conftest import run_folder as run_folder  # the fixture
+from ..study.conftest import run_folder as run_folder
 
 
 def test_a_processor() -> None:

@@ -9,7 +9,7 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.finetune.trainer_step import TrainerStep
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ..cases import first_cases
-from .one_layer import llama_config as llama_config  # the fixture
+from .one_layer import llama_config as llama_config
 from .test_second_runs import ROWS, TWICE, arguments
 
 ONCE = DecisionSchedule(probe_steps=3, fractions=(0.0,))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rankpilot.agents.rules.given_plan import read_plan
-from rankpilot.allocation.log import DecisionLog
+from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.plan_file import read_plan
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.errors import ConfigError, UnknownNameError

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot import RankPilot, TrainingRun, attach
-from rankpilot.finetune.peak_cause import StepBatches, likely_cause
+from rankpilot.cost.peak_meter import StepBatches, likely_cause
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from rankpilot.allocation.log import DecisionLog
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.cost.batch_shape import BatchShape
+from rankpilot.cost.budget import free_bytes
+from rankpilot.cost.calibration import LOOP_BYTES
+from rankpilot.cost.cost import plan_cost
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError, UnsupportedError
 from rankpilot.finetune import peak_guard as guard_module
 from rankpilot.finetune.callback import attach
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.memory.batch_shape import BatchShape
-from rankpilot.memory.budget import free_bytes
-from rankpilot.memory.calibration import LOOP_BYTES
-from rankpilot.memory.cost import plan_cost
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..cases import first_cases

@@ -16,8 +16,8 @@ from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.allocation.log import DecisionLog
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.errors import ConfigError, NoGradientError, UnknownNameError, UnsupportedError
 from rankpilot.finetune.callback import attach
 from rankpilot.finetune.options import PilotOptions

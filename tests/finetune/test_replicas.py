@@ -14,6 +14,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from peft import PeftModel
+from rankpilot.cost import budget as budget_module
+from rankpilot.cost.live_storages import LivePeak
 from rankpilot.errors import NonFiniteError, UnsupportedError
 from rankpilot.finetune import before_training
 from rankpilot.finetune import replicas as replicas_module
@@ -22,8 +24,6 @@ from rankpilot.finetune.replicas import Replicas, digest_of, rebuild_reducer, tr
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.memory import budget as budget_module
-from rankpilot.memory.live_storages import LivePeak
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel as Ddp

@@ -15,8 +15,8 @@ import rankpilot
 import torch
 from accelerate import skip_first_batches
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.allocation.log import DecisionLog
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import rankpilot
+from rankpilot.cost.budget import Budget, reference_seconds
+from rankpilot.cost.calibration import resident_bytes
+from rankpilot.cost.measured_time import count_work
+from rankpilot.cost.step_time import Rates
 from rankpilot.errors import BudgetError, RunFolderError
 from rankpilot.finetune import time_before_training
 from rankpilot.finetune.config import FinetuneConfig
-from rankpilot.memory.budget import Budget, reference_seconds
-from rankpilot.memory.calibration import resident_bytes
-from rankpilot.memory.measured_time import count_work
-from rankpilot.memory.step_time import Rates
 from transformers import Trainer
 
 from ..cases import first_cases

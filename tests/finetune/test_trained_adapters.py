@@ -12,14 +12,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.allocation.log import DecisionLog
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.finetune.callback import attach
 from rankpilot.lora.resize import is_trained, set_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from .one_layer import llama_config as llama_config  # the fixture
+from .one_layer import llama_config as llama_config
 
 STEPS = 6
 ROWS = Dataset.from_list(

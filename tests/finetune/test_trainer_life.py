@@ -14,12 +14,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.observation import RUN_FEATURES, Observation
+from rankpilot.agents.policy import Decision, decision_from_plan
 from rankpilot.agents.rules import SignalRule
-from rankpilot.allocation.features import RUN_FEATURES
-from rankpilot.allocation.log import DecisionLog
-from rankpilot.allocation.observation import Observation
-from rankpilot.allocation.policy import Decision, decision_from_plan
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.callback import attach, graphs_per_plan, warn_of_recompiles
 from rankpilot.lora.peft_config import adapter_ranks

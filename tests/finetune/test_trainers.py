@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
+from rankpilot.cost.calibration import LOOP_BYTES
 from rankpilot.errors import BudgetError
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.memory.calibration import LOOP_BYTES
 from transformers import Trainer, TrainerCallback
 
 from . import trainer_kinds

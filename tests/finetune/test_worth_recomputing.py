@@ -13,14 +13,14 @@ from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.allocation.bounds import Bounds
-from rankpilot.allocation.log import DecisionLog
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.errors import BudgetError
 from rankpilot.finetune.callback import RankPilotCallback, attach
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.study.decision.replay import redecide
+from rankpilot.plan.problem import Bounds
+from rankpilot.study.replay import redecide
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from ..cases import first_cases

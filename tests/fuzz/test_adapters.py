@@ -14,8 +14,7 @@ import torch
 from hypothesis import strategies as st
 from peft import LoraConfig
 from rankpilot.errors import ConfigError, RunFolderError
-from rankpilot.lora.adapter_file import read_adapter
-from rankpilot.lora.export import export_padded, export_rank_pattern, rank_pattern_yaml
+from rankpilot.lora.adapter_file import export_padded, export_rank_pattern, rank_pattern_yaml, read_adapter
 from safetensors.torch import save_file
 
 from .damage import as_text, damaged_json, damaged_tensors

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import strategies as st
-from rankpilot.agents.rules.given_plan import PlanFile, read_plan
-from rankpilot.agents.training.config import TrainConfig
-from rankpilot.cli.config_file import read_config_file, with_file_settings
+from rankpilot.agents.plan_file import PlanFile, read_plan
+from rankpilot.cli.options import read_config_file, with_file_settings
 from rankpilot.common.settings import as_json
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.config import FinetuneConfig, rank_bounds_of
 from rankpilot.finetune.trainer import new_arguments
+from rankpilot.training.config import TrainConfig
 
 from .damage import NAMES, damaged, damaged_json, edited
 from .running import fuzz

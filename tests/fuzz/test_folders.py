@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from rankpilot.agents.evaluation.results import read_rows
-from rankpilot.agents.evaluation.runs import log_folder
-from rankpilot.agents.training.plan_runs import RUNS, PlanRun, plan_dataset, read_plan_run, write_plan_run
-from rankpilot.env.tasks.proxy_task import ProxyTask
+from rankpilot.env.proxy_task import ProxyTask
 from rankpilot.errors import RunFolderError
 from rankpilot.finetune.checkpoint import STATE, TENSORS, TRAINER_STATE, fault_of, load_state, save_state
+from rankpilot.training.compare import log_folder
+from rankpilot.training.plan_runs import RUNS, PlanRun, plan_dataset, read_plan_run, write_plan_run
+from rankpilot.training.results import read_rows
 
 from .damage import as_text, damaged_json, damaged_tensors, opened
 from .running import fuzz

@@ -17,13 +17,12 @@ from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy, policy_schedule, save_policy
-from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
-from rankpilot.allocation.observation import Observation
-from rankpilot.allocation.problem import AllocationProblem
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.cost.cost import ParameterCost
 from rankpilot.errors import PolicyFileError
-from rankpilot.lora.ladder import RankLadder
-from rankpilot.memory.cost import ParameterCost
+from rankpilot.lora.spec import RankLadder
+from rankpilot.plan.problem import AllocationProblem
 from safetensors.torch import load_file, save_file
 
 from .damage import as_text, damaged_json, damaged_tensors, edited

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 from hypothesis import strategies as st
-from rankpilot.allocation.log import DecisionLog
-from rankpilot.study.page.data import page_data
-from rankpilot.study.page.html import study_html
-from rankpilot.study.run.run_data import MOST_NUMBER, check_summary, number_rows, read_run
-from rankpilot.study.run.verdict import summary_table, verdict
+from rankpilot.agents.log import DecisionLog
+from rankpilot.study.page import page_data, study_html
+from rankpilot.study.run_data import MOST_NUMBER, check_summary, number_rows, read_run
+from rankpilot.study.verdict import summary_table, verdict
 
-from ..allocation.test_decision_log import make_record
+from ..agents.test_log import make_record
 from .damage import damaged_json, edited
 from .running import fuzz
 

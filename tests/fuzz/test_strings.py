@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 from hypothesis import strategies as st
-from rankpilot.allocation.bounds import rank_bounds
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.common.settings import from_json
+from rankpilot.cost.budget import Budget, TimeBudget
 from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune.config import rank_bounds_of
-from rankpilot.lora.module_spec import ModuleSpec
-from rankpilot.memory.budget import Budget, TimeBudget
+from rankpilot.lora.spec import ModuleSpec
+from rankpilot.plan.problem import rank_bounds
 
 from .damage import edited, odd_values
 from .running import fuzz

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from rankpilot.agents.training.progress import Validation, restore, write_checkpoint
 from rankpilot.errors import RunFolderError
+from rankpilot.training.progress import Validation, restore, write_checkpoint
 
-from ..agents.training.test_train import learner
+from ..training.test_train import learner
 from .damage import damaged
 from .running import fuzz
 

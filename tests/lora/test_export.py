@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from rankpilot.errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError
-from rankpilot.lora.export import VLLM_RANKS, export_padded, export_rank_pattern, rank_pattern_yaml
+from rankpilot.lora.adapter_file import VLLM_RANKS, export_padded, export_rank_pattern, rank_pattern_yaml
 from rankpilot.lora.peft_config import make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
@@ -352,7 +352,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("rankpilot.lora.export.save_file", full)
+    monkeypatch.setattr("rankpilot.lora.adapter_file.save_file", full)
     with pytest.raises(RunFolderError, match="no space left"):
         export_padded(plain, tmp_path / "padded")
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rankpilot.errors import ConfigError
-from rankpilot.lora.ladder import DEFAULT_RANKS, RankLadder
+from rankpilot.lora.spec import DEFAULT_RANKS, RankLadder
 
 LADDERS = st.sets(st.integers(1, 100), min_size=1, max_size=9).map(lambda s: RankLadder((0, *sorted(s))))
 

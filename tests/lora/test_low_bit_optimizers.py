@@ -14,8 +14,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.optimizer_state import StateMap, map_state, scale_state
+from rankpilot.lora.peft_config import choose_scaling
 from rankpilot.lora.resize import set_ranks
-from rankpilot.lora.scaling import choose_scaling
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM

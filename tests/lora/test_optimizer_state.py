@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from rankpilot.errors import UnsupportedError
-from rankpilot.lora.factors import shrink_maps
-from rankpilot.lora.optimizer_layouts import unwrap_optimizer
-from rankpilot.lora.optimizer_state import StateMap, check_optimizer, reset_state, state_bytes_of
-from rankpilot.lora.resize import set_ranks
-from rankpilot.lora.scaling import choose_scaling
+from rankpilot.lora.optimizer_state import StateMap, check_optimizer, reset_state, state_bytes_of, unwrap_optimizer
+from rankpilot.lora.peft_config import choose_scaling
+from rankpilot.lora.resize import set_ranks, shrink_maps
 from rankpilot.lora.targets import find_target_modules
 from transformers.optimization import Adafactor
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from rankpilot.lora import peft_config as checkpoint
-from rankpilot.lora.peft_config import adapter_ranks, finish_load, make_resizable, sync_config
+from rankpilot.lora.peft_config import adapter_ranks, choose_scaling, finish_load, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
-from rankpilot.lora.scaling import choose_scaling
 from rankpilot.lora.targets import find_target_modules
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 

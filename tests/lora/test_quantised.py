@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from rankpilot.cost.calibration import calibrate
+from rankpilot.cost.cost import plan_cost
+from rankpilot.cost.peak_meter import PeakMeter
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.frozen_weights import base_norm, guard_base, real_weight
 from rankpilot.lora.peft_config import adapter_ranks, finish_load, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.signals import SignalMeter
 from rankpilot.lora.targets import TargetModule, find_target_modules
-from rankpilot.memory.calibration import calibrate
-from rankpilot.memory.cost import plan_cost
-from rankpilot.memory.peak_meter import PeakMeter
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from rankpilot.errors import ConfigError, UnknownNameError, UnsupportedError
 from rankpilot.lora import resize as ranks_module
-from rankpilot.lora.factors import growth_generator, shrink_maps, write_in_place
-from rankpilot.lora.resize import RankChange, non_finite, reset_adapters, set_ranks, update_peft_records
-from rankpilot.lora.scaling import choose_scaling
+from rankpilot.lora.peft_config import choose_scaling
+from rankpilot.lora.resize import RankChange, growth_generator, non_finite, reset_adapters, set_ranks, shrink_maps, update_peft_records, write_in_place
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
 

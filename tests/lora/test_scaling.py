@@ -6,10 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from rankpilot.errors import ConfigError
-from rankpilot.lora.peft_config import make_resizable, sync_config
+from rankpilot.lora.peft_config import choose_scaling, make_resizable, reference_scaling, sync_config
 from rankpilot.lora.resize import set_ranks
-from rankpilot.lora.scaling import choose_scaling, reference_scaling
-from rankpilot.lora.scaling_names import check_scaling
+from rankpilot.lora.spec import check_scaling
 from rankpilot.lora.targets import find_target_modules
 from transformers.optimization import Adafactor
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
-from rankpilot.allocation.log import DecisionLog, DecisionRecord
-from rankpilot.allocation.observation import Observation
-from rankpilot.allocation.policy import Decision
-from rankpilot.allocation.problem import AllocationProblem
+from rankpilot.agents.log import DecisionLog, DecisionRecord
+from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.agents.policy import Decision
 from rankpilot.common.files import write_json, write_json_lines
-from rankpilot.lora.ladder import RankLadder
-from rankpilot.memory.cost import ByteCost
+from rankpilot.cost.cost import ByteCost
+from rankpilot.lora.spec import RankLadder
+from rankpilot.plan.problem import AllocationProblem
 
 KINDS = (
     "attention.self.query",

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from rankpilot.agents.training.plan_runs import CHOICES, RUNS
-from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.errors import DataError, RunFolderError
+from rankpilot.training.plan_runs import CHOICES, RUNS
 
 from tools.dataset import COLUMNS, TrialsDataset, open_dataset, write_dataset
 

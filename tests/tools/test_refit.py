@@ -16,16 +16,15 @@ import torch
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy
-from rankpilot.agents.training import task_sampling
-from rankpilot.agents.training.config import TrainConfig
-from rankpilot.agents.training.plan_runs import RUNS, plan_dataset, read_plan_run
-from rankpilot.agents.training.real_plan_runs import RealPlanRun, write_real_plan_runs
-from rankpilot.agents.training.train import finish, train
-from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.common.files import read_json, sha256
-from rankpilot.env.tasks.suites import find_tasks
+from rankpilot.env.suites import find_tasks
 from rankpilot.errors import DataError, RunFolderError
+from rankpilot.training import task_sampling
+from rankpilot.training.config import TrainConfig
+from rankpilot.training.plan_runs import RUNS, RealPlanRun, plan_dataset, read_plan_run, write_real_plan_runs
+from rankpilot.training.train import finish, train
 
 from tools.dataset import TrialsDataset, open_dataset, write_dataset
 from tools.refit import Options, main, plan_runs_of, refit, save_refitted, training_config

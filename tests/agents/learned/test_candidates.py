@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from rankpilot.agents.learned.candidates import BASIS, FIXED, candidate_actions
+from rankpilot.agents.observation import MODULE_FEATURES, Observation, module_feature
+from rankpilot.agents.policy import decision_from_scores
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.actions import SCORE_BOUND, base_depth_bias, base_rank_floor
-from rankpilot.allocation.features import MODULE_FEATURES
-from rankpilot.allocation.observation import Observation, module_feature
-from rankpilot.allocation.plan import project, uniform_ranks, uniform_window
-from rankpilot.allocation.policy import decision_from_scores
 from rankpilot.common.arrays import IntArray
-from rankpilot.memory.cost import ByteCost, plan_cost
+from rankpilot.cost.cost import ByteCost, plan_cost
+from rankpilot.plan.plan import SCORE_BOUND, base_depth_bias, base_rank_floor, project, uniform_ranks, uniform_window
 
 MakeObservation = Callable[..., Observation]
 Arrays = tuple[NDArray[np.float64], NDArray[np.float64]]

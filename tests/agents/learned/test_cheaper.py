@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rankpilot.agents.learned.candidates import with_less, with_less_time
-from rankpilot.allocation.plan import least_ranks
-from rankpilot.allocation.problem import AllocationProblem
-from rankpilot.lora.ladder import RankLadder
-from rankpilot.memory.cost import ByteCost, Cost, TimedCost, moment_costs, plan_cost
-from rankpilot.memory.step_time import SecondsRow
+from rankpilot.cost.cost import ByteCost, Cost, TimedCost, moment_costs, plan_cost
+from rankpilot.cost.step_time import SecondsRow
+from rankpilot.lora.spec import RankLadder
+from rankpilot.plan.plan import least_ranks
+from rankpilot.plan.problem import AllocationProblem
 
 MODULES = 8
 BLOCKS = np.arange(MODULES) // 2

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.learned.exploring import exploring
-from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.learned.policy import LearnedPolicy, exploring
 from rankpilot.agents.learned.policy_file import load_policy
+from rankpilot.agents.observation import Observation
+from rankpilot.agents.policy import decided_plan
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.observation import Observation
-from rankpilot.allocation.policy import decided_plan
 from rankpilot.errors import ConfigError
 
 from ...cases import first_cases

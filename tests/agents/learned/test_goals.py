@@ -10,24 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.candidates import SHARES
+from rankpilot.agents.deliberation import Deliberation, frontier, plan_distance
+from rankpilot.agents.learned.candidates import ALL_LINEAR, SHARES, parts, structure_plans
 from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.goals import check_any_cost, with_goal
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
-from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.learned.structures import ALL_LINEAR, parts, structure_plans
+from rankpilot.agents.learned.policy import LearnedPolicy, check_any_cost, with_goal
+from rankpilot.agents.observation import MODULE_FEATURES, Observation
+from rankpilot.agents.policy import Decision, decided_plan
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.deliberation import Deliberation, plan_distance
-from rankpilot.allocation.features import MODULE_FEATURES
-from rankpilot.allocation.frontier import frontier
-from rankpilot.allocation.goal import Goal, improvement_of
-from rankpilot.allocation.observation import Observation
-from rankpilot.allocation.plan import uniform_ranks
-from rankpilot.allocation.policy import Decision, decided_plan
+from rankpilot.cost.cost import ByteCost, plan_cost, unit_cost
+from rankpilot.cost.step_time import SecondsRow
 from rankpilot.errors import ConfigError
-from rankpilot.memory.cost import ByteCost, plan_cost, unit_cost
-from rankpilot.memory.step_time import SecondsRow
+from rankpilot.plan.goal import Goal, improvement_of
+from rankpilot.plan.plan import uniform_ranks
 
 from ...cases import first_cases
 
@@ -397,7 +393,7 @@ def test_narrow_plans_count_where_plain_lora_cannot_be_taken(
 ) -> None:
     """The floor stands for what could be kept in place of a cheap plan; without that it would leave nothing."""
     for name, least in (("LEAST_MODULES", 0.5), ("LEAST_LAYERS", 2 / 3), ("LEAST_THICK", 0.5)):
-        monkeypatch.setattr(f"rankpilot.allocation.broad_plans.{name}", least)
+        monkeypatch.setattr(f"rankpilot.plan.goal.{name}", least)
     top = BLOCKS == 3
     ranks, _, found = decided(policy_of(loss_without(top), "bytes"), seen(share))
     floor = share == 1.0

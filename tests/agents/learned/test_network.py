@@ -11,16 +11,14 @@ import pytest
 import torch
 from gymnasium import spaces
 from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.gaussian import CorrelatedGaussian
-from rankpilot.agents.learned.network import DIRECTIONS, LATER_NOISE, Action, RankNetwork
+from rankpilot.agents.learned.network import DIRECTIONS, LATER_NOISE, Action, CorrelatedGaussian, RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.agents.rules import RULES, SignalRule, find_rule, signal_mean
-from rankpilot.agents.training.ppo_policy import LEAST_SPREAD, GroupRolloutBuffer, RankPolicy
-from rankpilot.allocation.actions import PLACEMENT, SCORE_BOUND
-from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
-from rankpilot.allocation.observation import Observation
-from rankpilot.env.spaces import action_space, observation_space
+from rankpilot.env.rank_allocation import action_space, observation_space
 from rankpilot.errors import UnknownNameError
+from rankpilot.plan.plan import PLACEMENT, SCORE_BOUND
+from rankpilot.training.ppo_policy import LEAST_SPREAD, GroupRolloutBuffer, RankPolicy
 from torch.distributions import MultivariateNormal
 
 MakeObservation = Callable[..., Observation]

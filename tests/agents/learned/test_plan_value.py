@@ -11,19 +11,11 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
-from rankpilot.agents.training.fit_plan_value import (
-    FitConfig,
-    PlanDataset,
-    doubt_of,
-    doubts_of,
-    fit_value_ensemble,
-    standardised,
-    targets_of,
-)
-from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
-from rankpilot.allocation.goal import CAUTION, vote_of
+from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.common.arrays import FloatArray
 from rankpilot.errors import ConfigError
+from rankpilot.plan.goal import CAUTION, vote_of
+from rankpilot.training.fit_plan_value import FitConfig, PlanDataset, doubt_of, doubts_of, fit_value_ensemble, standardised, targets_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

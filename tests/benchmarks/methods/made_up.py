@@ -6,8 +6,8 @@ import zlib
 from typing import Any
 
 import numpy as np
-from rankpilot.lora.module_spec import ModuleSpec
-from rankpilot.memory.cost import cost_from_state
+from rankpilot.cost.cost import cost_from_state
+from rankpilot.lora.spec import ModuleSpec
 
 from benchmarks.methods.rows import RowStore, Work, plan_ranks
 from benchmarks.methods.study import Modules, Study

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.training.real_plan_runs import read_real_plan_runs
-from rankpilot.lora.module_spec import ModuleSpec
-from rankpilot.memory.cost import cost_from_state
+from rankpilot.cost.cost import cost_from_state
+from rankpilot.lora.spec import ModuleSpec
+from rankpilot.training.plan_runs import read_real_plan_runs
 
 from benchmarks.methods import report as report
 from benchmarks.methods import run

@@ -11,7 +11,7 @@ import pytest
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.allocation.schedule import ONCE
+from rankpilot.agents.schedule import ONCE
 
 from benchmarks.methods.policies import identity
 from benchmarks.methods.registry import perform

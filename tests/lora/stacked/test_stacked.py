@@ -15,10 +15,8 @@ from rankpilot.common.arrays import IntArray
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.resize import reset_adapters, set_ranks
 from rankpilot.lora.signals import SIGNALS, SignalMeter, base_norms
-from rankpilot.lora.stacked.adapters import StackedAdapters
-from rankpilot.lora.stacked.layout import WIDTH_STEP
-from rankpilot.lora.stacked.resize import Move, reset_runs, set_stacked_ranks
-from rankpilot.lora.stacked.run import StackedMeter, StackedRun, accumulate_all
+from rankpilot.lora.stacked.adapters import WIDTH_STEP, StackedAdapters
+from rankpilot.lora.stacked.run import Move, StackedMeter, StackedRun, accumulate_all, reset_runs, set_stacked_ranks
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
 

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.agents.evaluation.runs import run_attempts
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
-from rankpilot.allocation.log import DecisionLog, DecisionRecord
-from rankpilot.allocation.observation import Observation
-from rankpilot.allocation.policy import Policy, decided_plan
-from rankpilot.allocation.schedule import DecisionSchedule
-from rankpilot.env.episodes.episode_log import EpisodeLog
-from rankpilot.env.episodes.stacked import StackedEpisodes
-from rankpilot.env.tasks.proxy_task import ProxyTask
+from rankpilot.agents.log import DecisionLog, DecisionRecord
+from rankpilot.agents.observation import Observation
+from rankpilot.agents.policy import Policy, decided_plan
+from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.env.episode import EpisodeLog
+from rankpilot.env.proxy_task import ProxyTask
+from rankpilot.env.stacked import StackedEpisodes
+from rankpilot.training.compare import run_attempts
 
 SIZES: dict[str, Any] = {"base": "llama-4x32", "steps": 20, "batch_size": 4, "length": 16, "eval_rows": 16}
 TASKS = (

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
+from rankpilot.agents.log import DecisionLog, DecisionRecord
+from rankpilot.agents.observation import Observation
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.log import DecisionLog, DecisionRecord
-from rankpilot.allocation.observation import Observation
-from rankpilot.allocation.schedule import DecisionSchedule
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.errors import RunFolderError
-from rankpilot.study.decision.why import explain, explanations
+from rankpilot.study.why import explain, explanations
 
 from .conftest import TASKS, log_runs
 

@@ -11,17 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.goals import with_goal
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig
-from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.allocation.features import MODULE_FEATURES
-from rankpilot.allocation.goal import Goal
-from rankpilot.allocation.log import DecisionLog, DecisionRecord
-from rankpilot.allocation.observation import Observation
-from rankpilot.memory.cost import ByteCost
-from rankpilot.memory.step_time import SecondsRow
-from rankpilot.study.decision.replay import redecide
-from rankpilot.study.decision.why import Explanation, explain
+from rankpilot.agents.learned.policy import LearnedPolicy, with_goal
+from rankpilot.agents.log import DecisionLog, DecisionRecord
+from rankpilot.agents.observation import MODULE_FEATURES, Observation
+from rankpilot.cost.cost import ByteCost
+from rankpilot.cost.step_time import SecondsRow
+from rankpilot.plan.goal import Goal
+from rankpilot.study.replay import redecide
+from rankpilot.study.why import Explanation, explain
 
 pytestmark = pytest.mark.usefixtures("narrow_plans_too")
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.log import DecisionLog, DecisionRecord
+from rankpilot.agents.policy import decided_plan
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.log import DecisionLog, DecisionRecord
-from rankpilot.allocation.policy import decided_plan
 from rankpilot.errors import RunFolderError
-from rankpilot.study.decision.replay import redecide, replay
+from rankpilot.study.replay import redecide, replay
 from rich.console import Console
 
 

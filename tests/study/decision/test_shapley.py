@@ -11,12 +11,11 @@ import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.log import DecisionRecord
+from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.features import MODULE_FEATURES, RUN_FEATURES
-from rankpilot.allocation.log import DecisionRecord
-from rankpilot.allocation.observation import Observation
 from rankpilot.errors import ConfigError
-from rankpilot.study.decision.shapley import GROUPS, USUAL_RUN, attribute
+from rankpilot.study.shapley import GROUPS, USUAL_RUN, attribute
 
 SNR, COST, BUDGET = MODULE_FEATURES.index("snr"), MODULE_FEATURES.index("rank_cost"), RUN_FEATURES.index("budget")
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.log import DecisionRecord
+from rankpilot.agents.observation import Observation
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.log import DecisionRecord
-from rankpilot.allocation.observation import Observation
 from rankpilot.errors import ConfigError
-from rankpilot.study.decision.what_if import stability
+from rankpilot.study.what_if import stability
 
 
 def test_more_noise_moves_more(

@@ -10,18 +10,17 @@ import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.log import DecisionLog, DecisionRecord
+from rankpilot.agents.observation import MODULE_FEATURES, Observation
+from rankpilot.agents.policy import decided_plan
 from rankpilot.agents.rules import find_rule
-from rankpilot.allocation.features import MODULE_FEATURES
-from rankpilot.allocation.log import DecisionLog, DecisionRecord
-from rankpilot.allocation.observation import Observation
-from rankpilot.allocation.policy import decided_plan
-from rankpilot.common.module_names import short_names
+from rankpilot.common.text import short_names
+from rankpilot.cost.cost import ParameterCost
+from rankpilot.cost.step_time import SecondsRow
 from rankpilot.errors import ConfigError
 from rankpilot.lora.signals import SIGNALS
-from rankpilot.memory.cost import ParameterCost
-from rankpilot.memory.step_time import SecondsRow
-from rankpilot.study.decision.replay import SIGNAL_COLUMNS, DecidedAgain, with_least, with_most, with_signals
-from rankpilot.study.decision.what_if import Kind, Question, usual_questions, what_if
+from rankpilot.study.replay import SIGNAL_COLUMNS, DecidedAgain, with_least, with_most, with_signals
+from rankpilot.study.what_if import Kind, Question, usual_questions, what_if
 
 
 def drawn_question(case: DecidedAgain, generator: np.random.Generator) -> Question:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.log import DecisionRecord
+from rankpilot.agents.observation import Observation, module_feature
+from rankpilot.agents.policy import Decision, decided_plan, decision_from_scores
 from rankpilot.agents.rules import find_rule, signal_mean
-from rankpilot.allocation.actions import SCORE_BOUND, base_depth_bias, base_rank_floor
-from rankpilot.allocation.log import DecisionRecord
-from rankpilot.allocation.observation import Observation, module_feature
-from rankpilot.allocation.policy import Decision, decided_plan, decision_from_scores
-from rankpilot.memory.cost import unit_cost
-from rankpilot.study.decision.why import Explanation, actor_terms, same_in_tie
+from rankpilot.cost.cost import unit_cost
+from rankpilot.plan.plan import SCORE_BOUND, base_depth_bias, base_rank_floor
+from rankpilot.study.why import Explanation, actor_terms, same_in_tie
 
 KEYS = {
     "decision", "step", "first", "policy", "verdict", "sentences", "candidates", "plans", "taken", "reference",

@@ -1,0 +1,437 @@
+"""The link between decisions and tensors, written once for proxy episodes and real fine-tunes.
+
+signals -> observation -> (a policy decides) -> plan within the budget -> ranks
+
+The probe: a few small training steps before the run, which measure the first signals.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ..common.arrays import FloatArray, IntArray
+from ..common.checks import counted, finite
+from ..common.text import part_of
+from ..cost.budget import Budget, reference_cost
+from ..cost.cost import ByteCost, TimedCost, UntimedCost, check_cost, cost_from_state, cost_state, unit_cost
+from ..errors import BudgetError, NonFiniteError
+from ..lora.adapters import Adapters
+from ..lora.signals import SignalMeter, signal_buffer_bytes
+from ..lora.targets import TargetModule
+from ..plan.plan import Plan, check_budget
+from ..plan.problem import AllocationProblem
+from ..plan.time_limit import TimeLimit
+from .observation import ModuleShapes, Observation, RunState, observe
+from .policy import Decision, decided_plan, decision_from_plan
+from .schedule import DecisionSchedule
+
+FIRST_LOSSES = 5
+"""The first loss is the mean of this number of losses, from the probe's start; the last loss that of the last ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeResult:
+    """What the probe measured.
+
+    Attributes:
+        signals: (modules, len(SIGNALS)).
+        first_loss: mean training loss of its first steps.
+        fall: share of the first loss by which the last one is lower; 0 where it is unknown.
+        predicted: share of the tokens whose prediction the loss counts, above 0: 1 where all are, as in language models
+            as a rule, and little where a whole text is classified.
+    """
+
+    signals: FloatArray
+    first_loss: float
+    fall: float = 0.0
+    predicted: float = 1.0
+
+    @classmethod
+    def of(cls, signals: FloatArray, losses: Sequence[float]) -> ProbeResult:
+        """The result of a probe with these training losses, one a step."""
+        first, last = (float(np.mean(part)) for part in (losses[:FIRST_LOSSES], losses[-FIRST_LOSSES:]))
+        return cls(signals, first, 1 - last / first if first > 0 else 0.0)
+
+
+def probe(
+    targets: Sequence[TargetModule],
+    optimizer: torch.optim.Optimizer,
+    losses: Iterable[Callable[[], torch.Tensor]],
+    *,
+    max_grad_norm: float = 1.0,
+) -> ProbeResult:
+    """Train the adapters for a few small steps, and measure the signals.
+
+    Args:
+        targets: the target modules. Their adapters train; the caller resets or restores them afterwards.
+        optimizer: of the adapters' parameters, without state; of no use afterwards.
+        losses: for each step a function that runs the forward pass on a micro-batch and returns the loss.
+        max_grad_norm: gradients are clipped to this norm.
+
+    Raises:
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    meter = SignalMeter(targets)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    history = []
+    for closure in losses:
+        loss = closure()
+        history.append(float(loss.detach()))
+        if not np.isfinite(history[-1]):
+            raise NonFiniteError(
+                f"The loss of probe step {len(history)} is {history[-1]}. Check the data and lower the learning rate."
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        meter.accumulate()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return ProbeResult.of(meter.read(), history)
+
+
+logger = logging.getLogger(__name__)
+
+
+AdaptersT = TypeVar("AdaptersT", bound=Adapters)
+
+
+class RankController(Generic[AdaptersT]):
+    """Observes one run's adapters and applies decisions to them.
+
+    Args:
+        adapters: whose ranks are decided.
+        cost: what plans cost, signal buffers included.
+        limit: the hard budget, in the unit of `cost`.
+        schedule: when decisions fall.
+        total_steps: optimiser steps of the run.
+        probe_result: from `probe`.
+        rows: of an optimiser step, in all its batches.
+        low: the least rank of each module, int64 (modules,); 0 by default.
+        high: the largest, int64 (modules,); any by default.
+        seed: decides fresh rows on growth.
+        time: the limit of the time of a step; None for none.
+
+    Attributes:
+        notes: why a module was left out of the latest plan, by name.
+
+    Raises:
+        BudgetError: no plan fits the limit.
+    """
+
+    high: IntArray | None
+    low: IntArray | None
+    first_loss: float
+    predicted: float
+    probe_fall: float
+
+    def __init__(
+        self,
+        adapters: AdaptersT,
+        cost: UntimedCost,
+        limit: float,
+        schedule: DecisionSchedule,
+        total_steps: int,
+        probe_result: ProbeResult,
+        *,
+        rows: int,
+        low: IntArray | None = None,
+        high: IntArray | None = None,
+        seed: int = 0,
+        time: TimeLimit | None = None,
+    ) -> None:
+        self.adapters = adapters
+        self.targets: list[TargetModule] = list(adapters.targets)
+        self.cost = cost
+        self.limit = limit
+        self.time = time
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self.decision_steps: tuple[int, ...] = schedule.steps(total_steps)
+        self.low, self.high = low, high
+        self.seed = seed
+        adapters.meter.values = probe_result.signals.copy()
+        self.first_loss, self.probe_fall = probe_result.first_loss, probe_result.fall
+        self.predicted = probe_result.predicted
+        self.rows = rows
+        self.interval_losses: list[float] = []
+        self.decision: int = 0
+        self.names: tuple[str, ...] = tuple(target.name for target in self.targets)
+        self.notes: dict[str, str] = {}
+        self._warned: set[str] = set()
+        self._shapes = ModuleShapes.of(self.targets)
+        problem = self.problem()
+        self._reference_cost = reference_cost(cost, problem.max_ranks)
+        check_budget(problem, list(self.names))
+
+    @property
+    def ranks(self) -> IntArray:
+        """Current ranks, (modules,)."""
+        return self.adapters.ranks
+
+    @property
+    def finished(self) -> bool:
+        """Whether every decision has been taken."""
+        return self.decision >= len(self.decision_steps)
+
+    @property
+    def until(self) -> int:
+        """The optimiser step before which the next decision falls, or the end of the run."""
+        return self.total_steps if self.finished else self.decision_steps[self.decision]
+
+    def due(self, step: int) -> bool:
+        """Whether the next decision falls before optimiser step `step` (counted from 0)."""
+        return not self.finished and step >= self.decision_steps[self.decision]
+
+    def problem(self) -> AllocationProblem:
+        """The plans that are possible at the next decision.
+
+        The last one may spend what signal buffers took: no more signals are read after it.
+        """
+        return self._problem(buffers=self.decision < len(self.decision_steps) - 1)
+
+    def problem_now(self) -> AllocationProblem:
+        """The plans that are possible until the next decision."""
+        return self._problem(buffers=not self.finished)
+
+    def cost_now(self, cost: UntimedCost | None = None) -> UntimedCost:
+        """What plans cost until the next decision, without time.
+
+        Args:
+            cost: what plans cost, signal buffers included, if not what they cost in this run.
+        """
+        cost = cost or self.cost
+        return self._without_buffers(cost) if self.finished else cost
+
+    def fits(self) -> bool:
+        """Whether the current plan is within the limits, until the next decision."""
+        return self.could_take(self.ranks)
+
+    def could_take(self, ranks: IntArray) -> bool:
+        """Whether a plan, int64 (modules,), is within the limits, until the next decision."""
+        return self.problem_now().fits(ranks) and (self.time is None or self.time.fits(ranks))
+
+    def _problem(self, *, buffers: bool) -> AllocationProblem:
+        cost = self.cost if buffers else self._without_buffers(self.cost)
+        return AllocationProblem.of(
+            self.targets,
+            self.time.added_to(cost, self.limit) if self.time else cost,
+            self.limit,
+            max_step=self.schedule.reach(self.decision),
+            low=self.low,
+            high=self.high,
+            ranks=self.ranks,
+        )
+
+    def limit_of(self, budget: Budget, device: torch.device, was: str | None = None) -> float:
+        """The limit that another budget sets on the plans of this run; a share is one of plain LoRA, as ever.
+
+        Args:
+            budget: the budget.
+            device: of the model.
+            was: the budget so far. What a share of it was is known; costs may since be those of a larger batch, or of a
+                step in which layers run again.
+
+        Raises:
+            BudgetError: the budget counts another unit than the costs.
+        """
+        if was and budget.kind == (before := Budget.parse(was)).kind == "share":
+            return self.limit * budget.value / before.value
+        highest = np.array([target.max_rank for target in self.targets], dtype=np.int64)
+        return budget.resolve(self._without_buffers(self.cost), highest, device).value
+
+    def _without_buffers(self, cost: UntimedCost) -> UntimedCost:
+        if not isinstance(cost, ByteCost):
+            return cost
+        return replace(cost, per_rank=cost.per_rank - signal_buffer_bytes(self.targets))
+
+    def observe(self, step: int, interval_loss: float | None = None) -> Observation:
+        """Close the interval that ends before `step` and describe the next decision.
+
+        Args:
+            step: optimiser steps done.
+            interval_loss: mean training loss since the last decision, if known.
+        """
+        if self.decision > 0:
+            self.adapters.meter.read()
+        if interval_loss is not None and np.isfinite(interval_loss):
+            self.interval_losses.append(interval_loss)
+        return self._observation(self.problem(), step)
+
+    def observation_now(self, step: int) -> Observation:
+        """The observation as things stand, without closing the interval."""
+        return self._observation(self.problem_now(), step)
+
+    def _observation(self, problem: AllocationProblem, step: int) -> Observation:
+        state = RunState(
+            progress=step / self.total_steps,
+            decisions_left=max(0, len(self.decision_steps) - self.decision - 1),
+            reference_cost=self._reference_cost,
+            first_loss=self.first_loss,
+            losses=tuple(self.interval_losses),
+            total_steps=self.total_steps,
+            rows=self.rows,
+            probe_fall=self.probe_fall,
+            predicted=self.predicted,
+        )
+        return observe(
+            problem,
+            self.names,
+            self.adapters.meter.values,
+            self.adapters.meter.age,
+            self._shapes,
+            state,
+        )
+
+    def apply(self, decision: Decision, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:
+        """Project a decision onto the budget and give the adapters their new ranks.
+
+        Args:
+            decision: what is wanted.
+            step: optimiser steps done; decides fresh rows together with the seed.
+            optimizer: its state follows, unless the adapters keep their own.
+
+        Returns:
+            The plan as applied.
+        """
+        _, plan = self.propose(decision, optimizer)
+        self._take(plan.ranks, step, optimizer)
+        return plan
+
+    def propose(
+        self, decision: Decision, optimizer: torch.optim.Optimizer | None = None
+    ) -> tuple[AllocationProblem, Plan]:
+        """What `apply` would do, without doing it: the possible plans with pinned modules, and the plan."""
+        return self._project(self.problem(), decision, optimizer)
+
+    def set_plan(
+        self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None, *, decides: bool = True
+    ) -> None:
+        """Take exactly these ranks: none is lowered or raised, even if a part of the budget is left.
+
+        Args:
+            ranks: on the ladder, int64 (modules,). Modules that `propose` pinned keep their ranks of the proposal.
+            step: see `apply`, as `optimizer`.
+            optimizer: its state follows.
+            decides: whether they are the next decision; else they come beside the schedule, which stays as it is.
+
+        Raises:
+            BudgetError: they are above the limit.
+        """
+        problem = self.problem() if decides else self.problem_now()
+        if unit_cost(problem.cost, ranks) > self.limit:
+            cost = part_of(unit_cost(problem.cost, ranks), self.limit, self.cost.unit)
+            raise BudgetError(f"This plan does not fit the budget: it takes {cost}. Lower some ranks.")
+        if self.time and not (self.time.fits(ranks) and problem.fits(ranks)):
+            raise BudgetError(f"This plan does not fit the time: {self.time.text(ranks)}. Lower some ranks.")
+        self._take(ranks, step, optimizer, decides=decides)
+
+    def _take(
+        self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None, *, decides: bool = True
+    ) -> None:
+        """Give the adapters these ranks, of a decision or beside the schedule."""
+        self.adapters.set_ranks(ranks, optimizer, seed=self.seed, step=step)
+        self.decision += decides
+
+    def correct(self, wanted: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:
+        """Bring the ranks back under a limit that has become tighter; not counted as a decision. See `apply`."""
+        _, plan = self._project(self.problem_now(), decision_from_plan(wanted), optimizer)
+        self.adapters.set_ranks(plan.ranks, optimizer, seed=self.seed, step=step)
+        return plan
+
+    def _project(
+        self, problem: AllocationProblem, decision: Decision, optimizer: torch.optim.Optimizer | None
+    ) -> tuple[AllocationProblem, Plan]:
+        problem = replace(problem, pinned=self._pin_broken(optimizer))
+        chosen = problem
+        if self.time:
+            chosen = self.time.choose(problem, lambda other: decided_plan(other, decision).ranks)
+        return problem, decided_plan(chosen, decision)
+
+    def _pin_broken(self, optimizer: torch.optim.Optimizer | None) -> NDArray[np.bool_]:
+        """Note which modules hold NaN or infinity, warn of each once, and say which they are, (modules,)."""
+        broken = self.adapters.non_finite(optimizer)
+        fresh = sorted(set(broken) - self._warned)
+        if fresh:
+            self._warned.update(fresh)
+            logger.warning(
+                "The adapter or optimizer state of %s holds NaN or infinity: %s no more changes of rank. Lower the "
+                "learning rate or clip gradients.",
+                ", ".join(fresh[:3]) + (f" and {len(fresh) - 3} more modules" if len(fresh) > 3 else ""),
+                "it gets" if len(fresh) == 1 else "they get",
+            )
+        self.notes = dict.fromkeys(broken, "left alone: NaN or infinity in its factors, gradients or optimizer state")
+        return np.isin(self.names, broken)
+
+    def reprice(self, cost: UntimedCost) -> None:
+        """Plans cost something else from now on; the reference of the observation stays."""
+        self.cost = cost
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `from_state_dict` needs beside the adapters and their signals, as arrays and JSON values."""
+        return {
+            "cost": cost_state(self.cost),
+            "reference_cost": self._reference_cost,
+            "limit": self.limit,
+            "time": self.time.state() if self.time else None,
+            "total_steps": self.total_steps,
+            "rows": self.rows,
+            "first_loss": self.first_loss,
+            "probe_fall": self.probe_fall,
+            "predicted": self.predicted,
+            "interval_losses": list(self.interval_losses),
+            "decision": self.decision,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Any],
+        adapters: AdaptersT,
+        schedule: DecisionSchedule,
+        *,
+        low: IntArray | None = None,
+        high: IntArray | None = None,
+    ) -> RankController[AdaptersT]:
+        """Continue from `state_dict`.
+
+        Args:
+            state: what `state_dict` returned.
+            adapters: with the ranks and signals of that time.
+            schedule: see the class, as `low` and `high`.
+            low: the least rank of each module.
+            high: the largest rank of each module.
+
+        Raises:
+            LookupError, TypeError, ValueError: it is no such state, or of another model.
+        """
+        cost = cost_from_state(state["cost"])
+        check_cost(cost, len(adapters.targets))
+        if isinstance(cost, TimedCost):
+            raise TypeError("time is beside the cost")
+        seen = (state["first_loss"], state["probe_fall"], state["predicted"])
+        controller = cls(
+            adapters,
+            cost,
+            finite(state["limit"]),
+            schedule,
+            counted(state["total_steps"], 1),
+            ProbeResult(adapters.meter.values, *map(finite, seen)),
+            rows=counted(state["rows"], 1),
+            low=low,
+            high=high,
+            seed=counted(state["seed"]),
+            time=TimeLimit.from_state(state["time"]) if state["time"] else None,
+        )
+        controller._reference_cost = finite(state["reference_cost"])
+        controller.interval_losses = [finite(loss) for loss in state["interval_losses"]]
+        controller.decision = counted(state["decision"])
+        return controller

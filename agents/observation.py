@@ -1,0 +1,379 @@
+"""What a policy sees at a decision, computed alike in an episode on a proxy and in a real fine-tune.
+
+All numbers are relative (shares, ratios, logarithms), so that a policy can be used on models of other sizes.
+
+The features that a policy sees: names, meanings and ranges.
+
+What modules are by their shapes and their place in a layer; names are not read.
+
+In a transformer's layer the MLP leads through a wide inner side: one module writes it, and another reads it. Attention
+stays at the width of the layer, or writes sides that it does not read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.arrays import BoolArray, FloatArray
+from ..cost.cost import FixedCost, plan_cost
+from ..errors import UnknownNameError
+from ..lora.signals import SIGNALS
+from ..lora.spec import ModuleSpec
+from ..plan.problem import AllocationProblem
+from ..plan.time_limit import under_limit
+
+
+class Feature(NamedTuple):
+    """One feature.
+
+    Attributes:
+        name: as in `MODULE_FEATURES` or `RUN_FEATURES`.
+        meaning: what is measured, in which unit.
+        values: the range of its values.
+    """
+
+    name: str
+    meaning: str
+    values: str
+
+
+MOST_FEATURE = 3.0
+"""No feature lies further from 0."""
+
+_BOUNDED, _SHARE, _UP_TO_THREE = "-3 to 3", "0 to 1", "0 to 3"
+
+MODULE_FEATURE_TABLE = (
+    Feature("sensitivity", "log component sensitivity per rank, minus its mean over the modules", _BOUNDED),
+    Feature("snr", "log gradient signal-to-noise, minus its mean", _BOUNDED),
+    Feature("relative_change", "log norm(delta W) / norm(W), minus its mean", _BOUNDED),
+    Feature("gradient_norm", "log root mean square norm of the gradient of B, minus its mean", _BOUNDED),
+    Feature("importance", "log of AdaLoRA's sum of abs(weight * gradient) over B per rank, minus its mean", _BOUNDED),
+    Feature("rank", "rung over highest rung", _SHARE),
+    Feature("adapted", "1 if the rank is above 0", "0 or 1"),
+    Feature("relative_depth", "layer, from the bottom (0) to the top (1)", _SHARE),
+    Feature("shape", "log(d_out / d_in)", _BOUNDED),
+    Feature("rank_cost", "log cost of one rank at the moment where it is highest, minus its mean", _BOUNDED),
+    Feature("next_rung_cost", "log10(cost of the next rung up x modules / budget); -3 at the highest rung", _BOUNDED),
+    Feature("drop_saving", "the same of what dropping the module would save; -3 if it is not adapted", _BOUNDED),
+    Feature("adapt_cost", "the same of what adapting it at rank 1 would add; -3 if it is adapted", _BOUNDED),
+    Feature("signal_age", "decisions since its signals were fresh, over 4", _UP_TO_THREE),
+    Feature("wide", "1 if it has the wide inner side of its layer, as the modules of an MLP do", "0 or 1"),
+    Feature("position", "place among the modules of its layer, from the first (0) to the last (1)", _SHARE),
+)
+"""Columns of `Observation.modules`, the signals first. New ones come last: a policy reads as many as it was trained
+with, see `Inputs`."""
+
+RUN_FEATURE_TABLE = (
+    Feature("progress", "share of the run's steps that are done", _SHARE),
+    Feature("decisions_left", "decisions after this one, over 4", _UP_TO_THREE),
+    Feature("budget", "the budget over what rank 8 on all modules takes", _UP_TO_THREE),
+    Feature("spent", "cost of the current ranks over the budget", _UP_TO_THREE),
+    Feature("modules", "log2 of the number of modules, over 10", _UP_TO_THREE),
+    Feature("depth", "share of the layers that are adapted", _SHARE),
+    Feature("loss", "log of training loss since the last decision over the loss of the probe's start", _BOUNDED),
+    Feature("trend", "change of `loss` since the last decision", _BOUNDED),
+    Feature("horizon", "log10 of the run's optimizer steps, less 2: 0 for 100 steps", _BOUNDED),
+    Feature("rows", "log10 of the rows of an optimizer step", _UP_TO_THREE),
+    Feature("probe_fall", "share of the training loss that the probe took off", "-3 to 1"),
+    Feature("predicted", "log2 of the share of the tokens whose prediction the loss counts, over 4", "-3 to 0"),
+)
+"""Columns of `Observation.run`; new ones come last."""
+
+_IN_WORDS: dict[str, tuple[str, Callable[[float], float]]] = {
+    "modules": ("{} modules", lambda value: 2 ** (10 * value)),
+    "horizon": ("{} steps", lambda value: 10 ** (2 + value)),
+    "rows": ("{} rows a step", lambda value: 10**value),
+}
+"""How people count what some features of the run say."""
+
+
+def run_feature_number(name: str, value: float) -> str:
+    """A feature of the run as people count it."""
+    number = _IN_WORDS[name][1](value) if name in _IN_WORDS else value
+    return f"{number:,.0f}" if name in _IN_WORDS else f"{number:.2g}"
+
+
+def run_feature_text(name: str, value: float) -> str:
+    """The same with what is counted, such as "200 steps"."""
+    words = _IN_WORDS[name][0] if name in _IN_WORDS else f"{name} {{}}"
+    return words.format(run_feature_number(name, value))
+
+
+MODULE_FEATURES = tuple(feature.name for feature in MODULE_FEATURE_TABLE)
+RUN_FEATURES = tuple(feature.name for feature in RUN_FEATURE_TABLE)
+
+FEATURE_PREFIX, RUN_PREFIX = "feature.", "run."
+"""How the columns of tables begin that hold features of modules and of the run."""
+
+
+class Inputs(NamedTuple):
+    """How many features a network reads, counted from the first.
+
+    Attributes:
+        modules: of `MODULE_FEATURES`.
+        run: of `RUN_FEATURES`.
+    """
+
+    modules: int = len(MODULE_FEATURES)
+    run: int = len(RUN_FEATURES)
+
+
+EARLIER_FEATURE_NAMES = {
+    "height": "relative_depth",
+    "price": "rank_cost",
+    "rise": "next_rung_cost",
+    "release": "drop_saving",
+    "entry": "adapt_cost",
+    "stale": "signal_age",
+}
+"""Names of features in files of earlier versions, and what they are called now."""
+
+
+def feature_table(features: Sequence[Feature]) -> str:
+    """Features as a Markdown table, for a docstring: four spaces before every line but the first.
+
+    Args:
+        features: such as `MODULE_FEATURE_TABLE`.
+    """
+    rows = [("feature", "meaning", "range"), ("---", "---", "---"), *features]
+    return "\n    ".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleShapes:
+    """Shapes and positions of target modules.
+
+    Attributes:
+        ratios: d_out / d_in, (modules,).
+        wide: whether a module has the inner side of its layer, as those of an MLP do, bool (modules,).
+        positions: place among the modules of its layer, from the first (0) to the last (1), (modules,).
+    """
+
+    ratios: FloatArray
+    wide: BoolArray
+    positions: FloatArray
+
+    @classmethod
+    def of(cls, modules: Sequence[ModuleSpec]) -> ModuleShapes:
+        """The shapes of some modules, in the order in which the model lists them."""
+        blocks = np.array([module.block for module in modules], dtype=np.int64)
+        wide, positions = np.zeros(len(modules), dtype=np.bool_), np.zeros(len(modules))
+        for block in np.unique(blocks).tolist():
+            members = np.flatnonzero(blocks == block)
+            positions[members] = np.arange(len(members)) / max(1, len(members) - 1)
+            wide[members] = _wide([modules[index] for index in members.tolist()])
+        return cls(np.array([module.d_out / module.d_in for module in modules]), wide, positions)
+
+
+def _wide(layer: Sequence[ModuleSpec]) -> list[bool]:
+    """Of each module of one layer, whether it has the inner side.
+
+    The inner side is the largest one above the layer's width that one module writes and another reads. The width is
+    the side that most modules have, of several the smallest.
+    """
+    counts = Counter(side for module in layer for side in {module.d_in, module.d_out})
+    width = min(counts, key=lambda side: (-counts[side], side))
+    both = {module.d_in for module in layer} & {module.d_out for module in layer}
+    inner = max((side for side in both if side > width), default=0)
+    return [inner in (module.d_in, module.d_out) for module in layer]
+
+
+Float32Array = NDArray[np.float32]
+
+
+_OF_LIMIT = [MODULE_FEATURES.index(name) for name in ("next_rung_cost", "drop_saving", "adapt_cost")]
+_BUDGET, _SPENT = (RUN_FEATURES.index(name) for name in ("budget", "spent"))
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """All that a policy sees at a decision.
+
+    Attributes:
+        modules: float32 (modules, len(MODULE_FEATURES)).
+        run: float32 (len(RUN_FEATURES),).
+        problem: the plans that are possible now.
+        names: of the modules, for logs; no policy reads them.
+    """
+
+    modules: Float32Array
+    run: Float32Array
+    problem: AllocationProblem
+    names: tuple[str, ...]
+
+    def padded(self, count: int) -> dict[str, NDArray[np.generic]]:
+        """The observation of the Gymnasium environment: flat, module after module, with zeros up to `count` modules."""
+        size = len(self.modules)
+        modules = np.zeros((count, len(MODULE_FEATURES)), dtype=np.float32)
+        modules[:size] = self.modules
+        mask = np.zeros(count, dtype=np.int8)
+        mask[:size] = 1
+        return {"module_features": modules.reshape(-1), "run_features": self.run.copy(), "mask": mask}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands at a decision.
+
+    Attributes:
+        progress: share of its steps that are done, 0 to 1.
+        decisions_left: decisions after this one.
+        reference_cost: what rank 8 on all modules costs, in the unit of the budget.
+        first_loss: training loss at the start of the probe, > 0.
+        losses: mean training loss of each interval so far; empty at the first decision.
+        total_steps: optimiser steps of the run.
+        rows: of an optimiser step, in all its batches.
+        probe_fall: see `ProbeResult`.
+        predicted: see `ProbeResult`.
+    """
+
+    progress: float
+    decisions_left: int
+    reference_cost: float
+    first_loss: float
+    losses: tuple[float, ...]
+    total_steps: int
+    rows: int
+    probe_fall: float
+    predicted: float
+
+
+def _centred_log(values: FloatArray) -> FloatArray:
+    """log(values) minus the mean of the finite logs, within -3 and 3; 0 where a value is not finite or not positive."""
+    known = np.isfinite(values) & (values > 0)
+    logs = np.log(np.where(known, values, 1.0))
+    centre = logs[known].mean() if known.any() else 0.0
+    return np.where(known, np.clip(logs - centre, -MOST_FEATURE, MOST_FEATURE), 0.0)
+
+
+def observe(
+    problem: AllocationProblem,
+    names: tuple[str, ...],
+    signals: FloatArray,
+    age: NDArray[np.int64],
+    shapes: ModuleShapes,
+    state: RunState,
+) -> Observation:
+    """The observation at one decision.
+
+    Args:
+        problem: the plans that are possible now.
+        names: module names.
+        signals: as read by `SignalMeter`, (modules, len(SIGNALS)).
+        age: decisions since each module's signals were fresh, (modules,).
+        shapes: of the modules.
+        state: where the run stands.
+    """
+    ranks, ladder = problem.ranks, problem.ladder
+    rungs = ladder.rung(ranks)
+    spent = plan_cost(problem.cost, ranks)
+    columns = [_centred_log(signals[:, index]) for index in range(len(SIGNALS))]
+    columns += [
+        rungs / ladder.top,
+        (ranks > 0).astype(np.float64),
+        problem.blocks / max(1, int(problem.blocks.max())),
+        np.clip(np.log(shapes.ratios), -MOST_FEATURE, MOST_FEATURE),
+        _centred_log(problem.cost.per_rank.max(axis=0)),
+        *_shares_of_limit(problem),
+        age / 4,
+        shapes.wide.astype(np.float64),
+        shapes.positions,
+    ]
+    modules = np.clip(np.stack(columns, axis=1), -MOST_FEATURE, MOST_FEATURE).astype(np.float32)
+    run = np.clip(_run_features(problem, spent, state), -MOST_FEATURE, MOST_FEATURE).astype(np.float32)
+    return Observation(modules, run, problem, names)
+
+
+def with_limit(observation: Observation, limit: float) -> Observation:
+    """What would have been seen with another limit, all else equal, the limit of time among it.
+
+    A `budget` that is cut off at 3 is scaled as if it were 3: what lies beyond is not in the observation.
+
+    Args:
+        observation: at a decision.
+        limit: in the unit of its problem, > 0.
+    """
+    problem = under_limit(observation.problem, limit)
+    modules, run = observation.modules.astype(np.float64), observation.run.astype(np.float64)
+    modules[:, _OF_LIMIT] = np.stack(_shares_of_limit(problem), axis=1)
+    run[_BUDGET] *= limit / observation.problem.limit
+    run[_SPENT] = plan_cost(problem.cost, problem.ranks) / limit
+    modules, run = np.clip(modules, -MOST_FEATURE, MOST_FEATURE), np.clip(run, -MOST_FEATURE, MOST_FEATURE)
+    return replace(observation, modules=modules.astype(np.float32), run=run.astype(np.float32), problem=problem)
+
+
+def _shares_of_limit(problem: AllocationProblem) -> list[FloatArray]:
+    """What a change of each module's rank costs, as `_log_share`: the next rung up, dropping it, adapting it."""
+    ladder, rungs = problem.ladder, problem.ladder.rung(problem.ranks)
+    rise = ladder.array[np.minimum(rungs + 1, ladder.top)] - ladder.array[rungs]
+    per_rank = problem.cost.per_rank.max(axis=0)
+    return [_log_share(costs, problem.limit) for costs in (per_rank * rise, *_cost_changes(problem))]
+
+
+def _log_share(costs: FloatArray, limit: float) -> FloatArray:
+    """log10 of costs as multiples of an equal share of the limit, within -3 and 3, whatever the number of modules."""
+    return np.asarray(np.log10(np.clip(costs * len(costs) / limit, 1e-3, 1e3)))
+
+
+def _cost_changes(problem: AllocationProblem) -> tuple[FloatArray, FloatArray]:
+    """What dropping each adapted module saves, and what adapting each other module at rank 1 adds; else 0."""
+    adapted, per_rank = problem.ranks > 0, problem.cost.per_rank
+    fixed = FixedCost(problem.cost, adapted)
+    costs = (fixed.value + per_rank @ problem.ranks)[:, None]
+    dropped = (costs - fixed.removals() - per_rank * problem.ranks).max(axis=0)
+    added = (costs + fixed.additions(np.arange(len(adapted))) + per_rank).max(axis=0)
+    return np.where(adapted, costs.max() - dropped, 0.0), np.where(adapted, 0.0, added - costs.max())
+
+
+def _run_features(problem: AllocationProblem, spent: float, state: RunState) -> FloatArray:
+    levels = [np.log(max(loss, 1e-6) / max(state.first_loss, 1e-6)) for loss in state.losses[-2:]] or [0.0]
+    adapted = len(np.unique(problem.blocks[problem.ranks > 0]))
+    return np.array(
+        [
+            state.progress,
+            state.decisions_left / 4,
+            problem.limit / state.reference_cost,
+            spent / problem.limit,
+            np.log2(len(problem.ranks)) / 10,
+            adapted / len(np.unique(problem.blocks)),
+            levels[-1],
+            levels[-1] - levels[0],
+            np.log10(state.total_steps) - 2,
+            np.log10(state.rows),
+            state.probe_fall,
+            np.log2(max(state.predicted, 1e-6)) / 4,
+        ]
+    )
+
+
+def mean_feature(observation: Observation, names: tuple[str, ...]) -> FloatArray:
+    """The mean of these features of each module, (modules,).
+
+    Args:
+        observation: what a policy sees.
+        names: of `MODULE_FEATURES`.
+
+    Raises:
+        UnknownNameError: a name is none of them.
+    """
+    for name in names:
+        if name not in MODULE_FEATURES:
+            raise UnknownNameError.of("feature of modules", name, MODULE_FEATURES)
+    columns = [MODULE_FEATURES.index(name) for name in names]
+    return np.asarray(observation.modules[:, columns].mean(axis=1), dtype=np.float64)
+
+
+def module_feature(observation: Observation, name: str) -> FloatArray:
+    """One feature of each module, (modules,).
+
+    Args:
+        observation: what a policy sees.
+        name: of `MODULE_FEATURES`.
+    """
+    return mean_feature(observation, (name,))

@@ -1,0 +1,148 @@
+"""Numbers with units, for people.
+
+Module names as people read them: the layer's number and the shortest clear rest.
+
+Tables for a terminal.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+_LAYERED = re.compile(r"^(?P<prefix>.*?)\.?\b(?P<layer>\d+)\.(?P<rest>.+)$")
+
+
+@dataclass(frozen=True)
+class ShortName:
+    """A module's name in two parts: "layer 3", empty outside the numbered layers, and such as "intermediate.dense"."""
+
+    layer: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.layer} {self.kind}".strip()
+
+
+def short_names(modules: Sequence[str]) -> list[ShortName]:
+    """Shorten full names such as "encoder.layer.3.attention.self.query"; different names stay different."""
+    matches = [_LAYERED.match(name) for name in modules]
+    rests = [match["rest"] if match else name for match, name in zip(matches, modules, strict=True)]
+    different = list(dict.fromkeys(rests))
+    ends = dict(zip(different, shortest_ends(different, [0] * len(different)), strict=True))
+    kinds = [ends[rest] for rest in rests]
+    names = [
+        ShortName(f"layer {match['layer']}" if match else "", kind) for match, kind in zip(matches, kinds, strict=True)
+    ]
+    if len(set(names)) == len(set(modules)):
+        return names
+    # Two stacks of layers, as in T5: their names tell which one.
+    return [
+        ShortName(f"{match['prefix'].split('.')[0]} {name.layer}" if match else "", rest)
+        for match, name, rest in zip(matches, names, rests, strict=True)
+    ]
+
+
+def branches_to(name: str) -> list[str]:
+    """Names of the modules that hold a module, outermost first, and its own: "a", "a.b" and "a.b.c" for "a.b.c"."""
+    parts = name.split(".")
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
+
+
+def shortest_ends(names: Sequence[str], groups: Sequence[int]) -> list[str]:
+    """The shortest dotted ends that tell the names of one group apart, in order; a leading number gets its word.
+
+    Equal names have equal ends, also in different groups. A name that a group holds twice is given in full.
+    """
+    parts = {name: name.split(".") for name in names}
+    sizes = dict.fromkeys(names, 1)
+    while True:
+        ends = [".".join(parts[name][-sizes[name] :]) for name in names]
+        counts = Counter(zip(groups, ends, strict=True))
+        alike = {end for (_, end), count in counts.items() if count > 1}
+        longer = {
+            name
+            for name, end in zip(names, ends, strict=True)
+            if (end in alike or end.partition(".")[0].isdigit()) and sizes[name] < len(parts[name])
+        }
+        if not longer:
+            return ends
+        for name in longer:
+            sizes[name] += 1
+
+
+def kinds_in_layers(modules: Sequence[str], layers: Sequence[int]) -> list[str]:
+    """The shortest dotted ends of names that tell the modules of one layer apart, in order.
+
+    What stands before the layer's number counts only where the rest is the same for two modules of one layer.
+    """
+    ends = shortest_ends([re.sub(r"^.*?\b\d+\.(?=.)", "", name) for name in modules], layers)
+    counts = Counter(zip(layers, ends, strict=True))
+    return [name if counts[layer, end] > 1 else end for name, layer, end in zip(modules, layers, ends, strict=True)]
+
+
+def layer_titles(layers: Sequence[str]) -> list[str]:
+    """Full names of layers as people say them: "layer 3", or the last part; in full where two would be alike."""
+    numbers = [re.fullmatch(r"(?:.*\.)?(\d+)", name) for name in layers]
+    pairs = zip(numbers, layers, strict=True)
+    titles = [f"layer {number[1]}" if number else name.rpartition(".")[2] for number, name in pairs]
+    return [title if titles.count(title) == 1 else name for title, name in zip(titles, layers, strict=True)]
+
+
+def make_table(
+    title: str, columns: Iterable[str], rows: Iterable[Sequence[str]] = (), *, first_wraps: bool = False
+) -> Table:
+    """A table for people: the first column to the left, figures to the right; without a title if that is empty."""
+    table = Table(title=title or None, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=not (index or first_wraps))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+_UNITS = ("B", "KiB", "MiB", "GiB")
+
+
+def format_bytes(count: float, *, up: bool = False) -> str:
+    """A byte count for people, in binary units: 1536 -> '1.5 KiB'; rounded to four digits, upwards if asked."""
+    unit, size = byte_unit(count)
+    count /= size
+    if up and count > 0:
+        last_digit = 10.0 ** (0 if unit == "B" else math.floor(math.log10(count)) - 3)
+        count = math.ceil(count / last_digit) * last_digit
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
+
+
+def byte_unit(count: float) -> tuple[str, int]:
+    """The binary unit in which people write a byte count, and its bytes: 3000 -> ('KiB', 1024)."""
+    power = sum(abs(count) >= 1024**step for step in range(1, len(_UNITS)))
+    return _UNITS[power], 1024**power
+
+
+def cost_text(cost: float, unit: str) -> str:
+    """A cost with its unit: "96.5 MiB", "120,000 parameters"."""
+    return format_bytes(cost) if unit == "bytes" else f"{cost:,.0f} parameters"
+
+
+def plural(count: int, word: str) -> str:
+    """A count with its word: "1 run", "2 runs"."""
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def three_digits(value: float) -> str:
+    """A number with three digits, or with all of those before the point: 0.123, 12.3, 1,234."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+
+
+def part_of(count: float, limit: float, unit: str) -> str:
+    """A cost beside its limit, with the unit once: '12.1 of 12.3 GiB', '240,000 of 300,000 parameters'."""
+    if unit != "bytes":
+        return f"{count:,.0f} of {limit:,.0f} {unit}"
+    name, size = byte_unit(limit)
+    return f"{three_digits(count / size)} of {three_digits(limit / size)} {name}"

@@ -1,0 +1,396 @@
+"""What torch's allocator reserves for a plan: two training steps, replayed through a model of it.
+
+A card must hold what the allocator reserves, which is more than what tensors take: blocks are cut out of segments that
+the driver gave, and a segment is kept as long as the process lives, or until the cache is emptied.
+Source: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.6 to 2.9, with its default settings and one stream.
+
+What is replayed is a recording (`cost/recording.py`), of a step in which every module is adapted and no layer runs
+again. Under a plan fewer tensors outlive the forward pass, and those of a checkpointed segment are allocated twice. The
+first step warms up: libraries take their workspaces and the optimiser its state. The second one runs beside these, in
+segments that the first one has cut up.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..common.arrays import BoolArray, FloatArray, IntArray
+from .batch_shape import BatchShape
+from .model import MemoryModel
+from .recording import NEVER, Recording, Segment, adapted_modules
+
+_MIB = 2**20
+
+BLOCK_BYTES = 512
+"""Sizes are rounded up to multiples of this many bytes."""
+
+SMALL_BYTES = _MIB
+"""Blocks up to this size come from segments of their own; of a larger block, less than this is not split off."""
+
+SMALL_SEGMENT_BYTES = 2 * _MIB
+"""The size of a segment for small blocks; larger ones have a multiple of it."""
+
+LARGE_SEGMENT_BYTES = 20 * _MIB
+"""The size of a segment for blocks below `LARGE_BLOCK_BYTES`."""
+
+LARGE_BLOCK_BYTES = 10 * _MIB
+"""A block of this size or above gets a segment that it fills."""
+
+
+@dataclass(slots=True)
+class _Block:
+    """A piece of a segment; its neighbours are linked."""
+
+    size: int
+    small: bool
+    free: bool = False
+    before: int | None = None
+    after: int | None = None
+
+
+class CachingAllocator:
+    """The allocator's bookkeeping, without memory.
+
+    Attributes:
+        allocated: bytes of the blocks in use.
+        reserved: bytes of all segments.
+        peak_allocated: the highest value of `allocated` so far, or since `restart_peak`.
+        peak_reserved: the highest value of `reserved` so far.
+    """
+
+    allocated: int
+    peak_allocated: int
+    reserved: int
+    peak_reserved: int
+
+    def __init__(self) -> None:
+        self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
+        self._blocks: dict[int, _Block] = {}  # by address
+        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # sizes and addresses, by pool
+        self._next_address = 0
+
+    def allocate(self, size: int) -> int:
+        """Allocate bytes, at least 1; returns the block's address, which `free` takes."""
+        size = -(-size // BLOCK_BYTES) * BLOCK_BYTES
+        small = size <= SMALL_BYTES
+        free = self._free[small]
+        index = bisect_left(free, (size, -1))
+        address = free.pop(index)[1] if index < len(free) else self._new_block(size, small)
+        block = self._blocks[address]
+        block.free = False
+        rest = block.size - size
+        if rest >= BLOCK_BYTES and (small or rest > SMALL_BYTES):
+            self._split(address, block, size)
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return address
+
+    def free(self, address: int) -> None:
+        """Free a block; it becomes one with free neighbours."""
+        block = self._blocks[address]
+        self.allocated -= block.size
+        free = self._free[block.small]
+        after = block.after
+        if after is not None and self._blocks[after].free:
+            del free[bisect_left(free, (self._blocks[after].size, after))]
+            self._join(address, block, after)
+        before = block.before
+        if before is not None and self._blocks[before].free:
+            del free[bisect_left(free, (self._blocks[before].size, before))]
+            self._join(before, self._blocks[before], address)
+            address, block = before, self._blocks[before]
+        block.free = True
+        insort(free, (block.size, address))
+
+    def restart_peak(self) -> int:
+        """Let `peak_allocated` begin anew; returns its value."""
+        peak, self.peak_allocated = self.peak_allocated, self.allocated
+        return peak
+
+    def empty_cache(self) -> None:
+        """Give segments back in which nothing is allocated."""
+        for free in self._free.values():
+            for size, address in list(free):
+                block = self._blocks[address]
+                if block.before is None and block.after is None:
+                    free.remove((size, address))
+                    self.reserved -= size
+                    del self._blocks[address]
+
+    def _new_block(self, size: int, small: bool) -> int:
+        """A block that is large enough, from the driver."""
+        unit = SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
+        if not small and size >= LARGE_BLOCK_BYTES:
+            unit = -(-size // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES
+        address = self._next_address
+        self._blocks[address] = _Block(unit, small)
+        self._next_address += unit
+        self.reserved += unit
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return address
+
+    def _split(self, address: int, block: _Block, size: int) -> None:
+        """Cut a block to a size; the rest becomes a free block."""
+        rest = address + size
+        self._blocks[rest] = _Block(block.size - size, block.small, True, address, block.after)
+        if block.after is not None:
+            self._blocks[block.after].before = rest
+        insort(self._free[block.small], (block.size - size, rest))
+        block.size, block.after = size, rest
+
+    def _join(self, address: int, block: _Block, after: int) -> None:
+        """Make a block and the next one, which is in no list of free blocks, one."""
+        other = self._blocks.pop(after)
+        block.size += other.size
+        block.after = other.after
+        if other.after is not None:
+            self._blocks[other.after].before = address
+
+
+@dataclass(frozen=True, eq=False)
+class StepEvents:
+    """The allocations of one pass.
+
+    Attributes:
+        sizes: bytes of each tensor's storage, int64 (tensors,).
+        order: what happens, one after the other: tensor i is allocated (i) or freed (-1 - i), int64 (events,).
+        gradients: the tensors that are gradients of parameters.
+        others: further tensors that the pass leaves allocated, such as a kept output.
+    """
+
+    sizes: IntArray
+    order: IntArray
+    gradients: IntArray
+    others: IntArray
+
+
+def step_events(recording: Recording, sizes: FloatArray, ranks: IntArray) -> StepEvents:
+    """The allocations of a step under a plan.
+
+    Args:
+        recording: of the step.
+        sizes: bytes of each recorded storage under the plan, (storages,).
+        ranks: the plan, (modules,).
+    """
+    return _Events(recording, sizes, ranks).events()
+
+
+def evaluation_events(recording: Recording, sizes: FloatArray) -> StepEvents:
+    """The allocations of a forward pass in which autograd saves nothing; see `step_events`."""
+    serials = np.flatnonzero(recording.created <= recording.forward_end)
+    ended = np.where(recording.freed_if_unsaved > recording.forward_end, NEVER, recording.freed_if_unsaved)
+    return _in_order(recording, sizes, serials, recording.created[serials], ended[serials])
+
+
+def _in_order(recording: Recording, sizes: FloatArray, serials: IntArray, born: IntArray, died: IntArray) -> StepEvents:
+    """The events of storages, some of them twice, with their births and deaths; all (tensors,) but the first two."""
+    used = sizes[serials] > 0
+    serials, born, died = serials[used], born[used], died[used]
+    ends = np.flatnonzero(died < NEVER)
+    # Tensors are allocated in the order of their serial numbers, and before others are freed at the same time.
+    keys = np.concatenate([2 * born, 2 * died[ends] + 1])
+    events = np.concatenate([np.arange(len(serials)), -1 - ends])
+    stays = died == NEVER
+    gradient = np.isin(serials, list(recording.gradients))
+    return StepEvents(
+        sizes[serials].astype(np.int64),
+        events[np.argsort(keys, kind="stable")],
+        np.flatnonzero(stays & gradient),
+        np.flatnonzero(stays & ~gradient),
+    )
+
+
+class _Events:
+    def __init__(self, recording: Recording, sizes: FloatArray, ranks: IntArray) -> None:
+        self._recording, self._sizes = recording, sizes
+        self._adapted = adapted_modules(ranks)
+        self._needed = self._mask(recording.needed)
+        self._saved_in_segment = self._mask(recording.saved_in_segment)
+        self._forward = recording.created <= recording.forward_end
+        # Within one time, the second run of a segment comes after all else; its own times are counted from 1.
+        self._scale = 2 + max((segment.end - segment.start for segment in recording.segments), default=0)
+
+    def _mask(self, by_serial: dict[int, int]) -> BoolArray:
+        """Storages that one of the adapted modules needs, or that are there under every plan, bool (storages,)."""
+        mask = np.zeros(len(self._sizes), dtype=np.bool_)
+        mask[[serial for serial, modules in by_serial.items() if modules & self._adapted or not modules]] = True
+        return mask
+
+    def events(self) -> StepEvents:
+        runs = [self._first_run(), *self._second_runs()]
+        serials, born, died = (np.concatenate(columns) for columns in zip(*runs, strict=True))
+        return _in_order(self._recording, self._sizes, serials, born, died)
+
+    def _first_run(self) -> tuple[IntArray, IntArray, IntArray]:
+        """Serial numbers, births and deaths of what the pass allocates, second runs of segments aside."""
+        recording = self._recording
+        freed = np.where(self._forward & ~self._needed, recording.freed_if_unsaved, recording.freed)
+        for serial, phases in recording.needed_later.items():
+            freed[serial] = next((time for time, modules in phases if not modules & self._adapted), freed[serial])
+        for index, segment in enumerate(recording.segments):
+            if self._runs_again(index):
+                inputs = list(segment.inputs)
+                freed[inputs] = np.maximum(freed[inputs], self._backward_end(index))
+        gradients = np.array(list(recording.gradients), dtype=np.int64)
+        exists = self._forward | self._needed
+        exists[gradients] = True
+        serials = np.flatnonzero(exists)
+        return serials, self._scale * recording.created[serials], self._scaled(freed[serials])
+
+    def _second_runs(self) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
+        """The same of each segment that runs again."""
+        for index, segment in enumerate(self._recording.segments):
+            if self._runs_again(index):
+                yield self._second_run(index, segment)
+
+    def _second_run(self, index: int, segment: Segment) -> tuple[IntArray, IntArray, IntArray]:
+        recording = self._recording
+        start = self._scale * recording.second_run_start(index) + 1
+        within = self._forward & (recording.segment_index == index)
+        saved = within & self._saved_in_segment
+        # Checkpointing that is not reentrant stops once all is there again that was saved, frozen weights as well. So
+        # under any plan it comes as far as if all modules were adapted.
+        last = segment.end
+        if not segment.reentrant:
+            own = [serial for serial in segment.saved if within[serial]]
+            last = int(recording.created[own].max())
+        serials = np.flatnonzero(within & (recording.created <= last))
+        soon = start + np.minimum(recording.freed_if_unsaved[serials], last) - segment.start
+        died = np.where(saved[serials], self._scaled(recording.freed[serials]), soon)
+        if segment.reentrant:
+            died[np.isin(serials, segment.outputs)] = self._scale * self._backward_end(index)
+        return serials, start + recording.created[serials] - segment.start, died
+
+    def _runs_again(self, index: int) -> bool:
+        """Whether a segment holds anything for the backward pass, so that it runs again."""
+        within = self._saved_in_segment & (self._recording.segment_index == index)
+        return bool(within.any()) and self._recording.second_run_start(index) >= 0
+
+    def _backward_end(self, index: int) -> int:
+        """The time of the last operation through which gradients flow in a segment."""
+        recording = self._recording
+        return int(recording.created[~self._forward & (recording.segment_index == index)].max())
+
+    def _scaled(self, times: IntArray) -> IntArray:
+        return np.where(times == NEVER, NEVER, self._scale * np.minimum(times, NEVER // self._scale - 1))
+
+
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What training takes on a CUDA device, the frozen model included and the context excluded.
+
+    Attributes:
+        allocated: bytes of tensors at the peak of the training steps.
+        evaluation: bytes of tensors at the peak of evaluation; 0 if there is none.
+        reserved: bytes that the allocator holds at the most.
+    """
+
+    allocated: int
+    evaluation: int
+    reserved: int
+
+
+def replay(
+    memory: MemoryModel,
+    ranks: IntArray,
+    loaded: Sequence[int],
+    *,
+    shape: BatchShape | None = None,
+    evaluation: BatchShape | None = None,
+    workspace_bytes: int = 0,
+) -> Replayed:
+    """Replay two steps of a plan.
+
+    Args:
+        memory: the byte model.
+        ranks: the plan, (modules,).
+        loaded: bytes of each storage of the frozen model, in the order of loading.
+        shape: of the batches; by default that of calibration.
+        evaluation: the shape of batches of an evaluation after the steps, a forward pass without a graph; None for
+            none.
+        workspace_bytes: what cuBLAS takes through the allocator, half of it in each thread.
+
+    Raises:
+        UnsupportedError: see `MemoryModel.sizes`.
+    """
+    sizes = memory.sizes_under(ranks, shape)
+    run = _Run(CachingAllocator())
+    run.keep(loaded)
+    parameters = sizes[list(memory.recording.gradients)]
+    run.keep(parameters)
+    states = memory.states
+    run.keep([states.others, *((states.signals + states.buckets) * ranks)])
+    recordings = [memory.recording, *([memory.recording.accumulating()] if memory.accumulates else [])]
+    batches = [step_events(recording, sizes, ranks) for recording in recordings]
+    run.keep([workspace_bytes / 2] * 2)
+    for step in range(STEPS):
+        for events in batches:
+            run.play(events)
+        if step == 0:
+            run.keep(_optimizer_state(memory, parameters, ranks))
+        run.optimizer_step(_scratch(memory, parameters))
+    allocated = run.allocator.restart_peak()
+    run.allocator.empty_cache()  # as the allocator does by itself before it runs out of memory
+    if evaluation:
+        run.play(evaluation_events(memory.recording, memory.sizes_under(ranks, evaluation)))
+    after = run.allocator.peak_allocated if evaluation else 0
+    return Replayed(allocated, after, run.allocator.peak_reserved)
+
+
+def _optimizer_state(memory: MemoryModel, parameters: FloatArray, ranks: IntArray) -> list[float]:
+    """Bytes of the optimiser's tensors: taken to be two of the same size for each factor of an adapter."""
+    states = memory.states
+    return [*np.repeat(_of_factors(memory, parameters, states.optimizer) / 2, 2), *(states.fixed * (ranks > 0))]
+
+
+def _scratch(memory: MemoryModel, parameters: FloatArray) -> list[float]:
+    """Bytes of what the optimiser takes for the time of its step."""
+    states = memory.states
+    return [states.other_gradients, *_of_factors(memory, parameters, states.scratch)]
+
+
+def _of_factors(memory: MemoryModel, parameters: FloatArray, per_rank: FloatArray) -> FloatArray:
+    """Bytes of each module's rank, (modules,), shared out among its factors as their weights are, (parameters,)."""
+    modules = np.array(list(memory.recording.gradients.values()), dtype=np.int64)
+    return np.where(modules >= 0, parameters * (per_rank / memory.states.weights)[modules], 0.0)
+
+
+class _Run:
+    """Passes in an allocator."""
+
+    def __init__(self, allocator: CachingAllocator) -> None:
+        self.allocator = allocator
+        self._gradients: list[int] = []  # addresses
+
+    def keep(self, sizes: Iterable[float]) -> list[int]:
+        """Allocate tensors, and return their addresses."""
+        return [self.allocator.allocate(int(size)) for size in sizes if size > 0]
+
+    def release(self, addresses: Iterable[int]) -> None:
+        """Free tensors."""
+        for address in addresses:
+            self.allocator.free(address)
+
+    def play(self, events: StepEvents) -> None:
+        """One pass; gradients stay until `optimizer_step`."""
+        allocate, free, sizes = self.allocator.allocate, self.allocator.free, events.sizes.tolist()
+        addresses = [0] * len(sizes)
+        for event in events.order.tolist():
+            if event >= 0:
+                addresses[event] = allocate(sizes[event])
+            else:
+                free(addresses[-1 - event])
+        self.release(addresses[tensor] for tensor in events.others)
+        self._gradients += [addresses[tensor] for tensor in events.gradients]
+
+    def optimizer_step(self, scratch: Iterable[float]) -> None:
+        """The optimiser's step; then gradients are freed."""
+        self.release(self.keep(scratch) + self._gradients)
+        self._gradients = []

@@ -1,0 +1,443 @@
+"""The memory of a training step from a model's configuration alone: no weight is loaded or allocated.
+
+The model is made on the meta device, where tensors have shapes and no contents, with the head that it is usually
+fine-tuned with; in four or eight bits its layers are bitsandbytes' own, on codes and scales without contents. The
+package's own calibration runs its small steps there, as the device that is asked about would run them
+(`cost/hollow_device.py`). The byte model that comes out is the one that the same steps give on that device.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel, prepare_model_for_kbit_training
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ..errors import ConfigError, RankPilotError, UnsupportedError, first_line
+from ..lora.peft_config import fresh_adapters, head_names
+from ..lora.targets import TargetModule, find_target_modules
+from .batch_shape import BatchShape
+from .breakdown import frozen_bytes
+from .calibration import measure_memory
+from .device_table import WORKSPACE_BYTES
+from .find_configuration import check_length, check_reads_tokens, find_configuration, most_positions
+from .hollow_device import Attention, HollowDevice, hollow_autocast, hollow_device
+from .live_storages import META_STANDS_FOR, DeviceKind
+from .measured_time import count_work
+from .model import MemoryModel
+from .step_config import Quantization, StepConfig
+from .step_time import StepWork
+from .training_step import LossFunction, TrainingStep, check_installed, has_checkpointing, model_loss, new_optimizer, release_inputs, switch_checkpointing
+
+_NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedAs:
+    """How the model would be loaded and trained, beside what `StepConfig` says.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        dtype: the precision of the frozen weights; by default that of the configuration. Adapters are then in fp32, as
+            PEFT makes them.
+        attention: which attention kernels CUDA has, if the configuration does not ask for eager attention.
+        padded: whether some rows of a batch are padded, which takes other kernels and a mask.
+        double_quantization: whether the scales of nf4 weights are quantised too.
+        reentrant: whether gradient checkpointing is torch's reentrant one.
+        input_gradients: whether the embedding's output is made to require gradients (`enable_input_require_grads`).
+        keeps_output: whether the training loop keeps the model's output, logits included, until the step ends; the
+            Trainer does not.
+        adapter: further arguments of `peft.LoraConfig`, such as use_dora.
+    """
+
+    device: DeviceKind = "cuda"
+    dtype: torch.dtype | None = None
+    attention: Attention = "auto"
+    padded: bool = False
+    double_quantization: bool = True
+    reentrant: bool = False
+    input_gradients: bool = False
+    keeps_output: bool = False
+    adapter: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ConfiguredStep:
+    """A training step that is known from a configuration.
+
+    Attributes:
+        memory: predicts the bytes of any plan and batch shape beside the frozen model; `memory.cost()` is their cost.
+            It has no segments if the step runs without gradient checkpointing.
+        model: the PEFT model, without contents.
+        targets: its target modules.
+        parameters: number of parameters of the frozen model, a tied one once.
+        frozen_bytes: bytes of the frozen model as loaded, scales of quantised weights included.
+        workspace_bytes: bytes that libraries take through the allocator for as long as the process lives; 0 on the CPU.
+        positions: the most tokens of a row; None if the model sets no limit.
+        work: what the step computes; None if it was not counted.
+    """
+
+    memory: MemoryModel
+    model: PeftModel = field(repr=False)
+    targets: list[TargetModule] = field(repr=False)
+    parameters: int
+    frozen_bytes: int
+    workspace_bytes: int
+    positions: int | None
+    work: StepWork | None = field(repr=False)
+
+
+def from_config(
+    config: PreTrainedConfig | str,
+    step: StepConfig,
+    loaded: LoadedAs | None = None,
+    *,
+    counted: bool = False,
+    checkpointing_optional: bool = False,
+) -> ConfiguredStep:
+    """What a training step takes, from a model's configuration.
+
+    Args:
+        config: of a transformers model, which is not changed; or what `find_configuration` takes: a folder, a
+            config.json, a short name such as "qwen3-8b", a Hugging Face id.
+        step: batch, length, target modules, optimiser, quantisation, autocast, checkpointing.
+        loaded: how the model is loaded, and on which device; by default on CUDA as it was saved.
+        counted: also count what the step computes, operator by operator, on a small batch of the same length.
+        checkpointing_optional: take the step without gradient checkpointing where the model's class has none.
+
+    Returns:
+        The byte model, and the bytes of the frozen base.
+
+    Raises:
+        ConfigError: the model reads no tokens, or has fewer positions than a row has tokens; no model can be made from
+            the configuration, or no adapter on it.
+        UnknownNameError, AssetError: there is no such target module, or no such model.
+        UnsupportedError: what the model computes depends on contents, so it cannot be predicted; or bitsandbytes or
+            gradient checkpointing is missing.
+    """
+    config = find_configuration(config) if isinstance(config, str) else copy.deepcopy(config)
+    check_reads_tokens(config)
+    loaded = loaded or LoadedAs()
+    auto_class = usual_class(config)
+    device = HollowDevice(loaded.device, loaded.attention, loaded.padded)
+    with hollow_device(device), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries, about contents that are not there
+        base = hollow_base(config, auto_class, loaded.dtype)
+        check_length(step.max_length, base)
+        parameters = sum(parameter.numel() for parameter in base.parameters())
+        if checkpointing_optional and not has_checkpointing(base):
+            step = replace(step, checkpointing=False)
+        positions, kind = most_positions(base), PEFT_TYPES[auto_class]
+        model = _adapted(_quantised(base, step, loaded, kind), step, loaded, kind)
+        targets = find_target_modules(model)
+        memory, work = _recorded(model, base, targets, step, loaded, counted=counted)
+        return ConfiguredStep(
+            memory=memory,
+            model=model,
+            targets=targets,
+            parameters=parameters,
+            frozen_bytes=frozen_bytes(model),
+            workspace_bytes=2 * WORKSPACE_BYTES if loaded.device == "cuda" else 0,
+            positions=positions,
+            work=work,
+        )
+
+
+def _recorded(
+    model: PeftModel,
+    base: PreTrainedModel,
+    targets: list[TargetModule],
+    step: StepConfig,
+    loaded: LoadedAs,
+    *,
+    counted: bool,
+) -> tuple[MemoryModel, StepWork | None]:
+    """The byte model of a step of the model, and what it computes if that is counted."""
+    config, shape = base.config, BatchShape(step.batch_size, step.max_length)
+    with torch.device("cpu"):  # an 8-bit optimiser makes the table of its codes
+        optimizer = new_optimizer(step.optimizer, model)
+    training = TrainingStep(model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1)
+    batch = hollow_batch(base, calibration_shape(config, shape, padded=loaded.padded))
+    try:
+        memory = measure_memory(training, targets, batch, signals=False)
+        work = count_work(model, targets, training.loss, batch) if counted else None
+    except RankPilotError:
+        raise
+    except AttributeError as error:
+        raise ConfigError(f"The configuration lacks what its model needs: {first_line(error)}") from error
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, ArithmeticError) as error:
+        raise _unpredictable(config, error) from error
+    return replace(memory, shape=shape), work
+
+
+def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PreTrainedModel:
+    if step.quantization == "none":
+        return base
+    return quantise(
+        base,
+        step.quantization,
+        double_quantization=loaded.double_quantization,
+        kept=head_names(base) if kind in _NEW_HEADS else None,
+    )
+
+
+def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PeftModel:
+    """The model with adapters, in the mode in which it trains."""
+    if step.checkpointing:
+        switch_checkpointing(base, True, reentrant=loaded.reentrant)
+    model = fresh_adapters(
+        base,
+        base.config.model_type,
+        kind,
+        new_head=kind in _NEW_HEADS,
+        target_modules=step.target_modules,
+        **{"r": 8, "lora_alpha": 16} | loaded.adapter,
+    )
+    if loaded.input_gradients:
+        base.enable_input_require_grads()
+    else:
+        release_inputs(model)  # PEFT makes them require gradients again
+    return model.train()
+
+
+def _loss(model: PeftModel, step: StepConfig, loaded: LoadedAs) -> LossFunction:
+    """The loss of a batch under the step's precision."""
+    plain = model_loss(model)
+    if loaded.keeps_output:
+        model.register_forward_hook(_keep_logits)
+
+    def loss(batch: Any) -> torch.Tensor:
+        with hollow_autocast(torch.bfloat16 if step.bf16 else None):
+            return plain(batch)
+
+    return loss
+
+
+def _keep_logits(model: torch.nn.Module, arguments: Any, output: Any) -> None:
+    """Let the loss keep the logits alive."""
+    if getattr(output, "loss", None) is not None:
+        output.loss.kept = output.logits
+
+
+def _unpredictable(config: PreTrainedConfig, error: Exception) -> UnsupportedError:
+    return UnsupportedError(
+        f"A step of {config.model_type!r} cannot be predicted from its configuration, because what it computes depends "
+        f"on contents ({first_line(error)[:120]}). Load the model, and measure it with `rankpilot memory`."
+    )
+
+
+PEFT_TYPES = {
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForTokenClassification": "TOKEN_CLS",
+}
+"""Classes of transformers that make a model with a head, and PEFT's `task_type` for it."""
+
+
+_ENDINGS = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+}
+
+
+def usual_class(config: PreTrainedConfig) -> str:
+    """The class of transformers that makes a model with the head that its architecture is usually fine-tuned with."""
+    kind = type(config)
+    for architecture in config.architectures or ():
+        for ending, name in _ENDINGS.items():
+            if architecture.endswith(ending):
+                return name
+    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return "AutoModelForSeq2SeqLM"
+    reads_one_way = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+    return "AutoModelForCausalLM" if reads_one_way else "AutoModelForSequenceClassification"
+
+
+def hollow_base(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a configuration, which is changed as a Trainer and a loaded model change it.
+
+    Args:
+        config: the configuration.
+        auto_class: a key of `PEFT_TYPES`.
+        dtype: the precision of weights; by default that of the configuration.
+
+    Raises:
+        ConfigError: the class has no model of this kind.
+    """
+    config.use_cache = False
+    text = config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = 0
+    try:
+        dtype = dtype or config.dtype or torch.float32
+        base: PreTrainedModel = getattr(transformers, auto_class).from_config(config, dtype=dtype)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"No {auto_class} can be made from this configuration of {config.model_type!r}: {first_line(error)}"
+        ) from error
+    if getattr(config, "scale_decoder_outputs", True) is False:
+        # A T5 of version 1.1: its configuration says that the output layer is tied, and its weights say that it is not.
+        base.lm_head.weight = nn.Parameter(torch.empty_like(base.lm_head.weight))
+    return base
+
+
+MASK_ALIGNMENT = 16
+"""The memory-efficient kernel copies a mask whose rows are no multiple of this long."""
+
+
+def calibration_shape(config: PreTrainedConfig, shape: BatchShape, *, padded: bool) -> BatchShape:
+    """A shape, at least as large, such that all steps of a calibration on it run the operators that `shape` runs.
+
+    Calibration halves lengths. So half of this length is beyond an attention window that `shape` is beyond, and a
+    multiple of `MASK_ALIGNMENT` where there is padding. Without contents larger steps cost nothing.
+    """
+    text = config.get_text_config()
+    windows = [getattr(text, name, None) or 0 for name in ("sliding_window", "local_attention", "attention_window")]
+    length = max([shape.length, *(2 * w for w in windows if isinstance(w, int) and 0 < w <= shape.length)])
+    if padded:
+        length += -length % (2 * MASK_ALIGNMENT)
+    return BatchShape(max(shape.rows, 4), length)
+
+
+def hollow_batch(model: PreTrainedModel, shape: BatchShape) -> dict[str, torch.Tensor]:
+    """Token ids, a mask and labels on the default device; labels have one axis for a classifier of whole rows.
+
+    An encoder-decoder writes texts of the same length.
+    """
+    tokens = torch.zeros(shape.rows, shape.length, dtype=torch.long)
+    name = type(model).__name__
+    rows_only = name.endswith("ForSequenceClassification")
+    regression = rows_only and model.config.num_labels == 1
+    labels = torch.zeros(shape.rows, dtype=torch.float32 if regression else torch.long) if rows_only else tokens.clone()
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+
+
+BLOCK = 64
+"""Weights that share one scale in nf4."""
+
+SCALES_BLOCK = 256
+"""Scales that share one scale of theirs, where scales are quantised too."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep bitsandbytes from saying at every 8-bit product that it casts the inputs."""
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def quantise(
+    model: PreTrainedModel,
+    quantization: Quantization,
+    *,
+    double_quantization: bool = True,
+    kept: list[str] | None = None,
+) -> PreTrainedModel:
+    """A hollow model as transformers loads it in fewer bits and PEFT prepares it for training.
+
+    Args:
+        model: on the meta device; it is changed. Products with nf4 weights are in its precision.
+        quantization: nf4 or int8.
+        double_quantization: whether nf4's scales are stored in eight bits.
+        kept: names of modules that are not quantised; by default those that transformers chooses, such as the output
+            layer.
+
+    Raises:
+        UnsupportedError: bitsandbytes is missing.
+    """
+    check_installed(quantization=quantization)
+    loaded = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}[quantization]
+    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**{loaded: True}), pre_quantized=False)
+    skipped = quantizer.get_modules_to_not_convert(model, kept, model._keep_in_fp32_modules)
+    compute_dtype = model.dtype
+    for name, module in list(model.named_modules()):
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skipped):
+            d_in, d_out = module.weight.shape[:: 1 if isinstance(module, Conv1D) else -1]
+            if quantization == "nf4":
+                layer = _four_bit_layer(d_in, d_out, compute_dtype, double_quantization, module.weight.dtype)
+            else:
+                layer = _eight_bit_layer(d_in, d_out)
+            layer.bias = module.bias
+            layer.source_cls = type(module)
+            layer.requires_grad_(False)
+            model.set_submodule(name, layer)
+    setattr(model, f"is_{loaded.replace('load', 'loaded')}", True)
+    model.is_quantized = True
+    prepared: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return prepared
+
+
+def _four_bit_layer(d_in: int, d_out: int, compute_dtype: torch.dtype, double: bool, dtype: torch.dtype) -> Any:
+    bnb: Any = import_module("bitsandbytes")
+    new_state = bnb.functional.QuantState
+    blocks = -(-d_in * d_out // BLOCK)
+    scales = torch.empty(blocks, dtype=torch.uint8 if double else torch.float32)
+    inner: dict[str, Any] = {}
+    if double:
+        scales_of_scales = torch.empty(-(-blocks // SCALES_BLOCK))
+        state = new_state(absmax=scales_of_scales, code=torch.empty(256), blocksize=SCALES_BLOCK, dtype=torch.float32)
+        inner = {"offset": torch.empty(()), "state2": state}
+    state = new_state(
+        absmax=scales,
+        shape=torch.Size((d_out, d_in)),
+        code=torch.empty(16),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        **inner,
+    )
+    layer = bnb.nn.Linear4bit(d_in, d_out, bias=False, compute_dtype=compute_dtype, quant_type="nf4")
+    codes = torch.empty((d_in * d_out + 1) // 2, 1, dtype=torch.uint8)
+    options = {"quant_state": state, "compress_statistics": double, "quant_type": "nf4", "bnb_quantized": True}
+    layer.weight = bnb.nn.Params4bit(codes, blocksize=BLOCK, module=layer, **options)
+    layer.quant_state = state
+    return layer
+
+
+def _eight_bit_layer(d_in: int, d_out: int) -> Any:
+    bnb: Any = import_module("bitsandbytes")
+    product: Any = import_module("bitsandbytes.autograd._functions").MatMul8bitFp.apply
+
+    class OnCpu(bnb.nn.Linear8bitLt):  # type: ignore[misc]
+        """The layer as it trains on the CPU: it makes its weight whole for each product."""
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            """The product of inputs of shape (..., d_in) and the weight."""
+            if self.bias is not None and self.bias.dtype != inputs.dtype:
+                self.bias.data = self.bias.data.to(inputs.dtype)
+            output: torch.Tensor = product(inputs, self.weight, None, self.bias, self.state)
+            return output
+
+    kind = OnCpu if META_STANDS_FOR.get() == "cpu" else bnb.nn.Linear8bitLt
+    # Which columns are outliers, and computed in 16 bits, depends on the data: they are few, and not counted.
+    layer = kind(d_in, d_out, bias=False, has_fp16_weights=False, threshold=0.0)
+    codes = torch.empty(d_out, d_in, dtype=torch.int8)
+    layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False)
+    layer.state.CB, layer.state.SCB = codes, torch.empty(d_out)
+    return layer

@@ -1,0 +1,534 @@
+"""Predicts the bytes at the peak of a training step, for any plan and batch shape.
+
+`cost/calibration.py` records four small steps of the user's model and batch in which every module is adapted. They
+show all tensors that any plan could hold, the modules that need each, and how its size grows with rows, length and
+rank. The peak of any plan follows without running it, and so do the layers that must run again in the backward pass.
+
+The bytes are those that training takes beside the loaded, frozen model: adapter weights, gradients, optimiser state,
+signal buffers, tensors saved for the backward pass, and short-lived tensors such as logits and activations' gradients.
+
+A layer that runs again (gradient checkpointing; Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016)
+holds its inputs alone, and takes the time of its forward pass twice. What the lowest layers hold is there until the
+end of the backward pass, so recomputing them lowers memory at every moment. What an upper layer would hold is back as
+soon as it runs again, on top of all that the layers below it hold: so layers are taken from the lowest upwards.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from ..common.arrays import BoolArray, FloatArray, IntArray
+from ..errors import UnsupportedError
+from .batch_shape import BatchShape
+from .cost import ByteCost, moment_costs, plan_cost
+from .model_states import ModelStates
+from .peak_candidates import PeakCandidate, PeakStorages, find_peak_candidates, keep_candidates, needed_candidates
+from .recording import ModuleSet, Recording, Segment, adapted_modules
+from .tiled_loss import LossTiles, loss_tokens, own_tile
+
+RANK = 2
+"""The rank of every module while steps are recorded; at rank 1 some operators take short cuts."""
+
+CHECKPOINTING_MARGIN = 0.005, 0.02
+"""Shares of the peak added under gradient checkpointing, not reentrant and reentrant: the second run of a segment takes
+more than predicted (by up to 0.4 and 1.8 % on T5)."""
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryModel:
+    """Predicts the peak of a training step for any plan and batch shape; made by `calibrate`.
+
+    Attributes:
+        shape: the shape of the batch that was given to `calibrate`.
+        accumulates: gradients are kept over several micro-batches.
+        states: bytes that adapters and optimiser hold between steps.
+        recording: the recorded step.
+    """
+
+    shape: BatchShape
+    accumulates: bool
+    states: ModelStates
+    recording: Recording
+    _base: FloatArray
+    _slope: FloatArray
+    _growth: Growth
+    _block_bytes: int
+
+    def sizes(self, shape: BatchShape) -> tuple[FloatArray, FloatArray]:
+        """Bytes of each recorded storage at a batch shape: a constant part and bytes for each rank, both (storages,).
+
+        Raises:
+            UnsupportedError: the model's operations depend on its data, or its loss works in several tiles, so only the
+                shape of calibration is known; or that shape was too short to tell how sizes grow with length.
+        """
+        factor = self._growth.factor(shape)
+        base = np.round(self._base * factor)
+        return np.ceil(base / self._block_bytes) * self._block_bytes, np.round(self._slope * factor)
+
+    def cost(self, shape: BatchShape | None = None) -> ByteCost:
+        """The cost of plans at a batch shape, that of calibration by default.
+
+        Raises:
+            UnsupportedError: see `sizes`.
+        """
+        cost, _, _ = self._full_cost(*self.sizes(shape or self.shape))
+        return _with_margin(keep_candidates(cost, needed_candidates(cost, np.random.default_rng(0))), self.margin)
+
+    def at_peak(self, ranks: IntArray, shape: BatchShape | None = None) -> PeakStorages:
+        """The bytes of each storage at the peak of a plan, (modules,); the shape of calibration is the default.
+
+        Raises:
+            UnsupportedError: see `sizes`.
+        """
+        base, slope = self.sizes(shape or self.shape)
+        cost, candidates, groups = self._full_cost(base, slope)
+        kept = needed_candidates(cost, np.random.default_rng(0))
+        cost = _with_margin(keep_candidates(cost, kept), self.margin)
+        totals = moment_costs(cost, ranks)
+        highest = int(totals.argmax())
+        peak = PeakStorages(cost.moments[highest], float(totals[highest]), None, np.zeros(len(base)), self.recording)
+        if kept[highest] == len(candidates):  # the optimiser's step
+            return peak
+        candidate = candidates[kept[highest]]
+        live, group = groups.at(candidate)
+        needed = np.append(groups.needs()[:, ranks > 0].any(axis=1), True)[group]
+        copies = 1 + candidate.copied
+        sizes = np.where(live & needed, copies * base, 0) + np.where(live, slope * self._rank_of_each(ranks), 0)
+        serials, modules = self._gradients(candidate)
+        sizes[serials] += np.where(modules < 0, base[serials], slope[serials] * ranks[modules])
+        return replace(peak, candidate=candidate, sizes=sizes)
+
+    @cached_property
+    def _all_gradients(self) -> IntArray:
+        """Serial numbers and target modules (-1 for none) of the gradients of all parameters, (2, gradients)."""
+        return np.array([*self.recording.gradients.items()], dtype=np.int64).reshape(-1, 2).T
+
+    def _gradients(self, candidate: PeakCandidate) -> tuple[IntArray, IntArray]:
+        """Serial numbers and target modules (-1 for none) of the parameters' gradients that are live."""
+        serials, modules = self._all_gradients
+        live = self.accumulates | (self.recording.created[serials] <= candidate.time)
+        return serials[live], modules[live]
+
+    def _candidates(self, base: FloatArray, slope: FloatArray) -> list[PeakCandidate]:
+        recording = self.recording.accumulating() if self.accumulates else self.recording
+        return find_peak_candidates(recording, base + RANK * slope)
+
+    def _full_cost(self, base: FloatArray, slope: FloatArray) -> tuple[ByteCost, list[PeakCandidate], _Groups]:
+        """The cost of plans with every candidate, the optimiser's step last, and without margin."""
+        recording, states = self.recording, self.states
+        candidates = self._candidates(base, slope)
+        groups = _Groups(recording, len(states.weights))
+        rows = [self._bytes_at(candidate, base, slope, groups) for candidate in candidates]
+        optimizer_step = states.between_steps + states.weights + states.scratch
+        rows.append((states.others + states.other_gradients, {}, optimizer_step))
+        by_group = np.zeros((len(rows), len(groups.modules)))
+        for row, (_, grouped, _) in zip(by_group, rows, strict=True):
+            row[list(grouped)] = list(grouped.values())
+        fixed = np.tile(states.fixed, (len(rows), 1))
+        cost = ByteCost(
+            moments=(*(candidate.label for candidate in candidates), "optimizer step"),
+            constant=np.array([constant for constant, _, _ in rows]),
+            per_rank=np.stack([per_rank for _, _, per_rank in rows]),
+            group_bytes=np.concatenate([by_group, fixed], axis=1),
+            needs=np.concatenate([groups.needs(), np.eye(len(states.weights), dtype=np.bool_)]),
+        )
+        return cost, candidates, groups
+
+    def sizes_under(self, ranks: IntArray, shape: BatchShape | None = None) -> FloatArray:
+        """Bytes of each recorded storage under a plan, if it is live at all, (storages,); see `sizes`.
+
+        Those of a parameter's gradient are its weights', 0 if the module is not adapted.
+        """
+        base, slope = self.sizes(shape or self.shape)
+        sizes = base + slope * self._rank_of_each(ranks)
+        serials, modules = self._all_gradients
+        rank = np.where(modules >= 0, np.asarray(ranks)[modules], 1)
+        sizes[serials] = np.where(rank > 0, base[serials] + slope[serials] * rank, 0)
+        return sizes
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The checkpointed segments, in forward order."""
+        return self.recording.segments
+
+    def recomputing(self, layers: Collection[str]) -> MemoryModel:
+        """The byte model of the same step in which only these layers run again; see `Recording.recomputing`."""
+        return replace(self, recording=self.recording.recomputing(layers))
+
+    def peak(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
+        """Bytes at the peak of one plan; quicker than `cost`, which serves for many. See `cost` for its errors."""
+        base, slope = self.sizes(shape or self.shape)
+        recording, states, adapted = self.recording, self.states, ranks > 0
+        needs = _Needs.of(recording, adapted)
+        growing = slope * self._rank_of_each(ranks)
+        between_steps = states.others + states.between_steps @ ranks
+        highest = states.other_gradients + (states.weights + states.scratch) @ ranks  # the optimiser's step
+        for candidate in self._candidates(base, slope):
+            live, counted = needs.at(candidate)
+            serials, modules = self._gradients(candidate)
+            gradients = np.where(modules < 0, base[serials], slope[serials] * ranks[modules]).sum()
+            held = base[counted].sum() + base[counted & candidate.copied].sum() + growing[live].sum()
+            highest = max(highest, held + gradients)
+        return float(np.ceil((between_steps + highest + states.fixed @ adapted) * (1 + self.margin)))
+
+    @property
+    def margin(self) -> float:
+        """The share of the peak by which predictions are raised, so that none is too low."""
+        segments = self.segments
+        return CHECKPOINTING_MARGIN[any(segment.reentrant for segment in segments)] if segments else 0.0
+
+    def saved(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
+        """Bytes that autograd saves for backward outside of checkpointed segments; `ranks` has shape (modules,)."""
+        return float(self.sizes_under(ranks, shape)[self.recording.saved_under(ranks)].sum())
+
+    def _rank_of_each(self, ranks: IntArray) -> IntArray:
+        """The rank of each storage's target module, 1 if it has none, (storages,)."""
+        targets = self.recording.target_index
+        return np.where(targets >= 0, np.asarray(ranks)[targets], 1)
+
+    def _bytes_at(
+        self, candidate: PeakCandidate, base: FloatArray, slope: FloatArray, groups: _Groups
+    ) -> tuple[float, dict[int, float], FloatArray]:
+        """Bytes of one candidate: under every plan, by group, and for one rank of each module."""
+        recording, states = self.recording, self.states
+        live, group = groups.at(candidate)
+        of_target = live & (recording.target_index >= 0)
+        per_rank = states.between_steps
+        per_rank += np.bincount(recording.target_index[of_target], slope[of_target], minlength=len(per_rank))
+        always = live & (group < 0)
+        copies = 1 + candidate.copied
+        constant = float((copies * base)[always].sum() + slope[live & ~of_target].sum()) + states.others
+        serials, modules = self._gradients(candidate)
+        constant += float(base[serials[modules < 0]].sum())
+        of_module = modules >= 0
+        per_rank += np.bincount(modules[of_module], slope[serials[of_module]], minlength=len(per_rank))
+        sums = np.bincount(group[live & ~always], (copies * base)[live & ~always])
+        return constant, dict(enumerate(sums.tolist())), per_rank
+
+
+def _with_margin(cost: ByteCost, margin: float) -> ByteCost:
+    higher = {name: np.ceil(getattr(cost, name) * (1 + margin)) for name in ("constant", "per_rank", "group_bytes")}
+    return replace(cost, **higher)
+
+
+@dataclass(frozen=True, eq=False)
+class _Needs:
+    """Which storages one plan holds, for each of several reasons; all masks are bool (reasons, storages).
+
+    Attributes:
+        known: whether it is known which modules need a storage for this reason; else it counts always.
+        met: whether one of them is adapted.
+    """
+
+    known: BoolArray
+    met: BoolArray
+
+    @classmethod
+    def of(cls, recording: Recording, adapted: BoolArray) -> _Needs:
+        """The needs of a plan; `adapted` is bool (modules,)."""
+        chosen = adapted_modules(adapted)
+        reasons = reasons_to_hold(recording)
+        known, met = np.zeros((2, len(reasons), len(recording.sizes)), dtype=np.bool_)
+        for row, needs in enumerate(reasons):
+            for serial, modules in needs.items():
+                known[row, serial], met[row, serial] = bool(modules), bool(modules & chosen)
+        return cls(known, met)
+
+    def at(self, candidate: PeakCandidate) -> tuple[BoolArray, BoolArray]:
+        """Whether each storage can be live at a candidate, and whether the plan holds it; both (storages,)."""
+        reasons = candidate.reasons
+        live = candidate.always | reasons.any(axis=0)
+        held = (reasons & self.met).any(axis=0) | ~(reasons & self.known).any(axis=0)
+        return live, candidate.always | (live & held)
+
+
+def reasons_to_hold(recording: Recording) -> tuple[dict[int, ModuleSet], ...]:
+    """By serial number, the modules for which a storage is held; see `PeakCandidate.reasons`."""
+    of_segments = [0] * len(recording.segments)
+    for serial, modules in recording.saved_in_segment.items():
+        of_segments[recording.segment_index[serial]] |= modules
+    inputs = {
+        serial: modules
+        for segment, modules in zip(recording.segments, of_segments, strict=True)
+        for serial in segment.inputs
+    }
+    return *recording.needed_in_phases, recording.saved_in_segment, inputs
+
+
+class _Groups:
+    """The groups of a recording: storages that are live if one of the same set of the `count` modules is adapted."""
+
+    def __init__(self, recording: Recording, count: int) -> None:
+        self._count = count
+        self._numbers: dict[ModuleSet, int] = {}
+        self._sets: list[ModuleSet] = [0]
+        reasons = reasons_to_hold(recording)
+        self._columns = np.stack([self._column(by_serial, len(recording.sizes)) for by_serial in reasons])
+
+    @property
+    def modules(self) -> list[ModuleSet]:
+        """The module set of each group."""
+        return list(self._numbers)
+
+    def needs(self) -> BoolArray:
+        """Whether a group is live as soon as a module is adapted, (groups, modules)."""
+        rows = [[modules >> m & 1 for m in range(self._count)] for modules in self._numbers]
+        return np.array(rows, dtype=np.bool_).reshape(len(rows), self._count)
+
+    def at(self, candidate: PeakCandidate) -> tuple[BoolArray, IntArray]:
+        """Whether each storage can be live, and its group, -1 if it is live under every plan; both (storages,)."""
+        reasons = candidate.reasons
+        live = candidate.always | reasons.any(axis=0)
+        group = np.full(len(live), -1)
+        grouped = np.flatnonzero(live & ~candidate.always)
+        indices = np.where(reasons, self._columns, 0)[:, grouped]
+        base = len(self._sets)
+        *needed, saved, inputs = indices  # a storage is in one phase, so three indices are enough
+        codes, inverse = np.unique((np.sum(needed, axis=0) * base + saved) * base + inputs, return_inverse=True)
+        numbers = [self._number(code // base**2, code // base % base, code % base) for code in codes.tolist()]
+        group[grouped] = np.array(numbers, dtype=np.int64)[inverse]
+        return live, group
+
+    def _number(self, *indices: int) -> int:
+        """The number of the group whose set is the union of these sets (by index), -1 if it counts always."""
+        modules = 0
+        for index in indices:
+            modules |= self._sets[index]
+        if not modules or modules >> self._count:
+            return -1
+        return self._numbers.setdefault(modules, len(self._numbers))
+
+    def _column(self, by_serial: dict[int, ModuleSet], count: int) -> IntArray:
+        """The index into `_sets` of each storage's module set, (storages,)."""
+        column = np.zeros(count, dtype=np.int64)
+        indices: dict[ModuleSet, int] = {}
+        for serial, modules in by_serial.items():
+            if modules not in indices:
+                indices[modules] = len(self._sets)
+                self._sets.append(modules)
+            column[serial] = indices[modules]
+        return column
+
+
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """How recorded storages grow from the shape at which they were recorded; arrays have shape (storages,).
+
+    Attributes:
+        whole: the shape of the batch that was given to `calibrate`.
+        recorded: the shape of the batch that was recorded.
+        row_power: the power of the rows; NaN if it is not known.
+        length_power: the power of the length, from two lengths.
+        length_ratio: the shorter of these lengths over the other; 1 if there was only one.
+        missing: tokens by which the length is too high where a storage is proportional to the rest, else 0.
+        tile: tokens of a tile of the loss; None if it has no tiles.
+        tile_factor: by how much a tile of the whole batch is larger; 0 for storages that are no tiles.
+        own_tiles: whether it is a tile of `tiled_loss`, bool.
+    """
+
+    whole: BatchShape
+    recorded: BatchShape
+    row_power: FloatArray
+    length_power: FloatArray
+    length_ratio: float
+    missing: FloatArray
+    tile: int | None
+    tile_factor: FloatArray
+    own_tiles: BoolArray
+
+    @classmethod
+    def unknown(cls, shape: BatchShape, storages: int) -> Growth:
+        """The growth of operations that depend on the data: only the shape of their batch is known."""
+        zeros = np.zeros(storages)
+        return cls(
+            whole=shape,
+            recorded=shape,
+            row_power=np.full(storages, np.nan),
+            length_power=zeros,
+            length_ratio=1.0,
+            missing=zeros,
+            tile=None,
+            tile_factor=zeros,
+            own_tiles=zeros > 0,
+        )
+
+    @classmethod
+    def of(
+        cls, whole: BatchShape, shapes: Sequence[BatchShape], recordings: Sequence[Recording], tiles: LossTiles
+    ) -> Growth | None:
+        """The growth that three recordings tell; None if sizes do not follow the rows.
+
+        Args:
+            whole: the shape of the whole batch.
+            shapes: of the three batches: small, shorter, and with one row more than that.
+            recordings: of the same operations.
+            tiles: of the loss.
+        """
+        (small, shorter, wider), (base, short, wide) = shapes, (recording.sizes for recording in recordings)
+        row_ratio = wider.rows / shorter.rows
+        none = np.zeros(len(base), dtype=np.bool_)
+        of_tiles = _proportional((base, short, wide), [*map(tiles.tokens, shapes)]) if tiles.count > 1 else none
+        row_power = _power(wide, short, row_ratio)
+        irregular = (np.abs(row_power - np.round(row_power)) > 0.1) & ~of_tiles
+        own_tiles = none
+        if tiles.of_own:
+            tokens, parts = [shape.rows * shape.length for shape in shapes], [*map(own_tile, shapes)]
+            if len(set(parts)) == 1:  # a tile looks like what does not grow
+                return None
+            # Where tiles are not rounded, both are the same.
+            own_tiles = _proportional((base, short, wide), parts) & ~_proportional((base, short, wide), tokens)
+            irregular &= ~own_tiles
+        if wide[irregular].sum() > 0.01 * wide.sum():  # as a mixture of experts', whose sizes follow the data
+            return None
+        length_ratio = shorter.length / small.length
+        missing = _missing_tokens(base, short, small.length, shorter.length)
+        return cls(
+            whole=whole,
+            recorded=small,
+            row_power=row_power,
+            length_power=_power(base, short, 1 / length_ratio),
+            length_ratio=length_ratio,
+            missing=np.zeros(len(base)) if length_ratio == 1 else missing,
+            tile=tiles.size,
+            tile_factor=np.where(of_tiles, (tiles.size or 0) / tiles.tokens(small), 0.0),
+            own_tiles=own_tiles,
+        )
+
+    def factor(self, shape: BatchShape) -> FloatArray:
+        """The bytes at a shape over the recorded ones, (storages,).
+
+        Raises:
+            UnsupportedError: that shape cannot be told from what was recorded.
+        """
+        recorded = self.recorded
+        if not np.isfinite(self.row_power).all() and shape != recorded:
+            raise UnsupportedError(
+                f"Batches of {shape} cannot be predicted: the operations of this model depend on its data, so only "
+                f"the shape that was measured, {recorded}, is known. Calibrate with the larger batch."
+            )
+        if self.length_ratio == 1 and shape.length != recorded.length:
+            raise UnsupportedError(
+                f"Batches of {shape} cannot be predicted: the model was measured with batches of {recorded}, which "
+                "are too short to tell how memory grows with length. Calibrate with the longer batch."
+            )
+        if self.tile and shape != self.whole and max(map(loss_tokens, (shape, self.whole))) > self.tile:
+            raise UnsupportedError(
+                f"Batches of {shape} cannot be predicted: TRL's fused loss works in tiles of {self.tile} tokens, and "
+                f"the model was measured with batches of {self.whole}. Calibrate with such a batch."
+            )
+        if shape == recorded:
+            return np.ones(len(self.row_power))
+        factor: FloatArray = (shape.rows / recorded.rows) ** self.row_power * self._length_factor(shape.length)
+        factor = np.where(self.own_tiles, own_tile(shape) / own_tile(recorded), factor)
+        return np.where(self.tile_factor > 0, self.tile_factor, factor)
+
+    def _length_factor(self, length: int) -> FloatArray:
+        """The factor by which each storage grows with the length."""
+        measured, recorded = self.length_ratio, self.recorded.length
+        if measured == 1:  # the powers are not known
+            return np.ones(len(self.length_power))
+        # A size with a power between two whole ones is a sum of both, as for labels that were padded by one token.
+        whole = np.floor(self.length_power + 1e-9)
+        share = (measured ** (self.length_power - whole) - measured) / (1 - measured)
+        growth = (length / recorded) ** whole * (share + (1 - share) * length / recorded)
+        return np.where(self.missing > 0, (length - self.missing) / (recorded - self.missing), growth)
+
+
+def _proportional(sizes: Sequence[IntArray], tokens: Sequence[int]) -> BoolArray:
+    """Which storages have sizes in proportion to these tokens at three shapes, bool (storages,)."""
+    (base, short, wide), (tile, short_tile, wide_tile) = sizes, tokens
+    same: BoolArray = (base * short_tile == short * tile) & (wide * short_tile == short * wide_tile) & (base > 0)
+    return same
+
+
+def _power(larger: IntArray, smaller: IntArray, factor: float) -> FloatArray:
+    """The power of `factor` by which each size is larger, (storages,); 0 if the factor is 1."""
+    if factor == 1:
+        return np.zeros(len(larger))
+    power: FloatArray = np.log(np.maximum(larger, 1) / np.maximum(smaller, 1)) / np.log(factor)
+    return power
+
+
+def _missing_tokens(larger: IntArray, smaller: IntArray, length: int, shorter: int) -> FloatArray:
+    """See `Growth.missing`; (storages,).
+
+    A loss counts the tokens that have a next one, one less than the length; distances between tokens are two for each,
+    less one. From sizes at two lengths alone, these would be read as partly quadratic.
+    """
+    missing = np.zeros(len(larger))
+    for halves in (1, 2):
+        proportional: BoolArray = larger * (2 * shorter - halves) == smaller * (2 * length - halves)
+        missing[proportional & (larger > 0)] = halves / 2
+    return missing
+
+
+FREE_RANK = 32
+"""On all modules it may take the bytes that recomputation saves. On small models a higher one gains .1 % of the loss,
+and rank 8 loses 1.2 to 1.9 % (docs/experiments.md); beside what layers hold in large ones, either takes few bytes."""
+
+
+def fewest_recomputed(
+    memory: MemoryModel, ranks: IntArray, limit: float, shape: BatchShape | None = None
+) -> tuple[str, ...]:
+    """The fewest layers that must run again so that a plan fits.
+
+    Args:
+        memory: the byte model of a step in which every layer runs again.
+        ranks: the plan, int64 (modules,).
+        limit: bytes that the step may take.
+        shape: of the batch; by default that of calibration.
+
+    Returns:
+        Names of layers, the lowest first, without those that hold nothing for the backward pass under this plan. All
+        that hold something, if the plan does not even fit then.
+    """
+    layers = holding_layers(memory, ranks)
+
+    def fits(count: int) -> bool:
+        return memory.recomputing(layers[:count]).peak(ranks, shape) <= limit
+
+    if not layers or fits(0):
+        return ()
+    if not fits(len(layers)):
+        return layers
+    return layers[: bisect_left(range(len(layers)), True, lo=1, key=fits)]
+
+
+def recomputed_cost(
+    memory: MemoryModel, max_ranks: IntArray, limit: float, shape: BatchShape | None = None
+) -> ByteCost:
+    """What plans cost where layers may run again: a budget buys less recomputation before it buys more rank.
+
+    A plan must fit with all layers running again. And without any, it may take what `FREE_RANK` on all modules takes,
+    or the limit if that is more: else every plan would spend all that recomputation saves on ranks, and every layer
+    would run again.
+
+    Args:
+        memory: the byte model of a step in which every layer runs again.
+        max_ranks: the highest rank of each module, int64 (modules,).
+        limit: bytes that the step may take. Costs without recomputation are scaled, so that it limits them too.
+        shape: of the batch; by default that of calibration.
+    """
+    every, none = memory.cost(shape), memory.recomputing(()).cost(shape)
+    factor = limit / max(limit, plan_cost(none, np.minimum(FREE_RANK, max_ranks)))
+    groups = [np.pad(every.group_bytes, ((0, 0), (0, len(none.needs))))]
+    groups.append(np.pad(np.ceil(factor * none.group_bytes), ((0, 0), (len(every.needs), 0))))
+    return ByteCost(
+        moments=(*every.moments, *(f"{moment}, with no layer run again" for moment in none.moments)),
+        constant=np.concatenate([every.constant, np.ceil(factor * none.constant)]),
+        per_rank=np.concatenate([every.per_rank, np.ceil(factor * none.per_rank)]),
+        group_bytes=np.concatenate(groups),
+        needs=np.concatenate([every.needs, none.needs]),
+    )
+
+
+def holding_layers(memory: MemoryModel, ranks: IntArray) -> tuple[str, ...]:
+    """Names of the layers that hold something for backward under a plan, int64 (modules,), the lowest first."""
+    adapted = adapted_modules(ranks)
+    holding = [segment.name for segment in memory.segments if any(m & adapted for m in segment.saved.values())]
+    return tuple(dict.fromkeys(holding))

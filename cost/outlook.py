@@ -1,0 +1,508 @@
+"""What a training step takes, what other choices would take, and what fits: a card, or a budget.
+
+Every choice follows from one recording in which every layer runs again: the peak of any ranks, any depth, any set of
+recomputed layers and any batch. The recording is made on the meta device for a model that is known from its
+configuration (`memory_of`), or on the device for one that is here (`study.memory.here`).
+
+Whether a plan fits a card: everything that the card must hold, added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+
+from ..common.arrays import IntArray
+from ..errors import ConfigError, UnknownNameError
+from ..lora.spec import REFERENCE_RANK
+from .allocator import replay
+from .batch_shape import BatchShape
+from .breakdown import Breakdown, break_down, frozen_sizes
+from .budget import Limit, reference_seconds
+from .calibration import check_rank, highest_ranks
+from .cost import ParameterCost, plan_cost
+from .device_table import DeviceRates, DeviceSpec, Precision, device_table, find_device_spec
+from .find_configuration import find_configuration
+from .from_config import ConfiguredStep, LoadedAs, from_config
+from .hollow_device import Attention
+from .model import MemoryModel, fewest_recomputed, holding_layers
+from .step_config import StepConfig
+from .step_time import OPERATOR_SECONDS, Rates, StepTime
+
+Verdict = Literal["fits", "tight", "does not fit"]
+"""fits: what the allocator reserves and the context fit the card. tight: only tensors and the context do, so training
+needs `expandable_segments:True`, or the luck that memory is not cut up. does not fit: not even these do."""
+
+
+@dataclass(frozen=True)
+class CardUse:
+    """What a plan takes of a card, in bytes.
+
+    Attributes:
+        device: the card.
+        base_bytes: the frozen model.
+        step_bytes: tensors at the peak of a training step beside the frozen model, workspaces of libraries included.
+        evaluation_bytes: the same at the peak of evaluation; 0 if none is asked for.
+        reserve_bytes: what the allocator holds beyond tensors at the most.
+        context_bytes: the CUDA context.
+        margin_bytes: the byte model's margin, so that nothing is predicted too low.
+    """
+
+    device: DeviceSpec
+    base_bytes: int
+    step_bytes: int
+    evaluation_bytes: int
+    reserve_bytes: int
+    context_bytes: int
+    margin_bytes: int
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Tensors at the peak."""
+        return self.base_bytes + max(self.step_bytes, self.evaluation_bytes)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What the allocator holds at the most."""
+        return self.allocated_bytes + self.reserve_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """What the card must hold so that the plan fits."""
+        return self.reserved_bytes + self.context_bytes + self.margin_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes of the card that `total_bytes` leaves; below 0, those that are missing."""
+        return self.device.memory_bytes - self.total_bytes
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the plan fits."""
+        if self.spare_bytes >= 0:
+            return "fits"
+        return "tight" if self.spare_bytes + self.reserve_bytes >= 0 else "does not fit"
+
+
+def card_use(
+    memory: MemoryModel,
+    ranks: IntArray,
+    loaded: Sequence[int],
+    device: DeviceSpec,
+    *,
+    shape: BatchShape | None = None,
+    evaluation: BatchShape | None = None,
+) -> CardUse:
+    """What a plan takes of a card.
+
+    Args:
+        memory: the byte model of its training step; layers that run again are those that it says.
+        ranks: the plan, (modules,).
+        loaded: bytes of each storage of the frozen model, as `breakdown.frozen_sizes` tells.
+        device: the card.
+        shape: of the batches; by default that of calibration.
+        evaluation: the shape of batches of evaluation; None for none. It is the recorded forward pass with nothing
+            saved for a backward pass: all logits, and the widest layer.
+
+    Raises:
+        UnsupportedError: see `MemoryModel.sizes`.
+    """
+    replayed = replay(
+        memory,
+        ranks,
+        loaded,
+        shape=shape,
+        evaluation=evaluation,
+        workspace_bytes=device.workspace_bytes,
+    )
+    base = sum(loaded)
+    step = replayed.allocated - base
+    return CardUse(
+        device=device,
+        base_bytes=base,
+        step_bytes=step,
+        evaluation_bytes=max(replayed.evaluation - base, 0),
+        reserve_bytes=replayed.reserved - max(replayed.allocated, replayed.evaluation),
+        context_bytes=device.context_bytes,
+        margin_bytes=int(memory.margin * step),
+    )
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Precisions in which a frozen model can be loaded."""
+
+ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
+"""Batches of the grid, beside the one that was asked for."""
+
+USUAL_CARD = "RTX 4090"
+"""Times on a card of which only the memory is known are by the rates of this one. They are told as shares."""
+
+SHARES = (0.75, 0.5, 0.25)
+"""Shares of the layers, from the top, that are shown beside all of them."""
+
+RANKS = (1, 8, 16, 64)
+"""Ranks on all modules that are shown beside the one that was asked for."""
+
+ChoiceKind = Literal["asked", "depth", "rank", "batch", "rule"]
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """One way to train.
+
+    Attributes:
+        kind: what is changed: nothing ("asked"), the layers that have adapters or run again ("depth"), the rank of all
+            modules, the batch, or the whole plan, by a rule.
+        rank: of every adapted module, or the most that it can have; under a rule the highest.
+        layers: how many layers have adapters, from the top.
+        recomputed: names of the layers that run again in the backward pass.
+        ranks: the plan, int64 (modules,).
+        step_bytes: predicted peak of a step, beside the frozen model.
+        use: what the card sees; None without a card.
+        time: of a step, as a share of plain LoRA's: rank 8 on all modules, no layer runs again; None where work was not
+            counted.
+        verdict: whether it fits; None where nothing limits it.
+        shape: of the batch.
+        label: what people call it, where its numbers do not tell.
+    """
+
+    kind: ChoiceKind
+    rank: int
+    layers: int
+    recomputed: tuple[str, ...] = field(repr=False)
+    ranks: IntArray = field(repr=False)
+    step_bytes: float
+    use: CardUse | None
+    time: float | None
+    verdict: Verdict | None
+    shape: BatchShape
+    label: str = ""
+    _memory: MemoryModel = field(repr=False, kw_only=True)
+
+
+@dataclass(frozen=True)
+class GridCell:
+    """A batch, and what it takes for all layers at the rank that was asked for.
+
+    Attributes:
+        shape: rows and tokens.
+        recomputed: how many layers must run again so that it fits; None if it does not fit even then.
+        bytes: on the card, with these layers, or with all; the allocator's reserve is taken to be the share that it is
+            for the batch that was asked for.
+    """
+
+    shape: BatchShape
+    recomputed: int | None
+    bytes: float
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """A measured step. The frozen model does not count unless it is named. None: the system does not report it.
+
+    Attributes:
+        peak_bytes: bytes of live tensors on the CPU, bytes that the allocator had handed out on CUDA.
+        resident_bytes: how far the process's resident memory rose above what it was without training state (CPU).
+        process_bytes: the process's peak resident memory, the model and all libraries included (CPU).
+        reserved_bytes: what the allocator had reserved, the model included (CUDA).
+    """
+
+    peak_bytes: int
+    resident_bytes: int | None = None
+    process_bytes: int | None = None
+    reserved_bytes: int | None = None
+
+
+class Outlook:
+    """What a training step takes, and what fits.
+
+    Args:
+        step: the step, with all layers checkpointed, or with none where the model's class has no gradient
+            checkpointing.
+        rank: on all modules, or the most that one can have.
+        settings: rows, tokens and further settings of the step.
+        card: the card that is asked about; None for a model that is looked at where it is.
+        dtype: of the frozen model on a card, by its name in `DTYPES`.
+        asked: the byte model of the step just as it was asked for; None on a card, where the choices decide what runs
+            again.
+        limit: what a step, or an adapter, may take at most; None without a budget.
+        measured: a real step, if one was taken.
+        facts: what else is known of a model that is here, by name: task and device.
+
+    Attributes:
+        blocks: number of layers with target modules.
+        notes: what could not be shown, and why.
+    """
+
+    def __init__(
+        self,
+        step: ConfiguredStep,
+        rank: int,
+        settings: StepConfig,
+        *,
+        card: DeviceSpec | None = None,
+        dtype: str = "fp32",
+        asked: MemoryModel | None = None,
+        limit: Limit | None = None,
+        measured: MeasuredStep | None = None,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
+        self.step, self.rank, self.settings, self.card, self.dtype = step, rank, settings, card, dtype
+        self.measured, self.facts, self.notes = measured, dict(facts or {}), list[str]()
+        self._asked, self._limit, self._others = asked, limit, list[Choice]()
+        self._blocks = np.array([target.block for target in step.targets])
+        self._highest = highest_ranks(step.targets)
+        self._loaded = frozen_sizes(step.model) if card else []
+        self.blocks: int = len(np.unique(self._blocks))
+
+    @cached_property
+    def _time(self) -> StepTime | None:
+        """The time of any plan, by counted work and the published rates of the card, or of a usual one."""
+        if self.step.work is None or self.card is None:
+            return None
+        rates = self.card.rates or device_table()[USUAL_CARD].rates
+        assert rates is not None, "cards of the table have rates"
+        return self.step.work.time(Rates(product_rate(rates, self.dtype), rates.bytes_per_s, OPERATOR_SECONDS))
+
+    @property
+    def memory(self) -> MemoryModel:
+        """The byte model of a step in which all layers that can run again do."""
+        return self.step.memory
+
+    @property
+    def limit_bytes(self) -> float | None:
+        """Bytes of the card, or those that a step may take; None without a card and a budget of bytes."""
+        if self.card:
+            return self.card.memory_bytes
+        return self._limit.value if self._limit and self._limit.unit == "bytes" else None
+
+    @cached_property
+    def reference_bytes(self) -> float:
+        """The peak with rank 8 on all modules, as it was asked for; on a card, no layer runs again."""
+        plain = np.minimum(REFERENCE_RANK, self._highest)
+        return plan_cost(self._asked.cost(), plain) if self._asked else self.memory.recomputing(()).peak(plain)
+
+    @property
+    def room(self) -> float:
+        """Bytes that a step may allocate beside the frozen model on the card."""
+        assert self.card is not None, "there is no card"
+        taken = self.step.frozen_bytes + self.card.context_bytes + self.card.workspace_bytes
+        return float(self.card.memory_bytes - taken)
+
+    @cached_property
+    def recomputable(self) -> tuple[str, ...]:
+        """Names of the layers that can run again; none where the model's class has no gradient checkpointing."""
+        return tuple(dict.fromkeys(segment.name for segment in self.memory.segments))
+
+    def plan(self, layers: int, rank: int) -> IntArray:
+        """The ranks of so many layers from the top, int64 (modules,)."""
+        lowest = np.unique(self._blocks)[-layers]
+        return np.where(self._blocks >= lowest, np.minimum(rank, self._highest), 0)
+
+    def choice(self, layers: int, rank: int, recomputed: tuple[str, ...], kind: ChoiceKind = "depth") -> Choice:
+        """What one choice takes; the batch is the one that was asked for."""
+        return self._priced(kind, layers, rank, recomputed, self.memory.recomputing(recomputed))
+
+    def add(self, kind: ChoiceKind, label: str, memory: MemoryModel, shape: BatchShape, ranks: IntArray) -> None:
+        """Show one choice more, which its numbers do not tell: another batch, or the plan of a rule.
+
+        Args:
+            kind: what is changed.
+            label: what people call it.
+            memory: the byte model of its step.
+            shape: of its batch, of which `memory` can tell.
+            ranks: its plan, int64 (modules,).
+        """
+        layers, rank = len(np.unique(self._blocks[ranks > 0])), int(ranks.max())
+        recomputed = tuple(dict.fromkeys(segment.name for segment in memory.segments))
+        self._others.append(self._priced(kind, layers, rank, recomputed, memory, ranks, shape, label))
+
+    def _priced(
+        self,
+        kind: ChoiceKind,
+        layers: int,
+        rank: int,
+        recomputed: tuple[str, ...],
+        memory: MemoryModel,
+        ranks: IntArray | None = None,
+        shape: BatchShape | None = None,
+        label: str = "",
+    ) -> Choice:
+        ranks, shape = self.plan(layers, rank) if ranks is None else ranks, shape or memory.shape
+        step_bytes = memory.peak(ranks, shape) if self.card else plan_cost(memory.cost(shape), ranks)
+        use = card_use(memory, ranks, self._loaded, self.card, shape=shape, evaluation=shape) if self.card else None
+        time = self._time.seconds(ranks, recomputed) / self._plain_seconds if self._time else None
+        verdict: Verdict | None = use.verdict if use else None
+        if self._limit:
+            cost = step_bytes if self._limit.unit == "bytes" else plan_cost(ParameterCost.of(self.step.targets), ranks)
+            verdict = "fits" if cost <= self._limit.value else "does not fit"
+        return Choice(
+            kind, rank, layers, recomputed, ranks, step_bytes, use, time, verdict, shape, label, _memory=memory
+        )
+
+    @cached_property
+    def _plain_seconds(self) -> float:
+        assert self._time is not None, "the step was made without its work"
+        return reference_seconds(self._time, self._highest)
+
+    def breakdown(self, choice: Choice) -> Breakdown:
+        """The peak of a choice's step by layer and kind of bytes."""
+        return break_down(choice._memory, self.step.targets, choice.ranks, choice.shape)
+
+    def fitting(self, layers: int, rank: int, kind: ChoiceKind = "depth") -> Choice:
+        """The same with as few recomputed layers as fit the card, the allocator's reserve included if possible."""
+        ranks = self.plan(layers, rank)
+        chosen = fewest_recomputed(self.memory, ranks, self._room_for_tensors)
+        choice, holding = self.choice(layers, rank, chosen, kind), holding_layers(self.memory, ranks)
+        while choice.verdict != "fits" and len(choice.recomputed) < len(holding):
+            choice = self.choice(layers, rank, holding[: len(choice.recomputed) + 1], kind)
+        return choice
+
+    @cached_property
+    def choices(self) -> tuple[Choice, ...]:
+        """What was asked for; fewer layers, none, as few as fit or all of them recomputed; ranks; what was added."""
+        return (*self._depths(), *self._ranks(), *self._others)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """How many layers from the top have adapters, in the choices that are shown."""
+        return tuple(dict.fromkeys(max(1, round(share * self.blocks)) for share in (1.0, *SHARES)))
+
+    def _depths(self) -> Iterator[Choice]:
+        as_asked: tuple[str, ...] | None = None
+        if self._asked:
+            as_asked = self.recomputable if self._asked.segments else ()
+            yield self._priced("asked", self.blocks, self.rank, as_asked, self._asked)
+        for layers in self.depths:
+            none = self.choice(layers, self.rank, ())
+            holding = holding_layers(self.memory, none.ranks)
+            if as_asked != () or layers < self.blocks:
+                yield none
+            if not holding or (as_asked and layers == self.blocks):
+                continue
+            every = self.choice(layers, self.rank, holding)
+            if self.card and none.verdict != "fits" and every.verdict != "does not fit":
+                fitting = self.fitting(layers, self.rank)
+                if fitting.recomputed != every.recomputed:
+                    yield fitting
+            yield every
+
+    def _ranks(self) -> Iterator[Choice]:
+        for rank in RANKS:
+            if rank == self.rank or rank > self._highest.max():
+                continue
+            if self._asked:
+                recomputed = self.recomputable if self._asked.segments else ()
+                yield self._priced("rank", self.blocks, rank, recomputed, self._asked)
+            else:
+                yield self.fitting(self.blocks, rank, "rank")
+
+    @property
+    def best(self) -> Choice | None:
+        """The choice that adapts most layers, and recomputes least among those, and fits; None if none does."""
+        fitting = [
+            choice
+            for choice in self.choices
+            if choice.kind in ("asked", "depth") and choice.verdict == "fits" and choice.rank == self.rank
+        ]
+        return max(fitting, key=lambda choice: (choice.layers, -len(choice.recomputed)), default=None)
+
+    @property
+    def main(self) -> Choice:
+        """The choice that words and pictures are about: what was asked for, or on a card the best that fits."""
+        return (self.best if self.card else None) or self.choices[0]
+
+    @cached_property
+    def grid(self) -> tuple[GridCell, ...]:
+        """Batches by rows and tokens, for all layers at the rank that was asked for; empty without a card."""
+        if self.card is None:
+            return ()
+        limit = self.step.positions or max(LENGTHS)
+        lengths = sorted({length for length in LENGTHS if length <= limit} | {self.settings.max_length})
+        rows = sorted({*ROWS, self.settings.batch_size})
+        return tuple(self._cell(BatchShape(count, length)) for length in lengths for count in rows)
+
+    def _cell(self, shape: BatchShape) -> GridCell:
+        assert self.card is not None, "there is no card"
+        ranks, room = self.plan(self.blocks, self.rank), self._room_for_tensors
+        taken = self.card.memory_bytes - self.room
+        chosen = fewest_recomputed(self.memory, ranks, room, shape)
+        peak = self.memory.recomputing(chosen).peak(ranks, shape)
+        return GridCell(shape, len(chosen) if peak <= room else None, (peak + taken) * (1 + self._reserve_share))
+
+    @property
+    def _room_for_tensors(self) -> float:
+        """What is left of `room` where the allocator's reserve is the share that it is for the batch asked for."""
+        assert self.card is not None, "there is no card"
+        return self.room - self.card.memory_bytes * (1 - 1 / (1 + self._reserve_share))
+
+    @cached_property
+    def _reserve_share(self) -> float:
+        """The allocator's reserve as a share of all tensors, where all layers run again on the batch asked for."""
+        use = self.choice(self.blocks, self.rank, self.recomputable).use
+        assert use is not None, "there is no card"
+        return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
+
+
+def product_rate(rates: DeviceRates, dtype: str) -> float:
+    """The operations per second of products with a frozen model of this dtype; fp32's where a card lacks its own."""
+    own: dict[str, Precision] = {"bf16": "bf16", "fp16": "fp16", "fp32": "tf32"}
+    return rates.flops_per_s.get(own[dtype], rates.flops_per_s["fp32"])
+
+
+def memory_of(
+    model: str | PreTrainedConfig,
+    card: str,
+    *,
+    rank: int = REFERENCE_RANK,
+    dtype: str | None = None,
+    padded: bool = False,
+    **settings: Any,
+) -> Outlook:
+    """What a LoRA fine-tune of a model takes on a card, from its configuration alone.
+
+    Args:
+        model: a short name ("qwen3-8b"), a Hugging Face id, a folder or a config.json, or a configuration.
+        card: a card of the table ("RTX 4090") or its memory ("24GiB").
+        rank: on all modules; a module that is narrower has its own width.
+        dtype: of the frozen model: "bf16", "fp16" or "fp32"; by default bf16 where the card has it, else fp16. Steps
+            compute under bf16 autocast with bf16.
+        padded: whether rows of a batch are padded, which takes other attention kernels.
+        settings: of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation.
+
+    Returns:
+        The outlook: `best`, `choices` and `grid`, computed when they are asked for.
+
+    Raises:
+        UnknownNameError, AssetError: there is no such model, card or setting.
+        ConfigError: a setting is out of range, a row is longer than the model has positions, no module is as wide as
+            the rank, or the model reads no tokens.
+        UnsupportedError: the model's step cannot be predicted.
+
+    Example:
+        >>> rankpilot.memory_of("qwen3-8b", "24GiB", quantization="nf4", batch_size=4).best  # doctest: +SKIP
+    """
+    spec = find_device_spec(card)
+    dtype = dtype or ("bf16" if spec.has_bf16 else "fp16")
+    if dtype not in DTYPES:
+        raise UnknownNameError.of("dtype", dtype, DTYPES)
+    known = {each.name for each in fields(StepConfig)}
+    for name in settings:
+        if name not in known:
+            raise UnknownNameError.of("setting of a step", name, known)
+    config = find_configuration(model) if isinstance(model, str) else model
+    defaults = {"batch_size": 4, "max_length": 1024, "bf16": dtype == "bf16"}
+    step = StepConfig(**defaults | settings | {"checkpointing": True})
+    if rank < 1:
+        raise ConfigError(f"rank is at least 1; got {rank}.")
+    attention: Attention = "auto" if spec.has_flash_attention else "efficient"
+    loaded = LoadedAs(dtype=DTYPES[dtype], attention=attention, padded=padded)
+    configured = from_config(config, step, loaded, counted=True, checkpointing_optional=True)
+    check_rank(rank, configured.targets)
+    return Outlook(configured, rank, step, card=spec, dtype=dtype)

@@ -1,0 +1,243 @@
+"""A recorded training step: the bytes of every tensor, when it is created and freed, and which modules need it.
+
+An operation takes part in the backward pass if one of its inputs depends on something that trains. Autograd saves a
+tensor for the gradient of certain inputs of one operation (a product saves each factor for the gradient of the other).
+Under a plan it is saved exactly if one of those inputs depends on an adapted module. So a recording of one step in
+which *every* module is adapted tells what any other plan would save; which modules each operation serves is read from
+autograd's graph. `cost/recorder.py` makes recordings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_iter
+
+from ..common.arrays import BoolArray, IntArray
+
+ModuleSet = int
+"""A set of target modules as a bit mask: bit i is target module i. The bit after the last is what always trains."""
+
+_SAVED_FOR: dict[str, dict[str, int]] = {
+    "MmBackward0": {"self": 1, "mat2": 0},
+    "BmmBackward0": {"self": 1, "mat2": 0},
+    "MvBackward0": {"self": 1, "vec": 0},
+    "AddmmBackward0": {"mat1": 2, "mat2": 1},
+    "BaddbmmBackward0": {"batch1": 2, "batch2": 1},
+    "MulBackward0": {"self": 1, "other": 0},
+    "DivBackward0": {"self": 1},
+    "LinearBackward0": {"input": 1, "weight": 0},
+}
+"""Operations that save a tensor for the gradient of one input: by name of the saved tensor, the number of that input
+(tools/autograd/derivatives.yaml of PyTorch). Any other operation counts as saving for all of its inputs, which can only
+over-estimate."""
+
+
+def adapted_modules(ranks: IntArray | BoolArray) -> ModuleSet:
+    """The modules that a plan adapts, with what always trains; `ranks`, or whether each is above 0, (modules,)."""
+    return sum(1 << int(module) for module in np.flatnonzero(ranks)) | 1 << len(ranks)
+
+
+def flow_from(loss: torch.Tensor, trains: Callable[[torch.Tensor], ModuleSet]) -> dict[Any, ModuleSet]:
+    """For each node of the graph of `loss`, the modules of which at least one must be adapted for the node to exist.
+
+    `trains` returns the modules to which a leaf of the graph belongs.
+    """
+    flow: dict[Any, ModuleSet] = {}
+    stack = [loss.grad_fn] if loss.grad_fn is not None else []
+    while stack:
+        node = stack[-1]
+        if node in flow:
+            stack.pop()
+            continue
+        inputs = [source for source, _ in node.next_functions if source is not None]
+        waiting = [source for source in inputs if source not in flow]
+        if waiting:
+            stack += waiting
+            continue
+        stack.pop()
+        modules = trains(node.variable) if hasattr(node, "variable") else 0
+        for source in inputs:
+            modules |= flow[source]
+        flow[node] = modules
+    return flow
+
+
+def saved_by(node: Any, flow: dict[Any, ModuleSet]) -> Iterator[tuple[Any, ModuleSet]]:
+    """Yield each value that a node saved, as the saved-tensor hooks packed it, and the modules that it is saved for."""
+    saved_for = _SAVED_FOR.get(node.name(), {})
+    sources = node.next_functions
+    for attribute in _saving_attributes(node.__class__):
+        saved = getattr(node, attribute)
+        number = saved_for.get(attribute.removeprefix("_raw_saved_"))
+        modules = flow[node]
+        if number is not None and number < len(sources):
+            modules = flow.get(sources[number][0], 0)
+        for entry in saved if isinstance(saved, tuple) else (saved,):
+            if entry.data is not None:
+                yield entry.data, modules
+
+
+def kept_on_context(node: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a Python function keeps on its context, where hooks do not see them."""
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        yield from (value for value in tree_iter(vars(node)) if isinstance(value, torch.Tensor))
+
+
+@cache
+def _saving_attributes(kind: type) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+
+
+NEVER = np.iinfo(np.int64).max
+"""The time of an event that does not happen within the step."""
+
+Batch = Any
+"""What a loss function takes: as a rule keyword arguments of the model, in any nesting of mappings and lists."""
+
+
+Phases = tuple[tuple[int, ModuleSet], ...]
+"""Rising times, and the modules that need a storage after each; they become fewer."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the forward pass that gradient checkpointing runs again in the backward pass.
+
+    Attributes:
+        start: the time at which it begins.
+        end: the time at which it ends.
+        inputs: serial numbers of its input tensors' storages.
+        outputs: serial numbers of its output tensors' storages.
+        sequences: autograd's sequence number at its start and end.
+        reentrant: whether the second run builds a separate graph, which holds the outputs until its backward pass ends.
+        name: name of the module that runs again.
+        saved: storages that its operations save for the backward pass, and the target modules that need each: what the
+            second run holds and, without checkpointing, the first one.
+    """
+
+    start: int
+    end: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    sequences: tuple[int, int]
+    reentrant: bool
+    name: str
+    saved: dict[int, ModuleSet] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A training step in which every module is adapted.
+
+    Storages have serial numbers, in the order of creation; times are numbers of operators run before.
+
+    Attributes:
+        sizes: bytes of each storage, int64 (storages,).
+        created: when each storage is created, int64 (storages,).
+        freed: when it is freed; NEVER if it outlives the step; int64 (storages,).
+        freed_if_unsaved: when it would be freed if autograd saved nothing, int64 (storages,).
+        name_index: index into `names` of the module in whose forward or backward pass it is created, int64 (storages,).
+        target_index: the target module in whose forward or backward pass it is created, -1 for none, int64 (storages,).
+        segment_index: the checkpointed segment in whose forward or backward pass it is created, -1 for none, int64
+            (storages,).
+        needed: by serial number, the target modules that need a storage. In the forward pass: it is held beyond
+            `freed_if_unsaved` if one of them is adapted. In the backward pass: it exists only if one of them is.
+        needed_later: storages of the backward pass that fewer modules need later: by serial number, the modules that
+            count after each of some times, in place of those of `needed`.
+        on_context_until: storages that a Python autograd function keeps on its context, where autograd's hooks do not
+            see them: by serial number, the time at which the parent of the function's module returned.
+        uses_saved: whether the operation that created it, in the backward pass, uses a saved tensor, bool (storages,).
+        gradients: by serial number of a parameter's gradient, the parameter's target module; -1 for other parameters.
+        added_at: by serial number of a parameter's gradient, the time at which it is added to the parameter.
+        names: names of all modules.
+        forward_end: the time at which the loss is known.
+        segments: the checkpointed segments, in forward order.
+    """
+
+    sizes: IntArray
+    created: IntArray
+    freed: IntArray
+    freed_if_unsaved: IntArray
+    name_index: IntArray
+    target_index: IntArray
+    segment_index: IntArray
+    needed: dict[int, ModuleSet]
+    needed_later: dict[int, Phases]
+    on_context_until: dict[int, int]
+    uses_saved: BoolArray
+    gradients: dict[int, int]
+    added_at: dict[int, int]
+    names: tuple[str, ...]
+    forward_end: int
+    segments: tuple[Segment, ...]
+
+    @cached_property
+    def needed_in_phases(self) -> tuple[dict[int, ModuleSet], ...]:
+        """`needed`, and what takes its place after the first, the second, ... of the times of `needed_later`."""
+        count = max(map(len, self.needed_later.values()), default=0)
+        later = [
+            {serial: phases[index][1] for serial, phases in self.needed_later.items() if index < len(phases)}
+            for index in range(count)
+        ]
+        return self.needed, *later
+
+    @cached_property
+    def saved_in_segment(self) -> dict[int, ModuleSet]:
+        """By serial number of a storage created in a segment, the target modules for which that segment saves it."""
+        return {
+            serial: modules
+            for index, segment in enumerate(self.segments)
+            for serial, modules in segment.saved.items()
+            if self.segment_index[serial] == index
+        }
+
+    def second_run_start(self, index: int) -> int:
+        """The time at which a segment runs again, just before gradients flow through it; -1 if none do."""
+        flowing = (self.created > self.forward_end) & (self.segment_index == index)
+        if not self.segments[index].reentrant:  # it runs again for the first operation that uses a saved tensor
+            flowing &= self.uses_saved
+        return int(self.created[flowing].min()) - 1 if flowing.any() else -1
+
+    def recomputing(self, layers: Collection[str]) -> Recording:
+        """The same step with fewer checkpointed segments.
+
+        Args:
+            layers: names of the modules that still run again in the backward pass. Of the others, what their
+                operations save is held from the forward pass on.
+        """
+        kept = [index for index, segment in enumerate(self.segments) if segment.name in layers]
+        needed = dict(self.needed)
+        for segment in self.segments:
+            if segment.name not in layers:
+                for serial, modules in segment.saved.items():
+                    needed[serial] = needed.get(serial, 0) | modules
+        numbers = np.full(len(self.segments) + 1, -1)  # the last is for storages of no segment, whose index is -1
+        numbers[kept] = np.arange(len(kept))
+        segments = tuple(self.segments[index] for index in kept)
+        return replace(self, segments=segments, needed=needed, segment_index=numbers[self.segment_index])
+
+    def accumulating(self) -> Recording:
+        """The same step where the parameters have gradients already, of a batch before: new ones are soon freed.
+
+        The gradients that are there are not among its storages.
+        """
+        freed = self.freed.copy()
+        freed[list(self.added_at)] = list(self.added_at.values())
+        return replace(self, freed=freed, gradients={})
+
+    def saved_under(self, ranks: IntArray) -> BoolArray:
+        """Whether autograd holds each storage at the end of the forward pass under a plan, bool (storages,).
+
+        Storages saved inside checkpointed segments are left out. `ranks` has shape (modules,).
+        """
+        adapted = adapted_modules(ranks)
+        saved = np.zeros(len(self.sizes), dtype=np.bool_)
+        saved[[serial for serial, modules in self.needed.items() if modules & adapted]] = True
+        result: BoolArray = saved & (self.created <= self.forward_end) & (self.freed > self.forward_end)
+        return result

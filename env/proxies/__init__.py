@@ -1,1 +1,0 @@
-"""Small pretrained transformers that ship with the package."""

@@ -1,0 +1,311 @@
+"""Many proxy fine-tunes at once on one frozen base: the same episodes as `Episode`, stacked.
+
+Losses, signals, observations and rank changes are those of a PEFT model (tests/env/test_stacked.py compares
+them); only the arithmetic runs for all episodes together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..agents.controller import ProbeResult, RankController
+from ..agents.observation import Observation
+from ..agents.policy import Decision
+from ..agents.rules import RULES
+from ..agents.schedule import DecisionSchedule
+from ..common.arrays import IntArray
+from ..errors import ConfigError
+from ..lora.signals import base_norms
+from ..lora.spec import REFERENCE_RANK
+from ..lora.stacked.run import Move, StackedMeter, StackedRun, reset_runs, set_stacked_ranks
+from ..plan.plan import uniform_ranks
+from ..plan.problem import AllocationProblem
+from .bases import adapted_base
+from .episode import EpisodeLog, new_controller, rate_at, unknown_signals
+from .proxy_finetune import ProxyFineTune, first_problem, known_of
+from .proxy_task import ProxyTask, Reference
+from .stack_trainer import Lane, StackTrainer
+
+
+@dataclass(eq=False)
+class StackedEpisode:
+    """One episode under way.
+
+    Attributes:
+        task: what is fine-tuned.
+        controller: its link to decisions.
+        observation: what the next decision is made from; at the end what the last one was made from.
+        log: where its decisions are written down, if anywhere.
+        ranks: after the latest decision, int64 (modules,).
+        step: optimiser steps done.
+        loss: mean training loss of the latest interval; None before the first one, and where it was not finite.
+        failed: whether a loss was not finite.
+    """
+
+    task: ProxyTask
+    controller: RankController[StackedRun]
+    observation: Observation
+    ranks: IntArray
+    log: EpisodeLog | None = None
+    step: int = 0
+    loss: float | None = None
+    failed: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run is over."""
+        return self.failed or self.step >= self.task.steps
+
+
+class StackedEpisodes:
+    """Episodes of tasks on one base, in numbered slots.
+
+    Args:
+        base: name of the proxy base of all tasks.
+        schedule: when ranks are decided.
+        slots: how many episodes can be under way at once.
+        device: where to train.
+
+    Attributes:
+        under_way: the latest episode of each slot, also when it has ended.
+
+    All tasks must have the same batch size and length. A task's results do not depend on what runs beside it.
+    """
+
+    base: str
+    schedule: DecisionSchedule
+
+    def __init__(
+        self, base: str, schedule: DecisionSchedule, slots: int, *, device: torch.device | str = "cpu"
+    ) -> None:
+        self.base, self.schedule = base, schedule
+        self.device: torch.device = torch.device(device)
+        self.under_way: dict[int, StackedEpisode] = {}
+        self._targets = adapted_base(base)[1]
+        self._trainer = StackTrainer(base, slots, device=self.device)
+        self._adapters = self._trainer.adapters
+        self._base_norms = base_norms(self._targets)
+        # Under which results are known of a task; those of a PEFT model differ from them in their last bits.
+        self._probe_key = ("stacked probe", schedule, str(device))
+        self._reference_key = ("stacked reference", str(device))
+        self._shape: tuple[int, int] | None = None
+
+    @property
+    def module_count(self) -> int:
+        """Target modules of the base."""
+        return len(self._targets)
+
+    def start(self, tasks: Mapping[int, ProxyTask], logs: Mapping[int, EpisodeLog] | None = None) -> None:
+        """Begin episodes; a slot's last one is forgotten.
+
+        Args:
+            tasks: by slot.
+            logs: where the decisions of some of them are written down, by slot.
+
+        Raises:
+            ConfigError: a task is of another base, or its batches have another shape than those of the other tasks.
+        """
+        rows = self._rows_for(tasks)
+        self._probe({task: row for task, row in rows.items() if self._probe_key not in known_of(task)})
+        reset_runs(self._adapters, {slot: task.seed for slot, task in tasks.items()})
+        for slot, task in tasks.items():
+            run = StackedRun(self._adapters, slot, self._base_norms)
+            controller = new_controller(ProxyFineTune(task), run, self.schedule, known_of(task)[self._probe_key])
+            log = logs.get(slot) if logs else None
+            seen = controller.observe(0)
+            self.under_way[slot] = StackedEpisode(task, controller, seen, seen.problem.ranks, log)
+
+    def start_all(self, tasks: Sequence[ProxyTask], logs: Mapping[int, EpisodeLog] | None = None) -> None:
+        """Begin episodes in the first slots, and forget all others; see `start`."""
+        self.under_way.clear()
+        self.start(dict(enumerate(tasks)), logs)
+
+    def _rows_for(self, tasks: Mapping[int, ProxyTask]) -> dict[ProxyTask, int]:
+        """One row for each different task, free from now on."""
+        shapes = {self._checked(task) for task in tasks.values()}
+        if len(shapes) > 1:
+            raise ConfigError(f"Stacked episodes share one base and one batch shape; got {sorted(shapes)}.")
+        self._shape = next(iter(shapes), self._shape)
+        for slot in tasks:
+            self.under_way.pop(slot, None)
+        return {task: slot for slot, task in tasks.items()}
+
+    def _checked(self, task: ProxyTask) -> tuple[int, int]:
+        """The batch shape of a task that fits those before it."""
+        shape = (task.batch_size, task.length)
+        if task.base != self.base or (self._shape or shape) != shape:
+            raise ConfigError(
+                f"Stacked episodes share one base and one batch shape: {self.base} and {self._shape or shape}; got "
+                f"task {task.id} with {shape}."
+            )
+        return shape
+
+    def reference(self, task: ProxyTask) -> Reference:
+        """What fixed allocations of a task achieve that knows it, or that was given to `measure_references`."""
+        return task.reference or known_of(task)[self._reference_key]
+
+    def problem(self, task: ProxyTask) -> AllocationProblem:
+        """The plans that a task's first decision allows."""
+        self._checked(task)
+        return first_problem(task)
+
+    # Decisions --------------------------------------------------------------------------------------------------------
+
+    def step(self, decisions: Mapping[int, Decision]) -> None:
+        """Take decisions, and train these episodes until the next one or their end.
+
+        A loss that is not finite ends an episode.
+
+        Args:
+            decisions: by slot, of episodes that have not ended.
+        """
+        episodes = {slot: self.under_way[slot] for slot in decisions}
+        for slot, episode in episodes.items():
+            plan = episode.controller.apply(decisions[slot], episode.step)
+            episode.ranks = plan.ranks
+            if episode.log:
+                episode.log.append(
+                    episode.controller,
+                    episode.observation,
+                    decisions[slot],
+                    plan,
+                    step=episode.step,
+                    loss=episode.loss,
+                )
+        runs = {slot: episode.controller.adapters for slot, episode in episodes.items()}
+        set_stacked_ranks(self._adapters, [run.move for run in runs.values() if run.move])
+        lanes = {}
+        for slot, episode in episodes.items():
+            runs[slot].move = None
+            meter = None if episode.controller.finished else runs[slot].meter
+            until = episode.controller.until
+            lanes[slot] = Lane(episode.task, slot, episode.step, until, _decay(episode.task), meter)
+        self._trainer.train(list(lanes.values()))
+        for slot, lane in lanes.items():
+            episode = episodes[slot]
+            episode.step, episode.failed = lane.step, lane.failed
+            episode.loss = None if lane.failed else float(np.mean(lane.losses))
+            if not episode.ended:
+                episode.observation = episode.controller.observe(episode.step, episode.loss)
+
+    def run_to_the_end(
+        self,
+        decide: Callable[[list[Observation]], Sequence[Decision]],
+        note: Callable[[list[Observation], list[int]], None] | None = None,
+    ) -> list[float]:
+        """Take decisions until all episodes under way are over.
+
+        Args:
+            decide: makes a decision for each slot from what is seen there, in the order of `under_way`; those for
+                episodes that have failed are ignored.
+            note: called after each step with what was seen before it, and the places of the episodes that went on.
+
+        Returns:
+            Held-out losses in nats, NaN for episodes that failed.
+        """
+        slots, episodes = list(self.under_way), list(self.under_way.values())
+        while active := [place for place, episode in enumerate(episodes) if not episode.ended]:
+            seen = [episode.observation for episode in episodes]
+            chosen = decide(seen)
+            self.step({slots[place]: chosen[place] for place in active})
+            if note:
+                note(seen, active)
+        losses = self.held_out_losses([slot for slot in slots if not self.under_way[slot].failed])
+        return [losses.get(slot, math.nan) for slot in slots]
+
+    def held_out_losses(self, slots: Sequence[int]) -> dict[int, float]:
+        """Losses on the held-out sets, now, in nats."""
+        tasks = {slot: self.under_way[slot].task for slot in slots}
+        return dict(zip(slots, self._trainer.held_out(tasks), strict=True))
+
+    # Before an episode ------------------------------------------------------------------------------------------------
+
+    def _probe(self, tasks: Mapping[ProxyTask, int]) -> None:
+        """Probe tasks that are new, each in a free row."""
+        if not tasks:
+            return
+        reset_runs(self._adapters, {row: task.seed for task, row in tasks.items()}, scaled_as=REFERENCE_RANK)
+        lanes = []
+        for task, row in tasks.items():
+            rows = min(self.schedule.probe_batch, task.batch_size)
+            meter = StackedMeter(self._adapters, row, self._base_norms)
+            lanes.append(Lane(task, row, 0, self.schedule.probe_steps, _constant(task), meter, rows))
+        self._trainer.train(lanes)
+        for lane in lanes:
+            assert lane.meter is not None
+            known_of(lane.task)[self._probe_key] = (
+                unknown_signals(self.module_count) if lane.failed else ProbeResult.of(lane.meter.read(), lane.losses)
+            )
+
+    def measure_references(self, tasks: Mapping[int, ProxyTask]) -> None:
+        """Run the uniform plan of tasks that do not know its result; a slot's last episode is forgotten.
+
+        Args:
+            tasks: by slot.
+
+        Raises:
+            ConfigError: see `start`.
+        """
+        rows = {task: row for task, row in self._rows_for(tasks).items() if task.reference is None}
+        unknown = {row: task for task, row in rows.items() if self._reference_key not in known_of(task)}
+        if not unknown:
+            return
+        reset_runs(self._adapters, {row: task.seed for row, task in unknown.items()})
+        initial = self._trainer.held_out(unknown)
+        final = self.run_fixed({row: (task, uniform_ranks(self.problem(task))) for row, task in unknown.items()})
+        for task, before, after in zip(unknown.values(), initial, final, strict=True):
+            known_of(task)[self._reference_key] = Reference(before, after if np.isfinite(after) else before)
+
+    def run_fixed(self, runs: Mapping[int, tuple[ProxyTask, IntArray]]) -> list[float]:
+        """Train whole tasks at fixed ranks in free slots; returns their held-out losses, NaN where training failed.
+
+        Args:
+            runs: task and ranks (modules,) by slot.
+        """
+        reset_runs(self._adapters, {row: task.seed for row, (task, _) in runs.items()})
+        moves = [Move(row, ranks, task.seed, 0) for row, (task, ranks) in runs.items()]
+        set_stacked_ranks(self._adapters, moves)
+        lanes = [Lane(task, row, 0, task.steps, _decay(task), None) for row, (task, _) in runs.items()]
+        self._trainer.train(lanes)
+        losses = self._trainer.held_out({row: task for row, (task, _) in runs.items()})
+        return [math.nan if lane.failed else loss for lane, loss in zip(lanes, losses, strict=True)]
+
+
+def _decay(task: ProxyTask) -> Callable[[int], float]:
+    return lambda step: rate_at(task.learning_rate, step, task.steps)
+
+
+def _constant(task: ProxyTask) -> Callable[[int], float]:
+    return lambda step: task.learning_rate
+
+
+DIGEST_BASES = ("llama-4x32", "bert-4x32")
+DIGEST_SIZES: dict[str, Any] = {"corpus": "documentation", "budget": 0.5, "steps": 12, "length": 16, "eval_rows": 16}
+"""The proxies, and the sizes of the tasks, of `rounding_digest`."""
+
+
+def rounding_digest() -> str:
+    """Run two short stacks of episodes under a rule, whose last bits tell how a machine rounds; takes about a second.
+
+    Returns:
+        A digest of all losses and of the last observations, and the versions that may explain another one. It is equal
+        on machines that train policies to the same bits.
+    """
+    digest = sha256()
+    for base in DIGEST_BASES:
+        tasks = [ProxyTask("planted", seed, base, **DIGEST_SIZES) for seed in (1, 2)]
+        episodes = StackedEpisodes(base, DecisionSchedule(probe_steps=2), len(tasks))
+        episodes.start_all(tasks)
+        losses = episodes.run_to_the_end(lambda seen: [RULES["signal-mean"].decide(each) for each in seen])
+        digest.update(repr(losses).encode())
+        for episode in episodes.under_way.values():
+            digest.update(episode.observation.modules.tobytes())
+    return f"{digest.hexdigest()[:12]} with torch {torch.__version__} and rankpilot {version('rankpilot')}"

@@ -1,0 +1,104 @@
+"""Names of what stays when a rank changes, for settings: nothing here loads torch. `lora/peft_config.py` follows them.
+
+The ranks that a plan may use.
+
+The description of a module that can be adapted, without the model: all that plans need to know of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+
+from ..common.arrays import IntArray
+from ..errors import ConfigError
+
+DEFAULT_RANKS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+
+REFERENCE_RANK = 8
+"""The rank that people use most. Shares of bytes and of time are relative to this rank on every target module."""
+
+
+@dataclass(frozen=True)
+class RankLadder:
+    """The allowed ranks in rising order. A rung is the index of a rank.
+
+    Attributes:
+        ranks: strictly rising, starting at 0 (the module is not adapted).
+
+    Raises:
+        ConfigError: there are fewer than two ranks, or they do not rise strictly from 0.
+
+    Example:
+        >>> RankLadder().step(8, +2).item()
+        16
+    """
+
+    ranks: tuple[int, ...] = DEFAULT_RANKS
+
+    def __post_init__(self) -> None:
+        rising = all(low < high for low, high in zip(self.ranks, self.ranks[1:], strict=False))
+        if len(self.ranks) < 2 or self.ranks[0] != 0 or not rising:
+            raise ConfigError(f"A rank ladder rises strictly from 0, for example {DEFAULT_RANKS}; got {self.ranks}.")
+
+    @property
+    def top(self) -> int:
+        """The highest rung, which is also the largest number of rungs between two ranks."""
+        return len(self.ranks) - 1
+
+    @cached_property
+    def array(self) -> IntArray:
+        """The ranks as int64, shape (rungs,); read-only."""
+        ranks = np.asarray(self.ranks, dtype=np.int64)
+        ranks.flags.writeable = False
+        return ranks
+
+    def rung(self, ranks: IntArray | int) -> IntArray:
+        """The highest rung whose rank is not above each given rank, int64 of the shape of `ranks`."""
+        return np.asarray(np.searchsorted(self.array, ranks, side="right") - 1, dtype=np.int64)
+
+    def rung_above(self, ranks: IntArray) -> IntArray:
+        """The lowest rung whose rank is not below each given rank, or the top one, int64 of the shape of `ranks`."""
+        return np.asarray(np.minimum(np.searchsorted(self.array, ranks), self.top), dtype=np.int64)
+
+    def step(self, ranks: IntArray | int, deltas: IntArray | int) -> IntArray:
+        """The ranks `deltas` rungs above the rungs of `ranks` (below if negative), clipped to the ladder's ends."""
+        return np.asarray(self.array[np.clip(self.rung(ranks) + deltas, 0, self.top)])
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """A linear layer or token embedding that can have a LoRA pair, delta W = scaling * B A.
+
+    Attributes:
+        name: full name inside the base model, as in `LoraConfig.rank_pattern`.
+        block: index of the model layer that holds the module, 0 nearest to the input.
+        d_in: input width (of an embedding: its vocabulary); A has shape (rank, d_in).
+        d_out: output width; B has shape (d_out, rank).
+    """
+
+    name: str
+    block: int
+    d_in: int
+    d_out: int
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank that can add anything: min(d_in, d_out)."""
+        return min(self.d_in, self.d_out)
+
+
+Scaling = Literal["alpha", "constant"]
+"""What stays when a rank changes: "alpha", or the scaling itself ("constant")."""
+
+
+def check_scaling(scaling: object) -> None:
+    """Raise ConfigError unless this is a `Scaling`."""
+    if scaling not in get_args(Scaling):
+        raise ConfigError(
+            f"scaling is 'alpha' (lora_alpha stays when a rank changes, and PEFT divides it by the rank) or 'constant' "
+            f"(lora_alpha / r stays); got {scaling!r}."
+        )

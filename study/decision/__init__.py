@@ -1,1 +1,0 @@
-"""One decision of a log: taken again, explained, and questioned."""

@@ -1,0 +1,91 @@
+"""Settings of `rankpilot memory`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..cost.budget import Budget
+from ..cost.step_config import StepConfig, check_seed
+from ..data.task import Task
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class MemoryConfig(StepConfig):
+    """The training step that `rankpilot memory` looks at: a model with an adapter, on a batch.
+
+    Attributes:
+        model: a packaged model (rankpilot assets lists them), a Hugging Face id or a local folder.
+        data: a packaged data set, a Hugging Face id, a local file or folder; its longest rows make the batch. Without
+            data, the batch holds random token ids, and all its rows have the full length.
+        rank: rank of the adapter on every target module.
+        task: classification, regression, token-classification, seq2seq or causal-lm; without it, the columns of the
+            data decide, or else the model's architecture.
+        labels: number of classes or tags, for a classification without data.
+        budget: also show which plans the rules make inside this budget, and what fits it: "6GiB", "350MB", "80%" of
+            what plain LoRA takes (rank 8 on all modules), "300k params" or "auto" (90 % of what is free on the device).
+        measure: also run real steps, and show measured beside predicted bytes.
+        text_column: name of the column with the text, or with the tokens.
+        label_column: name of the column with the class, the number, the tags or the target text.
+        seed: seed of random token ids and fresh adapters.
+        trainer: further settings of the Trainer, as NAME=VALUE, as for `rankpilot finetune`: packing=true
+            assistant_only_loss=true label_smoothing_factor=0.1.
+        device: predict for this card, from the model's configuration alone: "RTX 4090", "a100 80gb", "T4" ... Nothing
+            is downloaded but a configuration that rankpilot does not know. MODEL is then a short name ("qwen3-8b"), a
+            Hugging Face id, a folder or a config.json.
+        device_memory: the same for a card of which you tell the memory: "24GiB".
+        dtype: precision of the frozen model on that card: bf16, fp16 or fp32; by default bf16 where the card has it.
+            With bf16, steps compute under bf16 autocast.
+
+    Raises:
+        ConfigError: a value is out of range, or options contradict each other.
+        BudgetError: the budget cannot be read.
+    """
+
+    model: str
+    data: str | None = None
+    rank: int = 8
+    task: Task | None = None
+    labels: int = 2
+    budget: str | None = None
+    measure: bool = False
+    text_column: str = "text"
+    label_column: str = "label"
+    seed: int = 0
+    trainer: tuple[str, ...] = ()
+    device: str | None = None
+    device_memory: str | None = None
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+
+    @property
+    def card(self) -> str | None:
+        """The card that is asked about; None to look at the model where it is."""
+        return self.device or self.device_memory
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None:
+            Budget.parse(self.budget)
+        if self.rank < 1 or self.labels < 2:
+            raise ConfigError(f"rank is at least 1 and labels at least 2; got {self.rank} and {self.labels}.")
+        check_seed(self.seed)
+        self._check_card()
+
+    def _check_card(self) -> None:
+        if self.device and self.device_memory:
+            raise ConfigError(
+                f"Give either the card ({self.device!r}) or its memory ({self.device_memory!r}): one tells the other."
+            )
+        if not self.card:
+            if self.dtype:
+                raise ConfigError("dtype is of a card: give --device or --device-memory with it.")
+            return
+        wrong = [
+            name for name in ("data", "task", "budget", "measure", "checkpointing", "trainer") if getattr(self, name)
+        ]
+        if wrong:
+            raise ConfigError(
+                f"{', '.join(wrong)}: not with a card that is only asked about. Its batches are full rows of "
+                "--max-length tokens, and checkpointing is among the choices that are shown."
+            )

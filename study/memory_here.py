@@ -1,0 +1,275 @@
+"""A model that is here, as `rankpilot memory` looks at it: with the data and the Trainer of `rankpilot finetune`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, default_data_collator, set_seed
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
+
+from ..common.arrays import IntArray
+from ..cost import resident
+from ..cost.batch_shape import BatchShape, reshaped
+from ..cost.breakdown import frozen_bytes
+from ..cost.budget import Budget, Limit
+from ..cost.calibration import beside_model, check_rank, highest_ranks, limited_cost
+from ..cost.find_configuration import check_reads_tokens
+from ..cost.from_config import ConfiguredStep
+from ..cost.model import MemoryModel
+from ..cost.model_states import state_bytes
+from ..cost.outlook import MeasuredStep, Outlook
+from ..cost.peak_meter import PeakMeter
+from ..cost.recording import Batch
+from ..cost.step_config import StepConfig
+from ..cost.training_step import switch_checkpointing
+from ..data.models import load_config
+from ..data.task import Task
+from ..data.workload import Texts, Workload
+from ..errors import UnsupportedError
+from ..finetune.before_training import run_memory
+from ..finetune.config import FinetuneConfig
+from ..finetune.run import TrainingRun
+from ..finetune.trainer import check_possible, new_model, new_trainer, read_workload
+from ..finetune.trainer_step import run_of_trainer
+from ..lora.resize import set_ranks
+from ..lora.targets import TargetModule, find_target_modules
+from ..plan.plan import check_budget, top_down, uniform_ranks
+from ..plan.problem import AllocationProblem
+from .memory_config import MemoryConfig
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class StepSetup:
+    """One training step, ready to run.
+
+    Attributes:
+        config: what was asked for.
+        task: the task of the model's head.
+        model: with adapters of the rank that was asked for, in training mode, on its device.
+        targets: its target modules.
+        run: the fine-tune of which this is a step.
+        batch: the largest batch that training would see.
+    """
+
+    config: MemoryConfig
+    task: Task
+    model: PeftModel
+    targets: list[TargetModule]
+    run: TrainingRun
+    batch: Batch
+
+    def measure_memory(self, tell: Tell, how: str = "", batch: Batch | None = None) -> MemoryModel:
+        """The byte model of this step as it is set up now, without signal buffers.
+
+        Args:
+            tell: called with a few words on what happens next.
+            how: the step is taken, in words.
+            batch: another batch than the largest one.
+        """
+        tell(f"calibrating on a few small steps {how}".rstrip())
+        return run_memory(self.run, self.targets, self.batch if batch is None else batch)
+
+
+def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
+    """Where the bytes of a training step go on a model that is here, and what other choices would take.
+
+    `tell` is called with a few words on what happens next.
+
+    Raises:
+        RankPilotError: see `set_up`; also if checkpointing is asked for and the model does not support it.
+        BudgetError: no plan fits the budget.
+    """
+    setup = set_up(config, tell)
+    asked = setup.measure_memory(tell, "with gradient checkpointing" if config.checkpointing else "")
+    rules, limit = _rules(setup, asked)  # first, since it may raise that no plan fits
+    if config.measure:
+        tell("measuring real steps")
+    measured = measure_step(setup) if config.measure else None
+    batches = list(_other_batches(setup, asked, tell))
+    recorded, notes = asked, []
+    if not config.checkpointing:
+        try:
+            switch_checkpointing(setup.model.get_base_model(), True)
+            recorded = setup.measure_memory(tell, "with gradient checkpointing")
+        except UnsupportedError as error:
+            notes.append(f"Without a figure for gradient checkpointing: {error}")
+    frozen = frozen_bytes(setup.model)
+    parameters = sum(parameter.numel() for parameter in setup.model.parameters() if not parameter.requires_grad)
+    step = ConfiguredStep(recorded, setup.model, setup.targets, parameters, frozen, 0, None, None)
+    facts = {"model": config.model, "task": setup.task, "device": setup.run.device.type}
+    outlook = Outlook(step, config.rank, config, asked=asked, limit=limit, measured=measured, facts=facts)
+    outlook.notes += notes
+    ranks = np.minimum(config.rank, highest_ranks(setup.targets))
+    for label, shape, memory in batches:
+        outlook.add("batch", label, memory, shape, ranks)
+    for name, plan in rules.items():
+        outlook.add("rule", f"{name} inside {config.budget}", asked, asked.shape, plan)
+    return outlook
+
+
+def _other_batches(setup: StepSetup, memory: MemoryModel, tell: Tell) -> Iterator[tuple[str, BatchShape, MemoryModel]]:
+    """Half the rows, and half the tokens. Where the operations depend on the data, the step is calibrated anew."""
+    shape = memory.shape
+    fewer = BatchShape(max(1, shape.rows // 2), shape.length)
+    shorter = BatchShape(shape.rows, -(-shape.length // 2))
+    for name, half in (("half the batch", fewer), ("half the length", shorter)):
+        if half == shape:
+            continue
+        known = memory
+        try:
+            memory.sizes(half)
+        except UnsupportedError:
+            known = setup.measure_memory(tell, f"of {name}", reshaped(setup.batch, half))
+        yield f"{name} ({half})", half, known
+
+
+def _rules(setup: StepSetup, memory: MemoryModel) -> tuple[dict[str, IntArray], Limit | None]:
+    """The plans of the placement rules inside the budget by name, and its limit; BudgetError if no plan fits."""
+    if setup.config.budget is None:
+        return {}, None
+    budget = Budget.parse(setup.config.budget)
+    cost, limit = limited_cost(beside_model(budget, setup.model), setup.targets, memory)
+    problem = AllocationProblem.of(setup.targets, cost, limit.value)
+    check_budget(problem, [target.name for target in setup.targets], budget.share)
+    return {"uniform": uniform_ranks(problem), "top-down": top_down(problem)}, limit
+
+
+def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
+    """Load the model and the data that a configuration names, and make the Trainer that would fine-tune it.
+
+    `tell` is called with a few words on what happens next.
+
+    Raises:
+        UnknownNameError, AssetError, DataError: there is no such model or data, or the data cannot be used.
+        ConfigError: the rows are longer than the model's positions, or no module can be adapted.
+        UnknownNameError, ConfigError: a setting of the Trainer is unknown, or an option decides it.
+        UnsupportedError: the adapter, the optimiser or gradient checkpointing cannot be handled, or a library is
+            missing.
+    """
+    tune = fine_tune_of(config)
+    if config.data is not None:
+        workload = read_workload(tune, tell)
+    else:
+        check_possible(tune)
+        tell(f"loading {config.model}")
+        workload = _random_workload(config)
+    model = new_model(tune, workload)
+    with TemporaryDirectory() as folder:
+        trainer = new_trainer(tune, workload, model, Path(folder), [])
+        targets = find_target_modules(model)
+        check_rank(config.rank, targets)
+        set_ranks(targets, {target.name: min(config.rank, target.max_rank) for target in targets}, seed=config.seed)
+        set_seed(config.seed)
+        run = run_of_trainer(trainer)
+    model.train()
+    return StepSetup(config, workload.task, model, targets, run, run.largest_batch())
+
+
+def measure_step(setup: StepSetup) -> MeasuredStep:
+    """Train one step, which makes the optimiser's state, then measure further steps. The adapters change."""
+    _step(setup)
+    state = state_bytes(setup.model, setup.run.optimizer, gradients=False)
+    if setup.run.device.type == "cuda":
+        torch.cuda.empty_cache()
+    meter = PeakMeter()
+    meter.begin(setup.model, setup.run.optimizer)
+    _step(setup)
+    reserved = torch.cuda.max_memory_reserved(setup.run.device) if setup.run.device.type == "cuda" else None
+    peak = meter.end(1)
+    assert peak is not None, "the step was measured"
+    if reserved is not None:
+        return MeasuredStep(peak, reserved_bytes=reserved)
+    before = resident.restart_peak()
+    if before is None:
+        return MeasuredStep(peak)
+    _step(setup)
+    highest = resident.peak()
+    return MeasuredStep(peak, highest - before + state, highest)
+
+
+def _step(setup: StepSetup) -> None:
+    for _ in range(setup.config.accumulation):
+        (setup.run.loss(setup.batch) / setup.config.accumulation).backward()  # type: ignore[no-untyped-call]
+    setup.run.optimizer.step()
+    setup.run.optimizer.zero_grad(set_to_none=True)
+
+
+def fine_tune_of(config: MemoryConfig) -> FinetuneConfig:
+    """The settings of the fine-tune that takes this step."""
+    names = [field.name for field in fields(StepConfig)] + ["task", "text_column", "label_column", "seed", "trainer"]
+    return FinetuneConfig(config.model, config.data or "", **{name: getattr(config, name) for name in names})
+
+
+def default_task(config: Any) -> Task:
+    """The task that a model with this configuration is usually fine-tuned for.
+
+    The name of its head decides. If it names none, models that only read from left to right generate.
+    """
+    for architecture in config.architectures or ():
+        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            return "causal-lm"
+        if architecture.endswith("ForSequenceClassification"):
+            return "classification"
+        if architecture.endswith("ForTokenClassification"):
+            return "token-classification"
+        if architecture.endswith("ForConditionalGeneration") and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            return "seq2seq"
+    kind = type(config)
+    reads_one_way = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+    return "causal-lm" if reads_one_way else "classification"
+
+
+def _random_workload(config: MemoryConfig) -> Workload:
+    """Full rows of random tokens, as many as a batch has."""
+    architecture = load_config(config.model)
+    task = config.task or default_task(architecture)
+    labels = tuple(f"class {number}" for number in range(1 if task == "regression" else config.labels))
+    columns = _random_columns(config, architecture, task)
+    rows = Dataset.from_dict({name: values.tolist() for name, values in columns.items()})
+    if task != "causal-lm":
+        return Workload(task, None, rows, rows, _collate, labels)
+    # SFTTrainer insists on a tokenizer, which has nothing to do.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, unk_token="")), pad_token="")
+    return Workload(task, tokenizer, rows, rows, _collate, (), Texts(rows, rows, is_chat=False))
+
+
+def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    batch: dict[str, torch.Tensor] = default_data_collator(rows)
+    return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+def _random_columns(config: MemoryConfig, architecture: Any, task: Task) -> dict[str, torch.Tensor]:
+    """Rows of ordinary token ids, without ids that the model reads as padding or as an end, and their labels."""
+    check_reads_tokens(architecture, config.model)
+    text = architecture.get_text_config()
+    special: set[int] = set()
+    for name in ("pad", "bos", "eos", "sep", "cls", "decoder_start"):
+        special.update(np.atleast_1d(getattr(text, f"{name}_token_id", None) or 0).tolist())
+    ordinary = torch.tensor([token for token in range(text.vocab_size) if token not in special])
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = (config.batch_size, config.max_length)
+    tokens = ordinary[torch.randint(len(ordinary), shape, generator=generator)]
+    if architecture.is_encoder_decoder and task != "seq2seq" and text.eos_token_id is not None:
+        tokens[:, 0] = text.eos_token_id  # such classifiers look for one; shorter rows keep the first token
+    labels = {
+        "classification": torch.arange(config.batch_size) % config.labels,
+        "regression": torch.linspace(0, 1, config.batch_size),
+        "token-classification": tokens % config.labels,
+    }
+    return {"input_ids": tokens, "labels": labels.get(task, tokens)}

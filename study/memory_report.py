@@ -1,0 +1,373 @@
+"""An `Outlook` for people: its subject and verdict in words, one table of choices, the batches that fit, all figures.
+
+memory.json  memory.png
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..common.drawing import save_figure
+from ..common.files import write_json
+from ..common.text import byte_unit, format_bytes, make_table
+from ..cost.breakdown import KINDS, Kind
+from ..cost.outlook import USUAL_CARD, Choice, GridCell, Outlook
+from ..errors import BudgetError
+from ..lora.spec import REFERENCE_RANK
+from .memory_config import MemoryConfig
+from .pictures import memory_picture
+
+WORDS: dict[Kind, str] = {
+    "saved": "tensors saved for backward",
+    "inputs": "kept inputs of checkpointed segments",
+    "recomputed": "the segment that runs again",
+    "transient": "momentary: logits, activations' gradients",
+    "weights": "adapter weights",
+    "gradients": "adapter gradients",
+    "optimizer": "optimiser state",
+    "signals": "signal buffers",
+    "others": "what trains outside the adapter",
+}
+"""The kinds of bytes, for people."""
+
+HELD_FOR_BACKWARD: tuple[Kind, ...] = ("saved", "inputs", "recomputed")
+
+HELD_BACK = 0.05, 8 * 2**20
+"""Resident memory beyond the peak by this share of it and by these bytes is worth a note."""
+
+
+def subject(outlook: Outlook, config: MemoryConfig) -> str:
+    """What was looked at, in one line."""
+    step, settings, shape = outlook.step, outlook.settings, outlook.memory.shape
+    where = outlook.card.name if outlook.card else outlook.facts["device"]
+    named = any(setting.startswith("optim=") for setting in config.trainer)
+    parts = [
+        f"{Path(config.model).name}, {outlook.facts['task']}" if outlook.facts else Path(config.model).name,
+        f"{step.parameters / 1e9:.3g}B parameters on {where}",
+        f"{shape.rows} x {shape.length} tokens",
+        f"rank {outlook.rank} on {len(step.targets)} modules of {outlook.blocks} layers",
+        *([] if named else [settings.optimizer]),
+        *([f"frozen model in {settings.quantization}"] if settings.quantization != "none" else []),
+        *(["gradients accumulated"] if settings.accumulation > 1 else []),
+        *(["bf16 autocast"] if settings.bf16 else []),
+        *(["gradient checkpointing"] if config.checkpointing else []),
+        *config.trainer,
+    ]
+    return ", ".join(parts)
+
+
+def verdict_text(outlook: Outlook) -> str:
+    """What came out, in one or two sentences: on a card whether it fits, else where the bytes are."""
+    if outlook.card is None:
+        return _finding(outlook)
+    best = outlook.best
+    if best is None:
+        tight = [choice for choice in outlook.choices if choice.verdict == "tight"]
+        if tight:
+            return (
+                f"Tight: {choice_text(outlook, tight[0])} fits only without fragmentation. Set "
+                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or take a smaller batch."
+            )
+        least = min((choice.use.total_bytes, index) for index, choice in enumerate(outlook.choices) if choice.use)
+        return (
+            f"Does not fit: the least of these, {choice_text(outlook, outlook.choices[least[1]])}, takes "
+            f"{format_bytes(least[0], up=True)} of {format_bytes(outlook.card.memory_bytes)}.{_largest_text(outlook)}"
+        )
+    assert best.use is not None, "choices of a card have a use of it"
+    text = f"Fits with {format_bytes(best.use.spare_bytes)} to spare: {choice_text(outlook, best)}"
+    return f"{text}{_time_text(outlook, best)}."
+
+
+def _finding(outlook: Outlook) -> str:
+    asked, *others = outlook.choices
+    breakdown, reference = outlook.breakdown(asked), outlook.reference_bytes
+    saved = sum(breakdown.of_kind(kind) for kind in HELD_FOR_BACKWARD)
+    least = min(others, key=lambda choice: choice.step_bytes)
+    thin = next((choice for choice in outlook.choices if choice.rank == 1 and choice.layers == outlook.blocks), asked)
+    return (
+        f"{saved / breakdown.total:.0%} of the peak is held for the backward pass. Rank 1 takes "
+        f"{thin.step_bytes / reference:.0%} of the bytes that rank 8 takes; the choice that saves most, "
+        f"{choice_text(outlook, least)}, takes {least.step_bytes / reference:.0%} of them."
+    )
+
+
+def _largest_text(outlook: Outlook) -> str:
+    """What to do where the batch that was asked for does not fit."""
+    fitting = [cell for cell in outlook.grid if cell.recomputed is not None]
+    if not fitting:
+        smaller = "--quantization nf4, " if outlook.settings.quantization != "nf4" else ""
+        return f" No batch of the grid fits. Take {smaller}a smaller model or a larger card."
+    largest = max(fitting, key=lambda cell: (cell.shape.rows * cell.shape.length, cell.shape.length))
+    how = _recomputed_text(outlook, largest.recomputed or 0)
+    return f" The largest batch of the grid that fits all layers is {largest.shape}, with {how}."
+
+
+def _time_text(outlook: Outlook, best: Choice) -> str:
+    """A plan of fewer layers that is quicker than the best one, for comparison."""
+    if best.time is None:
+        return ""
+    text = f", at {best.time:.2f} of plain LoRA's time"
+    timed = [(each.time, each) for each in outlook.choices if each.verdict == "fits" and each.time is not None]
+    quicker = [(time, each) for time, each in timed if time < 0.9 * best.time]
+    if not quicker:
+        return text
+    time, other = max(quicker, key=lambda pair: (pair[1].layers, -len(pair[1].recomputed)))
+    return f"{text}; {choice_text(outlook, other)} takes {time / best.time:.2f} of that"
+
+
+def choice_text(outlook: Outlook, choice: Choice) -> str:
+    """A choice in words."""
+    if choice.label:
+        return choice.label
+    where = "all layers" if choice.layers == outlook.blocks else f"the top {choice.layers} layers"
+    return f"{where} at rank {choice.rank} with {_recomputed_text(outlook, len(choice.recomputed))}"
+
+
+def _recomputed_text(outlook: Outlook, count: int) -> str:
+    """How many layers run again, in words."""
+    if not count:
+        return "no checkpointing"
+    every = len(outlook.recomputable)
+    return "checkpointing" if count == every else f"{count} of {every} layers checkpointed"
+
+
+def row_label(outlook: Outlook, choice: Choice) -> str:
+    """Which layers have adapters under a choice, or what else it is."""
+    where = choice.label or ("all layers" if choice.layers == outlook.blocks else f"top {choice.layers} layers")
+    return f"{where}, as asked" if choice.kind == "asked" else where
+
+
+def choice_table(outlook: Outlook) -> Table:
+    """All choices: the bytes of a step, and of the card or beside rank 8 on all modules; fits and time, if known."""
+    first, card = outlook.choices[0], outlook.card is not None
+    unit, size = byte_unit(outlook.limit_bytes or outlook.reference_bytes)
+    columns = ["adapters", "rank", "run again", "step", *(["on card", "spare"] if card else ["of rank 8"])]
+    columns += [*(["fits"] if first.verdict else []), *(["time"] if first.time is not None else [])]
+    budget = f"; budget {outlook.limit_bytes / size:.2f}" if outlook.limit_bytes and not card else ""
+    table = make_table(f"What each choice takes, in {unit}{budget}", columns)
+    previous = first
+    for choice in outlook.choices:
+        if choice.kind != previous.kind or (choice.kind == "depth" and choice.layers != previous.layers):
+            table.add_section()
+        previous, use = choice, choice.use
+        taken = [use.total_bytes / size, use.spare_bytes / size] if use else []
+        table.add_row(
+            row_label(outlook, choice),
+            "mixed" if choice.kind == "rule" and len(set(choice.ranks[choice.ranks > 0])) > 1 else str(choice.rank),
+            f"{len(choice.recomputed)} of {len(outlook.recomputable)}",
+            *(f"{count:.2f}".replace("-", "−") for count in (choice.step_bytes / size, *taken)),
+            *([] if use else [f"{choice.step_bytes / outlook.reference_bytes:.1%}"]),
+            *([{"fits": "yes", "does not fit": "no"}.get(choice.verdict, choice.verdict)] if choice.verdict else []),
+            *([f"{choice.time:.2f}"] if choice.time is not None else []),
+        )
+    return table
+
+
+def grid_table(outlook: Outlook) -> Table:
+    """Which batches fit the card, for all layers at the rank that was asked for, by tokens and rows."""
+    cells = outlook.grid
+    rows = sorted({cell.shape.rows for cell in cells})
+    title = f"Layers that must run again so that rank {outlook.rank} on all layers fits; – does not fit"
+    table = make_table(title, ("tokens", *(f"{count} rows" if count > 1 else "1 row" for count in rows)))
+    for length in sorted({cell.shape.length for cell in cells}):
+        table.add_row(f"{length:,}", *(_cell_text(cell) for cell in cells if cell.shape.length == length))
+    return table
+
+
+def _cell_text(cell: GridCell) -> str:
+    return "–" if cell.recomputed is None else str(cell.recomputed or "none")
+
+
+def notes(outlook: Outlook) -> Iterator[str]:
+    """Where the bytes of the main choice are, and how to read the rest."""
+    breakdown = outlook.breakdown(outlook.main)
+    kinds = sorted((kind for kind in KINDS if breakdown.of_kind(kind)), key=breakdown.of_kind, reverse=True)
+    parts = [f"{format_bytes(breakdown.of_kind(kind))} {WORDS[kind]}" for kind in kinds]
+    margin = [f"{format_bytes(breakdown.margin)} margin, so as not to predict too little"] if breakdown.margin else []
+    peak = f"{format_bytes(breakdown.total)} ({_moment_text(breakdown.label)})"
+    yield f"The peak with {choice_text(outlook, outlook.main)}, {peak}: {'; '.join([*parts, *margin])}."
+    frozen = format_bytes(outlook.step.frozen_bytes)
+    if outlook.card is None:
+        yield f"The frozen model, {frozen}, is beside it, and in no budget."
+    else:
+        taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
+        yield (
+            f"On the card: the frozen model ({frozen}), CUDA's context and workspaces ({taken}), the step, and what "
+            "the allocator reserves beside it. Tight: it fits without that."
+        )
+        if not outlook.recomputable:
+            name = type(outlook.step.model.get_base_model()).__name__
+            yield f"{name} does not support gradient checkpointing: no layer can run again."
+        whose = "" if outlook.card.rates else f" and the rates of an {USUAL_CARD}"
+        yield (
+            "Time: a step's share of plain LoRA's (rank 8 on all modules, no layer runs again), by counted "
+            f"work{whose}."
+        )
+    yield from _measured(outlook)
+    yield from outlook.notes
+
+
+def _moment_text(label: str) -> str:
+    """The name of a moment of the step, without the names of the wrappers."""
+    phase, colon, place = label.partition(": ")
+    place = place.removeprefix("base_model.model").removeprefix(".").removesuffix(".base_layer")
+    return f"{phase}: {place or 'loss'}" if colon else phase
+
+
+def _measured(outlook: Outlook) -> Iterator[str]:
+    """A real step beside the prediction; nothing if none was taken."""
+    measured, predicted = outlook.measured, outlook.choices[0].step_bytes
+    if measured is None:
+        return
+    tensors = "of live tensors" if outlook.facts["device"] == "cpu" else "allocated by CUDA's allocator"
+    parts = [f"{format_bytes(measured.peak_bytes)} {tensors}, {measured.peak_bytes / predicted:.1%} of predicted"]
+    if measured.resident_bytes is not None:
+        rise = f"{format_bytes(measured.resident_bytes)}, {measured.resident_bytes / predicted:.1%} of predicted"
+        parts.append(f"the resident memory rose by {rise}")
+    if measured.process_bytes is not None:
+        parts.append(f"the process took {format_bytes(measured.process_bytes)} at its peak")
+    if measured.reserved_bytes is not None:
+        parts.append(f"the allocator reserved {format_bytes(measured.reserved_bytes)}, the model included")
+    yield f"A real step took {'; '.join(parts)}."
+    share, count = HELD_BACK
+    if measured.resident_bytes is not None and measured.resident_bytes - predicted >= max(share * predicted, count):
+        yield (
+            "The process took more than its tensors: the C library keeps freed memory for later. With "
+            "MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives large pieces back at once."
+        )
+
+
+def configuration_text(outlook: Outlook) -> str:
+    """The best choice as Python: a LoraConfig, and what belongs into the training arguments.
+
+    Raises:
+        BudgetError: nothing fits.
+    """
+    best, settings = outlook.best, outlook.settings
+    if best is None:
+        raise BudgetError(verdict_text(outlook))
+    names = [name.strip() for name in settings.target_modules.split(",")]
+    modules = repr(names[0] if len(names) == 1 else names)
+    if best.layers < outlook.blocks:
+        modules = repr([target.name for target, rank in zip(outlook.step.targets, best.ranks, strict=True) if rank])
+    checkpointed = 0 < len(best.recomputed) == len(outlook.recomputable)
+    narrow = _narrow_ranks(outlook, best)
+    lines = [
+        "from peft import LoraConfig",
+        "",
+        "lora = LoraConfig(",
+        f"    r={best.rank},",
+        f"    lora_alpha={2 * REFERENCE_RANK},",
+        f"    target_modules={modules},",
+        *([f"    rank_pattern={narrow},  # modules that are narrower than {best.rank}"] if narrow else []),
+        ")",
+        "arguments = dict(",
+        f"    per_device_train_batch_size={settings.batch_size},",
+        f"    gradient_accumulation_steps={settings.accumulation},",
+        f"    bf16={settings.bf16},",
+        f"    gradient_checkpointing={checkpointed},",
+        "    gradient_checkpointing_kwargs={'use_reentrant': False},",
+        ")",
+    ]
+    if 0 < len(best.recomputed) < len(outlook.recomputable):
+        lines.append(
+            f"# {len(best.recomputed)} layers run again: RankPilotCallback(recompute=True) chooses them inside "
+            f"budget='{math.ceil(10 * best.step_bytes / 2**30) / 10:.1f}GiB'"
+        )
+    return "\n".join(lines)
+
+
+def _narrow_ranks(outlook: Outlook, choice: Choice) -> dict[str, int]:
+    """The ranks of modules that are narrower than the rank of a choice, as `LoraConfig.rank_pattern` has them.
+
+    By the end of their names ("k_proj") where all adapted modules of that end have one rank, else by the whole name.
+    """
+    ranks = {target.name: int(rank) for target, rank in zip(outlook.step.targets, choice.ranks, strict=True) if rank}
+    ends: dict[str, set[int]] = {}
+    for name, rank in ranks.items():
+        ends.setdefault(name.rpartition(".")[2], set()).add(rank)
+    named = {name: name.rpartition(".")[2] for name in ranks}
+    return {
+        end if len(ends[end]) == 1 else name: ranks[name] for name, end in named.items() if ranks[name] < choice.rank
+    }
+
+
+def figures(outlook: Outlook) -> dict[str, Any]:
+    """All figures, as JSON values."""
+    breakdown, shape, card = outlook.breakdown(outlook.main), outlook.memory.shape, outlook.card
+    of_card = {} if card is None else {
+        "card": card.name,
+        "memory_bytes": card.memory_bytes,
+        "context_bytes": card.context_bytes,
+        "workspace_bytes": card.workspace_bytes,
+    }  # fmt: skip
+    return {
+        **outlook.facts,
+        **of_card,
+        "parameters": outlook.step.parameters,
+        "frozen_bytes": outlook.step.frozen_bytes,
+        "rows": shape.rows,
+        "length": shape.length,
+        "rank": outlook.rank,
+        "blocks": outlook.blocks,
+        "verdict": verdict_text(outlook),
+        "fits": outlook.best is not None,
+        "peak_bytes": breakdown.total,
+        "reference_bytes": outlook.reference_bytes,
+        "limit_bytes": outlook.limit_bytes,
+        "moment": breakdown.label,
+        "margin_bytes": breakdown.margin,
+        "kinds": {kind: breakdown.of_kind(kind) for kind in KINDS},
+        "layers": [
+            {"layer": layer, **dict(zip(KINDS, row, strict=True))}
+            for layer, row in zip(breakdown.layers, breakdown.bytes.tolist(), strict=True)
+        ],
+        "choices": [
+            {
+                "kind": choice.kind,
+                "label": choice_text(outlook, choice),
+                "layers": choice.layers,
+                "rank": choice.rank,
+                "recomputed": len(choice.recomputed),
+                "step_bytes": choice.step_bytes,
+                "share": choice.step_bytes / outlook.reference_bytes,
+                "total_bytes": choice.use and choice.use.total_bytes,
+                "spare_bytes": choice.use and choice.use.spare_bytes,
+                "verdict": choice.verdict,
+                "time": choice.time,
+                "ranks": {
+                    target.name: rank for target, rank in zip(outlook.step.targets, choice.ranks.tolist(), strict=True)
+                },
+            }
+            for choice in outlook.choices
+        ],
+        "grid": [
+            {"rows": cell.shape.rows, "length": cell.shape.length, "recomputed": cell.recomputed, "bytes": cell.bytes}
+            for cell in outlook.grid
+        ],
+        "measured": asdict(outlook.measured) if outlook.measured else None,
+        "notes": outlook.notes,
+    }
+
+
+def write_memory_report(outlook: Outlook, config: MemoryConfig, folder: Path) -> None:
+    """Write memory.json and memory.png; existing ones are replaced."""
+    write_json(folder / "memory.json", figures(outlook))
+    save_figure(memory_picture(outlook, picture_labels(outlook), subject(outlook, config)), folder / "memory.png")
+
+
+def picture_labels(outlook: Outlook) -> list[str]:
+    """What the bars of the choices are called."""
+    again = len(outlook.recomputable)
+    return [
+        row_label(outlook, choice)
+        + ("" if choice.label else f", rank {choice.rank}")
+        + (f", {len(choice.recomputed)} of {again} again" if choice.recomputed and not choice.label else "")
+        for choice in outlook.choices
+    ]

@@ -1,0 +1,488 @@
+"""The study page as one file: its text, style, code and data, and nothing that is fetched.
+
+What the study page shows, as plain JSON.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import numpy as np
+
+from ..agents.log import DecisionRecord
+from ..agents.observation import MODULE_FEATURES
+from ..common.arrays import FloatArray, IntArray
+from ..common.drawing import NO_ADAPTER, RUNGS, rank_colors
+from ..common.files import read_json, read_object, read_shapes, write_text
+from ..common.text import format_bytes, short_names
+from ..cost.budget import TimeBudget
+from ..errors import BudgetError, DataError
+from ..finetune.config import PILOT
+from .pictures import module_kinds
+from .run_data import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunData, is_number, moves_sentence, run_names, standing_out
+from .verdict import comparison_rows, cost_sentence, loss_sentence, ranks_sentence, verdict
+
+Explanations = Sequence[Mapping[str, Any] | None]
+
+MOST_CHARACTERS = 2_000_000
+"""Characters of JSON above which modules are shown by type."""
+FACTS = (
+    "loss", "limit", "predicted_cost", "measured_cost", "rank_floor", "depth_bias", "expected", "uncertainty", "margin",
+    "tie_size", "filled", "kept", "correction",
+)  # fmt: skip
+"""Facts of a decision that a page shows as they are; see `DecisionRecord.facts`."""
+
+ROW_CHARACTERS = 50
+"""Characters of JSON that a module takes at a decision, measured."""
+
+MOST_POINTS = 1500
+"""More than a wide screen has room for; longer curves are thinned to this."""
+
+MOST_PLANS = 24
+"""Plans of one decision that a page shows, those with the highest bounds."""
+
+NOT_MEASURED = 'not measured: no counter can be read (on NVIDIA: pip install -e ".[energy]")'
+
+LOADERS = {
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+}
+"""PEFT's classes that load an adapter with its base model, by the adapter's task."""
+
+_KEPT = (
+    "verdict", "sentences", "policy", "first", "taken", "reference", "caution", "margin", "unit_of_votes", "actor",
+    "shapley", "what_ifs",
+)  # fmt: skip
+
+
+def page_data(runs: Sequence[RunData], explanations: Sequence[Explanations | None]) -> dict[str, Any]:
+    """What a page about some runs shows.
+
+    Args:
+        runs: one at least.
+        explanations: of each run's decisions in any order, see docs/study.md; None for a decision or a run without.
+    """
+    rows = sum(len(record.modules) for run in runs for record in run.decisions)
+    by_type = rows * ROW_CHARACTERS > MOST_CHARACTERS
+    colors = np.rint(255 * rank_colors(np.array(RUNGS))).astype(int).tolist()
+    named = zip(runs, explanations, run_names(runs), strict=True)
+    return {
+        "by_type": by_type,
+        "palette": {"ranks": list(RUNGS), "colors": colors, "none": NO_ADAPTER},
+        "runs": [_run(run, explained or (), name, by_type) for run, explained, name in named],
+    }
+
+
+def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dict[str, Any]:
+    opinion, settings, modules = verdict(run), _settings(run), Modules.of(run.decisions, by_type)
+    rows = [{"label": label, "cells": cells, "best": sorted(best)} for label, cells, best in comparison_rows([run])]
+    shown = {
+        "name": name,
+        "subject": " on ".join(settings[key] for key in ("model", "data") if key in settings),
+        "warnings": list(opinion.warnings),
+        "results": list(opinion.results),
+        "left_out": [" ".join(part.split()) for part in run.missing],  # an error may have several lines
+        "table": {"columns": list(run.results), "rows": rows},
+        "adapter": _adapter(run),
+        "settings": settings,
+        "unit": run.unit,
+        "steps": run.steps,
+        "energy_joules": plain(run.results.get(PILOT, {}).get("energy_joules")),
+        "modules": modules.shown,
+        "features": list(MODULE_FEATURES) if run.decisions else [],
+        "decisions": _decisions(run.decisions, modules, explained, by_type),
+    }
+    return shown | _curves(run) | {"sentences": _sentences(run)}
+
+
+def _settings(run: RunData) -> dict[str, str]:
+    """The settings of a run as its folder gives them, values as text."""
+    path = run.folder / "config.json"
+    try:
+        config = read_json(path) if path.is_file() else {}
+    except ValueError:  # cut off in the middle, or no JSON
+        config = {}
+    if not isinstance(config, dict):
+        config = {}
+    known = {key: run.summary[key] for key in ("model", "data", "policy", "seed") if run.summary.get(key) is not None}
+    if run.decisions:
+        known = {"policy": run.decisions[0].policy, "seed": run.decisions[0].seed} | known
+    known |= _hardware(run.results.get(PILOT, {}))
+    return {str(key): str(value) for key, value in (config | known).items() if value not in (None, [], {})}
+
+
+def _hardware(result: Mapping[str, Any]) -> dict[str, str]:
+    """What a run was measured on and who counted its energy, in words, by name; empty for runs before 0.2.
+
+    Args:
+        result: of one run, as `summary.json` has it.
+    """
+    facts = result.get("hardware")
+    if not facts:
+        return {}
+    busy = "" if facts.get("busy") is None else f", {facts['busy']:.0%} busy"
+    free, total = (format_bytes(facts.get(name) or 0) for name in ("free_bytes", "total_bytes"))
+    return {
+        "device": f"{facts.get('device')}; at the start {free} of {total} free{busy}",
+        "energy": result.get("energy_source") or NOT_MEASURED,
+    }
+
+
+def _adapter(run: RunData) -> dict[str, str] | None:
+    """Where the adapter is, how plain PEFT loads and merges it, and how it is exported; None if there is none."""
+    folder = run.adapter
+    if folder is None:
+        return None
+    try:
+        config = read_object(folder / ADAPTER_CONFIG)
+    except (OSError, ValueError):  # a stranger's, or cut off in the middle
+        config = {}
+    base, outputs = config.get("base_model_name_or_path"), run.summary.get("outputs", _outputs(folder, config))
+    loader = LOADERS.get(str(config.get("task_type")), "AutoPeftModel") if base else "PeftModel"
+    options = f", num_labels={outputs}" if type(outputs) is int and base else ""  # no other text gets into the code
+    given = "" if base else "base_model, "
+    return {
+        "folder": str(folder),
+        "base": str(base) if base else "the one that was fine-tuned",
+        "load": f"from peft import {loader}\n\nmodel = {loader}.from_pretrained({given}{str(folder)!r}{options})\n"
+        "merged = model.merge_and_unload()  # the base model with the adapter in its weights, for save_pretrained",
+        "export": f"rankpilot export {quote(str(folder))} --output padded\n"
+        f"rankpilot export {quote(str(folder))} --format rank-pattern",
+    }
+
+
+def _outputs(adapter: Path, config: Mapping[str, Any]) -> int | None:
+    """How many outputs the head has that was saved with an adapter, if any: those of `out_proj`, or the fewest."""
+    names = config.get("modules_to_save")
+    if not str(config.get("task_type")).endswith("_CLS") or not isinstance(names, list):
+        return None
+    with suppress(DataError):
+        shapes = read_shapes(adapter / ADAPTER_WEIGHTS).items()
+        heads = {
+            key: shape[0] for key, shape in shapes if len(shape) == 2 and set(key.split(".")) & set(map(str, names))
+        }
+        last = [count for key, count in heads.items() if ".out_proj." in key]
+        return min(last or heads.values(), default=None)
+    return None
+
+
+def _time_limit(settings: Mapping[str, str]) -> float | None:
+    """The limit of a step's time in seconds; None without one, or if it is a share."""
+    try:
+        limit = TimeBudget.parse(settings["time"])
+    except (KeyError, BudgetError):
+        return None
+    return limit.value if limit.kind == "seconds" else None
+
+
+def _curves(run: RunData) -> dict[str, Any]:
+    """Losses, costs and times over the steps."""
+    losses = {}
+    for name in run.metrics:
+        parts = {"train": curve(run.points(name, "loss")), "held_out": curve(run.points(name, "eval_loss"))}
+        if any(parts.values()):
+            losses[name] = parts
+    seconds = {}
+    for name in run.metrics:
+        points = [(step, float(np.median(values))) for step, values in run.points(name, "step_s") if values]
+        seconds[name] = curve(points, np.median)
+    return {
+        "losses": losses,
+        "peaks": {name: curve(points, np.max) for name, points in run.peaks().items()},
+        "budgets": curve(run.limits),
+        "predicted": curve(run.predicted(), np.max),
+        "step_seconds": {name: points for name, points in seconds.items() if points},
+        "time_limit_s": _time_limit(_settings(run)),
+    }
+
+
+def _sentences(run: RunData) -> dict[str, str]:
+    """What each picture shows, in words."""
+    said = {"costs": cost_sentence(run)} if run.limits else {}
+    if run.decisions:
+        said["ranks"] = ranks_sentence(run.decisions[-1].rank_after)
+    ends = {}
+    for name in run.metrics:
+        held_out = [value for _, value in run.points(name, "eval_loss") if np.isfinite(value)]
+        if held_out:
+            ends[name] = held_out[-1]
+    if run.metrics:
+        said["losses"] = loss_sentence(ends)
+    return said
+
+
+def _decisions(
+    records: Sequence[DecisionRecord], modules: Modules, explained: Explanations, by_type: bool
+) -> list[dict[str, Any]]:
+    by_number = {each["decision"]: each for each in explained if each}
+    shown = []
+    for record, slots in zip(records, modules.slots, strict=True):
+        given = by_number.get(record.number)
+        row = _decision(record, modules, slots) | {"explanation": shown_explanation(given)}
+        shown.append(row if by_type else row | _of_single_modules(record, modules, slots, given))
+    return shown
+
+
+def _decision(record: DecisionRecord, modules: Modules, slots: IntArray) -> dict[str, Any]:
+    """What is known of a decision, without what only single modules have."""
+    facts = record.facts()
+    return {
+        "number": record.number,
+        "step": record.step,
+        "policy": record.policy,
+        "line": record.line(),
+        "summary": moves_sentence(record),
+        "moved": int(np.count_nonzero(record.rank_before != record.rank_after)),
+        "changed": int(np.count_nonzero(record.rank_clipped != record.rank_after)),
+        **{name: plain(facts[name]) for name in FACTS},
+        "before": modules.means(record.rank_before, slots),
+        "asked": modules.means(record.rank_wanted, slots),
+        "clipped": modules.means(record.rank_clipped, slots),
+        "after": modules.means(record.rank_after, slots),
+        "score": modules.means(record.decision.scores, slots, 3),
+    }
+
+
+def _of_single_modules(
+    record: DecisionRecord, modules: Modules, slots: IntArray, given: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Reasons as (feature, standard deviations), notes, pinned modules, and whether a module's rank is sure."""
+    reasons: list[list[list[float]]] = [[] for _ in modules.shown]
+    for slot, pairs in zip(slots.tolist(), standing_out(record), strict=True):
+        reasons[slot] = [[MODULE_FEATURES.index(name), round(distance, 1)] for name, distance in pairs]
+    notes = ((slot, record.notes.get(name)) for slot, name in zip(slots.tolist(), record.modules, strict=True))
+    sure = ((given or {}).get("stability") or {}).get("sure")
+    return {
+        "reasons": reasons,
+        "notes": {str(slot): note for slot, note in notes if note},
+        "pinned": slots[record.problem.is_pinned].tolist(),
+        "sure": modules.means(sure, slots) if sure is not None and len(sure) == len(slots) else None,
+    }
+
+
+# Modules: those of a log, or in a long log one for each type ----------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Modules:
+    """The modules of a log, or their types; S of them are shown.
+
+    Attributes:
+        shown: each as the page gets it: its name, the same shortened (label), its layer, block and type, and how many
+            modules it stands for.
+        slots: which of them each module is, at each decision, int (modules,) for a decision.
+    """
+
+    shown: list[dict[str, Any]]
+    slots: tuple[IntArray, ...]
+
+    @classmethod
+    def of(cls, records: Sequence[DecisionRecord], by_type: bool) -> Modules:
+        """The modules of some decisions, which need not all be about the same ones.
+
+        Args:
+            records: of the decisions.
+            by_type: show one for all modules of a type.
+        """
+        if not records:
+            return cls([], ())
+        blocks: dict[str, int] = {}
+        for record in records:
+            blocks |= zip(record.modules, record.problem.blocks.tolist(), strict=True)
+        shorts = short_names(list(blocks))
+        kinds = module_kinds(shorts)
+        if by_type:
+            place = {kind: index for index, kind in enumerate(dict.fromkeys(kinds))}
+            slot_of = {name: place[kind] for name, kind in zip(blocks, kinds, strict=True)}
+            shown = [
+                {"name": kind, "label": kind, "layer": "", "block": 0, "type": kind, "count": kinds.count(kind)}
+                for kind in place
+            ]
+        else:
+            slot_of = {name: index for index, name in enumerate(blocks)}
+            shown = [
+                {"name": name, "label": str(short), "layer": short.layer, "block": block, "type": kind, "count": 1}
+                for (name, block), short, kind in zip(blocks.items(), shorts, kinds, strict=True)
+            ]
+        slots = (np.array([slot_of[name] for name in record.modules], dtype=np.int64) for record in records)
+        return cls(shown, tuple(slots))
+
+    def means(
+        self, values: Sequence[float] | FloatArray | IntArray, slots: IntArray, digits: int = 2
+    ) -> list[float | int | None]:
+        """Means over the rows of one decision, for each module that is shown; null where it has no row.
+
+        Args:
+            values: of each row, (rows,); what is not finite is unknown.
+            slots: of each row, int (rows,).
+            digits: behind the point.
+        """
+        counts = np.bincount(slots, minlength=len(self.shown))
+        totals = np.bincount(slots, weights=np.asarray(values, dtype=np.float64), minlength=len(self.shown))
+        with np.errstate(invalid="ignore"):
+            return numbers(totals / counts, digits)
+
+
+# Explanations: all but the plans that nobody would look at ------------------------------------------------------------
+
+
+def shown_explanation(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """An explanation as the page gets it; None without one.
+
+    A plan's ranks become what a reader asks of them: how many modules are adapted, their mean, and how many differ from
+    the plan that was taken. What was asked for and got is in the log.
+
+    Args:
+        given: see docs/study.md; any key may be missing or None.
+    """
+    if not given:
+        return None
+    kept = {key: plain(given[key]) for key in _KEPT if given.get(key) is not None}
+    plans, taken = given.get("plans") or [], given.get("taken")
+    if plans:
+        kept["plans"] = _best_plans([_shown_plan(plans, index, taken) for index in range(len(plans))], given)
+        kept["plans_in_all"] = len(plans)
+        shown = {plan["plan"] for plan in kept["plans"]}
+        candidates = [candidate for candidate in given.get("candidates") or [] if candidate.get("plan") in shown]
+        kept["candidates"] = plain(candidates)
+    stability = given.get("stability") or {}
+    kept["stability"] = plain({key: stability.get(key) for key in ("same", "noise")}) if stability else None
+    return kept
+
+
+def _shown_plan(plans: list[Mapping[str, Any]], index: int, taken: int | None) -> dict[str, Any]:
+    plan = plans[index]
+    shown = {key: plain(value) for key, value in plan.items() if key != "ranks"} | {"plan": index}
+    ranks = plan.get("ranks")
+    if ranks is not None and len(ranks):
+        shown |= {"adapted": int(np.count_nonzero(ranks)), "mean_rank": plain(float(np.mean(ranks)))}
+        if taken is not None and plans[taken].get("ranks") is not None:
+            shown["differs"] = int(np.count_nonzero(np.asarray(ranks) != np.asarray(plans[taken]["ranks"])))
+    return shown
+
+
+def _best_plans(plans: list[dict[str, Any]], given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The plans with the highest bounds, best first, and always the one that was taken and the reference."""
+    ordered = sorted(plans, key=lambda plan: -_bound(plan))
+    always = {given.get("taken"), given.get("reference")}
+    return [plan for place, plan in enumerate(ordered) if place < MOST_PLANS or plan["plan"] in always]
+
+
+def _bound(plan: Mapping[str, Any]) -> float:
+    value = plan.get("bound")
+    return float("-inf") if value is None else float(value)
+
+
+# Curves: rising steps, few points, no value that JSON cannot write ----------------------------------------------------
+
+
+def curve(points: Iterable[tuple[Any, Any]], of_each: Callable[[FloatArray], Any] = np.mean) -> dict[str, Any] | None:
+    """A curve as plain JSON; None without a point.
+
+    Args:
+        points: (step, value), in any order; of a step that comes twice, as after a resumption, the later value counts.
+        of_each: what stands for the points that a thinned curve draws as one.
+
+    Returns:
+        "x", steps rising, "y", values or null where one is not finite, and "each", the points that one stands for.
+    """
+    known = {float(step): float(value) for step, value in points if is_number(step) and is_number(value)}
+    if not known:
+        return None
+    table = np.array(sorted(known.items()))
+    each = math.ceil(len(table) / MOST_POINTS)
+    if each == 1:
+        return {"x": numbers(table[:, 0]), "y": numbers(table[:, 1], None), "each": 1}
+    parts = [table[start : start + each] for start in range(0, len(table), each)]
+    values = [of_each(part[np.isfinite(part[:, 1]), 1]) if np.isfinite(part[:, 1]).any() else np.nan for part in parts]
+    return {"x": numbers([part[-1, 0] for part in parts]), "y": numbers(values, None), "each": each}
+
+
+def numbers(values: Sequence[float] | FloatArray, digits: int | None = 2) -> list[float | int | None]:
+    """Values as short JSON: whole ones as integers, others rounded, and null for what is not finite.
+
+    Args:
+        values: any shape (n,).
+        digits: behind the point; None for six significant ones.
+    """
+    return [_short(value, digits) for value in np.asarray(values, dtype=np.float64).tolist()]
+
+
+def plain(value: Any) -> Any:
+    """A value of lists, dicts and scalars as JSON can write it: null for what is not finite."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain(item) for item in value]
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, int | float | np.number):
+        return _short(float(value), None)
+    return value if value is None else str(value)
+
+
+def _short(value: float, digits: int | None) -> float | int | None:
+    if not math.isfinite(value):
+        return None
+    if value.is_integer():
+        return int(value)
+    return float(f"{value:.6g}") if digits is None else round(value, digits)
+
+
+ASSETS = Path(__file__).parent / "assets"
+
+STYLES = ("uplot/uPlot.min.css", "page.css")
+SCRIPTS = (
+    "uplot/uPlot.iife.min.js",
+    "unpack.js",
+    "elements.js",
+    "heatmap.js",
+    "charts.js",
+    "evidence.js",
+    "decisions.js",
+    "page.js",
+)
+"""In the order in which they run; each uses what those before it define."""
+
+
+def study_html(data: Mapping[str, Any]) -> str:
+    """The page of some runs.
+
+    Args:
+        data: see `page_data`.
+    """
+    text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    packed = gzip.compress(text.encode("utf-8"), compresslevel=9, mtime=0)
+    parts = {
+        "style": "\n".join(_asset(name) for name in STYLES),
+        "script": "\n".join(_asset(name) for name in SCRIPTS),
+        "data": base64.b64encode(packed).decode("ascii"),
+    }
+    # In one pass: what is put in may look like a place to put something.
+    return re.sub(r"\{\{(style|script|data)\}\}", lambda match: parts[match[1]], _asset("page.html"))
+
+
+def write_page(data: Mapping[str, Any], path: Path) -> None:
+    """Write the page of some runs; equal data give equal bytes.
+
+    Args:
+        data: see `page_data`.
+        path: of the page; a file that is there is replaced.
+    """
+    write_text(path, study_html(data))
+
+
+def _asset(name: str) -> str:
+    return (ASSETS / name).read_text(encoding="utf-8")

@@ -1,1 +1,0 @@
-"""The study page: one HTML file about one or several runs, which a browser opens from disk."""

@@ -1,0 +1,476 @@
+"""The picture of a run: the rank of every module over the steps of a fine-tune.
+
+A run with many modules has a panel for each kind of module, in it a row for each layer.
+
+The picture of a training step's memory: bytes by layer and kind, beside what other choices would take.
+
+The learning curve of a policy.
+
+Drawn with the object interface on the Agg canvas: no display, no global state. Sizes suit the 900 pixels of a
+README, colours (Okabe and Ito 2008; viridis) suit colour-blind readers, and titles state the result.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ..common.arrays import FloatArray, IntArray
+from ..common.drawing import ABSENT, BUDGET_RED, COLORS, FAINT, INK, clean_axes, draw_cells, draw_key, draw_legend, finite_points, new_figure, save_figure, smooth, write_rank
+from ..common.text import ShortName, format_bytes, layer_titles, short_names, shortest_ends
+from ..cost.breakdown import Breakdown, Kind
+from ..cost.outlook import Outlook
+from ..lora.spec import DEFAULT_RANKS
+from .run_data import RunData
+from .verdict import ranks_sentence
+
+KIND_COLORS: dict[Kind, tuple[str, str]] = {
+    "saved": (COLORS[0], "saved for backward"),
+    "inputs": (COLORS[5], "kept inputs"),
+    "recomputed": (COLORS[3], "segment run again"),
+    "transient": (COLORS[4], "momentary"),
+    "weights": ("#004d38", "adapter weights"),
+    "gradients": (COLORS[2], "adapter gradients"),
+    "optimizer": ("#8fd3bd", "optimiser state"),
+    "signals": (COLORS[1], "signal buffers"),
+    "others": (FAINT, "outside the adapter"),
+}
+"""Colour and label of each kind: what the adapter itself takes is green."""
+
+VISIBLE = 0.002
+"""A kind with a larger share of the peak than this gets a name in the picture."""
+
+MOST_ROOMY_LAYERS, MOST_NAMED_LAYERS = 24, 45
+"""More rows than the first are drawn closer together; of more than the second, not every one is named."""
+
+
+BESIDE = "#c9ccd1"
+"""What is on a card beside the step: the frozen model, the context, what the allocator reserves, the margin."""
+
+
+def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure:
+    """Draw the bytes of the main choice by layer, stacked by kind, and below them the bytes that each choice takes.
+
+    On a card, what is there beside the step is drawn as well, and the line is the card's memory; else it is the budget.
+
+    Args:
+        outlook: of a step.
+        labels: of its choices.
+        note: what was looked at, in small type.
+    """
+    breakdowns = [outlook.breakdown(choice) for choice in outlook.choices]
+    shown = breakdowns[outlook.choices.index(outlook.main)]
+    layers, choices = len(shown.layers), len(breakdowns)
+    row = 0.19 if layers <= MOST_ROOMY_LAYERS else 0.15
+    heights = 0.55 + row * min(max(layers, 6), 60), 0.55 + 0.21 * choices
+    total = shown.total
+    saved = sum(shown.of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
+    title = f"A training step peaks at {format_bytes(total)}; {saved / total:.0%} is held for backward"
+    figure = new_figure(1.15 + sum(heights), title, note)
+    grid = figure.add_gridspec(2, 1, height_ratios=heights)
+    top = figure.add_subplot(grid[0])
+    _draw_layers(top, shown)
+    keys = [
+        Patch(color=color, label=label)
+        for kind, (color, label) in KIND_COLORS.items()
+        if any(breakdown.of_kind(kind) > VISIBLE * breakdown.total for breakdown in breakdowns)
+    ]
+    keys += [Patch(color=BESIDE, label="card, beside the step")] if outlook.card else []
+    style: dict[str, Any] = {"frameon": False, "borderaxespad": 0, "handlelength": 1, "handleheight": 1}
+    top.legend(handles=keys, loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=9, **style)
+    _draw_choices(figure.add_subplot(grid[1]), outlook, breakdowns, labels)
+    return figure
+
+
+def _draw_layers(axes: Axes, breakdown: Breakdown) -> None:
+    size, unit = _scale(float(breakdown.bytes.sum(axis=1).max()))
+    rows = np.arange(len(breakdown.layers))
+    _stack(axes, rows, {kind: breakdown.by_layer(kind) / size for kind in KIND_COLORS})
+    _clean_bars(axes, len(rows), "By layer")
+    every = 1 + len(rows) // MOST_NAMED_LAYERS
+    axes.set_yticks(rows[::every], layer_titles(breakdown.layers)[::every])
+    axes.tick_params(axis="y", labelsize=8.5 if len(rows) <= MOST_ROOMY_LAYERS else 7.5)
+    axes.set(xlabel=f"{unit} at the peak")
+
+
+def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown], labels: Sequence[str]) -> None:
+    choices, limit = outlook.choices, outlook.limit_bytes
+    wholes = np.array([choice.use.total_bytes if choice.use else choice.step_bytes for choice in choices])
+    largest = max(float(wholes.max()), limit or 0)
+    size, unit = _scale(largest)
+    rows = np.arange(len(choices))[::-1]
+    kinds = {kind: np.array([each.of_kind(kind) for each in breakdowns]) / size for kind in KIND_COLORS}
+    ends = _stack(axes, rows, kinds)
+    if outlook.card:
+        axes.barh(rows, wholes / size - ends, left=ends, color=BESIDE, height=0.78, linewidth=0)
+    for row, choice, whole in zip(rows.tolist(), choices, wholes.tolist(), strict=True):
+        text = f"{choice.step_bytes / outlook.reference_bytes:.0%}  {format_bytes(whole)}"
+        text += "" if choice.time is None else f"  time {choice.time:.2f}"
+        style: dict[str, Any] = {"fontsize": 8.5, "color": INK, "va": "center", "textcoords": "offset points"}
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}  # above the limit's line
+        axes.annotate(text, (whole / size, row), (5, 0), bbox=box, **style)
+    title = "What each choice takes, the step as a share of rank 8 on all modules"
+    _clean_bars(axes, len(rows), title, pad=20 if limit else 6)
+    axes.set_yticks(rows, labels)
+    axes.set(xlim=(0, (1.35 if outlook.card else 1.2) * largest / size), xlabel=f"{unit} at the peak")
+    if limit is not None:  # a line behind the numbers, its name above the bars
+        axes.axvline(limit / size, color=BUDGET_RED, linewidth=1.6, zorder=0.5)
+        place: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "center"}
+        name = f"{outlook.card.name if outlook.card else 'budget'} {format_bytes(limit)}"
+        axes.annotate(name, (limit / size, 1), (0, 3), color=BUDGET_RED, fontsize=9, **place)
+
+
+def _stack(axes: Axes, rows: IntArray, sizes: Mapping[Kind, FloatArray]) -> FloatArray:
+    """One bar a row, its kinds side by side; returns where the bars end, (rows,)."""
+    left = np.zeros(len(rows))
+    for kind, widths in sizes.items():
+        axes.barh(rows, widths, left=left, color=KIND_COLORS[kind][0], height=0.78, linewidth=0)
+        left = left + widths
+    return left
+
+
+def _clean_bars(axes: Axes, rows: int, title: str, pad: float = 6) -> None:
+    clean_axes(axes, title, pad)
+    axes.set_ylim(-0.6, rows - 0.4)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", color="#ececec", linewidth=0.8)
+    axes.tick_params(axis="y", length=0, labelsize=8.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+
+
+def _scale(largest: float) -> tuple[float, str]:
+    """A divisor and its binary unit, so that the largest value has few digits before the point."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if largest >= 1024**power:
+            return float(1024**power), unit
+    return 1.0, "bytes"
+
+
+def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Returns of episodes over the iterations of policy training, and what the policy gains on validation tasks.
+
+    Args:
+        rows: progress of a training. That of iteration 0 holds validation_over_start and validation_over_uniform, if it
+            was measured, and the same with warm_ in front after a warm start; later ones episodes, return_mean,
+            return_p10 and return_p90 over the rule, and now and then those of validation.
+    """
+    checks = {}
+    for name in ("over_start", "over_uniform"):  # the untrained policy first, the one after the warm start second
+        keys = (f"validation_{name}", f"warm_validation_{name}")
+        checks[name] = finite_points([(row["iteration"], row[key]) for row in rows for key in keys if key in row])
+    returns = [row for row in rows if "return_mean" in row]
+    note = "Gains are in shares of a task's headroom: what the best known allocation gains over uniform ranks."
+    figure = new_figure(4.1, _learning_title(returns, checks["over_start"]), note)
+    measured = len(checks["over_start"]) > 0
+    panels = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
+    _draw_returns(clean_axes(panels[0], "Training, on new tasks each time"), returns)
+    if measured:
+        _draw_validation(clean_axes(panels[1], "Validation tasks"), checks)
+    last = max((float(row["iteration"]) for row in rows), default=0) or 1.0
+    for axes in panels:
+        axes.set_xlim(-0.02 * last, 1.02 * last)
+        axes.margins(y=0.18)  # room for the legend
+        axes.axhline(0, color=FAINT, linewidth=0.8, zorder=1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _draw_returns(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the mean and the spread of each iteration's episodes."""
+    keys = ("iteration", "return_mean", "return_p10", "return_p90")
+    iterations, means, low, high = np.array([[float(row[key]) for key in keys] for row in rows]).reshape(-1, 4).T
+    blue = COLORS[0]
+    axes.fill_between(iterations, low, high, color=blue, alpha=0.15, linewidth=0, label="10–90% of episodes")
+    if len(rows) > 40:
+        axes.plot(iterations, means, color=blue, linewidth=1, alpha=0.35)
+        axes.plot(iterations, smooth(means, len(means) // 12), color=blue, linewidth=2, label="mean, smoothed")
+    else:
+        axes.plot(iterations, means, "o-", color=blue, linewidth=2, markersize=3, label="mean")
+    episodes = sum(int(row.get("episodes", 0)) for row in rows)
+    axes.set(xlabel="PPO iteration" + (f" ({episodes:,} episodes in all)" if episodes else ""))
+    axes.set_ylabel("return: gain over the rule")
+    draw_legend(axes)
+
+
+def _draw_validation(axes: Axes, checks: Mapping[str, FloatArray]) -> None:
+    """Draw what the policy gains on tasks that stay the same; on them alone iterations can be compared."""
+    labels = "over the rule it starts from", "over uniform ranks"
+    for points, color, label in zip(checks.values(), COLORS[1:3], labels, strict=True):
+        if len(points):
+            axes.plot(*points.T, "o-", color=color, markersize=5, linewidth=1.5, label=label)
+    points = checks["over_start"]
+    if len(points) > 1 and points[1, 0] == points[0, 0]:
+        style: dict[str, Any] = {"textcoords": "offset points", "xytext": (2, 7), "fontsize": 9, "color": COLORS[1]}
+        axes.annotate("warm start", points[1], **style)
+    axes.set(xlabel="PPO iteration", ylabel="gain")
+    draw_legend(axes)
+
+
+def _learning_title(rows: Sequence[Mapping[str, Any]], checks: FloatArray) -> str:
+    """No claim about the trend of returns: each iteration draws other tasks, so they are not comparable."""
+    if not len(checks):
+        return f"Return over the rule in {len(rows)} iterations, each on newly drawn tasks"
+    best = checks[int(np.argmax(checks[:, 1]))]
+    where = f"after {best[0]:.0f} iterations" if best[0] else "before PPO"
+    return f"Best on validation tasks {where}: {best[1]:+.1%} over the rule".replace("-", "−")
+
+
+PICTURE = "ranks.png"
+"""The picture's name in the folder of a run."""
+
+ROW_INCHES = 0.19
+MOST_LABELLED_ROWS = 72
+"""Above this many modules there is no row for each."""
+
+PANELS_IN_A_ROW = 8
+PANEL_ROW_INCHES = 0.045, 0.16
+"""Least and largest height of a panel's row."""
+LABEL_INCHES = 0.14
+"""Height that a name of a layer takes."""
+MOST_LINES = 6
+"""Up to so many decisions have a line through the panel."""
+ONE_LINE = 16
+"""Letters of a name above a panel."""
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Modules from the bottom of the picture to its top.
+
+    Attributes:
+        ranks: (modules, changes).
+        names: short names.
+        edges: row at which each layer begins, and the number of rows at the end.
+        edge_steps: step at which each column begins, and the last step.
+    """
+
+    ranks: IntArray
+    names: list[ShortName]
+    edges: list[int]
+    edge_steps: list[float]
+
+
+def write_rank_picture(run: RunData) -> Path | None:
+    """Write ranks.png into a run's folder; None without decisions, or where they are not all about the same modules."""
+    decisions, steps = run.decisions, [record.step for record in run.decisions]
+    if len({record.modules for record in decisions}) != 1:
+        return None
+    ranks = np.stack([record.rank_after for record in decisions])
+    if steps[0] > 0:  # before the first decision
+        ranks, steps = np.vstack([decisions[0].rank_before, ranks]), [0, *steps]
+    figure = rank_heatmap(steps, ranks, decisions[0].modules, decisions[0].problem.blocks, run.steps)
+    return save_figure(figure, run.folder / PICTURE)
+
+
+def rank_heatmap(
+    steps: Sequence[int], ranks: IntArray, modules: Sequence[str], blocks: IntArray, total_steps: int
+) -> Figure:
+    """Rank of each module over the run; layers as in the network, its output at the top.
+
+    Args:
+        steps: steps at which ranks took effect, rising, (changes,).
+        ranks: ranks from that step on, int (changes, modules).
+        modules: full names, (modules,).
+        blocks: layer of each module, 0 at the bottom, int (modules,).
+        total_steps: where the run ends.
+    """
+    ranks = np.asarray(ranks)
+    title, rungs = ranks_sentence(ranks[-1]), _rungs(ranks)
+    if len(modules) > MOST_LABELLED_ROWS:
+        return _rank_panels(steps, ranks, modules, blocks, total_steps, title, rungs)
+    order = np.argsort(blocks, kind="stable")
+    starts = np.flatnonzero(np.diff(np.asarray(blocks)[order], prepend=-1))
+    names = short_names(modules)
+    rows = _Rows(
+        ranks[:, order].T,
+        [names[i] for i in order],
+        [*starts.tolist(), len(order)],
+        [*steps, total_steps],
+    )
+    note = "Output of the network at the top. Triangles: decisions. A number stands where a rank is new."
+    figure = new_figure(1.25 + ROW_INCHES * max(len(order), 12), title, note)
+    grid = figure.add_gridspec(1, 2, width_ratios=(1, 0.022), wspace=0.03)
+    axes = figure.add_subplot(grid[0])
+    draw_cells(axes, rows.ranks, rows.edge_steps, gap=0.8, hatched=True)
+    axes.hlines(rows.edges[1:-1], 0, total_steps, color="white", linewidth=3, zorder=2)
+    axes.set(xlim=(0, total_steps), xlabel="training step")
+    _write_ranks(axes, rows)
+    _draw_labels(axes, rows)
+    _draw_decisions(axes, rows)
+    draw_key(figure.add_subplot(grid[1]), rungs)
+    return figure
+
+
+def _rungs(ranks: IntArray) -> list[int]:
+    """Ranks of the colour key: the ladder up to the highest rank in use, and to 8 at least."""
+    highest = max(int(ranks.max(initial=0)), 8)
+    rungs = [rank for rank in DEFAULT_RANKS if rank <= highest]
+    return rungs if rungs[-1] == highest else [*rungs, highest]
+
+
+def _write_ranks(axes: Axes, rows: _Rows) -> None:
+    """Number the cells where a rank is new, if the cell is wide enough."""
+    steps, total = rows.edge_steps, rows.edge_steps[-1]
+    for column, (left, right) in enumerate(pairwise(steps)):
+        if right - left < 0.03 * total:
+            continue
+        for row, rank in enumerate(rows.ranks[:, column].tolist()):
+            if not column or rank != rows.ranks[row, column - 1]:
+                write_rank(axes, rank, (left, row + 0.5), xytext=(5, 0), textcoords="offset points", ha="left")
+
+
+def _draw_labels(axes: Axes, rows: _Rows) -> None:
+    """Kinds beside their rows, layers as groups left of them."""
+    middles = [(low + high) / 2 for low, high in pairwise(rows.edges)]
+    # A module outside the layers has its name beside its row already.
+    layers = [rows.names[low].layer for low in rows.edges[:-1]]
+    axes.tick_params(axis="y", labelsize=8.5)
+    axes.tick_params(axis="x", length=3, color="#bbbbbb", labelsize=9)
+    kinds = [name.kind if len(name.kind) <= 28 else f"…{name.kind[-27:]}" for name in rows.names]
+    axes.set_yticks(np.arange(len(kinds)) + 0.5, kinds)
+    groups = axes.secondary_yaxis(-0.02 - 0.0115 * max(len(kind) for kind in kinds))
+    groups.set_yticks(middles, layers)
+    groups.tick_params(length=0, labelsize=9, labelcolor=INK, pad=4)
+    for label in groups.get_yticklabels():
+        label.set_fontweight("bold")
+    groups.spines[:].set_visible(False)
+
+
+def _draw_decisions(axes: Axes, rows: _Rows) -> None:
+    """A line and, above the picture, the step of each change; steps that would overlap stay unnamed."""
+    total = rows.edge_steps[-1]
+    marks = axes.secondary_xaxis("top")
+    labels, previous = [], -total
+    for step in rows.edge_steps[:-1]:
+        clear = step - previous >= 0.045 * total
+        labels.append(f"{step:g}" if clear else "")
+        previous = step if clear else previous
+        axes.axvline(step, color="white", linewidth=1.6, zorder=3)
+        axes.plot([step], [1.004], marker="v", markersize=6, color=INK, clip_on=False, zorder=5,
+                  transform=axes.get_xaxis_transform(), linestyle="none")  # fmt: skip
+    marks.set_xticks(rows.edge_steps[:-1], labels)
+    marks.tick_params(length=0, labelsize=9, labelcolor=INK, pad=6)
+    marks.spines[:].set_visible(False)
+
+
+# Many modules ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """Ranks by kind of module and layer.
+
+    Attributes:
+        layers: name of each layer, its first at the bottom.
+        kinds: ranks of each kind of module, (layers, changes); the mean where a layer has several such modules.
+        shared: whether a cell stands for several modules.
+        edge_steps: step at which each column begins, and the last step.
+    """
+
+    layers: list[str]
+    kinds: dict[str, FloatArray]
+    shared: bool
+    edge_steps: list[int]
+
+
+def _rank_panels(
+    steps: Sequence[int],
+    ranks: IntArray,
+    modules: Sequence[str],
+    blocks: IntArray,
+    total_steps: int,
+    title: str,
+    rungs: Sequence[int],
+) -> Figure:
+    """Rank of each kind of module in each layer over the run; `rungs` are the ranks of the colour key."""
+    grid = _grid(np.asarray(ranks), short_names(modules), np.asarray(blocks), [*steps, total_steps])
+    lines = math.ceil(len(grid.kinds) / PANELS_IN_A_ROW)
+    columns = math.ceil(len(grid.kinds) / lines)
+    row_inches = float(np.clip(5.0 / len(grid.layers), *PANEL_ROW_INCHES))
+    shared = " A cell with several modules has their mean." if grid.shared else ""
+    note = f"Output of the network at the top. Triangles: decisions.{shared}"
+    panel_inches = max(row_inches * len(grid.layers), 1.2)
+    figure = new_figure(1.2 + lines * (panel_inches + 0.45), title, note)
+    panels = figure.add_gridspec(lines, columns + 1, width_ratios=(*[1.0] * columns, 0.14), wspace=0.04)
+    for number, (kind, cells) in enumerate(grid.kinds.items()):
+        line, column = divmod(number, columns)
+        axes = figure.add_subplot(panels[line, column])
+        _draw_panel(axes, kind, cells, grid.edge_steps, row_inches)
+        every = math.ceil(LABEL_INCHES / row_inches)
+        names = grid.layers[::every] if column == 0 else []
+        axes.set_yticks(np.arange(len(grid.layers))[::every][: len(names)] + 0.5, names)
+        axes.tick_params(axis="y", labelsize=8.5)
+    figure.supxlabel("training step", fontsize=10, color=INK)
+    draw_key(figure.add_subplot(panels[0, columns]), rungs)
+    return figure
+
+
+def _grid(ranks: IntArray, names: Sequence[ShortName], blocks: IntArray, edge_steps: list[int]) -> _Grid:
+    order, rows = np.unique(blocks, return_inverse=True)
+    kinds = module_kinds(names)
+    within = {kind: {row for row, other in zip(rows, kinds, strict=True) if other == kind} for kind in set(kinds)}
+    # Panels for modules that one layer alone has would be empty, so they share one.
+    rare = {kind for kind in within if len(within[kind]) == 1}
+    if 1 < len(rare) < len(within):
+        kinds = [OTHER if kind in rare else kind for kind in kinds]
+    labels = {row: name.layer or name.kind for row, name in zip(rows.tolist(), names, strict=True)}
+    panels, shared = {}, False
+    for kind in sorted(dict.fromkeys(kinds), key=lambda kind: kind == OTHER or kind in rare):
+        inside = np.array([other == kind for other in kinds])
+        cells = np.full((len(order), len(ranks)), float(ABSENT))
+        for row in np.unique(rows[inside]):
+            cells[row] = ranks[:, inside & (rows == row)].mean(axis=1)
+        shared |= bool(np.bincount(rows[inside]).max() > 1)
+        panels[kind] = cells
+    return _Grid([labels[row] for row in range(len(order))], panels, shared, edge_steps)
+
+
+def module_kinds(names: Sequence[ShortName]) -> list[str]:
+    """The kind of each module, the same in all layers and for all experts: such as "mlp.up_proj"."""
+    full = [_without_numbers(name.kind) for name in names]
+    different = list(dict.fromkeys(full))
+    ends = dict(zip(different, shortest_ends(different, [0] * len(different)), strict=True))
+    return [ends[kind] for kind in full]
+
+
+def _without_numbers(kind: str) -> str:
+    """The kind of a module without the number of an expert: "experts.3.up_proj" -> "experts.up_proj"."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", "", kind).lstrip(".") or kind
+
+
+def _draw_panel(axes: Axes, kind: str, cells: FloatArray, edge_steps: Sequence[int], row_inches: float) -> None:
+    """Draw one kind of module, in rows of a height."""
+    total = edge_steps[-1]
+    draw_cells(axes, cells, edge_steps, gap=0.5 if len(cells) <= 60 else 0.0, hatched=False)
+    axes.set_title(_in_two_lines(kind), fontsize=9 if len(kind) <= ONE_LINE else 8, color=INK, pad=8)
+    axes.set_xticks([0, total], ["0", f"{total:g}"])
+    axes.tick_params(axis="x", length=3, color="#bbbbbb", labelsize=8.5)
+    first, last = axes.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
+    starts = list(edge_steps[:-1])
+    if len(starts) <= MOST_LINES:
+        axes.vlines(starts, 0, len(cells), color="white", linewidth=1, zorder=3)
+    style: dict[str, Any] = {"marker": "v", "color": INK, "linestyle": "none", "clip_on": False, "zorder": 5}
+    places = [len(cells) + 0.02 / row_inches] * len(starts)
+    axes.plot(starts, places, markersize=min(3.5, 24 / len(starts)), **style)
+    axes.set_ylim(0, len(cells))
+
+
+def _in_two_lines(kind: str) -> str:
+    """A long name of a kind, broken at its last dot."""
+    first, dot, last = kind.rpartition(".")
+    return f"{first}{dot}\n{last}" if dot and len(kind) > ONE_LINE else kind

@@ -1,1 +1,0 @@
-"""What the folder of one fine-tune tells."""

@@ -1,0 +1,330 @@
+"""What the folder of a run holds, checked before it is shown: the folder may be a stranger's.
+
+Three kinds of folder have a decision log, and each may be of a run that goes on:
+
+    the folder of `rankpilot finetune`     decisions/  metrics-NAME.jsonl  summary.json  rankpilot/adapter/
+    the output folder of a Trainer         decisions/  checkpoint-N/trainer_state.json
+    a decision log                         decisions.jsonl ...
+
+Which features of a module are unusual among all modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import numpy as np
+from numpy.typing import NDArray
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from ..agents.deliberation import Deliberation
+from ..agents.log import LINES, DecisionLog, DecisionRecord
+from ..agents.observation import MODULE_FEATURES
+from ..common.drawing import Points
+from ..common.files import read_json_lines, read_object
+from ..common.text import cost_text
+from ..errors import DataError, RunFolderError, first_line, shown
+from ..finetune.config import PILOT, RUNS
+
+UNUSUAL = 1.0
+"""Standard deviations from the mean of all modules."""
+
+
+def unusual_features(names: Sequence[str], values: NDArray[np.floating]) -> list[list[tuple[str, float]]]:
+    """For each module the two features that are farthest from the mean of all modules, farthest first.
+
+    Features with fewer than three different values (flags) and distances below `UNUSUAL` are left out.
+
+    Args:
+        names: of the features.
+        values: (modules, features); what is not finite is unknown.
+
+    Returns:
+        For each module up to two pairs (feature, distance in standard deviations).
+    """
+    kept, distances = [], []
+    for name, column in zip(names, values.T.astype(np.float64), strict=True):
+        known = column[np.isfinite(column)]
+        if np.unique(known).size >= 3:
+            kept.append(name)
+            distances.append(np.nan_to_num((column - known.mean()) / known.std()))
+    if not kept:
+        return [[] for _ in values]
+    rows = np.array(distances).T
+    order = np.argsort(-np.abs(rows), axis=1, kind="stable")[:, :2].tolist()
+    return [
+        [(kept[i], float(row[i])) for i in chosen if abs(row[i]) >= UNUSUAL]
+        for row, chosen in zip(rows, order, strict=True)
+    ]
+
+
+Rows = Sequence[Mapping[str, Any]]
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+MOST_NUMBER = 2**53
+"""The largest whole number that is read; all below are exact as floating-point numbers."""
+
+_RESULTS = (
+    "held_out_loss", "held_out_accuracy", "adapter_parameters", "peak_bytes", "budget_bytes", "median_step_s",
+    "train_s", "steps", "energy_joules",
+)  # fmt: skip
+"""Results of a run that are numbers, or unknown."""
+
+_SETUP = ("seed", "held_out_rows", "largest_class", "outputs", "steps")
+"""What a summary tells as numbers beside them."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """What a folder says about a run.
+
+    Attributes:
+        folder: the folder.
+        summary: results and settings by name; empty before the end of `rankpilot finetune`, and in other folders.
+        metrics: losses and measured peaks by step, for each run of which the folder has them.
+        decisions: of the decision log; none without one that can be read.
+        missing: what a page has to leave out, and why, a few words each.
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+    metrics: Mapping[str, Rows]
+    decisions: Sequence[DecisionRecord]
+    missing: tuple[str, ...]
+
+    @property
+    def first(self) -> Deliberation | None:
+        """What the policy computed at the first decision; None where that is unknown."""
+        return self.decisions[0].deliberation if self.decisions and self.decisions[0].number == 0 else None
+
+    @property
+    def results(self) -> dict[str, Mapping[str, Any]]:
+        """The results of each finished run, by name."""
+        runs = self.summary.get("runs", {})
+        return {name: runs[name] for name in RUNS if runs.get(name)}
+
+    @property
+    def unit(self) -> str:
+        """The unit of the budget: "bytes" or "parameters"."""
+        return self.decisions[0].problem.cost.unit if self.decisions else "bytes"
+
+    @property
+    def limits(self) -> Points:
+        """(step, budget from that step on, in `unit`): a run may be resumed with another one. Empty if unknown."""
+        limits = [(record.step, record.problem.limit) for record in self.decisions]
+        known = self.results.get(PILOT, {}).get("budget_bytes")
+        return limits or ([(0, known)] if known else [])
+
+    @property
+    def steps(self) -> int:
+        """The last step that the folder speaks of."""
+        rows = [row["step"] for row in self.metrics.get(PILOT, ()) if "step" in row]
+        return max([*rows, *(record.step + 1 for record in self.decisions)], default=0)
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of the trained adapter, or else of the last checkpoint that has one."""
+        checkpoints = (*_checkpoints(self.folder / PILOT), *_checkpoints(self.folder))
+        folders = [self.folder / PILOT / "adapter", self.folder, *checkpoints]
+        return next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
+
+    def predicted(self) -> Points:
+        """(step, predicted cost of the plan) of each decision."""
+        return [(record.step, record.predicted_cost) for record in self.decisions]
+
+    def points(self, run: str, key: str) -> Points:
+        """(step, value) of each line of a run's metrics that has the value."""
+        return [
+            (row["step"], row[key]) for row in self.metrics.get(run, ()) if "step" in row and row.get(key) is not None
+        ]
+
+    def peaks(self) -> dict[str, Points]:
+        """(step, bytes at its peak) of each run that was measured; a run that goes on has those of its decisions."""
+        peaks = {run: self.points(run, "peak_bytes") for run in RUNS}
+        if not peaks[PILOT] and self.unit == "bytes":
+            measured = [(record.step, record.measured_cost) for record in self.decisions]
+            peaks[PILOT] = [(step, cost) for step, cost in measured if cost is not None]
+        return {run: points for run, points in peaks.items() if points}
+
+
+def log_of(folder: Path) -> DecisionLog | None:
+    """The decision log of a run's folder, or the folder itself if it is one; None if there is none."""
+    logs = [DecisionLog(path) for path in (folder / "decisions", folder)]
+    return next((log for log in logs if len(log)), None)
+
+
+def find_log(folder: Path) -> DecisionLog:
+    """As `log_of`; RunFolderError if there is none."""
+    log = log_of(folder)
+    if log is None:
+        raise RunFolderError(f"{folder} holds no decision log: there is neither decisions/{LINES} nor {LINES}.")
+    return log
+
+
+def read_run(folder: Path) -> RunData:
+    """Read what a folder holds.
+
+    Raises:
+        RunFolderError: it has neither a decision log nor the summary of a fine-tune.
+    """
+    missing: list[str] = []
+    log = log_of(folder)
+    of_finetune = any((folder / name).is_file() for name in ("config.json", "summary.json", f"metrics-{PILOT}.jsonl"))
+    if log is None and not (folder / "summary.json").is_file():
+        raise RunFolderError(
+            f"{folder} holds no run: there is no decision log (decisions/{LINES} or {LINES}) and no "
+            "summary.json. Pass the folder of `rankpilot finetune`, the output folder of a Trainer with "
+            "RankPilotCallback, or the folder of a decision log."
+        )
+    summary = _read_summary(folder, missing) if of_finetune else {}
+    if log is None and not summary:
+        raise RunFolderError(
+            f"{folder} holds no run: there is no decision log, and {missing[0]}. The page is about fine-tunes; what "
+            "`rankpilot evaluate` found is in its summary.json."
+        )
+    metrics = _read_metrics(folder, summary, missing) if of_finetune else _read_trainer_state(folder, missing)
+    decisions: list[DecisionRecord] = []
+    if log is None:
+        missing.append("the decisions (no decision log)")
+    else:
+        try:
+            decisions = log.read()
+        except RunFolderError as error:
+            missing.append(f"all decisions ({error})")
+    return RunData(folder, summary, metrics, decisions, tuple(missing))
+
+
+def moves_sentence(record: DecisionRecord) -> str:
+    """How many modules moved at a decision, what its plan costs, and how many ranks the budget changed."""
+    before, after, unit = record.rank_before, record.rank_after, record.problem.cost.unit
+    up, down = int((after > before).sum()), int((after < before).sum())
+    moved = f"{up} up, {down} down, {len(after) - up - down} unchanged"
+    plan = f"{cost_text(record.predicted_cost, unit)} of {cost_text(record.problem.limit, unit)}"
+    measured = record.measured_cost
+    seen = f" (measured before it: {cost_text(measured, unit)})" if measured is not None else ""
+    changed = int((record.rank_clipped != after).sum())
+    budget = f" The budget changed what was asked for {changed} modules." if changed else ""
+    return f"{moved}; predicted cost {plan}{seen}.{budget}"
+
+
+def standing_out(record: DecisionRecord) -> list[list[tuple[str, float]]]:
+    """The unusual features of each module at a decision; see `unusual_features`."""
+    return unusual_features(MODULE_FEATURES, record.observation.modules)
+
+
+def run_names(runs: Sequence[RunData]) -> list[str]:
+    """A name for each run: that of its folder, with as much of the path as tells it from the others."""
+    paths = [run.folder.resolve() for run in runs]
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.name} ({number})" for number, path in enumerate(paths, 1)]  # one run, given several times
+
+
+def _read_summary(folder: Path, missing: list[str]) -> Mapping[str, Any]:
+    path = folder / "summary.json"
+    if not path.is_file():
+        missing.append("the results, as the run has not finished (no summary.json)")
+        return {}
+    try:
+        summary = read_object(path)
+        if not isinstance(summary["runs"][PILOT], dict):
+            raise TypeError(f"the run {PILOT!r} has no results")
+        check_summary(summary)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        missing.append(f"the results ({path} is unreadable: {_said(error)})")
+        return {}
+    return summary
+
+
+def _said(error: Exception) -> str:
+    """What an error says of a file, for people."""
+    return f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
+
+
+def _read_metrics(folder: Path, summary: Mapping[str, Any], missing: list[str]) -> dict[str, Rows]:
+    metrics: dict[str, Rows] = {}
+    for run in RUNS:
+        path = folder / f"metrics-{run}.jsonl"
+        if path.is_file():
+            try:
+                metrics[run] = number_rows(read_json_lines(path))
+            except DataError as error:
+                missing.append(f"losses of {run} ({error})")
+        elif run == PILOT or run in summary.get("runs", {}):
+            missing.append(f"losses of {run} (no {path.name})")
+    return metrics
+
+
+def _read_trainer_state(folder: Path, missing: list[str]) -> dict[str, Rows]:
+    """The losses that a Trainer logged up to its last checkpoint."""
+    for path in (folder / "trainer_state.json", *(path / "trainer_state.json" for path in _checkpoints(folder))):
+        if not path.is_file():
+            continue
+        try:
+            state = read_object(path)
+            return {PILOT: number_rows([*state["log_history"], {"step": int(state["global_step"])}])}
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            missing.append(f"the latest losses ({path} is unreadable: {_said(error)})")
+    missing.append("losses (no checkpoint with a trainer_state.json)")
+    return {}
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    """The checkpoints of a Trainer, the last one first."""
+    numbered = [(path.name.rpartition("-")[2], path) for path in folder.glob("checkpoint-*")]
+    yield from (path for _, path in sorted(((int(n), path) for n, path in numbered if n.isdecimal()), reverse=True))
+
+
+def number_rows(lines: Iterable[Any]) -> list[dict[str, Any]]:
+    """The numbers of each line of metrics by name, and its times of steps; lines of something else are left out."""
+    objects = [line for line in lines if isinstance(line, dict)]
+    rows = [{key: value for key, value in line.items() if _belongs(key, value)} for line in objects]
+    return [row for row in rows if is_number(row.get("step", 0)) and row.get("step", 0) >= 0]
+
+
+def check_summary(summary: Any) -> None:
+    """Refuse a summary whose values are not those of a run.
+
+    Raises:
+        TypeError, KeyError, AttributeError: something is of another type, or missing.
+    """
+    for name, run in summary["runs"].items():
+        _check_numbers(run, _RESULTS, f"{shown(name)}: ")
+        hardware = run.get("hardware") or {}
+        _check_numbers(hardware, ("busy", "free_bytes", "total_bytes"), f"{shown(name)}: ")
+        for text in (hardware.get("device"), run.get("energy_source")):
+            if not isinstance(text, str | None):
+                raise TypeError(f"{shown(name)} has a name of hardware that is {shown(text)}")
+        ranks = run.get("ranks") or {}
+        if not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
+            raise TypeError(f"{shown(name)} has a rank that is none")
+    _check_numbers(summary, _SETUP, "")
+    if not (summary.get("largest_class") or 0) <= 1:
+        raise TypeError(f"largest_class is {summary['largest_class']}, not a share")
+    for name in ("model", "data", "policy"):
+        if not isinstance(summary.get(name), str | None):
+            raise TypeError(f"{name} is {shown(summary[name])}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, of a size that floating-point numbers have; NaN and infinity are."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= MOST_NUMBER
+
+
+def _belongs(key: str, value: Any) -> bool:
+    if key == "step_s":
+        return isinstance(value, list) and all(map(is_number, value))
+    return is_number(value)
+
+
+def _check_numbers(values: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    for name in names:
+        value = values.get(name)
+        if value is not None and (not is_number(value) or value < 0):
+            raise TypeError(f"{where}{name} is {shown(value)}")

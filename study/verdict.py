@@ -1,0 +1,331 @@
+"""What a reader of a page has to know first: whether the run is good for anything, and its results beside others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from ..agents.deliberation import promise, unlike
+from ..common.arrays import FloatArray, IntArray
+from ..common.drawing import Points, finite_points
+from ..common.text import cost_text, format_bytes, make_table, part_of
+from ..finetune.config import ALL_LINEAR, PILOT, UNIFORM
+from .run_data import RunData, run_names
+
+RISE = 0.01
+"""A held-out loss that ends this share above its lowest value has risen."""
+DIVERGED = 0.05
+"""A training that ends this share above its start has diverged; below it, the loss only did not fall."""
+BLOWN_UP = 10
+"""A held-out loss that is so many times the first training loss is that of a run that diverged."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Sentences for the top of a page.
+
+    Attributes:
+        warnings: what is wrong with the run, the worst first.
+        results: what came out.
+    """
+
+    warnings: tuple[str, ...]
+    results: tuple[str, ...]
+
+
+def verdict(run: RunData) -> Verdict:
+    """What is wrong with a run, and what came out of it."""
+    warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run))
+    of_policy = (_misses_goal(run), _unlike(run))
+    others = (_against(run, UNIFORM, "uniform ranks"), _against(run, ALL_LINEAR, "rank 8 on all modules"))
+    results = (_ending(run), *others, _promise(run))
+    return Verdict(tuple(filter(None, (*warnings, *of_policy))), tuple(filter(None, results)))
+
+
+def _diverged(run: RunData) -> str:
+    """Whether a loss or gradient is not finite, or the training loss ends above its start."""
+    held_out = run.results.get(PILOT, {}).get("held_out_loss")
+    values: list[tuple[str, float, float]] = []
+    for key, name in (("loss", "training loss"), ("eval_loss", "held-out loss"), ("grad_norm", "gradient norm")):
+        values += [(name, step, value) for step, value in run.points(PILOT, key)]
+    if held_out is not None:
+        values.append(("held-out loss", run.steps, held_out))
+    for name, step, value in sorted(values, key=lambda row: row[1]):
+        if not math.isfinite(value):
+            return f"The run diverged: the {name} is {value} at step {step:g}. Lower the learning rate."
+    losses = run.points(PILOT, "loss")
+    if held_out is not None and losses and held_out > BLOWN_UP * losses[0][1] > 0:
+        return (
+            f"The run diverged: the held-out loss is {held_out:.4g} at its end, and the first training loss "
+            f"{losses[0][1]:.4g}. Lower the learning rate."
+        )
+    start, end = rise_of(losses)
+    if end > (1 + DIVERGED) * start:
+        return f"The run diverged: the training loss rose from {start:.4g} to {end:.4g}. Lower the learning rate."
+    return f"The training loss did not fall: it began at {start:.4g} and ends at {end:.4g}." if end > start else ""
+
+
+def rise_of(losses: Points) -> tuple[float, float]:
+    """The loss at the start and at the end of a training, each the mean of a fifth of it.
+
+    Both are that of the start if noise can explain why the end is higher.
+
+    Args:
+        losses: (step, loss), all finite.
+    """
+    values = np.array([value for _, value in losses], dtype=np.float64)
+    if len(values) < 2:
+        return 0.0, 0.0
+    part = max(1, len(values) // 5)
+    start, end = float(values[:part].mean()), float(values[-part:].mean())
+    # Of the difference of two such means. The median, since a run that diverges jumps; a few points tell no noise.
+    noise = 1.05 * float(np.median(np.abs(np.diff(values)))) * math.sqrt(2 / part) if len(values) > 5 else 0.0
+    return (start, end) if end - start > 2 * noise or end < start else (start, start)
+
+
+def _guesses(run: RunData) -> str:
+    """Whether the accuracy is that of always naming the most frequent class, within a standard error, or below it."""
+    accuracy = run.results.get(PILOT, {}).get("held_out_accuracy")
+    rows, largest = (run.summary.get(key) for key in ("held_out_rows", "largest_class"))
+    if accuracy is None or not rows or not largest or accuracy > largest + math.sqrt(largest * (1 - largest) / rows):
+        return ""
+    if accuracy > largest:
+        return (
+            f"The model may be guessing: its held-out accuracy of {accuracy:.1%} is hardly above that of always naming "
+            f"the most frequent class ({largest:.1%}), and {rows:,} rows cannot tell them apart."
+        )
+    return (
+        f"The model guesses: its held-out accuracy of {accuracy:.1%} is no better than always naming the most frequent "
+        f"class ({largest:.1%})."
+    )
+
+
+def _rose(run: RunData) -> str:
+    points = [(step, loss) for step, loss in run.points(PILOT, "eval_loss") if math.isfinite(loss)]
+    if not points:
+        return ""
+    lowest, last = min(points, key=lambda point: point[1]), points[-1]
+    if last[1] <= (1 + RISE) * lowest[1]:
+        return ""
+    return (
+        f"The held-out loss rose during the run: from {lowest[1]:.3f} at step {lowest[0]:g} to {last[1]:.3f} at step "
+        f"{last[0]:g}. Train fewer steps, or lower the learning rate."
+    )
+
+
+def _exceeded(run: RunData) -> str:
+    peaks, limits = finite_points(run.peaks().get(PILOT, [])), finite_points(run.limits)
+    if run.unit != "bytes" or not len(limits):
+        return ""
+    over = int((peaks[:, 1] > in_force(limits, peaks[:, 0])).sum())
+    return f"The peak was above the budget at {over} of {len(peaks)} measured steps." if over else ""
+
+
+def _unlike(run: RunData) -> str:
+    difference = unlike(run.first) if run.first else ""
+    return f"Its policy has learned from no run like this one, so trust it less: {difference}." if difference else ""
+
+
+def _misses_goal(run: RunData) -> str:
+    return promise(run.first) if run.first and run.first.misses_goal else ""
+
+
+def _promise(run: RunData) -> str:
+    """What the policy expected of its first plan."""
+    return promise(run.first) if run.first and not run.first.misses_goal else ""
+
+
+def _ending(run: RunData) -> str:
+    """The last held-out loss, for a run without a summary."""
+    points = run.points(PILOT, "eval_loss")
+    if run.results or not points:
+        return ""
+    return f"The latest held-out loss is {points[-1][1]:.4f}, at step {points[-1][0]:g}."
+
+
+def _against(run: RunData, name: str, what: str) -> str:
+    """How the losses of the run and of another one in its folder compare, and what the run took beside it.
+
+    Args:
+        run: the run.
+        name: of the other one.
+        what: it is, in words.
+    """
+    mine, other = (run.results.get(each, {}) for each in (PILOT, name))
+    loss, reference = mine.get("held_out_loss"), other.get("held_out_loss")
+    if loss is None or not reference:
+        return ""
+    change = loss / reference - 1
+    word = "lower" if change < 0 else "higher"
+    differs = f"{abs(change):.1%} {word} than" if abs(change) >= 0.0005 else "the same as"
+    sentence = f"rankpilot's held-out loss is {differs} that of {what}"
+    shares = [
+        f"{mine[key] / other[key]:.0%} of its {unit}"
+        for key, unit in (("peak_bytes", "bytes"), ("median_step_s", "time a step"))
+        if name == ALL_LINEAR and mine.get(key) and other.get(key)
+    ]
+    return sentence + (f", with {' and '.join(shares)}." if shares else ".")
+
+
+# What each picture shows, in words -----------------------------------------------------------------------------------
+
+
+def loss_sentence(lasts: Mapping[str, float]) -> str:
+    """What the last held-out losses of runs say about the first run."""
+    if not lasts:
+        return "Training loss; no held-out loss was measured"
+    (run, value), *others = lasts.items()
+    if not others:
+        return f"{run} ends at a held-out loss of {value:.3f}"
+    other, reference = others[0]
+    change = (value - reference) / reference
+    if abs(change) < 0.0005:
+        return f"{run} and {other} end level at a held-out loss of {value:.3f}"
+    word = "below" if change < 0 else "above"
+    return f"{run} ends {abs(change):.1%} {word} {other} on held-out data: {value:.3f} against {reference:.3f}"
+
+
+def cost_sentence(run: RunData) -> str:
+    """Whether a run keeps to its budget, and how near it comes; empty without a budget."""
+    limits, predicted = finite_points(run.limits), finite_points(run.predicted())
+    peaks = {name: finite_points(points) for name, points in run.peaks().items()} if run.unit == "bytes" else {}
+    measured = [(name, points) for name, points in peaks.items() if len(points)]
+    if not len(limits):
+        return ""
+    if not measured and not len(predicted):
+        return f"Budget of {cost_text(limits[-1, 1], run.unit)}; nothing was measured"
+    if not measured:
+        text, _ = _most(predicted, in_force(limits, predicted[:, 0] + 1), run.unit)
+        return f"Plans take at most {text}{'' if run.unit == 'parameters' else '; nothing was measured'}"
+    name, points = measured[0]
+    budgets = in_force(limits, points[:, 0])
+    text, share = _most(points, budgets, run.unit)
+    if share > 1:
+        over = int((points[:, 1] > budgets).sum())
+        return f"{name} exceeds the budget at {over} of {len(points)} measured steps: {text}"
+    percent = f"{min(share, 0.999):.1%}" if share > 0.99 else f"{share:.0%}"
+    return f"{name} keeps to the budget at every measured step: at most {text} ({percent})"
+
+
+def _most(points: FloatArray, limits: FloatArray, unit: str) -> tuple[str, float]:
+    """The cost that took the largest share of the budget in force, and that share.
+
+    Args:
+        points: (step, cost), (points, 2).
+        limits: the budget at each of them, (points,).
+        unit: of both.
+    """
+    most = int(np.argmax(points[:, 1] / limits))
+    cost, limit = float(points[most, 1]), float(limits[most])
+    return part_of(cost, limit, unit), cost / limit
+
+
+def in_force(changes: FloatArray, steps: FloatArray) -> FloatArray:
+    """What each of some steps was run under, (steps,).
+
+    Args:
+        changes: (step, value from that step on), by step. A change takes effect after its step.
+        steps: numbers of steps, the first being 1. Before the first change its value counts.
+    """
+    rows = np.searchsorted(changes[:, 0], steps, side="left") - 1
+    return np.asarray(changes[np.maximum(rows, 0), 1])
+
+
+def ranks_sentence(final: IntArray) -> str:
+    """How concentrated the final ranks are, int (modules,)."""
+    if not final.any():
+        return "No module ends with an adapter"
+    if np.unique(final).size == 1:
+        return f"All {len(final)} modules end at rank {final[0]}"
+    reached = np.cumsum(np.sort(final)[::-1]) / final.sum()
+    few = int(np.searchsorted(reached, 0.8 - 1e-9)) + 1
+    without = int((final == 0).sum())
+    ending = f"; {without} {_end(without)} without an adapter" if without else ""
+    return f"{few} of {len(final)} modules {_end(few)} with {reached[few - 1]:.0%} of all rank{ending}"
+
+
+def _end(count: int) -> str:
+    return "ends" if count == 1 else "end"
+
+
+# Results beside those of other ranks ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """One row of the comparison; `better` is +1 if high values are good, -1 if low ones are, else 0.
+
+    `text` writes a value, in the unit of the run's budget where that matters.
+    """
+
+    label: str
+    key: str
+    text: Callable[[float, str], str]
+    better: int = 0
+
+
+_MEASURES = (
+    _Measure("held-out loss", "held_out_loss", lambda value, _: f"{value:.4f}" if value < 1e4 else f"{value:.4g}", -1),
+    _Measure("held-out accuracy", "held_out_accuracy", lambda value, _: f"{value:.2%}", +1),
+    _Measure("peak memory", "peak_bytes", lambda value, _: format_bytes(value), -1),
+    _Measure("budget", "budget_bytes", cost_text),
+    _Measure("adapter parameters", "adapter_parameters", lambda value, _: f"{value:,.0f}"),
+    _Measure("adapted modules", "adapted", lambda value, _: f"{value:,.0f}"),
+    _Measure("median step", "median_step_s", lambda value, _: f"{1000 * value:.1f} ms", -1),
+    _Measure("training time", "train_s", lambda value, _: f"{value:.1f} s", -1),
+    _Measure("energy", "energy_joules", lambda value, _: f"{value / 1000:.3g} kJ", -1),
+)
+
+
+def summary_table(*runs: RunData) -> Table:
+    """The comparison for a terminal: one column for each run, the best values bold."""
+    subjects = {subject(run) for run in runs}
+    table = make_table(escape(subjects.pop()) if len(subjects) == 1 else "", ["", *_columns(runs)], first_wraps=True)
+    for label, cells, best in comparison_rows(runs):
+        styled = [f"[bold]{cell}[/bold]" if index in best else cell for index, cell in enumerate(cells)]
+        table.add_row(label, *styled)
+    return table
+
+
+def subject(run: RunData) -> str:
+    """What was trained on what; empty if the folder does not tell."""
+    return " on ".join(str(run.summary[key]) for key in ("model", "data") if run.summary.get(key))
+
+
+def comparison_rows(runs: Sequence[RunData]) -> list[tuple[str, list[str], set[int]]]:
+    """Label, cells and the indices of the best cells of each row; no cell is best where all read the same.
+
+    Args:
+        runs: whose results are the columns, one after another.
+    """
+    rows, results = [], list(_columns(runs).values())
+    for measure in _MEASURES:
+        values = [result.get(measure.key) for result in results]
+        cells = [
+            "–" if value is None else measure.text(value, result["unit"])
+            for value, result in zip(values, results, strict=True)
+        ]
+        known = [(measure.better * value, cells[index]) for index, value in enumerate(values) if value is not None]
+        if not known:
+            continue
+        top = max(known)[1]
+        told_apart = measure.better != 0 and len({cell for _, cell in known}) > 1
+        rows.append((measure.label, cells, {i for i, cell in enumerate(cells) if told_apart and cell == top}))
+    return rows
+
+
+def _columns(runs: Sequence[RunData]) -> dict[str, Mapping[str, Any]]:
+    """The results of each run by the head of its column, with the name of the folder where there are several."""
+    folders = [f"{name}: " for name in run_names(runs)] if len(runs) > 1 else [""]
+    columns: dict[str, Mapping[str, Any]] = {}
+    for folder, run in zip(folders, runs, strict=True):
+        for name, result in run.results.items():
+            adapted = sum(rank > 0 for rank in result["ranks"].values()) if result.get("ranks") else None
+            columns[escape(folder + name)] = {**result, "adapted": adapted, "unit": run.unit}
+    return columns

@@ -1,0 +1,393 @@
+"""The decision log: whole decisions, read as they were written, and as a table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from rankpilot.agents.deliberation import Deliberation
+from rankpilot.agents.log import DecisionLog, DecisionRecord
+from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.agents.policy import Decision
+from rankpilot.cost.cost import ByteCost, ParameterCost, TimedCost
+from rankpilot.errors import ConfigError, DataError, RunFolderError
+from rankpilot.lora.spec import RankLadder
+from rankpilot.plan.goal import Goal
+from rankpilot.plan.problem import AllocationProblem
+
+MODULES = ("layer.1.query", "layer.0.query", "layer.0.dense")
+STEPS = (0, 36, 68, 100)
+
+
+def make_problem(limit: float = 1e9 + 1, **changes: Any) -> AllocationProblem:
+    """Three modules of different sizes at ranks 1, 2 and 4."""
+    cost = ByteCost(
+        moments=("the loss", "layer 0"),
+        constant=np.array([1e6, 2e6]),
+        per_rank=np.array([[1e3, 2e3, 3e3], [4e3, 5e3, 6e3]]),
+        group_bytes=np.array([[7e4], [8e4]]),
+        needs=np.array([[True, False, True]]),
+    )
+    ranks, most, blocks = np.array([1, 2, 4]), np.array([64, 32, 16]), np.array([1, 0, 0])
+    return replace(AllocationProblem(ranks, most, blocks, cost, limit, RankLadder(), 2, hysteresis=0.2), **changes)
+
+
+def make_deliberation(**changes: Any) -> Deliberation:
+    """Four candidates with three plans for three modules, on which two networks vote."""
+    deliberation = Deliberation(
+        candidates=("uniform", "top-down", "actor", "drawn 0"),
+        weights=np.array([[0.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.5, 2.0]]),
+        placements=np.array([[0.5, 0.0], [0.0, 0.0], [-1.0, 2.0], [0.25, -3.0]]),
+        plan_of=np.array([0, 1, 1, 2]),
+        plans=np.array([[2, 2, 2], [4, 1, 2], [8, 0, 1]]),
+        votes=np.array([[0.0, 0.5, 0.25], [0.0, 0.5, -0.25]], dtype=np.float32),
+        lcb_coefficient=1.0,
+        tie=0.0,
+        actor_gains=np.array([0.25, 1.0]),
+        actor_estimate=np.array([0.5, -0.5, 0.0]),
+        actor_scores=np.array([1.0, -1.0, 0.0]),
+        taken=1,
+    )
+    return replace(deliberation, **changes)
+
+
+def make_record(number: int = 0, **changes: Any) -> DecisionRecord:
+    """A decision whose numbers all differ, so that a swapped column shows; `problem` is one of the changes."""
+    generator = np.random.default_rng(number)
+    features = generator.uniform(-3, 3, (3, len(MODULE_FEATURES))).astype(np.float32)
+    run = generator.uniform(0, 1, len(RUN_FEATURES)).astype(np.float32)
+    problem = changes.pop("problem", None) or make_problem()
+    record = DecisionRecord(
+        run="sst2-7",
+        policy="pilot-small",
+        policy_sha256="5e1f",
+        number=number,
+        step=STEPS[number % 4],
+        seed=2**40,
+        loss=0.7 - 0.1 * number,
+        measured_cost=None if number == 0 else 8e8,
+        observation=Observation(features, run, problem, MODULES),
+        decision=Decision(
+            np.array([5, 1, 4]), np.array([0.1, 1 / 3, -2.0]), 4.0, 3.5, -12.5, 0.75, 0.125, False, make_deliberation()
+        ),
+        rank_clipped=np.array([4, 1, 4]),
+        rank_after=np.array([4, 1, 2]),
+        predicted_cost=9e8 + 1,
+        pinned=np.array([False, True, False]),
+        correction=number == 3,
+        schedule={"max_step": 2},
+        notes={MODULES[1]: "left alone"},
+    )
+    return replace(record, **changes)
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    """Two values of dataclasses, arrays and plain values are equal, types of arrays among it."""
+    if isinstance(one, np.ndarray):
+        assert one.dtype == other.dtype, where
+        np.testing.assert_array_equal(one, other, err_msg=where)
+    elif hasattr(one, "__dataclass_fields__"):
+        assert type(one) is type(other), where
+        for field in fields(one):
+            assert_same(getattr(one, field.name), getattr(other, field.name), f"{where}.{field.name}")
+    else:
+        assert one == other, where
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> DecisionLog:
+    log = DecisionLog(tmp_path / "decisions")
+    for number in range(4):
+        log.append(make_record(number))
+    return log
+
+
+BYTES = make_problem().cost
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"problem": make_problem(1 / 3, max_step=None, hysteresis=0.0), "pinned": None},
+        {"problem": make_problem(low=np.array([0, 1, 0]), high=np.array([8, 8, 16]))},
+        {"problem": make_problem(cost=ParameterCost(np.array([[10.0, 20.0, 30.0]])), ladder=RankLadder((0, 1, 2, 4)))},
+        {
+            "problem": make_problem(
+                cost=TimedCost("bytes", **{name: getattr(BYTES, name) for name in vars(BYTES)}, unit_per_second=1 / 3)
+            )
+        },
+        {"loss": None, "policy_sha256": None, "notes": {}, "schedule": {}},
+        {"decision": Decision(np.array([1, 2, 4]), np.zeros(3), exact=True)},
+        {
+            "decision": Decision(
+                np.array([1, 2, 4]),
+                np.zeros(3),
+                deliberation=make_deliberation(
+                    temperature=0.25, seed=7, taken=3, trained=True, unit="log loss", goal=Goal("time", 0.02),
+                    doubt=0.1, outside={"horizon": (1.0, -0.30103, 0.30103)}, simple=1, plain=2,
+                    costs=np.array([1.0, 2.0, 1 / 3]), seconds=np.array([0.1, 0.2, 0.3]),
+                    allowed=np.array([True, True, False]), broad=np.array([True, False, True]),
+                ),
+            )
+        },
+    ],
+)  # fmt: skip
+def test_a_decision_comes_back_as_it_was(tmp_path: Path, changes: dict[str, Any]) -> None:
+    log, record = DecisionLog(tmp_path), make_record(**changes)
+    log.append(record)
+    logged = log.logged(0)
+    assert_same(record, logged)
+    assert_same(record.problem, logged.problem)
+    assert logged.facts() == record.facts()
+    assert logged.kept == bool(changes.get("decision") and changes["decision"].exact)
+
+
+def test_a_line_tells_the_decision_without_the_arrays(log: DecisionLog) -> None:
+    lines = [json.loads(line) for line in (log.folder / "decisions.jsonl").read_text().splitlines()]
+    assert [line["decision"] for line in lines] == [0, 1, 2, 3]
+    assert lines[1]["sentence"] == "step 36: 3 modules moved, 858 of 954 MiB, mean rank 2.3"
+    assert lines[1]["ranks"] == {"layer.1.query": 4, "layer.0.query": 1, "layer.0.dense": 2}
+    assert lines[1]["notes"] == {"layer.0.query": "left alone"}
+    told = {"policy": "pilot-small", "step": 36, "unit": "bytes", "limit": 1e9 + 1, "predicted_cost": 9e8 + 1}
+    assert told.items() <= lines[1].items()
+    arrays = safetensors.numpy.load_file(log.folder / "decision-000001.safetensors")
+    assert arrays["rank_after"].tolist() == [4, 1, 2]
+    assert arrays["deliberation.votes"].tolist() == make_deliberation().votes.tolist()
+
+
+def test_a_table_has_a_row_for_each_module(log: DecisionLog) -> None:
+    table = log.to_pandas()
+    assert table["module"].tolist() == list(MODULES) * 4
+    assert table["decision"].tolist() == np.repeat(range(4), 3).tolist()
+    assert table["changed_by_projection"].tolist() == [False, False, True] * 4
+    record = make_record(1)
+    row = table.iloc[4].to_dict()
+    assert {name: row[name] for name in row if not name.startswith(("feature.", "run."))} == {
+        "run": "sst2-7",
+        "policy": "pilot-small",
+        "policy_sha256": "5e1f",
+        "decision": 1,
+        "step": 36,
+        "seed": 2**40,
+        "loss": 0.7 - 0.1,
+        "limit": 1e9 + 1,
+        "predicted_cost": 9e8 + 1,
+        "measured_cost": 8e8,
+        "unit": "bytes",
+        "max_step": 2,
+        "hysteresis": 0.2,
+        "rank_floor": 4.0,
+        "depth_bias": 3.5,
+        "log_prob": -12.5,
+        "expected": 0.75,
+        "uncertainty": 0.125,
+        "margin": 0.5,
+        "tie_size": 1,
+        "kept": False,
+        "filled": 0,
+        "correction": False,
+        "module_index": 1,
+        "module": "layer.0.query",
+        "block": 0,
+        "pinned": True,
+        "rank_before": 2,
+        "rank_wanted": 1,
+        "rank_clipped": 1,
+        "rank_after": 1,
+        "score": 1 / 3,  # float64: the projection can be replayed exactly
+        "changed_by_projection": False,
+        "note": "left alone",
+    }
+    assert [row[f"feature.{name}"] for name in MODULE_FEATURES] == record.observation.modules[1].tolist()
+    assert [row[f"run.{name}"] for name in RUN_FEATURES] == record.observation.run.tolist()
+
+
+def test_without_pandas_there_is_a_line_that_says_so(log: DecisionLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ConfigError, match="needs pandas: pip install pandas"):
+        log.to_pandas()
+
+
+def test_more_than_ten_decisions_keep_their_order(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path)
+    for number in (11, 2, 100_000, 0):
+        log.append(make_record(number))
+    assert [record.number for record in log.read()] == [0, 2, 11, 100_000]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (10**6, 4)])
+def test_truncate_keeps_the_first_decisions(log: DecisionLog, keep: int, left: int) -> None:
+    before = (log.folder / "decisions.jsonl").read_text().splitlines()
+    assert log.truncate(keep) == 4 - left
+    assert len(log) == left
+    names = [*(f"decision-00000{number}.safetensors" for number in range(left)), *["decisions.jsonl"] * (left > 0)]
+    assert sorted(path.name for path in log.folder.iterdir()) == names
+    if left:
+        assert (log.folder / "decisions.jsonl").read_text().splitlines() == before[:left]
+
+
+def test_a_resumed_run_takes_its_decisions_again(log: DecisionLog) -> None:
+    with pytest.raises(RunFolderError, match="Decision 2 is already"):
+        log.append(make_record(2))
+    log.truncate(2)
+    log.append(make_record(2, loss=float("nan")))
+    assert np.isnan(log.read()[-1].loss or 0)
+    assert log.truncate(3) == 0, "what is not finite is kept as well"
+
+
+def test_a_crash_while_writing_leaves_whole_decisions(log: DecisionLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(*_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.numpy, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        log.append(make_record(4))
+    assert len(log) == 4
+    assert len(list(log.folder.iterdir())) == 5
+
+
+def test_what_a_killed_process_left_is_not_read(log: DecisionLog, caplog: pytest.LogCaptureFixture) -> None:
+    """It was killed between the arrays and the line of a decision, in the middle of the line."""
+    path = log.folder / "decisions.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    scratch = log.folder / ".decision-000004.safetensors.x1"
+    scratch.mkdir()
+    assert [record.number for record in log.read()] == [0, 1, 2]
+    assert caplog.messages == [f"Line 4 of {path} is no whole line of JSON, as after a crash, and is left out."]
+    assert log.truncate(4) == 0
+    log.append(make_record(3))
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_missing_or_empty_folder(tmp_path: Path, made: bool) -> None:
+    folder = tmp_path / "decisions"
+    if made:
+        folder.mkdir()
+    assert len(DecisionLog(folder)) == 0
+    assert DecisionLog(folder).truncate(0) == 0
+    assert DecisionLog(folder).put_aside() is None
+    with pytest.raises(RunFolderError, match="No decision log"):
+        DecisionLog(folder).read()
+
+
+def test_another_run_puts_the_log_aside(log: DecisionLog) -> None:
+    records = log.read()
+    (log.folder.parent / "decisions-1").mkdir()
+    aside = log.put_aside()
+    assert aside == log.folder.parent / "decisions-2"
+    assert len(log) == 0
+    for one, other in zip(records, DecisionLog(aside).read(), strict=True):
+        assert_same(one, other)
+
+
+def test_a_log_of_the_version_before_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "part-00000.parquet").write_bytes(b"PAR1")
+    log = DecisionLog(tmp_path)
+    for use in (log.read, lambda: log.logged(0), log.to_pandas, lambda: len(log)):
+        with pytest.raises(
+            RunFolderError, match=r"log of rankpilot 0\.2 .*pip install rankpilot==0\.2\.0\), or make"
+        ) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    log.append(make_record())
+    assert len(log) == 1, "a run in the same folder has a log of its own"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 6}, "is no decision of log schema 5: its schema is 6. Read it with the version"),
+        ({"schema": None}, "is no decision of log schema 5: its schema is None"),
+        ({"step": "1"}, "is damaged: step is '1'"),
+        ({"decision": True}, "is damaged: decision is True"),
+        ({"limit": None}, "is damaged: limit is None"),
+        ({"ranks": [1, 2, 4]}, r"is damaged: ranks is \[1, 2, 4\]"),
+    ],
+)
+def test_a_line_of_something_else_is_named(log: DecisionLog, changes: dict[str, Any], message: str) -> None:
+    path = log.folder / "decisions.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | changes)
+    path.write_text("\n".join(lines))
+    for use in (log.read, lambda: log.truncate(1)):
+        with pytest.raises(RunFolderError, match=f"Line 2 of .*jsonl {message}"):
+            use()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK", b"{}", "cut", "other modules", "no ranks"])
+def test_arrays_that_cannot_be_read_are_named(log: DecisionLog, content: bytes | str | None) -> None:
+    path = log.folder / "decision-000001.safetensors"
+    whole = path.read_bytes()
+    path.unlink()
+    if content == "cut":
+        path.write_bytes(whole[:-5])
+    elif isinstance(content, str):
+        arrays = safetensors.numpy.load(whole)
+        if content == "other modules":
+            arrays["rank_after"] = arrays["rank_after"][:2]
+        else:
+            del arrays["rank_wanted"]
+        with safetensors.safe_open(log.folder / "decision-000000.safetensors", framework="np") as file:
+            safetensors.numpy.save_file(arrays, path, file.metadata())
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(
+        RunFolderError, match=r"decision-000001\.safetensors is missing, damaged or of another decision"
+    ):
+        log.read()
+    assert log.logged(0).step == 0
+    with pytest.raises(RunFolderError, match="No decision 4 in"):
+        log.logged(4)
+
+
+def test_a_decision_made_from_other_features_is_named(log: DecisionLog) -> None:
+    path = log.folder / "decision-000001.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file(arrays, path, {"rankpilot.features": json.dumps([["snr"], ["progress"]])})
+    with pytest.raises(RunFolderError, match="its policy saw other features than those of this version"):
+        log.logged(1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"taken": 4}, {"plan_of": np.array([0, 1, 1, 9])}, {"votes": np.zeros((2, 4), dtype=np.float32)}],
+)
+def test_a_deliberation_that_contradicts_itself_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    log, record = DecisionLog(tmp_path), make_record()
+    log.append(record)
+    arrays = safetensors.numpy.load_file(tmp_path / "decision-000000.safetensors")
+    line = json.loads((tmp_path / "decisions.jsonl").read_text())
+    for name, value in changes.items():
+        if isinstance(value, np.ndarray):
+            arrays[f"deliberation.{name}"] = value
+        else:
+            line["deliberation"][name] = value
+    described = {"rankpilot.features": json.dumps([MODULE_FEATURES, RUN_FEATURES])}
+    safetensors.numpy.save_file(arrays, tmp_path / "decision-000000.safetensors", described)
+    (tmp_path / "decisions.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(RunFolderError, match=r"has shape|candidate 4 of 4|lead to 3 plans"):
+        log.logged(0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank_after": np.zeros(2, dtype=np.int64)}, r"`rank_after` of decision 0 has shape \(2,\), not \(3,\)"),
+        ({"decision": Decision(np.ones(3, dtype=np.int64), np.zeros(2))}, r"`score` .* not \(3,\)"),
+        ({"problem": replace(make_problem(), ranks=np.zeros(2, dtype=np.int64))}, r"`rank_before` .* not \(3,\)"),
+        ({"step": -1}, "step -1"),
+        ({"observation": replace(make_record().observation, names=("a", "a", "b"))}, "modules of different names"),
+    ],
+)
+def test_a_contradictory_record_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        make_record(**changes)

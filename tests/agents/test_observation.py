@@ -1,0 +1,128 @@
+"""What a policy sees of costs: logarithms of equal shares of the budget, alike in models of any size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.agents.observation import MODULE_FEATURE_TABLE, MODULE_FEATURES, RUN_FEATURE_TABLE, ModuleShapes, Observation, RunState, feature_table, observe, with_limit
+from rankpilot.cost.cost import ByteCost, moment_costs
+from rankpilot.cost.step_time import SecondsRow
+from rankpilot.env.rank_allocation import RankAllocationEnv
+from rankpilot.lora.signals import SIGNALS
+from rankpilot.lora.spec import RankLadder
+from rankpilot.plan.problem import AllocationProblem
+
+LAYERS, A_LAYER = 3, 2
+RANKS = (0, 1, 0, 64, 4, 8)
+PER_RANK, FIXED, CONSTANT = 10.0, 500.0, 300.0
+
+
+def seen(copies: int = 1, **options: Any) -> Observation:
+    """Three layers of two modules; each of them `copies` times, under as many times the budget."""
+    count = copies * LAYERS * A_LAYER
+    blocks = np.arange(count) // (copies * A_LAYER)
+    needs = np.arange(LAYERS)[:, None] >= blocks[None]
+    fields: dict[str, Any] = {
+        "ranks": np.repeat(RANKS, copies),
+        "max_ranks": np.full(count, 64),
+        "blocks": blocks,
+        "cost": ByteCost(
+            ("backward",),
+            np.array([copies * CONSTANT]),
+            np.full((1, count), PER_RANK),
+            np.full((1, LAYERS), copies * FIXED),
+            needs,
+        ),
+        "limit": copies * 4000.0,
+        "ladder": RankLadder(),
+    } | options
+    return observe(
+        AllocationProblem(**fields),
+        tuple(map(str, range(count))),
+        np.ones((count, len(SIGNALS))),
+        np.zeros(count, dtype=np.int64),
+        ModuleShapes(np.ones(count), np.zeros(count, dtype=np.bool_), np.zeros(count)),
+        RunState(0.0, 3, 4000.0 * copies, 1.0, (), total_steps=1000, rows=16, probe_fall=0.2, predicted=0.25),
+    )
+
+
+def column(observation: Observation, name: str) -> list[float]:
+    return [float(value) for value in observation.modules[:, MODULE_FEATURES.index(name)]]
+
+
+def share(cost: float) -> float:
+    return float(np.log10(cost * LAYERS * A_LAYER / 4000))
+
+
+def test_rise_is_the_cost_of_the_next_rung() -> None:
+    steps = {0: 1, 1: 1, 4: 4, 8: 4}
+    expected = [share(PER_RANK * steps[rank]) if rank in steps else -3 for rank in RANKS]
+    assert column(seen(), "next_rung_cost") == pytest.approx(expected)
+
+
+def test_release_is_what_dropping_a_module_frees() -> None:
+    """The lowest adapted module takes with it what its layer, and layers below the next adapted one, hold."""
+    expected = [-3, share(FIXED + PER_RANK), -3, share(64 * PER_RANK), share(4 * PER_RANK), share(8 * PER_RANK)]
+    assert column(seen(), "drop_saving") == pytest.approx(expected)
+
+
+def test_entry_is_what_a_module_adds_at_rank_one() -> None:
+    assert column(seen(), "adapt_cost") == pytest.approx([share(PER_RANK), -3, share(PER_RANK), -3, -3, -3])
+    above = seen(ranks=np.array([0, 0, 0, 0, 4, 8]))
+    deepest, next_layer = share(2 * FIXED + PER_RANK), share(FIXED + PER_RANK)
+    assert column(above, "adapt_cost") == pytest.approx([deepest, deepest, next_layer, next_layer, -3, -3])
+
+
+def test_costs_look_alike_in_a_model_of_more_modules() -> None:
+    small, large = seen(), seen(copies=5)
+    np.testing.assert_allclose(
+        column(large, "next_rung_cost"), np.repeat(column(small, "next_rung_cost"), 5), atol=1e-6
+    )
+    fresh = np.array([0, 0, 0, 0, 4, 8])
+    several = seen(copies=5, ranks=np.repeat(fresh, 5))
+    assert np.ptp(column(several, "adapt_cost")[:10]) == pytest.approx(0)
+
+
+def test_costs_of_next_to_nothing_end_at_minus_three() -> None:
+    observation = seen(limit=1e9)
+    assert column(observation, "next_rung_cost") == [-3.0] * 6
+
+
+@pytest.mark.parametrize("limit", [2000.0, 4000.0, 11000.0])
+def test_another_limit_is_seen_as_if_it_had_been_there_from_the_start(limit: float) -> None:
+    changed, expected = with_limit(seen(), limit), seen(limit=limit)
+    np.testing.assert_array_equal(changed.modules, expected.modules)
+    np.testing.assert_array_equal(changed.run, expected.run)
+    assert changed.problem.limit == limit
+    assert seen().problem.limit == 4000, "the observation itself stays as it is"
+
+
+@pytest.mark.parametrize("limit", [2000.0, 4000.0, 11000.0])
+def test_another_limit_of_bytes_leaves_that_of_time(limit: float) -> None:
+    count = LAYERS * A_LAYER
+    row = SecondsRow(0.5, np.full(count, 0.01), np.full(count, 0.2), np.eye(count, dtype=np.bool_))
+
+    def timed(limit: float) -> Observation:
+        return seen(cost=row.added_to(seen().problem.cost, limit, 2.3), limit=limit)  # type: ignore[arg-type]
+
+    changed, expected = with_limit(timed(4000.0), limit), timed(limit)
+    np.testing.assert_allclose(changed.modules, expected.modules, atol=1e-6)
+    np.testing.assert_allclose(changed.run, expected.run, atol=1e-6)
+    for ranks in np.random.default_rng(0).choice([0, 1, 8, 32], size=(50, count)):
+        assert changed.problem.fits(ranks) == expected.problem.fits(ranks)
+        costs = [moment_costs(each.problem.cost, ranks) for each in (changed, expected)]
+        np.testing.assert_allclose(costs[0], costs[1], rtol=1e-6)
+
+
+def test_the_signals_are_the_first_features() -> None:
+    assert MODULE_FEATURES[: len(SIGNALS)] == SIGNALS
+
+
+def test_the_manual_of_the_environment_explains_every_feature() -> None:
+    manual = [line.strip() for line in str(RankAllocationEnv.__doc__).splitlines()]
+    assert "{" not in "".join(line for line in manual if line.startswith("|"))
+    for feature in (*MODULE_FEATURE_TABLE, *RUN_FEATURE_TABLE):
+        assert f"| {feature.name} | {feature.meaning} | {feature.values} |" in manual
+    assert feature_table(RUN_FEATURE_TABLE[:1]).splitlines()[0] == "| feature | meaning | range |"

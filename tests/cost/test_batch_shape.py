@@ -1,0 +1,24 @@
+"""Batches that are cut or made longer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rankpilot.cost.batch_shape import BatchShape, reshaped
+
+END = 2
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (2, 4), (5, 4), (3, 12), (7, 9), (3, 6)])
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_every_row_keeps_its_end_token(shape: tuple[int, int], has_mask: bool) -> None:
+    tokens = torch.tensor([[5, 6, 7, 8, 9, END], [5, 6, END, 0, 0, 0], [5, 6, 7, 8, END, 0]])
+    if not has_mask:
+        tokens = tokens[:1].repeat(3, 1)
+    batch = {"input_ids": tokens, "labels": torch.tensor([0, 1, 0])}
+    if has_mask:
+        batch["attention_mask"] = (tokens != 0).long()
+    result = reshaped(batch, BatchShape(*shape))["input_ids"]
+    assert tuple(result.shape) == shape
+    assert (result == END).sum(dim=1).tolist() == [1] * shape[0]
+    assert result[:, 0].tolist() == [5] * shape[0]

@@ -1,0 +1,229 @@
+"""Budgets as people write them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from rankpilot.common.text import format_bytes
+from rankpilot.cost import budget as budget_module
+from rankpilot.cost.budget import Budget, Limit, TimeBudget, reference_seconds
+from rankpilot.cost.cost import ByteCost, ParameterCost
+from rankpilot.cost.step_time import StepTime
+from rankpilot.errors import BudgetError
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "value"),
+    [
+        ("6GiB", "bytes", 6 * 2**30),
+        ("6 gib", "bytes", 6 * 2**30),
+        ("350MB", "bytes", 350e6),
+        ("1.5 KiB", "bytes", 1536),
+        ("2TB", "bytes", 2e12),
+        ("17b", "bytes", 17),
+        (12345, "bytes", 12345),
+        ("12_345", "bytes", 12345),
+        ("12,345", "bytes", 12345),
+        (1024, "bytes", 1024),
+        ("1024", "bytes", 1024),
+        ("1023 B", "bytes", 1023),
+        ("80%", "share", 0.8),
+        ("12.5 %", "share", 0.125),
+        (0.8, "share", 0.8),
+        (1.0, "share", 1.0),
+        (4.0, "share", 4.0),
+        ("1.0", "share", 1.0),
+        ("0.5", "share", 0.5),
+        ("300k params", "parameters", 300e3),
+        ("300 params", "parameters", 300),
+        ("1.2M parameters", "parameters", 1.2e6),
+        ("2b params", "parameters", 2e9),
+        ("auto", "auto", 0.9),
+        (" Auto ", "auto", 0.9),
+        (Budget("share", 0.3), "share", 0.3),
+    ],
+)
+def test_every_form_is_read(given, kind, value):
+    budget = Budget.parse(given)
+    assert budget.kind == kind
+    assert budget.value == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "lots",
+        "6 GB RAM",
+        "-1",
+        -5,
+        0,
+        "0GB",
+        "0%",
+        "nan",
+        float("nan"),
+        float("inf"),
+        "1.2.3",
+        ".",
+        True,
+        "1e999",
+        "GiB",
+        "5 furlongs",
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_the_forms(given):
+    with pytest.raises(BudgetError, match=r"Cannot read the budget .*'6GiB'"):
+        Budget.parse(given)
+
+
+@pytest.mark.parametrize("given", [5.0, 1e9, "6.5"])
+def test_a_large_fraction_is_no_guessing_matter(given):
+    with pytest.raises(BudgetError, match="neither a share nor a whole number"):
+        Budget.parse(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (1, "100%"),
+        ("1", "100%"),
+        (2, "2%"),
+        (80, "80%"),
+        ("80", "80%"),
+        (400, "400%"),
+        (401, "401MB"),
+        (1023, "1023MB"),
+    ],
+)
+def test_so_few_bytes_are_refused_with_what_was_meant(given, meant):
+    with pytest.raises(BudgetError) as caught:
+        Budget.parse(given)
+    message = str(caught.value)
+    assert f"The budget {given!r} would be {int(given)} bytes" in message
+    assert f'Did you mean "{meant}"?' in message
+    assert Budget.parse(meant).value > 0
+
+
+CPU, MAX_RANKS = torch.device("cpu"), np.array([16, 4])
+PARAMETERS = ParameterCost(np.array([[100.0, 10.0]]))
+BYTES = ByteCost(
+    ("loss",), np.array([1000.0]), np.array([[400.0, 40.0]]), np.zeros((1, 0)), np.zeros((0, 2), dtype=bool)
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "cost", "limit"),
+    [
+        ("50%", PARAMETERS, Limit(420.0, "parameters")),  # rank 8, and 4 where that is the highest
+        ("50%", BYTES, Limit(2180.0, "bytes")),
+        ("300 params", PARAMETERS, Limit(300.0, "parameters")),
+        ("2KiB", BYTES, Limit(2048.0, "bytes")),
+    ],
+)
+def test_the_limit_is_in_the_unit_of_the_cost(given, cost, limit):
+    assert Budget.parse(given).resolve(cost, MAX_RANKS, CPU) == limit
+
+
+def test_a_share_is_one_of_what_trained_adapters_take_if_that_is_more():
+    budget = Budget.parse("50%")
+    plain = budget.resolve(PARAMETERS, MAX_RANKS, CPU)
+    assert budget.resolve(PARAMETERS, MAX_RANKS, CPU, np.array([1, 1])) == plain
+    kept = np.array([32, 4])
+    assert budget.resolve(PARAMETERS, MAX_RANKS, CPU, kept).value == pytest.approx(0.5 * PARAMETERS.per_rank[0] @ kept)
+    assert Budget.parse("300 params").resolve(PARAMETERS, MAX_RANKS, CPU, kept).value == 300
+
+
+def test_auto_is_a_share_of_the_free_memory(monkeypatch):
+    monkeypatch.setattr(budget_module, "free_bytes", lambda device: {CPU: 5000}[device])
+    assert Budget.parse("auto").resolve(BYTES, MAX_RANKS, CPU) == Limit(4500.0, "bytes")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_auto_on_a_gpu_leaves_a_margin():
+    device = torch.device("cuda", torch.cuda.current_device())
+    free, _ = torch.cuda.mem_get_info(device)
+    limit = Budget.parse("auto").resolve(BYTES, MAX_RANKS, device)
+    assert 0 < limit.value <= 0.9 * (free + torch.cuda.memory_reserved(device))
+
+
+@pytest.mark.parametrize(
+    ("given", "cost", "advice"),
+    [
+        ("6GiB", PARAMETERS, r"is 6,442,450,944 bytes, .* counts parameters\. Give .*'300k params'"),
+        ("auto", PARAMETERS, r"is auto, .* counts parameters\. Give .*'300k params'"),
+        ("300k params", BYTES, r"is 300,000 parameters, .* counts bytes\. Give .*'6GiB'"),
+    ],
+)
+def test_a_budget_in_the_wrong_unit_is_refused(given, cost, advice):
+    with pytest.raises(BudgetError, match=advice):
+        Budget.parse(given).resolve(cost, MAX_RANKS, CPU)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**20, "3 MiB"), (5.5 * 2**40, "5632 GiB")],
+)
+def test_bytes_for_people(count, text):
+    assert format_bytes(count) == text
+
+
+def test_what_is_printed_can_be_read_back():
+    for count in (999, 123456, 7.3e8, 4.4e10):
+        assert Budget.parse(format_bytes(count)).value == pytest.approx(count, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "value"),
+    [
+        ("75%", "share", 0.75),
+        (" 110 % ", "share", 1.1),
+        ("0.8s", "seconds", 0.8),
+        (".5 s", "seconds", 0.5),
+        ("800ms", "seconds", 0.8),
+        ("1.5 min", "seconds", 90),
+        ("2E-1s", "seconds", 0.2),
+    ],
+)
+def test_what_is_read(given, kind, value):
+    budget = TimeBudget.parse(given)
+    assert (budget.kind, budget.value) == (kind, pytest.approx(value))
+    assert TimeBudget.parse(str(budget)) == budget == TimeBudget.parse(budget)
+
+
+@pytest.mark.parametrize("given", ["", "fast", "-1s", "0%", "1 hour", "nan s", "s", "3GiB", None])
+def test_what_is_refused(given):
+    with pytest.raises(BudgetError, match=r"Cannot read the time .*Allowed: '75%'.*'0.8s'"):
+        TimeBudget.parse(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"), [(0.75, "Write '0.75s' or '75%'"), ("1", "'1s' or '100%'"), (80, "Write '80s'. ")]
+)
+def test_a_number_alone_is_ambiguous(given, hint):
+    with pytest.raises(BudgetError, match="has no unit") as error:
+        TimeBudget.parse(given)
+    assert hint in str(error.value)
+
+
+def test_a_share_is_one_of_plain_lora():
+    nothing = np.zeros(0)
+    time = StepTime(
+        constant=1.0,
+        per_rank=np.array([0.01, 0.1]),
+        adapters=np.array([0.2, 0.3]),
+        groups=nothing,
+        needs=np.zeros((0, 2), dtype=bool),
+        layers=("a",),
+        running_again=("a",),
+        layer_seconds=np.array([100.0]),
+        layer_needs=np.array([[True, True]]),
+        layer_of=np.array([0, 0]),
+        again=np.zeros(2),
+        again_per_rank=np.zeros(2),
+    )
+    most = np.array([64, 4])
+    assert reference_seconds(time, most) == pytest.approx(1 + 0.5 + 8 * 0.01 + 4 * 0.1), "no layer runs again"
+    assert TimeBudget.parse("50%").resolve(time, most) == pytest.approx(0.99)
+    assert TimeBudget.parse("3s").resolve(time, most) == 3

@@ -1,0 +1,77 @@
+"""Cards by name: what people and drivers call them, and what nobody does."""
+
+from __future__ import annotations
+
+import pytest
+from rankpilot.cost.device_table import UNKNOWN_CONTEXT_BYTES, device_table, find_device_spec
+from rankpilot.errors import UnknownNameError
+
+
+@pytest.mark.parametrize("name", device_table())
+def test_cards_of_the_table_are_found_and_their_figures_are_possible(name):
+    spec = find_device_spec(name)
+    assert spec.name == name
+    assert 14 * 2**30 < spec.memory_bytes < 151 * 10**9
+    assert 100 * 2**20 <= spec.context_bytes <= 600 * 2**20
+    assert spec.capability is not None
+    assert spec.rates is not None
+    assert 3e11 <= spec.rates.bytes_per_s <= 5e12
+    flops = spec.rates.flops_per_s
+    assert flops["fp16"] > 1.5 * flops["fp32"] > 1e13
+    assert spec.has_bf16 == ("bf16" in flops) == ("tf32" in flops) == spec.has_flash_attention
+    assert flops.get("bf16", flops["fp16"]) == flops["fp16"]
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("rtx 4090", "RTX 4090"),
+        ("4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+        ("Tesla T4", "T4"),
+        ("a100-80gb", "A100 80GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100 80GB"),
+        ("A100 80 GiB", "A100 80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("Tesla V100-SXM2-16GB", "V100 16GB"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA L40S", "L40S"),
+    ],
+)
+def test_names_of_people_and_of_the_driver_are_understood(given, name):
+    assert find_device_spec(given).name == name
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("rtx 4080", "Did you mean: .*'RTX 4090'"),
+        ("RTX 4090 Laptop GPU", "Unknown device"),
+        ("RTX 3090 Ti", "Unknown device"),
+        ("a100", "several cards: 'A100 40GB', 'A100 80GB'"),
+        ("rtx", "several cards"),
+        ("T4 80GB", "Unknown device"),
+        ("", "Unknown device ''.* '24GiB'"),
+        ("tpu", "24GiB"),
+        ("300MiB", "CUDA context"),
+        ("0GiB", "Cannot read"),
+        ("1.2.3GB", "Cannot read"),
+    ],
+)
+def test_other_names_are_refused(given, says):
+    with pytest.raises(UnknownNameError, match=says):
+        find_device_spec(given)
+
+
+def test_a_card_of_which_only_the_memory_is_known_has_no_rates():
+    spec = find_device_spec("24 GiB")
+    assert (spec.name, spec.memory_bytes, spec.context_bytes) == ("24 GiB", 24 * 2**30, UNKNOWN_CONTEXT_BYTES)
+    assert (spec.capability, spec.rates, spec.has_bf16) == (None, None, True)
+    assert find_device_spec("24564MiB").memory_bytes == 24564 * 2**20
+
+
+def test_workspaces_are_larger_from_hopper_on():
+    assert find_device_spec("H100").workspace_bytes == 64 * 2**20
+    assert find_device_spec("T4").workspace_bytes == 2 * 8_519_680

@@ -1,0 +1,84 @@
+"""Configurations by name: the table's sizes are the published ones, and mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from rankpilot.cost.find_configuration import find_configuration, published_models
+from rankpilot.cost.from_config import hollow_base, usual_class
+from rankpilot.errors import AssetError, ConfigError, UnknownNameError
+from transformers import AutoConfig, LlamaConfig
+
+
+@pytest.mark.parametrize("name", published_models())
+def test_models_of_the_table_have_their_published_number_of_parameters(name):
+    config = find_configuration(name)
+    auto_class = usual_class(config)
+    with torch.device("meta"):
+        if auto_class == "AutoModelForSequenceClassification":  # counted without a head
+            model = transformers.AutoModel.from_config(config)
+        else:
+            model = hollow_base(config, auto_class)
+    assert sum(parameter.numel() for parameter in model.parameters()) == published_models()[name]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("Qwen/Qwen3-8B", "qwen3-8b"),
+        ("meta-llama/Llama-3.1-8B", "llama-3.1-8b"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama-3-8b"),
+        ("meta-llama/Llama-3.3-70B-Instruct", "llama-3.3-70b"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b-v0.3"),
+        ("google/gemma-3-4b-it", "gemma-3-4b"),
+        ("microsoft/Phi-3.5-mini-instruct", "phi-3.5-mini"),
+        ("HuggingFaceTB/SmolLM2-135M", "smollm2-135m"),
+        ("google/flan-t5-xl", "flan-t5-xl"),
+        ("answerdotai/ModernBERT-base", "modernbert-base"),
+        ("QWEN3-8B", "qwen3-8b"),
+    ],
+)
+def test_ids_of_the_hub_are_found_in_the_table(name, short):
+    assert find_configuration(name).to_dict() == find_configuration(short).to_dict()
+
+
+def test_a_folder_and_its_file_are_read(tmp_path):
+    config = LlamaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1)
+    config.save_pretrained(tmp_path)
+    for place in (tmp_path, tmp_path / "config.json"):
+        assert find_configuration(str(place)).vocab_size == 96
+
+
+def test_a_t5_whose_file_says_that_it_is_not_tied_has_an_output_layer(tmp_path):
+    fields = AutoConfig.for_model("t5", d_model=16, vocab_size=64).to_dict() | {"tie_word_embeddings": False}
+    del fields["scale_decoder_outputs"]  # older files do not have it
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    base = hollow_base(find_configuration(str(tmp_path)), "AutoModelForSeq2SeqLM")
+    assert base.lm_head.weight is not base.shared.weight is base.decoder.embed_tokens.weight
+
+
+def unreachable(place: Any, **options: Any) -> Any:
+    raise OSError(f"We couldn't connect to reach {place}.\nSecond line.")
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch):
+    with pytest.raises(UnknownNameError, match=r"Unknown model 'lama-3.1-8b'. Did you mean: 'llama-3.1-8b'"):
+        find_configuration("lama-3.1-8b")
+    with pytest.raises(AssetError, match=r"There is no configuration at .*nowhere"):
+        find_configuration(str(tmp_path / "nowhere"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
+    with pytest.raises(ConfigError, match="names no model that transformers knows"):
+        find_configuration(str(tmp_path))
+    odd = {"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(odd))
+    with pytest.raises(ConfigError, match=r"cannot be used: The hidden size \(30\) is not a multiple") as error:
+        find_configuration(str(tmp_path))
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", unreachable)
+    with pytest.raises(AssetError, match=r"'someone/Qwen3-8B' could not be read: .*couldn't connect.*network") as error:
+        find_configuration("someone/Qwen3-8B")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,55 @@
+"""Sizes at three small shapes tell the size at any shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.cost.batch_shape import BatchShape
+from rankpilot.cost.model import Growth
+from rankpilot.cost.tiled_loss import LossTiles
+from rankpilot.errors import UnsupportedError
+
+WHOLE, SHAPES = BatchShape(8, 64), (BatchShape(2, 16), BatchShape(2, 8), BatchShape(3, 8))
+SIZES: dict[str, Callable[[int, int], int]] = {
+    "constant": lambda rows, length: 512,
+    "tokens": lambda rows, length: 4 * rows * length,
+    "next tokens": lambda rows, length: 256 * rows * (length - 1),
+    "next tokens of one row": lambda rows, length: 8 * (length - 1),
+    "distances": lambda rows, length: 24 * (2 * length - 1),
+    "padded by one token": lambda rows, length: 8 * rows * (length + 1),
+    "pairs": lambda rows, length: 4 * rows * length**2,
+    "pairs and tokens": lambda rows, length: 4 * rows * length * (length + 5),
+}
+
+
+def growth(sizes: Callable[[int, int], int], shapes: Any = SHAPES) -> Any:
+    recordings: Any = [SimpleNamespace(sizes=np.array([sizes(shape.rows, shape.length)])) for shape in shapes]
+    return Growth.of(WHOLE, shapes, recordings, LossTiles(WHOLE))
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("shape", [BatchShape(8, 64), BatchShape(1, 16), BatchShape(4, 300), BatchShape(2, 16)])
+@pytest.mark.parametrize("length", [16, 15])
+def test_a_size_at_another_shape(name: str, shape: BatchShape, length: int) -> None:
+    sizes, half = SIZES[name], -(-length // 2)
+    found = growth(sizes, (BatchShape(2, length), BatchShape(2, half), BatchShape(3, half)))
+    assert sizes(2, length) * found.factor(shape)[0] == pytest.approx(sizes(shape.rows, shape.length))
+
+
+def test_sizes_that_follow_the_data() -> None:
+    assert growth(lambda rows, length: int(4 * length * rows**1.5)) is None
+    unknown = Growth.unknown(BatchShape(4, 16), 3)
+    assert unknown.factor(BatchShape(4, 16)).tolist() == [1, 1, 1]
+    for shape in (BatchShape(2, 16), BatchShape(4, 8)):
+        with pytest.raises(UnsupportedError, match="depend on its data"):
+            unknown.factor(shape)
+
+
+def test_one_length_does_not_tell_another() -> None:
+    found = growth(SIZES["constant"], (BatchShape(2, 3), BatchShape(2, 3), BatchShape(3, 3)))
+    with pytest.raises(UnsupportedError, match="too short to tell"):
+        found.factor(BatchShape(2, 8))

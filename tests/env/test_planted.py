@@ -1,0 +1,268 @@
+"""Planted teachers and their oracle."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rankpilot.cost.cost import plan_cost
+from rankpilot.env import proxy_finetune as oracle
+from rankpilot.env.bases import adapted_base, find_base, load_base_model
+from rankpilot.env.proxy_finetune import DENSITY, RANKS, STRENGTH, Change, ProxyFineTune, attainable_loss, changed_weights, draw_changes, load_task, oracle_plan, utilities
+from rankpilot.env.proxy_task import ProxyTask
+from rankpilot.errors import ConfigError
+from rankpilot.lora.resize import set_ranks
+from rankpilot.lora.spec import RankLadder
+from rankpilot.lora.targets import find_target_modules
+from rankpilot.plan.plan import uniform_ranks
+from rankpilot.plan.problem import AllocationProblem
+
+MakeTask = Callable[..., ProxyTask]
+BASES = ["llama-4x32", "bert-4x64", "gpt2-4x32"]
+
+
+def problem_for(task: ProxyTask, **options: Any) -> AllocationProblem:
+    targets, cost = adapted_base(task.base)[1], ProxyFineTune(task).cost()
+    limit = ProxyFineTune(task).limit.resolve(
+        cost, np.array([target.max_rank for target in targets]), torch.device("cpu")
+    )
+    return AllocationProblem.of(targets, cost, limit.value, ranks=np.ones(len(targets), dtype=np.int64), **options)
+
+
+def base_weights(name: str) -> dict[str, torch.Tensor]:
+    state = adapted_base(name)[0].get_base_model().state_dict()
+    return {key: value.clone() for key, value in state.items() if "lora_" not in key}
+
+
+# Changes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_truncations_are_the_best_of_their_rank(base: str) -> None:
+    """Eckart and Young: no approximation of a rank is nearer, and what is left is what the energy says."""
+    targets = adapted_base(base)[1]
+    layers = {target.name: target.layer for target in targets}
+    seen = set()
+    for seed in range(4):
+        for change in draw_changes(targets, "spread", np.random.default_rng(seed)):
+            count = change.left.shape[1]
+            seen.add(count)
+            whole = change.truncated(count).double()
+            assert whole.shape == (layers[change.name].out_features, layers[change.name].in_features)
+            singular = torch.linalg.svdvals(whole)
+            norms = change.left.norm(dim=0)
+            assert (norms.diff() <= 0).all(), "columns fall"
+            torch.testing.assert_close(norms.double(), singular[:count], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(change.right @ change.right.T, torch.eye(count), rtol=0, atol=1e-5)
+            assert sum(change.energy) == pytest.approx(1, abs=1e-5)
+            weight = layers[change.name].get_base_layer().weight
+            assert float(whole.norm()) == pytest.approx(STRENGTH * float(weight.norm()), rel=1e-4)
+            total = float(whole.norm() ** 2)
+            for rank in range(count + 1):
+                part = change.truncated(rank).double()
+                assert int(torch.linalg.matrix_rank(part, tol=1e-5 * float(singular[0]))) == rank
+                left = float((whole - part).norm() ** 2) / total
+                assert left == pytest.approx(1 - sum(change.energy[:rank]), abs=1e-5)
+                assert left == pytest.approx(float(singular[rank:].square().sum()) / total, abs=1e-5)
+            assert torch.equal(change.truncated(count + 5), change.truncated(count)), "no more than there is"
+    assert seen <= set(range(RANKS[0], RANKS[1] + 1))
+    assert len(seen) > 3
+
+
+@pytest.mark.parametrize(("placement", "allowed"), [("low", {0, 1}), ("high", {2, 3}), ("spread", {0, 1, 2, 3})])
+def test_placement(make_task: MakeTask, placement: str, allowed: set[int]) -> None:
+    blocks = {target.name: target.block for target in adapted_base("llama-4x32")[1]}
+    seen = set()
+    for seed in range(6):
+        task = make_task("planted", seed, placement=placement, steps=1, batch_size=1, eval_rows=1)
+        names = [change.name for change in load_task(task).changes]
+        possible = 28 * len(allowed) // 4
+        assert round(DENSITY[0] * possible) <= len(names) <= round(DENSITY[1] * possible)
+        assert len(set(names)) == len(names)
+        seen |= {blocks[name] for name in names}
+    assert seen == allowed
+
+
+# Teachers -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_teacher_is_taken_out_again(make_task: MakeTask, base: str) -> None:
+    model, targets = adapted_base(base)
+    before = base_weights(base)
+    load_task.cache_clear()
+    data = load_task(make_task("planted", 11, base=base))
+    after = base_weights(base)
+    assert before
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert data.teacher is not None
+    with model.disable_adapter():
+        divergence = data.held_out_loss(model)
+    assert divergence > 0.01, "the teacher differs from the base"
+    assert {change.name for change in data.changes} < {target.name for target in targets}
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["rankpilot.env.proxy_finetune._log_probabilities", "rankpilot.env.proxy_finetune.Change.truncated"],
+)
+def test_the_teacher_is_taken_out_after_an_error(
+    make_task: MakeTask, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    before, original, calls = base_weights("llama-4x32"), Change.truncated, iter(range(9))
+
+    def fail(*arguments: Any) -> Any:
+        if where.endswith("truncated") and next(calls) < 2:  # in the middle of the changes
+            return original(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(KeyboardInterrupt):
+        load_task(make_task("planted", 12))
+    after = base_weights("llama-4x32")
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_teacher_is_the_base_with_an_adapter_that_holds_the_changes(make_task: MakeTask, base: str) -> None:
+    """Also where weights are stored the other way round (Conv1D of GPT-2)."""
+    data = load_task(make_task("planted", 13, base=base))
+    kind = find_base(base)
+    config = LoraConfig(
+        r=8, lora_alpha=8, target_modules=list(kind.target_modules), fan_in_fan_out=kind.family == "gpt2"
+    )
+    plain = get_peft_model(load_base_model(base), config).eval()
+    targets = find_target_modules(plain)
+    by_name = {target.name: target for target in targets}
+    set_ranks(targets, {change.name: change.left.shape[1] for change in data.changes})
+    with torch.no_grad():
+        for change in data.changes:
+            target = by_name[change.name]
+            target.weight_a.copy_(change.right)
+            target.weight_b.copy_(change.left / target.scaling)
+        expected = torch.log_softmax(plain(input_ids=data.held_out_inputs).logits, dim=-1)
+        trained = torch.log_softmax(plain(input_ids=data.inputs[0]).logits, dim=-1)
+        assert data.teacher is not None
+        torch.testing.assert_close(data.held_out_teacher, expected, rtol=0, atol=1e-3)
+        torch.testing.assert_close(data.teacher[0], trained, rtol=0, atol=1e-3)
+    assert data.held_out_loss(plain) == pytest.approx(0, abs=1e-6)
+
+
+def test_changes_nest_and_truncate() -> None:
+    model, targets = adapted_base("gpt2-4x32")
+    before = base_weights("gpt2-4x32")
+    change = next(c for c in draw_changes(targets, "spread", np.random.default_rng(0)) if c.left.shape[1] > 2)
+    layer = next(target.layer for target in targets if target.name == change.name)
+    weight = layer.get_base_layer().weight.clone()
+    with changed_weights(targets, [change], [1]), changed_weights(targets, [change], [0]):
+        torch.testing.assert_close(layer.get_base_layer().weight - weight, change.truncated(1).T, rtol=0, atol=1e-6)
+    assert all(torch.equal(value, base_weights("gpt2-4x32")[name]) for name, value in before.items())
+    assert model is adapted_base("gpt2-4x32")[0]
+
+
+# Oracle ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_attainable_losses_run_from_the_base_to_nothing(make_task: MakeTask, base: str) -> None:
+    task = make_task("planted", 14, base=base)
+    model, targets = adapted_base(base)
+    with model.disable_adapter():
+        untrained = ProxyFineTune(task).held_out_loss(model)
+    ranks = [np.full(len(targets), rank, dtype=np.int64) for rank in (0, 1, 2, 4, 8, 64)]
+    losses = [attainable_loss(task, plan) for plan in ranks]
+    assert losses[0] == pytest.approx(untrained, abs=1e-6)
+    assert all(a > b for a, b in itertools.pairwise(losses[:5])), "more rank reaches a lower loss"
+    assert losses[-2] == pytest.approx(0, abs=1e-6)
+    assert losses[-1] == losses[-2]
+    unplanted = {target.name for target in targets} - {change.name for change in load_task(task).changes}
+    nothing = np.array([64 if target.name in unplanted else 0 for target in targets], dtype=np.int64)
+    assert attainable_loss(task, nothing) == losses[0], "rank where nothing was planted is worth nothing"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": 0.35},
+        {"budget": 0.7},
+        {"budget": 0.5, "checkpointing": True},
+        {"unit": "parameters", "budget": 0.125},
+        {"unit": "parameters", "budget": 0.25},
+        {"base": "bert-4x64", "budget": 0.5},
+        {"base": "gpt2-4x32", "unit": "parameters", "budget": 0.125},
+    ],
+)
+def test_the_oracle_fits_and_beats_uniform(make_task: MakeTask, options: dict[str, Any]) -> None:
+    task = make_task("planted", 15, **options)
+    problem = problem_for(task)
+    plan = oracle_plan(task, problem)
+    assert problem.fits(plan)
+    assert set(plan.tolist()) <= set(problem.ladder.ranks)
+    uniform = uniform_ranks(problem)
+    best, of_uniform, of_nothing = (attainable_loss(task, each) for each in (plan, uniform, np.zeros_like(plan)))
+    assert of_uniform - best > 0.1 * of_uniform
+    assert of_nothing > best
+    half = replace(problem, limit=0.999 * plan_cost(problem.cost, plan))
+    assert not half.fits(plan)
+
+
+def test_utilities_are_shares_of_what_a_change_is_worth(make_task: MakeTask) -> None:
+    task = make_task("planted", 16)
+    problem, targets = problem_for(task), adapted_base(task.base)[1]
+    worth, data = utilities(task, problem), load_task(task)
+    assert worth.shape == (28, len(problem.ladder.ranks))
+    planted = {change.name: change for change in data.changes}
+    full = np.full(28, 8, dtype=np.int64)
+    for index, target in enumerate(targets):
+        if target.name not in planted:
+            assert not worth[index].any()
+            continue
+        without = full.copy()
+        without[index] = 0
+        whole = attainable_loss(task, without)
+        for rung, rank in enumerate(problem.ladder.ranks):
+            share = sum(planted[target.name].energy[:rank])
+            assert worth[index, rung] == pytest.approx(whole * share, rel=1e-4, abs=1e-8)
+        assert (np.diff(worth[index]) >= 0).all()
+        assert worth[index, 0] == 0 < worth[index, 1]
+
+
+@pytest.mark.parametrize("unit", ["bytes", "parameters"])
+def test_the_oracle_finds_what_a_search_of_everything_finds(make_task: MakeTask, unit: str) -> None:
+    """Rank is only allowed on the three planted modules that are worth most, so that all plans can be tried."""
+    task = make_task("planted", 17, unit=unit)
+    wide = problem_for(task)
+    best = np.argsort(-utilities(task, wide)[:, -1])[:3]
+    high = np.zeros(28, dtype=np.int64)
+    high[best] = 8
+    ladder = RankLadder((0, 1, 2, 4, 8))
+    full = high.copy()
+    for share in (0.4, 0.7):
+        free = problem_for(task, ladder=ladder, high=high)
+        problem = replace(free, limit=share * plan_cost(free.cost, full))
+        worth = utilities(task, problem)
+        values = {}
+        for rungs in itertools.product(range(5), repeat=3):
+            plan = np.zeros(28, dtype=np.int64)
+            plan[best] = ladder.array[list(rungs)]
+            if problem.fits(plan):
+                values[rungs] = float(worth[best, list(rungs)].sum())
+        oracle = oracle_plan(task, problem)
+        assert problem.fits(oracle)
+        assert not np.delete(oracle, best).any()
+        assert float(worth[np.arange(28), ladder.rung(oracle)].sum()) == pytest.approx(max(values.values()))
+
+
+def test_only_planted_tasks_have_an_oracle(make_task: MakeTask) -> None:
+    task = make_task("shift")
+    with pytest.raises(ConfigError, match="has no teacher, so its best allocation is not known"):
+        oracle_plan(task, problem_for(task))
+    with pytest.raises(ConfigError, match="has no teacher"):
+        attainable_loss(task, np.zeros(28, dtype=np.int64))
+    oracle._worth.cache_clear()

@@ -1,0 +1,187 @@
+"""Stacks in the order of their lowest adapters: the bits of a batch that holds every run from the first block on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from rankpilot.agents.policy import Decision
+from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.env import stack_trainer
+from rankpilot.env.proxy_finetune import known_of, load_task
+from rankpilot.env.proxy_task import ProxyTask
+from rankpilot.env.stack_trainer import FrozenStates, Lane, StackTrainer, joining, parts_of
+from rankpilot.env.stacked import StackedEpisodes
+from rankpilot.lora.stacked import adapters as adapters_module
+from rankpilot.lora.stacked.adapters import Pair
+from rankpilot.lora.stacked.blocks import Blocks, Segment
+from rankpilot.lora.stacked.run import Move, reset_runs, set_stacked_ranks
+
+from ..cases import first_cases
+
+SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.3, 0.6), max_step=10)
+RUNS = 4
+BASES = ("llama-4x32", "bert-4x32", "gpt2-4x32")
+
+
+class WholeBatch(StackTrainer):
+    """All runs in one batch from the embedding on, as one writes it down."""
+
+    def train(self, lanes: Sequence[Lane]) -> None:
+        self._train(lanes, self._whole_losses)
+
+    def _whole_losses(self, active: Sequence[Lane]) -> dict[Lane, float]:
+        inputs = torch.cat([lane.data.inputs[lane.batch, : lane.rows] for lane in active])
+        with self.adapters.running([lane.row for lane in active]) as model:
+            answers = model(input_ids=inputs).logits.chunk(len(active))
+            pairs = zip(active, answers, strict=True)
+            losses = torch.cat([lane.data.train_losses_of(each, lane.batch, lane.rows) for lane, each in pairs])
+            self.adapters.backward(losses)
+        return dict(zip(active, losses.tolist(), strict=True))
+
+    @torch.no_grad()
+    def held_out(self, tasks: Mapping[int, ProxyTask]) -> list[float]:
+        data = [load_task(task) for task in tasks.values()]
+        with self.adapters.running(list(tasks)) as model:
+            answers = model(input_ids=torch.cat([each.held_out_inputs for each in data])).logits
+        parts = zip(data, answers.split([len(each.held_out_inputs) for each in data]), strict=True)
+        return [own.mean_of(own.held_out_terms(each, 0)[0]) for own, each in parts]
+
+
+def one_segment(
+    rows: Sequence[int], ranks: Sequence[int], tokens: int, scalings: torch.Tensor, weights: Pair, gradients: Pair
+) -> list[Segment]:
+    """The whole width for every run, whatever its rank."""
+    return (
+        [Segment(slice(0, len(rows)), scalings, weights, gradients, torch.tensor(rows))] if weights[0].shape[1] else []
+    )
+
+
+@dataclass
+class Story:
+    """What a stack went through, decision by decision."""
+
+    arrays: list[NDArray[Any]] = field(default_factory=list)
+    losses: list[dict[int, float | None]] = field(default_factory=list)
+    held_out: list[dict[int, float]] = field(default_factory=list)
+    entries: list[list[int]] = field(default_factory=list)
+
+
+def run(tasks: Sequence[ProxyTask]) -> Story:
+    """`RUNS` runs of each task, adapted from another block on at each decision."""
+    base, slots = tasks[0].base, range(len(tasks) * RUNS)
+    known_of.cache_clear()
+    episodes, story = StackedEpisodes(base, SCHEDULE, len(slots)), Story()
+    placed = {slot: tasks[slot // RUNS] for slot in slots}
+    episodes.measure_references(placed)
+    episodes.start(placed)
+    blocks = np.array([target.block for target in episodes._targets])
+    for turn in range(len(SCHEDULE.fractions)):
+        decisions = {}
+        for slot in slots:
+            seen = episodes.under_way[slot].observation
+            story.arrays += [seen.modules, seen.run, seen.problem.ranks]
+            generator = np.random.default_rng([slot, turn])
+            ranks = np.where(blocks >= generator.integers(4), generator.integers(0, 25, len(blocks)), 0)
+            scores = blocks + generator.normal(size=len(blocks))
+            decisions[slot] = Decision(seen.problem.ladder.step(ranks, 0), scores)
+        episodes.step(decisions)
+        story.losses.append({slot: episodes.under_way[slot].loss for slot in slots})
+        story.held_out.append(episodes.held_out_losses(list(slots)))
+        adapters = episodes._trainer.adapters
+        story.entries.append(Blocks(adapters.model, adapters.targets).entries(adapters.ranks))
+    return story
+
+
+@pytest.mark.parametrize("base", first_cases(1, BASES))
+def test_losses_are_those_of_the_whole_batch_bit_for_bit(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, Any] = {"base": base, "steps": 10, "length": 16, "eval_rows": 24}
+    tasks = [
+        ProxyTask("planted", 1, corpus="documentation", budget=1.3, checkpointing=True, **sizes),
+        ProxyTask("shift", 2, corpus="code", budget=0.7, **sizes),
+        ProxyTask("classify", 3, corpus="sentiment", budget=0.4, priced_rows=32, **sizes),
+    ]
+    monkeypatch.setattr(stack_trainer, "CACHED_TOKENS", 448)  # seven runs a pass: one task and a part of another
+    story = run(tasks)
+    assert all(len(set(entries)) > 2 for entries in story.entries), "runs of one stack join at several blocks"
+    assert story.entries[0] != story.entries[1] != story.entries[2], "and elsewhere after a decision"
+    monkeypatch.setattr("rankpilot.env.stacked.StackTrainer", WholeBatch)
+    monkeypatch.setattr(adapters_module, "make_segments", one_segment)
+    whole = run(tasks)
+    for mine, theirs in zip(story.arrays, whole.arrays, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert story.losses == whole.losses
+    assert story.held_out == whole.held_out
+    assert all(loss is not None for losses in story.losses for loss in losses.values())
+
+
+def lane_of(task: ProxyTask, row: int, step: int = 0) -> Lane:
+    return Lane(task, row, step, task.steps, lambda step: 1e-2, None)
+
+
+def test_parts_keep_runs_of_a_batch_together(make_task: Any) -> None:
+    first, second, third = (make_task(seed=seed) for seed in (1, 2, 3))
+    lanes = [lane_of(task, row) for row, task in enumerate([first, second, first, third, first, second])]
+    assert [[lane.row for lane in part] for part in parts_of(lanes, 6)] == [[0, 2, 4, 1, 5, 3]]
+    assert [[lane.row for lane in part] for part in parts_of(lanes, 3)] == [[0, 2, 4], [1, 5, 3]]
+    assert [[lane.row for lane in part] for part in parts_of(lanes, 2)] == [[0, 2], [4], [1, 5], [3]]
+    apart = [lane_of(first, 0), lane_of(first, 1, step=2)]
+    assert len(parts_of(apart, 1)) == 2
+
+
+def test_runs_at_different_steps_of_a_task_get_their_own_batches(make_task: Any) -> None:
+    task = make_task(steps=8)
+    together, alone = (StackTrainer(task.base, 2, device=torch.device("cpu")) for _ in range(2))
+    lanes = [lane_of(task, 0), lane_of(task, 1, step=3)]
+    reset_runs(together.adapters, {0: 5, 1: 6})
+    together.train(lanes)
+    for lane in lanes:
+        reset_runs(alone.adapters, {lane.row: 5 + lane.row})
+        own = lane_of(task, lane.row, step=task.steps - len(lane.losses))
+        alone.train([own])
+        assert own.losses == lane.losses
+    assert [len(lane.losses) for lane in lanes] == [8, 5]
+
+
+def test_a_run_without_adapters_stands_still(make_task: Any) -> None:
+    task = make_task(steps=3)
+    trainer = StackTrainer(task.base, 2, device=torch.device("cpu"))
+    reset_runs(trainer.adapters, {0: 1, 1: 2})
+    none = np.zeros(len(trainer.adapters.targets), dtype=np.int64)
+    set_stacked_ranks(trainer.adapters, [Move(0, none, 1, 0)])
+    before = trainer.held_out({0: task})
+    alone, beside, still = lane_of(task, 0), lane_of(task, 1), lane_of(task, 0)
+    trainer.train([alone])
+    trainer.train([still, beside])
+    assert alone.losses == still.losses
+    assert trainer.held_out({0: task}) == before
+    assert trainer.held_out({1: task}) != before
+    trainer.train([])
+
+
+def test_frozen_states_are_computed_for_many_steps_at_a_time(make_task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = replace(make_task(), steps=7)
+    trainer = StackTrainer(task.base, 1, device=torch.device("cpu"))
+    batches, calls = load_task(task).inputs[2:], []
+    frozen = Blocks.frozen
+    monkeypatch.setattr(Blocks, "frozen", lambda self, *args: calls.append(len(args[0])) or frozen(self, *args))
+    monkeypatch.setattr("rankpilot.env.stack_trainer.FORWARD_TOKENS", 2 * batches[0].numel())
+    states = FrozenStates(trainer._blocks, batches, [3, 1, 3], first=2)
+    for step in range(2, 7):
+        at = states.at(step)
+        assert set(at) == {1, 3}
+        expected = frozen(trainer._blocks, batches[step - 2], [1, 3])
+        assert all(torch.equal(at[block], expected[block]) for block in at)
+    assert calls == [8, 8, 4]
+
+
+def test_runs_join_in_the_order_of_their_blocks() -> None:
+    parts = [torch.full((2, 3, 4), float(number)) for number in range(3)]
+    joined = joining([0, 2, 2], parts)
+    assert torch.equal(joined[0], parts[0])
+    assert torch.equal(joined[2], torch.cat(parts[1:]))

@@ -1,0 +1,48 @@
+"""Goals as people give them, and losses as votes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from rankpilot.errors import ConfigError
+from rankpilot.plan.goal import Goal, goal_of, improvement_of, vote_of
+
+
+def test_goals_in_words() -> None:
+    assert str(goal_of("quality", None)) == "the lowest loss within the budget"
+    assert str(goal_of("time", None)).startswith("the least time a step, with a loss that is surely at most 0.01 (log)")
+    assert str(goal_of("bytes", 0.02)).startswith("the fewest bytes, with a loss that is surely at most 0.02 (log)")
+    assert [goal_of(kind, None).saves for kind in ("quality", "time", "bytes")] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"goal": "speed", "tolerance": None}, "goal is one of quality, time, bytes; got 'speed'"),
+        ({"goal": None, "tolerance": None}, "goal is one of quality, time, bytes; got None"),
+        ({"goal": "time", "tolerance": -0.1}, r"from 0 to 1, such as 0\.01 for 1 %; got -0\.1"),
+        ({"goal": "time", "tolerance": math.nan}, "from 0 to 1"),
+        ({"goal": "time", "tolerance": "1%"}, "from 0 to 1, .*; got '1%'"),
+        ({"goal": "bytes", "tolerance": True}, "from 0 to 1"),
+        ({"goal": "quality", "tolerance": 0.01}, "tolerance counts under goal='time' or goal='bytes' alone"),
+        ({"goal": "bytes", "tolerance": None, "budget_unit": "parameters"}, "give a budget of bytes"),
+        ({"goal": "time", "tolerance": None, "recompute": True}, "leave one of them out"),
+    ],
+)
+def test_options_that_cannot_be_used(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        goal_of(**options)
+
+
+@pytest.mark.parametrize("improvement", [-2.0, -0.01, 0.0, 1e-4, 0.5])
+def test_votes_are_losses_and_back(improvement: float) -> None:
+    assert improvement_of(vote_of(improvement)) == pytest.approx(improvement)
+    assert math.copysign(1, vote_of(improvement)) == math.copysign(1, improvement)
+
+
+def test_a_tolerance_is_one_vote() -> None:
+    assert Goal("time", 0.0).least_vote == 0
+    assert Goal("time", 0.01).least_vote == pytest.approx(-math.asinh(1))
+    assert vote_of(0.001) == pytest.approx(0.1, rel=0.01), "near 0 it counts per cent"

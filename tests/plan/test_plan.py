@@ -1,0 +1,444 @@
+"""Plans: inside the budget, nothing left over, in the order of the scores."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rankpilot.cost.budget import Budget
+from rankpilot.cost.cost import ByteCost, ParameterCost, plan_cost
+from rankpilot.errors import BudgetError, ConfigError
+from rankpilot.lora.spec import RankLadder
+from rankpilot.plan.plan import check_budget, pack, project, uniform_ranks
+from rankpilot.plan.problem import AllocationProblem
+
+from .synthetic_costs import random_cost
+
+LADDERS = (RankLadder(), RankLadder((0, 1, 2, 3)), RankLadder((0, 4, 8, 16)))
+
+
+@st.composite
+def problems(draw, costs=("bytes", "parameters"), ladders=LADDERS):
+    """A random problem, its current ranks anywhere, its budget from hopeless to plenty."""
+    count = draw(st.integers(1, 10))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    blocks = np.sort(generator.integers(0, draw(st.integers(1, 4)), size=count))
+    blocks = np.unique(blocks, return_inverse=True)[1]
+    ladder = draw(st.sampled_from(ladders))
+    widths = generator.integers(2, 80, size=count)
+    if draw(st.sampled_from(costs)) == "bytes":
+        cost = random_cost(generator, blocks)
+    else:
+        cost = ParameterCost(generator.integers(2, 100, size=(1, count)).astype(float))
+    max_ranks = np.maximum(widths, ladder.ranks[1])
+    ranks = ladder.array[generator.integers(0, ladder.rung(max_ranks) + 1)]
+    problem = AllocationProblem(ranks, max_ranks, blocks, cost, 0.0, ladder, draw(st.sampled_from([None, 1, 2, 3])))
+    everything = plan_cost(problem.cost, ladder.array[problem.tops])
+    return replace(problem, limit=float(int(everything * draw(st.floats(0, 1.1)))))
+
+
+def wishes(problem, seed):
+    generator = np.random.default_rng(seed)
+    count = len(problem.ranks)
+    return problem.ladder.step(problem.ranks, generator.integers(-12, 13, size=count)), generator.normal(size=count)
+
+
+def check_fully_spent(problem, ranks, upper):
+    """No module can go one rung further."""
+    rungs = problem.ladder.rung(ranks)
+    for module in range(len(ranks)):
+        if rungs[module] < upper[module]:
+            further = ranks.copy()
+            further[module] = problem.ladder.ranks[rungs[module] + 1]
+            assert not problem.fits(further), f"module {module} could still rise"
+
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@settings(max_examples=300)
+@given(problems(), SEEDS)
+def test_a_plan_keeps_to_the_budget_and_spends_it(problem, seed):
+    wanted, scores = wishes(problem, seed)
+    plan = project(problem, wanted, scores)
+    nothing = plan_cost(problem.cost, np.zeros_like(problem.ranks))
+    if nothing <= problem.limit:
+        assert problem.fits(plan.ranks)
+    else:
+        assert not plan.ranks.any()
+    assert plan.cost == plan_cost(problem.cost, plan.ranks)
+    assert plan.ranks.dtype == np.int64
+    assert np.isin(plan.ranks, problem.ladder.array).all()
+    assert (plan.ranks <= problem.max_ranks).all()
+
+    now = problem.ladder.rung(problem.ranks)
+    reach = problem.ladder.top if problem.max_step is None else problem.max_step
+    upper = np.minimum(now + reach, problem.tops)
+    rungs = problem.ladder.rung(plan.ranks)
+    assert (rungs <= upper).all()
+    check_fully_spent(problem, plan.ranks, upper)
+
+    lower = np.maximum(now - reach, 0)
+    if problem.fits(problem.ladder.array[lower]):
+        assert (rungs >= lower).all()
+    asked = problem.ladder.rung(plan.clipped)
+    assert (asked == np.clip(problem.ladder.rung(wanted), lower, upper)).all()
+
+
+@given(problems(), SEEDS)
+def test_plans_are_deterministic_and_leave_their_input_alone(problem, seed):
+    wanted, scores = wishes(problem, seed)
+    before = (problem.ranks.copy(), wanted.copy(), scores.copy())
+    first, second = (project(problem, wanted, scores) for _ in range(2))
+    assert (first.ranks == second.ranks).all()
+    assert all((a == b).all() for a, b in zip(before, (problem.ranks, wanted, scores), strict=True))
+
+
+@given(problems(), SEEDS)
+def test_a_wish_that_fits_is_granted_and_only_added_to(problem, seed):
+    wanted, scores = wishes(problem, seed)
+    plan = project(problem, wanted, scores)
+    if problem.fits(plan.clipped):
+        assert (plan.ranks >= plan.clipped).all()
+
+
+TILTS = st.one_of(st.just(0.0), st.floats(-8, 8), st.just(100.0))
+
+
+@given(problems(), SEEDS, st.floats(0.1, 100), TILTS)
+def test_packed_ranks_fit(problem, seed, rank_floor, depth_bias):
+    _, scores = wishes(problem, seed)
+    ranks = pack(problem, scores, rank_floor, depth_bias)
+    assert problem.fits(ranks) or not ranks.any()
+    assert np.isin(ranks, problem.ladder.array).all()
+    assert (ranks <= problem.max_ranks).all()
+
+
+@given(problems(), SEEDS, TILTS)
+def test_whatever_budget_passes_the_check_gives_a_plan(problem, seed, depth_bias):
+    wanted, scores = wishes(problem, seed)
+    try:
+        check_budget(problem, [f"module.{i}" for i in range(len(problem.ranks))])
+    except BudgetError:
+        assert not pack(problem, scores, 4.0, depth_bias).any()
+        return
+    assert pack(problem, scores, 4.0, depth_bias).any()
+    assert uniform_ranks(problem).any()
+    assert problem.fits(uniform_ranks(problem))
+    assert project(replace(problem, max_step=None), wanted, scores).ranks.any()
+
+
+@given(problems(), SEEDS)
+def test_the_budget_that_the_message_names_works(problem, seed):
+    names = [f"module.{i}" for i in range(len(problem.ranks))]
+    poor = replace(problem, limit=0.5)
+    with pytest.raises(BudgetError, match="fits no adapter at all") as caught:
+        check_budget(poor, names)
+    match = re.search(r"smallest that works is (.+?) \(rank (\d+) on '(module\.\d+)' alone", str(caught.value))
+    named = Budget.parse(match[1].replace("parameters", "params"))
+    assert named.kind == ("parameters" if isinstance(problem.cost, ParameterCost) else "bytes")
+    check_budget(replace(problem, limit=named.value), names)
+    one = np.zeros_like(problem.ranks)
+    one[names.index(match[3])] = int(match[2])
+    assert plan_cost(problem.cost, one) <= named.value
+    # And it is not much more than needed.
+    with pytest.raises(BudgetError):
+        check_budget(replace(problem, limit=plan_cost(problem.cost, one) - 1), names)
+
+
+def alike(count, limit, *, blocks=1, ladder=LADDERS[0], ranks=None, max_step=None):
+    """Modules of one price."""
+    return AllocationProblem(
+        ranks=np.zeros(count, dtype=np.int64) if ranks is None else np.asarray(ranks),
+        max_ranks=np.full(count, 64),
+        blocks=np.arange(count) * blocks // count,
+        cost=ParameterCost(np.full((1, count), 10.0)),
+        limit=float(limit),
+        ladder=ladder,
+        max_step=max_step,
+    )
+
+
+@given(st.integers(1, 12), st.integers(10, 8000), st.sampled_from(LADDERS))
+def test_equal_scores_give_equal_ranks_within_a_rung(count, limit, ladder):
+    problem = alike(count, limit, ladder=ladder)
+    for ranks in (
+        project(problem, np.zeros(count, dtype=np.int64), np.zeros(count)).ranks,
+        pack(problem, np.zeros(count), 1.0),
+    ):
+        rungs = problem.ladder.rung(ranks)
+        assert rungs.max() - rungs.min() <= 1
+
+
+@given(st.integers(2, 12), st.integers(10, 8000), SEEDS)
+def test_a_higher_score_never_gets_fewer_ranks(count, limit, seed):
+    scores = np.random.default_rng(seed).normal(scale=2, size=count)
+    problem = alike(count, limit)
+    order = np.argsort(scores)
+    for ranks in (
+        project(problem, np.zeros(count, dtype=np.int64), scores).ranks,
+        project(problem, np.full(count, 64), scores).ranks,
+        pack(problem, scores, 1.0),
+        pack(problem, scores, 8.0),
+    ):
+        assert (np.diff(ranks[order]) >= 0).all()
+
+
+def test_scores_are_log_ranks():
+    """Twice the score ratio means about twice the rank."""
+    ranks = pack(alike(4, 10 * (4 + 8 + 16 + 32)), np.log([4.0, 8, 16, 32]), 1.0)
+    assert ranks.tolist() == [4, 8, 16, 32]
+
+
+def test_the_top_layers_come_first_when_depth_costs():
+    problem = alike(6, 10 * 8 * 4, blocks=3)
+    assert pack(problem, np.zeros(6), 8.0).tolist() == [0, 0, 8, 8, 8, 8]
+    assert (pack(problem, np.zeros(6), 1.0) > 0).all()
+
+
+@given(st.integers(2, 12), st.integers(10, 2000), SEEDS, st.sampled_from([1.0, 8.0, 16.0]))
+def test_without_tilt_the_best_scores_are_adapted_wherever_they_are(count, limit, seed, rank_floor):
+    scores = np.random.default_rng(seed).normal(scale=2, size=count)
+    ranks = pack(alike(count, limit, blocks=min(count, 3)), scores, rank_floor, 0.0)
+    adapted = ranks > 0
+    assert adapted.any()
+    assert scores[adapted].min() > scores[~adapted].max(initial=-np.inf)
+    assert (np.diff(ranks[np.argsort(scores)]) >= 0).all()
+
+
+@given(problems(), st.floats(0.1, 100))
+def test_with_a_large_tilt_and_equal_scores_it_is_top_down(problem, rank_floor):
+    fresh, scores = problem.fresh(), np.zeros(len(problem.ranks))
+    packed = pack(fresh, scores, rank_floor, 100.0)
+    usual = pack(fresh, scores, rank_floor)
+    assert (project(fresh, packed, scores).ranks == project(fresh, usual, scores).ranks).all()
+
+
+@given(problems(), SEEDS, st.floats(0.1, 100))
+def test_a_large_tilt_adapts_layers_from_the_top_down(problem, seed, rank_floor):
+    _, scores = wishes(problem, seed)
+    count, blocks = len(scores), problem.blocks
+    same_price = replace(problem, cost=ParameterCost(np.full((1, count), 10.0)), max_ranks=np.full(count, 64))
+    adapted = pack(same_price, scores, rank_floor, 100.0) > 0
+    for block in np.unique(blocks[adapted]):
+        assert adapted[blocks > block].all(), "all above it come first"
+
+
+def test_equal_scores_without_tilt_go_from_the_top_down_too():
+    assert pack(alike(6, 10 * 4, blocks=3), np.zeros(6), 1.0, 0.0).tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_tilt_is_what_a_layer_is_worth_in_score():
+    problem = alike(3, 10 * 8, blocks=3)
+    for lower, depth_bias, expected in ((1.0, 0.9, 0), (1.0, 1.1, 2), (-1.0, -0.9, 2), (-1.0, -1.1, 0)):
+        ranks = pack(problem, np.array([2 * lower, lower, 0.0]), 8.0, depth_bias)
+        assert np.flatnonzero(ranks).tolist() == [expected]
+
+
+def test_a_lower_layer_is_adapted_in_part_by_score():
+    problem = alike(6, 10 * 8 * 5, blocks=3)
+    ranks = pack(problem, np.array([0.0, 0.1, 0, 0, 0, 0]), 8.0)
+    assert (ranks > 0).tolist() == [False, True, True, True, True, True]
+
+
+def test_an_expensive_top_layer_does_not_hide_a_cheap_one_below():
+    problem = AllocationProblem(
+        ranks=np.zeros(2, dtype=np.int64),
+        max_ranks=np.array([64, 64]),
+        blocks=np.array([0, 1]),
+        cost=ParameterCost(np.array([[10.0, 5000.0]])),
+        limit=100.0,
+        ladder=RankLadder(),
+    )
+    check_budget(problem, ["small", "head"])
+    assert pack(problem, np.zeros(2), 4.0).tolist() == [8, 0]
+
+
+def test_over_budget_the_lowest_score_gives_way_first():
+    problem = alike(3, 10 * 18, ranks=[8, 8, 8], max_step=2)
+    plan = project(problem, problem.ranks, np.array([2.0, 2.0, -2.0]))
+    assert plan.clipped.tolist() == [8, 8, 8]
+    assert plan.ranks.tolist() == [8, 8, 2]
+
+
+def test_max_step_gives_way_to_the_budget_alone():
+    problem = alike(2, 10 * 2, ranks=[64, 64], max_step=1)
+    assert project(problem, problem.ranks, np.zeros(2)).ranks.sum() == 2
+
+
+def test_a_zero_wish_leaves_a_full_plan_alone():
+    problem = alike(4, 10 * 32, ranks=[8, 8, 8, 8], max_step=2)
+    plan = project(problem, problem.ranks, np.array([3.0, 0, 0, -3]))
+    assert plan.ranks.tolist() == [8, 8, 8, 8]
+
+
+def test_a_wish_between_two_rungs_or_off_the_ladder_is_rounded_down():
+    problem = alike(4, 10**6, ranks=[8, 8, 8, 8], max_step=2)
+    plan = project(problem, np.array([9, 15, 1000, -3]), np.zeros(4))
+    assert plan.clipped.tolist() == [8, 12, 16, 2]
+
+
+def test_a_swap_moves_rank_from_one_module_to_another():
+    problem = alike(2, 10 * 16, ranks=[8, 8], max_step=2)
+    plan = project(problem, np.array([4, 12]), np.array([-1.0, 1.0]))
+    assert plan.ranks.tolist() == [4, 12]
+
+
+def two_moments(limit, **options):
+    """Two modules, each of which counts at one moment alone; what both need is held at the first."""
+    cost = ByteCost(
+        moments=("the loss", "layer 0"),
+        constant=np.array([0.0, 50.0]),
+        per_rank=np.array([[10.0, 0.0], [0.0, 10.0]]),
+        group_bytes=np.array([[100.0], [0.0]]),
+        needs=np.array([[True, True]]),
+    )
+    ranks = np.zeros(2, dtype=np.int64)
+    return AllocationProblem(ranks, np.array([64, 64]), np.array([0, 1]), cost, float(limit), RankLadder(), **options)
+
+
+def test_each_moment_has_the_whole_budget():
+    problem = two_moments(140)
+    assert pack(problem, np.zeros(2), 1.0).tolist() == [4, 8]
+    assert project(problem, np.zeros(2, dtype=np.int64), np.array([-5.0, 5.0])).ranks.tolist() == [4, 8]
+
+
+@given(problems(costs=("parameters",)))
+def test_uniform_is_the_largest_whole_rank_that_fits(problem):
+    ranks = uniform_ranks(problem)
+    everywhere = [
+        rank for rank in range(1, problem.ladder.ranks[-1] + 1) if problem.fits(np.minimum(rank, problem.max_ranks))
+    ]
+    if everywhere:
+        assert (ranks == np.minimum(everywhere[-1], problem.max_ranks)).all()
+    assert problem.fits(ranks)
+
+
+def test_uniform_takes_the_top_layers_when_not_all_fit():
+    problem = alike(6, 10 * 5, blocks=3)
+    assert uniform_ranks(problem).tolist() == [0, 0, 1, 1, 1, 1]
+    assert uniform_ranks(replace(problem, limit=10.0 * 13)).tolist() == [2, 2, 2, 2, 2, 2]
+    assert uniform_ranks(replace(problem, limit=10.0)).sum() == 1
+    assert uniform_ranks(replace(problem, limit=9.0)).sum() == 0
+
+
+def test_the_message_for_bytes_says_what_takes_them():
+    cost = ByteCost(
+        moments=("the loss", "the backward pass of layer 1"),
+        constant=np.array([5000.0, 8000.0]),
+        per_rank=np.array([[1000.0, 1234.0], [1000.0, 1234.0]]),
+        group_bytes=np.array([[9e6, 1e6], [9e6, 2e6]]),
+        needs=np.array([[True, False], [True, True]]),
+    )
+    problem = AllocationProblem(np.zeros(2, int), np.array([8, 8]), np.array([0, 1]), cost, 1e6, RankLadder())
+    with pytest.raises(BudgetError) as caught:
+        check_budget(problem, ["bottom", "top"])
+    assert str(caught.value) == (
+        "The budget of 976.6 KiB fits no adapter at all. The smallest that works is 1.917 MiB (rank 1 on 'top' alone). "
+        "The peak is at the backward pass of layer 1: 7.812 KiB of it goes to what this moment holds even without an "
+        "adapter (such as what trains outside it), 1.907 MiB of it goes to what is saved or computed for backward "
+        "(activations, logits), 1.205 KiB of it goes to the adapter itself. A smaller per-device batch or shorter "
+        "sequences lower it, and so does gradient checkpointing where it is off."
+    )
+
+
+def test_a_share_that_fits_nothing_names_the_smallest_that_works():
+    """What lowers the bytes of a plan lowers what the share is of as well."""
+    cost = ByteCost(
+        moments=("the loss",),
+        constant=np.array([9e6]),
+        per_rank=np.array([[1e5, 2e5]]),
+        group_bytes=np.array([[]]),
+        needs=np.zeros((0, 2), dtype=bool),
+    )
+    whole = plan_cost(cost, np.array([8, 8]))
+    problem = AllocationProblem(np.zeros(2, int), np.array([8, 8]), np.array([0, 1]), cost, 0.5 * whole, RankLadder())
+    with pytest.raises(BudgetError, match=r"smallest that works is 8\.679 MiB, a share of 80% \(rank 1 on ") as caught:
+        check_budget(problem, ["bottom", "top"], 0.5)
+    assert "batch" not in str(caught.value)
+    check_budget(replace(problem, limit=0.8 * whole), ["bottom", "top"])
+    with pytest.raises(BudgetError, match=r"is 2 parameters, a share of 34% \("):
+        check_budget(replace(alike(3, 1.5), cost=ParameterCost(np.full((1, 3), 2.0))), list("abc"), 0.25)
+
+
+@pytest.mark.parametrize(("limit", "ranks"), [(400, [8, 4, 24, 4]), (90, [8, 0, 0, 1]), (70, [0, 2, 2, 2])])
+def test_pinned_modules_keep_their_rank_or_are_dropped(limit, ranks):
+    """The first module is pinned: others give way for it, and it goes only if it cannot fit at all."""
+    problem = AllocationProblem(
+        ranks=np.array([8, 4, 4, 4]),
+        max_ranks=np.array([32, 8, 32, 8]),
+        blocks=np.array([0, 0, 1, 1]),
+        cost=ParameterCost(np.full((1, 4), 10.0)),
+        limit=limit,
+        ladder=RankLadder(),
+        pinned=np.array([True, False, False, False]),
+    )
+    plan = project(problem, np.array([16, 4, 24, 4]), np.zeros(4))
+    assert plan.clipped[0] == 8
+    assert problem.fits(plan.ranks)
+    assert plan.ranks.tolist() == ranks
+
+
+def bounded(limit, low, high, **options):
+    """Four alike modules in two layers, with bounds."""
+    return replace(alike(4, limit, blocks=2, **options), low=np.array(low), high=np.array(high))
+
+
+def test_bounds_go_before_scores_and_floors():
+    problem = bounded(10 * 60, [0, 16, 0, 0], [64, 16, 64, 4])
+    for ranks in (pack(problem, np.array([0.0, -9, 0, 9]), 1.0), pack(problem, np.array([0.0, -9, 0, 9]), 32.0)):
+        assert ranks[1] == 16
+        assert ranks[3] == 4
+        assert problem.fits(ranks)
+
+
+def test_bounds_go_before_the_step():
+    problem = bounded(10**6, [32, 0, 0, 0], [64, 64, 2, 64], ranks=[1, 8, 64, 8], max_step=1)
+    plan = project(problem, problem.ranks, np.zeros(4))
+    assert plan.clipped.tolist() == [32, 8, 2, 8]
+    assert plan.ranks.tolist() == [32, 12, 2, 12]
+
+
+def test_a_pinned_module_is_dropped_for_its_upper_bound_alone():
+    problem = bounded(10**6, [0, 4, 0, 0], [2, 4, 64, 64], ranks=[8, 8, 8, 8])
+    plan = project(replace(problem, pinned=np.ones(4, dtype=bool)), problem.ranks, np.zeros(4))
+    assert plan.ranks.tolist() == [0, 8, 8, 8]
+
+
+def test_bounds_beyond_a_module_are_clipped_and_between_rungs_the_inner_rung_counts():
+    problem = replace(bounded(10**6, [100, 3, 0, 5], [100, 64, 5, 64]), max_ranks=np.array([10, 64, 64, 64]))
+    assert problem.ladder.array[problem.bottoms].tolist() == [8, 4, 0, 8]
+    assert problem.ladder.array[problem.tops].tolist() == [8, 64, 4, 64]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        ([1, 2], None, "low holds one rank of at least 0 for each of the 4 modules"),
+        (None, [1, 2, 3, -1], "high holds one rank of at least 0"),
+        ([0, 8, 0, 0], [4, 4, 4, 4], "module 1 leave it no rank: low 8 is above high 4"),
+        ([0, 0, 3, 0], [4, 4, 3, 4], "module 2 leave it no rank: no rank of .* is from 3 to 3"),
+    ],
+)
+def test_bounds_that_make_no_sense(low, high, message):
+    bounds = {name: None if bound is None else np.array(bound) for name, bound in (("low", low), ("high", high))}
+    with pytest.raises(ConfigError, match=message):
+        replace(alike(4, 100), **bounds)
+
+
+def test_lower_bounds_above_the_budget():
+    problem = bounded(10 * 10, [0, 8, 4, 0], [64, 64, 64, 64])
+    with pytest.raises(BudgetError, match=r"budget of 100 fits not the lower bounds.* of 2 modules.*is 120 parameters"):
+        check_budget(problem, list("abcd"))
+    assert project(problem, np.zeros(4, dtype=np.int64), np.zeros(4)).ranks.tolist() == [0, 8, 4, 0]
+    with pytest.raises(
+        BudgetError, match=r"lower bound on the rank of 'b'\. The smallest that works is 160 parameters"
+    ):
+        check_budget(replace(problem, low=np.array([0, 16, 0, 0])), list("abcd"))
+    check_budget(replace(problem, limit=120.0), list("abcd"))
+    with pytest.raises(BudgetError, match="upper bounds on the ranks leave no module a rank above 0"):
+        check_budget(replace(problem, low=None, high=np.zeros(4, dtype=int)), list("abcd"))

@@ -1,0 +1,287 @@
+"""What every plan keeps to, on thousands of random problems; and that plans are those of the slow planner."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rankpilot.cost.cost import ByteCost, FixedCost, ParameterCost, moment_costs, plan_cost
+from rankpilot.lora.spec import RankLadder
+from rankpilot.plan.plan import pack, project
+from rankpilot.plan.problem import AllocationProblem
+
+from ..cases import first_cases
+from . import slow_plan
+from .synthetic_costs import LAYER, fixed_cost, random_cost, reordered, transformer_cost
+
+LADDERS = (RankLadder(), *(RankLadder(ranks) for ranks in ((0, 1, 2, 3), (0, 4, 8, 16), (0, 5, 8, 9), (0, 2))))
+
+
+def random_blocks(generator, count):
+    """Layers of modules that stand in the forward order, 0 at the bottom."""
+    numbers = np.sort(generator.integers(0, generator.integers(1, count + 1), size=count))
+    return np.unique(numbers, return_inverse=True)[1]
+
+
+def random_problem(generator, make_cost, largest=12):
+    """A random problem: ranks anywhere, some pinned or bounded, a budget from nothing to more than everything."""
+    count = int(generator.integers(1, largest + 1))
+    blocks = random_blocks(generator, count)
+    by = generator.permutation(count) if generator.random() < 0.5 else np.arange(count)
+    max_ranks = generator.integers(1, 80, size=count)
+    if make_cost is ParameterCost:
+        cost = ParameterCost(generator.integers(2, 100, size=(1, count)).astype(np.float64))
+    elif make_cost is transformer_cost:
+        layers = max(1, largest // len(LAYER))
+        cost, blocks, max_ranks = transformer_cost(generator, layers, checkpointing=generator.random() < 0.5)
+        count = len(blocks)
+        by = np.arange(count)
+    else:
+        cost = reordered(make_cost(generator, blocks), by)
+    ladder = LADDERS[generator.integers(len(LADDERS))]
+    ranks = generator.integers(0, np.minimum(max_ranks, ladder.ranks[-1]) + 1)
+    if generator.random() < 0.8:  # else off the ladder, as after a uniform run
+        ranks = ladder.array[ladder.rung(ranks)]
+    pinned = generator.random(count) < generator.choice([0.1, 0.5]) if generator.random() < 0.3 else None
+    max_step = (None, 1, 2, 3)[generator.integers(4)]
+    problem = AllocationProblem(ranks, max_ranks, blocks[by], cost, 0.0, ladder, max_step, pinned)
+    problem = replace(
+        problem, hysteresis=float(generator.choice([0.0, 0.2])), **random_bounds(generator, ladder, count)
+    )
+    return replace(problem, limit=random_limit(generator, problem))
+
+
+def random_bounds(generator, ladder, count):
+    """Bounds of a few modules, or none; some of them pins."""
+    if generator.random() < 0.6:
+        return {}
+    two = np.sort(generator.integers(0, len(ladder.ranks), size=(2, count)), axis=0)
+    free = generator.random((2, count)) < generator.choice([0.5, 0.9])
+    low, high = ladder.array[np.where(free, [[0], [ladder.top]], two)]
+    return ({"low": low}, {"high": high}, {"low": low, "high": high})[generator.integers(3)]
+
+
+def random_limit(generator, problem):
+    """Any share of the price of everything, or just what some plan costs."""
+    if generator.random() < 0.2:
+        return plan_cost(problem.cost, problem.ladder.array[generator.integers(0, problem.tops + 1)])
+    return plan_cost(problem.cost, problem.ladder.array[problem.tops]) * generator.uniform(0, 1.1)
+
+
+def random_wish(generator, problem):
+    """Wanted ranks and scores; scores with ties, far apart, all equal, or in single precision."""
+    count = len(problem.ranks)
+    deltas = generator.integers(-12, 13, size=count)
+    kinds = (
+        lambda: generator.normal(size=count),
+        lambda: generator.normal(scale=5, size=count).astype(np.float32),
+        lambda: generator.integers(-1, 2, size=count).astype(np.float64),
+        lambda: np.zeros(count),
+    )
+    return problem.ladder.step(problem.ranks, deltas), kinds[generator.integers(len(kinds))]()
+
+
+def least_of(problem):
+    """The ranks that the lower bounds leave no way below, (modules,)."""
+    return problem.ladder.array[slow_plan.lowest_rungs(problem)]
+
+
+def check_kept(problem, plan):
+    """Inside the budget, unless not even the lower bounds are."""
+    assert plan.cost == plan_cost(problem.cost, plan.ranks)
+    assert np.isin(plan.ranks, problem.ladder.array).all()
+    if problem.pinned is None and plan_cost(problem.cost, least_of(problem)) > problem.limit:
+        assert (plan.ranks == least_of(problem)).all()
+    elif not problem.fits(plan.ranks):  # for a module that must neither change nor go
+        bound = problem.pinned & (least_of(problem) > 0)
+        assert not problem.fits(np.where(bound, np.maximum(least_of(problem), plan.ranks), least_of(problem)))
+
+
+def check_bounds(problem, plan):
+    """No rung above what a decision may choose, and below it, or a pinned module dropped, for the budget alone."""
+    lower, upper = slow_plan.bounds_of(problem)
+    rungs = problem.ladder.rung(plan.ranks)
+    pinned = np.zeros(len(rungs), dtype=bool) if problem.pinned is None else problem.pinned
+    assert (rungs <= upper).all()
+    assert (rungs >= slow_plan.lowest_rungs(problem))[~pinned].all()
+    assert (rungs <= slow_plan.highest_rungs(problem))[~pinned].all()
+    if problem.fits(problem.ladder.array[lower]):
+        assert (rungs >= lower).all()
+    if problem.fits(problem.ladder.array[np.where(pinned, lower, slow_plan.lowest_rungs(problem))]):
+        assert (rungs == lower)[pinned].all()
+
+
+def check_spent(problem, plan):
+    """No module that is free to rise can go one rung further."""
+    _, upper = slow_plan.bounds_of(problem)
+    rungs = problem.ladder.rung(plan.ranks)
+    free = (rungs < upper) & ~(problem.pinned if problem.pinned is not None else np.zeros(len(rungs), dtype=bool))
+    for module in np.flatnonzero(free):
+        further = plan.ranks.copy()
+        further[module] = problem.ladder.ranks[rungs[module] + 1]
+        assert not problem.fits(further), f"module {module} could still rise"
+
+
+def check_way_there(problem, plan):
+    """Drops, then shrinks, then grows, as `set_ranks` makes them: never more than the larger of the two plans."""
+    ranks = problem.ranks.copy()
+    most = max(plan_cost(problem.cost, ranks), plan.cost)
+    drops = np.flatnonzero((plan.ranks == 0) & (ranks > 0))
+    shrinks = np.flatnonzero((plan.ranks > 0) & (plan.ranks < ranks))
+    for module in (*drops, *shrinks, *np.flatnonzero(plan.ranks > ranks)):
+        ranks[module] = plan.ranks[module]
+        assert plan_cost(problem.cost, ranks) <= most
+    assert (ranks == plan.ranks).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make_cost", "largest", "plans"),
+    first_cases(
+        4,
+        [
+            *(
+                (random_cost, 12, 1000),
+                (ParameterCost, 12, 1000),
+                (transformer_cost, 28, 250),
+                (transformer_cost, 350, 5),
+            ),
+            *(
+                (random_cost, 12, 2500),
+                (ParameterCost, 12, 1500),
+                (transformer_cost, 28, 500),
+                (transformer_cost, 350, 10),
+            ),
+        ],
+    ),
+)
+def test_thousands_of_plans_keep_to_the_budget_and_spend_it(make_cost, largest, plans):
+    generator = np.random.default_rng(1)
+    for _ in range(plans):
+        problem = random_problem(generator, make_cost, largest)
+        wish = random_wish(generator, problem)
+        plan = project(problem, *wish)
+        check_kept(problem, plan)
+        check_bounds(problem, plan)
+        check_spent(problem, plan)
+        check_way_there(problem, plan)
+        assert (project(problem, *wish).ranks == plan.ranks).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make_cost", "largest", "problems"),
+    first_cases(
+        4,
+        [
+            *((random_cost, 14, 300), (ParameterCost, 14, 300), (transformer_cost, 21, 80), (transformer_cost, 140, 2)),
+            *(
+                (random_cost, 14, 1000),
+                (ParameterCost, 14, 500),
+                (transformer_cost, 21, 250),
+                (transformer_cost, 140, 5),
+            ),
+        ],
+    ),
+)
+def test_plans_are_those_of_the_slow_planner(make_cost, largest, problems):
+    generator = np.random.default_rng(3)
+    for _ in range(problems):
+        problem = random_problem(generator, make_cost, largest)
+        wanted, scores = random_wish(generator, problem)
+        rank_floor = generator.uniform(0.1, 70)
+        assert pack(problem, scores, rank_floor).tolist() == slow_plan.pack(problem, scores, rank_floor).tolist()
+        plan, expected = (planner(problem, wanted, scores) for planner in (project, slow_plan.project))
+        assert plan.clipped.tolist() == expected.clipped.tolist()
+        assert plan.ranks.tolist() == expected.ranks.tolist()
+        assert plan.cost == expected.cost
+
+
+def test_plans_do_not_depend_on_how_groups_and_moments_are_numbered():
+    """Ties, above all, which are broken by the modules' places alone."""
+    generator = np.random.default_rng(4)
+    for _ in range(300):
+        problem = random_problem(generator, random_cost)
+        wanted, cost = random_wish(generator, problem)[0], problem.cost
+        groups, moments = generator.permutation(len(cost.needs)), generator.permutation(len(cost.constant))
+        sizes, needs = cost.group_bytes[np.ix_(moments, groups)], cost.needs[groups]
+        names = tuple(cost.moments[moment] for moment in moments)
+        other = ByteCost(names, cost.constant[moments], cost.per_rank[moments], sizes, needs)
+        renumbered, scores = replace(problem, cost=other), np.zeros(len(problem.ranks))
+        assert (project(problem, wanted, scores).ranks == project(renumbered, wanted, scores).ranks).all()
+        assert (pack(problem, scores, 4.0) == pack(renumbered, scores, 4.0)).all()
+
+
+def test_running_costs_are_those_of_the_whole_set():
+    generator = np.random.default_rng(5)
+    for _ in range(100):
+        blocks = random_blocks(generator, int(generator.integers(1, 20)))
+        cost = reordered(random_cost(generator, blocks), generator.permutation(len(blocks)))
+        active = generator.random(len(blocks)) < generator.random()
+        fixed = FixedCost(cost, active)
+        for _ in range(20):
+            assert (fixed.value == fixed_cost(cost, active)).all()
+            assert (moment_costs(cost, 3 * active) == fixed_cost(cost, active) + 3 * cost.per_rank @ active).all()
+            additions, removals = fixed.additions(np.arange(len(active))), fixed.removals()
+            for module in range(len(active)):
+                after = active.copy()
+                after[module] = not active[module]
+                change = removals if active[module] else additions
+                assert (change[:, module] == abs(fixed_cost(cost, after) - fixed.value)).all()
+                assert ((additions + removals - change)[:, module] == 0).all()
+            changed = np.flatnonzero(generator.random(len(active)) < 0.3)
+            coming, going = changed[~active[changed]], changed[active[changed]]
+            fixed.remove_all(going)
+            for module in coming.tolist():
+                assert (fixed.value_with(module) >= fixed.value).all()
+                fixed.add(module, fixed.value_with(module))
+            active[changed] = ~active[changed]
+        assert (fixed.value == fixed_cost(cost, active)).all()
+
+
+def spread_problem(seed, *, layers=8, checkpointing=False):
+    """A run after its first plan: a model of middling size, a budget for about half of everything."""
+    generator = np.random.default_rng(seed)
+    cost, blocks, max_ranks = transformer_cost(generator, layers, checkpointing=checkpointing)
+    problem = AllocationProblem(np.zeros_like(blocks), max_ranks, blocks, cost, 0.0, RankLadder())
+    least, most = plan_cost(problem.cost, problem.ranks), plan_cost(problem.cost, problem.ladder.array[problem.tops])
+    problem = replace(problem, limit=float(int(least + (most - least) * generator.uniform(0.2, 0.8))))
+    scores = generator.normal(scale=0.7, size=len(blocks))
+    first = decided(problem, scores)
+    return replace(problem, ranks=first, max_step=2, hysteresis=0.2), scores, generator
+
+
+def decided(problem, scores):
+    """Scores to ranks, as a decision does it."""
+    wish = pack(problem, scores, 16.0)
+    return project(problem, wish, scores).ranks
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("noise", "moved"), [(0.0, 0.0), (0.05, 0.01), (0.1, 0.06)])
+def test_noise_of_the_scores_hardly_moves_ranks(checkpointing, noise, moved):
+    """Share of the modules whose rank changes; without hysteresis it is many times that."""
+    shares, bare = [], []
+    for seed in range(40):
+        problem, scores, generator = spread_problem(seed, checkpointing=checkpointing)
+        shaken = scores + generator.normal(scale=noise, size=len(scores))
+        shares.append((decided(problem, shaken) != problem.ranks).mean())
+        bare.append((decided(replace(problem, hysteresis=0.0), shaken) != problem.ranks).mean())
+    assert np.mean(shares) <= moved
+    assert np.mean(shares) <= np.mean(bare) / 3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_real_change_of_a_score_goes_through(checkpointing):
+    for seed in range(20):
+        problem, scores, generator = spread_problem(seed, checkpointing=checkpointing)
+        midway = (problem.rungs > 1) & (problem.rungs < problem.tops - 1)
+        module = generator.choice(np.flatnonzero(midway)) if midway.any() else None
+        if module is None:
+            continue
+        better, worse = scores.copy(), scores.copy()
+        better[module] += 1.0
+        worse[module] -= 1.0
+        assert decided(problem, better)[module] > problem.ranks[module]
+        assert decided(problem, worse)[module] < problem.ranks[module]

@@ -1,0 +1,209 @@
+"""What a page shows, as plain JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.agents.log import DecisionRecord
+from rankpilot.common.files import read_json, write_json
+from rankpilot.cost.cost import ParameterCost
+from rankpilot.study import page
+from rankpilot.study.page import MOST_PLANS, MOST_POINTS, Modules, curve, numbers, page_data, plain, shown_explanation
+from rankpilot.study.run_data import read_run, run_names
+
+from .conftest import MIB, MODULES, STEPS, plans, problem_of, write_decisions
+from .explained import PLANS, explanation
+
+
+def test_a_run_as_it_is_shown(run_folder: Path) -> None:
+    data = page_data([read_run(run_folder)], [None])
+    json.dumps(data, allow_nan=False)
+    (run,) = data["runs"]
+    assert (run["name"], run["subject"], run["unit"], run["steps"]) == ("demo", "MiniLM on sst2", "bytes", 200)
+    assert run["results"] == ["rankpilot's held-out loss is 4.9% lower than that of uniform ranks."]
+    assert run["settings"]["budget"] == "100MiB"
+    assert [module["name"] for module in run["modules"]] == list(MODULES)
+    assert run["modules"][30] == {
+        "name": MODULES[30],
+        "label": "layer 5 query",
+        "layer": "layer 5",
+        "block": 5,
+        "type": "query",
+        "count": 1,
+    }
+    assert [decision["step"] for decision in run["decisions"]] == list(STEPS)
+    assert [decision["after"] for decision in run["decisions"]] == plans().tolist()
+    assert run["table"]["columns"] == ["rankpilot", "uniform"]
+    assert run["budgets"]["y"] == [100 * MIB] * 4
+    assert run["predicted"]["y"] == [(90 + 2 * decision) * MIB for decision in range(4)]
+    assert len(run["losses"]["uniform"]["held_out"]["x"]) == 10
+    assert set(run["peaks"]) == {"rankpilot", "uniform"}
+    assert run["energy_joules"] is None
+    assert "energy" not in run["settings"], "nobody knows what the run was measured on"
+    assert run["step_seconds"] == {}
+    assert not data["by_type"]
+
+
+def test_what_single_modules_say(run_folder: Path) -> None:
+    (run,) = page_data([read_run(run_folder)], [[explanation(1)]])["runs"]
+    first, second = run["decisions"][:2]
+    assert second["before"] == first["after"]
+    assert second["moved"] == 1
+    assert second["changed"] == 3
+    assert second["asked"][:3] == [rank + 1 for rank in second["after"][:3]]
+    (feature, distance), *_ = second["reasons"][30]
+    assert run["features"][feature] == "sensitivity"
+    assert distance > 3
+    assert first["explanation"] is None
+    assert first["sure"] is None
+    assert second["sure"] == [1] * 35 + [0]
+    assert second["explanation"]["verdict"] == "Verdict on decision 1."
+
+
+def test_energy_and_time_where_they_were_measured(run_folder: Path) -> None:
+    summary = read_json(run_folder / "summary.json")
+    summary["runs"]["rankpilot"] |= {
+        "energy_joules": 1234.5,
+        "energy_source": "1 GPU, counted by NVML",
+        "hardware": {"device": "a GPU", "free_bytes": 3 * 2**30, "total_bytes": 4 * 2**30, "busy": 0.25},
+    }
+    write_json(run_folder / "summary.json", summary)
+    write_json(run_folder / "config.json", {"time": "800ms"})
+    path = run_folder / "metrics-rankpilot.jsonl"
+    path.write_text('{"step": 5, "loss": 1.0, "step_s": [0.3, 0.1, 0.2]}\n{"step": 6, "step_s": []}\n')
+    (run,) = page_data([read_run(run_folder)], [None])["runs"]
+    assert run["energy_joules"] == 1234.5
+    assert run["settings"]["device"] == "a GPU; at the start 3 GiB of 4 GiB free, 25% busy"
+    assert run["settings"]["energy"] == "1 GPU, counted by NVML"
+    assert run["step_seconds"] == {"rankpilot": {"x": [5], "y": [0.2], "each": 1}}
+    assert run["time_limit_s"] == 0.8
+    write_json(run_folder / "config.json", {"time": "75%"})
+    (run,) = page_data([read_run(run_folder)], [None])["runs"]
+    assert run["time_limit_s"] is None
+    assert run["settings"]["time"] == "75%"
+
+
+def test_a_torn_decision_is_one_line(run_folder: Path) -> None:
+    (run_folder / "decisions" / "decision-000002.safetensors").write_bytes(b"{")
+    (run_folder / "config.json").write_text('{"model": ')
+    (run,) = page_data([read_run(run_folder)], [None])["runs"]
+    assert run["decisions"] == []
+    (line,) = run["left_out"]
+    assert "decision-000002.safetensors is missing, damaged" in line
+    assert "\n" not in line
+
+
+def test_a_run_of_parameters_without_metrics_and_one_without_a_log(tmp_path: Path, run_folder: Path) -> None:
+    cost = ParameterCost(np.ones((1, 36)) * 10)
+    write_decisions(tmp_path / "log", lambda ranks: replace(problem_of(ranks), cost=cost, limit=5000.0), 1e-5)
+    for part in (run_folder / "decisions").iterdir():
+        part.unlink()
+    log, unlogged = page_data([read_run(tmp_path / "log"), read_run(run_folder)], [None, None])["runs"]
+    assert (log["unit"], log["losses"], log["peaks"]) == ("parameters", {}, {})
+    assert log["settings"] == {"policy": "pilot", "seed": "3"}
+    assert unlogged["decisions"] == []
+    assert unlogged["modules"] == []
+    assert any("no decision log" in line for line in unlogged["left_out"])
+
+
+def without_first_module(record: DecisionRecord) -> DecisionRecord:
+    """A decision on all modules but its first one."""
+    seen, cost = record.observation, record.problem.cost
+    arrays = {name: getattr(seen.problem, name)[1:] for name in ("ranks", "max_ranks", "blocks")}
+    arrays["cost"] = replace(cost, per_rank=cost.per_rank[:, 1:], needs=cost.needs[:, 1:])
+    return replace(
+        record,
+        observation=replace(
+            seen, modules=seen.modules[1:], names=seen.names[1:], problem=replace(seen.problem, **arrays)
+        ),
+        decision=replace(record.decision, ranks=record.rank_wanted[1:], scores=record.decision.scores[1:]),
+        rank_clipped=record.rank_clipped[1:],
+        rank_after=record.rank_after[1:],
+    )
+
+
+def test_decisions_about_different_modules(tmp_path: Path) -> None:
+    write_decisions(tmp_path)
+    run = read_run(tmp_path)
+    first = without_first_module(run.decisions[0])
+    (shown,) = page_data([replace(run, decisions=[first, *run.decisions[1:]])], [None])["runs"]
+    assert shown["decisions"][0]["after"][-1] is None
+    assert shown["decisions"][1]["after"][-1] == 0
+    assert shown["modules"][-1]["name"] == MODULES[0]
+
+
+def test_a_long_log_is_shown_by_type(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "MOST_CHARACTERS", 36 * 4 * page.ROW_CHARACTERS - 1)
+    data = page_data([read_run(run_folder)], [[explanation(0)]])
+    (run,) = data["runs"]
+    assert data["by_type"]
+    assert [(module["type"], module["count"]) for module in run["modules"]][:2] == [("query", 6), ("key", 6)]
+    query = plans()[-1][0::6]
+    assert run["decisions"][-1]["after"][0] == round(float(query.mean()), 2)
+    assert "reasons" not in run["decisions"][0]
+    assert run["decisions"][1]["line"].startswith("step 36: 1 module moved")
+
+
+def test_the_size_of_a_row_is_as_stated(run_folder: Path) -> None:
+    (run,) = page_data([read_run(run_folder)], [None])["runs"]
+    text = json.dumps(run["decisions"], separators=(",", ":"))
+    assert 0.4 * page.ROW_CHARACTERS < len(text) / (36 * 4) < 1.2 * page.ROW_CHARACTERS
+
+
+def test_names_of_runs(run_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "again" / "demo"
+    write_decisions(other / "decisions")
+    runs = [read_run(run_folder), read_run(other)]
+    assert run_names(runs[:1]) == ["demo"]
+    assert run_names(runs) == [f"{tmp_path.name}/demo", "again/demo"]
+    assert run_names([runs[0], runs[0]]) == ["demo (1)", "demo (2)"]
+
+
+def test_experts_are_of_one_type() -> None:
+    names = [f"layers.{layer}.mlp.experts.{expert}.up_proj" for layer in (0, 1) for expert in (0, 1, 2)]
+    log: Any = [SimpleNamespace(modules=names, problem=SimpleNamespace(blocks=np.array([0, 0, 0, 1, 1, 1])))]
+    modules = Modules.of(log, by_type=True)
+    assert [(module["name"], module["count"]) for module in modules.shown] == [("up_proj", 6)]
+    assert modules.means([1, 2, 3, 4, 5, 6], modules.slots[0]) == [3.5]
+
+
+def test_curves() -> None:
+    assert curve([]) is None
+    assert curve([("x", 1), (2, None), (1, True)]) is None
+    assert curve([(2, 1.0), (1, float("nan")), (2, 3.0)]) == {"x": [1, 2], "y": [None, 3], "each": 1}
+    points = [(step, float(step % 2)) for step in range(2 * MOST_POINTS + 3)]
+    thin = curve(points, np.max)
+    assert thin is not None
+    assert thin["each"] == 3
+    assert len(thin["x"]) <= MOST_POINTS
+    assert set(thin["y"]) == {1}
+    assert curve([(step, float("inf")) for step in range(MOST_POINTS + 1)])["y"][0] is None  # type: ignore[index]
+
+
+def test_numbers_are_short() -> None:
+    assert numbers([1.0, 0.12345, float("inf")]) == [1, 0.12, None]
+    assert numbers([123456.789], None) == [123457]
+    assert plain({"a": (np.float32(0.5), True, None, float("nan"), "x")}) == {"a": [0.5, True, None, None, "x"]}
+
+
+def test_explanations_keep_what_a_reader_looks_at() -> None:
+    kept = shown_explanation(explanation(0))
+    assert kept is not None
+    json.dumps(kept, allow_nan=False)
+    assert kept["plans_in_all"] == PLANS
+    assert kept["plans"][0]["plan"] == 2
+    assert len(kept["plans"]) == MOST_PLANS + 1  # the reference is the worst
+    assert kept["plans"][-1]["plan"] == PLANS - 1
+    assert kept["plans"][0]["differs"] == 0
+    assert kept["plans"][0]["adapted"] == 18
+    assert not any("ranks" in plan for plan in kept["plans"])
+    assert kept["actor"]["gains"] == [None]
+    assert kept["stability"] == {"same": 0.9, "noise": 0.05}
+    assert shown_explanation(None) is None
+    assert shown_explanation({"decision": 3, "plans": None, "verdict": "v"}) == {"verdict": "v", "stability": None}

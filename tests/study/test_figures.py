@@ -1,0 +1,223 @@
+"""Pictures show the numbers that they were given."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from rankpilot.common.drawing import save_figure, smooth
+from rankpilot.common.text import short_names
+from rankpilot.study.pictures import learning_curve, rank_heatmap
+
+LLAMA = [
+    f"model.layers.{layer}.{kind}"
+    for layer in range(143)
+    for kind in (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+]
+SMALL = ["encoder.layer.0.query", "encoder.layer.0.key", "encoder.layer.1.query", "encoder.layer.1.key"]
+
+
+def small_heatmap(ranks: list[list[int]]) -> Figure:
+    return rank_heatmap([0, 50], np.array(ranks), SMALL, np.array([0, 0, 1, 1]), 100)
+
+
+def pixel(figure: Figure, step: float, row: float) -> tuple[int, int, int]:
+    """Colour at a place of the heat-map."""
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=100, format="png")
+    stream.seek(0)
+    picture = imread(stream)
+    x, y = figure.axes[0].transData.transform((step, row))
+    red, green, blue = (picture[picture.shape[0] - 1 - int(y), int(x), :3] * 255).round().astype(int)
+    return int(red), int(green), int(blue)
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.texts]
+
+
+def test_heatmap_colours_follow_rank_step_and_layer() -> None:
+    figure = small_heatmap([[1, 1, 32, 1], [32, 1, 32, 1]])
+    low, high = pixel(figure, 75, 1.25), pixel(figure, 75, 2.25)
+    assert sum(high) < sum(low) - 150  # higher is darker
+    assert pixel(figure, 25, 2.25) == high  # layer 1 is above layer 0
+    assert pixel(figure, 25, 0.25) == low  # drawn to scale: the change comes at step 50 of 100
+    assert pixel(figure, 48, 0.25) == low
+    assert pixel(figure, 52, 0.25) == high
+
+
+def test_heatmap_shows_rank_zero_grey() -> None:
+    figure = small_heatmap([[0, 1, 1, 1], [0, 1, 1, 1]])
+    red, green, blue = pixel(figure, 75, 0.25)
+    assert red == green == blue
+    assert 180 < red < 240
+
+
+def test_heatmap_numbers_only_new_ranks_and_marks_decisions() -> None:
+    figure = small_heatmap([[1, 2, 4, 8], [1, 2, 4, 12]])
+    axes = figure.axes[0]
+    assert sorted(text.get_text() for text in axes.texts) == sorted(["1", "2", "4", "8", "12"])
+    decisions = axes.child_axes[-1]
+    assert [label.get_text() for label in decisions.get_xticklabels()] == ["0", "50"]
+    key = figure.axes[1]
+    assert [label.get_text() for label in key.get_yticklabels()] == ["0", "1", "2", "4", "8", "12"]
+
+
+def test_heatmap_title_tells_how_concentrated_the_ranks_are() -> None:
+    assert texts(small_heatmap([[1, 1, 1, 1], [8, 0, 1, 1]]))[0] == (
+        "1 of 4 modules ends with 80% of all rank; 1 ends without an adapter"
+    )
+    assert texts(small_heatmap([[1] * 4, [4] * 4]))[0] == "All 4 modules end at rank 4"
+    assert texts(small_heatmap([[1] * 4, [0] * 4]))[0] == "No module ends with an adapter"
+
+
+def test_heatmap_names_modules_only_while_there_is_room() -> None:
+    few = small_heatmap([[1] * 4, [1] * 4]).axes[0]
+    assert [label.get_text() for label in few.get_yticklabels()] == ["query", "key", "query", "key"]
+    blocks = np.repeat(np.arange(32), 7)
+    many = rank_heatmap([0], np.ones((1, 224), dtype=int), LLAMA[:224], blocks, 10)
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert [axes.get_title() for axes in many.axes] == [*kinds, ""]
+    assert [label.get_text() for label in many.axes[0].get_yticklabels()] == [f"layer {i}" for i in range(32)]
+    assert not many.axes[0].texts
+
+
+def test_panels_show_the_rank_of_each_kind_and_layer() -> None:
+    ranks = np.ones((2, 224), dtype=int)
+    ranks[1, 7 * 31 + 1] = 32  # k_proj of the top layer
+    figure = rank_heatmap([0, 50], ranks, LLAMA[:224], np.repeat(np.arange(32), 7), 100)
+    cells = [axes.collections[0].get_array().reshape(32, 2, -1) for axes in figure.axes[:7]]
+    low = cells[0][0, 0]
+    changed = [
+        (kind, layer, change)
+        for kind, values in enumerate(cells)
+        for layer in range(32)
+        for change in range(2)
+        if not np.allclose(values[layer, change], low)
+    ]
+    assert changed == [(1, 31, 1)]
+
+
+def test_panels_of_experts_show_their_mean() -> None:
+    kinds = ("self_attn.q_proj", *(f"mlp.experts.{number}.up_proj" for number in range(8)))
+    modules = [f"model.layers.{layer}.{kind}" for layer in range(10) for kind in kinds]
+    modules += ["lm_head", "embed"]
+    ranks = np.full((1, 92), 4)
+    blocks = np.array([*np.repeat(np.arange(10), 9), 10, 11])
+    figure = rank_heatmap([0], ranks, modules, blocks, 10)
+    assert [axes.get_title() for axes in figure.axes] == ["q_proj", "up_proj", "other", ""]
+    assert "A cell with several modules has their mean." in texts(figure)[1]
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == [*(f"layer {number}" for number in range(10)), "lm_head", "embed"]
+
+
+@pytest.mark.parametrize("layers", [4, 32, 143])
+def test_nothing_is_clipped(layers: int) -> None:
+    count = layers * 7
+    ranks = np.arange(2 * count).reshape(2, count) % 33
+    figure = rank_heatmap([0, 36], ranks, LLAMA[:count], np.repeat(np.arange(layers), 7), 200)
+    figure.savefig(io.BytesIO(), format="png")
+    box = figure.get_tightbbox()
+    width, height = figure.get_size_inches()
+    assert box.x0 >= 0
+    assert box.y0 >= 0
+    assert box.x1 <= width
+    assert box.y1 <= height
+
+
+def test_short_names() -> None:
+    bert = [f"bert.encoder.layer.10.{k}" for k in ("attention.self.query", "attention.output.dense", "output.dense")]
+    assert [str(name) for name in short_names(bert)] == [
+        "layer 10 query",
+        "layer 10 attention.output.dense",
+        "layer 10 output.dense",
+    ]
+    assert [str(name) for name in short_names(["lm_head", "model.layers.0.mlp.up_proj"])] == [
+        "lm_head",
+        "layer 0 up_proj",
+    ]
+    experts = [f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(2)]
+    assert [name.kind for name in short_names(experts)] == ["experts.0.up_proj", "experts.1.up_proj"]
+
+
+def test_short_names_of_two_stacks_stay_different() -> None:
+    t5 = [f"{stack}.block.0.layer.0.SelfAttention.q" for stack in ("encoder", "decoder")]
+    assert len({str(name) for name in short_names(t5)}) == 2
+
+
+def progress(iterations: int) -> list[dict[str, float]]:
+    """Rows of a training with a warm start, measured after every second iteration."""
+    measured = ("validation_over_start", "validation_over_uniform")
+    first = dict(zip(measured, (0.0, 0.5), strict=True))
+    rows: list[dict[str, float]] = [{"iteration": 0, **first} | {f"warm_{key}": first[key] + 0.1 for key in measured}]
+    for i in range(1, iterations + 1):
+        rows.append({"iteration": i, "episodes": 64, "return_mean": i / 10, "return_p10": -1.0, "return_p90": 2.0})
+        if i % 2 == 0:
+            rows[-1] |= {key: round(0.1 + first[key] + i / 20, 9) for key in measured}
+    return rows
+
+
+def test_learning_curve() -> None:
+    figure = learning_curve(progress(5))
+    assert texts(figure)[0] == "Best on validation tasks after 4 iterations: +30.0% over the rule"
+    training, validation = figure.axes
+    assert training.get_xlabel() == "PPO iteration (320 episodes in all)"
+    assert list(training.lines[0].get_ydata()) == [0.1, 0.2, 0.3, 0.4, 0.5]
+    band = training.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (-1.0, 2.0)
+    over_rule, over_uniform = (np.asarray(line.get_xydata()).tolist() for line in validation.lines[:2])
+    assert over_rule == [[0, 0], [0, 0.1], [2, 0.2], [4, 0.3]]
+    assert over_uniform == [[0, 0.5], [0, 0.6], [2, 0.7], [4, 0.8]]
+    assert [text.get_text() for text in validation.texts] == ["warm start"]
+
+
+def test_learning_curve_of_a_policy_that_got_worse() -> None:
+    rows = [row | ({"validation_over_start": -0.2} if row["iteration"] == 4 else {}) for row in progress(4)[1:]]
+    first = {"iteration": 0, "validation_over_start": 0.0, "validation_over_uniform": 0.5}
+    figure = learning_curve([first, *(row for row in rows if row["iteration"] != 2)])
+    assert texts(figure)[0] == "Best on validation tasks before PPO: +0.0% over the rule"
+    assert not figure.axes[1].texts
+
+
+def test_learning_curve_without_validation() -> None:
+    rows = [{key: value for key, value in row.items() if "validation" not in key} for row in progress(60)]
+    figure = learning_curve(rows)
+    (axes,) = figure.axes
+    assert texts(figure)[0] == "Return over the rule in 60 iterations, each on newly drawn tasks"
+    assert "mean, smoothed" in axes.get_legend_handles_labels()[1]
+    assert learning_curve([]).axes
+    assert learning_curve([{"iteration": 0}]).axes
+
+
+def test_smooth_has_no_bias_at_the_start() -> None:
+    assert smooth(np.full(5, 3.0), 4).tolist() == pytest.approx([3.0] * 5)
+    assert smooth(np.array([1.0, 0.0]), 3).tolist() == pytest.approx([1.0, 1 / 3])
+    assert smooth(np.array([1.0, 5.0]), 1).tolist() == [1.0, 5.0]
+
+
+def test_saved_figures_are_reproducible_and_leave_nothing_else(tmp_path: Path) -> None:
+    paths = [tmp_path / "figures" / f"{name}.png" for name in "ab"]
+    for path in paths:
+        assert save_figure(small_heatmap([[1, 2, 4, 8], [8, 4, 2, 1]]), path) == path
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert sorted(paths[0].parent.iterdir()) == paths
+    assert imread(paths[0]).shape[1] == 1350
+
+
+def test_pyplot_stays_out() -> None:
+    code = "import sys, rankpilot.study.pictures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

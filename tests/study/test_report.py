@@ -1,0 +1,245 @@
+"""Table and picture of an outlook show the numbers that they were given."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rankpilot.common.files import read_json
+from rankpilot.common.text import layer_titles
+from rankpilot.cost.batch_shape import BatchShape
+from rankpilot.cost.breakdown import KINDS, LOSS, Breakdown
+from rankpilot.cost.device_table import find_device_spec
+from rankpilot.cost.outlook import CardUse, Choice, MeasuredStep
+from rankpilot.study.memory_config import MemoryConfig
+from rankpilot.study.memory_report import choice_table, notes, picture_labels, subject, verdict_text, write_memory_report
+from rankpilot.study.pictures import memory_picture
+from rich.console import Console
+from rich.table import Table
+
+from ..cases import first_cases
+
+MIB = 2**20
+CARD = find_device_spec("RTX 4090")
+SHAPE = BatchShape(16, 64)
+
+
+def breakdown(layers: int, scale: float = 1.0) -> Breakdown:
+    """As of a model with two modules in each layer."""
+    names = ("bert.embeddings", *(f"bert.encoder.layer.{number}" for number in range(layers)), "classifier", LOSS)
+    table = np.zeros((len(names), len(KINDS)))
+    for kind, count in {"saved": 10, "weights": 1, "gradients": 1, "optimizer": 2}.items():
+        table[1 : layers + 1, KINDS.index(kind)] = scale * count * MIB  # type: ignore[arg-type]
+    table[-1, KINDS.index("transient")] = 6 * MIB
+    return Breakdown("backward: base_model.model", names, table, 0.0, tuple(np.repeat(names[1 : layers + 1], 2)))
+
+
+def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measured: MeasuredStep | None = None) -> Any:
+    """An outlook of given numbers, without a model."""
+    count = 2 * layers
+    plan = np.full(count, 8)
+    mixed = np.where(np.arange(count) % 2, 4, 16) * (np.arange(count) >= count // 2)
+    scales: dict[int, float] = {}
+
+    def choice(kind: Any, scale: float, ranks: Any, again: int = 0, label: str = "") -> Choice:
+        total, rank = breakdown(layers, scale).total, int(ranks.max())
+        use = CardUse(CARD, 90 * MIB, int(total), 0, MIB, CARD.context_bytes, 0) if card else None
+        verdict: Any = use.verdict if use else ("fits" if total <= 0.6 * whole else "does not fit") if budget else None
+        recomputed = tuple(f"layer.{number}" for number in range(again))
+        time = 1 + again / 100 if card else None
+        made = Choice(kind, rank, layers, recomputed, ranks, total, use, time, verdict, SHAPE, label, _memory=None)  # type: ignore[arg-type]
+        scales[id(made)] = scale
+        return made
+
+    whole = breakdown(layers).total
+    choices = (
+        choice("depth" if card else "asked", 1.0, plan),
+        choice("depth", 0.2, plan, layers),
+        choice("rank", 0.9, np.ones(count, dtype=int)),
+        choice("rank", 1.3, 4 * plan),
+        *(choice("rule", 0.5, mixed, label=f"{name} inside 60%") for name in (("a", "b") if budget else ())),
+    )
+    return SimpleNamespace(
+        step=SimpleNamespace(
+            parameters=30e6,
+            frozen_bytes=90 * MIB,
+            targets=[SimpleNamespace(name=f"m{number}") for number in range(count)],
+        ),
+        memory=SimpleNamespace(shape=SHAPE),
+        settings=MemoryConfig("some/model"),
+        facts={} if card else {"model": "some/model", "task": "classification", "device": "cpu"},
+        card=CARD if card else None,
+        rank=8,
+        blocks=layers,
+        recomputable=tuple(f"layer.{number}" for number in range(layers)),
+        reference_bytes=whole,
+        limit_bytes=CARD.memory_bytes if card else 0.6 * whole if budget else None,
+        choices=choices,
+        best=choices[0] if card else None,
+        main=choices[0],
+        grid=(),
+        measured=measured,
+        notes=["a note"],
+        breakdown=lambda choice: breakdown(layers, scales[id(choice)]),
+    )
+
+
+def printed(table: Table, width: int = 160) -> str:
+    console = Console(width=width, record=True, file=None, quiet=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def cells_of(text: str) -> list[list[str]]:
+    """The cells of each row of a printed table."""
+    rows = [line for line in text.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in rows]
+
+
+@pytest.mark.parametrize("card", [False, True])
+def test_the_table_fits_a_narrow_terminal(card: bool) -> None:
+    text = printed(choice_table(outlook(30, card=card)), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+
+
+def test_choices_inside_a_budget() -> None:
+    text = printed(choice_table(outlook()))
+    assert cells_of(text) == [
+        ["all layers, as asked", "8", "0 of 6", "90.00", "100.0%", "no"],
+        ["all layers", "8", "6 of 6", "22.80", "25.3%", "yes"],
+        ["all layers", "1", "0 of 6", "81.60", "90.7%", "no"],
+        ["all layers", "32", "0 of 6", "115.20", "128.0%", "no"],
+        ["a inside 60%", "mixed", "0 of 6", "48.00", "53.3%", "yes"],
+        ["b inside 60%", "mixed", "0 of 6", "48.00", "53.3%", "yes"],
+    ]
+    assert "in MiB; budget 54.00" in text
+    assert "fits" not in printed(choice_table(outlook(budget=False)))
+
+
+def test_choices_on_a_card() -> None:
+    text = printed(choice_table(outlook(card=True)))
+    plain, again, *_ = cells_of(text)
+    assert (plain[:3], plain[-2:]) == (["all layers", "8", "0 of 6"], ["yes", "1.00"])
+    assert float(plain[4]) + float(plain[5]) == pytest.approx(CARD.memory_bytes / 2**30, abs=0.02)
+    assert (again[2], again[-1]) == ("6 of 6", "1.06")
+    assert "in GiB" in text
+    assert "budget" not in text
+
+
+def test_measured_beside_predicted() -> None:
+    told = " ".join(notes(outlook(measured=MeasuredStep(90 * MIB, 99 * MIB, 700 * MIB))))
+    assert "A real step took 90 MiB of live tensors, 100.0% of predicted" in told
+    assert "the resident memory rose by 99 MiB, 110.0% of predicted" in told
+    assert "the process took 700 MiB at its peak" in told
+    assert "MALLOC_MMAP_THRESHOLD_" in told
+    calm = " ".join(notes(outlook(measured=MeasuredStep(90 * MIB, 91 * MIB, 700 * MIB))))
+    assert "MALLOC_MMAP_THRESHOLD_" not in calm
+    cuda = outlook(measured=MeasuredStep(90 * MIB, reserved_bytes=200 * MIB))
+    cuda.facts["device"] = "cuda"
+    told = " ".join(notes(cuda))
+    assert "90 MiB allocated by CUDA's allocator" in told
+    assert "reserved 200 MiB, the model included" in told
+    assert "A real step" not in " ".join(notes(outlook()))
+
+
+def test_words() -> None:
+    here, config = outlook(), MemoryConfig("some/model")
+    assert subject(here, config) == (
+        "model, classification, 0.03B parameters on cpu, 16 x 64 tokens, rank 8 on 12 modules of 6 layers, adamw"
+    )
+    assert subject(outlook(card=True), config).startswith("model, 0.03B parameters on RTX 4090, 16 x 64 tokens")
+    found = verdict_text(here)
+    assert "67% of the peak" in found
+    assert "saves most, all layers at rank 8 with checkpointing, takes 25% of them" in found
+    told = list(notes(here))
+    assert "backward: loss): 60 MiB tensors saved for backward; 12 MiB optimiser state" in told[0]
+    assert "signal" not in told[0], "kinds of which there is nothing are left out"
+    assert told[1] == "The frozen model, 90 MiB, is beside it, and in no budget."
+    assert told[-1] == "a note"
+
+
+def test_layer_titles_stay_different() -> None:
+    assert layer_titles(["a.embeddings", "a.layer.0", "a.layer.1", "head"]) == [
+        "embeddings",
+        "layer 0",
+        "layer 1",
+        "head",
+    ]
+    stacks = ["encoder.block.0", "decoder.block.0", "decoder.block.1"]
+    assert layer_titles(stacks) == ["encoder.block.0", "decoder.block.0", "layer 1"]
+
+
+def test_files(tmp_path: Path) -> None:
+    here = outlook(measured=MeasuredStep(5))
+    write_memory_report(here, MemoryConfig("some/model"), tmp_path / "memory")
+    figures = read_json(tmp_path / "memory" / "memory.json")
+    assert (tmp_path / "memory" / "memory.png").stat().st_size > 10_000
+    layers = [sum(layer[kind] for kind in KINDS) for layer in figures["layers"]]
+    assert sum(layers) + figures["margin_bytes"] == figures["peak_bytes"] == 90 * MIB
+    assert sum(figures["kinds"].values()) == sum(layers)
+    assert figures["choices"][0]["ranks"]["m11"] == 8
+    assert figures["choices"][1]["share"] == pytest.approx(0.2533, abs=1e-3)
+    assert figures["measured"]["peak_bytes"] == 5
+    assert figures["model"] == "some/model"
+
+
+def boxes(figure: Figure) -> dict[str, tuple[float, float, float, float]]:
+    """Where each text that is drawn stands, in pixels: left, bottom, right, top."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    texts = [*figure.texts]
+    for axes in figure.axes:
+        texts += [*axes.texts, axes.title, axes._left_title, axes.xaxis.label, *axes.get_yticklabels()]
+    return {
+        f"{index} {text.get_text()}": text.get_window_extent(renderer).extents
+        for index, text in enumerate(texts)
+        if text.get_text()
+    }
+
+
+def picture_of(shown: Any) -> Figure:
+    return memory_picture(shown, picture_labels(shown), subject(shown, MemoryConfig("some/model")))
+
+
+@pytest.mark.parametrize(
+    ("layers", "budget", "card"),
+    first_cases(3, [(30, True, False), (80, False, False), (30, False, True), (2, True, False), (6, False, False)]),
+)
+def test_no_text_of_the_picture_overlaps_or_leaves_it(layers: int, budget: bool, card: bool) -> None:
+    figure = picture_of(outlook(layers, budget=budget, card=card))
+    texts = boxes(figure)
+    width, height = figure.canvas.get_width_height()
+    for name, (left, bottom, right, top) in texts.items():
+        assert left >= 0, name
+        assert bottom >= 0, name
+        assert right <= width, name
+        assert top <= height, name
+    for (one, a), (two, b) in combinations(texts.items(), 2):
+        across = min(a[2], b[2]) - max(a[0], b[0])
+        down = min(a[3], b[3]) - max(a[1], b[1])
+        assert across <= 1 or down <= 2, f"{one!r} and {two!r} overlap"
+
+
+def test_bars_are_the_bytes() -> None:
+    here = outlook()
+    top, bottom = picture_of(here).axes
+    assert sum(patch.get_width() for patch in top.patches) == pytest.approx(90)
+    assert sum(patch.get_width() for patch in bottom.patches) == pytest.approx(
+        sum(choice.step_bytes for choice in here.choices) / MIB
+    )
+
+
+def test_bars_of_a_card_are_all_that_it_holds() -> None:
+    here = outlook(card=True)
+    _, bottom = picture_of(here).axes
+    held = sum(choice.use.total_bytes for choice in here.choices) / 2**30
+    assert sum(patch.get_width() for patch in bottom.patches) == pytest.approx(held)

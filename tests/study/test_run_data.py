@@ -1,0 +1,282 @@
+"""What a run's folder tells, and what the page shows of it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.common.files import read_json, read_json_lines, write_json
+from rankpilot.cost.cost import ParameterCost
+from rankpilot.errors import RunFolderError
+from rankpilot.study.page import page_data
+from rankpilot.study.pictures import write_rank_picture
+from rankpilot.study.run_data import read_run, standing_out
+from rankpilot.study.verdict import summary_table
+from rich.console import Console
+from safetensors.numpy import save_file
+
+from .conftest import MIB, plans, problem_of, write_decisions
+
+
+def page_of(folder: Path) -> dict[str, Any]:
+    """What the page shows of a run."""
+    (run,) = page_data([read_run(folder)], [None])["runs"]
+    return run
+
+
+def edit_summary(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    summary = read_json(folder / "summary.json")
+    change(summary)
+    write_json(folder / "summary.json", summary)
+
+
+def table_rows(run: dict[str, Any]) -> dict[str, list[str]]:
+    """The comparison: label to cells, the best ones between stars."""
+    rows = {"": run["table"]["columns"]} if run["table"]["rows"] else {}
+    for row in run["table"]["rows"]:
+        rows[row["label"]] = [f"*{cell}*" if at in row["best"] else cell for at, cell in enumerate(row["cells"])]
+    return rows
+
+
+def test_comparison_marks_the_best_values(run_folder: Path) -> None:
+    page = page_of(run_folder)
+    assert page["adapter"] is None, "there is none in the folder"
+    assert table_rows(page) == {
+        "": ["rankpilot", "uniform"],
+        "held-out loss": ["*0.3841*", "0.4041"],
+        "held-out accuracy": ["*86.10%*", "85.20%"],
+        "peak memory": ["*91 MiB*", "96 MiB"],
+        "budget": ["100 MiB", "100 MiB"],
+        "adapter parameters": ["120,000", "100,000"],
+        "adapted modules": ["17", "17"],
+        "median step": ["51.2 ms", "51.2 ms"],
+        "training time": ["12.3 s", "12.3 s"],
+    }
+
+
+def test_the_better_run_is_marked_whichever_it_is(run_folder: Path) -> None:
+    edit_summary(run_folder, lambda s: s["runs"]["uniform"].update(held_out_loss=0.2, held_out_accuracy=0.99))
+    page = page_of(run_folder)
+    assert table_rows(page)["held-out loss"] == ["0.3841", "*0.2000*"]
+    assert table_rows(page)["held-out accuracy"] == ["86.10%", "*99.00%*"]
+    assert page["results"] == ["rankpilot's held-out loss is 92.0% higher than that of uniform ranks."]
+
+
+def test_the_picture_of_the_ranks_can_be_made_again(run_folder: Path) -> None:
+    picture = run_folder / "ranks.png"
+    assert write_rank_picture(read_run(run_folder)) == picture
+    first = picture.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    write_rank_picture(read_run(run_folder))
+    assert picture.read_bytes() == first
+
+
+def test_decisions_in_words_and_in_a_line_each(run_folder: Path) -> None:
+    first, _, third, _ = page_of(run_folder)["decisions"]
+    assert third["summary"] == (
+        "1 up, 1 down, 34 unchanged; predicted cost 94 MiB of 100 MiB (measured before it: 89 MiB). The budget changed "
+        "what was asked for 3 modules."
+    )
+    assert third["line"] == "step 68: 2 modules moved, 94 of 100 MiB, mean rank 2.3"
+    assert "measured" not in first["summary"]
+
+
+def test_flags_and_constants_do_not_stand_out(run_folder: Path) -> None:
+    pairs = standing_out(read_run(run_folder).decisions[0])
+    assert pairs[30][0][0] == "sensitivity"
+    assert pairs[30][0][1] > 5
+    assert pairs[32][0][0] == "snr"
+    assert pairs[32][0][1] < -5
+    assert not {name for row in pairs for name, _ in row} & {"wide", "shape"}
+    assert all(abs(distance) >= 1 for row in pairs for _, distance in row)
+
+
+def test_missing_parts_are_left_out(run_folder: Path) -> None:
+    shutil.rmtree(run_folder / "decisions")
+    for name in ("config.json", "metrics-rankpilot.jsonl", "metrics-uniform.jsonl"):
+        (run_folder / name).unlink()
+
+    def only_loss(summary: dict[str, Any]) -> None:
+        run = summary["runs"]["rankpilot"]
+        summary.clear()
+        summary["runs"] = {"rankpilot": {"held_out_loss": run["held_out_loss"], "held_out_accuracy": None}}
+
+    edit_summary(run_folder, only_loss)
+    page = page_of(run_folder)
+    assert table_rows(page) == {"": ["rankpilot"], "held-out loss": ["0.3841"]}
+    for part in ("decisions", "modules", "losses", "peaks", "settings", "sentences", "subject", "adapter", "budgets"):
+        assert not page[part], part
+    assert write_rank_picture(read_run(run_folder)) is None
+
+
+def test_a_causal_model_without_a_uniform_run(run_folder: Path) -> None:
+    def change(summary: dict[str, Any]) -> None:
+        del summary["runs"]["uniform"]
+        summary["runs"]["rankpilot"]["held_out_accuracy"] = None
+
+    edit_summary(run_folder, change)
+    page = page_of(run_folder)
+    assert "held-out accuracy" not in table_rows(page)
+    assert page["table"]["columns"] == ["rankpilot"]
+    assert page["results"] == []
+    assert table_rows(page)["held-out loss"] == ["0.3841"]
+
+
+def test_decisions_after_a_probe_start_from_the_ranks_in_place(run_folder: Path) -> None:
+    lines = run_folder / "decisions" / "decisions.jsonl"
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[1:]))
+    assert [decision["number"] for decision in page_of(run_folder)["decisions"]] == [1, 2, 3]
+    assert write_rank_picture(read_run(run_folder))
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"runs": {}}', '{"runs": {"uniform": {}}}'])
+def test_a_run_without_a_summary_is_reported_from_the_rest(run_folder: Path, content: str | None) -> None:
+    path = run_folder / "summary.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    page = page_of(run_folder)
+    (line,) = page["left_out"]
+    words = "the results, as the run has not finished (no summary.json)" if content is None else "is unreadable"
+    assert words in line
+    assert page["results"] == ["The latest held-out loss is 0.3840, at step 200."]
+    assert not page["table"]["rows"]
+    assert len(page["decisions"]) == 4
+    assert set(page["sentences"]) == {"ranks", "losses", "costs"}
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError):
+        read_run(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_folder_without_a_run_says_what_was_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match=r"decisions/decisions\.jsonl or decisions\.jsonl.*summary\.json"):
+        read_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_log_that_cannot_be_read_is_named_and_left_out(run_folder: Path) -> None:
+    (run_folder / "decisions" / "decision-000001.safetensors").write_bytes(b"{")
+    page = page_of(run_folder)
+    (line,) = page["left_out"]
+    assert "decision-000001.safetensors is missing, damaged" in line
+    assert page["losses"]
+    assert not page["decisions"]
+    assert write_rank_picture(read_run(run_folder)) is None
+
+
+def test_a_decision_log_alone(run_folder: Path) -> None:
+    folder = run_folder / "decisions"
+    page = page_of(folder)
+    assert page["left_out"] == ["losses (no checkpoint with a trainer_state.json)"]
+    assert len(page["decisions"]) == 4
+    assert page["peaks"], "the log has the peaks before its decisions"
+    assert not page["losses"]
+    assert write_rank_picture(read_run(folder)) == folder / "ranks.png"
+
+
+@pytest.fixture
+def trainer_folder(run_folder: Path, tmp_path: Path) -> Path:
+    """The output folder of a Trainer: decisions, and checkpoints with what was logged up to them."""
+    folder = tmp_path / "out"
+    shutil.copytree(run_folder / "decisions", folder / "decisions")
+    rows = read_json_lines(run_folder / "metrics-rankpilot.jsonl")
+    for step in (100, 200):
+        history = [{key: row[key] for key in row if key != "peak_bytes"} for row in rows if row["step"] <= step]
+        state = {"global_step": step, "log_history": history}
+        write_json(folder / f"checkpoint-{step}" / "trainer_state.json", state)
+        config = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "some/model"}
+        write_json(folder / f"checkpoint-{step}" / "adapter_config.json", config)
+    return folder
+
+
+def test_a_trainer_output_folder(trainer_folder: Path) -> None:
+    page = page_of(trainer_folder)
+    assert not page["left_out"]
+    assert set(page["sentences"]) == {"ranks", "losses", "costs"}
+    assert page["results"] == ["The latest held-out loss is 0.3840, at step 200."]
+    checkpoint, adapter = trainer_folder / "checkpoint-200", page["adapter"]
+    assert (adapter["folder"], adapter["base"]) == (str(checkpoint), "some/model")
+    assert f"AutoPeftModelForCausalLM.from_pretrained('{checkpoint}')" in adapter["load"]
+    assert f"rankpilot export {quote(str(checkpoint))} --output padded" in adapter["export"]
+
+
+def test_a_torn_trainer_state_gives_way_to_the_one_before(trainer_folder: Path) -> None:
+    (trainer_folder / "checkpoint-200" / "trainer_state.json").write_text('{"log_hist')
+    page = page_of(trainer_folder)
+    assert page["results"] == ["The latest held-out loss is 0.4293, at step 100."]
+    (line,) = page["left_out"]
+    assert "checkpoint-200" in line
+
+
+def test_the_page_names_the_adapter_of_a_fine_tune(run_folder: Path) -> None:
+    adapter = run_folder / "rankpilot" / "adapter"
+    write_json(adapter / "adapter_config.json", {"task_type": "SEQ_CLS", "base_model_name_or_path": "some/model"})
+    edit_summary(run_folder, lambda s: s.update(outputs=5))
+    shown = page_of(run_folder)["adapter"]
+    assert f"AutoPeftModelForSequenceClassification.from_pretrained('{adapter}', num_labels=5)" in shown["load"]
+    assert "model.merge_and_unload()" in shown["load"]
+    assert f"rankpilot export {quote(str(adapter))} --format rank-pattern" in shown["export"]
+
+
+def test_an_adapter_whose_configuration_is_cut_off(run_folder: Path) -> None:
+    adapter = run_folder / "rankpilot" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"task_type": "SEQ')
+    assert "PeftModel.from_pretrained(base_model, " in page_of(run_folder)["adapter"]["load"]
+
+
+def test_the_outputs_of_a_head_that_was_saved_with_the_adapter(trainer_folder: Path) -> None:
+    checkpoint = trainer_folder / "checkpoint-200"
+    adapter = {"task_type": "SEQ_CLS", "base_model_name_or_path": "some/model", "modules_to_save": ["classifier"]}
+    write_json(checkpoint / "adapter_config.json", adapter)
+    assert f"from_pretrained('{checkpoint}')" in page_of(trainer_folder)["adapter"]["load"]
+    shapes = {"lora_A.weight": (2, 8), "classifier.dense.weight": (2, 8), "classifier.out_proj.weight": (3, 2)}
+    tensors = {f"base_model.model.{name}": np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, checkpoint / "adapter_model.safetensors")
+    assert f"from_pretrained('{checkpoint}', num_labels=3)" in page_of(trainer_folder)["adapter"]["load"]
+
+
+def test_the_adapter_of_a_fine_tune_that_goes_on_is_that_of_its_last_checkpoint(run_folder: Path) -> None:
+    for step in (5, 10):
+        write_json(run_folder / "rankpilot" / f"checkpoint-{step}" / "adapter_config.json", {"task_type": "SEQ_CLS"})
+    assert read_run(run_folder).adapter == run_folder / "rankpilot" / "checkpoint-10"
+
+
+def test_an_adapter_that_does_not_name_its_base_model(trainer_folder: Path) -> None:
+    checkpoint = trainer_folder / "checkpoint-200"
+    write_json(checkpoint / "adapter_config.json", {"task_type": "CAUSAL_LM", "base_model_name_or_path": None})
+    shown = page_of(trainer_folder)["adapter"]
+    assert shown["base"] == "the one that was fine-tuned"
+    assert f"PeftModel.from_pretrained(base_model, '{checkpoint}')" in shown["load"]
+
+
+def test_a_budget_of_parameters_is_not_given_in_bytes(tmp_path: Path, run_folder: Path) -> None:
+    shutil.rmtree(run_folder / "decisions")
+    problem = problem_of(plans()[0])
+    counted = replace(problem, cost=ParameterCost(np.full((1, 36), 1e3)), limit=300_000.0)
+    write_decisions(run_folder / "decisions", lambda ranks: replace(counted, ranks=ranks), 1 / MIB * 3000)
+    edit_summary(run_folder, lambda s: [run.update(budget_bytes=300_000) for run in s["runs"].values()])
+    page = page_of(run_folder)
+    assert table_rows(page)["budget"] == ["300,000 parameters"] * 2
+    assert page["sentences"]["costs"] == "Plans take at most 288,000 of 300,000 parameters"
+    assert page["decisions"][0]["line"] == "step 0: 36 modules moved, 270,000 of 300,000 parameters, mean rank 2.0"
+
+
+def test_summary_table(run_folder: Path) -> None:
+    console = Console(width=80, record=True, force_terminal=True, file=StringIO())
+    console.print(summary_table(read_run(run_folder)))
+    text = console.export_text(styles=True)
+    assert "\x1b[1m0.3841" in text
+    assert "\x1b[1m0.4041" not in text
+    assert "MiniLM on sst2" in text

@@ -1,0 +1,103 @@
+"""A policy trained on a Ray cluster: byte for byte that of one process, also when an actor and a node are lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.policy_file import WEIGHTS
+from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.common.cluster import running_on_cluster
+from rankpilot.env.stacked import rounding_digest
+from rankpilot.training.config import TrainConfig
+from rankpilot.training.plan_runs import PLAN_RUNS
+from rankpilot.training.progress import OnStage, Stage
+from rankpilot.training.train import finish, train
+from rankpilot.training.vec_env import ProxyVecEnv
+from safetensors.numpy import load_file
+
+from ..ray_nodes import Nodes
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+Made = tuple[bytes, list[dict[str, bytes]]]
+
+TINY = TrainConfig(
+    iterations=2,
+    stacks=2,
+    tasks_per_stack=1,
+    episodes_per_task=2,
+    workers=1,
+    warm_tasks=2,
+    plan_tasks=4,
+    suites=("planted",),
+    bases=("llama-4x32",),
+    task_steps=6,
+    validation_tasks=2,
+    validate_every=1,
+    schedule=DecisionSchedule(probe_steps=2, fractions=(0.0, 0.4)),
+    network=NetworkConfig(width=8),
+)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    pytest.importorskip("ray")
+    with Nodes(2) as nodes:
+        yield nodes
+
+
+def trained(config: TrainConfig, folder: Path, on_stage: OnStage | None = None) -> Made:
+    """Train; returns the file of what was learned, and the arrays of the plan runs that it was learned from."""
+    finish(folder, train(config, folder, on_stage=on_stage), config)
+    # The files themselves may differ: safetensors writes metadata in no certain order.
+    plan_runs = [load_file(path) for path in sorted((folder / PLAN_RUNS).glob("*.safetensors"))]
+    assert len(plan_runs) == 4
+    return (folder / WEIGHTS).read_bytes(), [
+        {name: array.tobytes() for name, array in arrays.items()} for arrays in plan_runs
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """What one process makes."""
+    return trained(TINY, tmp_path_factory.mktemp("one") / "policy")
+
+
+@pytest.mark.long
+def test_two_nodes_train_the_same_policy(nodes: Nodes, alone: Made, tmp_path: Path) -> None:
+    lines: list[str] = []
+    with running_on_cluster(nodes.address, rounding_digest, lines.append):
+        made = trained(replace(TINY, workers=0), tmp_path / "policy")
+    assert lines == ["On the cluster: 2 nodes with 2 CPUs."]
+    assert made == alone
+
+
+@pytest.mark.long
+def test_an_actor_and_then_a_node_are_lost(
+    nodes: Nodes, alone: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The actor dies in the middle of a round, between two decisions; the node while plans are run."""
+    step: Callable[[ProxyVecEnv], Any] = ProxyVecEnv.step_wait
+    lost: list[str] = []
+
+    def kill_at_the_second_decision(envs: ProxyVecEnv) -> Any:
+        if envs._taken == 1 and not lost:
+            assert nodes.kill_actors(nodes.nodes[1]) == 1
+            lost.append("actor")
+        return step(envs)
+
+    def lose_at_the_first_plan_run(stage: Stage) -> None:
+        if (stage.name, stage.done) == ("plan runs", 1):
+            nodes.remove(nodes.nodes[0])
+            lost.append("node")
+
+    monkeypatch.setattr(ProxyVecEnv, "step_wait", kill_at_the_second_decision)
+    with running_on_cluster(nodes.address, rounding_digest):
+        made = trained(replace(TINY, workers=2), tmp_path / "policy", lose_at_the_first_plan_run)
+    assert lost == ["actor", "node"]
+    assert made == alone

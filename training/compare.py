@@ -1,0 +1,249 @@
+"""Compare policies on the same tasks, seeds and batches, many runs at a time.
+
+The work is cut into chunks of runs that share a base and a batch shape; worker processes take them one after another
+and run each chunk in the slots of one `StackedEpisodes`. What a run gives does not depend on what runs beside it, so
+the rows are the same for any number of workers and in whatever order they come.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from ..agents.log import DecisionLog, DecisionRecord
+from ..agents.observation import Observation
+from ..agents.policy import Decision, Policy
+from ..agents.rules import RULES
+from ..agents.schedule import DecisionSchedule
+from ..common.workers import worker_pool
+from ..env.episode import EpisodeLog
+from ..env.proxy_task import ProxyTask, Reference
+from ..env.stacked import StackedEpisodes
+from ..errors import ConfigError
+from .evaluate import TaskRule
+from .results import Key, Row, append_rows, read_rows, row_of
+
+SLOTS = 16
+"""Runs at a time in one process."""
+
+SEED_STEP = 7_000_000
+"""Between the seeds of a task's repetitions; the suites' own seeds lie from 1 to 3 million."""
+
+Competitor = Policy | TaskRule
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One row to be found, or one reference.
+
+    Attributes:
+        competitor: who runs; None for the reference's uniform run.
+        origin: the suite's task.
+        task: the repetition of it that is run.
+    """
+
+    competitor: Competitor | None
+    origin: ProxyTask
+    task: ProxyTask
+
+    @property
+    def key(self) -> Key:
+        """That of its row."""
+        return self.competitor.name if self.competitor else "", self.origin.id, self.task.seed
+
+
+def repetition(task: ProxyTask, number: int) -> ProxyTask:
+    """The same task with another teacher, data and adapters; number 0 is the task itself."""
+    return replace(task, seed=task.seed + SEED_STEP * number, reference=None) if number else task
+
+
+def compare(
+    competitors: Sequence[Competitor],
+    tasks: Sequence[ProxyTask],
+    schedule: DecisionSchedule,
+    *,
+    workers: int,
+    seeds: int = 1,
+    file: Path | None = None,
+    logs: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """Run every competitor on every task.
+
+    Args:
+        competitors: policies and task rules, with different names.
+        tasks: the same ones for each.
+        schedule: when ranks are decided.
+        workers: processes; with one, all happens in this process.
+        seeds: repetitions of each task, at least 1.
+        file: rows go there as soon as they are found; those that it holds already are not run again, unless a log is
+            wanted that is not there.
+        logs: the decisions of each run go to a log in this folder, see `log_folder`; those of task rules do not.
+        on_progress: called with (runs done, runs in all).
+
+    Returns:
+        Rows by competitor, task and repetition, in the order given. A rule that does not apply to a task has none.
+
+    Raises:
+        ConfigError: two competitors have one name, or seeds or workers are below 1.
+    """
+    names = [competitor.name for competitor in competitors]
+    if len(set(names)) < len(names) or min(seeds, workers) < 1:
+        raise ConfigError(
+            f"Competitors have different names, and seeds and workers are at least 1; got {', '.join(names)}, {seeds} "
+            f"and {workers}."
+        )
+    known = {row.key: row for row in read_rows(file)} if file else {}
+    pairs = [(task, repetition(task, number)) for task in tasks for number in range(seeds)]
+    jobs = [Job(competitor, *pair) for competitor in competitors for pair in pairs]
+    missing = [job for job in jobs if job.key not in known or (logs is not None and _lacks_log(job, logs))]
+    references = {key[1:]: row.reference for key, row in known.items()}
+    unmeasured = [Job(None, *pair) for pair in dict.fromkeys((job.origin, job.task) for job in missing)]
+    unmeasured = [job for job in unmeasured if job.key[1:] not in references]
+    total, done = len(unmeasured) + len(missing), 0
+    with worker_pool(workers) as pool:
+        for chunk, results in pool.spread(partial(_measure, schedule), _chunks(unmeasured, workers), _name):
+            references |= {job.key[1:]: result for job, result in zip(chunk, results, strict=True)}
+            done += len(chunk)
+            if on_progress:
+                on_progress(done, total)
+        missing = [_with_reference(job, references) for job in missing]
+        run = partial(_run, schedule, logs is not None)
+        for chunk, (rows, records) in pool.spread(run, _chunks(missing, workers), _name):
+            known |= {row.key: row for row in rows}
+            for key, decisions in records.items():
+                assert logs is not None
+                log = DecisionLog(log_folder(logs, key))
+                log.truncate(0)
+                for record in decisions:
+                    log.append(record)
+            if file:
+                append_rows(file, rows)
+            done += len(chunk)
+            if on_progress:
+                on_progress(done, total)
+    return [known[job.key] for job in jobs if job.key in known]
+
+
+def _name(chunk: Sequence[Job]) -> str:
+    """What errors call the work of a chunk."""
+    names = dict.fromkeys(job.competitor.name if job.competitor else "uniform" for job in chunk)
+    return f"{', '.join(names)} on {', '.join(dict.fromkeys(job.task.id for job in chunk))}"
+
+
+def _with_reference(job: Job, references: Mapping[tuple[str, int], Reference]) -> Job:
+    """The job on a task that knows its reference."""
+    return replace(job, task=replace(job.task, reference=references[job.key[1:]]))
+
+
+def _chunks(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
+    """Jobs that can share a stack, each task's side by side; `SLOTS` at most."""
+    size = min(SLOTS, -(-len(jobs) // workers))
+    chunks: list[list[Job]] = []
+    for job in sorted(jobs, key=lambda job: (*job.task.stack, job.task.seed)):
+        if not chunks or chunks[-1][0].task.stack != job.task.stack or len(chunks[-1]) == size:
+            chunks.append([])
+        chunks[-1].append(job)
+    return chunks
+
+
+@lru_cache(maxsize=1)
+def _episodes(stack: tuple[str, int, int], schedule: DecisionSchedule) -> StackedEpisodes:
+    """The stack of this process."""
+    return StackedEpisodes(stack[0], schedule, SLOTS)
+
+
+def _measure(schedule: DecisionSchedule, jobs: list[Job]) -> list[Reference]:
+    """The references of some tasks, `SLOTS` at most, with the loss of the rule `uniform` here and now.
+
+    What a suite's card tells of uniform rank was rounded, and measured on another machine: beside it competitors would
+    differ by more than they do from one another. The best known loss is the card's; that of a repetition is estimated.
+    """
+    episodes = _episodes(jobs[0].task.stack, schedule)
+    episodes.start_all([job.task for job in jobs])
+    before = episodes.held_out_losses(range(len(jobs))).values()
+    after = episodes.run_to_the_end(lambda seen: [RULES["uniform"].decide(observation) for observation in seen])
+    found = [
+        Reference(initial, loss if np.isfinite(loss) else initial) for initial, loss in zip(before, after, strict=True)
+    ]
+    return [_with_best(reference, job) for reference, job in zip(found, jobs, strict=True)]
+
+
+def _with_best(reference: Reference, job: Job) -> Reference:
+    """A reference with the best loss that is known, or one in proportion to what uniform gained."""
+    origin = job.origin.reference
+    if origin is None or origin.best is None:
+        return reference
+    estimate = reference.uniform - reference.gain * origin.headroom / origin.gain
+    return replace(reference, best=origin.best if job.task.seed == job.origin.seed else estimate)
+
+
+def log_folder(logs: Path, key: Key) -> Path:
+    """The folder of a run's decision log: POLICY/TASK-SEED, in names that every file system takes."""
+    policy, task = (re.sub(r"[^\w.=-]+", "-", name) for name in (key[0], f"{key[1]}-{key[2]}"))
+    return logs / (policy if policy.strip(".") else f"-{policy}") / task  # a policy may be called ".."
+
+
+def _lacks_log(job: Job, logs: Path) -> bool:
+    return not isinstance(job.competitor, TaskRule) and not len(DecisionLog(log_folder(logs, job.key)))
+
+
+def _run(
+    schedule: DecisionSchedule, logged: bool, jobs: list[Job]
+) -> tuple[list[Row], dict[Key, list[DecisionRecord]]]:
+    """The rows of some jobs, and their decisions, which this process may be too far away to write in place."""
+    episodes = _episodes(jobs[0].task.stack, schedule)
+    records: dict[Key, list[DecisionRecord]] = {}
+    run: list[tuple[Job, Policy, EpisodeLog | None]] = []
+    for job in jobs:
+        policy: Competitor | None = job.competitor
+        log: EpisodeLog | None = None
+        if isinstance(policy, TaskRule):
+            policy = policy.policy_for(job.task, episodes.problem(job.task))
+        elif policy and logged:
+            write = records.setdefault(job.key, []).append
+            log = EpisodeLog(write, policy, f"{job.origin.id} seed {job.task.seed}")
+        if policy:
+            run.append((job, policy, log))
+    attempts = [(job.task, policy) for job, policy, _ in run]
+    losses = run_attempts(episodes, attempts, SLOTS, [log for *_, log in run])
+    rows = []
+    for (job, *_), loss in zip(run, losses, strict=True):
+        assert job.task.reference is not None
+        rows.append(row_of(job.key[0], job.origin, job.task, job.task.reference, loss))
+    return rows, records
+
+
+def run_attempts(
+    episodes: StackedEpisodes,
+    attempts: Sequence[tuple[ProxyTask, Policy]],
+    slots: int,
+    logs: Sequence[EpisodeLog | None] | None = None,
+) -> list[float]:
+    """Run policies on tasks; each result is as if it had run alone.
+
+    Args:
+        episodes: of the base of all tasks.
+        attempts: tasks, of one batch shape and each with its reference, and who decides.
+        slots: how many run at once.
+        logs: of each attempt, where its decisions are written down, if anywhere.
+
+    Returns:
+        Held-out losses in nats, NaN for a run that failed.
+    """
+    losses: list[float] = []
+    for start in range(0, len(attempts), slots):
+        batch = attempts[start : start + slots]
+        given = enumerate(logs[start : start + slots] if logs else ())
+        episodes.start_all([task for task, _ in batch], {slot: log for slot, log in given if log})
+        losses += episodes.run_to_the_end(partial(_decide, [policy for _, policy in batch]))
+    return losses
+
+
+def _decide(policies: Sequence[Policy], seen: Sequence[Observation]) -> list[Decision]:
+    return [policy.decide(observation) for policy, observation in zip(policies, seen, strict=True)]

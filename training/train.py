@@ -1,0 +1,377 @@
+"""Train a policy with PPO on proxy fine-tunes (Stable-Baselines3), and a value ensemble on plan runs.
+
+First, if asked, the network learns scores from tasks whose best allocation is known. Then, each iteration, all worker
+processes run a round of episodes on fresh tasks; PPO (Schulman et al., 2017, arXiv 1707.06347) updates the network on
+them, with advantages relative to the group of each task. A checkpoint after the start and after each iteration makes
+the run resumable: weights, optimiser, random state and tasks go on as if nothing had happened. The policy that did best
+on the validation tasks is kept.
+
+A start better than the rule: scores learned from tasks whose best allocation is known.
+
+On planted tasks the oracle knows what each module is worth. The network learns to tell that from what a policy sees, at
+every decision of runs that it explores; where the worth is not known, its scores stay those of the rule. What signals
+cannot tell averages out, so scores of modules that look alike stay close.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stable_baselines3 import PPO
+from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.utils import LinearSchedule
+
+from ..agents.learned.network import RankNetwork
+from ..agents.learned.plan_value import PlanValueEnsemble
+from ..agents.learned.policy import LearnedPolicy
+from ..agents.learned.policy_file import CARD, save_policy
+from ..common.arrays import Arrays, FloatArray
+from ..common.devices import find_device
+from ..common.files import append_json_line, read_json, read_json_lines, write_json, write_text
+from ..common.run_folder import open_run
+from ..common.settings import as_json
+from ..env.bases import adapted_base
+from ..env.proxy_finetune import check_texts
+from ..env.proxy_task import ProxyTask
+from ..env.suites import VERSION
+from ..env.vector import StackedConfig
+from ..errors import DataError, RunFolderError, first_line
+from .config import TrainConfig
+from .fit_plan_value import ANY_COST, fit_value_ensemble
+from .plan_runs import PLAN_RUNS, RUNS, Stack, collect_plan_runs, more_plan_runs, plan_dataset
+from .ppo_policy import GroupRolloutBuffer, RankPolicy
+from .progress import CHECKPOINT, PROGRESS, OnStage, PPOProgress, Stage, Validation, restore, write_checkpoint
+from .task_sampling import FreshTasks, fresh_tasks, plan_draws, validation_tasks, warm_draws
+from .vec_env import ProxyVecEnv
+
+SPAN = 4.0
+"""Worths lower than the largest by more than this, in log, count alike: their order is noise."""
+
+EXPONENT = 0.5
+"""Rank goes as this power of the worth: each further rank of a module captures less."""
+
+PASSES, BATCH, RATE = 30, 64, 2e-3
+
+
+def target_scores(worth: FloatArray) -> FloatArray:
+    """Scores that a module's worth asks for, centred, (modules,).
+
+    Args:
+        worth: in nats, at least 0, (modules,).
+    """
+    logs = np.log(np.maximum(worth, 1e-12))
+    scores = EXPONENT * np.maximum(logs - logs.max(), -SPAN)
+    return np.asarray(scores - scores.mean())
+
+
+@dataclass
+class ScoreDataset:
+    """What was seen and what the scores should have been; one row an observation.
+
+    Attributes:
+        rows: the arrays of the observations.
+        targets: scores, padded with zeros.
+        known: whether the worth is known; else the rule's scores are the target.
+    """
+
+    rows: list[Arrays] = field(default_factory=list)
+    targets: list[FloatArray] = field(default_factory=list)
+    known: list[bool] = field(default_factory=list)
+
+    def note(self, arrays: Arrays, worths: Sequence[FloatArray | None]) -> None:
+        """Take in the observations of a stack."""
+        for row, worth in enumerate(worths):
+            target = np.zeros(arrays["mask"].shape[1])
+            if worth is not None:
+                target[: len(worth)] = target_scores(worth)
+            self.rows.append({key: value[row] for key, value in arrays.items()})
+            self.targets.append(target)
+            self.known.append(worth is not None)
+
+
+def explore(policy: RankPolicy) -> Callable[[Arrays], NDArray[np.float32]]:
+    """Actions drawn from the policy's distribution."""
+
+    @torch.no_grad()
+    def act(arrays: Arrays) -> NDArray[np.float32]:
+        actions: NDArray[np.float32] = policy(policy.obs_to_tensor(arrays)[0])[0].cpu().numpy()
+        return actions
+
+    return act
+
+
+def warm_start(
+    policy: RankPolicy,
+    envs: ProxyVecEnv,
+    tasks: Sequence[ProxyTask],
+    *,
+    seed: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Teach a policy's network the worth of modules.
+
+    Args:
+        policy: explores and is taught.
+        envs: runs the tasks.
+        tasks: planted ones, and others.
+        seed: of the order of the dataset.
+        on_progress: called with the tasks that are done and all of them, now and then.
+
+    Returns:
+        Mean squared error of the scores where the worth is known: "before" and "after", and "constant" for equal ones.
+        Nothing where no task is planted: there is nothing to learn then.
+    """
+    if not any(task.kind == "planted" for task in tasks):
+        return {}
+    dataset = ScoreDataset()
+    envs.play(tasks, explore(policy), note=dataset.note, on_progress=on_progress)
+    keys = dataset.rows[0].keys()
+    seen = {key: torch.from_numpy(np.stack([row[key] for row in dataset.rows])) for key in keys}
+    known = torch.tensor(dataset.known)
+    with torch.no_grad():
+        rule = policy.get_distribution(seen).mean[:, : seen["mask"].shape[1]]
+        placement = policy.get_distribution(seen).mean[:, seen["mask"].shape[1] :].clone()
+    targets = torch.where(known[:, None], torch.from_numpy(np.stack(dataset.targets)).float(), rule)
+    weights = seen["mask"].float() / seen["mask"].sum(dim=1, keepdim=True)
+
+    def errors(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = policy.get_distribution({key: value[rows] for key, value in seen.items()}).mean
+        count = targets.shape[1]
+        difference = mean[:, :count] - targets[rows]
+        centred = difference - (difference * weights[rows]).sum(
+            dim=1, keepdim=True
+        )  # only differences of scores matter
+        return (centred.square() * weights[rows]).sum(dim=1), (mean[:, count:] - placement[rows]).square().sum(dim=1)
+
+    everything = torch.arange(len(known))
+    with torch.no_grad():
+        before = errors(everything)[0][known].mean()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(policy.network.parameters(), lr=RATE, weight_decay=1e-2)
+    for _ in range(PASSES):
+        order = torch.randperm(len(known), generator=generator)
+        for rows in torch.split(order, BATCH):
+            scores, steered = errors(rows)
+            optimizer.zero_grad()
+            (scores.mean() + steered.mean()).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    with torch.no_grad():
+        after = errors(everything)[0][known].mean()
+    constant = (targets.square() * weights).sum(dim=1)[known].mean()
+    return {"before": float(before), "after": float(after), "constant": float(constant)}
+
+
+TENSORBOARD = "tensorboard/ppo_1"
+
+SUMMARY = "summary.json"
+"""File, among a training's plan runs, that tells what came of them."""
+
+START = "signal-mean"
+"""The rule that an untrained network is, and that episodes are measured against."""
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a training run has written its policy."""
+    return (folder / CARD).exists()
+
+
+def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: OnStage | None = None) -> LearnedPolicy:
+    """Train a policy; the run's progress and checkpoint are in `folder`.
+
+    Args:
+        config: how.
+        folder: the run's folder.
+        resume: go on with an interrupted run.
+        on_stage: called as training goes on.
+
+    Returns:
+        The actor that did best on the validation tasks, the last one without any, and the value ensemble, if plan runs
+        were asked for. `finish` writes it.
+
+    Raises:
+        RunFolderError: see `open_run`; or the file of further plan runs cannot be read.
+        UnknownNameError: no such suite or base.
+        ConfigError: no such tasks, or no such device.
+        AssetError: a text is not at hand.
+    """
+    fresh = fresh_tasks(config)
+    validation = validation_tasks(config)
+    everything = [*(task for suite in fresh.templates for task in suite), *validation]
+    check_texts(everything)
+    more_plan_runs(config.more_plan_runs)  # now, and not after hours
+    modules = max(len(adapted_base(task.base)[1]) for task in everything)
+    stack = StackedConfig(
+        config.tasks_per_stack * config.episodes_per_task,
+        episodes_per_task=config.episodes_per_task,
+        actions="scores",
+        against=START,
+        schedule=config.schedule,
+        max_modules=modules,
+        device=str(find_device(config.device)),
+    )
+    with open_run(folder, as_json(TrainConfig, config), resume=resume):
+        return _train(config, folder, fresh, stack, validation, on_stage or (lambda stage: None))
+
+
+def _train(
+    config: TrainConfig,
+    folder: Path,
+    fresh: FreshTasks,
+    stack: StackedConfig,
+    validation: tuple[ProxyTask, ...],
+    report: OnStage,
+) -> LearnedPolicy:
+    """Train in a folder that is this run's alone.
+
+    Args:
+        config: how.
+        folder: the run's folder.
+        fresh: what tasks are drawn from.
+        stack: the episodes of a stack.
+        validation: tasks on which the policy is measured.
+        report: called as training goes on.
+    """
+    envs = ProxyVecEnv(fresh, stack, stacks=config.stacks, workers=config.worker_count)
+    with ExitStack() as ending:
+        ending.callback(envs.close)
+        model = _new_model(config, envs, folder)
+        ending.callback(model.logger.close)  # TensorBoard's file and its thread
+        measured = Validation(validation, envs)
+        progress = PPOProgress(folder, config, measured, report)
+        begun = (folder / CHECKPOINT).exists()
+        if begun:
+            progress.iteration = restore(folder / CHECKPOINT, model, measured)
+        rows = _progress_until(progress.iteration, folder / PROGRESS) if begun else []
+        write_text(folder / PROGRESS, "".join(json.dumps(row) + "\n" for row in rows))
+        if not begun:
+            _begin(model, envs, config, progress, folder)
+            write_checkpoint(folder / CHECKPOINT, model, 0, measured)
+        network: RankNetwork = model.policy.network  # type: ignore[assignment]
+        network.freeze_estimate()
+        if progress.iteration < config.iterations:
+            envs.round = progress.iteration
+            model._last_obs = envs.reset()  # type: ignore[assignment]
+            model._last_episode_starts = np.ones(envs.num_envs, dtype=bool)
+            # A checkpoint holds the random state of the moment after its update, so nothing may be drawn before.
+            rest = (config.iterations - progress.iteration) * envs.decisions * envs.num_envs
+            model.learn(rest, callback=progress, reset_num_timesteps=False)
+    if measured.best:
+        network.load_state_dict(measured.best[1])
+    actor = LearnedPolicy(folder.resolve().name, network.eval())
+    return (
+        replace(actor, value_ensemble=_value_ensemble(actor, fresh, stack, config, folder, report))
+        if config.plan_tasks
+        else actor
+    )
+
+
+def _value_ensemble(
+    actor: LearnedPolicy, fresh: FreshTasks, stack: StackedConfig, config: TrainConfig, folder: Path, report: OnStage
+) -> PlanValueEnsemble:
+    """A value ensemble, from plan runs of fresh tasks."""
+    draws = plan_draws(fresh, config.plan_tasks)
+    stacks = [
+        Stack(number, number % (len(draws) // 2), tasks, actor, config.schedule, config.seed, stack.device)
+        for number, tasks in enumerate(draws)
+    ]
+    plan_runs = collect_plan_runs(
+        stacks,
+        folder / PLAN_RUNS,
+        workers=config.worker_count,
+        on_progress=lambda done, total: report(Stage("plan runs", done, total)),
+    )
+    real = [run.seen_by(actor) for run in more_plan_runs(config.more_plan_runs)]
+    dataset = plan_dataset([*plan_runs, *real])
+    report(Stage("value ensemble", len(stacks), len(stacks)))
+    ensemble = PlanValueEnsemble(ANY_COST)
+    facts = fit_value_ensemble(ensemble, dataset, seed=config.seed, workers=config.worker_count)
+    write_json(folder / PLAN_RUNS / SUMMARY, {"runs": (len(stacks) * fresh.count + len(real)) * RUNS} | facts)
+    return ensemble
+
+
+def _begin(model: PPO, envs: ProxyVecEnv, config: TrainConfig, progress: PPOProgress, folder: Path) -> None:
+    """Measure the untrained policy, teach it scores, and measure again."""
+    policy = model.policy
+    assert isinstance(policy, RankPolicy)
+    model._setup_learn(0, progress, reset_num_timesteps=False)
+    progress.init_callback(model)
+    row: dict[str, Any] = {"iteration": 0} | progress.validate()
+    if config.warm_tasks:
+        tasks = warm_draws(envs.fresh, config.warm_tasks)
+        facts = warm_start(
+            policy,
+            envs,
+            tasks,
+            seed=config.seed,
+            on_progress=lambda done, total: progress.report(Stage("warm start", done, total)),
+        )
+        row |= {f"warm_{key}": value for key, value in facts.items()}
+        row |= {f"warm_{key}": value for key, value in progress.validate().items()}
+    append_json_line(folder / PROGRESS, row)
+
+
+def _new_model(config: TrainConfig, envs: ProxyVecEnv, folder: Path) -> PPO:
+    """PPO as configured, which logs to TensorBoard where that is installed."""
+    model = PPO(
+        RankPolicy,
+        envs,
+        n_steps=envs.decisions,
+        batch_size=envs.decisions * envs.num_envs,
+        n_epochs=config.epochs,
+        learning_rate=LinearSchedule(config.learning_rate, 0.0, 1.0),
+        clip_range=config.clip_range,
+        target_kl=config.target_kl,
+        gamma=1.0,
+        gae_lambda=1.0,
+        vf_coef=0.1,
+        rollout_buffer_class=GroupRolloutBuffer,
+        rollout_buffer_kwargs={"group": config.episodes_per_task},
+        policy_kwargs={"network": config.network},
+        seed=config.seed,
+        device="cpu",
+    )
+    # Without a logger of ours, Stable-Baselines3 makes a folder for one among the temporary files.
+    formats: list[KVWriter] = [TensorBoardOutputFormat(str(folder / TENSORBOARD))] if find_spec("tensorboard") else []
+    model.set_logger(Logger(folder=None, output_formats=formats))
+    return model
+
+
+def _progress_until(iteration: int, path: Path) -> list[dict[str, Any]]:
+    """The rows of an interrupted run; those after its checkpoint are repeated, as progress is written first.
+
+    Raises:
+        RunFolderError: there are none, or they are damaged.
+    """
+    try:
+        rows = [row for row in read_json_lines(path) if row["iteration"] <= iteration]
+        if [row["iteration"] for row in rows[:1]] != [0]:
+            raise ValueError("its first line is missing")
+    except (DataError, ValueError, TypeError, LookupError) as error:
+        raise RunFolderError(
+            f"{path} cannot be read: {first_line(error)}. Delete {CHECKPOINT} beside it to start over."
+        ) from error
+    return rows
+
+
+def finish(folder: Path, policy: LearnedPolicy, config: TrainConfig, results: dict[str, Any] | None = None) -> Path:
+    """Write the trained policy and its card into the run's folder; the run then counts as finished."""
+    rows = read_json_lines(folder / PROGRESS)
+    provenance = {
+        "name": folder.resolve().name,
+        "training": as_json(TrainConfig, config),
+        "suite_version": VERSION,
+        "episodes": sum(row.get("episodes", 0) for row in rows),
+        "start": rows[0],
+        "plan_runs": read_json(folder / PLAN_RUNS / SUMMARY) if policy.value_ensemble else {},
+        "validation": results or {},
+    }
+    return save_policy(folder, policy.network, config.schedule, provenance, policy.value_ensemble)
