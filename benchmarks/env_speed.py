@@ -19,7 +19,16 @@ from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.env.rank_allocation import TOP, RankAllocationEnv
 from rankpilot.env.vector import StackedVectorEnv
 
-from .harness import Figures, estimate_cycles, estimate_figures, interleave, machine_facts, paired_ratios, usual_step, with_progress
+from .harness import (
+    Figures,
+    estimate_cycles,
+    estimate_figures,
+    interleave,
+    machine_facts,
+    paired_ratios,
+    usual_step,
+    with_progress,
+)
 
 SCHEDULE = DecisionSchedule(probe_steps=8, probe_batch=2, fractions=(0.0, 0.25, 0.5, 0.75))
 

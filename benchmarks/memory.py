@@ -29,7 +29,16 @@ from rankpilot.lora.targets import TargetModule
 from rankpilot.plan.plan import top_down, top_layers
 from rankpilot.plan.problem import AllocationProblem
 
-from .harness import Figures, estimate_cycles, estimate_figures, interleave, machine_facts, paired_ratios, usual_step, with_progress
+from .harness import (
+    Figures,
+    estimate_cycles,
+    estimate_figures,
+    interleave,
+    machine_facts,
+    paired_ratios,
+    usual_step,
+    with_progress,
+)
 from .models import ARCHITECTURES, FAMILIES, LORA, Family, Learner, Size, random_model
 from .resident import large_learner, observe
 

@@ -33,7 +33,17 @@ from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.adapters import PeftAdapters
 from rankpilot.lora.spec import REFERENCE_RANK
 
-from .harness import Figures, clock_for, estimate_cycles, estimate_figures, interleave, machine_facts, paired_ratios, usual_step, whole_cycle
+from .harness import (
+    Figures,
+    clock_for,
+    estimate_cycles,
+    estimate_figures,
+    interleave,
+    machine_facts,
+    paired_ratios,
+    usual_step,
+    whole_cycle,
+)
 from .models import FAMILIES, LEARNING_RATE, LORA, Family, Learner, Size, random_loader, random_model
 
 

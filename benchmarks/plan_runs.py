@@ -29,7 +29,14 @@ from rankpilot.common.workers import count_workers, worker_pool
 from rankpilot.errors import ConfigError, NonFiniteError
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.lora.spec import REFERENCE_RANK
-from rankpilot.training.plan_runs import CHOICES, RUNS, RealPlanRun, draw_decision, read_real_plan_runs, write_real_plan_runs
+from rankpilot.training.plan_runs import (
+    CHOICES,
+    RUNS,
+    RealPlanRun,
+    draw_decision,
+    read_real_plan_runs,
+    write_real_plan_runs,
+)
 
 from .harness import Figures, machine_facts
 from .methods.plans import plain_lora

@@ -45,7 +45,16 @@ from .measured_time import count_work
 from .model import MemoryModel
 from .step_config import Quantization, StepConfig
 from .step_time import StepWork
-from .training_step import LossFunction, TrainingStep, check_installed, has_checkpointing, model_loss, new_optimizer, release_inputs, switch_checkpointing
+from .training_step import (
+    LossFunction,
+    TrainingStep,
+    check_installed,
+    has_checkpointing,
+    model_loss,
+    new_optimizer,
+    release_inputs,
+    switch_checkpointing,
+)
 
 _NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS")
 

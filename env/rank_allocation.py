@@ -16,7 +16,15 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from ..agents.observation import MODULE_FEATURE_TABLE, MODULE_FEATURES, MOST_FEATURE, RUN_FEATURE_TABLE, RUN_FEATURES, Observation, feature_table
+from ..agents.observation import (
+    MODULE_FEATURE_TABLE,
+    MODULE_FEATURES,
+    MOST_FEATURE,
+    RUN_FEATURE_TABLE,
+    RUN_FEATURES,
+    Observation,
+    feature_table,
+)
 from ..agents.policy import Decision, decision_from_scores
 from ..agents.schedule import DecisionSchedule
 from ..common.checks import is_count

@@ -21,7 +21,15 @@ from safetensors.torch import load_file, save_file
 from ..agents.policy import Policy
 from ..agents.schedule import DecisionSchedule
 from ..common.checks import counted, finite
-from ..common.files import atomic_path, check_tensor_file, is_whole_archive, load_archive, read_json, read_object, write_json
+from ..common.files import (
+    atomic_path,
+    check_tensor_file,
+    is_whole_archive,
+    load_archive,
+    read_json,
+    read_object,
+    write_json,
+)
 from ..cost.model_states import trained_outside
 from ..errors import DataError, RankPilotError, RunFolderError, first_line, shown
 from ..lora.peft_config import adapter_ranks, resizable_targets

@@ -31,7 +31,15 @@ from ..lora.resize import norms_of
 from ..lora.targets import TargetModule
 from ..plan.plan import Plan
 from ..plan.problem import rank_bounds
-from .before_training import Progress, learned_kept, prepare, put_back_on_error, run_memory, warn_of_other_adapters, within_all
+from .before_training import (
+    Progress,
+    learned_kept,
+    prepare,
+    put_back_on_error,
+    run_memory,
+    warn_of_other_adapters,
+    within_all,
+)
 from .checkpoint import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .journal import Correction, Journal
 from .loop_calls import LoopCalls

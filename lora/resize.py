@@ -2,15 +2,12 @@
 
 For a pair A (r, d_in), B (d_out, r) with delta W = s B A:
 
-* *shrink* to k: B A becomes its best rank-k approximation, and A and B each take the root of its singular values
-  (`lora/factors`);
+* *shrink* to k: B A becomes its best rank-k approximation, and A and B each take the root of its singular values;
 * *grow*: one side of the new directions is random, the other zero, so the function does not change;
 * *drop* to rank 0: A and B become empty, and stay the same parameter objects so that they can grow again;
-* the scaling becomes s' = alpha / r' (`lora/peft_config.py`), and the side that starts at zero, B, is multiplied by s / s',
-  so the function does not change (on embeddings it is A);
+* the scaling becomes s' = alpha / r' (`lora/peft_config.py`), and the side that starts at zero, B, is multiplied by
+  s / s', so the function does not change (on embeddings it is A);
 * the optimiser's moments follow the same linear maps (`lora/optimizer_state`).
-
-The algebra of LoRA pairs: the best approximation at a lower rank, and fresh directions for a higher one.
 """
 
 from __future__ import annotations

@@ -27,7 +27,22 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..common.arrays import FloatArray, IntArray
-from ..common.drawing import ABSENT, BUDGET_RED, COLORS, FAINT, INK, clean_axes, draw_cells, draw_key, draw_legend, finite_points, new_figure, save_figure, smooth, write_rank
+from ..common.drawing import (
+    ABSENT,
+    BUDGET_RED,
+    COLORS,
+    FAINT,
+    INK,
+    clean_axes,
+    draw_cells,
+    draw_key,
+    draw_legend,
+    finite_points,
+    new_figure,
+    save_figure,
+    smooth,
+    write_rank,
+)
 from ..common.text import ShortName, format_bytes, layer_titles, short_names, shortest_ends
 from ..cost.breakdown import Breakdown, Kind
 from ..cost.outlook import Outlook

@@ -11,13 +11,14 @@ Which features of a module are unusual among all modules.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-import numpy as np
-from numpy.typing import NDArray
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
 from ..agents.deliberation import Deliberation
 from ..agents.log import LINES, DecisionLog, DecisionRecord
 from ..agents.observation import MODULE_FEATURES

@@ -26,7 +26,19 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from ..agents.learned.candidates import ALL_LINEAR, DEPTHS, FIXED_NAMES, KEEP, KINDS, UNIFORM, all_linear, candidate_actions, structure_plans, with_less, with_uniform_plan
+from ..agents.learned.candidates import (
+    ALL_LINEAR,
+    DEPTHS,
+    FIXED_NAMES,
+    KEEP,
+    KINDS,
+    UNIFORM,
+    all_linear,
+    candidate_actions,
+    structure_plans,
+    with_less,
+    with_uniform_plan,
+)
 from ..agents.learned.plan_value import Plans
 from ..agents.learned.policy import LearnedPolicy, MeanAction
 from ..agents.learned.policy_file import SCHEMA

@@ -12,7 +12,14 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from ..common.files import append_json_line, read_json_lines, write_json_lines
-from ..common.statistics import Estimate, PairedComparison, compare_pairs, estimate, interquartile_means, mean_and_interval
+from ..common.statistics import (
+    Estimate,
+    PairedComparison,
+    compare_pairs,
+    estimate,
+    interquartile_means,
+    mean_and_interval,
+)
 from ..env.bases import find_base
 from ..env.episode_record import Comparison
 from ..env.proxy_task import ProxyTask, Reference

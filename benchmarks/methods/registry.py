@@ -23,8 +23,7 @@ from rankpilot.finetune.recomputation import recomputing
 from rankpilot.lora.targets import find_target_modules
 
 from ..harness import interleave, paired_ratios
-from . import adalora
-from . import policies
+from . import adalora, policies
 from .plans import PLANS, WINDOWS, plain_lora, rslora
 from .policies import PilotDriver, make_plan
 from .rows import Work, plan_ranks

@@ -18,7 +18,20 @@ from rankpilot.common.text import plural
 from rankpilot.errors import ConfigError
 
 from ..harness import Figures, estimate_figures, machine_facts
-from .numbers import FEWEST_TASKS, KINDS, REFERENCE, Comparison, Costs, Results, bullets, compare, costs_of, markdown_table, percent, time_to_loss
+from .numbers import (
+    FEWEST_TASKS,
+    KINDS,
+    REFERENCE,
+    Comparison,
+    Costs,
+    Results,
+    bullets,
+    compare,
+    costs_of,
+    markdown_table,
+    percent,
+    time_to_loss,
+)
 from .pictures import draw_all, draw_savings
 from .rows import PACKED, RowStore
 from .run import chosen_methods

@@ -8,9 +8,7 @@ Adam leaves it at zero: no masks are needed, and each run computes what it would
 All factors of a run are one row of a flat buffer, and so are their gradients and both moments of Adam. Widths are
 multiples of 16: matrix products (oneMKL) of such widths do not depend on the width, so a run's result is the same bit
 for bit, whatever the other runs do. For the same reason most products of zeros can be left out
-(`lora/stacked/blocks.py`).
-
-The positions of stacked factors in a flat buffer with one row for each run.
+(`lora/stacked/segments.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -29,55 +26,7 @@ from torch.optim.adamw import adamw
 from ...common.arrays import FloatArray, IntArray
 from ...errors import UnsupportedError
 from ..targets import TargetModule
-from .blocks import AddDeltas, Segment, add_deltas, make_segments
-
-WIDTH_STEP = 16
-"""Widths are multiples of this, for the reason given in `lora/stacked/adapters.py`."""
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""A and B^T of one module, (runs, width, d_in) and (runs, width, d_out)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """The positions of all factors in a row of a buffer: A of all modules first, then B^T of all modules.
-
-    Attributes:
-        widths: components for which each module has room, int64 (modules,).
-        d_in: input width of each module, int64 (modules,).
-        d_out: output width of each module, int64 (modules,).
-    """
-
-    widths: IntArray
-    d_in: IntArray
-    d_out: IntArray
-
-    @property
-    def size(self) -> int:
-        """Number of elements in a row."""
-        return int(self.widths @ (self.d_in + self.d_out))
-
-    @property
-    def bounds(self) -> IntArray:
-        """Start of each factor in a row, A of all modules then B^T of all, and the row's end, (2 * modules + 1,)."""
-        sizes = np.concatenate([self.widths * self.d_in, self.widths * self.d_out])
-        return np.concatenate([[0], np.cumsum(sizes)])
-
-    @property
-    def split(self) -> int:
-        """Start of the first module's B^T in a row."""
-        return int(self.widths @ self.d_in)
-
-    def pairs(self, flat: torch.Tensor) -> list[Pair]:
-        """Views of a buffer (runs, size), one pair for each module."""
-        starts, widths = self.bounds.tolist(), self.widths.tolist()
-        dims = [*self.d_in.tolist(), *self.d_out.tolist()]
-        views = [
-            torch.unflatten(flat[:, start:end], 1, (width, d))
-            for start, end, width, d in zip(starts, starts[1:], widths * 2, dims, strict=False)
-        ]
-        return list(zip(views[: len(widths)], views[len(widths) :], strict=True))
-
+from .segments import WIDTH_STEP, AddDeltas, Layout, Pair, Segment, add_deltas, make_segments
 
 SHRINK_BELOW = 0.75
 """Buffers become narrower if their new size is at most this share of the old one."""

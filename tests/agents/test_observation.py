@@ -6,7 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.observation import MODULE_FEATURE_TABLE, MODULE_FEATURES, RUN_FEATURE_TABLE, ModuleShapes, Observation, RunState, feature_table, observe, with_limit
+from rankpilot.agents.observation import (
+    MODULE_FEATURE_TABLE,
+    MODULE_FEATURES,
+    RUN_FEATURE_TABLE,
+    ModuleShapes,
+    Observation,
+    RunState,
+    feature_table,
+    observe,
+    with_limit,
+)
 from rankpilot.cost.cost import ByteCost, moment_costs
 from rankpilot.cost.step_time import SecondsRow
 from rankpilot.env.rank_allocation import RankAllocationEnv

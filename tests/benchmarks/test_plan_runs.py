@@ -11,7 +11,14 @@ import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.errors import ConfigError, RunFolderError
-from rankpilot.training.plan_runs import RUNS, WEIGHT, RealPlanRun, plan_dataset, read_real_plan_runs, write_real_plan_runs
+from rankpilot.training.plan_runs import (
+    RUNS,
+    WEIGHT,
+    RealPlanRun,
+    plan_dataset,
+    read_real_plan_runs,
+    write_real_plan_runs,
+)
 from rich.console import Console
 
 from benchmarks import plan_runs

@@ -6,7 +6,17 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from rankpilot.common.files import append_json_line, atomic_path, read_bytes, read_json, read_json_lines, read_object, sha256, write_json, write_text
+from rankpilot.common.files import (
+    append_json_line,
+    atomic_path,
+    read_bytes,
+    read_json,
+    read_json_lines,
+    read_object,
+    sha256,
+    write_json,
+    write_text,
+)
 from rankpilot.errors import DataError
 
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rankpilot.common.statistics import Estimate, compare_pairs, estimate, interquartile_means, mean_and_interval, means, medians, rank_correlation, ratio_estimate
+from rankpilot.common.statistics import (
+    Estimate,
+    compare_pairs,
+    estimate,
+    interquartile_means,
+    mean_and_interval,
+    means,
+    medians,
+    rank_correlation,
+    ratio_estimate,
+)
 
 
 def alone(count: int) -> list[str]:

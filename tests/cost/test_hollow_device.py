@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rankpilot.cost.hollow_device import LOWER, WIDEST, WITH_DTYPE, HollowDevice, hollow_autocast, hollow_device, operators
+from rankpilot.cost.hollow_device import (
+    LOWER,
+    WIDEST,
+    WITH_DTYPE,
+    HollowDevice,
+    hollow_autocast,
+    hollow_device,
+    operators,
+)
 from rankpilot.cost.live_storages import device_kind
 from torch import nn
 from torch.nn import functional

@@ -13,7 +13,14 @@ import pytest
 import torch
 from datasets import Dataset
 from rankpilot.data import batches
-from rankpilot.data.batches import IGNORED, count_predictions, first_example, largest_batch, predicted_share, unknown_lengths
+from rankpilot.data.batches import (
+    IGNORED,
+    count_predictions,
+    first_example,
+    largest_batch,
+    predicted_share,
+    unknown_lengths,
+)
 from rankpilot.errors import DataError
 
 TOKENS = torch.ones(4, 10, dtype=torch.int64)

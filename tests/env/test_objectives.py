@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.env.bases import MASK_TOKEN, find_base, load_base_model
-from rankpilot.env.proxy_finetune import FIRST_CLASS, IGNORED, MASK_SHARE, class_inputs, divergence, label_loss, language_inputs
+from rankpilot.env.proxy_finetune import (
+    FIRST_CLASS,
+    IGNORED,
+    MASK_SHARE,
+    class_inputs,
+    divergence,
+    label_loss,
+    language_inputs,
+)
 
 
 @pytest.fixture

@@ -14,7 +14,19 @@ from peft import LoraConfig, get_peft_model
 from rankpilot.cost.cost import plan_cost
 from rankpilot.env import proxy_finetune as oracle
 from rankpilot.env.bases import adapted_base, find_base, load_base_model
-from rankpilot.env.proxy_finetune import DENSITY, RANKS, STRENGTH, Change, ProxyFineTune, attainable_loss, changed_weights, draw_changes, load_task, oracle_plan, utilities
+from rankpilot.env.proxy_finetune import (
+    DENSITY,
+    RANKS,
+    STRENGTH,
+    Change,
+    ProxyFineTune,
+    attainable_loss,
+    changed_weights,
+    draw_changes,
+    load_task,
+    oracle_plan,
+    utilities,
+)
 from rankpilot.env.proxy_task import ProxyTask
 from rankpilot.errors import ConfigError
 from rankpilot.lora.resize import set_ranks

@@ -19,9 +19,26 @@ from rankpilot.cost.budget import Budget
 from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.cost import ByteCost, ParameterCost, plan_cost
 from rankpilot.data.corpora import load_corpus, load_labelled, sample_windows
-from rankpilot.env.bases import BASES_FOLDER, PROXY_BASES, adapted_base, find_base, load_base_model, proxy_cost, proxy_memory
+from rankpilot.env.bases import (
+    BASES_FOLDER,
+    PROXY_BASES,
+    adapted_base,
+    find_base,
+    load_base_model,
+    proxy_cost,
+    proxy_memory,
+)
 from rankpilot.env.episode import Episode, probe_task
-from rankpilot.env.proxy_finetune import FIRST_CLASS, MASK_SHARE, ProxyFineTune, TaskData, check_texts, label_loss, language_inputs, load_task
+from rankpilot.env.proxy_finetune import (
+    FIRST_CLASS,
+    MASK_SHARE,
+    ProxyFineTune,
+    TaskData,
+    check_texts,
+    label_loss,
+    language_inputs,
+    load_task,
+)
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.errors import AssetError, ConfigError, UnknownNameError
 from rankpilot.lora.resize import set_ranks

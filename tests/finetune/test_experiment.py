@@ -21,7 +21,16 @@ from rankpilot.agents.log import DecisionLog
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.common.termination import Terminated
 from rankpilot.data.workload import load_workload
-from rankpilot.errors import AssetError, BudgetError, ConfigError, DataError, NonFiniteError, RunFolderError, UnknownNameError, UnsupportedError
+from rankpilot.errors import (
+    AssetError,
+    BudgetError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    RunFolderError,
+    UnknownNameError,
+    UnsupportedError,
+)
 from rankpilot.finetune import experiment as module
 from rankpilot.finetune import trainer as trainer_module
 from rankpilot.finetune.branch import branch

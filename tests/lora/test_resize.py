@@ -13,7 +13,16 @@ from peft import LoraConfig, get_peft_model
 from rankpilot.errors import ConfigError, UnknownNameError, UnsupportedError
 from rankpilot.lora import resize as ranks_module
 from rankpilot.lora.peft_config import choose_scaling
-from rankpilot.lora.resize import RankChange, growth_generator, non_finite, reset_adapters, set_ranks, shrink_maps, update_peft_records, write_in_place
+from rankpilot.lora.resize import (
+    RankChange,
+    growth_generator,
+    non_finite,
+    reset_adapters,
+    set_ranks,
+    shrink_maps,
+    update_peft_records,
+    write_in_place,
+)
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
 

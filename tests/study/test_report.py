@@ -18,7 +18,14 @@ from rankpilot.cost.breakdown import KINDS, LOSS, Breakdown
 from rankpilot.cost.device_table import find_device_spec
 from rankpilot.cost.outlook import CardUse, Choice, MeasuredStep
 from rankpilot.study.memory_config import MemoryConfig
-from rankpilot.study.memory_report import choice_table, notes, picture_labels, subject, verdict_text, write_memory_report
+from rankpilot.study.memory_report import (
+    choice_table,
+    notes,
+    picture_labels,
+    subject,
+    verdict_text,
+    write_memory_report,
+)
 from rankpilot.study.pictures import memory_picture
 from rich.console import Console
 from rich.table import Table

@@ -34,7 +34,18 @@ from rankpilot.plan.plan import project
 from rankpilot.training import plan_runs as module
 from rankpilot.training.config import TrainConfig
 from rankpilot.training.fit_plan_value import fit_value_ensemble
-from rankpilot.training.plan_runs import CHOICES, PLAN_CHOICES, REFERENCE, ROOM, RUNS, PlanRun, Stack, collect_plan_runs, plan_dataset, run_plans
+from rankpilot.training.plan_runs import (
+    CHOICES,
+    PLAN_CHOICES,
+    REFERENCE,
+    ROOM,
+    RUNS,
+    PlanRun,
+    Stack,
+    collect_plan_runs,
+    plan_dataset,
+    run_plans,
+)
 from rankpilot.training.task_sampling import fresh_tasks, plan_draws
 from safetensors.numpy import load_file, save_file
 

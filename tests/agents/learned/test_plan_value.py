@@ -15,7 +15,15 @@ from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.common.arrays import FloatArray
 from rankpilot.errors import ConfigError
 from rankpilot.plan.goal import CAUTION, vote_of
-from rankpilot.training.fit_plan_value import FitConfig, PlanDataset, doubt_of, doubts_of, fit_value_ensemble, standardised, targets_of
+from rankpilot.training.fit_plan_value import (
+    FitConfig,
+    PlanDataset,
+    doubt_of,
+    doubts_of,
+    fit_value_ensemble,
+    standardised,
+    targets_of,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,14 @@ from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.learned.policy_file import CARD, ENSEMBLE_WEIGHTS, WEIGHTS, load_policy, policy_schedule, save_policy
+from rankpilot.agents.learned.policy_file import (
+    CARD,
+    ENSEMBLE_WEIGHTS,
+    WEIGHTS,
+    load_policy,
+    policy_schedule,
+    save_policy,
+)
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Inputs, Observation
 from rankpilot.agents.rules import RULES, SignalRule
 from rankpilot.agents.schedule import ONCE, DecisionSchedule
