@@ -304,6 +304,17 @@ def test_work_that_kills_its_process_each_time_is_given_up() -> None:
         assert totals(workers.call({0: Call(Tally.add, (1.0,))})) == {0: 2.0}, "other work goes on"
 
 
+def test_a_process_that_is_sent_more_than_a_pipe_holds_can_be_ended() -> None:
+    with worker_pool(2) as workers:
+        waiting = workers.spread(_sleep_with, [(0.0, b""), (60.0, bytes(2**24))], lambda piece: f"{piece[0]} s")
+        assert next(waiting)[1] == 0.0  # the other one has not read its piece yet, or sleeps
+
+
+def _sleep_with(piece: tuple[float, bytes]) -> float:
+    time.sleep(piece[0])
+    return piece[0]
+
+
 _SCRIPT = """
 import os, time
 from multiprocessing.connection import Connection
