@@ -3,6 +3,15 @@
 The work is cut into chunks of runs that share a base and a batch shape; worker processes take them one after another
 and run each chunk in the slots of one `StackedEpisodes`. What a run gives does not depend on what runs beside it, so
 the rows are the same for any number of workers and in whatever order they come.
+
+Competitors that know more than an observation tells: what was planted in a task, or how a logged run of it ended.
+
+None of them is a policy to use; they tell what one could reach, and what its decisions were worth.
+
+The final ranks of a logged run are taken from the start: did changes on the way matter, did the choice of modules?
+Two runs of each task are compared with the logged one. `static` has its final ranks from the first step on: what is
+lost there is what later decisions were worth. `shuffled` has the same ranks dealt anew among the modules of each kind,
+under a budget of bytes among the adapted ones: what is lost there is what the choice between layers was worth.
 """
 
 from __future__ import annotations
@@ -12,21 +21,99 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from ..agents.log import DecisionLog, DecisionRecord
 from ..agents.observation import Observation
+from ..agents.plan_file import GivenPlan, shuffled_plan
 from ..agents.policy import Decision, Policy
-from ..agents.rules import RULES
+from ..agents.rules import RULES, FixedPlan
 from ..agents.schedule import DecisionSchedule
 from ..common.workers import worker_pool
 from ..env.episode import EpisodeLog
+from ..env.proxy_finetune import oracle_plan
 from ..env.proxy_task import ProxyTask, Reference
 from ..env.stacked import StackedEpisodes
-from ..errors import ConfigError
-from .evaluate import TaskRule
+from ..errors import ConfigError, RunFolderError
+from ..plan.problem import AllocationProblem
 from .results import Key, Row, append_rows, read_rows, row_of
+
+STATIC, SHUFFLED = "static", "shuffled"
+
+
+@runtime_checkable
+class TaskRule(Protocol):
+    """A competitor that sees the task."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+
+    def policy_for(self, task: ProxyTask, problem: AllocationProblem) -> Policy | None:
+        """Who decides in a run of a task; None if the rule does not apply to it.
+
+        Args:
+            task: with its reference.
+            problem: the plans that its first decision allows.
+        """
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The plan that captures most of what was planted; see `env.tasks.oracle`.
+
+    Attributes:
+        name: what tables call it.
+    """
+
+    name: str = "oracle"
+
+    def policy_for(self, task: ProxyTask, problem: AllocationProblem) -> Policy | None:
+        """Its plan, on planted tasks."""
+        if task.kind != "planted":
+            return None
+        ranks = oracle_plan(task, problem)
+        return FixedPlan(self.name, lambda _: ranks)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Runs each task at the final ranks of a logged run.
+
+    Attributes:
+        logs: the decision logs of one policy's runs, as `rankpilot evaluate --logs` writes them: a folder for each run.
+        how: `STATIC` or `SHUFFLED`.
+    """
+
+    logs: Path
+    how: str = STATIC
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return f"{self.logs.name} {self.how}"
+
+    def policy_for(self, task: ProxyTask, problem: AllocationProblem) -> Policy | None:
+        """The ranks that the logged run of the task ended with.
+
+        A last plan that had the bytes of signal buffers may have to give up a rung.
+
+        Raises:
+            RunFolderError: there is no log of a run of this task and seed.
+        """
+        matches = sorted(self.logs.glob(f"*-{task.seed}"))
+        logs = [log for log in map(DecisionLog, matches) if len(log)]
+        if len(logs) != 1:
+            raise RunFolderError(
+                f"{self.logs} holds {len(logs)} logs of task {task.id} with seed {task.seed}, and one is needed. Run "
+                "`rankpilot evaluate` with --logs on the same tasks and seeds first."
+            )
+        last = logs[0].read()[-1]
+        ranks = shuffled_plan(last, task.seed) if self.how == SHUFFLED else last.plan()
+        return GivenPlan(self.name, ranks) if any(ranks.values()) else None
+
 
 SLOTS = 16
 """Runs at a time in one process."""

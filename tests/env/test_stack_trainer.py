@@ -20,8 +20,8 @@ from rankpilot.env.stacked import StackedEpisodes
 from rankpilot.lora.stacked import adapters as adapters_module
 from rankpilot.lora.stacked.adapters import Pair
 from rankpilot.lora.stacked.blocks import Blocks
-from rankpilot.lora.stacked.segments import Segment
 from rankpilot.lora.stacked.run import Move, reset_runs, set_stacked_ranks
+from rankpilot.lora.stacked.segments import Segment
 
 from ..cases import first_cases
 

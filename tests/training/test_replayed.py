@@ -15,8 +15,8 @@ from rankpilot.agents.rules import RULES
 from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError
-from rankpilot.training.compare import compare, log_folder
-from rankpilot.training.evaluate import SHUFFLED, STATIC, Replayed, TaskRule, check_weights, find_competitor
+from rankpilot.training.compare import TaskRule, compare, log_folder
+from rankpilot.training.evaluate import SHUFFLED, STATIC, Replayed, check_weights, find_competitor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
