@@ -42,7 +42,7 @@ MOST_DEATHS = 3
 """A piece or call at which so many processes have died is given up."""
 
 MOST_CORES = 100
-"""More processes of this machine only if asked for: each takes some seven open files here, and 1,024 is a usual limit."""
+"""More processes of this machine only if asked for: each takes some seven open files, and 1,024 is a usual limit."""
 
 OBJECTS: _Objects = {}
 """What a worker's process keeps."""
@@ -284,7 +284,7 @@ class _LocalProcess(ProcessPoolExecutor):
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
         future = super().submit(function, *arguments, **named)
-        # The process alone reads what it is sent, and writes answers: if it is killed in between, nobody waits for the rest.
+        # The process alone reads what it is sent, and writes answers: if it is killed, nobody waits for the rest.
         self._call_queue._reader.close()  # type: ignore[attr-defined]
         self._result_queue._writer.close()  # type: ignore[attr-defined]
         return future
