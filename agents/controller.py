@@ -1,8 +1,8 @@
 """The link between decisions and tensors, written once for proxy episodes and real fine-tunes.
 
-signals -> observation -> (a policy decides) -> plan within the budget -> ranks
-
-The probe: a few small training steps before the run, which measure the first signals.
+`probe` runs a few small training steps before a run, measures the first signals on them, and undoes them.
+`RankController` goes the same way at each decision: signals -> observation -> (a policy decides) -> a plan within the
+budget -> ranks.
 """
 
 from __future__ import annotations

@@ -1,13 +1,10 @@
 """What a policy sees at a decision, computed alike in an episode on a proxy and in a real fine-tune.
 
-All numbers are relative (shares, ratios, logarithms), so that a policy can be used on models of other sizes.
-
-The features that a policy sees: names, meanings and ranges.
-
-What modules are by their shapes and their place in a layer; names are not read.
-
-In a transformer's layer the MLP leads through a wide inner side: one module writes it, and another reads it. Attention
-stays at the width of the layer, or writes sides that it does not read.
+Two tables name the features, of each module and of the run, with their meanings and ranges. All numbers are relative
+(shares, ratios, logarithms), so that a policy can be used on models of other sizes. Names of modules are not read: what
+a module is follows from its shape and its place in its layer. In a transformer's layer the MLP leads through a wide
+inner side, which one module writes and another reads; attention stays at the width of the layer, or writes sides that
+it does not read.
 """
 
 from __future__ import annotations

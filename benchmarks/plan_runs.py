@@ -1,7 +1,7 @@
 """`python -m benchmarks plan-runs`: many plans for real fine-tunes, from which value networks learn.
 
 The runs of a task share seed and batches and differ by their plans alone, as those of proxies do
-(training/plan_runs.py). None of the data is that of the test cells of the methods benchmark.
+(`training/plan_runs.py`). None of the data is that of the test cells of the methods benchmark.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Work on a cluster, for commands that have the option --cluster.
-
-Settings from `--config FILE`: the `config.json` of an earlier run, or a file like it, in JSON or YAML.
-"""
+"""What commands share: settings from `--config FILE`, in JSON or YAML, and work on a cluster with `--cluster`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Single numbers of a file that may be damaged: of the right type and in range, or ValueError or TypeError.
+"""Whether a single number is of the right kind and in range.
 
-Single numbers that a caller passes: whether they are of the right kind and in range.
+The first three functions answer for numbers that a caller passes. `finite` and `counted` read a number of a file that
+may be damaged, and raise ValueError or TypeError.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""Which device to use, by name, and in which precision.
+"""Which device to use, by name, and the energy that a run takes there, where hardware counts it.
 
-The energy that a run takes, where hardware counts it; it is never estimated.
-
-NVIDIA's library counts what a whole GPU has taken (`nvidia-ml-py`, from the Volta generation on). Linux counts what
-whole processors have taken (RAPL, the powercap interface), where it lets the user read that. Both count everything that
-runs there, and a processor's count leaves its memory out.
+Energy is never estimated. NVIDIA's library counts what a whole GPU has taken (`nvidia-ml-py`, from the Volta generation
+on). Linux counts what whole processors have taken (RAPL, the powercap interface), where it lets the user read that.
+Both count everything that runs there, and a processor's count leaves its memory out.
 """
 
 from __future__ import annotations

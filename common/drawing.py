@@ -1,9 +1,7 @@
-"""What all pictures share: size, colours, titles, and writing them.
+"""What all pictures share: size, colours, titles, how they are written, and the heat map of ranks.
 
-The heat map of ranks that all pictures share: one set of colours, one scale, one key.
-
-The scale is fixed, so that a colour means the same rank in each picture, and neighbouring rungs differ equally.
-Rank 0 is grey, and hatched where there is room. Colours suit colour-blind readers (viridis).
+The scale of the heat map is fixed, so that a colour means the same rank in each picture, and neighbouring rungs differ
+equally. Rank 0 is grey, and hatched where there is room. Colours suit colour-blind readers (viridis).
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Numbers with units, for people.
+"""Text for people: numbers with units, tables for a terminal, and short names of modules.
 
-Module names as people read them: the layer's number and the shortest clear rest.
-
-Tables for a terminal.
+A module's short name is the number of its layer and the shortest clear rest.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 Every choice follows from one recording in which every layer runs again: the peak of any ranks, any depth, any set of
 recomputed layers and any batch. The recording is made on the meta device for a model that is known from its
-configuration (`memory_of`), or on the device for one that is here (`study.memory.here`).
-
-Whether a plan fits a card: everything that the card must hold, added up.
+configuration (`memory_of`), or on the device for one that is here (`study/memory_here.py`). Whether a plan fits a card
+follows from everything that the card must hold, added up (`card_use`).
 """
 
 from __future__ import annotations

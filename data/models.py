@@ -1,8 +1,7 @@
 """Models by packaged name, Hugging Face id or local folder, with fresh adapters.
 
-GGUF files, converted once to what transformers, PEFT and TRL fine-tune: a folder with fp32 safetensors.
-
-Frozen models in four or eight bits for each weight, by bitsandbytes.
+The frozen model may be stored in four or eight bits for each weight, by bitsandbytes. A GGUF file is converted once to
+what transformers, PEFT and TRL fine-tune: a folder with fp32 safetensors.
 """
 
 from __future__ import annotations

@@ -1,21 +1,15 @@
-"""The fine-tune that a proxy task describes: its model, batches, losses, held-out rows, and the teacher's answers.
+"""The fine-tune that a proxy task describes: its model, batches, losses, held-out rows, and its best allocation.
 
-A teacher is a base plus low-rank changes on a random subset of its modules. So the loss that an allocation can reach
-is known without training: that of the base plus the best approximation of each change at the rank it is given
-(Eckart and Young, 1936).
+Models are trained on windows of bytes. `labels[..., t]` is what the logits at position t should predict, IGNORED where
+nothing is asked, so causal and masked language models, and classification by a label byte, share one loss.
 
-What proxy models are trained on: windows of bytes, what should be predicted at each position, and the loss.
+The teacher of a planted task is the base plus low-rank changes on a random subset of its modules. So two things are
+known without training:
 
-Labels are aligned with the logits: `labels[..., t]` is what the logits at position t should predict, IGNORED where
-nothing is asked. So causal and masked language models, and classification by a label byte, share one loss.
-
-The best allocation of a planted task, and the least loss of any other.
-
-Two measures without training:
-
-* *utility* of a rank on a module: how much the teacher's divergence falls if the module's change is undone, times the
-  share of the change that the rank captures. Utilities add up nearly, so `best_plan` finds the oracle's plan;
-* *attainable loss* of a plan: divergence of the base plus the best approximation of each change at its rank.
+* the *utility* of a rank on a module: how much the teacher's divergence falls if the module's change is undone, times
+  the share of the change that the rank captures. Utilities add up nearly, so `best_plan` finds the oracle's plan;
+* the *attainable loss* of a plan: the divergence of the base plus the best approximation of each change at its rank
+  (Eckart and Young, 1936).
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The Gymnasium environment `rankpilot/RankAllocation-v4`.
-
-The spaces of the environments, and actions read with a clear error.
-"""
+"""The Gymnasium environment `rankpilot/RankAllocation-v4`: its spaces, its actions, and its episodes."""
 
 from __future__ import annotations
 

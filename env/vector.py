@@ -77,7 +77,7 @@ class Transition:
     """What one episode's step returns.
 
     Attributes:
-        reward: see `env.reward`.
+        reward: how much better the episode ended than the run that it is compared with; 0 before the end.
         terminated: whether the episode is over.
         info: as `RankAllocationEnv`'s.
     """

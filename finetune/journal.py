@@ -1,6 +1,6 @@
 """Writes down what is decided in a run: a list of costs, a line for people, and the decision log.
 
-A change of ranks that no policy asked for.
+Changes of rank that no policy asked for, such as a plan that shrinks, are written down as a `Correction`.
 """
 
 from __future__ import annotations

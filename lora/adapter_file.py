@@ -1,6 +1,4 @@
-"""Reads a saved LoRA adapter and checks it, without its base model.
-
-Exports saved adapters: padded to one rank for other programs, or as the configuration of their ranks.
+"""Reads and checks saved LoRA adapters, and exports them for other programs, without the base model.
 
 PEFT scales each module by that module's alpha / rank (rsLoRA: alpha / sqrt(rank)). Other programs do not, without a
 warning:
@@ -11,7 +9,7 @@ warning:
   `rank_pattern` and `alpha_pattern` (`vllm/lora/peft_helper.py`).
 
 `export_padded` writes a file that all three read alike. `export_rank_pattern` and `rank_pattern_yaml` give the
-configuration of a fresh fine-tune at the same ranks. None of them loads the base model.
+configuration of a fresh fine-tune at the same ranks.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ g_A' = P^T g_A and g_B' = g_B Q^T on the remaining directions. First moments tak
 map with squared entries, and the step count stays. Where a parameter is divided by a number because its scaling grows
 by it, gradients grow by it too (`scale_state`).
 
-The state of each supported optimiser: which tensors are first or second moments, and how they are stored.
-
+A table has the layout of each supported optimiser: which tensors are first or second moments, and how they are stored.
 An optimiser that is not in the table is refused, because a moment that is mapped wrongly would do harm without an
 error. Third-party optimisers are recognised by name, so none of them needs to be installed.
 """

@@ -1,19 +1,13 @@
-"""Writes ranks into PEFT's configuration, and lets a model load adapters of any ranks.
+"""What PEFT knows of adapters: fresh ones, their scaling, and the ranks in the configuration of a model.
 
 PEFT builds an adapter from `adapter_config.json` before it reads the weights, so the configuration must hold each
-module's rank and alpha. An unchanged model refuses weights of another rank; after `make_resizable` it loads them, as
-resuming and `load_best_model_at_end` need.
+module's rank and alpha (`sync_config`). An unchanged model refuses weights of another rank; after `make_resizable` it
+loads them, as resuming and `load_best_model_at_end` need.
 
-Fresh LoRA adapters on a transformers model, and the head that trains beside them.
-
-The factor s in delta W = s B A, and how it depends on the rank.
-
-At a constant s a module learns faster the more rank it has: under Adam each of its r components takes steps of the same
-size. At a constant alpha, s = alpha / r, the best learning rate hardly depends on the rank (docs/scaling.md). So alpha
-stays when a rank changes, as PEFT's `rank_pattern` has it: s is alpha / r, and alpha / sqrt(r) under `use_rslora`
-(Kalajdzievski, 2023, arXiv:2312.03732).
-
-What adapters begin with by their user's choice: EVA's directions are kept, and what is not is told.
+The scaling is the factor s in delta W = s B A. At a constant s a module learns faster the more rank it has: under Adam
+each of its r components takes steps of the same size. At a constant alpha, s = alpha / r, the best learning rate hardly
+depends on the rank (docs/scaling.md). So alpha stays when a rank changes, as PEFT's `rank_pattern` has it: s is
+alpha / r, and alpha / sqrt(r) under `use_rslora` (Kalajdzievski, 2023, arXiv:2312.03732).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ For a pair A (r, d_in), B (d_out, r) with delta W = s B A:
 * *drop* to rank 0: A and B become empty, and stay the same parameter objects so that they can grow again;
 * the scaling becomes s' = alpha / r' (`lora/peft_config.py`), and the side that starts at zero, B, is multiplied by
   s / s', so the function does not change (on embeddings it is A);
-* the optimiser's moments follow the same linear maps (`lora/optimizer_state`).
+* the optimiser's moments follow the same linear maps (`lora/optimizer_state.py`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Names of what stays when a rank changes, for settings: nothing here loads torch. `lora/peft_config.py` follows them.
+"""What plans need to know of LoRA, without the model: target modules, the ladder of ranks, and names of scalings.
 
-The ranks that a plan may use.
-
-The description of a module that can be adapted, without the model: all that plans need to know of it.
+Nothing here loads torch.
 """
 
 from __future__ import annotations

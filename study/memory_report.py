@@ -1,6 +1,6 @@
-"""An `Outlook` for people: its subject and verdict in words, one table of choices, the batches that fit, all figures.
+"""An `Outlook` for people, and what `rankpilot memory` writes of it, memory.json and memory.png.
 
-memory.json  memory.png
+It has the subject and the verdict in words, one table of choices, the batches that fit, and all figures.
 """
 
 from __future__ import annotations

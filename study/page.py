@@ -1,7 +1,4 @@
-"""The study page as one file: its text, style, code and data, and nothing that is fetched.
-
-What the study page shows, as plain JSON.
-"""
+"""The study page as one file, which fetches nothing: its data as plain JSON, with its text, style and code."""
 
 from __future__ import annotations
 

@@ -1,12 +1,9 @@
-"""The picture of a run: the rank of every module over the steps of a fine-tune.
+"""The pictures: ranks over the steps of a run, the memory of a training step, the learning curve of a policy.
 
-A run with many modules has a panel for each kind of module, in it a row for each layer.
+Ranks of many modules have a panel for each kind of module, in it a row for each layer. Memory is drawn as bytes by
+layer and kind, beside what other choices would take.
 
-The picture of a training step's memory: bytes by layer and kind, beside what other choices would take.
-
-The learning curve of a policy.
-
-Drawn with the object interface on the Agg canvas: no display, no global state. Sizes suit the 900 pixels of a
+All are drawn with the object interface on the Agg canvas: no display, no global state. Sizes suit the 900 pixels of a
 README, colours (Okabe and Ito 2008; viridis) suit colour-blind readers, and titles state the result.
 """
 

@@ -6,7 +6,7 @@ Three kinds of folder have a decision log, and each may be of a run that goes on
     the output folder of a Trainer         decisions/  checkpoint-N/trainer_state.json
     a decision log                         decisions.jsonl ...
 
-Which features of a module are unusual among all modules.
+`unusual_features` tells in which features a module stands out among all.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def _is_ours(top: str) -> bool:
     return not top.startswith(".") and top not in NOT_OURS
 
 
-LEFT_OUT = ("env/proxies/weights/gpt2-*/*", "env/proxies/weights/*-8x64/*")
+LEFT_OUT = ("env/weights/gpt2-*/*", "env/proxies/weights/*-8x64/*")
 """What the wheel does not hold: the bases of the test split alone."""
 
 

@@ -2,7 +2,7 @@
 
 For each task, uniform rank is trained at a few learning rates and the best is kept; then the oracle's plan (planted) or
 rank 32 everywhere (shift) is trained at that rate. Results go to a ledger after each batch, so that an interrupted run
-goes on and bases can be measured in several processes; once the ledger is complete, `env/tasks/suite_cards` is
+goes on and bases can be measured in several processes; once the ledger is complete, `env/suite_cards` is
 written.
 """
 

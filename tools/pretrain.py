@@ -1,6 +1,6 @@
 """Make proxy bases: `python -m tools.pretrain llama-4x64 bert-4x64`.
 
-Pretrains on Python's documentation (byte level) and writes `env/proxies/weights/NAME/model.safetensors` in fp16, with a
+Pretrains on Python's documentation (byte level) and writes `env/weights/NAME/model.safetensors` in fp16, with a
 card of how it came about. Users never need this: the bases ship with the package.
 """
 

@@ -62,7 +62,7 @@ class TaskRule(Protocol):
 
 @dataclass(frozen=True)
 class Oracle:
-    """The plan that captures most of what was planted; see `env.tasks.oracle`.
+    """The plan that captures most of what was planted, as `env/proxy_finetune.py` finds it.
 
     Attributes:
         name: what tables call it.

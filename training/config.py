@@ -1,7 +1,4 @@
-"""Settings of `rankpilot evaluate`: which policies are compared, and on what.
-
-Settings of `rankpilot train`, and its presets.
-"""
+"""Settings of `rankpilot train`, with its presets, and of `rankpilot evaluate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plan runs: many plans for each of many fresh tasks, trained to their end, from which a value ensemble learns.
+"""Plan runs: many plans for each of many tasks, trained to their end, from which a value ensemble learns.
 
 All runs of a task share its seed and batches, so that they differ by their plans alone. The first run has plain LoRA,
 rank 8 on every target module, with which all others are compared. The others have plans of any cost: candidates that
@@ -6,10 +6,8 @@ spend the task's budget, candidates under lower limits, and kinds or depths of m
 keep what they have, and some take a candidate again. What is seen and decided goes to a file for each stack of runs, so
 that an interrupted training goes on where it was.
 
-Plan runs of real fine-tunes in one file, which a training reads beside those of fresh proxies.
-
-`python -m benchmarks plan-runs` makes the file. A task's runs share its seed and batches, and each had one decision,
-before the first step.
+Beside those of fresh proxies a training reads plan runs of real fine-tunes from one file, which
+`python -m benchmarks plan-runs` makes. Each of these had one decision, before the first step.
 """
 
 from __future__ import annotations

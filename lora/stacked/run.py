@@ -1,9 +1,7 @@
-"""One run of stacked adapters, with the interface of a PEFT model's adapters (`lora.adapters.Adapters`).
+"""The runs of stacked adapters: one run with the interface of a PEFT model's adapters, and changes of their ranks.
 
-Changes the ranks of several runs of stacked adapters at once.
-
-Each run gets the result that `lora.resize.set_ranks` gives one model: the same maps, the same fresh directions, the
-same rules for Adam's state.
+The ranks of several runs change at once. Each run gets the result that `set_ranks` of `lora/resize.py` gives one model:
+the same maps, the same fresh directions, the same rules for Adam's state.
 """
 
 from __future__ import annotations
