@@ -1,1 +1,1 @@
-"""Who decides: rules, the policy network, PPO training, policy files, the Trainer callback."""
+"""Who decides, and the log of it: rules, trained policies, what they see, and the link from decisions to tensors."""

@@ -318,7 +318,7 @@ class RankController(Generic[AdaptersT]):
 
         Args:
             ranks: on the ladder, int64 (modules,). Modules that `propose` pinned keep their ranks of the proposal.
-            step: see `apply`, as `optimizer`.
+            step: the optimiser steps before this change.
             optimizer: its state follows.
             decides: whether they are the next decision; else they come beside the schedule, which stays as it is.
 

@@ -381,7 +381,7 @@ class DecisionLog:
 
         Raises:
             ConfigError: pandas is not installed.
-            RunFolderError: as `read`.
+            RunFolderError: the log is missing, cut off or damaged.
         """
         try:
             import pandas

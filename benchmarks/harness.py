@@ -171,7 +171,7 @@ def run_command(
     """Run a benchmark as a command: tables to stdout, figures to a file.
 
     Args:
-        name: after `rankpilot bench`.
+        name: after `python -m benchmarks`.
         kind: of the options, read from the command line; they have `json`, the file for the figures or None.
         benchmark: prints its tables on the console and returns its figures.
         arguments: the command line after the name.

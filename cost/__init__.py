@@ -1,1 +1,1 @@
-"""Memory: budgets, and the bytes of a training step, predicted for any plan or measured."""
+"""What a training step costs, in bytes and in seconds: predicted for any plan of ranks, or measured."""

@@ -1,1 +1,1 @@
-"""The decision problem: proxy tasks, episodes, observation, reward, the Gymnasium environments."""
+"""The decision problem: proxy tasks, episodes on them, and the Gymnasium environments."""

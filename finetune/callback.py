@@ -93,7 +93,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         trainer: the one Trainer whose runs are decided.
-        policy: see `attach`, as the other arguments.
+        policy: who decides, in the forms that `attach` takes.
         options: all options, or the budget alone.
         changes: single options by their names.
 

@@ -1,1 +1,1 @@
-"""Rank changes of LoRA adapters: target modules, resizing, optimiser state, signals and adapter files."""
+"""Where a rank changes: target modules, resizing of LoRA pairs, the optimiser's state, signals and adapter files."""

@@ -1,1 +1,1 @@
-"""Which ranks fit a budget, who asks for them, who applies them, and what is written down."""
+"""Which plans of ranks fit a budget, and how scores become one of them."""

@@ -1,1 +1,1 @@
-"""What can be learned from runs: their page, why they were decided so, where the bytes go."""
+"""What can be learned from runs: their page, why their decisions were taken, where the bytes go."""

@@ -1,1 +1,1 @@
-"""How a policy is trained."""
+"""How a policy is trained, and how policies are compared."""
