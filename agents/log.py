@@ -381,7 +381,7 @@ class DecisionLog:
 
         Raises:
             ConfigError: pandas is not installed.
-            RunFolderError: the log is missing, cut off or damaged.
+            RunFolderError: there is no log, it is of rankpilot 0.2, or a file of it is damaged.
         """
         try:
             import pandas

@@ -53,7 +53,7 @@ python_maximum_signature_line_length = 100
 
 # Types in signatures lead nowhere where no page describes them: those of other packages, whose inventories would need a
 # network, and small ones of our own.
-nitpick_ignore_regex = [("py:(class|obj)", ".*")]
+nitpick_ignore_regex = [("py:(class|obj)", ".*"), ("py:exc", r"torch\..*")]
 
 
 class Docstring(Directive):
