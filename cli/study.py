@@ -31,7 +31,7 @@ class StudyOptions:
 
     It says first what came out, then shows ranks, losses, memory and time over the steps, every decision with its
     reasons, and how the adapter is loaded; several runs stand side by side. RUN is the folder of rankpilot finetune,
-    the output folder of a Trainer with RankPilotCallback, or the folder of a decision log (decisions). A run may go on
+    the output folder of a Trainer with rankpilot.attach, or the folder of a decision log (decisions). A run may go on
     meanwhile: what is not there yet is left out. In the folder of a run a picture of its ranks, ranks.png, lies beside
     the page. docs/study.md says how to read it.
 

@@ -126,7 +126,7 @@ def way_out(folder: Path) -> str:
         return f"The last whole checkpoint is {whole}: pass it as resume_from_checkpoint."
     told = (
         f"There is no whole checkpoint with the state of rankpilot in {folder}: those without it were cut off, or made "
-        "without RankPilotCallback. Start the run again."
+        "without rankpilot.attach. Start the run again."
     )
     plain = last_checkpoint(folder, piloted=False, tell=lambda _: None)
     if plain:
@@ -206,7 +206,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     missing = [name for name in (STATE, TENSORS) if not (checkpoint / name).is_file()]
     if missing:
         raise RunFolderError(
-            f"{checkpoint} holds no {missing[0]}: it was made without RankPilotCallback, or was cut off. "
+            f"{checkpoint} holds no {missing[0]}: it was made without rankpilot.attach, or was cut off. "
             f"{way_out(checkpoint.parent)}"
         )
     try:

@@ -177,7 +177,7 @@ def read_run(folder: Path) -> RunData:
         raise RunFolderError(
             f"{folder} holds no run: there is no decision log (decisions/{LINES} or {LINES}) and no "
             "summary.json. Pass the folder of `rankpilot finetune`, the output folder of a Trainer with "
-            "RankPilotCallback, or the folder of a decision log."
+            "rankpilot.attach, or the folder of a decision log."
         )
     summary = _read_summary(folder, missing) if of_finetune else {}
     if log is None and not summary:
