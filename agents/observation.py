@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from ..common.arrays import BoolArray, FloatArray
 from ..cost.cost import FixedCost, plan_cost
 from ..errors import UnknownNameError
-from ..lora.signals import SIGNALS
+from ..lora.adapters import SIGNALS
 from ..lora.spec import ModuleSpec
+from ..plan.plan import under_limit
 from ..plan.problem import AllocationProblem
-from ..plan.time_limit import under_limit
 
 
 class Feature(NamedTuple):

@@ -18,8 +18,8 @@ from rich.progress import track
 
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.files import write_json
-from rankpilot.common.statistics import Estimate, Statistic, estimate, medians
 from rankpilot.errors import ConfigError
+from rankpilot.training.results import Estimate, Statistic, estimate, medians
 
 WIDTH = 132
 """Columns of output that goes into a file."""

@@ -12,8 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from ..common.files import read_json, read_text
-from ..common.settings import from_json
+from ..common.files import from_json, read_json, read_text
 from ..errors import ConfigError, shown
 from .progress import console
 

@@ -34,15 +34,14 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..errors import ConfigError, RankPilotError, UnsupportedError, first_line
 from ..lora.peft_config import fresh_adapters, head_names
 from ..lora.targets import TargetModule, find_target_modules
-from .batch_shape import BatchShape
 from .breakdown import frozen_bytes
 from .calibration import measure_memory
-from .device_table import WORKSPACE_BYTES
-from .find_configuration import check_length, check_reads_tokens, find_configuration, most_positions
 from .hollow_device import Attention, HollowDevice, hollow_autocast, hollow_device
 from .live_storages import META_STANDS_FOR, DeviceKind
 from .measured_time import count_work
 from .model import MemoryModel
+from .published import WORKSPACE_BYTES, check_length, check_reads_tokens, find_configuration, most_positions
+from .recording import BatchShape
 from .step_config import Quantization, StepConfig
 from .step_time import StepWork
 from .training_step import (

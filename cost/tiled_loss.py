@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..errors import UnsupportedError
-from .batch_shape import BatchShape
+from .recording import BatchShape
 
 TILES = 16
 """Into how many tiles the tokens of a batch are divided, whatever its size."""

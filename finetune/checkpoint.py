@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..agents.policy import Policy
-from ..agents.schedule import DecisionSchedule
+from ..agents.settings import DecisionSchedule
 from ..common.checks import counted, finite
 from ..common.files import (
     atomic_path,

@@ -9,9 +9,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..common.arrays import IntArray
-from ..cost.batch_shape import BatchShape
 from ..cost.cost import ByteCost
 from ..cost.model import MemoryModel, fewest_recomputed, recomputed_cost
+from ..cost.recording import BatchShape
 from ..cost.tiled_loss import use_tiled_loss
 from ..cost.training_step import check_checkpointing, switch_checkpointing
 from ..errors import UnsupportedError

@@ -22,18 +22,16 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..common.arrays import IntArray
-from ..cost import resident
-from ..cost.batch_shape import BatchShape, reshaped
 from ..cost.breakdown import frozen_bytes
 from ..cost.budget import Budget, Limit
 from ..cost.calibration import beside_model, check_rank, highest_ranks, limited_cost
-from ..cost.find_configuration import check_reads_tokens
 from ..cost.from_config import ConfiguredStep
 from ..cost.model import MemoryModel
 from ..cost.model_states import state_bytes
 from ..cost.outlook import MeasuredStep, Outlook
-from ..cost.peak_meter import PeakMeter
-from ..cost.recording import Batch
+from ..cost.peak_meter import PeakMeter, resident_peak, restart_resident_peak
+from ..cost.published import check_reads_tokens
+from ..cost.recording import Batch, BatchShape, reshaped
 from ..cost.step_config import StepConfig
 from ..cost.training_step import switch_checkpointing
 from ..data.models import load_config
@@ -41,7 +39,7 @@ from ..data.task import Task
 from ..data.workload import Texts, Workload
 from ..errors import UnsupportedError
 from ..finetune.before_training import run_memory
-from ..finetune.config import FinetuneConfig
+from ..finetune.options import FinetuneConfig
 from ..finetune.run import TrainingRun
 from ..finetune.trainer import check_possible, new_model, new_trainer, read_workload
 from ..finetune.trainer_step import run_of_trainer
@@ -195,11 +193,11 @@ def measure_step(setup: StepSetup) -> MeasuredStep:
     assert peak is not None, "the step was measured"
     if reserved is not None:
         return MeasuredStep(peak, reserved_bytes=reserved)
-    before = resident.restart_peak()
+    before = restart_resident_peak()
     if before is None:
         return MeasuredStep(peak)
     _step(setup)
-    highest = resident.peak()
+    highest = resident_peak()
     return MeasuredStep(peak, highest - before + state, highest)
 
 

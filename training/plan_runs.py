@@ -26,31 +26,30 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from ..agents.learned.candidates import (
+from ..agents.learned.networks import Plans
+from ..agents.learned.policy import (
     ALL_LINEAR,
     DEPTHS,
     FIXED_NAMES,
     KEEP,
     KINDS,
     UNIFORM,
+    LearnedPolicy,
+    MeanAction,
     all_linear,
     candidate_actions,
     structure_plans,
     with_less,
     with_uniform_plan,
 )
-from ..agents.learned.plan_value import Plans
-from ..agents.learned.policy import LearnedPolicy, MeanAction
 from ..agents.learned.policy_file import SCHEMA
 from ..agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation, with_limit
 from ..agents.policy import Decision, decided_plan, decision_to_keep, is_first
-from ..agents.schedule import DecisionSchedule
+from ..agents.settings import DecisionSchedule
 from ..common.arrays import Arrays
-from ..common.files import atomic_path, parse_json, read_arrays
-from ..common.settings import from_json
+from ..common.files import atomic_path, from_json, parse_json, read_arrays
 from ..common.workers import worker_pool
-from ..env.bases import find_base
-from ..env.proxy_task import ProxyTask
+from ..env.proxy_task import ProxyTask, find_base
 from ..env.stacked import StackedEpisodes
 from ..errors import DataError, RunFolderError, first_line
 from .fit_plan_value import PlanDataset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rankpilot.common.statistics import (
+from rankpilot.training.results import (
     Estimate,
     compare_pairs,
     estimate,

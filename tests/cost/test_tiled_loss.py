@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.cost.batch_shape import BatchShape, reshaped
+from rankpilot.cost.recording import BatchShape, reshaped
 from rankpilot.cost.tiled_loss import TILES, loss_tokens, tile_tokens, tiled_causal_lm_loss, use_tiled_loss
 from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.before_training import run_memory
