@@ -1,11 +1,9 @@
-"""What every policy is, hand-written or learned: it decides on an observation.
+"""What every policy is, hand-written or learned: it decides on an observation. What a learned one weighs for that.
 
 What a learned policy computes at one decision: candidates, the plans that they lead to, and votes on the plans.
 
-The policy's choice, the decision log and every explanation read this one object, so they cannot disagree. The log
-stores its fields; `decision_line.py` and the study page put it into words.
-
-Decisions in words, for a console, a log file or a page.
+The policy's choice, the decision log and every explanation read a `Deliberation`, so they cannot disagree. The log
+stores its fields; `decision_line` and the study page put it into words.
 
 The plans that are worth their cost, before training: no other plan costs less and is expected to lose as little.
 

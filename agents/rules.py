@@ -1,4 +1,4 @@
-"""Rules: hand-written policies, from which a learned one starts and with which it is compared.
+"""Policies that nobody trains: rules, and plans that somebody gives.
 
 | rule | its plan | reads signals |
 |---|---|---|
@@ -11,9 +11,7 @@
 
 Rules that read signals make a new plan at every decision. So does top-down, but from the same scores. The others keep
 the plan of the first decision. A new rule is a policy (`agents/policy.py`) and an entry here. A plan that a person
-wrote is a policy too: `given_plan.PlanFile`.
-
-The rules: plans without signals, plans by signals, and random ones.
+wrote is a policy too: `PlanFile`.
 
 Plans that somebody gives, module by module: as a mapping, or as a file that a person reads and edits.
 """

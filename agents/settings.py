@@ -1,7 +1,4 @@
-"""When ranks are decided.
-
-Settings of the policy network, in a module that imports no library.
-"""
+"""Settings of a policy, in a module that imports no library: when it decides, and the size of its network."""
 
 from __future__ import annotations
 

@@ -1,17 +1,11 @@
-"""Files that are complete or absent, and text and JSON that are read within bounds.
+"""Files that are complete or absent, text and JSON that are read within bounds, settings as JSON, and run folders.
 
 Each file is written to a temporary name and then renamed. What is read may be a stranger's: see SECURITY.md.
-
-Files that `torch.save` wrote and a stranger may have changed.
-
-YAML as people write settings in it: read within bounds, with plain values alone.
 
 Arrays with a description, from safetensors files that a stranger may have made.
 
 A file's header tells the type and shape of each tensor, and the format's reader checks that together they take the
 bytes that follow: so no more is allocated than the file is long.
-
-Run folders: one run each, never overwritten by another, and used by one process at a time.
 
 Settings as JSON values, and settings from JSON values: one writer and one reader for all dataclasses of settings.
 """

@@ -1,9 +1,4 @@
-"""Measures the peak of real training steps, driven by the events of a training loop.
-
-Why a measured peak differs from its prediction, in words.
-
-Reads this process's resident memory and its peak from Linux.
-"""
+"""Measures the peak of real training steps: on a GPU by a loop's events, on a CPU by what Linux says is resident."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Finds a model's configuration by name, without its weights: a folder, a file, a short name or a Hugging Face id.
+"""What is published of cards and models, by name: a card's memory and rates, a model's configuration.
+
+Finds a model's configuration by name, without its weights: a folder, a file, a short name or a Hugging Face id.
 
 The configurations of common models ship with the package, so that neither they nor a network are needed: sizes are
 facts, published on the models' pages. What a configuration says of a model of text is checked here as well: whether it

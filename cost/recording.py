@@ -1,12 +1,10 @@
-"""A recorded training step: the bytes of every tensor, when it is created and freed, and which modules need it.
+"""A recorded training step: its batch's shape, and the bytes, the life and the users of every tensor.
 
 An operation takes part in the backward pass if one of its inputs depends on something that trains. Autograd saves a
 tensor for the gradient of certain inputs of one operation (a product saves each factor for the gradient of the other).
 Under a plan it is saved exactly if one of those inputs depends on an adapted module. So a recording of one step in
 which *every* module is adapted tells what any other plan would save; which modules each operation serves is read from
 autograd's graph. `cost/recorder.py` makes recordings.
-
-The shape of a batch, on which the memory of a step depends.
 """
 
 from __future__ import annotations

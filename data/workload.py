@@ -1,9 +1,4 @@
-"""Data sets for a model, by packaged name, Hugging Face id or local path: what a Trainer trains on.
-
-The splits of a data set, packaged, local or of the hub, and which rows training never sees.
-
-Tokenised rows for each task, from columns that have been checked.
-"""
+"""Data sets for a model, by packaged name, Hugging Face id or local path: the tokenised rows that a Trainer trains on."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""One fine-tune from probe to held-out loss on a real PEFT model, with ranks decided on the way.
-
-The decision log of an episode, as a real fine-tune has one.
-
-One episode as an environment sees it: its reward, `info` and text, whatever trains the adapters.
+"""One fine-tune from probe to held-out loss on a real PEFT model, with ranks decided on the way, and its record.
 
 The reward of an episode: how much better it ended than what it is compared with, less the cost of its moves.
 

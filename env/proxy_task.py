@@ -1,4 +1,4 @@
-"""Proxy tasks: descriptions of short fine-tunes of a small pretrained transformer that stand for the real ones.
+"""Proxy tasks: short fine-tunes of small pretrained transformers that stand for the real ones; their bases and suites.
 
 * *planted*: a teacher is the base plus known low-rank changes on some modules; the student learns its outputs. The
   loss is the divergence KL(teacher || student) in nats a token: where the rank is needed is known.
@@ -7,12 +7,6 @@
 * *classify*: the base learns to name the class of a text; the loss is the cross-entropy of the class in nats.
 
 A description holds no model and no data, and this module imports neither torch nor PEFT: `ProxyFineTune` trains.
-
-What an episode needs of a fine-tune, and what fixed allocations of it achieve.
-
-The small pretrained transformers on which the proxy fine-tunes run; they ship with the package.
-
-A proxy base with LoRA adapters, and what plans on it cost.
 
 Suites: fixed sets of tasks, split by base, domain and budget, each with the results of fixed allocations.
 

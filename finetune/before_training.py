@@ -1,7 +1,4 @@
-"""What happens before the first step: the cost of plans is measured, and the modules are probed.
-
-The time of a run's step, measured before training, and what follows: its limit, and whether layers run again.
-"""
+"""What happens before the first step: the cost of plans is measured, bytes and seconds, and the modules are probed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The front door for the transformers Trainer: a policy decides the ranks of a real fine-tune.
-
-Ends a Trainer's run early, with a checkpoint from which it goes on.
-"""
+"""The front door for the transformers Trainer: a policy decides the ranks of a real fine-tune."""
 
 from __future__ import annotations
 

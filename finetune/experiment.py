@@ -1,9 +1,4 @@
-"""A real fine-tune under a policy, beside runs of other ranks with the same seed and batches.
-
-A run gone on with, from its start or a checkpoint, with another plan: same seed, same batches, same budget.
-
-Plans with which a run can be gone on with: those that its log knows, and those of a file.
-"""
+"""A real fine-tune under a policy, beside runs of other ranks with the same seed and batches, or gone on with."""
 
 from __future__ import annotations
 

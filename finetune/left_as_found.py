@@ -1,6 +1,4 @@
-"""Puts back what measured steps and planned runs change in a user's Trainer, collator, model and adapters.
-
-Running out of memory: how far a plan shrinks, what that takes for a while, and what is put back if it is no use.
+"""Puts back what measured steps, planned runs and steps without memory change in a user's Trainer, model and adapters.
 
 A smaller plan is tried at most twice, and only where the prediction says that it takes noticeably fewer bytes. If the
 step passes, the plan comes back later; if it does not, all is as it was before the step.

@@ -1,7 +1,4 @@
-"""The options of a run, declared once for the Trainer, loops, plans ahead of a run and the command line.
-
-Settings of `rankpilot finetune`.
-"""
+"""The options of a run, declared once for the Trainer, loops and plans ahead of it, and those of `rankpilot finetune`."""
 
 from __future__ import annotations
 

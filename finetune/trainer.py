@@ -1,7 +1,4 @@
-"""The model and the Trainer of a fine-tune, and the Trainer's arguments, as its settings describe them.
-
-What a run measures of itself: its device at the start, its curves while it trains, its losses in the bar.
-"""
+"""The model and the Trainer of a fine-tune, the Trainer's arguments, and what it measures of itself."""
 
 from __future__ import annotations
 

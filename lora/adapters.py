@@ -1,4 +1,4 @@
-"""The interface through which ranks are decided, for a PEFT model's adapters and for one run of stacked adapters.
+"""Adapters as decisions see them: signals of each module, and one interface for a PEFT model and for stacked adapters.
 
 Signals: how much each target module would gain from training, measured on its LoRA pair and gradients.
 

@@ -1,6 +1,6 @@
-"""Finds a model's target modules, the modules with a LoRA pair, and checks that their ranks can change.
+"""A model's target modules, the modules with a LoRA pair, and the frozen weights below their adapters.
 
-Frozen weights below the adapters: their values and norms, and a guard against repacking.
+Finds a model's target modules, the modules with a LoRA pair, and checks that their ranks can change.
 
 The frozen model may be quantised (bitsandbytes, torchao, optimum-quanto). Its parameters then hold codes or packed
 bytes, which must be dequantised before use.

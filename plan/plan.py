@@ -14,10 +14,6 @@ Plans that read no signal: one rank, or nearly one, on the top layers.
 
 Without gradient checkpointing, adapting the top layers at a useful rank was better than any other plan with the same
 bytes (docs/design.md). One rank on whole layers is `rankpilot.plan.plan.uniform_ranks`.
-
-What a learned policy gives at a decision: a score for each module, and the placement: two numbers for the plan.
-
-Keeps the time of a step within its limit, where layers that a plan needs to run again take time as well.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Which plans are possible at one decision: ranks, bounds, cost and limit.
-
-Bounds of the user on the ranks of single modules.
-
-How a plan is built: module by module and rung by rung, within a limit.
+"""Which plans are possible at one decision, and how one is built within the limit.
 
 The plan with the most utility inside a budget, exactly.
 

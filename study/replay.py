@@ -1,7 +1,5 @@
 """Decisions of a log taken again: by the policy that took them, by another one, or with one thing changed.
 
-What would have to be different for another decision, and whether noise is enough: found by deciding again.
-
 A question names what is changed. Its amounts are whole steps of a size of its own, so that what a statement says is
 exactly what was tried. A coarse grid of amounts finds one that changes the decision, and bisection the first step at
 which it does. The decision is taken again at that amount and at one step less; a statement says no more than these two

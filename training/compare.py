@@ -1,4 +1,4 @@
-"""Compare policies on the same tasks, seeds and batches, many runs at a time.
+"""Compares policies on the same tasks, seeds and batches, many runs at a time, as `rankpilot evaluate` does.
 
 The work is cut into chunks of runs that share a base and a batch shape; worker processes take them one after another
 and run each chunk in the slots of one `StackedEpisodes`. What a run gives does not depend on what runs beside it, so
@@ -12,8 +12,6 @@ The final ranks of a logged run are taken from the start: did changes on the way
 Two runs of each task are compared with the logged one. `static` has its final ranks from the first step on: what is
 lost there is what later decisions were worth. `shuffled` has the same ranks dealt anew among the modules of each kind,
 under a budget of bytes among the adapted ones: what is lost there is what the choice between layers was worth.
-
-What `rankpilot evaluate` does: competitors by name, the run's folder, rows and summary.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Results of comparisons: one row for each run that counts, as JSON lines, and from rows to who is better.
+"""Results of comparisons: one row for each run that counts, and from rows to who is better, with intervals.
 
 Paired comparisons with bootstrap intervals, after Agarwal et al., 2021 (arXiv 2108.13264).
 

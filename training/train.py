@@ -1,4 +1,4 @@
-"""Train a policy with PPO on proxy fine-tunes (Stable-Baselines3), and a value ensemble on plan runs.
+"""Trains a policy with PPO on proxy fine-tunes (Stable-Baselines3), and a value ensemble on plan runs.
 
 First, if asked, the network learns scores from tasks whose best allocation is known. Then, each iteration, all worker
 processes run a round of episodes on fresh tasks; PPO (Schulman et al., 2017, arXiv 1707.06347) updates the network on
@@ -11,8 +11,6 @@ A start better than the rule: scores learned from tasks whose best allocation is
 On planted tasks the oracle knows what each module is worth. The network learns to tell that from what a policy sees, at
 every decision of runs that it explores; where the worth is not known, its scores stay those of the rule. What signals
 cannot tell averages out, so scores of modules that look alike stay close.
-
-What is done after each of PPO's updates: a row of progress, validation if it is due, and a checkpoint.
 
 A run that goes on from a checkpoint is the same as a run that was not interrupted. Checkpoints hold tensors and numbers
 only, so reading one never unpickles code.

@@ -1,4 +1,4 @@
-"""Vector environments for Stable-Baselines3: what they have in common, and one around a vector of Gymnasium.
+"""What Stable-Baselines3 gets: vector environments, the network as its policy, and advantages relative to a group.
 
 PPO's environment for training a policy: the registered environment on fresh tasks, with all cores at work.
 
@@ -6,8 +6,6 @@ Each iteration is a round of a few stacks, each on one base: groups of episodes 
 group a run of the rule that an untrained policy is. What episodes see, how actions are read and what the reward is are
 those of the registered environment, because each stack is its vector form; which tasks come, and in which process a
 stack is trained, is decided here. Processes decide nothing, so results are the same on any number of cores.
-
-The network as a Stable-Baselines3 policy, and PPO's advantages relative to a group of like episodes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The value of a plan: how much lower the held-out loss will be than with other plans for the same task.
+"""The networks of a learned policy: one that scores modules, and those that predict the value of plans.
+
+The value of a plan: how much lower the held-out loss will be than with other plans for the same task.
 
 Losses differ a hundred times more on some tasks than on others. So the unit is either the standard deviation of the log
 loss between plans for one task, or the difference to plain LoRA as a vote (`plan/goal.py`), which tells plans of

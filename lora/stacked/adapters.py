@@ -7,8 +7,7 @@ Adam leaves it at zero: no masks are needed, and each run computes what it would
 
 All factors of a run are one row of a flat buffer, and so are their gradients and both moments of Adam. Widths are
 multiples of 16: matrix products (oneMKL) of such widths do not depend on the width, so a run's result is the same bit
-for bit, whatever the other runs do. For the same reason most products of zeros can be left out
-(`lora/stacked/adapters.py`).
+for bit, whatever the other runs do. For the same reason most products of zeros can be left out.
 
 The products of one module with the factors of the runs in a batch, each at about its own width.
 
