@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 from rich.table import Table
 
-from ..common.files import read_json_lines
+from ..common.files import as_json, open_run, read_json_lines
 from ..errors import UnknownNameError
 from ..training.config import PRESETS, TrainConfig
 from .options import on_cluster, peek, read_config_file, with_file_settings
@@ -62,7 +62,6 @@ def main(arguments: Sequence[str]) -> None:
 def train_command(options: Train) -> None:
     """Train, validate, and write the policy with its learning curve."""
     from ..agents.learned.policy_file import load_policy, read_card
-    from ..common.files import as_json, open_run
     from ..training.train import is_finished
 
     folder = options.output

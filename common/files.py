@@ -27,7 +27,6 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 from zipfile import ZIP_STORED, ZipFile
 
-import torch
 import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
@@ -37,6 +36,7 @@ from .arrays import Arrays
 from .termination import Terminated
 
 if TYPE_CHECKING:
+    import torch
     from _typeshed import DataclassInstance
 
     Settings = TypeVar("Settings", bound=DataclassInstance)
@@ -61,6 +61,8 @@ def load_archive(path: Path, device: torch.device | str = "cpu") -> Any:
         DataError: an entry is torn, or unpacks to more than the file is long.
         Exception: whatever zipfile and torch raise for other files.
     """
+    import torch
+
     if not is_whole_archive(path):
         raise DataError(f"{path.name} is torn")
     return torch.load(path, map_location=device, weights_only=True)

@@ -1,4 +1,4 @@
-"""Data sets for a model, by packaged name, Hugging Face id or local path: the tokenised rows that a Trainer trains on."""
+"""Data sets for a model, by packaged name, Hugging Face id or local path: the rows that a Trainer trains on."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
   of the next byte, or of masked bytes, in nats.
 * *classify*: the base learns to name the class of a text; the loss is the cross-entropy of the class in nats.
 
-A description holds no model and no data, and this module imports neither torch nor PEFT: `ProxyFineTune` trains.
+A description holds no model and no data: `ProxyFineTune` trains.
 
 Suites: fixed sets of tasks, split by base, domain and budget, each with the results of fixed allocations.
 
@@ -28,14 +28,17 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from ..common.checks import is_count, is_positive, is_real
 from ..common.files import read_json
+from ..cost.budget import Budget
 from ..cost.calibration import calibrate
 from ..cost.cost import ParameterCost, UntimedCost
 from ..cost.model import MemoryModel
@@ -44,15 +47,6 @@ from ..cost.step_config import check_seed
 from ..errors import AssetError, ConfigError, UnknownNameError, first_line, shown
 from ..lora.targets import TargetModule, find_target_modules
 from .suite_names import SPLITS, SUITES
-
-if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    from ..cost.budget import Budget
-    from ..cost.cost import UntimedCost
-    from ..lora.targets import TargetModule
 
 Unit = Literal["bytes", "parameters"]
 """What a budget of a proxy task counts."""
@@ -165,8 +159,6 @@ def new_base_model(base: ProxyBase, *, causal: bool = False) -> PreTrainedModel:
         base: the architecture.
         causal: a masked language model as a decoder, with the same weights by name.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
-
     config = AutoConfig.for_model(base.family, **base.config)
     if base.masked:
         config.is_decoder = causal
@@ -177,8 +169,6 @@ def new_base_model(base: ProxyBase, *, causal: bool = False) -> PreTrainedModel:
 
 @functools.lru_cache(maxsize=1)
 def _weights(name: str) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
     path = BASES_FOLDER / name / "model.safetensors"
     if not path.is_file():
         raise AssetError(

@@ -1,4 +1,4 @@
-"""The options of a run, declared once for the Trainer, loops and plans ahead of it, and those of `rankpilot finetune`."""
+"""The options of a run, declared once for the Trainer, loops and plans ahead, and those of `rankpilot finetune`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ..agents.settings import DecisionSchedule
 from ..cost.budget import Budget, TimeBudget
@@ -16,9 +16,7 @@ from ..data.task import Task
 from ..errors import BudgetError, ConfigError, UnknownNameError, shown
 from ..lora.spec import Scaling, check_scaling
 from ..plan.goal import Goal, GoalKind, goal_of
-
-if TYPE_CHECKING:
-    from ..plan.problem import Bounds
+from ..plan.problem import Bounds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy import optimize
-from scipy.sparse import block_array, csr_array, kron
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..cost.cost import Cost, FixedCost, plan_cost
@@ -422,18 +420,22 @@ def best_plan(problem: AllocationProblem, utility: FloatArray) -> IntArray:
 
 def _solve(problem: AllocationProblem, utility: FloatArray, limit: float) -> IntArray:
     """The rungs of the best plan within a limit, int64 (modules,); its variables: each module's rungs, then groups."""
+    from scipy import optimize, sparse
+
     cost, steps = problem.cost, np.arange(1, len(problem.ladder.ranks))
     modules, groups = len(utility), cost.group_bytes.shape[1]
     allowed = (steps >= problem.bottoms[:, None]) & (steps <= problem.tops[:, None])
-    one_rung = kron(csr_array(np.eye(modules)), np.ones((1, len(steps))), format="csr")
+    one_rung = sparse.kron(sparse.csr_array(np.eye(modules)), np.ones((1, len(steps))), format="csr")
     group, member = np.nonzero(cost.needs)
-    paid = csr_array((np.ones(len(group)), (np.arange(len(group)), group)), shape=(len(group), groups))
+    paid = sparse.csr_array((np.ones(len(group)), (np.arange(len(group)), group)), shape=(len(group), groups))
     held = np.kron(cost.per_rank, problem.ladder.array[1:]) / limit
     result = optimize.milp(
         -np.append(utility[:, 1:].ravel(), np.zeros(groups)) / max(float(utility.max()), 1e-300),
         constraints=[
-            optimize.LinearConstraint(block_array([[one_rung, csr_array((modules, groups))]]), problem.bottoms > 0, 1),
-            optimize.LinearConstraint(block_array([[one_rung[member], -paid]]), -np.inf, 0),
+            optimize.LinearConstraint(
+                sparse.block_array([[one_rung, sparse.csr_array((modules, groups))]]), problem.bottoms > 0, 1
+            ),
+            optimize.LinearConstraint(sparse.block_array([[one_rung[member], -paid]]), -np.inf, 0),
             optimize.LinearConstraint(np.hstack([held, cost.group_bytes / limit]), -np.inf, 1 - cost.constant / limit),
         ],
         integrality=np.append(np.ones(allowed.size), np.zeros(groups)),
