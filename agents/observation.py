@@ -124,17 +124,6 @@ class Inputs(NamedTuple):
     run: int = len(RUN_FEATURES)
 
 
-EARLIER_FEATURE_NAMES = {
-    "height": "relative_depth",
-    "price": "rank_cost",
-    "rise": "next_rung_cost",
-    "release": "drop_saving",
-    "entry": "adapt_cost",
-    "stale": "signal_age",
-}
-"""Names of features in files of earlier versions, and what they are called now."""
-
-
 def feature_table(features: Sequence[Feature]) -> str:
     """Features as a Markdown table, for a docstring: four spaces before every line but the first.
 

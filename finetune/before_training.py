@@ -37,9 +37,8 @@ from ..lora.targets import TargetModule, check_trains, other_trainable, unwrap
 from ..plan.goal import TOLERANCE
 from ..plan.plan import FewestLayers, TimeLimit, check_budget
 from ..plan.problem import AllocationProblem, Bounds, rank_bounds
-from .left_as_found import Kept
+from .left_as_found import Kept, Recomputation
 from .peak_guard import PeakGuard
-from .recomputation import Recomputation
 from .run import TrainingRun
 
 LEAST_LENGTH = 16

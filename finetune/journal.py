@@ -21,7 +21,7 @@ from ..cost.cost import TimedCost, plan_cost
 from ..errors import BudgetError
 from ..plan.plan import Plan
 from ..plan.problem import AllocationProblem
-from .recomputation import could_recompute
+from .left_as_found import could_recompute
 
 
 @dataclass(frozen=True, eq=False)

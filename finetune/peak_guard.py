@@ -28,8 +28,7 @@ from ..errors import BudgetError, UnsupportedError
 from ..lora.adapters import signal_buffer_bytes
 from ..plan.plan import Plan, check_budget
 from .journal import Correction, Journal
-from .left_as_found import GOOD_STEPS, MOST_TRIES, STEP_SHARE, Kept, Taken, adapter_bytes, saved_by_a_try
-from .recomputation import Recomputation
+from .left_as_found import GOOD_STEPS, MOST_TRIES, STEP_SHARE, Kept, Recomputation, Taken, adapter_bytes, saved_by_a_try
 from .run import TrainingRun
 
 logger = logging.getLogger(__name__)

@@ -44,11 +44,10 @@ from .before_training import (
 )
 from .checkpoint import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .journal import Correction, Journal
-from .left_as_found import Kept
+from .left_as_found import Kept, recomputing
 from .loop_calls import LoopCalls
 from .options import GivenOptions, PilotOptions
 from .peak_guard import PeakGuard
-from .recomputation import recomputing
 from .run import TrainingRun, check_run
 
 logger = logging.getLogger(__name__)

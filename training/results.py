@@ -85,16 +85,6 @@ def means(values: FloatArray, counts: IntArray) -> FloatArray:
     return np.asarray(counts @ values / counts.sum(axis=1))
 
 
-def medians(values: FloatArray, counts: IntArray) -> FloatArray:
-    """Median of each draw, (draws, ...), of values (runs, ...); of an even number the mean of the two in the middle."""
-    order = np.argsort(values, axis=0)
-    ordered = np.take_along_axis(values, order, axis=0)[None]
-    ends = np.cumsum(counts[:, order], axis=1)
-    total = ends[:, -1:]
-    middle = [(ends > rank).argmax(axis=1)[:, None] for rank in ((total - 1) // 2, total // 2)]
-    return np.asarray(np.mean([np.take_along_axis(ordered, place, axis=1)[:, 0] for place in middle], axis=0))
-
-
 def interquartile_means(values: FloatArray, counts: IntArray) -> FloatArray:
     """Mean of the middle half of each draw: of n values floor(n / 4) are left out at either end."""
     order = np.argsort(values)
@@ -191,20 +181,6 @@ def _task_draws(count: int) -> IntArray:
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.int64)
     drawn.flags.writeable = False
     return drawn
-
-
-def rank_correlation(first: FloatArray, second: FloatArray) -> float:
-    """Spearman's rank correlation of two lists of numbers, -1 to 1; NaN if all numbers of one are equal.
-
-    Args:
-        first: (values,), at least one.
-        second: of the same shape; equal numbers share the mean of their ranks.
-    """
-    from scipy.stats import rankdata  # which takes half a second to load
-
-    places = [rankdata(values) - (len(values) + 1) / 2 for values in (first, second)]
-    scale = np.sqrt(np.prod([place @ place for place in places]))
-    return float(places[0] @ places[1] / scale) if scale else float("nan")
 
 
 def compare_pairs(

@@ -11,10 +11,10 @@ from rankpilot.training.results import (
     interquartile_means,
     mean_and_interval,
     means,
-    medians,
-    rank_correlation,
     ratio_estimate,
 )
+
+from benchmarks.harness import medians, rank_correlation
 
 
 def alone(count: int) -> list[str]:

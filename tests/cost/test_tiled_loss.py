@@ -14,7 +14,7 @@ from rankpilot.cost.recording import BatchShape, reshaped
 from rankpilot.cost.tiled_loss import TILES, loss_tokens, tile_tokens, tiled_causal_lm_loss, use_tiled_loss
 from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.before_training import run_memory
-from rankpilot.finetune.recomputation import Recomputation
+from rankpilot.finetune.left_as_found import Recomputation
 from rankpilot.study.memory_config import MemoryConfig
 from rankpilot.study.memory_here import StepSetup, measure_step, set_up
 from transformers import LlamaConfig, LlamaForCausalLM
