@@ -30,8 +30,7 @@ from .model_states import model_states, trained_outside, with_buckets
 from .published import HOPPER_WORKSPACE_BYTES
 from .recorder import Recorder
 from .recording import Batch, BatchShape, Recording, reshaped
-from .tiled_loss import LossTiles
-from .training_step import LossFunction, TrainingStep
+from .training_step import LossFunction, LossTiles, TrainingStep
 
 CUT_FAILS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
 """What a loss function may raise for a batch that was cut."""

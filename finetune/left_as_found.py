@@ -22,8 +22,13 @@ from ..common.checks import counted, finite
 from ..cost.cost import ByteCost
 from ..cost.model import MemoryModel, fewest_recomputed, recomputed_cost
 from ..cost.recording import BatchShape
-from ..cost.tiled_loss import use_tiled_loss
-from ..cost.training_step import CHECKPOINT, check_checkpointing, requires_grad_hook, switch_checkpointing
+from ..cost.training_step import (
+    CHECKPOINT,
+    check_checkpointing,
+    requires_grad_hook,
+    switch_checkpointing,
+    use_tiled_loss,
+)
 from ..errors import UnsupportedError
 from ..lora.optimizer_state import kept_state, state_bytes_of
 from ..lora.resize import update_peft_records, write_in_place
@@ -264,7 +269,7 @@ class Recomputation:
     """Lets single layers of a transformers model run again in the backward pass. Losses stay the same.
 
     The loss of a causal language model is computed in tiles, which saves more bytes than several layers do and takes
-    hardly any time (`cost/tiled_loss.py`).
+    hardly any time (`cost/training_step.py`).
 
     Args:
         model: the PEFT model. All its layers run again from now on, so that the step can be measured, and its loss has
