@@ -15,11 +15,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, default_data_collator, set_seed
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-)
+from transformers.models.auto import modeling_auto
 
 from ..common.arrays import IntArray
 from ..cost.breakdown import frozen_bytes
@@ -226,10 +222,15 @@ def default_task(config: Any) -> Task:
             return "classification"
         if architecture.endswith("ForTokenClassification"):
             return "token-classification"
-        if architecture.endswith("ForConditionalGeneration") and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        if (
+            architecture.endswith("ForConditionalGeneration")
+            and type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        ):
             return "seq2seq"
     kind = type(config)
-    reads_one_way = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+    reads_one_way = (
+        kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+    )
     return "causal-lm" if reads_one_way else "classification"
 
 
