@@ -10,13 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import transformers
 from datasets import Dataset, DatasetDict, load_dataset
-from transformers import (
-    DataCollatorForLanguageModeling,
-    DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
-)
 
 from ..errors import AssetError, ConfigError, DataError, first_line
 from .batches import IGNORED
@@ -422,13 +417,17 @@ class _Reading:
 def _classes(reading: _Reading) -> Workload:
     check_text(reading.sources, reading.text, "--text-column")
     names, numbers = class_names(reading.sources, reading.label)
-    return reading.workload(_labelled(reading, numbers.__getitem__), DataCollatorWithPadding(reading.tokenizer), names)
+    return reading.workload(
+        _labelled(reading, numbers.__getitem__), transformers.DataCollatorWithPadding(reading.tokenizer), names
+    )
 
 
 def _numbers(reading: _Reading) -> Workload:
     check_text(reading.sources, reading.text, "--text-column")
     check_numbers(reading.sources, reading.label)
-    return reading.workload(_labelled(reading, float), DataCollatorWithPadding(reading.tokenizer), ("value",))
+    return reading.workload(
+        _labelled(reading, float), transformers.DataCollatorWithPadding(reading.tokenizer), ("value",)
+    )
 
 
 def _labelled(reading: _Reading, number: Callable[[Any], Any]) -> Encode:
@@ -442,14 +441,14 @@ def _tags(reading: _Reading) -> Workload:
         # Byte-level tokenizers know words with the space in front of them, which tokens in a list lack.
         reading = replace(reading, tokenizer=load_tokenizer(reading.model, add_prefix_space=True))
     encode = tagged(reading.tokenizer, reading.text, reading.label, numbers, reading.length)
-    return reading.workload(encode, DataCollatorForTokenClassification(reading.tokenizer), names)
+    return reading.workload(encode, transformers.DataCollatorForTokenClassification(reading.tokenizer), names)
 
 
 def _pairs(reading: _Reading) -> Workload:
     check_text(reading.sources, reading.text, "--text-column")
     check_text(reading.sources, reading.label, "--label-column")
     encode = translated(reading.tokenizer, reading.text, reading.label, reading.length)
-    return reading.workload(encode, DataCollatorForSeq2Seq(reading.tokenizer))
+    return reading.workload(encode, transformers.DataCollatorForSeq2Seq(reading.tokenizer))
 
 
 def _language(reading: _Reading) -> Workload:
@@ -459,12 +458,12 @@ def _language(reading: _Reading) -> Workload:
             check_chats(part, chat, tokenizer)
         rows = [for_trl(part, chat, tokenizer) for part in reading.parts]
         (train, train_tokens), (held_out, held_out_tokens) = (encoded(part, tokenizer, reading.length) for part in rows)
-        collator = DataCollatorForSeq2Seq(tokenizer)
+        collator = transformers.DataCollatorForSeq2Seq(tokenizer)
         texts = Texts(train, held_out, is_chat=True)
         return Workload("causal-lm", tokenizer, train_tokens, held_out_tokens, collator, (), texts)
     check_text(reading.sources, reading.text, "--text-column")
     encode = blocks(tokenizer, reading.text, reading.length)
-    workload = reading.workload(encode, DataCollatorForLanguageModeling(tokenizer, mlm=False))
+    workload = reading.workload(encode, transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False))
     if 0 in (len(workload.train), len(workload.held_out)):
         raise DataError(f"The text is shorter than one row of {reading.length} tokens. Lower --max-length.")
     plain = [part.select_columns([text]) for part in reading.parts]

@@ -18,18 +18,8 @@ from ..agents.learned.policy_file import load_policy, policy_schedule
 from ..agents.log import DecisionLog
 from ..agents.rules import GivenPlan, read_plan, shuffled_plan
 from ..agents.settings import ONCE
+from ..common import files
 from ..common.devices import find_energy_counter
-from ..common.files import (
-    CONFIG,
-    append_json_line,
-    as_json,
-    atomic_path,
-    from_json,
-    open_run,
-    read_json_lines,
-    read_object,
-    write_json,
-)
 from ..common.termination import Terminated, on_sigterm
 from ..cost.budget import Budget
 from ..cost.peak_meter import PeakMeter
@@ -83,7 +73,7 @@ def finetune(
     workload = read_workload(config, tell)
     check_arguments(new_arguments(config, workload.task, folder))  # so that a setting that does not fit is told now
     rank_bounds_of(config.bounds)
-    with open_run(folder, as_json(FinetuneConfig, config), resume=resume):
+    with files.open_run(folder, files.as_json(FinetuneConfig, config), resume=resume):
         runs = {}
         for name, under in _runs(config, policy.name).items():
             tell(f"fine-tuning {under}")
@@ -97,7 +87,7 @@ def finetune(
             **_head(workload),
             "runs": runs,
         }
-        write_json(folder / "summary.json", summary)
+        files.write_json(folder / "summary.json", summary)
     return summary
 
 
@@ -172,7 +162,7 @@ def run_one(
     """
     result_path = folder / f"result-{name}.json"
     with suppress(FileNotFoundError, DataError):  # the run of a torn result goes on from its last checkpoint
-        return read_object(result_path)
+        return files.read_object(result_path)
     model = new_model(config, workload)
     piloted, metrics_path = name == PILOT, folder / f"metrics-{name}.jsonl"
     device = new_arguments(config, workload.task, folder / name).device
@@ -190,7 +180,7 @@ def run_one(
     held_out = trainer.evaluate()
     if isinstance(decides, RankPilotCallback):
         for step, peak in decides.peaks:
-            append_json_line(metrics_path, {"step": step, "peak_bytes": peak})
+            files.append_json_line(metrics_path, {"step": step, "peak_bytes": peak})
     targets = find_target_modules(model)
     _save_adapter(model, workload, folder / name)
     result = {
@@ -198,7 +188,7 @@ def run_one(
         "held_out_accuracy": held_out.get("eval_accuracy"),
         "adapter_parameters": sum(target.rank * (target.d_in + target.d_out) for target in targets),
         # From the file: a run that was killed after its last step measures nothing when it goes on.
-        "peak_bytes": max(row["peak_bytes"] for row in read_json_lines(metrics_path) if "peak_bytes" in row),
+        "peak_bytes": max(row["peak_bytes"] for row in files.read_json_lines(metrics_path) if "peak_bytes" in row),
         "budget_bytes": decides.limit if decides else None,
         "median_step_s": float(np.median(metrics.step_s)) if metrics.step_s else None,
         "train_s": metrics.train_s,
@@ -209,10 +199,10 @@ def run_one(
         "ranks": adapter_ranks(targets),
     }
     if config.merge:
-        with atomic_path(folder / name / "merged") as temporary:
+        with files.atomic_path(folder / name / "merged") as temporary:
             model.merge_and_unload().save_pretrained(temporary)
             workload.tokenizer.save_pretrained(temporary)
-    write_json(result_path, result)
+    files.write_json(result_path, result)
     return result
 
 
@@ -239,7 +229,7 @@ def _save_adapter(model: PeftModel, workload: Workload, folder: Path) -> None:
     model.save_pretrained(adapter)
     workload.tokenizer.save_pretrained(adapter)
     if workload.labels:
-        write_json(adapter / "labels.json", list(workload.labels))
+        files.write_json(adapter / "labels.json", list(workload.labels))
 
 
 def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
@@ -247,7 +237,7 @@ def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
     budget = config.budget_read
     if budget.kind != "auto":
         return budget
-    return Budget("bytes", read_object(folder / f"result-{PILOT}.json")["budget_bytes"])
+    return Budget("bytes", files.read_object(folder / f"result-{PILOT}.json")["budget_bytes"])
 
 
 class UniformRanks(TrainerCallback):  # type: ignore[misc]
@@ -373,9 +363,9 @@ def branch(
     config = _config(source)
     checkpoint = _checkpoint(source, at)
     given = GivenPlan(label, dict(plan))
-    settings = {**as_json(FinetuneConfig, config), "branch": {"at": at, "label": label, "plan": dict(plan)}}
+    settings = {**files.as_json(FinetuneConfig, config), "branch": {"at": at, "label": label, "plan": dict(plan)}}
     workload = read_workload(config, tell or (lambda text: None))
-    with open_run(output, settings, resume=resume):
+    with files.open_run(output, settings, resume=resume):
         if checkpoint is not None and not (output / PILOT).exists():
             _copy(source, output, checkpoint, given)
 
@@ -398,15 +388,15 @@ def branch(
             "branch": {"of": str(source), "at": at},
             "runs": {PILOT: result},
         }
-        write_json(output / "summary.json", summary)
+        files.write_json(output / "summary.json", summary)
     return summary
 
 
 def _config(source: Path) -> FinetuneConfig:
     try:
-        values = read_object(source / CONFIG)
+        values = files.read_object(source / files.CONFIG)
         values.pop("branch", None)
-        return from_json(FinetuneConfig, values)
+        return files.from_json(FinetuneConfig, values)
     except (OSError, ValueError) as error:
         raise RunFolderError(
             f"{source} holds no run of `rankpilot finetune` that this version can go on with: {error}"
@@ -437,12 +427,12 @@ def _copy(source: Path, output: Path, checkpoint: Path, plan: GivenPlan) -> None
             shutil.copytree(path, output / path.name, dirs_exist_ok=True)  # a copy may have been interrupted
         else:
             shutil.copy(path, output / path.name)
-    with atomic_path(output / PILOT) as temporary:
+    with files.atomic_path(output / PILOT) as temporary:
         copied = temporary / checkpoint.name
         shutil.copytree(checkpoint, copied)
-        state = read_object(copied / STATE)
+        state = files.read_object(copied / STATE)
         state["settings"] |= policy_settings(plan)
-        write_json(copied / STATE, state)
+        files.write_json(copied / STATE, state)
 
 
 NAMED = {

@@ -16,8 +16,19 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-import transformers
 from peft import PeftModel
+from transformers import (
+    EarlyStoppingCallback,
+    ProgressCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -41,7 +52,7 @@ from .options import FinetuneConfig
 _PROCESSORS = Path("/proc/cpuinfo")
 
 
-class RunMetrics(transformers.TrainerCallback):  # type: ignore[misc]
+class RunMetrics(TrainerCallback):  # type: ignore[misc]
     """Writes the curves of a run as JSON lines, and measures its time and energy, from when this object is made.
 
     Args:
@@ -77,11 +88,7 @@ class RunMetrics(transformers.TrainerCallback):  # type: ignore[misc]
         return self._before_joules + self.energy.joules() - self._joules_made if self.energy else None
 
     def on_train_begin(
-        self,
-        args: transformers.TrainingArguments,
-        state: transformers.TrainerState,
-        control: transformers.TrainerControl,
-        **objects: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Delete what an interrupted run wrote after its last checkpoint, and go on with its times."""
         rows = [row for row in read_json_lines(self.path) if 0 < row["step"] <= state.global_step]
@@ -97,11 +104,7 @@ class RunMetrics(transformers.TrainerCallback):  # type: ignore[misc]
         self._evaluated = {row["step"] for row in rows if "eval_loss" in row}
 
     def on_step_begin(
-        self,
-        args: transformers.TrainingArguments,
-        state: transformers.TrainerState,
-        control: transformers.TrainerControl,
-        **objects: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Start the clock, and measure this step if it is due."""
         if self.meter and self.meter.due(state.global_step):
@@ -109,11 +112,7 @@ class RunMetrics(transformers.TrainerCallback):  # type: ignore[misc]
         self._started = time.perf_counter()
 
     def on_step_end(
-        self,
-        args: transformers.TrainingArguments,
-        state: transformers.TrainerState,
-        control: transformers.TrainerControl,
-        **objects: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Stop the clock, and write the peak if it was measured."""
         self.step_s.append(time.perf_counter() - self._started)
@@ -123,9 +122,9 @@ class RunMetrics(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_log(
         self,
-        args: transformers.TrainingArguments,
-        state: transformers.TrainerState,
-        control: transformers.TrainerControl,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
         logs: dict[str, float] | None = None,
         **objects: Any,
     ) -> None:
@@ -155,14 +154,14 @@ class RunMetrics(transformers.TrainerCallback):  # type: ignore[misc]
             append_json_line(self.path, {"step": state.global_step, **kept})
 
 
-class LossInProgressBar(transformers.ProgressCallback):  # type: ignore[misc]
+class LossInProgressBar(ProgressCallback):  # type: ignore[misc]
     """The progress bar of the Trainer, which shows the latest losses instead of printing a line for each log."""
 
     def on_log(
         self,
-        args: transformers.TrainingArguments,
-        state: transformers.TrainerState,
-        control: transformers.TrainerControl,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
         logs: dict[str, float] | None = None,
         **objects: Any,
     ) -> None:
@@ -285,7 +284,7 @@ def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:
         UnknownNameError, AssetError, ConfigError: there is no such model, or it does not fit the task or the length.
         UnsupportedError: gradient checkpointing is asked for, and the model has none.
     """
-    transformers.set_seed(config.seed)
+    set_seed(config.seed)
     base = load_model(config.model, workload.task, workload.labels, workload.tokenizer, config.quantization)
     check_length(config.max_length, base)
     if config.checkpointing or config.recompute:
@@ -301,8 +300,8 @@ def new_trainer(
     workload: Workload,
     model: PeftModel,
     folder: Path,
-    callbacks: list[transformers.TrainerCallback],
-) -> transformers.Trainer:
+    callbacks: list[TrainerCallback],
+) -> Trainer:
     """A Trainer that evaluates and saves every `eval_every` steps.
 
     Args:
@@ -314,7 +313,7 @@ def new_trainer(
     """
     arguments = new_arguments(config, workload.task, folder)
     if config.early_stopping is not None:
-        callbacks = [*callbacks, transformers.EarlyStoppingCallback(config.early_stopping)]
+        callbacks = [*callbacks, EarlyStoppingCallback(config.early_stopping)]
     common: dict[str, Any] = {
         "model": model,
         "args": arguments,
@@ -327,17 +326,17 @@ def new_trainer(
     if workload.texts is not None:
         trainer = _sft_trainer(workload.texts, common)
     else:
-        kind = transformers.Seq2SeqTrainer if workload.task == "seq2seq" else transformers.Trainer
+        kind = Seq2SeqTrainer if workload.task == "seq2seq" else Trainer
         has_classes = workload.task in ("classification", "token-classification")
         trainer = kind(**common, compute_metrics=_accuracy if has_classes else None)
         # Losses of both runs in the same unit, whatever the model does with the Trainer's token counts.
         trainer.model_accepts_loss_kwargs = False
-    trainer.remove_callback(transformers.ProgressCallback)
+    trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossInProgressBar)
     return trainer
 
 
-def _sft_trainer(texts: Texts, common: dict[str, Any]) -> transformers.Trainer:
+def _sft_trainer(texts: Texts, common: dict[str, Any]) -> Trainer:
     """TRL's SFTTrainer. It applies the chat template itself; plain texts come as blocks of full length.
 
     Raises:
@@ -348,7 +347,7 @@ def _sft_trainer(texts: Texts, common: dict[str, Any]) -> transformers.Trainer:
     if texts.is_chat:
         common |= {"train_dataset": texts.train, "eval_dataset": texts.held_out, "data_collator": None}
     try:
-        trainer: transformers.Trainer = SFTTrainer(**common)
+        trainer: Trainer = SFTTrainer(**common)
     except ValueError as error:
         raise ConfigError(f"TRL's SFTTrainer cannot train this: {error}") from error
     return trainer
@@ -360,15 +359,13 @@ def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids)[counted].mean())}
 
 
-def arguments_class(task: Task) -> type[transformers.TrainingArguments]:
+def arguments_class(task: Task) -> type[TrainingArguments]:
     """The class of the Trainer's arguments: TRL's for models that continue a text, transformers' for all others.
 
     Raises:
         UnsupportedError: TRL is not installed.
     """
-    kind: type[transformers.TrainingArguments] = (
-        transformers.Seq2SeqTrainingArguments if task == "seq2seq" else transformers.TrainingArguments
-    )
+    kind: type[TrainingArguments] = Seq2SeqTrainingArguments if task == "seq2seq" else TrainingArguments
     if task != "causal-lm":
         return kind
     if find_spec("trl") is None:
@@ -379,7 +376,7 @@ def arguments_class(task: Task) -> type[transformers.TrainingArguments]:
     return kind
 
 
-def new_arguments(config: FinetuneConfig, task: Task, folder: Path) -> transformers.TrainingArguments:
+def new_arguments(config: FinetuneConfig, task: Task, folder: Path) -> TrainingArguments:
     """The Trainer's arguments.
 
     Args:
@@ -432,7 +429,7 @@ def new_arguments(config: FinetuneConfig, task: Task, folder: Path) -> transform
         raise ConfigError(f"The Trainer refuses these settings: {first_line(error)}") from error
 
 
-def further_settings(given: tuple[str, ...], kind: type[transformers.TrainingArguments]) -> dict[str, Any]:
+def further_settings(given: tuple[str, ...], kind: type[TrainingArguments]) -> dict[str, Any]:
     """Settings of the Trainer's arguments from NAME=VALUE; a value is read as JSON, or else as text.
 
     Raises:
@@ -458,6 +455,6 @@ def further_settings(given: tuple[str, ...], kind: type[transformers.TrainingArg
 def _checkpointing(wanted: bool) -> Mapping[str, Any]:
     """Arguments that switch gradient checkpointing on or off; transformers 5.20 gave them another name."""
     name = "activation_checkpointing"
-    if not hasattr(transformers.TrainingArguments, name):
+    if not hasattr(TrainingArguments, name):
         name = "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": CHECKPOINTING} if wanted else {name: False}

@@ -37,19 +37,9 @@ from stable_baselines3.common.utils import LinearSchedule
 from ..agents.learned.networks import PlanValueEnsemble, RankNetwork
 from ..agents.learned.policy import LearnedPolicy
 from ..agents.learned.policy_file import CARD, SCHEMA, save_policy
+from ..common import files
 from ..common.arrays import Arrays, FloatArray, IntArray
 from ..common.devices import find_device
-from ..common.files import (
-    append_json_line,
-    as_json,
-    atomic_path,
-    load_archive,
-    open_run,
-    read_json,
-    read_json_lines,
-    write_json,
-    write_text,
-)
 from ..env.episode import Comparison
 from ..env.proxy_finetune import check_texts
 from ..env.proxy_task import VERSION, ProxyTask, adapted_base
@@ -192,7 +182,7 @@ class PPOProgress(BaseCallback):
             self.logger.record(f"rollout/{key}", row[key])
         if self.iteration % self._config.validate_every == 0 or self.iteration == self._config.iterations:
             row |= self.validate()
-        append_json_line(self._folder / PROGRESS, row)
+        files.append_json_line(self._folder / PROGRESS, row)
         write_checkpoint(self._folder / CHECKPOINT, self.model, self.iteration, self._validation)
         self.report(Stage("training", self.iteration, self._config.iterations))
 
@@ -229,14 +219,14 @@ def write_checkpoint(path: Path, model: PPO, iteration: int, validation: Validat
             gauss,
         ],
     }
-    with atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         torch.save(state, temporary)
 
 
 def restore(path: Path, model: PPO, validation: Validation) -> int:
     """Go on from a checkpoint; returns the iterations done."""
     try:
-        state = load_archive(path)
+        state = files.load_archive(path)
         if state.get("schema") != SCHEMA:
             raise ValueError("it was written by another version of rankpilot")
         model.policy.load_state_dict(state["policy"])
@@ -416,7 +406,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         max_modules=modules,
         device=str(find_device(config.device)),
     )
-    with open_run(folder, as_json(TrainConfig, config), resume=resume):
+    with files.open_run(folder, files.as_json(TrainConfig, config), resume=resume):
         return _train(config, folder, fresh, stack, validation, on_stage or (lambda stage: None))
 
 
@@ -449,7 +439,7 @@ def _train(
         if begun:
             progress.iteration = restore(folder / CHECKPOINT, model, measured)
         rows = _progress_until(progress.iteration, folder / PROGRESS) if begun else []
-        write_text(folder / PROGRESS, "".join(json.dumps(row) + "\n" for row in rows))
+        files.write_text(folder / PROGRESS, "".join(json.dumps(row) + "\n" for row in rows))
         if not begun:
             _begin(model, envs, config, progress, folder)
             write_checkpoint(folder / CHECKPOINT, model, 0, measured)
@@ -492,7 +482,7 @@ def _value_ensemble(
     report(Stage("value ensemble", len(stacks), len(stacks)))
     ensemble = PlanValueEnsemble(ANY_COST)
     facts = fit_value_ensemble(ensemble, dataset, seed=config.seed, workers=config.worker_count)
-    write_json(folder / PLAN_RUNS / SUMMARY, {"runs": (len(stacks) * fresh.count + len(real)) * RUNS} | facts)
+    files.write_json(folder / PLAN_RUNS / SUMMARY, {"runs": (len(stacks) * fresh.count + len(real)) * RUNS} | facts)
     return ensemble
 
 
@@ -514,7 +504,7 @@ def _begin(model: PPO, envs: ProxyVecEnv, config: TrainConfig, progress: PPOProg
         )
         row |= {f"warm_{key}": value for key, value in facts.items()}
         row |= {f"warm_{key}": value for key, value in progress.validate().items()}
-    append_json_line(folder / PROGRESS, row)
+    files.append_json_line(folder / PROGRESS, row)
 
 
 def _new_model(config: TrainConfig, envs: ProxyVecEnv, folder: Path) -> PPO:
@@ -550,7 +540,7 @@ def _progress_until(iteration: int, path: Path) -> list[dict[str, Any]]:
         RunFolderError: there are none, or they are damaged.
     """
     try:
-        rows = [row for row in read_json_lines(path) if row["iteration"] <= iteration]
+        rows = [row for row in files.read_json_lines(path) if row["iteration"] <= iteration]
         if [row["iteration"] for row in rows[:1]] != [0]:
             raise ValueError("its first line is missing")
     except (DataError, ValueError, TypeError, LookupError) as error:
@@ -562,14 +552,14 @@ def _progress_until(iteration: int, path: Path) -> list[dict[str, Any]]:
 
 def finish(folder: Path, policy: LearnedPolicy, config: TrainConfig, results: dict[str, Any] | None = None) -> Path:
     """Write the trained policy and its card into the run's folder; the run then counts as finished."""
-    rows = read_json_lines(folder / PROGRESS)
+    rows = files.read_json_lines(folder / PROGRESS)
     provenance = {
         "name": folder.resolve().name,
-        "training": as_json(TrainConfig, config),
+        "training": files.as_json(TrainConfig, config),
         "suite_version": VERSION,
         "episodes": sum(row.get("episodes", 0) for row in rows),
         "start": rows[0],
-        "plan_runs": read_json(folder / PLAN_RUNS / SUMMARY) if policy.value_ensemble else {},
+        "plan_runs": files.read_json(folder / PLAN_RUNS / SUMMARY) if policy.value_ensemble else {},
         "validation": results or {},
     }
     return save_policy(folder, policy.network, config.schedule, provenance, policy.value_ensemble)
