@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .agents.log import DecisionLog
     from .agents.observation import Observation, module_feature
     from .agents.policy import Decision, decision_from_scores
-    from .agents.schedule import DecisionSchedule
+    from .agents.settings import DecisionSchedule
     from .cost.budget import Budget
     from .cost.outlook import memory_of
     from .data.assets import fetch_asset
@@ -41,7 +41,7 @@ _LAZY = {
     "Budget": ".cost.budget",
     "Decision": ".agents.policy",
     "DecisionLog": ".agents.log",
-    "DecisionSchedule": ".agents.schedule",
+    "DecisionSchedule": ".agents.settings",
     "GymnasiumVecEnv": ".training.vec_env",
     "Observation": ".agents.observation",
     "OwnTask": ".env.own_task",

@@ -23,15 +23,13 @@ from ..common.text import part_of
 from ..cost.budget import Budget, reference_cost
 from ..cost.cost import ByteCost, TimedCost, UntimedCost, check_cost, cost_from_state, cost_state, unit_cost
 from ..errors import BudgetError, NonFiniteError
-from ..lora.adapters import Adapters
-from ..lora.signals import SignalMeter, signal_buffer_bytes
+from ..lora.adapters import Adapters, SignalMeter, signal_buffer_bytes
 from ..lora.targets import TargetModule
-from ..plan.plan import Plan, check_budget
+from ..plan.plan import Plan, TimeLimit, check_budget
 from ..plan.problem import AllocationProblem
-from ..plan.time_limit import TimeLimit
 from .observation import ModuleShapes, Observation, RunState, observe
 from .policy import Decision, decided_plan, decision_from_plan
-from .schedule import DecisionSchedule
+from .settings import DecisionSchedule
 
 FIRST_LOSSES = 5
 """The first loss is the mean of this number of losses, from the probe's start; the last loss that of the last ones."""

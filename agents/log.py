@@ -37,9 +37,8 @@ from ..lora.spec import RankLadder
 from ..plan.goal import Goal
 from ..plan.plan import Plan
 from ..plan.problem import AllocationProblem
-from .deliberation import Deliberation, decision_line
 from .observation import FEATURE_PREFIX, MODULE_FEATURES, RUN_FEATURES, RUN_PREFIX, Observation
-from .policy import Decision, Policy, keeps
+from .policy import Decision, Deliberation, Policy, decision_line, keeps
 
 if TYPE_CHECKING:
     from .controller import RankController

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from ..common.arrays import BoolArray, FloatArray
 from ..cost.cost import FixedCost, plan_cost
 from ..errors import UnknownNameError
-from ..lora.signals import SIGNALS
+from ..lora.adapters import SIGNALS
 from ..lora.spec import ModuleSpec
+from ..plan.plan import under_limit
 from ..plan.problem import AllocationProblem
-from ..plan.time_limit import under_limit
 
 
 class Feature(NamedTuple):
@@ -119,17 +119,6 @@ class Inputs(NamedTuple):
 
     modules: int = len(MODULE_FEATURES)
     run: int = len(RUN_FEATURES)
-
-
-EARLIER_FEATURE_NAMES = {
-    "height": "relative_depth",
-    "price": "rank_cost",
-    "rise": "next_rung_cost",
-    "release": "drop_saving",
-    "entry": "adapt_cost",
-    "stale": "signal_age",
-}
-"""Names of features in files of earlier versions, and what they are called now."""
 
 
 def feature_table(features: Sequence[Feature]) -> str:

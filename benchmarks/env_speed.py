@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.text import make_table
 from rankpilot.common.workers import isolated

@@ -15,11 +15,12 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import track
+from scipy.stats import rankdata
 
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.files import write_json
-from rankpilot.common.statistics import Estimate, Statistic, estimate, medians
 from rankpilot.errors import ConfigError
+from rankpilot.training.results import Estimate, Statistic, estimate
 
 WIDTH = 132
 """Columns of output that goes into a file."""
@@ -116,6 +117,16 @@ def paired_ratios(seconds: FloatArray, base: FloatArray, period: int) -> FloatAr
     return np.asarray((seconds / base).reshape(-1, period), dtype=np.float64)
 
 
+def medians(values: FloatArray, counts: IntArray) -> FloatArray:
+    """Median of each draw, (draws, ...), of values (runs, ...); of an even number the mean of the two in the middle."""
+    order = np.argsort(values, axis=0)
+    ordered = np.take_along_axis(values, order, axis=0)[None]
+    ends = np.cumsum(counts[:, order], axis=1)
+    total = ends[:, -1:]
+    middle = [(ends > rank).argmax(axis=1)[:, None] for rank in ((total - 1) // 2, total // 2)]
+    return np.asarray(np.mean([np.take_along_axis(ordered, place, axis=1)[:, 0] for place in middle], axis=0))
+
+
 def usual_step(ratios: FloatArray, counts: IntArray) -> FloatArray:
     """The median over all steps of each draw, (draws,): what a step costs that has no special work in it.
 
@@ -206,3 +217,15 @@ def check_output(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"Cannot make the folder of --json {path}: {error}") from error
+
+
+def rank_correlation(first: FloatArray, second: FloatArray) -> float:
+    """Spearman's rank correlation of two lists of numbers, -1 to 1; NaN if all numbers of one are equal.
+
+    Args:
+        first: (values,), at least one.
+        second: of the same shape; equal numbers share the mean of their ranks.
+    """
+    places = [rankdata(values) - (len(values) + 1) / 2 for values in (first, second)]
+    scale = np.sqrt(np.prod([place @ place for place in places]))
+    return float(places[0] @ places[1] / scale) if scale else float("nan")

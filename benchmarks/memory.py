@@ -17,17 +17,16 @@ from rich.console import Console
 
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.devices import find_device
-from rankpilot.common.statistics import Estimate
 from rankpilot.common.text import format_bytes, make_table
-from rankpilot.cost import resident
-from rankpilot.cost.batch_shape import BatchShape
 from rankpilot.cost.cost import Cost, plan_cost
-from rankpilot.cost.recording import Batch
+from rankpilot.cost.peak_meter import can_reset_peak
+from rankpilot.cost.recording import Batch, BatchShape
 from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import TargetModule
 from rankpilot.plan.plan import top_down, top_layers
 from rankpilot.plan.problem import AllocationProblem
+from rankpilot.training.results import Estimate
 
 from .harness import (
     Figures,
@@ -272,7 +271,7 @@ def outside_view(
     Returns:
         By plan "predicted" bytes, and those of `resident.observe`; no plan where nothing can be read.
     """
-    if device.type != "cuda" and not resident.can_reset_peak():
+    if device.type != "cuda" and not can_reset_peak():
         return {}
     learner, batch = large_learner(family, size, device, seed)
     learner.step(batch)

@@ -21,10 +21,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from rankpilot.agents.controller import RankController
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.devices import find_device
-from rankpilot.common.statistics import Estimate, Statistic
 from rankpilot.common.text import format_bytes, make_table
 from rankpilot.cost.budget import Budget
 from rankpilot.errors import ConfigError
@@ -32,6 +31,7 @@ from rankpilot.finetune.pilot import RankPilot as Pilot
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.adapters import PeftAdapters
 from rankpilot.lora.spec import REFERENCE_RANK
+from rankpilot.training.results import Estimate, Statistic
 
 from .harness import (
     Figures,

@@ -23,7 +23,7 @@ from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.observation import Observation, with_limit
 from rankpilot.agents.policy import Decision, decision_to_keep
-from rankpilot.agents.schedule import ONCE
+from rankpilot.agents.settings import ONCE
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.workers import count_workers, worker_pool
 from rankpilot.errors import ConfigError, NonFiniteError
@@ -64,7 +64,7 @@ OWN = {
     "gpt2-4x64": {"spanish": 100, "tables": 80, "german": 200, "code": 150},
     "gpt2-4x32": {"tales": 150, "tables": 200},
 }
-"""Steps that models of our own pretraining take on texts. No task is on GPT-NeoX, see `env/bases.py`."""
+"""Steps that models of our own pretraining take on texts. No task is on GPT-NeoX, see `env/proxy_task.py`."""
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ import torch
 from rich.console import Console
 
 from rankpilot.common.text import make_table
-from rankpilot.cost.batch_shape import BatchShape
 from rankpilot.cost.breakdown import frozen_sizes
 from rankpilot.cost.cost import moment_costs
-from rankpilot.cost.device_table import find_device_spec
-from rankpilot.cost.find_configuration import find_configuration
 from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
 from rankpilot.cost.outlook import CardUse, card_use
+from rankpilot.cost.published import find_configuration, find_device_spec
+from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
 
 from .harness import Figures, with_progress

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from rankpilot.cost import resident
 from rankpilot.cost.model_states import state_bytes
+from rankpilot.cost.peak_meter import resident_peak, restart_resident_peak
 from rankpilot.cost.recording import Batch
 from rankpilot.errors import RankPilotError
 
@@ -87,11 +87,11 @@ def _cuda_rises(learner: Learner, batch: Batch) -> dict[str, int]:
 
 
 def _resident_rise(learner: Learner, batch: Batch) -> dict[str, int]:
-    before = resident.restart_peak()
+    before = restart_resident_peak()
     if before is None:
         raise RankPilotError("This system keeps no record of the peak that can be started anew.")
     learner.step(batch)
-    return {"resident": resident.peak() - before}
+    return {"resident": resident_peak() - before}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from rankpilot.common.arrays import FloatArray, IntArray
-from rankpilot.common.statistics import rank_correlation
 from rankpilot.common.text import make_table
 from rankpilot.common.workers import isolated
 from rankpilot.cost.budget import TimeBudget
@@ -24,13 +23,12 @@ from rankpilot.cost.step_time import StepTime
 from rankpilot.cost.training_step import TrainingStep, model_loss
 from rankpilot.data.models import load_model
 from rankpilot.errors import ConfigError
-from rankpilot.finetune.recomputation import Recomputation
+from rankpilot.finetune.left_as_found import Recomputation
 from rankpilot.lora.spec import REFERENCE_RANK, RankLadder
-from rankpilot.plan.plan import project
+from rankpilot.plan.plan import TimeLimit, project
 from rankpilot.plan.problem import AllocationProblem
-from rankpilot.plan.time_limit import TimeLimit
 
-from .harness import Figures, clock_for, interleave, machine_facts, paired_ratios, with_progress
+from .harness import Figures, clock_for, interleave, machine_facts, paired_ratios, rank_correlation, with_progress
 from .models import LORA, Family, Learner, Size, random_loader, random_model
 
 BUDGET = "75%"

@@ -15,14 +15,14 @@ from rich.markup import escape
 from ..common.files import write_text
 from ..common.text import cost_text, make_table
 from ..errors import ConfigError
-from ..finetune.config import FinetuneConfig
+from ..finetune.options import FinetuneConfig
 from .options import peek, read_config_file, with_file_settings
 from .progress import console
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..agents.deliberation import FrontierPlan
+    from ..agents.policy import FrontierPlan
     from ..finetune.allocate import StaticPlan
 
 
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{options.output} exists already. Name a file that does not.")
     if options.log is not None and options.log.exists():
         raise ConfigError(f"{options.log} exists already. Name a folder that does not.")
-    from ..agents.plan_file import FILE_SUFFIXES
+    from ..agents.rules import FILE_SUFFIXES
     from ..finetune.experiment import plan_ahead
 
     tell = partial(console.rule, align="left")

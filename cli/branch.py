@@ -46,7 +46,7 @@ class BranchOptions:
 def main(arguments: Sequence[str]) -> None:
     """Run the branch, and hold it against its run."""
     options = tyro.cli(BranchOptions, args=arguments, prog="rankpilot branch")
-    from ..finetune.branch import branch, other_plan
+    from ..finetune.experiment import branch, other_plan
     from ..study.run_data import find_log
 
     plan = other_plan(find_log(options.run), options.plan, options.seed)
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _compare(run: Path, output: Path, label: str) -> None:
     """Show both held-out losses, and where to look further."""
-    from ..finetune.config import PILOT
+    from ..finetune.options import PILOT
     from ..study.run_data import read_run
 
     before, after = (read_run(folder).results.get(PILOT) for folder in (run, output))

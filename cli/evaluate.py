@@ -17,8 +17,7 @@ from .options import on_cluster
 from .progress import console, progress_bar
 
 if TYPE_CHECKING:
-    from ..common.statistics import Estimate, PairedComparison
-    from ..training.results import Group, PolicyResult
+    from ..training.results import Estimate, Group, PairedComparison, PolicyResult
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Evaluate(EvaluateConfig):
 def main(arguments: Sequence[str]) -> None:
     """Compare policies, and show who is better."""
     options = tyro.cli(Evaluate, args=arguments, prog="rankpilot evaluate")
-    from ..training.evaluate import ROWS, evaluate
+    from ..training.compare import ROWS, evaluate
 
     if options.split == "test":
         console.print("The test split is for final reports: whoever chooses by it has no test left.")

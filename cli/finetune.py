@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from rich.markup import escape
 
-from ..finetune.config import FinetuneConfig
+from ..finetune.options import FinetuneConfig
 from .options import peek, read_config_file, with_file_settings
 from .progress import console
 from .study import write_study

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     options = tyro.cli(Memory, args=arguments, prog="rankpilot memory")
     if options.config and not options.card:
         raise ConfigError("--config is of a card: give --device or --device-memory with it.")
-    from ..common.run_folder import refuse_file
+    from ..common.files import refuse_file
     from ..study import memory_report as report
 
     refuse_file(options.output)  # now, and not after minutes of work
@@ -105,7 +105,7 @@ def _of_card(options: Memory, card: str) -> Outlook:
 
 def _configured(model: str) -> str:
     """A model whose configuration is known by name, or the folder of a packaged one."""
-    from ..cost.find_configuration import find_configuration
+    from ..cost.published import find_configuration
     from ..data.assets import ASSETS
     from ..data.models import resolve_model
 

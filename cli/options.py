@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from ..common.files import read_json, read_text
-from ..common.settings import from_json
+import yaml
+
+from ..common.files import MOST_YAML_BYTES, from_json, parse_yaml, read_json, read_text
 from ..errors import ConfigError, shown
 from .progress import console
 
@@ -55,10 +56,6 @@ def _read(path: Path) -> Any:
     """The values in a JSON file, or in a YAML file by its suffix; ValueError if they cannot be read."""
     if path.suffix not in (".yaml", ".yml"):
         return read_json(path)
-    import yaml
-
-    from ..common.files import MOST_YAML_BYTES, parse_yaml
-
     try:
         values = parse_yaml(read_text(path, MOST_YAML_BYTES))
     except yaml.YAMLError as error:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 from rich.table import Table
 
-from ..common.files import read_json_lines
+from ..common.files import as_json, open_run, read_json_lines
 from ..errors import UnknownNameError
 from ..training.config import PRESETS, TrainConfig
 from .options import on_cluster, peek, read_config_file, with_file_settings
@@ -62,8 +62,6 @@ def main(arguments: Sequence[str]) -> None:
 def train_command(options: Train) -> None:
     """Train, validate, and write the policy with its learning curve."""
     from ..agents.learned.policy_file import load_policy, read_card
-    from ..common.run_folder import open_run
-    from ..common.settings import as_json
     from ..training.train import is_finished
 
     folder = options.output
@@ -85,8 +83,7 @@ def _train(options: Train) -> dict[str, dict[str, float]]:
     """Train, and write the policy; returns what its validation found."""
     from ..common.drawing import save_figure
     from ..study.pictures import learning_curve
-    from ..training.progress import PROGRESS
-    from ..training.train import finish, train
+    from ..training.train import PROGRESS, finish, train
 
     folder = options.output
     with stage_bar("training on proxy fine-tunes (rounds)", "starting") as report:
@@ -117,7 +114,7 @@ def _print_returns(rows: Sequence[dict[str, Any]]) -> None:
 def _validate(options: Train, policy: Any) -> dict[str, dict[str, float]]:
     """Compare the trained policy with rules on validation tasks."""
     from ..agents.rules import find_rule
-    from ..env.suites import evenly, find_tasks
+    from ..env.proxy_task import evenly, find_tasks
     from ..training.compare import compare
     from ..training.results import summarise
 

@@ -72,12 +72,6 @@ def clean_axes(axes: Axes, title: str = "", pad: float = 6) -> Axes:
     return axes
 
 
-def mark_steps(axes: Axes, steps: Sequence[int]) -> None:
-    """A dotted line at each of these steps."""
-    for step in steps:
-        axes.axvline(step, color=RULE, linewidth=1, linestyle=":", zorder=1)
-
-
 def smooth(values: FloatArray, span: int) -> FloatArray:
     """Exponential moving average over about `span` values, free of bias at the start; shape as given."""
     decay = 1 - 2 / (span + 1)

@@ -1,15 +1,13 @@
-"""Files that are complete or absent, and text and JSON that are read within bounds.
+"""Files that are complete or absent, text and JSON that are read within bounds, settings as JSON, and run folders.
 
 Each file is written to a temporary name and then renamed. What is read may be a stranger's: see SECURITY.md.
-
-Files that `torch.save` wrote and a stranger may have changed.
-
-YAML as people write settings in it: read within bounds, with plain values alone.
 
 Arrays with a description, from safetensors files that a stranger may have made.
 
 A file's header tells the type and shape of each tensor, and the format's reader checks that together they take the
 bytes that follow: so no more is allocated than the file is long.
+
+Settings as JSON values, and settings from JSON values: one writer and one reader for all dataclasses of settings.
 """
 
 from __future__ import annotations
@@ -19,19 +17,29 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 from zipfile import ZIP_STORED, ZipFile
 
-import torch
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from ..errors import DataError, first_line, shown
+from ..errors import ConfigError, DataError, RunFolderError, first_line, shown
 from .arrays import Arrays
+from .termination import Terminated
+
+if TYPE_CHECKING:
+    import torch
+    from _typeshed import DataclassInstance
+
+    Settings = TypeVar("Settings", bound=DataclassInstance)
 
 
 def is_whole_archive(path: Path) -> bool:
@@ -53,6 +61,8 @@ def load_archive(path: Path, device: torch.device | str = "cpu") -> Any:
         DataError: an entry is torn, or unpacks to more than the file is long.
         Exception: whatever zipfile and torch raise for other files.
     """
+    import torch
+
     if not is_whole_archive(path):
         raise DataError(f"{path.name} is torn")
     return torch.load(path, map_location=device, weights_only=True)
@@ -304,3 +314,145 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
         return arrays, metadata
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise DataError(f"{path} cannot be read as arrays: {first_line(error)}") from error
+
+
+CONFIG = "config.json"
+
+LOCK = ".lock"
+"""File in the folder that the process which uses it has locked. The system frees the lock when the process ends."""
+
+
+@contextmanager
+def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[None]:
+    """Claim a run folder for as long as the block lasts.
+
+    Args:
+        folder: the run's folder.
+        config: what the run does, as JSON values; written there.
+        resume: go on with what is there; the settings must be the same.
+
+    Raises:
+        RunFolderError: it holds another run or one with other settings, it is a file, or another process uses it.
+    """
+    refuse_file(folder)
+    # A run that wrote no settings has left nothing but its lock.
+    if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        _check(folder, config, resume)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RunFolderError(
+            f"Another process works in {folder}. Wait until it ends, or pass another --output."
+        ) from error
+    try:
+        if (folder / CONFIG).exists():
+            _check(folder, config, resume)  # once more: another process may have been faster
+        else:
+            write_json(folder / CONFIG, config)
+        yield
+    except (KeyboardInterrupt, Terminated) as end:
+        end.add_note("The same command with --resume continues from here.")
+        raise
+    finally:
+        lock.release()
+
+
+def refuse_file(folder: Path) -> None:
+    """Raise RunFolderError where a folder is to be and a file is."""
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file. Pass the name of a folder as --output.")
+
+
+def _check(folder: Path, config: dict[str, Any], resume: bool) -> None:
+    """Refuse a folder that does not hold this run."""
+    if not resume:
+        raise RunFolderError(f"{folder} exists already. Pass --resume to go on with it, or another --output.")
+    path = folder / CONFIG
+    if not path.exists():
+        raise RunFolderError(f"{folder} is not empty and holds no {CONFIG}, so it is no run of rankpilot's.")
+    try:
+        previous = read_object(path)
+    except ValueError as error:
+        raise RunFolderError(f"This version of rankpilot cannot go on with {path}: {error}") from error
+    differing = sorted(key for key in {*previous, *config} if previous.get(key) != config.get(key))
+    if differing:
+        told = "; ".join(
+            f"{key:.80}: {shown(previous.get(key))} there, {shown(config.get(key))} now" for key in differing[:3]
+        )
+        raise RunFolderError(f"{folder} was started with other settings ({told}). Use those, or another --output.")
+
+
+MOST_LISTED = 20
+"""Keys of one kind that an error lists at most."""
+
+
+def as_json(kind: type[DataclassInstance], settings: DataclassInstance) -> dict[str, Any]:
+    """Settings as JSON values: the fields of the dataclass `kind`, without those that a subclass of it adds."""
+    values = asdict(settings)
+    return {field.name: as_plain(values[field.name]) for field in fields(kind)}
+
+
+def from_json(kind: type[Settings], values: Any, *, base: Settings | None = None, complete: bool = False) -> Settings:
+    """Settings from what `as_json` made of them, or from a part of it.
+
+    Args:
+        kind: the dataclass.
+        values: JSON values by key.
+        base: has the settings that `values` lacks; without it they are the class's defaults.
+        complete: refuse values that lack any key, even one with a default.
+
+    Raises:
+        ConfigError: a key is unknown or missing, a value has the wrong type, or the class refuses it.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"settings are keys with values; got {shown(values)}.")
+    names = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(kind)}
+    unknown = [key for key in values if key not in names]
+    needed = [] if base else [name for name, required in names.items() if required or complete]
+    missing = [name for name in needed if name not in values]
+    if unknown or missing:
+        both = (("unknown", unknown), ("missing", missing))
+        problems = [f"{label} {', '.join(map(shown, keys[:MOST_LISTED]))}" for label, keys in both if keys]
+        raise ConfigError(f"{' and '.join(problems)}; the settings are {', '.join(names)}.")
+    types = get_type_hints(kind)
+    read = {name: _read(types[name], value, name) for name, value in values.items()}
+    return replace(base, **read) if base else kind(**read)
+
+
+def _read(expected: Any, value: Any, name: str) -> Any:
+    """One value in the type that its field has; ConfigError if it does not have that type."""
+    origin, arguments = get_origin(expected), get_args(expected)
+    if origin in (Union, UnionType) and NoneType in arguments:
+        (inner,) = (argument for argument in arguments if argument is not NoneType)
+        return None if value is None else _read(inner, value, name)
+    if is_dataclass(expected):
+        assert isinstance(expected, type)
+        try:
+            return from_json(expected, value)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+    if origin is tuple and isinstance(value, list):
+        return tuple(_read(arguments[0], item, name) for item in value)
+    if origin is Literal and value in arguments:
+        return value
+    if expected is Path and isinstance(value, str):
+        return Path(value)
+    if expected is float and type(value) is int and abs(value) <= sys.float_info.max:
+        return float(value)
+    if type(value) is expected:
+        return value
+    allowed = f"one of {', '.join(map(repr, arguments))}" if origin is Literal else _words(expected)
+    raise ConfigError(f"{name} is {allowed}; got {shown(value)}.")
+
+
+_WORDS = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _words(expected: Any) -> str:
+    """What a type is called in an error."""
+    if get_origin(expected) is tuple:
+        return f"a list, each item {_words(get_args(expected)[0])}"
+    return _WORDS.get(expected, str(expected))

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
-from .batch_shape import BatchShape
 from .model import MemoryModel
-from .recording import NEVER, Recording, Segment, adapted_modules
+from .recording import NEVER, BatchShape, Recording, Segment, adapted_modules
 
 _MIB = 2**20
 

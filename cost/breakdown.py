@@ -17,12 +17,11 @@ from torch import nn
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.text import branches_to
-from ..lora.frozen_weights import scale_tensors
-from ..lora.targets import TargetModule
-from .batch_shape import BatchShape
+from ..lora.targets import TargetModule, scale_tensors
 from .live_storages import storages
 from .model import MemoryModel
 from .peak_candidates import PeakCandidate, PeakStorages
+from .recording import BatchShape
 
 Kind = Literal["saved", "inputs", "recomputed", "transient", "weights", "gradients", "optimizer", "signals", "others"]
 """What bytes are for.

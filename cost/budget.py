@@ -1,6 +1,6 @@
 """Budgets of bytes and of seconds as people write them, and the limits that they set.
 
-Settings read budgets, so this module imports torch and numpy only where it needs them.
+Settings read budgets, so this module imports torch only where it needs it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
+from ..common.arrays import IntArray
 from ..errors import BudgetError, shown
 from ..lora.spec import REFERENCE_RANK
+from .cost import Cost, CostUnit, plan_cost
 
 if TYPE_CHECKING:
     import torch
 
-    from ..common.arrays import IntArray
-    from .cost import Cost, CostUnit
     from .step_time import StepTime
 
 _UNITS = {"b": 1, "bytes": 1}
@@ -167,8 +169,6 @@ class Budget:
                 f"({form}) or a share ('80%'), or let the cost count {self.unit}."
             )
         if self.kind == "share":
-            from .cost import plan_cost
-
             whole = reference_cost(cost, max_ranks)
             return Limit(self.value * (whole if kept is None else max(whole, plan_cost(cost, kept))), cost.unit)
         return Limit(self.value * free_bytes(device) if self.kind == "auto" else self.value, cost.unit)
@@ -211,11 +211,6 @@ def free_bytes(device: torch.device) -> int:
 
 def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
     """What rank 8 on every module costs, or a module's highest in `max_ranks`, int64 (modules,), if lower."""
-    import numpy as np
-
-    from ..lora.spec import REFERENCE_RANK
-    from .cost import plan_cost
-
     return plan_cost(cost, np.minimum(REFERENCE_RANK, max_ranks))
 
 
@@ -279,6 +274,4 @@ class TimeBudget:
 
 def reference_seconds(time: StepTime, max_ranks: IntArray) -> float:
     """The seconds of plain LoRA: rank 8 on every module, or its highest in `max_ranks`, and no layer runs again."""
-    import numpy as np
-
     return time.seconds(np.minimum(REFERENCE_RANK, max_ranks), ())

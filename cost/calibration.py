@@ -18,21 +18,19 @@ from torch import nn
 from ..common.arrays import IntArray
 from ..common.text import branches_to, format_bytes
 from ..errors import BudgetError, ConfigError, RankPilotError, UnsupportedError
+from ..lora.adapters import signal_buffer_bytes
 from ..lora.resize import write_in_place
-from ..lora.signals import signal_buffer_bytes
 from ..lora.targets import TargetModule
-from .batch_shape import BatchShape, reshaped
 from .breakdown import frozen_bytes
 from .budget import Budget, Limit
 from .cost import ParameterCost, UntimedCost
-from .device_table import HOPPER_WORKSPACE_BYTES
 from .live_storages import device_kind
 from .model import RANK, Growth, MemoryModel, recomputed_cost
 from .model_states import model_states, trained_outside, with_buckets
+from .published import HOPPER_WORKSPACE_BYTES
 from .recorder import Recorder
-from .recording import Batch, Recording
-from .tiled_loss import LossTiles
-from .training_step import LossFunction, TrainingStep
+from .recording import Batch, BatchShape, Recording, reshaped
+from .training_step import LossFunction, LossTiles, TrainingStep
 
 CUT_FAILS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
 """What a loss function may raise for a batch that was cut."""

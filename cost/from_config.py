@@ -22,11 +22,7 @@ import transformers
 from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-)
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -34,27 +30,17 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..errors import ConfigError, RankPilotError, UnsupportedError, first_line
 from ..lora.peft_config import fresh_adapters, head_names
 from ..lora.targets import TargetModule, find_target_modules
-from .batch_shape import BatchShape
+from . import training_step
 from .breakdown import frozen_bytes
 from .calibration import measure_memory
-from .device_table import WORKSPACE_BYTES
-from .find_configuration import check_length, check_reads_tokens, find_configuration, most_positions
 from .hollow_device import Attention, HollowDevice, hollow_autocast, hollow_device
 from .live_storages import META_STANDS_FOR, DeviceKind
 from .measured_time import count_work
 from .model import MemoryModel
+from .published import WORKSPACE_BYTES, check_length, check_reads_tokens, find_configuration, most_positions
+from .recording import BatchShape
 from .step_config import Quantization, StepConfig
 from .step_time import StepWork
-from .training_step import (
-    LossFunction,
-    TrainingStep,
-    check_installed,
-    has_checkpointing,
-    model_loss,
-    new_optimizer,
-    release_inputs,
-    switch_checkpointing,
-)
 
 _NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS")
 
@@ -152,7 +138,7 @@ def from_config(
         base = hollow_base(config, auto_class, loaded.dtype)
         check_length(step.max_length, base)
         parameters = sum(parameter.numel() for parameter in base.parameters())
-        if checkpointing_optional and not has_checkpointing(base):
+        if checkpointing_optional and not training_step.has_checkpointing(base):
             step = replace(step, checkpointing=False)
         positions, kind = most_positions(base), PEFT_TYPES[auto_class]
         model = _adapted(_quantised(base, step, loaded, kind), step, loaded, kind)
@@ -182,8 +168,10 @@ def _recorded(
     """The byte model of a step of the model, and what it computes if that is counted."""
     config, shape = base.config, BatchShape(step.batch_size, step.max_length)
     with torch.device("cpu"):  # an 8-bit optimiser makes the table of its codes
-        optimizer = new_optimizer(step.optimizer, model)
-    training = TrainingStep(model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1)
+        optimizer = training_step.new_optimizer(step.optimizer, model)
+    training = training_step.TrainingStep(
+        model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1
+    )
     batch = hollow_batch(base, calibration_shape(config, shape, padded=loaded.padded))
     try:
         memory = measure_memory(training, targets, batch, signals=False)
@@ -211,7 +199,7 @@ def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: 
 def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PeftModel:
     """The model with adapters, in the mode in which it trains."""
     if step.checkpointing:
-        switch_checkpointing(base, True, reentrant=loaded.reentrant)
+        training_step.switch_checkpointing(base, True, reentrant=loaded.reentrant)
     model = fresh_adapters(
         base,
         base.config.model_type,
@@ -223,13 +211,13 @@ def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: st
     if loaded.input_gradients:
         base.enable_input_require_grads()
     else:
-        release_inputs(model)  # PEFT makes them require gradients again
+        training_step.release_inputs(model)  # PEFT makes them require gradients again
     return model.train()
 
 
-def _loss(model: PeftModel, step: StepConfig, loaded: LoadedAs) -> LossFunction:
+def _loss(model: PeftModel, step: StepConfig, loaded: LoadedAs) -> training_step.LossFunction:
     """The loss of a batch under the step's precision."""
-    plain = model_loss(model)
+    plain = training_step.model_loss(model)
     if loaded.keeps_output:
         model.register_forward_hook(_keep_logits)
 
@@ -277,9 +265,11 @@ def usual_class(config: PreTrainedConfig) -> str:
         for ending, name in _ENDINGS.items():
             if architecture.endswith(ending):
                 return name
-    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+    if kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return "AutoModelForSeq2SeqLM"
-    reads_one_way = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+    reads_one_way = (
+        kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+    )
     return "AutoModelForCausalLM" if reads_one_way else "AutoModelForSequenceClassification"
 
 
@@ -380,7 +370,7 @@ def quantise(
     Raises:
         UnsupportedError: bitsandbytes is missing.
     """
-    check_installed(quantization=quantization)
+    training_step.check_installed(quantization=quantization)
     loaded = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}[quantization]
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**{loaded: True}), pre_quantized=False)
     skipped = quantizer.get_modules_to_not_convert(model, kept, model._keep_in_fp32_modules)

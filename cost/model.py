@@ -24,12 +24,11 @@ import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import UnsupportedError
-from .batch_shape import BatchShape
 from .cost import ByteCost, moment_costs, plan_cost
 from .model_states import ModelStates
 from .peak_candidates import PeakCandidate, PeakStorages, find_peak_candidates, keep_candidates, needed_candidates
-from .recording import ModuleSet, Recording, Segment, adapted_modules
-from .tiled_loss import LossTiles, loss_tokens, own_tile
+from .recording import BatchShape, ModuleSet, Recording, Segment, adapted_modules
+from .training_step import LossTiles, loss_tokens, own_tile
 
 RANK = 2
 """The rank of every module while steps are recorded; at rank 1 some operators take short cuts."""

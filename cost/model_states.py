@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..common.arrays import FloatArray
+from ..lora.adapters import signal_buffer_bytes
 from ..lora.optimizer_state import state_bytes_of, unwrap_optimizer
-from ..lora.signals import signal_buffer_bytes
 from ..lora.spec import RankLadder
 from ..lora.targets import TargetModule
 from .live_storages import device_kind, storages

@@ -21,16 +21,15 @@ from ..common.arrays import IntArray
 from ..errors import ConfigError, UnknownNameError
 from ..lora.spec import REFERENCE_RANK
 from .allocator import replay
-from .batch_shape import BatchShape
 from .breakdown import Breakdown, break_down, frozen_sizes
 from .budget import Limit, reference_seconds
 from .calibration import check_rank, highest_ranks
 from .cost import ParameterCost, plan_cost
-from .device_table import DeviceRates, DeviceSpec, Precision, device_table, find_device_spec
-from .find_configuration import find_configuration
 from .from_config import ConfiguredStep, LoadedAs, from_config
 from .hollow_device import Attention
 from .model import MemoryModel, fewest_recomputed, holding_layers
+from .published import DeviceRates, DeviceSpec, Precision, device_table, find_configuration, find_device_spec
+from .recording import BatchShape
 from .step_config import StepConfig
 from .step_time import OPERATOR_SECONDS, Rates, StepTime
 

@@ -1,14 +1,15 @@
-"""Measures the peak of real training steps, driven by the events of a training loop.
-
-Why a measured peak differs from its prediction, in words.
-"""
+"""Measures the peak of real training steps: on a GPU by a loop's events, on a CPU by what Linux says is resident."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import re
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -16,10 +17,9 @@ from torch import nn
 
 from ..common.text import format_bytes
 from ..lora.optimizer_state import unwrap_optimizer
-from .batch_shape import has_no_padding
 from .live_storages import LivePeak
 from .model_states import gradients_of, state_bytes
-from .recording import Batch
+from .recording import Batch, has_no_padding
 
 MARGIN = 0.03
 """The share of the prediction by which a measured peak may differ without a word."""
@@ -206,3 +206,35 @@ class PeakMeter:
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
+
+
+_OWN_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def can_reset_peak() -> bool:
+    """Whether this system keeps a record of the peak that can be reset."""
+    return _CLEAR.exists()
+
+
+def restart_resident_peak() -> int | None:
+    """Free unused memory, reset the record of the peak, and return bytes resident now; None if it cannot be reset."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return None
+    return _status_bytes("VmRSS")
+
+
+def resident_peak() -> int:
+    """The highest number of bytes resident since `restart_resident_peak`."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int:
+    match = re.search(rf"{field}:\s+(\d+) kB", _OWN_STATUS.read_text())
+    assert match, f"{_OWN_STATUS} has no {field}"
+    return 1024 * int(match[1])

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..cost.batch_shape import MASK, BatchShape, padded
-from ..cost.recording import Batch
+from ..cost.recording import MASK, Batch, BatchShape, padded
 from ..errors import DataError
 
 _EMPTY = "The training set is empty. Check its path, split and filters."

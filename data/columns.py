@@ -1,15 +1,37 @@
-"""Which task and which columns a data set is for, and whether every row holds what they need."""
+"""Which task and which columns a data set is for, and whether every row holds what they need.
+
+Conversations and instructions, in the forms that people have, as the columns that TRL's SFTTrainer reads.
+
+| columns | what they hold | become |
+|---|---|---|
+| `messages` | a list of {role, content} | themselves |
+| `conversations` | a list of {from, value} (ShareGPT), or of {role, content} | `messages` |
+| `prompt`, `completion` | texts, or lists of {role, content} | themselves |
+| `instruction`, `input` (may be missing or empty), `output` | texts (Alpaca) | `prompt`, `completion` |
+
+Conversations may call tools: beside them, the column `tools` holds the descriptions that the model gets to read (JSON,
+as a list or as text), and their messages may have `tool_calls`, `tool_call_id` and `name`. The column
+`chat_template_kwargs` holds further variables of the chat template (a dictionary or its JSON text), such as
+`enable_thinking`.
+
+Instructions become messages where the tokenizer has a chat template, and otherwise text under headings.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 from datasets import Dataset
 
-from ..errors import DataError, UnknownNameError
+from ..common.files import parse_json
+from ..errors import ConfigError, DataError, UnknownNameError
+from .batches import IGNORED
 from .task import Task
 
 TEXT, LABEL = "text", "label"
@@ -175,3 +197,266 @@ def not_number(value: Any) -> str | None:
     except (TypeError, ValueError):
         return "no number"
     return None if math.isfinite(number) else "no finite number"
+
+
+logger = logging.getLogger(__name__)
+
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+"""Senders of ShareGPT by the role that chat templates know; any other is a role already."""
+
+TOOLS = "tools"
+"""The column with the descriptions of the tools that the model may call, and the variable of chat templates."""
+
+VARIABLES = "chat_template_kwargs"
+"""The column with further variables of the chat template, by TRL's name."""
+
+_CALLS = ("tool_calls", "tool_call_id", "name")
+"""What a message may have beside its role and content."""
+
+_WITH_INPUT = "Below is a task with an input that belongs to it. Write a response that completes the task."
+_WITHOUT_INPUT = "Below is a task. Write a response that completes it."
+
+
+def check_chats(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None:
+    """Check each row of conversations or instructions, and that the tokenizer can read them.
+
+    Raises:
+        DataError: a row does not hold what its columns promise.
+        ConfigError: there are conversations, and the tokenizer has no chat template.
+    """
+    for name in columns:
+        check_no_gaps(part, name)
+    first = part[0]
+    if columns == ("instruction", "output"):
+        for name in columns:
+            check_rows(part, name, not_text, "Instructions and outputs are texts.")
+        if "input" in part.column_names:
+            check_rows(part, "input", lambda value: None if value is None else not_text(value), "Inputs are texts.")
+        return
+    if columns == ("prompt", "completion") and isinstance(first["prompt"], str):
+        for name in columns:
+            check_rows(part, name, not_text, "Prompts and completions are both texts, or both lists of messages.")
+        return
+    advice = (
+        "A conversation is a list of messages, each with the keys role and content (or from and value), both texts."
+    )
+    for name in columns:
+        check_rows(part, name, _not_messages, advice)
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"The column {columns[0]!r} holds conversations, and the model's tokenizer has no chat template to turn "
+            "them into text. Pass a model that has one, such as an instruct version; or give this one ChatML by "
+            "`trl.clone_chat_template(model, tokenizer, 'Qwen/Qwen3-0.6B')`, save both into a folder and pass that."
+        )
+    _check_tools(part, columns, tokenizer)
+
+
+def _check_tools(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None:
+    """Raise DataError if a row's tools or variables cannot be read, ConfigError if the template leaves tools out."""
+    if TOOLS in part.column_names:
+        advice = "Tools are a list of JSON schemas, or its JSON text; rename the column if it holds something else."
+        check_rows(part, TOOLS, _not_tools, advice)
+    if VARIABLES in part.column_names:
+        check_rows(
+            part, VARIABLES, _not_variables, "Variables of the chat template are a dictionary, or its JSON text."
+        )
+    held = {TOOLS: _has_tools(part), _CALLS[0]: _has_calls(part, columns)}
+    left_out = [name for name, there in held.items() if there and name not in str(tokenizer.chat_template)]
+    if left_out:
+        raise ConfigError(
+            f"The conversations have {' and '.join(left_out)}, which the chat template of the model's tokenizer leaves "
+            "out. Pass a model whose template knows tools, or remove them from the data."
+        )
+
+
+def _not_tools(value: Any) -> str | None:
+    """What a value is, if it holds no tools."""
+    try:
+        tools = _tools_of(value)
+    except ValueError:
+        return "no JSON"
+    return None if isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools) else "no list of tools"
+
+
+def _not_variables(value: Any) -> str | None:
+    """What a value is, if it holds no variables of a chat template."""
+    try:
+        return None if isinstance(_variables_of(value), dict) else "no dictionary"
+    except ValueError:
+        return "no JSON"
+
+
+def _tools_of(value: Any) -> Any:
+    """The descriptions of tools in a list or its JSON text; an empty list for nothing."""
+    tools = _from_json(value)
+    return [] if tools is None else tools
+
+
+def _variables_of(value: Any) -> Any:
+    """The variables in a dictionary or its JSON text; an empty dictionary for nothing."""
+    variables = _from_json(value)
+    return {} if variables is None else variables
+
+
+def _from_json(value: Any) -> Any:
+    """A value or what its JSON text says, without gaps; None for an empty text."""
+    if isinstance(value, str):
+        return parse_json(value) if value.strip() else None
+    return _without_gaps(value)
+
+
+def _without_gaps(value: Any) -> Any:
+    """The same without keys that hold None, which a table adds where rows have other keys."""
+    if isinstance(value, dict):
+        return {key: _without_gaps(inner) for key, inner in value.items() if inner is not None}
+    return [_without_gaps(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _has_tools(part: Dataset) -> bool:
+    return TOOLS in part.column_names and any(map(_tools_of, part[TOOLS]))
+
+
+def _has_variables(part: Dataset) -> bool:
+    return VARIABLES in part.column_names and any(map(_variables_of, part[VARIABLES]))
+
+
+def _has_calls(part: Dataset, columns: tuple[str, ...]) -> bool:
+    return any(message.get(_CALLS[0]) for name in columns for messages in part[name] for message in messages)
+
+
+def _not_messages(value: Any) -> str | None:
+    """What a value is, if it is no conversation."""
+    if not isinstance(value, list):
+        return f"{kind_of(value)}, not a list of messages"
+    if not value:
+        return "an empty list"
+    for message in value:
+        if not isinstance(message, dict):
+            return f"a list that holds {shorten(message)}"
+        role, content = _parts(message)
+        if message.get(_CALLS[0]) and content is None:
+            content = ""
+        if not isinstance(role, str) or not isinstance(content, str):
+            given = {key: part for key, part in message.items() if part is not None}
+            return f"a list with the message {shorten(given)}"
+    return None
+
+
+def _parts(message: dict[str, Any]) -> tuple[Any, Any]:
+    """The role and the content of a message, or its sender and value."""
+    if message.get("role") is not None or message.get("content") is not None:
+        return message.get("role"), message.get("content")
+    sender = message.get("from")
+    return ROLES.get(sender, sender) if isinstance(sender, str) else sender, message.get("value")
+
+
+def for_trl(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> Dataset:
+    """Checked rows in the columns `messages`, or `prompt` and `completion`.
+
+    Conversations keep their tools, as JSON text, and their variables of the chat template, where they have any.
+    """
+    if columns == ("instruction", "output"):
+        make = _as_messages if tokenizer.chat_template else _as_text
+        return part.map(lambda row: make(row["instruction"], row.get("input") or "", row["output"]), **_alone(part))
+    if isinstance(part[0][columns[0]], str):
+        return part.select_columns(list(columns))
+    names = {name: "messages" if name == "conversations" else name for name in columns}
+    has_tools, has_variables, has_calls = _has_tools(part), _has_variables(part), _has_calls(part, columns)
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        made: dict[str, Any] = {names[name]: [_called(message) for message in row[name]] for name in columns}
+        if has_tools:
+            made[TOOLS] = json.dumps(_tools_of(row[TOOLS]))
+        if has_variables:
+            made[VARIABLES] = _variables_of(row[VARIABLES])
+        return made
+
+    features = None
+    if (has_calls or has_variables) and hasattr(datasets, "Json"):  # a table would give all rows the same keys
+        text = datasets.Value("string")
+        message = datasets.Json() if has_calls else {"role": text, "content": text}
+        kinds = {name: [message] for name in names.values()}
+        more = {TOOLS: text} if has_tools else {}
+        features = datasets.Features(kinds | more | ({VARIABLES: datasets.Json()} if has_variables else {}))
+    return part.map(convert, features=features, **_alone(part))
+
+
+def _called(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its calls of tools."""
+    role, content = _parts(message)
+    calls = {name: _without_gaps(message[name]) for name in _CALLS if message.get(name)}
+    return _message(role, content or "") | calls
+
+
+def _alone(part: Dataset) -> dict[str, Any]:
+    return {"remove_columns": part.column_names}
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _as_messages(instruction: str, context: str, output: str) -> dict[str, Any]:
+    """An instruction as what a user asks, and the output as what the assistant answers."""
+    asked = f"{instruction}\n\n{context}" if context.strip() else instruction
+    return {"prompt": [_message("user", asked)], "completion": [_message("assistant", output)]}
+
+
+def _as_text(instruction: str, context: str, output: str) -> dict[str, Any]:
+    """An instruction as text under headings, and the output as how that text goes on."""
+    given = f"\n\n### Input:\n{context}" if context.strip() else ""
+    lead = _WITH_INPUT if given else _WITHOUT_INPUT
+    return {"prompt": f"{lead}\n\n### Instruction:\n{instruction}{given}\n\n### Response:\n", "completion": output}
+
+
+def encoded(rows: Dataset, tokenizer: Any, length: int) -> tuple[Dataset, Dataset]:
+    """Tokenise rows of `for_trl` as SFTTrainer does: a prompt's labels are `IGNORED`, and long rows are cut.
+
+    Returns:
+        The rows, and their tokens. Rows are left out of both if the cut leaves nothing to learn in them.
+
+    Raises:
+        DataError: no row is left.
+    """
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        variables = {TOOLS: _tools_of(row.get(TOOLS)) or None} | _variables_of(row.get(VARIABLES))
+        if "messages" in row:
+            ids = _ids(tokenizer, row["messages"], variables)
+            return {"input_ids": ids[:length], "labels": ids[:length]}
+        prompt, completion = row["prompt"], row["completion"]
+        end = tokenizer.eos_token
+        if isinstance(completion, str) and end and not completion.endswith(end):
+            completion += end
+        ids = _ids(tokenizer, prompt + completion, variables)
+        shared = 0
+        for token, other in zip(_ids(tokenizer, prompt, variables, asks=True), ids, strict=False):
+            if token != other:
+                break
+            shared += 1
+        return {"input_ids": ids[:length], "labels": ([IGNORED] * shared + ids[shared:])[:length]}
+
+    tokens = rows.map(encode, remove_columns=rows.column_names)
+    kept = [row for row, labels in enumerate(tokens["labels"]) if set(labels) - {IGNORED}]
+    if not kept:
+        raise DataError(f"No prompt leaves room for its completion in {length} tokens. Raise --max-length.")
+    if len(kept) < len(rows):
+        logger.warning(
+            "%d of %d rows are left out: their prompts alone take %d tokens. Raise --max-length to use them.",
+            len(rows) - len(kept),
+            len(rows),
+            length,
+        )
+    return rows.select(kept), tokens.select(kept)
+
+
+def _ids(tokenizer: Any, content: Any, variables: dict[str, Any], *, asks: bool = False) -> list[int]:
+    """The tokens of a text, or of messages; `asks` adds what the template puts in front of an answer.
+
+    `variables` are those of the chat template, the tools among them.
+    """
+    if isinstance(content, str):
+        return list(tokenizer(content)["input_ids"])
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": asks}
+    made = tokenizer.apply_chat_template(content, **variables, **options)
+    return list(made["input_ids"])

@@ -19,12 +19,12 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from ..common.devices import find_device
-from ..cost.find_configuration import unusable
+from ..cost.published import unusable
 from ..cost.step_config import Quantization
 from ..cost.training_step import check_installed
 from ..errors import AssetError, ConfigError, UnknownNameError, first_line
-from ..lora.frozen_weights import guard_base
 from ..lora.peft_config import fresh_adapters, head_names
+from ..lora.targets import guard_base
 from .assets import ASSETS, fetch_asset
 from .task import KINDS, Task
 

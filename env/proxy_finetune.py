@@ -31,10 +31,8 @@ from ..data.batches import IGNORED
 from ..data.corpora import CORPORA, LABELS, load_corpus, load_labelled, sample_windows
 from ..errors import ConfigError, UnknownNameError
 from ..lora.targets import TargetModule
-from ..plan.plan_builder import best_plan
-from ..plan.problem import AllocationProblem
-from .bases import MASK_TOKEN, ProxyBase, adapted_base, find_base, proxy_cost
-from .proxy_task import FineTune, ProxyTask, Reference
+from ..plan.problem import AllocationProblem, best_plan
+from .proxy_task import MASK_TOKEN, FineTune, ProxyBase, ProxyTask, Reference, adapted_base, find_base, proxy_cost
 
 MASK_SHARE = 0.2
 """Share of the bytes that a masked language model has to fill in."""

@@ -1,4 +1,4 @@
-"""Proxy tasks: descriptions of short fine-tunes of a small pretrained transformer that stand for the real ones.
+"""Proxy tasks: short fine-tunes of small pretrained transformers that stand for the real ones; their bases and suites.
 
 * *planted*: a teacher is the base plus known low-rank changes on some modules; the student learns its outputs. The
   loss is the divergence KL(teacher || student) in nats a token: where the rank is needed is known.
@@ -6,29 +6,242 @@
   of the next byte, or of masked bytes, in nats.
 * *classify*: the base learns to name the class of a text; the loss is the cross-entropy of the class in nats.
 
-A description holds no model and no data, and this module imports neither torch nor PEFT: `ProxyFineTune` trains.
+A description holds no model and no data: `ProxyFineTune` trains.
 
-What an episode needs of a fine-tune, and what fixed allocations of it achieve.
+Suites: fixed sets of tasks, split by base, domain and budget, each with the results of fixed allocations.
+
+| split | bases | texts of shifts | classification |
+|---|---|---|---|
+| train | Llama and BERT of 4 layers | code, reviews, german, tables | sentiment |
+| validation | those; Llama and BERT of 8 layers, width 32 | newsgroups, spanish | newsgroups |
+| test | those of train; Llama and BERT of 8 layers, width 64; GPT-2 | five others, see `make_suites` | topics |
+
+No seed, and no text except the planted teachers' (documentation), is in two splits. Learning rates are tuned for the
+uniform run of each task, and its result and the oracle's (planted) or full rank's (shift) are kept with it.
+`python -m tools.make_suites` makes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+import functools
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
 
-from ..common.checks import is_count, is_positive
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+from ..common.checks import is_count, is_positive, is_real
+from ..common.files import read_json
+from ..cost.budget import Budget
+from ..cost.calibration import calibrate
+from ..cost.cost import ParameterCost, UntimedCost
+from ..cost.model import MemoryModel
+from ..cost.recording import BatchShape
 from ..cost.step_config import check_seed
-from ..errors import ConfigError
-from .bases import POSITIONS, Unit, find_base
+from ..errors import AssetError, ConfigError, UnknownNameError, first_line, shown
+from ..lora.targets import TargetModule, find_target_modules
+from .suite_names import SPLITS, SUITES
 
-if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
+Unit = Literal["bytes", "parameters"]
+"""What a budget of a proxy task counts."""
 
-    from ..cost.budget import Budget
-    from ..cost.cost import UntimedCost
-    from ..lora.targets import TargetModule
+BASES_FOLDER = Path(__file__).parent / "weights"
+
+
+MASK_TOKEN = 256
+"""What masked language models read in place of a hidden byte."""
+
+
+@dataclass(frozen=True)
+class ProxyBase:
+    """One proxy architecture, a language model over bytes.
+
+    Attributes:
+        name: folder below `env/proxies/weights`.
+        family: "llama", "bert" or "gpt2", as transformers calls it.
+        depth: layers.
+        target_modules: the linear layers that carry an adapter, as in `peft.LoraConfig`.
+        config: keyword arguments of the transformers configuration.
+    """
+
+    name: str
+    family: str
+    depth: int
+    target_modules: tuple[str, ...]
+    config: dict[str, Any]
+
+    @property
+    def masked(self) -> bool:
+        """Whether it fills in masked bytes, instead of predicting the next one."""
+        return self.family == "bert"
+
+
+POSITIONS = 128
+"""The longest window that a base can read."""
+
+
+def _llama(depth: int, width: int) -> ProxyBase:
+    config = {
+        "vocab_size": 256,
+        "hidden_size": width,
+        "intermediate_size": {32: 88, 64: 176}[width],
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": POSITIONS,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return ProxyBase(f"llama-{depth}x{width}", "llama", depth, targets, config)
+
+
+def _bert(depth: int, width: int) -> ProxyBase:
+    config = {
+        "vocab_size": MASK_TOKEN + 1,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "max_position_embeddings": POSITIONS,
+        "type_vocab_size": 1,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.06,  # for narrow layers; the usual 0.02 learns nothing here
+        "pad_token_id": None,
+    }
+    targets = ("query", "key", "value", "output.dense", "intermediate.dense")
+    return ProxyBase(f"bert-{depth}x{width}", "bert", depth, targets, config)
+
+
+def _gpt2(depth: int, width: int) -> ProxyBase:
+    config = {
+        "vocab_size": 256,
+        "n_embd": width,
+        "n_layer": depth,
+        "n_head": 4,
+        "n_positions": POSITIONS,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "initializer_range": 0.06,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return ProxyBase(f"gpt2-{depth}x{width}", "gpt2", depth, ("c_attn", "c_proj", "c_fc"), config)
+
+
+PROXY_BASES = {
+    base.name: base
+    for base in (make(depth, width) for make in (_llama, _bert, _gpt2) for depth in (4, 8) for width in (32, 64))
+}
+"""Bases by name."""
+
+
+def find_base(name: str) -> ProxyBase:
+    """The proxy base of that name; UnknownNameError if there is none."""
+    if name not in PROXY_BASES:
+        raise UnknownNameError.of("proxy base", name, PROXY_BASES)
+    return PROXY_BASES[name]
+
+
+def new_base_model(base: ProxyBase, *, causal: bool = False) -> PreTrainedModel:
+    """An untrained model of the base's architecture, in fp32.
+
+    Args:
+        base: the architecture.
+        causal: a masked language model as a decoder, with the same weights by name.
+    """
+    config = AutoConfig.for_model(base.family, **base.config)
+    if base.masked:
+        config.is_decoder = causal
+    kind = AutoModelForMaskedLM if base.masked and not causal else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_config(config)
+    return model
+
+
+@functools.lru_cache(maxsize=1)
+def _weights(name: str) -> dict[str, Any]:
+    path = BASES_FOLDER / name / "model.safetensors"
+    if not path.is_file():
+        raise AssetError(
+            f"The weights of proxy base {name!r} are missing ({path}). Bases of the test split are in a "
+            "checkout of the repository and not in the wheel: install rankpilot from one (pip install -e .)."
+        )
+    return load_file(path)
+
+
+def load_base_model(name: str) -> PreTrainedModel:
+    """A fresh copy of a pretrained proxy base, frozen, in evaluation mode, fp32."""
+    return with_weights(find_base(name), _weights(name))
+
+
+def with_weights(base: ProxyBase, weights: dict[str, Any]) -> PreTrainedModel:
+    """A model of an architecture with these weights, frozen, in evaluation mode, fp32."""
+    model = new_base_model(base)
+    _, unexpected = model.load_state_dict({key: value.float() for key, value in weights.items()}, strict=False)
+    if unexpected:
+        raise AssetError(f"The weights of proxy base {base.name!r} do not fit its architecture: {unexpected[:3]}.")
+    model.tie_weights()
+    model.requires_grad_(False)
+    return model.eval()
+
+
+ALPHA = 16
+"""`lora_alpha` of proxy runs: the scaling is 16 / rank, 2 at rank 8, PEFT users' most common setting."""
+
+
+CALIBRATED_ROWS = 4
+"""Rows from which on calibration records the same small steps, whatever their number."""
+
+
+@lru_cache(maxsize=16)
+def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
+    """The proxy base with a LoRA pair on every target module; one a process, since episodes run one after another."""
+    base = find_base(name)
+    config = LoraConfig(
+        r=8,
+        lora_alpha=ALPHA,
+        target_modules=list(base.target_modules),
+        lora_dropout=0.0,
+        fan_in_fan_out=base.family == "gpt2",
+    )
+    model = get_peft_model(load_base_model(name), config)
+    return model, find_target_modules(model)
+
+
+@lru_cache(maxsize=256)
+def proxy_cost(base: str, rows: int, length: int, unit: Unit = "bytes", checkpointing: bool = False) -> UntimedCost:
+    """What plans on a proxy base cost at one batch shape."""
+    if unit == "parameters":
+        return ParameterCost.of(adapted_base(base)[1])
+    return proxy_memory(base, length, checkpointing).cost(BatchShape(rows, length))
+
+
+@lru_cache(maxsize=64)
+def proxy_memory(base: str, length: int, checkpointing: bool) -> MemoryModel:
+    """Predicts the memory of any number of rows."""
+    model, targets = adapted_base(base)
+    tokens = torch.zeros(CALIBRATED_ROWS, length, dtype=torch.int64)
+    inner = model.get_base_model()
+    if not checkpointing:
+        return calibrate(model, targets, {"input_ids": tokens, "labels": tokens})
+    inner.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()  # transformers checkpoints in training alone; the bases have no dropout
+    try:
+        return calibrate(model, targets, {"input_ids": tokens, "labels": tokens})
+    finally:
+        inner.gradient_checkpointing_disable()
+        if hasattr(inner, "_require_grads_hook"):  # set by enabling; it would make all later steps save everything
+            inner.disable_input_require_grads()
+        model.eval()
 
 
 @dataclass(frozen=True)
@@ -209,3 +422,141 @@ class ProxyTask:
         if self.unit == "parameters" or not (self.checkpointing or self.priced_rows):
             return self.unit
         return "checkpointed" if self.checkpointing else "large batch"
+
+
+VERSION = 4
+"""Rises when a suite's tasks or results change."""
+
+FOLDER = Path(__file__).parent / "suite_cards"
+
+FRESH_SEEDS = 10_000_000
+"""Seeds of fresh tasks lie above this, those of suites below."""
+
+
+@lru_cache(maxsize=len(SUITES) * len(SPLITS))
+def load_suite(name: str, split: str) -> tuple[ProxyTask, ...]:
+    """The tasks of one split of a suite, each with its `reference`.
+
+    Raises:
+        UnknownNameError: no such suite or split.
+    """
+    if name not in SUITES:
+        raise UnknownNameError.of("suite", name, SUITES)
+    if split not in SPLITS:
+        raise UnknownNameError.of("split", split, SPLITS)
+    return tuple(_task(card) for card in read_json(FOLDER / f"{name}-{split}.json")["tasks"])
+
+
+def _task(card: dict[str, Any]) -> ProxyTask:
+    return ProxyTask(**{**card, "reference": Reference(**card["reference"])})
+
+
+def find_tasks(
+    suites: Sequence[str], split: str, bases: Sequence[str] | None = None, overrides: dict[str, Any] | None = None
+) -> tuple[ProxyTask, ...]:
+    """The tasks of some suites, in a fixed order.
+
+    Args:
+        suites: names of `SUITES`; each counts once.
+        split: one of `SPLITS`.
+        bases: only those on these proxy bases.
+        overrides: fields of `ProxyTask` that each gets; their references are dropped then, and measured when needed.
+
+    Raises:
+        UnknownNameError: no such suite, split or base.
+        ConfigError: there are none.
+    """
+    for base in bases or ():
+        find_base(base)
+    tasks = [
+        task for suite in dict.fromkeys(suites) for task in load_suite(suite, split) if not bases or task.base in bases
+    ]
+    if not tasks:
+        raise ConfigError(
+            f"No task of the {split} split of {tuple(suites)} is on {tuple(bases or ())}. Suites are {SUITES}; bases "
+            f"are {tuple(PROXY_BASES)}, of which each split has some."
+        )
+    if overrides:
+        tasks = _overridden(tasks, overrides)
+    return tuple(tasks)
+
+
+def _overridden(tasks: Sequence[ProxyTask], overrides: dict[str, Any]) -> list[ProxyTask]:
+    """The tasks with other fields."""
+    if not isinstance(overrides, dict):
+        raise ConfigError(f"task_overrides are a dictionary of fields of ProxyTask; got {overrides!r}.")
+    names = [field.name for field in fields(ProxyTask)]
+    for name in overrides:
+        if name not in names:
+            raise UnknownNameError.of("field of ProxyTask", str(name), names)
+    try:
+        return [replace(task, **{"reference": None, **overrides}) for task in tasks]
+    except TypeError as error:
+        raise ConfigError(f"task_overrides hold a value of a wrong type, {overrides!r}: {first_line(error)}") from error
+
+
+def evenly(tasks: Sequence[ProxyTask], count: int) -> tuple[ProxyTask, ...]:
+    """So many of some tasks, evenly spread over their order; all of them if there are fewer."""
+    count = min(count, len(tasks))
+    return tuple(tasks[index * len(tasks) // count] for index in range(count))
+
+
+def check_task(task: object) -> None:
+    """Raise ConfigError if it is neither None nor a task of any kind."""
+    if task is not None and not isinstance(task, ProxyTask) and not callable(getattr(task, "adapted", None)):
+        raise ConfigError(f"task is a ProxyTask or an OwnTask; got {task!r}.")
+
+
+def fresh_task(template: ProxyTask, generator: np.random.Generator) -> ProxyTask:
+    """The template with a seed that no suite has: another teacher, data and adapters.
+
+    It keeps the template's reference, as a measure of how the headroom compares with what uniform gains.
+    """
+    return replace(template, seed=FRESH_SEEDS + int(generator.integers(2**30)))
+
+
+class TaskStream:
+    """Tasks drawn without end, each as likely as the others.
+
+    Args:
+        tasks: to draw from.
+        generator: draws.
+        fresh_seeds: whether each drawn task gets a fresh seed; only proxy tasks can.
+    """
+
+    def __init__(
+        self, tasks: Sequence[ProxyTask | FineTune], generator: np.random.Generator, *, fresh_seeds: bool = False
+    ) -> None:
+        self._tasks, self._generator, self._fresh_seeds = tasks, generator, fresh_seeds
+
+    def take(self, options: Mapping[str, Any] | None = None) -> ProxyTask | FineTune:
+        """The task of the next episode.
+
+        Args:
+            options: of `reset`: "task" in place of a drawn one; "budget", as a share of what rank 8 on all modules
+                takes.
+
+        Raises:
+            ConfigError: an unknown option, or a budget that the task cannot have.
+        """
+        options = options or {}
+        unknown = sorted(set(options) - {"task", "budget"})
+        if unknown:
+            raise ConfigError(f"Options of reset are 'task' and 'budget'; got {unknown}.")
+        given = options.get("task")
+        check_task(given)
+        task: ProxyTask | FineTune = self._draw() if given is None else given
+        if "budget" not in options:
+            return task
+        budget = options["budget"]
+        if not is_real(budget):
+            raise ConfigError(
+                f"The option budget is a share of what rank 8 on all modules takes, such as 0.5; got {shown(budget)}."
+            )
+        if not isinstance(task, ProxyTask):
+            raise ConfigError(f"The option budget is for proxy tasks; give task {task.id} its budget when you make it.")
+        return replace(task, budget=float(budget), reference=None)
+
+    def _draw(self) -> ProxyTask | FineTune:
+        task = self._tasks[int(self._generator.integers(len(self._tasks)))]
+        return fresh_task(task, self._generator) if self._fresh_seeds and isinstance(task, ProxyTask) else task

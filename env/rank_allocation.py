@@ -23,18 +23,26 @@ from ..agents.observation import (
     feature_table,
 )
 from ..agents.policy import Decision, decision_from_scores
-from ..agents.schedule import DecisionSchedule
+from ..agents.settings import DecisionSchedule
 from ..common.checks import is_count
 from ..errors import ConfigError, NonFiniteError, UnknownNameError, shown
 from ..lora.spec import DEFAULT_RANKS
 from ..plan.plan import PLACEMENT, SCORE_BOUND
-from .bases import adapted_base
-from .episode import AGENT, Episode, EpisodeLog, next_log, reference_of, rule_losses
-from .episode_record import UNIFORM, Comparison, EpisodeRecord, rule_to_compare_with
+from .episode import (
+    AGENT,
+    UNIFORM,
+    Comparison,
+    Episode,
+    EpisodeLog,
+    EpisodeRecord,
+    next_log,
+    reference_of,
+    rule_losses,
+    rule_to_compare_with,
+)
 from .proxy_finetune import fine_tune_of
-from .proxy_task import FineTune, ProxyTask, Reference
+from .proxy_task import FineTune, ProxyTask, Reference, TaskStream, adapted_base, check_task, find_tasks
 from .suite_names import SPLITS, SUITES
-from .suites import TaskStream, check_task, find_tasks
 
 Actions = Literal["deltas", "scores"]
 ACTIONS: tuple[Actions, ...] = get_args(Actions)

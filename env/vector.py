@@ -13,15 +13,14 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ..agents.schedule import DecisionSchedule
+from ..agents.settings import DecisionSchedule
 from ..common.checks import is_count
 from ..errors import ConfigError, UnknownNameError, shown
-from .episode_record import UNIFORM, Comparison, EpisodeRecord, rule_to_compare_with
-from .proxy_task import ProxyTask
+from .episode import UNIFORM, Comparison, EpisodeRecord, rule_to_compare_with
+from .proxy_task import ProxyTask, TaskStream
 from .rank_allocation import Actions, action_space, environment_tasks, observation_space, read_action
 from .stacked import StackedEpisodes
 from .suite_names import SUITES
-from .suites import TaskStream
 
 
 @dataclass(frozen=True)

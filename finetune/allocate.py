@@ -18,12 +18,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
-from ..agents.deliberation import FrontierPlan, decision_line
-from ..agents.deliberation import frontier as frontier_of
 from ..agents.learned.policy import check_any_cost
 from ..agents.learned.policy_file import DEFAULT, load_policy
-from ..agents.plan_file import plan_text
-from ..agents.policy import Policy
+from ..agents.policy import FrontierPlan, Policy, decision_line
+from ..agents.policy import frontier as frontier_of
+from ..agents.rules import plan_text
 from ..common.files import write_text
 from ..cost.training_step import LossFunction
 from ..errors import ConfigError, UnsupportedError, shown

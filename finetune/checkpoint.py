@@ -19,17 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..agents.policy import Policy
-from ..agents.schedule import DecisionSchedule
+from ..agents.settings import DecisionSchedule
+from ..common import files
 from ..common.checks import counted, finite
-from ..common.files import (
-    atomic_path,
-    check_tensor_file,
-    is_whole_archive,
-    load_archive,
-    read_json,
-    read_object,
-    write_json,
-)
 from ..cost.model_states import trained_outside
 from ..errors import DataError, RankPilotError, RunFolderError, first_line, shown
 from ..lora.peft_config import adapter_ranks, resizable_targets
@@ -154,7 +146,7 @@ def _files_of(checkpoint: Path, *, piloted: bool) -> Iterator[Path]:
 def _processes_of(checkpoint: Path) -> int:
     """How many processes have written a checkpoint, each its random numbers."""
     with suppress(OSError, ValueError, TypeError, OverflowError):
-        count = int(read_object(checkpoint / STATE).get("processes", 1))
+        count = int(files.read_object(checkpoint / STATE).get("processes", 1))
         return count if count <= MOST_PROCESSES else 1
     return 1
 
@@ -169,12 +161,12 @@ def fault_of(checkpoint: Path, *, piloted: bool) -> str:
             return f"{name} is missing"
         try:
             if path.suffix == ".json":
-                whole = isinstance(read_json(path), dict)
+                whole = isinstance(files.read_json(path), dict)
             elif path.suffix == ".safetensors":
                 with safe_open(path, "pt"):  # compares the length of the file with its header
                     whole = True
             else:
-                whole = is_whole_archive(path)
+                whole = files.is_whole_archive(path)
         except (ValueError, SafetensorError, BadZipFile, NotImplementedError, RuntimeError, EOFError):
             whole = False
         if not whole:
@@ -191,9 +183,9 @@ def save_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
     """
     (checkpoint / TRAINER_STATE).unlink(missing_ok=True)  # of an earlier save of this step: incomplete from now on
     values, tensors = _split(state)
-    with atomic_path(checkpoint / TENSORS) as temporary:
+    with files.atomic_path(checkpoint / TENSORS) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    write_json(checkpoint / STATE, {"format": FORMAT, **values})
+    files.write_json(checkpoint / STATE, {"format": FORMAT, **values})
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -210,7 +202,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
             f"{way_out(checkpoint.parent)}"
         )
     try:
-        state = read_object(checkpoint / STATE)
+        state = files.read_object(checkpoint / STATE)
     except DataError as error:
         raise RunFolderError(f"{error} {way_out(checkpoint.parent)}") from error
     if state.pop("format", 1) != FORMAT:
@@ -219,7 +211,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
             "the version that wrote it, or start the run again in a new folder."
         )
     try:
-        check_tensor_file(checkpoint / TENSORS, MOST_STATE_BYTES)
+        files.check_tensor_file(checkpoint / TENSORS, MOST_STATE_BYTES)
         tensors = load_file(checkpoint / TENSORS)
     except (ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         raise RunFolderError(
@@ -273,7 +265,7 @@ def save_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path) -> N
     if not run.replicas.processes.first:
         return
     _check_replaceable(path)
-    with atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         temporary.mkdir()
         save_state(temporary, state)
         save_file(_trained(run, pilot), temporary / WEIGHTS)
@@ -302,9 +294,9 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
     state = load_state(folder)
     resizable_targets(run.model, pilot.options.scaling)
     try:
-        check_tensor_file(folder / WEIGHTS, MOST_STATE_BYTES)
+        files.check_tensor_file(folder / WEIGHTS, MOST_STATE_BYTES)
         weights = load_file(folder / WEIGHTS)
-        moments = load_archive(folder / OPTIMIZER, "cpu")  # the optimiser moves what belongs on the device
+        moments = files.load_archive(folder / OPTIMIZER, "cpu")  # the optimiser moves what belongs on the device
     except Exception as error:  # whatever a torn or foreign file makes the readers raise
         raise RunFolderError(
             f"The checkpoint {folder} cannot be read: {first_line(error)}. Take an earlier one."

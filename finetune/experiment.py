@@ -1,9 +1,10 @@
-"""A real fine-tune under a policy, beside runs of other ranks with the same seed and batches."""
+"""A real fine-tune under a policy, beside runs of other ranks with the same seed and batches, or gone on with."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,16 +14,17 @@ import numpy as np
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from ..agents.learned.policy_file import load_policy
+from ..agents.learned.policy_file import load_policy, policy_schedule
+from ..agents.log import DecisionLog
+from ..agents.rules import GivenPlan, read_plan, shuffled_plan
+from ..agents.settings import ONCE
+from ..common import files
 from ..common.devices import find_energy_counter
-from ..common.files import append_json_line, atomic_path, read_json_lines, read_object, write_json
-from ..common.run_folder import open_run
-from ..common.settings import as_json
 from ..common.termination import Terminated, on_sigterm
 from ..cost.budget import Budget
 from ..cost.peak_meter import PeakMeter
 from ..data.workload import Workload
-from ..errors import DataError
+from ..errors import BudgetError, ConfigError, DataError, RunFolderError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import adapter_ranks, finish_load, make_resizable
 from ..lora.spec import REFERENCE_RANK
@@ -30,17 +32,14 @@ from ..lora.targets import find_target_modules
 from ..plan.plan import check_budget, uniform_ranks
 from ..plan.problem import AllocationProblem
 from .allocate import StaticPlan, static_plan
-from .before_training import run_costs
-from .callback import RankPilotCallback, attach
-from .checkpoint import last_checkpoint
-from .config import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig, rank_bounds_of
-from .metrics import RunMetrics, hardware_facts
-from .options import PilotOptions
-from .recomputation import Recomputation
+from .before_training import StepTimer, run_costs
+from .callback import RankPilotCallback, StopWithCheckpoint, attach
+from .checkpoint import STATE, fault_of, last_checkpoint, policy_settings
+from .left_as_found import Recomputation
+from .options import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig, PilotOptions, rank_bounds_of
+from .pilot import RankPilot
 from .replicas import check_arguments
-from .stop import StopWithCheckpoint
-from .time_before_training import StepTimer
-from .trainer import new_arguments, new_model, new_trainer, read_workload
+from .trainer import RunMetrics, hardware_facts, new_arguments, new_model, new_trainer, read_workload
 from .trainer_step import TrainerStep, add_before_users
 
 logger = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ def finetune(
     workload = read_workload(config, tell)
     check_arguments(new_arguments(config, workload.task, folder))  # so that a setting that does not fit is told now
     rank_bounds_of(config.bounds)
-    with open_run(folder, as_json(FinetuneConfig, config), resume=resume):
+    with files.open_run(folder, files.as_json(FinetuneConfig, config), resume=resume):
         runs = {}
         for name, under in _runs(config, policy.name).items():
             tell(f"fine-tuning {under}")
@@ -88,7 +87,7 @@ def finetune(
             **_head(workload),
             "runs": runs,
         }
-        write_json(folder / "summary.json", summary)
+        files.write_json(folder / "summary.json", summary)
     return summary
 
 
@@ -163,7 +162,7 @@ def run_one(
     """
     result_path = folder / f"result-{name}.json"
     with suppress(FileNotFoundError, DataError):  # the run of a torn result goes on from its last checkpoint
-        return read_object(result_path)
+        return files.read_object(result_path)
     model = new_model(config, workload)
     piloted, metrics_path = name == PILOT, folder / f"metrics-{name}.jsonl"
     device = new_arguments(config, workload.task, folder / name).device
@@ -181,7 +180,7 @@ def run_one(
     held_out = trainer.evaluate()
     if isinstance(decides, RankPilotCallback):
         for step, peak in decides.peaks:
-            append_json_line(metrics_path, {"step": step, "peak_bytes": peak})
+            files.append_json_line(metrics_path, {"step": step, "peak_bytes": peak})
     targets = find_target_modules(model)
     _save_adapter(model, workload, folder / name)
     result = {
@@ -189,7 +188,7 @@ def run_one(
         "held_out_accuracy": held_out.get("eval_accuracy"),
         "adapter_parameters": sum(target.rank * (target.d_in + target.d_out) for target in targets),
         # From the file: a run that was killed after its last step measures nothing when it goes on.
-        "peak_bytes": max(row["peak_bytes"] for row in read_json_lines(metrics_path) if "peak_bytes" in row),
+        "peak_bytes": max(row["peak_bytes"] for row in files.read_json_lines(metrics_path) if "peak_bytes" in row),
         "budget_bytes": decides.limit if decides else None,
         "median_step_s": float(np.median(metrics.step_s)) if metrics.step_s else None,
         "train_s": metrics.train_s,
@@ -200,10 +199,10 @@ def run_one(
         "ranks": adapter_ranks(targets),
     }
     if config.merge:
-        with atomic_path(folder / name / "merged") as temporary:
+        with files.atomic_path(folder / name / "merged") as temporary:
             model.merge_and_unload().save_pretrained(temporary)
             workload.tokenizer.save_pretrained(temporary)
-    write_json(result_path, result)
+    files.write_json(result_path, result)
     return result
 
 
@@ -230,7 +229,7 @@ def _save_adapter(model: PeftModel, workload: Workload, folder: Path) -> None:
     model.save_pretrained(adapter)
     workload.tokenizer.save_pretrained(adapter)
     if workload.labels:
-        write_json(adapter / "labels.json", list(workload.labels))
+        files.write_json(adapter / "labels.json", list(workload.labels))
 
 
 def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
@@ -238,7 +237,7 @@ def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
     budget = config.budget_read
     if budget.kind != "auto":
         return budget
-    return Budget("bytes", read_object(folder / f"result-{PILOT}.json")["budget_bytes"])
+    return Budget("bytes", files.read_object(folder / f"result-{PILOT}.json")["budget_bytes"])
 
 
 class UniformRanks(TrainerCallback):  # type: ignore[misc]
@@ -295,3 +294,179 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         adapters.set_ranks(ranks, optimizer, seed=options.seed or 0, step=0)
         if recomputation:
             recomputation.take(recomputation.fewest(ranks, self.limit))
+
+
+class _TakesPlan(TrainerCallback):  # type: ignore[misc]
+    """Takes a plan at one step of a run that goes on from there; one of a later step has it already."""
+
+    def __init__(self, pilot: RankPilot, plan: GivenPlan, at: int) -> None:
+        self._pilot, self._plan, self._at = pilot, plan, at
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Take the plan where the run goes on at its step; the pilot has heard of the event before.
+
+        Raises:
+            BudgetError: the plan does not fit the run's budget.
+        """
+        if state.global_step != self._at:
+            return
+        if self._at > 0:
+            self._pilot.take(self._plan.ranks)
+        assert self._pilot.controller is not None, "the run has begun"
+        short = [
+            target.name
+            for target in self._pilot.controller.targets
+            if target.rank != min(self._plan.ranks[target.name], target.max_rank)
+        ]
+        if short:
+            raise BudgetError(
+                f"The plan does not fit the run's budget of {self._pilot.budget}: {len(short)} modules would have "
+                f"other ranks, such as {short[0]}. Branch with a plan that costs less, or from a run with a larger "
+                "budget."
+            )
+
+
+def branch(
+    source: Path,
+    output: Path,
+    plan: Mapping[str, int],
+    *,
+    at: int = 0,
+    label: str = "branch",
+    resume: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Run a fine-tune once more with a given plan from one step on.
+
+    Everything else is that of the run: data, seed, batches, budget, learning rates. What the policy would have decided
+    afterwards is not asked for; the plan stays.
+
+    Args:
+        source: the folder of a `rankpilot finetune` run.
+        output: a new folder, of the same kind.
+        plan: the rank of each target module, by its full name.
+        at: the optimiser step from which the plan is in place: 0, or that of a checkpoint which `source` still has.
+        label: what logs and pages call the plan.
+        resume: go on with an interrupted branch.
+        tell: called with what is done next.
+
+    Returns:
+        What `summary.json` of the output folder holds.
+
+    Raises:
+        RunFolderError: the source is no such run, has no such checkpoint, or the output folder holds something else.
+        BudgetError: the plan does not fit the budget.
+        UnknownNameError, ConfigError: the plan does not fit the modules.
+    """
+    config = _config(source)
+    checkpoint = _checkpoint(source, at)
+    given = GivenPlan(label, dict(plan))
+    settings = {**files.as_json(FinetuneConfig, config), "branch": {"at": at, "label": label, "plan": dict(plan)}}
+    workload = read_workload(config, tell or (lambda text: None))
+    with files.open_run(output, settings, resume=resume):
+        if checkpoint is not None and not (output / PILOT).exists():
+            _copy(source, output, checkpoint, given)
+
+        def attached(trainer: Trainer) -> RankPilotCallback:
+            # From the start one decision is enough; it may then spend what signal buffers would take.
+            options = piloted_options(config, output, goal="quality", tolerance=None, explore=None)
+            schedule = policy_schedule(config.policy) if at else ONCE
+            bounds = options.bounds if at else None
+            callback = attach(trainer, given, options, schedule=schedule, bounds=bounds)
+            trainer.add_callback(_TakesPlan(callback.pilot, given, at))
+            return callback
+
+        result = run_one(config, workload, output, PILOT, pilot=attached)
+        summary = {
+            "model": config.model,
+            "data": config.data,
+            "policy": label,
+            "seed": config.seed,
+            "steps": result["steps"],
+            "branch": {"of": str(source), "at": at},
+            "runs": {PILOT: result},
+        }
+        files.write_json(output / "summary.json", summary)
+    return summary
+
+
+def _config(source: Path) -> FinetuneConfig:
+    try:
+        values = files.read_object(source / files.CONFIG)
+        values.pop("branch", None)
+        return files.from_json(FinetuneConfig, values)
+    except (OSError, ValueError) as error:
+        raise RunFolderError(
+            f"{source} holds no run of `rankpilot finetune` that this version can go on with: {error}"
+        ) from error
+
+
+def _checkpoint(source: Path, at: int) -> Path | None:
+    """The checkpoint of a step; None for step 0."""
+    if at == 0:
+        return None
+    path = source / PILOT / f"checkpoint-{at}"
+    fault = fault_of(path, piloted=True)
+    if fault:
+        numbers = [found.name.rpartition("-")[2] for found in path.parent.glob("checkpoint-*")]
+        there = sorted(int(number) for number in numbers if number.isdecimal())
+        raise RunFolderError(
+            f"{source} cannot be branched at step {at}: {fault}. It has checkpoints of the steps "
+            f"{', '.join(map(str, there)) or 'none'}; step 0 is possible always. A run keeps more of them with "
+            "--trainer save_total_limit=100."
+        )
+    return path
+
+
+def _copy(source: Path, output: Path, checkpoint: Path, plan: GivenPlan) -> None:
+    """Begin a branch with what its run was at a checkpoint, under the policy that keeps the plan."""
+    for path in [source / "decisions", *source.glob(f"metrics-{PILOT}.jsonl")]:
+        if path.is_dir():
+            shutil.copytree(path, output / path.name, dirs_exist_ok=True)  # a copy may have been interrupted
+        else:
+            shutil.copy(path, output / path.name)
+    with files.atomic_path(output / PILOT) as temporary:
+        copied = temporary / checkpoint.name
+        shutil.copytree(checkpoint, copied)
+        state = files.read_object(copied / STATE)
+        state["settings"] |= policy_settings(plan)
+        files.write_json(copied / STATE, state)
+
+
+NAMED = {
+    "final": "the ranks with which the run ended",
+    "first": "the ranks of its first plan",
+    "shuffled": "the final ranks, dealt anew among the modules of each kind, or the adapted ones if bytes count",
+    "uniform": "one rank on as many top layers as can have rank 8 in the budget, rounded down onto the ladder",
+}
+"""Plans by name."""
+
+
+def other_plan(log: DecisionLog, which: str, seed: int = 0) -> Mapping[str, int]:
+    """A plan by name, or from a file.
+
+    Args:
+        log: of the run.
+        which: one of `NAMED`, or a file that `read_plan` reads.
+        seed: of a shuffled plan.
+
+    Raises:
+        ConfigError: no such plan or file, or it holds no ranks.
+        RunFolderError: the log cannot be read.
+    """
+    if which not in NAMED:
+        if not Path(which).exists():
+            known = ", ".join(f"{name} ({meaning})" for name, meaning in NAMED.items())
+            raise ConfigError(f"{which} is no file and no plan by name. Plans by name: {known}.")
+        return read_plan(Path(which))
+    if which == "first":
+        return log.logged(0).plan()
+    last = log.read()[-1]
+    if which == "shuffled":
+        return shuffled_plan(last, seed)
+    if which == "uniform":
+        ladder, ranks = last.problem.ladder, uniform_ranks(last.problem.fresh())
+        return dict(zip(last.observation.names, ladder.array[ladder.rung(ranks)].tolist(), strict=True))
+    return last.plan()

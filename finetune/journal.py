@@ -13,16 +13,15 @@ import numpy as np
 from torch import nn
 
 from ..agents.controller import RankController
-from ..agents.deliberation import Deliberation, lacks_room, promise, unlike
 from ..agents.log import DecisionLog, DecisionRecord
 from ..agents.observation import Observation
-from ..agents.policy import Decision, Policy, decision_from_plan
+from ..agents.policy import Decision, Deliberation, Policy, decision_from_plan, lacks_room, promise, unlike
 from ..common.arrays import IntArray
 from ..cost.cost import TimedCost, plan_cost
 from ..errors import BudgetError
 from ..plan.plan import Plan
 from ..plan.problem import AllocationProblem
-from .recomputation import could_recompute
+from .left_as_found import could_recompute
 
 
 @dataclass(frozen=True, eq=False)

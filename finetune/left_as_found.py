@@ -1,18 +1,156 @@
-"""Puts back what measured steps and planned runs change in a user's Trainer, collator, model and adapters."""
+"""What a run changes in a user's model and Trainer beside the ranks: layers that run again, and all that is put back.
+
+A smaller plan is tried at most twice, and only where the prediction says that it takes noticeably fewer bytes. If the
+step passes, the plan comes back later; if it does not, all is as it was before the step.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..cost.training_step import CHECKPOINT, requires_grad_hook
-from ..lora.targets import TargetModule
-from .out_of_memory import Kept
+from ..common.arrays import IntArray
+from ..common.checks import counted, finite
+from ..cost.cost import ByteCost
+from ..cost.model import MemoryModel, fewest_recomputed, recomputed_cost
+from ..cost.recording import BatchShape
+from ..cost.training_step import (
+    CHECKPOINT,
+    check_checkpointing,
+    requires_grad_hook,
+    switch_checkpointing,
+    use_tiled_loss,
+)
+from ..errors import UnsupportedError
+from ..lora.optimizer_state import kept_state, state_bytes_of
+from ..lora.resize import update_peft_records, write_in_place
+from ..lora.targets import TargetModule, unwrap
+
+MOST_TRIES = 2
+"""A step that ran out of memory is taken again so many times at most."""
+
+STEP_SHARE = 0.1
+"""The share of the whole step's bytes by which each try is smaller than the one before."""
+
+PLAN_SHARE = 0.25
+"""The share of what adapters, and layers that can run again, take by which each try is smaller at most. So two tries
+leave half of the rank."""
+
+LEAST_SHARE = 0.01
+"""The share of the whole step's bytes below which a smaller plan is no help."""
+
+GOOD_STEPS = 20
+"""After so many steps without an error a plan comes back, and after twice as many each time that it was no use."""
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """What out-of-memory errors have taken from a plan for a while.
+
+    Attributes:
+        ranks: of the plan before the first, int64 (modules,).
+        layers: that ran again under it.
+        limit: of its cost at that time.
+        cost: of that plan, in the unit of the limit.
+        saved: what each smaller plan takes less than the one before, in that unit; 0 where none would be a help.
+        times: how many times it has shrunk since, 0 to `MOST_TRIES`.
+        step: the optimiser steps done at the latest error.
+    """
+
+    ranks: IntArray
+    layers: tuple[str, ...]
+    limit: float
+    cost: float
+    saved: float
+    times: int
+    step: int
+
+    def smaller_limit(self, cost: float) -> float | None:
+        """What the next smaller plan may cost; None where there is none, or it would be no help.
+
+        Args:
+            cost: of the plan as it is, in the unit of the limit.
+        """
+        if not self.saved or self.times == MOST_TRIES:
+            return None
+        return min(cost, self.cost - self.times * self.saved) - self.saved
+
+    def state(self) -> dict[str, Any]:
+        """What `from_state` needs, as tensors and JSON values."""
+        return {**vars(self), "ranks": torch.from_numpy(self.ranks.copy()), "layers": list(self.layers)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Taken:
+        """What was taken at the time of `state`."""
+        return cls(
+            ranks=state["ranks"].numpy().copy(),
+            layers=tuple(state["layers"]),
+            limit=finite(state["limit"]),
+            cost=finite(state["cost"]),
+            saved=finite(state["saved"]),
+            times=counted(state["times"]),
+            step=counted(state["step"]),
+        )
+
+
+def saved_by_a_try(whole: float | None, reducible: float) -> float:
+    """What each smaller plan should take less than the one before; 0 where none would be a noticeable help.
+
+    Args:
+        whole: what the step takes in all, in the unit of costs; None where it is not known.
+        reducible: what adapters, and layers that can run again, take of it.
+    """
+    if whole is None:
+        return PLAN_SHARE * reducible
+    saved = min(STEP_SHARE * whole, PLAN_SHARE * reducible)
+    return saved if saved >= LEAST_SHARE * whole else 0.0
+
+
+def adapter_bytes(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the adapters' factors, their gradients and their optimiser state."""
+    factors = [weight.detach() for target in targets for weight in (target.weight_a, target.weight_b) if target.rank]
+    return sum(2 * factor.nbytes + state_bytes_of(optimizer, factor) for factor in factors)
+
+
+class Kept:
+    """The adapters of a model at this moment, PEFT's configuration and the optimiser's state, in main memory.
+
+    Args:
+        model: the PEFT model.
+        targets: its target modules.
+        optimizer: makes no step until `put_back`; None for none.
+    """
+
+    def __init__(
+        self, model: nn.Module, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        self._targets, self._configs = targets, unwrap(model).peft_config
+        parameters = [parameter for target in targets for parameter in target.parameters.values()]
+        self._values = [(p, p.detach().to("cpu", copy=True), p.requires_grad) for p in parameters]
+        self._settings = {name: copy.deepcopy(vars(config)) for name, config in self._configs.items()}
+        self._put_back_state = kept_state(optimizer, parameters)
+
+    def put_back(self) -> None:
+        """Give all of it back, after any changes of rank; this can be done once."""
+        self._put_back_state()
+        for parameter, value, _ in self._values:
+            write_in_place(parameter, value.to(parameter.device))
+        for target in self._targets:
+            update_peft_records(target, target.rank)
+        for parameter, _, trains in self._values:
+            parameter.requires_grad_(trains)
+        for name, settings in self._settings.items():
+            vars(self._configs[name]).clear()
+            vars(self._configs[name]).update(settings)
+
 
 LONG = 10_000
 """Lists that are longer hold data, not records of steps."""
@@ -125,3 +263,105 @@ def _switches(module: nn.Module) -> dict[str, Any]:
 def _gradient_hooks(module: nn.Module) -> dict[int, Any]:
     """The hooks that make a module's output require gradients."""
     return {key: hook for key, hook in module._forward_hooks.items() if requires_grad_hook(hook)}
+
+
+class Recomputation:
+    """Lets single layers of a transformers model run again in the backward pass. Losses stay the same.
+
+    The loss of a causal language model is computed in tiles, which saves more bytes than several layers do and takes
+    hardly any time (`cost/training_step.py`).
+
+    Args:
+        model: the PEFT model. All its layers run again from now on, so that the step can be measured, and its loss has
+            tiles; until `put_back`.
+
+    Attributes:
+        layers: the names of the layers that run again.
+        memory: the byte model of the step in which all do; None until it is known.
+
+    Raises:
+        UnsupportedError: the model has no layers that can run again one by one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        base = unwrap(model)
+        check_checkpointing(base)
+        self._layers = {name: m for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
+        if not self._layers:
+            raise UnsupportedError(
+                f"{type(base).__name__} checkpoints all its layers together or none, so a plan cannot choose them one "
+                "by one. Leave `recompute` out, or switch gradient checkpointing on for the whole model."
+            )
+        self._before: ModelSettings | None = ModelSettings(model)
+        use_tiled_loss(model)
+        switch_checkpointing(base, True)
+        base.config.use_cache = False  # a layer that runs again would fill the cache twice
+        self.layers: tuple[str, ...] = tuple(self._layers)
+        self.memory: MemoryModel | None = None
+
+    def put_back(self) -> None:
+        """Let the layers run again that did so before, and set the model's cache as it was; the first call does so."""
+        if self._before:
+            self._before.put_back()
+        self._before = None
+
+    def all(self) -> None:
+        """Let all layers run again."""
+        self.take(self._layers)
+
+    def take(self, layers: Collection[str]) -> None:
+        """Let these layers run again, and no other."""
+        self.layers = tuple(name for name in self._layers if name in layers)
+        for name, layer in self._layers.items():
+            layer.gradient_checkpointing = name in layers
+
+    def fewest(self, ranks: IntArray, limit: float, shape: BatchShape | None = None) -> tuple[str, ...]:
+        """The fewest layers that must run again so that a plan fits, or all that hold something.
+
+        Args:
+            ranks: the plan, int64 (modules,).
+            limit: bytes that the step may take.
+            shape: of the batch; by default the one that the memory was measured with.
+        """
+        assert self.memory is not None, "the step has not been measured"
+        return fewest_recomputed(self.memory, ranks, limit, shape)
+
+    def cost(self, max_ranks: IntArray, limit: float, shape: BatchShape, *, recomputing: bool) -> ByteCost:
+        """What plans cost, where layers may run again or may not; see `recomputed_cost`.
+
+        Args:
+            max_ranks: the highest rank of each module, int64 (modules,).
+            limit: bytes that the step may take.
+            shape: of the batch.
+            recomputing: whether layers may run again.
+        """
+        assert self.memory is not None, "the step has not been measured"
+        if recomputing:
+            return recomputed_cost(self.memory, max_ranks, limit, shape)
+        return self.memory.recomputing(()).cost(shape)
+
+    def memory_now(self) -> MemoryModel:
+        """The byte model of the step in which the layers run again that do now."""
+        assert self.memory is not None, "the step has not been measured"
+        return self.memory.recomputing(self.layers)
+
+    def __str__(self) -> str:
+        return f"{len(self.layers)} of {len(self._layers)} layers run again"
+
+
+def could_recompute(model: nn.Module) -> bool:
+    """Whether a model has layers that can run again one by one and do not yet."""
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    return any(not layer.gradient_checkpointing for layer in layers)
+
+
+@contextmanager
+def recomputing(model: nn.Module, wanted: bool) -> Iterator[Recomputation | None]:
+    """What chooses the layers of a run that begins, None unless it is wanted; put back if an error ends the run."""
+    recomputation = Recomputation(model) if wanted else None
+    try:
+        yield recomputation
+    except BaseException:
+        if recomputation:
+            recomputation.put_back()
+        raise

@@ -16,21 +16,19 @@ from ..agents.controller import RankController
 from ..common.arrays import IntArray
 from ..common.checks import counted, finite
 from ..common.text import format_bytes
-from ..cost.batch_shape import BatchShape, reshaped
 from ..cost.budget import Budget, free_bytes
 from ..cost.calibration import highest_ranks, measure_memory
 from ..cost.cost import ByteCost, moment_costs, plan_cost
 from ..cost.model import MemoryModel
 from ..cost.model_states import excess_of_state, state_bytes, trained_outside
 from ..cost.peak_meter import PeakMeter, StepBatches, likely_cause
-from ..cost.recording import Batch
+from ..cost.recording import Batch, BatchShape, reshaped
 from ..data.batches import unknown_lengths
 from ..errors import BudgetError, UnsupportedError
-from ..lora.signals import signal_buffer_bytes
+from ..lora.adapters import signal_buffer_bytes
 from ..plan.plan import Plan, check_budget
 from .journal import Correction, Journal
-from .out_of_memory import GOOD_STEPS, MOST_TRIES, STEP_SHARE, Kept, Taken, adapter_bytes, saved_by_a_try
-from .recomputation import Recomputation
+from .left_as_found import GOOD_STEPS, MOST_TRIES, STEP_SHARE, Kept, Recomputation, Taken, adapter_bytes, saved_by_a_try
 from .run import TrainingRun
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from ..agents.learned.policy import drawing_from, exploring, with_goal
 from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
 from ..agents.log import DecisionLog
 from ..agents.observation import Observation
-from ..agents.plan_file import PlanFile, given_ranks
 from ..agents.policy import Decision, Policy
-from ..agents.schedule import DecisionSchedule
+from ..agents.rules import PlanFile, given_ranks
+from ..agents.settings import DecisionSchedule
 from ..common.checks import counted
 from ..common.devices import without_autocast
 from ..common.processes import Processes
@@ -33,6 +33,8 @@ from ..plan.plan import Plan
 from ..plan.problem import rank_bounds
 from .before_training import (
     Progress,
+    StepTimer,
+    decide,
     learned_kept,
     prepare,
     put_back_on_error,
@@ -42,13 +44,11 @@ from .before_training import (
 )
 from .checkpoint import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .journal import Correction, Journal
+from .left_as_found import Kept, recomputing
 from .loop_calls import LoopCalls
 from .options import GivenOptions, PilotOptions
-from .out_of_memory import Kept
 from .peak_guard import PeakGuard
-from .recomputation import recomputing
 from .run import TrainingRun, check_run
-from .time_before_training import StepTimer, decide
 
 logger = logging.getLogger(__name__)
 

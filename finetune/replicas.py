@@ -25,9 +25,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
 
 from ..common.processes import Processes
-from ..cost.batch_shape import BatchShape
 from ..cost.budget import Budget
-from ..cost.recording import Batch
+from ..cost.recording import Batch, BatchShape
 from ..errors import BudgetError, ProcessError, UnsupportedError
 from ..lora.targets import TargetModule, wrappers_of
 

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..cost.batch_shape import BatchShape, map_tensors, tensors_of
 from ..cost.model_states import trained_outside
-from ..cost.recording import Batch
+from ..cost.recording import Batch, BatchShape, map_tensors, tensors_of
 from ..cost.training_step import LossFunction, TrainingStep, checked_loss, model_loss, release_inputs
 from ..data.batches import Collate, first_example, largest_batch, small_batches
 from ..errors import ConfigError, UnsupportedError

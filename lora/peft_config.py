@@ -27,10 +27,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, UnknownNameError
-from .frozen_weights import guard_base
 from .resize import is_trained, resize
 from .spec import REFERENCE_RANK, Scaling
-from .targets import CONSTANT_SCALING, TargetModule, find_target_modules, unwrap
+from .targets import CONSTANT_SCALING, TargetModule, find_target_modules, guard_base, unwrap
 
 
 def fresh_adapters(

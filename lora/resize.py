@@ -22,10 +22,9 @@ from itertools import groupby
 import torch
 from torch import nn
 
-from .frozen_weights import real_weight
 from .optimizer_state import Fill, StateMap, check_optimizer, map_state, reset_state, scale_state, unwrap_optimizer
 from .spec import REFERENCE_RANK
-from .targets import TargetModule, check_ranks
+from .targets import TargetModule, check_ranks, real_weight
 
 NEGLIGIBLE = 1e-6
 """A direction whose singular value is below this share of the largest counts as unused, and starts anew."""

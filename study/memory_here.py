@@ -15,25 +15,19 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, default_data_collator, set_seed
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-)
+from transformers.models.auto import modeling_auto
 
 from ..common.arrays import IntArray
-from ..cost import resident
-from ..cost.batch_shape import BatchShape, reshaped
 from ..cost.breakdown import frozen_bytes
 from ..cost.budget import Budget, Limit
 from ..cost.calibration import beside_model, check_rank, highest_ranks, limited_cost
-from ..cost.find_configuration import check_reads_tokens
 from ..cost.from_config import ConfiguredStep
 from ..cost.model import MemoryModel
 from ..cost.model_states import state_bytes
 from ..cost.outlook import MeasuredStep, Outlook
-from ..cost.peak_meter import PeakMeter
-from ..cost.recording import Batch
+from ..cost.peak_meter import PeakMeter, resident_peak, restart_resident_peak
+from ..cost.published import check_reads_tokens
+from ..cost.recording import Batch, BatchShape, reshaped
 from ..cost.step_config import StepConfig
 from ..cost.training_step import switch_checkpointing
 from ..data.models import load_config
@@ -41,7 +35,7 @@ from ..data.task import Task
 from ..data.workload import Texts, Workload
 from ..errors import UnsupportedError
 from ..finetune.before_training import run_memory
-from ..finetune.config import FinetuneConfig
+from ..finetune.options import FinetuneConfig
 from ..finetune.run import TrainingRun
 from ..finetune.trainer import check_possible, new_model, new_trainer, read_workload
 from ..finetune.trainer_step import run_of_trainer
@@ -195,11 +189,11 @@ def measure_step(setup: StepSetup) -> MeasuredStep:
     assert peak is not None, "the step was measured"
     if reserved is not None:
         return MeasuredStep(peak, reserved_bytes=reserved)
-    before = resident.restart_peak()
+    before = restart_resident_peak()
     if before is None:
         return MeasuredStep(peak)
     _step(setup)
-    highest = resident.peak()
+    highest = resident_peak()
     return MeasuredStep(peak, highest - before + state, highest)
 
 
@@ -228,10 +222,15 @@ def default_task(config: Any) -> Task:
             return "classification"
         if architecture.endswith("ForTokenClassification"):
             return "token-classification"
-        if architecture.endswith("ForConditionalGeneration") and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        if (
+            architecture.endswith("ForConditionalGeneration")
+            and type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        ):
             return "seq2seq"
     kind = type(config)
-    reads_one_way = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+    reads_one_way = (
+        kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+    )
     return "causal-lm" if reads_one_way else "classification"
 
 

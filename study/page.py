@@ -24,7 +24,7 @@ from ..common.files import read_json, read_object, read_shapes, write_text
 from ..common.text import format_bytes, short_names
 from ..cost.budget import TimeBudget
 from ..errors import BudgetError, DataError
-from ..finetune.config import PILOT
+from ..finetune.options import PILOT
 from .pictures import module_kinds
 from .run_data import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunData, is_number, moves_sentence, run_names, standing_out
 from .verdict import comparison_rows, cost_sentence, loss_sentence, ranks_sentence, verdict

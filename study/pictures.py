@@ -23,23 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ..common import drawing
 from ..common.arrays import FloatArray, IntArray
-from ..common.drawing import (
-    ABSENT,
-    BUDGET_RED,
-    COLORS,
-    FAINT,
-    INK,
-    clean_axes,
-    draw_cells,
-    draw_key,
-    draw_legend,
-    finite_points,
-    new_figure,
-    save_figure,
-    smooth,
-    write_rank,
-)
 from ..common.text import ShortName, format_bytes, layer_titles, short_names, shortest_ends
 from ..cost.breakdown import Breakdown, Kind
 from ..cost.outlook import Outlook
@@ -48,15 +33,15 @@ from .run_data import RunData
 from .verdict import ranks_sentence
 
 KIND_COLORS: dict[Kind, tuple[str, str]] = {
-    "saved": (COLORS[0], "saved for backward"),
-    "inputs": (COLORS[5], "kept inputs"),
-    "recomputed": (COLORS[3], "segment run again"),
-    "transient": (COLORS[4], "momentary"),
+    "saved": (drawing.COLORS[0], "saved for backward"),
+    "inputs": (drawing.COLORS[5], "kept inputs"),
+    "recomputed": (drawing.COLORS[3], "segment run again"),
+    "transient": (drawing.COLORS[4], "momentary"),
     "weights": ("#004d38", "adapter weights"),
-    "gradients": (COLORS[2], "adapter gradients"),
+    "gradients": (drawing.COLORS[2], "adapter gradients"),
     "optimizer": ("#8fd3bd", "optimiser state"),
-    "signals": (COLORS[1], "signal buffers"),
-    "others": (FAINT, "outside the adapter"),
+    "signals": (drawing.COLORS[1], "signal buffers"),
+    "others": (drawing.FAINT, "outside the adapter"),
 }
 """Colour and label of each kind: what the adapter itself takes is green."""
 
@@ -89,7 +74,7 @@ def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure
     total = shown.total
     saved = sum(shown.of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
     title = f"A training step peaks at {format_bytes(total)}; {saved / total:.0%} is held for backward"
-    figure = new_figure(1.15 + sum(heights), title, note)
+    figure = drawing.new_figure(1.15 + sum(heights), title, note)
     grid = figure.add_gridspec(2, 1, height_ratios=heights)
     top = figure.add_subplot(grid[0])
     _draw_layers(top, shown)
@@ -129,7 +114,7 @@ def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown],
     for row, choice, whole in zip(rows.tolist(), choices, wholes.tolist(), strict=True):
         text = f"{choice.step_bytes / outlook.reference_bytes:.0%}  {format_bytes(whole)}"
         text += "" if choice.time is None else f"  time {choice.time:.2f}"
-        style: dict[str, Any] = {"fontsize": 8.5, "color": INK, "va": "center", "textcoords": "offset points"}
+        style: dict[str, Any] = {"fontsize": 8.5, "color": drawing.INK, "va": "center", "textcoords": "offset points"}
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}  # above the limit's line
         axes.annotate(text, (whole / size, row), (5, 0), bbox=box, **style)
     title = "What each choice takes, the step as a share of rank 8 on all modules"
@@ -137,10 +122,10 @@ def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown],
     axes.set_yticks(rows, labels)
     axes.set(xlim=(0, (1.35 if outlook.card else 1.2) * largest / size), xlabel=f"{unit} at the peak")
     if limit is not None:  # a line behind the numbers, its name above the bars
-        axes.axvline(limit / size, color=BUDGET_RED, linewidth=1.6, zorder=0.5)
+        axes.axvline(limit / size, color=drawing.BUDGET_RED, linewidth=1.6, zorder=0.5)
         place: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "center"}
         name = f"{outlook.card.name if outlook.card else 'budget'} {format_bytes(limit)}"
-        axes.annotate(name, (limit / size, 1), (0, 3), color=BUDGET_RED, fontsize=9, **place)
+        axes.annotate(name, (limit / size, 1), (0, 3), color=drawing.BUDGET_RED, fontsize=9, **place)
 
 
 def _stack(axes: Axes, rows: IntArray, sizes: Mapping[Kind, FloatArray]) -> FloatArray:
@@ -153,7 +138,7 @@ def _stack(axes: Axes, rows: IntArray, sizes: Mapping[Kind, FloatArray]) -> Floa
 
 
 def _clean_bars(axes: Axes, rows: int, title: str, pad: float = 6) -> None:
-    clean_axes(axes, title, pad)
+    drawing.clean_axes(axes, title, pad)
     axes.set_ylim(-0.6, rows - 0.4)
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x", color="#ececec", linewidth=0.8)
@@ -180,20 +165,22 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
     checks = {}
     for name in ("over_start", "over_uniform"):  # the untrained policy first, the one after the warm start second
         keys = (f"validation_{name}", f"warm_validation_{name}")
-        checks[name] = finite_points([(row["iteration"], row[key]) for row in rows for key in keys if key in row])
+        checks[name] = drawing.finite_points(
+            [(row["iteration"], row[key]) for row in rows for key in keys if key in row]
+        )
     returns = [row for row in rows if "return_mean" in row]
     note = "Gains are in shares of a task's headroom: what the best known allocation gains over uniform ranks."
-    figure = new_figure(4.1, _learning_title(returns, checks["over_start"]), note)
+    figure = drawing.new_figure(4.1, _learning_title(returns, checks["over_start"]), note)
     measured = len(checks["over_start"]) > 0
     panels = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
-    _draw_returns(clean_axes(panels[0], "Training, on new tasks each time"), returns)
+    _draw_returns(drawing.clean_axes(panels[0], "Training, on new tasks each time"), returns)
     if measured:
-        _draw_validation(clean_axes(panels[1], "Validation tasks"), checks)
+        _draw_validation(drawing.clean_axes(panels[1], "Validation tasks"), checks)
     last = max((float(row["iteration"]) for row in rows), default=0) or 1.0
     for axes in panels:
         axes.set_xlim(-0.02 * last, 1.02 * last)
         axes.margins(y=0.18)  # room for the legend
-        axes.axhline(0, color=FAINT, linewidth=0.8, zorder=1)
+        axes.axhline(0, color=drawing.FAINT, linewidth=0.8, zorder=1)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -203,31 +190,36 @@ def _draw_returns(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw the mean and the spread of each iteration's episodes."""
     keys = ("iteration", "return_mean", "return_p10", "return_p90")
     iterations, means, low, high = np.array([[float(row[key]) for key in keys] for row in rows]).reshape(-1, 4).T
-    blue = COLORS[0]
+    blue = drawing.COLORS[0]
     axes.fill_between(iterations, low, high, color=blue, alpha=0.15, linewidth=0, label="10–90% of episodes")
     if len(rows) > 40:
         axes.plot(iterations, means, color=blue, linewidth=1, alpha=0.35)
-        axes.plot(iterations, smooth(means, len(means) // 12), color=blue, linewidth=2, label="mean, smoothed")
+        axes.plot(iterations, drawing.smooth(means, len(means) // 12), color=blue, linewidth=2, label="mean, smoothed")
     else:
         axes.plot(iterations, means, "o-", color=blue, linewidth=2, markersize=3, label="mean")
     episodes = sum(int(row.get("episodes", 0)) for row in rows)
     axes.set(xlabel="PPO iteration" + (f" ({episodes:,} episodes in all)" if episodes else ""))
     axes.set_ylabel("return: gain over the rule")
-    draw_legend(axes)
+    drawing.draw_legend(axes)
 
 
 def _draw_validation(axes: Axes, checks: Mapping[str, FloatArray]) -> None:
     """Draw what the policy gains on tasks that stay the same; on them alone iterations can be compared."""
     labels = "over the rule it starts from", "over uniform ranks"
-    for points, color, label in zip(checks.values(), COLORS[1:3], labels, strict=True):
+    for points, color, label in zip(checks.values(), drawing.COLORS[1:3], labels, strict=True):
         if len(points):
             axes.plot(*points.T, "o-", color=color, markersize=5, linewidth=1.5, label=label)
     points = checks["over_start"]
     if len(points) > 1 and points[1, 0] == points[0, 0]:
-        style: dict[str, Any] = {"textcoords": "offset points", "xytext": (2, 7), "fontsize": 9, "color": COLORS[1]}
+        style: dict[str, Any] = {
+            "textcoords": "offset points",
+            "xytext": (2, 7),
+            "fontsize": 9,
+            "color": drawing.COLORS[1],
+        }
         axes.annotate("warm start", points[1], **style)
     axes.set(xlabel="PPO iteration", ylabel="gain")
-    draw_legend(axes)
+    drawing.draw_legend(axes)
 
 
 def _learning_title(rows: Sequence[Mapping[str, Any]], checks: FloatArray) -> str:
@@ -284,7 +276,7 @@ def write_rank_picture(run: RunData) -> Path | None:
     if steps[0] > 0:  # before the first decision
         ranks, steps = np.vstack([decisions[0].rank_before, ranks]), [0, *steps]
     figure = rank_heatmap(steps, ranks, decisions[0].modules, decisions[0].problem.blocks, run.steps)
-    return save_figure(figure, run.folder / PICTURE)
+    return drawing.save_figure(figure, run.folder / PICTURE)
 
 
 def rank_heatmap(
@@ -313,16 +305,16 @@ def rank_heatmap(
         [*steps, total_steps],
     )
     note = "Output of the network at the top. Triangles: decisions. A number stands where a rank is new."
-    figure = new_figure(1.25 + ROW_INCHES * max(len(order), 12), title, note)
+    figure = drawing.new_figure(1.25 + ROW_INCHES * max(len(order), 12), title, note)
     grid = figure.add_gridspec(1, 2, width_ratios=(1, 0.022), wspace=0.03)
     axes = figure.add_subplot(grid[0])
-    draw_cells(axes, rows.ranks, rows.edge_steps, gap=0.8, hatched=True)
+    drawing.draw_cells(axes, rows.ranks, rows.edge_steps, gap=0.8, hatched=True)
     axes.hlines(rows.edges[1:-1], 0, total_steps, color="white", linewidth=3, zorder=2)
     axes.set(xlim=(0, total_steps), xlabel="training step")
     _write_ranks(axes, rows)
     _draw_labels(axes, rows)
     _draw_decisions(axes, rows)
-    draw_key(figure.add_subplot(grid[1]), rungs)
+    drawing.draw_key(figure.add_subplot(grid[1]), rungs)
     return figure
 
 
@@ -341,7 +333,7 @@ def _write_ranks(axes: Axes, rows: _Rows) -> None:
             continue
         for row, rank in enumerate(rows.ranks[:, column].tolist()):
             if not column or rank != rows.ranks[row, column - 1]:
-                write_rank(axes, rank, (left, row + 0.5), xytext=(5, 0), textcoords="offset points", ha="left")
+                drawing.write_rank(axes, rank, (left, row + 0.5), xytext=(5, 0), textcoords="offset points", ha="left")
 
 
 def _draw_labels(axes: Axes, rows: _Rows) -> None:
@@ -355,7 +347,7 @@ def _draw_labels(axes: Axes, rows: _Rows) -> None:
     axes.set_yticks(np.arange(len(kinds)) + 0.5, kinds)
     groups = axes.secondary_yaxis(-0.02 - 0.0115 * max(len(kind) for kind in kinds))
     groups.set_yticks(middles, layers)
-    groups.tick_params(length=0, labelsize=9, labelcolor=INK, pad=4)
+    groups.tick_params(length=0, labelsize=9, labelcolor=drawing.INK, pad=4)
     for label in groups.get_yticklabels():
         label.set_fontweight("bold")
     groups.spines[:].set_visible(False)
@@ -371,10 +363,10 @@ def _draw_decisions(axes: Axes, rows: _Rows) -> None:
         labels.append(f"{step:g}" if clear else "")
         previous = step if clear else previous
         axes.axvline(step, color="white", linewidth=1.6, zorder=3)
-        axes.plot([step], [1.004], marker="v", markersize=6, color=INK, clip_on=False, zorder=5,
+        axes.plot([step], [1.004], marker="v", markersize=6, color=drawing.INK, clip_on=False, zorder=5,
                   transform=axes.get_xaxis_transform(), linestyle="none")  # fmt: skip
     marks.set_xticks(rows.edge_steps[:-1], labels)
-    marks.tick_params(length=0, labelsize=9, labelcolor=INK, pad=6)
+    marks.tick_params(length=0, labelsize=9, labelcolor=drawing.INK, pad=6)
     marks.spines[:].set_visible(False)
 
 
@@ -415,7 +407,7 @@ def _rank_panels(
     shared = " A cell with several modules has their mean." if grid.shared else ""
     note = f"Output of the network at the top. Triangles: decisions.{shared}"
     panel_inches = max(row_inches * len(grid.layers), 1.2)
-    figure = new_figure(1.2 + lines * (panel_inches + 0.45), title, note)
+    figure = drawing.new_figure(1.2 + lines * (panel_inches + 0.45), title, note)
     panels = figure.add_gridspec(lines, columns + 1, width_ratios=(*[1.0] * columns, 0.14), wspace=0.04)
     for number, (kind, cells) in enumerate(grid.kinds.items()):
         line, column = divmod(number, columns)
@@ -425,8 +417,8 @@ def _rank_panels(
         names = grid.layers[::every] if column == 0 else []
         axes.set_yticks(np.arange(len(grid.layers))[::every][: len(names)] + 0.5, names)
         axes.tick_params(axis="y", labelsize=8.5)
-    figure.supxlabel("training step", fontsize=10, color=INK)
-    draw_key(figure.add_subplot(panels[0, columns]), rungs)
+    figure.supxlabel("training step", fontsize=10, color=drawing.INK)
+    drawing.draw_key(figure.add_subplot(panels[0, columns]), rungs)
     return figure
 
 
@@ -442,7 +434,7 @@ def _grid(ranks: IntArray, names: Sequence[ShortName], blocks: IntArray, edge_st
     panels, shared = {}, False
     for kind in sorted(dict.fromkeys(kinds), key=lambda kind: kind == OTHER or kind in rare):
         inside = np.array([other == kind for other in kinds])
-        cells = np.full((len(order), len(ranks)), float(ABSENT))
+        cells = np.full((len(order), len(ranks)), float(drawing.ABSENT))
         for row in np.unique(rows[inside]):
             cells[row] = ranks[:, inside & (rows == row)].mean(axis=1)
         shared |= bool(np.bincount(rows[inside]).max() > 1)
@@ -466,8 +458,8 @@ def _without_numbers(kind: str) -> str:
 def _draw_panel(axes: Axes, kind: str, cells: FloatArray, edge_steps: Sequence[int], row_inches: float) -> None:
     """Draw one kind of module, in rows of a height."""
     total = edge_steps[-1]
-    draw_cells(axes, cells, edge_steps, gap=0.5 if len(cells) <= 60 else 0.0, hatched=False)
-    axes.set_title(_in_two_lines(kind), fontsize=9 if len(kind) <= ONE_LINE else 8, color=INK, pad=8)
+    drawing.draw_cells(axes, cells, edge_steps, gap=0.5 if len(cells) <= 60 else 0.0, hatched=False)
+    axes.set_title(_in_two_lines(kind), fontsize=9 if len(kind) <= ONE_LINE else 8, color=drawing.INK, pad=8)
     axes.set_xticks([0, total], ["0", f"{total:g}"])
     axes.tick_params(axis="x", length=3, color="#bbbbbb", labelsize=8.5)
     first, last = axes.get_xticklabels()
@@ -476,7 +468,7 @@ def _draw_panel(axes: Axes, kind: str, cells: FloatArray, edge_steps: Sequence[i
     starts = list(edge_steps[:-1])
     if len(starts) <= MOST_LINES:
         axes.vlines(starts, 0, len(cells), color="white", linewidth=1, zorder=3)
-    style: dict[str, Any] = {"marker": "v", "color": INK, "linestyle": "none", "clip_on": False, "zorder": 5}
+    style: dict[str, Any] = {"marker": "v", "color": drawing.INK, "linestyle": "none", "clip_on": False, "zorder": 5}
     places = [len(cells) + 0.02 / row_inches] * len(starts)
     axes.plot(starts, places, markersize=min(3.5, 24 / len(starts)), **style)
     axes.set_ylim(0, len(cells))

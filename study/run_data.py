@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..agents.deliberation import Deliberation
 from ..agents.log import LINES, DecisionLog, DecisionRecord
 from ..agents.observation import MODULE_FEATURES
+from ..agents.policy import Deliberation
 from ..common.drawing import Points
 from ..common.files import read_json_lines, read_object
 from ..common.text import cost_text
 from ..errors import DataError, RunFolderError, first_line, shown
-from ..finetune.config import PILOT, RUNS
+from ..finetune.options import PILOT, RUNS
 
 UNUSUAL = 1.0
 """Standard deviations from the mean of all modules."""

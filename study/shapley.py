@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..agents.deliberation import Deliberation
-from ..agents.learned.plan_value import Plans, PlanValueEnsemble
+from ..agents.learned.networks import Plans, PlanValueEnsemble
 from ..agents.learned.policy import LearnedPolicy
 from ..agents.log import DecisionRecord
 from ..agents.observation import MODULE_FEATURES, RUN_FEATURES
+from ..agents.policy import Deliberation
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import ConfigError
-from ..lora.signals import SIGNALS
+from ..lora.adapters import SIGNALS
 
 ACTOR = "actor"
 GROUPS: dict[str, tuple[str, ...]] = {

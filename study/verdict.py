@@ -11,11 +11,11 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from ..agents.deliberation import promise, unlike
+from ..agents.policy import promise, unlike
 from ..common.arrays import FloatArray, IntArray
 from ..common.drawing import Points, finite_points
 from ..common.text import cost_text, format_bytes, make_table, part_of
-from ..finetune.config import ALL_LINEAR, PILOT, UNIFORM
+from ..finetune.options import ALL_LINEAR, PILOT, UNIFORM
 from .run_data import RunData, run_names
 
 RISE = 0.01

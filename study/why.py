@@ -10,23 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from ..agents.deliberation import DRAWN, Deliberation, unlike
-from ..agents.learned.candidates import BASIS, FIXED_NAMES, KEEP
-from ..agents.learned.network import DIRECTIONS
-from ..agents.learned.policy import LearnedPolicy
+from ..agents.learned.networks import DIRECTIONS
+from ..agents.learned.policy import BASIS, FIXED_NAMES, KEEP, LearnedPolicy
 from ..agents.learned.policy_file import DEFAULT, load_policy
 from ..agents.log import DecisionLog, DecisionRecord
 from ..agents.observation import MODULE_FEATURES
-from ..agents.policy import Policy
+from ..agents.policy import DRAWN, Deliberation, Policy, unlike
 from ..common.arrays import BoolArray, FloatArray
 from ..common.text import cost_text, plural, short_names
 from ..cost.cost import unit_cost
 from ..errors import PolicyFileError
 from ..plan.goal import improvement_of
 from ..plan.plan import base_depth_bias, base_rank_floor
-from .replay import DecidedAgain, redecide
+from .replay import PROBE_NOISE, DecidedAgain, Stability, WhatIf, redecide, stability, usual_questions, what_if
 from .shapley import GROUPS, Attribution, attribute
-from .what_if import PROBE_NOISE, Stability, WhatIf, stability, usual_questions, what_if
 
 UNITS_OF_VOTES = {
     "spread": "standard deviations of the log loss between plans",

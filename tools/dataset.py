@@ -28,14 +28,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
 
-from rankpilot.agents.learned.candidates import ALL_LINEAR, FIXED_NAMES, KEEP
-from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.learned.policy import ALL_LINEAR, FIXED_NAMES, KEEP, LearnedPolicy
 from rankpilot.agents.learned.policy_file import CARD as POLICY_CARD
 from rankpilot.agents.learned.policy_file import load_policy, read_card, save_policy
 from rankpilot.agents.observation import MODULE_FEATURE_TABLE, MODULE_FEATURES, RUN_FEATURE_TABLE, RUN_FEATURES
-from rankpilot.common.files import atomic_path, read_json, sha256, write_json, write_text
-from rankpilot.common.settings import as_json, from_json
-from rankpilot.env.suites import VERSION
+from rankpilot.common.files import as_json, atomic_path, from_json, read_json, sha256, write_json, write_text
+from rankpilot.env.proxy_task import VERSION
 from rankpilot.errors import ConfigError, DataError, PolicyFileError, RunFolderError
 from rankpilot.training.config import TrainConfig
 from rankpilot.training.plan_runs import CHOICES, MOVES, RUNS, PlanRun, read_plan_run, read_real_plan_runs

@@ -13,13 +13,12 @@ import pyarrow as pa
 import tyro
 from numpy.typing import NDArray
 
-from rankpilot.agents.learned.plan_value import PlanValueEnsemble
+from rankpilot.agents.learned.networks import PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import WEIGHTS, load_policy, save_policy
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES
-from rankpilot.common.files import sha256
-from rankpilot.common.settings import as_json, from_json
-from rankpilot.env.bases import find_base
+from rankpilot.common.files import as_json, from_json, sha256
+from rankpilot.env.proxy_task import find_base
 from rankpilot.errors import ConfigError, DataError, RunFolderError, shown
 from rankpilot.training.config import TrainConfig
 from rankpilot.training.fit_plan_value import ANY_COST, fit_value_ensemble

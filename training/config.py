@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..agents.learned.config import NetworkConfig
-from ..agents.schedule import ONCE, DecisionSchedule
+from ..agents.settings import ONCE, DecisionSchedule, NetworkConfig
 from ..cost.step_config import check_seed
 from ..env.suite_names import SUITES, Split
 from ..errors import ConfigError

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..agents.deliberation import VoteUnit
-from ..agents.learned.plan_value import Plans, PlanValue, PlanValueConfig, PlanValueEnsemble, learns_labels
+from ..agents.learned.networks import Plans, PlanValue, PlanValueConfig, PlanValueEnsemble, learns_labels
+from ..agents.policy import VoteUnit
 from ..common.arrays import FloatArray
 from ..common.workers import worker_pool
 from ..errors import ConfigError

@@ -24,31 +24,16 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from ..agents.learned.candidates import (
-    ALL_LINEAR,
-    DEPTHS,
-    FIXED_NAMES,
-    KEEP,
-    KINDS,
-    UNIFORM,
-    all_linear,
-    candidate_actions,
-    structure_plans,
-    with_less,
-    with_uniform_plan,
-)
-from ..agents.learned.plan_value import Plans
-from ..agents.learned.policy import LearnedPolicy, MeanAction
+from ..agents.learned import policy as learned
+from ..agents.learned.networks import Plans
 from ..agents.learned.policy_file import SCHEMA
 from ..agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation, with_limit
 from ..agents.policy import Decision, decided_plan, decision_to_keep, is_first
-from ..agents.schedule import DecisionSchedule
+from ..agents.settings import DecisionSchedule
 from ..common.arrays import Arrays
-from ..common.files import atomic_path, parse_json, read_arrays
-from ..common.settings import from_json
+from ..common.files import atomic_path, from_json, parse_json, read_arrays
 from ..common.workers import worker_pool
-from ..env.bases import find_base
-from ..env.proxy_task import ProxyTask
+from ..env.proxy_task import ProxyTask, find_base
 from ..env.stacked import StackedEpisodes
 from ..errors import DataError, RunFolderError, first_line
 from .fit_plan_value import PlanDataset
@@ -69,16 +54,16 @@ is what would be seen under the task's budget."""
 MOVES = 0.25
 """Share of the runs that move at a decision after the first."""
 
-STRUCTURE = ("all", *KINDS, "depth", "mixture")
+STRUCTURE = ("all", *learned.KINDS, "depth", "mixture")
 """Kinds of plans that follow from the structure of the model; see `structure_plans`."""
 
-CHOICES = (*FIXED_NAMES, "drawn", KEEP, ALL_LINEAR, "drawn for less", *STRUCTURE)
+CHOICES = (*learned.FIXED_NAMES, "drawn", learned.KEEP, learned.ALL_LINEAR, "drawn for less", *STRUCTURE)
 """What a run takes at a decision: a fixed candidate, one that is drawn, the ranks in place, plain LoRA, one that is
 drawn under a lower limit, or a plan that follows from the structure of the model."""
 
 PLAN_CHOICES = (
-    ALL_LINEAR,
-    *FIXED_NAMES,
+    learned.ALL_LINEAR,
+    *learned.FIXED_NAMES,
     "drawn",
     "drawn",
     "drawn for less",
@@ -153,7 +138,7 @@ class Stack:
     number: int
     draw: int
     tasks: tuple[ProxyTask, ...]
-    actor: LearnedPolicy
+    actor: learned.LearnedPolicy
     schedule: DecisionSchedule
     seed: int
     device: str
@@ -204,7 +189,7 @@ def run_plans(stack: Stack) -> PlanRun:
 
 
 def draw_decision(
-    observation: Observation, action: MeanAction, number: int, generator: np.random.Generator
+    observation: Observation, action: learned.MeanAction, number: int, generator: np.random.Generator
 ) -> tuple[Decision, str]:
     """Another plan for each run of a task; later mostly the ranks as they are. And which of `CHOICES` it is.
 
@@ -214,22 +199,22 @@ def draw_decision(
         number: of the run in its task, 0 to `RUNS` - 1.
         generator: draws.
     """
-    candidates = candidate_actions(observation, action.scores, action.placement, 1, generator)
+    candidates = learned.candidate_actions(observation, action.scores, action.placement, 1, generator)
     less, place = generator.uniform(*LESS), generator.uniform()
     if not is_first(observation) and generator.uniform() > MOVES:
-        return decision_to_keep(observation), KEEP
+        return decision_to_keep(observation), learned.KEEP
     choice = PLAN_CHOICES[number] if is_first(observation) else "drawn"
-    if choice == ALL_LINEAR:
-        return replace(decision_to_keep(observation), ranks=all_linear(observation.problem)), choice
+    if choice == learned.ALL_LINEAR:
+        return replace(decision_to_keep(observation), ranks=learned.all_linear(observation.problem)), choice
     if choice in STRUCTURE:
-        plans = [ranks for name, ranks in structure_plans(observation) if _kind_of(name) == choice]
+        plans = [ranks for name, ranks in learned.structure_plans(observation) if _kind_of(name) == choice]
         return replace(decision_to_keep(observation), ranks=plans[int(place * len(plans))]), choice
-    chosen = CHOICES.index(choice) if choice in FIXED_NAMES else len(FIXED_NAMES)
+    chosen = CHOICES.index(choice) if choice in learned.FIXED_NAMES else len(learned.FIXED_NAMES)
     if choice == "drawn for less":
-        observation = replace(observation, problem=with_less(observation.problem, less))
+        observation = replace(observation, problem=learned.with_less(observation.problem, less))
     one = candidates[chosen]
-    if choice == UNIFORM:
-        (one,) = with_uniform_plan([one], observation.problem)
+    if choice == learned.UNIFORM:
+        (one,) = learned.with_uniform_plan([one], observation.problem)
     decision = one.decision(observation)
     ranks = decided_plan(observation.problem, decision).ranks
     return replace(decision, ranks=ranks, exact=True), choice  # exact: the run has more room than this
@@ -240,7 +225,7 @@ def _kind_of(name: str) -> str:
     part = name.partition(" at ")[0]
     if "," in name or " in " in name:
         return "mixture"
-    return "depth" if part in DEPTHS else part
+    return "depth" if part in learned.DEPTHS else part
 
 
 @lru_cache(maxsize=1)
@@ -421,7 +406,7 @@ class RealPlanRun:
         most = (1 - LEAST_FALL) * self.initial
         return bool(self.losses[REFERENCE] <= most and not (self.losses > most).any())
 
-    def seen_by(self, actor: LearnedPolicy) -> PlanRun:
+    def seen_by(self, actor: learned.LearnedPolicy) -> PlanRun:
         """The same as the value networks of a policy learn from it: with the scores of its actor."""
         scores = actor.scores_of(self.modules, self.run)
         return PlanRun(

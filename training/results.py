@@ -1,29 +1,210 @@
-"""Results of comparisons: one row for each run that counts, as JSON lines, and from rows to who is better."""
+"""Results of comparisons: one row for each run that counts, and from rows to who is better, with intervals.
+
+Paired comparisons with bootstrap intervals, after Agarwal et al., 2021 (arXiv 2108.13264).
+
+There are few runs of few tasks, so every figure comes with an interval; means come with the interquartile mean, which
+one run that went astray hardly moves, and differences with the probability of improvement, which does not depend on a
+scale. Runs are compared in pairs: same task, seed and batches. Repetitions of a task are alike, so the bootstrap draws
+tasks, each with all its repetitions. Benchmarks of time use the same bootstrap: neighbours in time are alike, so it
+draws whole cycles of steps.
+
+Plain quantiles of the draws are too narrow where tasks are few: of six tasks they hold the truth in 85 % of the cases.
+`estimate` goes further out, as far as Student's t does beyond the normal distribution (the expanded percentile
+interval of Hesterberg, 2015, "What teachers should know about the bootstrap", The American Statistician 69).
+
+Where few tasks carry most of the weight, plain quantiles of the draws are too narrow:
+`ratio_estimate` gives a studentised interval for those.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_type_hints
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
+from ..common.arrays import FloatArray, IntArray
 from ..common.files import append_json_line, read_json_lines, write_json_lines
-from ..common.statistics import (
-    Estimate,
-    PairedComparison,
-    compare_pairs,
-    estimate,
-    interquartile_means,
-    mean_and_interval,
-)
-from ..env.bases import find_base
-from ..env.episode_record import Comparison
-from ..env.proxy_task import ProxyTask, Reference
+from ..env.episode import Comparison
+from ..env.proxy_task import ProxyTask, Reference, find_base
 from ..errors import RunFolderError, first_line, shown
+
+DRAWS = 4000
+"""Bootstrap draws."""
+
+ROUNDING = 1e-12
+"""Of squares that cancel each other, a smaller share is rounding."""
+
+Statistic = Callable[[FloatArray, IntArray], FloatArray]
+"""A figure of each draw, (draws,), from values, (runs,), and how often each run is in each draw, (draws, runs)."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval; `f"{estimate:.3f}"` gives "1.042 (1.004 to 1.077)".
+
+    Attributes:
+        value: of all runs.
+        low: lower end of the interval.
+        high: upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, form: str) -> str:
+        return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """One policy against another on the same runs.
+
+    Attributes:
+        better: probability that the first is better, a tie counting half, 0 to 1.
+        wins: runs on which the first is better.
+        ties: runs on which both are equal.
+        losses: runs on which the second is better.
+    """
+
+    better: Estimate
+    wins: int
+    ties: int
+    losses: int
+
+
+def means(values: FloatArray, counts: IntArray) -> FloatArray:
+    """Mean of each draw; see `Statistic`."""
+    return np.asarray(counts @ values / counts.sum(axis=1))
+
+
+def interquartile_means(values: FloatArray, counts: IntArray) -> FloatArray:
+    """Mean of the middle half of each draw: of n values floor(n / 4) are left out at either end."""
+    order = np.argsort(values)
+    counts = counts[:, order]
+    ends = np.cumsum(counts, axis=1)
+    total = ends[:, -1:]
+    cut = total // 4
+    kept = np.clip(np.minimum(ends, total - cut) - np.maximum(ends - counts, cut), 0, None)
+    return np.asarray(kept @ values[order] / (total - 2 * cut)[:, 0])
+
+
+def estimate(
+    values: Sequence[float] | FloatArray, tasks: Sequence[str | int], statistic: Statistic = means
+) -> Estimate:
+    """A statistic of several runs, with the interval of a bootstrap over tasks.
+
+    With many tasks 2.5 % of the draws lie on either side, with few ones less: see the module. Below four tasks hardly
+    any do, and the interval is about as wide as the tasks are apart.
+
+    Args:
+        values: one a run, (runs,), or (runs, ...) where the statistic takes that; at least one run.
+        tasks: the task of each run.
+        statistic: which figure.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    whole = np.ones((1, len(array)), dtype=np.int64)
+    tail = _tail(len(set(tasks)))
+    low, high = np.quantile(statistic(array, _draws(tasks)), [tail, 1 - tail])
+    return Estimate(float(statistic(array, whole)[0]), float(low), float(high))
+
+
+@cache
+def _tail(tasks: int) -> float:
+    """The share of the draws that an interval leaves out on either side; half of them for a single task."""
+    if tasks < 2:
+        return 0.5
+    quantile = stdtrit(tasks - 1, 0.975) * np.sqrt(tasks / (tasks - 1))
+    return float(ndtr(-quantile))
+
+
+def ratio_estimate(numerators: FloatArray, denominators: FloatArray, tasks: Sequence[str | int]) -> Estimate:
+    """A ratio of sums over runs, with a symmetric studentised interval of a bootstrap over tasks.
+
+    Of each draw it takes the distance from the ratio in standard errors of the draw (of the linearised ratio). The
+    interval reaches as many standard errors to either side as 95 % of the draws stay within (Hall, 1988, "On symmetric
+    bootstrap confidence intervals", JRSS B 50). It is wider than that of `estimate`, and holds the truth more often
+    where runs differ much in weight.
+
+    Args:
+        numerators: one a run, (runs,); of a mean the values, of a weighted mean weight times value.
+        denominators: one a run, at least 0 and not all 0, (runs,); of a mean ones, of a weighted mean the weights.
+        tasks: the task of each run.
+    """
+    _, task_of = np.unique(np.asarray(tasks), return_inverse=True)
+    count = int(task_of.max()) + 1
+    above, below = (np.bincount(task_of, values, minlength=count) for values in (numerators, denominators))
+    ratio = float(above.sum() / below.sum())
+    rest = above - ratio * below
+    sums = np.stack([rest, below, rest**2, rest * below, below**2], axis=1)
+    _, error = _ratios(sums.sum(axis=0, keepdims=True))
+    distances, errors = _ratios(_task_draws(count) @ sums)
+    known = errors > 0  # not where all tasks of a draw have one ratio
+    studentised = np.where(known, np.abs(distances) / np.where(known, errors, 1), 0)
+    half = float(np.quantile(studentised, 0.95) * error[0])
+    return Estimate(ratio, ratio - half, ratio + half)
+
+
+def _ratios(sums: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Ratio of each draw, and its standard error but for a factor that all draws share; both (draws,).
+
+    Both are 0 in a draw of tasks without weight, the error where all are alike.
+
+    Args:
+        sums: of a, b, a a, a b and b b over the tasks of each draw, (draws, 5).
+    """
+    above, below, above_above, above_below, below_below = sums.T
+    divisor = np.where(below > 0, below, np.inf)
+    ratios = above / divisor
+    whole = above_above + ratios**2 * below_below
+    squares = whole - 2 * ratios * above_below
+    squares = np.where(squares > ROUNDING * whole, squares, 0)
+    return ratios, np.sqrt(squares) / divisor
+
+
+def _draws(tasks: Sequence[str | int]) -> IntArray:
+    """How often each run is in each bootstrap draw of tasks, (DRAWS, runs); always the same draws."""
+    _, task_of = np.unique(np.asarray(tasks), return_inverse=True)
+    return np.asarray(_task_draws(int(task_of.max()) + 1)[:, task_of])
+
+
+@lru_cache(maxsize=1)
+def _task_draws(count: int) -> IntArray:
+    """How often each of some tasks is in each draw, (DRAWS, count), read-only; the last is held for the next figure."""
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.int64)
+    drawn.flags.writeable = False
+    return drawn
+
+
+def compare_pairs(
+    first: Sequence[float] | FloatArray, second: Sequence[float] | FloatArray, tasks: Sequence[str | int]
+) -> PairedComparison:
+    """Compare two policies, run by run. For the mean difference, pass differences to `estimate`.
+
+    Args:
+        first: results of one policy, (runs,), at least one; more is better, and infinity is allowed.
+        second: of the other on the same runs.
+        tasks: the task of each run.
+    """
+    left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    wins, losses = left > right, left < right
+    better = estimate(np.where(wins, 1.0, np.where(losses, 0.0, 0.5)), tasks)
+    return PairedComparison(better, int(wins.sum()), int((~wins & ~losses).sum()), int(losses.sum()))
+
+
+def mean_and_interval(values: Iterable[float]) -> tuple[float, float, float]:
+    """Mean of runs of different tasks, and its 95 % bootstrap interval."""
+    array = np.asarray(list(values), dtype=np.float64)
+    mean = estimate(array, [str(index) for index in range(len(array))])
+    return mean.value, mean.low, mean.high
+
 
 Key = tuple[str, str, int]
 """Policy, task and seed: what makes a row unique."""

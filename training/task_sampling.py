@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..env.proxy_finetune import first_problem
-from ..env.proxy_task import ProxyTask
-from ..env.suites import evenly, find_tasks, fresh_task
+from ..env.proxy_task import ProxyTask, evenly, find_tasks, fresh_task
 from ..errors import ConfigError
 from ..plan.plan import uniform_ranks
 from .config import TrainConfig

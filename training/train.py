@@ -1,4 +1,4 @@
-"""Train a policy with PPO on proxy fine-tunes (Stable-Baselines3), and a value ensemble on plan runs.
+"""Trains a policy with PPO on proxy fine-tunes (Stable-Baselines3), and a value ensemble on plan runs.
 
 First, if asked, the network learns scores from tasks whose best allocation is known. Then, each iteration, all worker
 processes run a round of episodes on fresh tasks; PPO (Schulman et al., 2017, arXiv 1707.06347) updates the network on
@@ -11,6 +11,9 @@ A start better than the rule: scores learned from tasks whose best allocation is
 On planted tasks the oracle knows what each module is worth. The network learns to tell that from what a policy sees, at
 every decision of runs that it explores; where the worth is not known, its scores stay those of the rule. What signals
 cannot tell averages out, so scores of modules that look alike stay close.
+
+A run that goes on from a checkpoint is the same as a run that was not interrupted. Checkpoints hold tensors and numbers
+only, so reading one never unpickles code.
 """
 
 from __future__ import annotations
@@ -27,31 +30,216 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
 from stable_baselines3.common.utils import LinearSchedule
 
-from ..agents.learned.network import RankNetwork
-from ..agents.learned.plan_value import PlanValueEnsemble
+from ..agents.learned.networks import PlanValueEnsemble, RankNetwork
 from ..agents.learned.policy import LearnedPolicy
-from ..agents.learned.policy_file import CARD, save_policy
-from ..common.arrays import Arrays, FloatArray
+from ..agents.learned.policy_file import CARD, SCHEMA, save_policy
+from ..common import files
+from ..common.arrays import Arrays, FloatArray, IntArray
 from ..common.devices import find_device
-from ..common.files import append_json_line, read_json, read_json_lines, write_json, write_text
-from ..common.run_folder import open_run
-from ..common.settings import as_json
-from ..env.bases import adapted_base
+from ..env.episode import Comparison
 from ..env.proxy_finetune import check_texts
-from ..env.proxy_task import ProxyTask
-from ..env.suites import VERSION
+from ..env.proxy_task import VERSION, ProxyTask, adapted_base
 from ..env.vector import StackedConfig
 from ..errors import DataError, RunFolderError, first_line
 from .config import TrainConfig
 from .fit_plan_value import ANY_COST, fit_value_ensemble
 from .plan_runs import PLAN_RUNS, RUNS, Stack, collect_plan_runs, more_plan_runs, plan_dataset
-from .ppo_policy import GroupRolloutBuffer, RankPolicy
-from .progress import CHECKPOINT, PROGRESS, OnStage, PPOProgress, Stage, Validation, restore, write_checkpoint
 from .task_sampling import FreshTasks, fresh_tasks, plan_draws, validation_tasks, warm_draws
-from .vec_env import ProxyVecEnv
+from .vec_env import GroupRolloutBuffer, ProxyVecEnv, RankPolicy
+
+PROGRESS, CHECKPOINT = "progress.jsonl", "checkpoint.pt"
+
+BOUND = 1.0
+"""Improvements on one task count from minus to plus this, so that no task alone decides which network is best."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How far training has come, for progress bars.
+
+    Attributes:
+        name: "warm start", "training", "validation", "plan runs" or "value ensemble".
+        done: iterations done; of the warm start tasks, of plan runs stacks of them.
+        total: of the same, in all.
+    """
+
+    name: str
+    done: int
+    total: int
+
+
+OnStage = Callable[[Stage], None]
+
+
+def greedy(policy: RankPolicy) -> Callable[[Arrays], Any]:
+    """Mean actions."""
+
+    @torch.no_grad()
+    def act(arrays: Arrays) -> Any:
+        return policy.get_distribution(policy.obs_to_tensor(arrays)[0]).mode().cpu().numpy()
+
+    return act
+
+
+class Validation:
+    """Measures the policy on validation tasks, and keeps the best one.
+
+    Attributes:
+        best: state of the best network so far, and its score.
+    """
+
+    def __init__(self, tasks: Sequence[ProxyTask], envs: ProxyVecEnv) -> None:
+        self._tasks, self._envs = tasks, envs
+        self._start: list[float] = []
+        self.best: tuple[float, dict[str, torch.Tensor]] | None = None
+
+    def measure(self, policy: RankPolicy) -> dict[str, float]:
+        """Run the tasks; improvements over the untrained policy and over uniform, in shares of the headroom."""
+        losses = self._envs.play(self._tasks, greedy(policy))
+        self._start = self._start or losses
+        headrooms = [task.reference.headroom for task in self._tasks if task.reference]
+        uniform = [task.reference.uniform for task in self._tasks if task.reference]
+        row = {}
+        for name, baseline in (("over_start", self._start), ("over_uniform", uniform)):
+            comparisons = [Comparison(*each) for each in zip(baseline, headrooms, strict=True)]
+            shares = [other.improvement(loss, BOUND) for other, loss in zip(comparisons, losses, strict=True)]
+            row[name] = float(np.mean(shares))
+        if self.best is None or row["over_start"] > self.best[0]:
+            state = {name: value.clone() for name, value in policy.network.state_dict().items()}
+            self.best = row["over_start"], state
+        return row
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"start": self._start, "best": self.best}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._start, self.best = state["start"], state["best"]
+
+
+class PPOProgress(BaseCallback):
+    """After each update: a row of progress, validation if it is due, and a checkpoint."""
+
+    report: OnStage
+
+    def __init__(self, folder: Path, config: TrainConfig, validation: Validation, report: OnStage) -> None:
+        super().__init__()
+        self._folder, self._config, self._validation, self.report = folder, config, validation, report
+        self.iteration: int = 0
+        self._returns: Any = None
+        self._ranks: list[IntArray] = []
+
+    def _on_step(self) -> bool:
+        self._ranks = [np.array(info["ranks"]) for info in self.locals["infos"]]
+        return True
+
+    def _on_rollout_start(self) -> None:
+        """The update of the iteration before is done."""
+        self._save()
+
+    def _on_rollout_end(self) -> None:
+        self._returns = self.locals["rollout_buffer"].rewards.sum(axis=0)
+
+    def _on_training_end(self) -> None:
+        self._save()
+
+    def _save(self) -> None:
+        if self._returns is None:
+            return
+        returns, self._returns = self._returns, None
+        self.iteration += 1
+        assert isinstance(self.model, PPO)
+        assert isinstance(self.training_env, ProxyVecEnv)
+        network: RankNetwork = self.model.policy.network  # type: ignore[assignment]
+        envs = self.training_env
+        groups = returns.reshape(-1, self._config.episodes_per_task)
+        row = {
+            "iteration": self.iteration,
+            "episodes": int(returns.size),
+            "return_mean": float(returns.mean()),
+            "return_p10": float(np.quantile(returns, 0.1)),
+            "return_p90": float(np.quantile(returns, 0.9)),
+            "spread_in_groups": float(groups.std(axis=1).mean()),
+            "tasks": [task.id for s in range(self._config.stacks) for task in envs.fresh.draw(self.iteration - 1, s)],
+            "returns": [round(float(value), 3) for value in groups.mean(axis=1)],
+            "adapted": float(np.mean([(ranks > 0).mean() for ranks in self._ranks])),
+            "mean_rank": float(np.mean([ranks.mean() for ranks in self._ranks])),
+            "score_std": float(network.log_std[0].exp().detach()),
+            "rank_floor_std": float(network.log_std[1].exp().detach()),
+            "depth_bias_std": float(network.log_std[2].exp().detach()),
+            **{
+                key.removeprefix("train/"): float(value)
+                for key, value in self.logger.name_to_value.items()
+                if key in ("train/approx_kl", "train/clip_fraction", "train/loss", "train/value_loss")
+            },
+        }
+        for key in ("return_mean", "spread_in_groups", "adapted", "mean_rank"):
+            self.logger.record(f"rollout/{key}", row[key])
+        if self.iteration % self._config.validate_every == 0 or self.iteration == self._config.iterations:
+            row |= self.validate()
+        files.append_json_line(self._folder / PROGRESS, row)
+        write_checkpoint(self._folder / CHECKPOINT, self.model, self.iteration, self._validation)
+        self.report(Stage("training", self.iteration, self._config.iterations))
+
+    def validate(self) -> dict[str, float]:
+        """Measure the policy, if there are validation tasks."""
+        if not self._config.validation_tasks:
+            return {}
+        assert isinstance(self.model, PPO)
+        assert isinstance(self.model.policy, RankPolicy)
+        self.report(Stage("validation", self.iteration, self._config.iterations))
+        shares = self._validation.measure(self.model.policy)
+        for key, value in shares.items():
+            self.logger.record(f"validation/{key}", value)
+        self.logger.record("validation/regret", 1 - shares["over_uniform"])
+        return {f"validation_{key}": value for key, value in shares.items()}
+
+
+def write_checkpoint(path: Path, model: PPO, iteration: int, validation: Validation) -> None:
+    """Tensors and numbers only, so that reading it back never unpickles code."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  (SB3 shuffles with it)
+    state = {
+        "schema": SCHEMA,
+        "iteration": iteration,
+        "timesteps": model.num_timesteps,
+        "policy": model.policy.state_dict(),
+        "optimizer": model.policy.optimizer.state_dict(),
+        "validation": validation.state(),
+        "torch_rng": torch.get_rng_state(),
+        "numpy_rng": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            position,
+            has_gauss,
+            gauss,
+        ],
+    }
+    with files.atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def restore(path: Path, model: PPO, validation: Validation) -> int:
+    """Go on from a checkpoint; returns the iterations done."""
+    try:
+        state = files.load_archive(path)
+        if state.get("schema") != SCHEMA:
+            raise ValueError("it was written by another version of rankpilot")
+        model.policy.load_state_dict(state["policy"])
+        model.policy.optimizer.load_state_dict(state["optimizer"])
+        model.num_timesteps = int(state["timesteps"])
+        validation.restore(state["validation"])
+        torch.set_rng_state(state["torch_rng"])
+        kind, keys, position, has_gauss, gauss = state["numpy_rng"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+        return int(state["iteration"])
+    except Exception as error:  # whatever torch makes of a damaged file
+        raise RunFolderError(f"The checkpoint {path} cannot be read ({error}). Delete it to start over.") from error
+
 
 SPAN = 4.0
 """Worths lower than the largest by more than this, in log, count alike: their order is noise."""
@@ -218,7 +406,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         max_modules=modules,
         device=str(find_device(config.device)),
     )
-    with open_run(folder, as_json(TrainConfig, config), resume=resume):
+    with files.open_run(folder, files.as_json(TrainConfig, config), resume=resume):
         return _train(config, folder, fresh, stack, validation, on_stage or (lambda stage: None))
 
 
@@ -251,7 +439,7 @@ def _train(
         if begun:
             progress.iteration = restore(folder / CHECKPOINT, model, measured)
         rows = _progress_until(progress.iteration, folder / PROGRESS) if begun else []
-        write_text(folder / PROGRESS, "".join(json.dumps(row) + "\n" for row in rows))
+        files.write_text(folder / PROGRESS, "".join(json.dumps(row) + "\n" for row in rows))
         if not begun:
             _begin(model, envs, config, progress, folder)
             write_checkpoint(folder / CHECKPOINT, model, 0, measured)
@@ -294,7 +482,7 @@ def _value_ensemble(
     report(Stage("value ensemble", len(stacks), len(stacks)))
     ensemble = PlanValueEnsemble(ANY_COST)
     facts = fit_value_ensemble(ensemble, dataset, seed=config.seed, workers=config.worker_count)
-    write_json(folder / PLAN_RUNS / SUMMARY, {"runs": (len(stacks) * fresh.count + len(real)) * RUNS} | facts)
+    files.write_json(folder / PLAN_RUNS / SUMMARY, {"runs": (len(stacks) * fresh.count + len(real)) * RUNS} | facts)
     return ensemble
 
 
@@ -316,7 +504,7 @@ def _begin(model: PPO, envs: ProxyVecEnv, config: TrainConfig, progress: PPOProg
         )
         row |= {f"warm_{key}": value for key, value in facts.items()}
         row |= {f"warm_{key}": value for key, value in progress.validate().items()}
-    append_json_line(folder / PROGRESS, row)
+    files.append_json_line(folder / PROGRESS, row)
 
 
 def _new_model(config: TrainConfig, envs: ProxyVecEnv, folder: Path) -> PPO:
@@ -352,7 +540,7 @@ def _progress_until(iteration: int, path: Path) -> list[dict[str, Any]]:
         RunFolderError: there are none, or they are damaged.
     """
     try:
-        rows = [row for row in read_json_lines(path) if row["iteration"] <= iteration]
+        rows = [row for row in files.read_json_lines(path) if row["iteration"] <= iteration]
         if [row["iteration"] for row in rows[:1]] != [0]:
             raise ValueError("its first line is missing")
     except (DataError, ValueError, TypeError, LookupError) as error:
@@ -364,14 +552,14 @@ def _progress_until(iteration: int, path: Path) -> list[dict[str, Any]]:
 
 def finish(folder: Path, policy: LearnedPolicy, config: TrainConfig, results: dict[str, Any] | None = None) -> Path:
     """Write the trained policy and its card into the run's folder; the run then counts as finished."""
-    rows = read_json_lines(folder / PROGRESS)
+    rows = files.read_json_lines(folder / PROGRESS)
     provenance = {
         "name": folder.resolve().name,
-        "training": as_json(TrainConfig, config),
+        "training": files.as_json(TrainConfig, config),
         "suite_version": VERSION,
         "episodes": sum(row.get("episodes", 0) for row in rows),
         "start": rows[0],
-        "plan_runs": read_json(folder / PLAN_RUNS / SUMMARY) if policy.value_ensemble else {},
+        "plan_runs": files.read_json(folder / PLAN_RUNS / SUMMARY) if policy.value_ensemble else {},
         "validation": results or {},
     }
     return save_policy(folder, policy.network, config.schedule, provenance, policy.value_ensemble)

@@ -14,18 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ...common.files import atomic_path, check_tensor_file, read_json, sha256, write_json
-from ...common.settings import from_json
+from ...common.files import atomic_path, check_tensor_file, from_json, read_json, sha256, write_json
 from ...errors import MOST_NAME, ConfigError, DataError, PolicyFileError, UnknownNameError, first_line, shown
 from ...lora.spec import DEFAULT_RANKS
 from ..observation import MODULE_FEATURES, RUN_FEATURES, Inputs
-from ..plan_file import FILE_SUFFIXES, PlanFile
 from ..policy import Policy
-from ..rules import RULES, find_rule
-from ..schedule import DecisionSchedule
-from .config import NetworkConfig
-from .network import RankNetwork
-from .plan_value import PlanValueConfig, PlanValueEnsemble
+from ..rules import FILE_SUFFIXES, RULES, PlanFile, find_rule
+from ..settings import DecisionSchedule, NetworkConfig
+from .networks import PlanValueConfig, PlanValueEnsemble, RankNetwork
 from .policy import LearnedPolicy
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from rankpilot.common.arrays import FloatArray
-from rankpilot.common.statistics import Estimate, PairedComparison, compare_pairs, estimate, interquartile_means
 from rankpilot.cost.budget import Budget
+from rankpilot.training.results import Estimate, PairedComparison, compare_pairs, estimate, interquartile_means
 
 from .rows import plan_ranks
 from .study import DoesNotFitError, Method, MissingRowsError, Outcome, Study

@@ -19,7 +19,7 @@ from rankpilot.cost.peak_meter import PeakMeter
 from rankpilot.cost.recording import Batch
 from rankpilot.errors import BudgetError, NonFiniteError, UnknownNameError
 from rankpilot.finetune.before_training import run_costs
-from rankpilot.finetune.recomputation import recomputing
+from rankpilot.finetune.left_as_found import recomputing
 from rankpilot.lora.targets import find_target_modules
 
 from ..harness import interleave, paired_ratios

@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 from rankpilot.common.files import write_text
-from rankpilot.common.statistics import Estimate
 from rankpilot.common.text import plural
 from rankpilot.errors import ConfigError
+from rankpilot.training.results import Estimate
 
 from ..harness import Figures, estimate_figures, machine_facts
 from .numbers import (

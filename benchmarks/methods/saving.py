@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rankpilot.common.statistics import Estimate, estimate, ratio_estimate
+from rankpilot.training.results import Estimate, estimate, ratio_estimate
 
 from ..harness import Figures, estimate_figures
 from .numbers import Results, bullets, compare, markdown_table, percent

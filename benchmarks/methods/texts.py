@@ -15,8 +15,8 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-from rankpilot.data import tokens
-from rankpilot.data.chats import encoded
+from rankpilot.data import workload as tokens
+from rankpilot.data.columns import encoded
 from rankpilot.data.corpora import docstrings, load_corpus, scattered, standard_library
 from rankpilot.data.models import load_tokenizer
 from rankpilot.data.packaged_data import DATASETS, read_official_split, read_splits

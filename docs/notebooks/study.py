@@ -21,18 +21,15 @@ from rankpilot.agents.learned.policy import exploring
 from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
 from rankpilot.agents.log import DecisionLog
 from rankpilot.common.drawing import save_figure
-from rankpilot.common.statistics import estimate
-from rankpilot.env.suites import evenly, find_tasks
+from rankpilot.env.proxy_task import evenly, find_tasks
 from rankpilot.study.page import page_data, write_page
 from rankpilot.study.pictures import rank_heatmap
-from rankpilot.study.replay import DecidedAgain, redecide, replay
+from rankpilot.study.replay import DecidedAgain, Question, redecide, replay, stability, what_if
 from rankpilot.study.run_data import read_run
 from rankpilot.study.shapley import GROUPS, attribute
-from rankpilot.study.what_if import Question, stability, what_if
 from rankpilot.study.why import explain, explanations
-from rankpilot.training.compare import compare, log_folder
-from rankpilot.training.evaluate import LOGS, ROWS, STATIC, Replayed
-from rankpilot.training.results import read_rows
+from rankpilot.training.compare import LOGS, ROWS, STATIC, Replayed, compare, log_folder
+from rankpilot.training.results import estimate, read_rows
 
 folder = Path(os.environ.get("RANKPILOT_NOTEBOOK") or tempfile.mkdtemp(prefix="rankpilot-study-"))
 print("Everything is written to", folder)

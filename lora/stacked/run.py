@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from ...common.arrays import FloatArray, IntArray
+from ..adapters import Meter, pair_signals
 from ..optimizer_state import StateMap
 from ..resize import BEFORE_THE_RUN, fresh_directions, growth_generator, shrink_maps
-from ..signals import Meter, pair_signals
 from ..spec import REFERENCE_RANK
 from .adapters import StackedAdapters
 

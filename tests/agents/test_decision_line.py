@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rankpilot.agents.deliberation import decision_line
+from rankpilot.agents.policy import decision_line
 from rankpilot.cost.cost import ParameterCost
 
 from .test_log import make_problem, make_record

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.deliberation import Deliberation, plan_distance, unlike
+from rankpilot.agents.policy import Deliberation, plan_distance, unlike
 
 from .test_log import make_deliberation
 

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from rankpilot.agents.deliberation import Deliberation
 from rankpilot.agents.log import DecisionLog, DecisionRecord
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
-from rankpilot.agents.policy import Decision
+from rankpilot.agents.policy import Decision, Deliberation
 from rankpilot.cost.cost import ByteCost, ParameterCost, TimedCost
 from rankpilot.errors import ConfigError, DataError, RunFolderError
 from rankpilot.lora.spec import RankLadder

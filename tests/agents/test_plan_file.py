@@ -15,9 +15,9 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
 from rankpilot.agents.observation import Observation
-from rankpilot.agents.plan_file import PlanFile, plan_text, read_plan
 from rankpilot.agents.policy import decided_plan
-from rankpilot.agents.schedule import ONCE, DecisionSchedule
+from rankpilot.agents.rules import PlanFile, plan_text, read_plan
+from rankpilot.agents.settings import ONCE, DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules

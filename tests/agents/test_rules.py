@@ -11,7 +11,7 @@ import pytest
 import torch
 from rankpilot.agents.observation import MODULE_FEATURES, Observation
 from rankpilot.agents.rules import RULES, RandomScores, Window, find_rule
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.env.stacked import StackedEpisodes
 from rankpilot.errors import UnknownNameError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.errors import ConfigError
 
 

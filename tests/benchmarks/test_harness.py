@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rankpilot.common import statistics
 from rankpilot.common.arrays import FloatArray
-from rankpilot.common.statistics import Estimate, Statistic
 from rankpilot.common.text import make_table
 from rankpilot.errors import ConfigError
+from rankpilot.training import results as statistics
+from rankpilot.training.results import Estimate, Statistic
 from rich.console import Console
 
 from benchmarks.harness import (

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import yaml
 from peft import LoraConfig
-from rankpilot.agents.deliberation import FrontierPlan
-from rankpilot.agents.plan_file import read_plan
+from rankpilot.agents.policy import FrontierPlan
+from rankpilot.agents.rules import read_plan
 from rankpilot.cli import allocate as module
 from rankpilot.errors import ConfigError
 from rankpilot.finetune import experiment
 from rankpilot.finetune.allocate import StaticPlan
-from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.finetune.options import FinetuneConfig
 
 from .mistakes import usage_error
 

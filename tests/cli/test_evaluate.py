@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.networks import RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.cli import main as cli
 from rankpilot.errors import ConfigError
 from rankpilot.training.config import EvaluateConfig
@@ -73,7 +73,7 @@ def test_bad_settings() -> None:
 
 
 def test_a_suite_with_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankpilot.training import evaluate as comparison
+    from rankpilot.training import compare as comparison
 
     monkeypatch.setattr(comparison, "find_tasks", lambda *_: ("one",))
     with pytest.raises(ConfigError, match="at least 2 tasks"):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from rankpilot.cli import main as cli
 from rankpilot.cli.evaluate import comparison_table
-from rankpilot.common.statistics import Estimate, PairedComparison
-from rankpilot.training.results import Group, PolicyResult
+from rankpilot.training.results import Estimate, Group, PairedComparison, PolicyResult
 from rich.console import Console
 
 NAME = "a[x]b [/] [bold]c"

@@ -10,18 +10,16 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock, Timeout
-from rankpilot.common.files import read_json, write_json
-from rankpilot.common.run_folder import CONFIG, LOCK, open_run
-from rankpilot.common.settings import as_json
+from rankpilot.common.files import CONFIG, LOCK, as_json, open_run, read_json, write_json
 from rankpilot.errors import RunFolderError
-from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.finetune.options import FinetuneConfig
 
 SETTINGS = {"steps": 3}
 
 OTHER_PROCESS = """
 import sys
 from pathlib import Path
-from rankpilot.common.run_folder import open_run
+from rankpilot.common.files import open_run
 with open_run(Path(sys.argv[1]), {"steps": 3}, resume=True):
     print("open", flush=True)
     sys.stdin.read()

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.schedule import DecisionSchedule
-from rankpilot.common.settings import as_json, from_json
+from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
+from rankpilot.common.files import as_json, from_json
 from rankpilot.errors import ConfigError
-from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.finetune.options import FinetuneConfig
 from rankpilot.study.memory_config import MemoryConfig
 from rankpilot.training.config import PRESETS, TrainConfig
 

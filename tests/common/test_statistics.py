@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rankpilot.common.statistics import (
+from rankpilot.training.results import (
     Estimate,
     compare_pairs,
     estimate,
     interquartile_means,
     mean_and_interval,
     means,
-    medians,
-    rank_correlation,
     ratio_estimate,
 )
+
+from benchmarks.harness import medians, rank_correlation
 
 
 def alone(count: int) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rankpilot.cost.batch_shape import BatchShape, reshaped
+from rankpilot.cost.recording import BatchShape, reshaped
 
 END = 2
 

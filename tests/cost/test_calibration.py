@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from rankpilot.cost.batch_shape import BatchShape
 from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.cost import plan_cost
+from rankpilot.cost.recording import BatchShape
 from rankpilot.errors import UnsupportedError
-from rankpilot.lora.frozen_weights import guard_base
-from rankpilot.lora.targets import find_target_modules
+from rankpilot.lora.targets import find_target_modules, guard_base
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 

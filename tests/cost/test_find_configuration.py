@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from rankpilot.cost.find_configuration import find_configuration, published_models
 from rankpilot.cost.from_config import hollow_base, usual_class
+from rankpilot.cost.published import find_configuration, published_models
 from rankpilot.errors import AssetError, ConfigError, UnknownNameError
 from transformers import AutoConfig, LlamaConfig
 

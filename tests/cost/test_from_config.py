@@ -14,19 +14,18 @@ import pytest
 import torch
 import transformers as t
 from peft import PeftModel, prepare_model_for_kbit_training
-from rankpilot.cost.batch_shape import BatchShape
 from rankpilot.cost.breakdown import frozen_bytes
 from rankpilot.cost.calibration import measure_memory
 from rankpilot.cost.cost import moment_costs, plan_cost
-from rankpilot.cost.device_table import WORKSPACE_BYTES
 from rankpilot.cost.from_config import PEFT_TYPES, LoadedAs, from_config, hollow_base, usual_class
 from rankpilot.cost.model import MemoryModel
+from rankpilot.cost.published import WORKSPACE_BYTES
+from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import OptimizerName, StepConfig
 from rankpilot.cost.training_step import TrainingStep, model_loss, new_optimizer, release_inputs, switch_checkpointing
 from rankpilot.errors import UnknownNameError, UnsupportedError
-from rankpilot.lora.frozen_weights import guard_base
 from rankpilot.lora.peft_config import fresh_adapters
-from rankpilot.lora.targets import find_target_modules
+from rankpilot.lora.targets import find_target_modules, guard_base
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DebertaV2Config, PreTrainedConfig, PreTrainedModel
 
 from .measured import adamw_run, random_plans

@@ -13,7 +13,7 @@ from rankpilot.cost import measured_time
 from rankpilot.cost.measured_time import count_work, measure_step_time, timed_plans, usual_seconds
 from rankpilot.cost.step_time import Rates
 from rankpilot.cost.training_step import TrainingStep, model_loss
-from rankpilot.finetune.recomputation import Recomputation
+from rankpilot.finetune.left_as_found import Recomputation
 from rankpilot.lora.targets import find_target_modules
 from transformers.modeling_layers import GradientCheckpointingLayer
 

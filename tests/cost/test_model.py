@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.cost.batch_shape import BatchShape
 from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.cost import moment_costs, plan_cost
 from rankpilot.cost.peak_meter import PeakMeter
+from rankpilot.cost.recording import BatchShape
 from rankpilot.errors import UnsupportedError
+from rankpilot.lora.adapters import signal_buffer_bytes
 from rankpilot.lora.resize import set_ranks
-from rankpilot.lora.signals import signal_buffer_bytes
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 

@@ -14,7 +14,7 @@ from rankpilot.cost.measured_time import count_work
 from rankpilot.cost.step_time import PARAMETER_BYTES, PARTS, Rates, StepTime, StepWork, fitted
 from rankpilot.cost.training_step import model_loss, release_inputs
 from rankpilot.errors import ConfigError
-from rankpilot.finetune.recomputation import Recomputation
+from rankpilot.finetune.left_as_found import Recomputation
 from rankpilot.lora.targets import find_target_modules
 
 

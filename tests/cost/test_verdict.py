@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rankpilot.cost.allocator import replay
-from rankpilot.cost.batch_shape import BatchShape
 from rankpilot.cost.breakdown import frozen_sizes
-from rankpilot.cost.device_table import DeviceSpec, find_device_spec
 from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
 from rankpilot.cost.outlook import CardUse, card_use
+from rankpilot.cost.published import DeviceSpec, find_device_spec
+from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
 from transformers import LlamaConfig
 

@@ -13,8 +13,8 @@ from rankpilot.cost.step_config import Quantization
 from rankpilot.data.models import adapt, load_model
 from rankpilot.data.task import Task
 from rankpilot.errors import UnsupportedError
-from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import finetune
+from rankpilot.finetune.options import FinetuneConfig
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.cost.cost import ParameterCost
-from rankpilot.env.episode_record import Comparison, EpisodeRecord
+from rankpilot.env.episode import Comparison, EpisodeRecord
 from rankpilot.env.proxy_task import Reference
 from rankpilot.lora.spec import RankLadder
 from rankpilot.plan.problem import AllocationProblem

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rankpilot.agents.log import DecisionLog, DecisionRecord
 from rankpilot.agents.rules import SignalRule
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.env.episode import Episode
 from rankpilot.env.proxy_finetune import fine_tune_of
 from rankpilot.env.proxy_task import ProxyTask

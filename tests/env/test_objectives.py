@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from rankpilot.env.bases import MASK_TOKEN, find_base, load_base_model
 from rankpilot.env.proxy_finetune import (
     FIRST_CLASS,
     IGNORED,
@@ -15,6 +14,7 @@ from rankpilot.env.proxy_finetune import (
     label_loss,
     language_inputs,
 )
+from rankpilot.env.proxy_task import MASK_TOKEN, find_base, load_base_model
 
 
 @pytest.fixture

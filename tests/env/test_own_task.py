@@ -17,7 +17,7 @@ import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.policy import Decision
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.cost.budget import reference_cost
 from rankpilot.cost.cost import ByteCost, ParameterCost
 from rankpilot.env.episode import Episode, probe_task, reference_of, rule_losses

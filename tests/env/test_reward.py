@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from rankpilot.env.episode_record import CHURN, REWARD_BOUND, UNIFORM, Comparison, churn_cost, rule_to_compare_with
+from rankpilot.env.episode import CHURN, REWARD_BOUND, UNIFORM, Comparison, churn_cost, rule_to_compare_with
 from rankpilot.env.proxy_task import Reference
 from rankpilot.errors import UnknownNameError
 

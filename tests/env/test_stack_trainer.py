@@ -11,17 +11,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from rankpilot.agents.policy import Decision
-from rankpilot.agents.schedule import DecisionSchedule
-from rankpilot.env import stack_trainer
+from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.env import stacked as stack_trainer
 from rankpilot.env.proxy_finetune import known_of, load_task
 from rankpilot.env.proxy_task import ProxyTask
-from rankpilot.env.stack_trainer import FrozenStates, Lane, StackTrainer, joining, parts_of
-from rankpilot.env.stacked import StackedEpisodes
+from rankpilot.env.stacked import FrozenStates, Lane, StackedEpisodes, StackTrainer, joining, parts_of
 from rankpilot.lora.stacked import adapters as adapters_module
-from rankpilot.lora.stacked.adapters import Pair
+from rankpilot.lora.stacked.adapters import Pair, Segment
 from rankpilot.lora.stacked.blocks import Blocks
 from rankpilot.lora.stacked.run import Move, reset_runs, set_stacked_ranks
-from rankpilot.lora.stacked.segments import Segment
 
 from ..cases import first_cases
 
@@ -171,7 +169,7 @@ def test_frozen_states_are_computed_for_many_steps_at_a_time(make_task: Any, mon
     batches, calls = load_task(task).inputs[2:], []
     frozen = Blocks.frozen
     monkeypatch.setattr(Blocks, "frozen", lambda self, *args: calls.append(len(args[0])) or frozen(self, *args))
-    monkeypatch.setattr("rankpilot.env.stack_trainer.FORWARD_TOKENS", 2 * batches[0].numel())
+    monkeypatch.setattr("rankpilot.env.stacked.FORWARD_TOKENS", 2 * batches[0].numel())
     states = FrozenStates(trainer._blocks, batches, [3, 1, 3], first=2)
     for step in range(2, 7):
         at = states.at(step)

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rankpilot.env.proxy_task import ProxyTask, Reference
-from rankpilot.env.suites import FRESH_SEEDS, TaskStream, fresh_task
+from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference, TaskStream, fresh_task
 from rankpilot.errors import ConfigError
 
 MakeTask = Callable[..., ProxyTask]

@@ -15,22 +15,32 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.files import append_json_line
-from rankpilot.common.statistics import mean_and_interval
 from rankpilot.cost.cost import plan_cost
 from rankpilot.data.corpora import CORPORA
-from rankpilot.env import suites
-from rankpilot.env.bases import BASES_FOLDER, PROXY_BASES, adapted_base
+from rankpilot.env import proxy_task as suites
 from rankpilot.env.episode import Episode, reference_of
 from rankpilot.env.proxy_finetune import ProxyFineTune, check_texts, oracle_plan
-from rankpilot.env.proxy_task import PLACEMENTS, ProxyTask, Reference
+from rankpilot.env.proxy_task import (
+    BASES_FOLDER,
+    FOLDER,
+    PLACEMENTS,
+    PROXY_BASES,
+    VERSION,
+    ProxyTask,
+    Reference,
+    adapted_base,
+    evenly,
+    find_tasks,
+    load_suite,
+)
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.suite_names import SPLITS, SUITES
-from rankpilot.env.suites import FOLDER, VERSION, evenly, find_tasks, load_suite
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.plan.plan import check_budget, uniform_ranks
 from rankpilot.plan.problem import AllocationProblem
+from rankpilot.training.results import mean_and_interval
 
 from tools import make_suites
 from tools.make_suites import BUDGETS, LARGE_BATCH, MORE, RATES, MakeConfig, budget_range, definitions

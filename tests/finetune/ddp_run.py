@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.observation import RUN_FEATURES, Observation
 from rankpilot.agents.policy import Decision, decision_from_plan
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.finetune.callback import RankPilotCallback, attach
 from rankpilot.finetune.replicas import digest_of
 from rankpilot.lora.targets import find_target_modules

@@ -16,7 +16,7 @@ from rankpilot.data.models import bitsandbytes_settings, head_options, load_conf
 from rankpilot.data.task import KINDS
 from rankpilot.data.workload import Workload
 from rankpilot.finetune import experiment
-from rankpilot.finetune.config import PILOT, FinetuneConfig
+from rankpilot.finetune.options import PILOT, FinetuneConfig
 from safetensors.torch import load_file, save_file
 
 from ..warm_python import WarmPython

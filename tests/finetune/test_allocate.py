@@ -15,7 +15,7 @@ from rankpilot import RankPilot, TrainingRun, allocate, attach
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.rules import find_rule
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, DataError
 from rankpilot.finetune.allocate import static_plan
 from rankpilot.lora.peft_config import adapter_ranks

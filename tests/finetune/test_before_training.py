@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from rankpilot import RankPilot, TrainingRun
 from rankpilot.agents.observation import RUN_FEATURES, Observation
 from rankpilot.agents.policy import Decision, decision_from_plan
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.data.batches import IGNORED
 from rankpilot.finetune.before_training import LEAST_PROBE_STEPS, PROBE_SHARE, probe_steps
 from torch import nn

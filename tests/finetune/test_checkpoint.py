@@ -12,7 +12,7 @@ import torch
 from rankpilot.cost.cost import ByteCost, ParameterCost, cost_from_state, cost_state
 from rankpilot.errors import RunFolderError
 from rankpilot.finetune.checkpoint import STATE, TENSORS, load_state, save_state
-from rankpilot.finetune.out_of_memory import Taken
+from rankpilot.finetune.left_as_found import Taken
 from rankpilot.finetune.peak_guard import PeakGuard
 from rankpilot.finetune.pilot import LossMeter
 

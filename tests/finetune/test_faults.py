@@ -17,11 +17,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.schedule import ONCE, DecisionSchedule
+from rankpilot.agents.settings import ONCE, DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
-from rankpilot.finetune.callback import RankPilotCallback, attach
+from rankpilot.finetune.callback import RankPilotCallback, StopOnSigterm, attach
 from rankpilot.finetune.checkpoint import STATE
-from rankpilot.finetune.stop import StopOnSigterm
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed

@@ -14,8 +14,8 @@ import torch
 from rankpilot.common.devices import EnergyCounter
 from rankpilot.common.files import read_json, read_json_lines, write_json
 from rankpilot.errors import NonFiniteError
-from rankpilot.finetune import metrics as metrics_module
-from rankpilot.finetune.metrics import RunMetrics, hardware_facts
+from rankpilot.finetune import trainer as metrics_module
+from rankpilot.finetune.trainer import RunMetrics, hardware_facts
 from rankpilot.study.page import page_data
 from rankpilot.study.run_data import read_run
 from transformers import TrainerState, TrainingArguments

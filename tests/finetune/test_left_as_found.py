@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.errors import ConfigError, DataError, RunFolderError, UnsupportedError
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.peft_config import adapter_ranks

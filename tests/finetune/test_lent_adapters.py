@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from rankpilot import allocate
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.errors import ConfigError, RankPilotError, UnsupportedError
 from rankpilot.finetune.allocate import lent_adapters, task_type
 from torch import nn

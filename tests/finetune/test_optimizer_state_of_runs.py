@@ -9,7 +9,7 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.errors import BudgetError
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.finetune.trainer_step import TrainerStep

@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.plan_file import read_plan
+from rankpilot.agents.rules import read_plan
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.errors import ConfigError, UnknownNameError
-from rankpilot.finetune.config import FinetuneConfig, rank_bounds_of
 from rankpilot.finetune.experiment import finetune, plan_ahead
+from rankpilot.finetune.options import FinetuneConfig, rank_bounds_of
 from rankpilot.finetune.trainer import arguments_class, further_settings, new_arguments
 from transformers import AutoModelForCausalLM, TrainingArguments
 

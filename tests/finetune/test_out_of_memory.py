@@ -18,8 +18,8 @@ import rankpilot
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.schedule import ONCE
-from rankpilot.finetune.out_of_memory import GOOD_STEPS, MOST_TRIES, PLAN_SHARE, saved_by_a_try
+from rankpilot.agents.settings import ONCE
+from rankpilot.finetune.left_as_found import GOOD_STEPS, MOST_TRIES, PLAN_SHARE, saved_by_a_try
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 

@@ -14,11 +14,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.schedule import DecisionSchedule
-from rankpilot.cost.batch_shape import BatchShape
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.cost.budget import free_bytes
 from rankpilot.cost.calibration import LOOP_BYTES
 from rankpilot.cost.cost import plan_cost
+from rankpilot.cost.recording import BatchShape
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError, UnsupportedError
 from rankpilot.finetune import peak_guard as guard_module
 from rankpilot.finetune.callback import attach

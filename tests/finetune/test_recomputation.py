@@ -14,9 +14,8 @@ import rankpilot
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.errors import BudgetError, ConfigError, UnsupportedError
-from rankpilot.finetune.config import FinetuneConfig
-from rankpilot.finetune.out_of_memory import GOOD_STEPS
-from rankpilot.finetune.recomputation import Recomputation
+from rankpilot.finetune.left_as_found import GOOD_STEPS, Recomputation
+from rankpilot.finetune.options import FinetuneConfig
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,

@@ -16,7 +16,7 @@ import torch
 from accelerate import skip_first_batches
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rankpilot.data.models import load_tokenizer, resolve_model
 from rankpilot.data.packaged_data import SENTIMENT, read_splits
-from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import finetune
+from rankpilot.finetune.options import FinetuneConfig
 from transformers import AutoModelForCausalLM
 
 MODEL = "smollm2-135m-instruct"

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.errors import ConfigError
-from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import finetune
+from rankpilot.finetune.options import FinetuneConfig
 
 from ..cases import first_cases
 from ..data.small_models import WORDS, save, write_rows

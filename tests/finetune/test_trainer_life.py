@@ -18,7 +18,7 @@ from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.observation import RUN_FEATURES, Observation
 from rankpilot.agents.policy import Decision, decision_from_plan
 from rankpilot.agents.rules import SignalRule
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.callback import attach, graphs_per_plan, warn_of_recompiles
 from rankpilot.lora.peft_config import adapter_ranks

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.network import RankNetwork
-from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
+from rankpilot.agents.learned.networks import PlanValueConfig, PlanValueEnsemble, RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.errors import BudgetError
 from rankpilot.finetune.callback import RankPilotCallback, attach
 from rankpilot.lora.peft_config import adapter_ranks

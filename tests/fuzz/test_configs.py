@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import strategies as st
-from rankpilot.agents.plan_file import PlanFile, read_plan
+from rankpilot.agents.rules import PlanFile, read_plan
 from rankpilot.cli.options import read_config_file, with_file_settings
-from rankpilot.common.settings import as_json
+from rankpilot.common.files import as_json
 from rankpilot.errors import ConfigError
-from rankpilot.finetune.config import FinetuneConfig, rank_bounds_of
+from rankpilot.finetune.options import FinetuneConfig, rank_bounds_of
 from rankpilot.finetune.trainer import new_arguments
 from rankpilot.training.config import TrainConfig
 

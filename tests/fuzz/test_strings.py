@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 from hypothesis import strategies as st
-from rankpilot.agents.schedule import DecisionSchedule
-from rankpilot.common.settings import from_json
+from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.common.files import from_json
 from rankpilot.cost.budget import Budget, TimeBudget
 from rankpilot.errors import BudgetError, ConfigError
-from rankpilot.finetune.config import rank_bounds_of
+from rankpilot.finetune.options import rank_bounds_of
 from rankpilot.lora.spec import ModuleSpec
 from rankpilot.plan.problem import rank_bounds
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from rankpilot.errors import RunFolderError
-from rankpilot.training.progress import Validation, restore, write_checkpoint
+from rankpilot.training.train import Validation, restore, write_checkpoint
 
 from ..training.test_train import learner
 from .damage import damaged

@@ -18,11 +18,10 @@ from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.cost import plan_cost
 from rankpilot.cost.peak_meter import PeakMeter
 from rankpilot.errors import UnsupportedError
-from rankpilot.lora.frozen_weights import base_norm, guard_base, real_weight
+from rankpilot.lora.adapters import SignalMeter
 from rankpilot.lora.peft_config import adapter_ranks, finish_load, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
-from rankpilot.lora.signals import SignalMeter
-from rankpilot.lora.targets import TargetModule, find_target_modules
+from rankpilot.lora.targets import TargetModule, base_norm, find_target_modules, guard_base, real_weight
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,

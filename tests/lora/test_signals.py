@@ -7,8 +7,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+from rankpilot.lora.adapters import SIGNALS, SignalMeter, pair_signals, signal_buffer_bytes
 from rankpilot.lora.resize import set_ranks
-from rankpilot.lora.signals import SIGNALS, SignalMeter, pair_signals, signal_buffer_bytes
 from rankpilot.lora.targets import find_target_modules
 
 from ..cases import first_cases

@@ -11,8 +11,7 @@ from rankpilot.cost.cost import ParameterCost, plan_cost
 from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import RankLadder
 from rankpilot.plan.plan import pack
-from rankpilot.plan.plan_builder import GAP, best_plan
-from rankpilot.plan.problem import AllocationProblem
+from rankpilot.plan.problem import GAP, AllocationProblem, best_plan
 
 from ..cases import first_cases
 from .synthetic_costs import reordered, transformer_cost

@@ -11,9 +11,8 @@ from rankpilot.cost.cost import ByteCost, plan_cost, unit_cost
 from rankpilot.cost.step_time import StepTime
 from rankpilot.errors import BudgetError
 from rankpilot.lora.spec import RankLadder
-from rankpilot.plan.plan import check_budget, project, uniform_ranks
+from rankpilot.plan.plan import CHECKS, SETTLED, TimeLimit, check_budget, project, uniform_ranks
 from rankpilot.plan.problem import AllocationProblem
-from rankpilot.plan.time_limit import CHECKS, SETTLED, TimeLimit
 
 LAYERS, EACH = 6, 3
 MODULES = LAYERS * EACH

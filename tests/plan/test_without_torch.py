@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 from rankpilot.plan.problem import rank_bounds
-from rankpilot.plan.plan_builder import best_plan
+from rankpilot.plan.problem import best_plan
 from rankpilot.plan.plan import top_down
 from rankpilot.plan.plan import check_budget, project, uniform_ranks
 from rankpilot.plan.problem import AllocationProblem

@@ -18,10 +18,9 @@ from pathlib import Path
 from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
 from rankpilot.agents.observation import Observation
 from rankpilot.common.workers import worker_pool
-from rankpilot.env.proxy_task import ProxyTask
+from rankpilot.env.proxy_task import ProxyTask, find_tasks
 from rankpilot.env.stacked import StackedEpisodes
 from rankpilot.env.suite_names import SUITES
-from rankpilot.env.suites import find_tasks
 
 RECORD = Path(__file__).with_name("decisions.json.gz")
 SLOTS = 16

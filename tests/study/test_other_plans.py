@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rankpilot.agents.log import DecisionLog
 from rankpilot.errors import ConfigError
-from rankpilot.finetune.branch import other_plan
+from rankpilot.finetune.experiment import other_plan
 
 from ..agents.test_log import MODULES, make_record
 

@@ -13,10 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rankpilot.common.files import read_json
 from rankpilot.common.text import layer_titles
-from rankpilot.cost.batch_shape import BatchShape
 from rankpilot.cost.breakdown import KINDS, LOSS, Breakdown
-from rankpilot.cost.device_table import find_device_spec
 from rankpilot.cost.outlook import CardUse, Choice, MeasuredStep
+from rankpilot.cost.published import find_device_spec
+from rankpilot.cost.recording import BatchShape
 from rankpilot.study.memory_config import MemoryConfig
 from rankpilot.study.memory_report import (
     choice_table,

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rankpilot.finetune.config import FinetuneConfig
 from rankpilot.finetune.experiment import plan_ahead
+from rankpilot.finetune.options import FinetuneConfig
 from rankpilot.study.memory_config import MemoryConfig
 from rankpilot.study.memory_here import memory_here
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.deliberation import Deliberation
+from rankpilot.agents.policy import Deliberation
 from rankpilot.common.files import append_json_line, read_json, write_json
 from rankpilot.plan.goal import Goal
 from rankpilot.study.run_data import RunData, read_run

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.common.files import read_json, sha256
-from rankpilot.env.suites import find_tasks
+from rankpilot.env.proxy_task import find_tasks
 from rankpilot.errors import DataError, RunFolderError
 from rankpilot.training import task_sampling
 from rankpilot.training.config import TrainConfig

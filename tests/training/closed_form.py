@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 from rankpilot.agents.controller import ProbeResult, RankController
-from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.networks import RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.observation import Observation
 from rankpilot.agents.policy import Decision
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.cost.budget import reference_cost
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.env.proxy_task import Reference
-from rankpilot.lora.signals import SIGNALS
+from rankpilot.lora.adapters import SIGNALS
 from rankpilot.plan.plan import uniform_ranks
-from rankpilot.plan.plan_builder import best_plan
+from rankpilot.plan.problem import best_plan
 
 MODULES = 12
 SCHEDULE = DecisionSchedule(fractions=(0.0,))

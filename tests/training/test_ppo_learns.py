@@ -13,13 +13,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.policy import decision_from_plan
+from rankpilot.agents.settings import NetworkConfig
 from rankpilot.env import rank_allocation
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.plan.plan import uniform_ranks
-from rankpilot.plan.plan_builder import best_plan
-from rankpilot.training.ppo_policy import GroupRolloutBuffer, RankPolicy
+from rankpilot.plan.problem import best_plan
+from rankpilot.training.vec_env import GroupRolloutBuffer, RankPolicy
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 

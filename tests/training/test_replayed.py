@@ -9,14 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.plan_file import GivenPlan, shuffled_within_kinds
 from rankpilot.agents.policy import decided_plan
-from rankpilot.agents.rules import RULES
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.rules import RULES, GivenPlan, shuffled_within_kinds
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError
-from rankpilot.training.compare import TaskRule, compare, log_folder
-from rankpilot.training.evaluate import SHUFFLED, STATIC, Replayed, check_weights, find_competitor
+from rankpilot.training.compare import (
+    SHUFFLED,
+    STATIC,
+    Replayed,
+    TaskRule,
+    check_weights,
+    compare,
+    find_competitor,
+    log_folder,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,13 +19,11 @@ from numpy.typing import NDArray
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.agents.policy import Decision, decision_from_scores
 from rankpilot.agents.rules import MEAN_SIGNALS, signal_mean
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.arrays import Arrays
-from rankpilot.env.bases import adapted_base
 from rankpilot.env.proxy_finetune import utilities
-from rankpilot.env.proxy_task import ProxyTask, Reference
+from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference, adapted_base
 from rankpilot.env.stacked import StackedEpisodes
-from rankpilot.env.suites import FRESH_SEEDS
 from rankpilot.env.vector import StackedConfig, StackedVectorEnv
 from rankpilot.errors import BudgetError, ConfigError, WorkerError
 from rankpilot.training import vec_env as rollout_env

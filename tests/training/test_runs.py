@@ -14,18 +14,15 @@ from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.observation import Observation
 from rankpilot.agents.policy import Decision, Policy
 from rankpilot.agents.rules import RULES, SignalRule
-from rankpilot.agents.schedule import DecisionSchedule
-from rankpilot.env.episode import Episode
-from rankpilot.env.episode_record import Comparison
+from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.env.episode import Comparison, Episode
 from rankpilot.env.proxy_finetune import ProxyFineTune
-from rankpilot.env.proxy_task import ProxyTask, Reference
+from rankpilot.env.proxy_task import ProxyTask, Reference, load_suite
 from rankpilot.env.suite_names import SPLITS, SUITES
-from rankpilot.env.suites import load_suite
 from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.study.replay import redecide
 from rankpilot.training import compare as evaluation
-from rankpilot.training.compare import SEED_STEP, compare, log_folder, repetition
-from rankpilot.training.evaluate import Oracle
+from rankpilot.training.compare import SEED_STEP, Oracle, compare, log_folder, repetition
 from rankpilot.training.results import Row, append_rows, groups_of, read_rows, row_of, summarise, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")

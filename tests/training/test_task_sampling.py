@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from rankpilot.env.proxy_task import ProxyTask
+from rankpilot.env.proxy_task import ProxyTask, load_suite
 from rankpilot.env.suite_names import SUITES
-from rankpilot.env.suites import load_suite
 from rankpilot.training.task_sampling import vary
 
 

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.policy_file import WEIGHTS
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.common.cluster import running_on_cluster
 from rankpilot.env.stacked import rounding_digest
 from rankpilot.training.config import TrainConfig
 from rankpilot.training.plan_runs import PLAN_RUNS
-from rankpilot.training.progress import OnStage, Stage
-from rankpilot.training.train import finish, train
+from rankpilot.training.train import OnStage, Stage, finish, train
 from rankpilot.training.vec_env import ProxyVecEnv
 from safetensors.numpy import load_file
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from rankpilot.agents.learned.candidates import BASIS, FIXED, candidate_actions
+from rankpilot.agents.learned.policy import BASIS, FIXED, candidate_actions
 from rankpilot.agents.observation import MODULE_FEATURES, Observation, module_feature
 from rankpilot.agents.policy import decision_from_scores
 from rankpilot.agents.rules import find_rule

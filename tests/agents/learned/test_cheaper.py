@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rankpilot.agents.learned.candidates import with_less, with_less_time
+from rankpilot.agents.learned.policy import with_less, with_less_time
 from rankpilot.cost.cost import ByteCost, Cost, TimedCost, moment_costs, plan_cost
 from rankpilot.cost.step_time import SecondsRow
 from rankpilot.lora.spec import RankLadder

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
+from rankpilot.agents.learned.networks import Plans, PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.common.arrays import FloatArray
 from rankpilot.errors import ConfigError

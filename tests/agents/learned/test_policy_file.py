@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.network import RankNetwork
-from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
+from rankpilot.agents.learned.networks import PlanValueConfig, PlanValueEnsemble, RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import (
     CARD,
@@ -26,7 +24,7 @@ from rankpilot.agents.learned.policy_file import (
 )
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Inputs, Observation
 from rankpilot.agents.rules import RULES, SignalRule
-from rankpilot.agents.schedule import ONCE, DecisionSchedule
+from rankpilot.agents.settings import ONCE, DecisionSchedule, NetworkConfig
 from rankpilot.common.files import sha256
 from rankpilot.errors import PolicyFileError, UnknownNameError
 from safetensors.torch import load_file, save_file

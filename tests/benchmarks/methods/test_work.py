@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.networks import RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.agents.schedule import ONCE
+from rankpilot.agents.settings import ONCE, NetworkConfig
 
 from benchmarks.methods.policies import identity
 from benchmarks.methods.registry import perform

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from rankpilot.lora.stacked.segments import OVERHEAD, AddDeltas, add_deltas, cut, make_segments
+from rankpilot.lora.stacked.adapters import OVERHEAD, AddDeltas, add_deltas, cut, make_segments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.network import RankNetwork
-from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
+from rankpilot.agents.learned.networks import Plans, PlanValueConfig, PlanValueEnsemble, RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.log import DecisionLog, DecisionRecord
 from rankpilot.agents.observation import Observation
 from rankpilot.agents.policy import Policy, decided_plan
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.env.episode import EpisodeLog
 from rankpilot.env.proxy_task import ProxyTask
 from rankpilot.env.stacked import StackedEpisodes

@@ -15,7 +15,7 @@ from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.log import DecisionLog, DecisionRecord
 from rankpilot.agents.observation import Observation
 from rankpilot.agents.rules import find_rule
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.errors import RunFolderError
 from rankpilot.study.why import explain, explanations
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig
+from rankpilot.agents.learned.networks import Plans, PlanValueConfig
 from rankpilot.agents.learned.policy import LearnedPolicy, with_goal
 from rankpilot.agents.log import DecisionLog, DecisionRecord
 from rankpilot.agents.observation import MODULE_FEATURES, Observation

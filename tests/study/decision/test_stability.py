@@ -11,7 +11,7 @@ from rankpilot.agents.log import DecisionRecord
 from rankpilot.agents.observation import Observation
 from rankpilot.agents.rules import find_rule
 from rankpilot.errors import ConfigError
-from rankpilot.study.what_if import stability
+from rankpilot.study.replay import stability
 
 
 def test_more_noise_moves_more(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.plan_value import Plans
+from rankpilot.agents.learned.networks import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.log import DecisionRecord
 from rankpilot.agents.observation import Observation, module_feature
