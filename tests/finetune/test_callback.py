@@ -27,7 +27,7 @@ from .tiny_runs import Run, arguments, counting, logits, new_base, ranks_of
 STEPS, LENGTH = 12, 20
 DECISIONS = (0, 2, 4, 6)
 USUAL: dict[str, Any] = {"schedule": DecisionSchedule(probe_steps=4), "max_steps": STEPS, "measure_every": 1}
-USUAL |= {"save_steps": 3, "data": counting(120, LENGTH)}
+USUAL |= {"save_steps": 3, "data": counting(5, LENGTH)[1:] * 30}
 
 Launch = Callable[..., Run]
 
@@ -177,9 +177,9 @@ class Watching(Trainer):
 def test_batches_and_random_states_are_those_of_a_plain_run(
     launch: Launch, tmp_path: Path, llama_config: LlamaConfig
 ) -> None:
-    options: dict[str, Any] = {"trainer": Watching, "max_steps": 8}
+    options: dict[str, Any] = {"trainer": Watching, "max_steps": 8, "data": counting(96, LENGTH)}
     piloted = launch(measure_every=3, dropout=0.0, **options)
-    plain = Run(tmp_path / "plain", llama_config, data=USUAL["data"], budget=None, **options).train()
+    plain = Run(tmp_path / "plain", llama_config, budget=None, **options).train()
     assert piloted.trainer.seen == plain.trainer.seen
     assert len(piloted.trainer.seen) == 8
     assert len({str(batch) for batch, _ in plain.trainer.seen}) == 8
