@@ -359,11 +359,7 @@ NOT_HELD = r"\d+ of 14 adapters are not in the optimiser and would train nothing
     ("prepare", "error", "words"),
     [
         (lambda loop: given(loop, [nn.Parameter(torch.ones(2))]), ConfigError, NOT_HELD),
-        (
-            lambda loop: given(loop, [first_of(loop).weight_a]),
-            ConfigError,
-            NOT_HELD,
-        ),
+        (lambda loop: given(loop, [first_of(loop).weight_a]), ConfigError, NOT_HELD),
         (
             lambda loop: given(loop, change=lambda value: {"loss": value}),
             UnsupportedError,
@@ -374,11 +370,7 @@ NOT_HELD = r"\d+ of 14 adapters are not in the optimiser and would train nothing
             UnsupportedError,
             "The loss function returned float. It has to return",
         ),
-        (
-            lambda loop: loop.model.merge_adapter(),
-            UnsupportedError,
-            r"is merged into the frozen weight.*unmerge_adapter",
-        ),
+        (lambda loop: loop.model.merge_adapter(), UnsupportedError, r"is merged into the frozen weight.*unmerge_adap"),
         (
             lambda loop: first_of(loop).weight_a.requires_grad_(False),
             UnsupportedError,
