@@ -19,7 +19,9 @@ from rankpilot.finetune.callback import RankPilotCallback, attach
 from rankpilot.finetune.replicas import digest_of
 from rankpilot.lora.targets import find_target_modules
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
+
+from .tiny_runs import arguments
 
 LAYERS, WORDS, LENGTH, ROWS = 4, 64, 16, 8
 CYCLE = (0, 4, 8, 12)
@@ -147,21 +149,11 @@ def train(setting: Setting) -> dict[str, Any]:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     model = make_model(setting)
     accumulation = setting.arguments.get("gradient_accumulation_steps", 1)
-    arguments = {
-        "max_steps": setting.steps,
-        "per_device_train_batch_size": setting.rows // count // accumulation,
-        "learning_rate": 2e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "ddp_backend": "gloo" if count > 1 else None,
-        "dataloader_pin_memory": False,
-    } | setting.arguments
+    settings = {"max_steps": setting.steps, "per_device_train_batch_size": setting.rows // count // accumulation}
+    settings |= {"learning_rate": 2e-3, "ddp_backend": "gloo" if count > 1 else None, "dataloader_pin_memory": False}
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(str(setting.folder), **arguments),
+        args=arguments(setting.folder, **settings | setting.arguments),
         train_dataset=texts(setting.lengths),
         eval_dataset=texts(setting.lengths).select(range(16)),
         data_collator=collate,

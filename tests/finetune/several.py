@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -12,6 +13,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -63,6 +65,15 @@ def in_processes(count: int, work: Callable[..., Any], *arguments: Any, patience
     if errors:
         raise ProcessFailed(errors)
     return [results[rank] for rank in range(count)]
+
+
+def loaded_once(work: Callable[[], Any]) -> None:
+    """Run once what the processes will, so that what libraries make for it is there before the first fork."""
+    threads = torch.get_num_threads()
+    work()
+    torch.set_num_threads(threads)
+    gc.collect()
+    gc.freeze()  # or each fork would look through all of it for garbage
 
 
 def _run(end: Connection, rank: int, count: int, port: int, work: Callable[..., Any], arguments: Any) -> None:

@@ -2,55 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model
 from rankpilot import RankPilot, TrainingRun, allocate, attach
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.rules import find_rule
-from rankpilot.agents.settings import DecisionSchedule
-from rankpilot.errors import BudgetError, ConfigError, DataError
-from rankpilot.finetune.allocate import static_plan
-from rankpilot.lora.peft_config import adapter_ranks
+from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.errors import BudgetError, ConfigError, DataError, UnsupportedError
+from rankpilot.finetune.allocate import lent_adapters, static_plan, task_type
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.study.replay import redecide
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
+    BertForMultipleChoice,
     BertForSequenceClassification,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
-    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForAudioClassification,
+    WhisperForConditionalGeneration,
     default_data_collator,
-    set_seed,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .one_layer import llama_config as llama_config
+from .tiny_runs import adapted, arguments, counting, new_base, ranks_of
+from .tiny_runs import llama_config as llama_config
 
-TEXTS = [[i * j % 64 for i in range(20)] for j in range(40)]
-ROWS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in TEXTS])
+ROWS = counting(40, 20)
 SCHEDULE = DecisionSchedule(probe_steps=3)
+OPTIONS: dict[str, Any] = {"budget": "80%", "policy": "signal-mean", "schedule": SCHEDULE}
 
 
-def adapted(config: LlamaConfig) -> Any:
-    set_seed(0)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-    return get_peft_model(LlamaForCausalLM(config), lora)
+def batches(rows: list[dict[str, Any]]) -> DataLoader[Any]:
+    return DataLoader(rows, 4, collate_fn=default_data_collator)  # type: ignore[arg-type]
+
+
+def classified() -> DataLoader[Any]:
+    """Rows with one of three classes."""
+    return batches([{"input_ids": row["input_ids"], "labels": number % 3} for number, row in enumerate(ROWS)])
 
 
 def trainer_of(model: Any, folder: Path, **options: Any) -> Trainer:
-    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "no"}
-    settings |= {"report_to": [], "disable_tqdm": True, "use_cpu": True} | options
-    return Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=ROWS)
+    return Trainer(model, arguments(folder, max_steps=6, **options), train_dataset=ROWS)
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -83,7 +95,7 @@ def test_plain_peft_makes_an_adapter_of_the_plan(llama_config: LlamaConfig, tmp_
     config = LoraConfig.from_pretrained(str(tmp_path / "config"))
     model = get_peft_model(LlamaForCausalLM(llama_config), config)
     targets = find_target_modules(model)
-    assert adapter_ranks(targets) == {name: rank for name, rank in plan.ranks.items() if rank}
+    assert ranks_of(model) == {name: rank for name, rank in plan.ranks.items() if rank}
     assert all(target.scaling == 16 / target.rank for target in targets)
     assert not config.alpha_pattern, "one alpha for all"
     assert plan.line().endswith(f"mean rank {sum(plan.ranks.values()) / len(plan.ranks):.1f}")
@@ -93,22 +105,18 @@ def test_a_name_is_no_model() -> None:
     with pytest.raises(
         ConfigError, match=r"a model that is loaded, .*; got 'gpt2'\. .*the command `rankpilot allocate`"
     ):
-        allocate("gpt2", DataLoader(ROWS))  # type: ignore[arg-type]
+        allocate("gpt2", batches(ROWS))  # type: ignore[arg-type]
 
 
 def test_a_model_and_a_loader(llama_config: LlamaConfig) -> None:
-    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
-
-    loader = DataLoader(ROWS, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
-    set_seed(0)
-    base = LlamaForCausalLM(llama_config)
+    loader = batches(ROWS)
+    base = new_base(llama_config)
     names = list(base.state_dict())
     base.eval()
     base.lm_head.weight.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     random_state = torch.get_rng_state()
-    config = allocate(base, loader, budget="80%", policy="signal-mean", schedule=SCHEDULE, learning_rate=1e-2)
+    config = allocate(base, loader, learning_rate=1e-2, **OPTIONS)
     assert list(base.state_dict()) == names, "the base model has no adapter afterwards"
     assert not hasattr(base, "peft_config")
     assert {name: parameter.requires_grad for name, parameter in base.named_parameters()} == before
@@ -151,7 +159,7 @@ def test_a_trainers_layers_and_inputs_are_as_they_were(llama_config: LlamaConfig
     layers[0].gradient_checkpointing = False
     trainer = trainer_of(model, tmp_path / "run", gradient_checkpointing=True)
     model.config.use_cache = True
-    allocate(trainer, budget="80%", policy="signal-mean", schedule=SCHEDULE, recompute=True)
+    allocate(trainer, recompute=True, **OPTIONS)
     assert hooks
     assert dict(model.get_input_embeddings()._forward_hooks) == hooks
     assert [layer.gradient_checkpointing for layer in layers] == [False] + [True] * (len(layers) - 1)
@@ -160,12 +168,11 @@ def test_a_trainers_layers_and_inputs_are_as_they_were(llama_config: LlamaConfig
 
 
 def test_what_was_frozen_stays_frozen(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "down_proj"], use_dora=True)
-    model = get_peft_model(LlamaForCausalLM(llama_config), lora)
+    model = adapted(llama_config, target_modules=["q_proj", "down_proj"], use_dora=True)
     for target in find_target_modules(model):
         target.layer.lora_magnitude_vector.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    allocate(trainer_of(model, tmp_path / "run"), budget="80%", policy="signal-mean", schedule=SCHEDULE)
+    allocate(trainer_of(model, tmp_path / "run"), **OPTIONS)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
 
 
@@ -173,8 +180,7 @@ def test_a_models_inputs_are_as_they_were(llama_config: LlamaConfig) -> None:
     model = adapted(llama_config)
     model.enable_input_require_grads()
     hooks = dict(model.get_input_embeddings()._forward_hooks)
-    loader = DataLoader(ROWS.with_format("torch"), batch_size=4)  # type: ignore[arg-type]
-    allocate(model, loader, budget="80%", policy="signal-mean", schedule=SCHEDULE)
+    allocate(model, batches(ROWS), **OPTIONS)
     assert hooks
     assert dict(model.get_input_embeddings()._forward_hooks) == hooks
 
@@ -215,9 +221,124 @@ def test_decisions_of_a_run_are_made_again_bit_for_bit(llama_config: LlamaConfig
 def test_a_new_head_trains_under_the_configuration(bert_config: BertConfig) -> None:
     """PEFT freezes it where the configuration tells no task."""
     model = BertForSequenceClassification(bert_config)
-    rows = [{"input_ids": ids, "labels": number % 3} for number, ids in enumerate(TEXTS)]
-    loader: DataLoader[Any] = DataLoader(rows, 4, collate_fn=default_data_collator)  # type: ignore[arg-type]
-    config = allocate(model, loader, budget="80%", policy="signal-mean", schedule=SCHEDULE, total_steps=12)
+    config = allocate(model, classified(), **OPTIONS)
     assert config.task_type == "SEQ_CLS"
     again = get_peft_model(BertForSequenceClassification(bert_config), config)
     assert any("classifier" in name for name, p in again.named_parameters() if p.requires_grad)
+
+
+# What is lent to a bare model, and models that it must not touch ------------------------------------------------------
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+
+
+WHISPER = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+WHISPER |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+
+
+class Wrapped(nn.Module):
+    """A model inside of somebody's own module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **batch: Any) -> Any:
+        return {"loss": self.inner(**batch).loss}  # as a dictionary, like some models
+
+
+@pytest.mark.parametrize(
+    "adapt",
+    [
+        lambda model: peft.inject_adapter_in_model(LORA, model, adapter_name="mine"),
+        lambda model: get_peft_model(model, LORA).get_base_model(),
+        lambda model: Wrapped(get_peft_model(model, LORA)),
+        lambda model: get_peft_model(model, LORA, mixed=True),
+    ],
+    ids=["injected", "base model", "wrapped", "mixed"],
+)
+def test_adapters_of_the_user_are_not_taken_away(
+    llama_config: LlamaConfig, adapt: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = adapt(LlamaForCausalLM(llama_config))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert any("lora_A" in name for name in before)
+    with pytest.raises(UnsupportedError, match=r"holds adapters already.*Pass the PeftModel"):
+        allocate(model, batches(ROWS), **OPTIONS)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_a_compiled_model_keeps_its_adapters(llama_config: LlamaConfig) -> None:
+    lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = torch.compile(get_peft_model(LlamaForCausalLM(llama_config), lora), backend="eager")
+    names = list(model.state_dict())
+    assert allocate(model, batches(ROWS), **OPTIONS).rank_pattern
+    assert list(model.state_dict()) == names
+
+
+def test_new_heads_train_whole() -> None:
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=8,
+        num_labels=3,
+    )  # fmt: skip
+    rows = [{"pixel_values": torch.rand(3, 16, 16), "labels": number % 3} for number in range(40)]
+    found = allocate(ViTForImageClassification(config), batches(rows), **OPTIONS)
+    assert found.modules_to_save == ["classifier"]
+    again = get_peft_model(ViTForImageClassification(config), found)
+    trained = [name for name, p in again.named_parameters() if p.requires_grad and "classifier" in name]
+    assert trained
+    assert not any("lora" in name for name in trained)
+
+
+def test_heads_beside_encoders_of_other_names() -> None:
+    """The base model is no module of the name that these classes tell."""
+    audio = WhisperConfig(**WHISPER, num_labels=3, max_source_positions=8, num_mel_bins=4)
+    with lent_adapters(WhisperForAudioClassification(audio)) as adapted:
+        assert adapted.peft_config["default"].modules_to_save == ["projector", "classifier"]
+        assert any("encoder" in name and "lora_A" in name for name, _ in adapted.named_parameters())
+
+
+def test_a_users_own_class_of_such_a_name(llama_config: LlamaConfig) -> None:
+    class TextClassification(Wrapped):
+        """It is no model of transformers."""
+
+    assert allocate(TextClassification(LlamaForCausalLM(llama_config)), batches(ROWS), **OPTIONS).rank_pattern
+
+
+def test_the_model_has_the_very_modules_that_it_had(bert_config: BertConfig) -> None:
+    model = BertForSequenceClassification(bert_config)
+    model.classifier.bias.requires_grad_(False)
+    modules, trains = list(model.modules()), {name: p.requires_grad for name, p in model.named_parameters()}
+    assert allocate(model, classified(), **OPTIONS).rank_pattern
+    assert all(one is other for one, other in zip(model.modules(), modules, strict=True))
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trains
+
+
+def test_a_head_of_several_choices(bert_config: Any) -> None:
+    with lent_adapters(BertForMultipleChoice(bert_config)) as adapted:
+        assert adapted.peft_config["default"].modules_to_save == ["classifier"]
+
+
+def test_the_task_of_a_model_that_generates() -> None:
+    assert task_type(WhisperForConditionalGeneration(WhisperConfig(**WHISPER))) is None
+    assert task_type(T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2))) == (
+        TaskType.SEQ_2_SEQ_LM
+    )
+    with torch.device("meta"):
+        config = Gemma3ForConditionalGeneration.config_class()
+        config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
+        assert task_type(Gemma3ForConditionalGeneration(config)) == TaskType.CAUSAL_LM
+
+
+@pytest.mark.parametrize("kind", ["mamba", "no linear layer"])
+def test_a_model_that_peft_cannot_adapt_is_as_it_was(kind: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4}
+    model: nn.Module = MambaForCausalLM(MambaConfig(**sizes)) if kind == "mamba" else nn.Sequential(nn.ReLU())
+    before = list(model.state_dict())
+    with pytest.raises(ConfigError, match=r"Cannot adapt '(MambaForCausalLM|Sequential)' with target_modules"):
+        allocate(model, batches(ROWS), **OPTIONS)
+    assert list(model.state_dict()) == before
+    assert not hasattr(model, "peft_config")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from rankpilot import RankPilot, TrainingRun
 from rankpilot.agents.observation import RUN_FEATURES, Observation
 from rankpilot.agents.policy import Decision, decision_from_plan
@@ -16,7 +15,9 @@ from rankpilot.data.batches import IGNORED
 from rankpilot.finetune.before_training import LEAST_PROBE_STEPS, PROBE_SHARE, probe_steps
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
+
+from .tiny_runs import adapted
 
 
 def run_of(model: nn.Module, *, rows: int, total_steps: int, accumulation: int = 1, answers: int = 12) -> TrainingRun:
@@ -52,7 +53,7 @@ def test_the_run_takes_so_many_steps(llama_config: LlamaConfig) -> None:
             counts.append(len(item["input_ids"]))
             yield item
 
-    model = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(target_modules="all-linear"))
+    model = adapted(llama_config)
     pilot = RankPilot("signal-mean", "3k params", schedule=DecisionSchedule(probe_batch=1), progress=progress)
     pilot.begin(run_of(model, rows=4, total_steps=150))
     assert counts == [10, *[1] * 10]
@@ -62,7 +63,7 @@ def test_the_run_takes_so_many_steps(llama_config: LlamaConfig) -> None:
 def test_a_policy_sees_what_share_of_the_tokens_is_predicted(
     llama_config: LlamaConfig, answers: int, seen: float
 ) -> None:
-    model = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(target_modules="all-linear"))
+    model = adapted(llama_config)
     observed: list[float] = []
 
     class Watching:

@@ -11,32 +11,29 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from rankpilot.agents.learned.networks import PlanValueConfig, PlanValueEnsemble, RankNetwork
+from rankpilot.agents.deliberation import lacks_room, promise
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import save_policy
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.policy import lacks_room, promise
-from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.cost.cost import TimedCost
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.allocate import static_plan
-from rankpilot.lora.peft_config import adapter_ranks
-from rankpilot.lora.targets import find_target_modules
 from rankpilot.plan.goal import Goal, vote_of
 from rankpilot.study.replay import redecide
 from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import LlamaConfig, Trainer
 
-from .one_layer import llama_config as llama_config
 from .test_time import counted_times
+from .tiny_runs import adapted, arguments, counting, ranks_of
+from .tiny_runs import llama_config as llama_config
 
 pytestmark = pytest.mark.usefixtures("narrow_plans_too")
 
-TEXTS = [[i * j % 64 for i in range(20)] for j in range(40)]
-ROWS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in TEXTS])
 SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
 ONCE = DecisionSchedule(probe_steps=3, fractions=(0.0,))
 
@@ -57,11 +54,7 @@ def policy() -> LearnedPolicy:
 
 @pytest.fixture
 def trainer(llama_config: LlamaConfig, tmp_path: Path) -> Trainer:
-    set_seed(0)
-    model = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(r=8, target_modules="all-linear"))
-    settings: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no"}
-    settings |= {"report_to": [], "disable_tqdm": True, "use_cpu": True}
-    return Trainer(model, TrainingArguments(str(tmp_path / "run"), **settings), train_dataset=ROWS)
+    return Trainer(adapted(llama_config), arguments(tmp_path / "run", max_steps=2), train_dataset=counting(40, 20))
 
 
 @pytest.mark.parametrize("goal", ["time", "bytes"])
@@ -85,8 +78,7 @@ def test_the_cheapest_plan_is_trained(policy: LearnedPolicy, trainer: Trainer, t
     figures = callback.pilot.figures()
     assert ("plan_seconds" in figures) is (goal == "time")
     assert "budget_seconds" not in figures, "nobody has set one"
-    targets = find_target_modules(trainer.model)
-    assert list(adapter_ranks(targets).values()) == ranks.tolist()
+    assert list(ranks_of(trainer.model).values()) == ranks.tolist()
     assert redecide(first, policy).differences == redecide(later, policy).differences == ()
     assert max(peak for _, peak in callback.peaks) <= callback.limit
 
@@ -189,27 +181,19 @@ def test_the_frontier_before_training(policy: LearnedPolicy, trainer: Trainer) -
 
 
 def test_policies_that_show_no_frontier(trainer: Trainer) -> None:
-    torch.manual_seed(0)
     of_one_cost = LearnedPolicy("earlier", RankNetwork(NetworkConfig(width=8)), PlanValueEnsemble())
     for policy in ("signal-mean", of_one_cost):
         with pytest.raises(ConfigError, match=r"so a frontier needs .*leave the frontier out"):
             rankpilot.frontier(trainer, policy=policy, schedule=SCHEDULE)
 
 
-def test_a_policy_folder_that_tells_plans_of_any_cost_apart(tmp_path: Path) -> None:
-    torch.manual_seed(0)
+def test_a_policy_folder_has_a_schedule_and_tells_plans_of_any_cost_apart(trainer: Trainer, tmp_path: Path) -> None:
+    """Who decides once needs no room for signals: plain LoRA fits in what it takes itself."""
     ensemble = PlanValueEnsemble(PlanValueConfig(count=2, width=4, unit="log loss")).eval()
-    folder = save_policy(tmp_path / "mine", RankNetwork(NetworkConfig(width=8)), DecisionSchedule(), {}, ensemble)
+    folder = save_policy(tmp_path / "mine", RankNetwork(NetworkConfig(width=8)), ONCE, {}, ensemble)
     pilot = rankpilot.RankPilot(folder, goal="time", tolerance=0.03)
     assert isinstance(pilot.policy, LearnedPolicy)
     assert pilot.policy.goal == Goal("time", 0.03)
-
-
-def test_a_frontier_follows_the_schedule_of_its_policy(trainer: Trainer, tmp_path: Path) -> None:
-    """Who decides once needs no room for signals: plain LoRA fits in what it takes itself."""
-    torch.manual_seed(0)
-    ensemble = PlanValueEnsemble(PlanValueConfig(count=2, width=4, unit="log loss")).eval()
-    folder = save_policy(tmp_path / "mine", RankNetwork(NetworkConfig(width=8)), ONCE, {}, ensemble)
     rows = rankpilot.frontier(trainer, policy=folder, budget="100%")
     assert rows
     assert all(row.fits for row in rows), "plain LoRA would be shown as too large"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import rankpilot
 import torch
@@ -16,38 +15,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.errors import ConfigError, DataError, RunFolderError, UnsupportedError
-from rankpilot.finetune.run import TrainingRun
-from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
-from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import LlamaConfig, OPTConfig, OPTForCausalLM, Trainer, TrainerCallback
 
-ROWS = [{"input_ids": ids, "labels": ids} for ids in ([i * j % 64 for i in range(12)] for j in range(40))]
+from .tiny_runs import adapted, arguments, counting, logits, new_base, ranks_of
+
+ROWS = counting()
 SCHEDULE = DecisionSchedule(probe_steps=3)
-TOKENS = torch.arange(24).view(2, 12)
-
-
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    settings: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no"}
-    settings |= {"report_to": [], "disable_tqdm": True, "use_cpu": True}
-    return TrainingArguments(str(folder), **settings | options)
 
 
 @pytest.fixture
 def new_model(llama_config: LlamaConfig) -> Callable[..., PeftModel]:
-    def make(targets: Any = "all-linear") -> PeftModel:
-        torch.manual_seed(0)
-        return get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(r=8, lora_alpha=16, target_modules=targets))
-
-    return make
+    return partial(adapted, llama_config)
 
 
 def piloted(trainer: Trainer, budget: str = "60%") -> Trainer:
@@ -74,7 +53,7 @@ def test_ctrl_c_in_the_probe_leaves_the_adapter_as_it_was(new_model: Callable[..
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer.steps == 5
-    assert set(adapter_ranks(find_target_modules(model)).values()) == {8}
+    assert set(ranks_of(model).values()) == {8}
     assert {target.scaling for target in find_target_modules(model)} == {2.0}
     there = dict(plain.named_parameters())
     assert all(torch.equal(value, there[name]) for name, value in model.named_parameters())
@@ -95,7 +74,7 @@ def test_an_interrupted_trainer_is_a_plain_one_again(new_model: Callable[..., Pe
     interrupting = Interrupting()
     trainer = Trainer(
         new_model(),
-        arguments(tmp_path / "run", save_strategy="steps", save_steps=2),
+        arguments(tmp_path / "run", save_steps=2),
         train_dataset=ROWS,
         callbacks=[interrupting],
     )
@@ -108,38 +87,6 @@ def test_an_interrupted_trainer_is_a_plain_one_again(new_model: Callable[..., Pe
         trainer.remove_callback(one)
     trainer.train()
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-
-
-class Normed(nn.Module):
-    """A layer with running statistics in front of a language model."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.inner = LlamaForCausalLM(config)
-        self.norm = nn.BatchNorm1d(config.hidden_size)
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
-        embedded = self.inner.get_input_embeddings()(input_ids)
-        normed = self.norm(embedded.transpose(1, 2)).transpose(1, 2)
-        return {"loss": self.inner(inputs_embeds=normed, labels=labels).loss}  # as a dictionary, like some models
-
-
-def batches(rows: list[dict[str, Any]]) -> torch.utils.data.DataLoader[Any]:
-    def collate(each: list[Any]) -> dict[str, torch.Tensor]:
-        random.random()
-        np.random.random()  # noqa: NPY002  (as collators of users do)
-        return {name: torch.tensor([row[name] for row in each]) for name in each[0]}
-
-    return torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
-
-
-def test_running_statistics_and_random_numbers_stay(llama_config: LlamaConfig) -> None:
-    model = get_peft_model(Normed(llama_config), LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))  # type: ignore[arg-type]
-    before = {name: value.clone() for name, value in model.named_buffers()}
-    states = random.getstate(), np.random.get_state()[1].tobytes()  # type: ignore[index]  # noqa: NPY002
-    rankpilot.allocate(model, batches(ROWS), budget="80%", policy="signal-mean", schedule=SCHEDULE)
-    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
-    assert (random.getstate(), np.random.get_state()[1].tobytes()) == states  # type: ignore[index]  # noqa: NPY002
 
 
 class Logging(Trainer):
@@ -161,19 +108,19 @@ def test_models_that_are_made_for_each_run(new_model: Callable[..., PeftModel], 
 
     def new(**options: Any) -> Trainer:
         settings = arguments(tmp_path / "run", **options)
-        return piloted(Trainer(model_init=new_model, args=settings, train_dataset=ROWS))
+        return piloted(Trainer(model_init=lambda: new_model(), args=settings, train_dataset=ROWS))
 
-    first = new(save_strategy="steps", save_steps=2)
+    first = new(save_steps=2)
     first.train()
     again = new()
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    assert adapter_ranks(find_target_modules(again.model)) == adapter_ranks(find_target_modules(first.model))
+    assert ranks_of(again.model) == ranks_of(first.model)
     there = dict(first.model.named_parameters())
     assert all(torch.equal(value, there[name]) for name, value in again.model.named_parameters())
     again.model = None  # as `hyperparameter_search` does before each trial
     again.model_wrapped = None
     again.train()
-    assert len(set(adapter_ranks(find_target_modules(again.model)).values())) > 1
+    assert len(set(ranks_of(again.model).values())) > 1
 
 
 def test_the_trials_of_a_search_keep_a_log_each(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
@@ -191,7 +138,7 @@ def test_the_trials_of_a_search_keep_a_log_each(new_model: Callable[..., PeftMod
 def test_a_second_adapter_of_the_same_name(
     new_model: Callable[..., PeftModel], llama_config: LlamaConfig, tmp_path: Path
 ) -> None:
-    model = new_model(["q_proj"])
+    model = new_model(target_modules=["q_proj"])
     piloted(Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS), "100%").train()
     model.delete_adapter("default")
     model.add_adapter("default", LoraConfig(r=8, target_modules=["q_proj", "up_proj"]))
@@ -199,22 +146,20 @@ def test_a_second_adapter_of_the_same_name(
     more = arguments(tmp_path / "more", learning_rate=0.1)
     piloted(Trainer(model, more, train_dataset=ROWS), "100%").train()
     model.save_pretrained(tmp_path / "adapter")
-    torch.manual_seed(0)
-    again = PeftModel.from_pretrained(LlamaForCausalLM(llama_config), tmp_path / "adapter")
-    with torch.no_grad():
-        torch.testing.assert_close(again.eval()(TOKENS).logits, model.eval()(TOKENS).logits)
+    again = PeftModel.from_pretrained(new_base(llama_config), tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), logits(model))
 
 
 def test_a_deleted_adapter_is_gone(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
     model = new_model()
     piloted(Trainer(model, arguments(tmp_path / "run"), train_dataset=ROWS), "40%").train()
-    assert 0 in adapter_ranks(find_target_modules(model)).values()
+    assert 0 in ranks_of(model).values()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
     model.set_adapter("other")
     model.delete_adapter("default")
     model.save_pretrained(tmp_path / "adapters")
     assert model.load_adapter(tmp_path / "adapters" / "other", "third") is not None
-    assert model(TOKENS).logits.isfinite().all()
+    assert logits(model).isfinite().all()
 
 
 def test_rows_without_labels_do_not_end_the_probe(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
@@ -271,19 +216,10 @@ def test_a_log_that_cannot_be_written_is_told_before_the_work(
     assert InterruptedProbe.steps == 0
 
 
-def test_calls_before_the_run_and_bad_seeds(new_model: Callable[..., PeftModel]) -> None:
+def test_calls_before_the_run() -> None:
     for call in (rankpilot.RankPilot.evaluation, rankpilot.RankPilot.out_of_memory):
         with pytest.raises(ConfigError, match="has not begun"):
             call(rankpilot.RankPilot("signal-mean"))
-    for seed in (-1, "1", True):
-        with pytest.raises(ConfigError, match="seed is a whole number"):
-            rankpilot.PilotOptions(seed=seed)  # type: ignore[arg-type]
-    model = new_model()
-    model.requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    run = TrainingRun.of_loader(model, optimizer, batches(ROWS), total_steps=4)
-    with pytest.raises(UnsupportedError, match="is_trainable=True"):
-        rankpilot.RankPilot("signal-mean").begin(run)
 
 
 class Samples(TrainerCallback):

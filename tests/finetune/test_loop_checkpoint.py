@@ -10,21 +10,16 @@ from typing import Any
 import pytest
 import rankpilot
 import torch
-from peft import LoraConfig, get_peft_model
 from rankpilot import TrainingRun
 from rankpilot.errors import BudgetError, ConfigError, RunFolderError
 from rankpilot.finetune.checkpoint import OPTIMIZER, WEIGHTS
-from rankpilot.lora.targets import find_target_modules
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from .test_pilot import STEPS, Loop
+from .tiny_runs import adapted
 
 CUT = 5
 """After the second decision, which drops some modules."""
-
-
-def ranks(loop: Loop) -> dict[str, int]:
-    return {target.name: target.rank for target in find_target_modules(loop.model)}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +31,7 @@ def kept(llama_config: LlamaConfig, tmp_path_factory: pytest.TempPathFactory) ->
     loop.pilot.begin(loop.run)
     loop.train(range(CUT))
     rankpilot.save_checkpoint(loop.pilot, loop.run, folder / "checkpoint")
-    assert 0 in ranks(loop).values()
+    assert 0 in loop.ranks.values()
     loop.train(range(CUT, STEPS))
     return loop, folder
 
@@ -54,7 +49,7 @@ def test_a_run_goes_on_as_if_nothing_had_happened(whole: Loop, llama_config: Lla
     assert rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint") == CUT
     again.train(range(CUT, STEPS))
     assert again.losses == whole.losses[CUT:]
-    assert ranks(again) == ranks(whole)
+    assert again.ranks == whole.ranks
     there = dict(whole.model.named_parameters())
     assert all(torch.equal(value, there[name]) for name, value in again.model.named_parameters())
     again.pilot.finish()
@@ -81,7 +76,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(whole: Loop, tmp_path:
 def test_another_budget_counts_at_once(whole: Loop, llama_config: LlamaConfig, tmp_path: Path) -> None:
     again = Loop(llama_config, tmp_path / "log", budget="30%")
     rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
-    assert sum(ranks(again).values()) < sum(ranks(whole).values())
+    assert sum(again.ranks.values()) < sum(whole.ranks.values())
     again = Loop(llama_config, tmp_path / "log", budget="1KiB")
     with pytest.raises(BudgetError, match="The budget or the time was changed"):
         rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
@@ -114,24 +109,23 @@ def test_an_optimiser_of_another_kind(whole: Loop, llama_config: LlamaConfig, tm
             rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
 
 
-def test_another_model(whole: Loop, llama_config: LlamaConfig, tmp_path: Path) -> None:
-    again = Loop(llama_config, tmp_path / "log", budget="40%")
-    few = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(target_modules=["q_proj"]))
-    optimizer = torch.optim.AdamW([p for p in few.parameters() if p.requires_grad], lr=1e-2)
-    run = TrainingRun.of_loader(few, optimizer, again.loader, loss=again.loss, total_steps=STEPS)
-    with pytest.raises(RunFolderError, match=r"is of another model: \d+ of the parameters that train are in one of"):
-        rankpilot.load_checkpoint(again.pilot, run, tmp_path / "checkpoint")
-
-
-@pytest.mark.parametrize("other", [{"lora_alpha": 32}, {"use_rslora": True}])
-def test_another_scaling(whole: Loop, llama_config: LlamaConfig, tmp_path: Path, other: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"target_modules": ["q_proj"]}, r"is of another model: \d+ of the parameters that train are in one of"),
+        ({"lora_alpha": 32}, r"another scaling: at rank 8, .* by 2 there and by 4 now"),
+        ({"use_rslora": True}, r"another scaling: at rank 8, .* by 2 there and by 5\.65685 now"),
+    ],
+)
+def test_another_model_or_scaling(
+    whole: Loop, llama_config: LlamaConfig, tmp_path: Path, lora: dict[str, Any], words: str
+) -> None:
     """PEFT keeps no scaling beside the weights, so the function of the model would change unseen."""
     again = Loop(llama_config, tmp_path / "log", budget="40%")
-    config = LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": "all-linear"} | other)
-    model = get_peft_model(LlamaForCausalLM(llama_config), config)
+    model = adapted(llama_config, **lora)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     run = TrainingRun.of_loader(model, optimizer, again.loader, loss=again.loss, total_steps=STEPS)
-    with pytest.raises(RunFolderError, match=r"another scaling: at rank 8, .* by 2 there and by (4|5\.65685) now"):
+    with pytest.raises(RunFolderError, match=words):
         rankpilot.load_checkpoint(again.pilot, run, tmp_path / "checkpoint")
 
 

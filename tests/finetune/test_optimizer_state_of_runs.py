@@ -12,22 +12,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.errors import BudgetError
 from rankpilot.finetune.run import TrainingRun
-from rankpilot.finetune.trainer_step import TrainerStep
-from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch.utils.data import DataLoader
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    default_data_collator,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator, get_cosine_schedule_with_warmup
 
 from ..cases import first_cases
-from .one_layer import llama_config as llama_config
-from .test_second_runs import ROWS, TWICE, arguments
+from .tiny_runs import Run, counting, ranks_of
+from .tiny_runs import llama_config as llama_config
 
+ROWS = counting()
 ONCE = DecisionSchedule(probe_steps=3, fractions=(0.0,))
 
 
@@ -98,21 +91,17 @@ def test_training_again_after_a_checkpoint_of_other_ranks_was_loaded(
     llama_config: LlamaConfig, tmp_path: Path, name: str
 ) -> None:
     """Transformers keeps the optimiser, whose moments are those of the last step, and not of the best one."""
-    torch.manual_seed(0)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-    model = get_peft_model(LlamaForCausalLM(llama_config), lora)
-    trainer = Trainer(model, arguments(tmp_path, optim=name, max_steps=2), train_dataset=ROWS)
-    rankpilot.attach(trainer, "signal-mean", budget="60%", schedule=ONCE)
-    trainer.train()
+    run = Run(tmp_path, llama_config, budget="60%", schedule=ONCE, optim=name, max_steps=2).train()
+    trainer, model = run.trainer, run.model
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for key, value in state.items():  # as if the best checkpoint had had fewer ranks
         if "lora_A" in key:
             state[key] = value[: max(1, len(value) // 2)]
         if "lora_B" in key:
             state[key] = value[:, : max(1, value.shape[1] // 2)]
-    ranks = adapter_ranks(find_target_modules(model))
+    ranks = ranks_of(model)
     model.load_state_dict(state, strict=False)
-    assert adapter_ranks(find_target_modules(model)) != ranks
+    assert ranks_of(model) != ranks
     trainer.train()
     inner = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     moments = [(p, value) for p, kept in inner.state.items() for value in kept.values() if getattr(value, "ndim", 0)]
@@ -125,9 +114,9 @@ def test_one_lora_config_serves_several_models(llama_config: LlamaConfig) -> Non
     pilot = rankpilot.RankPilot("signal-mean", "60%", schedule=ONCE)
     pilot.begin(loop.run)
     pilot.finish()
-    assert set(adapter_ranks(find_target_modules(loop.model)).values()) != {8}
+    assert set(ranks_of(loop.model).values()) != {8}
     again = get_peft_model(LlamaForCausalLM(llama_config), loop.lora)
-    assert set(adapter_ranks(find_target_modules(again)).values()) == {8}
+    assert set(ranks_of(again).values()) == {8}
     assert len(find_target_modules(again)) == len(find_target_modules(loop.model))
 
 
@@ -172,21 +161,9 @@ def test_parts_in_evaluation_mode_stay_so(llama_config: LlamaConfig) -> None:
     assert not layer.training
 
 
-def test_a_step_that_is_measured_on_the_way_is_none_of_the_run(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-    trainer = Trainer(get_peft_model(LlamaForCausalLM(llama_config), lora), arguments(tmp_path), train_dataset=ROWS)
-    step, heard = TrainerStep(trainer), []
-    step.follow(heard.append, heard.append, lambda: None, dict, lambda _: True, lambda: None)
-    loss = step.loss(default_data_collator(ROWS[:4]))
-    assert loss.requires_grad
-    assert heard == []
-    step.release()
-
-
 def test_frozen_adapters_stay_frozen_when_weights_are_loaded(llama_config: LlamaConfig) -> None:
     loop = Loop(llama_config)
-    pilot = rankpilot.RankPilot("signal-mean", "60%", schedule=TWICE)
+    pilot = rankpilot.RankPilot("signal-mean", "60%", schedule=DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5)))
     pilot.begin(loop.run)
     pilot.finish()
     state = loop.model.state_dict()
@@ -212,27 +189,3 @@ def test_parameters_beside_the_model_are_part_of_a_checkpoint(llama_config: Llam
     rankpilot.load_checkpoint(rankpilot.RankPilot("signal-mean", "80%", schedule=ONCE), again, tmp_path / "checkpoint")
     assert torch.equal(other.weight, head.weight)
     assert first.model is not None
-
-
-class FewFit(Trainer):
-    """Real steps of more than two rows run out of memory, whatever the plan."""
-
-    def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
-        loss = super().training_step(model, inputs, *rest)
-        if (
-            self.accelerator.backward.__name__ == "backward" and len(inputs["input_ids"]) > 2
-        ):  # not while it is measured
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return loss
-
-
-def test_a_trainer_that_looks_for_its_batch_size_finds_it(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-    model = get_peft_model(LlamaForCausalLM(llama_config), lora)
-    trainer = FewFit(model, arguments(tmp_path, auto_find_batch_size=True, max_steps=2), train_dataset=ROWS)
-    callback = rankpilot.attach(trainer, "signal-mean", budget="100%", schedule=ONCE)
-    trainer.train()
-    assert trainer.state.global_step == 2
-    assert trainer.state.train_batch_size <= 2
-    assert max(peak for _, peak in callback.peaks) <= callback.limit

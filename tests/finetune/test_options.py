@@ -1,4 +1,4 @@
-"""Options of a fine-tune: further settings of the Trainer, bounds, chats, early stopping, the merged model."""
+"""Fine-tunes for every task, and their options: settings of the Trainer, bounds, chats, early stopping, merging."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from rankpilot.finetune.options import FinetuneConfig, rank_bounds_of
 from rankpilot.finetune.trainer import arguments_class, further_settings, new_arguments
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from ..cases import first_cases
 from ..data.small_models import WORDS, save, write_rows
 
 
@@ -82,32 +84,23 @@ def test_settings_of_the_trainer(tmp_path: Path, chats: tuple[str, str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("entry", "error", "message"),
+    ("options", "error", "message"),
     [
-        ("warmup_step=3", UnknownNameError, "warmup_steps"),
-        ("warmup_steps", ConfigError, "NAME=VALUE; got 'warmup_steps'"),
-        ("max_steps=3", ConfigError, "max_steps is decided by --steps"),
-        ("lr_scheduler_type=nope", ConfigError, "The Trainer refuses these settings: .*nope"),
+        ({"trainer": ("warmup_step=3",)}, UnknownNameError, "warmup_steps"),
+        ({"trainer": ("warmup_steps",)}, ConfigError, "NAME=VALUE; got 'warmup_steps'"),
+        ({"trainer": ("max_steps=3",)}, ConfigError, "max_steps is decided by --steps"),
+        ({"trainer": ("lr_scheduler_type=nope",)}, ConfigError, "The Trainer refuses these settings: .*nope"),
+        ({"report_to": ("tensorbord",)}, UnknownNameError, r"tracker 'tensorbord'\. Did you mean: 'tensorboard'"),
+        ({"report_to": ("comet_ml",)}, ConfigError, r"tracker 'comet_ml' cannot be used: .*comet"),
+        ({"target_modules": "q_proj,lm_head"}, ConfigError, r"TRL's SFTTrainer cannot train this: .*lm_head"),
     ],
 )
 def test_settings_that_are_refused(
-    chats: tuple[str, str], tmp_path: Path, entry: str, error: type[Exception], message: str
+    chats: tuple[str, str], tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        finetune(settings(chats, trainer=(entry,)), tmp_path / "run")
-    assert not (tmp_path / "run").exists(), "before anything is written"
-
-
-def test_an_unknown_tracker_is_refused(chats: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match=r"tracker 'tensorbord'\. Did you mean: 'tensorboard'"):
-        finetune(settings(chats, report_to=("tensorbord",)), tmp_path / "run")
-    assert not (tmp_path / "run").exists(), "before anything is written"
-
-
-def test_a_tracker_that_is_not_installed_is_refused(chats: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"tracker 'comet_ml' cannot be used: .*comet"):
-        finetune(settings(chats, report_to=("comet_ml",)), tmp_path / "run")
-    assert not (tmp_path / "run").exists(), "before anything is written"
+        finetune(settings(chats, **options), tmp_path / "run")
+    assert "target_modules" in options or not (tmp_path / "run").exists(), "before anything is written"
 
 
 def test_bounds() -> None:
@@ -162,3 +155,35 @@ def test_a_plan_ahead_is_the_first_of_the_run(chats: tuple[str, str], tmp_path: 
     first = DecisionLog(tmp_path / "run" / "decisions").to_pandas().iloc[: len(plan.ranks)]
     assert dict(zip(first["module"].tolist(), first["rank_after"].tolist(), strict=True)) == plan.ranks
     assert first["predicted_cost"][0] == plan.cost
+
+
+# Every task ----------------------------------------------------------------------------------------------------------
+
+TEXTS = [" ".join(WORDS[(row + shift) % len(WORDS)] for shift in range(2 + row % 4)) for row in range(60)]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "regression": [{"text": text, "label": len(text) / 10} for text in TEXTS],
+    "token-classification": [{"tokens": text.split(), "tags": [word[0] for word in text.split()]} for text in TEXTS],
+    "seq2seq": [{"input": text, "target": text} for text in TEXTS],
+    "causal-lm": [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in TEXTS
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "model"),
+    first_cases(
+        2, [("token-classification", "distilbert"), ("seq2seq", "t5"), ("regression", "bert"), ("causal-lm", "llama")]
+    ),
+)
+def test_a_run(task: Any, model: str, tmp_path: Path, reloads: list[dict[str, Any]]) -> None:
+    folder = save(model, tmp_path / "model", chat=True)
+    data = write_rows(tmp_path / "rows.jsonl", ROWS[task])
+    asked = task if task == "regression" else None
+    config = FinetuneConfig(folder, data, task=asked, steps=2, eval_every=2, batch_size=4, max_length=16)
+    summary = finetune(config, tmp_path / "run")
+    run = summary["runs"]["rankpilot"]
+    assert [found["max_abs_difference"] for found in reloads] == [0.0]
+    assert np.isfinite(run["held_out_loss"])
+    assert 0 < run["peak_bytes"] <= run["budget_bytes"]
+    assert (run["held_out_accuracy"] is not None) == (task == "token-classification")

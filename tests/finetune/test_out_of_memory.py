@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
-from peft import LoraConfig, get_peft_model
 from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.settings import ONCE
 from rankpilot.finetune.left_as_found import GOOD_STEPS, MOST_TRIES, PLAN_SHARE, saved_by_a_try
 from rankpilot.lora.targets import find_target_modules
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import LlamaConfig, Trainer, TrainerCallback
 
 from ..cases import first_cases
+from .tiny_runs import Run, messages_of
 
 ROWS, SHORT, LONG, LONG_AT = 8, 6, 12, 4
 
@@ -109,7 +109,7 @@ class Moment:
 class Moments(TrainerCallback):
     """The run at its begin and after each step; `begins` counts the begins."""
 
-    run: Run
+    run: ShortRun
 
     def __init__(self) -> None:
         self.seen: list[Moment] = []
@@ -117,66 +117,55 @@ class Moments(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.begins += 1
-        self.seen = [Moment.of(self.run.trainer, self.run.callback)]
+        self.seen = [Moment.of(self.run.trainer, self.run.pilot)]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seen.append(Moment.of(self.run.trainer, self.run.callback))
+        self.seen.append(Moment.of(self.run.trainer, self.run.pilot))
 
 
-class Run:
-    """A Trainer on a tiny Llama under a budget, whose memory runs out."""
+class ShortRun(Run):
+    """A run on a tiny Llama under a budget, whose memory runs out."""
+
+    trainer: Short
 
     def __init__(
         self,
         folder: Path,
         config: LlamaConfig,
-        budget: str,
+        budget: str | None,
         *,
         lacks: Lacks = Short.lacks,
         in_evaluation: Lacks = Short.in_evaluation,
         long_at: int = 1000,
         steps: int = 6,
-        rank: int = 8,
-        prepare: Callable[[Any], None] = lambda model: None,
         **options: Any,
     ) -> None:
-        set_seed(0)
-        lora = LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear")
-        self.model = get_peft_model(LlamaForCausalLM(config), lora)
-        prepare(self.model)
-        settings = {"max_steps": steps, "per_device_train_batch_size": ROWS, "learning_rate": 1e-2} | options
-        settings |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True}
-        arguments = TrainingArguments(str(folder), auto_find_batch_size=budget == "auto_find", **settings)
         self.moments = Moments()
         self.moments.run = self
         data = Growing(long_at)
-        self.trainer = Short(
-            self.model, arguments, train_dataset=data, eval_dataset=list(data)[:ROWS], callbacks=[self.moments]
-        )
+        options = {"per_device_train_batch_size": ROWS, "max_steps": steps, "data": data} | options
+        options |= {"eval_data": list(data)[:ROWS], "trainer": Short, "schedule": ONCE}
+        if budget == "auto_find":
+            options["auto_find_batch_size"], budget = True, "100%"
+        super().__init__(folder, config, budget=budget, callbacks=(self.moments,) if budget else (), **options)
         self.trainer.asked, self.trainer.lacks, self.trainer.in_evaluation = [], lacks, in_evaluation
-        given = "100%" if budget == "auto_find" else budget
-        self.callback = rankpilot.attach(self.trainer, "signal-mean", budget=given, schedule=ONCE)
-
-    def train(self) -> Run:
-        self.trainer.train()
-        return self
 
     @property
     def now(self) -> Moment:
-        return Moment.of(self.trainer, self.callback)
+        return Moment.of(self.trainer, self.pilot)
 
     @property
     def notes(self) -> list[str]:
-        table = DecisionLog(self.callback.pilot.journal.log.folder).read()  # type: ignore[union-attr]
+        table = DecisionLog(self.pilot.pilot.journal.log.folder).read()
         return list(dict.fromkeys(note for note in table["note"].to_pylist() if note))
 
 
-Launch = Callable[..., Run]
+Launch = Callable[..., ShortRun]
 
 
 @pytest.fixture
 def make(tmp_path: Path, llama_config: LlamaConfig) -> Launch:
-    return lambda budget, **options: Run(tmp_path / "run", llama_config, budget, **options)
+    return lambda budget, **options: ShortRun(tmp_path / options.pop("name", "run"), llama_config, budget, **options)
 
 
 BUDGETS = ("80%", "6k params")
@@ -218,10 +207,42 @@ def test_what_a_passing_error_took_comes_back(make: Launch, budget: str, caplog:
     assert back == FAILS_AT - 1 + GOOD_STEPS
 
 
+@pytest.mark.parametrize(("times", "accumulation"), first_cases(1, [(2, 3), (1, 1), (1, 3), (2, 1)]))
+def test_a_step_is_taken_again_as_if_the_plan_had_been_smaller(
+    make: Launch, caplog: pytest.LogCaptureFixture, times: int, accumulation: int
+) -> None:
+    """Gradients of its earlier batches are none of the step's: all is as where the plan shrinks before it."""
+    first = (FAILS_AT - 1) * accumulation + max(accumulation - 1, 1)  # the second of three batches
+    options = {"gradient_accumulation_steps": accumulation}
+
+    def lacks(asked: Asked) -> bool:
+        return first <= asked.number < first + times
+
+    with caplog.at_level(logging.WARNING, logger="rankpilot"):
+        run = make("80%", lacks=lacks, **options).train()
+    assert len(messages_of(caplog, f"Step {FAILS_AT} ran out of memory. The plan shrinks to")) == times
+    costs = [cost for step, cost in run.pilot.predictions if step == FAILS_AT - 1]
+    assert len(costs) == times
+    assert run.pilot.predictions[0][1] > costs[0] >= costs[-1]
+
+    def shrink(step: int) -> None:
+        if step == FAILS_AT - 1:
+            other.pilot.pilot._guard._step = step
+            for _ in range(times):
+                other.pilot.pilot.out_of_memory()
+
+    other = make("80%", at_step=shrink, name="between", **options)
+    other.train()
+    for moment, expected in zip(run.moments.seen[FAILS_AT:], other.moments.seen[FAILS_AT:], strict=True):
+        moment.assert_is(expected)
+    # With accumulation the Trainer counts the loss of a first batch that ran under the larger plan.
+    assert run.recorder.losses[FAILS_AT:] == other.recorder.losses[FAILS_AT:]
+
+
 def test_what_comes_back_changes_no_function_and_no_moment(make: Launch) -> None:
     """The plan comes back at the end of a step, in which a batch is computed and the moments are read."""
     run = make("80%", lacks=lambda asked: asked.number == FAILS_AT, steps=FAILS_AT + GOOD_STEPS)
-    pilot, batch = run.callback.pilot, {"input_ids": torch.arange(1, 9)[None]}
+    pilot, batch = run.pilot.pilot, {"input_ids": torch.arange(1, 9)[None]}
     seen: list[tuple[torch.Tensor, dict[Any, torch.Tensor], list[int]]] = []
 
     def look() -> None:
@@ -318,36 +339,42 @@ def test_an_evaluation_that_runs_out_of_memory_changes_nothing(make: Launch, bud
 # The Trainer looks for its batch size ---------------------------------------------------------------------------------
 
 
-def plain(config: LlamaConfig, folder: Path, lacks: Lacks) -> Short:
-    """The same run without rankpilot, as far as it comes."""
-    run = Run(folder, config, "auto_find", lacks=lacks)
-    run.trainer.callback_handler.callbacks = [
-        one for one in run.trainer.callback_handler.callbacks if one not in (run.callback, run.moments)
-    ]
-    run.trainer.train()
-    return run.trainer
-
-
 FITTING = 6
 
 
-def test_at_once_the_trainer_goes_first(make: Launch, llama_config: LlamaConfig, tmp_path: Path) -> None:
+def test_at_once_the_trainer_goes_first(make: Launch) -> None:
+    """As without rankpilot; and afterwards all is as in a run that had that batch size from the start."""
+
     def lacks(asked: Asked) -> bool:
         return asked.rows > FITTING
 
-    run, other = make("auto_find", lacks=lacks).train(), plain(llama_config, tmp_path / "plain", lacks)
-    assert [asked.rows for asked in run.trainer.asked] == [asked.rows for asked in other.asked]
-    assert run.trainer.state.train_batch_size == other.state.train_batch_size == FITTING
+    run = make("auto_find", lacks=lacks).train()
+    other = make(None, lacks=lacks, auto_find_batch_size=True, name="plain").train()
+    assert [asked.rows for asked in run.trainer.asked] == [asked.rows for asked in other.trainer.asked]
+    assert run.trainer.state.train_batch_size == other.trainer.state.train_batch_size == FITTING
     assert run.moments.begins == 3
     assert run.notes == []
-    fresh = make("100%", per_device_train_batch_size=FITTING).train()
-    assert run.now.ranks == fresh.now.ranks
-    assert run.moments.seen[0].limit == fresh.moments.seen[0].limit
+    fresh = make("100%", per_device_train_batch_size=FITTING, name="fresh").train()
+    for moment, expected in zip(run.moments.seen, fresh.moments.seen, strict=True):
+        moment.assert_is(expected)
+    assert run.pilot.peaks == fresh.pilot.peaks
+
+
+def train_watched(run: ShortRun, look: Callable[[], Any]) -> list[Any]:
+    """Train, and return what a function gives before the run begins with each batch size."""
+    begin, found = run.pilot.pilot.begin, []
+
+    def watched(*arguments: Any, **options: Any) -> None:
+        found.append(look())
+        begin(*arguments, **options)
+
+    run.pilot.pilot.begin = watched
+    run.train()
+    return found
 
 
 def test_each_batch_size_begins_with_the_adapters_as_they_were(make: Launch) -> None:
     """They are trained already, and the budget of the first batch size would take some of their rank."""
-    found: list[Moment] = []
 
     def trained(model: Any) -> None:
         with torch.no_grad():
@@ -356,18 +383,13 @@ def test_each_batch_size_begins_with_the_adapters_as_they_were(make: Launch) -> 
 
     run = make("auto_find", lacks=lambda asked: asked.rows > FITTING, prepare=trained)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters() if "lora_" in name}
-    run.callback.pilot.budget = rankpilot.Budget.parse("3k params")
-    begin = run.callback.pilot.begin
+    run.pilot.pilot.budget = rankpilot.Budget.parse("3k params")
 
-    def watched(*arguments: Any, **options: Any) -> None:
+    def same() -> None:
         for name, value in before.items():
             assert torch.equal(run.model.get_parameter(name), value), name
-        found.append(Moment.of)  # type: ignore[arg-type]
-        begin(*arguments, **options)
 
-    run.callback.pilot.begin = watched  # type: ignore[method-assign]
-    run.train()
-    assert len(found) == 3
+    assert len(train_watched(run, same)) == 3
     assert sum(run.now.ranks) < 8 * len(run.now.ranks)
 
 
@@ -391,17 +413,7 @@ def test_the_next_batch_size_keeps_what_was_trained(make: Launch, kind: str) -> 
         },
     }[kind]
     run = make("auto_find", **options)
-    at_begin: list[tuple[Moment, Moment]] = []
-    begin = run.callback.pilot.begin
-
-    def watched(*arguments: Any, **settings: Any) -> None:
-        if run.moments.seen:
-            at_begin.append((run.now, run.moments.seen[-1]))
-        begin(*arguments, **settings)
-
-    run.callback.pilot.begin = watched  # type: ignore[method-assign]
-    run.train()
-    ((left, last),) = at_begin
+    _, (left, last) = train_watched(run, lambda: run.moments.seen and (run.now, run.moments.seen[-1]))
     left.assert_is(last)
     begun = run.moments.seen[0]
     assert all(now >= before for now, before in zip(begun.ranks, last.ranks, strict=True))
@@ -414,31 +426,18 @@ def test_the_next_batch_size_keeps_what_was_trained(make: Launch, kind: str) -> 
 
 def test_factors_that_cannot_shrink_change_nothing(make: Launch) -> None:
     """Modules that hold NaN keep their ranks as long as they fit."""
-    run = make("80%", lacks=lambda asked: asked.number > 1)
-    ended = run.moments.on_step_end
 
-    def break_all(*arguments: Any, **options: Any) -> None:
+    def break_all(step: int) -> None:
         for target in find_target_modules(run.model):
             target.weight_b.data.fill_(torch.nan)
-        ended(*arguments, **options)
 
-    run.moments.on_step_end = break_all  # type: ignore[method-assign]
+    run = make("80%", lacks=lambda asked: asked.number > 1, at_step=break_all)
     with pytest.raises(torch.OutOfMemoryError):
         run.train()
     assert run.now.ranks == run.moments.seen[1].ranks
     assert run.now.decisions == 1
 
 
-@pytest.mark.parametrize(
-    ("whole", "reducible", "expected"),
-    [
-        (1000.0, 1000.0, 100.0),
-        (1000.0, 200.0, 50.0),
-        (1000.0, 30.0, 0.0),
-        (None, 200.0, 50.0),
-    ],
-)
-def test_a_smaller_plan_saves_a_tenth_of_the_step_or_a_quarter_of_the_plan(
-    whole: float | None, reducible: float, expected: float
-) -> None:
-    assert saved_by_a_try(whole, reducible) == pytest.approx(expected)
+def test_a_smaller_plan_saves_a_tenth_of_the_step_or_a_quarter_of_the_plan() -> None:
+    for whole, reducible, expected in ((1000, 1000, 100), (1000, 200, 50), (1000, 30, 0), (None, 200, 50)):
+        assert saved_by_a_try(whole, reducible) == pytest.approx(expected)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from copy import deepcopy
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from rankpilot import RankPilot, TrainingRun
-from rankpilot.agents.learned.networks import PlanValueEnsemble, RankNetwork
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.plan_value import PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
-from rankpilot.errors import ConfigError, NoGradientError, UnknownNameError, UnsupportedError
+from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.errors import BudgetError, ConfigError, NoGradientError, UnknownNameError, UnsupportedError
 from rankpilot.finetune.callback import attach
 from rankpilot.finetune.options import PilotOptions
 from rankpilot.finetune.pilot import PATIENCE
@@ -25,25 +27,13 @@ from rankpilot.lora.targets import find_target_modules
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import (
-    Adafactor,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import Adafactor, LlamaConfig, Trainer, default_data_collator
+
+from .tiny_runs import adapted, arguments, counting
 
 STEPS, LENGTH = 8, 16
 SCHEDULE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
 STRIDES = torch.tensor([[stride * i % 64 for i in range(LENGTH)] for stride in range(1, 41)])
-ROWS = [{"input_ids": row, "labels": row} for row in STRIDES.tolist()]
-
-
-def adapted(config: LlamaConfig) -> Any:
-    set_seed(0)
-    return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 
 
 class Loop:
@@ -78,25 +68,50 @@ class Loop:
         for _ in range(steps.start * self.run.accumulation):
             next(batches)
         for _ in steps:
-            micro = [next(batches) for _ in range(self.run.accumulation)]
-            self.pilot.before_step(*micro)
-            total = 0.0
-            for batch in micro:
-                loss = self.loss(batch) / self.run.accumulation
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
-            self.pilot.before_optimizer_step(total)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.pilot.after_step()
-            self.losses.append(total)
+            self.step(*(next(batches) for _ in range(self.run.accumulation)))
+
+    def step(self, *micro: tuple[torch.Tensor], scale: float = 1.0, **decide: bool) -> None:
+        """One step, in which the loss may be scaled."""
+        self.pilot.before_step(*micro)
+        total = 0.0
+        for batch in micro:
+            loss = self.loss(batch) * scale / self.run.accumulation
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        self.pilot.before_optimizer_step(total)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.pilot.after_step(**decide)
+        self.losses.append(total)
+
+    @property
+    def batch(self) -> tuple[torch.Tensor]:
+        """The first batch."""
+        return next(iter(self.loader))  # type: ignore[no-any-return]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {target.name: target.rank for target in find_target_modules(self.model)}
+
+
+@pytest.fixture
+def loop(llama_config: LlamaConfig, tmp_path: Path) -> Loop:
+    """A loop that has begun."""
+    loop = Loop(llama_config, tmp_path / "log")
+    loop.pilot.begin(loop.run)
+    return loop
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What is said of the calls that a loop makes."""
+    return [record.getMessage() for record in caplog.records if record.name.endswith("loop_calls")]
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_three_calls_a_step(llama_config: LlamaConfig, tmp_path: Path, accumulation: int) -> None:
     loop = Loop(llama_config, tmp_path / "log", accumulation=accumulation)
     loop.pilot.begin(loop.run, name="mine")
-    batch = next(iter(loop.loader))
+    batch = loop.batch
     before = float(loop.loss(batch).detach())
     loop.train()
     loop.pilot.finish()
@@ -113,32 +128,11 @@ def test_three_calls_a_step(llama_config: LlamaConfig, tmp_path: Path, accumulat
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-def test_a_loop_goes_on_from_its_state(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    whole = Loop(llama_config, tmp_path / "whole")
-    whole.pilot.begin(whole.run)
-    whole.train(range(3))
-    state = whole.pilot.state_dict()
-    adapter = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
-    moments = deepcopy(whole.optimizer.state_dict())
-    whole.train(range(3, STEPS))
-    again = Loop(llama_config, tmp_path / "whole")
-    ranks = {target.name: target.rank for target in find_target_modules(whole.model)}
-    again.pilot.begin(again.run)  # gives the adapters the ranks of that time
-    again.model.load_state_dict(adapter)
-    again.optimizer.load_state_dict(moments)
-    again.pilot.resume(again.run, state, step=3)
-    again.train(range(3, STEPS))
-    assert again.losses == whole.losses[3:]
-    assert {target.name: target.rank for target in find_target_modules(again.model)} == ranks
-
-
-def test_given_ranks_leave_the_schedule_as_it_is(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    loop = Loop(llama_config, tmp_path / "log")
-    loop.pilot.begin(loop.run)
+def test_given_ranks_leave_the_schedule_as_it_is(loop: Loop, tmp_path: Path) -> None:
     loop.train(range(2))
-    given = {target.name: 4 if target.rank else 0 for target in find_target_modules(loop.model)}
+    given = {name: 4 if rank else 0 for name, rank in loop.ranks.items()}
     loop.pilot.take(given)
-    assert {target.name: target.rank for target in find_target_modules(loop.model)} == given
+    assert loop.ranks == given
     loop.train(range(2, STEPS))
     assert [step for step, _ in loop.pilot.predictions] == [0, 2, 4]
     table = DecisionLog(tmp_path / "log").to_pandas()
@@ -147,29 +141,19 @@ def test_given_ranks_leave_the_schedule_as_it_is(llama_config: LlamaConfig, tmp_
     assert losses[4] == pytest.approx(sum(loop.losses[2:4]) / 2), "an interval begins with the given ranks"
 
 
-def test_given_ranks_stand_for_a_decision_that_was_put_off(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    loop = Loop(llama_config, tmp_path / "log")
-    loop.pilot.begin(loop.run)
+def test_given_ranks_stand_for_a_decision_that_was_put_off(loop: Loop) -> None:
     loop.train(range(3))
-    (batch,) = islice(loop.batches(), 1)
-    loop.pilot.before_step(batch)
-    loop.loss(batch).backward()  # type: ignore[no-untyped-call]
-    loop.pilot.before_optimizer_step(0.0)
-    loop.optimizer.step()
-    loop.optimizer.zero_grad()
-    loop.pilot.after_step(decide=False)
+    loop.step(loop.batch, decide=False)
     assert [step for step, _ in loop.pilot.predictions] == [0], "it is due, and put off"
-    given = {target.name: 4 if target.rank else 0 for target in find_target_modules(loop.model)}
+    given = {name: 4 if rank else 0 for name, rank in loop.ranks.items()}
     loop.pilot.take(given)
     loop.train(range(4, STEPS))
     assert [step for step, _ in loop.pilot.predictions] == [0, 4]
-    assert {target.name: target.rank for target in find_target_modules(loop.model)} == given
+    assert loop.ranks == given
 
 
-def test_a_loss_that_does_not_reach_the_adapters(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    loop = Loop(llama_config, tmp_path / "log")
-    loop.pilot.begin(loop.run)
-    loop.pilot.before_step(next(iter(loop.loader)))
+def test_a_loss_that_does_not_reach_the_adapters(loop: Loop) -> None:
+    loop.pilot.before_step(loop.batch)
     with pytest.raises(NoGradientError, match=r"No adapter received a gradient in step 1: .*train nothing"):
         loop.pilot.before_optimizer_step(1.0)
 
@@ -181,11 +165,7 @@ def test_a_loss_that_does_not_reach_the_adapters(llama_config: LlamaConfig, tmp_
         ("before_optimizer_step", r"Step 3 had no `pilot\.before_optimizer_step\(loss\)`.*before `optimizer\.step"),
     ],
 )
-def test_a_loop_that_leaves_out_a_call(
-    llama_config: LlamaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_out: str, words: str
-) -> None:
-    loop = Loop(llama_config, tmp_path / "log")
-    loop.pilot.begin(loop.run)
+def test_a_loop_that_leaves_out_a_call(loop: Loop, monkeypatch: pytest.MonkeyPatch, left_out: str, words: str) -> None:
     loop.train(range(2))
     monkeypatch.setattr(loop.pilot, left_out, lambda *given: None)
     with pytest.raises(ConfigError, match=words):
@@ -193,15 +173,7 @@ def test_a_loop_that_leaves_out_a_call(
     assert [step for step, _ in loop.pilot.peaks] == [1, 2]
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name.endswith("loop_calls")]
-
-
-def test_a_loop_that_forgets_the_end_of_its_steps(
-    llama_config: LlamaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loop = Loop(llama_config, tmp_path / "log")
-    loop.pilot.begin(loop.run)
+def test_a_loop_that_forgets_the_end_of_its_steps(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     loop.train(range(2))
     monkeypatch.setattr(loop.pilot, "after_step", lambda: None)
     with pytest.raises(
@@ -211,9 +183,7 @@ def test_a_loop_that_forgets_the_end_of_its_steps(
     assert len(loop.losses) == 4
 
 
-def test_a_loop_without_any_call(llama_config: LlamaConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    loop = Loop(llama_config, tmp_path / "log")
-    loop.pilot.begin(loop.run)
+def test_a_loop_without_any_call(loop: Loop, caplog: pytest.LogCaptureFixture) -> None:
     for step, batch in enumerate(islice(loop.batches(), 4), start=1):
         loop.loss(batch).backward()  # type: ignore[no-untyped-call]
         loop.optimizer.step()
@@ -223,11 +193,7 @@ def test_a_loop_without_any_call(llama_config: LlamaConfig, tmp_path: Path, capl
     assert not loop.optimizer._optimizer_step_post_hooks
 
 
-def test_a_loop_that_makes_more_steps_than_it_said(
-    llama_config: LlamaConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    loop = Loop(llama_config, tmp_path / "log")
-    loop.pilot.begin(loop.run)
+def test_a_loop_that_makes_more_steps_than_it_said(loop: Loop, caplog: pytest.LogCaptureFixture) -> None:
     loop.train()
     assert told(caplog) == []
     loop.train(range(STEPS, STEPS + 2))
@@ -236,12 +202,8 @@ def test_a_loop_that_makes_more_steps_than_it_said(
 
 
 @pytest.mark.parametrize("skipped", [False, True])
-def test_a_loop_that_makes_the_calls_once_a_batch(
-    llama_config: LlamaConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, skipped: bool
-) -> None:
+def test_a_loop_that_makes_the_calls_once_a_batch(loop: Loop, caplog: pytest.LogCaptureFixture, skipped: bool) -> None:
     """The optimiser steps at every other batch; or a scaler leaves out one step, of which nothing is said."""
-    loop = Loop(llama_config, tmp_path / "log")
-    loop.pilot.begin(loop.run)
     for number, batch in enumerate(islice(loop.batches(), 6)):
         loop.pilot.before_step(batch)
         loop.loss(batch).backward()  # type: ignore[no-untyped-call]
@@ -254,14 +216,11 @@ def test_a_loop_that_makes_the_calls_once_a_batch(
         assert "`pilot.after_step()` was called 2 times for one step of the optimizer" in told(caplog)[0]
 
 
-def test_a_loop_takes_a_step_again_that_ran_out_of_memory(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    loop = Loop(llama_config, tmp_path / "log")
-    loop.pilot.begin(loop.run)
+def test_a_loop_takes_a_step_again_that_ran_out_of_memory(loop: Loop) -> None:
     loop.train(range(2))
     before = {name: parameter.detach().clone() for name, parameter in loop.model.named_parameters()}
-    (batch,) = islice(loop.batches(), 1)
-    loop.pilot.before_step(batch)
-    loop.loss(batch).backward()  # type: ignore[no-untyped-call]
+    loop.pilot.before_step(loop.batch)
+    loop.loss(loop.batch).backward()  # type: ignore[no-untyped-call]
     for attempt in range(3):
         error = torch.OutOfMemoryError(f"attempt {attempt}")
         if attempt < 2:
@@ -290,50 +249,28 @@ def test_a_second_adapter_that_trains_outside_a_budget_of_parameters_is_told(
     assert f"The adapter 'second' trains too: {size} parameters, which the budget does not count" in caplog.text
 
 
-def test_calls_may_be_made_again_in_a_step(llama_config: LlamaConfig, tmp_path: Path) -> None:
+def test_calls_may_be_made_again_in_a_step(loop: Loop) -> None:
     """As where a step that ran out of memory is taken again, or a scaler of losses leaves a step out."""
-    loop = Loop(llama_config, tmp_path / "log")
-    loop.pilot.begin(loop.run)
-    (batch,) = islice(loop.batches(), 1)
-    for _ in range(2):  # the first without an optimiser step and without `after_step`
-        loop.pilot.before_step(batch)
-        loop.loss(batch).backward()  # type: ignore[no-untyped-call]
-        loop.pilot.before_optimizer_step(1.0)
-    loop.pilot.after_step()
-    loop.train(range(1, 3))
+    loop.pilot.before_step(loop.batch)
+    loop.loss(loop.batch).backward()  # type: ignore[no-untyped-call]
+    loop.pilot.before_optimizer_step(1.0)  # and then neither a step of the optimiser nor `after_step`
+    loop.train(range(3))
 
 
-def test_gradients_that_stay_zero(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    loop = Loop(llama_config, tmp_path / "log")
-    loop.pilot.begin(loop.run)
-    batch = next(iter(loop.loader))
-    for step in range(PATIENCE):
-        loop.pilot.before_step(batch)
-        (loop.loss(batch) * 0.0).backward()  # type: ignore[no-untyped-call]
-        if step < PATIENCE - 1:
-            loop.pilot.before_optimizer_step(0.0)
-            loop.optimizer.zero_grad()
-            loop.pilot.after_step()
-    with pytest.raises(NoGradientError, match="gradients of all adapters are zero"):
-        loop.pilot.before_optimizer_step(0.0)
-
-
-def test_zero_gradients_count_in_a_row_alone(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    loop = Loop(llama_config, tmp_path / "log")
-    loop.pilot.begin(loop.run)
-    batch = next(iter(loop.loader))
+def test_gradients_that_stay_zero(loop: Loop) -> None:
+    """Only so many steps in a row are an error."""
     for step in range(2 * PATIENCE):
-        loop.pilot.before_step(batch)
-        (loop.loss(batch) * (step % PATIENCE == PATIENCE - 1)).backward()  # type: ignore[no-untyped-call]
-        loop.pilot.before_optimizer_step(0.0)
-        loop.optimizer.zero_grad()
-        loop.pilot.after_step()
+        loop.step(loop.batch, scale=float(step % PATIENCE == PATIENCE - 1))
     assert len(loop.pilot.peaks) == 2 * PATIENCE
+    for _ in range(PATIENCE - 1):
+        loop.step(loop.batch, scale=0.0)
+    with pytest.raises(NoGradientError, match="gradients of all adapters are zero"):
+        loop.step(loop.batch, scale=0.0)
 
 
 def test_a_run_unlike_those_that_a_policy_learned_from_is_told_once(llama_config: LlamaConfig) -> None:
     told: list[str] = []
-    loader = DataLoader(ROWS, batch_size=4, collate_fn=default_data_collator)  # type: ignore[arg-type]
+    loader = DataLoader(counting(), batch_size=4, collate_fn=default_data_collator)  # type: ignore[arg-type]
     config = LlamaConfig(**{**llama_config.to_dict(), "num_hidden_layers": 4})
     for steps in (100, 5_000):
         model = adapted(config)
@@ -345,6 +282,11 @@ def test_a_run_unlike_those_that_a_policy_learned_from_is_told_once(llama_config
     assert unlike == [line]
 
 
+@pytest.fixture(scope="module")
+def trainer(llama_config: LlamaConfig, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    return Trainer(adapted(llama_config), arguments(tmp_path_factory.mktemp("run")), train_dataset=counting())
+
+
 OF_ONE_COST = LearnedPolicy("earlier", RankNetwork(NetworkConfig(width=8)), PlanValueEnsemble())
 """Its networks vote as those of earlier versions did."""
 
@@ -352,12 +294,17 @@ OF_ONE_COST = LearnedPolicy("earlier", RankNetwork(NetworkConfig(width=8)), Plan
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": None}, "policy is 'default', the folder"),
-        ({"schedule": "early"}, "schedule is a rankpilot.DecisionSchedule"),
-        ({"measure_every": 0}, "measure_every is a number of steps"),
+        ({"policy": None}, "policy is 'default', the folder of a policy.*got None"),
+        ({"policy": 3}, "got 3"),
+        ({"schedule": "early"}, "schedule is a rankpilot.DecisionSchedule or None; got 'early'"),
+        ({"measure_every": 0}, "measure_every is a number of steps.* at least 1; got 0"),
+        ({"measure_every": 2.5}, "at least 1; got 2.5"),
         ({"fresh": "no"}, "fresh is True or False; got 'no'"),
         ({"recompute": 1}, "recompute is True or False; got 1"),
-        ({"bounds": ["q_proj"]}, "bounds are a dictionary"),
+        ({"bounds": ["q_proj"]}, r"bounds are a dictionary.*got \['q_proj'\]"),
+        ({"seed": -1}, "seed is a whole number from 0 to"),
+        ({"seed": "1"}, "seed is a whole number from 0 to"),
+        ({"seed": True}, "seed is a whole number from 0 to"),
         ({"explore": 0.1}, "signal-mean has no value ensemble"),
         ({"policy": "default", "explore": 0.0}, "a temperature above 0"),
         ({"goal": "speed"}, "goal is one of quality, time, bytes; got 'speed'"),
@@ -367,13 +314,20 @@ OF_ONE_COST = LearnedPolicy("earlier", RankNetwork(NetworkConfig(width=8)), Plan
         ({"tolerance": 0.02}, "tolerance counts under goal='time' or goal='bytes' alone"),
         ({"goal": "bytes", "budget": "3k params"}, "give a budget of bytes"),
         ({"goal": "time", "recompute": True}, "leave one of them out"),
+        ({"budget": 80}, 'Did you mean "80%"'),
+        ({"budget": "80"}, 'Did you mean "80%"'),
+        ({"budget": None}, "Cannot read the budget None"),
+        ({"time": "soon"}, "Cannot read the time 'soon'"),
+        ({"bugdet": "80%"}, r"Unknown option 'bugdet'\. Did you mean: 'budget'"),
     ],
 )
-def test_arguments_that_cannot_be(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        RankPilot(**{"policy": "signal-mean"} | options)
-    with pytest.raises(UnknownNameError, match=r"Unknown option 'bugdet'\. Did you mean: 'budget'"):
-        RankPilot("signal-mean", bugdet="80%")
+def test_arguments_that_cannot_be(trainer: Trainer, options: dict[str, Any], message: str) -> None:
+    error = {"budget": BudgetError, "time": BudgetError, "bugdet": UnknownNameError}.get(
+        next(iter(options)), ConfigError
+    )
+    for given in (RankPilot, partial(attach, trainer)):
+        with pytest.raises(error, match=message):
+            given(**{"policy": "signal-mean"} | options)
 
 
 def test_options_are_given_whole_alone_or_by_name() -> None:
@@ -384,74 +338,66 @@ def test_options_are_given_whole_alone_or_by_name() -> None:
     assert RankPilot("signal-mean").options == PilotOptions()
 
 
-class OwnSteps(Trainer):
-    """Counts its steps in attributes of several kinds, and its loss is a model's and a penalty."""
-
-    counted, notes = 0, {"losses": []}
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *rest: Any, **options: Any) -> Any:
-        self.counted += 1
-        self.notes["losses"].append(self.counted)
-        inputs.pop("labels")
-        logits = model(**inputs).logits
-        return logits.square().mean() + logits.std()
-
-
-def test_what_a_step_notes_in_the_trainer_is_put_back(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=3, report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", logging_steps=1
-    )
-    trainer = OwnSteps(adapted(llama_config), arguments, train_dataset=ROWS)  # type: ignore[arg-type]
-    trainer.notes = {"losses": []}
-    callback = attach(trainer, "signal-mean", budget="80%", schedule=SCHEDULE, measure_every=1)
-    trainer.train()
-    assert trainer.counted == 3
-    assert trainer.notes == {"losses": [1, 2, 3]}
-    assert "training_step" not in vars(trainer), "afterwards the Trainer is its own again"
-    assert all(peak == pytest.approx(cost, rel=0.01) for _, cost, peak in callback.pilot.checks)
-    with pytest.raises(UnsupportedError, match="Two RankPilotCallbacks"):
-        attach(trainer, "signal-mean")
-
-
-class Constant(Trainer):
-    """Its loss does not depend on the model."""
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *rest: Any, **options: Any) -> Any:
-        return torch.tensor(1.0)
-
-
-def test_a_step_without_a_loss_is_refused_before_training(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    arguments = TrainingArguments(str(tmp_path), max_steps=3, report_to=[], disable_tqdm=True, use_cpu=True)
-    trainer = Constant(adapted(llama_config), arguments, train_dataset=ROWS)  # type: ignore[arg-type]
-    attach(trainer, "signal-mean", budget="300k params", schedule=SCHEDULE)
-    with pytest.raises(UnsupportedError, match=r"step of Constant has a constant loss"):
-        trainer.train()
-
-
 # What would train nothing -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", ["none", "some"])
-def test_adapters_that_the_optimiser_does_not_hold(llama_config: LlamaConfig, tmp_path: Path, share: str) -> None:
-    loop = Loop(llama_config, tmp_path / "log")
-    last = [p for name, p in loop.model.named_parameters() if p.requires_grad and ".layers.1." in name]
-    held = last if share == "some" else [torch.nn.Parameter(torch.ones(2))]
-    optimizer = torch.optim.AdamW(held, lr=1e-2)
-    run = TrainingRun.of_loader(loop.model, optimizer, loop.loader, loss=loop.loss, total_steps=STEPS)
-    with pytest.raises(ConfigError, match=r"\d+ of 14 adapters are not in the optimiser and would train nothing"):
-        loop.pilot.begin(run)
+def given(loop: Loop, parameters: list[Any] | None = None, change: Callable[[torch.Tensor], Any] | None = None) -> None:
+    """The run has an optimiser of other parameters, or its loss is something else."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2) if parameters else loop.optimizer
+    loss = (lambda batch: change(loop.loss(batch))) if change else loop.loss
+    loop.run = TrainingRun.of_loader(loop.model, optimizer, loop.loader, loss=loss, total_steps=STEPS)
+
+
+def first_of(loop: Loop) -> Any:
+    return find_target_modules(loop.model)[0]
+
+
+NOT_HELD = r"\d+ of 14 adapters are not in the optimiser and would train nothing"
 
 
 @pytest.mark.parametrize(
-    ("make", "words"), [(lambda value: {"loss": value}, "dict"), (lambda value: float(value.detach()), "float")]
+    ("prepare", "error", "words"),
+    [
+        (lambda loop: given(loop, [nn.Parameter(torch.ones(2))]), ConfigError, NOT_HELD),
+        (lambda loop: given(loop, [first_of(loop).weight_a]), ConfigError, NOT_HELD),
+        (
+            lambda loop: given(loop, change=lambda value: {"loss": value}),
+            UnsupportedError,
+            "The loss function returned dict. It has to return",
+        ),
+        (
+            lambda loop: given(loop, change=lambda value: float(value.detach())),
+            UnsupportedError,
+            "The loss function returned float. It has to return",
+        ),
+        (lambda loop: loop.model.merge_adapter(), UnsupportedError, r"is merged into the frozen weight.*unmerge_adap"),
+        (
+            lambda loop: first_of(loop).weight_a.requires_grad_(False),
+            UnsupportedError,
+            r"q_proj' is frozen \(requires_grad is False\)",
+        ),
+        (
+            lambda loop: loop.model.requires_grad_(False),
+            UnsupportedError,
+            r"is frozen \(requires_grad is False\).*is_trainable=True",
+        ),
+        (
+            lambda loop: first_of(loop).layer.lora_A.to("meta"),
+            UnsupportedError,
+            r"on several devices \(cpu, meta\).*Load the model on one device",
+        ),
+    ],
+    ids=["none held", "some held", "loss dict", "loss float", "merged", "one frozen", "all frozen", "devices"],
 )
-def test_a_loss_of_another_kind(llama_config: LlamaConfig, tmp_path: Path, make: Any, words: str) -> None:
+def test_what_would_train_nothing_is_refused(
+    llama_config: LlamaConfig, tmp_path: Path, prepare: Callable[[Loop], object], error: type[Exception], words: str
+) -> None:
     loop = Loop(llama_config, tmp_path / "log")
-    wrong = TrainingRun.of_loader(
-        loop.model, loop.optimizer, loop.loader, loss=lambda batch: make(loop.loss(batch)), total_steps=STEPS
-    )
-    with pytest.raises(UnsupportedError, match=f"The loss function returned {words}. It has to return"):
-        loop.pilot.begin(wrong)
+    prepare(loop)
+    trains = [parameter.requires_grad for parameter in loop.model.parameters()]
+    with pytest.raises(error, match=words):
+        loop.pilot.begin(loop.run)
+    assert [parameter.requires_grad for parameter in loop.model.parameters()] == trains, "what is frozen stays so"
 
 
 def test_an_optimiser_that_finds_its_own_rate(llama_config: LlamaConfig, tmp_path: Path) -> None:
@@ -463,35 +409,6 @@ def test_an_optimiser_that_finds_its_own_rate(llama_config: LlamaConfig, tmp_pat
     loop.optimizer = optimizer
     loop.pilot.begin(loop.run)
     loop.train(range(2))
-
-
-def test_a_merged_adapter(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    loop = Loop(llama_config, tmp_path / "log")
-    loop.model.merge_adapter()
-    with pytest.raises(UnsupportedError, match=r"is merged into the frozen weight.*unmerge_adapter"):
-        loop.pilot.begin(loop.run)
-
-
-def test_frozen_adapters_are_refused_and_stay_frozen(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    loop = Loop(llama_config, tmp_path / "log")
-    for parameter in loop.model.parameters():
-        parameter.requires_grad_(False)
-    with pytest.raises(UnsupportedError, match=r"is frozen \(requires_grad is False\)"):
-        loop.pilot.begin(loop.run)
-    assert not any(parameter.requires_grad for parameter in loop.model.parameters())
-
-
-def test_adapters_on_several_devices(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    loop = Loop(llama_config, tmp_path / "log")
-    find_target_modules(loop.model)[0].layer.lora_A.to("meta")
-    with pytest.raises(UnsupportedError, match=r"on several devices \(cpu, meta\).*Load the model on one device"):
-        loop.pilot.begin(loop.run)
-
-
-@pytest.mark.parametrize("seed", [-1, "a", 1.5])
-def test_a_seed_is_a_whole_number(seed: Any) -> None:
-    with pytest.raises(ConfigError, match="seed is a whole number from 0 to"):
-        RankPilot("signal-mean", seed=seed)
 
 
 class _Buckets:

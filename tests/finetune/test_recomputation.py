@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,15 +14,22 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, get_peft_model
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
+from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.log import DecisionLog
 from rankpilot.errors import BudgetError, ConfigError, UnsupportedError
-from rankpilot.finetune.left_as_found import GOOD_STEPS, Recomputation
-from rankpilot.finetune.options import FinetuneConfig
+from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.finetune.out_of_memory import GOOD_STEPS
+from rankpilot.finetune.recomputation import Recomputation
+from rankpilot.plan.problem import Bounds
+from rankpilot.study.replay import redecide
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     XLNetConfig,
     XLNetForSequenceClassification,
     set_seed,
@@ -29,6 +37,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..cases import first_cases
+from .tiny_runs import arguments, counting, ranks_of, take_step
 
 LAYERS, STEPS = 3, 4
 SCHEDULE = rankpilot.DecisionSchedule(probe_steps=2, fractions=(0.0, 0.5))
@@ -38,28 +47,16 @@ BOUNDS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up
 """One plan for all runs: what differs is the layers that run again."""
 
 
-def trainer_of(folder: Path, kind: Any = Trainer, **options: Any) -> Trainer:
+def trainer_of(folder: Path, kind: Any = Trainer, *, layers: int = LAYERS, dropout: float = 0.1, **options: Any) -> Any:
     set_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=LAYERS, **sizes))
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear"))
-    rows = [{"input_ids": [stride * i % 64 for i in range(32)]} for stride in range(1, 41)]
-    settings = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    } | options
-    data = [row | {"labels": row["input_ids"]} for row in rows]
-    return kind(model, TrainingArguments(str(folder), **settings), train_dataset=data, callbacks=[Layers()])
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=layers, **sizes))
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules="all-linear"))
+    args = arguments(folder, dataloader_pin_memory=False, **options)
+    return kind(model, args, train_dataset=counting(41, 32)[1:], callbacks=[Layers()])
 
 
-SAVED = {"save_strategy": "steps", "save_steps": 1}
+SAVED = {"save_steps": 1}
 """For runs that are gone on with: the first checkpoint comes before the second decision, the third one after it."""
 
 
@@ -226,59 +223,46 @@ def test_a_pilot_begins_another_run(tmp_path: Path, ended: bool) -> None:
         before = flags(model)
     pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, rows, total_steps=STEPS))
     assert (pilot.limit, flags(model)) == (limit, layers)
-    pilot.before_step(batch)
-    loss = model(**batch).loss
-    loss.backward()
-    pilot.before_optimizer_step(loss.detach())
-    optimizer.step()
-    pilot.after_step()
+    take_step(pilot, optimizer, batch, lambda batch: model(**batch).loss)
     assert len(pilot.peaks) == 1
     pilot.finish()
     assert flags(model) == before == [ended] * LAYERS
     assert not any("_loss_function" in vars(module) for module in model.modules())
 
 
-class OutOfMemoryOnce(Trainer):  # type: ignore[misc]
-    """Runs out of memory in its second step, once."""
+class OutOfMemory(Trainer):  # type: ignore[misc]
+    """Runs out of memory in its second step, for good or once; `layers` tells which ran again in the last attempt."""
+
+    once = False
+    layers: list[bool] | None = None
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        if self.state.global_step == 1 and not getattr(self, "failed", False):
-            self.failed = True
-            raise torch.OutOfMemoryError
         loss: torch.Tensor = super().training_step(*arguments, **options)
+        real = self.accelerator.backward.__name__ == "backward"  # and not one that is measured
+        if real and self.state.global_step == 1 and not (self.once and self.layers):
+            self.layers = flags(self.model)
+            raise torch.OutOfMemoryError
         return loss
 
 
-def test_more_layers_run_again_before_a_rank_falls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer, callback = attached(tmp_path, "110%", kind=OutOfMemoryOnce)
-    trainer.train()
-    assert trainer.failed
-    assert 0 < sum(recomputed(trainer)) < LAYERS
-    assert set(callback.controller.ranks) == {4}
-    assert [step for step, _ in callback.predictions] == [0, 2], "no correction of ranks was needed"
-    assert "Step 2 ran out of memory, and is taken again. Now 1 of 3 layers run again" in caplog.text
+class OutOfMemoryOnce(OutOfMemory):
+    once = True
 
 
-def test_layers_that_run_again_after_a_passing_error_do_so_for_a_while(
+def test_more_layers_run_again_for_a_while_before_a_rank_falls(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer, _ = attached(tmp_path, "110%", kind=OutOfMemoryOnce, max_steps=GOOD_STEPS + 2)
+    trainer, callback = attached(tmp_path, "110%", kind=OutOfMemoryOnce, max_steps=GOOD_STEPS + 2)
+    seen: list[int] = []
+    watch = TrainerCallback()
+    watch.on_step_end = lambda *_, **__: seen.append(sum(flags(trainer.model)))  # type: ignore[method-assign]
+    trainer.add_callback(watch)
     trainer.train()
-    assert trainer.failed
-    assert "Now 1 of 3 layers run again" in caplog.text
-    assert not any(recomputed(trainer))
-
-
-class OutOfMemory(Trainer):  # type: ignore[misc]
-    """Runs out of memory in its second step, for good."""
-
-    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*arguments, **options)
-        if self.state.global_step == 1 and self.accelerator.backward.__name__ == "backward":
-            layers = [one for one in self.model.modules() if isinstance(one, GradientCheckpointingLayer)]
-            self.layers = [layer.gradient_checkpointing for layer in layers]
-            raise torch.OutOfMemoryError
-        return loss
+    assert trainer.layers == [False] * LAYERS
+    assert seen[0] == seen[-1] == 0 < seen[1] < LAYERS
+    assert set(callback.controller.ranks) == {4}
+    assert len(callback.predictions) == 2, "no correction of ranks was needed"
+    assert "Step 2 ran out of memory, and is taken again. Now 1 of 3 layers run again" in caplog.text
 
 
 def test_layers_are_as_before_where_more_of_them_are_no_help(tmp_path: Path) -> None:
@@ -296,18 +280,75 @@ def test_layers_are_as_before_where_more_of_them_are_no_help(tmp_path: Path) -> 
     assert "Ranks, adapters and optimizer are as they were before step 2." in caught.value.__notes__[0]
 
 
-def test_a_model_without_such_layers_is_refused() -> None:
+def test_what_cannot_recompute_is_refused() -> None:
     config = XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=16)
     model = get_peft_model(XLNetForSequenceClassification(config), LoraConfig(target_modules=["layer_1"]))
     with pytest.raises(UnsupportedError, match="does not support gradient checkpointing"):
         Recomputation(model)
-
-
-def test_a_budget_of_parameters_cannot_choose_layers() -> None:
     with pytest.raises(BudgetError, match="counts parameters, and a layer that runs again saves none"):
         rankpilot.RankPilot("signal-mean", "300k params", recompute=True)
-
-
-def test_recompute_and_checkpointing_are_one_choice() -> None:
     with pytest.raises(ConfigError, match="give one of them"):
         FinetuneConfig("model", "data", recompute=True, checkpointing=True)
+
+
+# Where it is expected to pay ------------------------------------------------------------------------------------------
+
+MANY = 6
+
+
+class LikesDepth(PlanValueEnsemble):
+    """Networks that expect so many votes more of a plan on all modules than of one on none."""
+
+    worth = 0.0
+
+    def forward(self, plans: Any) -> torch.Tensor:
+        share = (plans.ranks > 0).float().mean(-1)
+        return (self.worth * share).expand(2, *share.shape)
+
+
+def run(
+    folder: Path, worth: float, budget: str, *, recompute: bool = True, bounds: Bounds | None = None
+) -> tuple[rankpilot.RankPilotCallback, dict[str, int]]:
+    ensemble = LikesDepth(PlanValueConfig(count=2, width=1, unit="log loss")).eval()
+    ensemble.worth = worth
+    policy = LearnedPolicy("likes depth", RankNetwork(NetworkConfig(width=8)).eval(), ensemble)
+    schedule = rankpilot.DecisionSchedule(probe_steps=3, fractions=(0.0,))
+    trainer = trainer_of(folder, layers=MANY, dropout=0.0)
+    options = {"recompute": recompute, "schedule": schedule, "bounds": bounds, "measure_every": 1}
+    callback = rankpilot.attach(trainer, policy, budget, **options)
+    trainer.train()
+    assert max(peak for _, peak in callback.peaks) <= callback.limit
+    return callback, ranks_of(trainer.model)
+
+
+@pytest.mark.parametrize(("worth", "pays"), first_cases(2, [(30.0, True), (0.5, False), (0.0, False)]))
+def test_layers_run_again_where_that_is_expected_to_pay(
+    tmp_path: Path, worth: float, pays: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="rankpilot"):
+        callback, ranks = run(tmp_path / "run", worth, "50%")
+    (layers,) = [row.message for row in caplog.records if row.message.startswith("step 0: ")]
+    assert (f"0 of {MANY} layers run again" in layers) is not pays
+    assert ("No layer runs again before memory asks for it" in caplog.text) is not pays
+    assert (0 not in ranks.values()) is pays
+    logged = DecisionLog(tmp_path / "run" / "decisions").logged(0)
+    assert redecide(logged, callback.pilot.policy).differences == (), "it is logged as it was priced"
+    assert [*ranks.values()] == logged.rank_after.tolist()
+
+
+def test_without_recomputation_the_plan_is_that_of_a_run_that_cannot(tmp_path: Path) -> None:
+    """But for the loss, which runs in tiles where layers may run again."""
+    _, may = run(tmp_path / "may", 0.0, "70%")
+    _, cannot = run(tmp_path / "cannot", 0.0, "70%", recompute=False)
+    assert [rank > 0 for rank in may.values()] == [rank > 0 for rank in cannot.values()]
+
+
+def test_where_nothing_fits_without_layers_run_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bounds ask for adapters in all layers, though the networks expect nothing of them."""
+    with caplog.at_level(logging.INFO, logger="rankpilot"):
+        _, ranks = run(tmp_path / "run", 0.0, "45%", bounds={"q_proj": (1, 8)})
+    (line,) = [row.message for row in caplog.records if row.message.startswith("step 0: ")]
+    assert f"0 of {MANY} layers run again" not in line
+    assert all(rank > 0 for name, rank in ranks.items() if name.endswith("q_proj"))
+    with pytest.raises(BudgetError, match="fits no"):
+        run(tmp_path / "cannot", 0.0, "45%", recompute=False, bounds={"q_proj": (1, 8)})

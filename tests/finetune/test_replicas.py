@@ -6,9 +6,11 @@ import gc
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import rankpilot
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -31,81 +33,75 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, DistributedSampler
 
 from .ddp_run import DECISIONS, ROWS, SCHEDULE, Round, Setting, budget_of, collate, make_model, texts
-from .several import ProcessFailed, in_processes
+from .several import ProcessFailed, in_processes, loaded_once
+from .tiny_runs import take_step
 
-STEPS = 10
+STEPS, CUT = 10, 5
 SETTING = Setting(None, dtype=torch.float64)  # type: ignore[arg-type]
 Wrap = Callable[[nn.Module], nn.Module]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _loaded_once() -> None:
-    """What libraries load and make for their first run is there before the first fork, and not made in each."""
-    threads = torch.get_num_threads()
-    loop(None, steps=1)
-    torch.set_num_threads(threads)
-    gc.collect()
-    gc.freeze()  # or each fork would look through all of it for garbage
+    loaded_once(lambda: loop(None, steps=1))
 
 
 # Loops ----------------------------------------------------------------------------------------------------------------
 
 
 def loop(
-    wrap: Wrap | None, *, policy: Any = None, budget: str | None = None, steps: int = STEPS, **options: Any
+    wrap: Wrap | None,
+    *,
+    policy: Any = None,
+    budget: str | None = None,
+    steps: int = STEPS,
+    checkpoint: Path | None = None,
+    first: int = 0,
+    accelerate: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
-    """A plain loop in each process; returns what is to be compared."""
+    """A plain loop in each process, or one with accelerate; returns what is to be compared.
+
+    With a checkpoint, it is saved after step `CUT`; a loop whose first step is later goes on from it.
+    """
     torch.set_num_threads(1)
-    count = 1
-    model = make_model(SETTING)
-    wrapped: nn.Module = model
-    if wrap is not None:
-        dist.init_process_group("gloo")
-        count = dist.get_world_size()
-        wrapped = wrap(model)
-    data = texts(lengths=False)
-    sampler = DistributedSampler(data, count, dist.get_rank() if count > 1 else 0, shuffle=False)
-    loader = DataLoader(data, ROWS // count, sampler=sampler, collate_fn=collate)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
+    count, model, data = int(os.environ.get("WORLD_SIZE", "1")), make_model(SETTING), texts(lengths=False)
+    optimizer: Any = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
+    loader: Any
+    if accelerate:
+        accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)])
+        prepared = model, optimizer, DataLoader(data, ROWS // count, collate_fn=collate)
+        wrapped, optimizer, loader = accelerator.prepare(*prepared)
+    else:
+        if wrap is not None:
+            dist.init_process_group("gloo")
+        wrapped = wrap(model) if wrap else model
+        sampler = DistributedSampler(data, count, int(os.environ.get("RANK", "0")), shuffle=False)
+        loader = DataLoader(data, ROWS // count, sampler=sampler, collate_fn=collate)
     told: list[str] = []
     pilot = RankPilot(policy or Round(), budget or budget_of(model), schedule=SCHEDULE, tell=told.append, **options)
-    pilot.begin(TrainingRun.of_loader(wrapped, optimizer, loader, total_steps=steps))
-    digests = []
-    for _, batch in zip(range(steps), loader, strict=False):
-        pilot.before_step(batch)
-        loss = wrapped(**batch).loss
-        loss.backward()
-        pilot.before_optimizer_step(loss.detach())
-        optimizer.step()
-        optimizer.zero_grad()
-        pilot.after_step()
+    run = TrainingRun.of_loader(wrapped, optimizer, loader, total_steps=steps)
+    if first:
+        assert checkpoint is not None
+        assert rankpilot.load_checkpoint(pilot, run, checkpoint) == first
+    else:
+        pilot.begin(run)
+    digests, losses = [], []
+    for number, batch in zip(range(steps), loader, strict=False):
+        if number < first:
+            continue
+        losses.append(take_step(pilot, optimizer, batch, lambda batch: wrapped(**batch).loss))
         digests.append(digest_of(find_target_modules(model)))
+        if checkpoint and number + 1 == CUT:
+            rankpilot.save_checkpoint(pilot, run, checkpoint)
     pilot.finish()
     weights = [p.detach().clone().numpy() for p in model.parameters() if p.requires_grad]
-    return {"digests": digests, "weights": weights, "told": len(told), "decisions": len(pilot.predictions)}
+    found = {"digests": digests, "weights": weights, "told": len(told), "decisions": len(pilot.predictions)}
+    return found | {"losses": losses, "ranks": [target.rank for target in find_target_modules(model)]}
 
 
 def accelerated() -> dict[str, Any]:
-    """A loop with accelerate; returns what is to be compared."""
-    torch.set_num_threads(1)
-    model = make_model(SETTING)
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)])
-    loader = DataLoader(texts(lengths=False), ROWS // accelerator.num_processes, collate_fn=collate)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    peft = accelerator.unwrap_model(model)
-    pilot = RankPilot(Round(), budget_of(peft), schedule=SCHEDULE)
-    pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=STEPS))
-    for _, batch in zip(range(STEPS), loader, strict=False):
-        pilot.before_step(batch)
-        loss = model(**batch).loss
-        accelerator.backward(loss)
-        pilot.before_optimizer_step(loss.detach())
-        optimizer.step()
-        optimizer.zero_grad()
-        pilot.after_step()
-    pilot.finish()
-    return {"weights": [p.detach().clone().numpy() for p in peft.parameters() if p.requires_grad]}
+    return loop(None, accelerate=True)
 
 
 def ddp(model: nn.Module) -> nn.Module:
@@ -131,6 +127,23 @@ def test_a_loop_with_accelerate_trains_as_in_one_process() -> None:
     first, second = in_processes(2, accelerated)
     close(first["weights"], one["weights"])
     close(first["weights"], second["weights"])
+
+
+def from_checkpoint(folder: Path, first: int) -> dict[str, Any]:
+    options = {"policy": "signal-mean", "budget": "40%", "measure_every": 1, "log": folder / "log"}
+    return loop(ddp, checkpoint=folder / "checkpoint", first=first, **options)
+
+
+def test_a_loop_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    whole = in_processes(2, from_checkpoint, tmp_path, 0)
+    assert 0 in whole[0]["ranks"]
+    again = in_processes(2, from_checkpoint, tmp_path, CUT)
+    for process, before in zip(again, whole, strict=True):
+        assert len(process["losses"]) == STEPS - CUT
+        assert process["losses"] == before["losses"][CUT:]
+        assert process["digests"] == whole[0]["digests"][CUT:]
+    assert again[0]["losses"] != again[1]["losses"], "each process has a part of the data"
 
 
 # Copies that differ ---------------------------------------------------------------------------------------------------
@@ -417,13 +430,13 @@ def test_a_peak_above_the_budget_in_one_process_corrects_all() -> None:
 
 def broken_probe() -> None:
     """The loss is NaN in the probe, which the first process runs."""
-    before_training.run_probe = lambda *_, **__: broken()
+
+    def broken(*_: Any, **__: Any) -> Any:
+        assert dist.get_rank() == 0
+        raise NonFiniteError("The loss of the probe is nan.")
+
+    before_training.run_probe = broken
     loop(ddp)
-
-
-def broken() -> Any:
-    assert dist.get_rank() == 0
-    raise NonFiniteError("The loss of the probe is nan.")
 
 
 def test_an_error_of_the_probe_is_one_of_all() -> None:

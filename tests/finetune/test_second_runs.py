@@ -14,57 +14,34 @@ import pytest
 import rankpilot
 import torch
 from accelerate import skip_first_batches
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
 from torch.utils.data import DataLoader
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import LlamaConfig, Trainer, TrainerCallback, default_data_collator
 
-ROWS = [{"input_ids": ids, "labels": ids} for ids in ([i * j % 64 for i in range(12)] for j in range(40))]
+from .tiny_runs import Run, adapted, arguments, counting, logits, new_base, ranks_of, take_step
+
+ROWS = counting()
 ONCE = DecisionSchedule(probe_steps=3, fractions=(0.0,))
 TWICE = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
-TOKENS = torch.arange(24).view(2, 12)
 
 NewModel = Callable[..., PeftModel]
 
 
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    settings: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "no"}
-    settings |= {"report_to": [], "disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-2, "logging_steps": 2}
-    return TrainingArguments(str(folder), **settings | options)
-
-
 @pytest.fixture
-def new_base(llama_config: LlamaConfig) -> Callable[[], LlamaForCausalLM]:
-    def make() -> LlamaForCausalLM:
-        torch.manual_seed(0)
-        return LlamaForCausalLM(llama_config)
-
-    return make
+def new_model(llama_config: LlamaConfig) -> NewModel:
+    return partial(adapted, llama_config)
 
 
-@pytest.fixture
-def new_model(new_base: Callable[[], LlamaForCausalLM]) -> NewModel:
-    def make(**options: Any) -> PeftModel:
-        base = new_base()
-        return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", **options))
-
-    return make
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=TOKENS).logits
+def run_of(model: Any, loader: Any = None, *others: Any, **options: Any) -> TrainingRun:
+    """A run of four steps on a loader, whose optimiser may have parameters beside the model's."""
+    optimizer = torch.optim.AdamW([*(p for p in model.parameters() if p.requires_grad), *others], 1e-2)
+    loader = loader or DataLoader(ROWS, 4, collate_fn=default_data_collator)  # type: ignore[arg-type]
+    return TrainingRun.of_loader(model, optimizer, loader, **{"total_steps": 4} | options)
 
 
 def held(optimizer: torch.optim.Optimizer) -> set[int]:
@@ -88,18 +65,16 @@ def test_a_second_trainer_trains_modules_that_the_first_run_dropped(new_model: N
 
 def test_a_loop_whose_optimiser_lacks_dropped_modules_is_refused(new_model: NewModel) -> None:
     model = new_model()
-    loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)  # type: ignore[arg-type, var-annotated]
 
-    def begin(parameters: list[torch.nn.Parameter], budget: str) -> None:
-        optimizer = torch.optim.AdamW(parameters, 1e-2)
+    def begin(budget: str, *others: torch.nn.Parameter) -> None:
         pilot = rankpilot.RankPilot("signal-mean", budget, schedule=ONCE)
-        pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=4))
+        pilot.begin(run_of(model, None, *others))
         pilot.finish()
 
-    begin([p for p in model.parameters() if p.requires_grad], "500 params")
+    begin("500 params")
     with pytest.raises(ConfigError, match=r"left some at rank 0, where they require none: make the optimiser of `\[p"):
-        begin([p for p in model.parameters() if p.requires_grad], "6k params")
-    begin([p for name, p in model.named_parameters() if p.requires_grad or "lora_" in name], "6k params")
+        begin("6k params")
+    begin("6k params", *(p for name, p in model.named_parameters() if not p.requires_grad and "lora_" in name))
 
 
 @pytest.mark.parametrize("budget", ["60%", "1KiB"])
@@ -128,7 +103,7 @@ def test_functions_set_on_a_trainer_run_and_stay(new_model: NewModel, tmp_path: 
         trainer.evaluate()
         probed = calls.pop("training_step") - 4
         assert probed > 0, "the step that is measured is the user's own"
-        assert calls == {"backward": 4, "log": 4, "evaluate": 1}  # two losses, the end, and the evaluation
+        assert calls == {"backward": 4, "log": 6, "evaluate": 1}  # four losses, the end, and the evaluation
         assert len(callback.peaks) > 0
     assert all(getattr(trainer, name) is function for name, function in ours.items())
     assert trainer.accelerator.backward is backward
@@ -147,7 +122,7 @@ def test_a_function_set_while_training_outlives_the_run(new_model: NewModel, tmp
     rankpilot.attach(trainer, "signal-mean", "60%", schedule=ONCE)
     trainer.train()
     count = len(logged)
-    assert count == 3
+    assert count == 5
     trainer.log({"loss": 1.0})
     assert len(logged) == count + 1
     entry = trainer.state.log_history[-1]
@@ -156,7 +131,7 @@ def test_a_function_set_while_training_outlives_the_run(new_model: NewModel, tmp
 
 
 def test_an_adapter_that_shares_its_configuration_keeps_it(
-    new_model: NewModel, new_base: Callable[[], LlamaForCausalLM], tmp_path: Path
+    new_model: NewModel, llama_config: LlamaConfig, tmp_path: Path
 ) -> None:
     """As the reference adapters that TRL adds for DPO."""
     model = new_model(init_lora_weights=False)
@@ -171,38 +146,33 @@ def test_an_adapter_that_shares_its_configuration_keeps_it(
     model.save_pretrained(tmp_path / "saved")
     for name, folder in (("default", "saved"), ("ref", "saved/ref")):
         model.set_adapter(name)
-        again = PeftModel.from_pretrained(new_base(), tmp_path / folder)
+        again = PeftModel.from_pretrained(new_base(llama_config), tmp_path / folder)
         assert torch.equal(logits(again), logits(model))
     assert torch.equal(logits(again), before)
 
 
-def test_weights_of_other_ranks_that_are_put_back_can_be_saved(
-    new_model: NewModel, new_base: Callable[[], LlamaForCausalLM], tmp_path: Path
-) -> None:
-    model, best = new_model(), {}
+def test_weights_of_other_ranks_that_are_put_back_can_be_saved(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    best: dict[str, torch.Tensor] = {}
 
-    class Keeps(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-            if state.global_step == 1:
-                best.update({name: value.clone() for name, value in model.state_dict().items()})
+    def keep(step: int) -> None:
+        if step == 1:
+            best.update({name: value.clone() for name, value in run.model.state_dict().items()})
 
-    trainer = Trainer(model, arguments(tmp_path, learning_rate=0.1), train_dataset=ROWS, callbacks=[Keeps()])
-    rankpilot.attach(trainer, "signal-mean", "40%", schedule=TWICE)
-    trainer.train()
-    ranks = {target.name: target.rank for target in find_target_modules(model)}
-    model.load_state_dict(best, strict=False)
-    assert {target.name: target.rank for target in find_target_modules(model)} != ranks, "they changed after it"
-    model.save_pretrained(tmp_path / "best")
-    again = PeftModel.from_pretrained(new_base(), tmp_path / "best")
-    assert torch.equal(logits(again), logits(model))
+    options = {"budget": "40%", "schedule": TWICE, "learning_rate": 0.1}
+    run = Run(tmp_path, llama_config, data=ROWS, at_step=keep, **options)
+    run.train()
+    ranks = ranks_of(run.model)
+    run.model.load_state_dict(best, strict=False)
+    assert ranks_of(run.model) != ranks, "they changed after it"
+    run.model.save_pretrained(tmp_path / "best")
+    assert torch.equal(logits(run.plain(tmp_path / "best")), logits(run.model))
 
 
-def test_each_run_of_a_trainer_writes_its_log_into_its_folder(new_model: NewModel, tmp_path: Path) -> None:
-    trainer = Trainer(new_model(), arguments(tmp_path / "none"), train_dataset=ROWS)
-    rankpilot.attach(trainer, "signal-mean", "3k params", schedule=ONCE)
+def test_each_run_of_a_trainer_writes_its_log_into_its_folder(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    run = Run(tmp_path / "none", llama_config, data=ROWS, budget="3k params", schedule=ONCE)
     for name in ("one", "two"):
-        trainer.args.output_dir = str(tmp_path / name)
-        trainer.train()
+        run.trainer.args.output_dir = str(tmp_path / name)
+        run.train()
         assert len(list((tmp_path / name / "decisions").glob("*.safetensors"))) == 1
 
 
@@ -211,16 +181,15 @@ def test_a_loop_wholly_under_autocast_stays_in_full_precision(new_model: NewMode
     plans = []
     for dtype in (torch.float32, torch.bfloat16):
         model = new_model()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-        loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)  # type: ignore[arg-type, var-annotated]
+        run = run_of(model)
         pilot = rankpilot.RankPilot(policy, "300 params" if policy == "default" else "900 params", schedule=ONCE)
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-            pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=4))
-            model(**next(iter(loader))).loss.backward()
+            pilot.begin(run)
+            model(**run.largest_batch()).loss.backward()
         pilot.finish()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-        plans.append({target.name: target.rank for target in find_target_modules(model)})
+        plans.append(ranks_of(model))
     assert len(plans[0]) == len(plans[1])
     assert sum(plans[1].values()) > 0
 
@@ -228,24 +197,17 @@ def test_a_loop_wholly_under_autocast_stays_in_full_precision(new_model: NewMode
 def test_parameters_beside_the_model_are_left_alone_and_count(new_model: NewModel) -> None:
     """Such as those of a head that the loss applies, which the same optimiser trains."""
     model, head = new_model(), torch.nn.Linear(64, 512)
-    optimizer = torch.optim.AdamW([*(p for p in model.parameters() if p.requires_grad), *head.parameters()], 1e-2)
-    loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)  # type: ignore[arg-type, var-annotated]
 
     def loss(batch: Any) -> torch.Tensor:
         output = model(**batch)
         return output.loss + head(output.logits).square().mean()
 
     pilot = rankpilot.RankPilot("signal-mean", "100%", schedule=ONCE, measure_every=1)
-    pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=3, loss=loss))
+    run = run_of(model, None, *head.parameters(), loss=loss)
+    pilot.begin(run)
     assert head.weight.grad is None
-    for batch in list(loader)[:3]:
-        pilot.before_step(batch)
-        value = loss(batch)
-        value.backward()
-        pilot.before_optimizer_step(value)
-        optimizer.step()
-        optimizer.zero_grad()
-        pilot.after_step()
+    for first in (0, 4, 8):
+        take_step(pilot, run.optimizer, default_data_collator(ROWS[first : first + 4]), loss)
     for _, predicted, measured in pilot.checks:
         assert measured == pytest.approx(predicted, rel=0.01)
     assert pilot.checks
@@ -284,28 +246,20 @@ def test_loaders_that_tell_too_little_are_refused(new_model: NewModel, tmp_path:
 
 def test_the_rest_of_a_loader_has_its_batch_size(new_model: NewModel) -> None:
     loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)  # type: ignore[arg-type, var-annotated]
-    model = new_model()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-    run = TrainingRun.of_loader(model, optimizer, skip_first_batches(loader, 2), total_steps=1)
-    assert run.rows == 4
+    assert run_of(new_model(), skip_first_batches(loader, 2)).rows == 4
 
 
 @pytest.mark.parametrize("size", [{"total_steps": "3"}, {"total_steps": 1.5}, {"accumulation": 0}])
 def test_sizes_of_a_run_are_whole_numbers(new_model: NewModel, size: dict[str, Any]) -> None:
-    model = new_model()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     with pytest.raises(ConfigError, match=f"{next(iter(size))} is a whole number, at least 1; got"):
-        TrainingRun.of_loader(model, optimizer, DataLoader(ROWS, 4), **{"total_steps": 4} | size)
+        run_of(new_model(), **size)
 
 
 def test_the_log_of_an_earlier_run_in_the_same_folder_stays(
-    new_model: NewModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    llama_config: LlamaConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(budget: str, *, resume: bool = False) -> None:
-        settings = arguments(tmp_path, save_strategy="steps", save_steps=3)
-        trainer = Trainer(new_model(), settings, train_dataset=ROWS)
-        rankpilot.attach(trainer, "signal-mean", budget, schedule=TWICE)
-        trainer.train(resume_from_checkpoint=resume)
+        Run(tmp_path, llama_config, data=ROWS, budget=budget, schedule=TWICE, save_steps=3).train(resume)
 
     def read(name: str) -> Any:
         return DecisionLog(tmp_path / name).to_pandas()
@@ -387,48 +341,22 @@ class Counts(torch.nn.Module):
 
 
 class Masks:
-    """A collator with random numbers of its own, of each kind."""
+    """A collator with random numbers of each kind; one generator it makes with the first batch, as transformers do."""
 
     def __init__(self) -> None:
         self.torch, self.numpy, self.python = torch.Generator(), np.random.default_rng(0), random.Random(0)
+        self.late: torch.Generator | None = None
         self.calls, self.sizes = 0, {"rows": list[int]()}
 
     def __call__(self, rows: list[Any]) -> Any:
+        self.late = self.late or torch.Generator().manual_seed(7)
         self.calls += 1
         self.sizes["rows"].append(len(rows))
-        self.drawn = (torch.rand((), generator=self.torch).item(), self.numpy.random(), self.python.random())
+        of_torch = [torch.rand((), generator=generator).item() for generator in (self.torch, self.late)]
+        self.drawn = (*of_torch, self.numpy.random(), self.python.random())
+        random.random()
+        np.random.random()  # noqa: NPY002  (as collators of users do)
         return default_data_collator(rows)
-
-
-def test_buffers_and_random_numbers_of_users_are_as_before(new_model: NewModel) -> None:
-    model, masks = new_model(), Masks()
-    block = model.get_base_model().model
-    block.norm = Counts(block.norm)
-    expected = Masks()
-    expected(ROWS[:4])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-    loader = DataLoader(ROWS, 4, collate_fn=masks)  # type: ignore[arg-type, var-annotated]
-    rankpilot.RankPilot("signal-mean", "60%", schedule=ONCE).begin(
-        TrainingRun.of_loader(model, optimizer, loader, total_steps=4)
-    )
-    assert (float(block.norm.seen), float(block.norm.last)) == (0, 0)
-    masks(ROWS[:4])
-    assert masks.drawn == expected.drawn
-
-
-class Late(Masks):
-    """Makes its generator with the first batch, as transformers' collators do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.late: torch.Generator | None = None
-
-    def __call__(self, rows: list[Any]) -> Any:
-        if self.late is None:
-            self.late = torch.Generator().manual_seed(7)
-        batch = super().__call__(rows)
-        self.drawn = (*self.drawn, torch.rand((), generator=self.late).item())
-        return batch
 
 
 class Wraps:
@@ -441,23 +369,22 @@ class Wraps:
         return self.data_collator(rows)
 
 
-@pytest.mark.parametrize("form", ["wrapped", "method", "partial", "batches"])
-def test_generators_inside_of_collators_are_as_before(new_model: NewModel, form: str) -> None:
-    late, expected = Late(), Late()
+@pytest.mark.parametrize("form", ["plain", "wrapped", "method", "partial", "batches"])
+def test_buffers_and_random_numbers_of_users_are_as_before(new_model: NewModel, form: str) -> None:
+    masks, expected = Masks(), Masks()
     expected(ROWS[:4])
-    forms = {
-        "wrapped": Wraps(late),
-        "method": Wraps(late).__call__,
-        "partial": partial(late),
-        "batches": late,
-    }
+    forms = {"wrapped": Wraps(masks), "method": Wraps(masks).__call__, "partial": partial(masks)}
     model = new_model()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    block = model.get_base_model().model
+    block.norm = Counts(block.norm)
     rows: Any = [ROWS[first : first + 4] for first in range(0, 40, 4)] if form == "batches" else ROWS
-    loader: DataLoader[Any] = DataLoader(rows, None if form == "batches" else 4, collate_fn=forms[form])
-    run = TrainingRun.of_loader(model, optimizer, loader, total_steps=4)
-    rankpilot.RankPilot("signal-mean", "60%", schedule=ONCE).begin(run)
-    assert late.late is None
-    assert (late.calls, late.sizes) == (0, {"rows": []}), "what it counts too"
-    late(ROWS[:4])
-    assert late.drawn == expected.drawn
+    size = None if form == "batches" else 4
+    loader: DataLoader[Any] = DataLoader(rows, size, collate_fn=forms.get(form, masks))
+    states = random.getstate(), np.random.get_state()[1].tobytes()  # type: ignore[index]  # noqa: NPY002
+    rankpilot.RankPilot("signal-mean", "60%", schedule=ONCE).begin(run_of(model, loader))
+    assert (random.getstate(), np.random.get_state()[1].tobytes()) == states  # type: ignore[index]  # noqa: NPY002
+    assert (float(block.norm.seen), float(block.norm.last)) == (0, 0)
+    assert masks.late is None
+    assert (masks.calls, masks.sizes) == (0, {"rows": []}), "what it counts too"
+    masks(ROWS[:4])
+    assert masks.drawn == expected.drawn

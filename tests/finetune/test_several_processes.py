@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import shutil
@@ -22,7 +21,7 @@ from transformers import TrainerCallback
 
 from ..cases import first_cases
 from .ddp_run import DECISIONS, SCHEDULE, Setting, Watch, train
-from .several import ProcessFailed, in_processes
+from .several import ProcessFailed, in_processes, loaded_once
 from .trainer_kinds import dpo, sft
 
 Outcome = dict[str, Any]
@@ -43,12 +42,7 @@ FOUR_PROCESSES = ("plain", "static graph", "accumulation")
 
 @pytest.fixture(scope="module", autouse=True)
 def _loaded_once(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What libraries load and make for their first run is there before the first fork, and not made in each."""
-    threads = torch.get_num_threads()
-    train(Setting(tmp_path_factory.mktemp("first"), 2))
-    torch.set_num_threads(threads)
-    gc.collect()
-    gc.freeze()  # or each fork would look through all of it for garbage
+    loaded_once(lambda: train(Setting(tmp_path_factory.mktemp("first"), 2)))
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +157,6 @@ def test_one_process_writes(saved: tuple[Setting, list[Outcome]]) -> None:
 SAVING = {"save_strategy": "steps", "save_steps": 5}
 
 
-def trained(setting: Setting, count: int) -> Outcome:
-    first, *others = in_processes(count, train, setting)
-    check_equal_copies([first, *others], setting.steps)
-    return first
-
-
 @pytest.mark.parametrize(("before", "after"), first_cases(1, [(2, 1), (1, 2), (2, 2), (2, 4)]))
 def test_a_run_goes_on_with_any_number_of_processes(
     before: int, after: int, saved: tuple[Setting, list[Outcome]], tmp_path: Path
@@ -261,7 +249,7 @@ def from_last_checkpoint(setting: Setting) -> Outcome:
 
 @pytest.mark.long
 def test_a_killed_process_is_started_again_and_nothing_changes(tmp_path: Path) -> None:
-    whole = trained(Setting(tmp_path / "whole", 15, arguments=SAVING), 2)
+    whole, *_ = in_processes(2, train, Setting(tmp_path / "whole", 15, arguments=SAVING))
     killed = Setting(tmp_path / "killed", 15, arguments=SAVING, callbacks=(Dies,))
     (again,) = in_processes(1, restarted, killed)
     assert again["digests"].keys() == set(range(6, 16)), "it goes on from the checkpoint of step 5"
@@ -278,12 +266,8 @@ def other_trainer(kind: str, folder: Path, steps: int) -> Outcome:
     torch.set_num_threads(1)
     count = int(os.environ["WORLD_SIZE"])
     build = {"sft": sft, "dpo": dpo}[kind]
-    options: dict[str, Any] = {
-        "max_steps": steps,
-        "per_device_train_batch_size": 4 // count,
-        "learning_rate": 1e-3,
-        "bf16": False,
-    }
+    options: dict[str, Any] = {"max_steps": steps, "per_device_train_batch_size": 4 // count}
+    options |= {"learning_rate": 1e-3, "bf16": False}
     trainer = build(folder / str(count), ddp_backend="gloo" if count > 1 else None, **options)
     pilot = attach(trainer, "signal-mean", budget="6k params", schedule=SCHEDULE)
     watch = Watch(pilot)

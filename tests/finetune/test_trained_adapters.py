@@ -4,104 +4,73 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.finetune.callback import attach
 from rankpilot.lora.resize import is_trained, set_ranks
 from rankpilot.lora.targets import find_target_modules
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import LlamaConfig, Trainer
 
-from .one_layer import llama_config as llama_config
-
-STEPS = 6
-ROWS = Dataset.from_list(
-    [{"input_ids": ids, "labels": ids} for ids in ([i * j % 64 for i in range(20)] for j in range(40))]
-)
-
-TOKENS = torch.arange(40).view(2, 20)
-
-
-def base_model(config: LlamaConfig) -> LlamaForCausalLM:
-    set_seed(0)
-    return LlamaForCausalLM(config)
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=TOKENS).logits  # type: ignore[no-any-return]
+from .tiny_runs import adapted, arguments, counting, logits, messages_of, new_base
+from .tiny_runs import llama_config as llama_config
 
 
 @pytest.fixture(scope="module")
 def stage_1(tmp_path_factory: pytest.TempPathFactory, llama_config: LlamaConfig) -> Path:
     """An adapter that plain PEFT has trained."""
     folder = tmp_path_factory.mktemp("stage_1")
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    model = get_peft_model(base_model(llama_config), lora)
+    model = adapted(llama_config, r=4, lora_alpha=8)
     trainer_of(model, folder / "run", learning_rate=1e-2, max_steps=20).train()
     model.save_pretrained(folder / "adapter")
     return folder / "adapter"
 
 
-def trainer_of(model: Any, folder: Path, *callbacks: Any, **options: Any) -> Trainer:
-    settings = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-    } | options
-    return Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=ROWS, callbacks=list(callbacks))
+def trainer_of(model: Any, folder: Path, **options: Any) -> Trainer:
+    settings = {"max_steps": 6, "learning_rate": 0.0} | options
+    return Trainer(model, arguments(folder, **settings), train_dataset=counting(40, 20))
+
+
+def go_on(
+    stage_1: Path, config: LlamaConfig, folder: Path, budget: str, *, fresh: bool = False, **options: Any
+) -> tuple[PeftModel, Any, Trainer]:
+    """A run that begins with the adapter."""
+    model = PeftModel.from_pretrained(new_base(config), str(stage_1), is_trainable=True)
+    schedule = DecisionSchedule(probe_steps=3, fractions=options.pop("fractions", (0.0, 0.5)))
+    trainer = trainer_of(model, folder / "run", **options)
+    callback = attach(trainer, "signal-mean", budget, schedule=schedule, fresh=fresh)
+    trainer.train()
+    return model, callback, trainer
 
 
 @pytest.fixture
-def continued(
-    stage_1: Path, llama_config: LlamaConfig, tmp_path: Path
-) -> Callable[..., tuple[PeftModel, Any, Trainer]]:
-    return starts(stage_1, llama_config, tmp_path)
+def continued(stage_1: Path, llama_config: LlamaConfig, tmp_path: Path) -> Callable[..., Any]:
+    return partial(go_on, stage_1, llama_config, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def grown(
-    stage_1: Path, llama_config: LlamaConfig, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[PeftModel, Any, Path]:
+def grown(stage_1: Path, llama_config: LlamaConfig, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The model, the callback and the folder of a run in which ranks rise, and weights are not trained."""
     folder = tmp_path_factory.mktemp("grown")
-    model, callback, _ = starts(stage_1, llama_config, folder)("150%")
+    model, callback, _ = go_on(stage_1, llama_config, folder, "150%")
     return model, callback, folder / "run"
-
-
-def starts(stage_1: Path, llama_config: LlamaConfig, folder: Path) -> Callable[..., tuple[PeftModel, Any, Trainer]]:
-    def start(budget: str, **options: Any) -> tuple[PeftModel, Any, Trainer]:
-        model = PeftModel.from_pretrained(base_model(llama_config), str(stage_1), is_trainable=True)
-        schedule = DecisionSchedule(probe_steps=3, fractions=options.pop("fractions", (0.0, 0.5)))
-        fresh = options.pop("fresh", False)
-        trainer = trainer_of(model, folder / "run", **options)
-        callback = attach(trainer, "signal-mean", budget, schedule=schedule, fresh=fresh)
-        trainer.train()
-        return model, callback, trainer
-
-    return start
 
 
 def test_growing_leaves_the_function_as_it_is(
     grown: tuple[PeftModel, Any, Path], stage_1: Path, llama_config: LlamaConfig
 ) -> None:
-    first = logits(PeftModel.from_pretrained(base_model(llama_config), str(stage_1)))
+    first = logits(PeftModel.from_pretrained(new_base(llama_config), str(stage_1)))
     model, callback, _ = grown
     assert (callback.controller.ranks >= 4).all()
     assert (callback.controller.ranks > 4).any()
-    assert (first - logits(base_model(llama_config))).abs().max() > 0.1, "the first stage changed the model"
+    assert (first - logits(new_base(llama_config))).abs().max() > 0.1, "the first stage changed the model"
     assert (logits(model) - first).abs().max() <= 1e-5
 
 
@@ -109,10 +78,10 @@ def test_nothing_is_lost_where_the_ranks_fit(
     continued: Callable[..., Any], stage_1: Path, llama_config: LlamaConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Rank 4 on all modules fits 60 % of what rank 8 takes; the rule alone would drop modules there."""
-    first = logits(PeftModel.from_pretrained(base_model(llama_config), str(stage_1)))
+    first = logits(PeftModel.from_pretrained(new_base(llama_config), str(stage_1)))
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         model, callback, _ = continued("100%", fractions=(0.0,))
-    (line,) = [record.message for record in caplog.records if "trained already" in record.message]
+    (line,) = messages_of(caplog, "trained already")
     assert "takes rank from them only where bounds ask for it. fresh=True begins" in line
     assert (callback.controller.ranks >= 4).all()
     assert (logits(model) - first).abs().max() <= 1e-5
@@ -123,8 +92,7 @@ def test_all_of_an_adapter_above_rank_8_fits_the_whole_of_it(
     rank: int, kept: int, llama_config: LlamaConfig, tmp_path: Path
 ) -> None:
     """What a share is of is no less than what the trained adapter takes, on the rung that holds its ranks."""
-    lora = LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "down_proj"])
-    model = get_peft_model(base_model(llama_config), lora)
+    model = adapted(llama_config, r=rank, lora_alpha=8, target_modules=["q_proj", "down_proj"])
     trainer_of(model, tmp_path / "first", learning_rate=1e-2).train()
     before = logits(model)
     trainer = trainer_of(model, tmp_path / "second")
@@ -138,7 +106,7 @@ def test_all_of_an_adapter_above_rank_8_fits_the_whole_of_it(
 
 def test_bounds_of_the_user_count_more(stage_1: Path, llama_config: LlamaConfig, tmp_path: Path) -> None:
     """A module that is to have less than it has shrinks; one whose rank is on no rung of the ladder grows."""
-    model = PeftModel.from_pretrained(base_model(llama_config), str(stage_1), is_trainable=True)
+    model = PeftModel.from_pretrained(new_base(llama_config), str(stage_1), is_trainable=True)
     targets = find_target_modules(model)
     set_ranks(targets, {target.name: 5 for target in targets})
     bounds = {"q_proj": 2, "k_proj": (0, 1)}
@@ -156,14 +124,14 @@ def test_what_a_smaller_budget_takes_away_is_told(
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         _, callback, _ = continued("300 params", fractions=(0.0,))
     assert (callback.controller.ranks < 4).any()
-    (line,) = [record.message for record in caplog.records if "trained already" in record.message]
+    (line,) = messages_of(caplog, "trained already")
     assert "this budget does not hold their ranks (28 together)" in line
     before, after = (float(part.split()[0]) for part in (line.split("rows was ")[1], line.split("plan and is ")[1]))
     assert before < after
 
 
 def test_shrinking_keeps_most_of_it(continued: Callable[..., Any], stage_1: Path, llama_config: LlamaConfig) -> None:
-    base = base_model(llama_config)
+    base = new_base(llama_config)
     adapter = PeftModel.from_pretrained(base, str(stage_1))
     before = {t.name: t.scaling * t.weight_b.detach() @ t.weight_a.detach() for t in find_target_modules(adapter)}
     model, callback, _ = continued("1500 params", fractions=(0.0,))
@@ -191,20 +159,18 @@ def test_a_second_call_of_train_goes_on(continued: Callable[..., Any], llama_con
     trainer.train()
     change = (logits(model) - before).abs().max()
     assert change < 0.01, "some modules have shrunk and grown again"
-    assert (before - logits(base_model(llama_config))).abs().max() > 30 * change
+    assert (before - logits(new_base(llama_config))).abs().max() > 30 * change
     assert [step for step, _ in callback.predictions] == [0, 3]
 
 
 def test_fresh_starts_over(continued: Callable[..., Any], llama_config: LlamaConfig) -> None:
     model, _, _ = continued("150%", fresh=True)
-    assert torch.equal(logits(model), logits(base_model(llama_config)))
+    assert torch.equal(logits(model), logits(new_base(llama_config)))
 
 
 @pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
 def test_what_peft_begins_with_is_not_trained(llama_config: LlamaConfig, start: Any) -> None:
-    model = get_peft_model(
-        base_model(llama_config), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=start)
-    )
+    model = adapted(llama_config, r=4, init_lora_weights=start)
     targets = find_target_modules(model)
     assert not any(map(is_trained, targets))
     with torch.no_grad():

@@ -59,22 +59,9 @@ class Run:
         """The measured peak and the loop's room over the predicted peak, less 1, of each check."""
         return [(measured + LOOP_BYTES) / predicted - 1 for _, predicted, measured in self.checks]
 
-    def __str__(self) -> str:
-        told = f"refused, works from {self.smallest} on" if self.refused else " ".join(f"{e:+.2%}" for e in self.errors)
-        return f"{self.budget:>14}: {told}"
 
-
-@dataclass
-class Runs:
-    """The runs of one kind of Trainer."""
-
-    kind: TrainerKind
-    all: list[Run]
-
-    @property
-    def of_bytes(self) -> list[Run]:
-        """Those under a budget of bytes that trained."""
-        return [one for one in self.all if not one.refused and "params" not in one.budget]
+Runs = tuple[TrainerKind, list[Run]]
+"""A kind of Trainer and its runs."""
 
 
 def run_under(trainer: Trainer, budget: str) -> Run:
@@ -123,14 +110,13 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         smallest = results[-1].smallest
         if smallest and smallest not in [one.budget for one in results]:
             add(smallest)
-    print(f"\n{kind.name}", *results, sep="\n")
-    return Runs(kind, results)
+    return kind, results
 
 
 def test_it_trains_or_is_refused_before_the_first_step(runs: Runs) -> None:
-    trained = {one.budget for one in runs.all if not one.refused}
+    trained = {one.budget for one in runs[1] if not one.refused}
     assert {"100%", "auto", "3k params"} <= trained
-    for one in runs.all:
+    for one in runs[1]:
         if one.refused:
             assert one.steps == 0
             assert one.smallest in trained, one.refused
@@ -139,8 +125,13 @@ def test_it_trains_or_is_refused_before_the_first_step(runs: Runs) -> None:
             assert one.changed > 0, one.budget
 
 
+def of_bytes(runs: Runs) -> list[Run]:
+    """Those under a budget of bytes that trained."""
+    return [one for one in runs[1] if not one.refused and "params" not in one.budget]
+
+
 def test_the_budget_holds(runs: Runs) -> None:
-    for one in runs.of_bytes:
+    for one in of_bytes(runs):
         assert len(one.peaks) == STEPS
         breaches = [step for step, peak in one.peaks if peak > one.limit]
         assert set(breaches) <= set(one.decided), f"{one.budget}: each breach is a correction in the log"
@@ -148,7 +139,7 @@ def test_the_budget_holds(runs: Runs) -> None:
 
 
 def test_predicted_peaks_are_right(runs: Runs) -> None:
-    errors = [abs(error) for one in runs.of_bytes for error in one.errors]
-    assert len(errors) >= 2 * len(runs.of_bytes)
-    assert np.median(errors) <= runs.kind.typical_error
-    assert max(errors) <= runs.kind.largest_error
+    errors = [abs(error) for one in of_bytes(runs) for error in one.errors]
+    assert len(errors) >= 2 * len(of_bytes(runs))
+    assert np.median(errors) <= runs[0].typical_error
+    assert max(errors) <= runs[0].largest_error

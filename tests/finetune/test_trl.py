@@ -58,26 +58,19 @@ def test_grpo_is_refused_before_training(tmp_path: Path, budget: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
-# Two callbacks --------------------------------------------------------------------------------------------------------
-
-
-def test_two_callbacks_are_refused_before_training(tmp_path: Path) -> None:
-    trainer = classification(tmp_path)
-    attached(trainer)
-    with pytest.raises(UnsupportedError, match="Two RankPilotCallbacks"):
-        attached(trainer)
-
-
 # Steps of one's own ---------------------------------------------------------------------------------------------------
 
 
 class OwnStep(Trainer):  # type: ignore[misc]
-    """Halves the loss of every other batch, in a step of its own."""
+    """Halves the loss of every other batch, in a step of its own, and notes its batches."""
+
+    notes: dict[str, list[int]]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()
         loss = self.compute_loss(model, self._prepare_inputs(inputs))
         self.seen = getattr(self, "seen", 0) + 1
+        self.notes["seen"].append(self.seen)
         self.accelerator.backward(loss / (1 + self.seen % 2))
         return loss.detach()
 
@@ -115,8 +108,11 @@ class TimesZero(Trainer):  # type: ignore[misc]
 
 def test_a_training_step_of_its_own_is_measured_and_trains(tmp_path: Path) -> None:
     trainer = classification(tmp_path, OwnStep)
+    trainer.notes = {"seen": []}
     pilot = attached(trainer)
     trainer.train()
+    assert trainer.notes == {"seen": list(range(1, trainer.seen + 1))}
+    assert "training_step" not in vars(trainer), "afterwards the Trainer is its own again"
     assert trainer.seen == trainer.state.global_step, "what was measured before training was put back"
     assert max(peak for _, peak in pilot.peaks) <= pilot.limit
     assert all(abs(peak / cost - 1) <= 0.01 for _, cost, peak in pilot.pilot.checks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -118,54 +118,33 @@ def pairs() -> Dataset:
     return Dataset.from_list([{"prompt": "after the number ", **row} for row in rows])
 
 
+def _trl(kind: str, folder: Path, data: Dataset, options: dict[str, Any], base: Any = None, **lora: Any) -> Trainer:
+    """One of TRL's Trainers by the beginning of its name."""
+    import trl
+
+    args = getattr(trl, f"{kind}Config")(str(folder), **_settings(max_length=LENGTH) | options)
+    more = {"processing_class": word_tokenizer(), "peft_config": LoraConfig(**LORA, **lora)}
+    trainer: Trainer = getattr(trl, f"{kind}Trainer")(base or llama(), args=args, train_dataset=data, **more)
+    return trainer
+
+
 def sft(folder: Path, data: Dataset | None = None, **options: Any) -> Trainer:
     """TRL's SFTTrainer on conversations, or on other data."""
-    from trl import SFTConfig, SFTTrainer
-
-    return SFTTrainer(
-        llama(),
-        args=SFTConfig(str(folder), **_settings(max_length=LENGTH) | options),
-        train_dataset=conversations() if data is None else data,
-        processing_class=word_tokenizer(),
-        peft_config=LoraConfig(**LORA),
-    )
+    return _trl("SFT", folder, conversations() if data is None else data, options)
 
 
 def dpo(folder: Path, **options: Any) -> Trainer:
-    from trl import DPOConfig, DPOTrainer
-
-    return DPOTrainer(
-        llama(),
-        args=DPOConfig(str(folder), **_settings(max_length=LENGTH) | options),
-        train_dataset=pairs(),
-        processing_class=word_tokenizer(),
-        peft_config=LoraConfig(**LORA),
-    )
+    return _trl("DPO", folder, pairs(), options)
 
 
 def kto(folder: Path, **options: Any) -> Trainer:
-    from trl import KTOConfig, KTOTrainer
-
     rows = [{"prompt": "after ", "completion": text, "label": row % 2 == 0} for row, text in enumerate(TEXTS)]
-    return KTOTrainer(
-        llama(),
-        args=KTOConfig(str(folder), **_settings(max_length=LENGTH) | options),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=word_tokenizer(),
-        peft_config=LoraConfig(**LORA),
-    )
+    return _trl("KTO", folder, Dataset.from_list(rows), options)
 
 
 def reward(folder: Path, **options: Any) -> Trainer:
-    from trl import RewardConfig, RewardTrainer
-
-    return RewardTrainer(
-        llama(LlamaForSequenceClassification, num_labels=1),
-        args=RewardConfig(str(folder), **_settings(max_length=LENGTH) | options),
-        train_dataset=pairs(),
-        processing_class=word_tokenizer(),
-        peft_config=LoraConfig(**LORA, task_type="SEQ_CLS"),
-    )
+    base = llama(LlamaForSequenceClassification, num_labels=1)
+    return _trl("Reward", folder, pairs(), options, base, task_type="SEQ_CLS")
 
 
 def grpo(folder: Path, **options: Any) -> Trainer:
@@ -220,18 +199,6 @@ def classification(folder: Path, kind: Any = Trainer, callbacks: Any = None, **o
     return _trainer(_bert(num_labels=3), data, folder, options, kind, callbacks=callbacks)
 
 
-def class_weights(folder: Path, **options: Any) -> Trainer:
-    return classification(folder, ClassWeights, **options)
-
-
-def label_smoothing(folder: Path, **options: Any) -> Trainer:
-    return classification(folder, label_smoothing_factor=0.1, **options)
-
-
-def neftune(folder: Path, **options: Any) -> Trainer:
-    return classification(folder, neftune_noise_alpha=5.0, **options)
-
-
 def regression(folder: Path, **options: Any) -> Trainer:
     return _trainer(_bert(num_labels=1), _encoded(lambda i, _: i / 40), folder, options)
 
@@ -278,11 +245,11 @@ class TrainerKind:
 
 TRL_KINDS = (
     TrainerKind("sft-messages", sft),
-    TrainerKind("sft-assistant-only", lambda folder, **options: sft(folder, assistant_only_loss=True, **options)),
+    TrainerKind("sft-assistant-only", partial(sft, assistant_only_loss=True)),
     TrainerKind("sft-completions", lambda folder, **options: sft(folder, completions(), **options)),
     # A batch is one row, whose memory is told from rows of half its length: three tokens too many, of 184.
-    TrainerKind("sft-packing", lambda folder, **options: sft(folder, packing=True, **options), 0.02),
-    TrainerKind("sft-no-checkpointing", lambda folder, **options: sft(folder, gradient_checkpointing=False, **options)),
+    TrainerKind("sft-packing", partial(sft, packing=True), 0.02),
+    TrainerKind("sft-no-checkpointing", partial(sft, gradient_checkpointing=False)),
     TrainerKind("dpo", dpo),
     TrainerKind("kto", kto),
     # The margin is rounded up to a byte for each rank, which counts where a step takes so little.
@@ -290,9 +257,9 @@ TRL_KINDS = (
 )
 
 TRAINER_KINDS = (
-    TrainerKind("class-weights", class_weights),
-    TrainerKind("label-smoothing", label_smoothing),
-    TrainerKind("neftune", neftune),
+    TrainerKind("class-weights", partial(classification, kind=ClassWeights)),
+    TrainerKind("label-smoothing", partial(classification, label_smoothing_factor=0.1)),
+    TrainerKind("neftune", partial(classification, neftune_noise_alpha=5.0)),
     TrainerKind("regression", regression),
     TrainerKind("multi-label", multi_label),
     TrainerKind("token-classification", token_classification),
