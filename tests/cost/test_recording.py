@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.cost.recording import _SAVED_FOR, flow_from, kept_on_context, saved_by
+from rankpilot.cost.recording import _SAVED_FOR, flow_from, saved_by
 from torch.nn.functional import conv1d
-
-ALWAYS = 8
 
 
 def rand(*shape: int, trains: bool = False) -> torch.Tensor:
@@ -17,25 +15,22 @@ def rand(*shape: int, trains: bool = False) -> torch.Tensor:
 
 
 class Graph:
-    """A graph with leaves of three modules (bits 1, 2, 4); other leaves that train belong to no module."""
+    """A graph with leaves of three modules (bits 1, 2, 4)."""
 
     def __init__(self) -> None:
         self.leaves = [rand(4, 4, trains=True) for _ in range(3)]
         self._numbers = {id(leaf): 1 << index for index, leaf in enumerate(self.leaves)}
-        self._kept: list[Any] = []
 
     def flow(self, loss: torch.Tensor) -> dict[Any, int]:
-        return flow_from(loss, lambda leaf: self._numbers.get(id(leaf), ALWAYS))
+        return flow_from(loss, lambda leaf: self._numbers[id(leaf)])
 
     def saved(self, loss: torch.Tensor) -> dict[int, int]:
         """The modules for which each storage is saved; hooks leave the tensors as they are."""
         flow = self.flow(loss)
         result: dict[int, int] = {}
         for node in flow:
-            on_context = ((tensor, flow[node]) for tensor in kept_on_context(node))
-            for tensor, modules in (*saved_by(node, flow), *on_context):
-                address = tensor.data_ptr()
-                result[address] = result.get(address, 0) | modules
+            for tensor, modules in saved_by(node, flow):
+                result[tensor.data_ptr()] = result.get(tensor.data_ptr(), 0) | modules
         return result
 
 

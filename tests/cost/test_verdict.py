@@ -15,7 +15,6 @@ from rankpilot.cost.outlook import CardUse, card_use
 from rankpilot.cost.step_config import StepConfig
 from transformers import LlamaConfig
 
-MIB = 2**20
 CONFIG = LlamaConfig(
     vocab_size=4096, hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=8
 )
