@@ -147,41 +147,6 @@ def test_the_most_that_is_allocated_is_the_peak_of_a_real_step(named_family, nam
             assert error == 0
 
 
-def test_every_tensor_is_freed_once_or_stays(named_family):
-    family = named_family("llama")
-    model = family_model(family, checkpointing=False)
-    run = adamw_run(model, family_batch(family, model, 6, 12))
-    memory = run.calibrated()
-    ranks = np.arange(len(run.targets)) % 2 * 4
-    events = step_events(memory.recording, memory.sizes_under(ranks), ranks)
-    count = len(events.sizes)
-    order = events.order.tolist()
-    position = {event: index for index, event in enumerate(order)}
-    assert sorted(event for event in order if event >= 0) == list(range(count))
-    stays = {*events.gradients.tolist(), *events.others.tolist()}
-    assert {-1 - event for event in order if event < 0} == set(range(count)) - stays
-    assert all(position[tensor] < position[-1 - tensor] for tensor in range(count) if tensor not in stays)
-    assert len(events.gradients) == 2 * (ranks > 0).sum()
-    assert (events.sizes > 0).all()
-
-
-def test_tensors_of_layers_that_run_again_are_allocated_twice(named_family):
-    family = named_family("llama")
-    model = family_model(family, checkpointing=False)
-    release_inputs(model)
-    memory = adamw_run(model, family_batch(family, model, 6, 12)).calibrated()
-    ranks = np.full(len(memory.states.weights), 4)
-    names = [segment.name for segment in memory.segments]
-    counts, peaks = [], []
-    for again in (names, names[:1], []):
-        part = memory.recomputing(again)
-        events = step_events(part.recording, part.sizes_under(ranks), ranks)
-        counts.append(len(events.sizes))
-        peaks.append(highest(events))
-    assert counts[0] > counts[1] > counts[2]
-    assert peaks[0] < peaks[1] < peaks[2]
-
-
 def test_an_evaluation_takes_less_than_a_step_and_grows_with_its_batch(named_family):
     family = named_family("llama")
     model = family_model(family)

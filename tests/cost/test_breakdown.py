@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.cost.breakdown import KINDS, LOSS, Breakdown, break_down, frozen_bytes
+from rankpilot.cost.batch_shape import BatchShape
+from rankpilot.cost.breakdown import KINDS, LOSS, break_down, frozen_bytes
 from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.cost import plan_cost
 from rankpilot.cost.model import MemoryModel
 from rankpilot.cost.model_states import state_bytes
-from rankpilot.cost.recording import BatchShape
 from rankpilot.lora.targets import TargetModule, find_target_modules
+
+from .measured import KeepsOnContext
 
 REENTRANT = {None: None, "checkpointed": False, "reentrant": True}
 
@@ -59,23 +61,10 @@ def test_the_parts_sum_to_the_price(
     check_sums(memory, targets, BatchShape(9, 5))
 
 
-class KeptOnContext(torch.autograd.Function):
-    """Keeps a tensor on its context, which outlives the first run of a checkpointed segment."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.kept = x * 2
-        return x * ctx.kept
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * 2 * ctx.kept
-
-
 def test_copies_of_a_second_run_are_counted(make_llama: Any, llama_batch: Any) -> None:
     model = make_llama()
     for layer in model.get_base_model().model.layers:
-        layer.mlp.act_fn.forward = KeptOnContext.apply
+        layer.mlp.act_fn.forward = KeepsOnContext.apply
     check_sums(*calibrated(model, llama_batch, "checkpointed"))
 
 
@@ -148,11 +137,3 @@ def test_frozen_bytes_counts_shared_weights_once(make_llama: Any) -> None:
     assert before == pytest.approx(expected, rel=0.01)
     base.lm_head.weight = base.model.embed_tokens.weight
     assert frozen_bytes(model) == before - 4 * 64 * 32
-
-
-def test_a_breakdown_by_hand() -> None:
-    table = np.zeros((2, len(KINDS)))
-    table[0, KINDS.index("saved")], table[1, KINDS.index("recomputed")] = 5, 7
-    breakdown = Breakdown("loss", ("a", "b"), table, 3.0, ("a",))
-    assert breakdown.total == 15
-    assert breakdown.by_layer("saved", "recomputed").tolist() == [5, 7]

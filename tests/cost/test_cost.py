@@ -46,12 +46,6 @@ def test_a_plan_costs_what_its_highest_moment_holds(cost, ranks, expected):
     assert plan_cost(cost, np.array(ranks)) == expected
 
 
-def test_fixed_bytes_depend_on_which_modules_are_adapted_alone(cost):
-    assert moment_costs(cost, np.zeros(3, dtype=np.int64)).tolist() == [1000, 900]
-    for ranks in (np.array([1, 0, 1]), np.array([5, 0, 2])):
-        assert (moment_costs(cost, ranks) - cost.per_rank @ ranks).tolist() == [1550, 1050]
-
-
 def test_moments_that_are_never_the_peak_are_left_out_with_what_only_they_hold(cost):
     lower = ByteCost(
         (*cost.moments, "never"),

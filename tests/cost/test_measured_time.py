@@ -79,6 +79,7 @@ def test_real_steps_leave_the_run_as_it_was(make_llama: Any) -> None:
     model = make_llama().train()
     targets = find_target_modules(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    trains = [parameter.requires_grad for parameter in model.parameters()]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     state = torch.get_rng_state()
     time = measure_step_time(TrainingStep(model, model_loss(model), optimizer), targets, batch(), rounds=1)
@@ -87,6 +88,7 @@ def test_real_steps_leave_the_run_as_it_was(make_llama: Any) -> None:
     assert not optimizer.state
     assert time.seconds(np.full(len(targets), 8)) > 0
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == trains
 
 
 def test_a_slow_round_and_a_spike_change_nothing() -> None:

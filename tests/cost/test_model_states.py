@@ -36,9 +36,11 @@ OPTIMIZERS = {
     "transformers-adafactor-beta1": lambda p: Adafactor(p, beta1=0.9, relative_step=False, lr=1e-3),
     "adamw-8bit": lambda p: bitsandbytes(p, min_8bit_size=50),
     "adamw-8bit-from-4096": bitsandbytes,
+    "torchao-4bit": lambda p: pytest.importorskip("torchao.optim").AdamW4bit(p),
+    "torchao-8bit": lambda p: pytest.importorskip("torchao.optim").AdamW8bit(p),
 }
 EXACT = {"adamw", "adamw-amsgrad", "sgd", "sgd-momentum"}
-BENT = {"adamw-8bit-from-4096"}
+BENT = {"adamw-8bit-from-4096", "torchao-4bit", "torchao-8bit"}
 """Optimisers whose state is fp32 up to a size and low-bit beyond, so that a line that is nowhere too low starts high.
 From widths of 4,096 on it is straight."""
 
@@ -77,53 +79,27 @@ def wide_llama(make_llama, llama_config):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_is_never_below_the_real_one_at_any_rank_of_the_ladder(wide_llama, name):
     targets = find_target_modules(wide_llama)
-    states = model_states(wide_llama, targets, OPTIMIZERS[name](trained(wide_llama)), signal_bytes=False)
-    for rank in RankLadder().ranks[1:]:
-        set_ranks(targets, {t.name: rank for t in targets})
-        optimizer = OPTIMIZERS[name](trained(wide_llama))
-        step(optimizer, wide_llama)
-        for index, target in enumerate(targets):
-            if rank > target.max_rank:
-                continue
-            real = real_state(optimizer, [target.weight_a, target.weight_b])
-            counted = states.optimizer[index] * rank + states.fixed[index]
-            assert counted >= real, (target.name, rank)
-            if name in EXACT:
-                assert counted == real, (target.name, rank)
-            elif rank >= 48 and name not in BENT:
-                assert counted <= 1.02 * real, (target.name, rank)
-
-
-TORCHAO = {
-    f"torchao-{bits}bit": lambda p, bits=bits: getattr(pytest.importorskip("torchao.optim"), f"AdamW{bits}bit")(p)
-    for bits in (4, 8)
-}
-
-
-@pytest.mark.parametrize("name", [*OPTIMIZERS, *TORCHAO])
-def test_counted_state_without_its_excess_is_the_real_one(wide_llama, name):
-    targets = find_target_modules(wide_llama)
-    for rank in (1, 8, 32, 48, 64):
-        ranks = np.array([0, *[rank] * (len(targets) - 1)])
+    counted = model_states(wide_llama, targets, OPTIMIZERS[name](trained(wide_llama)), signal_bytes=False)
+    for number, rank in enumerate(RankLadder().ranks[1:]):
+        ranks = np.where(np.arange(len(targets)) == number % len(targets), 0, rank)
         set_ranks(targets, {t.name: int(r) for t, r in zip(targets, ranks, strict=True)})
-        optimizer = (OPTIMIZERS | TORCHAO)[name](trained(wide_llama))
+        optimizer = OPTIMIZERS[name](trained(wide_llama))
         with torch.compiler.set_stance("force_eager"):
             step(optimizer, wide_llama)
-        states = model_states(wide_llama, targets, optimizer, signal_bytes=False)
-        counted = (states.optimizer * ranks + states.fixed * (ranks > 0)).sum()
-        real = real_state(optimizer, trained(wide_llama))
-        assert counted - excess_of_state(targets, optimizer) == real, rank
-
-
-def test_factored_state_starts_above_zero_and_grows_by_two_numbers_a_rank(wide_llama):
-    targets = find_target_modules(wide_llama)
-    states = model_states(wide_llama, targets, torch.optim.Adafactor(trained(wide_llama)), signal_bytes=False)
-    assert states.optimizer.tolist() == [2 * 4] * len(targets)
-    assert states.fixed.tolist() == [4 * (t.d_in + t.d_out) for t in targets]
+        states = counted.optimizer * ranks + counted.fixed * (ranks > 0)
+        for index in np.flatnonzero(ranks):
+            real = real_state(optimizer, [targets[index].weight_a, targets[index].weight_b])
+            assert states[index] >= real, (targets[index].name, rank)
+            if name in EXACT:
+                assert states[index] == real, (targets[index].name, rank)
+            elif rank >= 48 and name not in BENT:
+                assert states[index] <= 1.02 * real, (targets[index].name, rank)
+        excess = excess_of_state(targets, optimizer)
+        assert states.sum() - excess == real_state(optimizer, trained(wide_llama)), rank
 
 
 @pytest.mark.parametrize("name", ["adafactor", "transformers-adafactor", "transformers-adafactor-beta1"])
-@pytest.mark.parametrize("shape", [(3, 40), (40, 1), (1, 7), (12,)])
+@pytest.mark.parametrize("shape", [(3, 40), (40, 1), (12,)])
 def test_layouts_count_factored_averages_as_they_are(name, shape):
     parameter = torch.nn.Parameter(torch.randn(shape))
     optimizer = OPTIMIZERS[name]([parameter])
@@ -141,27 +117,10 @@ def test_weights_gradients_and_signals_of_one_rank(wide_llama):
     assert states.signals.tolist() == [4 * t.d_out for t in targets]
     assert states.scratch.tolist() == states.fixed.tolist() == [0] * len(targets)
     assert (states.others, states.other_gradients) == (0, 0)
-
-
-def test_adapters_in_half_precision_take_half_but_for_signals(wide_llama):
-    """Sums of gradients are in float32, whatever the adapters are in."""
-    targets = find_target_modules(wide_llama)
-    full = model_states(wide_llama, targets, None, signal_bytes=True)
     half = model_states(wide_llama.to(torch.bfloat16), targets, None, signal_bytes=True)
-    for name in ("weights", "optimizer"):
-        assert (2 * getattr(half, name)).tolist() == getattr(full, name).tolist()
-    assert half.signals.tolist() == full.signals.tolist()
-
-
-def test_what_trains_beside_the_adapters_counts_with_its_state(make_bert):
-    model = make_bert()
-    targets = find_target_modules(model)
-    optimizer = torch.optim.AdamW(trained(model), fused=True)
-    head = sum(4 * p.numel() for p in model.base_model.model.classifier.parameters() if p.requires_grad)
-    states = model_states(model, targets, optimizer, signal_bytes=False)
-    assert states.others == 3 * head > 0
-    assert states.other_gradients == head
-    assert not states.scratch.any()
+    assert (2 * half.weights).tolist() == states.weights.tolist()
+    assert (2 * half.optimizer).tolist() == states.optimizer.tolist()
+    assert half.signals.tolist() == states.signals.tolist(), "sums of gradients are in float32"
 
 
 def test_an_optimizer_that_works_on_all_parameters_at_once_copies_them(make_bert):
@@ -220,9 +179,7 @@ def test_state_bytes_looks_inside_low_bit_state(wide_llama):
     optimizer = pytest.importorskip("torchao.optim").AdamW8bit(trained(wide_llama), lr=1e-3)
     targets = find_target_modules(wide_llama)
     set_ranks(targets, {t.name: 64 for t in targets})
-    optimizer._new_buffer(trained(wide_llama)[0], True)
-    state = {p: {"exp_avg": optimizer._new_buffer(p, True)} for p in trained(wide_llama)}
-    optimizer.state.update(state)
+    optimizer.state.update({p: {"exp_avg": optimizer._new_buffer(p, True)} for p in trained(wide_llama)})
     weights = sum(4 * p.numel() for p in trained(wide_llama))
     low_bit = state_bytes(wide_llama, optimizer) - 2 * weights
     assert 0.25 * weights <= low_bit <= 0.4 * weights

@@ -7,18 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers as t
 from rankpilot.cost.cost import plan_cost
-from transformers import (
-    GemmaConfig,
-    GemmaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from ..cases import first_cases
 from ..families import FAMILIES
@@ -26,18 +16,18 @@ from .measured import adamw_run, family_batch, family_model, random_plans
 
 ROWS = {family.name: family for family in FAMILIES}
 CLASSES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "gemma": (GemmaConfig, GemmaForCausalLM),
+    "llama": (t.LlamaConfig, t.LlamaForCausalLM),
+    "qwen3": (t.Qwen3Config, t.Qwen3ForCausalLM),
+    "mistral": (t.MistralConfig, t.MistralForCausalLM),
+    "gemma": (t.GemmaConfig, t.GemmaForCausalLM),
 }
 
 
-def deep(name: str) -> PreTrainedModel:
+def deep(name: str) -> t.PreTrainedModel:
     """Eight narrow layers below many logits, so that the peak is at the loss."""
     config, model = CLASSES[name]
     sizes: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    built: PreTrainedModel = model(
+    built: t.PreTrainedModel = model(
         config(vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=8, use_cache=False, **sizes)
     )
     return built

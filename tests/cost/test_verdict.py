@@ -15,14 +15,8 @@ from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
 from transformers import LlamaConfig
 
-MIB = 2**20
 CONFIG = LlamaConfig(
-    vocab_size=4096,
-    hidden_size=512,
-    intermediate_size=1024,
-    num_hidden_layers=3,
-    num_attention_heads=8,
-    num_key_value_heads=4,
+    vocab_size=4096, hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=8
 )
 CARD = find_device_spec("rtx 4090")
 

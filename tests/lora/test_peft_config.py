@@ -12,7 +12,7 @@ from rankpilot.lora import peft_config as checkpoint
 from rankpilot.lora.peft_config import adapter_ranks, choose_scaling, finish_load, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
-from transformers import BertForSequenceClassification, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 MIXED = (0, 1, 3, 0, 7, 2, 12)
 
@@ -36,54 +36,12 @@ def reload(fresh, folder):
     return PeftModel.from_pretrained(fresh, folder)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_alpha": 5, "r": 3}])
-def test_plain_peft_loads_any_ranks_and_gives_the_same_logits(make_llama, llama_config, make_tokens, tmp_path, options):
-    model = make_llama(**options)
-    targets = find_target_modules(model)
-    make_resizable(model, targets)
-    ranks = mix(targets)
-    assert 0 in ranks.values()
-    sync_config(model, targets)
-    model.save_pretrained(tmp_path)
-
-    torch.manual_seed(0)
-    again = reload(LlamaForCausalLM(llama_config), tmp_path)
-    assert torch.equal(logits(again, make_tokens()), logits(model, make_tokens()))
-    live = {name: rank for name, rank in ranks.items() if rank}
-    assert adapter_ranks(find_target_modules(again)) == live
-
-
-def test_a_classifier_beside_the_adapter_is_saved_too(make_bert, bert_config, make_tokens, tmp_path):
-    model = make_bert()
-    targets = find_target_modules(model)
-    make_resizable(model, targets)
-    mix(targets)
-    sync_config(model, targets)
-    model.save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    again = reload(BertForSequenceClassification(bert_config), tmp_path)
-    assert torch.equal(logits(again, make_tokens()), logits(model, make_tokens()))
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_a_model_of_other_ranks_takes_a_whole_state_dict(make_llama, make_tokens, strict):
-    source, goal = make_llama(), make_llama()
-    for model in (source, goal):
-        make_resizable(model, find_target_modules(model))
-    ranks = mix(find_target_modules(source))
-    goal.load_state_dict(source.state_dict(), strict=strict)
-    finish_load(goal, find_target_modules(goal))
-    assert adapter_ranks(find_target_modules(goal)) == ranks
-    assert torch.equal(logits(goal, make_tokens()), logits(source, make_tokens()))
-
-
-@pytest.mark.parametrize("start", [(4,), (0, 2, 9), (1, 0)])
-def test_a_model_of_other_ranks_takes_an_adapter_file(make_llama, make_tokens, start):
+def test_a_model_of_other_ranks_takes_an_adapter_file(make_llama, make_tokens):
     source, goal = make_llama(), make_llama()
     for model in (source, goal):
         make_resizable(model, find_target_modules(model))
     targets = find_target_modules(goal)
-    mix(targets, start)
+    mix(targets, (0, 2, 9))
     ranks = mix(find_target_modules(source))
     set_peft_model_state_dict(goal, get_peft_model_state_dict(source))
     assert adapter_ranks(targets) == ranks
@@ -95,22 +53,6 @@ def test_a_model_of_other_ranks_takes_an_adapter_file(make_llama, make_tokens, s
         "^" + re.escape(name): rank for name, rank in ranks.items() if rank
     }
     assert torch.equal(logits(goal, make_tokens()), logits(source, make_tokens()))
-
-
-def test_load_adapter_goes_the_same_way(make_llama, make_tokens, tmp_path):
-    """`load_best_model_at_end` calls `load_adapter` on the model in training."""
-    model = make_llama()
-    targets = find_target_modules(model)
-    make_resizable(model, targets)
-    ranks = mix(targets)
-    sync_config(model, targets)
-    model.save_pretrained(tmp_path)
-    best = logits(model, make_tokens())
-    mix(targets, (2, 0, 5))
-    model.load_adapter(tmp_path, "default", is_trainable=True)
-    finish_load(model, targets)
-    assert adapter_ranks(targets) == ranks
-    assert torch.equal(logits(model, make_tokens()), best)
 
 
 def test_unrelated_weights_leave_the_ranks_alone(make_bert):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from rankpilot.errors import ConfigError, UnknownNameError, UnsupportedError
+from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.lora import resize as ranks_module
 from rankpilot.lora.peft_config import choose_scaling
 from rankpilot.lora.resize import (
@@ -19,9 +19,7 @@ from rankpilot.lora.resize import (
     non_finite,
     reset_adapters,
     set_ranks,
-    shrink_maps,
     update_peft_records,
-    write_in_place,
 )
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
@@ -49,25 +47,9 @@ def fill(target: TargetModule, used: int, generator: torch.Generator, spread: fl
         target.weight_b.copy_((b @ mix).to(dtype))
 
 
-def random_ranks(targets, generator, low=0):
-    return {t.name: int(torch.randint(low, min(9, t.max_rank + 1), (), generator=generator)) for t in targets}
-
-
 def logits(model, tokens):
     with torch.no_grad():
         return model(input_ids=tokens).logits
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("family", ["llama", "bert"])
-def test_growth_leaves_the_function_alone(make_llama, make_bert, make_tokens, dtype, tolerance, family):
-    model = (make_llama if family == "llama" else make_bert)().to(dtype).eval()
-    targets = find_target_modules(model)
-    before = logits(model, make_tokens())
-    changes = set_ranks(targets, {t.name: 16 for t in targets})
-    assert len(changes) == len(targets)
-    assert {t.rank for t in targets} == {16}
-    assert (logits(model, make_tokens()) - before).abs().max() <= tolerance
 
 
 @given(data=st.data())
@@ -120,46 +102,6 @@ def test_directions_without_function_are_seeded_anew_and_train_again(used, after
     assert ((target.weight_b - before).abs().amax(dim=0) > 1e-3).all()
 
 
-def test_shrink_maps_say_which_directions_carry_function():
-    target = lone_pair(8, 8, 4, torch.float64)
-    fill(target, 2, torch.Generator().manual_seed(0), spread=0.1)
-    p, q, used = shrink_maps([target.weight_a.detach()], [target.weight_b.detach()], 3)
-    assert (p.shape, q.shape, used.tolist()) == ((1, 4, 3), (1, 3, 4), [[True, True, False]])
-    assert p[0, :, 2].abs().sum() == 0
-    assert q[0, 2].abs().sum() == 0
-    torch.testing.assert_close(q[0, :2] @ p[0, :, :2], torch.eye(2, dtype=torch.float64))
-
-
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(2, 6), st.integers(0, 99))
-def test_pairs_shrink_together_as_they_do_alone(d_in, d_out, rank, seed):
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(3, rank, d_in, generator=generator, dtype=torch.float64)
-    b = torch.randn(3, d_out, rank, generator=generator, dtype=torch.float64)
-    b[1] = 0
-    together = shrink_maps(a, b, rank - 1)
-    for index, (p, q, used) in enumerate(zip(*together, strict=True)):
-        p_alone, q_alone, used_alone = shrink_maps(a[index : index + 1], b[index : index + 1], rank - 1)
-        assert torch.equal(used_alone[0], used)
-        product = b[index] @ p_alone[0] @ q_alone[0] @ a[index]
-        torch.testing.assert_close(b[index] @ p @ q @ a[index], product)
-
-
-def test_parameters_stay_the_same_objects_with_new_storage(make_llama):
-    model = make_llama()
-    targets = find_target_modules(model)
-    before = {name: id(p) for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    for rank in (2, 8, 0, 3):
-        set_ranks(targets, {t.name: rank for t in targets}, optimizer)
-        for t in targets:
-            assert t.weight_a.untyped_storage().nbytes() == 4 * rank * t.d_in
-            assert t.weight_b.untyped_storage().nbytes() == 4 * rank * t.d_out
-            assert t.weight_a.requires_grad == t.weight_b.requires_grad == (rank > 0)
-    assert {name: id(p) for name, p in model.named_parameters()} == before
-    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == groups
-
-
 def test_changing_ranks_while_an_old_loss_is_alive(make_llama, llama_batch):
     """A loop may keep the last loss, whose graph must not stop the next step."""
     model = make_llama()
@@ -171,43 +113,6 @@ def test_changing_ranks_while_an_old_loss_is_alive(make_llama, llama_batch):
     model(**llama_batch).loss.backward()
     assert targets[0].weight_a.grad.shape == (6, 32)
     assert loss.isfinite()
-
-
-def test_rank_zero_and_back(make_llama, make_tokens):
-    model = make_llama().eval()
-    targets = find_target_modules(model)
-    adapted = logits(model, make_tokens())
-    with model.disable_adapter():
-        bare = logits(model, make_tokens())
-    assert (adapted - bare).abs().max() > 1e-3
-    set_ranks(targets, {t.name: 0 for t in targets})
-    assert torch.equal(logits(model, make_tokens()), bare)
-    set_ranks(targets, {t.name: 5 for t in targets})
-    assert torch.equal(logits(model, make_tokens()), bare)
-    assert all((t.weight_a != 0).all() and (t.weight_b == 0).all() for t in targets)
-
-
-def test_a_revived_module_trains_again(make_llama, llama_batch):
-    model = make_llama()
-    targets = find_target_modules(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-
-    def train():
-        optimizer.zero_grad()
-        model(**llama_batch).loss.backward()
-        optimizer.step()
-
-    train()
-    chosen = targets[9]
-    set_ranks(targets, {chosen.name: 0}, optimizer)
-    train()
-    assert chosen.weight_a.grad is None
-    assert chosen.weight_a not in optimizer.state
-    set_ranks(targets, {chosen.name: 2}, optimizer)
-    train()
-    assert (chosen.weight_b != 0).any()
-    assert optimizer.state[chosen.weight_b]["exp_avg"].shape == chosen.weight_b.shape
-    assert int(optimizer.state[targets[0].weight_b]["step"]) == 3
 
 
 @pytest.mark.parametrize("scaling", ["alpha", "constant"])
@@ -289,16 +194,16 @@ def test_global_random_state_is_left_alone(make_llama):
 
 
 @pytest.mark.parametrize(
-    ("name", "rank", "error"),
+    ("name", "rank", "error", "words"),
     [
-        ("model.layers.0.self_attn.q_prj", 2, UnknownNameError),
-        ("model.layers.0.self_attn.q_proj", -1, ConfigError),
+        ("q_prj", 2, UnknownNameError, r"Did you mean: 'model\.layers\.0\.self_attn\.q_proj'"),
+        ("q_proj", -1, ConfigError, "Rank -1"),
     ],
 )
-def test_a_bad_plan_changes_nothing(make_llama, name, rank, error):
+def test_a_bad_plan_changes_nothing(make_llama, name, rank, error, words):
     targets = find_target_modules(make_llama())
-    with pytest.raises(error):
-        set_ranks(targets, {targets[2].name: 1, name: rank})
+    with pytest.raises(error, match=words):
+        set_ranks(targets, {targets[2].name: 1, f"model.layers.0.self_attn.{name}": rank})
     assert {t.rank for t in targets} == {4}
 
 
@@ -315,9 +220,8 @@ def test_a_rank_above_the_width_is_clipped_and_reported(make_llama, caplog):
     ]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("value", "rank"), [(math.nan, 2), (math.inf, 6)])
 @pytest.mark.parametrize("where", ["weight_a", "weight_b", "gradient", "state"])
-@pytest.mark.parametrize("rank", [2, 6])
 def test_a_module_that_is_not_finite_is_left_alone_and_reported(make_llama, llama_batch, caplog, value, where, rank):
     model = make_llama()
     targets = find_target_modules(model)
@@ -348,32 +252,12 @@ def test_a_module_that_is_not_finite_is_left_alone_and_reported(make_llama, llam
     assert non_finite(targets, optimizer) == []
 
 
-def test_ranks_cannot_change_while_merged(make_llama):
-    model = make_llama()
-    targets = find_target_modules(model)
-    model.merge_adapter()
-    with pytest.raises(UnsupportedError, match=r"q_proj' is merged.*unmerge_adapter"):
-        set_ranks(targets, {targets[0].name: 2})
-    model.unmerge_adapter()
-    set_ranks(targets, {targets[0].name: 2})
-    assert targets[0].rank == 2
-
-
-def test_write_in_place_frees_the_old_storage():
-    parameter = nn.Parameter(torch.ones(4, 4))
-    parameter.grad = torch.ones(4, 4)
-    write_in_place(parameter, torch.ones(8, 4)[:2])
-    assert parameter.grad is None
-    assert parameter.shape == (2, 4)
-    assert parameter.is_leaf
-
-
 def test_reset_adapters_starts_over_the_same_way_each_time(make_llama, make_tokens):
     model = make_llama().eval()
     targets = find_target_modules(model)
     with model.disable_adapter():
         bare = logits(model, make_tokens())
-    set_ranks(targets, random_ranks(targets, torch.Generator().manual_seed(0)))
+    set_ranks(targets, {t.name: i % 9 for i, t in enumerate(targets)})
     reset_adapters(targets, 20, seed=3)
     assert [t.rank for t in targets] == [min(20, t.max_rank) for t in targets]
     assert torch.equal(logits(model, make_tokens()), bare)

@@ -1,39 +1,25 @@
-"""Target modules: which are found, in which order, and which are refused."""
+"""Target modules, and the ladder of allowed ranks."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
-from peft.tuners.lora import variants
-from rankpilot.errors import ConfigError, UnknownNameError, UnsupportedError
-from rankpilot.lora.targets import check_ranks, find_target_modules, other_trainable, unwrap
-from transformers import LlamaForCausalLM
+from hypothesis import given
+from hypothesis import strategies as st
+from rankpilot.errors import ConfigError, UnknownNameError
+from rankpilot.lora.spec import RankLadder
+from rankpilot.lora.targets import find_target_modules, other_trainable, unwrap
 
 
 def test_every_linear_layer_of_llama_is_a_target_in_forward_order(make_llama):
     targets = find_target_modules(make_llama())
-    assert [t.name.rpartition(".")[2] for t in targets[:7]] == [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ]
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert [t.name.rpartition(".")[2] for t in targets] == 2 * names
     assert [t.block for t in targets] == [0] * 7 + [1] * 7
     key = targets[1]
     assert key.name == "model.layers.0.self_attn.k_proj"
     assert (key.d_in, key.d_out, key.rank, key.max_rank, key.scaling) == (32, 16, 4, 16, 2.0)
-    assert key.weight_a.shape == (4, 32)
-    assert key.weight_b.shape == (16, 4)
-
-
-def test_blocks_number_the_layers_of_bert(make_bert):
-    targets = find_target_modules(make_bert())
-    assert len(targets) == 18
-    assert [t.block for t in targets] == [0] * 6 + [1] * 6 + [2] * 6
 
 
 def test_wrapped_models_are_unwrapped(make_llama):
@@ -47,57 +33,11 @@ def test_wrapped_models_are_unwrapped(make_llama):
     assert unwrap(outer) is model
 
 
-def test_only_the_active_adapter_is_found(make_llama):
-    model = make_llama()
-    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
-    assert len(find_target_modules(model)) == 14
-    model.set_adapter("second")
-    second = find_target_modules(model)
-    assert [t.name for t in second] == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
-    assert {t.rank for t in second} == {2}
-
-
 def test_an_adapter_that_was_deleted_is_told(make_llama):
     model = make_llama()
     model.delete_adapter("default")
     with pytest.raises(UnknownNameError, match="Unknown adapter 'default'"):
         find_target_modules(model)
-
-
-def test_a_model_without_peft_is_refused_with_the_way_out(llama_config):
-    with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM is not a PEFT model.*get_peft_model"):
-        find_target_modules(LlamaForCausalLM(llama_config))
-
-
-def test_another_peft_method_is_refused(llama_config):
-    model = get_peft_model(LlamaForCausalLM(llama_config), IA3Config(task_type="CAUSAL_LM"))
-    with pytest.raises(UnsupportedError, match="no LoRA target module"):
-        find_target_modules(model)
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the frozen weights"),
-        pytest.param(
-            {"init_lora_weights": "mica"},
-            "MiCALinearVariant cannot change rank",
-            marks=pytest.mark.skipif(not hasattr(variants, "MiCALinearVariant"), reason="of later versions of PEFT"),
-        ),
-    ],
-)
-def test_pairs_whose_rank_cannot_change_are_refused(make_llama, options, reason):
-    with pytest.raises(UnsupportedError, match=reason):
-        find_target_modules(make_llama(**options))
-
-
-def test_check_ranks_names_what_is_wrong(make_llama):
-    targets = find_target_modules(make_llama())
-    check_ranks(targets, {targets[1].name: 16, targets[0].name: 0})
-    with pytest.raises(UnknownNameError, match=r"Did you mean: 'model\.layers\.0\.self_attn\.q_proj'"):
-        check_ranks(targets, {"model.layers.0.self_attn.q_prj": 4})
-    with pytest.raises(ConfigError, match="Rank -1"):
-        check_ranks(targets, {targets[1].name: -1})
 
 
 def test_what_trains_beside_the_pairs(make_bert, make_llama):
@@ -106,3 +46,25 @@ def test_what_trains_beside_the_pairs(make_bert, make_llama):
     assert sorted(p.numel() for p in rest) == [3, 96]
     llama = make_llama()
     assert other_trainable(llama, find_target_modules(llama)) == []
+
+
+@pytest.mark.parametrize("ranks", [(), (0,), (1, 2), (0, 2, 2), (0, 4, 2), (0, -1)])
+def test_a_ladder_that_does_not_rise_from_zero_is_refused(ranks):
+    with pytest.raises(ConfigError, match="rises strictly from 0"):
+        RankLadder(ranks)
+
+
+LADDERS = st.sets(st.integers(1, 100), min_size=1, max_size=9).map(lambda s: RankLadder((0, *sorted(s))))
+
+
+@given(LADDERS, st.integers(0, 120), st.integers(-12, 12))
+def test_steps_stay_on_the_ladder(ladder, rank, delta):
+    rung = int(ladder.rung(rank))
+    assert ladder.ranks[rung] <= rank, "the highest that is not above"
+    assert rung == ladder.top or ladder.ranks[rung + 1] > rank
+    assert ladder.step(rank, delta) == ladder.ranks[min(max(rung + delta, 0), ladder.top)]
+
+
+def test_steps_of_an_array():
+    assert RankLadder().rung(np.array([0, 1, 3, 8, 9, 200])).tolist() == [0, 1, 2, 4, 4, 10]
+    assert RankLadder().step(np.array([8, 9, 0, 64]), np.array([2, -1, -1, 5])).tolist() == [16, 4, 0, 64]

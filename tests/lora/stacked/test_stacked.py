@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel
 from rankpilot.common.arrays import IntArray
 from rankpilot.errors import UnsupportedError
-from rankpilot.lora.adapters import SIGNALS, SignalMeter, base_norms
 from rankpilot.lora.resize import reset_adapters, set_ranks
-from rankpilot.lora.stacked.adapters import WIDTH_STEP, StackedAdapters
+from rankpilot.lora.signals import SIGNALS, SignalMeter, base_norms
+from rankpilot.lora.stacked.adapters import StackedAdapters
 from rankpilot.lora.stacked.run import Move, StackedMeter, StackedRun, accumulate_all, reset_runs, set_stacked_ranks
 from rankpilot.lora.targets import TargetModule, find_target_modules
 from torch import nn
@@ -102,10 +102,11 @@ class Tiny:
         moves = {step: random.integers(1, self.max_ranks + 1) for step in steps}
         return {step: [np.where(random.random(len(ranks)) < 0.3, 0, ranks)] for step, ranks in moves.items()}
 
-    def runs(self, steps: Sequence[int] = DECISIONS) -> list[Run]:
-        """Runs with different seeds, rates, data and moves."""
+    def runs(self, steps: Sequence[int] = DECISIONS, *, later: int = 0) -> list[Run]:
+        """Runs with different seeds, rates, data and moves; the last two move some steps `later` than the others."""
         rates = (1e-2, 3e-3, 1e-3, 5e-3)
-        return [Run(10 + i, rate, i, self.random_moves(i, steps)) for i, rate in enumerate(rates)]
+        times = [[step + later * (i // 2) for step in steps] for i in range(len(rates))]
+        return [Run(10 + i, rate, i, self.random_moves(i, times[i]), (1, 9)) for i, rate in enumerate(rates)]
 
 
 MakeTiny = Callable[..., Tiny]
@@ -274,52 +275,42 @@ def assert_equal(actual: Outcome, expected: Outcome) -> None:
             assert torch.equal(mine[1], theirs[1])
 
 
-def kinds(runs: Sequence[Run], modules: int) -> set[str]:
-    """The kinds of change that occur."""
-    changes = set()
-    for run in runs:
-        before = np.ones(modules, dtype=np.int64)
-        for ranks in (ranks for several in run.moves.values() for ranks in several):
-            changes |= {"drop"} if (ranks[before > 0] == 0).any() else set()
-            changes |= {"revive"} if (ranks[before == 0] > 0).any() else set()
-            changes |= {"shrink"} if ((ranks > 0) & (ranks < before)).any() else set()
-            changes |= {"grow"} if ((before > 0) & (ranks > before)).any() else set()
-            before = ranks
-    return changes
-
-
 # The same as PEFT ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "tolerance"),
+    ("name", "dtype"),
     first_cases(
-        2,
+        4,
         [
-            ("llama-rslora", torch.float64, 1e-8),
-            ("bert", torch.float32, 1e-4),
-            ("gpt2", torch.float64, 1e-8),
-            ("llama", torch.float64, 1e-8),
-            ("bert", torch.float64, 1e-8),
-            ("llama", torch.float32, 1e-4),
-            ("gpt2", torch.float32, 1e-4),
+            ("llama-rslora", torch.float64),
+            ("bert", torch.float32),
+            ("gpt2", torch.float64),
+            ("bert", torch.float64),
+            ("llama", torch.float64),
+            ("llama", torch.float32),
+            ("gpt2", torch.float32),
         ],
     ),
 )
-def test_stacked_runs_are_the_runs_of_peft_models(
-    make_tiny: MakeTiny, name: str, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_stacked_runs_are_the_runs_of_peft_models(make_tiny: MakeTiny, name: str, dtype: torch.dtype) -> None:
+    """Two runs move at once, and a third in the middle of the intervals of their signals."""
     tiny = make_tiny(name, dtype)
-    runs = tiny.runs()[: 4 if (name, dtype) == ("llama", torch.float64) else 3 if dtype == torch.float64 else 2]
-    assert kinds(runs, len(tiny.targets)) == {"drop", "revive", "shrink", "grow"}
-    outcomes = train_stacked(tiny, tiny.stacked(len(runs)), dict(enumerate(runs)), 90)
+    runs = tiny.runs(later=4)[:3]
+    outcomes = train_stacked(tiny, tiny.stacked(len(runs)), dict(enumerate(runs)), 75)
     for row, run in enumerate(runs):
-        expected = train_peft(tiny, run, 90)
-        if dtype == torch.float64:
-            assert_same(outcomes[row], expected, tolerance)
-        else:
-            np.testing.assert_allclose(outcomes[row].losses, expected.losses, rtol=0, atol=tolerance)
+        expected = train_peft(tiny, run, 75)
         assert min(expected.losses) < expected.losses[0] - 0.02  # it did learn
+        if dtype == torch.float32:
+            np.testing.assert_allclose(outcomes[row].losses, expected.losses, rtol=0, atol=1e-4)
+            continue
+        assert_same(outcomes[row], expected, 1e-8)
+        assert len(set(outcomes[row].ages)) > 1, "modules were dropped and revived"
+        assert len(expected.signals) == 5
+        for (values, age), (their_values, their_age) in zip(outcomes[row].signals, expected.signals, strict=True):
+            np.testing.assert_allclose(values, their_values, rtol=1e-7, atol=1e-10)
+            np.testing.assert_array_equal(age, their_age)
+        assert max(age.max() for _, age in outcomes[row].signals) > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -332,38 +323,6 @@ def test_directions_without_function_are_seeded_anew_as_on_a_peft_model(make_tin
     assert_same(outcomes[1], train_peft(tiny, run, 16), 1e-8)
     assert_same(outcomes[0], train_peft(tiny, still, 16), 1e-8)
     assert not any(b.any() for _, b in outcomes[0].pairs["weights"])  # at rate 0 every B stays zero
-
-
-def test_a_fresh_start_is_that_of_reset_adapters(make_tiny: MakeTiny) -> None:
-    tiny = make_tiny()
-    adapters = tiny.stacked(3)
-    train_stacked(tiny, adapters, {row: Run(row, 1e-2, row, {1: [tiny.all_at(5)]}) for row in range(3)}, 3)
-    reset_runs(adapters, {2: 7, 0: 8})
-    assert adapters.ranks.tolist() == [[1] * 14, [5] * 14, [1] * 14]
-    for row, seed in {2: 7, 0: 8}.items():
-        reset_adapters(tiny.targets, 1, seed)
-        fresh = outcome_of(adapters, row)
-        assert fresh.ages == [0] * 14
-        for (a, b), first, second, target in zip(
-            fresh.pairs["weights"], fresh.pairs["first"], fresh.pairs["second"], tiny.targets, strict=True
-        ):
-            assert torch.equal(a, target.weight_a)
-            assert not any(part.any() for part in (b, *first, *second))
-
-
-def test_growth_draws_the_directions_that_set_ranks_draws(make_tiny: MakeTiny) -> None:
-    tiny = make_tiny()
-    adapters = tiny.stacked(2)
-    reset_adapters(tiny.targets, 1, 3)
-    reset_runs(adapters, {0: 4, 1: 3})
-    ranks = tiny.random_moves(5, (0,))[0][0]
-    set_ranks(
-        tiny.targets, {t.name: rank for t, rank in zip(tiny.targets, ranks.tolist(), strict=True)}, seed=9, step=6
-    )
-    set_stacked_ranks(adapters, [Move(1, ranks, 9, 6)])
-    for (a, b), target in zip(outcome_of(adapters, 1).pairs["weights"], tiny.targets, strict=True):
-        assert torch.equal(a, target.weight_a)
-        assert torch.equal(b.mT, target.weight_b)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
@@ -383,25 +342,6 @@ def test_without_gradients_the_logits_are_those_of_the_peft_model(make_tiny: Mak
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
     assert torch.equal(outside, bare)
     assert (expected - bare).abs().max() > 1e-3
-
-
-# Signals ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", first_cases(2, ["llama", "bert", "gpt2"]))
-def test_signals_are_those_of_a_signal_meter(make_tiny: MakeTiny, name: str) -> None:
-    """Each run reads and moves at its own times, so that others move in the middle of its intervals."""
-    tiny = make_tiny(name)
-    steps = ((6, 14), (9, 14), (3, 11))
-    runs = [Run(i, 5e-3, i, tiny.random_moves(i, decisions), reads=(1, 12, 19)) for i, decisions in enumerate(steps)]
-    outcomes = train_stacked(tiny, tiny.stacked(3), dict(enumerate(runs)), 20)
-    for row, run in enumerate(runs):
-        expected = train_peft(tiny, run, 20)
-        assert len(outcomes[row].signals) == 5
-        for (values, age), (their_values, their_age) in zip(outcomes[row].signals, expected.signals, strict=True):
-            np.testing.assert_allclose(values, their_values, rtol=1e-7, atol=1e-10)
-            np.testing.assert_array_equal(age, their_age)
-        assert max(age.max() for _, age in outcomes[row].signals) > 0
 
 
 def test_a_run_without_any_adapter_keeps_its_signals(make_tiny: MakeTiny) -> None:
@@ -490,61 +430,15 @@ def test_a_run_that_breaks_harms_no_other(make_tiny: MakeTiny) -> None:
     assert np.isnan(outcomes[1].signals[0][0]).all()
     for row in (0, 2):
         assert_equal(outcomes[row], expected[row])
+    before = [outcome_of(broken, row).pairs["weights"] for row in (0, 2)]
     again = train_stacked(tiny, broken, {1: Run(6, 1e-2, 6)}, 10)[1]  # a reset row works like a new one
+    for row, pairs in zip((0, 2), before, strict=True):
+        now = outcome_of(broken, row).pairs["weights"]
+        assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(now, pairs, strict=True))
     assert_equal(again, train_stacked(tiny, tiny.stacked(1), {0: Run(6, 1e-2, 6)}, 10)[0])
 
 
-# Adam ------------------------------------------------------------------------------------------------------------
-
-
-def test_pairs_of_different_age_step_as_they_do_in_a_peft_model(make_tiny: MakeTiny) -> None:
-    """Neighbours revived at different times, and one that never stopped."""
-    tiny = make_tiny()
-    kind = np.arange(len(tiny.targets)) % 3
-    moves = {2: [np.where(kind == 0, 2, 0)], 6: [np.where(kind == 2, 0, 3)], 11: [tiny.all_at(3)]}
-    run = Run(1, 1e-2, 1, moves)
-    outcome = train_stacked(tiny, tiny.stacked(2), {0: Run(2, 1e-2, 2), 1: run}, 30)[1]
-    assert outcome.ages == [(30, 24, 19)[k] for k in kind]
-    assert_same(outcome, train_peft(tiny, run, 30), 1e-8)
-
-
-def test_each_run_has_its_own_learning_rate(make_tiny: MakeTiny) -> None:
-    tiny = make_tiny()
-    adapters = tiny.stacked(3)
-    runs = {row: Run(1, rate, 1) for row, rate in enumerate((0.0, 1e-3, 1e-2))}
-    outcomes = train_stacked(tiny, adapters, runs, 1)
-    for (_, none), (_, slow), (_, fast) in zip(*(outcomes[row].pairs["weights"] for row in range(3)), strict=True):
-        assert not none.any()
-        assert slow.abs().max() == pytest.approx(1e-3, rel=1e-2)  # Adam's first step is as large as the rate
-        torch.testing.assert_close(fast, 10 * slow)
-
-
 # Layout ----------------------------------------------------------------------------------------------------------
-
-
-def test_room_for_larger_ranks_keeps_all_that_is_held(make_tiny: MakeTiny) -> None:
-    tiny = make_tiny()
-    adapters = tiny.stacked(3)
-    train_stacked(tiny, adapters, dict(enumerate(tiny.runs((3,))[:3])), 6)
-    before = [outcome_of(adapters, row) for row in range(3)]
-    old, sums = adapters.layout, adapters.layout.pairs(adapters.sums.clone())
-    assert adapters.sums.any()
-    wide = adapters.ranks + np.arange(len(tiny.targets)) * 3 + WIDTH_STEP
-    adapters.make_room(wide)
-    assert (adapters.layout.widths > old.widths).all()
-    for row in range(3):
-        now = outcome_of(adapters, row)
-        for side in HELD:
-            for mine, theirs in zip(now.pairs[side], before[row].pairs[side], strict=True):
-                assert torch.equal(mine[0], theirs[0])
-                assert torch.equal(mine[1], theirs[1])
-    for (_, b), (_, other), width in zip(adapters.layout.pairs(adapters.sums), sums, old.widths.tolist(), strict=True):
-        assert torch.equal(b[:, :width], other)
-        assert not b[:, width:].any()
-    adapters.make_room(adapters.ranks)
-    np.testing.assert_array_equal(adapters.layout.widths, old.widths)
-    for (_, b), (_, other) in zip(adapters.layout.pairs(adapters.sums), sums, strict=True):
-        assert torch.equal(b, other)
 
 
 def test_widths_are_multiples_of_sixteen_and_little_more_than_the_ranks_need(make_tiny: MakeTiny) -> None:
@@ -587,27 +481,6 @@ def test_memory_is_linear_in_the_runs_and_the_model_is_not_copied(make_tiny: Mak
 
 
 # Moves -----------------------------------------------------------------------------------------------------------
-
-
-def test_moves_at_once_are_moves_one_after_another(make_tiny: MakeTiny) -> None:
-    tiny = make_tiny()
-    together, isolated = tiny.stacked(4), tiny.stacked(4)
-    runs = dict(enumerate(tiny.runs((3,))))
-    for adapters in (together, isolated):
-        train_stacked(tiny, adapters, runs, 8)
-    moves = [Move(row, tiny.random_moves(row + 50, (8,))[8][0], row, 8) for row in (3, 0, 2)]
-    set_stacked_ranks(together, moves)
-    for move in moves[::-1]:
-        set_stacked_ranks(isolated, [move])
-    np.testing.assert_array_equal(together.ranks, isolated.ranks)
-    np.testing.assert_array_equal(together.layout.widths, isolated.layout.widths)
-    for row in range(4):
-        actual, expected = (outcome_of(adapters, row) for adapters in (together, isolated))
-        for side in HELD:
-            for mine, theirs in zip(actual.pairs[side], expected.pairs[side], strict=True):
-                torch.testing.assert_close(mine[0].abs(), theirs[0].abs(), rtol=1e-10, atol=1e-12)
-                torch.testing.assert_close(mine[1].abs(), theirs[1].abs(), rtol=1e-10, atol=1e-12)
-        assert actual.ages == expected.ages
 
 
 def test_a_run_notes_its_move_and_names_what_is_not_finite(make_tiny: MakeTiny) -> None:
@@ -666,19 +539,3 @@ def test_a_gpu_gives_the_same_losses(make_tiny: MakeTiny, name: str) -> None:
         for (mine, age), (theirs, their_age) in values:
             np.testing.assert_allclose(mine, theirs, rtol=0.05, atol=1e-3)
             np.testing.assert_array_equal(age, their_age)
-
-
-def buffer_bytes(adapters: StackedAdapters) -> int:
-    return sum(getattr(adapters, name).nbytes for name in ("weights", "gradients", "first", "second", "sums"))
-
-
-def test_buffers_grow_linearly_with_the_runs_and_weights_are_there_once(make_tiny: MakeTiny) -> None:
-    tiny = make_tiny()
-    alone = tiny.stacked(1)
-    alone.make_room(np.tile(tiny.all_at(8), (1, 1)))
-    frozen = sum(parameter.nbytes for parameter in alone.model.parameters())
-    for runs in (2, 4):
-        adapters = tiny.stacked(runs)
-        adapters.make_room(np.tile(tiny.all_at(8), (runs, 1)))
-        assert buffer_bytes(adapters) == runs * buffer_bytes(alone) > 0
-        assert sum(parameter.nbytes for parameter in adapters.model.parameters()) == frozen
