@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.env import stack_trainer
 from rankpilot.env.proxy_finetune import known_of, load_task
 from rankpilot.env.proxy_task import ProxyTask
-from rankpilot.env.stack_trainer import FrozenStates, Lane, StackTrainer, joining, parts_of
+from rankpilot.env.stack_trainer import Lane, StackTrainer, parts_of
 from rankpilot.env.stacked import StackedEpisodes
 from rankpilot.lora.stacked import adapters as adapters_module
 from rankpilot.lora.stacked.adapters import Pair
@@ -163,26 +163,3 @@ def test_a_run_without_adapters_stands_still(make_task: Any) -> None:
     assert trainer.held_out({0: task}) == before
     assert trainer.held_out({1: task}) != before
     trainer.train([])
-
-
-def test_frozen_states_are_computed_for_many_steps_at_a_time(make_task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = replace(make_task(), steps=7)
-    trainer = StackTrainer(task.base, 1, device=torch.device("cpu"))
-    batches, calls = load_task(task).inputs[2:], []
-    frozen = Blocks.frozen
-    monkeypatch.setattr(Blocks, "frozen", lambda self, *args: calls.append(len(args[0])) or frozen(self, *args))
-    monkeypatch.setattr("rankpilot.env.stack_trainer.FORWARD_TOKENS", 2 * batches[0].numel())
-    states = FrozenStates(trainer._blocks, batches, [3, 1, 3], first=2)
-    for step in range(2, 7):
-        at = states.at(step)
-        assert set(at) == {1, 3}
-        expected = frozen(trainer._blocks, batches[step - 2], [1, 3])
-        assert all(torch.equal(at[block], expected[block]) for block in at)
-    assert calls == [8, 8, 4]
-
-
-def test_runs_join_in_the_order_of_their_blocks() -> None:
-    parts = [torch.full((2, 3, 4), float(number)) for number in range(3)]
-    joined = joining([0, 2, 2], parts)
-    assert torch.equal(joined[0], parts[0])
-    assert torch.equal(joined[2], torch.cat(parts[1:]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +12,6 @@ import numpy as np
 import pytest
 import rankpilot
 from gymnasium.vector import AutoresetMode
-from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from numpy.typing import NDArray
 from rankpilot.agents.observation import Observation
 from rankpilot.agents.policy import Decision
@@ -23,15 +20,14 @@ from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.env import bases, stack_trainer, stacked
 from rankpilot.env import bases as adapted
 from rankpilot.env.episode import Episode, reference_of, rule_losses
-from rankpilot.env.episode_record import Comparison, EpisodeRecord, churn_cost
+from rankpilot.env.episode_record import Comparison, EpisodeRecord
 from rankpilot.env.proxy_finetune import ProxyFineTune, known_of, load_task
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.stacked import StackedEpisodes
 from rankpilot.env.suites import FRESH_SEEDS
-from rankpilot.env.vector import StackedConfig, StackedVectorEnv
+from rankpilot.env.vector import StackedVectorEnv
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
-from rankpilot.lora.spec import RankLadder
 from rankpilot.plan.problem import AllocationProblem
 
 from ..cases import first_cases
@@ -210,14 +206,21 @@ def make_vector(num_envs: int, **settings: Any) -> StackedVectorEnv:
 
 def test_vectors_refuse_what_they_cannot_do(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     envs = make_vector(2, task=make_task(), schedule=schedule)
+    actions = np.zeros(envs.action_space.shape, dtype=np.int64)
+    with pytest.raises(ConfigError, match=r"No episode is under way.*call reset"):
+        envs.step(actions)
     first, again = (envs.reset(seed=seed)[0] for seed in (3, np.int64(3)))
     np.testing.assert_array_equal(first["module_features"], again["module_features"])
+    with pytest.raises(ConfigError, match=r"a whole number, or one for each environment; got 1\.5"):
+        envs.reset(seed=1.5)  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="The smallest that works is"):
         envs.reset(options={"budget": 1e-9})
     with pytest.raises(ConfigError, match="call reset"):
-        envs.step(np.zeros(envs.action_space.shape, dtype=np.int64))
+        envs.step(actions)
     with pytest.raises(ConfigError, match="make an environment of dict alone"):
         make_vector(2, task={"base": BASE})
+    with pytest.raises(UnknownNameError, match=r"argument of stacked environments 'bases'\. Did you mean: 'base'"):
+        make_vector(1, bases=("llama-4x32",))
 
 
 @pytest.fixture
@@ -342,6 +345,7 @@ def test_slots_that_end_apart_are_reset_alone(pool: tuple[ProxyTask, ...], sched
                 {key: part[0] for key, part in observations.items()}, {key: part[slot] for key, part in wide[0].items()}
             )
             if terminated[0]:
+                assert wide[4]["_final_info"][slot]
                 np.testing.assert_equal(infos["final_obs"][0], wide[4]["final_obs"][slot])
                 for key in ("held_out_loss", "loss", "improvement"):
                     np.testing.assert_equal(_number(infos, key, 0), _number(wide[4], key, slot))
@@ -402,32 +406,6 @@ def test_a_rule_beside_the_episodes_runs_as_it_would_alone(make_task: MakeTask, 
     assert steps[0].info["churn"] > 0
     shares = 10 * (alone - steps[1].info["held_out_loss"]) / (initial - alone)  # the headroom is a tenth of a gain
     assert steps[1].info["improvement"] == pytest.approx(shares, abs=0.02)
-
-
-def test_churn_is_that_of_moves_after_the_first_decision(make_task: MakeTask, schedule: DecisionSchedule) -> None:
-    envs = make_vector(1, task=make_task(reference=Reference(3.0, 2.0)), schedule=schedule)
-    envs.reset(seed=0)
-    rungs, told = [], []
-    for action in np.random.default_rng(0).integers(0, 21, size=(4, 1, 28)):
-        *_, infos = envs.step(action)
-        infos = infos.get("final_info", infos)
-        rungs.append(RankLadder().rung(np.array(infos["ranks"][0])))
-        told.append(infos["churn"][0])
-    costs = [0.0, *(churn_cost(*pair) for pair in itertools.pairwise(rungs))]
-    assert told == pytest.approx(np.cumsum(costs).tolist())
-    assert costs[-1] > 0
-
-
-def test_the_first_plan_and_keeping_it_are_free(make_task: MakeTask, schedule: DecisionSchedule) -> None:
-    """But for the bytes of signal buffers, which the last plan may spend as well: here the unit is parameters."""
-    task = make_task(unit="parameters", reference=Reference(3.0, 2.0))
-    envs = make_vector(1, task=task, schedule=schedule)
-    before = envs.reset(seed=0)[1]["ranks"][0]
-    *_, infos = envs.step(np.full((1, 28), 20))
-    assert infos["ranks"][0] != before
-    for _ in range(3):
-        *_, infos = envs.step(np.full((1, 28), 10))
-    assert infos["final_info"]["churn"].tolist() == [0.0]
 
 
 def test_a_failed_episode_waits_for_its_group(make_task: MakeTask, schedule: DecisionSchedule) -> None:
@@ -512,12 +490,9 @@ def test_a_start_that_fails_leaves_no_episode_under_way(
     envs.step(actions)
 
 
-@pytest.mark.parametrize("kind", ["shift", "planted"])
-def test_a_vector_survives_failed_runs(
-    make_task: MakeTask, schedule: DecisionSchedule, info_keys: set[str], kind: str
-) -> None:
+def test_a_vector_survives_failed_runs(make_task: MakeTask, schedule: DecisionSchedule, info_keys: set[str]) -> None:
     """The probe and the uniform run fail as well."""
-    envs = make_vector(2, task=make_task(kind, learning_rate=1e30), schedule=schedule, episodes_per_task=2)
+    envs = make_vector(2, task=make_task("planted", learning_rate=1e30), schedule=schedule, episodes_per_task=2)
     envs.reset(seed=0)
     for _ in range(2):
         observations, rewards, terminated, _, infos = envs.step(np.full((2, 28), 12))
@@ -529,33 +504,6 @@ def test_a_vector_survives_failed_runs(
         assert final["non_finite"].all()
         assert (final["improvement"] - final["churn"]).tolist() == [-3.0] * 2
         assert np.isfinite(infos["uniform_loss"]).all()
-
-
-def test_one_failed_run_among_others(make_task: MakeTask, schedule: DecisionSchedule) -> None:
-    task = make_task(reference=Reference(3.0, 2.0, 1.9))
-    envs = make_vector(3, task=task, schedule=schedule)
-    envs.reset(seed=0)
-    envs.begin({1: replace(task, learning_rate=1e30)})
-    _, rewards, terminated, _, infos = envs.step(np.full((3, 28), 11))
-    assert terminated.tolist() == [False, True, False]
-    assert rewards.tolist() == [0.0, -3.0, 0.0]
-    assert infos["loss"][0] == infos["loss"][2]
-    assert infos["final_info"]["non_finite"].tolist() == [False, True, False]
-    assert infos["_final_info"].tolist() == [False, True, False]
-
-
-def test_statistics_of_a_vector(make_task: MakeTask, schedule: DecisionSchedule) -> None:
-    envs = RecordEpisodeStatistics(make_vector(2, task=make_task(), schedule=schedule))
-    envs.reset(seed=0)
-    total = np.zeros(2)
-    for turn in range(8):
-        _, rewards, _, _, infos = envs.step(envs.action_space.sample())
-        total += rewards
-        if turn % 4 == 3:
-            assert infos["episode"]["l"].tolist() == [4, 4]
-            np.testing.assert_allclose(infos["episode"]["r"], total)
-            total[:] = 0
-    assert list(envs.length_queue) == [4] * 4
 
 
 def test_options_of_a_vector(pool: tuple[ProxyTask, ...], make_task: MakeTask, schedule: DecisionSchedule) -> None:
@@ -602,22 +550,11 @@ def test_texts_of_a_vector(make_task: MakeTask, schedule: DecisionSchedule) -> N
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
-def test_no_step_of_a_vector_before_reset(make_task: MakeTask, schedule: DecisionSchedule) -> None:
-    with pytest.raises(ConfigError, match="call reset"):
-        make_vector(2, task=make_task(), schedule=schedule).step(np.full((2, 28), 10))
-
-
 @pytest.mark.parametrize(
     "actions",
     [
-        np.full((2, 27), 10),
-        np.full((2, 28), 21),
-        np.full((2, 28), -1),
-        np.full((2, 28), 10.5),
-        np.full((2, 28), np.nan),
-        np.full(28, 10),
-        np.full((3, 28), 10),
-        np.full((1, 28), 10),
+        *(np.full((2, 28), value) for value in (21, -1, 10.5, np.nan)),
+        *(np.full(shape, 10) for shape in ((2, 27), 28, (3, 28), (1, 28))),
     ],
 )
 def test_wrong_actions_of_a_vector(make_task: MakeTask, schedule: DecisionSchedule, actions: NDArray[Any]) -> None:
@@ -636,24 +573,20 @@ def test_wrong_actions_of_a_vector(make_task: MakeTask, schedule: DecisionSchedu
         ({"num_envs": 2, "episodes_per_task": 0}, "multiple of episodes_per_task"),
         ({"num_envs": 1, "base": "llama-4x64"}, "The task is on base llama-4x32, not llama-4x64. Give base="),
         ({"num_envs": 1, "max_modules": 27}, "max_modules is at least 28 for llama-4x32; got 27"),
+        ({"max_modules": 100.5}, "max_modules is a whole number of at least 1, or None; got 100.5"),
+        ({"episodes_per_task": "1"}, "a multiple of episodes_per_task; got 1 and '1'"),
+        ({"against": None}, "or the name of a rule; got None"),
+        ({"against": "signal-men"}, "comparison 'signal-men'. Did you mean: 'signal-mean'"),
+        ({"render_mode": "human"}, "render mode 'human'"),
+        ({"base": "llama", "task": None}, "proxy base 'llama'"),
+        ({"suites": ("plantd",), "task": None}, "suite 'plantd'"),
+        ({"split": "dev", "task": None}, "split 'dev'"),
+        ({"actions": "score"}, "form of actions 'score'. Did you mean: 'scores'"),
     ],
 )
 def test_wrong_settings_of_a_stack(make_task: MakeTask, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
-        StackedVectorEnv(**{"base": BASE, "task": make_task(), **settings})
-
-
-def test_unknown_names_of_a_stack() -> None:
-    with pytest.raises(UnknownNameError, match="proxy base 'llama'"):
-        StackedVectorEnv(1, base="llama")
-    with pytest.raises(UnknownNameError, match="suite 'plantd'"):
-        StackedVectorEnv(1, suites=("plantd",))
-    with pytest.raises(UnknownNameError, match="split 'dev'"):
-        StackedVectorEnv(1, split="dev")
-    with pytest.raises(UnknownNameError, match=r"form of actions 'score'. Did you mean: 'scores'"):
-        StackedVectorEnv(1, actions="score")
-    with pytest.raises(UnknownNameError, match=r"comparison 'signal-men'. Did you mean: 'signal-mean'"):
-        StackedVectorEnv(1, against="signal-men")
+        StackedVectorEnv(**{"num_envs": 1, "base": BASE, "task": make_task(), **settings})
 
 
 def test_batches_of_different_shapes_cannot_be_stacked(make_task: MakeTask, schedule: DecisionSchedule) -> None:
@@ -662,11 +595,6 @@ def test_batches_of_different_shapes_cannot_be_stacked(make_task: MakeTask, sche
         with pytest.raises(ConfigError, match="Stacked episodes share one base and one batch shape"):
             episodes.start({0: make_task(), 1: other})
     episodes.start({0: make_task(), 1: make_task("planted")})
-
-
-def test_a_stack_of_settings_can_be_pickled(schedule: DecisionSchedule) -> None:
-    config = StackedConfig(2, BASE, episodes_per_task=2, actions="scores", against="signal-mean", schedule=schedule)
-    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301
 
 
 # All episodes to their end --------------------------------------------------------------------------------------------
@@ -721,15 +649,6 @@ def test_a_round_of_failures_ends(engine: StackedEpisodes, three: list[ProxyTask
     losses, _, going = play(engine, [three[2], three[2]])
     assert going == [[0, 1]]
     assert np.isnan(losses).all()
-
-
-def test_the_initial_loss_is_that_of_the_base(engine: StackedEpisodes, three: list[ProxyTask]) -> None:
-    unknown = replace(three[0], reference=None)
-    engine.start_all([three[1], unknown])
-    losses = engine.held_out_losses(range(2))
-    assert losses[0] != losses[1]
-    engine.measure_references({0: unknown})
-    assert losses[1] == engine.reference(unknown).initial
 
 
 def test_machines_that_round_alike_have_one_digest() -> None:
