@@ -107,6 +107,7 @@ def test_losses_are_those_of_the_whole_batch_bit_for_bit(base: str, monkeypatch:
         ProxyTask("shift", 2, corpus="code", budget=0.7, **sizes),
         ProxyTask("classify", 3, corpus="sentiment", budget=0.4, priced_rows=32, **sizes),
     ]
+    monkeypatch.setattr(stack_trainer, "FORWARD_TOKENS", 192)  # frozen states of three steps at a time
     monkeypatch.setattr(stack_trainer, "CACHED_TOKENS", 448)  # seven runs a pass: one task and a part of another
     story = run(tasks)
     assert all(len(set(entries)) > 2 for entries in story.entries), "runs of one stack join at several blocks"

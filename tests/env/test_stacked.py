@@ -18,7 +18,6 @@ from rankpilot.agents.policy import Decision
 from rankpilot.agents.rules import find_rule
 from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.env import bases, stack_trainer, stacked
-from rankpilot.env import bases as adapted
 from rankpilot.env.episode import Episode, reference_of, rule_losses
 from rankpilot.env.episode_record import Comparison, EpisodeRecord
 from rankpilot.env.proxy_finetune import ProxyFineTune, known_of, load_task
@@ -122,13 +121,12 @@ def mixed_tasks(base: str) -> list[ProxyTask]:
 @pytest.fixture
 def _fp64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Bases in fp64: in fp32, training makes 1 % of a signal out of rounding."""
-
-    def load(name: str) -> Any:
-        return bases.load_base_model(name).double()
-
-    caches = (adapted.adapted_base, adapted.proxy_cost, adapted.proxy_memory, load_task, known_of)
-    for module in (adapted, stack_trainer):
-        monkeypatch.setattr(module, "load_base_model", load)
+    load, caches = (
+        bases.load_base_model,
+        (bases.adapted_base, bases.proxy_cost, bases.proxy_memory, load_task, known_of),
+    )
+    for module in (bases, stack_trainer):
+        monkeypatch.setattr(module, "load_base_model", lambda name: load(name).double())
     for cache in caches:
         cache.cache_clear()
     yield

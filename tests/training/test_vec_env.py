@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BASE = "llama-4x32"
 SCHEDULE = DecisionSchedule(probe_steps=2, fractions=(0.0, 0.25, 0.4, 0.6))
-EXAMPLE = Path(__file__).parents[3] / "examples" / "train_with_sb3.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_with_sb3.py"
 
 
 def make_task(kind: Any = "shift", seed: int = 1, **options: Any) -> ProxyTask:
