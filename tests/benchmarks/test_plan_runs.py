@@ -8,14 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.learned.policy_file import load_policy
-from rankpilot.errors import ConfigError, RunFolderError
+from rankpilot.errors import RunFolderError
 from rankpilot.training.plan_runs import (
     RUNS,
-    WEIGHT,
     RealPlanRun,
-    plan_dataset,
     read_real_plan_runs,
     write_real_plan_runs,
 )
@@ -23,10 +19,7 @@ from rich.console import Console
 
 from benchmarks import plan_runs
 from benchmarks.methods.tasks import SUITES, MethodTask
-from benchmarks.methods.texts import load_data
-from benchmarks.plan_runs import Options, benchmark, rate_of
-
-from ..cases import first_cases
+from benchmarks.plan_runs import Options, benchmark
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -83,18 +76,6 @@ def test_an_interrupted_run_goes_on(
     assert len(read_real_plan_runs(packed)) == 1
 
 
-def test_a_policy_learns_from_them(made: tuple[Path, list[RealPlanRun]]) -> None:
-    actor = load_policy("default")
-    assert isinstance(actor, LearnedPolicy)
-    (run,) = made[1]
-    dataset = plan_dataset([run.seen_by(actor)])
-    assert dataset.gains.shape == dataset.reference_gains.shape == (RUNS,)
-    assert dataset.reference_gains.unique().item() == pytest.approx(-np.log(run.losses[0]), rel=1e-6)
-    assert (dataset.weights == WEIGHT).all()
-    assert dataset.plans.scores.std() > 0
-    assert dataset.plans.scores.mean() == pytest.approx(0, abs=1e-6)
-
-
 def test_files_come_back_as_they_were(made: tuple[Path, list[RealPlanRun]], tmp_path: Path) -> None:
     write_real_plan_runs(made[1], tmp_path / "again")
     (again,), (run,) = read_real_plan_runs(tmp_path / "again"), made[1]
@@ -113,30 +94,8 @@ def test_damaged_files(content: bytes, tmp_path: Path) -> None:
         read_real_plan_runs(tmp_path / "nowhere")
 
 
-def test_rates_by_share_of_the_modules() -> None:
-    assert rate_of(1e-3, np.full(16, 8)) == 1e-3
-    assert rate_of(1e-3, np.repeat([0, 8], 8)) == pytest.approx(1.41e-3)
-    assert rate_of(1e-3, np.repeat([0, 8], [15, 1])) == 2e-3
-
-
 def test_no_data_of_the_test_cells() -> None:
     judged = {cell.task.data for name in ("quick", "standard", "full") for cell in SUITES[name].cells}
     learned = {task.data for task in plan_runs.tasks(quick=False)}
     assert len(learned) >= 8
     assert not learned & judged
-
-
-@pytest.mark.parametrize("name", first_cases(1, ["origins", "libraries"]))
-def test_pieces_of_texts(name: str) -> None:
-    task = next(task for task in plan_runs.tasks(quick=False) if task.data == name)
-    data = load_data(task)
-    assert len(data.labels) >= 6
-    assert set(data.train["labels"]) == set(data.held_out["labels"]) == set(range(len(data.labels)))
-
-
-@pytest.mark.parametrize(
-    "options", [Options(seeds=0), Options(minutes=0), Options(workers=-1), Options(cells=("none",))]
-)
-def test_bad_options(options: Options) -> None:
-    with pytest.raises(ConfigError, match=r"--seeds is at least 1|No fine-tune has"):
-        benchmark(options, Console())

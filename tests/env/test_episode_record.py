@@ -74,11 +74,3 @@ def test_columns_stay_aligned_where_layers_differ() -> None:
         "layer 10         up  2  down  4",
         "layer  9   q  1  up 16",
     ]
-
-
-def test_others_that_train_the_same_adapters_do_not_show() -> None:
-    episode = Episode()
-    episode.advance([4] * 6, 10, 1.0)
-    text, info = episode.record.describe(), episode.record.info()
-    episode.ranks = np.full(6, 9)
-    assert (episode.record.describe(), episode.record.info()) == (text, info)

@@ -15,24 +15,24 @@ import pytest
 import rankpilot
 import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
-from gymnasium.vector import AutoresetMode
-from gymnasium.wrappers import RecordEpisodeStatistics
 from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.observation import MODULE_FEATURES
 from rankpilot.agents.policy import decision_from_scores
 from rankpilot.agents.rules import find_rule
-from rankpilot.agents.settings import DecisionSchedule
-from rankpilot.env.episode import CHURN, Comparison, Episode, reference_of, rule_losses
+from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.env.bases import adapted_base, proxy_cost, proxy_memory
+from rankpilot.env.episode import Episode, reference_of, rule_losses
+from rankpilot.env.episode_record import Comparison
 from rankpilot.env.proxy_finetune import ProxyFineTune, TaskData, known_of, load_task
-from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference, adapted_base, proxy_cost, proxy_memory
+from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.env.rank_allocation import RankAllocationEnv
+from rankpilot.env.suites import FRESH_SEEDS
 from rankpilot.errors import BudgetError, ConfigError, RunFolderError, UnknownNameError
 from rankpilot.lora.spec import DEFAULT_RANKS
 from rankpilot.plan.plan import uniform_ranks
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
-from ..cases import first_cases
 from .short_tasks import make_task as make_task
 from .short_tasks import schedule as schedule
 
@@ -60,7 +60,7 @@ def make_env(make_task: MakeTask, schedule: DecisionSchedule) -> MakeEnv:
 @pytest.fixture
 def make_pool(make_task: MakeTask, schedule: DecisionSchedule, monkeypatch: pytest.MonkeyPatch) -> MakeEnv:
     """Environments that draw from a few tiny tasks in place of the suites."""
-    from rankpilot.env import proxy_task as suites
+    from rankpilot.env import suites
 
     pool = tuple(make_task("shift", 50 + index, budget=0.6 + 0.02 * index) for index in range(12))
     monkeypatch.setattr(suites, "load_suite", lambda name, split: pool if name == "shift" else ())
@@ -71,36 +71,18 @@ def make_pool(make_task: MakeTask, schedule: DecisionSchedule, monkeypatch: pyte
     return make
 
 
-def test_gymnasium_check_has_nothing_to_complain_of(make_task: MakeTask, schedule: DecisionSchedule) -> None:
-    env = gym.make(rankpilot.ENV_ID, task=make_task(), schedule=schedule)
+@FORMS
+def test_checks_of_gymnasium_and_sb3_have_nothing_to_complain_of(
+    make_task: MakeTask, schedule: DecisionSchedule, actions: str
+) -> None:
+    env = gym.make(rankpilot.ENV_ID, task=make_task(), schedule=schedule, actions=actions, render_mode="ansi")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own deprecations
+        if actions == "scores":  # both advise to scale actions to 1; ours are log2 ranks on purpose
+            warnings.filterwarnings("ignore", message=".*symmetric and normalized.*")
         gymnasium_check(env.unwrapped, skip_render_check=False)
-
-
-def test_gymnasium_check_of_scores(make_env: MakeEnv) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        warnings.filterwarnings("ignore", message=".*symmetric and normalized.*")  # log2 ranks, on purpose
-        gymnasium_check(make_env(actions="scores", render_mode="ansi"), skip_render_check=True)
-
-
-def test_sb3_check_of_scores(make_env: MakeEnv) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        # SB3 advises to scale actions to 1; ours are log2 ranks on purpose.
-        warnings.filterwarnings("ignore", message=".*symmetric and normalized Box.*")
-        sb3_check(make_env(actions="scores"), warn=True)
-
-
-def test_sb3_check_of_the_registered_id(make_task: MakeTask, schedule: DecisionSchedule) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        sb3_check(gym.make(rankpilot.ENV_ID, task=make_task(), schedule=schedule), warn=True)
+        sb3_check(env, warn=True)
 
 
 def test_same_seed_same_run_even_with_nothing_remembered(
@@ -113,16 +95,6 @@ def test_same_seed_same_run_even_with_nothing_remembered(
     assert first[0][4]["task"] != first[-1][4]["task"], "each episode draws its task"
     other = rollout(env, seed=4)
     assert other[0][4]["task"] != first[0][4]["task"]
-
-
-def test_envs_that_take_turns_do_not_touch_each_other(
-    make_task: MakeTask, schedule: DecisionSchedule, rollout: Rollout, assert_same: AssertSame
-) -> None:
-    tasks = (make_task(), make_task("planted", 2))
-    envs = [RankAllocationEnv(task=task, schedule=schedule) for task in tasks]
-    alone = [rollout(env, seed=5) for env in envs]
-    for index in (1, 0, 1, 0):
-        assert_same(alone[index], rollout(envs[index], seed=5))
 
 
 def test_envs_that_take_turns_within_episodes_do_not_touch_each_other(
@@ -148,16 +120,11 @@ def test_envs_that_take_turns_within_episodes_do_not_touch_each_other(
         assert env.render() == picture
 
 
-def test_pickling(make_pool: MakeEnv, rollout: Rollout, assert_same: AssertSame) -> None:
-    env = make_pool(max_modules=30, split="validation")
-    twin = pickle.loads(pickle.dumps(env))  # noqa: S301
-    assert twin.max_modules == 30
-    assert_same(rollout(env, seed=6), rollout(twin, seed=6))
-
-
-def test_pickling_with_a_task(make_env: MakeEnv, rollout: Rollout, assert_same: AssertSame) -> None:
-    env = make_env()
-    assert_same(rollout(env, seed=6), rollout(pickle.loads(pickle.dumps(env)), seed=6))  # noqa: S301
+def test_pickling(make_pool: MakeEnv, make_env: MakeEnv, rollout: Rollout, assert_same: AssertSame) -> None:
+    for env in (make_pool(max_modules=30, split="validation"), make_env()):
+        twin = pickle.loads(pickle.dumps(env))  # noqa: S301
+        assert twin.max_modules == env.max_modules
+        assert_same(rollout(env, seed=6), rollout(twin, seed=6))
 
 
 def test_observations_are_in_their_space_and_padding_is_zero(make_env: MakeEnv) -> None:
@@ -184,14 +151,8 @@ def test_observations_are_in_their_space_and_padding_is_zero(make_env: MakeEnv) 
 @pytest.mark.parametrize(
     "action",
     [
-        np.zeros(27, dtype=np.int64),
-        np.zeros((28, 1), dtype=np.int64),
-        np.full(28, 21),
-        np.full(28, -1),
-        np.full(28, 10.5),
-        np.full(28, np.nan),
-        np.full(28, True),
-        np.full(28, "10"),
+        *(np.zeros(shape, dtype=np.int64) for shape in (0, 27, (28, 1))),
+        *(np.full(28, value) for value in (21, -1, 10.5, np.nan, True, "10")),
         None,
     ],
 )
@@ -201,13 +162,6 @@ def test_a_wrong_action_is_refused_and_the_episode_goes_on(make_env: MakeEnv, ac
     with pytest.raises(ConfigError, match="28 whole numbers from 0 to 20"):
         env.step(action)
     assert env.step(np.full(28, 10))[4]["step"] == 2
-
-
-def test_an_empty_action_is_refused(make_env: MakeEnv) -> None:
-    env = make_env()
-    env.reset(seed=0)
-    with pytest.raises(ConfigError, match="28 whole numbers"):
-        env.step(np.zeros(0, dtype=np.int64))
 
 
 def test_whole_numbers_of_any_type_are_taken(make_env: MakeEnv) -> None:
@@ -273,21 +227,18 @@ def test_a_loss_that_is_not_finite_ends_the_episode(
     assert not rollout(env, seed=0)[-1][4]["non_finite"], "the next episode is sound"
 
 
-@pytest.mark.parametrize("rate", first_cases(1, [1e30, 1e6, 1e9]))
 @pytest.mark.parametrize("kind", ["shift", "planted"])
 def test_a_huge_learning_rate_does_not_crash(
-    make_env: MakeEnv, make_task: MakeTask, rollout: Rollout, info_keys: set[str], rate: float, kind: str
+    make_env: MakeEnv, make_task: MakeTask, rollout: Rollout, info_keys: set[str], kind: str
 ) -> None:
-    env = make_env(task=make_task(kind, 5, learning_rate=rate, budget=2.0))
+    env = make_env(task=make_task(kind, 5, learning_rate=1e30, budget=2.0))
     rows = rollout(env, seed=0)
     last = rows[-1]
     assert last[2]
     assert all(np.isfinite(row[1]) and env.observation_space.contains(row[0]) for row in rows)
-    assert last[1] >= -3.0 - 3 * 10 * CHURN
     assert set(last[4]) == info_keys
-    assert last[4]["non_finite"] or rate < 1e30
-    if last[4]["non_finite"]:
-        assert last[1] == -3.0 - last[4]["churn"]
+    assert last[4]["non_finite"]
+    assert last[1] == -3.0 - last[4]["churn"]
     assert np.isfinite(last[4]["uniform_loss"])
     assert rollout(make_env(), seed=0)[-1][4]["held_out_loss"] < 10, "nothing of it is left in the shared base"
 
@@ -364,6 +315,7 @@ def test_reward_is_the_documented_formula(
         assert rows[-1][1] == pytest.approx(expected - churn[-1], abs=1e-4)
         assert info["held_out_loss"] == pytest.approx(load_task(task).held_out_loss(model), abs=1e-6)
         assert {row[4]["uniform_loss"] for row in rows} == {known.uniform}
+        assert info["other_loss"] == known.uniform
         assert len(targets) == 28
 
 
@@ -377,32 +329,17 @@ def test_the_uniform_plan_is_the_zero_of_the_reward(make_task: MakeTask, schedul
         assert episode.controller.problem().fits(ranks)
 
 
-@pytest.mark.parametrize("against", ["uniform", "signal-mean"])
-def test_the_reward_comes_at_the_end(
-    make_env: MakeEnv,
-    make_task: MakeTask,
-    schedule: DecisionSchedule,
-    rollout: Rollout,
-    info_keys: set[str],
-    against: str,
+def test_the_reward_against_a_rule_comes_at_the_end(
+    make_env: MakeEnv, make_task: MakeTask, schedule: DecisionSchedule, rollout: Rollout
 ) -> None:
-    rows = rollout(make_env(against=against), seed=8)
-    assert all(set(row[4]) == info_keys for row in rows)
+    rows = rollout(make_env(against="signal-mean"), seed=8)
     for _, reward, _, _, info in rows[:-1]:
         assert (reward, info["improvement"], info["other_loss"]) == (0.0, 0.0, None)
     reward, info = rows[-1][1], rows[-1][4]
-    churn = [row[4]["churn"] for row in rows]
-    assert churn[:2] == [0.0, 0.0], "the first decision is free"
-    assert churn == sorted(churn)
-    assert churn[-1] > 0
-    assert reward == info["improvement"] - info["churn"]
-    fine_tune = ProxyFineTune(make_task())
-    if against == "uniform":
-        assert info["other_loss"] == info["uniform_loss"] == reference_of(fine_tune, schedule).uniform
-    else:
-        loss, initial = rule_losses(fine_tune, schedule, against)
-        assert initial == reference_of(fine_tune, schedule).initial
-        assert info["other_loss"] == loss != info["uniform_loss"]
+    assert reward == info["improvement"] - info["churn"] != info["improvement"]
+    loss, initial = rule_losses(ProxyFineTune(make_task()), schedule, "signal-mean")
+    assert initial == reference_of(ProxyFineTune(make_task()), schedule).initial
+    assert info["other_loss"] == loss != info["uniform_loss"]
 
 
 def test_a_rule_gains_nothing_over_itself(make_env: MakeEnv) -> None:
@@ -456,16 +393,17 @@ def test_the_budget_of_one_episode(make_env: MakeEnv, make_task: MakeTask) -> No
     other = make_task("planted", 5)
     both = env.reset(options={"task": other, "budget": 0.5})[1]
     assert (both["task"], both["limit"]) == (replace(other, budget=0.5).id, pytest.approx(usual["limit"] * 0.5 / 0.7))
-    with pytest.raises(ConfigError, match="Budget and learning rate of a task are above 0"):
-        env.reset(options={"budget": -1.0})
-    with pytest.raises(ConfigError, match=r"Options of reset are 'task' and 'budget'; got \['bugdet'\]"):
-        env.reset(options={"bugdet": 0.5})
-    with pytest.raises(ConfigError, match=r"a share of what rank 8 on all modules takes, such as 0\.5; got '50%'"):
-        env.reset(options={"budget": "50%"})
-    with pytest.raises(ConfigError, match="task is a ProxyTask or an OwnTask; got 'x'"):
-        env.reset(options={"task": "x"})
-    with pytest.raises(ConfigError, match="has 56 modules, and this environment 28"):
-        env.reset(options={"task": replace(other, base="llama-8x32")})
+    for options, words in (
+        ({"budget": -1.0}, "Budget and learning rate of a task are above 0"),
+        ({"bugdet": 0.5}, r"Options of reset are 'task' and 'budget'; got \['bugdet'\]"),
+        ({"budget": "50%"}, r"a share of what rank 8 on all modules takes, such as 0\.5; got '50%'"),
+        ({"budget": True}, r"a share of what rank 8 on all modules takes, such as 0\.5; got True"),
+        ({"task": "x"}, "task is a ProxyTask or an OwnTask; got 'x'"),
+        ({"task": 0}, "task is a ProxyTask or an OwnTask; got 0"),
+        ({"task": replace(other, base="llama-8x32")}, "has 56 modules, and this environment 28"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            env.reset(options=options)
 
 
 def test_overrides_of_drawn_tasks(make_pool: MakeEnv) -> None:
@@ -479,56 +417,48 @@ def test_overrides_of_drawn_tasks(make_pool: MakeEnv) -> None:
     assert info["limit"] < 30_000, "parameters, not bytes"
 
 
-def test_unknown_names_are_refused(schedule: DecisionSchedule) -> None:
-    with pytest.raises(UnknownNameError, match=r"suite 'shfit'. Did you mean: 'shift'"):
-        RankAllocationEnv(suites=("shfit",), schedule=schedule)
-    with pytest.raises(UnknownNameError, match=r"split 'tets'. Did you mean: 'test'"):
-        RankAllocationEnv(split="tets", schedule=schedule)
-    with pytest.raises(UnknownNameError, match=r"proxy base 'lama-4x32'. Did you mean: 'llama-4x32'"):
-        RankAllocationEnv(bases=("lama-4x32",), schedule=schedule)
-
-
-def test_a_split_without_tasks_on_a_base_is_refused(make_pool: MakeEnv) -> None:
-    with pytest.raises(ConfigError, match=r"No task of the train split of .* is on \('gpt2-4x32',\)"):
-        make_pool(bases=("gpt2-4x32",))
-
-
 def test_a_budget_that_fits_nothing_is_refused(make_env: MakeEnv, make_task: MakeTask) -> None:
     with pytest.raises(BudgetError, match="The smallest that works is"):
         make_env(task=make_task(budget=0.001)).reset()
 
 
-def test_arguments_are_checked(make_env: MakeEnv) -> None:
-    with pytest.raises(ConfigError, match="max_modules is at least 28"):
-        make_env(max_modules=27)
-    with pytest.raises(ConfigError, match="max_modules is at least 28"):
-        make_env(max_modules=0)
-    with pytest.raises(ConfigError, match="task is a ProxyTask or an OwnTask; got 'x'"):
-        make_env(task="x")
-    with pytest.raises(ConfigError, match=r"schedule is a rankpilot\.DecisionSchedule or None; got 'x'"):
-        RankAllocationEnv(schedule="x")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"suites is a tuple of names, such as \('planted',\); got 'planted'"):
-        RankAllocationEnv(suites="planted")  # type: ignore[arg-type]
-    with pytest.raises(UnknownNameError, match="form of actions 'moves'"):
-        make_env(actions="moves")
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"suites": ("shfit",)}, r"suite 'shfit'. Did you mean: 'shift'"),
+        ({"suites": "planted"}, r"suites is a tuple of names, such as \('planted',\); got 'planted'"),
         ({"suites": None}, r"suites is a tuple of names, such as \('planted',\); got None"),
         ({"suites": (1,)}, r"suites is a tuple of names, .* got \(1,\)"),
+        ({"bases": ("lama-4x32",)}, r"proxy base 'lama-4x32'. Did you mean: 'llama-4x32'"),
         ({"bases": 3}, r"bases is a tuple of names, such as \('llama-4x64',\); got 3"),
+        ({"split": "tets"}, r"split 'tets'. Did you mean: 'test'"),
         ({"split": []}, r"split is one of \('train', 'validation', 'test'\); got \[\]"),
         ({"against": None}, "against is 'uniform' or the name of a rule; got None"),
+        ({"against": "?"}, "Allowed: 'uniform', 'top-down', "),
         ({"max_modules": 100.5}, r"max_modules is at least \d+, a whole number; got 100.5"),
         ({"max_modules": True}, "a whole number; got True"),
         ({"logs": 5}, "logs is a folder or None; got 5"),
+        ({"task": "x"}, "task is a ProxyTask or an OwnTask; got 'x'"),
+        ({"schedule": "x"}, r"schedule is a rankpilot\.DecisionSchedule or None; got 'x'"),
+        ({"actions": "moves"}, "form of actions 'moves'"),
+        ({"render_mode": "human"}, "render mode 'human'"),
+        ({"task_overrides": {"foo": 1}}, "field of ProxyTask 'foo'"),
+        ({"task_overrides": {"base": []}}, "task_overrides hold a value of a wrong type"),
+        ({"task_overrides": {"steps": "a"}}, "are whole numbers of at least 1, .* got 'a'"),
+        ({"task_overrides": [1]}, "task_overrides are a dictionary"),
     ],
 )
-def test_arguments_of_another_type(schedule: DecisionSchedule, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        RankAllocationEnv(schedule=schedule, **options)
+def test_wrong_arguments(schedule: DecisionSchedule, options: dict[str, Any], words: str) -> None:
+    with pytest.raises((ConfigError, UnknownNameError), match=words):
+        RankAllocationEnv(**{"schedule": schedule, **options})
+
+
+def test_what_does_not_fit_the_tasks_is_refused(make_env: MakeEnv, make_pool: MakeEnv) -> None:
+    for modules in (27, 0):
+        with pytest.raises(ConfigError, match="max_modules is at least 28"):
+            make_env(max_modules=modules)
+    with pytest.raises(ConfigError, match=r"No task of the train split of .* is on \('gpt2-4x32',\)"):
+        make_pool(bases=("gpt2-4x32",))
 
 
 def test_what_is_of_drawn_tasks_is_refused_beside_a_fixed_one(make_env: MakeEnv, make_task: MakeTask) -> None:
@@ -552,41 +482,6 @@ def test_a_folder_in_which_no_log_can_be_made(make_env: MakeEnv, tmp_path: Path)
         env = make_env(logs=str(tmp_path / name))
         with pytest.raises(RunFolderError, match="No log of an episode can be made in"):
             env.reset(seed=0)
-
-
-def test_arguments_of_wrong_types_are_refused() -> None:
-    for overrides, error, message in (
-        ({"foo": 1}, UnknownNameError, "field of ProxyTask 'foo'"),
-        ({"base": []}, ConfigError, "task_overrides hold a value of a wrong type"),
-        ({"steps": "a"}, ConfigError, "are whole numbers of at least 1, .* got 'a'"),
-        ([1], ConfigError, "task_overrides are a dictionary"),
-    ):
-        with pytest.raises(error, match=message):
-            RankAllocationEnv(task_overrides=overrides)  # type: ignore[arg-type]
-    with pytest.raises(UnknownNameError, match="Allowed: 'uniform', 'top-down', "):
-        RankAllocationEnv(against="?")
-    with pytest.raises(UnknownNameError, match="render mode 'human'"):
-        RankAllocationEnv(render_mode="human")
-
-    def stacked(**options: Any) -> Any:
-        return gym.make_vec(rankpilot.ENV_ID, 1, vectorization_mode="vector_entry_point", **options)
-
-    with pytest.raises(UnknownNameError, match=r"argument of stacked environments 'bases'\. Did you mean: 'base'"):
-        stacked(bases=("llama-4x32",))
-    with pytest.raises(UnknownNameError, match="render mode 'human'"):
-        stacked(render_mode="human")
-    for options, message in (
-        ({"max_modules": 100.5}, "max_modules is a whole number of at least 1, or None; got 100.5"),
-        ({"episodes_per_task": "1"}, "a multiple of episodes_per_task; got 1 and '1'"),
-        ({"against": None}, "or the name of a rule; got None"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            stacked(**options)
-    envs = stacked(base="llama-4x32", schedule=None)
-    with pytest.raises(ConfigError, match=r"a whole number, or one for each environment; got 1\.5"):
-        envs.reset(seed=1.5)
-    with pytest.raises(ConfigError, match="No episode is under way"):
-        envs.step(None)
 
 
 def test_the_id_of_an_earlier_version_names_the_present_one() -> None:
@@ -618,18 +513,10 @@ def test_render_as_text(make_env: MakeEnv, make_task: MakeTask) -> None:
     env = make_env(render_mode="ansi")
     assert env.render() is None, "nothing to show before the first reset"
     env.reset(seed=0)
-    assert "step 0 of 8, no plan yet for" in env.render()
-    info = env.step(np.full(28, 11))[4]
-    text = env.render()
-    assert text is not None
-    lines = text.splitlines()
-    assert lines[0] == make_task().id
-    assert lines[1].startswith(f"step 2 of 8, loss {info['loss']:.3f}, ")
-    assert [line.split()[1] for line in lines[2:]] == ["3", "2", "1", "0"]
-    assert sum(int(word) for line in lines[2:] for word in line.split()[2:] if word.isdigit()) == sum(info["ranks"])
+    assert env.render().startswith(f"{make_task().id}\nstep 0 of 8, no plan yet for")
     terminated = False
     while not terminated:
-        _, _, terminated, _, info = env.step(np.full(28, 10))
+        _, _, terminated, _, info = env.step(np.full(28, 11))
     end = f"held-out loss {info['held_out_loss']:.3f} (uniform {info['uniform_loss']:.3f})"
     assert env.render().splitlines()[1].endswith(end)
     assert make_env().render() is None
@@ -655,68 +542,22 @@ def test_ppo_of_sb3_runs_on_the_plain_env(make_env: MakeEnv) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, model.policy.parameters(), strict=True))
 
 
-# Wrappers and vectors of Gymnasium ------------------------------------------------------------------------------------
+# Vectors of Gymnasium -------------------------------------------------------------------------------------------------
 
 
-def test_a_time_limit_truncates(make_task: MakeTask, schedule: DecisionSchedule) -> None:
-    env = gym.make(rankpilot.ENV_ID, task=make_task(), schedule=schedule, max_episode_steps=2)
-    env.reset(seed=0)
-    assert env.step(np.full(28, 10))[2:4] == (False, False)
-    assert env.step(np.full(28, 10))[2:4] == (False, True)
-
-
-def test_episode_statistics_of_one_env(make_task: MakeTask, schedule: DecisionSchedule) -> None:
-    env = RecordEpisodeStatistics(gym.make(rankpilot.ENV_ID, task=make_task(), schedule=schedule))
-    env.reset(seed=0)
-    rewards, terminated = [], False
-    while not terminated:
-        _, reward, terminated, _, info = env.step(env.action_space.sample())
-        rewards.append(reward)
-    assert info["episode"]["l"] == len(rewards) == 4
-    assert info["episode"]["r"] == pytest.approx(sum(rewards))
-
-
-@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
-def test_a_vector_of_copies(
-    make_task: MakeTask,
-    schedule: DecisionSchedule,
-    rollout: Rollout,
-    info_keys: set[str],
-    mode: AutoresetMode,
-) -> None:
+def test_a_vector_of_copies(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     """Each copy goes through the episode that it would go through alone, though all share a frozen base."""
-    envs = gym.make_vec(
-        rankpilot.ENV_ID,
-        num_envs=2,
-        vectorization_mode="sync",
-        vector_kwargs={"autoreset_mode": mode},
-        task=make_task(),
-        schedule=schedule,
-    )
-    assert envs.single_action_space == gym.spaces.MultiDiscrete(np.full(28, 21))
-    alone = RankAllocationEnv(task=make_task(), schedule=schedule)
+    given: dict[str, Any] = {"task": make_task(), "schedule": schedule}
+    envs = gym.make_vec(rankpilot.ENV_ID, num_envs=2, vectorization_mode="sync", **given)
+    alone = RankAllocationEnv(**given)
     actions = np.random.default_rng(0).integers(0, 21, size=(4, 2, 28))
-    expected = []
+    envs.reset(seed=0)
+    steps = [envs.step(action) for action in actions]
     for copy in range(2):
         alone.reset(seed=0)
-        expected.append([alone.step(action) for action in actions[:, copy]])
-    observations, infos = envs.reset(seed=0)
-    assert info_keys <= set(infos)
-    first = {key: value.copy() for key, value in observations.items()}
-    for turn, action in enumerate(actions):
-        observations, rewards, terminated, truncated, infos = envs.step(action)
-        assert rewards.tolist() == [each[turn][1] for each in expected]
-        assert terminated.tolist() == [turn == 3] * 2
-        assert not truncated.any()
-        same = mode is AutoresetMode.SAME_STEP and turn == 3
-        for copy in range(2):
-            seen = infos["final_obs"][copy] if same else {key: value[copy] for key, value in observations.items()}
-            for key, value in expected[copy][turn][0].items():
-                np.testing.assert_array_equal(seen[key], value)
-        losses = infos["final_info"]["loss"] if same else infos["loss"]
-        assert losses.tolist() == [each[turn][4]["loss"] for each in expected]
-    if mode is AutoresetMode.NEXT_STEP:
-        observations = envs.step(actions[0])[0]
-    for key, value in first.items():
-        np.testing.assert_array_equal(observations[key], value)
+        for action, (observations, rewards, terminated, _, infos) in zip(actions[:, copy], steps, strict=True):
+            observation, reward, ended, _, info = alone.step(action)
+            assert (rewards[copy], terminated[copy], infos["loss"][copy]) == (reward, ended, info["loss"])
+            for key, value in observation.items():
+                np.testing.assert_array_equal(observations[key][copy], value)
     envs.close()

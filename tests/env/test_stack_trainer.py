@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from rankpilot.agents.policy import Decision
-from rankpilot.agents.settings import DecisionSchedule
-from rankpilot.env import stacked as stack_trainer
+from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.env import stack_trainer
 from rankpilot.env.proxy_finetune import known_of, load_task
 from rankpilot.env.proxy_task import ProxyTask
-from rankpilot.env.stacked import FrozenStates, Lane, StackedEpisodes, StackTrainer, joining, parts_of
+from rankpilot.env.stack_trainer import Lane, StackTrainer, parts_of
+from rankpilot.env.stacked import StackedEpisodes
 from rankpilot.lora.stacked import adapters as adapters_module
-from rankpilot.lora.stacked.adapters import Pair, Segment
+from rankpilot.lora.stacked.adapters import Pair
 from rankpilot.lora.stacked.blocks import Blocks
-from rankpilot.lora.stacked.run import Move, reset_runs, set_stacked_ranks
+from rankpilot.lora.stacked.run import reset_runs
+from rankpilot.lora.stacked.segments import Segment
 
 from ..cases import first_cases
 
@@ -105,6 +107,7 @@ def test_losses_are_those_of_the_whole_batch_bit_for_bit(base: str, monkeypatch:
         ProxyTask("shift", 2, corpus="code", budget=0.7, **sizes),
         ProxyTask("classify", 3, corpus="sentiment", budget=0.4, priced_rows=32, **sizes),
     ]
+    monkeypatch.setattr(stack_trainer, "FORWARD_TOKENS", 192)  # frozen states of three steps at a time
     monkeypatch.setattr(stack_trainer, "CACHED_TOKENS", 448)  # seven runs a pass: one task and a part of another
     story = run(tasks)
     assert all(len(set(entries)) > 2 for entries in story.entries), "runs of one stack join at several blocks"
@@ -145,42 +148,3 @@ def test_runs_at_different_steps_of_a_task_get_their_own_batches(make_task: Any)
         alone.train([own])
         assert own.losses == lane.losses
     assert [len(lane.losses) for lane in lanes] == [8, 5]
-
-
-def test_a_run_without_adapters_stands_still(make_task: Any) -> None:
-    task = make_task(steps=3)
-    trainer = StackTrainer(task.base, 2, device=torch.device("cpu"))
-    reset_runs(trainer.adapters, {0: 1, 1: 2})
-    none = np.zeros(len(trainer.adapters.targets), dtype=np.int64)
-    set_stacked_ranks(trainer.adapters, [Move(0, none, 1, 0)])
-    before = trainer.held_out({0: task})
-    alone, beside, still = lane_of(task, 0), lane_of(task, 1), lane_of(task, 0)
-    trainer.train([alone])
-    trainer.train([still, beside])
-    assert alone.losses == still.losses
-    assert trainer.held_out({0: task}) == before
-    assert trainer.held_out({1: task}) != before
-    trainer.train([])
-
-
-def test_frozen_states_are_computed_for_many_steps_at_a_time(make_task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = replace(make_task(), steps=7)
-    trainer = StackTrainer(task.base, 1, device=torch.device("cpu"))
-    batches, calls = load_task(task).inputs[2:], []
-    frozen = Blocks.frozen
-    monkeypatch.setattr(Blocks, "frozen", lambda self, *args: calls.append(len(args[0])) or frozen(self, *args))
-    monkeypatch.setattr("rankpilot.env.stacked.FORWARD_TOKENS", 2 * batches[0].numel())
-    states = FrozenStates(trainer._blocks, batches, [3, 1, 3], first=2)
-    for step in range(2, 7):
-        at = states.at(step)
-        assert set(at) == {1, 3}
-        expected = frozen(trainer._blocks, batches[step - 2], [1, 3])
-        assert all(torch.equal(at[block], expected[block]) for block in at)
-    assert calls == [8, 8, 4]
-
-
-def test_runs_join_in_the_order_of_their_blocks() -> None:
-    parts = [torch.full((2, 3, 4), float(number)) for number in range(3)]
-    joined = joining([0, 2, 2], parts)
-    assert torch.equal(joined[0], parts[0])
-    assert torch.equal(joined[2], torch.cat(parts[1:]))

@@ -8,17 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.networks import PlanValueEnsemble, RankNetwork
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.plan_value import PlanValueEnsemble
 from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES
-from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
-from rankpilot.common.files import as_json
-from rankpilot.env.proxy_task import ProxyTask, load_suite
+from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.common.settings import as_json
+from rankpilot.env.proxy_task import ProxyTask
+from rankpilot.env.suites import load_suite
 from rankpilot.training.config import TrainConfig
 from rankpilot.training.fit_plan_value import ANY_COST, fit_value_ensemble
 from rankpilot.training.plan_runs import CHOICES, RUNS, PlanRun, plan_dataset, read_plan_run, write_plan_run
 
 from tools.dataset import TrialsDataset, write_dataset
+
+from ..training.made_up import plan_run
 
 CONFIG = TrainConfig(
     plan_tasks=3, schedule=DecisionSchedule(fractions=(0.0, 0.4)), network=NetworkConfig(width=8), workers=1, seed=4
@@ -27,36 +31,24 @@ TASKS = tuple(replace(task, seed=10_000_000 + number) for number, task in enumer
 
 
 def made_up(number: int, tasks: tuple[ProxyTask, ...], modules: int) -> PlanRun:
-    """Plan runs of two decisions; runs 7 and 8 failed, the first of them before the second decision."""
-    generator = np.random.default_rng(number)
+    """Plan runs of two decisions; runs 7 and 8 failed too, the first of them before the second decision."""
+    made = plan_run(number, decisions=2, tasks=len(tasks), modules=modules)
+    made.losses[7], made.losses[8] = np.nan, np.inf
+    made.ranks[1, 7] = -1
+    made.modules[0, 0, 0, :2] = -0.0, np.float32(0.1)
     runs = len(tasks) * RUNS
-    losses = generator.uniform(0.2, 0.9, runs)
-    losses[7], losses[8] = np.nan, np.inf
-    ranks = generator.choice([0, 1, 2, 4, 64], size=(2, runs, modules))
-    ranks[1, 7] = -1
-    features = generator.normal(size=(2, runs, modules, len(MODULE_FEATURES))).clip(-3, 3).astype(np.float32)
-    features[0, 0, 0, :2] = -0.0, np.float32(0.1)
-    kinds = [min(slot % RUNS, 5) for slot in range(runs)]
-    return PlanRun(
-        features,
-        generator.normal(size=(2, runs, modules)).astype(np.float32),
-        generator.normal(size=(2, runs, len(RUN_FEATURES))).clip(-3, 3).astype(np.float32),
-        ranks,
-        losses,
-        np.repeat(generator.uniform(0.8, 1.0, len(tasks)), RUNS),
-        np.array([kinds, generator.choice([5, 6], runs)], dtype=np.int8),
-        tasks,
-        tuple(f"model.layers.{index}" for index in range(modules)),
-    )
+    later = np.random.default_rng(number).choice([5, 6], runs)
+    choices = np.array([[min(slot % RUNS, 5) for slot in range(runs)], later], dtype=np.int8)
+    return replace(made, choices=choices, tasks=tasks, names=tuple(f"model.layers.{index}" for index in range(modules)))
 
 
 STACKS = (made_up(0, TASKS[:2], 3), made_up(1, TASKS[2:], 5))
 assert CHOICES[5:7] == ("drawn", "keep")
 
 
-def write_training(folder: Path, stacks: tuple[PlanRun, ...] = STACKS) -> Path:
+def write_training(folder: Path) -> Path:
     """A finished training with these plan runs."""
-    for number, stack in enumerate(stacks):
+    for number, stack in enumerate(STACKS):
         write_plan_run(stack, folder / "plan_runs" / f"{number:05}.safetensors")
     torch.manual_seed(0)
     ensemble = PlanValueEnsemble(ANY_COST)

@@ -92,11 +92,6 @@ def play_round(envs: ProxyVecEnv, round_: int, seed: int = 0) -> list[Any]:
     return seen
 
 
-def assert_same(left: Any, right: Any) -> None:
-    """Nested observations, rewards and infos are equal bit for bit."""
-    np.testing.assert_equal(left, right)
-
-
 # The contract of VecEnv -----------------------------------------------------------------------------------------------
 
 
@@ -115,61 +110,29 @@ def test_a_round_from_beginning_to_end(envs: ProxyVecEnv) -> None:
             assert envs.observation_space.contains(of_slot)
         progress = observations["run_features"][:, RUN_FEATURES.index("progress")]
         np.testing.assert_allclose(progress, SCHEDULE.steps(STEPS)[decision] / STEPS)
-        before = envs.round
         observations, rewards, ended, infos = envs.step(random_actions(envs, decision))
-        assert rewards.shape == ended.shape == (4,)
-        assert rewards.dtype == np.float32
+        assert (rewards.shape, rewards.dtype) == ((4,), np.float32)
         assert not any(info["TimeLimit.truncated"] for info in infos)
         if decision < 2:
-            assert not ended.any()
-            assert not rewards.any()
-            assert envs.round == before
+            assert not ended.any() | rewards.any()
+            assert envs.round == 5
             assert all("terminal_observation" not in info for info in infos)
     assert ended.all()
     assert rewards.all()
     assert envs.round == 6
     for slot, info in enumerate(infos):
         assert envs.observation_space.contains(info["terminal_observation"])
-        assert len(info["ranks"]) == MODULES
-        assert any(info["ranks"])
+        assert np.count_nonzero(info["ranks"])
         assert not np.array_equal(
             info["terminal_observation"]["module_features"], observations["module_features"][slot]
         ), "the next round has begun"
     np.testing.assert_equal(observations["run_features"][:, RUN_FEATURES.index("progress")], 0)
-    fresh = envs.reset()
-    assert_same(fresh, observations)
-
-
-def test_neighbours_share_the_task_until_they_act(envs: ProxyVecEnv) -> None:
-    envs.round = 0
-    features: Any = envs.reset()
-    first = features["module_features"]
-    assert_same(first[0], first[1])
-    assert_same(first[2], first[3])
-    assert not np.array_equal(first[0], first[2])
-    later: Any = envs.step(random_actions(envs, 0))[0]
-    assert not np.array_equal(later["module_features"][0], later["module_features"][1])
-
-
-def test_equal_actions_give_equal_rewards(envs: ProxyVecEnv) -> None:
-    envs.round = 1
-    envs.reset()
-    for decision in range(3):
-        actions = random_actions(envs, decision)
-        actions[1] = actions[0]
-        _, rewards, _, _ = envs.step(actions)
-    assert rewards[0] == rewards[1]
-    assert rewards[2] != rewards[3]
+    np.testing.assert_equal(envs.reset(), observations)
 
 
 def test_the_rest_of_the_contract(envs: ProxyVecEnv) -> None:
-    assert envs.get_attr("render_mode") == [None] * 4
     assert envs.get_attr("round", [0, 2]) == [envs.round] * 2
     assert envs.env_is_wrapped(object) == [False] * 4
-    assert envs.env_is_wrapped(object, 1) == [False]
-    assert envs.unwrapped is envs
-    with pytest.raises(AttributeError):
-        envs.get_attr("no_such_thing")
     with pytest.raises(ConfigError, match="make a new ProxyVecEnv"):
         envs.set_attr("round", 3)
     with pytest.raises(AttributeError, match="'render'"):
@@ -233,12 +196,6 @@ def test_a_stack_has_one_base() -> None:
             assert {one.kind for one in tasks} == {"planted"}, "the other suite has no task there"
 
 
-def test_a_suite_of_one_task() -> None:
-    drawn = fresh(((PLANTED[0],),)).draw(0, 0)
-    assert len({one.seed for one in drawn}) == 2
-    assert {replace(one, seed=1) for one in drawn} == {PLANTED[0]}
-
-
 def test_stacks_lie_side_by_side_in_the_order_of_their_numbers() -> None:
     """Modules that exist tell the bases apart."""
     elsewhere = tuple(replace(one, base="bert-4x32") for one in PLANTED)
@@ -259,8 +216,7 @@ def test_stacks_lie_side_by_side_in_the_order_of_their_numbers() -> None:
 # Rewards --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unit", ["bytes", "parameters"])
-@pytest.mark.parametrize("fractions", [(0.0,), (0.0, 0.3, 0.6)], ids=["once", "often"])
+@pytest.mark.parametrize(("unit", "fractions"), [("parameters", (0.0,)), ("bytes", (0.0, 0.3, 0.6))])
 def test_whoever_acts_as_the_rule_gets_nothing(unit: Any, fractions: tuple[float, ...]) -> None:
     """The rule runs beside: the same losses, so what is left is the churn."""
     templates = tuple(tuple(replace(one, unit=unit) for one in suite) for suite in (PLANTED, SHIFT))
@@ -272,20 +228,6 @@ def test_whoever_acts_as_the_rule_gets_nothing(unit: Any, fractions: tuple[float
     np.testing.assert_allclose(rewards + churn, 0, atol=1e-6)
     assert (max(churn) > 0) == (len(fractions) > 1)
     assert all(info["held_out_loss"] == info["other_loss"] for info in infos)
-
-
-def test_a_failed_run_among_others() -> None:
-    """Templates that cannot be trained: the rule fails too, and the round goes on to its end."""
-    hot = tuple(replace(one, learning_rate=1e30) for one in SHIFT)
-    envs = make((PLANTED, hot))
-    for _ in range(2):
-        seen = play_round(envs, 0)
-        _, rewards, ended, _ = seen[-1]
-        assert ended.all()
-        assert np.isfinite(rewards).all()
-        np.testing.assert_allclose(rewards[2:], -3, atol=0.1)
-        assert (rewards[:2] > -3).any()
-        assert all(np.isfinite(value).all() for value in seen[-1][0].values())
 
 
 # Whole tasks ----------------------------------------------------------------------------------------------------------
@@ -332,7 +274,7 @@ def test_a_round_is_as_if_nothing_had_been_played(envs: ProxyVecEnv) -> None:
     before = play_round(envs, 3)
     envs.reset()
     envs.play(SHIFT, rule_actions)
-    assert_same(play_round(envs, 3), before)
+    np.testing.assert_equal(play_round(envs, 3), before)
 
     envs.round = 3
     envs.reset()
@@ -379,7 +321,7 @@ def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
     planted, shift = of_parameters(PLANTED), of_parameters(SHIFT)
     here, apart = (make((planted, shift), stacks=2, count=1, workers=workers) for workers in (1, 8))
     try:
-        assert_same(play_round(apart, 0), play_round(here, 0))
+        np.testing.assert_equal(play_round(apart, 0), play_round(here, 0))
         assert len(worker_processes(apart)) == 2, "more than there are stacks would be of no use"
         tasks = [*planted, *shift, task("shift", 9, "bert-4x32", unit="parameters")]
         assert apart.play(tasks, rule_actions) == here.play(tasks, rule_actions)
@@ -388,7 +330,7 @@ def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
         for envs in (here, apart):
             with pytest.raises(BudgetError, match="fits no adapter at all"):
                 envs.play([*shift[:1] * 4, poor], rule_actions)
-        assert_same(play_round(apart, 1), play_round(here, 1))
+        np.testing.assert_equal(play_round(apart, 1), play_round(here, 1))
 
         expected = play_round(here, 2)
         apart.round = 2
@@ -396,7 +338,7 @@ def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
         for decision in range(apart.decisions):
             os.kill(worker_processes(apart)[decision % 2], signal.SIGKILL)
             seen.append(apart.step(random_actions(apart, decision)))
-        assert_same(seen, expected)
+        np.testing.assert_equal(seen, expected)
 
         worths: list[Any] = []
 
@@ -462,7 +404,7 @@ def test_it_is_the_registered_environment_on_other_tasks(envs: ProxyVecEnv) -> N
     tasks = envs.fresh.draw(11, 0)
     observations: Any = envs.reset()
     vector.begin({slot: tasks[slot // 2] for slot in range(4)})
-    assert_same(vector.padded(), observations)
+    np.testing.assert_equal(vector.padded(), observations)
     for decision in range(envs.decisions):
         actions = random_actions(envs, decision)
         observations, rewards, ended, infos = envs.step(actions)
@@ -473,7 +415,7 @@ def test_it_is_the_registered_environment_on_other_tasks(envs: ProxyVecEnv) -> N
         for slot, info in enumerate(infos):
             seen = {key: value[slot] for key, value in same.items()} if not ended.all() else gathered["final_obs"][slot]
             expected = {key: value[slot] for key, value in observations.items()}
-            assert_same(seen, info.get("terminal_observation", expected))
+            np.testing.assert_equal(seen, info.get("terminal_observation", expected))
             for key in ("task", "ranks", "churn", "held_out_loss", "other_loss"):
                 assert told[key][slot] == info[key]
     assert rewards.any()

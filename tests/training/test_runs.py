@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.observation import Observation
-from rankpilot.agents.policy import Decision, Policy
+from rankpilot.agents.policy import Policy
 from rankpilot.agents.rules import RULES, SignalRule
 from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.env.episode import Comparison, Episode
@@ -174,17 +173,9 @@ def test_the_oracle_knows_what_was_planted() -> None:
     assert compare([Oracle()], [shift], SCHEDULE, workers=1) == [], "nothing planted, no row"
 
 
-@dataclasses.dataclass(frozen=True)
-class Reckless:
-    name: str = "reckless"
-
-    def decide(self, observation: Observation) -> Decision:
-        return SignalRule().decide(observation)
-
-
 def test_a_loss_that_is_not_finite_is_a_failed_run(tmp_path: Path) -> None:
     hot = dataclasses.replace(TASKS[1], seed=3, learning_rate=1e30)
-    good, bad = compare([Reckless()], [TASKS[1], hot], SCHEDULE, workers=1)
+    good, bad = compare([SignalRule()], [TASKS[1], hot], SCHEDULE, workers=1)
     assert not good.failed
     assert (bad.loss, bad.improvement, bad.failed) == (None, -3, True)
     write_rows(tmp_path / "rows.jsonl", [bad])

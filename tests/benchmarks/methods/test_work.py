@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from rankpilot.agents.learned.networks import RankNetwork
-from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.agents.settings import ONCE, NetworkConfig
 
 from benchmarks.methods.policies import identity
 from benchmarks.methods.registry import perform
 from benchmarks.methods.rows import Work, plan_ranks
-from benchmarks.methods.starts import shared_out
 from benchmarks.methods.texts import load_data
-from benchmarks.methods.training import factor_at, new_loader
 
 from ...cases import first_cases
 from .made_up import TASK as SHORT
@@ -75,12 +68,6 @@ def test_miss_trains() -> None:
     assert row["loss"] < row["untrained_loss"]
 
 
-def test_a_rate_that_is_too_high_diverges() -> None:
-    row = perform(Work.of("train", TASK, trainer="lora", rate=1e30, seed=1, plan=PLAN))
-    assert row["loss"] is None
-    assert row["untrained_loss"] > 0
-
-
 def test_a_plan_and_its_step() -> None:
     plan = perform(Work.of("plan", TASK, budget="60%", rate=4e-3, seed=1, **identity("top-down")))
     assert plan["predicted"] <= plan["limit"]
@@ -90,10 +77,6 @@ def test_a_plan_and_its_step() -> None:
     assert step["measured"] <= plan["predicted"]
     assert step["measured_reference"] <= costs["reference"]
     assert 0 < step["step_ratio"] < 1.5
-
-
-def test_a_budget_that_nothing_fits_is_told() -> None:
-    assert "fits" in perform(Work.of("plan", TASK, budget="1%", rate=4e-3, seed=1, **identity("top-down")))["refused"]
 
 
 def test_checkpointing_makes_a_plan_fit() -> None:
@@ -109,39 +92,8 @@ def test_the_search_stays_within_the_budget() -> None:
     assert found["plan"] in [trial["plan"] for trial in found["tried"]]
 
 
-def test_all_methods_see_the_same_batches() -> None:
-    data = load_data(TASK)
-    first, again, other = (
-        [batch["input_ids"].tolist() for batch in new_loader(TASK, data, seed)] for seed in (1, 1, 2)
-    )
-    assert first == again != other
-    assert len(first) == TASK.steps
-
-
 def test_rows_for_tuning_are_no_rows_of_results() -> None:
     data = load_data(TASK)
     tuning, held_out = ({tuple(row) for row in part["input_ids"]} for part in (data.tuning, data.held_out))
     assert len(tuning) == len(held_out) == TASK.held_out
     assert not tuning & held_out
-
-
-def test_the_rate_rises_and_falls() -> None:
-    factors = [factor_at(step, 20) for step in range(20)]
-    assert factors[:3] == [0.5, 1.0, 1.0]
-    assert factors[-1] == pytest.approx(1 / 18)
-    assert np.all(np.diff(factors[2:]) < 0)
-
-
-def test_ranks_are_shared_out_by_importance() -> None:
-    ranks = shared_out({"a": 3.0, "b": 1.0, "c": 0.0}, {"a": 64, "b": 64, "c": 64})
-    assert ranks == {"a": 18, "b": 6, "c": 4}
-
-
-def test_what_identifies_a_policy(tmp_path: Path) -> None:
-    """Its weights; under a goal of cost its doubts too, if it has any."""
-    folder = str(save_policy(tmp_path / "mine", RankNetwork(NetworkConfig(width=8)), ONCE, {}))
-    alone = identity(folder)
-    assert identity(folder, saves=True) == alone
-    assert len(alone["sha"]) == 16
-    assert "doubt" not in identity("default")
-    assert len(identity("default", saves=True)["doubt"].split()) == 2
