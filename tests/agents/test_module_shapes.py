@@ -9,32 +9,20 @@ from rankpilot.lora.spec import ModuleSpec
 
 LAYERS: dict[str, list[tuple[str, int, int, bool]]] = {
     "llama": [
-        ("q", 64, 64, False),
-        ("k", 64, 32, False),
-        ("v", 64, 32, False),
-        ("o", 64, 64, False),
-        ("gate", 64, 176, True),
-        ("up", 64, 176, True),
-        ("down", 176, 64, True),
+        ("q", 64, 64, False), ("k", 64, 32, False), ("v", 64, 32, False), ("o", 64, 64, False),
+        ("gate", 64, 176, True), ("up", 64, 176, True), ("down", 176, 64, True),
     ],
     "heads wider than the layer": [
-        ("q", 64, 128, False),
-        ("k", 64, 32, False),
-        ("o", 128, 64, False),
-        ("gate", 64, 192, True),
-        ("up", 64, 192, True),
-        ("down", 192, 64, True),
+        ("q", 64, 128, False), ("k", 64, 32, False), ("o", 128, 64, False),
+        ("gate", 64, 192, True), ("up", 64, 192, True), ("down", 192, 64, True),
     ],
     "one product for query, key and value": [
-        ("qkv", 64, 192, False),
-        ("o", 64, 64, False),
-        ("up", 64, 256, True),
-        ("down", 256, 64, True),
+        ("qkv", 64, 192, False), ("o", 64, 64, False), ("up", 64, 256, True), ("down", 256, 64, True),
     ],
     "attention alone": [("q", 64, 64, False), ("k", 64, 32, False), ("v", 64, 32, False)],
     "one way alone": [("q", 64, 64, False), ("v", 64, 64, False), ("up", 64, 256, False)],
     "one module": [("head", 64, 1000, False)],
-}
+}  # fmt: skip
 
 
 def specs(layer: str, block: int) -> list[ModuleSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,22 +35,13 @@ def seen(copies: int = 1, **options: Any) -> Observation:
     count = copies * LAYERS * A_LAYER
     blocks = np.arange(count) // (copies * A_LAYER)
     needs = np.arange(LAYERS)[:, None] >= blocks[None]
-    fields: dict[str, Any] = {
-        "ranks": np.repeat(RANKS, copies),
-        "max_ranks": np.full(count, 64),
-        "blocks": blocks,
-        "cost": ByteCost(
-            ("backward",),
-            np.array([copies * CONSTANT]),
-            np.full((1, count), PER_RANK),
-            np.full((1, LAYERS), copies * FIXED),
-            needs,
-        ),
-        "limit": copies * 4000.0,
-        "ladder": RankLadder(),
-    } | options
+    per_rank, per_layer = np.full((1, count), PER_RANK), np.full((1, LAYERS), copies * FIXED)
+    cost = ByteCost(("backward",), np.array([copies * CONSTANT]), per_rank, per_layer, needs)
+    problem = AllocationProblem(
+        np.repeat(RANKS, copies), np.full(count, 64), blocks, cost, copies * 4000.0, RankLadder()
+    )
     return observe(
-        AllocationProblem(**fields),
+        replace(problem, **options),
         tuple(map(str, range(count))),
         np.ones((count, len(SIGNALS))),
         np.zeros(count, dtype=np.int64),
@@ -87,9 +79,8 @@ def test_entry_is_what_a_module_adds_at_rank_one() -> None:
 
 def test_costs_look_alike_in_a_model_of_more_modules() -> None:
     small, large = seen(), seen(copies=5)
-    np.testing.assert_allclose(
-        column(large, "next_rung_cost"), np.repeat(column(small, "next_rung_cost"), 5), atol=1e-6
-    )
+    expected = np.repeat(column(small, "next_rung_cost"), 5)
+    np.testing.assert_allclose(column(large, "next_rung_cost"), expected, atol=1e-6)
     fresh = np.array([0, 0, 0, 0, 4, 8])
     several = seen(copies=5, ranks=np.repeat(fresh, 5))
     assert np.ptp(column(several, "adapt_cost")[:10]) == pytest.approx(0)
@@ -124,10 +115,6 @@ def test_another_limit_of_bytes_leaves_that_of_time(limit: float) -> None:
         assert changed.problem.fits(ranks) == expected.problem.fits(ranks)
         costs = [moment_costs(each.problem.cost, ranks) for each in (changed, expected)]
         np.testing.assert_allclose(costs[0], costs[1], rtol=1e-6)
-
-
-def test_the_signals_are_the_first_features() -> None:
-    assert MODULE_FEATURES[: len(SIGNALS)] == SIGNALS
 
 
 def test_the_manual_of_the_environment_explains_every_feature() -> None:

@@ -16,8 +16,6 @@ from rankpilot.agents.policy import decided_plan
 from rankpilot.agents.rules import find_rule
 from rankpilot.errors import ConfigError
 
-from ...cases import first_cases
-
 MakeObservation = Callable[..., Observation]
 
 
@@ -41,12 +39,11 @@ def test_probabilities_are_a_softmax_over_the_bounds(make_observation: MakeObser
     np.testing.assert_array_equal(plans[deliberation.plan], decided_plan(make_observation(12).problem, decision).ranks)
 
 
-@pytest.mark.parametrize("draws", first_cases(1, [150, 400]))
 def test_plans_are_drawn_as_often_as_the_probabilities_say(
-    make_observation: MakeObservation, policy: LearnedPolicy, draws: int
+    make_observation: MakeObservation, policy: LearnedPolicy
 ) -> None:
-    """Chi-squared over so many seeds: its upper 1e-4 quantile is passed by chance once in ten thousand tries."""
-    observation = make_observation(6)
+    """Chi-squared over some seeds: its upper 1e-4 quantile is passed by chance once in ten thousand tries."""
+    observation, draws = make_observation(6), 150
     deliberations = [exploring(policy, 0.2, seed).decide(observation).deliberation for seed in range(draws)]
     counts = Counter(each.plan for each in deliberations if each)
     expected = draws * deliberations[0].probabilities  # type: ignore[union-attr]
