@@ -1,24 +1,27 @@
-"""A learned policy with a value ensemble: it takes the plan that is surely better, or leaves things as they are."""
+"""A learned policy with a value ensemble: it takes the plan that is surely better, or none; or it explores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.deliberation import plan_distance
+from rankpilot.agents.deliberation import Deliberation, plan_distance
 from rankpilot.agents.learned.candidates import FIXED, candidate_actions
 from rankpilot.agents.learned.config import NetworkConfig
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
-from rankpilot.agents.learned.policy import DRAWS, LATER_LCB_COEFFICIENT, LCB_COEFFICIENT, TIE, LearnedPolicy
+from rankpilot.agents.learned.policy import DRAWS, LATER_LCB_COEFFICIENT, LCB_COEFFICIENT, TIE, LearnedPolicy, exploring
+from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.observation import Observation
 from rankpilot.agents.policy import Decision, decided_plan, decision_from_scores
+from rankpilot.agents.rules import find_rule
 from rankpilot.common.arrays import IntArray
 from rankpilot.cost.cost import ByteCost
+from rankpilot.errors import ConfigError
 from rankpilot.plan.plan import uniform_ranks
 
 MakeObservation = Callable[..., Observation]
@@ -265,3 +268,65 @@ def test_without_critics_the_actor_decides(seen: Observation, network: RankNetwo
     assert (taken.log_prob, taken.expected, taken.uncertainty) == (None, action.expected, action.uncertainty)
     assert taken.deliberation is None
     assert taken.uncertainty > 0
+
+
+# A policy that explores ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped() -> LearnedPolicy:
+    loaded = load_policy("default")
+    assert isinstance(loaded, LearnedPolicy)
+    return loaded
+
+
+def drawn(policy: LearnedPolicy, observation: Observation, temperature: float, seed: int = 0) -> Deliberation:
+    deliberation = exploring(policy, temperature, seed).decide(observation).deliberation
+    assert deliberation is not None
+    return deliberation
+
+
+def test_probabilities_are_a_softmax_over_the_bounds(make_observation: MakeObservation, shipped: LearnedPolicy) -> None:
+    decision, found = exploring(shipped, 0.05).decide(make_observation(12)), drawn(shipped, make_observation(12), 0.05)
+    odds = np.where(found.may_take, np.exp(found.bound.astype(float) / 0.05), 0)
+    np.testing.assert_allclose(found.probabilities, odds / odds.sum(), rtol=1e-6)
+    assert decision.log_prob == pytest.approx(np.log(found.probabilities[found.plan]))
+    assert decision.expected == found.mean[found.plan]
+    assert len(np.unique(found.plans, axis=0)) == len(found.plans)
+    np.testing.assert_array_equal(found.plans[found.plan], ranks_of(make_observation(12), decision))
+
+
+def test_plans_are_drawn_as_often_as_the_probabilities_say(
+    make_observation: MakeObservation, shipped: LearnedPolicy
+) -> None:
+    """Chi-squared over some seeds: its upper 1e-4 quantile is passed by chance once in ten thousand tries."""
+    draws = 100
+    found = [drawn(shipped, make_observation(6), 0.2, seed) for seed in range(draws)]
+    assert drawn(shipped, make_observation(6), 0.2, 3).plan == found[3].plan, "the same seed draws the same"
+    expected = draws * found[0].probabilities
+    often = expected >= 5
+    seen = np.bincount([each.plan for each in found], minlength=len(expected)).astype(float)
+    parts = [np.append(values[often], values[~often].sum()) for values in (seen, expected)]
+    statistic = float(((parts[0] - parts[1]) ** 2 / np.maximum(parts[1], 1e-9)).sum())
+    freedom = often.sum()
+    assert freedom >= 3
+    assert statistic < freedom + 4 * np.sqrt(2 * freedom) + 8
+
+
+def test_little_temperature_takes_the_best_that_fits(make_observation: MakeObservation, shipped: LearnedPolicy) -> None:
+    for seed in range(4):
+        found = drawn(shipped, make_observation(12, seed), 1e-6)
+        assert found.may_take[found.plan]
+        assert found.bound[found.plan] >= found.bound[found.may_take].max() - 1e-4
+
+
+@pytest.mark.parametrize("temperature", [0, -1, "warm", float("nan"), float("inf")])
+def test_a_temperature_that_cannot_be(shipped: LearnedPolicy, temperature: Any) -> None:
+    with pytest.raises(ConfigError, match="a temperature above 0, in the unit of the votes"):
+        exploring(shipped, temperature)
+
+
+def test_only_a_policy_that_weighs_plans_explores(shipped: LearnedPolicy) -> None:
+    for other in (find_rule("signal-mean"), replace(shipped, value_ensemble=None)):
+        with pytest.raises(ConfigError, match="has no value ensemble"):
+            exploring(other, 0.1)
