@@ -184,14 +184,6 @@ def test_what_objects_raise_is_raised(workers: Workers) -> None:
     assert totals(workers.call({0: Call(Tally.add, (1.0,))})) == {0: 1.0}
 
 
-def test_pieces_and_objects_share_the_processes(two: Workers) -> None:
-    two.keep(0, partial(Tally, 5.0))
-    _, home = two.call({0: Call(Tally.add, (1.0,))})[0]
-    assert home != os.getpid()
-    assert home in {pid for _, pid in two.spread(call, [os.getpid] * 4)}
-    assert two.call({0: Call(Tally.add, (1.0,))})[0] == (7.0, home)
-
-
 # Processes that die ---------------------------------------------------------------------------------------------------
 
 

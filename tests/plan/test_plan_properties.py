@@ -1,4 +1,4 @@
-"""What every plan keeps to, on thousands of random problems; and that plans are those of the slow planner, and on file."""
+"""What every plan keeps to, on thousands of random problems; and plans are those of the slow planner, and on file."""
 
 from __future__ import annotations
 
