@@ -154,6 +154,7 @@ def files_of(write: Callable[[Path], object]) -> Files:
 
 def put(files: Files, folder: Path) -> Path:
     """Write the files; returns their folder."""
+    folder.mkdir(exist_ok=True)
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
