@@ -55,7 +55,3 @@ def test_without_a_near_name_the_allowed_ones_are_listed():
     assert str(UnknownNameError.of("task", "zzz", ["a", "b"])) == "Unknown task 'zzz'. Allowed: 'a', 'b'."
     many = str(UnknownNameError.of("task", "zzz", (f"name{i}" for i in range(20))))
     assert many.endswith("'name7' and 12 more.")
-
-
-def test_an_error_without_a_message_prints_as_nothing():
-    assert str(RankPilotError()) == ""

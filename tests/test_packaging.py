@@ -31,7 +31,7 @@ def _is_ours(top: str) -> bool:
     return not top.startswith(".") and top not in NOT_OURS
 
 
-LEFT_OUT = ("env/weights/gpt2-*/*", "env/proxies/weights/*-8x64/*")
+LEFT_OUT = [f"env/{pattern}" for pattern in SETTINGS["exclude-package-data"]["rankpilot.env"]]
 """What the wheel does not hold: the bases of the test split alone."""
 
 
@@ -171,12 +171,10 @@ def _environment() -> dict[str, str]:
 
 def run(installed: Path, folder: Path, *words: str) -> str:
     """What a program of the environment prints."""
-    done = subprocess.run(
-        [str(installed / "python"), str(installed / words[0]), *words[1:]]
-        if words[0] == "rankpilot"
-        else [str(installed / words[0]), *words[1:]],
-        cwd=folder, env=_environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = [str(installed / words[0]), *words[1:]]
+    if words[0] == "rankpilot":
+        command.insert(0, str(installed / "python"))
+    done = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{words}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 

@@ -1,4 +1,4 @@
-"""What a deliberation says of its plans, by hand."""
+"""What a deliberation says of its plans, by hand; and a decision in one line."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.policy import Deliberation, plan_distance, unlike
+from rankpilot.agents.deliberation import Deliberation, decision_line, plan_distance, unlike
+from rankpilot.cost.cost import ParameterCost
 
-from .test_log import make_deliberation
+from .test_log import make_deliberation, make_problem, make_record
 
 VOTES = np.array([[0.0, 0.5, 0.75, 0.5], [0.0, 0.5, 0.25, 0.25]], dtype=np.float32)
 PLANS = np.array([[2, 2, 2], [8, 0, 1], [4, 2, 2], [4, 1, 2]])
@@ -71,3 +72,30 @@ def test_what_a_run_is_unlike_is_told_as_people_count_it() -> None:
     assert unlike(found) == "1,000 steps (not 50 to 200), 223 modules (not 19 to 37), depth 0.5 (not 1 to 1)"
     assert unlike(four_plans()) == ""
     assert unlike(replace(found, trained=True)) == f"adapters that are trained already, {unlike(found)}"
+
+
+# A decision in one line -----------------------------------------------------------------------------------------------
+
+
+GIB = 2**30
+BEFORE = np.array([8, 8, 8, 8])
+
+
+@pytest.mark.parametrize(
+    ("after", "cost", "limit", "unit", "line"),
+    [
+        ([16, 4, 8, 8], 12.1 * GIB, 12.3 * GIB, "bytes", "2 modules moved, 12.1 of 12.3 GiB, mean rank 9.0"),
+        ([8, 8, 8, 0], 0.5 * GIB, 1.5 * GIB, "bytes", "1 module moved, 0.5 of 1.5 GiB, mean rank 6.0"),
+        ([8, 8, 8, 8], 900 * 2**20, 1000 * 2**20, "bytes", "no module moved, 900 of 1,000 MiB, mean rank 8.0"),
+        ([1, 1, 1, 2], 240_000, 300_000, "parameters", "4 modules moved, 240,000 of 300,000 parameters, mean rank 1.2"),
+    ],
+)
+def test_line(after: list[int], cost: float, limit: float, unit: str, line: str) -> None:
+    assert decision_line(28, BEFORE, np.array(after), cost, limit, unit) == f"step 28: {line}"
+
+
+def test_line_of_a_record() -> None:
+    assert make_record(1).line() == "step 36: 3 modules moved, 858 of 954 MiB, mean rank 2.3"
+    problem = make_problem(cost=ParameterCost(np.array([[100.0, 200.0, 300.0]])), limit=1800.0)
+    record = make_record(1, problem=problem, predicted_cost=1500.0)
+    assert record.line() == "step 36: 3 modules moved, 1,500 of 1,800 parameters, mean rank 2.3"

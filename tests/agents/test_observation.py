@@ -1,7 +1,8 @@
-"""What a policy sees of costs: logarithms of equal shares of the budget, alike in models of any size."""
+"""What a policy sees of costs: logarithms of equal shares of the budget, alike in models of any size; and of shapes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from rankpilot.agents.observation import (
 from rankpilot.cost.cost import ByteCost, moment_costs
 from rankpilot.cost.step_time import SecondsRow
 from rankpilot.env.rank_allocation import RankAllocationEnv
-from rankpilot.lora.adapters import SIGNALS
-from rankpilot.lora.spec import RankLadder
+from rankpilot.lora.signals import SIGNALS
+from rankpilot.lora.spec import ModuleSpec, RankLadder
 from rankpilot.plan.problem import AllocationProblem
 
 LAYERS, A_LAYER = 3, 2
@@ -34,22 +35,13 @@ def seen(copies: int = 1, **options: Any) -> Observation:
     count = copies * LAYERS * A_LAYER
     blocks = np.arange(count) // (copies * A_LAYER)
     needs = np.arange(LAYERS)[:, None] >= blocks[None]
-    fields: dict[str, Any] = {
-        "ranks": np.repeat(RANKS, copies),
-        "max_ranks": np.full(count, 64),
-        "blocks": blocks,
-        "cost": ByteCost(
-            ("backward",),
-            np.array([copies * CONSTANT]),
-            np.full((1, count), PER_RANK),
-            np.full((1, LAYERS), copies * FIXED),
-            needs,
-        ),
-        "limit": copies * 4000.0,
-        "ladder": RankLadder(),
-    } | options
+    per_rank, per_layer = np.full((1, count), PER_RANK), np.full((1, LAYERS), copies * FIXED)
+    cost = ByteCost(("backward",), np.array([copies * CONSTANT]), per_rank, per_layer, needs)
+    problem = AllocationProblem(
+        np.repeat(RANKS, copies), np.full(count, 64), blocks, cost, copies * 4000.0, RankLadder()
+    )
     return observe(
-        AllocationProblem(**fields),
+        replace(problem, **options),
         tuple(map(str, range(count))),
         np.ones((count, len(SIGNALS))),
         np.zeros(count, dtype=np.int64),
@@ -87,9 +79,8 @@ def test_entry_is_what_a_module_adds_at_rank_one() -> None:
 
 def test_costs_look_alike_in_a_model_of_more_modules() -> None:
     small, large = seen(), seen(copies=5)
-    np.testing.assert_allclose(
-        column(large, "next_rung_cost"), np.repeat(column(small, "next_rung_cost"), 5), atol=1e-6
-    )
+    expected = np.repeat(column(small, "next_rung_cost"), 5)
+    np.testing.assert_allclose(column(large, "next_rung_cost"), expected, atol=1e-6)
     fresh = np.array([0, 0, 0, 0, 4, 8])
     several = seen(copies=5, ranks=np.repeat(fresh, 5))
     assert np.ptp(column(several, "adapt_cost")[:10]) == pytest.approx(0)
@@ -126,13 +117,50 @@ def test_another_limit_of_bytes_leaves_that_of_time(limit: float) -> None:
         np.testing.assert_allclose(costs[0], costs[1], rtol=1e-6)
 
 
-def test_the_signals_are_the_first_features() -> None:
-    assert MODULE_FEATURES[: len(SIGNALS)] == SIGNALS
-
-
 def test_the_manual_of_the_environment_explains_every_feature() -> None:
     manual = [line.strip() for line in str(RankAllocationEnv.__doc__).splitlines()]
     assert "{" not in "".join(line for line in manual if line.startswith("|"))
     for feature in (*MODULE_FEATURE_TABLE, *RUN_FEATURE_TABLE):
         assert f"| {feature.name} | {feature.meaning} | {feature.values} |" in manual
     assert feature_table(RUN_FEATURE_TABLE[:1]).splitlines()[0] == "| feature | meaning | range |"
+
+
+# Kinds of modules by their shapes, in layers as models have them ------------------------------------------------------
+
+
+SHAPES: dict[str, list[tuple[str, int, int, bool]]] = {
+    "llama": [
+        ("q", 64, 64, False), ("k", 64, 32, False), ("v", 64, 32, False), ("o", 64, 64, False),
+        ("gate", 64, 176, True), ("up", 64, 176, True), ("down", 176, 64, True),
+    ],
+    "heads wider than the layer": [
+        ("q", 64, 128, False), ("k", 64, 32, False), ("o", 128, 64, False),
+        ("gate", 64, 192, True), ("up", 64, 192, True), ("down", 192, 64, True),
+    ],
+    "one product for query, key and value": [
+        ("qkv", 64, 192, False), ("o", 64, 64, False), ("up", 64, 256, True), ("down", 256, 64, True),
+    ],
+    "attention alone": [("q", 64, 64, False), ("k", 64, 32, False), ("v", 64, 32, False)],
+    "one way alone": [("q", 64, 64, False), ("v", 64, 64, False), ("up", 64, 256, False)],
+    "one module": [("head", 64, 1000, False)],
+}  # fmt: skip
+
+
+def specs(layer: str, block: int) -> list[ModuleSpec]:
+    return [ModuleSpec(f"layers.{block}.{name}", block, d_in, d_out) for name, d_in, d_out, _ in SHAPES[layer]]
+
+
+@pytest.mark.parametrize("layer", SHAPES)
+def test_which_modules_are_wide(layer: str) -> None:
+    """Every layer by itself, whatever the others look like."""
+    modules = [*specs("llama", 0), *specs(layer, 1), *specs("one product for query, key and value", 2)]
+    shapes = ModuleShapes.of(modules)
+    inside = np.array([module.block == 1 for module in modules])
+    assert shapes.wide[inside].tolist() == [wide for *_, wide in SHAPES[layer]]
+    assert shapes.wide[~inside].tolist() == [wide for name in ("llama", list(SHAPES)[2]) for *_, wide in SHAPES[name]]
+
+
+def test_ratios_and_positions() -> None:
+    shapes = ModuleShapes.of([*specs("llama", 0), *specs("one module", 1)])
+    np.testing.assert_allclose(shapes.positions, [*np.arange(7) / 6, 0])
+    np.testing.assert_allclose(shapes.ratios, [1, 0.5, 0.5, 1, 2.75, 2.75, 1 / 2.75, 1000 / 64])

@@ -36,6 +36,11 @@ def write(path: Path, ranks: Mapping[str, int], **fields: Any) -> Path:
     return path
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "plan.yaml"
+
+
 # The file -------------------------------------------------------------------------------------------------------------
 
 
@@ -59,8 +64,7 @@ def test_a_plan_comes_back_from_its_text(tmp_path: Path) -> None:
     ],
     ids=["flat", "modules", "nested", "json"],
 )
-def test_forms_that_a_person_may_write(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "plan.yaml"
+def test_forms_that_a_person_may_write(path: Path, text: str) -> None:
     path.write_text(text)
     assert read_plan(path) == {"a.0.q": 4, "a.0.v": 0}
     assert load_policy(str(path)) == PlanFile(path)
@@ -84,8 +88,7 @@ def test_forms_that_a_person_may_write(tmp_path: Path, text: str) -> None:
         ("a: &x {b: 1}\nc: *x\n", "references .* are not read"),
     ],
 )
-def test_files_that_hold_no_plan(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "plan.yaml"
+def test_files_that_hold_no_plan(path: Path, content: str, message: str) -> None:
     path.write_text(content)
     with pytest.raises(ConfigError, match=message) as refused:
         load_policy(str(path))
@@ -102,8 +105,8 @@ def test_a_file_that_is_missing_or_too_large(tmp_path: Path) -> None:
         load_policy(path)
 
 
-def test_when_a_file_is_read(tmp_path: Path) -> None:
-    path = write(tmp_path / "plan.yaml", RANKS, read_at=[0, 0.25, 0.5])
+def test_when_a_file_is_read(path: Path) -> None:
+    write(path, RANKS, read_at=[0, 0.25, 0.5])
     assert policy_schedule(path).fractions == policy_schedule(PlanFile(path)).fractions == (0, 0.25, 0.5)
     for wrong in (0.5, "start", [0.5], [0, 2], ["a"], None):
         write(path, RANKS, read_at=wrong)
@@ -125,8 +128,8 @@ def plan_of(observation: Observation, **changed: int) -> dict[str, int]:
     return {**dict.fromkeys(observation.names, 2), **{f"layers.0.{name}": rank for name, rank in changed.items()}}
 
 
-def test_the_decision_is_exactly_the_file(tmp_path: Path, observation: Observation) -> None:
-    path = write(tmp_path / "plan.yaml", ranks := plan_of(observation, m0=0, m3=8))
+def test_the_decision_is_exactly_the_file(path: Path, observation: Observation) -> None:
+    write(path, ranks := plan_of(observation, m0=0, m3=8))
     policy = PlanFile(path)
     assert policy.name == "plan.yaml"
     decision = policy.decide(observation)
@@ -146,15 +149,15 @@ def test_the_decision_is_exactly_the_file(tmp_path: Path, observation: Observati
     ],
 )
 def test_ranks_that_a_module_cannot_have(
-    tmp_path: Path, observation: Observation, changed: dict[str, int], message: str
+    path: Path, observation: Observation, changed: dict[str, int], message: str
 ) -> None:
-    policy = PlanFile(write(tmp_path / "plan.yaml", plan_of(observation, **changed)))
+    policy = PlanFile(write(path, plan_of(observation, **changed)))
     with pytest.raises(ConfigError, match=message):
         policy.decide(observation)
 
 
-def test_names_that_do_not_match(tmp_path: Path, observation: Observation) -> None:
-    path = write(tmp_path / "plan.yaml", plan_of(observation, m9=4))
+def test_names_that_do_not_match(path: Path, observation: Observation) -> None:
+    write(path, plan_of(observation, m9=4))
     with pytest.raises(UnknownNameError, match=r"Unknown target module 'layers.0.m9'\. Did you mean: 'layers.0.m\d'"):
         PlanFile(path).decide(observation)
     write(path, dict.fromkeys(observation.names[1:], 2))
@@ -162,11 +165,11 @@ def test_names_that_do_not_match(tmp_path: Path, observation: Observation) -> No
         PlanFile(path).decide(observation)
 
 
-def test_a_plan_above_the_budget(tmp_path: Path, observation: Observation) -> None:
+def test_a_plan_above_the_budget(path: Path, observation: Observation) -> None:
     cost = 8.0 * observation.problem.cost.per_rank.sum()
     limit, eights = observation.problem.limit, dict.fromkeys(observation.names, 8)
     free = replace(observation, problem=replace(observation.problem, high=None, low=None))
-    policy = PlanFile(write(tmp_path / "plan.yaml", eights))
+    policy = PlanFile(write(path, eights))
     words = (
         rf"plan\.yaml is predicted to take {cost:,.0f} parameters, {cost - limit:,.0f} parameters above the budget of "
         rf"{limit:,.0f} parameters\. Lower some ranks, or raise the budget\."
@@ -175,9 +178,9 @@ def test_a_plan_above_the_budget(tmp_path: Path, observation: Observation) -> No
         policy.decide(free)
 
 
-def test_a_later_decision(tmp_path: Path, observation: Observation, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_later_decision(path: Path, observation: Observation, caplog: pytest.LogCaptureFixture) -> None:
     """A person may move modules as far as they like; what cannot be used does not end a run that has trained."""
-    path = write(tmp_path / "plan.yaml", ranks := plan_of(observation, m3=16))
+    write(path, ranks := plan_of(observation, m3=16))
     far = replace(observation.problem, ranks=np.full(8, 2), max_step=policy_schedule(path).reach(1))
     decision = PlanFile(path).decide(replace(observation, problem=far))
     assert decided_plan(far, decision).ranks.tolist() == [*ranks.values()], "as far as a person wants"
@@ -205,18 +208,14 @@ ROWS = Dataset.from_list(
 
 @pytest.fixture
 def make_trainer(llama_config: LlamaConfig, tmp_path: Path) -> Callable[..., Trainer]:
-    def make(*callbacks: TrainerCallback, **options: Any) -> Trainer:
+    def make(*callbacks: TrainerCallback) -> Trainer:
         set_seed(0)
         config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
         model = get_peft_model(LlamaForCausalLM(llama_config), config)
-        usual: dict[str, Any] = {
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "save_strategy": "no",
-            "report_to": [],
-        }
-        usual |= {"dataloader_pin_memory": False, "use_cpu": True}
-        arguments = TrainingArguments(tmp_path / "out", disable_tqdm=True, learning_rate=1e-2, **usual | options)
+        arguments = TrainingArguments(
+            tmp_path / "out", max_steps=4, per_device_train_batch_size=4, save_strategy="no", report_to=[],
+            use_cpu=True, dataloader_pin_memory=False, disable_tqdm=True, learning_rate=1e-2,
+        )  # fmt: skip
         return Trainer(model, arguments, train_dataset=ROWS, callbacks=list(callbacks))
 
     return make
@@ -234,9 +233,8 @@ class Person(TrainerCallback):  # type: ignore[misc]
 
 
 def test_a_person_decides_before_a_run_and_within_it(
-    make_trainer: Callable[..., Trainer], llama_config: LlamaConfig, tmp_path: Path
+    make_trainer: Callable[..., Trainer], llama_config: LlamaConfig, tmp_path: Path, path: Path
 ) -> None:
-    path = tmp_path / "plan.yaml"
     config = rankpilot.allocate(make_trainer(), policy="signal-mean", budget="60%", output=path)
     planned = read_plan(path)
     assert config.rank_pattern
@@ -262,35 +260,16 @@ def test_a_person_decides_before_a_run_and_within_it(
     assert len([name for name, _ in plain.named_parameters() if "lora_A" in name]) == sum(map(bool, second.values()))
 
 
-def test_a_plan_that_does_not_fit_ends_before_the_first_step(
-    make_trainer: Callable[..., Trainer], tmp_path: Path
+def test_a_person_may_shrink_trained_adapters_on_a_schedule_of_their_own(
+    make_trainer: Callable[..., Trainer], path: Path
 ) -> None:
     trainer = make_trainer()
-    before = adapter_ranks(find_target_modules(trainer.model))
-    path = write(tmp_path / "plan.yaml", dict.fromkeys(before, 16))
-    rankpilot.attach(trainer, str(path), budget="60%")
-    with pytest.raises(BudgetError, match=r"is predicted to take .*B, .*B above the budget of .*B\. Lower some ranks"):
-        trainer.train()
-    assert trainer.state.global_step == 0
-    assert adapter_ranks(find_target_modules(trainer.model)) == before
-
-
-def test_a_person_may_shrink_trained_adapters(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
-    trainer = make_trainer()
     trainer.train()
     ranks = dict.fromkeys(adapter_ranks(find_target_modules(trainer.model)), 2)
-    path = write(tmp_path / "plan.yaml", ranks)
+    write(path, ranks)
     again = Trainer(trainer.model, trainer.args, train_dataset=ROWS)
-    rankpilot.attach(again, str(path))
-    again.train()
-    assert adapter_ranks(find_target_modules(again.model)) == ranks
-
-
-def test_a_schedule_of_ones_own_reads_the_file_as_often(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
-    trainer = make_trainer()
-    ranks = dict.fromkeys(adapter_ranks(find_target_modules(trainer.model)), 2)
-    path = write(tmp_path / "plan.yaml", ranks)
     schedule = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.25, 0.75))
-    callback = rankpilot.attach(trainer, str(path), schedule=schedule)
-    trainer.train()
+    callback = rankpilot.attach(again, str(path), schedule=schedule)
+    again.train()
     assert [step for step, _ in callback.predictions] == [0, 1, 3]
+    assert adapter_ranks(find_target_modules(again.model)) == ranks

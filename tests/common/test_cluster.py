@@ -23,6 +23,7 @@ from rankpilot.common.workers import MOST_DEATHS, Call, Workers, count_workers, 
 from rankpilot.errors import ConfigError, UnsupportedError, WorkerError
 
 from ..ray_nodes import Nodes
+from .test_workers import Tally
 
 pytestmark = pytest.mark.slow
 
@@ -43,21 +44,6 @@ def on(nodes: Nodes) -> Iterator[list[str]]:
     lines: list[str] = []
     with running_on_cluster(nodes.address, canary, lines.append):
         yield lines
-
-
-class Tally:
-    """Adds up numbers, and remembers where it lives."""
-
-    def __init__(self, start: float) -> None:
-        self.total = start
-
-    def add(self, number: float, seconds: float = 0.0) -> tuple[float, int]:
-        time.sleep(seconds)
-        self.total += number
-        return self.total, os.getpid()
-
-    def die(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def numbers(count: int) -> np.ndarray:
@@ -176,26 +162,24 @@ def test_no_node_can_take_part(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) ->
         assert list(workers.spread(call, [os.getpid])) == [(os.getpid, os.getpid())], "later work is done here again"
 
 
-@pytest.mark.parametrize("address", ["", "ray://head:10001", "head", "head:x"])
-def test_addresses(address: str) -> None:
-    pytest.importorskip("ray")
-    with pytest.raises(ConfigError, match="'local', 'auto' or HOST:PORT"), running_on_cluster(address, canary):
-        pass
+FORMS = "'local', 'auto' or HOST:PORT"
 
 
-def test_nothing_at_an_address() -> None:
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        *((wrong, FORMS) for wrong in ("", "ray://head:10001", "head", "head:x")),
+        ("127.0.0.1:1", r"Nothing answers at 127\.0\.0\.1:1 .* ray start --head --port 1"),
+    ],
+)
+def test_addresses(address: str, message: str) -> None:
     pytest.importorskip("ray")
-    with (
-        pytest.raises(ConfigError, match=r"Nothing answers at 127\.0\.0\.1:1 .* ray start --head --port 1"),
-        running_on_cluster("127.0.0.1:1", canary),
-    ):
+    with pytest.raises(ConfigError, match=message), running_on_cluster(address, canary):
         pass
 
 
 def test_ray_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with (
-        pytest.raises(UnsupportedError, match=r"pip install 'rankpilot\[cluster\]'"),
-        running_on_cluster("local", canary),
-    ):
+    words = r"pip install 'rankpilot\[cluster\]'"
+    with pytest.raises(UnsupportedError, match=words), running_on_cluster("local", canary):
         pass

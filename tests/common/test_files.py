@@ -1,41 +1,40 @@
-"""Files are whole or absent."""
+"""Files are whole or absent; and JSON, YAML with plain values alone, and arrays, out of files of strangers."""
 
 from __future__ import annotations
 
-import hashlib
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import yaml
 from rankpilot.common.files import (
     append_json_line,
     atomic_path,
+    check_tensor_file,
+    parse_yaml,
+    read_arrays,
     read_bytes,
     read_json,
     read_json_lines,
     read_object,
-    sha256,
     write_json,
     write_text,
 )
 from rankpilot.errors import DataError
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
 
 
-def leftovers(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
-
-
-def test_a_file_appears_with_its_folder(tmp_path):
+def test_a_file_appears_with_its_folder_and_changes_as_a_whole(tmp_path):
     path = tmp_path / "deep" / "down" / "note.txt"
     write_text(path, "Grüße\n")
     assert path.read_text(encoding="utf-8") == "Grüße\n"
-    write_text(path, "again")
-    assert path.read_text() == "again"
-    assert leftovers(path.parent) == []
-
-
-def test_after_a_failure_the_old_content_is_there_and_nothing_else(tmp_path):
-    path = tmp_path / "note.txt"
-    write_text(path, "old")
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text(encoding="utf-8") == "Grüße\n", "until the block ends"
+    assert path.read_text() == "new"
 
     def fail():
         with atomic_path(path) as temporary:
@@ -44,17 +43,8 @@ def test_after_a_failure_the_old_content_is_there_and_nothing_else(tmp_path):
 
     with pytest.raises(RuntimeError, match="stop"):
         fail()
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
-
-
-def test_until_the_block_ends_a_reader_sees_the_old_content(tmp_path):
-    path = tmp_path / "note.txt"
-    write_text(path, "old")
-    with atomic_path(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
     assert path.read_text() == "new"
+    assert [p.name for p in path.parent.iterdir()] == ["note.txt"]
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
@@ -64,42 +54,27 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
             temporary.mkdir()
             (temporary / name).write_text(name)
     assert [p.name for p in path.iterdir()] == ["second"]
-    assert leftovers(tmp_path) == []
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_json_there_and_back(tmp_path):
-    path = tmp_path / "value.json"
-    value = {"a": [1, 2.5, None], "b": "ü"}
+def test_json_there_and_back_but_none_that_others_could_not_read(tmp_path):
+    path, value = tmp_path / "value.json", {"a": [1, 2.5, None], "b": "ü"}
     write_json(path, value)
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write_json(path, {"loss": number})
     assert read_json(path) == value
     assert path.read_text().endswith("}\n")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_json_that_others_could_not_read_is_refused(tmp_path, value):
-    path = tmp_path / "value.json"
-    write_json(path, 1)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, {"loss": value})
-    assert read_json(path) == 1
-
-
-def test_lines_are_appended_and_a_torn_one_is_skipped(tmp_path):
+def test_a_torn_line_is_skipped_and_the_lines_after_it_are_not_lost(tmp_path):
+    """As when a run is killed in the middle of a write and goes on."""
     path = tmp_path / "run" / "log.jsonl"
     assert read_json_lines(path) == []
-    for step in range(3):
-        append_json_line(path, {"step": step})
-    with path.open("a") as stream:
-        stream.write('{"step": 3, "lo')
-    assert [row["step"] for row in read_json_lines(path)] == [0, 1, 2]
-
-
-def test_a_line_after_a_torn_one_is_not_lost(tmp_path):
-    """A run that was killed in the middle of a write and goes on."""
-    path = tmp_path / "log.jsonl"
     append_json_line(path, {"step": 0})
     with path.open("a") as stream:
         stream.write('{"step": 1, "lo')
+    assert read_json_lines(path) == [{"step": 0}]
     append_json_line(path, {"step": 2})
     append_json_line(path, {"step": 3})
     assert [row["step"] for row in read_json_lines(path)] == [0, 2, 3]
@@ -110,12 +85,6 @@ def test_line_separators_inside_a_value_do_not_tear_it(tmp_path):
     row = {"text": "one\u2028two\u0085three\x0cfour\nfive"}
     append_json_line(path, row)
     assert read_json_lines(path) == [row]
-
-
-def test_sha256(tmp_path):
-    path = tmp_path / "data"
-    path.write_bytes(b"abc" * 1000)
-    assert sha256(path) == hashlib.sha256(b"abc" * 1000).hexdigest()
 
 
 # Files of strangers ---------------------------------------------------------------------------------------------------
@@ -153,3 +122,79 @@ def test_values_without_names(tmp_path: Path, content: str) -> None:
     (tmp_path / "file").write_text(content)
     with pytest.raises(DataError, match="holds no values by name"):
         read_object(tmp_path / "file")
+
+
+def test_what_people_write() -> None:
+    text = "model: m\nsteps: 5\nrate: 1.0e-4\nlist: [1, two, null]\nnested:\n  deep: {a: true}\n"
+    values = {"model": "m", "steps": 5, "rate": 1e-4, "list": [1, "two", None], "nested": {"deep": {"a": True}}}
+    assert parse_yaml(text) == values
+    assert parse_yaml('{"json": [1, 2.5, "x"]}') == {"json": [1, 2.5, "x"]}
+    assert parse_yaml("") is None
+
+
+@pytest.mark.parametrize("text", ["a: &x 1\nb: *x", "a: &x {b: 1}\nc:\n  <<: *x", "&a [*a]"])
+def test_references_are_refused_with_their_place(text: str) -> None:
+    with pytest.raises(yaml.MarkedYAMLError, match=r"references .* are not read") as caught:
+        parse_yaml(text)
+    assert caught.value.problem_mark is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/name:os.system",
+        "!!python/object/new:os.system [ls]",
+        "!x y",
+        "[" * 2000,
+        "!!int ''",
+        "a: 2001-99-99",
+        "{[1]: 2}",
+        "!!bool x",
+        "1" * 5000,
+        "\x00",
+    ],
+)
+def test_tags_that_ask_for_objects_and_faults_of_the_library_are_its_own_errors(text: str) -> None:
+    with pytest.raises(yaml.YAMLError):
+        parse_yaml(text)
+
+
+def test_arrays_and_texts_come_back(tmp_path: Path) -> None:
+    arrays = {"a": np.arange(6).reshape(2, 3), "b": np.array([True, False]), "c": np.zeros((0, 5), dtype=np.float32)}
+    save_file(arrays, tmp_path / "file", metadata={"key": "text"})
+    found, described = read_arrays(tmp_path / "file")
+    assert described == {"key": "text"}
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678", b"\xff" * 100, (10).to_bytes(8, "little") + b"{}"])
+def test_what_is_no_file_of_tensors(tmp_path: Path, content: bytes) -> None:
+    """Or of types that numpy does not have."""
+    (tmp_path / "file").write_bytes(content)
+    save_tensors({"a": torch.zeros(2).bfloat16()}, tmp_path / "bfloat16")
+    for name in ("file", "absent", "bfloat16"):
+        with pytest.raises(DataError, match="cannot be read as arrays"):
+            read_arrays(tmp_path / name)
+
+
+def test_pickles_and_large_files_are_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "pickle").write_bytes(pickle.dumps({}))
+    torch.save({}, tmp_path / "zip")
+    for name in ("pickle", "zip"):
+        with pytest.raises(DataError, match="pickle or zip file in disguise"):
+            check_tensor_file(tmp_path / name)
+    for length in (128, 0x4B50):  # of a header, whose first bytes are then those of a pickle and of a zip file
+        text = ("x" * 20_000)[: length - 34]
+        save_file({}, tmp_path / "file", metadata={"key": text})
+        content = (tmp_path / "file").read_bytes()
+        assert content.startswith((b"\x80", b"PK"))
+        assert read_arrays(tmp_path / "file")[1] == {"key": text}
+    (tmp_path / "file").write_bytes(bytes(101))
+    check_tensor_file(tmp_path / "file", 101)
+    with pytest.raises(DataError, match="more than 100 bytes"):
+        check_tensor_file(tmp_path / "file", 100)
+    with pytest.raises(DataError, match="is no file"):
+        check_tensor_file(tmp_path)

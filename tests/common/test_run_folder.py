@@ -45,28 +45,17 @@ def test_a_new_folder(tmp_path: Path, exists: bool) -> None:
         assert read_json(folder / CONFIG) == SETTINGS
     with open_run(folder, SETTINGS, resume=True):
         pass
-    with (
-        pytest.raises(RunFolderError, match=r"exists already\. Pass --resume"),
-        open_run(folder, SETTINGS, resume=False),
-    ):
+    again = open_run(folder, SETTINGS, resume=False)
+    with pytest.raises(RunFolderError, match=r"exists already\. Pass --resume"), again:
         pass
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_second_process_is_refused_at_once(tmp_path: Path, resume: bool) -> None:
+def test_a_second_process_is_refused_at_once_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with other_process(folder) as process:
-        message = f"Another process works in {folder}" if resume else "exists already"
-        with pytest.raises(RunFolderError, match=message), open_run(folder, SETTINGS, resume=resume):
-            pass
-        process.communicate()
-    with open_run(folder, SETTINGS, resume=True):
-        pass
-
-
-def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with other_process(folder) as process:
+        for resume, message in ((True, f"Another process works in {folder}"), (False, "exists already")):
+            with pytest.raises(RunFolderError, match=message), open_run(folder, SETTINGS, resume=resume):
+                pass
         process.kill()
         process.wait()
         with open_run(folder, SETTINGS, resume=True), pytest.raises(Timeout):
@@ -74,15 +63,11 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_frees_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), open_run(tmp_path / "run", SETTINGS, resume=False):
-        _ = 1 / 0
-    with open_run(tmp_path / "run", SETTINGS, resume=True):
-        pass
-
-
-def test_a_folder_that_holds_only_a_lock_is_new(tmp_path: Path) -> None:
+    """A folder that holds only a lock is new."""
     (tmp_path / LOCK).touch()
-    with open_run(tmp_path, SETTINGS, resume=False):
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path, SETTINGS, resume=False):
+        _ = 1 / 0
+    with open_run(tmp_path, SETTINGS, resume=True):
         assert read_json(tmp_path / CONFIG) == SETTINGS
 
 

@@ -43,31 +43,28 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_results_do_not_depend_on_the_number_of_workers(two: Workers) -> None:
-    pieces = [5, 3, 20, 3, 0]
+@pytest.fixture(params=[1, 2], ids=["this process", "two processes"])
+def workers(request: pytest.FixtureRequest, two: Workers) -> Iterator[Workers]:
+    if request.param == 2:
+        yield two
+        return
     with worker_pool(1) as one:
-        alone = list(one.spread(math.factorial, pieces))
-    assert alone == [(piece, math.factorial(piece)) for piece in pieces]
-    assert sorted(two.spread(math.factorial, pieces)) == sorted(alone)
+        yield one
 
 
-def test_there_may_be_nothing_to_do(two: Workers) -> None:
-    with worker_pool(1) as one:
-        assert list(one.spread(math.sqrt, [])) == list(two.spread(math.sqrt, [])) == []
+@pytest.mark.parametrize("pieces", [[], [5, 3, 20, 3, 0]])
+def test_results_do_not_depend_on_the_number_of_workers(workers: Workers, pieces: list[int]) -> None:
+    found = list(workers.spread(math.factorial, pieces))
+    assert sorted(found) == sorted((piece, math.factorial(piece)) for piece in pieces)
 
 
-def test_errors_in_a_worker_are_raised(two: Workers) -> None:
-    with worker_pool(1) as one:
-        for workers in (one, two):
-            with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
-                list(workers.spread(math.sqrt, [-1.0]))
-    assert list(two.spread(math.sqrt, [4.0])) == [(4.0, 2.0)], "the processes go on"
-
-
-def test_results_that_cannot_be_sent_are_errors(two: Workers) -> None:
+def test_errors_in_a_worker_are_raised(workers: Workers, two: Workers) -> None:
+    """Also where a result cannot be sent."""
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
+        list(workers.spread(math.sqrt, [-1.0]))
     with pytest.raises((TypeError, AttributeError), match="pickle"):
         list(two.spread(_generator, [3]))
-    assert list(two.spread(math.sqrt, [4.0])) == [(4.0, 2.0)], "the processes go on"
+    assert list(workers.spread(math.sqrt, [4.0])) == [(4.0, 2.0)], "the processes go on"
 
 
 def _generator(count: int) -> Iterator[int]:
@@ -81,19 +78,12 @@ def test_processes_end_with_the_pool() -> None:
     assert set(active_children()) <= before
 
 
-def test_one_worker_works_when_it_is_asked() -> None:
+def test_one_worker_works_when_it_is_asked_and_leaves_the_random_state_as_it_was() -> None:
     done: list[int] = []
-    with worker_pool(1) as workers:
-        results = workers.spread(done.append, [1, 2, 3])
-        assert next(results) == (1, None)
-        assert done == [1]
-        list(results)
-    assert done == [1, 2, 3]
-
-
-def test_one_worker_leaves_the_random_state_as_it_was() -> None:
     before = torch.get_rng_state()
     with worker_pool(1) as workers:
+        assert next(workers.spread(done.append, [1, 2, 3])) == (1, None)
+        assert done == [1]
         drawn = [result for _, result in workers.spread(torch.rand, [3, 3])]
         assert torch.equal(torch.get_rng_state(), before), "also between pieces"
     assert torch.equal(torch.get_rng_state(), before)
@@ -101,12 +91,9 @@ def test_one_worker_leaves_the_random_state_as_it_was() -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_each_worker_has_one_thread(two: Workers) -> None:
-    with worker_pool(1) as one:
-        for workers in (one, two):
-            for _, threads in workers.spread(call, [torch.get_num_threads] * 3):
-                assert threads == 1
-                assert torch.get_num_threads() == 2, "and this process as many as before"
+def test_each_worker_has_one_thread(workers: Workers) -> None:
+    for _, threads in workers.spread(call, [torch.get_num_threads] * 3):
+        assert (threads, torch.get_num_threads()) == (1, 2), "and this process as many as before"
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -174,15 +161,6 @@ def totals(results: dict[int, tuple[float, int]]) -> dict[int, float]:
     return {key: total for key, (total, _) in results.items()}
 
 
-@pytest.fixture(params=[1, 2], ids=["this process", "two processes"])
-def workers(request: pytest.FixtureRequest, two: Workers) -> Iterator[Workers]:
-    if request.param == 2:
-        yield two
-        return
-    with worker_pool(1) as one:
-        yield one
-
-
 def test_objects_keep_what_they_have_learned(workers: Workers) -> None:
     for key in range(3):
         workers.keep(key, partial(Tally, 10.0 * key))
@@ -204,14 +182,6 @@ def test_what_objects_raise_is_raised(workers: Workers) -> None:
         with pytest.raises(Broken, match="no tally starts at"):
             workers.call({1: Call(Tally.add, (1.0,))})
     assert totals(workers.call({0: Call(Tally.add, (1.0,))})) == {0: 1.0}
-
-
-def test_pieces_and_objects_share_the_processes(two: Workers) -> None:
-    two.keep(0, partial(Tally, 5.0))
-    _, home = two.call({0: Call(Tally.add, (1.0,))})[0]
-    assert home != os.getpid()
-    assert home in {pid for _, pid in two.spread(call, [os.getpid] * 4)}
-    assert two.call({0: Call(Tally.add, (1.0,))})[0] == (7.0, home)
 
 
 # Processes that die ---------------------------------------------------------------------------------------------------
@@ -254,31 +224,20 @@ def test_calls_before_a_new_beginning_are_not_repeated(two: Workers, tmp_path: P
     assert (early.read_text(), late.read_text()) == ("x", "xx")
 
 
-def test_a_piece_that_is_interrupted_is_done_again(tmp_path: Path) -> None:
+def test_a_piece_whose_process_dies_is_done_again(tmp_path: Path) -> None:
+    """One in its middle, and one while it answers with more than a pipe holds: nobody waits for the rest of it."""
     with worker_pool(2) as workers:
-        done = dict(workers.spread(_die_once, [str(tmp_path / name) for name in "ab"]))
-    assert sorted(done.values()) == ["a", "b"]
+        done = dict(workers.spread(_die_once, [str(tmp_path / name) for name in ("early", "late")]))
+    assert list(done.values()) == [b"whole", b"whole"]
 
 
-def _die_once(path: str) -> str:
-    """The first process that comes along dies."""
-    if not Path(path).exists():
-        Path(path).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return Path(path).name
-
-
-def test_a_process_that_dies_while_it_answers_is_replaced(tmp_path: Path) -> None:
-    """An answer longer than a pipe holds: nobody waits for the rest of it."""
-    with worker_pool(2) as workers:
-        assert dict(workers.spread(_answer_in_part_once, [str(tmp_path / "a")])) == {str(tmp_path / "a"): b"whole"}
-
-
-def _answer_in_part_once(path: str) -> Any:
-    """Of the first answer only its length is sent."""
+def _die_once(path: str) -> Any:
+    """The first process that comes along dies; late, when it has sent only the length of its answer."""
     if Path(path).exists():
         return b"whole"
     Path(path).touch()
+    if path.endswith("early"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def send(connection: Connection, content: bytes) -> None:
         os.write(connection.fileno(), content)

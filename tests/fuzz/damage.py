@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import struct
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
@@ -38,10 +41,10 @@ odd_values = st.one_of(
 )
 """Values that a setting might have in a file, most of them wrong."""
 
-Path = tuple[str | int, ...]
+Place = tuple[str | int, ...]
 
 
-def places(value: Any, path: Path = ()) -> Iterator[Path]:
+def places(value: Any, path: Place = ()) -> Iterator[Place]:
     """The paths to all values inside a JSON value."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in children:
@@ -115,43 +118,51 @@ def damaged_json(draw: st.DrawFn, value: Any) -> bytes:
         return as_text(draw(edited(value)))
     if draw(st.booleans()):
         return draw(damaged(as_text(value)))
-    return draw(
-        st.sampled_from([b"", b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"1" * 9999])
-    )
+    deep = [b"[" * 100_000, b'{"a":' * 50_000]
+    return draw(st.sampled_from([b"", *deep, b"\xff\xfe{}", b"\xef\xbb\xbf{}", b"1" * 9999]))
 
 
 @st.composite
-def damaged_tensors(draw: st.DrawFn, content: bytes, described: Callable[[Any], Any] = lambda header: header) -> bytes:
-    """A safetensors file with another header, or with damaged bytes.
-
-    Args:
-        draw: of hypothesis.
-        content: of the whole file.
-        described: makes the header readable for edits, such as the JSON text inside it.
-    """
+def damaged_tensors(draw: st.DrawFn, content: bytes) -> bytes:
+    """A safetensors file with another header, in which JSON texts are edited as values, or with damaged bytes."""
     if not draw(st.integers(0, 3)):
         return draw(damaged(content))
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    changed = draw(edited(described(header)))
-    metadata = changed.get("__metadata__") if isinstance(changed, dict) else None
-    if isinstance(metadata, dict):
-        for key, value in metadata.items():
-            metadata[key] = value if isinstance(value, str) else json.dumps(value)
-    text = as_text(changed)
-    tensors = content[8 + length :]
+    texts = header.get("__metadata__", {})
+    described = {key: json.loads(text) if text[:1] in ("[", "{") else text for key, text in texts.items()}
+    changed = draw(edited(header | {"__metadata__": described} if described else header))
+    if isinstance(metadata := changed.get("__metadata__"), dict):
+        changed["__metadata__"] = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    text, tensors = as_text(changed), content[8 + length :]
     if draw(st.booleans()):  # other numbers
         tensors = draw(damaged(tensors))
     return len(text).to_bytes(8, "little") + text + tensors
 
 
-def opened(header: dict[str, Any]) -> dict[str, Any]:
-    """A header with the JSON texts of its metadata as values."""
-    texts = header.get("__metadata__", {})
-    values = {}
-    for key, text in texts.items():
-        try:
-            values[key] = json.loads(text)
-        except ValueError:
-            values[key] = text
-    return header | {"__metadata__": values}
+Files = dict[str, bytes]
+"""The content of a folder's files by their path in it."""
+
+
+def files_of(write: Callable[[Path], object]) -> Files:
+    """What a writer writes into a folder."""
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name))
+        files = [path for path in Path(name).rglob("*") if path.is_file()]
+        return {str(path.relative_to(name)): path.read_bytes() for path in files}
+
+
+def put(files: Files, folder: Path) -> Path:
+    """Write the files; returns their folder."""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@contextmanager
+def folder_of(files: Files) -> Iterator[Path]:
+    """A folder with these files, alone in a folder that is removed at the end."""
+    with tempfile.TemporaryDirectory() as name:
+        yield put(files, Path(name) / "folder")

@@ -18,15 +18,21 @@ from .synthetic_costs import reordered, transformer_cost
 
 
 def utility_problem(generator, ladder, count):
-    """Some modules of a small model, and a budget of 20 to 90 % of what everything adds to nothing."""
-    cost, blocks, max_ranks = transformer_cost(
-        generator, int(generator.integers(2, 5)), checkpointing=generator.random() < 0.4
-    )
+    """Some modules of a small model."""
+    layers = int(generator.integers(2, 5))
+    cost, blocks, max_ranks = transformer_cost(generator, layers, checkpointing=generator.random() < 0.4)
     by = np.sort(generator.choice(len(blocks), size=count, replace=False))
     blocks = np.unique(blocks[by], return_inverse=True)[1]
     problem = AllocationProblem(np.zeros(count, int), max_ranks[by], blocks, reordered(cost, by), 0.0, ladder)
-    nothing, everything = (plan_cost(problem.cost, ranks) for ranks in (problem.ranks, ladder.array[problem.tops]))
-    return replace(problem, limit=float(int(nothing + (everything - nothing) * generator.uniform(0.2, 0.9))))
+    return replace(problem, limit=some_limit(generator, problem))
+
+
+def some_limit(generator, problem):
+    """20 to 90 % of what everything adds to nothing."""
+    nothing, everything = (
+        plan_cost(problem.cost, problem.ladder.array[rungs]) for rungs in (problem.rungs, problem.tops)
+    )
+    return float(int(nothing + (everything - nothing) * generator.uniform(0.2, 0.9)))
 
 
 def random_utility(generator, problem):
@@ -93,17 +99,11 @@ def test_larger_models_get_at_least_what_scores_would_get(seed):
     generator = np.random.default_rng(seed)
     cost, blocks, max_ranks = transformer_cost(generator, 8, checkpointing=seed % 2 == 0)
     problem = AllocationProblem(np.zeros_like(blocks), max_ranks, blocks, cost, 0.0, RankLadder())
-    nothing, everything = (
-        plan_cost(problem.cost, problem.ranks),
-        plan_cost(problem.cost, problem.ladder.array[problem.tops]),
-    )
-    problem = replace(problem, limit=float(int(nothing + (everything - nothing) * generator.uniform(0.2, 0.9))))
+    problem = replace(problem, limit=some_limit(generator, problem))
     scores = generator.normal(size=len(blocks))
     utility = np.exp(scores)[:, None] * np.log1p(problem.ladder.array / 8)
     ranks = best_plan(problem, utility)
-    packed = max(
-        worth(problem, utility, pack(problem, scores, rank_floor)) for rank_floor in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-    )
+    packed = max(worth(problem, utility, pack(problem, scores, rank_floor)) for rank_floor in (1, 2, 4, 8, 16, 32))
     assert problem.fits(ranks)
     assert worth(problem, utility, ranks) >= packed * (1 - GAP)
 
@@ -131,13 +131,14 @@ def test_the_best_plan_keeps_to_the_bounds_and_spends_the_budget(seed):
         assert not problem.fits(further)
 
 
-def test_parameters_are_bytes_without_groups():
-    cost = ParameterCost(np.array([[10.0, 20.0, 10.0]]))
-    problem = AllocationProblem(np.zeros(3, int), np.full(3, 64), np.arange(3), cost, 160.0, RankLadder((0, 4, 8)))
+PARAMETERS = ParameterCost(np.array([[10.0, 20.0, 10.0]]))
+THREE = AllocationProblem(np.zeros(3, int), np.full(3, 64), np.arange(3), PARAMETERS, 160.0, RankLadder((0, 4, 8)))
+
+
+@pytest.mark.parametrize(("limit", "rank"), [(160.0, 4), (1000.0, 8), (39.0, 0)])
+def test_parameters_are_bytes_without_groups(limit, rank):
     utility = np.array([[0.0, 1, 1.5], [0, 3, 3.1], [0, 2, 2.2]])
-    assert best_plan(problem, utility).tolist() == [4, 4, 4]
-    assert best_plan(replace(problem, limit=1000.0), utility).tolist() == [8, 8, 8]
-    assert best_plan(replace(problem, limit=39.0), utility).tolist() == [0, 0, 0]
+    assert best_plan(replace(THREE, limit=limit), utility).tolist() == [rank] * 3
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,5 @@ def test_parameters_are_bytes_without_groups():
     ],
 )
 def test_utilities_that_make_no_sense(utility, message):
-    cost = ParameterCost(np.full((1, 3), 10.0))
-    problem = AllocationProblem(np.zeros(3, int), np.full(3, 64), np.arange(3), cost, 160.0, RankLadder((0, 4, 8)))
     with pytest.raises(ConfigError, match=message):
-        best_plan(problem, utility)
+        best_plan(THREE, utility)

@@ -14,20 +14,14 @@ from rankpilot.plan.problem import AllocationProblem
 
 from .synthetic_costs import transformer_cost
 
-RULES = (top_down, uniform_ranks)
 
-
-def transformer_problem(seed, layers=5, share=None):
+def transformer_problem(seed, layers=5):
     """A model at rank 8 with a budget for any share of everything."""
     generator = np.random.default_rng(seed)
     cost, blocks, max_ranks = transformer_cost(generator, layers, checkpointing=seed % 2 == 1)
     problem = AllocationProblem(np.full(len(blocks), 8), max_ranks, blocks, cost, 0.0, RankLadder(), hysteresis=0.2)
-    least, most = (
-        plan_cost(problem.cost, np.zeros_like(blocks)),
-        plan_cost(problem.cost, problem.ladder.array[problem.tops]),
-    )
-    share = generator.uniform(0, 1) if share is None else share
-    return replace(problem, limit=float(int(least + (most - least) * share)))
+    least, most = (plan_cost(cost, ranks) for ranks in (0 * blocks, problem.ladder.array[problem.tops]))
+    return replace(problem, limit=float(int(least + (most - least) * generator.uniform(0, 1))))
 
 
 def simple_problem(limit, **options):
@@ -35,6 +29,12 @@ def simple_problem(limit, **options):
     blocks = np.array([0, 0, 1, 1, 2, 2])
     cost = ParameterCost(np.full((1, 6), 10.0))
     return AllocationProblem(np.zeros(6, int), np.full(6, 64), blocks, cost, float(limit), RankLadder(), **options)
+
+
+def in_bytes(cost, per_layer):
+    """The same prices of ranks, and bytes for each layer with an adapter."""
+    needs = np.repeat(np.eye(3) > 0, 2, axis=1)
+    return ByteCost(("peak",), np.zeros(1), cost.per_rank, np.full((1, 3), per_layer), needs)
 
 
 def test_top_layers():
@@ -52,16 +52,16 @@ def test_layers_that_are_not_there(layers, rank):
 
 
 def test_uniform_takes_the_most_layers_that_can_have_a_rank_and_then_the_largest_rank():
-    def in_bytes(limit):
+    def free(limit):
         problem = simple_problem(limit)
-        free = ByteCost(("peak",), np.zeros(1), problem.cost.per_rank, np.zeros((1, 3)), np.repeat(np.eye(3) > 0, 2, 1))
-        return replace(problem, cost=free)
+        return replace(problem, cost=in_bytes(problem.cost, 0.0))
 
-    assert uniform_ranks(in_bytes(10 * 8 * 4 + 50)).tolist() == [0, 0, 9, 9, 9, 9]
-    assert uniform_ranks(in_bytes(10 * 8 * 6)).tolist() == [8] * 6
-    assert uniform_ranks(in_bytes(10 * 8)).tolist() == [0, 0, 0, 0, 4, 4]
+    assert uniform_ranks(free(10 * 8 * 4 + 50)).tolist() == [0, 0, 9, 9, 9, 9]
+    assert uniform_ranks(free(10 * 8 * 6)).tolist() == [8] * 6
+    assert uniform_ranks(free(10 * 8)).tolist() == [0, 0, 0, 0, 4, 4]
     assert uniform_ranks(simple_problem(10 * 16)).tolist() == [2] * 6
-    for problem in (in_bytes, simple_problem):
+    assert uniform_ranks(simple_problem(10 * 5)).tolist() == [0, 0, 1, 1, 1, 1]
+    for problem in (free, simple_problem):
         assert uniform_ranks(problem(10)).sum() == 1
         assert uniform_ranks(problem(9)).sum() == 0
 
@@ -69,7 +69,7 @@ def test_uniform_takes_the_most_layers_that_can_have_a_rank_and_then_the_largest
 def test_uniform_is_rank_8_or_more_where_depth_costs_something():
     problem = simple_problem(10 * 8 * 4 + 70)
     assert uniform_ranks(problem).tolist() == [6] * 6, "parameters: as deep as possible"
-    cost = ByteCost(("peak",), np.zeros(1), problem.cost.per_rank, np.ones((1, 3)), np.repeat(np.eye(3) > 0, 2, axis=1))
+    cost = in_bytes(problem.cost, 1.0)
     assert uniform_ranks(replace(problem, cost=cost)).tolist() == [0, 0, 9, 9, 9, 9]
     assert uniform_ranks(replace(problem, cost=cost, limit=101.0)).tolist() == [0, 0, 0, 0, 5, 5]
 
@@ -85,7 +85,7 @@ def test_rules_keep_to_the_budget_and_the_bounds(seed):
     count = len(problem.ranks)
     low = np.where(np.arange(count) == 3, 2, 0)
     bounded = replace(problem, low=low, high=np.where(np.arange(count) == count - 2, 4, 64))
-    for rule in RULES:
+    for rule in (top_down, uniform_ranks):
         assert problem.fits(rule(problem)) or not rule(problem).any()
         ranks = rule(bounded)
         assert bounded.fits(ranks) or (ranks == low).all()

@@ -192,15 +192,10 @@ def test_the_nearest_prediction_is_kept_where_none_holds() -> None:
     assert with_high_ranks(limit).tolist() == timed[2]
 
 
-def test_it_is_saved_and_read() -> None:
-    limit = TimeLimit(step_time(), 15.0)
-    again = TimeLimit.from_state(limit.state())
-    ranks = np.full(MODULES, 8)
-    assert (again.seconds, again.of(ranks)) == (15.0, limit.of(ranks))
-    assert again.text(ranks) == f"a step takes {limit.of(ranks):.3g} of 15 s"
-
-
-def test_without_a_limit_plans_are_told_beside_plain_lora() -> None:
-    seconds = TimeLimit(step_time(), 1.0).of(np.full(MODULES, 8))
+def test_it_is_saved_and_read_and_without_a_limit_plans_are_told_beside_plain_lora() -> None:
+    limit, ranks = TimeLimit(step_time(), 15.0), np.full(MODULES, 8)
+    seconds, again = limit.of(ranks), TimeLimit.from_state(limit.state())
+    assert (again.seconds, again.of(ranks)) == (15.0, seconds)
+    assert again.text(ranks) == f"a step takes {seconds:.3g} of 15 s"
     again = TimeLimit.from_state(TimeLimit(step_time(), 64 * seconds, beside=2 * seconds).state())
-    assert again.text(np.full(MODULES, 8)) == f"a step takes {seconds:.3g} s, 50% of that with rank 8 on all modules"
+    assert again.text(ranks) == f"a step takes {seconds:.3g} s, 50% of that with rank 8 on all modules"

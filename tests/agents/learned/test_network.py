@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from rankpilot.agents.learned.networks import DIRECTIONS, LATER_NOISE, Action, CorrelatedGaussian, RankNetwork
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.network import DIRECTIONS, LATER_NOISE, Action, CorrelatedGaussian, RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
-from rankpilot.agents.rules import RULES, SignalRule, find_rule, signal_mean
-from rankpilot.agents.settings import NetworkConfig
+from rankpilot.agents.rules import SignalRule, find_rule, signal_mean
 from rankpilot.env.rank_allocation import action_space, observation_space
-from rankpilot.errors import UnknownNameError
 from rankpilot.plan.plan import PLACEMENT, SCORE_BOUND
-from rankpilot.training.vec_env import LEAST_SPREAD, GroupRolloutBuffer, RankPolicy
+from rankpilot.training.ppo_policy import LEAST_SPREAD, GroupRolloutBuffer, RankPolicy
 from torch.distributions import MultivariateNormal
 
 MakeObservation = Callable[..., Observation]
@@ -71,9 +70,8 @@ def test_scores_follow_their_modules() -> None:
     places = [*order.tolist(), 9, 10]
     action = network(modules, run, mask)
     moved = network(modules[:, order], run, mask)
-    torch.testing.assert_close(moved.mean, action.mean[:, places])
-    torch.testing.assert_close(moved.std, action.std[:, places])
-    torch.testing.assert_close(moved.factors, action.factors[:, places])
+    for name in ("mean", "std", "factors"):
+        torch.testing.assert_close(getattr(moved, name), getattr(action, name)[:, places])
     torch.testing.assert_close(moved.values, action.values)
     assert action.mean[:, :9].std() > 0.05, "the modules are told apart"
 
@@ -90,7 +88,7 @@ def test_modules_that_do_not_exist_change_nothing() -> None:
     assert not more.factors[:, 6:11].any()
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_an_untrained_network_is_the_rule(make_observation: MakeObservation, seed: int) -> None:
     torch.manual_seed(seed)
     observation = make_observation(28, seed)
@@ -105,24 +103,9 @@ def test_an_untrained_network_is_the_rule(make_observation: MakeObservation, see
     assert not np.array_equal(other.ranks, rule.ranks)
 
 
-def test_it_is_small() -> None:
-    assert sum(parameter.numel() for parameter in RankNetwork().parameters()) < 100_000
-
-
-def test_weights_fit_any_number_of_modules() -> None:
-    small, large = stirred(), RankNetwork()
-    assert small(*arrays(28)).mean.shape == (3, 30)
-    large.load_state_dict(small.state_dict())
-    action = large(*arrays(56))
-    assert action.mean.shape == (3, 58)
-    gaussian = CorrelatedGaussian(action, torch.ones(3, 56))
-    assert torch.isfinite(gaussian.log_prob(gaussian.sample())).all()
-
-
-@pytest.mark.parametrize("modules", [1, 2, 37, 300])
-def test_any_number_of_modules(make_observation: MakeObservation, modules: int) -> None:
-    observation = make_observation(modules)
-    decision = LearnedPolicy("p", stirred()).decide(observation)
+@pytest.mark.parametrize("modules", [1, 2, 300])
+def test_weights_fit_any_number_of_modules(make_observation: MakeObservation, modules: int) -> None:
+    decision = LearnedPolicy("p", stirred()).decide(make_observation(modules))
     assert decision.ranks.shape == decision.scores.shape == (modules,)
     assert np.isfinite(decision.scores).all()
     assert np.abs(decision.scores).max() <= SCORE_BOUND
@@ -194,41 +177,15 @@ def test_density_and_entropy_are_those_of_a_normal_distribution() -> None:
     torch.testing.assert_close(gaussian.log_prob(points), normal.log_prob(points))
     torch.testing.assert_close(gaussian.entropy(), normal.entropy())
     parameters = [parameter for name, parameter in network.named_parameters() if "critics" not in name]
-    for ours, theirs in (
-        (gaussian.log_prob(points), normal.log_prob(points)),
-        (gaussian.entropy(), normal.entropy()),
-    ):
-        actual, expected = (
-            torch.autograd.grad(value.sum(), parameters, retain_graph=True, allow_unused=True)
-            for value in (ours, theirs)
+    actual, expected = (
+        torch.autograd.grad(
+            each.log_prob(points).sum() + each.entropy().sum(), parameters, retain_graph=True, materialize_grads=True
         )
-        for one, other in zip(actual, expected, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None:
-                torch.testing.assert_close(one, other)
+        for each in (gaussian, normal)
+    )
+    torch.testing.assert_close(actual, expected)
     off_diagonal = covariance(action)[:, :7, :7] - torch.diag_embed(action.std[:, :7].square())
     assert off_diagonal.abs().max() > 1e-3, "scores move together"
-
-
-def test_density_and_entropy_by_hand() -> None:
-    """With the inverse and the determinant of the whole covariance, and with the numbers of the formula used before."""
-    std, factors = (
-        torch.tensor([[0.5, 2.0, 9.0, 0.1]]),
-        torch.tensor([[[0.3, 0.0], [0.0, -1.0], [0.0, 0.0], [0.2, 0.4]]]),
-    )
-    mean, mask = torch.tensor([[0.2, -0.1, 0.0, 0.4]]), torch.tensor([[1.0, 1.0, 0.0]])
-    none = torch.zeros(1, 1)
-    action = Action(*(part.double() for part in (mean, std, factors)), values=none, gains=none, estimate=none)
-    gaussian = CorrelatedGaussian(action, mask.double())
-    point = torch.tensor([[0.7, 0.9, 5.0, -0.2]], dtype=torch.float64)
-    keep = [0, 1, 3]
-    real = part(action, keep)
-    whole, away = covariance(real)[0].numpy(), (point[:, keep] - real.mean)[0].numpy()
-    volume = 3 * np.log(2 * np.pi) + np.linalg.slogdet(whole)[1]
-    assert float(gaussian.log_prob(point)) == pytest.approx(-0.5 * (away @ np.linalg.solve(whole, away) + volume))
-    assert float(gaussian.entropy()) == pytest.approx(0.5 * (3 + volume))
-    assert float(gaussian.log_prob(point)) == pytest.approx(-3.701038287717109, abs=1e-12)
-    assert float(gaussian.entropy()) == pytest.approx(3.6284803265225154, abs=1e-12)
 
 
 def test_samples_draw_as_they_always_did() -> None:
@@ -253,19 +210,9 @@ def test_padding_counts_for_nothing() -> None:
     torch.testing.assert_close(gaussian.log_prob(points), normal.log_prob(points[:, keep]))
     torch.testing.assert_close(gaussian.entropy(), normal.entropy())
     assert not gaussian.sample()[:, 6:11].any()
-
     elsewhere = points.clone()
     elsewhere[:, 6:11] = 3.3
     assert torch.equal(gaussian.log_prob(elsewhere), gaussian.log_prob(points)), "not by a bit"
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (action.mean, action.std, action.factors)]
-    points.requires_grad_()
-    correlated = CorrelatedGaussian(
-        replace(action, **dict(zip(("mean", "std", "factors"), leaves, strict=True))), given[2].double()
-    )
-    for value in (correlated.log_prob(points), correlated.entropy()):
-        gradients = torch.autograd.grad(value.sum(), [*leaves, points], retain_graph=True, allow_unused=True)
-        for gradient in gradients:
-            assert gradient is None or not gradient[:, 6:11].any()
 
 
 def test_gradients_do_not_depend_on_what_is_in_the_padding() -> None:
@@ -279,25 +226,7 @@ def test_gradients_do_not_depend_on_what_is_in_the_padding() -> None:
         (gaussian.log_prob(points).sum() + gaussian.entropy().sum()).backward()
         results.append([p.grad for name, p in network.named_parameters() if "critics" not in name])
     for one, other in zip(*results, strict=True):
-        assert one is not None
-        assert other is not None
-        assert torch.equal(one, other)
-
-
-def test_samples_have_the_mean_and_covariance_of_the_density() -> None:
-    network, (modules, run, mask) = doubles(4)
-    count = 100_000
-    one = [tensor[:1].expand(count, *tensor.shape[1:]) for tensor in padded(modules, run, mask, by=2)]
-    with torch.no_grad():
-        action = network(*(tensor.double() for tensor in one))
-        samples = CorrelatedGaussian(action, one[2].double()).sample()
-    keep = [0, 1, 2, 3, 6, 7]
-    expected = covariance(part(action, keep))[0]
-    scale = expected.diagonal().sqrt()
-    error = (samples[:, keep].T.cov() - expected) / (scale[:, None] * scale)
-    assert error.abs().max() < 0.02
-    assert ((samples[:, keep].mean(dim=0) - action.mean[0, keep]) / scale).abs().max() < 0.02
-    assert not samples[:, 4:6].any()
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_scores_are_the_directions_times_their_gains(make_observation: MakeObservation) -> None:
@@ -311,8 +240,8 @@ def test_scores_are_the_directions_times_their_gains(make_observation: MakeObser
     assert np.abs(action.estimate).max() > 0.01
 
 
-@pytest.mark.parametrize("each", [[0.3, 0.5], [0.1, 0.1], [-0.5, 0.3]])
-def test_critics_tell_what_to_expect(make_observation: MakeObservation, each: list[float]) -> None:
+def test_critics_tell_what_to_expect(make_observation: MakeObservation) -> None:
+    each = [-0.5, 0.3]
     network, observation = stirred(NetworkConfig(critics=2)), make_observation(6)
     with torch.no_grad():
         for critic, value in zip(network.critics, each, strict=True):
@@ -332,9 +261,6 @@ def test_rules(make_observation: MakeObservation) -> None:
     rungs = observation.problem.ladder.rung(SignalRule().decide(observation).ranks)
     assert (np.diff(rungs) >= -1).all(), "more signal, more rank, but for a last rung that fits a cheaper module alone"
     assert rungs[0] + 2 <= rungs[-1]
-    assert all(RULES[name].name == name for name in RULES)
-    with pytest.raises(UnknownNameError, match="Did you mean: 'signal-mean'"):
-        find_rule("signal-man")
 
 
 # PPO's side -----------------------------------------------------------------------------------------------------------

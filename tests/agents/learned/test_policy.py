@@ -1,41 +1,37 @@
-"""A learned policy with a value ensemble: it takes the plan that is surely better, or leaves things as they are."""
+"""A learned policy with a value ensemble: it takes the plan that is surely better, or none; or it explores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.networks import Plans, PlanValueConfig, PlanValueEnsemble, RankNetwork
-from rankpilot.agents.learned.policy import (
-    DRAWS,
-    FIXED,
-    LATER_LCB_COEFFICIENT,
-    LCB_COEFFICIENT,
-    TIE,
-    LearnedPolicy,
-    candidate_actions,
-)
+from rankpilot.agents.deliberation import Deliberation, plan_distance
+from rankpilot.agents.learned.candidates import FIXED, candidate_actions
+from rankpilot.agents.learned.config import NetworkConfig
+from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
+from rankpilot.agents.learned.policy import DRAWS, LATER_LCB_COEFFICIENT, LCB_COEFFICIENT, TIE, LearnedPolicy, exploring
+from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.observation import Observation
-from rankpilot.agents.policy import Decision, decided_plan, decision_from_scores, plan_distance
+from rankpilot.agents.policy import Decision, decided_plan, decision_from_scores
 from rankpilot.agents.rules import find_rule
-from rankpilot.agents.settings import NetworkConfig
 from rankpilot.common.arrays import IntArray
 from rankpilot.cost.cost import ByteCost
+from rankpilot.errors import ConfigError
 from rankpilot.plan.plan import uniform_ranks
 
 MakeObservation = Callable[..., Observation]
-WHEN = pytest.mark.parametrize("max_step", [None, 2], ids=["first", "later"])
 
 
 class Judges(PlanValueEnsemble):
     """Critics that say what a test wants, (critics, plans), and keep what they were asked."""
 
-    def __init__(self, say: Callable[[Plans], torch.Tensor]) -> None:
-        super().__init__(PlanValueConfig(count=1, width=1))
+    def __init__(self, say: Callable[[Plans], torch.Tensor], unit: Any = "spread") -> None:
+        super().__init__(PlanValueConfig(count=1, width=1, unit=unit))
         self.say = say
         self.asked: list[Plans] = []
 
@@ -66,6 +62,12 @@ def stirred(make: Callable[[], torch.nn.Module], scale: float = 0.2) -> Any:
     return module.eval()
 
 
+@pytest.fixture(params=[None, 2], ids=["first", "later"])
+def seen(request: pytest.FixtureRequest, make_observation: MakeObservation) -> Observation:
+    """Twelve modules at a first or a later decision."""
+    return make_observation(12, max_step=request.param)
+
+
 @pytest.fixture(scope="module")
 def network() -> RankNetwork:
     made: RankNetwork = stirred(lambda: RankNetwork(NetworkConfig(width=8)))
@@ -80,11 +82,8 @@ def proposed(network: RankNetwork, observation: Observation) -> list[Decision]:
 
 
 def same(left: Decision, right: Decision) -> bool:
-    return all(
-        np.array_equal(getattr(left, field.name), getattr(right, field.name))
-        for field in fields(Decision)
-        if field.name != "deliberation"
-    )
+    names = [field.name for field in fields(Decision) if field.name != "deliberation"]
+    return all(np.array_equal(getattr(left, name), getattr(right, name)) for name in names)
 
 
 def ranks_of(observation: Observation, decision: Decision) -> IntArray:
@@ -94,59 +93,32 @@ def ranks_of(observation: Observation, decision: Decision) -> IntArray:
 # Which plan -----------------------------------------------------------------------------------------------------------
 
 
-@WHEN
-@pytest.mark.parametrize("number", [2, 4, FIXED, FIXED + DRAWS - 1])
+@pytest.mark.parametrize("number", [2, FIXED + DRAWS - 1])
 def test_it_takes_the_plan_that_critics_expect_the_most_of(
-    make_observation: MakeObservation, network: RankNetwork, number: int, max_step: int | None
+    seen: Observation, network: RankNetwork, number: int
 ) -> None:
-    observation = make_observation(12, max_step=max_step)
-    place = number if max_step is None else number + 1
+    place = number if seen.problem.max_step is None else number + 1
     critics = judges_of({3: (0.1, 0.05)} | {place: (0.3, 0.2)})
-    taken = LearnedPolicy("p", network, critics).decide(observation)
-    expected = proposed(network, observation)[number]
-    np.testing.assert_array_equal(ranks_of(observation, taken), ranks_of(observation, expected))
+    taken = LearnedPolicy("p", network, critics).decide(seen)
+    np.testing.assert_array_equal(ranks_of(seen, taken), ranks_of(seen, proposed(network, seen)[number]))
     assert taken.expected == pytest.approx(0.25)
 
 
-@WHEN
-@pytest.mark.parametrize("sign", [-1.0, 1.0], ids=["few", "many"])
-def test_it_takes_the_best_ranks_of_all(
-    make_observation: MakeObservation, network: RankNetwork, sign: float, max_step: int | None
-) -> None:
-    """Critics are asked about the ranks that a decision leads to."""
-    critics = Judges(lambda plans: sign * (plans.ranks[0] > 4).sum(dim=1)[None].float())
-    for seed in range(3):
-        observation = make_observation(16, seed, max_step=max_step)
-        taken = LearnedPolicy("p", network, critics).decide(observation)
-        plans = [ranks_of(observation, decision) for decision in proposed(network, observation)]
-        if max_step is not None:
-            plans.insert(0, observation.problem.ranks)
-        worth = [sign * np.count_nonzero(ranks > 4) for ranks in plans]
-        assert sign * np.count_nonzero(ranks_of(observation, taken) > 4) == max(worth)
-        assert max(worth) > min(worth)
-        assert taken.expected == pytest.approx(max(worth) - worth[0])
-
-
-@WHEN
-def test_critics_see_the_state_and_the_ranks(
-    make_observation: MakeObservation, network: RankNetwork, max_step: int | None
-) -> None:
-    observation = make_observation(12, max_step=max_step)
+def test_critics_see_the_state_and_the_ranks(seen: Observation, network: RankNetwork) -> None:
     critics = judges_of({})
     policy = LearnedPolicy("p", network, critics)
-    policy.decide(observation)
+    policy.decide(seen)
     (plans,) = critics.asked
-    scores = policy.act(observation).scores
-    np.testing.assert_array_equal(plans.modules, observation.modules[None])
-    np.testing.assert_array_equal(plans.run, observation.run[None])
+    scores = policy.act(seen).scores
+    np.testing.assert_array_equal(plans.modules, seen.modules[None])
+    np.testing.assert_array_equal(plans.run, seen.run[None])
     np.testing.assert_allclose(plans.scores, (scores - scores.mean())[None], atol=1e-6)
     assert plans.mask.tolist() == [[1.0] * 12]
     assert {plans.modules.dtype, plans.run.dtype, plans.scores.dtype, plans.mask.dtype} == {torch.float32}
-    expected = np.stack([ranks_of(observation, decision) for decision in proposed(network, observation)])
-    np.testing.assert_array_equal(plans.ranks[0, -len(expected) :], expected)
-    assert plans.ranks.shape[1] == len(expected) + (max_step is not None)
-    if max_step is not None:
-        np.testing.assert_array_equal(plans.ranks[0, 0], observation.problem.ranks)
+    expected = [ranks_of(seen, decision) for decision in proposed(network, seen)]
+    if seen.problem.max_step is not None:
+        expected.insert(0, seen.problem.ranks)
+    np.testing.assert_array_equal(plans.ranks[0], np.stack(expected))
 
 
 # Or none --------------------------------------------------------------------------------------------------------------
@@ -162,27 +134,19 @@ def no_critics_opinion() -> PlanValueEnsemble:
     return critics.eval()
 
 
-@pytest.mark.parametrize("per_layer", [None, 700.0], ids=["parameters", "bytes"])
-def test_without_a_better_plan_the_first_is_uniform(
-    make_observation: MakeObservation, network: RankNetwork, per_layer: float | None
-) -> None:
+def test_without_a_better_plan_the_first_is_uniform(make_observation: MakeObservation, network: RankNetwork) -> None:
     """In bytes there is room for rank 14 everywhere; top-down would leave modules out so that others have 16."""
-    options: dict[str, Any] = {}
-    if per_layer:
-        per_rank, needs = np.full((1, 12), 10.0), np.arange(3)[:, None] >= np.arange(12)[None] // 4
-        cost = ByteCost(("backward",), np.array([1000.0]), per_rank, np.full((1, 3), per_layer), needs)
-        options = {"cost": cost, "limit": 1000 + 3 * per_layer + 14 * 120.0}
-    observation = make_observation(12, **options)
-    problem = observation.problem
-    taken = LearnedPolicy("p", network, no_critics_opinion()).decide(observation)
-    ranks, uniform = ranks_of(observation, taken), uniform_ranks(problem)
-    below = problem.ladder.array[problem.ladder.rung(uniform)]
-    assert uniform.any()
-    assert (ranks >= below).all()
-    if per_layer:
-        assert uniform.tolist() == [14] * 12
-        assert not ranks_of(observation, find_rule("top-down").decide(observation)).all()
-    assert (taken.expected, taken.uncertainty) == (0.0, 0.0)
+    per_rank, needs = np.full((1, 12), 10.0), np.arange(3)[:, None] >= np.arange(12)[None] // 4
+    cost = ByteCost(("backward",), np.array([1000.0]), per_rank, np.full((1, 3), 700.0), needs)
+    for options in ({}, {"cost": cost, "limit": 1000 + 3 * 700.0 + 14 * 120.0}):
+        observation = make_observation(12, **options)
+        taken = LearnedPolicy("p", network, no_critics_opinion()).decide(observation)
+        np.testing.assert_array_equal(
+            ranks_of(observation, taken), ranks_of(observation, proposed(network, observation)[0])
+        )
+        assert (taken.expected, taken.uncertainty) == (0.0, 0.0)
+    assert uniform_ranks(observation.problem).tolist() == [14] * 12
+    assert ranks_of(observation, taken).min() >= 12
 
 
 def test_without_a_better_plan_nothing_changes_later(make_observation: MakeObservation, network: RankNetwork) -> None:
@@ -191,57 +155,43 @@ def test_without_a_better_plan_nothing_changes_later(make_observation: MakeObser
         taken = LearnedPolicy("p", network, no_critics_opinion()).decide(observation)
         np.testing.assert_array_equal(taken.ranks, observation.problem.ranks)
         assert (taken.expected, taken.uncertainty) == (0.0, 0.0)
-        rungs = observation.problem.rungs
-        ladder = observation.problem.ladder
-        assert any((ladder.rung(decision.ranks) != rungs).any() for decision in proposed(network, observation))
+        assert any(
+            (ranks_of(observation, decision) != observation.problem.ranks).any()
+            for decision in proposed(network, observation)
+        )
 
 
-@WHEN
-def test_plans_that_are_worse_are_not_taken(
-    make_observation: MakeObservation, network: RankNetwork, max_step: int | None
-) -> None:
-    observation = make_observation(12, max_step=max_step)
-    everything = range(1, FIXED + DRAWS + (max_step is not None))
+def test_plans_that_are_worse_are_not_taken(seen: Observation, network: RankNetwork) -> None:
+    everything = range(1, FIXED + DRAWS + (seen.problem.max_step is not None))
     worse = LearnedPolicy("p", network, judges_of(dict.fromkeys(everything, (-0.1, -0.1))))
     indifferent = LearnedPolicy("p", network, judges_of({}))
-    assert same(worse.decide(observation), indifferent.decide(observation))
+    assert same(worse.decide(seen), indifferent.decide(seen))
 
 
-@WHEN
-def test_what_critics_disagree_about_is_not_worth_a_risk(
-    make_observation: MakeObservation, network: RankNetwork, max_step: int | None
-) -> None:
-    observation = make_observation(12, max_step=max_step)
-
+def test_what_critics_disagree_about_is_not_worth_a_risk(seen: Observation, network: RankNetwork) -> None:
     def decided(gains: Mapping[int, Sequence[float]]) -> Decision:
-        return LearnedPolicy("p", network, judges_of(gains)).decide(observation)
+        return LearnedPolicy("p", network, judges_of(gains)).decide(seen)
 
-    spread, caution = 0.2, LCB_COEFFICIENT if max_step is None else LATER_LCB_COEFFICIENT
+    spread, caution = 0.2, LCB_COEFFICIENT if seen.problem.max_step is None else LATER_LCB_COEFFICIENT
     bold = 1.5 * caution * spread
     timid = 0.5 * caution * spread
     stays, goes = (decided({9: (gain - spread, gain + spread)}) for gain in (timid, bold))
     assert same(stays, decided({}))
     assert (goes.expected, goes.uncertainty) == pytest.approx((bold, spread))
-    assert not np.array_equal(ranks_of(observation, goes), ranks_of(observation, stays))
+    assert not np.array_equal(ranks_of(seen, goes), ranks_of(seen, stays))
 
 
-def test_a_surer_plan_goes_before_one_that_promises_more(
-    make_observation: MakeObservation, network: RankNetwork
-) -> None:
-    observation = make_observation(12)
-    critics = judges_of({7: (0.9, 0.1), 9: (0.3, 0.2)})
-    taken = LearnedPolicy("p", network, critics).decide(observation)
+def test_a_surer_plan_goes_before_one_that_promises_more(seen: Observation, network: RankNetwork) -> None:
+    later = seen.problem.max_step is not None
+    critics = judges_of({7 + later: (0.9, 0.1), 9 + later: (0.3, 0.2)})
+    taken = LearnedPolicy("p", network, critics).decide(seen)
     assert (taken.expected, taken.uncertainty) == pytest.approx((0.25, 0.05))
-    np.testing.assert_array_equal(taken.ranks, proposed(network, observation)[9].ranks)
+    np.testing.assert_array_equal(taken.ranks, proposed(network, seen)[9].ranks)
 
 
-@WHEN
-def test_what_a_critic_says_of_all_plans_does_not_count(
-    make_observation: MakeObservation, network: RankNetwork, max_step: int | None
-) -> None:
-    observation = make_observation(12, max_step=max_step)
+def test_what_a_critic_says_of_all_plans_does_not_count(seen: Observation, network: RankNetwork) -> None:
     one, other = (
-        LearnedPolicy("p", network, judges_of({9: (0.5, 0.25)}, offsets)).decide(observation)
+        LearnedPolicy("p", network, judges_of({9: (0.5, 0.25)}, offsets)).decide(seen)
         for offsets in ((0.0, 0.0), (8.0, -16.0))
     )
     assert same(one, other)
@@ -257,14 +207,9 @@ def critics() -> PlanValueEnsemble:
     return made
 
 
-@WHEN
-@pytest.mark.parametrize("modules", [1, 2, 12, 60])
+@pytest.mark.parametrize(("modules", "max_step"), [(1, None), (2, 2), (60, None), (60, 2)])
 def test_decisions_are_deterministic_and_possible(
-    make_observation: MakeObservation,
-    network: RankNetwork,
-    critics: PlanValueEnsemble,
-    modules: int,
-    max_step: int | None,
+    make_observation: MakeObservation, network: RankNetwork, critics: PlanValueEnsemble, modules: int, max_step: Any
 ) -> None:
     observation = make_observation(modules, max_step=max_step)
     state, draws = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["pos"]  # noqa: NPY002
@@ -283,7 +228,7 @@ def test_expected_and_uncertainty_are_those_of_the_plan_that_is_chosen(
     make_observation: MakeObservation, network: RankNetwork, critics: PlanValueEnsemble
 ) -> None:
     taken = 0
-    for seed in range(40):
+    for seed in range(20):
         observation = make_observation(12, seed)
         asked: list[Plans] = []
 
@@ -307,34 +252,80 @@ def test_expected_and_uncertainty_are_those_of_the_plan_that_is_chosen(
         np.testing.assert_array_equal(asked[0].ranks[0, chosen], ranks_of(observation, decided))
         assert decided.expected >= LCB_COEFFICIENT * decided.uncertainty - 1e-6
         taken += chosen > 0
-    assert taken > 2
+    assert taken > 0
 
 
 # Without critics ------------------------------------------------------------------------------------------------------
 
 
-@WHEN
-def test_without_critics_the_actor_decides(
-    make_observation: MakeObservation, network: RankNetwork, max_step: int | None
-) -> None:
+def test_without_critics_the_actor_decides(seen: Observation, network: RankNetwork) -> None:
     policy = LearnedPolicy("p", network)
-    assert policy.value_ensemble is None
-    for seed in range(4):
-        observation = make_observation(12, seed, max_step=max_step)
-        taken, action = policy.decide(observation), policy.act(observation)
-        expected = decision_from_scores(observation, action.scores, action.placement)
-        np.testing.assert_array_equal(taken.ranks, expected.ranks)
-        np.testing.assert_array_equal(taken.scores, action.scores)
-        assert (taken.rank_floor, taken.depth_bias) == (expected.rank_floor, expected.depth_bias)
-        assert (taken.log_prob, taken.expected, taken.uncertainty) == (None, action.expected, action.uncertainty)
-        assert taken.deliberation is None
-        assert taken.uncertainty > 0
+    taken, action = policy.decide(seen), policy.act(seen)
+    expected = decision_from_scores(seen, action.scores, action.placement)
+    np.testing.assert_array_equal(taken.ranks, expected.ranks)
+    np.testing.assert_array_equal(taken.scores, action.scores)
+    assert (taken.rank_floor, taken.depth_bias) == (expected.rank_floor, expected.depth_bias)
+    assert (taken.log_prob, taken.expected, taken.uncertainty) == (None, action.expected, action.uncertainty)
+    assert taken.deliberation is None
+    assert taken.uncertainty > 0
 
 
-def test_critics_do_not_change_what_the_actor_wants(
-    make_observation: MakeObservation, network: RankNetwork, critics: PlanValueEnsemble
+# A policy that explores ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped() -> LearnedPolicy:
+    loaded = load_policy("default")
+    assert isinstance(loaded, LearnedPolicy)
+    return loaded
+
+
+def drawn(policy: LearnedPolicy, observation: Observation, temperature: float, seed: int = 0) -> Deliberation:
+    deliberation = exploring(policy, temperature, seed).decide(observation).deliberation
+    assert deliberation is not None
+    return deliberation
+
+
+def test_probabilities_are_a_softmax_over_the_bounds(make_observation: MakeObservation, shipped: LearnedPolicy) -> None:
+    decision, found = exploring(shipped, 0.05).decide(make_observation(12)), drawn(shipped, make_observation(12), 0.05)
+    odds = np.where(found.may_take, np.exp(found.bound.astype(float) / 0.05), 0)
+    np.testing.assert_allclose(found.probabilities, odds / odds.sum(), rtol=1e-6)
+    assert decision.log_prob == pytest.approx(np.log(found.probabilities[found.plan]))
+    assert decision.expected == found.mean[found.plan]
+    assert len(np.unique(found.plans, axis=0)) == len(found.plans)
+    np.testing.assert_array_equal(found.plans[found.plan], ranks_of(make_observation(12), decision))
+
+
+def test_plans_are_drawn_as_often_as_the_probabilities_say(
+    make_observation: MakeObservation, shipped: LearnedPolicy
 ) -> None:
-    observation = make_observation(12)
-    alone, judged = (LearnedPolicy("p", network, given).act(observation) for given in (None, critics))
-    for field in fields(alone):
-        np.testing.assert_array_equal(getattr(alone, field.name), getattr(judged, field.name))
+    """Chi-squared over some seeds, with the plans from the likeliest on in four parts that are about as likely."""
+    draws = 100
+    found = [drawn(shipped, make_observation(6), 0.2, seed) for seed in range(draws)]
+    assert drawn(shipped, make_observation(6), 0.2, 3).plan == found[3].plan, "the same seed draws the same"
+    order = found[0].probabilities.argsort()[::-1]
+    likely = found[0].probabilities[order]
+    part = np.minimum(4 * (likely.cumsum() - likely / 2), 3).astype(int)
+    expected = draws * np.bincount(part, weights=likely, minlength=4)
+    seen = np.bincount(part[order.argsort()[[each.plan for each in found]]], minlength=4)
+    assert expected.min() >= 5
+    assert ((seen - expected) ** 2 / expected).sum() < 21.1, "the upper 1e-4 quantile, by chance once in 10,000 tries"
+
+
+def test_little_temperature_takes_the_best_that_fits(make_observation: MakeObservation, shipped: LearnedPolicy) -> None:
+    for seed in range(4):
+        found = drawn(shipped, make_observation(12, seed), 1e-6)
+        assert found.may_take[found.plan]
+        assert found.bound[found.plan] >= found.bound[found.may_take].max() - 1e-4
+
+
+@pytest.mark.parametrize("temperature", [0, -1, "warm", float("nan"), float("inf")])
+def test_a_temperature_that_cannot_be(shipped: LearnedPolicy, temperature: Any) -> None:
+    with pytest.raises(ConfigError, match="a temperature above 0, in the unit of the votes"):
+        exploring(shipped, temperature)
+
+
+def test_only_a_policy_that_weighs_plans_explores(shipped: LearnedPolicy) -> None:
+    for other in (find_rule("signal-mean"), replace(shipped, value_ensemble=None)):
+        with pytest.raises(ConfigError, match="has no value ensemble"):
+            exploring(other, 0.1)

@@ -1,0 +1,246 @@
+"""Checkpoints: of a fine-tune, of a loop of one's own, of a training of policies; its plan runs and comparisons."""
+
+from __future__ import annotations
+
+import io
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
+
+import numpy as np
+import pytest
+import rankpilot
+import torch
+from hypothesis import strategies as st
+from rankpilot.env.proxy_task import ProxyTask
+from rankpilot.errors import RunFolderError
+from rankpilot.finetune.checkpoint import (
+    OPTIMIZER,
+    STATE,
+    TENSORS,
+    TRAINER_STATE,
+    WEIGHTS,
+    fault_of,
+    load_state,
+    save_state,
+)
+from rankpilot.training.compare import log_folder
+from rankpilot.training.plan_runs import RUNS, PlanRun, plan_dataset, read_plan_run, write_plan_run
+from rankpilot.training.progress import Validation, restore, write_checkpoint
+from rankpilot.training.results import read_rows
+from transformers import LlamaConfig
+
+from ..finetune.test_pilot import STEPS, Loop
+from ..training.test_train import learner
+from .damage import Files, as_text, damaged, damaged_json, damaged_tensors, files_of, folder_of, put
+from .running import fuzz
+
+# Of a fine-tune -------------------------------------------------------------------------------------------------------
+
+STATE_OF_A_RUN = {"ranks": [1, 2], "meter": {"signals": torch.ones(3), "steps": 5}, "processes": 2}
+
+checkpoint = cache(lambda: files_of(lambda folder: save_state(folder, STATE_OF_A_RUN)))
+"""What rankpilot adds to a checkpoint."""
+
+
+@st.composite
+def checkpoints(draw: st.DrawFn) -> Files:
+    """The same, with one or both of the files damaged, and with damaged files of the Trainer."""
+    files = checkpoint() | {"rng_state.pth": b"PK"}
+    if draw(st.booleans()):
+        files[STATE] = draw(damaged_json(json.loads(files[STATE])))
+    if draw(st.booleans()):
+        files[TENSORS] = draw(damaged_tensors(files[TENSORS]))
+    return files | {TRAINER_STATE: draw(damaged_json({"global_step": 5, "log_history": [{"loss": 1.0, "step": 5}]}))}
+
+
+@fuzz(checkpoints(), examples=50)
+def test_checkpoints(files: Files) -> None:
+    with folder_of(files) as folder:
+        assert fault_of(folder, piloted=True)
+        assert isinstance(load_state(folder), dict)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint as far as it is looked at, without the optimizer's state."""
+    weights = {"adapter_config.json": b"{}", "adapter_model.safetensors": checkpoint()[TENSORS]}
+    put(checkpoint() | {TRAINER_STATE: b"{}"} | weights, tmp_path)
+    for name in ("scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"):
+        torch.save({}, tmp_path / name)
+    return tmp_path
+
+
+def test_an_archive_that_unpacks_to_more_than_it_is(saved: Path) -> None:
+    """A checkpoint's zip file of a few bytes would be unpacked to be checked."""
+    with ZipFile(saved / "optimizer.pt", "w", ZIP_DEFLATED) as archive:
+        archive.writestr("data", bytes(2**24))
+    assert fault_of(saved, piloted=True) == "optimizer.pt is torn"
+    torch.save({}, saved / "optimizer.pt")
+    assert fault_of(saved, piloted=True) == ""
+
+
+def test_a_checkpoint_of_a_million_million_processes(saved: Path) -> None:
+    state = json.loads((saved / STATE).read_text())
+    (saved / STATE).write_bytes(as_text(state | {"processes": 10**12}))
+    assert fault_of(saved, piloted=True) == "optimizer.pt is missing"
+
+
+@pytest.mark.parametrize("content", [b"[]", b"5", b"{", b"\xff"])
+def test_a_checkpoint_whose_state_is_something_else(saved: Path, content: bytes) -> None:
+    (saved / STATE).write_bytes(content)
+    with pytest.raises(RunFolderError, match=STATE):
+        load_state(saved)
+
+
+def test_tensors_that_do_not_fit_the_state(saved: Path) -> None:
+    state = json.loads((saved / STATE).read_text())
+    (saved / STATE).write_bytes(as_text(state | {"meter": 5}))
+    with pytest.raises(RunFolderError, match=r"does not fit rankpilot\.json: it has a tensor 'meter/signals'"):
+        load_state(saved)
+
+
+# Of a loop of one's own -----------------------------------------------------------------------------------------------
+
+LLAMA = LlamaConfig(
+    vocab_size=128, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, use_cache=False
+)
+
+
+@cache
+def of_a_loop() -> Files:
+    """A checkpoint after three steps."""
+
+    def write(folder: Path) -> None:
+        loop = Loop(LLAMA, folder / "log", budget="60%")
+        loop.pilot.begin(loop.run)
+        loop.train(range(3))
+        rankpilot.save_checkpoint(loop.pilot, loop.run, folder / "checkpoint")
+
+    files, prefix = files_of(write), "checkpoint/"
+    return {name.removeprefix(prefix): content for name, content in files.items() if name.startswith(prefix)}
+
+
+@st.composite
+def of_loops(draw: st.DrawFn) -> Files:
+    """The checkpoint without one of its files, or with one that is damaged."""
+    files = dict(of_a_loop())
+    name = draw(st.sampled_from([STATE, STATE, STATE, TENSORS, WEIGHTS, OPTIMIZER]))
+    content = files.pop(name)
+    if not draw(st.integers(0, 20)):
+        return files
+    if name == STATE:
+        return files | {name: draw(damaged_json(json.loads(content)))}
+    return files | {name: draw(damaged(content) if name == OPTIMIZER else damaged_tensors(content))}
+
+
+@fuzz(of_loops(), examples=12)
+def test_checkpoints_of_loops(files: Files) -> None:
+    """What `load_checkpoint` takes has to go on for a step."""
+    with folder_of(files) as folder:
+        loop = Loop(LLAMA, folder.parent / "log", budget="60%")
+        step = rankpilot.load_checkpoint(loop.pilot, loop.run, folder)
+        loop.train(range(step, min(step + 1, STEPS)))
+
+
+# Of a training of policies --------------------------------------------------------------------------------------------
+
+DONE = 3
+"""Iterations of the checkpoint."""
+
+ENVS: Any = None
+"""Those of a validation of no tasks."""
+
+FILE = "checkpoint.pt"
+model = cache(lambda: learner(8))
+of_a_training = cache(
+    lambda: files_of(lambda folder: write_checkpoint(folder / FILE, model(), DONE, Validation((), ENVS)))[FILE]
+)
+
+
+def restored(path: Path) -> int:
+    """The iterations done, with all random numbers as they were before."""
+    state = np.random.get_state()  # noqa: NPY002  (SB3 shuffles with it)
+    with torch.random.fork_rng():
+        try:
+            return restore(path, model(), Validation((), ENVS))
+        finally:
+            np.random.set_state(state)  # noqa: NPY002
+
+
+@fuzz(st.deferred(lambda: damaged(of_a_training())), examples=40)
+def test_checkpoints_of_trainings(content: bytes) -> None:
+    with folder_of({FILE: content}) as folder:
+        assert restored(folder / FILE) == DONE
+
+
+def test_a_training_s_archive_that_unpacks_to_more_than_it_is(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    with ZipFile(io.BytesIO(of_a_training())) as plain, ZipFile(path, "w", ZIP_DEFLATED) as packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+        packed.writestr("archive/data/huge", bytes(2**24))
+    with pytest.raises(RunFolderError, match=r"checkpoint\.pt is torn"):
+        restored(path)
+    path.write_bytes(of_a_training())
+    assert restored(path) == DONE
+
+
+# Plan runs and comparisons of a training ------------------------------------------------------------------------------
+
+
+@cache
+def plan_run() -> bytes:
+    """Runs of one task on two modules."""
+    generator, shape = np.random.default_rng(0), (2, RUNS, 2)
+    runs = PlanRun(
+        modules=generator.normal(size=(*shape, 3)).astype(np.float32),
+        scores=generator.normal(size=shape).astype(np.float32),
+        run=generator.normal(size=(2, RUNS, 4)).astype(np.float32),
+        ranks=generator.integers(0, 8, shape),
+        losses=generator.uniform(1, 2, RUNS),
+        initial=np.full(RUNS, 3.0),
+        choices=np.zeros((2, RUNS), dtype=np.int8),
+        tasks=(ProxyTask("shift", 1),),
+        names=("a", "b"),
+    )
+    return files_of(lambda folder: write_plan_run(runs, folder / "runs"))["runs"]
+
+
+@fuzz(st.deferred(lambda: damaged_tensors(plan_run())), examples=40)
+def test_plan_runs(content: bytes) -> None:
+    with folder_of({"00000.safetensors": content}) as folder:
+        runs = read_plan_run(folder / "00000.safetensors")
+        if runs.modules.dtype == np.float32:
+            plan_dataset([runs])
+
+
+ROW = {
+    "policy": "p", "task": "t", "seed": 1, "kind": "shift", "base": "b", "family": "llama", "depth": 4, "budget": 0.5,
+    "cost_kind": "step", "place": "", "initial_loss": 3.0, "uniform_loss": 2.0, "best_loss": None, "loss": 1.5,
+    "improvement": 0.5, "failed": False,
+}  # fmt: skip
+
+
+@fuzz(st.lists(damaged_json(ROW), max_size=3), examples=60)
+def test_rows_of_comparisons(lines: list[bytes]) -> None:
+    with folder_of({"rows.jsonl": b"\n".join(lines)}) as place:
+        for row in read_rows(place / "rows.jsonl"):
+            folder = log_folder(place / "logs", row.key)
+            assert folder.parent.parent == place / "logs"
+            assert folder.resolve() == folder.absolute()
+
+
+@pytest.mark.parametrize("policy", ["..", ".", "../..", "/etc", "a/../../b", "..\\x"])
+def test_names_in_rows_do_not_lead_out_of_the_folder_of_logs(tmp_path: Path, policy: str) -> None:
+    folder = log_folder(tmp_path / "logs", (policy, "../t", 0))
+    assert folder.resolve().parent.parent == (tmp_path / "logs").resolve()
+
+
+def test_a_row_whose_seed_is_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(as_text(ROW | {"seed": "/../../../x"}))
+    with pytest.raises(RunFolderError, match=r"seed is '/\.\./\.\./\.\./x'"):
+        read_rows(path)
