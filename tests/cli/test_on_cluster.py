@@ -16,11 +16,11 @@ TINY = ["--suite", "planted", "--bases", "llama-4x32", "--task-steps", "8", "--t
 
 def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    output = ["--output", str(tmp_path / "out")]
-    line = failure(["evaluate", "top-down", *output, "--cluster", "head"], capsys)
+    output = f"--output {tmp_path / 'out'}"
+    line = failure(f"evaluate top-down {output} --cluster head", capsys)
     assert "--cluster is 'local', 'auto' or HOST:PORT of a Ray cluster" in line
     assert "got 'head'" in line
-    line = failure(["train", *output, "--cluster", "local", "--device", "meta"], capsys)
+    line = failure(f"train {output} --cluster local --device meta", capsys)
     assert "Workers of a cluster train on CPUs, and --device meta is meta. Pass --device cpu." in line
     assert not (tmp_path / "out").exists()
 

@@ -15,14 +15,8 @@ from rankpilot.cost.cost import ByteCost
 from rankpilot.lora.spec import RankLadder
 from rankpilot.plan.problem import AllocationProblem
 
-KINDS = (
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
-    "attention.output.dense",
-    "intermediate.dense",
-    "output.dense",
-)
+ATTENTION = [f"attention.{part}" for part in ("self.query", "self.key", "self.value", "output.dense")]
+KINDS = (*ATTENTION, "intermediate.dense", "output.dense")
 MODULES = tuple(f"encoder.layer.{layer}.{kind}" for layer in range(6) for kind in KINDS)
 BLOCKS = np.repeat(np.arange(6), 6)
 STEPS = (0, 36, 68, 100)
@@ -91,7 +85,7 @@ def write_metrics(path: Path, level: float, peak: float) -> None:
     write_json_lines(path, lines)
 
 
-def run_summary(loss: float, peak: float, parameters: int, accuracy: float | None = 0.85) -> dict[str, object]:
+def run_summary(loss: float, peak: float, parameters: int, accuracy: float) -> dict[str, object]:
     return {
         "held_out_loss": loss,
         "held_out_accuracy": accuracy,
@@ -112,17 +106,10 @@ def run_folder(tmp_path: Path) -> Path:
     write_metrics(folder / "metrics-rankpilot.jsonl", 0.38, 90)
     write_metrics(folder / "metrics-uniform.jsonl", 0.40, 95)
     write_json(folder / "config.json", {"model": "MiniLM", "budget": "100MiB", "steps": 200})
-    write_json(
-        folder / "summary.json",
-        {
-            "model": "MiniLM",
-            "data": "sst2",
-            "policy": "pilot",
-            "seed": 3,
-            "runs": {
-                "rankpilot": run_summary(0.3841, 91.0, 120_000, 0.861),
-                "uniform": run_summary(0.4041, 96.0, 100_000, 0.852),
-            },
-        },
-    )
+    runs = {
+        "rankpilot": run_summary(0.3841, 91.0, 120_000, 0.861),
+        "uniform": run_summary(0.4041, 96.0, 100_000, 0.852),
+    }
+    summary = {"model": "MiniLM", "data": "sst2", "policy": "pilot", "seed": 3, "runs": runs}
+    write_json(folder / "summary.json", summary)
     return folder

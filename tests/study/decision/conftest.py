@@ -23,6 +23,9 @@ from rankpilot.env.proxy_task import ProxyTask
 from rankpilot.env.stacked import StackedEpisodes
 from rankpilot.training.compare import run_attempts
 
+Observe, Decide, PolicyOf = Callable[..., Observation], Callable[..., DecisionRecord], Callable[..., LearnedPolicy]
+"""What makes a state of a run, a decision on it, and a policy whose networks compute a formula."""
+
 SIZES: dict[str, Any] = {"base": "llama-4x32", "steps": 20, "batch_size": 4, "length": 16, "eval_rows": 16}
 TASKS = (
     ProxyTask("planted", 1, corpus="documentation", budget=0.8, **SIZES),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +12,12 @@ import pytest
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.log import DecisionLog, DecisionRecord
-from rankpilot.agents.observation import Observation
 from rankpilot.agents.rules import find_rule
 from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.errors import RunFolderError
 from rankpilot.study.why import explain, explanations
 
-from .conftest import TASKS, log_runs
+from .conftest import TASKS, Decide, Observe, log_runs
 
 
 def test_every_decision_of_a_run_is_explained(logs: list[DecisionLog], policy: LearnedPolicy) -> None:
@@ -69,10 +67,7 @@ def test_a_decision_that_comes_out_otherwise_is_not_explained(
 
 
 def test_plans_that_are_not_the_policys_own_are_said_to_be(
-    decisions: list[DecisionRecord],
-    policy: LearnedPolicy,
-    make_observation: Callable[..., Observation],
-    log_decision: Callable[..., DecisionRecord],
+    decisions: list[DecisionRecord], policy: LearnedPolicy, make_observation: Observe, log_decision: Decide
 ) -> None:
     ranks = decisions[0].rank_after.copy()
     ranks[np.argmax(ranks)] //= 2
@@ -85,11 +80,11 @@ def test_plans_that_are_not_the_policys_own_are_said_to_be(
     assert drawn.sentences()[-1].startswith("The plan was drawn; what-ifs")
 
 
-def test_rules_and_corrections(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
-) -> None:
+def test_rules_and_corrections(make_observation: Observe, log_decision: Decide) -> None:
     rule = find_rule("signal-mean")
     of_rule = explain(log_decision(make_observation(8), rule), rule).to_json()
+    assert of_rule["verdict"] == "At step 0 signal-mean decided; the log holds no candidates and no votes."
+    assert of_rule["shapley"] is None
     assert of_rule["sentences"][-1].startswith("signal-mean is a rule, or a policy without a value ensemble")
     correction = explain(log_decision(make_observation(8), rule, correction=True)).to_json()
     assert "the guard or a person changed the ranks" in correction["verdict"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from rankpilot.agents.learned.plan_value import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.log import DecisionLog, DecisionRecord
-from rankpilot.agents.observation import MODULE_FEATURES, Observation
+from rankpilot.agents.observation import MODULE_FEATURES
 from rankpilot.agents.policy import decided_plan
 from rankpilot.agents.rules import find_rule
 from rankpilot.common.text import short_names
@@ -21,6 +20,8 @@ from rankpilot.errors import ConfigError
 from rankpilot.lora.signals import SIGNALS
 from rankpilot.study.replay import SIGNAL_COLUMNS, DecidedAgain, with_least, with_most, with_signals
 from rankpilot.study.what_if import Kind, Question, usual_questions, what_if
+
+from .conftest import Decide, Observe, PolicyOf
 
 
 def drawn_question(case: DecidedAgain, generator: np.random.Generator) -> Question:
@@ -91,11 +92,7 @@ def steps_of(plans: Plans, threshold: float) -> torch.Tensor:
     return torch.where(high[:, None], highest, -highest)[None].repeat(2, 1, 1)
 
 
-def test_the_smallest_change_is_found(
-    make_observation: Callable[..., Observation],
-    policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., DecisionRecord],
-) -> None:
+def test_the_smallest_change_is_found(make_observation: Observe, policy_of: PolicyOf, log_decision: Decide) -> None:
     observation = make_observation(10, seed=2)
     signal = float(observation.modules[3, SIGNAL_COLUMNS[0]] - observation.modules[:, SIGNAL_COLUMNS[0]].mean())
     left = 0.9  # of a shift, as signals are centred again over ten modules
@@ -108,11 +105,7 @@ def test_the_smallest_change_is_found(
     assert answer.holds(case)
 
 
-def test_caution_is_what_the_votes_say(
-    make_observation: Callable[..., Observation],
-    policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., DecisionRecord],
-) -> None:
+def test_caution_is_what_the_votes_say(make_observation: Observe, policy_of: PolicyOf, log_decision: Decide) -> None:
     """Two networks: every other plan is worth 1 on the mean, with a spread of .5; so caution of 2 is too much."""
 
     def say(plans: Plans) -> torch.Tensor:
@@ -140,9 +133,7 @@ def test_the_same_recipe_under_another_budget_keeps_scores(
 
 
 @pytest.mark.parametrize("kind", ["budget", "recipe budget"])
-def test_another_budget_leaves_the_limit_of_time(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord], kind: Kind
-) -> None:
+def test_another_budget_leaves_the_limit_of_time(make_observation: Observe, log_decision: Decide, kind: Kind) -> None:
     """Time is what stops the plan, so more budget does not change it, and less does once it is the tighter limit."""
     modules, limit, seconds = 8, 6400.0, 2.0
     row = SecondsRow(1.0, np.full(modules, 0.03), np.zeros(0), np.zeros((0, modules), dtype=np.bool_))
@@ -157,9 +148,7 @@ def test_another_budget_leaves_the_limit_of_time(
     assert smaller.sum() * 100 <= 0.2 * limit + 1
 
 
-def test_rules_can_be_asked_too(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
-) -> None:
+def test_rules_can_be_asked_too(make_observation: Observe, log_decision: Decide) -> None:
     rule = find_rule("signal-mean")
     case = DecidedAgain(log_decision(make_observation(12), rule), rule)
     assert "caution" not in {question.kind for question in usual_questions(case)}
@@ -172,9 +161,7 @@ def test_rules_can_be_asked_too(
 
 
 def test_a_correction_is_nobodys_decision(
-    make_observation: Callable[..., Observation],
-    policy: LearnedPolicy,
-    log_decision: Callable[..., DecisionRecord],
+    make_observation: Observe, policy: LearnedPolicy, log_decision: Decide
 ) -> None:
     logged = log_decision(make_observation(8), find_rule("top-down"), correction=True)
     with pytest.raises(ConfigError, match="no policy decided there"):
@@ -184,7 +171,7 @@ def test_a_correction_is_nobodys_decision(
 # Changes --------------------------------------------------------------------------------------------------------------
 
 
-def test_signals_are_shifted_and_centred_again(make_observation: Callable[..., Observation]) -> None:
+def test_signals_are_shifted_and_centred_again(make_observation: Observe) -> None:
     observation = make_observation(6)
     calm = replace(observation, modules=observation.modules / 3)
     shifts = np.zeros((6, len(SIGNALS)))
@@ -198,7 +185,7 @@ def test_signals_are_shifted_and_centred_again(make_observation: Callable[..., O
     np.testing.assert_array_equal(after[:, others], before[:, others])
 
 
-def test_bounds_hold_and_never_loosen(make_observation: Callable[..., Observation]) -> None:
+def test_bounds_hold_and_never_loosen(make_observation: Observe) -> None:
     observation, rule = make_observation(8), find_rule("top-down")
     free = decided_plan(observation.problem, rule.decide(observation)).ranks
     module = int(np.argmax(free))

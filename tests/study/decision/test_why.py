@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.agents.learned.plan_value import Plans
-from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.log import DecisionRecord
 from rankpilot.agents.observation import Observation, module_feature
 from rankpilot.agents.policy import Decision, decided_plan, decision_from_scores
-from rankpilot.agents.rules import find_rule, signal_mean
+from rankpilot.agents.rules import signal_mean
 from rankpilot.cost.cost import unit_cost
 from rankpilot.plan.plan import SCORE_BOUND, base_depth_bias, base_rank_floor
 from rankpilot.study.why import Explanation, actor_terms, same_in_tie
+
+from .conftest import Decide, Observe, PolicyOf
 
 KEYS = {
     "decision", "step", "first", "policy", "verdict", "sentences", "candidates", "plans", "taken", "reference",
@@ -87,9 +87,7 @@ def test_sentences_of_decisions_of_a_run(decisions: list[DecisionRecord]) -> Non
 
 
 def test_a_tie_tells_what_its_plans_have_in_common(
-    make_observation: Callable[..., Observation],
-    policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., DecisionRecord],
+    make_observation: Observe, policy_of: PolicyOf, log_decision: Decide
 ) -> None:
     def say(plans: Plans) -> torch.Tensor:
         return plans.ranks.double().std(2)[None].repeat(2, 1, 1) / 500
@@ -115,9 +113,7 @@ def test_a_tie_tells_what_its_plans_have_in_common(
 
 
 def test_plans_that_are_drawn_have_probabilities(
-    make_observation: Callable[..., Observation],
-    policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., DecisionRecord],
+    make_observation: Observe, policy_of: PolicyOf, log_decision: Decide
 ) -> None:
     def say(plans: Plans) -> torch.Tensor:
         return (plans.ranks > 4).double().mean(2)[None].repeat(2, 1, 1)
@@ -128,14 +124,6 @@ def test_plans_that_are_drawn_have_probabilities(
     assert logged.deliberation is not None
     chance = logged.deliberation.probabilities[logged.deliberation.plan]
     assert f"was drawn, with a probability of {chance:.1%}: " in told["verdict"]
-
-
-def test_a_rule_has_no_votes(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
-) -> None:
-    explanation = Explanation(log_decision(make_observation(8), find_rule("top-down")))
-    assert explanation.verdict == "At step 0 top-down decided; the log holds no candidates and no votes."
-    assert explanation.to_json()["shapley"] is None
 
 
 # What became of the ranks asked for ---------------------------------------------------------------------------------
@@ -152,7 +140,7 @@ class Wants:
         return Decision(np.array(self.ranks), np.zeros(len(self.ranks)), exact=True)
 
 
-def decided(make: Callable[..., Observation], log: Callable[..., DecisionRecord], *ranks: int, **problem: Any) -> Any:
+def decided(make: Observe, log: Decide, *ranks: int, **problem: Any) -> Any:
     observation = make(4, ranks=np.array([4, 4, 4, 4]), **problem)
     return log(observation, Wants(ranks))
 
@@ -163,9 +151,7 @@ def refused(logged: DecisionRecord) -> list[str]:
     return [text.removeprefix(start).rstrip(".") for text in told if text.startswith(start)]
 
 
-def test_every_reason_is_told(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
-) -> None:
+def test_every_reason_is_told(make_observation: Observe, log_decision: Decide) -> None:
     bounds = {"high": np.array([32, 2, 32, 32]), "low": np.array([0, 0, 6, 0])}
     logged = decided(make_observation, log_decision, 5, 4, 4, 32, max_step=2, limit=1e9, **bounds)
     assert logged.rank_after.tolist() == [4, 2, 8, 12]
@@ -177,9 +163,7 @@ def test_every_reason_is_told(
     ]
 
 
-def test_pinned_modules_and_changes_by_a_person(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
-) -> None:
+def test_pinned_modules_and_changes_by_a_person(make_observation: Observe, log_decision: Decide) -> None:
     logged = decided(make_observation, log_decision, 4, 8, 4, 4)
     pinned, edited = np.array([False, True, False, False]), logged.rank_clipped.copy()
     edited[1], edited[3] = 4, 16
@@ -189,9 +173,7 @@ def test_pinned_modules_and_changes_by_a_person(
     ]
 
 
-def test_a_budget_lowers_and_its_rest_raises(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
-) -> None:
+def test_a_budget_lowers_and_its_rest_raises(make_observation: Observe, log_decision: Decide) -> None:
     logged = decided(make_observation, log_decision, 32, 32, 4, 4, limit=3000.0)
     lowered = int((logged.rank_after < logged.rank_clipped).sum())
     assert lowered >= 1
