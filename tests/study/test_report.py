@@ -40,7 +40,7 @@ def breakdown(layers: int, scale: float = 1.0) -> Breakdown:
     names = ("bert.embeddings", *(f"bert.encoder.layer.{number}" for number in range(layers)), "classifier", LOSS)
     table = np.zeros((len(names), len(KINDS)))
     for kind, count in {"saved": 10, "weights": 1, "gradients": 1, "optimizer": 2}.items():
-        table[1 : layers + 1, KINDS.index(kind)] = scale * count * MIB  # type: ignore[arg-type]
+        table[1 : layers + 1, KINDS.index(kind)] = scale * count * MIB
     table[-1, KINDS.index("transient")] = 6 * MIB
     return Breakdown("backward: base_model.model", names, table, 0.0, tuple(np.repeat(names[1 : layers + 1], 2)))
 
@@ -58,7 +58,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         verdict: Any = use.verdict if use else ("fits" if total <= 0.6 * whole else "does not fit") if budget else None
         recomputed = tuple(f"layer.{number}" for number in range(again))
         time = 1 + again / 100 if card else None
-        made = Choice(kind, rank, layers, recomputed, ranks, total, use, time, verdict, SHAPE, label, _memory=None)  # type: ignore[arg-type]
+        made = Choice(kind, rank, layers, recomputed, ranks, total, use, time, verdict, SHAPE, label, _memory=None)
         scales[id(made)] = scale
         return made
 

@@ -64,9 +64,7 @@ def _alone(one_thread: None) -> None:
 @pytest.fixture(scope="session")
 def policy() -> LearnedPolicy:
     """One that shipped before: it compares plans of one cost, which follow from scores, and decides four times."""
-    loaded = load_policy(EARLIER)
-    assert isinstance(loaded, LearnedPolicy)
-    return loaded
+    return load_policy(EARLIER)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,6 @@ def test_every_decision_of_a_run_is_explained(logs: list[DecisionLog], policy: L
     told = explanations(logs[1], policy, what_ifs=False)
     assert [each["decision"] for each in told if each] == [0, 1, 2, 3]
     for each in told:
-        assert each is not None
         json.dumps(each, allow_nan=False)
         parts = [group["value"] for group in each["shapley"]["groups"]]
         assert each["shapley"]["alone"] + sum(parts) == pytest.approx(each["shapley"]["total"], abs=1e-6)
@@ -60,7 +59,6 @@ def test_an_unknown_policy_leaves_what_the_log_tells(decisions: list[DecisionRec
 def test_a_decision_that_comes_out_otherwise_is_not_explained(
     decisions: list[DecisionRecord], policy: LearnedPolicy
 ) -> None:
-    assert decisions[0].deliberation is not None
     found = replace(decisions[0].deliberation, votes=decisions[0].deliberation.votes * 1.5)
     changed = replace(decisions[0], decision=replace(decisions[0].decision, deliberation=found))
     assert "the decision differs in votes" in explain(changed, policy).notes[0]
@@ -99,7 +97,6 @@ def test_a_number_without_a_decision_and_a_folder_without_a_log(
     log.append(decisions[2])
     told = explanations(log, policy, what_ifs=False)
     assert told[:2] == [None, None]
-    assert told[2] is not None
     assert told[2]["shapley"] is not None
     with pytest.raises(RunFolderError, match="No decision log"):
         explanations(DecisionLog(tmp_path / "nothing"))

@@ -51,11 +51,8 @@ def aimed(policy_of: PolicyOf) -> Aimed:
 
     def make(goal: str) -> LearnedPolicy:
         made = policy_of(say)
-        assert made.value_ensemble is not None
         made.value_ensemble.config = PlanValueConfig(count=1, width=1, unit="log loss")
-        aimed = with_goal(made, Goal(goal))  # type: ignore[arg-type]
-        assert isinstance(aimed, LearnedPolicy)
-        return aimed
+        return with_goal(made, Goal(goal))
 
     return make
 
@@ -80,9 +77,7 @@ def test_it_is_taken_again_with_the_goal_of_the_log(
     log.append(logged)
     read = log.logged(0)
     found, before = read.deliberation, logged.deliberation
-    assert found is not None
-    assert before is not None
-    assert found.goal == Goal(goal)  # type: ignore[arg-type]
+    assert found.goal == Goal(goal)
     assert found.unit == "log loss"
     for name in ("unit", "simple", "plain", "favourite", "costs", "seconds", "allowed"):
         np.testing.assert_array_equal(getattr(found, name), getattr(before, name))
@@ -94,8 +89,6 @@ def test_what_was_saved(aimed: Aimed, observation: Observation, log_decision: De
     logged = log_decision(observation, aimed("bytes"))
     told = Explanation(logged)
     found = logged.deliberation
-    assert found is not None
-    assert found.costs is not None
     within = int(found.within_tolerance.sum())
     assert told.verdict == (
         f"At step 0 the plan of candidate 'wide at 2' was taken: of the {within} plans whose loss is surely "
@@ -114,7 +107,6 @@ def test_what_was_saved(aimed: Aimed, observation: Observation, log_decision: De
 
 def test_nothing_was_sure(aimed: Aimed, observation: Observation, log_decision: Decide) -> None:
     policy = aimed("bytes")
-    assert policy.value_ensemble is not None
     changes: dict[str, Any] = {"say": lambda plans: say(plans) - 9.0 * (plans.ranks != 8).any(dim=2)}
     vars(policy.value_ensemble).update(changes)
     tight = replace(observation, problem=replace(observation.problem, limit=3500.0))

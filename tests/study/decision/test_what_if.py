@@ -62,7 +62,6 @@ def test_drawn_statements_are_true(logs: list[DecisionLog], policy: LearnedPolic
 def test_a_false_statement_does_not_hold(decisions: list[DecisionRecord], policy: LearnedPolicy) -> None:
     case = DecidedAgain(decisions[0], policy)
     answer = what_if(case, Question("budget", 1))
-    assert answer is not None
     assert answer.holds(case)
     assert not replace(answer, steps=answer.steps + 1).holds(case), "more than the smallest change"
     assert not replace(answer, after=answer.before).holds(case)
@@ -99,7 +98,6 @@ def test_the_smallest_change_is_found(make_observation: Observe, policy_of: Poli
     policy = policy_of(lambda plans: steps_of(plans, signal + left * 0.375))
     case = DecidedAgain(log_decision(observation, policy), policy)
     answer = what_if(case, Question("signals", 1, (3,), "module 3"))
-    assert answer is not None
     assert answer.steps == 38
     assert "were 1.46 times as strong (+0.38 in log; +0.37 changes nothing)" in answer.text
     assert answer.holds(case)
@@ -115,7 +113,6 @@ def test_caution_is_what_the_votes_say(make_observation: Observe, policy_of: Pol
     policy = policy_of(say)
     case = DecidedAgain(log_decision(make_observation(10), policy), policy)
     answer = what_if(case, Question("caution", 1))
-    assert answer is not None
     assert answer.text.startswith("With a caution of 2.00 instead of 1.00 standard deviations (1.99 changes nothing)")
     assert answer.holds(case)
     assert what_if(case, Question("caution", -1)) is None
@@ -154,7 +151,6 @@ def test_rules_can_be_asked_too(make_observation: Observe, log_decision: Decide)
     assert "caution" not in {question.kind for question in usual_questions(case)}
     top = int(np.argmax(case.plan))
     answer = what_if(case, Question("most", -1, (top,), "it", top))
-    assert answer is not None
     assert answer.after[top] < answer.before[top]
     with pytest.raises(ConfigError, match="signal-mean has no value ensemble"):
         what_if(case, Question("caution", 1))
@@ -191,6 +187,6 @@ def test_bounds_hold_and_never_loosen(make_observation: Observe) -> None:
     module = int(np.argmax(free))
     bounded = with_most(observation, module, 2)
     assert decided_plan(bounded.problem, rule.decide(bounded)).ranks[module] <= 2
-    assert with_most(bounded, module, 8).problem.high[module] == 2  # type: ignore[index]
+    assert with_most(bounded, module, 8).problem.high[module] == 2
     least = with_least(with_least(observation, 0, 16), 0, 4)
     assert decided_plan(least.problem, rule.decide(least)).ranks[0] >= 16

@@ -29,7 +29,6 @@ KEYS = {
 def test_the_actors_scores_are_the_sum_of_their_terms(decisions: list[DecisionRecord]) -> None:
     for logged in decisions:
         found = logged.deliberation
-        assert found is not None
         sums = actor_terms(logged, found).sum(axis=0)
         np.testing.assert_allclose(np.clip(sums, -SCORE_BOUND, SCORE_BOUND), found.actor_scores, atol=1e-5)
 
@@ -38,7 +37,6 @@ def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[Decisio
     """What pages are told of a candidate is enough to make its plan again."""
     for logged in decisions:
         observation, found = logged.observation, logged.deliberation
-        assert found is not None
         told = Explanation(logged).to_json()
         parts = {name: module_feature(observation, name) for name in ("rank_cost", "relative_depth")}
         parts |= {"signal_mean": signal_mean(observation), "actor": found.actor_scores}
@@ -58,7 +56,6 @@ def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[Decisio
 def test_json_is_the_contract(decisions: list[DecisionRecord]) -> None:
     for logged in decisions:
         told, found = Explanation(logged).to_json(), logged.deliberation
-        assert found is not None
         assert set(told) == KEYS
         json.dumps(told, allow_nan=False)
         assert told["plans"][told["taken"]]["ranks"] == found.plans[found.plan].tolist()
@@ -73,7 +70,6 @@ def test_json_is_the_contract(decisions: list[DecisionRecord]) -> None:
 def test_sentences_of_decisions_of_a_run(decisions: list[DecisionRecord]) -> None:
     first = Explanation(decisions[0])
     deliberation = decisions[0].deliberation
-    assert deliberation is not None
     text = " ".join(first.sentences())
     assert first.verdict.startswith("At step 0 the plan of candidate ")
     assert f"{deliberation.mean[deliberation.plan]:.3f} on the mean" in text
@@ -94,7 +90,6 @@ def test_a_tie_tells_what_its_plans_have_in_common(
 
     logged = log_decision(make_observation(10), policy_of(say))
     found = logged.deliberation
-    assert found is not None
     same, plans = same_in_tie(found), found.plans[found.tied]
     assert len(plans) >= 2
     assert (np.ptp(plans, axis=0)[same] == 0).all()
@@ -121,7 +116,6 @@ def test_plans_that_are_drawn_have_probabilities(
     logged = log_decision(make_observation(10), policy_of(say, temperature=1.0))
     told = Explanation(logged).to_json()
     assert sum(plan["probability"] for plan in told["plans"]) == pytest.approx(1)
-    assert logged.deliberation is not None
     chance = logged.deliberation.probabilities[logged.deliberation.plan]
     assert f"was drawn, with a probability of {chance:.1%}: " in told["verdict"]
 
