@@ -207,16 +207,13 @@ def test_unknown_names_suggest() -> None:
 def test_a_damaged_copy_heals(tiny: Asset, damage: str) -> None:
     path = assets.fetch_asset("tiny")
     weights, manifest = path / "sub" / "weights.bin", path.parent / "manifest.json"
-    if damage == "truncated":
-        weights.write_text("w" * 10)
-    elif damage == "missing":
-        weights.unlink()
-    elif damage == "manifest":
-        manifest.unlink()
-    elif damage == "not json":
-        manifest.write_text('{"wheel')
-    else:
-        manifest.write_text(manifest.read_text().replace(tiny.sha256, "1" * 64))
+    {
+        "truncated": lambda: weights.write_text("w" * 10),
+        "missing": weights.unlink,
+        "manifest": manifest.unlink,
+        "not json": lambda: manifest.write_text('{"wheel'),
+        "other build": lambda: manifest.write_text(manifest.read_text().replace(tiny.sha256, "1" * 64)),
+    }[damage]()
     assert not is_cached("tiny")
     assert assets.fetch_asset("tiny") == path
     assert weights.read_text() == "w" * 5000

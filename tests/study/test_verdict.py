@@ -152,11 +152,6 @@ def test_a_peak_above_the_budget(with_metrics: WithMetrics) -> None:
     assert verdict(read_run(folder)).warnings == ("The peak was above the budget at 1 of 2 measured steps.",)
 
 
-def test_a_run_without_results(run_folder: Path) -> None:
-    (run_folder / "summary.json").unlink()
-    assert verdict(read_run(run_folder)).results == ("The latest held-out loss is 0.3840, at step 200.",)
-
-
 # What pictures show, in words -----------------------------------------------------------------------------------------
 
 

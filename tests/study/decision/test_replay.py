@@ -13,7 +13,7 @@ from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.log import DecisionLog, DecisionRecord
 from rankpilot.agents.policy import decided_plan
 from rankpilot.agents.rules import find_rule
-from rankpilot.errors import RunFolderError
+from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.study.replay import redecide, replay
 from rich.console import Console
 
@@ -55,6 +55,8 @@ def test_corrections_are_left_out_with_a_line(
     assert [row.decision for row in found.agreements] == [0, 2]
     assert found.lacking == ("Decision 1, 3: the guard or a person changed the ranks; no policy decided.",)
     assert found.table().caption == found.lacking[0]
+    with pytest.raises(ConfigError, match="no policy decided there"):
+        redecide(log.logged(1), policy)
 
 
 def test_no_log(tmp_path: Path, policy: LearnedPolicy) -> None:

@@ -156,14 +156,6 @@ def test_rules_can_be_asked_too(make_observation: Observe, log_decision: Decide)
         what_if(case, Question("caution", 1))
 
 
-def test_a_correction_is_nobodys_decision(
-    make_observation: Observe, policy: LearnedPolicy, log_decision: Decide
-) -> None:
-    logged = log_decision(make_observation(8), find_rule("top-down"), correction=True)
-    with pytest.raises(ConfigError, match="no policy decided there"):
-        DecidedAgain(logged, policy)
-
-
 # Changes --------------------------------------------------------------------------------------------------------------
 
 
