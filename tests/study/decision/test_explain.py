@@ -91,7 +91,7 @@ def test_rules_and_corrections(make_observation: Observe, log_decision: Decide) 
 def test_a_number_without_a_decision_and_a_folder_without_a_log(
     decisions: list[DecisionRecord], policy: LearnedPolicy, tmp_path: Path
 ) -> None:
-    """The log of a run that was begun by an earlier version has its later decisions alone."""
+    """A log may hold the later decisions alone."""
     log = DecisionLog(tmp_path / "log")
     log.append(decisions[2])
     told = explanations(log, policy, what_ifs=False)
