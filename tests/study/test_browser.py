@@ -14,9 +14,8 @@ from rankpilot.common.files import read_json, write_json
 from rankpilot.study.page import page_data, write_page
 from rankpilot.study.run_data import RunData, read_run
 
-from .conftest import MODULES
+from .conftest import MODULES, explanation
 from .conftest import run_folder as run_folder
-from .explained import explanation
 
 playwright = pytest.importorskip("playwright.sync_api", reason='playwright is missing: pip install -e ".[test]"')
 PHONE, DESKTOP = 360, 1200

@@ -31,8 +31,7 @@ from rankpilot.study.page import (
 )  # fmt: skip
 from rankpilot.study.run_data import read_run, run_names
 
-from .conftest import MIB, MODULES, STEPS, plans, write_decisions
-from .explained import PLANS, explanation
+from .conftest import MIB, MODULES, PLANS, STEPS, explanation, plans, write_decisions
 
 
 def test_a_run_as_it_is_shown(run_folder: Path) -> None:

@@ -19,7 +19,7 @@ from rankpilot.cost.step_time import SecondsRow
 from rankpilot.errors import ConfigError
 from rankpilot.lora.signals import SIGNALS
 from rankpilot.study.replay import SIGNAL_COLUMNS, DecidedAgain, with_least, with_most, with_signals
-from rankpilot.study.what_if import Kind, Question, usual_questions, what_if
+from rankpilot.study.what_if import Kind, Question, stability, usual_questions, what_if
 
 from .conftest import Decide, Observe, PolicyOf
 
@@ -182,3 +182,33 @@ def test_bounds_hold_and_never_loosen(make_observation: Observe) -> None:
     assert with_most(bounded, module, 8).problem.high[module] == 2
     least = with_least(with_least(observation, 0, 16), 0, 4)
     assert decided_plan(least.problem, rule.decide(least)).ranks[0] >= 16
+
+
+# Noise on the signals -------------------------------------------------------------------------------------------------
+
+
+def test_more_noise_moves_more(make_observation: Observe, log_decision: Decide) -> None:
+    rule = find_rule("signal-mean")
+    logged = log_decision(make_observation(16), rule)
+    calm, windy = (stability(logged, rule, noise, draws=20) for noise in (0.001, 1.0))
+    assert calm.same == 1
+    assert calm.sure.all()
+    assert windy.same == 0
+    assert not windy.sure.all()
+    assert windy.near.min() < calm.near.min()
+    told = windy.to_json()
+    assert told == {"same": 0.0, "noise": 1.0, "sure": windy.sure.tolist()}
+    assert f"{windy.sure.sum()} of 16 modules" in windy.sentence()
+    assert stability(logged, rule, 1.0, draws=20).near.tolist() == windy.near.tolist(), "the draws are the same"
+
+
+def test_a_rule_that_reads_no_signals_is_sure(make_observation: Observe, log_decision: Decide) -> None:
+    logged = log_decision(make_observation(12), find_rule("top-down"))
+    found = stability(logged, find_rule("top-down"), noise=1.0, draws=5)
+    assert (found.same, found.sure.all()) == (1.0, True)
+
+
+@pytest.mark.parametrize(("noise", "draws"), [(-0.1, 5), (float("nan"), 5), (0.1, 0)])
+def test_out_of_range(decisions: list[DecisionRecord], policy: LearnedPolicy, noise: float, draws: int) -> None:
+    with pytest.raises(ConfigError, match="noise is at least 0 and draws are at least 1"):
+        stability(decisions[0], policy, noise, draws)
