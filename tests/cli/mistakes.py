@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
+
 import pytest
 from rankpilot.cli.main import run
 
 
-def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def words_of(command: str | Sequence[str]) -> list[str]:
+    """The words of a command line, which may be given as a shell has it."""
+    return shlex.split(command) if isinstance(command, str) else [*command]
+
+
+def failure(command: str | Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that a command which fails leaves on standard error."""
     capsys.readouterr()
-    assert run(arguments) == 1
+    assert run(words_of(command)) == 1
     error = capsys.readouterr().err
     assert "Traceback" not in error
     (line,) = (line for line in error.strip().splitlines() if "Loading weights" not in line)
@@ -17,10 +25,10 @@ def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def usage_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def usage_error(command: str | Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What is printed about an option that cannot be read, as one line."""
     with pytest.raises(SystemExit) as caught:
-        run(arguments)
+        run(words_of(command))
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error

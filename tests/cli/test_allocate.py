@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,15 +28,9 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
     """A plan for whatever is asked; the settings that it was asked with."""
     asked: list[FinetuneConfig] = []
     pattern = {f"^{name}".replace(".", r"\."): rank for name, rank in RANKS.items() if rank}
-    config = LoraConfig(
-        r=8,
-        lora_alpha=16,
-        target_modules="all-linear",
-        task_type="SEQ_CLS",
-        modules_to_save=["classifier"],
-        rank_pattern=pattern,
-        exclude_modules=r"model\.layers\.0\.q_proj",
-    )
+    head: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
+    modules: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": r"model\.layers\.0\.q_proj"}
+    config = LoraConfig(r=8, lora_alpha=16, **head, **modules, rank_pattern=pattern)
 
     def plan_ahead(options: FinetuneConfig, tell: object, log: Path | None, *, frontier: bool) -> StaticPlan:
         asked.append(options)
@@ -111,12 +106,8 @@ def test_llama_factory_has_no_pattern(tmp_path: Path) -> None:
     module.main(["m", "d", "--form", "llama-factory", "--output", str(tmp_path / "plan.yaml")])
     text = (tmp_path / "plan.yaml").read_text()
     assert text.startswith("# LLaMA-Factory has one rank for all modules and takes no rank pattern")
-    assert yaml.safe_load(text) == {
-        "finetuning_type": "lora",
-        "lora_target": "q_proj,v_proj",
-        "lora_rank": 4,
-        "lora_alpha": 16,
-    }
+    settings = {"finetuning_type": "lora", "lora_target": "q_proj,v_proj", "lora_rank": 4, "lora_alpha": 16}
+    assert yaml.safe_load(text) == settings
 
 
 def test_settings_in_a_yaml_file(tmp_path: Path, plan: list[FinetuneConfig]) -> None:

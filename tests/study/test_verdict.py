@@ -20,9 +20,11 @@ from rankpilot.study.verdict import comparison_rows, cost_sentence, loss_sentenc
 from ..agents.test_deliberation import four_plans
 from .conftest import MIB
 
+WithMetrics = Callable[[Mapping[int, Mapping[str, float]]], Path]
+
 
 @pytest.fixture
-def with_metrics(run_folder: Path) -> Callable[[Mapping[int, Mapping[str, float]]], Path]:
+def with_metrics(run_folder: Path) -> WithMetrics:
     """The run folder with other metrics of the run under the policy, by step."""
 
     def make(rows: Mapping[int, Mapping[str, float]]) -> Path:
@@ -42,14 +44,7 @@ def edit_results(folder: Path, **results: Any) -> None:
     write_json(folder / "summary.json", summary)
 
 
-def test_a_good_run_has_no_warning(run_folder: Path) -> None:
-    edit_results(run_folder)
-    assert verdict(read_run(run_folder)).warnings == ()
-
-
-def test_a_held_out_loss_that_rises_is_said_even_if_it_beats_uniform(
-    with_metrics: Callable[[Mapping[int, Mapping[str, float]]], Path],
-) -> None:
+def test_a_held_out_loss_that_rises_is_said_even_if_it_beats_uniform(with_metrics: WithMetrics) -> None:
     folder = with_metrics({50: {"eval_loss": 0.675}, 100: {"eval_loss": 0.69}, 200: {"eval_loss": 0.715}})
     edit_results(folder, held_out_loss=0.715)
     summary = read_json(folder / "summary.json")
@@ -61,6 +56,7 @@ def test_a_held_out_loss_that_rises_is_said_even_if_it_beats_uniform(
         "lower the learning rate.",
     )
     assert found.results == ("rankpilot's held-out loss is 0.4% lower than that of uniform ranks.",)
+    assert verdict(read_run(with_metrics({50: {"eval_loss": 0.675}, 200: {"eval_loss": 0.680}}))).warnings == ()
 
 
 def test_what_a_run_saves_beside_plain_lora(run_folder: Path) -> None:
@@ -74,13 +70,6 @@ def test_what_a_run_saves_beside_plain_lora(run_folder: Path) -> None:
     )
 
 
-def test_a_held_out_loss_that_hardly_moves_has_not_risen(
-    with_metrics: Callable[[Mapping[int, Mapping[str, float]]], Path],
-) -> None:
-    folder = with_metrics({50: {"eval_loss": 0.675}, 200: {"eval_loss": 0.680}})
-    assert verdict(read_run(folder)).warnings == ()
-
-
 @pytest.mark.parametrize(
     ("row", "words"),
     [
@@ -90,16 +79,12 @@ def test_a_held_out_loss_that_hardly_moves_has_not_risen(
         ({"loss": 9.0}, "the training loss rose from 0.7 to 9."),
     ],
 )
-def test_a_run_that_diverged(
-    with_metrics: Callable[[Mapping[int, Mapping[str, float]]], Path], row: Mapping[str, float], words: str
-) -> None:
+def test_a_run_that_diverged(with_metrics: WithMetrics, row: Mapping[str, float], words: str) -> None:
     folder = with_metrics({10: {"loss": 0.7}, 20: row, 30: row})
     assert verdict(read_run(folder)).warnings[0].startswith(f"The run diverged: {words}")
 
 
-def test_a_held_out_loss_that_has_blown_up(
-    with_metrics: Callable[[Mapping[int, Mapping[str, float]]], Path],
-) -> None:
+def test_a_held_out_loss_that_has_blown_up(with_metrics: WithMetrics) -> None:
     folder = with_metrics({10: {"loss": 0.7}})
     edit_results(folder, held_out_loss=1.2e31)
     assert verdict(read_run(folder)).warnings[0] == (
@@ -132,9 +117,7 @@ def test_a_goal_that_cannot_be_kept(run_folder: Path) -> None:
     assert not verdict(that_computed(run_folder, replace(first, doubt=0.0))).warnings
 
 
-def test_a_training_loss_that_did_not_fall(
-    with_metrics: Callable[[Mapping[int, Mapping[str, float]]], Path],
-) -> None:
+def test_a_training_loss_that_did_not_fall(with_metrics: WithMetrics) -> None:
     folder = with_metrics({4: {"loss": 4.16}, 8: {"loss": 4.17}, 12: {"loss": 4.165}})
     (line,) = verdict(read_run(folder)).warnings
     assert line == "The training loss did not fall: it began at 4.16 and ends at 4.165."
@@ -148,16 +131,13 @@ def test_noise_is_no_rise() -> None:
     rising = [(step, loss + 0.005 * step) for step, loss in flat]
     start, end = rise_of(rising)
     assert end - start == pytest.approx(0.4, abs=0.1)
-    assert rise_of([]) == (0, 0)
-    assert rise_of([(1, 0.5)]) == (0, 0)
+    assert rise_of([]) == rise_of([(1, 0.5)]) == (0, 0)
     assert rise_of([(1, 0.5), (2, 0.75)]) == (0.5, 0.75)
 
 
 def test_an_accuracy_at_chance(run_folder: Path) -> None:
-    for accuracy, at_chance in ((0.43, True), (0.51, True), (0.55, False)):
-        edit_results(run_folder, held_out_accuracy=accuracy)
-        warnings = verdict(read_run(run_folder)).warnings
-        assert bool(warnings) == at_chance, accuracy
+    edit_results(run_folder, held_out_accuracy=0.55)
+    assert verdict(read_run(run_folder)).warnings == ()
     edit_results(run_folder, held_out_accuracy=0.51)
     (line,) = verdict(read_run(run_folder)).warnings
     assert "hardly above that of always naming the most frequent class (50.0%), and 800 rows cannot tell" in line
@@ -166,14 +146,9 @@ def test_an_accuracy_at_chance(run_folder: Path) -> None:
     assert "accuracy of 43.0% is no better than always naming the most frequent class (50.0%)" in line
 
 
-def test_a_peak_above_the_budget(with_metrics: Callable[[Mapping[int, Mapping[str, float]]], Path]) -> None:
+def test_a_peak_above_the_budget(with_metrics: WithMetrics) -> None:
     folder = with_metrics({1: {"peak_bytes": 90 * MIB}, 2: {"peak_bytes": 101 * MIB}})
     assert verdict(read_run(folder)).warnings == ("The peak was above the budget at 1 of 2 measured steps.",)
-
-
-def test_a_run_without_results(run_folder: Path) -> None:
-    (run_folder / "summary.json").unlink()
-    assert verdict(read_run(run_folder)).results == ("The latest held-out loss is 0.3840, at step 200.",)
 
 
 # What pictures show, in words -----------------------------------------------------------------------------------------
@@ -186,15 +161,10 @@ def run_of(
     unit: str = "bytes",
 ) -> RunData:
     """A run with measured peaks, and a decision at each step at which the budget or the plan changes."""
-    decisions: list[Any] = [
-        SimpleNamespace(
-            step=step,
-            predicted_cost=cost,
-            measured_cost=None,
-            problem=SimpleNamespace(limit=limit, cost=SimpleNamespace(unit=unit)),
-        )
-        for (step, limit), cost in zip(limits, predicted or [0.0] * len(limits), strict=True)
-    ]
+    decisions: list[Any] = []
+    for (step, limit), cost in zip(limits, predicted or [0.0] * len(limits), strict=True):
+        problem = SimpleNamespace(limit=limit, cost=SimpleNamespace(unit=unit))
+        decisions.append(SimpleNamespace(step=step, predicted_cost=cost, measured_cost=None, problem=problem))
     metrics = {name: [{"step": step, "peak_bytes": peak} for step, peak in points] for name, points in peaks.items()}
     return RunData(Path(), {}, metrics, decisions, ())
 

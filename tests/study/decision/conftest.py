@@ -21,6 +21,9 @@ from rankpilot.env.proxy_task import ProxyTask
 from rankpilot.env.stacked import StackedEpisodes
 from rankpilot.training.compare import run_attempts
 
+Observe, Decide, PolicyOf = Callable[..., Observation], Callable[..., DecisionRecord], Callable[..., LearnedPolicy]
+"""What makes a state of a run, a decision on it, and a policy whose networks compute a formula."""
+
 SIZES: dict[str, Any] = {"base": "llama-4x32", "steps": 20, "batch_size": 4, "length": 16, "eval_rows": 16}
 TASKS = (
     ProxyTask("planted", 1, corpus="documentation", budget=0.8, **SIZES),
@@ -59,9 +62,7 @@ def _alone(one_thread: None) -> None:
 @pytest.fixture(scope="session")
 def policy() -> LearnedPolicy:
     """One that shipped before: it compares plans of one cost, which follow from scores, and decides four times."""
-    loaded = load_policy(EARLIER)
-    assert isinstance(loaded, LearnedPolicy)
-    return loaded
+    return load_policy(EARLIER)
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,15 @@ import pytest
 import torch
 from rankpilot.agents.learned.networks import Plans, PlanValueConfig
 from rankpilot.agents.learned.policy import LearnedPolicy, with_goal
-from rankpilot.agents.log import DecisionLog, DecisionRecord
+from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.observation import MODULE_FEATURES, Observation
 from rankpilot.cost.cost import ByteCost
 from rankpilot.cost.step_time import SecondsRow
 from rankpilot.plan.goal import Goal
 from rankpilot.study.replay import redecide
 from rankpilot.study.why import Explanation, explain
+
+from .conftest import Decide, Observe, PolicyOf
 
 pytestmark = pytest.mark.usefixtures("narrow_plans_too")
 
@@ -40,28 +42,27 @@ def say(plans: Plans) -> torch.Tensor:
     return torch.stack([-3 * missing, -4 * missing])
 
 
+Aimed = Callable[[str], LearnedPolicy]
+
+
 @pytest.fixture
-def aimed(policy_of: Callable[..., LearnedPolicy]) -> Callable[[str], LearnedPolicy]:
+def aimed(policy_of: PolicyOf) -> Aimed:
     """A policy with a goal whose networks compute `say`."""
 
     def make(goal: str) -> LearnedPolicy:
         made = policy_of(say)
-        assert made.value_ensemble is not None
         made.value_ensemble.config = PlanValueConfig(count=1, width=1, unit="log loss")
-        aimed = with_goal(made, Goal(goal))  # type: ignore[arg-type]
-        assert isinstance(aimed, LearnedPolicy)
-        return aimed
+        return with_goal(made, Goal(goal))
 
     return make
 
 
 @pytest.fixture
-def observation(make_observation: Callable[..., Observation]) -> Observation:
+def observation(make_observation: Observe) -> Observation:
     """A first decision with room for plain LoRA, where the time of a step is known."""
     cost = SECONDS.added_to(COST, LIMIT, 1.0)
-    given = make_observation(
-        MODULES, blocks=BLOCKS, cost=cost, limit=float(LIMIT), ranks=np.ones(MODULES, dtype=np.int64)
-    )
+    ranks = np.ones(MODULES, dtype=np.int64)
+    given = make_observation(MODULES, blocks=BLOCKS, cost=cost, limit=float(LIMIT), ranks=ranks)
     modules = given.modules.copy()
     modules[:, MODULE_FEATURES.index("wide")] = WIDE
     return replace(given, modules=modules)
@@ -69,40 +70,25 @@ def observation(make_observation: Callable[..., Observation]) -> Observation:
 
 @pytest.mark.parametrize("goal", ["quality", "time", "bytes"])
 def test_it_is_taken_again_with_the_goal_of_the_log(
-    aimed: Callable[[str], LearnedPolicy],
-    observation: Observation,
-    log_decision: Callable[..., DecisionRecord],
-    tmp_path: Path,
-    goal: str,
+    aimed: Aimed, observation: Observation, log_decision: Decide, tmp_path: Path, goal: str
 ) -> None:
     logged = log_decision(observation, aimed(goal))
     log = DecisionLog(tmp_path)
     log.append(logged)
     read = log.logged(0)
     found, before = read.deliberation, logged.deliberation
-    assert found is not None
-    assert before is not None
-    assert found.goal == Goal(goal)  # type: ignore[arg-type]
-    assert (found.unit, found.simple, found.plain, found.favourite) == (
-        "log loss",
-        before.simple,
-        before.plain,
-        before.favourite,
-    )
-    for name in ("costs", "seconds", "allowed"):
+    assert found.goal == Goal(goal)
+    assert found.unit == "log loss"
+    for name in ("unit", "simple", "plain", "favourite", "costs", "seconds", "allowed"):
         np.testing.assert_array_equal(getattr(found, name), getattr(before, name))
     assert redecide(read, aimed("quality")).differences == ()
     assert explain(read, aimed("quality"), what_ifs=False).attribution is not None
 
 
-def test_what_was_saved(
-    aimed: Callable[[str], LearnedPolicy], observation: Observation, log_decision: Callable[..., DecisionRecord]
-) -> None:
+def test_what_was_saved(aimed: Aimed, observation: Observation, log_decision: Decide) -> None:
     logged = log_decision(observation, aimed("bytes"))
     told = Explanation(logged)
     found = logged.deliberation
-    assert found is not None
-    assert found.costs is not None
     within = int(found.within_tolerance.sum())
     assert told.verdict == (
         f"At step 0 the plan of candidate 'wide at 2' was taken: of the {within} plans whose loss is surely "
@@ -119,11 +105,8 @@ def test_what_was_saved(
     json.dumps(timed.to_json())
 
 
-def test_nothing_was_sure(
-    aimed: Callable[[str], LearnedPolicy], observation: Observation, log_decision: Callable[..., DecisionRecord]
-) -> None:
+def test_nothing_was_sure(aimed: Aimed, observation: Observation, log_decision: Decide) -> None:
     policy = aimed("bytes")
-    assert policy.value_ensemble is not None
     changes: dict[str, Any] = {"say": lambda plans: say(plans) - 9.0 * (plans.ranks != 8).any(dim=2)}
     vars(policy.value_ensemble).update(changes)
     tight = replace(observation, problem=replace(observation.problem, limit=3500.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import permutations
 from typing import Any
 
@@ -12,10 +11,12 @@ import torch
 from rankpilot.agents.learned.networks import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.log import DecisionRecord
-from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.agents.rules import find_rule
 from rankpilot.errors import ConfigError
 from rankpilot.study.shapley import GROUPS, USUAL_RUN, attribute
+
+from .conftest import Decide, Observe, PolicyOf
 
 SNR, COST, BUDGET = MODULE_FEATURES.index("snr"), MODULE_FEATURES.index("rank_cost"), RUN_FEATURES.index("budget")
 
@@ -30,8 +31,6 @@ def test_they_add_up_on_every_decision_of_runs(decisions: list[DecisionRecord], 
     taken = 0
     for logged in decisions:
         found, deliberation = attribute(logged, policy), logged.deliberation
-        assert found is not None
-        assert deliberation is not None
         assert found.error < 1e-6
         assert found.bound_total == pytest.approx(deliberation.bound[found.plan], abs=1e-5)
         assert found.mean_total == pytest.approx(deliberation.mean[found.plan], abs=1e-5)
@@ -54,11 +53,7 @@ def shares(values: dict[frozenset[str], float], players: tuple[str, ...]) -> dic
     return sums
 
 
-def test_they_are_those_of_the_definition(
-    make_observation: Callable[..., Observation],
-    policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., DecisionRecord],
-) -> None:
+def test_they_are_those_of_the_definition(make_observation: Observe, policy_of: PolicyOf, log_decision: Decide) -> None:
     """Three groups that depend on one another, and a plan's shape; two networks that disagree."""
 
     def say(plans: Plans) -> torch.Tensor:
@@ -73,8 +68,6 @@ def test_they_are_those_of_the_definition(
     observation = make_observation(12, seed=3)
     logged = log_decision(observation, policy_of(say))
     found, deliberation = attribute(logged, policy_of(say)), logged.deliberation
-    assert found is not None
-    assert deliberation is not None
 
     players = ("signals", "costs", "budget of the run")
     bounds, means = {}, {}
@@ -101,18 +94,14 @@ def test_they_are_those_of_the_definition(
         assert alone == pytest.approx(values_of[frozenset()], abs=1e-12)
 
 
-def test_other_networks_than_those_of_the_log_are_refused(
-    decisions: list[DecisionRecord], policy_of: Callable[..., LearnedPolicy]
-) -> None:
+def test_other_networks_than_those_of_the_log_are_refused(decisions: list[DecisionRecord], policy_of: PolicyOf) -> None:
     other = policy_of(lambda plans: plans.ranks.double().mean(2)[None])
     with pytest.raises(ConfigError, match="Pass the policy that decided"):
         attribute(decisions[0], other)
 
 
 def test_without_votes_there_is_nothing_to_share(
-    make_observation: Callable[..., Observation],
-    policy: LearnedPolicy,
-    log_decision: Callable[..., DecisionRecord],
+    make_observation: Observe, policy: LearnedPolicy, log_decision: Decide
 ) -> None:
     logged = log_decision(make_observation(8), find_rule("signal-mean"))
     with pytest.raises(ConfigError, match="decision 0 of signal-mean has none"):

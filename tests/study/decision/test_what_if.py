@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.networks import Plans
+from rankpilot.agents.learned.plan_value import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.log import DecisionLog, DecisionRecord
-from rankpilot.agents.observation import MODULE_FEATURES, Observation
+from rankpilot.agents.observation import MODULE_FEATURES
 from rankpilot.agents.policy import decided_plan
 from rankpilot.agents.rules import find_rule
 from rankpilot.common.text import short_names
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.cost.step_time import SecondsRow
 from rankpilot.errors import ConfigError
-from rankpilot.lora.adapters import SIGNALS
-from rankpilot.study.replay import (
-    SIGNAL_COLUMNS,
-    DecidedAgain,
-    Kind,
-    Question,
-    usual_questions,
-    what_if,
-    with_least,
-    with_most,
-    with_signals,
-)
+from rankpilot.lora.signals import SIGNALS
+from rankpilot.study.replay import SIGNAL_COLUMNS, DecidedAgain, with_least, with_most, with_signals
+from rankpilot.study.what_if import Kind, Question, stability, usual_questions, what_if
+
+from .conftest import Decide, Observe, PolicyOf
 
 
 def drawn_question(case: DecidedAgain, generator: np.random.Generator) -> Question:
@@ -70,7 +62,6 @@ def test_drawn_statements_are_true(logs: list[DecisionLog], policy: LearnedPolic
 def test_a_false_statement_does_not_hold(decisions: list[DecisionRecord], policy: LearnedPolicy) -> None:
     case = DecidedAgain(decisions[0], policy)
     answer = what_if(case, Question("budget", 1))
-    assert answer is not None
     assert answer.holds(case)
     assert not replace(answer, steps=answer.steps + 1).holds(case), "more than the smallest change"
     assert not replace(answer, after=answer.before).holds(case)
@@ -100,28 +91,19 @@ def steps_of(plans: Plans, threshold: float) -> torch.Tensor:
     return torch.where(high[:, None], highest, -highest)[None].repeat(2, 1, 1)
 
 
-def test_the_smallest_change_is_found(
-    make_observation: Callable[..., Observation],
-    policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., DecisionRecord],
-) -> None:
+def test_the_smallest_change_is_found(make_observation: Observe, policy_of: PolicyOf, log_decision: Decide) -> None:
     observation = make_observation(10, seed=2)
     signal = float(observation.modules[3, SIGNAL_COLUMNS[0]] - observation.modules[:, SIGNAL_COLUMNS[0]].mean())
     left = 0.9  # of a shift, as signals are centred again over ten modules
     policy = policy_of(lambda plans: steps_of(plans, signal + left * 0.375))
     case = DecidedAgain(log_decision(observation, policy), policy)
     answer = what_if(case, Question("signals", 1, (3,), "module 3"))
-    assert answer is not None
     assert answer.steps == 38
     assert "were 1.46 times as strong (+0.38 in log; +0.37 changes nothing)" in answer.text
     assert answer.holds(case)
 
 
-def test_caution_is_what_the_votes_say(
-    make_observation: Callable[..., Observation],
-    policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., DecisionRecord],
-) -> None:
+def test_caution_is_what_the_votes_say(make_observation: Observe, policy_of: PolicyOf, log_decision: Decide) -> None:
     """Two networks: every other plan is worth 1 on the mean, with a spread of .5; so caution of 2 is too much."""
 
     def say(plans: Plans) -> torch.Tensor:
@@ -131,7 +113,6 @@ def test_caution_is_what_the_votes_say(
     policy = policy_of(say)
     case = DecidedAgain(log_decision(make_observation(10), policy), policy)
     answer = what_if(case, Question("caution", 1))
-    assert answer is not None
     assert answer.text.startswith("With a caution of 2.00 instead of 1.00 standard deviations (1.99 changes nothing)")
     assert answer.holds(case)
     assert what_if(case, Question("caution", -1)) is None
@@ -149,9 +130,7 @@ def test_the_same_recipe_under_another_budget_keeps_scores(
 
 
 @pytest.mark.parametrize("kind", ["budget", "recipe budget"])
-def test_another_budget_leaves_the_limit_of_time(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord], kind: Kind
-) -> None:
+def test_another_budget_leaves_the_limit_of_time(make_observation: Observe, log_decision: Decide, kind: Kind) -> None:
     """Time is what stops the plan, so more budget does not change it, and less does once it is the tighter limit."""
     modules, limit, seconds = 8, 6400.0, 2.0
     row = SecondsRow(1.0, np.full(modules, 0.03), np.zeros(0), np.zeros((0, modules), dtype=np.bool_))
@@ -166,34 +145,21 @@ def test_another_budget_leaves_the_limit_of_time(
     assert smaller.sum() * 100 <= 0.2 * limit + 1
 
 
-def test_rules_can_be_asked_too(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
-) -> None:
+def test_rules_can_be_asked_too(make_observation: Observe, log_decision: Decide) -> None:
     rule = find_rule("signal-mean")
     case = DecidedAgain(log_decision(make_observation(12), rule), rule)
     assert "caution" not in {question.kind for question in usual_questions(case)}
     top = int(np.argmax(case.plan))
     answer = what_if(case, Question("most", -1, (top,), "it", top))
-    assert answer is not None
     assert answer.after[top] < answer.before[top]
     with pytest.raises(ConfigError, match="signal-mean has no value ensemble"):
         what_if(case, Question("caution", 1))
 
 
-def test_a_correction_is_nobodys_decision(
-    make_observation: Callable[..., Observation],
-    policy: LearnedPolicy,
-    log_decision: Callable[..., DecisionRecord],
-) -> None:
-    logged = log_decision(make_observation(8), find_rule("top-down"), correction=True)
-    with pytest.raises(ConfigError, match="no policy decided there"):
-        DecidedAgain(logged, policy)
-
-
 # Changes --------------------------------------------------------------------------------------------------------------
 
 
-def test_signals_are_shifted_and_centred_again(make_observation: Callable[..., Observation]) -> None:
+def test_signals_are_shifted_and_centred_again(make_observation: Observe) -> None:
     observation = make_observation(6)
     calm = replace(observation, modules=observation.modules / 3)
     shifts = np.zeros((6, len(SIGNALS)))
@@ -207,12 +173,42 @@ def test_signals_are_shifted_and_centred_again(make_observation: Callable[..., O
     np.testing.assert_array_equal(after[:, others], before[:, others])
 
 
-def test_bounds_hold_and_never_loosen(make_observation: Callable[..., Observation]) -> None:
+def test_bounds_hold_and_never_loosen(make_observation: Observe) -> None:
     observation, rule = make_observation(8), find_rule("top-down")
     free = decided_plan(observation.problem, rule.decide(observation)).ranks
     module = int(np.argmax(free))
     bounded = with_most(observation, module, 2)
     assert decided_plan(bounded.problem, rule.decide(bounded)).ranks[module] <= 2
-    assert with_most(bounded, module, 8).problem.high[module] == 2  # type: ignore[index]
+    assert with_most(bounded, module, 8).problem.high[module] == 2
     least = with_least(with_least(observation, 0, 16), 0, 4)
     assert decided_plan(least.problem, rule.decide(least)).ranks[0] >= 16
+
+
+# Noise on the signals -------------------------------------------------------------------------------------------------
+
+
+def test_more_noise_moves_more(make_observation: Observe, log_decision: Decide) -> None:
+    rule = find_rule("signal-mean")
+    logged = log_decision(make_observation(16), rule)
+    calm, windy = (stability(logged, rule, noise, draws=20) for noise in (0.001, 1.0))
+    assert calm.same == 1
+    assert calm.sure.all()
+    assert windy.same == 0
+    assert not windy.sure.all()
+    assert windy.near.min() < calm.near.min()
+    told = windy.to_json()
+    assert told == {"same": 0.0, "noise": 1.0, "sure": windy.sure.tolist()}
+    assert f"{windy.sure.sum()} of 16 modules" in windy.sentence()
+    assert stability(logged, rule, 1.0, draws=20).near.tolist() == windy.near.tolist(), "the draws are the same"
+
+
+def test_a_rule_that_reads_no_signals_is_sure(make_observation: Observe, log_decision: Decide) -> None:
+    logged = log_decision(make_observation(12), find_rule("top-down"))
+    found = stability(logged, find_rule("top-down"), noise=1.0, draws=5)
+    assert (found.same, found.sure.all()) == (1.0, True)
+
+
+@pytest.mark.parametrize(("noise", "draws"), [(-0.1, 5), (float("nan"), 5), (0.1, 0)])
+def test_out_of_range(decisions: list[DecisionRecord], policy: LearnedPolicy, noise: float, draws: int) -> None:
+    with pytest.raises(ConfigError, match="noise is at least 0 and draws are at least 1"):
+        stability(decisions[0], policy, noise, draws)

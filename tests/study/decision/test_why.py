@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.networks import Plans
-from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.learned.plan_value import Plans
 from rankpilot.agents.log import DecisionRecord
 from rankpilot.agents.observation import Observation, module_feature
 from rankpilot.agents.policy import Decision, decided_plan, decision_from_scores
-from rankpilot.agents.rules import find_rule, signal_mean
+from rankpilot.agents.rules import signal_mean
 from rankpilot.cost.cost import unit_cost
 from rankpilot.plan.plan import SCORE_BOUND, base_depth_bias, base_rank_floor
 from rankpilot.study.why import Explanation, actor_terms, same_in_tie
+
+from .conftest import Decide, Observe, PolicyOf
 
 KEYS = {
     "decision", "step", "first", "policy", "verdict", "sentences", "candidates", "plans", "taken", "reference",
@@ -29,7 +29,6 @@ KEYS = {
 def test_the_actors_scores_are_the_sum_of_their_terms(decisions: list[DecisionRecord]) -> None:
     for logged in decisions:
         found = logged.deliberation
-        assert found is not None
         sums = actor_terms(logged, found).sum(axis=0)
         np.testing.assert_allclose(np.clip(sums, -SCORE_BOUND, SCORE_BOUND), found.actor_scores, atol=1e-5)
 
@@ -38,7 +37,6 @@ def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[Decisio
     """What pages are told of a candidate is enough to make its plan again."""
     for logged in decisions:
         observation, found = logged.observation, logged.deliberation
-        assert found is not None
         told = Explanation(logged).to_json()
         parts = {name: module_feature(observation, name) for name in ("rank_cost", "relative_depth")}
         parts |= {"signal_mean": signal_mean(observation), "actor": found.actor_scores}
@@ -58,7 +56,6 @@ def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[Decisio
 def test_json_is_the_contract(decisions: list[DecisionRecord]) -> None:
     for logged in decisions:
         told, found = Explanation(logged).to_json(), logged.deliberation
-        assert found is not None
         assert set(told) == KEYS
         json.dumps(told, allow_nan=False)
         assert told["plans"][told["taken"]]["ranks"] == found.plans[found.plan].tolist()
@@ -73,7 +70,6 @@ def test_json_is_the_contract(decisions: list[DecisionRecord]) -> None:
 def test_sentences_of_decisions_of_a_run(decisions: list[DecisionRecord]) -> None:
     first = Explanation(decisions[0])
     deliberation = decisions[0].deliberation
-    assert deliberation is not None
     text = " ".join(first.sentences())
     assert first.verdict.startswith("At step 0 the plan of candidate ")
     assert f"{deliberation.mean[deliberation.plan]:.3f} on the mean" in text
@@ -87,16 +83,13 @@ def test_sentences_of_decisions_of_a_run(decisions: list[DecisionRecord]) -> Non
 
 
 def test_a_tie_tells_what_its_plans_have_in_common(
-    make_observation: Callable[..., Observation],
-    policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., DecisionRecord],
+    make_observation: Observe, policy_of: PolicyOf, log_decision: Decide
 ) -> None:
     def say(plans: Plans) -> torch.Tensor:
         return plans.ranks.double().std(2)[None].repeat(2, 1, 1) / 500
 
     logged = log_decision(make_observation(10), policy_of(say))
     found = logged.deliberation
-    assert found is not None
     same, plans = same_in_tie(found), found.plans[found.tied]
     assert len(plans) >= 2
     assert (np.ptp(plans, axis=0)[same] == 0).all()
@@ -115,9 +108,7 @@ def test_a_tie_tells_what_its_plans_have_in_common(
 
 
 def test_plans_that_are_drawn_have_probabilities(
-    make_observation: Callable[..., Observation],
-    policy_of: Callable[..., LearnedPolicy],
-    log_decision: Callable[..., DecisionRecord],
+    make_observation: Observe, policy_of: PolicyOf, log_decision: Decide
 ) -> None:
     def say(plans: Plans) -> torch.Tensor:
         return (plans.ranks > 4).double().mean(2)[None].repeat(2, 1, 1)
@@ -125,17 +116,8 @@ def test_plans_that_are_drawn_have_probabilities(
     logged = log_decision(make_observation(10), policy_of(say, temperature=1.0))
     told = Explanation(logged).to_json()
     assert sum(plan["probability"] for plan in told["plans"]) == pytest.approx(1)
-    assert logged.deliberation is not None
     chance = logged.deliberation.probabilities[logged.deliberation.plan]
     assert f"was drawn, with a probability of {chance:.1%}: " in told["verdict"]
-
-
-def test_a_rule_has_no_votes(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
-) -> None:
-    explanation = Explanation(log_decision(make_observation(8), find_rule("top-down")))
-    assert explanation.verdict == "At step 0 top-down decided; the log holds no candidates and no votes."
-    assert explanation.to_json()["shapley"] is None
 
 
 # What became of the ranks asked for ---------------------------------------------------------------------------------
@@ -152,7 +134,7 @@ class Wants:
         return Decision(np.array(self.ranks), np.zeros(len(self.ranks)), exact=True)
 
 
-def decided(make: Callable[..., Observation], log: Callable[..., DecisionRecord], *ranks: int, **problem: Any) -> Any:
+def decided(make: Observe, log: Decide, *ranks: int, **problem: Any) -> Any:
     observation = make(4, ranks=np.array([4, 4, 4, 4]), **problem)
     return log(observation, Wants(ranks))
 
@@ -163,9 +145,7 @@ def refused(logged: DecisionRecord) -> list[str]:
     return [text.removeprefix(start).rstrip(".") for text in told if text.startswith(start)]
 
 
-def test_every_reason_is_told(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
-) -> None:
+def test_every_reason_is_told(make_observation: Observe, log_decision: Decide) -> None:
     bounds = {"high": np.array([32, 2, 32, 32]), "low": np.array([0, 0, 6, 0])}
     logged = decided(make_observation, log_decision, 5, 4, 4, 32, max_step=2, limit=1e9, **bounds)
     assert logged.rank_after.tolist() == [4, 2, 8, 12]
@@ -177,9 +157,7 @@ def test_every_reason_is_told(
     ]
 
 
-def test_pinned_modules_and_changes_by_a_person(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
-) -> None:
+def test_pinned_modules_and_changes_by_a_person(make_observation: Observe, log_decision: Decide) -> None:
     logged = decided(make_observation, log_decision, 4, 8, 4, 4)
     pinned, edited = np.array([False, True, False, False]), logged.rank_clipped.copy()
     edited[1], edited[3] = 4, 16
@@ -189,9 +167,7 @@ def test_pinned_modules_and_changes_by_a_person(
     ]
 
 
-def test_a_budget_lowers_and_its_rest_raises(
-    make_observation: Callable[..., Observation], log_decision: Callable[..., DecisionRecord]
-) -> None:
+def test_a_budget_lowers_and_its_rest_raises(make_observation: Observe, log_decision: Decide) -> None:
     logged = decided(make_observation, log_decision, 32, 32, 4, 4, limit=3000.0)
     lowered = int((logged.rank_after < logged.rank_clipped).sum())
     assert lowered >= 1
