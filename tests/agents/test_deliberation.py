@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.deliberation import Deliberation, decision_line, plan_distance, unlike
+from rankpilot.agents.policy import Deliberation, decision_line, plan_distance, unlike
 from rankpilot.cost.cost import ParameterCost
 
 from .test_log import make_deliberation, make_problem, make_record

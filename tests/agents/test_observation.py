@@ -21,7 +21,7 @@ from rankpilot.agents.observation import (
 from rankpilot.cost.cost import ByteCost, moment_costs
 from rankpilot.cost.step_time import SecondsRow
 from rankpilot.env.rank_allocation import RankAllocationEnv
-from rankpilot.lora.signals import SIGNALS
+from rankpilot.lora.adapters import SIGNALS
 from rankpilot.lora.spec import ModuleSpec, RankLadder
 from rankpilot.plan.problem import AllocationProblem
 

@@ -9,7 +9,7 @@ import pytest
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.observation import Observation, module_feature
 from rankpilot.agents.policy import decision_from_plan, decision_from_scores
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.errors import ConfigError, UnknownNameError
 
 

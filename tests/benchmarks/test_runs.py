@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.cost.batch_shape import BatchShape
+from rankpilot.cost.recording import BatchShape
 from rankpilot.errors import ConfigError
 from rich.console import Console
 

@@ -6,16 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.networks import RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.cli import main as cli
 from rankpilot.cli.evaluate import comparison_table
-from rankpilot.common.statistics import Estimate, PairedComparison
 from rankpilot.errors import ConfigError
 from rankpilot.training.config import EvaluateConfig
-from rankpilot.training.results import Group, PolicyResult, read_rows
+from rankpilot.training.results import Estimate, Group, PairedComparison, PolicyResult, read_rows
 from rich.console import Console
 
 from .mistakes import failure
@@ -71,7 +70,7 @@ def test_bad_settings() -> None:
 
 
 def test_a_suite_with_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankpilot.training import evaluate as comparison
+    from rankpilot.training.compare import evaluate as comparison
 
     monkeypatch.setattr(comparison, "find_tasks", lambda *_: ("one",))
     with pytest.raises(ConfigError, match="at least 2 tasks"):

@@ -14,14 +14,11 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.cli import finetune, train
 from rankpilot.cli import main as cli
-from rankpilot.common.files import write_json
-from rankpilot.common.run_folder import open_run
-from rankpilot.common.settings import as_json
-from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.common.files import as_json, open_run, write_json
+from rankpilot.finetune.options import FinetuneConfig
 from rankpilot.training.config import PRESETS, TrainConfig
 
 from .mistakes import failure, usage_error

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import rankpilot
 import transformers as t
-from rankpilot.cost.device_table import find_device_spec
 from rankpilot.cost.outlook import Outlook, memory_of, product_rate
+from rankpilot.cost.published import find_device_spec
 from rankpilot.errors import ConfigError, UnknownNameError
 
 LAYERS = 4

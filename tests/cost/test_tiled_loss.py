@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.cost.batch_shape import BatchShape, reshaped
-from rankpilot.cost.tiled_loss import TILES, loss_tokens, tiled_causal_lm_loss, use_tiled_loss
+from rankpilot.cost.recording import BatchShape, reshaped
+from rankpilot.cost.training_step import TILES, loss_tokens, tiled_causal_lm_loss, use_tiled_loss
 from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.before_training import run_memory
-from rankpilot.finetune.recomputation import Recomputation
+from rankpilot.finetune.left_as_found import Recomputation
 from rankpilot.study.memory_config import MemoryConfig
 from rankpilot.study.memory_here import StepSetup, measure_step, set_up
 from transformers import LlamaConfig, LlamaForCausalLM

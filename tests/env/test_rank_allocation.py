@@ -19,14 +19,11 @@ from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.observation import MODULE_FEATURES
 from rankpilot.agents.policy import decision_from_scores
 from rankpilot.agents.rules import find_rule
-from rankpilot.agents.schedule import DecisionSchedule
-from rankpilot.env.bases import adapted_base, proxy_cost, proxy_memory
-from rankpilot.env.episode import Episode, reference_of, rule_losses
-from rankpilot.env.episode_record import Comparison
+from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.env.episode import Comparison, Episode, reference_of, rule_losses
 from rankpilot.env.proxy_finetune import ProxyFineTune, TaskData, known_of, load_task
-from rankpilot.env.proxy_task import ProxyTask, Reference
+from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference, adapted_base, proxy_cost, proxy_memory
 from rankpilot.env.rank_allocation import RankAllocationEnv
-from rankpilot.env.suites import FRESH_SEEDS
 from rankpilot.errors import BudgetError, ConfigError, RunFolderError, UnknownNameError
 from rankpilot.lora.spec import DEFAULT_RANKS
 from rankpilot.plan.plan import uniform_ranks
@@ -60,7 +57,7 @@ def make_env(make_task: MakeTask, schedule: DecisionSchedule) -> MakeEnv:
 @pytest.fixture
 def make_pool(make_task: MakeTask, schedule: DecisionSchedule, monkeypatch: pytest.MonkeyPatch) -> MakeEnv:
     """Environments that draw from a few tiny tasks in place of the suites."""
-    from rankpilot.env import suites
+    from rankpilot.env import proxy_task as suites
 
     pool = tuple(make_task("shift", 50 + index, budget=0.6 + 0.02 * index) for index in range(12))
     monkeypatch.setattr(suites, "load_suite", lambda name, split: pool if name == "shift" else ())

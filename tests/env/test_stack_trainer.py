@@ -11,17 +11,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from rankpilot.agents.policy import Decision
-from rankpilot.agents.schedule import DecisionSchedule
-from rankpilot.env import stack_trainer
+from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.env import stacked as stack_trainer
 from rankpilot.env.proxy_finetune import known_of, load_task
 from rankpilot.env.proxy_task import ProxyTask
-from rankpilot.env.stack_trainer import Lane, StackTrainer, parts_of
-from rankpilot.env.stacked import StackedEpisodes
+from rankpilot.env.stacked import Lane, StackedEpisodes, StackTrainer, parts_of
 from rankpilot.lora.stacked import adapters as adapters_module
-from rankpilot.lora.stacked.adapters import Pair
+from rankpilot.lora.stacked.adapters import Pair, Segment
 from rankpilot.lora.stacked.blocks import Blocks
 from rankpilot.lora.stacked.run import reset_runs
-from rankpilot.lora.stacked.segments import Segment
 
 from ..cases import first_cases
 

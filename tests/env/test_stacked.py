@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from rankpilot.agents.observation import Observation
 from rankpilot.agents.policy import Decision
 from rankpilot.agents.rules import find_rule
-from rankpilot.agents.schedule import DecisionSchedule
-from rankpilot.env import bases, stack_trainer, stacked
-from rankpilot.env.episode import Episode, reference_of, rule_losses
-from rankpilot.env.episode_record import Comparison, EpisodeRecord
+from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.env import proxy_task as bases
+from rankpilot.env import stacked
+from rankpilot.env import stacked as stack_trainer
+from rankpilot.env.episode import Comparison, Episode, EpisodeRecord, reference_of, rule_losses
 from rankpilot.env.proxy_finetune import ProxyFineTune, known_of, load_task
-from rankpilot.env.proxy_task import ProxyTask, Reference
+from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.env.stacked import StackedEpisodes
-from rankpilot.env.suites import FRESH_SEEDS
 from rankpilot.env.vector import StackedVectorEnv
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.plan.problem import AllocationProblem
@@ -224,7 +224,7 @@ def test_vectors_refuse_what_they_cannot_do(make_task: MakeTask, schedule: Decis
 @pytest.fixture
 def pool(make_task: MakeTask, monkeypatch: pytest.MonkeyPatch) -> tuple[ProxyTask, ...]:
     """A few tiny tasks in place of the suites; their numbers of steps differ."""
-    from rankpilot.env import suites
+    from rankpilot.env import proxy_task as suites
 
     reference = Reference(3.0, 2.5, 0.5)
     tasks = tuple(

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from rankpilot.env.proxy_task import ProxyTask, Reference
-from rankpilot.env.suites import FRESH_SEEDS, TaskStream, fresh_task
+from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference, TaskStream, fresh_task
 
 MakeTask = Callable[..., ProxyTask]
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.networks import RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.errors import BudgetError, NonFiniteError, RankPilotError, UnsupportedError
 from rankpilot.finetune.callback import attach
 from rankpilot.lora.targets import find_target_modules

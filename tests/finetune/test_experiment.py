@@ -32,9 +32,8 @@ from rankpilot.errors import (
 )
 from rankpilot.finetune import experiment as module
 from rankpilot.finetune import trainer as trainer_module
-from rankpilot.finetune.branch import branch
-from rankpilot.finetune.config import FinetuneConfig
-from rankpilot.finetune.experiment import finetune
+from rankpilot.finetune.experiment import branch, finetune
+from rankpilot.finetune.options import FinetuneConfig
 from rankpilot.study.page import page_data
 from rankpilot.study.pictures import write_rank_picture
 from rankpilot.study.run_data import read_run

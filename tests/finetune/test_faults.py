@@ -15,11 +15,10 @@ import rankpilot
 import torch
 from peft import PeftModel
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.schedule import ONCE, DecisionSchedule
+from rankpilot.agents.settings import ONCE, DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
-from rankpilot.finetune.callback import RankPilotCallback
+from rankpilot.finetune.callback import RankPilotCallback, StopOnSigterm
 from rankpilot.finetune.checkpoint import STATE
-from rankpilot.finetune.stop import StopOnSigterm
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, Trainer, TrainerCallback
 

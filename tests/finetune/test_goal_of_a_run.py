@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
-from rankpilot.agents.deliberation import lacks_room, promise
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.network import RankNetwork
-from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
+from rankpilot.agents.learned.networks import PlanValueConfig, PlanValueEnsemble, RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import save_policy
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.policy import lacks_room, promise
+from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.cost.cost import TimedCost
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.allocate import static_plan

@@ -15,12 +15,12 @@ import torch
 from datasets import Dataset
 from rankpilot import RankPilot, TrainingRun
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.cost import budget as budget_module
-from rankpilot.cost.batch_shape import BatchShape
 from rankpilot.cost.calibration import LOOP_BYTES
 from rankpilot.cost.cost import plan_cost
 from rankpilot.cost.peak_meter import StepBatches, likely_cause
+from rankpilot.cost.recording import BatchShape
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.finetune import before_training
 from rankpilot.finetune import peak_guard as guard_module

@@ -12,12 +12,10 @@ import pytest
 import torch
 from peft import LoraConfig
 from rankpilot import RankPilot, TrainingRun
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.network import RankNetwork
-from rankpilot.agents.learned.plan_value import PlanValueEnsemble
+from rankpilot.agents.learned.networks import PlanValueEnsemble, RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.errors import BudgetError, ConfigError, NoGradientError, UnknownNameError, UnsupportedError
 from rankpilot.finetune.callback import attach
 from rankpilot.finetune.options import PilotOptions

@@ -14,15 +14,13 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.network import RankNetwork
-from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
+from rankpilot.agents.learned.networks import PlanValueConfig, PlanValueEnsemble, RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.settings import NetworkConfig
 from rankpilot.errors import BudgetError, ConfigError, UnsupportedError
-from rankpilot.finetune.config import FinetuneConfig
-from rankpilot.finetune.out_of_memory import GOOD_STEPS
-from rankpilot.finetune.recomputation import Recomputation
+from rankpilot.finetune.left_as_found import GOOD_STEPS, Recomputation
+from rankpilot.finetune.options import FinetuneConfig
 from rankpilot.plan.problem import Bounds
 from rankpilot.study.replay import redecide
 from transformers import (

@@ -17,8 +17,8 @@ from rankpilot.cost.calibration import resident_bytes
 from rankpilot.cost.measured_time import count_work
 from rankpilot.cost.step_time import Rates
 from rankpilot.errors import BudgetError
-from rankpilot.finetune import time_before_training
-from rankpilot.finetune.config import FinetuneConfig
+from rankpilot.finetune import before_training as time_before_training
+from rankpilot.finetune.options import FinetuneConfig
 from transformers import Trainer
 
 from ..cases import first_cases

@@ -28,8 +28,8 @@ from rankpilot.finetune.checkpoint import (
 )
 from rankpilot.training.compare import log_folder
 from rankpilot.training.plan_runs import RUNS, PlanRun, plan_dataset, read_plan_run, write_plan_run
-from rankpilot.training.progress import Validation, restore, write_checkpoint
 from rankpilot.training.results import read_rows
+from rankpilot.training.train import Validation, restore, write_checkpoint
 from transformers import LlamaConfig
 
 from ..finetune.test_pilot import STEPS, Loop

@@ -13,13 +13,11 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from peft import LoraConfig
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.network import RankNetwork
-from rankpilot.agents.learned.plan_value import PlanValueConfig, PlanValueEnsemble
+from rankpilot.agents.learned.networks import PlanValueConfig, PlanValueEnsemble, RankNetwork
 from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy, policy_schedule, save_policy
 from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.lora.adapter_file import export_padded, export_rank_pattern, rank_pattern_yaml, read_adapter

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import strategies as st
-from rankpilot.agents.plan_file import PlanFile
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.rules import PlanFile
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.cli.options import read_config_file, with_file_settings
-from rankpilot.common.settings import as_json, from_json
+from rankpilot.common.files import as_json, from_json
 from rankpilot.cost.budget import Budget, TimeBudget
 from rankpilot.errors import BudgetError, ConfigError
-from rankpilot.finetune.config import FinetuneConfig, rank_bounds_of
+from rankpilot.finetune.options import FinetuneConfig, rank_bounds_of
 from rankpilot.finetune.trainer import new_arguments
 from rankpilot.lora.spec import ModuleSpec
 from rankpilot.plan.problem import rank_bounds

@@ -17,11 +17,10 @@ import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rankpilot.cost.cost import plan_cost
 from rankpilot.errors import UnsupportedError
-from rankpilot.lora.frozen_weights import base_norm, guard_base, real_weight
+from rankpilot.lora.adapters import SignalMeter
 from rankpilot.lora.peft_config import adapter_ranks, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
-from rankpilot.lora.signals import SignalMeter
-from rankpilot.lora.targets import TargetModule, find_target_modules
+from rankpilot.lora.targets import TargetModule, base_norm, find_target_modules, guard_base, real_weight
 
 from ..cost.measured import adamw_run
 from . import training

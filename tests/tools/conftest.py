@@ -8,14 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.network import RankNetwork
-from rankpilot.agents.learned.plan_value import PlanValueEnsemble
+from rankpilot.agents.learned.networks import PlanValueEnsemble, RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.agents.schedule import DecisionSchedule
-from rankpilot.common.settings import as_json
-from rankpilot.env.proxy_task import ProxyTask
-from rankpilot.env.suites import load_suite
+from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
+from rankpilot.common.files import as_json
+from rankpilot.env.proxy_task import ProxyTask, load_suite
 from rankpilot.training.config import TrainConfig
 from rankpilot.training.fit_plan_value import ANY_COST, fit_value_ensemble
 from rankpilot.training.plan_runs import CHOICES, RUNS, PlanRun, plan_dataset, read_plan_run, write_plan_run

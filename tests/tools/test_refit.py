@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from rankpilot.agents.learned.policy_file import CARD, WEIGHTS
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.files import read_json, sha256
-from rankpilot.env.suites import find_tasks
+from rankpilot.env.proxy_task import find_tasks
 from rankpilot.errors import DataError, RunFolderError
 from rankpilot.training import task_sampling
 from rankpilot.training.plan_runs import RUNS, plan_dataset, read_plan_run, write_real_plan_runs

@@ -11,22 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.candidates import ALL_LINEAR, FIXED, FIXED_NAMES
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.network import RankNetwork
-from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.learned.networks import RankNetwork
+from rankpilot.agents.learned.policy import ALL_LINEAR, FIXED, FIXED_NAMES, LearnedPolicy
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, module_feature
 from rankpilot.agents.policy import decision_from_scores
 from rankpilot.agents.rules import find_rule
-from rankpilot.agents.schedule import ONCE, DecisionSchedule
+from rankpilot.agents.settings import ONCE, DecisionSchedule, NetworkConfig
 from rankpilot.common.workers import isolated
 from rankpilot.cost.budget import reference_cost
 from rankpilot.cost.cost import plan_cost
-from rankpilot.env.bases import adapted_base
 from rankpilot.env.proxy_finetune import ProxyFineTune
-from rankpilot.env.proxy_task import ProxyTask
+from rankpilot.env.proxy_task import ProxyTask, adapted_base, load_suite
 from rankpilot.env.stacked import StackedEpisodes
-from rankpilot.env.suites import load_suite
 from rankpilot.errors import RunFolderError
 from rankpilot.plan.plan import project
 from rankpilot.training import plan_runs as module

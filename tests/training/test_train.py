@@ -18,30 +18,26 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.network import RankNetwork
+from rankpilot.agents.learned.networks import RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.common import workers
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.env.proxy_finetune import first_problem
-from rankpilot.env.proxy_task import ProxyTask, Reference
+from rankpilot.env.proxy_task import ProxyTask, Reference, find_tasks
 from rankpilot.env.rank_allocation import action_space, observation_space
-from rankpilot.env.suites import find_tasks
 from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError
 from rankpilot.plan.plan import uniform_ranks
-from rankpilot.training import progress as ppo_progress
 from rankpilot.training import task_sampling as draws
+from rankpilot.training import train as ppo_progress
 from rankpilot.training import train as training
 from rankpilot.training.config import TrainConfig
 from rankpilot.training.plan_runs import PLAN_RUNS, RUNS, write_real_plan_runs
-from rankpilot.training.ppo_policy import GroupRolloutBuffer, RankPolicy
-from rankpilot.training.progress import CHECKPOINT, PROGRESS, Validation, write_checkpoint
 from rankpilot.training.task_sampling import for_plain_lora, fresh_tasks, plan_draws
-from rankpilot.training.train import finish, is_finished, train
-from rankpilot.training.vec_env import ProxyVecEnv
+from rankpilot.training.train import CHECKPOINT, PROGRESS, Validation, finish, is_finished, train, write_checkpoint
+from rankpilot.training.vec_env import GroupRolloutBuffer, ProxyVecEnv, RankPolicy
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import rankpilot
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.errors import ConfigError
 from rankpilot.training.vec_env import GymnasiumVecEnv
@@ -38,7 +38,7 @@ def make(num_envs: int, **settings: Any) -> GymnasiumVecEnv:
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> tuple[ProxyTask, ...]:
     """A few tiny tasks in place of the suites."""
-    from rankpilot.env import suites
+    from rankpilot.env import proxy_task as suites
 
     reference = Reference(3.0, 2.5, 0.5)
     tasks = tuple(make_task(seed=70 + index, budget=0.6 + 0.02 * index, reference=reference) for index in range(9))

@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.env.rank_allocation import action_space, observation_space
 from rankpilot.env.vector import StackedConfig
 from rankpilot.training import train as module
-from rankpilot.training.ppo_policy import RankPolicy
 from rankpilot.training.task_sampling import FreshTasks
 from rankpilot.training.train import EXPONENT, SPAN, ScoreDataset, explore, target_scores, warm_start
-from rankpilot.training.vec_env import ProxyVecEnv
+from rankpilot.training.vec_env import ProxyVecEnv, RankPolicy
 
 SCHEDULE = DecisionSchedule(probe_steps=6, fractions=(0.0, 0.4))
 SIZES: Any = {"base": "llama-4x32", "steps": 8, "batch_size": 4, "length": 16, "eval_rows": 16, "learning_rate": 4e-3}

@@ -13,15 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.deliberation import Deliberation, frontier, plan_distance
-from rankpilot.agents.learned.candidates import ALL_LINEAR, SHARES, parts, structure_plans, with_less, with_less_time
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.network import RankNetwork
-from rankpilot.agents.learned.plan_value import Plans
-from rankpilot.agents.learned.policy import LearnedPolicy, check_any_cost, with_goal
+from rankpilot.agents.learned.networks import Plans, RankNetwork
+from rankpilot.agents.learned.policy import (
+    ALL_LINEAR,
+    SHARES,
+    LearnedPolicy,
+    check_any_cost,
+    parts,
+    structure_plans,
+    with_goal,
+    with_less,
+    with_less_time,
+)
 from rankpilot.agents.observation import MODULE_FEATURES, Observation
-from rankpilot.agents.policy import Decision, decided_plan
+from rankpilot.agents.policy import Decision, Deliberation, decided_plan, frontier, plan_distance
 from rankpilot.agents.rules import find_rule
+from rankpilot.agents.settings import NetworkConfig
 from rankpilot.cost.cost import ByteCost, moment_costs, plan_cost, unit_cost
 from rankpilot.cost.step_time import SecondsRow
 from rankpilot.errors import ConfigError

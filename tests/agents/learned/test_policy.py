@@ -9,16 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.deliberation import Deliberation, plan_distance
-from rankpilot.agents.learned.candidates import FIXED, candidate_actions
-from rankpilot.agents.learned.config import NetworkConfig
-from rankpilot.agents.learned.network import RankNetwork
-from rankpilot.agents.learned.plan_value import Plans, PlanValueConfig, PlanValueEnsemble
-from rankpilot.agents.learned.policy import DRAWS, LATER_LCB_COEFFICIENT, LCB_COEFFICIENT, TIE, LearnedPolicy, exploring
+from rankpilot.agents.learned.networks import Plans, PlanValueConfig, PlanValueEnsemble, RankNetwork
+from rankpilot.agents.learned.policy import (
+    DRAWS,
+    FIXED,
+    LATER_LCB_COEFFICIENT,
+    LCB_COEFFICIENT,
+    TIE,
+    LearnedPolicy,
+    candidate_actions,
+    exploring,
+)
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.observation import Observation
-from rankpilot.agents.policy import Decision, decided_plan, decision_from_scores
+from rankpilot.agents.policy import Decision, Deliberation, decided_plan, decision_from_scores, plan_distance
 from rankpilot.agents.rules import find_rule
+from rankpilot.agents.settings import NetworkConfig
 from rankpilot.common.arrays import IntArray
 from rankpilot.cost.cost import ByteCost
 from rankpilot.errors import ConfigError

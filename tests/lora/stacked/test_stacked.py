@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from rankpilot.common.arrays import IntArray
 from rankpilot.errors import UnsupportedError
+from rankpilot.lora.adapters import SIGNALS, SignalMeter, base_norms
 from rankpilot.lora.resize import reset_adapters, set_ranks
-from rankpilot.lora.signals import SIGNALS, SignalMeter, base_norms
 from rankpilot.lora.stacked.adapters import StackedAdapters
 from rankpilot.lora.stacked.run import Move, StackedMeter, StackedRun, accumulate_all, reset_runs, set_stacked_ranks
 from rankpilot.lora.targets import TargetModule, find_target_modules

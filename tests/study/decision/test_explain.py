@@ -15,7 +15,7 @@ from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.log import DecisionLog, DecisionRecord
 from rankpilot.agents.policy import decided_plan
 from rankpilot.agents.rules import find_rule
-from rankpilot.agents.schedule import DecisionSchedule
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.study.replay import redecide, replay
 from rankpilot.study.why import explain, explanations

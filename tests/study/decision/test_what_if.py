@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.plan_value import Plans
+from rankpilot.agents.learned.networks import Plans
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.log import DecisionLog, DecisionRecord
 from rankpilot.agents.observation import MODULE_FEATURES
@@ -17,9 +17,19 @@ from rankpilot.common.text import short_names
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.cost.step_time import SecondsRow
 from rankpilot.errors import ConfigError
-from rankpilot.lora.signals import SIGNALS
-from rankpilot.study.replay import SIGNAL_COLUMNS, DecidedAgain, with_least, with_most, with_signals
-from rankpilot.study.what_if import Kind, Question, stability, usual_questions, what_if
+from rankpilot.lora.adapters import SIGNALS
+from rankpilot.study.replay import (
+    SIGNAL_COLUMNS,
+    DecidedAgain,
+    Kind,
+    Question,
+    stability,
+    usual_questions,
+    what_if,
+    with_least,
+    with_most,
+    with_signals,
+)
 
 from .conftest import Decide, Observe, PolicyOf
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.plan_value import Plans
+from rankpilot.agents.learned.networks import Plans
 from rankpilot.agents.log import DecisionRecord
 from rankpilot.agents.observation import Observation, module_feature
 from rankpilot.agents.policy import Decision, decided_plan, decision_from_scores
