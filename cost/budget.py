@@ -17,11 +17,10 @@ from ..common.arrays import IntArray
 from ..errors import BudgetError, shown
 from ..lora.spec import REFERENCE_RANK
 from .cost import Cost, CostUnit, plan_cost
+from .step_time import StepTime
 
 if TYPE_CHECKING:
     import torch
-
-    from .step_time import StepTime
 
 _UNITS = {"b": 1, "bytes": 1}
 for _index, _prefix in enumerate("kmgt", start=1):

@@ -19,6 +19,9 @@ from ..lora.spec import ModuleSpec
 
 CostUnit = Literal["bytes", "parameters"]
 
+ModuleSet = int
+"""A set of target modules as a bit mask: bit i is target module i. The bit after the last is what always trains."""
+
 
 @dataclass(frozen=True, eq=False)
 class ParameterCost:

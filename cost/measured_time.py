@@ -27,9 +27,10 @@ from ..lora.resize import write_in_place
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule
 from .calibration import all_training, highest_ranks, prepare
+from .cost import ModuleSet
 from .live_storages import tensors_in
 from .model import RANK
-from .recording import Batch, ModuleSet, flow_from
+from .recording import Batch, flow_from
 from .step_time import OPERATOR_SECONDS, Rates, StepTime, StepWork, fitted
 from .training_step import CHECKPOINT, LossFunction, TrainingStep, segments_marked
 

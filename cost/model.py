@@ -24,10 +24,10 @@ import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import UnsupportedError
-from .cost import ByteCost, moment_costs, plan_cost
+from .cost import ByteCost, ModuleSet, moment_costs, plan_cost
 from .model_states import ModelStates
 from .peak_candidates import PeakCandidate, PeakStorages, find_peak_candidates, keep_candidates, needed_candidates
-from .recording import BatchShape, ModuleSet, Recording, Segment, adapted_modules
+from .recording import BatchShape, Recording, Segment, adapted_modules
 from .training_step import LossTiles, loss_tokens, own_tile
 
 RANK = 2

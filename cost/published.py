@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from ..errors import AssetError, BudgetError, ConfigError, UnknownNameError, first_line
 from .budget import Budget
 
-_TABLE = Path(__file__).with_name("devices.json")
+_CARDS = Path(__file__).with_name("devices.json")
 _MIB = 2**20
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
@@ -150,7 +150,7 @@ def _of_memory(given: str) -> DeviceSpec:
 
 @cache
 def _rows() -> dict[str, dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = json.loads(_TABLE.read_text())
+    rows: dict[str, dict[str, Any]] = json.loads(_CARDS.read_text())
     return rows
 
 
@@ -164,7 +164,7 @@ def _spec(name: str, row: dict[str, Any]) -> DeviceSpec:
     )
 
 
-_TABLE_find_configuration = Path(__file__).with_name("published_models.json")
+_MODELS = Path(__file__).with_name("published_models.json")
 
 _VARIANTS = ("-instruct", "-it", "-pt", "-chat", "-base")
 """Ends of names of models that have the sizes of the model without them."""
@@ -177,7 +177,7 @@ def published_models() -> dict[str, dict[str, Any]]:
     Each has "owner" (of the Hugging Face id), "parameters" (their published number, without the head of a classifier)
     and "config" (fields of the configuration).
     """
-    table: dict[str, dict[str, Any]] = json.loads(_TABLE_find_configuration.read_text())
+    table: dict[str, dict[str, Any]] = json.loads(_MODELS.read_text())
     return table
 
 

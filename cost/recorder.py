@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_iter
 
 from ..errors import UnsupportedError
 from ..lora.targets import TargetModule
+from .cost import ModuleSet
 from .live_storages import LiveStorages
-from .recording import NEVER, Batch, ModuleSet, Phases, Recording, Segment, flow_from, kept_on_context, saved_by
+from .recording import NEVER, Batch, Phases, Recording, Segment, flow_from, kept_on_context, saved_by
 from .training_step import CHECKPOINT, LossFunction, model_loss, requires_grad_hook, segments_marked
 
 _FOREIGN_HOOKS = (

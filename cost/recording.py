@@ -19,9 +19,7 @@ import torch
 from torch.utils._pytree import tree_iter
 
 from ..common.arrays import BoolArray, IntArray
-
-ModuleSet = int
-"""A set of target modules as a bit mask: bit i is target module i. The bit after the last is what always trains."""
+from .cost import ModuleSet
 
 _SAVED_FOR: dict[str, dict[str, int]] = {
     "MmBackward0": {"self": 1, "mat2": 0},

@@ -17,8 +17,7 @@ import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import ConfigError
-from .cost import TIME, TimedCost, UntimedCost
-from .recording import ModuleSet
+from .cost import TIME, ModuleSet, TimedCost, UntimedCost
 
 PARTS = ("constant", "backward", "adapters", "ranks", "again")
 """The parts of a step: what every plan takes, the backward pass of the frozen model, adapters at any rank, what grows

@@ -19,16 +19,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..common.arrays import IntArray
 from ..common.checks import counted, finite
+from ..cost import training_step
 from ..cost.cost import ByteCost
 from ..cost.model import MemoryModel, fewest_recomputed, recomputed_cost
 from ..cost.recording import BatchShape
-from ..cost.training_step import (
-    CHECKPOINT,
-    check_checkpointing,
-    requires_grad_hook,
-    switch_checkpointing,
-    use_tiled_loss,
-)
 from ..errors import UnsupportedError
 from ..lora.optimizer_state import kept_state, state_bytes_of
 from ..lora.resize import update_peft_records, write_in_place
@@ -156,7 +150,7 @@ LONG = 10_000
 """Lists that are longer hold data, not records of steps."""
 
 
-_SWITCHES = ("gradient_checkpointing", CHECKPOINT, "_loss_function")
+_SWITCHES = ("gradient_checkpointing", training_step.CHECKPOINT, "_loss_function")
 """Attributes of a module that say whether it runs again in the backward pass, and how, and what computes its loss."""
 
 
@@ -262,7 +256,7 @@ def _switches(module: nn.Module) -> dict[str, Any]:
 
 def _gradient_hooks(module: nn.Module) -> dict[int, Any]:
     """The hooks that make a module's output require gradients."""
-    return {key: hook for key, hook in module._forward_hooks.items() if requires_grad_hook(hook)}
+    return {key: hook for key, hook in module._forward_hooks.items() if training_step.requires_grad_hook(hook)}
 
 
 class Recomputation:
@@ -285,7 +279,7 @@ class Recomputation:
 
     def __init__(self, model: nn.Module) -> None:
         base = unwrap(model)
-        check_checkpointing(base)
+        training_step.check_checkpointing(base)
         self._layers = {name: m for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
         if not self._layers:
             raise UnsupportedError(
@@ -293,8 +287,8 @@ class Recomputation:
                 "by one. Leave `recompute` out, or switch gradient checkpointing on for the whole model."
             )
         self._before: ModelSettings | None = ModelSettings(model)
-        use_tiled_loss(model)
-        switch_checkpointing(base, True)
+        training_step.use_tiled_loss(model)
+        training_step.switch_checkpointing(base, True)
         base.config.use_cache = False  # a layer that runs again would fill the cache twice
         self.layers: tuple[str, ...] = tuple(self._layers)
         self.memory: MemoryModel | None = None

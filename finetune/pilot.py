@@ -31,17 +31,7 @@ from ..lora.resize import norms_of
 from ..lora.targets import TargetModule
 from ..plan.plan import Plan
 from ..plan.problem import rank_bounds
-from .before_training import (
-    Progress,
-    StepTimer,
-    decide,
-    learned_kept,
-    prepare,
-    put_back_on_error,
-    run_memory,
-    warn_of_other_adapters,
-    within_all,
-)
+from . import before_training
 from .checkpoint import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .journal import Correction, Journal
 from .left_as_found import Kept, recomputing
@@ -95,7 +85,7 @@ class RankPilot:
         options: GivenOptions = None,
         *,
         tell: Callable[[str], None] | None = None,
-        progress: Progress[Any] | None = None,
+        progress: before_training.Progress[Any] | None = None,
         **changes: Any,
     ) -> None:
         self.options: PilotOptions = PilotOptions.of(options, changes)
@@ -140,15 +130,15 @@ class RankPilot:
         self._start(run)
         targets = resizable_targets(run.model, self.options.scaling)
         if self.budget.kind == "parameters":
-            warn_of_other_adapters(run, targets)
+            before_training.warn_of_other_adapters(run, targets)
         self.journal.open(name, [], writes=run.replicas.processes.first)
         kept = start_kept(run.model, targets, self.options.fresh, self.journal.note)
         with (
-            put_back_on_error(run, targets) as found,
+            before_training.put_back_on_error(run, targets) as found,
             kept,
             recomputing(run.model, self.options.recompute) as recomputation,
         ):
-            self.controller, memory = prepare(
+            self.controller, memory = before_training.prepare(
                 run,
                 targets,
                 self.budget,
@@ -162,7 +152,9 @@ class RankPilot:
             )
             self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)
             if self.time:
-                StepTimer(run, targets, memory, self.controller.limit, recomputation).settle(self.controller, self._ask)
+                before_training.StepTimer(run, targets, memory, self.controller.limit, recomputation).settle(
+                    self.controller, self._ask
+                )
             self._decide()
         self._found = found
         self._calls.begin(run)
@@ -196,14 +188,14 @@ class RankPilot:
         finish_load(run.model, targets)
         self.journal.open(name, known, writes=run.replicas.processes.first)
         with recomputing(run.model, self.options.recompute) as recomputation:
-            memory = run_memory(run, targets, signals=True) if recomputation else None
+            memory = before_training.run_memory(run, targets, signals=True) if recomputation else None
             if recomputation:
                 recomputation.take(layers)
             if (was := before.get("budget")) != settings["budget"]:
-                budget, on_first = within_all(run, self.budget), run.replicas.processes.on_first
+                budget, on_first = before_training.within_all(run, self.budget), run.replicas.processes.on_first
                 limit = on_first(lambda: controller.limit_of(beside_model(budget, run.model), run.device, was))
             if before.get("time") != settings["time"]:
-                timer = StepTimer(run, targets, memory, limit, recomputation)
+                timer = before_training.StepTimer(run, targets, memory, limit, recomputation)
                 controller.time = timer.other_limit(controller.time, self.time)
             self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)
             run.replicas.changed(targets, step)
@@ -442,8 +434,8 @@ class RankPilot:
         self._guard.deciding()
         by_hand = isinstance(self.policy, PlanFile)  # who wrote the plan may shrink trained adapters
         keeps = not by_hand and not controller.decision
-        with learned_kept(self._run, controller, self.journal.note) if keeps else nullcontext():
-            observation, decision = decide(
+        with before_training.learned_kept(self._run, controller, self.journal.note) if keeps else nullcontext():
+            observation, decision = before_training.decide(
                 self._guard, controller, self._ask, self.journal.note, step, loss, recomputes=self.options.recompute
             )
             self.decision = decision
