@@ -46,9 +46,7 @@ def test_public_names() -> None:
         "load_policy",
         "memory_of",
         "module_feature",
-        "open_dataset",
         "rank_pattern_yaml",
-        "sample_dataset",
         "save_checkpoint",
         "static_plan",
     }
