@@ -607,24 +607,24 @@ class Toy(gym.Env[dict[str, Any], Any]):
         return self.observed, 100.0 - miss, True, False, {}
 
 
-def learner(steps: int) -> PPO:
-    """PPO with a small network on the toy, which reads `steps` decisions of each environment in a round."""
+def learner(width: int) -> PPO:
+    """PPO as a training makes it, on `Toy`, with a network of this width."""
     torch.manual_seed(0)
     return PPO(
         RankPolicy,
         DummyVecEnv([Toy] * GROUP),
-        **{"n_steps": steps, "batch_size": 64, "n_epochs": 6, "learning_rate": 1e-2},
+        **{"n_steps": 8, "batch_size": 64, "n_epochs": 6, "learning_rate": 1e-2},
         **{"gamma": 1.0, "gae_lambda": 1.0, "vf_coef": 0.1},
         rollout_buffer_class=GroupRolloutBuffer,
         rollout_buffer_kwargs={"group": GROUP},
-        policy_kwargs={"network": NetworkConfig(width=16)},
+        policy_kwargs={"network": NetworkConfig(width=width)},
         seed=0,
         device="cpu",
     )
 
 
 def test_the_plumbing_learns_a_known_optimum() -> None:
-    model = learner(8)
+    model = learner(16)
     observation, _ = Toy().reset()
 
     def miss() -> tuple[float, float, float]:
