@@ -1,13 +1,11 @@
-"""What every policy is, hand-written or learned: it decides on an observation. What a learned one weighs for that.
+"""What every policy is, hand-written or learned, and what a learned one computes at a decision.
 
-What a learned policy computes at one decision: candidates, the plans that they lead to, and votes on the plans.
+A policy decides on an observation. A learned one weighs candidates, the plans that they lead to, and votes on these.
+Its choice, the decision log and every explanation read one `Deliberation`, so they cannot disagree. The log stores its
+fields; `decision_line` and the study page put it into words.
 
-The policy's choice, the decision log and every explanation read a `Deliberation`, so they cannot disagree. The log
-stores its fields; `decision_line` and the study page put it into words.
-
-The plans that are worth their cost, before training: no other plan costs less and is expected to lose as little.
-
-Losses are relative to plain LoRA, rank 8 on every target module, of the same data and seed.
+The frontier has the plans that are worth their cost: no other plan costs less and is expected to lose as little. Losses
+are relative to plain LoRA, rank 8 on every target module, of the same data and seed.
 """
 
 from __future__ import annotations

@@ -10,10 +10,9 @@
 | signal-mean | the modules of top-down, ranks by the mean of three signals | yes |
 
 Rules that read signals make a new plan at every decision. So does top-down, but from the same scores. The others keep
-the plan of the first decision. A new rule is a policy (`agents/policy.py`) and an entry here. A plan that a person
-wrote is a policy too: `PlanFile`.
+the plan of the first decision. A new rule is a policy (`agents/policy.py`) and an entry of `_RULES`.
 
-Plans that somebody gives, module by module: as a mapping, or as a file that a person reads and edits.
+Plans that somebody gives have a rank for each module: a mapping, or a file that a person reads and edits (`PlanFile`).
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
-"""Files that are complete or absent, text and JSON that are read within bounds, settings as JSON, and run folders.
+"""Files that are complete or absent, read within bounds; settings as JSON; and run folders.
 
-Each file is written to a temporary name and then renamed. What is read may be a stranger's: see SECURITY.md.
+Each file is written to a temporary name and then renamed. What is read may be a stranger's (SECURITY.md): text, JSON,
+YAML with plain values alone, files of `torch.save`, and arrays with a description in safetensors files. The header of
+such a file tells the type and shape of each tensor, and the format's reader checks that together they take the bytes
+that follow: so no more is allocated than the file is long.
 
-Arrays with a description, from safetensors files that a stranger may have made.
-
-A file's header tells the type and shape of each tensor, and the format's reader checks that together they take the
-bytes that follow: so no more is allocated than the file is long.
-
-Settings as JSON values, and settings from JSON values: one writer and one reader for all dataclasses of settings.
+One writer and one reader serve all dataclasses of settings.
 """
 
 from __future__ import annotations

@@ -1,17 +1,14 @@
 """What is published of cards and models, by name: a card's memory and rates, a model's configuration.
 
-Finds a model's configuration by name, without its weights: a folder, a file, a short name or a Hugging Face id.
+A model's configuration is found without its weights: in a folder or a file, by a short name or a Hugging Face id. The
+configurations of common models ship with the package, so that neither they nor a network are needed: sizes are facts,
+published on the models' pages. What a configuration says of a model of text is checked here as well: whether it reads
+tokens at all, and how many of them a row can have.
 
-The configurations of common models ship with the package, so that neither they nor a network are needed: sizes are
-facts, published on the models' pages. What a configuration says of a model of text is checked here as well: whether it
-reads tokens at all, and how many of them a row can have.
-
-Cards by name: their memory, and the rates that their vendor publishes.
-
-Memory is what CUDA reports to a program, less than the size on the box: `torch.cuda.mem_get_info` tells it, and torch's
-"out of memory" errors do. Newer drivers keep more for themselves, so the lowest figure seen counts. The bytes of a
-CUDA context are those that such errors show as held by the process beside torch's allocator. Rates are those of data
-sheets for dense products with sums in fp32.
+A card's memory is what CUDA reports to a program, less than the size on the box: `torch.cuda.mem_get_info` tells it,
+and torch's "out of memory" errors do. Newer drivers keep more for themselves, so the lowest figure seen counts. The
+bytes of a CUDA context are those that such errors show as held by the process beside torch's allocator. Rates are those
+of data sheets for dense products with sums in fp32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which task and which columns a data set is for, and whether every row holds what they need.
 
-Conversations and instructions, in the forms that people have, as the columns that TRL's SFTTrainer reads.
+Conversations and instructions come in the forms that people have, and become the columns that TRL's SFTTrainer reads:
 
 | columns | what they hold | become |
 |---|---|---|

@@ -1,6 +1,7 @@
 """One fine-tune from probe to held-out loss on a real PEFT model, with ranks decided on the way, and its record.
 
-The reward of an episode: how much better it ended than what it is compared with, less the cost of its moves.
+The reward of an episode is how much better it ended than what it is compared with, less the cost of its moves. It comes
+at the end of the episode.
 
     reward = clip((other loss - loss) / headroom, -3, 3) - churn
 
@@ -8,8 +9,6 @@ The reward of an episode: how much better it ended than what it is compared with
   seed and batches;
 * *headroom*: what a better allocation could gain over that run, nearly;
 * *churn*: a small cost of rungs moved after the first decision.
-
-All of it comes at the end of the episode.
 """
 
 from __future__ import annotations

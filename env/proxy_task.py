@@ -8,17 +8,16 @@
 
 A description holds no model and no data: `ProxyFineTune` trains.
 
-Suites: fixed sets of tasks, split by base, domain and budget, each with the results of fixed allocations.
+Suites are fixed sets of tasks, split by base, domain and budget, each with the results of fixed allocations:
 
 | split | bases | texts of shifts | classification |
 |---|---|---|---|
 | train | Llama and BERT of 4 layers | code, reviews, german, tables | sentiment |
 | validation | those; Llama and BERT of 8 layers, width 32 | newsgroups, spanish | newsgroups |
-| test | those of train; Llama and BERT of 8 layers, width 64; GPT-2 | five others, see `make_suites` | topics |
+| test | those of train; Llama and BERT of 8 layers, width 64; GPT-2 | five others (tools/make_suites.py) | topics |
 
 No seed, and no text except the planted teachers' (documentation), is in two splits. Learning rates are tuned for the
 uniform run of each task, and its result and the oracle's (planted) or full rank's (shift) are kept with it.
-`python -m tools.make_suites` makes them.
 """
 
 from __future__ import annotations

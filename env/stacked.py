@@ -1,13 +1,11 @@
 """Many proxy fine-tunes at once on one frozen base: the same episodes as `Episode`, stacked.
 
-Losses, signals, observations and rank changes are those of a PEFT model (tests/env/test_stacked.py compares
-them); only the arithmetic runs for all episodes together.
+Losses, signals, observations and rank changes are those of a PEFT model (tests/env/test_stacked.py compares them); only
+the arithmetic runs for all episodes together.
 
-Training and evaluation of the runs of a stack, in the order of their lowest adapters.
-
-A run computes nothing below its lowest adapter: it joins the batch there, with hidden states that the frozen model
-computed once for all runs of its task. Losses are those of a batch that holds all runs from the first block on, bit for
-bit.
+Runs are trained and evaluated in the order of their lowest adapters. A run computes nothing below its lowest adapter:
+it joins the batch there, with hidden states that the frozen model computed once for all runs of its task. Losses are
+those of a batch that holds all runs from the first block on, bit for bit.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Adapters as decisions see them: signals of each module, and one interface for a PEFT model and for stacked adapters.
+"""Adapters as decisions see them: one interface for a PEFT model and for stacked adapters, and signals of each module.
 
-Signals: how much each target module would gain from training, measured on its LoRA pair and gradients.
-
-g is the gradient of B at one optimiser step; means are over the steps of an interval between two decisions. The first
-three signals find planted changes where plain gradient norms do not (docs/experiments.md):
+Signals tell how much each target module would gain from training, measured on its LoRA pair and gradients. g is the
+gradient of B at one optimiser step; means are over the steps of an interval between two decisions. The first three find
+planted changes where plain gradient norms do not (docs/experiments.md):
 
 * *component sensitivity*: mean over the components j of abs(b_j . G a_j), where G is the mean gradient of delta W: how
   strongly the loss depends on one of the adapter's present components;

@@ -1,9 +1,7 @@
 """A model's target modules, the modules with a LoRA pair, and the frozen weights below their adapters.
 
-Finds a model's target modules, the modules with a LoRA pair, and checks that their ranks can change.
-
-The frozen model may be quantised (bitsandbytes, torchao, optimum-quanto). Its parameters then hold codes or packed
-bytes, which must be dequantised before use.
+Target modules are checked: their ranks must be able to change. The frozen model may be quantised (bitsandbytes,
+torchao, optimum-quanto). Its parameters then hold codes or packed bytes, which must be dequantised before use.
 """
 
 from __future__ import annotations

@@ -10,10 +10,9 @@ Every decision takes these two steps, in an episode and in a real fine-tune:
 
 Both change one rung at a time in the order of log(rank) - score, so equal scores give equal ranks.
 
-Plans that read no signal: one rank, or nearly one, on the top layers.
-
-Without gradient checkpointing, adapting the top layers at a useful rank was better than any other plan with the same
-bytes (docs/design.md). One rank on whole layers is `rankpilot.plan.plan.uniform_ranks`.
+Some plans read no signal: one rank, or nearly one, on the top layers, such as `uniform_ranks`. Without gradient
+checkpointing, adapting the top layers at a useful rank was better than any other plan with the same bytes
+(docs/design.md). `TimeLimit` keeps the time of a step within its limit, where layers that run again take time as well.
 """
 
 from __future__ import annotations

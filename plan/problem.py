@@ -1,6 +1,4 @@
-"""Which plans are possible at one decision, and how one is built within the limit.
-
-The plan with the most utility inside a budget, exactly.
+"""Which plans are possible at one decision, how one is built within the limit, and which has the most utility.
 
 The utility of a plan is a sum over its modules; its cost is not. Modules q, k and v share an input, the tensors above
 the lowest adapted module are kept once for all modules, and the peak is the highest of several moments. All of that is

@@ -4,14 +4,11 @@ The work is cut into chunks of runs that share a base and a batch shape; worker 
 and run each chunk in the slots of one `StackedEpisodes`. What a run gives does not depend on what runs beside it, so
 the rows are the same for any number of workers and in whatever order they come.
 
-Competitors that know more than an observation tells: what was planted in a task, or how a logged run of it ended.
-
-None of them is a policy to use; they tell what one could reach, and what its decisions were worth.
-
-The final ranks of a logged run are taken from the start: did changes on the way matter, did the choice of modules?
-Two runs of each task are compared with the logged one. `static` has its final ranks from the first step on: what is
-lost there is what later decisions were worth. `shuffled` has the same ranks dealt anew among the modules of each kind,
-under a budget of bytes among the adapted ones: what is lost there is what the choice between layers was worth.
+Some competitors know more than an observation tells. None of them is a policy to use; they tell what one could reach,
+and what its decisions were worth. The oracle knows what was planted in a task. Two others take the final ranks of a
+logged run from the start. `static` has them as they were: what is lost there is what later decisions were worth.
+`shuffled` has the same ranks dealt anew among the modules of each kind, under a budget of bytes among the adapted ones:
+what is lost there is what the choice between layers was worth.
 """
 
 from __future__ import annotations

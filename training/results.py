@@ -1,19 +1,15 @@
 """Results of comparisons: one row for each run that counts, and from rows to who is better, with intervals.
 
-Paired comparisons with bootstrap intervals, after Agarwal et al., 2021 (arXiv 2108.13264).
-
 There are few runs of few tasks, so every figure comes with an interval; means come with the interquartile mean, which
 one run that went astray hardly moves, and differences with the probability of improvement, which does not depend on a
-scale. Runs are compared in pairs: same task, seed and batches. Repetitions of a task are alike, so the bootstrap draws
-tasks, each with all its repetitions. Benchmarks of time use the same bootstrap: neighbours in time are alike, so it
-draws whole cycles of steps.
+scale (Agarwal et al., 2021, arXiv 2108.13264). Runs are compared in pairs: same task, seed and batches. Repetitions of
+a task are alike, so the bootstrap draws tasks, each with all its repetitions. Benchmarks of time use the same
+bootstrap: neighbours in time are alike, so it draws whole cycles of steps.
 
 Plain quantiles of the draws are too narrow where tasks are few: of six tasks they hold the truth in 85 % of the cases.
 `estimate` goes further out, as far as Student's t does beyond the normal distribution (the expanded percentile
 interval of Hesterberg, 2015, "What teachers should know about the bootstrap", The American Statistician 69).
-
-Where few tasks carry most of the weight, plain quantiles of the draws are too narrow:
-`ratio_estimate` gives a studentised interval for those.
+`ratio_estimate` gives a studentised interval where few tasks carry most of the weight.
 """
 
 from __future__ import annotations

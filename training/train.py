@@ -1,19 +1,15 @@
 """Trains a policy with PPO on proxy fine-tunes (Stable-Baselines3), and a value ensemble on plan runs.
 
-First, if asked, the network learns scores from tasks whose best allocation is known. Then, each iteration, all worker
-processes run a round of episodes on fresh tasks; PPO (Schulman et al., 2017, arXiv 1707.06347) updates the network on
-them, with advantages relative to the group of each task. A checkpoint after the start and after each iteration makes
-the run resumable: weights, optimiser, random state and tasks go on as if nothing had happened. The policy that did best
-on the validation tasks is kept.
+First, if asked, comes the warm start: on planted tasks the oracle knows what each module is worth, and the network
+learns to tell that from what a policy sees, at every decision of runs that it explores. Where the worth is not known,
+its scores stay those of the rule. What signals cannot tell averages out, so modules that look alike keep like scores.
 
-A start better than the rule: scores learned from tasks whose best allocation is known.
+Then, each iteration, all worker processes run a round of episodes on fresh tasks; PPO (Schulman et al., 2017, arXiv
+1707.06347) updates the network on them, with advantages relative to the group of each task. The policy that did best on
+the validation tasks is kept.
 
-On planted tasks the oracle knows what each module is worth. The network learns to tell that from what a policy sees, at
-every decision of runs that it explores; where the worth is not known, its scores stay those of the rule. What signals
-cannot tell averages out, so scores of modules that look alike stay close.
-
-A run that goes on from a checkpoint is the same as a run that was not interrupted. Checkpoints hold tensors and numbers
-only, so reading one never unpickles code.
+A checkpoint after the warm start and after each iteration makes the run resumable: weights, optimiser, random state and
+tasks go on as if nothing had happened. Checkpoints hold tensors and numbers only, so reading one never unpickles code.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """What Stable-Baselines3 gets: vector environments, the network as its policy, and advantages relative to a group.
 
-PPO's environment for training a policy: the registered environment on fresh tasks, with all cores at work.
-
-Each iteration is a round of a few stacks, each on one base: groups of episodes of one fresh task each, and beside each
-group a run of the rule that an untrained policy is. What episodes see, how actions are read and what the reward is are
-those of the registered environment, because each stack is its vector form; which tasks come, and in which process a
-stack is trained, is decided here. Processes decide nothing, so results are the same on any number of cores.
+PPO's environment is the registered one on fresh tasks, with all cores at work. Each iteration is a round of a few
+stacks, each on one base: groups of episodes of one fresh task each, and beside each group a run of the rule that an
+untrained policy is. What episodes see, how actions are read and what the reward is are those of the registered
+environment, because each stack is its vector form; which tasks come, and in which process a stack is trained, is
+decided here. Processes decide nothing, so results are the same on any number of cores.
 """
 
 from __future__ import annotations

@@ -1,17 +1,8 @@
-"""The networks of a learned policy: one that scores modules, and those that predict the value of plans.
+"""The networks of a learned policy: one that scores modules, and those that predict the value of a plan.
 
-The value of a plan: how much lower the held-out loss will be than with other plans for the same task.
-
-Losses differ a hundred times more on some tasks than on others. So the unit is either the standard deviation of the log
-loss between plans for one task, or the difference to plain LoRA as a vote (`plan/goal.py`), which tells plans of
-any cost apart. A network estimates the value from what the policy sees and the plan. Several of them
-make a value ensemble. They differ where they have learned from few plans, so a policy chooses by the lower confidence
-bound (as in Ghasemipour et al., 2022, arXiv 2205.13703).
-
-The policy network. It has one set of weights for all modules, so that a model may have any number of them.
-
-The features of a module and those of the run become a token; the mean and the maximum over the tokens are the context.
-Two parts use it:
+`RankNetwork`, the actor, has one set of weights for all modules, so that a model may have any number of them. The
+features of a module and those of the run become a token; the mean and the maximum over the tokens are the context. Two
+parts use it:
 
 * the *estimate*: a score for each module, from its token and the context. The warm start teaches it what modules are
   worth; before that it is 0.
@@ -20,13 +11,14 @@ Two parts use it:
   dozen numbers for a decision. One number for each module changed the policy far too much in a single update
   (docs/experiments.md).
 
-At first all that training can change is zero, and the network does what the rule signal-mean does.
+At first all that training can change is zero, and the network does what the rule signal-mean does. It explores with
+correlated noise (`CorrelatedGaussian`).
 
-Correlated exploration: each score has noise of its own, and all move together along a few features.
-
-Noise on a single module's score is soon lost among dozens of them. Noise on a gain (scores follow a signal more, upper
-layers come forward) changes a plan as a whole, and its effect can be told from the return. The covariance is
-diag(std^2) + F F^T with few columns in F, torch's `LowRankMultivariateNormal`.
+`PlanValue` predicts how much lower the held-out loss will be under a plan than under other plans for the same task.
+Losses differ a hundred times more on some tasks than on others. So the unit is either the standard deviation of the log
+loss between plans for one task, or the difference to plain LoRA as a vote (`plan/goal.py`), which tells plans of any
+cost apart. Several such networks make a value ensemble. They differ where they have learned from few plans, so a policy
+chooses by the lower confidence bound (as in Ghasemipour et al., 2022, arXiv 2205.13703).
 """
 
 from __future__ import annotations

@@ -1,23 +1,17 @@
 """A trained policy: a network, the actor, and a value ensemble that chooses between its plan and other candidates.
 
-A learned policy that draws its plans, so that its log can tell what other policies would have been worth.
+`LearnedPolicy` aims at the lowest loss; `with_goal` makes one that aims at a goal of cost, and `exploring` one that
+draws its plans, so that its log can tell what other policies would have been worth.
 
-A learned policy that aims at another goal than the lowest loss.
+Some candidates are fixed: those of the rules and the actor's. Others are drawn. Their scores are weighted sums of the
+mean signal, the cost of a rank, the relative depth and the actor's scores. Weights and placements are drawn from wide
+distributions, because nobody knows in advance how deep adapters should go, or how far signals can be trusted.
 
-Candidates: the actions from which a learned policy chooses at a decision.
-
-Some are fixed: those of the rules and the actor's. Others are drawn. Their scores are weighted sums of the mean signal,
-the cost of a rank, the relative depth and the actor's scores. Weights and placements are drawn from wide distributions,
-because nobody knows in advance how deep adapters should go, or how far signals can be trusted.
-
-A policy whose networks tell plans of any cost apart weighs more plans at a first decision: plain LoRA, those that
-follow from a model's structure, and the fixed candidates under lower limits.
-
-Plans that follow from the structure of a model alone: kinds of modules, and parts of its depth, at one rank or two.
-
-Which kinds a task needs, and how deep adapters must go, decides more on real models than ranks do. Kinds are told apart
-by shapes (`ModuleShapes`): *wide* modules have the inner side of their layer, as an MLP has; the
-others, those of attention, are *narrow*.
+A policy whose networks tell plans of any cost apart weighs more plans at a first decision: plain LoRA, the fixed
+candidates under lower limits, and plans that follow from the structure of the model alone, kinds of modules and parts
+of its depth, at one rank or two. Which kinds a task needs, and how deep adapters must go, decides more on real models
+than ranks do. Kinds are told apart by shapes (`ModuleShapes`): *wide* modules have the inner side of their layer, as an
+MLP has; the others, those of attention, are *narrow*.
 """
 
 from __future__ import annotations

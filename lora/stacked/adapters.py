@@ -7,16 +7,11 @@ Adam leaves it at zero: no masks are needed, and each run computes what it would
 
 All factors of a run are one row of a flat buffer, and so are their gradients and both moments of Adam. Widths are
 multiples of 16: matrix products (oneMKL) of such widths do not depend on the width, so a run's result is the same bit
-for bit, whatever the other runs do. For the same reason most products of zeros can be left out.
+for bit, whatever the other runs do.
 
-The products of one module with the factors of the runs in a batch, each at about its own width.
-
-The buffers give all runs one width, zero beyond each rank. But zeros cost as much as other numbers: so neighbours in
-the batch that have about the same width share their products (a segment), and runs without an adapter take no part.
-What is left out are products of zeros, and widths are multiples of 16: so results are those of the whole width, bit for
-bit.
-
-The positions of stacked factors in a flat buffer with one row for each run.
+Zeros cost as much as other numbers. So neighbours in the batch that have about the same width share their products (a
+segment), and runs without an adapter take no part. Only products of zeros are left out, so results are those of the
+whole width, bit for bit.
 """
 
 from __future__ import annotations
