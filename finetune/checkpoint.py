@@ -6,9 +6,8 @@ The two files of rankpilot are written first; the Trainer's own follow, of which
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from zipfile import BadZipFile
@@ -18,18 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..agents.policy import Policy
-from ..agents.settings import DecisionSchedule
 from ..common import files
-from ..common.checks import counted, finite
+from ..common.checks import counted
 from ..cost.model_states import trained_outside
-from ..errors import DataError, RankPilotError, RunFolderError, first_line, shown
-from ..lora.peft_config import adapter_ranks, resizable_targets
-from ..lora.spec import REFERENCE_RANK
-from ..lora.targets import TargetModule
+from ..errors import DataError, RunFolderError, first_line, shown
+from ..lora.peft_config import resizable_targets
 
 if TYPE_CHECKING:
-    from .options import PilotOptions
     from .pilot import RankPilot
     from .run import TrainingRun
 
@@ -59,8 +53,6 @@ WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
 
 _OUTSIDE = "beside the model."
 """How the names of parameters begin that train and are none of the model's; their place in the optimiser follows."""
-
-MAY_CHANGE = ("budget", "time")
 
 
 def last_checkpoint(
@@ -341,101 +333,3 @@ def _trained(run: TrainingRun, pilot: RankPilot) -> dict[str, torch.Tensor]:
     parameters = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad or id(p) in adapters]
     outside = enumerate(trained_outside(run.model, run.optimizer))
     return {name: p.detach().contiguous() for name, p in [*parameters, *((f"{_OUTSIDE}{i}", p) for i, p in outside)]}
-
-
-def run_settings(options: PilotOptions, policy: Policy, schedule: DecisionSchedule) -> dict[str, Any]:
-    """What a resumed run is held against, as JSON values."""
-    time, bounds = options.time_read, options.bounds or {}
-    return {
-        "budget": str(options.budget_read),
-        "time": None if time is None else str(time),
-        **policy_settings(policy),
-        "schedule": repr(schedule),
-        "bounds": {name: list(bound) if isinstance(bound, tuple) else bound for name, bound in bounds.items()},
-        "recompute": options.recompute,
-        "scaling": options.scaling,
-    }
-
-
-def policy_settings(policy: Policy) -> dict[str, Any]:
-    """Those that tell which policy decides."""
-    goal = getattr(policy, "goal", None)  # of learned policies alone, as the sha256
-    return {
-        "policy": policy.name,
-        "policy_sha256": getattr(policy, "sha256", None),
-        "goal": str(goal) if goal and goal.saves else None,
-    }
-
-
-def adapter_settings(targets: Sequence[TargetModule]) -> dict[str, dict[str, Any]]:
-    """The ranks of adapters, and their scaling where it can be compared between ranks, by module name."""
-    scalings = {target.name: target.scaling_at(REFERENCE_RANK) for target in targets}
-    return {"ranks": adapter_ranks(targets), "scalings": scalings}
-
-
-def check_same(now: Mapping[str, Any], state: Mapping[str, Any], targets: Sequence[TargetModule]) -> dict[str, Any]:
-    """Refuse to resume a run with settings or adapters of another run; its budget and time may be others.
-
-    Args:
-        now: the settings.
-        state: what `RankPilot.state_dict` returned; those of earlier versions tell no ranks and no scalings.
-        targets: the model's adapters.
-
-    Returns:
-        The settings then.
-
-    Raises:
-        RunFolderError: they are others than those of the state.
-    """
-    if "settings" not in state:
-        raise RunFolderError(f"This is no state of a run: it has {shown([*state])}. Pass what `state_dict` returned.")
-    before, adapters = state["settings"], adapter_settings(targets)
-    ranks, scalings = adapters["ranks"], adapters["scalings"]
-    there, scaled = state.get("ranks", ranks), state.get("scalings", scalings)
-    differing = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
-    if differing:
-        each = "; ".join(f"{key}: {shown(before.get(key))} there, {now[key]!r} now" for key in differing)
-        raise RunFolderError(
-            f"The run that is resumed had other settings ({each}). Resume with those, or start a new run; only "
-            "the budget and the time may change."
-        )
-    other = [name for name in {**there, **ranks} if there.get(name) != ranks.get(name)]
-    if other:
-        raise RunFolderError(
-            f"{len(other)} adapters of the model have other ranks than those of the run that is resumed, such as "
-            f"{shown(other[0])}: {shown(there.get(other[0]))} there, {ranks.get(other[0])} now. In a loop of your own, "
-            "`rankpilot.save_checkpoint` and `load_checkpoint` keep adapters, optimiser and this state."
-        )
-    other = [name for name in scalings if not math.isclose(finite(scaled[name]), scalings[name], rel_tol=1e-6)]
-    if other:
-        raise RunFolderError(
-            f"The run that is resumed had another scaling: at rank {REFERENCE_RANK}, {shown(other[0])} is multiplied "
-            f"by {finite(scaled[other[0]]):g} there and by {scalings[other[0]]:g} now. Make the LoraConfig with the "
-            "lora_alpha and use_rslora of then."
-        )
-    return dict(before)
-
-
-def predictions_of(state: Mapping[str, Any]) -> list[tuple[int, float]]:
-    """The steps of a state at which a plan's cost was predicted, and the costs."""
-    return [(counted(step), finite(cost)) for step, cost in state["predictions"]]
-
-
-@contextmanager
-def readable_state() -> Iterator[None]:
-    """What a damaged or foreign state makes the block raise becomes a RunFolderError."""
-    try:
-        yield
-    except RankPilotError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise RunFolderError(
-            f"The state of the run that is resumed is damaged, or of another model: {first_line(error)}. Take an "
-            "earlier checkpoint."
-        ) from error
-
-
-def changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """For people, which limits have changed; nothing if none has."""
-    differing = [key for key in MAY_CHANGE if now[key] != before.get(key)]
-    return "; ".join(f"the {key} is {now[key] or 'none'} now, and was {before.get(key) or 'none'}" for key in differing)

@@ -34,11 +34,12 @@ from ..plan.problem import AllocationProblem
 from .allocate import StaticPlan, static_plan
 from .before_training import StepTimer, run_costs
 from .callback import RankPilotCallback, StopWithCheckpoint, attach
-from .checkpoint import STATE, fault_of, last_checkpoint, policy_settings
+from .checkpoint import STATE, fault_of, last_checkpoint
 from .left_as_found import Recomputation
 from .options import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig, PilotOptions, rank_bounds_of
 from .pilot import RankPilot
 from .replicas import check_arguments
+from .run_settings import policy_settings
 from .trainer import RunMetrics, hardware_facts, new_arguments, new_model, new_trainer, read_workload
 from .trainer_step import TrainerStep, add_before_users
 

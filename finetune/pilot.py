@@ -32,13 +32,13 @@ from ..lora.targets import TargetModule
 from ..plan.plan import Plan
 from ..plan.problem import rank_bounds
 from . import before_training
-from .checkpoint import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .journal import Correction, Journal
 from .left_as_found import Kept, recomputing
 from .loop_calls import LoopCalls
 from .options import GivenOptions, PilotOptions
 from .peak_guard import PeakGuard
 from .run import TrainingRun, check_run
+from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 
 logger = logging.getLogger(__name__)
 

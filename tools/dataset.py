@@ -381,7 +381,7 @@ def write_dataset(source: Path, folder: Path) -> TrialsDataset:
             shutil.copyfile(training.config.more_plan_runs, work / MORE)
         rows = pa.concat_tables(tables)
         facts = _facts(training, work, rows)
-        write_text(work / CARD, data_card(facts, rows))
+        write_text(work / CARD, data_card(facts, rows, COLUMNS))
         write_json(work / FACTS, facts)
     return open_dataset(folder)
 

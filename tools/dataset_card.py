@@ -8,8 +8,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .dataset import COLUMNS
-
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 _INTRODUCTION = """\
@@ -66,12 +64,13 @@ fine-tunes learned come from Python's own documentation and from packages on PyP
 """
 
 
-def data_card(facts: Mapping[str, Any], table: pa.Table) -> str:
+def data_card(facts: Mapping[str, Any], table: pa.Table, columns: Sequence[Any]) -> str:
     """The card as Markdown, with YAML front matter.
 
     Args:
         facts: of `dataset.json`.
         table: the rows, without the columns that are lists.
+        columns: all of them, each with `name`, `kind`, `unit` and `meaning`.
     """
     behaviours = _behaviours(table)
     splits = _splits(table)
@@ -84,7 +83,7 @@ def data_card(facts: Mapping[str, Any], table: pa.Table) -> str:
         f"Seeds of tasks lie from {pc.min(table['seed'])} to {pc.max(table['seed'])}. Those of suites are up to "
         "3,000,000, their repetitions add multiples of 7,000,000, and fresh tasks are drawn from 10,000,000 on.\n",
         _USE,
-        "## Columns\n\n" + _columns(),
+        "## Columns\n\n" + _columns(columns),
         _FLAWS,
         _LICENCE,
         "## How it was made\n\n" + _origins(facts),
@@ -149,9 +148,9 @@ def _splits(table: pa.Table) -> list[tuple[str, ...]]:
     )
 
 
-def _columns() -> str:
+def _columns(columns: Sequence[Any]) -> str:
     rows = []
-    for column in COLUMNS:
+    for column in columns:
         kind = str(column.kind)
         kind = f"list of {column.kind.value_type}, one a module" if pa.types.is_list(column.kind) else kind
         rows.append((f"`{column.name}`", kind, column.unit, column.meaning))

@@ -1,0 +1,118 @@
+"""The settings of a run that a resumed run is held against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..agents.policy import Policy
+from ..agents.settings import DecisionSchedule
+from ..common.checks import counted, finite
+from ..errors import RankPilotError, RunFolderError, first_line, shown
+from ..lora.peft_config import adapter_ranks
+from ..lora.spec import REFERENCE_RANK
+from ..lora.targets import TargetModule
+from .options import PilotOptions
+
+MAY_CHANGE = ("budget", "time")
+"""Settings that a resumed run may have anew; its limits count from then on."""
+
+
+def run_settings(options: PilotOptions, policy: Policy, schedule: DecisionSchedule) -> dict[str, Any]:
+    """What a resumed run is held against, as JSON values."""
+    time, bounds = options.time_read, options.bounds or {}
+    return {
+        "budget": str(options.budget_read),
+        "time": None if time is None else str(time),
+        **policy_settings(policy),
+        "schedule": repr(schedule),
+        "bounds": {name: list(bound) if isinstance(bound, tuple) else bound for name, bound in bounds.items()},
+        "recompute": options.recompute,
+        "scaling": options.scaling,
+    }
+
+
+def policy_settings(policy: Policy) -> dict[str, Any]:
+    """Those that tell which policy decides."""
+    goal = getattr(policy, "goal", None)  # of learned policies alone, as the sha256
+    return {
+        "policy": policy.name,
+        "policy_sha256": getattr(policy, "sha256", None),
+        "goal": str(goal) if goal and goal.saves else None,
+    }
+
+
+def adapter_settings(targets: Sequence[TargetModule]) -> dict[str, dict[str, Any]]:
+    """The ranks of adapters, and their scaling where it can be compared between ranks, by module name."""
+    scalings = {target.name: target.scaling_at(REFERENCE_RANK) for target in targets}
+    return {"ranks": adapter_ranks(targets), "scalings": scalings}
+
+
+def check_same(now: Mapping[str, Any], state: Mapping[str, Any], targets: Sequence[TargetModule]) -> dict[str, Any]:
+    """Refuse to resume a run with settings or adapters of another run; its budget and time may be others.
+
+    Args:
+        now: the settings.
+        state: what `RankPilot.state_dict` returned; those of earlier versions tell no ranks and no scalings.
+        targets: the model's adapters.
+
+    Returns:
+        The settings then.
+
+    Raises:
+        RunFolderError: they are others than those of the state.
+    """
+    if "settings" not in state:
+        raise RunFolderError(f"This is no state of a run: it has {shown([*state])}. Pass what `state_dict` returned.")
+    before, adapters = state["settings"], adapter_settings(targets)
+    ranks, scalings = adapters["ranks"], adapters["scalings"]
+    there, scaled = state.get("ranks", ranks), state.get("scalings", scalings)
+    differing = [key for key in now if key not in MAY_CHANGE and now[key] != before.get(key)]
+    if differing:
+        each = "; ".join(f"{key}: {shown(before.get(key))} there, {now[key]!r} now" for key in differing)
+        raise RunFolderError(
+            f"The run that is resumed had other settings ({each}). Resume with those, or start a new run; only "
+            "the budget and the time may change."
+        )
+    other = [name for name in {**there, **ranks} if there.get(name) != ranks.get(name)]
+    if other:
+        raise RunFolderError(
+            f"{len(other)} adapters of the model have other ranks than those of the run that is resumed, such as "
+            f"{shown(other[0])}: {shown(there.get(other[0]))} there, {ranks.get(other[0])} now. In a loop of your own, "
+            "`rankpilot.save_checkpoint` and `load_checkpoint` keep adapters, optimiser and this state."
+        )
+    other = [name for name in scalings if not math.isclose(finite(scaled[name]), scalings[name], rel_tol=1e-6)]
+    if other:
+        raise RunFolderError(
+            f"The run that is resumed had another scaling: at rank {REFERENCE_RANK}, {shown(other[0])} is multiplied "
+            f"by {finite(scaled[other[0]]):g} there and by {scalings[other[0]]:g} now. Make the LoraConfig with the "
+            "lora_alpha and use_rslora of then."
+        )
+    return dict(before)
+
+
+def predictions_of(state: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """The steps of a state at which a plan's cost was predicted, and the costs."""
+    return [(counted(step), finite(cost)) for step, cost in state["predictions"]]
+
+
+@contextmanager
+def readable_state() -> Iterator[None]:
+    """What a damaged or foreign state makes the block raise becomes a RunFolderError."""
+    try:
+        yield
+    except RankPilotError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise RunFolderError(
+            f"The state of the run that is resumed is damaged, or of another model: {first_line(error)}. Take an "
+            "earlier checkpoint."
+        ) from error
+
+
+def changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """For people, which limits have changed; nothing if none has."""
+    differing = [key for key in MAY_CHANGE if now[key] != before.get(key)]
+    return "; ".join(f"the {key} is {now[key] or 'none'} now, and was {before.get(key) or 'none'}" for key in differing)
