@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from ..agents.learned import policy as learned
+from ..agents.learned import policy as learned_policy
 from ..agents.learned.networks import Plans
 from ..agents.learned.policy_file import SCHEMA
 from ..agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation, with_limit
@@ -56,16 +56,23 @@ is what would be seen under the task's budget."""
 MOVES = 0.25
 """Share of the runs that move at a decision after the first."""
 
-STRUCTURE = ("all", *learned.KINDS, "depth", "mixture")
+STRUCTURE = ("all", *learned_policy.KINDS, "depth", "mixture")
 """Kinds of plans that follow from the structure of the model; see `structure_plans`."""
 
-CHOICES = (*learned.FIXED_NAMES, "drawn", learned.KEEP, learned.ALL_LINEAR, "drawn for less", *STRUCTURE)
+CHOICES = (
+    *learned_policy.FIXED_NAMES,
+    "drawn",
+    learned_policy.KEEP,
+    learned_policy.ALL_LINEAR,
+    "drawn for less",
+    *STRUCTURE,
+)
 """What a run takes at a decision: a fixed candidate, one that is drawn, the ranks in place, plain LoRA, one that is
 drawn under a lower limit, or a plan that follows from the structure of the model."""
 
 PLAN_CHOICES = (
-    learned.ALL_LINEAR,
-    *learned.FIXED_NAMES,
+    learned_policy.ALL_LINEAR,
+    *learned_policy.FIXED_NAMES,
     "drawn",
     "drawn",
     "drawn for less",
@@ -140,7 +147,7 @@ class Stack:
     number: int
     draw: int
     tasks: tuple[ProxyTask, ...]
-    actor: learned.LearnedPolicy
+    actor: learned_policy.LearnedPolicy
     schedule: DecisionSchedule
     seed: int
     device: str
@@ -191,7 +198,7 @@ def run_plans(stack: Stack) -> PlanRun:
 
 
 def draw_decision(
-    observation: Observation, action: learned.MeanAction, number: int, generator: np.random.Generator
+    observation: Observation, action: learned_policy.MeanAction, number: int, generator: np.random.Generator
 ) -> tuple[Decision, str]:
     """Another plan for each run of a task; later mostly the ranks as they are. And which of `CHOICES` it is.
 
@@ -201,22 +208,22 @@ def draw_decision(
         number: of the run in its task, 0 to `RUNS` - 1.
         generator: draws.
     """
-    candidates = learned.candidate_actions(observation, action.scores, action.placement, 1, generator)
+    candidates = learned_policy.candidate_actions(observation, action.scores, action.placement, 1, generator)
     less, place = generator.uniform(*LESS), generator.uniform()
     if not is_first(observation) and generator.uniform() > MOVES:
-        return decision_to_keep(observation), learned.KEEP
+        return decision_to_keep(observation), learned_policy.KEEP
     choice = PLAN_CHOICES[number] if is_first(observation) else "drawn"
-    if choice == learned.ALL_LINEAR:
-        return replace(decision_to_keep(observation), ranks=learned.all_linear(observation.problem)), choice
+    if choice == learned_policy.ALL_LINEAR:
+        return replace(decision_to_keep(observation), ranks=learned_policy.all_linear(observation.problem)), choice
     if choice in STRUCTURE:
-        plans = [ranks for name, ranks in learned.structure_plans(observation) if _kind_of(name) == choice]
+        plans = [ranks for name, ranks in learned_policy.structure_plans(observation) if _kind_of(name) == choice]
         return replace(decision_to_keep(observation), ranks=plans[int(place * len(plans))]), choice
-    chosen = CHOICES.index(choice) if choice in learned.FIXED_NAMES else len(learned.FIXED_NAMES)
+    chosen = CHOICES.index(choice) if choice in learned_policy.FIXED_NAMES else len(learned_policy.FIXED_NAMES)
     if choice == "drawn for less":
-        observation = replace(observation, problem=learned.with_less(observation.problem, less))
+        observation = replace(observation, problem=learned_policy.with_less(observation.problem, less))
     one = candidates[chosen]
-    if choice == learned.UNIFORM:
-        (one,) = learned.with_uniform_plan([one], observation.problem)
+    if choice == learned_policy.UNIFORM:
+        (one,) = learned_policy.with_uniform_plan([one], observation.problem)
     decision = one.decision(observation)
     ranks = decided_plan(observation.problem, decision).ranks
     return replace(decision, ranks=ranks, exact=True), choice  # exact: the run has more room than this
@@ -227,7 +234,7 @@ def _kind_of(name: str) -> str:
     part = name.partition(" at ")[0]
     if "," in name or " in " in name:
         return "mixture"
-    return "depth" if part in learned.DEPTHS else part
+    return "depth" if part in learned_policy.DEPTHS else part
 
 
 @lru_cache(maxsize=1)
@@ -408,7 +415,7 @@ class RealPlanRun:
         most = (1 - LEAST_FALL) * self.initial
         return bool(self.losses[REFERENCE] <= most and not (self.losses > most).any())
 
-    def seen_by(self, actor: learned.LearnedPolicy) -> PlanRun:
+    def seen_by(self, actor: learned_policy.LearnedPolicy) -> PlanRun:
         """The same as the value networks of a policy learn from it: with the scores of its actor."""
         scores = actor.scores_of(self.modules, self.run)
         return PlanRun(
