@@ -2,7 +2,7 @@
 
 import sys
 
-from .__main__ import main
+from rankpilot.__main__ import main
 
 if __name__ == "__main__":
     sys.argv[1:] = ["train", *sys.argv[1:]]

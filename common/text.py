@@ -12,8 +12,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _LAYERED = re.compile(r"^(?P<prefix>.*?)\.?\b(?P<layer>\d+)\.(?P<rest>.+)$")
 
@@ -98,6 +100,8 @@ def make_table(
     title: str, columns: Iterable[str], rows: Iterable[Sequence[str]] = (), *, first_wraps: bool = False
 ) -> Table:
     """A table for people: the first column to the left, figures to the right; without a title if that is empty."""
+    from rich.table import Table  # which no fine-tune by a Trainer needs
+
     table = Table(title=title or None, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=not (index or first_wraps))
