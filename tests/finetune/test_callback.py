@@ -26,8 +26,14 @@ from .tiny_runs import Run, arguments, counting, logits, new_base, ranks_of
 
 STEPS, LENGTH = 12, 20
 DECISIONS = (0, 2, 4, 6)
+STRIDES = [
+    [stride * i % 64 if i < length else 0 for i in range(LENGTH)] for stride in range(1, 5) for length in range(6, 21)
+]
+ROWS = [{"input_ids": ids, "labels": ids} for ids in STRIDES] * 2
+"""Counting in strides, of different lengths, padded to one."""
+
 USUAL: dict[str, Any] = {"schedule": DecisionSchedule(probe_steps=4), "max_steps": STEPS, "measure_every": 1}
-USUAL |= {"save_steps": 3, "data": counting(5, LENGTH)[1:] * 30}
+USUAL |= {"save_steps": 3, "data": ROWS}
 
 Launch = Callable[..., Run]
 
@@ -177,7 +183,7 @@ class Watching(Trainer):
 def test_batches_and_random_states_are_those_of_a_plain_run(
     launch: Launch, tmp_path: Path, llama_config: LlamaConfig
 ) -> None:
-    options: dict[str, Any] = {"trainer": Watching, "max_steps": 8, "data": counting(96, LENGTH)}
+    options: dict[str, Any] = {"trainer": Watching, "max_steps": 8, "data": ROWS}
     piloted = launch(measure_every=3, dropout=0.0, **options)
     plain = Run(tmp_path / "plain", llama_config, budget=None, **options).train()
     assert piloted.trainer.seen == plain.trainer.seen

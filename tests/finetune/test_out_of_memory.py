@@ -156,8 +156,7 @@ class ShortRun(Run):
 
     @property
     def notes(self) -> list[str]:
-        table = DecisionLog(self.pilot.pilot.journal.log.folder).read()
-        return list(dict.fromkeys(note for note in table["note"].to_pylist() if note))
+        return list(dict.fromkeys(self.log["note"].dropna()))
 
 
 Launch = Callable[..., ShortRun]

@@ -416,7 +416,7 @@ def test_beyond_the_limit_a_compiled_run_is_warned_of_and_runs_on(
     assert run.recorder.graphs[-1] == run.recorder.graphs[4], "the third plan is not compiled any more"
     assert messages_of(caplog, "recompile_limit") == [
         "This run is compiled and plans 4 sets of ranks, which takes 4 graphs; torch._dynamo.config.recompile_limit is "
-        "2, and what is beyond it runs uncompiled. Give the callback a schedule of fewer decisions, or raise the limit "
+        "2, and what is beyond it runs uncompiled. Give `attach` a schedule of fewer decisions, or raise the limit "
         "before training: a little above 4, as new lengths of batches and corrections of the peak take further graphs."
     ]
 
