@@ -428,7 +428,7 @@ class DecisionLog:
             if any(self.folder.glob("part-*.parquet")):
                 raise RunFolderError(
                     f"{self.folder} is a decision log of rankpilot 0.2 (Parquet), which this version does not read. "
-                    "Study it with that version (pip install rankpilot==0.2.0), or make the run again."
+                    "Study it with that version, or make the run again."
                 )
             return []
         try:

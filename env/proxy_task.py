@@ -27,25 +27,25 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from ..common.checks import is_count, is_positive, is_real
 from ..common.files import read_json
 from ..cost.budget import Budget
-from ..cost.calibration import calibrate
 from ..cost.cost import ParameterCost, UntimedCost
-from ..cost.model import MemoryModel
-from ..cost.recording import BatchShape
 from ..cost.step_config import check_seed
 from ..errors import AssetError, ConfigError, UnknownNameError, first_line, shown
-from ..lora.targets import TargetModule, find_target_modules
 from .suite_names import SPLITS, SUITES
+
+if TYPE_CHECKING:  # a description of a task loads no library that trains
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from ..cost.model import MemoryModel
+    from ..lora.targets import TargetModule
 
 Unit = Literal["bytes", "parameters"]
 """What a budget of a proxy task counts."""
@@ -158,6 +158,8 @@ def new_base_model(base: ProxyBase, *, causal: bool = False) -> PreTrainedModel:
         base: the architecture.
         causal: a masked language model as a decoder, with the same weights by name.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
     config = AutoConfig.for_model(base.family, **base.config)
     if base.masked:
         config.is_decoder = causal
@@ -174,6 +176,8 @@ def _weights(name: str) -> dict[str, Any]:
             f"The weights of proxy base {name!r} are missing ({path}). Bases of the test split are in a "
             "checkout of the repository and not in the wheel: install rankpilot from one (pip install -e .)."
         )
+    from safetensors.torch import load_file
+
     return load_file(path)
 
 
@@ -204,6 +208,10 @@ CALIBRATED_ROWS = 4
 @lru_cache(maxsize=16)
 def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
     """The proxy base with a LoRA pair on every target module; one a process, since episodes run one after another."""
+    from peft import LoraConfig, get_peft_model
+
+    from ..lora.targets import find_target_modules
+
     base = find_base(name)
     config = LoraConfig(
         r=8,
@@ -221,12 +229,18 @@ def proxy_cost(base: str, rows: int, length: int, unit: Unit = "bytes", checkpoi
     """What plans on a proxy base cost at one batch shape."""
     if unit == "parameters":
         return ParameterCost.of(adapted_base(base)[1])
+    from ..cost.recording import BatchShape
+
     return proxy_memory(base, length, checkpointing).cost(BatchShape(rows, length))
 
 
 @lru_cache(maxsize=64)
 def proxy_memory(base: str, length: int, checkpointing: bool) -> MemoryModel:
     """Predicts the memory of any number of rows."""
+    import torch
+
+    from ..cost.calibration import calibrate
+
     model, targets = adapted_base(base)
     tokens = torch.zeros(CALIBRATED_ROWS, length, dtype=torch.int64)
     inner = model.get_base_model()

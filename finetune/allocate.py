@@ -188,6 +188,11 @@ def static_plan(
     if frontier:
         check_any_cost(load_policy(policy), "a frontier", "leave the frontier out")
     if isinstance(model, Trainer):
+        if data is not None:
+            raise ConfigError(
+                f"A Trainer has its own data; got {shown(data)} as `data`. Pass a policy by its name: "
+                "`rankpilot.allocate(trainer, policy=...)`."
+            )
         return _plan_of_trainer(model, policy, PilotOptions.of(options, changes), frontier)
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(
