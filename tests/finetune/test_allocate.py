@@ -108,6 +108,13 @@ def test_a_name_is_no_model() -> None:
         allocate("gpt2", batches(ROWS))  # type: ignore[arg-type]
 
 
+def test_data_beside_a_trainer_is_refused(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    """Such as a policy that its user gave in the place of the data."""
+    trainer = trainer_of(adapted(llama_config), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"A Trainer has its own data; got 'signal-mean' as `data`\. .*policy=\.\.\."):
+        allocate(trainer, "signal-mean")  # type: ignore[arg-type]
+
+
 def test_a_model_and_a_loader(llama_config: LlamaConfig) -> None:
     loader = batches(ROWS)
     base = new_base(llama_config)
