@@ -23,7 +23,8 @@ from ..cost.step_config import check_seed
 from ..data.batches import IGNORED, count_predictions, predicted_share
 from ..errors import ConfigError, UnsupportedError, first_line, shown
 from ..lora.targets import TargetModule, find_target_modules
-from .proxy_task import ALPHA, Reference
+from .bases import ALPHA
+from .proxy_task import Reference
 
 Collator = Callable[[list[Any]], Mapping[str, torch.Tensor]]
 _ADAPTED = "_rankpilot_own_task"

@@ -32,7 +32,8 @@ from ..data.corpora import CORPORA, LABELS, load_corpus, load_labelled, sample_w
 from ..errors import ConfigError, UnknownNameError
 from ..lora.targets import TargetModule
 from ..plan.problem import AllocationProblem, best_plan
-from .proxy_task import MASK_TOKEN, FineTune, ProxyBase, ProxyTask, Reference, adapted_base, find_base, proxy_cost
+from .bases import adapted_base, proxy_cost
+from .proxy_task import MASK_TOKEN, FineTune, ProxyBase, ProxyTask, Reference, find_base
 
 MASK_SHARE = 0.2
 """Share of the bytes that a masked language model has to fill in."""

@@ -6,23 +6,23 @@
   of the next byte, or of masked bytes, in nats.
 * *classify*: the base learns to name the class of a text; the loss is the cross-entropy of the class in nats.
 
-A description holds no model and no data: `ProxyFineTune` trains.
+A description holds no model and no data, and this module imports neither torch nor PEFT: `ProxyFineTune` trains.
 
-Suites are fixed sets of tasks, split by base, domain and budget, each with the results of fixed allocations:
+Suites: fixed sets of tasks, split by base, domain and budget, each with the results of fixed allocations.
 
 | split | bases | texts of shifts | classification |
 |---|---|---|---|
 | train | Llama and BERT of 4 layers | code, reviews, german, tables | sentiment |
 | validation | those; Llama and BERT of 8 layers, width 32 | newsgroups, spanish | newsgroups |
-| test | those of train; Llama and BERT of 8 layers, width 64; GPT-2 | five others (tools/make_suites.py) | topics |
+| test | those of train; Llama and BERT of 8 layers, width 64; GPT-2 | five others, see `make_suites` | topics |
 
 No seed, and no text except the planted teachers' (documentation), is in two splits. Learning rates are tuned for the
 uniform run of each task, and its result and the oracle's (planted) or full rank's (shift) are kept with it.
+`python -m tools.make_suites` makes them.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -34,23 +34,19 @@ import numpy as np
 from ..common.checks import is_count, is_positive, is_real
 from ..common.files import read_json
 from ..cost.budget import Budget
-from ..cost.cost import ParameterCost, UntimedCost
+from ..cost.cost import UntimedCost
 from ..cost.step_config import check_seed
-from ..errors import AssetError, ConfigError, UnknownNameError, first_line, shown
+from ..errors import ConfigError, UnknownNameError, first_line, shown
 from .suite_names import SPLITS, SUITES
 
-if TYPE_CHECKING:  # a description of a task loads no library that trains
+if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
-    from ..cost.model import MemoryModel
     from ..lora.targets import TargetModule
 
 Unit = Literal["bytes", "parameters"]
 """What a budget of a proxy task counts."""
-
-BASES_FOLDER = Path(__file__).parent / "weights"
 
 
 MASK_TOKEN = 256
@@ -149,112 +145,6 @@ def find_base(name: str) -> ProxyBase:
     if name not in PROXY_BASES:
         raise UnknownNameError.of("proxy base", name, PROXY_BASES)
     return PROXY_BASES[name]
-
-
-def new_base_model(base: ProxyBase, *, causal: bool = False) -> PreTrainedModel:
-    """An untrained model of the base's architecture, in fp32.
-
-    Args:
-        base: the architecture.
-        causal: a masked language model as a decoder, with the same weights by name.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
-
-    config = AutoConfig.for_model(base.family, **base.config)
-    if base.masked:
-        config.is_decoder = causal
-    kind = AutoModelForMaskedLM if base.masked and not causal else AutoModelForCausalLM
-    model: PreTrainedModel = kind.from_config(config)
-    return model
-
-
-@functools.lru_cache(maxsize=1)
-def _weights(name: str) -> dict[str, Any]:
-    path = BASES_FOLDER / name / "model.safetensors"
-    if not path.is_file():
-        raise AssetError(
-            f"The weights of proxy base {name!r} are missing ({path}). Bases of the test split are in a "
-            "checkout of the repository and not in the wheel: install rankpilot from one (pip install -e .)."
-        )
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def load_base_model(name: str) -> PreTrainedModel:
-    """A fresh copy of a pretrained proxy base, frozen, in evaluation mode, fp32."""
-    return with_weights(find_base(name), _weights(name))
-
-
-def with_weights(base: ProxyBase, weights: dict[str, Any]) -> PreTrainedModel:
-    """A model of an architecture with these weights, frozen, in evaluation mode, fp32."""
-    model = new_base_model(base)
-    _, unexpected = model.load_state_dict({key: value.float() for key, value in weights.items()}, strict=False)
-    if unexpected:
-        raise AssetError(f"The weights of proxy base {base.name!r} do not fit its architecture: {unexpected[:3]}.")
-    model.tie_weights()
-    model.requires_grad_(False)
-    return model.eval()
-
-
-ALPHA = 16
-"""`lora_alpha` of proxy runs: the scaling is 16 / rank, 2 at rank 8, PEFT users' most common setting."""
-
-
-CALIBRATED_ROWS = 4
-"""Rows from which on calibration records the same small steps, whatever their number."""
-
-
-@lru_cache(maxsize=16)
-def adapted_base(name: str) -> tuple[PeftModel, list[TargetModule]]:
-    """The proxy base with a LoRA pair on every target module; one a process, since episodes run one after another."""
-    from peft import LoraConfig, get_peft_model
-
-    from ..lora.targets import find_target_modules
-
-    base = find_base(name)
-    config = LoraConfig(
-        r=8,
-        lora_alpha=ALPHA,
-        target_modules=list(base.target_modules),
-        lora_dropout=0.0,
-        fan_in_fan_out=base.family == "gpt2",
-    )
-    model = get_peft_model(load_base_model(name), config)
-    return model, find_target_modules(model)
-
-
-@lru_cache(maxsize=256)
-def proxy_cost(base: str, rows: int, length: int, unit: Unit = "bytes", checkpointing: bool = False) -> UntimedCost:
-    """What plans on a proxy base cost at one batch shape."""
-    if unit == "parameters":
-        return ParameterCost.of(adapted_base(base)[1])
-    from ..cost.recording import BatchShape
-
-    return proxy_memory(base, length, checkpointing).cost(BatchShape(rows, length))
-
-
-@lru_cache(maxsize=64)
-def proxy_memory(base: str, length: int, checkpointing: bool) -> MemoryModel:
-    """Predicts the memory of any number of rows."""
-    import torch
-
-    from ..cost.calibration import calibrate
-
-    model, targets = adapted_base(base)
-    tokens = torch.zeros(CALIBRATED_ROWS, length, dtype=torch.int64)
-    inner = model.get_base_model()
-    if not checkpointing:
-        return calibrate(model, targets, {"input_ids": tokens, "labels": tokens})
-    inner.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()  # transformers checkpoints in training alone; the bases have no dropout
-    try:
-        return calibrate(model, targets, {"input_ids": tokens, "labels": tokens})
-    finally:
-        inner.gradient_checkpointing_disable()
-        if hasattr(inner, "_require_grads_hook"):  # set by enabling; it would make all later steps save everything
-            inner.disable_input_require_grads()
-        model.eval()
 
 
 @dataclass(frozen=True)

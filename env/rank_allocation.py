@@ -28,6 +28,7 @@ from ..common.checks import is_count
 from ..errors import ConfigError, NonFiniteError, UnknownNameError, shown
 from ..lora.spec import DEFAULT_RANKS
 from ..plan.plan import PLACEMENT, SCORE_BOUND
+from .bases import adapted_base
 from .episode import (
     AGENT,
     UNIFORM,
@@ -41,7 +42,7 @@ from .episode import (
     rule_to_compare_with,
 )
 from .proxy_finetune import fine_tune_of
-from .proxy_task import FineTune, ProxyTask, Reference, TaskStream, adapted_base, check_task, find_tasks
+from .proxy_task import FineTune, ProxyTask, Reference, TaskStream, check_task, find_tasks
 from .suite_names import SPLITS, SUITES
 
 Actions = Literal["deltas", "scores"]

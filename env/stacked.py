@@ -35,9 +35,10 @@ from ..lora.stacked.blocks import FORWARD_TOKENS, Blocks, States
 from ..lora.stacked.run import Move, StackedMeter, StackedRun, accumulate_all, reset_runs, set_stacked_ranks
 from ..plan.plan import uniform_ranks
 from ..plan.problem import AllocationProblem
+from .bases import adapted_base, load_base_model
 from .episode import MAX_GRAD_NORM, EpisodeLog, new_controller, rate_at, unknown_signals
 from .proxy_finetune import ProxyFineTune, TaskData, first_problem, known_of, load_task
-from .proxy_task import ProxyTask, Reference, adapted_base, load_base_model
+from .proxy_task import ProxyTask, Reference
 
 CACHED_TOKENS = 2560
 """Tokens of a training pass on a CPU: what they compute in a layer of the proxy bases stays in a core's cache."""

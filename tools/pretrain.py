@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 from rankpilot.common.files import atomic_path, write_json
 from rankpilot.data.corpora import load_corpus, sample_windows
+from rankpilot.env.bases import BASES_FOLDER, load_base_model, new_base_model
 from rankpilot.env.proxy_finetune import label_loss, language_inputs
-from rankpilot.env.proxy_task import BASES_FOLDER, ProxyBase, find_base, load_base_model, new_base_model
+from rankpilot.env.proxy_task import ProxyBase, find_base
 from rankpilot.errors import ConfigError
 
 TIED = ("lm_head.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")

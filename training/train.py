@@ -36,9 +36,10 @@ from ..agents.learned.policy_file import CARD, SCHEMA, save_policy
 from ..common import files
 from ..common.arrays import Arrays, FloatArray, IntArray
 from ..common.devices import find_device
+from ..env.bases import adapted_base
 from ..env.episode import Comparison
 from ..env.proxy_finetune import check_texts
-from ..env.proxy_task import VERSION, ProxyTask, adapted_base
+from ..env.proxy_task import VERSION, ProxyTask
 from ..env.vector import StackedConfig
 from ..errors import DataError, RunFolderError, first_line
 from .config import TrainConfig

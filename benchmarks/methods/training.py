@@ -22,7 +22,8 @@ from rankpilot.common.devices import find_energy_counter
 from rankpilot.cost.recording import Batch
 from rankpilot.data.models import load_model
 from rankpilot.data.task import KINDS
-from rankpilot.env.proxy_task import POSITIONS, ProxyBase, load_base_model, with_weights
+from rankpilot.env.bases import load_base_model, with_weights
+from rankpilot.env.proxy_task import POSITIONS, ProxyBase
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.peft_config import fresh_adapters
 from rankpilot.lora.spec import REFERENCE_RANK

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from rankpilot.env.bases import load_base_model
 from rankpilot.env.proxy_finetune import (
     FIRST_CLASS,
     IGNORED,
@@ -14,7 +15,7 @@ from rankpilot.env.proxy_finetune import (
     label_loss,
     language_inputs,
 )
-from rankpilot.env.proxy_task import MASK_TOKEN, find_base, load_base_model
+from rankpilot.env.proxy_task import MASK_TOKEN, find_base
 
 
 @pytest.fixture

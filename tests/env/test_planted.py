@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.cost.cost import plan_cost
 from rankpilot.env import proxy_finetune as oracle
+from rankpilot.env.bases import adapted_base, load_base_model
 from rankpilot.env.proxy_finetune import (
     DENSITY,
     RANKS,
@@ -25,7 +26,7 @@ from rankpilot.env.proxy_finetune import (
     oracle_plan,
     utilities,
 )
-from rankpilot.env.proxy_task import ProxyTask, adapted_base, find_base, load_base_model
+from rankpilot.env.proxy_task import ProxyTask, find_base
 from rankpilot.errors import ConfigError
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.spec import RankLadder

@@ -19,6 +19,7 @@ from rankpilot.cost.budget import Budget
 from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.cost import ByteCost, ParameterCost, plan_cost
 from rankpilot.data.corpora import load_corpus, load_labelled, sample_windows
+from rankpilot.env.bases import BASES_FOLDER, adapted_base, load_base_model, proxy_cost, proxy_memory
 from rankpilot.env.episode import Episode
 from rankpilot.env.proxy_finetune import (
     FIRST_CLASS,
@@ -30,17 +31,7 @@ from rankpilot.env.proxy_finetune import (
     language_inputs,
     load_task,
 )
-from rankpilot.env.proxy_task import (
-    BASES_FOLDER,
-    PROXY_BASES,
-    ProxyTask,
-    Reference,
-    adapted_base,
-    find_base,
-    load_base_model,
-    proxy_cost,
-    proxy_memory,
-)
+from rankpilot.env.proxy_task import PROXY_BASES, ProxyTask, Reference, find_base
 from rankpilot.errors import AssetError, ConfigError, UnknownNameError
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
@@ -326,7 +317,7 @@ def test_a_base_knows_more_than_how_often_bytes_occur(name: str) -> None:
 
 
 def test_bases_are_small_and_tell_what_is_missing(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankpilot.env import proxy_task as bases
+    from rankpilot.env import bases
 
     assert {"llama-4x32", "llama-4x64", "bert-4x64", "gpt2-4x32"} <= set(ON_DISK)
     assert sum(path.stat().st_size for path in BASES_FOLDER.rglob("*") if path.is_file()) <= 5_000_000
@@ -339,7 +330,7 @@ def test_bases_are_small_and_tell_what_is_missing(tmp_path: Any, monkeypatch: py
 
 
 def test_weights_of_another_architecture_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankpilot.env import proxy_task as bases
+    from rankpilot.env import bases
 
     monkeypatch.setattr(bases, "_weights", lambda name: {"stranger": torch.zeros(1)})
     with pytest.raises(AssetError, match="do not fit its architecture"):

@@ -20,9 +20,10 @@ from rankpilot.agents.observation import MODULE_FEATURES
 from rankpilot.agents.policy import decision_from_scores
 from rankpilot.agents.rules import find_rule
 from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.env.bases import adapted_base, proxy_cost, proxy_memory
 from rankpilot.env.episode import Comparison, Episode, reference_of, rule_losses
 from rankpilot.env.proxy_finetune import ProxyFineTune, TaskData, known_of, load_task
-from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference, adapted_base, proxy_cost, proxy_memory
+from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.errors import BudgetError, ConfigError, RunFolderError, UnknownNameError
 from rankpilot.lora.spec import DEFAULT_RANKS

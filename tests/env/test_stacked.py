@@ -17,9 +17,10 @@ from rankpilot.agents.observation import Observation
 from rankpilot.agents.policy import Decision
 from rankpilot.agents.rules import find_rule
 from rankpilot.agents.settings import DecisionSchedule
-from rankpilot.env import proxy_task as bases
+from rankpilot.env import bases as adapted
 from rankpilot.env import stacked
 from rankpilot.env import stacked as stack_trainer
+from rankpilot.env.bases import load_base_model
 from rankpilot.env.episode import Comparison, Episode, EpisodeRecord, reference_of, rule_losses
 from rankpilot.env.proxy_finetune import ProxyFineTune, known_of, load_task
 from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference
@@ -121,12 +122,13 @@ def mixed_tasks(base: str) -> list[ProxyTask]:
 @pytest.fixture
 def _fp64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Bases in fp64: in fp32, training makes 1 % of a signal out of rounding."""
-    load, caches = (
-        bases.load_base_model,
-        (bases.adapted_base, bases.proxy_cost, bases.proxy_memory, load_task, known_of),
-    )
-    for module in (bases, stack_trainer):
-        monkeypatch.setattr(module, "load_base_model", lambda name: load(name).double())
+
+    def load(name: str) -> Any:
+        return load_base_model(name).double()
+
+    caches = (adapted.adapted_base, adapted.proxy_cost, adapted.proxy_memory, load_task, known_of)
+    for module in (adapted, stack_trainer):
+        monkeypatch.setattr(module, "load_base_model", load)
     for cache in caches:
         cache.cache_clear()
     yield

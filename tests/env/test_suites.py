@@ -21,17 +21,16 @@ from rankpilot.common.files import append_json_line
 from rankpilot.cost.cost import plan_cost
 from rankpilot.data.corpora import CORPORA
 from rankpilot.env import proxy_task as suites
+from rankpilot.env.bases import BASES_FOLDER, adapted_base
 from rankpilot.env.episode import Episode, reference_of
 from rankpilot.env.proxy_finetune import ProxyFineTune, check_texts, oracle_plan
 from rankpilot.env.proxy_task import (
-    BASES_FOLDER,
     FOLDER,
     PLACEMENTS,
     PROXY_BASES,
     VERSION,
     ProxyTask,
     Reference,
-    adapted_base,
     evenly,
     find_tasks,
     load_suite,

@@ -20,8 +20,9 @@ from rankpilot.agents.settings import ONCE, DecisionSchedule, NetworkConfig
 from rankpilot.common.workers import isolated
 from rankpilot.cost.budget import reference_cost
 from rankpilot.cost.cost import plan_cost
+from rankpilot.env.bases import adapted_base
 from rankpilot.env.proxy_finetune import ProxyFineTune
-from rankpilot.env.proxy_task import ProxyTask, adapted_base, load_suite
+from rankpilot.env.proxy_task import ProxyTask, load_suite
 from rankpilot.env.stacked import StackedEpisodes
 from rankpilot.errors import RunFolderError
 from rankpilot.plan.plan import project

@@ -21,8 +21,9 @@ from rankpilot.agents.policy import Decision, decision_from_scores
 from rankpilot.agents.rules import MEAN_SIGNALS, signal_mean
 from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.arrays import Arrays
+from rankpilot.env.bases import adapted_base
 from rankpilot.env.proxy_finetune import utilities
-from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference, adapted_base
+from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference
 from rankpilot.env.stacked import StackedEpisodes
 from rankpilot.env.vector import StackedConfig, StackedVectorEnv
 from rankpilot.errors import BudgetError, ConfigError, WorkerError
