@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,8 @@ class RankPilot:
             BudgetError: no plan fits the larger batch, or the plan of the decision does not fit.
         """
         self._decide_if_due()
-        self._calls.made("before_step")
+        with self._ends_on_error():
+            self._calls.made("before_step")
         self._guard.before_step(self._step, batches)
 
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
@@ -226,7 +227,8 @@ class RankPilot:
             NoGradientError: the adapters receive none.
         """
         controller = self._controller
-        self._calls.made("before_optimizer_step")
+        with self._ends_on_error():
+            self._calls.made("before_optimizer_step")
         self._guard.passed()
         self._found = None
         try:
@@ -249,7 +251,8 @@ class RankPilot:
             BudgetError: the step was above the budget, and no plan fits.
         """
         self._check_begun()
-        self._calls.end_step(self._step + 1)
+        with self._ends_on_error():
+            self._calls.end_step(self._step + 1)
         self._step += 1
         self._guard.after_step(self._step)
         if decide:
@@ -408,6 +411,15 @@ class RankPilot:
     def _check_begun(self) -> None:
         if self.controller is None:
             raise ConfigError("The run has not begun: call `begin` first, or `rankpilot.load_checkpoint`.")
+
+    @contextmanager
+    def _ends_on_error(self) -> Iterator[None]:
+        """Stop measuring where a loop is told that it leaves out a call."""
+        try:
+            yield
+        except ConfigError:
+            self.break_off()
+            raise
 
     def _end(self) -> None:
         self._guard.finish()
