@@ -70,7 +70,7 @@ def test_bad_settings() -> None:
 
 
 def test_a_suite_with_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rankpilot.training.compare import evaluate as comparison
+    from rankpilot.training import compare as comparison
 
     monkeypatch.setattr(comparison, "find_tasks", lambda *_: ("one",))
     with pytest.raises(ConfigError, match="at least 2 tasks"):
