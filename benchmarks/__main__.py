@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from rich.console import Console
-
 from rankpilot.errors import RankPilotError, UnknownNameError
+from rich.console import Console
 
 BENCHMARKS = {
     "overhead": ("overhead", "time and memory of a step, beside LoRA and AdaLoRA"),

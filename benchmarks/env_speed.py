@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-
 from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.text import make_table
@@ -18,6 +16,7 @@ from rankpilot.common.workers import isolated
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.env.rank_allocation import TOP, RankAllocationEnv
 from rankpilot.env.vector import StackedVectorEnv
+from rich.console import Console
 
 from .harness import (
     Figures,

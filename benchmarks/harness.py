@@ -13,14 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import tyro
-from rich.console import Console
-from rich.progress import track
-from scipy.stats import rankdata
-
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.files import write_json
 from rankpilot.errors import ConfigError
 from rankpilot.training.results import Estimate, Statistic, estimate
+from rich.console import Console
+from rich.progress import track
+from scipy.stats import rankdata
 
 WIDTH = 132
 """Columns of output that goes into a file."""

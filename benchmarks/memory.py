@@ -13,8 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from peft import LoraConfig
-from rich.console import Console
-
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.devices import find_device
 from rankpilot.common.text import format_bytes, make_table
@@ -27,6 +25,7 @@ from rankpilot.lora.targets import TargetModule
 from rankpilot.plan.plan import top_down, top_layers
 from rankpilot.plan.problem import AllocationProblem
 from rankpilot.training.results import Estimate
+from rich.console import Console
 
 from .harness import (
     Figures,

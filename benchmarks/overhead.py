@@ -14,12 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from peft import AdaLoraConfig, LoraConfig
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
-
 from rankpilot.agents.controller import RankController
 from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.arrays import FloatArray
@@ -32,6 +26,11 @@ from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.adapters import PeftAdapters
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.training.results import Estimate, Statistic
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from .harness import (
     Figures,

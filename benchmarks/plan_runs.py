@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy
 from rankpilot.agents.observation import Observation, with_limit
@@ -37,6 +35,7 @@ from rankpilot.training.plan_runs import (
     read_real_plan_runs,
     write_real_plan_runs,
 )
+from rich.console import Console
 
 from .harness import Figures, machine_facts
 from .methods.plans import plain_lora

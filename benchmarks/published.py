@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-
 from rankpilot.common.text import make_table
 from rankpilot.cost.breakdown import frozen_sizes
 from rankpilot.cost.cost import moment_costs
@@ -24,6 +22,7 @@ from rankpilot.cost.outlook import CardUse, card_use
 from rankpilot.cost.published import find_configuration, find_device_spec
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
+from rich.console import Console
 
 from .harness import Figures, with_progress
 

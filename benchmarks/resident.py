@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-
 from rankpilot.cost.model_states import state_bytes
 from rankpilot.cost.peak_meter import resident_peak, restart_resident_peak
 from rankpilot.cost.recording import Batch

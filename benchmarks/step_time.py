@@ -9,9 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig
-from rich.console import Console
-from transformers import PreTrainedModel
-
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.text import make_table
 from rankpilot.common.workers import isolated
@@ -27,6 +24,8 @@ from rankpilot.finetune.left_as_found import Recomputation
 from rankpilot.lora.spec import REFERENCE_RANK, RankLadder
 from rankpilot.plan.plan import TimeLimit, project
 from rankpilot.plan.problem import AllocationProblem
+from rich.console import Console
+from transformers import PreTrainedModel
 
 from .harness import Figures, clock_for, interleave, machine_facts, paired_ratios, rank_correlation, with_progress
 from .models import LORA, Family, Learner, Size, random_loader, random_model

@@ -27,7 +27,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
-
 from rankpilot.agents.learned.policy import ALL_LINEAR, FIXED_NAMES, KEEP, LearnedPolicy
 from rankpilot.agents.learned.policy_file import CARD as POLICY_CARD
 from rankpilot.agents.learned.policy_file import load_policy, read_card, save_policy

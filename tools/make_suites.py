@@ -15,8 +15,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from rich.progress import track
-
 from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.files import append_json_line, read_json_lines, write_json
 from rankpilot.cost.budget import reference_cost
@@ -29,6 +27,7 @@ from rankpilot.env.suite_names import SPLITS, SUITES
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.plan.plan import uniform_ranks
 from rankpilot.plan.problem import AllocationProblem
+from rich.progress import track
 
 RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 """Learning rates that are tried for uniform rank."""

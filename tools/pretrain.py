@@ -18,15 +18,14 @@ import numpy as np
 import torch
 import tyro
 from numpy.typing import NDArray
-from rich.progress import track
-from transformers import PreTrainedModel
-
 from rankpilot.common.files import atomic_path, write_json
 from rankpilot.data.corpora import load_corpus, sample_windows
 from rankpilot.env.bases import BASES_FOLDER, load_base_model, new_base_model
 from rankpilot.env.proxy_finetune import label_loss, language_inputs
 from rankpilot.env.proxy_task import ProxyBase, find_base
 from rankpilot.errors import ConfigError
+from rich.progress import track
+from transformers import PreTrainedModel
 
 TIED = ("lm_head.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 """Weights that are tied to others, and left out of the file."""

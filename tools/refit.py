@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import tyro
 from numpy.typing import NDArray
-
 from rankpilot.agents.learned.networks import PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import WEIGHTS, load_policy, save_policy

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
-
 from rankpilot.common.arrays import IntArray
 from rankpilot.data.task import KINDS
 

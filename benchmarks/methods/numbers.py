@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-
 from rankpilot.common.arrays import FloatArray
 from rankpilot.cost.budget import Budget
 from rankpilot.training.results import Estimate, PairedComparison, compare_pairs, estimate, interquartile_means

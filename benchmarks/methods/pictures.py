@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-
 from rankpilot.common.drawing import COLORS, FAINT, INK, clean_axes, new_figure, save_figure
 
 from .numbers import REFERENCE, Comparison, Costs, Results, profile

@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-
 from rankpilot.agents.observation import ModuleShapes
 from rankpilot.common.arrays import BoolArray, IntArray
 from rankpilot.lora.targets import find_target_modules

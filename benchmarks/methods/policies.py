@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
-
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.learned.policy_file import load_policy, policy_folder, policy_schedule, read_card
 from rankpilot.common.arrays import IntArray
@@ -19,6 +17,7 @@ from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.plan.goal import LEAST_LAYERS, LEAST_MODULES, LEAST_THICK, GoalKind
+from torch.utils.data import DataLoader
 
 from .plans import module_names
 from .rows import Work, plan_ranks, plan_text

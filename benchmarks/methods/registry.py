@@ -11,8 +11,6 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from torch import nn
-
 from rankpilot.cost.budget import Budget
 from rankpilot.cost.cost import cost_state
 from rankpilot.cost.peak_meter import PeakMeter
@@ -21,6 +19,7 @@ from rankpilot.errors import BudgetError, NonFiniteError, UnknownNameError
 from rankpilot.finetune.before_training import run_costs
 from rankpilot.finetune.left_as_found import recomputing
 from rankpilot.lora.targets import find_target_modules
+from torch import nn
 
 from ..harness import interleave, paired_ratios
 from . import adalora, policies

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-
 from rankpilot.common.files import write_text
 from rankpilot.common.text import plural
 from rankpilot.errors import ConfigError
 from rankpilot.training.results import Estimate
+from rich.console import Console
 
 from ..harness import Figures, estimate_figures, machine_facts
 from .numbers import (

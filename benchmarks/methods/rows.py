@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.files import append_json_line, atomic_path, read_json_lines
 from rankpilot.errors import ConfigError

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-
 from rankpilot.common.workers import Workers, count_workers, worker_pool
 from rankpilot.errors import ConfigError, UnknownNameError
+from rich.console import Console
 
 from ..harness import Figures, machine_facts
 from .policies import Piloted

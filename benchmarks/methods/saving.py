@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
 from rankpilot.training.results import Estimate, estimate, ratio_estimate
 
 from ..harness import Figures, estimate_figures

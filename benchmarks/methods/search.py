@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
 from rankpilot.common.arrays import IntArray
 from rankpilot.cost.cost import cost_from_state
 from rankpilot.errors import UnsupportedError

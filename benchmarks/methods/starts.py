@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from peft import EvaConfig, MissConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
-from torch.utils.data import DataLoader
-
 from rankpilot.data.task import KINDS
 from rankpilot.lora.targets import TargetModule, find_target_modules
+from torch.utils.data import DataLoader
 
 from .plans import at_rank, blocks, deepest, deepest_measured, depth, ending, module_names, window
 from .rows import Work, plan_ranks, plan_text

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
-
 from rankpilot.common.arrays import IntArray
 from rankpilot.cost.budget import Budget
 from rankpilot.cost.cost import Cost, cost_from_state, plan_cost

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
-
 from rankpilot.data import workload as tokens
 from rankpilot.data.columns import encoded
 from rankpilot.data.corpora import docstrings, load_corpus, scattered, standard_library
 from rankpilot.data.models import load_tokenizer
 from rankpilot.data.packaged_data import DATASETS, read_official_split, read_splits
 from rankpilot.errors import UnknownNameError
+from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from .tasks import MethodTask
 

@@ -12,11 +12,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file
-from torch import nn
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
-
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.devices import find_energy_counter
 from rankpilot.cost.recording import Batch
@@ -27,6 +22,10 @@ from rankpilot.env.proxy_task import POSITIONS, ProxyBase
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.peft_config import fresh_adapters
 from rankpilot.lora.spec import REFERENCE_RANK
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from .rows import plan_text
 from .tasks import MethodTask
