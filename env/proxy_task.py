@@ -58,7 +58,7 @@ class ProxyBase:
     """One proxy architecture, a language model over bytes.
 
     Attributes:
-        name: folder below `env/proxies/weights`.
+        name: folder below `env/weights`.
         family: "llama", "bert" or "gpt2", as transformers calls it.
         depth: layers.
         target_modules: the linear layers that carry an adapter, as in `peft.LoraConfig`.
