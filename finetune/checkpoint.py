@@ -6,7 +6,7 @@ The two files of rankpilot are written first; the Trainer's own follow, of which
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ from ..common.checks import counted
 from ..cost.model_states import trained_outside
 from ..errors import DataError, RunFolderError, first_line, shown
 from ..lora.peft_config import resizable_targets
+from ..lora.targets import TargetModule
 
 if TYPE_CHECKING:
     from .pilot import RankPilot
@@ -256,11 +257,12 @@ def save_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path) -> N
     state, path = pilot.state_dict(), Path(folder).absolute()
     if not run.replicas.processes.first:
         return
+    assert pilot.controller, "a pilot that tells its state has begun"
     _check_replaceable(path)
     with files.atomic_path(path) as temporary:
         temporary.mkdir()
         save_state(temporary, state)
-        save_file(_trained(run, pilot), temporary / WEIGHTS)
+        save_file(_trained(run, pilot.controller.targets), temporary / WEIGHTS)
         torch.save(run.optimizer.state_dict(), temporary / OPTIMIZER)
 
 
@@ -284,7 +286,7 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
     if not folder.is_dir():
         raise RunFolderError(f"There is no checkpoint {folder}. Pass a folder that `save_checkpoint` wrote.")
     state = load_state(folder)
-    resizable_targets(run.model, pilot.options.scaling)
+    targets = resizable_targets(run.model, pilot.options.scaling)
     try:
         files.check_tensor_file(folder / WEIGHTS, MOST_STATE_BYTES)
         weights = load_file(folder / WEIGHTS)
@@ -293,7 +295,7 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
         raise RunFolderError(
             f"The checkpoint {folder} cannot be read: {first_line(error)}. Take an earlier one."
         ) from error
-    other = sorted(weights.keys() ^ _trained(run, pilot).keys())
+    other = sorted(weights.keys() ^ _trained(run, targets).keys())
     if other:
         raise RunFolderError(
             f"The checkpoint {folder} is of another model: {len(other)} of the parameters that train are in one of the "
@@ -327,9 +329,9 @@ def _check_replaceable(path: Path) -> None:
         )
 
 
-def _trained(run: TrainingRun, pilot: RankPilot) -> dict[str, torch.Tensor]:
+def _trained(run: TrainingRun, targets: Sequence[TargetModule]) -> dict[str, torch.Tensor]:
     """What trains, by name, and all adapters, those at rank 0 included."""
-    adapters = {id(p) for t in resizable_targets(run.model, pilot.options.scaling) for p in t.parameters.values()}
+    adapters = {id(p) for target in targets for p in target.parameters.values()}
     parameters = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad or id(p) in adapters]
     outside = enumerate(trained_outside(run.model, run.optimizer))
     return {name: p.detach().contiguous() for name, p in [*parameters, *((f"{_OUTSIDE}{i}", p) for i, p in outside)]}

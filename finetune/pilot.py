@@ -127,8 +127,7 @@ class RankPilot:
             DataError, NonFiniteError: the training set is empty, or the loss is NaN or infinite.
             ProcessError: the first of several processes failed, or they no longer hold the same adapters.
         """
-        self._start(run)
-        targets = resizable_targets(run.model, self.options.scaling)
+        targets = self._start(run)
         if self.budget.kind == "parameters":
             before_training.warn_of_other_adapters(run, targets)
         self.journal.open(name, [], writes=run.replicas.processes.first)
@@ -172,8 +171,7 @@ class RankPilot:
             RunFolderError: policy, schedule, bounds or the model's ranks are others than those of that time.
             BudgetError: no plan fits another budget.
         """
-        self._start(run)
-        targets = resizable_targets(run.model, self.options.scaling)
+        targets = self._start(run)
         low, high = rank_bounds(targets, self.options.bounds or {})
         adapters, schedule = PeftAdapters(run.model, targets), self.schedule
         with readable_state():
@@ -428,13 +426,16 @@ class RankPilot:
         if self.controller:
             finish_load(self.controller.adapters.model, self.controller.targets)
 
-    def _start(self, run: TrainingRun) -> None:
-        check_run(run)
+    def _start(self, run: TrainingRun) -> list[TargetModule]:
+        """Take a run that can be trained in the place of an earlier one; returns the target modules of its model."""
+        targets = resizable_targets(run.model, self.options.scaling)
+        check_run(run, targets)
         self._run = run
         self._guard.finish()  # of an earlier run that did not end
         self._calls.finish()
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
         self._guard, self._losses = PeakGuard(self.options.measure_every), LossMeter(run.replicas.processes)
+        return targets
 
     def _decide_if_due(self) -> None:
         if self._is_due():

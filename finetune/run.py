@@ -21,7 +21,7 @@ from ..cost.training_step import LossFunction, TrainingStep, checked_loss, model
 from ..data.batches import Collate, first_example, largest_batch, small_batches
 from ..errors import ConfigError, UnsupportedError
 from ..lora.optimizer_state import check_optimizer
-from ..lora.targets import check_unmerged, find_target_modules, unwrap
+from ..lora.targets import TargetModule, check_unmerged, unwrap
 from .left_as_found import put_back
 from .replicas import Replicas, check_one_device
 
@@ -176,12 +176,16 @@ class TrainingRun:
         return batch
 
 
-def check_run(run: TrainingRun) -> None:
+def check_run(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
     """Refuse a run that cannot be trained.
+
+    Args:
+        run: the run.
+        targets: the target modules of its model.
 
     Raises:
         UnsupportedError: the adapters are on several devices, the optimiser cannot be handled, the model leaves layers
-            out at random, or several processes run that share no gradients; see `check_optimized` as well.
+            out at random, an adapter is merged into its layer, or several processes run that share no gradients.
         ConfigError: it has no steps, or some adapters are not in the optimiser.
     """
     run.replicas.check()
@@ -190,7 +194,8 @@ def check_run(run: TrainingRun) -> None:
     _check_all_layers_run(run)
     if run.total_steps < 1:
         raise ConfigError(f"A run has at least one step; this one has {run.total_steps}. Raise max_steps.")
-    check_optimized(run)
+    check_unmerged(targets)
+    _check_optimized(run, targets)
 
 
 def _check_all_layers_run(run: TrainingRun) -> None:
@@ -205,15 +210,8 @@ def _check_all_layers_run(run: TrainingRun) -> None:
             )
 
 
-def check_optimized(run: TrainingRun) -> None:
-    """Refuse a run whose optimiser does not hold all adapters that may train: they would get rank for nothing.
-
-    Raises:
-        ConfigError: an adapter is in no group of the optimiser.
-        UnsupportedError: an adapter is merged into its layer.
-    """
-    targets = find_target_modules(run.model)
-    check_unmerged(targets)
+def _check_optimized(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
+    """Raise ConfigError if an adapter that may train is in no group of the optimiser: it would get rank for nothing."""
     held = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
     left = [
         target

@@ -148,13 +148,6 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
         config.init_lora_weights = True
 
 
-def pattern_of_user(model: nn.Module, targets: Sequence[TargetModule]) -> bool:
-    """Whether the LoraConfig has a `rank_pattern` that `sync_config` has not written into it."""
-    peft_model, adapter = unwrap(model), targets[0].adapter
-    config, synced = peft_model.peft_config[adapter], peft_model.__dict__.get(_SETTINGS, {})
-    return bool(config.rank_pattern) and synced.get(adapter, (None,))[0] is not config
-
-
 def _own_config(model: Any, adapter: str) -> Any:
     """The configuration of an adapter, which belongs to it alone from now on.
 
@@ -322,9 +315,11 @@ def start_kept(
         fresh: keep nothing, since adapters are to begin anew.
         note: tells a line.
     """
-    start = unwrap(model).peft_config[targets[0].adapter].init_lora_weights
+    peft_model, adapter = unwrap(model), targets[0].adapter
+    config, synced = peft_model.peft_config[adapter], peft_model.__dict__.get(_SETTINGS, {})
+    start, of_user = config.init_lora_weights, synced.get(adapter, (None,))[0] is not config
     begins = fresh or not any(map(is_trained, targets))
-    if begins and pattern_of_user(model, targets):
+    if begins and config.rank_pattern and of_user:
         note(PATTERN)
     if start in _DEFAULT or not begins:
         yield
