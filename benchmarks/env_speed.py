@@ -18,16 +18,7 @@ from rankpilot.env.rank_allocation import TOP, RankAllocationEnv
 from rankpilot.env.vector import StackedVectorEnv
 from rich.console import Console
 
-from .harness import (
-    Figures,
-    estimate_cycles,
-    estimate_figures,
-    interleave,
-    machine_facts,
-    paired_ratios,
-    usual_step,
-    with_progress,
-)
+from .harness import Figures, estimate_figures, interleave, machine_facts, usual_ratio, with_progress
 
 SCHEDULE = DecisionSchedule(probe_steps=8, probe_batch=2, fractions=(0.0, 0.25, 0.5, 0.75))
 
@@ -127,7 +118,7 @@ def benchmark(options: Options, console: Console) -> Figures:
             counts, seconds = measure(load, steps)
         each = {name: seconds[name] / counts[name] for name in counts}
         for name, count in counts.items():
-            ratio = estimate_cycles(paired_ratios(each["peft"], each[name], 1), usual_step)
+            ratio = usual_ratio(each["peft"], each[name])
             rate = 1 / float(np.median(each[name]))
             title = "single PEFT episodes" if name == "peft" else f"{count // steps} stacked episodes"
             rows.append((f"{steps} steps, {title}", f"{rate:.1f}", f"{1e3 / rate:.2f} ms", f"{ratio:.2f}"))

@@ -160,6 +160,11 @@ def estimate_cycles(ratios: FloatArray, statistic: Statistic) -> Estimate:
     return estimate(ratios, range(len(ratios)), statistic)
 
 
+def usual_ratio(seconds: FloatArray, base: FloatArray) -> Estimate:
+    """The median of the times over the base's times in the same rounds, (rounds,) each, with its 95 % interval."""
+    return estimate_cycles(paired_ratios(seconds, base, 1), usual_step)
+
+
 def estimate_figures(name: str, estimate: Estimate) -> Figures:
     """An estimate by flat name: NAME, NAME_low and NAME_high."""
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

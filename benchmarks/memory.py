@@ -27,16 +27,7 @@ from rankpilot.plan.problem import AllocationProblem
 from rankpilot.training.results import Estimate
 from rich.console import Console
 
-from .harness import (
-    Figures,
-    estimate_cycles,
-    estimate_figures,
-    interleave,
-    machine_facts,
-    paired_ratios,
-    usual_step,
-    with_progress,
-)
+from .harness import Figures, estimate_figures, interleave, machine_facts, usual_ratio, with_progress
 from .models import ARCHITECTURES, FAMILIES, LORA, Family, Learner, Size, random_model
 from .resident import large_learner, observe
 
@@ -229,7 +220,7 @@ def measured_steps(family: Family, size: Size, device: torch.device, seed: int, 
 
     work = {"plain": lambda turn: learner.step(batch), "measured": lambda turn: learner.measured_step(batch)}
     seconds = interleave(work, rounds, device)
-    ratio = estimate_cycles(paired_ratios(seconds["measured"], seconds["plain"], 1), usual_step)
+    ratio = usual_ratio(seconds["measured"], seconds["plain"])
     share = _look_seconds(batch) / float(np.median(seconds["plain"]))
     return {"step_ratio": [ratio.value, ratio.low, ratio.high], "look_share": share}
 

@@ -7,35 +7,38 @@ The runs of a task share seed and batches and differ by their plans alone, as th
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.learned.policy_file import load_policy
+from rankpilot.agents.learned.policy_file import SCHEMA, load_policy
 from rankpilot.agents.observation import Observation, with_limit
 from rankpilot.agents.policy import Decision, decision_to_keep
 from rankpilot.agents.settings import ONCE
 from rankpilot.common.arrays import IntArray
+from rankpilot.common.files import atomic_path
 from rankpilot.common.workers import count_workers, worker_pool
 from rankpilot.errors import ConfigError, NonFiniteError
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.training.plan_runs import (
     CHOICES,
+    REAL_ARRAYS,
     RUNS,
     RealPlanRun,
     draw_decision,
     read_real_plan_runs,
-    write_real_plan_runs,
 )
 from rich.console import Console
+from safetensors.numpy import save_file
 
 from .harness import Figures, machine_facts
 from .methods.plans import plain_lora
@@ -241,6 +244,16 @@ def _curve(row: dict[str, Any], steps: int) -> list[float]:
     return list(row.get("train_losses", [math.nan] * steps))
 
 
+def write_real_plan_runs(runs: Sequence[RealPlanRun], path: Path) -> None:
+    """Write plan runs into one file, for `read_real_plan_runs`."""
+    arrays = {f"{number}.{name}": getattr(each, name) for number, each in enumerate(runs) for name in REAL_ARRAYS}
+    arrays |= {name: values.astype(np.int16) for name, values in arrays.items() if name.endswith("ranks")}
+    texts = [field.name for field in fields(RealPlanRun) if field.name not in REAL_ARRAYS]
+    origin = json.dumps([{name: getattr(each, name) for name in texts} for each in runs])
+    with atomic_path(path) as temporary:
+        save_file(arrays, temporary, metadata={"schema": str(SCHEMA), "origin": origin})
+
+
 def benchmark(options: Options, console: Console) -> Figures:
     """Run what is missing, pack what is complete, and tell what there is.
 
@@ -275,7 +288,8 @@ def benchmark(options: Options, console: Console) -> Figures:
                     study.rows.add(work, row)
                     spent += row["cpu_s"]
             if options.pack and len(found) > packed:
-                packed, _ = len(found), write_real_plan_runs(list(found.values()), options.pack)
+                write_real_plan_runs(list(found.values()), options.pack)
+                packed = len(found)
             told = f"{number + 1} of {len(wanted)}: {task.name}, seed {seed}; {spent / 3600:.2f} CPU h"
             progress.print(told, markup=False, soft_wrap=True)
     count = sum(_name(task, seed) in found for task, seed in wanted)

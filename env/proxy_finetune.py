@@ -474,18 +474,6 @@ def utilities(task: ProxyTask, problem: AllocationProblem) -> FloatArray:
     return worth
 
 
-def attainable_loss(task: ProxyTask, ranks: IntArray) -> float:
-    """The least divergence from the teacher that these ranks allow, nearly, in nats.
-
-    Args:
-        task: a planted one.
-        ranks: int64 (modules,).
-    """
-    names = [target.name for target in adapted_base(task.base)[1]]
-    by_name = dict(zip(names, ranks.tolist(), strict=True))
-    return _loss(task, [by_name[change.name] for change in _changes(task)])
-
-
 @lru_cache(maxsize=CACHED_TASKS)
 def _worth(task: ProxyTask) -> list[float]:
     """The divergence of the teacher from itself without each of its changes, in nats."""

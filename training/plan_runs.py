@@ -430,20 +430,8 @@ class RealPlanRun:
         )
 
 
-_ARRAYS = ("modules", "run", "ranks", "losses", "train_losses", "choices")
-_TEXTS = ("task", "family", "names", "initial")
-
-
-def write_real_plan_runs(runs: Sequence[RealPlanRun], path: Path) -> int:
-    """Write plan runs into one file; returns its bytes."""
-    arrays = {f"{number}.{name}": getattr(each, name) for number, each in enumerate(runs) for name in _ARRAYS}
-    for name, values in arrays.items():
-        if name.endswith("ranks"):
-            arrays[name] = values.astype(np.int16)
-    origin = json.dumps([{name: getattr(each, name) for name in _TEXTS} for each in runs])
-    with atomic_path(path) as temporary:
-        save_file(arrays, temporary, metadata={"schema": str(SCHEMA), "origin": origin})
-        return temporary.stat().st_size
+REAL_ARRAYS = ("modules", "run", "ranks", "losses", "train_losses", "choices")
+"""Fields of `RealPlanRun` that are arrays of its file, `NUMBER.FIELD`; the others are JSON in the file's metadata."""
 
 
 def more_plan_runs(path: str | Path | None) -> list[RealPlanRun]:
@@ -469,7 +457,7 @@ def read_real_plan_runs(path: Path) -> list[RealPlanRun]:
 
 def _one(arrays: Arrays, number: int, texts: dict[str, Any]) -> RealPlanRun:
     """The fine-tune of a number; ValueError if its arrays do not go together."""
-    mine: dict[str, Any] = {name: arrays[f"{number}.{name}"] for name in _ARRAYS}
+    mine: dict[str, Any] = {name: arrays[f"{number}.{name}"] for name in REAL_ARRAYS}
     names, count = tuple(texts["names"]), len(texts["names"])
     shapes = {
         "modules": (count, len(MODULE_FEATURES)),

@@ -9,17 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rankpilot.errors import RunFolderError
-from rankpilot.training.plan_runs import (
-    RUNS,
-    RealPlanRun,
-    read_real_plan_runs,
-    write_real_plan_runs,
-)
+from rankpilot.training.plan_runs import RUNS, RealPlanRun, read_real_plan_runs
 from rich.console import Console
 
 from benchmarks import plan_runs
 from benchmarks.methods.tasks import SUITES, MethodTask
-from benchmarks.plan_runs import Options, benchmark
+from benchmarks.plan_runs import Options, benchmark, write_real_plan_runs
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

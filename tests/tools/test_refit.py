@@ -18,9 +18,10 @@ from rankpilot.common.files import read_json, sha256
 from rankpilot.env.proxy_task import find_tasks
 from rankpilot.errors import DataError, RunFolderError
 from rankpilot.training import task_sampling
-from rankpilot.training.plan_runs import RUNS, plan_dataset, read_plan_run, write_real_plan_runs
+from rankpilot.training.plan_runs import RUNS, plan_dataset, read_plan_run
 from rankpilot.training.train import finish, train
 
+from benchmarks.plan_runs import write_real_plan_runs
 from tools.dataset import TrialsDataset, open_dataset, write_dataset
 from tools.refit import Options, main, plan_runs_of, refit, save_refitted, training_config
 

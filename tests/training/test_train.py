@@ -34,13 +34,15 @@ from rankpilot.training import task_sampling as draws
 from rankpilot.training import train as ppo_progress
 from rankpilot.training import train as training
 from rankpilot.training.config import TrainConfig
-from rankpilot.training.plan_runs import PLAN_RUNS, RUNS, write_real_plan_runs
+from rankpilot.training.plan_runs import PLAN_RUNS, RUNS
 from rankpilot.training.task_sampling import for_plain_lora, fresh_tasks, plan_draws
 from rankpilot.training.train import CHECKPOINT, PROGRESS, Validation, finish, is_finished, train, write_checkpoint
 from rankpilot.training.vec_env import GroupRolloutBuffer, ProxyVecEnv, RankPolicy
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
+
+from benchmarks.plan_runs import write_real_plan_runs
 
 from ..cases import first_cases
 from .made_up import real_plan_run
