@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rankpilot.cost.cost import ByteCost, FixedCost, ParameterCost, moment_costs, plan_cost
-from rankpilot.lora.spec import RankLadder
+from rankpilot.lora.spec import ModuleSpec, RankLadder
 from rankpilot.plan.plan import pack, project
 from rankpilot.plan.problem import AllocationProblem
 
@@ -279,3 +279,13 @@ def test_a_real_change_of_a_score_goes_through(checkpointing):
         worse[module] -= 1.0
         assert decided(problem, better)[module] > problem.ranks[module]
         assert decided(problem, worse)[module] < problem.ranks[module]
+
+
+@pytest.mark.parametrize(("lead", "first", "later"), [(0.1, [4, 8], [8, 4]), (0.5, [4, 8], [4, 8])])
+def test_later_decisions_alone_favour_the_ranks_in_place(lead, first, later):
+    """The first one owes nothing to the ranks that the probe has left."""
+    modules = [ModuleSpec(name, block=0, d_in=64, d_out=64) for name in ("q_proj", "v_proj")]
+    cost, now, scores = ParameterCost.of(modules), np.array([8, 4]), np.array([0.0, lead])
+    for max_step, expected in ((None, first), (2, later)):
+        problem = AllocationProblem.of(modules, cost, plan_cost(cost, now), ranks=now, max_step=max_step)
+        assert project(problem, pack(problem, scores, 1.0), scores).ranks.tolist() == expected
