@@ -4,8 +4,6 @@ The names below are loaded when first used, so that `import rankpilot` loads no 
 environment is registered when `ENV_ID` is read, and at once if gymnasium is imported already.
 """
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,5 @@
 """The command line: `rankpilot`, or `python -m rankpilot`."""
 
-from __future__ import annotations
-
 import sys
 
 from .common.quiet import silence_libraries

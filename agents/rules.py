@@ -15,8 +15,6 @@ the plan of the first decision. A new rule is a policy (`agents/policy.py`) and 
 Plans that somebody gives have a rank for each module: a mapping, or a file that a person reads and edits (`PlanFile`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re

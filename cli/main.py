@@ -4,8 +4,6 @@ Each command is a module of this package with a function `main(arguments)`, impo
 asked for: showing help or refusing an option loads none of the libraries that training needs.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What the commands print to, and progress bars."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

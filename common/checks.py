@@ -4,8 +4,6 @@ The first three functions answer for numbers that a caller passes. `finite` and 
 may be damaged, and raise ValueError or TypeError.
 """
 
-from __future__ import annotations
-
 import math
 from numbers import Real
 from typing import Any

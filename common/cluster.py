@@ -9,8 +9,6 @@ Machines of different kinds may round differently. So each node first runs a *ca
 takes part only if the result is the one that this machine finds.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import re

@@ -4,8 +4,6 @@ The scale of the heat map is fixed, so that a colour means the same rank in each
 equally. Rank 0 is grey, and hatched where there is room. Colours suit colour-blind readers (viridis).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Quiet libraries, so that the command line and its workers print only rankpilot's messages."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

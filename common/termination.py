@@ -1,7 +1,5 @@
 """What happens when the system asks a process to end (SIGTERM), as job schedulers do before they kill it."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator

@@ -13,8 +13,6 @@ Each process is an `Executor` of its own: this process, one of this machine, or 
 names, such as a cluster's (`common.cluster`).
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -10,8 +10,6 @@ first step warms up: libraries take their workspaces and the optimiser its state
 segments that the first one has cut up.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

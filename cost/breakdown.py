@@ -4,8 +4,6 @@ Every byte that `MemoryModel.cost` counts at the peak has one layer and one kind
 predicted peak.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ package's own calibration runs its small steps there, as the device that is aske
 (`cost/hollow_device.py`). The byte model that comes out is the one that the same steps give on that device.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import warnings

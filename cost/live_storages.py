@@ -4,8 +4,6 @@ The meta device may stand for another one. Scratch memory, which CUDA kernels al
 no tensor of the program holds, counts as well, as the allocator counts it: what grows with the batch or with weights.
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

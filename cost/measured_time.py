@@ -3,8 +3,6 @@
 Work is counted by running the step once, on any device, the meta device included.
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from bisect import bisect_right

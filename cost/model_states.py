@@ -1,7 +1,5 @@
 """What an adapter and its optimiser hold between steps: weights, gradients, optimiser state, signal buffers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 

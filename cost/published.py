@@ -11,8 +11,6 @@ bytes of a CUDA context are those that such errors show as held by the process b
 of data sheets for dense products with sums in fp32.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A gradient that goes two ways, such as into a layer and past it, waits until bot
 graph has one of the ways only, it is freed after that one. So which nodes hold each gradient is followed as well.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Batches of a training set: its largest one, and small ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from inspect import getclosurevars, isfunction
 from io import IOBase

@@ -17,8 +17,6 @@ as a list or as text), and their messages may have `tool_calls`, `tool_call_id` 
 Instructions become messages where the tokenizer has a chat template, and otherwise text under headings.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -7,8 +7,6 @@ corpus is held out, and the files themselves are ordered by class, topic or part
 wheel alone.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import functools

@@ -4,8 +4,6 @@ The frozen model may be stored in four or eight bits for each weight, by bitsand
 what transformers, PEFT and TRL fine-tune: a folder with fp32 safetensors.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Data sets for a model, by packaged name, Hugging Face id or local path: the rows that a Trainer trains on."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping

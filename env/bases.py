@@ -1,7 +1,5 @@
 """Models of the proxy bases, with LoRA adapters, and what plans on them cost."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 from typing import Any

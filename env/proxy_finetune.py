@@ -12,8 +12,6 @@ known without training:
   (Eckart and Young, 1936).
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

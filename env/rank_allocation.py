@@ -1,7 +1,5 @@
 """The Gymnasium environment `rankpilot/RankAllocation-v4`: its spaces, its actions, and its episodes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Names of the suites of tasks and of their splits, which settings need before any task is read."""
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 Split = Literal["train", "validation", "test"]

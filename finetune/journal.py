@@ -3,8 +3,6 @@
 Changes of rank that no policy asked for, such as a plan that shrinks, are written down as a `Correction`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any

@@ -3,8 +3,6 @@
 Such a loop would train on with less than was asked for. What the optimiser does is seen by a hook on its steps.
 """
 
-from __future__ import annotations
-
 import logging
 
 from torch.utils.hooks import RemovableHandle

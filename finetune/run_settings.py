@@ -1,7 +1,5 @@
 """The settings of a run that a resumed run is held against."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ the model twice (DPO), weigh classes or smooth labels. So the Trainer's `trainin
 `accelerator.backward` is the loss, with its graph.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

@@ -19,8 +19,6 @@ Sensitivity, gradient norm and importance are as they would be at the scaling of
 (`lora/peft_config.py`), and a module would seem worth less the more rank it has.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol

@@ -10,8 +10,6 @@ An optimiser that is not in the table is refused, because a moment that is mappe
 error. Third-party optimisers are recognised by name, so none of them needs to be installed.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace

@@ -10,8 +10,6 @@ depends on the rank (docs/scaling.md). So alpha stays when a rank changes, as PE
 alpha / r, and alpha / sqrt(r) under `use_rslora` (Kalajdzievski, 2023, arXiv:2312.03732).
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -10,8 +10,6 @@ For a pair A (r, d_in), B (d_out, r) with delta W = s B A:
 * the optimiser's moments follow the same linear maps (`lora/optimizer_state.py`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

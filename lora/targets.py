@@ -4,8 +4,6 @@ Target modules are checked: their ranks must be able to change. The frozen model
 torchao, optimum-quanto). Its parameters then hold codes or packed bytes, which must be dequantised before use.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A model that is here, as `rankpilot memory` looks at it: with the data and the Trainer of `rankpilot finetune`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -3,8 +3,6 @@
 It has the subject and the verdict in words, one table of choices, the batches that fit, and all figures.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import asdict

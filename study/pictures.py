@@ -7,8 +7,6 @@ All are drawn with the object interface on the Agg canvas: no display, no global
 README, colours (Okabe and Ito 2008; viridis) suit colour-blind readers, and titles state the result.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

@@ -9,8 +9,6 @@ Three kinds of folder have a decision log, and each may be of a run that goes on
 `unusual_features` tells in which features a module stands out among all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

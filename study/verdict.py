@@ -1,7 +1,5 @@
 """What a reader of a page has to know first: whether the run is good for anything, and its results beside others."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

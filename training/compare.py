@@ -11,8 +11,6 @@ logged run from the start. `static` has them as they were: what is lost there is
 what is lost there is what the choice between layers was worth.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

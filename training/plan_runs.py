@@ -10,8 +10,6 @@ Beside those of fresh proxies a training reads plan runs of real fine-tunes from
 `python -m benchmarks plan-runs` makes. Each of these had one decision, before the first step.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace

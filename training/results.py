@@ -12,8 +12,6 @@ interval of Hesterberg, 2015, "What teachers should know about the bootstrap", T
 `ratio_estimate` gives a studentised interval where few tasks carry most of the weight.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass

@@ -3,8 +3,6 @@
 They follow from the settings alone, so that a run that was interrupted and a study of its plan runs draw the same ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

@@ -12,8 +12,6 @@ A checkpoint after the warm start and after each iteration makes the run resumab
 tasks go on as if nothing had happened. Checkpoints hold tensors and numbers only, so reading one never unpickles code.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

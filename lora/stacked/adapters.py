@@ -14,8 +14,6 @@ segment), and runs without an adapter take no part. Only products of zeros are l
 whole width, bit for bit.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ the hidden states that enter a block, once for all runs with the same inputs, an
 batch at its block with them. They require no gradient, so the backward pass of a run ends at its block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ The ranks of several runs change at once. Each run gets the result that `set_ran
 the same maps, the same fresh directions, the same rules for Adam's state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
