@@ -300,10 +300,10 @@ def warm_start(
     seed: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Teach a policy's network the worth of modules.
+    """Teach a policy's network the worth of modules. The placement has no part in it and stays that of the rule.
 
     Args:
-        policy: explores and is taught.
+        policy: untrained; it explores and is taught.
         envs: runs the tasks.
         tasks: planted ones, and others.
         seed: of the order of the dataset.
@@ -322,33 +322,29 @@ def warm_start(
     known = torch.tensor(dataset.known)
     with torch.no_grad():
         rule = policy.get_distribution(seen).mean[:, : seen["mask"].shape[1]]
-        placement = policy.get_distribution(seen).mean[:, seen["mask"].shape[1] :].clone()
     targets = torch.where(known[:, None], torch.from_numpy(np.stack(dataset.targets)).float(), rule)
     weights = seen["mask"].float() / seen["mask"].sum(dim=1, keepdim=True)
 
-    def errors(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def errors(rows: torch.Tensor) -> torch.Tensor:
         mean = policy.get_distribution({key: value[rows] for key, value in seen.items()}).mean
-        count = targets.shape[1]
-        difference = mean[:, :count] - targets[rows]
-        centred = difference - (difference * weights[rows]).sum(
-            dim=1, keepdim=True
-        )  # only differences of scores matter
-        return (centred.square() * weights[rows]).sum(dim=1), (mean[:, count:] - placement[rows]).square().sum(dim=1)
+        difference = mean[:, : targets.shape[1]] - targets[rows]
+        # Only differences of scores matter.
+        centred = difference - (difference * weights[rows]).sum(dim=1, keepdim=True)
+        return (centred.square() * weights[rows]).sum(dim=1)
 
     everything = torch.arange(len(known))
     with torch.no_grad():
-        before = errors(everything)[0][known].mean()
+        before = errors(everything)[known].mean()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(policy.network.parameters(), lr=RATE, weight_decay=1e-2)
     for _ in range(PASSES):
         order = torch.randperm(len(known), generator=generator)
         for rows in torch.split(order, BATCH):
-            scores, steered = errors(rows)
             optimizer.zero_grad()
-            (scores.mean() + steered.mean()).backward()  # type: ignore[no-untyped-call]
+            errors(rows).mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     with torch.no_grad():
-        after = errors(everything)[0][known].mean()
+        after = errors(everything)[known].mean()
     constant = (targets.square() * weights).sum(dim=1)[known].mean()
     return {"before": float(before), "after": float(after), "constant": float(constant)}
 
