@@ -445,8 +445,9 @@ def test_fresh_seeds(pool: tuple[ProxyTask, ...], schedule: DecisionSchedule) ->
     assert infos["uniform_loss"][0] not in (2.5, infos["uniform_loss"][2]), "measured for each"
     assert two.reset(seed=3)[1]["task"].tolist() == infos["task"].tolist()
     assert one.reset()[1]["task"].tolist() != infos["task"].tolist()
-    ruled = make_vector(1, schedule=schedule, fresh_seeds=True, against="signal-mean")
+    ruled, one, two = (make_vector(1, schedule=schedule, fresh_seeds=True, against="signal-mean") for _ in range(3))
     assert ruled.reset(seed=3)[1]["uniform_loss"].tolist() == [2.5], "a measure of headroom, as the task has it"
+    assert one.reset()[1]["task"].tolist() != two.reset()[1]["task"].tolist(), "without a seed nothing repeats"
 
 
 def test_probes_and_references_are_found_out_once_and_the_same_again(

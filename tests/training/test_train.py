@@ -204,6 +204,8 @@ def test_the_run_folder(whole: Run, bare: Run) -> None:
     assert bare.rows[0] == {"iteration": 0}
     for run, config in ((whole, CONFIG), (bare, BARE)):
         assert not same_weights(run.network, RankNetwork(config.network))
+        frozen = {name.partition(".")[0] for name, value in run.network.named_parameters() if not value.requires_grad}
+        assert frozen == {"module_encoder", "context_encoder", "estimate_head"}, "the warm start alone teaches these"
     assert list((bare.folder.parent / "temporary").iterdir()) == [], "nothing is left among the temporary files"
 
 
