@@ -133,7 +133,7 @@ def t4_step(model: str, attention: str, quantization: Any) -> ConfiguredStep:
         max_length=2048,
         target_modules="q_proj,k_proj,v_proj,o_proj",
         quantization=quantization,
-        checkpointing=True,
+        gradient_checkpointing=True,
     )
     return from_config(
         config,
@@ -270,7 +270,7 @@ _TIMED_CODE = """
 import json, resource, sys, time
 from rankpilot.cost.from_config import from_config
 from rankpilot.cost.step_config import StepConfig
-step = StepConfig(batch_size=4, max_length=2048, checkpointing=True)
+step = StepConfig(batch_size=4, max_length=2048, gradient_checkpointing=True)
 before = time.process_time()
 from_config(sys.argv[1], step).memory.cost()
 print(json.dumps([time.process_time() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]))

@@ -70,6 +70,8 @@ def main(arguments: Sequence[str]) -> int:
         console.print(f"[bold]{escape(report.subject(outlook, options))}[/]", highlight=False)
         console.print(report.verdict_text(outlook), markup=False, highlight=False)
         console.print(report.choice_table(outlook))
+        if len(outlook.step.saved) > 1:
+            console.print(report.saver_table(outlook))
     elif options.config:
         console.out(report.configuration_text(outlook), highlight=False)
     report.write_memory_report(outlook, options, options.output)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +29,20 @@ def find_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way of being absent
         raise ConfigError(f"No device {name!r} is at hand. Use cpu, or leave it at auto.") from error
     return torch.device(name)
+
+
+META_AUTOCAST: ContextVar[torch.dtype | None] = ContextVar("META_AUTOCAST", default=None)
+"""The precision of autocast on the meta device, of which torch knows nothing; see `cost/hollow_device.py`."""
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """The precision of products with a tensor under the autocast of now; None where autocast leaves it alone."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return None
+    if kind == "meta":
+        return META_AUTOCAST.get()
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 @contextmanager

@@ -24,13 +24,16 @@ from ..lora.targets import TargetModule
 from .breakdown import frozen_bytes
 from .budget import Budget, Limit
 from .cost import ParameterCost, UntimedCost
+from .later_logits import expecting_one
 from .live_storages import device_kind
 from .model import RANK, Growth, MemoryModel, recomputed_cost
 from .model_states import model_states, trained_outside, with_buckets
 from .published import HOPPER_WORKSPACE_BYTES
 from .recorder import Recorder
 from .recording import Batch, BatchShape, Recording, reshaped
-from .training_step import LossFunction, LossTiles, TrainingStep
+from .savers import ExactSavers, Saved, saved_by
+from .tiled_loss import LossTiles
+from .training_step import LossFunction, TrainingStep
 
 CUT_FAILS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
 """What a loss function may raise for a batch that was cut."""
@@ -74,7 +77,7 @@ def calibrate(
     shape = BatchShape.of(batch)
     tiles = LossTiles(shape)
     outside = trained_outside(model, optimizer)
-    with all_training(model, targets, outside):
+    with all_training(model, targets, outside), expecting_one(model):
         recorder = _ScaledRecorder(Recorder(model, targets, loss, outside), targets, tiles)
         batches = [reshaped(batch, other, rows_per_example) for other in _small_shapes(shape, rows_per_example)]
         small, series = batches[0], _same_series(recorder, batches)
@@ -237,11 +240,19 @@ LOOP_BYTES = 1024
 
 @dataclass(frozen=True, eq=False)
 class PlanCosts:
-    """What plans cost, and their limit; `memory`, None under a budget of parameters, predicts other batch shapes."""
+    """What plans cost, and their limit.
+
+    Attributes:
+        cost: of a plan.
+        limit: of that.
+        memory: predicts other batch shapes; None under a budget of parameters.
+        saved: what a step of plain LoRA takes with each exact saver more.
+    """
 
     cost: UntimedCost
     limit: Limit
     memory: MemoryModel | None
+    saved: tuple[Saved, ...] = ()
 
 
 def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: Batch, *, signals: bool) -> MemoryModel:
@@ -271,27 +282,36 @@ def plan_costs(
     *,
     signals: bool,
     recompute: bool = False,
+    savers: ExactSavers | None = None,
     kept: IntArray | None = None,
 ) -> PlanCosts:
     """What plans cost in this step, on its largest batch, and the limit that a budget sets them.
 
-    A share is a share of what *plain* LoRA takes, rank 8 on all modules, without signal buffers. With `recompute`,
-    layers may run again in the backward pass, as all do in the step as it is set: plans cost what `recomputed_cost`
-    says, and a share is one of what plain LoRA takes where none does. Under a budget of parameters nothing is measured.
-    See `Budget.resolve` for `kept`, and `measure_memory` for the other arguments.
+    A share is a share of what *plain* LoRA takes, rank 8 on all modules, without signal buffers and without `savers`,
+    the exact savers that are on. With `recompute`, layers may run again in the backward pass, as all do in the step as
+    it is set: plans cost what `recomputed_cost` says, and a share is one of what plain LoRA takes where none does.
+    Under a budget of parameters nothing is measured. See `Budget.resolve` for `kept`, and `measure_memory` for the
+    other arguments.
     """
     if budget.kind == "parameters":
         return PlanCosts(*limited_cost(budget, targets, None, kept), None)
-    memory = measure_memory(step, targets, batch, signals=False)
-    plainly = memory.recomputing(()) if recompute else memory
-    cost, limit = limited_cost(beside_model(budget, step.model), targets, plainly, kept)
+
+    def measured() -> MemoryModel:
+        return measure_memory(step, targets, batch, signals=False)
+
+    steps = savers.with_each(measured) if savers else {"": measured()}
+    models = [*steps.values()]
+    plain, memory = models[0], models[-1]
+    cost, limit = limited_cost(
+        beside_model(budget, step.model), targets, plain.recomputing(()) if recompute else plain, kept
+    )
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
     if recompute:
         cost = recomputed_cost(memory, highest_ranks(targets), limit.value)
-    elif signals:
+    elif signals or savers:
         cost = memory.cost()
-    return PlanCosts(cost, limit, memory)
+    return PlanCosts(cost, limit, memory, saved_by(steps, highest_ranks(targets)) if savers else ())
 
 
 def limited_cost(

@@ -37,6 +37,7 @@ from .measured_time import count_work
 from .model import MemoryModel
 from .published import WORKSPACE_BYTES, check_length, check_reads_tokens, find_configuration, most_positions
 from .recording import BatchShape
+from .savers import SAVERS, ExactSavers, Saved
 from .step_config import Quantization, StepConfig
 from .step_time import StepWork
 
@@ -86,6 +87,7 @@ class ConfiguredStep:
         workspace_bytes: bytes that libraries take through the allocator for as long as the process lives; 0 on the CPU.
         positions: the most tokens of a row; None if the model sets no limit.
         work: what the step computes; None if it was not counted.
+        saved: what a step of plain LoRA takes with each exact saver more, likewise.
     """
 
     memory: MemoryModel
@@ -96,6 +98,7 @@ class ConfiguredStep:
     workspace_bytes: int
     positions: int | None
     work: StepWork | None = field(repr=False)
+    saved: tuple[Saved, ...] = ()
 
 
 def from_config(
@@ -113,7 +116,8 @@ def from_config(
             config.json, a short name such as "qwen3-8b", a Hugging Face id.
         step: batch, length, target modules, optimiser, quantisation, autocast, checkpointing.
         loaded: how the model is loaded, and on which device; by default on CUDA as it was saved.
-        counted: also count what the step computes, operator by operator, on a small batch of the same length.
+        counted: also count what the step computes, operator by operator, on a small batch of the same length, and price
+            what each exact saver brings.
         checkpointing_optional: take the step without gradient checkpointing where the model's class has none.
 
     Returns:
@@ -137,11 +141,11 @@ def from_config(
         check_length(step.max_length, base)
         parameters = sum(parameter.numel() for parameter in base.parameters())
         if checkpointing_optional and not training_step.has_checkpointing(base):
-            step = replace(step, checkpointing=False)
+            step = replace(step, gradient_checkpointing=False)
         positions, kind = most_positions(base), PEFT_TYPES[auto_class]
         model = _adapted(_quantised(base, step, loaded, kind), step, loaded, kind)
         targets = find_target_modules(model)
-        memory, work = _recorded(model, base, targets, step, loaded, counted=counted)
+        memory, saved, work = _recorded(model, base, targets, step, loaded, counted=counted)
         return ConfiguredStep(
             memory=memory,
             model=model,
@@ -151,6 +155,7 @@ def from_config(
             workspace_bytes=2 * WORKSPACE_BYTES if loaded.device == "cuda" else 0,
             positions=positions,
             work=work,
+            saved=saved,
         )
 
 
@@ -162,8 +167,8 @@ def _recorded(
     loaded: LoadedAs,
     *,
     counted: bool,
-) -> tuple[MemoryModel, StepWork | None]:
-    """The byte model of a step of the model, and what it computes if that is counted."""
+) -> tuple[MemoryModel, tuple[Saved, ...], StepWork | None]:
+    """The byte model of a step of the model; what exact savers bring, and what it computes, if that is counted."""
     config, shape = base.config, BatchShape(step.batch_size, step.max_length)
     with torch.device("cpu"):  # an 8-bit optimiser makes the table of its codes
         optimizer = training_step.new_optimizer(step.optimizer, model)
@@ -171,8 +176,13 @@ def _recorded(
         model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1
     )
     batch = hollow_batch(base, calibration_shape(config, shape, padded=loaded.padded))
+    savers = ExactSavers(model, tuple(SAVERS) if step.exact_savers else ())
+
+    def measured() -> MemoryModel:
+        return replace(measure_memory(training, targets, batch, signals=False), shape=shape)
+
     try:
-        memory = measure_memory(training, targets, batch, signals=False)
+        memory, saved = savers.priced(measured, targets) if counted else (measured(), ())
         work = count_work(model, targets, training.loss, batch) if counted else None
     except RankPilotError:
         raise
@@ -180,7 +190,7 @@ def _recorded(
         raise ConfigError(f"The configuration lacks what its model needs: {first_line(error)}") from error
     except (RuntimeError, NotImplementedError, ValueError, TypeError, ArithmeticError) as error:
         raise _unpredictable(config, error) from error
-    return replace(memory, shape=shape), work
+    return memory, saved, work
 
 
 def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PreTrainedModel:
@@ -196,7 +206,7 @@ def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: 
 
 def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PeftModel:
     """The model with adapters, in the mode in which it trains."""
-    if step.checkpointing:
+    if step.gradient_checkpointing is True:
         training_step.switch_checkpointing(base, True, reentrant=loaded.reentrant)
     model = fresh_adapters(
         base,

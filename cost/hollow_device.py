@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
+from ..common.devices import META_AUTOCAST
 from .live_storages import META_STANDS_FOR, DeviceKind
 
 ATEN = torch.ops.aten
@@ -72,9 +73,11 @@ def hollow_autocast(dtype: torch.dtype | None) -> Iterator[None]:
     """Autocast inside a `hollow_device`; None does nothing."""
     device = _DEVICE.get()
     token = _DEVICE.set(replace(device, autocast=Autocast(device.kind, dtype) if dtype else None))
+    outside = META_AUTOCAST.set(dtype)
     try:
         yield
     finally:
+        META_AUTOCAST.reset(outside)
         _DEVICE.reset(token)
 
 

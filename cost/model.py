@@ -24,11 +24,12 @@ import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import UnsupportedError
+from ..lora.spec import REFERENCE_RANK
 from .cost import ByteCost, ModuleSet, moment_costs, plan_cost
 from .model_states import ModelStates
 from .peak_candidates import PeakCandidate, PeakStorages, find_peak_candidates, keep_candidates, needed_candidates
 from .recording import BatchShape, Recording, Segment, adapted_modules
-from .training_step import LossTiles, loss_tokens, own_tile
+from .tiled_loss import LossTiles, TileTokens, loss_tokens
 
 RANK = 2
 """The rank of every module while steps are recorded; at rank 1 some operators take short cuts."""
@@ -327,7 +328,8 @@ class Growth:
         missing: tokens by which the length is too high where a storage is proportional to the rest, else 0.
         tile: tokens of a tile of the loss; None if it has no tiles.
         tile_factor: by how much a tile of the whole batch is larger; 0 for storages that are no tiles.
-        own_tiles: whether it is a tile of `tiled_loss`, bool.
+        own_tiles: whether it is one of our own tiles, bool.
+        own_tokens: how many tokens these have; None without them.
     """
 
     whole: BatchShape
@@ -339,6 +341,7 @@ class Growth:
     tile: int | None
     tile_factor: FloatArray
     own_tiles: BoolArray
+    own_tokens: TileTokens | None
 
     @classmethod
     def unknown(cls, shape: BatchShape, storages: int) -> Growth:
@@ -354,6 +357,7 @@ class Growth:
             tile=None,
             tile_factor=zeros,
             own_tiles=zeros > 0,
+            own_tokens=None,
         )
 
     @classmethod
@@ -374,9 +378,12 @@ class Growth:
         of_tiles = _proportional((base, short, wide), [*map(tiles.tokens, shapes)]) if tiles.count > 1 else none
         row_power = _power(wide, short, row_ratio)
         irregular = (np.abs(row_power - np.round(row_power)) > 0.1) & ~of_tiles
-        own_tiles = none
-        if tiles.of_own:
-            tokens, parts = [shape.rows * shape.length for shape in shapes], [*map(own_tile, shapes)]
+        own_tiles, own_tokens = none, tiles.own_tokens(shapes)
+        if own_tokens:
+            tokens, parts = (
+                [tiles.own[shape] for shape in shapes],
+                [own_tokens.tile(shape, recorded=shape != whole) for shape in shapes],
+            )
             if len(set(parts)) == 1:  # a tile looks like what does not grow
                 return None
             # Where tiles are not rounded, both are the same.
@@ -396,6 +403,7 @@ class Growth:
             tile=tiles.size,
             tile_factor=np.where(of_tiles, (tiles.size or 0) / tiles.tokens(small), 0.0),
             own_tiles=own_tiles,
+            own_tokens=own_tokens,
         )
 
     def factor(self, shape: BatchShape) -> FloatArray:
@@ -420,11 +428,13 @@ class Growth:
                 f"Batches of {shape} cannot be predicted: TRL's fused loss works in tiles of {self.tile} tokens, and "
                 f"the model was measured with batches of {self.whole}. Calibrate with such a batch."
             )
-        if shape == recorded:
-            return np.ones(len(self.row_power))
-        factor: FloatArray = (shape.rows / recorded.rows) ** self.row_power * self._length_factor(shape.length)
-        factor = np.where(self.own_tiles, own_tile(shape) / own_tile(recorded), factor)
-        return np.where(self.tile_factor > 0, self.tile_factor, factor)
+        factor = np.ones(len(self.row_power))
+        if shape != recorded:
+            factor = (shape.rows / recorded.rows) ** self.row_power * self._length_factor(shape.length)
+        if self.own_tokens:
+            larger = self.own_tokens.tile(shape) / self.own_tokens.tile(recorded, recorded=recorded != self.whole)
+            factor = np.where(self.own_tiles, larger, factor)
+        return factor if shape == recorded else np.where(self.tile_factor > 0, self.tile_factor, factor)
 
     def _length_factor(self, length: int) -> FloatArray:
         """The factor by which each storage grows with the length."""
@@ -466,11 +476,6 @@ def _missing_tokens(larger: IntArray, smaller: IntArray, length: int, shorter: i
     return missing
 
 
-FREE_RANK = 32
-"""On all modules it may take the bytes that recomputation saves. On small models a higher one gains .1 % of the loss,
-and rank 8 loses 1.2 to 1.9 % (docs/experiments.md); beside what layers hold in large ones, either takes few bytes."""
-
-
 def fewest_recomputed(
     memory: MemoryModel, ranks: IntArray, limit: float, shape: BatchShape | None = None
 ) -> tuple[str, ...]:
@@ -503,9 +508,9 @@ def recomputed_cost(
 ) -> ByteCost:
     """What plans cost where layers may run again: a budget buys less recomputation before it buys more rank.
 
-    A plan must fit with all layers running again. And without any, it may take what `FREE_RANK` on all modules takes,
-    or the limit if that is more: else every plan would spend all that recomputation saves on ranks, and every layer
-    would run again.
+    A plan must fit with all layers running again. And without any, it may take what plain LoRA takes, rank 8 on all
+    modules, or the limit if that is more: else every plan would spend all that recomputation saves on ranks, and every
+    layer would run again.
 
     Args:
         memory: the byte model of a step in which every layer runs again.
@@ -514,7 +519,7 @@ def recomputed_cost(
         shape: of the batch; by default that of calibration.
     """
     every, none = memory.cost(shape), memory.recomputing(()).cost(shape)
-    factor = limit / max(limit, plan_cost(none, np.minimum(FREE_RANK, max_ranks)))
+    factor = limit / max(limit, plan_cost(none, np.minimum(REFERENCE_RANK, max_ranks)))
     groups = [np.pad(every.group_bytes, ((0, 0), (0, len(none.needs))))]
     groups.append(np.pad(np.ceil(factor * none.group_bytes), ((0, 0), (len(every.needs), 0))))
     return ByteCost(

@@ -282,7 +282,9 @@ class Outlook:
 
     @cached_property
     def reference_bytes(self) -> float:
-        """The peak with rank 8 on all modules, as it was asked for; on a card, no layer runs again."""
+        """The peak with rank 8 on all modules without exact savers, where no layer runs again, as far as is known."""
+        if self.step.saved:
+            return self.step.saved[0].step_bytes
         plain = np.minimum(REFERENCE_RANK, self._highest)
         return plan_cost(self._asked.cost(), plain) if self._asked else self.memory.recomputing(()).peak(plain)
 
@@ -496,7 +498,7 @@ def memory_of(
             raise UnknownNameError.of("setting of a step", name, known)
     config = find_configuration(model) if isinstance(model, str) else model
     defaults = {"batch_size": 4, "max_length": 1024, "bf16": dtype == "bf16"}
-    step = StepConfig(**defaults | settings | {"checkpointing": True})
+    step = StepConfig(**defaults | settings | {"gradient_checkpointing": True})
     if rank < 1:
         raise ConfigError(f"rank is at least 1; got {rank}.")
     attention: Attention = "auto" if spec.has_flash_attention else "efficient"

@@ -15,6 +15,9 @@ OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw8bit", "paged_adamw8b
 
 Quantization = Literal["none", "nf4", "int8"]
 
+Checkpointing = Literal["auto", True, False]
+"""Whether layers run again in the backward pass: as few as a plan needs, all, or none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
@@ -32,7 +35,10 @@ class StepConfig:
         quantization: how the frozen weights are stored: none, as they are saved; nf4, four bits each; int8, eight bits.
             Both need the extra rankpilot[quant].
         bf16: compute in bfloat16 under autocast, as the Trainer does with bf16=True.
-        checkpointing: gradient checkpointing: each layer stores only its inputs, and runs again in the backward pass.
+        gradient_checkpointing: True lets each layer store only its inputs, and run again in the backward pass; "auto"
+            as few layers as a plan needs, where there is one.
+        exact_savers: run it with what takes fewer bytes at the same losses and gradients, and no more time; see
+            `cost/savers.py`.
 
     Raises:
         ConfigError: a value is out of range.
@@ -45,7 +51,8 @@ class StepConfig:
     optimizer: OptimizerName = "adamw"
     quantization: Quantization = "none"
     bf16: bool = False
-    checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = "auto"
+    exact_savers: bool = True
 
     def __post_init__(self) -> None:
         if self.batch_size * self.max_length > MOST_TOKENS:

@@ -178,8 +178,8 @@ def static_plan(
         data: batches of the fine-tune.
         policy: who decides.
         options: all options, or the budget alone.
-        frontier: also fill `StaticPlan.frontier`. The time of steps is then measured as well, unless layers run again
-            as a plan needs.
+        frontier: also fill `StaticPlan.frontier`. The time of steps is then measured as well, and no layer runs again
+            because a plan needs it.
         changes: see `allocate`.
 
     Raises:
@@ -254,7 +254,9 @@ def _plan_of_model(
 
 def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) -> StaticPlan:
     """The plan that a run begins with, and if asked for the frontier of the decision that led to it."""
-    pilot.times_plans |= frontier and not pilot.options.recompute
+    if frontier:  # plans of any cost are compared by their time, which depends on layers that run again
+        pilot.options = replace(pilot.options, gradient_checkpointing=pilot.options.gradient_checkpointing is True)
+        pilot.times_plans = True
     pilot.begin(run)
     pilot.finish()
     controller, decision = pilot.controller, pilot.decision

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +27,7 @@ from ..cost.calibration import PlanCosts, highest_ranks, measure_memory, plan_co
 from ..cost.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
 from ..cost.model import MemoryModel, fewest_recomputed
 from ..cost.recording import Batch, BatchShape, reshaped
+from ..cost.savers import ExactSavers
 from ..cost.step_time import PARTS, StepTime
 from ..data.batches import count_predictions, predicted_share
 from ..errors import BudgetError, DataError, NonFiniteError, UnsupportedError
@@ -34,11 +37,11 @@ from ..lora.peft_config import reference_scaling
 from ..lora.resize import is_trained, reset_adapters
 from ..lora.spec import REFERENCE_RANK, RankLadder
 from ..lora.targets import TargetModule, check_trains, other_trainable, unwrap
-from ..plan.goal import TOLERANCE
 from ..plan.plan import FewestLayers, TimeLimit, check_budget
 from ..plan.problem import AllocationProblem, Bounds, rank_bounds
 from .left_as_found import Kept, Recomputation
 from .peak_guard import PeakGuard
+from .prefix_cache import PrefixCache, Room
 from .run import TrainingRun
 
 LEAST_LENGTH = 16
@@ -169,59 +172,68 @@ def _largest_that_fits(
         return memory.shape
 
 
-def decide(
-    guard: PeakGuard,
-    controller: RankController[Any],
-    ask: Ask,
-    note: Callable[[str], None],
-    step: int,
-    loss: float | None,
-    *,
-    recomputes: bool,
-) -> tuple[Observation, Decision]:
-    """Ask a policy for a decision; at the first one, where layers may run again, for two, and take the better one.
+def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str], None]) -> PrefixCache | None:
+    """What lets the frozen layers of a run that begins run once a row; None where nothing reads a row twice.
 
-    The plan without recomputation takes less time. So it is taken unless the networks expect that the other one's loss
-    is lower by more than `TOLERANCE`. A rule expects nothing, and a goal of cost has a cost of its own: there, layers
-    run again as the plan needs.
+    Args:
+        run: the run.
+        most_bytes: that it may take; a share of what is free by default.
+        tell: gets a line when it begins or ends.
+    """
+    evaluates = run.evaluations is None or run.evaluations > 1
+    if run.epochs < 2 and not evaluates:
+        return None
+    folder = run.folder or Path(tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = 0.0
+    if run.epochs >= 2:
+        batches = run.small_batches
+        counts = run.measured(lambda: [count_predictions(batch)[1] for batch in batches(SAMPLED_ROWS, 1, 0)])
+        tokens = float(np.mean(counts)) * len(run.dataset)
+    room = Room.of(folder, most_bytes)
+    try:
+        return PrefixCache(run.model, room, epochs=run.epochs, tokens=tokens, evaluates=evaluates, tell=tell)
+    except LookupError as error:
+        if run.epochs >= 2:
+            tell(f"Frozen layers run for every row: {error.args[0]}.")
+        return None
+
+
+SAMPLED_ROWS = 32
+"""Rows whose tokens are counted to tell how many all rows have."""
+
+
+def faster_plan(guard: PeakGuard, controller: RankController[Any], ask: Ask, decision: Decision) -> str:
+    """What a first plan would be without layers that run again, in words; empty where it needs none, or none is known.
+
+    Plans are priced afterwards as they were for the decision.
 
     Args:
         guard: has priced plans for this decision.
         controller: of the run.
         ask: the policy.
-        note: tells a line.
-        step: optimiser steps done.
-        loss: mean training loss since the last decision, if known.
-        recomputes: whether layers may run again in this run.
-
-    Returns:
-        What was seen, and the decision; plans are priced as they were for it.
-
-    Raises:
-        BudgetError: no plan fits.
+        decision: the first one, which is yet to be applied.
     """
-    observation = controller.observe(step, loss)
-    decision = ask(observation)
-    gained = _expected(decision)
-    if controller.decision or not recomputes or gained is None:
-        return observation, decision
+    expected, again = _expected(decision), guard.layers_of(controller.propose(decision)[1].ranks)
+    if expected is None or not again:
+        return ""
     guard.deciding(recomputing=False)
     try:
         check_budget(controller.problem(), list(controller.names))
-        without = controller.observe(step, loss)
-        other = ask(without)
+        other = ask(controller.observe(0))
+        ranks = controller.propose(other)[1].ranks
     except BudgetError:
+        return "Without layers that run again, no plan fits this budget."
+    finally:
         guard.deciding()
-        return observation, decision
-    lost = _expected(other)
-    if lost is None or lost - gained > TOLERANCE:
-        guard.deciding()
-        return observation, decision
-    note(
-        f"No layer runs again before memory asks for it: that is expected to lower the loss by {lost - gained:.3f} "
-        f"(log), and it is worth its time from {TOLERANCE:g} on."
+    loss = _expected(other)
+    if loss is None:
+        return ""
+    return (
+        f"{plural(len(again), 'layer')} run again in the backward pass, which takes time and changes no loss. "
+        f"gradient_checkpointing=False would be faster: {np.count_nonzero(ranks)} adapters of mean rank "
+        f"{ranks.mean():.1f}, and a log loss that is expected to be {loss - expected:+.3f} beside this plan's."
     )
-    return without, other
 
 
 def _expected(decision: Decision) -> float | None:
@@ -258,6 +270,7 @@ def run_costs(
     *,
     signals: bool,
     recompute: bool = False,
+    savers: ExactSavers | None = None,
     kept: IntArray | None = None,
 ) -> PlanCosts:
     """What plans cost on a run's largest batch, and the limit that a budget sets them.
@@ -268,10 +281,11 @@ def run_costs(
         budget: the limit as its user gave it.
         signals: whether plans pay for signal buffers.
         recompute: whether layers may run again in the backward pass; see `plan_costs`.
+        savers: the exact savers that are on.
         kept: ranks of adapters that are trained already; see `Budget.resolve`.
     """
     budget = within_all(run, budget)
-    costs = partial(plan_costs, budget, signals=signals, recompute=recompute, kept=kept)
+    costs = partial(plan_costs, budget, signals=signals, recompute=recompute, savers=savers, kept=kept)
     return run.measured(lambda: costs(run.step, targets, run.largest_batch()))
 
 
@@ -309,10 +323,11 @@ def prepare(
     seed: int,
     *,
     fresh: bool = False,
+    savers: ExactSavers | None = None,
     recomputation: Recomputation | None = None,
     time: TimeBudget | None = None,
     progress: Progress[Any] | None = None,
-) -> tuple[RankController[PeftAdapters], MemoryModel | None]:
+) -> tuple[RankController[PeftAdapters], PlanCosts]:
     """Measure what plans cost and probe the modules.
 
     Afterwards adapters that are trained are as they were before. Where none is, or with `fresh`, all are new, at rank
@@ -326,12 +341,13 @@ def prepare(
         bounds: see `rank_bounds`.
         seed: of the probe and of fresh rows.
         fresh: begin with new adapters, even where they are trained.
+        savers: the exact savers that are on.
         recomputation: chooses the layers that run again in the backward pass; all do now.
         time: the limit of the time of a step as its user gave it.
         progress: shows how far the probe has come.
 
     Returns:
-        The controller of the run, and the byte model (None under a budget of parameters).
+        The controller of the run, and what plans cost.
 
     Raises:
         BudgetError: no plan fits the budget and the time.
@@ -349,7 +365,7 @@ def prepare(
     else:  # the optimiser may have a state all the same: `auto_find_batch_size` trains again
         reset_state(run.optimizer, parameters)
     kept = _ranks_that_hold(targets) if keeps else None
-    costs = run_costs(run, targets, budget, signals=True, recompute=recomputation is not None, kept=kept)
+    costs = run_costs(run, targets, budget, signals=True, recompute=recomputation is not None, savers=savers, kept=kept)
     limit = costs.limit.value
     timed = StepTimer(run, targets, costs.memory, limit, recomputation).time_limit(time) if time else None
     _check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
@@ -373,7 +389,7 @@ def prepare(
         seed=seed,
         time=timed,
     )
-    return controller, costs.memory
+    return controller, costs
 
 
 def warn_of_other_adapters(run: TrainingRun, targets: Sequence[TargetModule]) -> None:

@@ -23,6 +23,7 @@ from ..common.devices import find_energy_counter
 from ..common.termination import Terminated, on_sigterm
 from ..cost.budget import Budget
 from ..cost.peak_meter import PeakMeter
+from ..cost.savers import ExactSavers
 from ..data.workload import Workload
 from ..errors import BudgetError, ConfigError, DataError, RunFolderError
 from ..lora.adapters import PeftAdapters
@@ -35,7 +36,7 @@ from .allocate import StaticPlan, static_plan
 from .before_training import StepTimer, run_costs
 from .callback import RankPilotCallback, StopWithCheckpoint, attach
 from .checkpoint import STATE, fault_of, last_checkpoint
-from .left_as_found import Recomputation
+from .left_as_found import Recomputation, could_recompute
 from .options import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig, PilotOptions, rank_bounds_of
 from .pilot import RankPilot
 from .replicas import check_arguments
@@ -269,9 +270,10 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         model, optimizer, options = objects["model"], objects["optimizer"], self._options
         targets = find_target_modules(model)
         adapters = PeftAdapters(model, targets)
-        recomputation = Recomputation(model) if options.recompute else None
-        run = self._step.run(args, state, objects)
-        costs = run_costs(run, targets, options.budget_read, signals=False, recompute=options.recompute)
+        savers = ExactSavers(model) if options.exact_savers else None
+        recomputation = Recomputation(model) if options.chooses_layers and could_recompute(model) else None
+        run, recomputes = self._step.run(args, state, objects), recomputation is not None
+        costs = run_costs(run, targets, options.budget_read, signals=False, recompute=recomputes, savers=savers)
         self.limit = costs.limit.value
         if recomputation:
             recomputation.memory = costs.memory

@@ -3,8 +3,9 @@
 Changes of rank that no policy asked for, such as a plan that shrinks, are written down as a `Correction`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from ..agents.log import DecisionLog, DecisionRecord
 from ..agents.observation import Observation
 from ..agents.policy import Decision, Deliberation, Policy, decision_from_plan, lacks_room, promise, unlike
 from ..common.arrays import IntArray
+from ..common.text import format_bytes
 from ..cost.cost import TimedCost, plan_cost
+from ..cost.savers import Saved
 from ..errors import BudgetError
 from ..plan.plan import Plan
 from ..plan.problem import AllocationProblem
@@ -52,8 +55,12 @@ class Correction:
         return {self.observation.names[module]: self.reason for module in moved.tolist()}
 
 
-RECOMPUTE = ", and so does recompute=True: layers run again in the backward pass, which takes time"
+RECOMPUTE = ", and so do layers that run again in the backward pass, which takes time (gradient_checkpointing)"
 """What may help beside a larger budget."""
+
+
+LEAST_SHARE = 0.005
+"""A saver of a smaller share of a step is not told."""
 
 
 class Journal:
@@ -63,7 +70,6 @@ class Journal:
         log: the decision log; None for none.
         policy: decides.
         tell: called with a line for each decision and correction.
-        recompute: whether layers may run again in the backward pass.
 
     Attributes:
         log: as above; it may be given later.
@@ -73,10 +79,10 @@ class Journal:
     log: DecisionLog | None
     tell: Callable[[str], None]
 
-    def __init__(self, log: DecisionLog | None, policy: Policy, tell: Callable[[str], None], recompute: bool) -> None:
+    def __init__(self, log: DecisionLog | None, policy: Policy, tell: Callable[[str], None]) -> None:
         self.log, self.tell = log, tell
         self.predictions: list[tuple[int, float]] = []
-        self._policy, self._recompute = policy, recompute
+        self._policy = policy
         self._name, self._writes = "", True
 
     def open(self, name: str, predictions: list[tuple[int, float]], *, writes: bool = True) -> None:
@@ -106,6 +112,17 @@ class Journal:
         """Tell people a line."""
         if self._writes:
             self.tell(line)
+
+    def note_saved(self, saved: Sequence[Saved]) -> None:
+        """Tell what exact savers bring."""
+        if saved and saved[-1].step_bytes < saved[0].step_bytes:
+            whole = saved[0].step_bytes
+            shares = ((b.name, (a.step_bytes - b.step_bytes) / whole) for a, b in pairwise(saved))
+            parts = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares if share >= LEAST_SHARE)
+            self.note(
+                f"Exact savers: a step of plain LoRA takes {format_bytes(saved[-1].step_bytes)} in place of "
+                f"{format_bytes(whole)}, with the same losses{f' ({parts})' if parts else ''}."
+            )
 
     def record(
         self,
@@ -169,7 +186,7 @@ class Journal:
         """Tell what is expected of the first plan, and what helps where much is lost."""
         helps = "A larger budget or time makes room."
         if not isinstance(problem.cost, TimedCost):
-            more = problem.cost.unit == "bytes" and not self._recompute and could_recompute(model)
+            more = problem.cost.unit == "bytes" and could_recompute(model)
             helps = f"A larger budget makes room{RECOMPUTE if more else ''}."
         if expected := promise(found):
             self.note(f"{expected} {helps}" if lacks_room(found) else expected)

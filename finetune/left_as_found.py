@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -150,8 +150,8 @@ LONG = 10_000
 """Lists that are longer hold data, not records of steps."""
 
 
-_SWITCHES = ("gradient_checkpointing", training_step.CHECKPOINT, "_loss_function")
-"""Attributes of a module that say whether it runs again in the backward pass, and how, and what computes its loss."""
+_SWITCHES = ("gradient_checkpointing", training_step.CHECKPOINT)
+"""Attributes of a module that say whether it runs again in the backward pass, and how."""
 
 
 @contextmanager
@@ -184,7 +184,7 @@ def _note(value: Any, containers: dict[int, tuple[Any, Any]]) -> None:
 
 
 class ModelSettings:
-    """Which layers of a transformers model run again, which outputs require gradients, its loss, and its cache.
+    """Which layers of a transformers model run again, which outputs require gradients, and its cache.
 
     Args:
         model: the model, as it is now.
@@ -262,12 +262,8 @@ def _gradient_hooks(module: nn.Module) -> dict[int, Any]:
 class Recomputation:
     """Lets single layers of a transformers model run again in the backward pass. Losses stay the same.
 
-    The loss of a causal language model is computed in tiles, which saves more bytes than several layers do and takes
-    hardly any time (`cost/training_step.py`).
-
     Args:
-        model: the PEFT model. All its layers run again from now on, so that the step can be measured, and its loss has
-            tiles; until `put_back`.
+        model: the PEFT model. All its layers run again from now on, so that the step can be measured, until `put_back`.
 
     Attributes:
         layers: the names of the layers that run again.
@@ -284,10 +280,9 @@ class Recomputation:
         if not self._layers:
             raise UnsupportedError(
                 f"{type(base).__name__} checkpoints all its layers together or none, so a plan cannot choose them one "
-                "by one. Leave `recompute` out, or switch gradient checkpointing on for the whole model."
+                "by one: gradient_checkpointing is True or False for it."
             )
         self._before: ModelSettings | None = ModelSettings(model)
-        training_step.use_tiled_loss(model)
         training_step.switch_checkpointing(base, True)
         base.config.use_cache = False  # a layer that runs again would fill the cache twice
         self.layers: tuple[str, ...] = tuple(self._layers)
@@ -344,15 +339,28 @@ class Recomputation:
 
 
 def could_recompute(model: nn.Module) -> bool:
-    """Whether a model has layers that can run again one by one and do not yet."""
-    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
-    return any(not layer.gradient_checkpointing for layer in layers)
+    """Whether a model has layers that can run again one by one, and none that does."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    switched = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return training_step.has_checkpointing(unwrap(model)) and bool(layers) and not switched
+
+
+def all_running_again(model: nn.Module) -> Callable[[], None]:
+    """Let all layers of a model run again in the backward pass; returns what undoes it.
+
+    Raises:
+        UnsupportedError: the model has no gradient checkpointing.
+    """
+    before, base = ModelSettings(model), unwrap(model)
+    training_step.switch_checkpointing(base, True)
+    base.config.use_cache = False
+    return before.put_back
 
 
 @contextmanager
 def recomputing(model: nn.Module, wanted: bool) -> Iterator[Recomputation | None]:
-    """What chooses the layers of a run that begins, None unless it is wanted; put back if an error ends the run."""
-    recomputation = Recomputation(model) if wanted else None
+    """What chooses the layers of a run that begins, if it is wanted and can be; put back if an error ends the run."""
+    recomputation = Recomputation(model) if wanted and could_recompute(model) else None
     try:
         yield recomputation
     except BaseException:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..agents.settings import DecisionSchedule
 from ..cost.budget import Budget, TimeBudget
-from ..cost.step_config import StepConfig, check_seed
+from ..cost.step_config import Checkpointing, StepConfig, check_seed
 from ..data.task import Task
 from ..errors import BudgetError, ConfigError, UnknownNameError, shown
 from ..lora.spec import Scaling, check_scaling
@@ -29,9 +29,14 @@ class PlanOptions:
             parameters alone.
         time: what a step may take in time, beside the budget: "75%" of what plain LoRA takes where no layer runs
             again, or "0.8s". Measured before training.
-        recompute: run as few layers again in the backward pass as the plan needs (gradient checkpointing, layer by
-            layer): less memory, more time, the same losses. A share is then one of what plain LoRA takes without.
-            A policy with networks uses it only where it expects a loss that is lower by more than 1 %.
+        exact_savers: let adapters share copies of their inputs, and compute the loss of a language model in tiles: the
+            same losses and gradients in fewer bytes, at no cost in time.
+        gradient_checkpointing: "auto" runs as few layers again in the backward pass as the plan needs: less memory,
+            more time, the same losses. True runs all of them again, and False none. A model that checkpoints already is
+            left as it is. Under goal time, or where a budget counts parameters, "auto" is False.
+        prefix_cache: let frozen layers below the lowest adapter run once a row, and keep what they return for later
+            epochs and evaluations: "auto" in an eighth of the free main memory and half of the free disk, "20GiB" in so
+            many bytes, False not at all.
         goal: quality, the lowest loss within the budget; time or bytes, the cheapest plan whose loss is surely within
             the tolerance of rank 8 on all modules.
         tolerance: by how much the log loss may be higher under goal time or bytes: 0.01, the default, is 1 %.
@@ -39,26 +44,26 @@ class PlanOptions:
             other policies would have been worth.
 
     Raises:
-        BudgetError: the budget or the time cannot be read, or the budget counts parameters, of which `recompute` saves
-            none.
+        BudgetError: the budget or the time cannot be read.
         ConfigError: a value is out of range, or two options do not go together.
     """
 
     budget: str | float | Budget = "100%"
     time: str | TimeBudget | None = None
-    recompute: bool = False
+    exact_savers: bool = True
+    gradient_checkpointing: Checkpointing = "auto"
+    prefix_cache: str | Literal[False] = "auto"
     goal: GoalKind = "quality"
     tolerance: float | None = None
     explore: float | None = None
 
     def __post_init__(self) -> None:
-        _check_switch("recompute", self.recompute)
-        if self.recompute and self.budget_read.kind == "parameters":
-            raise BudgetError(
-                f"The budget {str(self.budget)!r} counts parameters, and a layer that runs again saves none. Give a "
-                "budget of bytes ('6GiB', '80%') or leave `recompute` out."
+        _check_switch("exact_savers", self.exact_savers)
+        if self.gradient_checkpointing not in (True, False, "auto"):
+            raise ConfigError(
+                f'gradient_checkpointing is "auto", True or False; got {shown(self.gradient_checkpointing)}.'
             )
-        _ = self.time_read, self.aim
+        _ = self.time_read, self.aim, self.prefix_cache_bytes
         explore = self.explore
         if explore is not None and not (isinstance(explore, int | float) and explore > 0):
             raise ConfigError(f"explore is a temperature above 0, such as 0.05; got {explore!r}.")
@@ -76,7 +81,31 @@ class PlanOptions:
     @property
     def aim(self) -> Goal:
         """The goal with its tolerance."""
-        return goal_of(self.goal, self.tolerance, budget_unit=self.budget_read.unit, recompute=self.recompute)
+        return goal_of(self.goal, self.tolerance, budget_unit=self.budget_read.unit)
+
+    @property
+    def prefix_cache_bytes(self) -> float | None:
+        """The bytes that the prefix cache may take; None for the default, 0 for no cache.
+
+        Raises:
+            ConfigError: what the user wrote is no number of bytes.
+        """
+        if self.prefix_cache is False or self.prefix_cache == "auto":
+            return None if self.prefix_cache else 0.0
+        try:
+            read = Budget.parse(self.prefix_cache)
+        except BudgetError:
+            read = None
+        if read is None or read.kind != "bytes":
+            raise ConfigError(
+                f'prefix_cache is "auto", False or bytes such as "20GiB"; got {shown(self.prefix_cache)}.'
+            )
+        return read.value
+
+    @property
+    def chooses_layers(self) -> bool:
+        """Whether the plan decides which layers run again in the backward pass."""
+        return self.gradient_checkpointing == "auto" and self.budget_read.kind != "parameters" and self.goal != "time"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,10 +286,6 @@ class FinetuneConfig(StepConfig, PlanOptions):
         if wrong:
             raise ConfigError(f"{', '.join(wrong)}: a number above 0, or left out; got {list(wrong.values())}.")
         check_seed(self.seed)
-        if self.recompute and self.checkpointing:
-            raise ConfigError(
-                "checkpointing runs all layers again, recompute as few as the plan needs: give one of them."
-            )
         if min(rows for rows in (self.train_rows, self.held_out_rows, 1) if rows is not None) < 1:
             raise ConfigError(
                 f"train_rows and held_out_rows are at least 1, or None for all rows; got {self.train_rows} and "

@@ -109,6 +109,15 @@ class PeakGuard:
         """Names of the layers that were chosen to run again."""
         return self._recomputation.layers if self._recomputation else ()
 
+    @property
+    def chooses_layers(self) -> bool:
+        """Whether plans decide which layers run again."""
+        return self._recomputation is not None
+
+    def layers_of(self, ranks: IntArray) -> tuple[str, ...]:
+        """Names of the layers that a plan of these ranks, int64 (modules,), needs to run again."""
+        return self._fewest(ranks) if self._recomputation else ()
+
     def finish(self) -> None:
         """Stop measuring, and set the model's layers as they were."""
         self.meter.close()
@@ -250,7 +259,7 @@ class PeakGuard:
         self.put_back()
         error.add_note(
             f"{tried}. Ranks, adapters and optimizer are as they were before step {number}. Lower the batch size or "
-            "the length, or let layers run again in the backward pass (recompute=True, or gradient checkpointing)."
+            "the length, or let layers run again in the backward pass (gradient_checkpointing=True)."
         )
         raise error
 

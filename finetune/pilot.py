@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..agents.controller import RankController
 from ..agents.learned.policy import drawing_from, exploring, with_goal
@@ -24,6 +25,7 @@ from ..common.processes import Processes
 from ..cost.budget import Budget, TimeBudget
 from ..cost.calibration import beside_model
 from ..cost.recording import Batch
+from ..cost.savers import ExactSavers
 from ..errors import ConfigError, NoGradientError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, resizable_targets, start_kept
@@ -33,10 +35,11 @@ from ..plan.plan import Plan
 from ..plan.problem import rank_bounds
 from . import before_training
 from .journal import Correction, Journal
-from .left_as_found import Kept, recomputing
+from .left_as_found import Kept, Recomputation, all_running_again, recomputing
 from .loop_calls import LoopCalls
 from .options import GivenOptions, PilotOptions
 from .peak_guard import PeakGuard
+from .prefix_cache import PrefixCache
 from .run import TrainingRun, check_run
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 
@@ -101,10 +104,13 @@ class RankPilot:
         self.controller: RankController[PeftAdapters] | None = None
         self.decision: Decision | None = None
         decisions = DecisionLog(Path(options.log)) if options.log else None
-        self.journal: Journal = Journal(decisions, self.policy, tell or logger.info, options.recompute)
+        self.journal: Journal = Journal(decisions, self.policy, tell or logger.info)
         self._guard, self._losses, self._progress = PeakGuard(options.measure_every), LossMeter(), progress
         self._calls = LoopCalls()
         self._found: Kept | None = None
+        self._put_back = ExitStack()
+        self._prefix: PrefixCache | None = None
+        self._followed = b""
 
     def draw_from(self, seed: int) -> None:
         """Draw with another seed from the next run on: the rows of the probe, fresh adapters, and plans to explore."""
@@ -135,9 +141,9 @@ class RankPilot:
         with (
             before_training.put_back_on_error(run, targets) as found,
             kept,
-            recomputing(run.model, self.options.recompute) as recomputation,
+            self._as_wanted(run.model) as (savers, recomputation),
         ):
-            self.controller, memory = before_training.prepare(
+            self.controller, costs = before_training.prepare(
                 run,
                 targets,
                 self.budget,
@@ -145,10 +151,13 @@ class RankPilot:
                 self.options.bounds or {},
                 self.seed,
                 fresh=self.options.fresh,
+                savers=savers,
                 recomputation=recomputation,
                 time=self.time or (TimeBudget.unlimited() if self.times_plans else None),
                 progress=self._progress,
             )
+            self.journal.note_saved(costs.saved)
+            memory = costs.memory
             self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)
             if self.time:
                 before_training.StepTimer(run, targets, memory, self.controller.limit, recomputation).settle(
@@ -157,6 +166,7 @@ class RankPilot:
             self._decide()
         self._found = found
         self._calls.begin(run)
+        self._begin_prefix_cache()
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
         """Go on from `state_dict`, with the adapters and the optimiser then. Another budget or time counts at once.
@@ -185,7 +195,7 @@ class RankPilot:
         self.controller, limit = controller, controller.limit
         finish_load(run.model, targets)
         self.journal.open(name, known, writes=run.replicas.processes.first)
-        with recomputing(run.model, self.options.recompute) as recomputation:
+        with self._as_wanted(run.model) as (_, recomputation):
             memory = before_training.run_memory(run, targets, signals=True) if recomputation else None
             if recomputation:
                 recomputation.take(layers)
@@ -201,6 +211,7 @@ class RankPilot:
                 self.journal.note(f"step {step}: {changed}")
                 self._guard.new_limit(limit, step)
         self._calls.begin(run)
+        self._begin_prefix_cache()
 
     def before_step(self, *batches: Batch) -> None:
         """Look at the batches of the step that begins, before the model sees them, and measure it if it is due.
@@ -214,6 +225,7 @@ class RankPilot:
         with self._ends_on_error():
             self._calls.made("before_step")
         self._guard.before_step(self._step, batches)
+        self._follow_plan()
 
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
         """Read the gradients, which are complete now; call before they are cleared.
@@ -382,7 +394,7 @@ class RankPilot:
             f"budget_{unit}": float(controller.limit),
             "rank_decisions": float(len(predictions)),
         }
-        if self.options.recompute:
+        if self._guard.chooses_layers:
             figures["recomputed_layers"] = float(len(self._guard.recomputed))
         if controller.time:
             figures["plan_seconds"] = controller.time.of(ranks)
@@ -419,8 +431,43 @@ class RankPilot:
             self.break_off()
             raise
 
+    @contextmanager
+    def _as_wanted(self, model: nn.Module) -> Iterator[tuple[ExactSavers | None, Recomputation | None]]:
+        """Switch on what the options say of how a step runs, until the run ends, or an error in this block."""
+        options = self.options
+        try:
+            if options.gradient_checkpointing is True:
+                self._put_back.callback(all_running_again(model))
+            savers = ExactSavers(model) if options.exact_savers else None
+            if savers:
+                self._put_back.callback(savers.put_back)
+            with recomputing(model, options.chooses_layers) as recomputation:
+                yield savers, recomputation
+        except BaseException:
+            self._put_back.close()
+            raise
+
+    def _begin_prefix_cache(self) -> None:
+        """Let frozen layers run once a row, where later epochs or evaluations are served by that."""
+        most, run = self.options.prefix_cache_bytes, self._run
+        if most == 0:
+            return
+        self._prefix = before_training.prefix_cache(run, most, self.journal.note)
+        if self._prefix:
+            self._put_back.callback(self._prefix.end)
+            self._followed = b""
+            self._follow_plan()
+
+    def _follow_plan(self) -> None:
+        """Let the prefix cache know of other ranks."""
+        ranks = self._controller.ranks.tobytes()
+        if self._prefix and ranks != self._followed:
+            self._prefix.follow()
+            self._followed = ranks
+
     def _end(self) -> None:
         self._guard.finish()
+        self._put_back.close()
         self._calls.finish()
         self._found = None
         if self.controller:
@@ -432,7 +479,9 @@ class RankPilot:
         check_run(run, targets)
         self._run = run
         self._guard.finish()  # of an earlier run that did not end
+        self._put_back.close()
         self._calls.finish()
+        self._prefix = None
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
         self._guard, self._losses = PeakGuard(self.options.measure_every), LossMeter(run.replicas.processes)
         return targets
@@ -448,14 +497,17 @@ class RankPilot:
         by_hand = isinstance(self.policy, PlanFile)  # who wrote the plan may shrink trained adapters
         keeps = not by_hand and not controller.decision
         with before_training.learned_kept(self._run, controller, self.journal.note) if keeps else nullcontext():
-            observation, decision = before_training.decide(
-                self._guard, controller, self._ask, self.journal.note, step, loss, recomputes=self.options.recompute
-            )
-            self.decision = decision
+            observation = controller.observe(step, loss)
+            self.decision = decision = self._ask(observation)
+            faster = ""
+            if self._guard.chooses_layers and not controller.decision:
+                faster = before_training.faster_plan(self._guard, controller, self._ask, decision)
             plan = controller.apply(decision, step, self._run.optimizer)
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan)
+        if faster:
+            self.journal.note(faster)
 
     def _ask(self, observation: Observation) -> Decision:
         return self._run.replicas.processes.on_first(lambda: self.policy.decide(observation))
@@ -496,6 +548,7 @@ class RankPilot:
             correction=correction,
         )
         self._run.replicas.changed(self._controller.targets, step)
+        self._follow_plan()
 
 
 class LossMeter:

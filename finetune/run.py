@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..lora.optimizer_state import check_optimizer
 from ..lora.targets import TargetModule, check_unmerged, unwrap
 from .left_as_found import put_back
+from .prefix_cache import paused
 from .replicas import Replicas, check_one_device
 
 T = TypeVar("T")
@@ -48,6 +50,8 @@ class TrainingRun:
         total_steps: the optimiser steps of the run.
         accumulation: the batches whose gradients make one optimiser step.
         learning_rate: of the probe.
+        folder: of the run's files; by default one for temporary files.
+        evaluations: how often held-out rows are read, as far as it is known.
         wrapped: the model as the loop calls it, where wrappers are around it, such as DistributedDataParallel; by
             default `model`, which may be wrapped itself.
         replicas: its copies in the processes of the run. `model` is the one of this process, without their wrapper.
@@ -67,6 +71,8 @@ class TrainingRun:
     total_steps: int
     accumulation: int
     learning_rate: float
+    folder: Path | None = None
+    evaluations: int | None = None
     wrapped: nn.Module | None = None
     replicas: Replicas = field(init=False)
 
@@ -109,6 +115,14 @@ class TrainingRun:
         rate = probe_rate(model, optimizer) if learning_rate is None else learning_rate
         loss = loss or model_loss(model)
         return cls(model, optimizer, loss, dataset, collate, rows, total_steps, accumulation, float(rate))
+
+    @property
+    def epochs(self) -> float:
+        """How often the run reads each row; 0 where the data set does not tell how many it has."""
+        if not hasattr(self.dataset, "__len__") or not len(self.dataset):
+            return 0.0
+        read = self.total_steps * self.accumulation * self.rows * self.replicas.processes.count
+        return read / len(self.dataset)
 
     @property
     def device(self) -> torch.device:
@@ -156,6 +170,7 @@ class TrainingRun:
                 _training_mode(self.model),
                 _gradients_put_back(outside),
                 self.replicas.apart(),
+                paused(),
             ):
                 return work()
 

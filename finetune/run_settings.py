@@ -27,7 +27,8 @@ def run_settings(options: PilotOptions, policy: Policy, schedule: DecisionSchedu
         **policy_settings(policy),
         "schedule": repr(schedule),
         "bounds": {name: list(bound) if isinstance(bound, tuple) else bound for name, bound in bounds.items()},
-        "recompute": options.recompute,
+        "exact_savers": options.exact_savers,
+        "gradient_checkpointing": options.gradient_checkpointing,
         "scaling": options.scaling,
     }
 

@@ -224,8 +224,8 @@ DECIDED = {
     "gradient_accumulation_steps": "--accumulation",
     "learning_rate": "--learning-rate",
     "bf16": "--bf16",
-    "gradient_checkpointing": "--checkpointing",
-    "activation_checkpointing": "--checkpointing",
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "activation_checkpointing": "--gradient-checkpointing",
     "max_length": "--max-length",
     "seed": "--seed",
     "eval_strategy": "--eval-every",
@@ -287,7 +287,7 @@ def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:
     set_seed(config.seed)
     base = load_model(config.model, workload.task, workload.labels, workload.tokenizer, config.quantization)
     check_length(config.max_length, base)
-    if config.checkpointing or config.recompute:
+    if config.gradient_checkpointing is True:
         check_checkpointing(base)
     options = {"r": REFERENCE_RANK, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora"}
     model = adapt(base, config.model, workload.task, target_modules=config.target_modules, **options)
@@ -412,7 +412,7 @@ def new_arguments(config: FinetuneConfig, task: Task, folder: Path) -> TrainingA
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": False,  # or quiet logging would turn the bar off
         "report_to": list(config.report_to),
-        **_checkpointing(config.checkpointing),
+        **_checkpointing(config.gradient_checkpointing is True),
     }
     for tracker in config.report_to:
         if tracker not in (allowed := (*INTEGRATION_TO_CALLBACK, "all", "none")):

@@ -95,6 +95,8 @@ class TrainerStep:
             total_steps=state.max_steps,
             accumulation=args.gradient_accumulation_steps,
             learning_rate=probe_rate(objects["model"], objects["optimizer"]),
+            folder=Path(args.output_dir),
+            evaluations=_evaluations(args, state),
             wrapped=self.trainer.model_wrapped,
         )
 
@@ -231,6 +233,13 @@ class TrainerStep:
             return (function if self._ours.get(name) is ours else run)(*arguments, **options)
 
         self._ours[name] = attributes[name] = ours
+
+
+def _evaluations(args: TrainingArguments, state: TrainerState) -> int:
+    """How many evaluations a run makes."""
+    every = {"steps": state.eval_steps, "epoch": state.max_steps / max(state.num_train_epochs, 1)}
+    each = every.get(str(getattr(args.eval_strategy, "value", args.eval_strategy)))
+    return int(state.max_steps / each) if each else 0
 
 
 def _put_back(attributes: dict[str, Any], name: str, before: Any) -> None:

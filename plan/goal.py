@@ -114,14 +114,13 @@ class Goal:
         )
 
 
-def goal_of(goal: str, tolerance: float | None, *, budget_unit: str | None = None, recompute: bool = False) -> Goal:
+def goal_of(goal: str, tolerance: float | None, *, budget_unit: str | None = None) -> Goal:
     """The goal of a run's options.
 
     Args:
         goal: "quality", "time" or "bytes".
         tolerance: see `Goal`; 1 % by default.
         budget_unit: what the budget counts; None for either unit.
-        recompute: whether the layers that run again are chosen after the plan.
 
     Raises:
         ConfigError: there is no such goal, the tolerance is out of range, or an option does not go with the goal.
@@ -132,11 +131,6 @@ def goal_of(goal: str, tolerance: float | None, *, budget_unit: str | None = Non
     if found.kind == "bytes" and budget_unit == "parameters":
         raise ConfigError(
             "goal='bytes' does not go with a budget of parameters: give a budget of bytes ('6GiB', '80%')."
-        )
-    if found.kind == "time" and recompute:
-        raise ConfigError(
-            "goal='time' does not go with recompute, whose second runs of layers depend on the plan: leave one of them "
-            "out."
         )
     return found
 

@@ -81,9 +81,8 @@ class MemoryConfig(StepConfig):
             if self.dtype:
                 raise ConfigError("dtype is of a card: give --device or --device-memory with it.")
             return
-        wrong = [
-            name for name in ("data", "task", "budget", "measure", "checkpointing", "trainer") if getattr(self, name)
-        ]
+        wrong = [name for name in ("data", "task", "budget", "measure", "trainer") if getattr(self, name)]
+        wrong += ["gradient_checkpointing"] if self.gradient_checkpointing != "auto" else []
         if wrong:
             raise ConfigError(
                 f"{', '.join(wrong)}: not with a card that is only asked about. Its batches are full rows of "

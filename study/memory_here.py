@@ -26,6 +26,7 @@ from ..cost.outlook import MeasuredStep, Outlook
 from ..cost.peak_meter import PeakMeter, resident_peak, restart_resident_peak
 from ..cost.published import check_reads_tokens
 from ..cost.recording import Batch, BatchShape, reshaped
+from ..cost.savers import SAVERS, ExactSavers, saved_by
 from ..cost.step_config import StepConfig
 from ..cost.training_step import switch_checkpointing
 from ..data.models import load_config
@@ -88,14 +89,18 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
         BudgetError: no plan fits the budget.
     """
     setup = set_up(config, tell)
-    asked = setup.measure_memory(tell, "with gradient checkpointing" if config.checkpointing else "")
-    rules, limit = _rules(setup, asked)  # first, since it may raise that no plan fits
+    how = "with gradient checkpointing" if config.gradient_checkpointing is True else ""
+    savers = ExactSavers(setup.model, tuple(SAVERS) if config.exact_savers else ())
+    steps = savers.with_each(lambda: setup.measure_memory(tell, how))
+    models = [*steps.values()]
+    plain, asked = models[0], models[-1]
+    rules, limit = _rules(setup, asked, plain)  # first, since it may raise that no plan fits
     if config.measure:
         tell("measuring real steps")
     measured = measure_step(setup) if config.measure else None
     batches = list(_other_batches(setup, asked, tell))
     recorded, notes = asked, []
-    if not config.checkpointing:
+    if config.gradient_checkpointing is not True:
         try:
             switch_checkpointing(setup.model.get_base_model(), True)
             recorded = setup.measure_memory(tell, "with gradient checkpointing")
@@ -103,7 +108,17 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
             notes.append(f"Without a figure for gradient checkpointing: {error}")
     frozen = frozen_bytes(setup.model)
     parameters = sum(parameter.numel() for parameter in setup.model.parameters() if not parameter.requires_grad)
-    step = ConfiguredStep(recorded, setup.model, setup.targets, parameters, frozen, 0, None, None)
+    step = ConfiguredStep(
+        recorded,
+        setup.model,
+        setup.targets,
+        parameters,
+        frozen,
+        0,
+        None,
+        None,
+        saved_by(steps, highest_ranks(setup.targets)),
+    )
     facts = {"model": config.model, "task": setup.task, "device": setup.run.device.type}
     outlook = Outlook(step, config.rank, config, asked=asked, limit=limit, measured=measured, facts=facts)
     outlook.notes += notes
@@ -131,12 +146,13 @@ def _other_batches(setup: StepSetup, memory: MemoryModel, tell: Tell) -> Iterato
         yield f"{name} ({half})", half, known
 
 
-def _rules(setup: StepSetup, memory: MemoryModel) -> tuple[dict[str, IntArray], Limit | None]:
+def _rules(setup: StepSetup, memory: MemoryModel, plain: MemoryModel) -> tuple[dict[str, IntArray], Limit | None]:
     """The plans of the placement rules inside the budget by name, and its limit; BudgetError if no plan fits."""
     if setup.config.budget is None:
         return {}, None
     budget = Budget.parse(setup.config.budget)
-    cost, limit = limited_cost(beside_model(budget, setup.model), setup.targets, memory)
+    cost, limit = limited_cost(beside_model(budget, setup.model), setup.targets, plain)
+    cost = memory.cost() if limit.unit == "bytes" else cost
     problem = AllocationProblem.of(setup.targets, cost, limit.value)
     check_budget(problem, [target.name for target in setup.targets], budget.share)
     return {"uniform": uniform_ranks(problem), "top-down": top_down(problem)}, limit

@@ -67,7 +67,8 @@ class PilotDriver(Driver):
             schedule=policy_schedule(spec),
             seed=work.get("seed"),
             measure_every=MEASURE_EVERY,
-            recompute=bool(work.get("recompute")),
+            exact_savers=False,
+            gradient_checkpointing="auto" if work.get("recompute") else False,
             tell=lambda line: None,
         )
 

@@ -87,7 +87,7 @@ def test_a_step_is_predicted_and_measured(memory: Memory, name: str, task: str) 
 
 
 def test_settings_are_followed(memory: Memory) -> None:
-    options = "--checkpointing --rank 4 --optimizer sgd --bf16 --measure --budget 90%"
+    options = "--gradient-checkpointing True --rank 4 --optimizer sgd --bf16 --measure --budget 90%"
     printed, figures, _ = memory(f"{{models}}/llama --task classification {options}")
     assert figures["task"] == "classification"
     assert figures["kinds"]["optimizer"] == 0
@@ -172,7 +172,7 @@ def test_a_model_without_checkpointing(memory: Memory, models: Path, capsys: pyt
     assert "does not support gradient checkpointing" in printed
     assert len(figures["notes"]) == 1
     assert not [choice for choice in figures["choices"] if choice["recomputed"]]
-    line = failure(f"memory {models}/xlnet {SMALL} --checkpointing", capsys)
+    line = failure(f"memory {models}/xlnet {SMALL} --gradient-checkpointing True", capsys)
     assert "does not support gradient checkpointing" in line
 
 

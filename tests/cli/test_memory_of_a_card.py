@@ -133,7 +133,7 @@ def test_models_that_take_no_such_rows_are_refused(tmp_path: Path, capsys: pytes
     [
         ("--device T4 --device-memory 16GiB", "Give either the card ('T4') or its memory ('16GiB')"),
         ("--dtype bf16", "give --device or --device-memory with it"),
-        ("--device T4 --checkpointing", "checkpointing is among the choices that are shown"),
+        ("--device T4 --gradient-checkpointing True", "checkpointing is among the choices that are shown"),
         ("--device T4 --measure", "measure: not with a card"),
         ("--device T4 --rank 0", "rank is at least 1"),
         ("--device T4 --json --config", "--json and --config each print one thing"),

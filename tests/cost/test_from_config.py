@@ -21,6 +21,7 @@ from rankpilot.cost.from_config import PEFT_TYPES, LoadedAs, from_config, hollow
 from rankpilot.cost.model import MemoryModel
 from rankpilot.cost.published import WORKSPACE_BYTES
 from rankpilot.cost.recording import BatchShape
+from rankpilot.cost.savers import ExactSavers
 from rankpilot.cost.step_config import OptimizerName, StepConfig
 from rankpilot.cost.training_step import TrainingStep, model_loss, new_optimizer, release_inputs, switch_checkpointing
 from rankpilot.errors import UnknownNameError, UnsupportedError
@@ -71,7 +72,7 @@ def real_memory(
     config = copy.deepcopy(config)
     auto_class = usual_class(config)
     base = base or hollow_base(config, auto_class, loaded.dtype)  # here on the CPU
-    if step.checkpointing:
+    if step.gradient_checkpointing is True:
         switch_checkpointing(base, True, reentrant=loaded.reentrant)
     kind = PEFT_TYPES[auto_class]
     adapter = {"r": 8, "lora_alpha": 16} | loaded.adapter
@@ -80,6 +81,8 @@ def real_memory(
     ).train()
     if not loaded.input_gradients:
         release_inputs(model)
+    if step.exact_savers:
+        ExactSavers(model)
     training = TrainingStep(model, model_loss(model), new_optimizer(step.optimizer, model))
     batch = real_batch(config, step, loaded, rows_only=auto_class.endswith("SequenceClassification"))
     with torch.autocast("cpu", torch.bfloat16) if step.bf16 else nullcontext():
@@ -118,8 +121,8 @@ STEP: dict[str, Any] = {"batch_size": 4, "max_length": 24}
 
 FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
-    "checkpointed": ({"checkpointing": True}, {}),
-    "reentrant": ({"checkpointing": True}, {"reentrant": True}),
+    "checkpointed": ({"gradient_checkpointing": True}, {}),
+    "reentrant": ({"gradient_checkpointing": True}, {"reentrant": True}),
     "dora": ({}, {"adapter": {"use_dora": True}}),
     "autocast": ({"bf16": True}, {}),
     "bf16": ({}, {"dtype": torch.bfloat16}),
@@ -241,7 +244,7 @@ def test_every_optimizer_has_its_bytes(optimizer):
 
 def test_an_output_that_is_kept_and_padding_count_at_the_peak():
     def price(rows: int, length: int, **options: Any) -> float:
-        step = StepConfig(batch_size=rows, max_length=length)
+        step = StepConfig(batch_size=rows, max_length=length, exact_savers=False)
         memory = from_config(CONFIGURATIONS["llama"], step, LoadedAs(**options)).memory
         return plan_cost(memory.cost(), np.full(14, 8))
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rankpilot.cost.later_logits import tiled_causal_lm_loss, use_tiled_loss
 from rankpilot.cost.recording import BatchShape, reshaped
-from rankpilot.cost.training_step import TILES, loss_tokens, tiled_causal_lm_loss, use_tiled_loss
+from rankpilot.cost.savers import ExactSavers
+from rankpilot.cost.tiled_loss import TILES, loss_tokens
 from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.before_training import run_memory
 from rankpilot.finetune.left_as_found import Recomputation
@@ -94,6 +96,7 @@ def test_bytes_are_predicted(rows: int, length: int) -> None:
     plain = adamw_run(model, batch_of(rows, length))
     ranks = np.full(len(plain.targets), 4)
     before = plain.peak(ranks)
+    ExactSavers(model)
     recomputation = Recomputation(model)
     names = recomputation.layers
     run = adamw_run(model, batch_of(rows, length))
@@ -103,7 +106,7 @@ def test_bytes_are_predicted(rows: int, length: int) -> None:
         recomputation.take(names[:count])
         predicted = memory.recomputing(names[:count]).peak(ranks)
         assert 0 <= predicted / run.peak(ranks) - 1 <= (0.006 if count else 0), "but for the margin of second runs"
-        assert predicted < 0.6 * before
+        assert predicted < 0.8 * before
     recomputation.take(())
     other = BatchShape(rows + 3, length + 4)
     larger: Run = adamw_run(model, batch_of(other.rows, other.length))
@@ -113,10 +116,11 @@ def test_bytes_are_predicted(rows: int, length: int) -> None:
 def test_a_run_puts_the_loss_back() -> None:
     model = large_head(1)
     base = model.get_base_model()
-    recomputation = Recomputation(model)
+    savers = ExactSavers(model)
     assert base.loss_function is tiled_causal_lm_loss
-    recomputation.put_back()
+    savers.put_back()
     assert base.loss_function is ForCausalLMLoss
+    assert not [module for module in model.modules() if {"forward", "_cast_input_dtype"} & {*vars(module)}]
 
 
 def test_a_loss_of_the_users_own_stays() -> None:

@@ -23,7 +23,7 @@ CARD = find_device_spec("rtx 4090")
 
 @pytest.fixture(scope="module")
 def step() -> ConfiguredStep:
-    return from_config(CONFIG, StepConfig(batch_size=4, max_length=256, checkpointing=True), LoadedAs())
+    return from_config(CONFIG, StepConfig(batch_size=4, max_length=256, gradient_checkpointing=True), LoadedAs())
 
 
 def use_of(step: ConfiguredStep, **options: object) -> CardUse:

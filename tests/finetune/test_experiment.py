@@ -170,7 +170,7 @@ def test_a_run_writes_what_it_promises(comparison: Comparison) -> None:
             ),
             ({}, lambda trainer: type(trainer.optimizer.optimizer) is torch.optim.AdamW),
             ({"bf16": True}, lambda trainer: trainer.accelerator.mixed_precision == "bf16"),
-            ({"checkpointing": True}, lambda trainer: trainer.model.is_gradient_checkpointing),
+            ({"gradient_checkpointing": True}, lambda trainer: trainer.model.is_gradient_checkpointing),
             ({"optimizer": "sgd"}, lambda trainer: type(trainer.optimizer.optimizer) is torch.optim.SGD),
             ({"optimizer": "adafactor"}, lambda trainer: type(trainer.optimizer.optimizer).__name__ == "Adafactor"),
         ],
@@ -218,7 +218,7 @@ def test_beside_plain_lora_as_people_run_it(
 def test_both_runs_let_layers_run_again_where_the_budget_needs_it(
     make_config: Callable[..., FinetuneConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = finetune(make_config(recompute=True, compare_uniform=True, budget="75%", steps=4), tmp_path / "run")
+    summary = finetune(make_config(compare_uniform=True, budget="75%", steps=4), tmp_path / "run")
     runs = summary["runs"]
     assert runs["rankpilot"]["budget_bytes"] == runs["uniform"]["budget_bytes"]
     for name, run in runs.items():

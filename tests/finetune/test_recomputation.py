@@ -286,7 +286,7 @@ def test_what_cannot_recompute_is_refused() -> None:
     with pytest.raises(BudgetError, match="counts parameters, and a layer that runs again saves none"):
         rankpilot.RankPilot("signal-mean", "300k params", recompute=True)
     with pytest.raises(ConfigError, match="give one of them"):
-        FinetuneConfig("model", "data", recompute=True, checkpointing=True)
+        FinetuneConfig("model", "data", recompute=True, gradient_checkpointing=True)
 
 
 # Where it is expected to pay ------------------------------------------------------------------------------------------

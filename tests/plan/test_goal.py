@@ -33,7 +33,6 @@ def test_goals_in_words() -> None:
         ({"goal": "bytes", "tolerance": True}, "from 0 to 1"),
         ({"goal": "quality", "tolerance": 0.01}, "tolerance counts under goal='time' or goal='bytes' alone"),
         ({"goal": "bytes", "tolerance": None, "budget_unit": "parameters"}, "give a budget of bytes"),
-        ({"goal": "time", "tolerance": None, "recompute": True}, "leave one of them out"),
     ],
 )
 def test_options_that_cannot_be_used(options: dict[str, Any], message: str) -> None:

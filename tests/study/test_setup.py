@@ -30,7 +30,7 @@ def rows(tmp_path: Path) -> dict[str, str]:
     ("name", "data", "settings"),
     [
         ("bert", "classes", {"trainer": ("label_smoothing_factor=0.1", "optim=sgd")}),
-        ("llama", "text", {"checkpointing": True, "accumulation": 2, "optimizer": "adafactor"}),
+        ("llama", "text", {"gradient_checkpointing": True, "accumulation": 2, "optimizer": "adafactor"}),
         ("llama", "chats", {"trainer": ("packing=true",)}),
     ],
 )

@@ -1,0 +1,281 @@
+"""Logits that are made when somebody reads them, so that a loss can make them tile by tile.
+
+The logits of a batch are the largest tensor of many a step: 4 x 1024 tokens of a vocabulary of 128k take 2 GiB in fp32.
+A frozen output layer needs them for the loss alone. So while `LaterHead` is on, that layer returns `LaterLogits`: a
+tensor that knows the hidden states, and what the model does to the product afterwards, number by number (a factor, a
+soft cap, another precision). A cross entropy of them is computed in tiles (`cost/tiled_loss.py`). Whatever else reads
+them gets what the layer would have returned, made at that time, with its graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from ..common.devices import autocast_dtype
+from .tiled_loss import Expected, HeadLoss, Product, TiledCrossEntropy, TiledHeadLoss
+
+FORWARD, _LOSS = "forward", "_loss_function"
+
+
+def use_tiled_loss(model: nn.Module) -> Callable[[], None]:
+    """Let the causal language models in a model that have transformers' own loss compute it in tiles.
+
+    Returns what undoes it.
+    """
+    models = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        and _LOSS not in vars(module)
+        and LOSS_MAPPING.get(module.loss_type) is ForCausalLMLoss
+    ]
+    for module in models:
+        module.loss_function = tiled_causal_lm_loss
+
+    def undo() -> None:
+        for module in models:
+            vars(module).pop(_LOSS, None)
+
+    return undo
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def tiled_causal_lm_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **unused: Any,
+) -> torch.Tensor:
+    """The mean loss of the next token, as `transformers.loss.loss_utils.ForCausalLMLoss`; see there for the arguments.
+
+    The backward pass overwrites logits that are there, unless something else holds them.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
+    target = shift_labels.view(-1).to(logits.device)
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(logits.device)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    rows = logits.float().view(-1, vocab_size)
+    if isinstance(rows, LaterLogits):
+        return rows.cross_entropy(target, ignore_index, reduction, num_items_in_batch)
+    loss: torch.Tensor = TiledCrossEntropy.apply(rows, target, ignore_index, reduction)  # type: ignore[no-untyped-call]
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def defer_logits(model: nn.Module) -> Callable[[], None]:
+    """Let the output layer of a model return `LaterLogits` if it can; returns what undoes it.
+
+    It can if it is a plain linear layer that does not train.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if type(head) is not nn.Linear or FORWARD in vars(head) or any(p.requires_grad for p in head.parameters()):
+        return lambda: None
+    vars(head)[FORWARD] = partial(_forward, head, Expected())
+
+    def undo() -> None:
+        vars(head).pop(FORWARD, None)
+
+    return undo
+
+
+@contextmanager
+def expecting_one(model: nn.Module) -> Iterator[None]:
+    """Expect a gradient of 1 inside, with which recorded steps begin."""
+    forwards = [vars(module).get(FORWARD) for module in model.modules()]
+    expected = [each.args[1] for each in forwards if isinstance(each, partial) and each.func is _forward]
+    before = [each.gradient for each in expected]
+    try:
+        for each in expected:
+            each.gradient = 1.0
+        yield
+    finally:
+        for each, gradient in zip(expected, before, strict=True):
+            each.gradient = gradient
+
+
+def _forward(head: nn.Linear, expected: Expected, hidden: torch.Tensor) -> torch.Tensor:
+    if torch.compiler.is_compiling() or type(hidden) is not torch.Tensor or hidden.dim() < 2:
+        return functional.linear(hidden, head.weight, head.bias)
+    return LaterLogits(hidden, Product(head, expected, autocast_dtype(hidden)))
+
+
+class LaterLogits(torch.Tensor):
+    """Logits that are made when somebody reads them.
+
+    Args:
+        hidden: the last hidden states, (..., width).
+        product: makes logits of them.
+    """
+
+    _hidden: torch.Tensor
+    _product: Product
+    _made: dict[bool, torch.Tensor]
+
+    @staticmethod
+    def __new__(cls, hidden: torch.Tensor, product: Product) -> LaterLogits:
+        """A tensor without storage, of the logits' shape, precision and device."""
+        dtype = product.after(hidden.new_empty(0, dtype=product.autocast or product.head.weight.dtype)).dtype
+        shape = (*hidden.shape[:-1], product.head.out_features)
+        new: Any = torch.Tensor._make_wrapper_subclass
+        self: LaterLogits = new(cls, shape, dtype=dtype, device=hidden.device, requires_grad=False)
+        self._hidden, self._product, self._made = hidden, product, {}
+        return self
+
+    def __init__(self, hidden: torch.Tensor, product: Product) -> None:
+        pass
+
+    def cross_entropy(
+        self, target: torch.Tensor, ignore_index: int, reduction: str, divisor: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """The loss of two-dimensional logits in tiles, divided by `divisor`; see `functional.cross_entropy`."""
+        hidden = self._hidden
+        with_gradient = torch.is_grad_enabled() and hidden.requires_grad
+        loss = HeadLoss(self._product, target, ignore_index, reduction, divisor, with_gradient)
+        value: torch.Tensor = TiledHeadLoss.apply(hidden, loss)  # type: ignore[no-untyped-call]
+        return value
+
+    def made(self) -> torch.Tensor:
+        """The logits, with their graph."""
+        with_graph = torch.is_grad_enabled()
+        if with_graph not in self._made:
+            self._made[with_graph] = self._product.of(self._hidden, self._product.weight())
+        return self._made[with_graph]
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        """Do what needs no logits, and everything else with those that are made now."""
+        options = options or {}
+        if function in _OF_THE_OUTSIDE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*arguments, **options)
+        first = arguments[0] if arguments else None
+        if isinstance(first, LaterLogits) and not first._made:
+            if function is functional.cross_entropy:
+                loss = _cross_entropy(*arguments, **options)
+                if loss is not None:
+                    return loss
+            elif function in _ROWS:
+                rows = _ROWS[function](first, *arguments[1:], **options)
+                if rows is not None:
+                    return LaterLogits(rows, first._product)
+            elif _is_of_each_number(function, arguments[1:], options):
+                step = partial(_applied, function, arguments[1:], options)
+                return LaterLogits(first._hidden, first._product.then(step))
+        made = partial(tree_map, lambda value: value.made() if isinstance(value, LaterLogits) else value)
+        return function(*made(arguments), **made(options))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        """What comes here has passed `__torch_function__` by, such as operators that C++ calls."""
+        made = partial(tree_map, lambda value: value.made() if isinstance(value, LaterLogits) else value)
+        return operator(*made(arguments), **made(options or {}))
+
+
+def _applied(function: Any, rest: Sequence[Any], options: dict[str, Any], tensor: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = function(tensor, *rest, **options)
+    return result
+
+
+_OF_THE_OUTSIDE = {
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
+    *(getattr(torch.Tensor, name).__get__ for name in ("is_meta", "is_sparse", "is_quantized", "is_nested")),
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.element_size,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_complex,
+    torch.is_floating_point,
+    torch.is_complex,
+}
+"""What a tensor tells without its numbers."""
+
+_OF_EACH_NUMBER = {
+    *(torch.Tensor.float, torch.Tensor.mul, torch.Tensor.div, torch.Tensor.tanh, torch.Tensor.to),
+    *(torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.__truediv__, torch.mul, torch.div, torch.tanh),
+}
+"""What models and wrappers do to logits number by number."""
+
+
+def _is_of_each_number(function: Any, rest: Sequence[Any], options: dict[str, Any]) -> bool:
+    kinds = (torch.dtype,) if function is torch.Tensor.to else (int, float)
+    return function in _OF_EACH_NUMBER and not options and all(isinstance(value, kinds) for value in rest)
+
+
+def _reshaped(logits: LaterLogits, *shape: Any) -> torch.Tensor | None:
+    """The hidden states of logits in another shape; None if the last axis does not stay."""
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
+    if any(isinstance(size, torch.dtype) for size in sizes):
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        whole = tuple(logits.shape)
+    result = torch.empty(whole, device="meta").view(*sizes).shape
+    return logits._hidden.reshape(*result[:-1], -1) if len(result) > 1 and result[-1] == whole[-1] else None
+
+
+def _indexed(logits: LaterLogits, index: Any) -> torch.Tensor | None:
+    """The hidden states of some rows; None if the index says something of the last axis."""
+    entries = index if isinstance(index, tuple) else (index,)
+    kept = logits._hidden.dim() - 1
+    if any(entry is None or not isinstance(entry, int | slice | type(Ellipsis)) for entry in entries):
+        return None
+    if Ellipsis in entries:
+        at = entries.index(Ellipsis)
+        after = entries[at + 1 :]
+        if not after or after[-1] != slice(None):
+            return None
+    elif len(entries) > kept and entries[kept] != slice(None):
+        return None
+    rows: torch.Tensor = logits._hidden[index]
+    return rows if rows.dim() > 1 else None
+
+
+def _as_is(logits: LaterLogits) -> torch.Tensor:
+    return logits._hidden
+
+
+_ROWS: dict[Any, Callable[..., torch.Tensor | None]] = {
+    torch.Tensor.view: _reshaped,
+    torch.Tensor.reshape: _reshaped,
+    torch.Tensor.__getitem__: _indexed,
+    torch.Tensor.contiguous: _as_is,
+}
+"""What can be done to the hidden states' rows in place of the logits'."""
+
+
+def _cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor | None:
+    """The loss of rows of logits, or None where its form is another one than classes of rows."""
+    others = weight is not None or size_average is not None or reduce is not None or label_smoothing
+    if others or reduction not in ("mean", "sum") or not isinstance(logits, LaterLogits):
+        return None
+    if logits.dim() != 2 or target.dim() != 1 or target.dtype != torch.long:
+        return None
+    return logits.cross_entropy(target, ignore_index, reduction, None)

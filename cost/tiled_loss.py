@@ -1,0 +1,426 @@
+"""The loss of a causal language model in tiles of its tokens: no tensor of all logits stays for the backward pass.
+
+transformers' loss holds the logarithms of all probabilities beside the logits, and its backward pass two more tensors
+of that size. Here one tile of them at a time is there. The operators are torch's own, row by row, so loss and gradients
+are the same bit for bit.
+
+Where the output layer is frozen, which it is under LoRA, its product belongs to the tiles (`cost/later_logits.py`): the
+logits are never there as a whole, and the gradient of the last hidden states is made in the forward pass, tile by tile.
+Else the logits are there once, and their gradient takes their place in the backward pass.
+
+TRL has tiles too: `trl.kernels.chunked_logprob` multiplies the last hidden states with the head in tiles of at most
+`TOKEN_CHUNK_SIZE` tokens. A small recorded step would fill one of them in part, and the batch of the run fills several:
+a tile would be predicted as large as all of them. So while a small step is recorded, its tiles are as many as those of
+the whole batch. Of our own tiles there are always as many, and their tokens are rounded up.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
+
+from ..common.devices import autocast_dtype
+from ..errors import UnsupportedError
+from .recording import BatchShape
+
+TILES, LEAST_TOKENS = 16, 128
+"""Into how many tiles the tokens of a batch are divided, and the tokens that a tile has at least: a product with fewer
+rows takes more time for each, since it reads the whole weight."""
+
+_RECORDING: ContextVar[bool] = ContextVar("_RECORDING", default=False)
+"""Whether a small step is recorded, which has `TILES` tiles however few its tokens are."""
+
+_REDUCTIONS = {"mean": 1, "sum": 2}
+
+
+@dataclass
+class Expected:
+    """The gradient of the loss with which the last backward pass began, where the next one is expected to begin.
+
+    Gradients of hidden states are made in the forward pass with it. If another one comes, they are made once more.
+    """
+
+    gradient: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """The product of hidden states and the output layer, and what is done to each of its numbers afterwards.
+
+    Attributes:
+        head: the layer.
+        expected: see there.
+        autocast: the precision of the product under autocast; None without.
+        steps: functions of a tensor of any shape, number by number.
+    """
+
+    head: nn.Linear
+    expected: Expected
+    autocast: torch.dtype | None
+    steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()
+
+    def weight(self) -> torch.Tensor:
+        """The layer's weight, (vocabulary, width), in the precision of the product: one copy for all tiles."""
+        weight: torch.Tensor = self.head.weight
+        return weight if self.autocast is None else weight.to(self.autocast)
+
+    def of(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The logits, (..., vocabulary), of hidden states, (..., width)."""
+        bias: torch.Tensor | None = self.head.bias
+        if self.autocast is not None:  # what autocast does, wherever this runs
+            hidden, bias = hidden.to(self.autocast), None if bias is None else bias.to(self.autocast)
+        return self.after(nn.functional.linear(hidden, weight, bias))
+
+    def after(self, product: torch.Tensor) -> torch.Tensor:
+        """What is done to the product."""
+        for step in self.steps:
+            product = step(product)
+        return product
+
+    def then(self, step: Callable[[torch.Tensor], torch.Tensor]) -> Product:
+        """The same with a step more."""
+        return replace(self, steps=(*self.steps, step))
+
+
+class TiledCrossEntropy(torch.autograd.Function):
+    """The cross entropy of rows of logits, float32 (tokens, vocabulary), and targets, int64 (tokens,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, target: torch.Tensor, ignore_index: int, reduction: str
+    ) -> torch.Tensor:
+        """The loss, a scalar."""
+        place = torch.where(target == ignore_index, 0, target)
+        found = logits.new_empty(len(target))
+        for tile in _tiles(len(target)):
+            picked = _picked(torch.log_softmax(tile.of(logits), 1), tile.of(place))
+            tile.of(found).copy_(picked)
+        zero = torch.where(target == ignore_index, target, 0)
+        # `data` holds the values alone, so that it can be told whether anyone else does.
+        ctx.logits, ctx.target, ctx.place, ctx.found = logits.data, target, place, found
+        ctx.settings = ignore_index, reduction
+        return nn.functional.nll_loss(found[:, None], zero, ignore_index=ignore_index, reduction=reduction)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """The gradient of the logits.
+
+        Raises:
+            UnsupportedError: the logits are no longer those of the forward pass.
+        """
+        logits, target, place = ctx.logits, ctx.target, ctx.place
+        ignore_index, reduction = ctx.settings
+        weight = (target != ignore_index).sum().to(logits.dtype)
+        result = logits if _held_once(logits) else torch.empty_like(logits)
+        found = torch.empty_like(ctx.found)
+        for tile in _tiles(len(target)):
+            logarithms = torch.log_softmax(tile.of(logits), 1)
+            tile.fresh(tile.of(found)).copy_(tile.fresh(_picked(logarithms, tile.of(place))))
+            of_logarithms = torch.ops.aten.nll_loss_backward(
+                gradient, logarithms, tile.of(target), None, _REDUCTIONS[reduction], ignore_index, weight
+            )
+            of_logits = torch.ops.aten._log_softmax_backward_data(of_logarithms, logarithms, 1, logits.dtype)
+            tile.fresh(tile.of(result)).copy_(tile.fresh(of_logits))
+            del logarithms, of_logarithms, of_logits  # before those of the next tile are made
+        if not torch.allclose(found, ctx.found, rtol=0, atol=0, equal_nan=True):
+            raise UnsupportedError(
+                "The logits were changed between the loss and its backward pass, or the backward pass ran twice; with "
+                "`recompute` it needs them as they were, and writes their gradient in their place. Change a copy of "
+                "them, or leave `recompute` out."
+            )
+        return result, None, None, None
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLoss:
+    """A cross entropy of rows of hidden states, whose logits are made tile by tile.
+
+    Attributes:
+        product: makes logits of hidden states.
+        target: int64 (tokens,).
+        ignore_index: the target of tokens that have no loss.
+        reduction: "mean" or "sum" of the tokens' losses.
+        divisor: of that; None for none.
+        with_gradient: whether the gradient of the hidden states is made as well.
+    """
+
+    product: Product
+    target: torch.Tensor
+    ignore_index: int
+    reduction: str
+    divisor: torch.Tensor | int | None
+    with_gradient: bool
+
+    def run(
+        self, hidden: torch.Tensor, gradient: float, result: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Make the logits of each tile.
+
+        Args:
+            hidden: rows of hidden states, (tokens, width).
+            gradient: of the loss.
+            result: where the gradient of the hidden states goes, of their shape; a new tensor by default.
+
+        Returns:
+            The logarithm of each target's probability, (tokens,), and the gradient if there is one.
+        """
+        target, ignore, tokens = self.target, self.ignore_index, len(self.target)
+        weight, place = self.product.weight(), torch.where(target == ignore, 0, target)
+        found, of_loss, precise = None, None, autocast_dtype(hidden) is not None
+        if self.with_gradient and result is None:
+            result = torch.empty_like(hidden)
+        for tile in _tiles(tokens):
+            rows = tile.of(hidden).detach().requires_grad_(self.with_gradient)
+            with torch.set_grad_enabled(self.with_gradient), _own_graph():
+                logits = self.product.of(rows, weight)
+                logits = logits.float() if precise else logits
+            edge = get_gradient_edge(logits) if result is not None else None  # it holds no numbers
+            values = torch.log_softmax(logits.detach(), 1)
+            del logits
+            if found is None or of_loss is None:
+                found, of_loss = values.new_empty(tokens), values.new_full((), gradient)
+                of_loss = of_loss if self.divisor is None else of_loss / self.divisor
+                count = (target != ignore).sum().to(values.dtype)
+            tile.of(found).copy_(_picked(values, tile.of(place)))
+            if result is not None and edge is not None:
+                of_logits = torch.ops.aten.nll_loss_backward(
+                    of_loss, values, tile.of(target), None, _REDUCTIONS[self.reduction], ignore, count
+                )
+                torch.ops.aten._log_softmax_backward_data.out(of_logits, values, 1, values.dtype, out=of_logits)
+                del values
+                with torch.autocast(_autocast_kind(hidden), enabled=False):
+                    (of_rows,) = torch.autograd.grad([edge], [rows], [of_logits])
+                tile.fresh(tile.of(result)).copy_(tile.fresh(of_rows))
+                del of_logits, of_rows
+            del edge, rows  # before those of the next tile are made
+        assert found is not None, "there is always a tile"
+        return found, result
+
+
+class TiledHeadLoss(torch.autograd.Function):
+    """A `HeadLoss` of rows of hidden states, (tokens, width).
+
+    The gradient of the hidden states is made in the forward pass, with the gradient of the loss that is expected.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, loss: HeadLoss) -> torch.Tensor:
+        """The loss, a scalar."""
+        lower = autocast_dtype(hidden)
+        ctx.loss, ctx.expected = loss, loss.product.expected.gradient
+        ctx.autocast = partial(torch.autocast, _autocast_kind(hidden), lower, enabled=lower is not None)
+        found, ctx.result = loss.run(hidden, ctx.expected)
+        if loss.with_gradient:
+            ctx.save_for_backward(hidden)
+        zero = torch.where(loss.target == loss.ignore_index, loss.target, 0)
+        value = nn.functional.nll_loss(found[:, None], zero, ignore_index=loss.ignore_index, reduction=loss.reduction)
+        return value if loss.divisor is None else value / loss.divisor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        """The gradient of the hidden states."""
+        result: torch.Tensor = ctx.result
+        value = ctx.expected if gradient.is_meta else float(gradient)
+        if value != ctx.expected:
+            (hidden,) = ctx.saved_tensors
+            with ctx.autocast():
+                ctx.loss.run(hidden, value, result)
+            ctx.expected = value
+            if math.isfinite(value):
+                ctx.loss.product.expected.gradient = value
+        return result, None
+
+
+def _own_graph() -> AbstractContextManager[None]:
+    """Keep what is saved here from hooks, such as those that move it to the CPU: the graph of a tile ends at once."""
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach()  # a node that held its own output with its graph would hold itself
+
+
+def _autocast_kind(tensor: torch.Tensor) -> str:
+    return "cpu" if tensor.is_meta else tensor.device.type
+
+
+def tile_size(tokens: int, *, recorded: bool = False) -> int:
+    """The tokens of a tile of so many tokens. All tiles have as many, so the last ones may overlap.
+
+    Args:
+        tokens: of the batch.
+        recorded: where a small step is recorded. Its tiles have a token more, so that they are told from what has a
+            share of all tokens.
+    """
+    size = -(-tokens // TILES)
+    return min(size + 1 if recorded else max(size, LEAST_TOKENS), tokens)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A tile: its first row, its rows, and how many of them an earlier tile has had.
+
+    Rows are taken by `narrow`, which is the same operator for any of them, so that steps of any size are alike.
+    """
+
+    start: int
+    size: int
+    done: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of the tile."""
+        return tensor.narrow(0, self.start, self.size)
+
+    def fresh(self, rows: torch.Tensor) -> torch.Tensor:
+        """Those of its rows that no earlier tile has had."""
+        return rows.narrow(0, self.done, self.size - self.done)
+
+
+def _tiles(tokens: int) -> Iterator[_Tile]:
+    """All tiles of so many tokens; with few of them, the last of a recorded step have nothing fresh."""
+    recorded = _RECORDING.get()
+    size = tile_size(tokens, recorded=recorded)
+    for number in range(TILES if recorded else -(-tokens // size)):
+        start = min(number * size, tokens - size)
+        yield _Tile(start, size, min(number * size - start, size))
+
+
+def _picked(logarithms: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    return logarithms.gather(1, place[:, None])[:, 0]
+
+
+def _held_once(tensor: torch.Tensor) -> bool:
+    """Whether no other tensor has the same storage; it and the object that asks count."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)) <= 2
+
+
+MODULE, FUNCTION, TILE = "trl.kernels.chunked_logprob", "ChunkedLogProbFunction", "TOKEN_CHUNK_SIZE"
+
+
+@dataclass(frozen=True)
+class TileTokens:
+    """How many tokens of a batch have a loss in our own tiles: for each row, `of_token` of each token and `of_row`."""
+
+    of_token: float
+    of_row: float
+
+    def tile(self, shape: BatchShape, *, recorded: bool = False) -> int:
+        """The tokens of a tile with a batch of this shape; see `tile_size`."""
+        tokens = round(shape.rows * (self.of_token * shape.length + self.of_row))
+        return tile_size(tokens, recorded=recorded)
+
+
+class LossTiles:
+    """Scales the tiles of TRL's fused loss while steps of a batch are recorded.
+
+    Args:
+        whole: the shape of the whole batch.
+
+    Attributes:
+        used: whether a step has run the fused loss.
+        own: by the shape of a batch, the tokens that its step has given to our own tiles.
+    """
+
+    used: bool
+    own: dict[BatchShape, int]
+
+    def __init__(self, whole: BatchShape) -> None:
+        self.used, self.own = False, {}
+        self._whole, self._module = whole, sys.modules.get(MODULE)
+        self._size: int | None = getattr(self._module, TILE, None)
+
+    @property
+    def size(self) -> int | None:
+        """Tokens of a tile; None if no step has run the fused loss."""
+        return self._size if self.used else None
+
+    @property
+    def count(self) -> int:
+        """Tiles of the whole batch; 1 without the fused loss."""
+        return -(-loss_tokens(self._whole) // self._size) if self.used and self._size else 1
+
+    def tokens(self, shape: BatchShape) -> int:
+        """Tokens of a tile while a batch of this shape is recorded; 1 without the fused loss."""
+        return tile_tokens(loss_tokens(shape), loss_tokens(self._whole), self._size) if self._size else 1
+
+    @contextmanager
+    def scaled(self, shape: BatchShape) -> Iterator[None]:
+        """Inside the context a batch of this shape has as many tiles as the whole batch; our own are `TILES`."""
+        token = _RECORDING.set(shape != self._whole)
+        function = getattr(self._module, FUNCTION, None)
+
+        def note_own(context: Any, rows: torch.Tensor, *rest: Any) -> None:
+            self.own[shape] = max(self.own.get(shape, 0), len(rows))
+
+        with _noted(TiledCrossEntropy, note_own), _noted(TiledHeadLoss, note_own), _noted(function, self._note):
+            if function is not None and self._size is not None:
+                setattr(self._module, TILE, self.tokens(shape))
+            try:
+                yield
+            finally:
+                _RECORDING.reset(token)
+                if function is not None and self._size is not None:
+                    setattr(self._module, TILE, self._size)
+
+    def _note(self, *arguments: Any) -> None:
+        self.used = True
+
+    def own_tokens(self, shapes: Sequence[BatchShape]) -> TileTokens | None:
+        """How the tokens of our own tiles follow from the shape of a batch; None if a step has none.
+
+        Args:
+            shapes: of three batches that were recorded: small, shorter, and with one row more than that.
+        """
+        if any(shape not in self.own for shape in shapes):
+            return None
+        (small, shorter, _), (each, fewer, _) = shapes, [self.own[shape] / shape.rows for shape in shapes]
+        if small.length == shorter.length:
+            return TileTokens(each / small.length, 0.0)
+        slope = (each - fewer) / (small.length - shorter.length)
+        return TileTokens(slope, each - slope * small.length)
+
+
+@contextmanager
+def _noted(function: Any, note: Callable[..., None]) -> Iterator[None]:
+    """Inside the context it is noted when an autograd function runs; None for one that is not there."""
+    if function is None:
+        yield
+        return
+    forward = function.forward
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        note(*arguments)
+        return forward(*arguments, **options)
+
+    function.forward = staticmethod(noted)
+    try:
+        yield
+    finally:
+        function.forward = staticmethod(forward)
+
+
+def loss_tokens(shape: BatchShape) -> int:
+    """The tokens of a batch that have a next one, for which there is a loss."""
+    return shape.rows * max(shape.length - 1, 1)
+
+
+def tile_tokens(small: int, whole: int, size: int) -> int:
+    """The tile of a small batch that is to it what a tile is to the whole batch; all in tokens."""
+    tiles = -(-whole // size)
+    if tiles == 1:
+        return size
+    scaled = -(-size * small // whole)
+    return max(1, min(scaled, -(-small // (tiles - 1)) - 1))  # rounding must not save a tile

@@ -1,0 +1,497 @@
+"""Frozen layers run once a row: what they return is kept, and later epochs and evaluations take it from there.
+
+Below the lowest module that trains, nothing changes in training. So the hidden states of a row that come out there are
+the same in every epoch. They are kept by the row's tokens and positions, without padding, in main memory as far as
+there is room and then in a file of the run's folder, which the system deletes when the process ends, however it ends.
+
+What is kept is compared with what the layers return on the first batches that could do without them, and again on every
+hundredth. Where they differ, the layers run as they did, and a line says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..common.text import format_bytes, plural
+from ..cost.budget import free_bytes
+from ..data.batches import IGNORED
+from ..errors import first_line
+from ..lora.targets import unwrap
+
+CHECKED_FIRST = 2
+"""So many batches are compared before the layers are left out, of each kind: in training, and in evaluation."""
+
+CHECK_EVERY = 100
+"""And afterwards one of so many."""
+
+MOST_DIFFERENCE = 1e-5
+"""By how much hidden states may differ at most, as a share of the largest: kernels round otherwise beside padding. In
+half precision the last place of a number is the bound, where that is more."""
+
+MEMORY_SHARE, DISK_SHARE = 0.125, 0.5
+"""The shares of free main memory and of the free disk that are taken at most, unless it is said how much."""
+
+PATIENCE = 50
+"""Batches of a later epoch, of which fewer than half are known, after which rows are taken to change."""
+
+_PAUSED: ContextVar[bool] = ContextVar("_PAUSED", default=False)
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Let all layers run inside, where steps are measured that are none of the run."""
+    token = _PAUSED.set(True)
+    try:
+        yield
+    finally:
+        _PAUSED.reset(token)
+
+
+WHOLE = 2**31
+"""The end of a row whose length in tokens its input does not tell, such as an image."""
+
+_MAIN_INPUTS = ("input_ids", "pixel_values", "input_values", "input_features")
+_OTHER_INPUTS = ("inputs_embeds", "past_key_values", "cache", "head_mask", "encoder_hidden_states", "bool_masked_pos")
+"""Inputs by name: those that rows are known by, and those under which all layers run."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tokens of one row, or of one text where a row holds several.
+
+    Attributes:
+        row: its index in the batch.
+        start: its first token.
+        stop: the token after its last one.
+        key: of its tokens and positions.
+    """
+
+    row: int
+    start: int
+    stop: int
+    key: bytes
+
+
+def rows_of(inputs: Mapping[str, Any], *, padding_counts: bool) -> list[Row] | None:
+    """The rows of a batch; None if what the model reads cannot be told row by row.
+
+    Args:
+        inputs: of the model below its head, by name.
+        padding_counts: whether hidden states of padding may be read. Then a row is one with its padding.
+    """
+    if any(inputs.get(name) is not None for name in _OTHER_INPUTS):
+        return None
+    main = next((inputs[name] for name in _MAIN_INPUTS if inputs.get(name) is not None), None)
+    if main is None or main.dim() < 2:
+        return None
+    beside = [inputs.get(name) for name in ("position_ids", "token_type_ids", "attention_mask")]
+    if any(each is not None and (each.dim() != 2 or each.shape[-1] != main.shape[-1]) for each in beside):
+        return None
+    ids = main.detach().cpu().numpy()
+    positions, types, mask = (None if each is None else each.detach().cpu().numpy() for each in beside)
+    rows = []
+    for index in range(len(ids)):
+        place = None if positions is None else positions[index % len(positions)]
+        kind = None if types is None else types[index]
+        for start, stop in _stretches(ids[index], place, None if mask is None else mask[index], padding_counts):
+            parts = [ids[index, start:stop], np.array([start]) if place is None else place[start:stop]]
+            parts += [] if kind is None else [kind[start:stop]]
+            parts += [mask[index]] if mask is not None and padding_counts else []
+            key = hashlib.blake2b(b"|".join(np.ascontiguousarray(part).tobytes() for part in parts), digest_size=16)
+            rows.append(Row(index, start, stop, key.digest()))
+    return rows
+
+
+def _stretches(ids: Any, positions: Any, mask: Any, padding_counts: bool) -> list[tuple[int, int]]:
+    """Where the texts of a row begin and end: several where positions begin anew, one with its padding if it counts."""
+    if ids.ndim > 1:
+        return [(0, WHOLE)]
+    if mask is not None and not mask.all() and not padding_counts:
+        real = np.flatnonzero(mask)
+        if len(real) and real[-1] - real[0] + 1 == len(real):
+            return [(int(real[0]), int(real[-1]) + 1)]
+    elif positions is not None and not padding_counts:
+        begins = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(ids)]
+        return [*pairwise(begins)]
+    return [(0, len(ids))]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where hidden states may be kept.
+
+    Attributes:
+        folder: of a file.
+        memory_bytes: of main memory, at most.
+        file_bytes: of the file, at most.
+    """
+
+    folder: Path
+    memory_bytes: float
+    file_bytes: float
+
+    @classmethod
+    def of(cls, folder: Path, most_bytes: float | None = None) -> Room:
+        """A share of what is free now; no more than `most_bytes` together, of which main memory goes first."""
+        memory, disk = MEMORY_SHARE * free_bytes(torch.device("cpu")), DISK_SHARE * shutil.disk_usage(folder).free
+        if most_bytes is None:
+            return cls(folder, memory, disk)
+        memory = min(memory, most_bytes)
+        return cls(folder, memory, min(disk, most_bytes - memory))
+
+    @property
+    def whole(self) -> float:
+        """Bytes in both places."""
+        return self.memory_bytes + self.file_bytes
+
+
+class Store:
+    """Hidden states by key: in main memory up to some bytes, and in a file beyond that.
+
+    Args:
+        room: for them. The file is made when it is needed, and has no name.
+
+    Attributes:
+        full: nothing more is taken.
+        size: bytes that are held.
+    """
+
+    full: bool
+    size: int
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._begin()
+
+    def _begin(self) -> None:
+        self._held: dict[bytes, np.ndarray[Any, Any]] = {}
+        self._places: dict[bytes, tuple[int, int, int]] = {}  # start, bytes and checksum
+        self._file: Any = None
+        self._end = 0
+        self.full, self.size = False, 0
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._held or key in self._places
+
+    def put(self, key: bytes, values: np.ndarray[Any, Any]) -> None:
+        """Take bytes, uint8 (count,), which are not changed later.
+
+        Raises:
+            OSError: the file cannot be written, as on a full disk.
+        """
+        if self.size + values.nbytes <= self._room.memory_bytes:
+            self._held[key] = values
+        elif self._end + values.nbytes <= self._room.file_bytes:
+            self._file = self._file or tempfile.TemporaryFile(dir=self._room.folder, buffering=0)  # noqa: SIM115  (it has no end that a block tells)
+            self._file.seek(self._end)
+            written = self._file.write(values.data)
+            if written != values.nbytes:
+                raise OSError("the disk is full")
+            self._places[key] = self._end, values.nbytes, zlib.crc32(values.data)
+            self._end += values.nbytes
+        else:
+            self.full = True
+            return
+        self.size += values.nbytes
+
+    def get(self, key: bytes) -> np.ndarray[Any, Any]:
+        """What was taken under a key.
+
+        Raises:
+            OSError: the file cannot be read, or holds something else.
+        """
+        if key in self._held:
+            return self._held[key]
+        start, size, checksum = self._places[key]
+
+        values = np.empty(size, dtype=np.uint8)
+        self._file.seek(start)
+        if self._file.readinto(values.data) != size or zlib.crc32(values.data) != checksum:
+            raise OSError("its file is damaged")
+        return values
+
+    def clear(self) -> None:
+        """Forget all, and delete the file."""
+        if self._file is not None:
+            self._file.close()
+        self._begin()
+
+
+class PrefixCache:
+    """Leaves frozen layers out of forward passes whose rows have been seen.
+
+    Args:
+        model: the PEFT model, with layers of transformers.
+        room: for what is kept.
+        epochs: how often training reads each row.
+        tokens: of all rows of training, roughly.
+        evaluates: keep rows of evaluations.
+        tell: gets a line when the cache begins or ends.
+
+    Attributes:
+        layers: how many run once a row; 0 while it is off.
+        left_out: forward passes that ran without them.
+
+    Raises:
+        LookupError: the model's layers cannot be found, and why.
+    """
+
+    layers: int
+    left_out: int
+
+    def __init__(
+        self,
+        model: nn.Module,
+        room: Room,
+        *,
+        epochs: float,
+        tokens: float,
+        evaluates: bool,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._model, self._tell, self._tokens, self._epochs = model, tell, tokens, epochs
+        self._body, self._layers = layers_in_order(model)
+        self._room, self._store = room, Store(room)
+        self._evaluates, self._wanted = evaluates, {True: False, False: False}
+        self.layers = self.left_out = self._followed = 0
+        self._handles: list[Any] = []
+        self._left: list[nn.Module] = []
+        self._seen: dict[bool, int] = {}
+        self._missed: dict[bool, list[bool]] = {}
+        self._pass: _Pass | None = None
+        self._padding_counts = True
+        self._dtype: torch.dtype | None = None
+
+    def follow(self) -> None:
+        """Leave out all layers below the lowest that trains, as it is now; rows are forgotten if it is another one."""
+        count = self._frozen()
+        if count == self._followed:
+            return
+        self.end()
+        self._followed = count
+        if not count:
+            return
+        self._wanted = {True: self._worth_it(count), False: self._evaluates}
+        if not any(self._wanted.values()):
+            return
+        self.layers, self._seen, self._missed = count, {True: 0, False: 0}, {True: [], False: []}
+        self._handles = [
+            self._model.register_forward_pre_hook(self._see_labels, with_kwargs=True),
+            self._body.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self._layers[count].register_forward_pre_hook(self._keep, with_kwargs=True),
+        ]
+        for index, layer in enumerate(self._layers[:count]):
+            layer.forward = self._of_layer(index, layer.forward)
+        self._left = self._layers[:count]
+
+    def _frozen(self) -> int:
+        """How many layers from the lowest do not train; 0 if the embeddings do."""
+        count = next((i for i, layer in enumerate(self._layers) if _trains(layer.parameters())), 0)
+        inside = {id(parameter) for layer in self._layers for parameter in layer.parameters()}
+        outside = (parameter for parameter in self._body.parameters() if id(parameter) not in inside)
+        return 0 if not count or _trains(outside) else count
+
+    def _worth_it(self, count: int) -> bool:
+        """Whether rows of training are kept, which is told."""
+        if self._epochs < 2:
+            return False
+        below = f"The {count} lowest of {len(self._layers)} layers train nothing"
+        if random := random_parts(self._body, self._layers[count:]):
+            self._tell(f"{below}, but run for every row of training: {random}.")
+            return False
+        weight = next(self._layers[0].parameters())
+        width = getattr(getattr(self._body, "config", None), "hidden_size", weight.shape[-1])
+        size = self._tokens * width * (weight.element_size() if weight.is_floating_point() else 2)
+        if size > self._room.whole:
+            self._tell(
+                f"{below}. What they return would take {format_bytes(size)}, and there is room for "
+                f"{format_bytes(self._room.whole)} (prefix_cache), so they run in every epoch."
+            )
+            return False
+        self._tell(
+            f"{below}, so they run once a row: later epochs take what they return from {format_bytes(size)} of memory "
+            f"and disk, and leave about {100 * count / len(self._layers):.0f} % of the forward pass out."
+        )
+        return True
+
+    def end(self, why: str = "") -> None:
+        """Let all layers run again, and forget all rows; a reason is told."""
+        for handle in self._handles:
+            handle.remove()
+        for layer in self._left:
+            del layer.forward
+        if why and self.layers:
+            self._tell(f"All layers run for every row from now on: {why}.")
+        self._store.clear()
+        self._handles, self._left, self._pass, self.layers = [], [], None, 0
+
+    # One forward pass -------------------------------------------------------------------------------------------------
+
+    def _see_labels(self, model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Find out whether the loss reads hidden states of padding."""
+        labels, mask = options.get("labels"), options.get("attention_mask")
+        self._padding_counts = True
+        if isinstance(labels, torch.Tensor):
+            masked = mask is None or labels.shape != mask.shape or bool((labels[mask == 0] == IGNORED).all())
+            self._padding_counts = not masked
+
+    def _enter(self, body: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if _PAUSED.get():
+            return
+        counts, self._padding_counts = self._padding_counts, True
+        self._pass = None
+        training = body.training
+        asks = any(options.get(name) for name in ("output_hidden_states", "output_attentions"))
+        if not self._wanted[training] or asks or torch.compiler.is_compiling():
+            return
+        given = {**options, **dict(zip(_MAIN_INPUTS[:1], arguments, strict=False))}
+        rows = rows_of(given, padding_counts=counts)
+        if rows is None:
+            return
+        known = all(row.key in self._store for row in rows)
+        self._seen[training] += known
+        if self._changes(training, known):
+            self.end("the rows are others than in the epoch before")
+            return
+        seen = self._seen[training]
+        checks = known and (seen <= CHECKED_FIRST or seen % CHECK_EVERY == 0)
+        self._pass = _Pass(rows, known=known, checks=checks)
+        if known:
+            try:
+                self._pass.states = [self._store.get(row.key) for row in rows]
+            except OSError as error:
+                self.end(f"what was kept cannot be read ({first_line(error)})")
+
+    def _changes(self, training: bool, known: bool) -> bool:
+        """Whether rows are others than before, once some of them have come back."""
+        missed = self._missed[training]
+        if self._seen[training]:
+            missed.append(not known)
+            del missed[:-PATIENCE]
+        return len(missed) == PATIENCE and sum(missed) > PATIENCE // 2
+
+    def _of_layer(self, index: int, real: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(hidden: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            now = self._pass
+            if now is None or not now.known or now.checks:
+                output = real(hidden, *arguments, **options)
+                if now is not None and not isinstance(output, torch.Tensor):
+                    self.end(f"{type(self._layers[index]).__name__} returns more than hidden states")
+                return output
+            if index < self.layers - 1:
+                return hidden
+            self.left_out += 1
+            return self._whole(hidden, now)
+
+        return forward
+
+    def _whole(self, hidden: torch.Tensor, now: _Pass) -> torch.Tensor:
+        """The hidden states of a batch, of the shape of its embeddings; those of padding are 0."""
+        assert self._dtype is not None, "states are kept before they are read"
+        result = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device)
+        for row, values in zip(now.rows, now.states, strict=True):
+            result[row.row, row.start : row.stop] = _tensor(values, self._dtype, hidden.shape[-1]).to(hidden.device)
+        return result
+
+    def _keep(self, layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Keep what comes into the lowest layer that always runs, or compare it with what is kept."""
+        now, self._pass = self._pass, None
+        hidden = arguments[0] if arguments else options.get("hidden_states")
+        if now is None or (now.known and not now.checks):
+            return
+        if not isinstance(hidden, torch.Tensor) or hidden.requires_grad:
+            self.end("something below the lowest adapter trains")
+        elif now.known:
+            kept = self._whole(hidden, now)
+            differs = max(_difference(kept[r.row, r.start : r.stop], hidden[r.row, r.start : r.stop]) for r in now.rows)
+            if differs > max(MOST_DIFFERENCE, 2 * torch.finfo(hidden.dtype).eps):
+                self.end(
+                    f"what they return differs by {differs:.1g} of its size from one pass to the next (dropout, noise, "
+                    "or texts that read one another)"
+                )
+        else:
+            self._dtype = hidden.dtype
+            for row in now.rows:
+                if row.key not in self._store and not self._store.full:
+                    self._put(row.key, hidden[row.row, row.start : row.stop])
+
+    def _put(self, key: bytes, states: torch.Tensor) -> None:
+        try:
+            self._store.put(key, states.detach().cpu().contiguous().view(torch.uint8).numpy().flatten())
+        except OSError as error:
+            self.end(f"what they return cannot be kept ({first_line(error)})")
+
+
+def _trains(parameters: Iterable[nn.Parameter]) -> bool:
+    return any(parameter.requires_grad for parameter in parameters)
+
+
+@dataclass
+class _Pass:
+    """One forward pass: its rows, whether all are known, whether that is to be checked, and what is kept of them."""
+
+    rows: list[Row]
+    known: bool
+    checks: bool
+    states: list[Any] = field(default_factory=list)
+
+
+def _tensor(values: Any, dtype: torch.dtype, width: int) -> torch.Tensor:
+    return torch.from_numpy(values).view(dtype).view(-1, width)
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference of two tensors as a share of the largest number."""
+    scale = other.abs().max().clamp(min=1e-30)
+    return float((one - other).abs().max() / scale)
+
+
+def layers_in_order(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """The part of a transformers model below its head, and its layers.
+
+    Raises:
+        LookupError: they cannot be found, and why.
+    """
+    base = unwrap(model)
+    body = getattr(getattr(base, "base_model", base), "model", base)
+    body = getattr(body, "base_model", body)
+    lists = [
+        [*module]
+        for module in body.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], GradientCheckpointingLayer)
+    ]
+    if len(lists) != 1:
+        raise LookupError(f"{type(body).__name__} has {plural(len(lists), 'stack')} of layers, not one")
+    if any("forward" in vars(layer) for layer in lists[0]):
+        raise LookupError(f"something has replaced the forward pass of layers of {type(body).__name__}")
+    return body, lists[0]
+
+
+def random_parts(body: nn.Module, above: Sequence[nn.Module]) -> str:
+    """What makes the layers below some others return something else each time in training; empty for nothing."""
+    later = {id(module) for layer in above for module in layer.modules()}
+    below = [module for module in body.modules() if id(module) not in later]
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in below):
+        return "they drop some numbers at random (dropout)"
+    config = vars(getattr(body, "config", body))
+    shares = (config.get(name) for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"))
+    if any(isinstance(share, float) and share > 0 for share in shares):
+        return "their attention drops some numbers at random (dropout)"
+    if any(getattr(module, "neftune_noise_alpha", None) for module in below):
+        return "their embeddings get noise (NEFTune)"
+    return ""
