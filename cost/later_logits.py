@@ -24,6 +24,9 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..common.devices import autocast_dtype
 from .tiled_loss import Expected, HeadLoss, Product, TiledCrossEntropy, TiledHeadLoss
 
+LEAST_RATIO = 4
+"""Logits of a token that are fewer than so many times its hidden states take less than what tiles keep beside them."""
+
 FORWARD, _LOSS = "forward", "_loss_function"
 
 
@@ -84,6 +87,8 @@ def defer_logits(model: nn.Module) -> Callable[[], None]:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     if type(head) is not nn.Linear or FORWARD in vars(head) or any(p.requires_grad for p in head.parameters()):
+        return lambda: None
+    if head.out_features < LEAST_RATIO * head.in_features:
         return lambda: None
     vars(head)[FORWARD] = partial(_forward, head, Expected())
 
@@ -166,6 +171,8 @@ class LaterLogits(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*arguments, **options)
         first = arguments[0] if arguments else None
+        if function is _REQUIRES_GRAD and isinstance(first, LaterLogits):
+            return first._hidden.requires_grad
         if isinstance(first, LaterLogits) and not first._made:
             if function is functional.cross_entropy:
                 loss = _cross_entropy(*arguments, **options)
@@ -195,9 +202,12 @@ def _applied(function: Any, rest: Sequence[Any], options: dict[str, Any], tensor
     return result
 
 
+_GRAD_FN = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]
+_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _OF_THE_OUTSIDE = {
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
     *(getattr(torch.Tensor, name).__get__ for name in ("is_meta", "is_sparse", "is_quantized", "is_nested")),
+    _GRAD_FN,  # they have none yet, and wrappers of models ask
     torch.Tensor.size,
     torch.Tensor.dim,
     torch.Tensor.numel,
@@ -253,11 +263,17 @@ def _as_is(logits: LaterLogits) -> torch.Tensor:
     return logits._hidden
 
 
+def _detached(logits: LaterLogits) -> torch.Tensor:
+    return logits._hidden.detach()
+
+
 _ROWS: dict[Any, Callable[..., torch.Tensor | None]] = {
     torch.Tensor.view: _reshaped,
     torch.Tensor.reshape: _reshaped,
     torch.Tensor.__getitem__: _indexed,
     torch.Tensor.contiguous: _as_is,
+    torch.Tensor.clone: _as_is,  # as DistributedDataParallel does with all outputs
+    torch.Tensor.detach: _detached,
 }
 """What can be done to the hidden states' rows in place of the logits'."""
 

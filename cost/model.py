@@ -508,9 +508,9 @@ def recomputed_cost(
 ) -> ByteCost:
     """What plans cost where layers may run again: a budget buys less recomputation before it buys more rank.
 
-    A plan must fit with all layers running again. And without any, it may take what plain LoRA takes, rank 8 on all
-    modules, or the limit if that is more: else every plan would spend all that recomputation saves on ranks, and every
-    layer would run again.
+    Where plain LoRA fits without, rank 8 on all modules, no layer runs again. Below, a plan must fit with all layers
+    running again, and may take what plain LoRA takes without: else every plan would spend all that recomputation saves
+    on ranks, and every layer would run again.
 
     Args:
         memory: the byte model of a step in which every layer runs again.
@@ -518,8 +518,11 @@ def recomputed_cost(
         limit: bytes that the step may take. Costs without recomputation are scaled, so that it limits them too.
         shape: of the batch; by default that of calibration.
     """
-    every, none = memory.cost(shape), memory.recomputing(()).cost(shape)
-    factor = limit / max(limit, plan_cost(none, np.minimum(REFERENCE_RANK, max_ranks)))
+    none = memory.recomputing(()).cost(shape)
+    plain = plan_cost(none, np.minimum(REFERENCE_RANK, max_ranks))
+    if plain <= limit:
+        return none
+    every, factor = memory.cost(shape), limit / plain
     groups = [np.pad(every.group_bytes, ((0, 0), (0, len(none.needs))))]
     groups.append(np.pad(np.ceil(factor * none.group_bytes), ((0, 0), (len(every.needs), 0))))
     return ByteCost(

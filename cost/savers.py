@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from ..common.arrays import IntArray
 from ..lora.input_copies import share_input_copies
@@ -26,8 +27,13 @@ from .model import MemoryModel
 CACHE, COPIES, TILES = "no cache of keys and values", "shared copies of inputs", "loss in tiles"
 
 
-def _tiled(model: nn.Module) -> Callable[[], None]:
-    undo = defer_logits(model), use_tiled_loss(model)
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model, or a part of it, runs compiled."""
+    return any(module._compiled_call_impl or isinstance(module, OptimizedModule) for module in model.modules())
+
+
+def _tiled(model: nn.Module, compiled: bool) -> Callable[[], None]:
+    undo = use_tiled_loss(model), *([] if compiled else [defer_logits(model)])
 
     def put_back() -> None:
         for each in undo:
@@ -36,7 +42,7 @@ def _tiled(model: nn.Module) -> Callable[[], None]:
     return put_back
 
 
-def _without_cache(model: nn.Module) -> Callable[[], None]:
+def _without_cache(model: nn.Module, compiled: bool) -> Callable[[], None]:
     configs = [config for module in model.modules() if (config := vars(module).get("config")) is not None]
     filling = {id(config): config for config in configs if getattr(config, "use_cache", False) is True}
     for config in filling.values():
@@ -49,9 +55,9 @@ def _without_cache(model: nn.Module) -> Callable[[], None]:
     return put_back
 
 
-SAVERS: dict[str, Callable[[nn.Module], Callable[[], None]]] = {
+SAVERS: dict[str, Callable[[nn.Module, bool], Callable[[], None]]] = {
     CACHE: _without_cache,
-    COPIES: share_input_copies,
+    COPIES: lambda model, compiled: share_input_copies(model),
     TILES: _tiled,
 }
 """By name, what switches a saver on; it returns what switches it off. In the order in which a plan takes them."""
@@ -99,10 +105,12 @@ class ExactSavers:
     Args:
         model: the PEFT model.
         names: of those that are wanted, of `SAVERS`.
+        compiled: whether it runs compiled. Then its logits are there as a whole, since its graph knows no tensors that
+            are made later.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str] = tuple(SAVERS)) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, names: Sequence[str] = tuple(SAVERS), *, compiled: bool = False) -> None:
+        self._model, self._compiled = model, compiled
         self.names: tuple[str, ...] = tuple(names)
         self._undo: list[Callable[[], None]] = []
         self._on(self.names)
@@ -137,4 +145,4 @@ class ExactSavers:
 
     def _on(self, names: Sequence[str]) -> None:
         for name in names:
-            self._undo.append(SAVERS[name](self._model))
+            self._undo.append(SAVERS[name](self._model, self._compiled))

@@ -232,13 +232,12 @@ class TiledHeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         """The gradient of the hidden states."""
-        result: torch.Tensor = ctx.result
+        result, ctx.result = ctx.result, None  # the context lives as long as the loss does
         value = ctx.expected if gradient.is_meta else float(gradient)
-        if value != ctx.expected:
+        if result is None or value != ctx.expected:
             (hidden,) = ctx.saved_tensors
             with ctx.autocast():
-                ctx.loss.run(hidden, value, result)
-            ctx.expected = value
+                _, result = ctx.loss.run(hidden, value, result)
             if math.isfinite(value):
                 ctx.loss.product.expected.gradient = value
         return result, None

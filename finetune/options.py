@@ -36,7 +36,7 @@ class PlanOptions:
             left as it is. Under goal time, or where a budget counts parameters, "auto" is False.
         prefix_cache: let frozen layers below the lowest adapter run once a row, and keep what they return for later
             epochs and evaluations: "auto" in an eighth of the free main memory and half of the free disk, "20GiB" in so
-            many bytes, False not at all.
+            many bytes, "off" not at all.
         goal: quality, the lowest loss within the budget; time or bytes, the cheapest plan whose loss is surely within
             the tolerance of rank 8 on all modules.
         tolerance: by how much the log loss may be higher under goal time or bytes: 0.01, the default, is 1 %.
@@ -52,7 +52,7 @@ class PlanOptions:
     time: str | TimeBudget | None = None
     exact_savers: bool = True
     gradient_checkpointing: Checkpointing = "auto"
-    prefix_cache: str | Literal[False] = "auto"
+    prefix_cache: str = "auto"
     goal: GoalKind = "quality"
     tolerance: float | None = None
     explore: float | None = None
@@ -90,15 +90,15 @@ class PlanOptions:
         Raises:
             ConfigError: what the user wrote is no number of bytes.
         """
-        if self.prefix_cache is False or self.prefix_cache == "auto":
-            return None if self.prefix_cache else 0.0
+        if self.prefix_cache in ("auto", "off"):
+            return None if self.prefix_cache == "auto" else 0.0
         try:
             read = Budget.parse(self.prefix_cache)
         except BudgetError:
             read = None
         if read is None or read.kind != "bytes":
             raise ConfigError(
-                f'prefix_cache is "auto", False or bytes such as "20GiB"; got {shown(self.prefix_cache)}.'
+                f'prefix_cache is "auto", "off" or bytes such as "20GiB"; got {shown(self.prefix_cache)}.'
             )
         return read.value
 

@@ -25,7 +25,7 @@ from ..common.processes import Processes
 from ..cost.budget import Budget, TimeBudget
 from ..cost.calibration import beside_model
 from ..cost.recording import Batch
-from ..cost.savers import ExactSavers
+from ..cost.savers import ExactSavers, is_compiled
 from ..errors import ConfigError, NoGradientError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, resizable_targets, start_kept
@@ -438,7 +438,7 @@ class RankPilot:
         try:
             if options.gradient_checkpointing is True:
                 self._put_back.callback(all_running_again(model))
-            savers = ExactSavers(model) if options.exact_savers else None
+            savers = ExactSavers(model, compiled=is_compiled(self._run.wrapped)) if options.exact_savers else None
             if savers:
                 self._put_back.callback(savers.put_back)
             with recomputing(model, options.chooses_layers) as recomputation:

@@ -73,11 +73,12 @@ class TrainingRun:
     learning_rate: float
     folder: Path | None = None
     evaluations: int | None = None
-    wrapped: nn.Module | None = None
+    wrapped: nn.Module = None  # type: ignore[assignment]
     replicas: Replicas = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "replicas", Replicas.of(self.model if self.wrapped is None else self.wrapped))
+        object.__setattr__(self, "wrapped", self.model if self.wrapped is None else self.wrapped)
+        object.__setattr__(self, "replicas", Replicas.of(self.wrapped))
         object.__setattr__(self, "model", self.replicas.inside(self.model))
         object.__setattr__(self, "loss", checked_loss(self.loss))
         release_inputs(self.model)

@@ -166,7 +166,7 @@ def test_a_trainers_layers_and_inputs_are_as_they_were(llama_config: LlamaConfig
     layers[0].gradient_checkpointing = False
     trainer = trainer_of(model, tmp_path / "run", gradient_checkpointing=True)
     model.config.use_cache = True
-    allocate(trainer, recompute=True, **OPTIONS)
+    allocate(trainer, gradient_checkpointing="auto", **OPTIONS)
     assert hooks
     assert dict(model.get_input_embeddings()._forward_hooks) == hooks
     assert [layer.gradient_checkpointing for layer in layers] == [False] + [True] * (len(layers) - 1)

@@ -125,7 +125,9 @@ def test_another_share_on_resuming_is_one_of_the_same_whole(
     llama_config: LlamaConfig, tmp_path: Path, recompute: bool
 ) -> None:
     def pilot(budget: str) -> rankpilot.RankPilot:
-        return rankpilot.RankPilot("signal-mean", budget, schedule=ONCE, recompute=recompute)
+        return rankpilot.RankPilot(
+            "signal-mean", budget, schedule=ONCE, gradient_checkpointing="auto" if recompute else False
+        )
 
     first = Loop(llama_config)
     whole = pilot("80%")

@@ -18,9 +18,9 @@ from rankpilot.agents.learned.networks import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.settings import NetworkConfig
-from rankpilot.errors import BudgetError, ConfigError, UnsupportedError
-from rankpilot.finetune.left_as_found import GOOD_STEPS, Recomputation
-from rankpilot.finetune.options import FinetuneConfig
+from rankpilot.errors import BudgetError, UnsupportedError
+from rankpilot.finetune.left_as_found import GOOD_STEPS, Recomputation, all_running_again, could_recompute
+from rankpilot.finetune.options import PilotOptions
 from rankpilot.plan.problem import Bounds
 from rankpilot.study.replay import redecide
 from transformers import (
@@ -65,7 +65,8 @@ def attached(folder: Path, budget: str | int, *, recompute: bool = True, **optio
         "signal-mean",
         budget=budget,
         bounds=BOUNDS,
-        recompute=recompute,
+        exact_savers=False,
+        gradient_checkpointing="auto" if recompute else False,
         measure_every=1,
         schedule=SCHEDULE,
     )
@@ -210,7 +211,7 @@ def test_a_pilot_begins_another_run(tmp_path: Path, ended: bool) -> None:
     trainer = trainer_of(tmp_path)
     model, rows = trainer.model, trainer.get_train_dataloader()
     optimizer = trainer.create_optimizer()
-    pilot = rankpilot.RankPilot("signal-mean", "60%", bounds=BOUNDS, recompute=True, schedule=SCHEDULE)
+    pilot = rankpilot.RankPilot("signal-mean", "60%", bounds=BOUNDS, exact_savers=False, schedule=SCHEDULE)
     before, batch = flags(model), next(iter(rows))
     pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, rows, total_steps=STEPS))
     pilot.before_step(batch)
@@ -283,10 +284,10 @@ def test_what_cannot_recompute_is_refused() -> None:
     model = get_peft_model(XLNetForSequenceClassification(config), LoraConfig(target_modules=["layer_1"]))
     with pytest.raises(UnsupportedError, match="does not support gradient checkpointing"):
         Recomputation(model)
-    with pytest.raises(BudgetError, match="counts parameters, and a layer that runs again saves none"):
-        rankpilot.RankPilot("signal-mean", "300k params", recompute=True)
-    with pytest.raises(ConfigError, match="give one of them"):
-        FinetuneConfig("model", "data", recompute=True, gradient_checkpointing=True)
+    with pytest.raises(UnsupportedError, match="does not support gradient checkpointing"):
+        all_running_again(model)
+    assert not could_recompute(model), "so a plan chooses no layers of it"
+    assert not PilotOptions(budget="300k params").chooses_layers
 
 
 # Where it is expected to pay ------------------------------------------------------------------------------------------
@@ -312,33 +313,35 @@ def run(
     policy = LearnedPolicy("likes depth", RankNetwork(NetworkConfig(width=8)).eval(), ensemble)
     schedule = rankpilot.DecisionSchedule(probe_steps=3, fractions=(0.0,))
     trainer = trainer_of(folder, layers=MANY, dropout=0.0)
-    options = {"recompute": recompute, "schedule": schedule, "bounds": bounds, "measure_every": 1}
+    options = {"gradient_checkpointing": "auto" if recompute else False, "exact_savers": False, "bounds": bounds}
+    options |= {"schedule": schedule, "measure_every": 1}
     callback = rankpilot.attach(trainer, policy, budget, **options)
     trainer.train()
     assert max(peak for _, peak in callback.peaks) <= callback.limit
     return callback, ranks_of(trainer.model)
 
 
-@pytest.mark.parametrize(("worth", "pays"), first_cases(2, [(30.0, True), (0.5, False), (0.0, False)]))
-def test_layers_run_again_where_that_is_expected_to_pay(
-    tmp_path: Path, worth: float, pays: bool, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("worth", first_cases(1, [30.0, 0.5]))
+def test_a_budget_is_kept_by_layers_that_run_again_and_the_faster_plan_is_told(
+    tmp_path: Path, worth: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         callback, ranks = run(tmp_path / "run", worth, "50%")
     (layers,) = [row.message for row in caplog.records if row.message.startswith("step 0: ")]
-    assert (f"0 of {MANY} layers run again" in layers) is not pays
-    assert ("No layer runs again before memory asks for it" in caplog.text) is not pays
-    assert (0 not in ranks.values()) is pays
+    assert f"0 of {MANY} layers run again" not in layers
+    assert 0 not in ranks.values()
+    assert "gradient_checkpointing=False would be faster: " in caplog.text
     logged = DecisionLog(tmp_path / "run" / "decisions").logged(0)
     assert redecide(logged, callback.pilot.policy).differences == (), "it is logged as it was priced"
     assert [*ranks.values()] == logged.rank_after.tolist()
 
 
-def test_without_recomputation_the_plan_is_that_of_a_run_that_cannot(tmp_path: Path) -> None:
-    """But for the loss, which runs in tiles where layers may run again."""
-    _, may = run(tmp_path / "may", 0.0, "70%")
-    _, cannot = run(tmp_path / "cannot", 0.0, "70%", recompute=False)
-    assert [rank > 0 for rank in may.values()] == [rank > 0 for rank in cannot.values()]
+def test_where_plain_lora_fits_no_layer_runs_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="rankpilot"):
+        run(tmp_path / "may", 30.0, "105%")
+    (line,) = [row.message for row in caplog.records if row.message.startswith("step 0: ")]
+    assert f"0 of {MANY} layers run again" in line
+    assert "would be faster" not in caplog.text
 
 
 def test_where_nothing_fits_without_layers_run_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -154,14 +154,14 @@ def test_a_step_has_all_its_batches(tmp_path: Path, ended: Callable[[int], Run])
     first_cases(1, [("60%", "80%"), ("55%", "115%"), ("50%", "65%")]),
 )
 def test_recomputation_keeps_bytes_and_time(tmp_path: Path, budget: str, time: str) -> None:
-    trainer, callback = attached(tmp_path, budget, time, recompute=True)
+    trainer, callback = attached(tmp_path, budget, time, gradient_checkpointing="auto")
     trainer.train()
     controller = callback.controller
     names = callback.pilot._guard.recomputed
     assert controller.time.time.seconds(controller.ranks, names) <= controller.time.seconds
     assert max(peak for _, peak in callback.peaks) <= callback.limit
     assert sum(recomputed(trainer)) == len(names)
-    unlimited, other = attached(tmp_path / "unlimited", budget, None, recompute=True, arguments=SHORT)
+    unlimited, other = attached(tmp_path / "unlimited", budget, None, gradient_checkpointing="auto", arguments=SHORT)
     unlimited.train()
     assert len(names) <= len(other.pilot._guard.recomputed) <= LAYERS
 
