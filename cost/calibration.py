@@ -31,7 +31,7 @@ from .model_states import model_states, trained_outside, with_buckets
 from .published import HOPPER_WORKSPACE_BYTES
 from .recorder import Recorder
 from .recording import Batch, BatchShape, Recording, reshaped
-from .savers import ExactSavers, Saved, saved_by
+from .savers import ExactSavers, Saved
 from .tiled_loss import LossTiles
 from .training_step import LossFunction, TrainingStep
 
@@ -299,9 +299,9 @@ def plan_costs(
     def measured() -> MemoryModel:
         return measure_memory(step, targets, batch, signals=False)
 
-    steps = savers.with_each(measured) if savers else {"": measured()}
-    models = [*steps.values()]
-    plain, memory = models[0], models[-1]
+    priced = savers.price(measured, targets) if savers else None
+    memory = priced.memory if priced else measured()
+    plain = priced.plain if priced else memory
     cost, limit = limited_cost(
         beside_model(budget, step.model), targets, plain.recomputing(()) if recompute else plain, kept
     )
@@ -311,7 +311,7 @@ def plan_costs(
         cost = recomputed_cost(memory, highest_ranks(targets), limit.value)
     elif signals or savers:
         cost = memory.cost()
-    return PlanCosts(cost, limit, memory, saved_by(steps, highest_ranks(targets)) if savers else ())
+    return PlanCosts(cost, limit, memory, priced.saved if priced else ())
 
 
 def limited_cost(

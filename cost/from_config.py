@@ -182,7 +182,8 @@ def _recorded(
         return replace(measure_memory(training, targets, batch, signals=False), shape=shape)
 
     try:
-        memory, saved = savers.priced(measured, targets) if counted else (measured(), ())
+        priced = savers.price(measured, targets) if step.exact_savers else None
+        memory, saved = (priced.memory, priced.saved) if priced else (measured(), ())
         work = count_work(model, targets, training.loss, batch) if counted else None
     except RankPilotError:
         raise

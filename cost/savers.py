@@ -9,9 +9,8 @@ Layers that run again (`cost/model.py`) are exact too, but take time, so a plan 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from torch import nn
@@ -32,8 +31,8 @@ def is_compiled(model: nn.Module) -> bool:
     return any(module._compiled_call_impl or isinstance(module, OptimizedModule) for module in model.modules())
 
 
-def _tiled(model: nn.Module, compiled: bool) -> Callable[[], None]:
-    undo = use_tiled_loss(model), *([] if compiled else [defer_logits(model)])
+def _tiled(model: nn.Module) -> Callable[[], None]:
+    undo = use_tiled_loss(model), defer_logits(model)
 
     def put_back() -> None:
         for each in undo:
@@ -42,7 +41,7 @@ def _tiled(model: nn.Module, compiled: bool) -> Callable[[], None]:
     return put_back
 
 
-def _without_cache(model: nn.Module, compiled: bool) -> Callable[[], None]:
+def _without_cache(model: nn.Module) -> Callable[[], None]:
     configs = [config for module in model.modules() if (config := vars(module).get("config")) is not None]
     filling = {id(config): config for config in configs if getattr(config, "use_cache", False) is True}
     for config in filling.values():
@@ -55,15 +54,12 @@ def _without_cache(model: nn.Module, compiled: bool) -> Callable[[], None]:
     return put_back
 
 
-SAVERS: dict[str, Callable[[nn.Module, bool], Callable[[], None]]] = {
+SAVERS: dict[str, Callable[[nn.Module], Callable[[], None]]] = {
     CACHE: _without_cache,
-    COPIES: lambda model, compiled: share_input_copies(model),
+    COPIES: share_input_copies,
     TILES: _tiled,
 }
 """By name, what switches a saver on; it returns what switches it off. In the order in which a plan takes them."""
-
-
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -80,23 +76,32 @@ class Saved:
     step_bytes: float
     again_bytes: float | None = None
 
+    @classmethod
+    def of(cls, name: str, memory: MemoryModel, max_ranks: IntArray) -> Saved:
+        """What the step of a byte model takes; `max_ranks` are the highest of each module, int64 (modules,)."""
+        ranks = np.minimum(REFERENCE_RANK, max_ranks)
+        again = memory.peak(ranks) if memory.segments else None
+        return cls(name, memory.recomputing(()).peak(ranks), again)
 
-def saved_by(steps: Mapping[str, MemoryModel], max_ranks: IntArray) -> tuple[Saved, ...]:
-    """What a step takes with each saver more.
+    def is_less(self, other: Saved) -> bool:
+        """Whether a step takes less than another one, with layers that run again or without."""
+        mine, others = (self.step_bytes, self.again_bytes or 0.0), (other.step_bytes, other.again_bytes or 0.0)
+        return mine != others and all(one <= two for one, two in zip(mine, others, strict=True))
 
-    Args:
-        steps: byte models by name, as `ExactSavers.with_each` finds them.
-        max_ranks: the highest rank of each module, int64 (modules,).
+
+@dataclass(frozen=True, eq=False)
+class Priced:
+    """A step with exact savers.
+
+    Attributes:
+        memory: its byte model.
+        plain: that of the step without them.
+        saved: what a step of plain LoRA takes without, and with each more.
     """
-    ranks = np.minimum(REFERENCE_RANK, max_ranks)
-    return tuple(
-        Saved(
-            name or "plain LoRA",
-            step.recomputing(()).peak(ranks),
-            step.peak(ranks) if step.segments else None,
-        )
-        for name, step in steps.items()
-    )
+
+    memory: MemoryModel
+    plain: MemoryModel
+    saved: tuple[Saved, ...]
 
 
 class ExactSavers:
@@ -105,44 +110,50 @@ class ExactSavers:
     Args:
         model: the PEFT model.
         names: of those that are wanted, of `SAVERS`.
-        compiled: whether it runs compiled. Then its logits are there as a whole, since its graph knows no tensors that
-            are made later.
+        compiled: whether it runs compiled. Then it has the first of them alone: the compiler finds equal copies by
+            itself, and its graph knows no tensors that are made later.
+
+    Attributes:
+        names: of those that are on.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str] = tuple(SAVERS), *, compiled: bool = False) -> None:
-        self._model, self._compiled = model, compiled
-        self.names: tuple[str, ...] = tuple(names)
-        self._undo: list[Callable[[], None]] = []
-        self._on(self.names)
+    names: tuple[str, ...]
+
+    def __init__(self, model: nn.Module, names: Collection[str] = tuple(SAVERS), *, compiled: bool = False) -> None:
+        self._model = model
+        self._undo: dict[str, Callable[[], None]] = {}
+        self.take([name for name in names if name == CACHE or not compiled])
 
     def put_back(self) -> None:
         """Switch all off."""
         while self._undo:
-            self._undo.pop()()
+            self._undo.popitem()[1]()
 
-    def with_each(self, find: Callable[[], Found]) -> dict[str, Found]:
-        """What a function finds without any ("") and with one saver more each time, by its name; all are on at last."""
+    def take(self, names: Collection[str]) -> None:
+        """Have these on, and no others."""
         self.put_back()
-        try:
-            found = {"": find()}
-            for number, name in enumerate(self.names):
-                self._on(self.names[number : number + 1])
-                found[name] = find()
-        except BaseException:
-            self.put_back()
-            self._on(self.names)
-            raise
-        return found
+        self.names = tuple(name for name in SAVERS if name in names)
+        self._undo = {name: SAVERS[name](self._model) for name in self.names}
 
-    def priced(
-        self, measure: Callable[[], MemoryModel], targets: Sequence[TargetModule]
-    ) -> tuple[MemoryModel, tuple[Saved, ...]]:
-        """The byte model of a step with all savers, and what it takes with each more; nothing of that without any."""
-        if not self.names:
-            return measure(), ()
-        steps = self.with_each(measure)
-        return [*steps.values()][-1], saved_by(steps, np.array([target.max_rank for target in targets]))
+    def price(self, measure: Callable[[], MemoryModel], targets: Sequence[TargetModule]) -> Priced:
+        """Find out what each brings; those that lower no peak on this model and batch are off from now on.
 
-    def _on(self, names: Sequence[str]) -> None:
+        Args:
+            measure: finds the byte model of the step as it is.
+            targets: the target modules of the model.
+        """
+        highest, names = np.array([target.max_rank for target in targets]), self.names
+        self.put_back()
+        memory = plain = measure()
+        saved = [Saved.of("plain LoRA", plain, highest)]
         for name in names:
-            self._undo.append(SAVERS[name](self._model, self._compiled))
+            undo = SAVERS[name](self._model)
+            with_it = measure()
+            found = Saved.of(name, with_it, highest)
+            if found.is_less(saved[-1]):
+                self._undo[name], memory = undo, with_it
+                saved.append(found)
+            else:
+                undo()
+        self.names = tuple(self._undo)
+        return Priced(memory, plain, tuple(saved))

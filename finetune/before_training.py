@@ -286,7 +286,10 @@ def run_costs(
     """
     budget = within_all(run, budget)
     costs = partial(plan_costs, budget, signals=signals, recompute=recompute, savers=savers, kept=kept)
-    return run.measured(lambda: costs(run.step, targets, run.largest_batch()))
+    found = run.measured(lambda: costs(run.step, targets, run.largest_batch()))
+    if savers and found.saved:
+        savers.take([each.name for each in found.saved])  # in each process what the first has found out
+    return found
 
 
 def within_all(run: TrainingRun, budget: Budget) -> Budget:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..common.processes import Processes
 from ..cost.budget import Budget, TimeBudget
 from ..cost.calibration import beside_model
 from ..cost.recording import Batch
-from ..cost.savers import ExactSavers, is_compiled
+from ..cost.savers import SAVERS, ExactSavers, is_compiled
 from ..errors import ConfigError, NoGradientError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, resizable_targets, start_kept
@@ -110,6 +110,7 @@ class RankPilot:
         self._found: Kept | None = None
         self._put_back = ExitStack()
         self._prefix: PrefixCache | None = None
+        self._savers: ExactSavers | None = None
         self._followed = b""
 
     def draw_from(self, seed: int) -> None:
@@ -191,11 +192,12 @@ class RankPilot:
             self._losses.load_state_dict(state["losses"])
             self._guard.load_state_dict(state["guard"])
             known, layers = predictions_of(state), frozenset(state["recomputed"])
+            names = frozenset(state["savers"])
             self._step, self._shown = step, int(state["peaks_shown"])
         self.controller, limit = controller, controller.limit
         finish_load(run.model, targets)
         self.journal.open(name, known, writes=run.replicas.processes.first)
-        with self._as_wanted(run.model) as (_, recomputation):
+        with self._as_wanted(run.model, names) as (_, recomputation):
             memory = before_training.run_memory(run, targets, signals=True) if recomputation else None
             if recomputation:
                 recomputation.take(layers)
@@ -344,6 +346,7 @@ class RankPilot:
             "predictions": self.predictions,
             "peaks_shown": self._shown,
             "recomputed": list(self._guard.recomputed),
+            "savers": list(self._savers.names) if self._savers else [],
             "settings": self._settings(),
         }
 
@@ -432,17 +435,19 @@ class RankPilot:
             raise
 
     @contextmanager
-    def _as_wanted(self, model: nn.Module) -> Iterator[tuple[ExactSavers | None, Recomputation | None]]:
+    def _as_wanted(
+        self, model: nn.Module, savers: Collection[str] = tuple(SAVERS)
+    ) -> Iterator[tuple[ExactSavers | None, Recomputation | None]]:
         """Switch on what the options say of how a step runs, until the run ends, or an error in this block."""
         options = self.options
         try:
             if options.gradient_checkpointing is True:
                 self._put_back.callback(all_running_again(model))
-            savers = ExactSavers(model, compiled=is_compiled(self._run.wrapped)) if options.exact_savers else None
-            if savers:
-                self._put_back.callback(savers.put_back)
-            with recomputing(model, options.chooses_layers) as recomputation:
-                yield savers, recomputation
+            if options.exact_savers:
+                self._savers = ExactSavers(model, savers, compiled=is_compiled(self._run.wrapped))
+                self._put_back.callback(self._savers.put_back)
+            with recomputing(model, options.chooses_layers and self.budget.kind != "parameters") as recomputation:
+                yield self._savers, recomputation
         except BaseException:
             self._put_back.close()
             raise
@@ -481,7 +486,7 @@ class RankPilot:
         self._guard.finish()  # of an earlier run that did not end
         self._put_back.close()
         self._calls.finish()
-        self._prefix = None
+        self._prefix = self._savers = None
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
         self._guard, self._losses = PeakGuard(self.options.measure_every), LossMeter(run.replicas.processes)
         return targets

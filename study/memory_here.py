@@ -26,7 +26,7 @@ from ..cost.outlook import MeasuredStep, Outlook
 from ..cost.peak_meter import PeakMeter, resident_peak, restart_resident_peak
 from ..cost.published import check_reads_tokens
 from ..cost.recording import Batch, BatchShape, reshaped
-from ..cost.savers import SAVERS, ExactSavers, saved_by
+from ..cost.savers import SAVERS, ExactSavers
 from ..cost.step_config import StepConfig
 from ..cost.training_step import switch_checkpointing
 from ..data.models import load_config
@@ -91,9 +91,8 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
     setup = set_up(config, tell)
     how = "with gradient checkpointing" if config.gradient_checkpointing is True else ""
     savers = ExactSavers(setup.model, tuple(SAVERS) if config.exact_savers else ())
-    steps = savers.with_each(lambda: setup.measure_memory(tell, how))
-    models = [*steps.values()]
-    plain, asked = models[0], models[-1]
+    priced = savers.price(lambda: setup.measure_memory(tell, how), setup.targets)
+    plain, asked = priced.plain, priced.memory
     rules, limit = _rules(setup, asked, plain)  # first, since it may raise that no plan fits
     if config.measure:
         tell("measuring real steps")
@@ -117,7 +116,7 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
         0,
         None,
         None,
-        saved_by(steps, highest_ranks(setup.targets)),
+        priced.saved,
     )
     facts = {"model": config.model, "task": setup.task, "device": setup.run.device.type}
     outlook = Outlook(step, config.rank, config, asked=asked, limit=limit, measured=measured, facts=facts)

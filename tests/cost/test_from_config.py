@@ -81,12 +81,16 @@ def real_memory(
     ).train()
     if not loaded.input_gradients:
         release_inputs(model)
-    if step.exact_savers:
-        ExactSavers(model)
     training = TrainingStep(model, model_loss(model), new_optimizer(step.optimizer, model))
     batch = real_batch(config, step, loaded, rows_only=auto_class.endswith("SequenceClassification"))
     with torch.autocast("cpu", torch.bfloat16) if step.bf16 else nullcontext():
-        return measure_memory(training, find_target_modules(model), batch, signals=False), model, batch
+        targets = find_target_modules(model)
+
+        def measured() -> MemoryModel:
+            return measure_memory(training, targets, batch, signals=False)
+
+        memory = ExactSavers(model).price(measured, targets).memory if step.exact_savers else measured()
+        return memory, model, batch
 
 
 def real_batch(
