@@ -182,7 +182,7 @@ def _recorded(
         return replace(measure_memory(training, targets, batch, signals=False), shape=shape)
 
     try:
-        priced = savers.price(measured, targets) if step.exact_savers else None
+        priced = savers.price(measured, targets) if step.exact_savers and counted else None
         memory, saved = (priced.memory, priced.saved) if priced else (measured(), ())
         work = count_work(model, targets, training.loss, batch) if counted else None
     except RankPilotError:

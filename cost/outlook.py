@@ -282,9 +282,11 @@ class Outlook:
 
     @cached_property
     def reference_bytes(self) -> float:
-        """The peak with rank 8 on all modules without exact savers, where no layer runs again, as far as is known."""
+        """The peak with rank 8 on all modules as asked for, without exact savers; on a card, no layer runs again."""
         if self.step.saved:
-            return self.step.saved[0].step_bytes
+            plain = self.step.saved[0]
+            again = plain.again_bytes if self._asked and self._asked.segments else None
+            return plain.step_bytes if again is None else again
         plain = np.minimum(REFERENCE_RANK, self._highest)
         return plan_cost(self._asked.cost(), plain) if self._asked else self.memory.recomputing(()).peak(plain)
 

@@ -97,8 +97,10 @@ def test_settings_are_followed(memory: Memory) -> None:
     assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.03)
     choices = {choice["label"]: choice for choice in figures["choices"]}
     assert choices["all layers at rank 4 with no checkpointing"]["step_bytes"] > figures["peak_bytes"]
-    assert figures["limit_bytes"] == pytest.approx(0.9 * figures["reference_bytes"])
-    assert figures["reference_bytes"] == choices["all layers at rank 8 with checkpointing"]["step_bytes"]
+    assert figures["limit_bytes"] == pytest.approx(0.9 * figures["reference_bytes"], rel=1e-3)
+    plain, *_ = figures["exact_savers"]
+    assert figures["reference_bytes"] == plain["again_bytes"]
+    assert plain["again_bytes"] >= choices["all layers at rank 8 with checkpointing"]["step_bytes"]
     for rule in ("uniform", "top-down"):
         assert choices[f"{rule} inside 90%"]["step_bytes"] <= figures["limit_bytes"]
         assert choices[f"{rule} inside 90%"]["verdict"] == "fits"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,13 @@ from rankpilot.cost.breakdown import KINDS, LOSS, Breakdown
 from rankpilot.cost.outlook import CardUse, Choice, MeasuredStep
 from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.recording import BatchShape
+from rankpilot.cost.savers import Saved
 from rankpilot.study.memory_config import MemoryConfig
 from rankpilot.study.memory_report import (
     choice_table,
     notes,
     picture_labels,
+    saver_table,
     subject,
     verdict_text,
     write_memory_report,
@@ -33,6 +36,9 @@ from rich.table import Table
 MIB = 2**20
 CARD = find_device_spec("RTX 4090")
 SHAPE = BatchShape(16, 64)
+
+
+SAVED = (Saved("plain LoRA", 8.0 * MIB, 4.0 * MIB), Saved("loss in tiles", 6.0 * MIB, 1.0 * MIB))
 
 
 def breakdown(layers: int, scale: float = 1.0) -> Breakdown:
@@ -71,7 +77,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         *(choice("rule", 0.5, mixed, label=f"{name} inside 60%") for name in (("a", "b") if budget else ())),
     )
     return SimpleNamespace(
-        step=SimpleNamespace(parameters=30e6, frozen_bytes=90 * MIB, targets=targets),
+        step=SimpleNamespace(parameters=30e6, frozen_bytes=90 * MIB, targets=targets, saved=SAVED),
         memory=SimpleNamespace(shape=SHAPE),
         settings=MemoryConfig("some/model"),
         facts={} if card else {"model": "some/model", "task": "classification", "device": "cpu"},
@@ -227,3 +233,9 @@ def test_bars_are_the_bytes() -> None:
     card = outlook(card=True)
     held = sum(choice.use.total_bytes for choice in card.choices) / 2**30
     assert sum(patch.get_width() for patch in picture_of(card).axes[1].patches) == pytest.approx(held)
+
+
+def test_the_table_of_exact_savers():
+    text = printed(saver_table(outlook()))
+    assert "The same losses in fewer bytes" in text
+    assert re.search(r"\+ loss in tiles\W+6\.00\W+1\.00", text)

