@@ -50,7 +50,7 @@ def test_a_verdict_comes_first_and_all_figures_are_written(
 def test_nothing_fits_and_the_status_says_so(
     configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--device-memory", "660MiB", *BATCH, "--json", "--output", str(tmp_path / "card")]
+    options = ["--device-memory", "700MiB", *BATCH, "--batch-size", "32", "--json", "--output", str(tmp_path / "card")]
     assert cli.run(["memory", str(configuration), *options]) == 3
     figures = json.loads(capsys.readouterr().out)
     assert not figures["fits"]
