@@ -25,7 +25,7 @@ from ..common.processes import Processes
 from ..cost.budget import Budget, TimeBudget
 from ..cost.calibration import beside_model
 from ..cost.recording import Batch
-from ..cost.savers import SAVERS, ExactSavers, is_compiled
+from ..cost.savers import CACHE, SAVERS, ExactSavers, is_compiled
 from ..errors import ConfigError, NoGradientError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, resizable_targets, start_kept
@@ -444,6 +444,8 @@ class RankPilot:
             if options.gradient_checkpointing is True:
                 self._put_back.callback(all_running_again(model))
             if options.exact_savers:
+                if self._run.tells_positions:  # without a cache, transformers takes them for those of packed texts
+                    savers = [name for name in savers if name != CACHE]
                 self._savers = ExactSavers(model, savers, compiled=is_compiled(self._run.wrapped))
                 self._put_back.callback(self._savers.put_back)
             with recomputing(model, options.chooses_layers and self.budget.kind != "parameters") as recomputation:

@@ -347,8 +347,7 @@ class PrefixCache:
         labels, mask = options.get("labels"), options.get("attention_mask")
         self._padding_counts = True
         if isinstance(labels, torch.Tensor):
-            masked = mask is None or labels.shape != mask.shape or bool((labels[mask == 0] == IGNORED).all())
-            self._padding_counts = not masked
+            self._padding_counts = mask is not None and labels.shape == mask.shape and _reads_padding(labels, mask)
 
     def _enter(self, body: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if _PAUSED.get():
@@ -435,6 +434,12 @@ class PrefixCache:
             self._store.put(key, states.detach().cpu().contiguous().view(torch.uint8).numpy().flatten())
         except OSError as error:
             self.end(f"what they return cannot be kept ({first_line(error)})")
+
+
+def _reads_padding(labels: torch.Tensor, mask: torch.Tensor) -> bool:
+    """Whether a token that counts in the loss is padding, or the first after it, which is predicted from it."""
+    counts, padding = labels != IGNORED, mask == 0
+    return bool((counts & padding).any() or (counts[:, 1:] & padding[:, :-1]).any())
 
 
 def _trains(parameters: Iterable[nn.Parameter]) -> bool:

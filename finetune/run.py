@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -157,6 +157,12 @@ class TrainingRun:
             accumulates=self.accumulation > 1 or replicas.gradients_stay,
             bucket_copies=replicas.bucket_copies,
         )
+
+    @property
+    def tells_positions(self) -> bool:
+        """Whether batches hold the positions of their tokens."""
+        batch = self._collate([first_example(self.dataset)])
+        return isinstance(batch, Mapping) and batch.get("position_ids") is not None
 
     def measured(self, work: Callable[[], T]) -> T:
         """What a function finds out by running steps, in the first process alone; all get its result or its error.
