@@ -284,9 +284,9 @@ class Outlook:
     def reference_bytes(self) -> float:
         """The peak with rank 8 on all modules as asked for, without exact savers; on a card, no layer runs again."""
         if self.step.saved:
-            plain = self.step.saved[0]
-            again = plain.again_bytes if self._asked and self._asked.segments else None
-            return plain.step_bytes if again is None else again
+            first = self.step.saved[0]
+            again = first.again_bytes if self._asked and self._asked.segments else None
+            return first.step_bytes if again is None else again
         plain = np.minimum(REFERENCE_RANK, self._highest)
         return plan_cost(self._asked.cost(), plain) if self._asked else self.memory.recomputing(()).peak(plain)
 

@@ -161,7 +161,7 @@ class TrainingRun:
     @property
     def tells_positions(self) -> bool:
         """Whether batches hold the positions of their tokens."""
-        batch = self._collate([first_example(self.dataset)])
+        batch = self.measured(lambda: self._collate([first_example(self.dataset)]))
         return isinstance(batch, Mapping) and batch.get("position_ids") is not None
 
     def measured(self, work: Callable[[], T]) -> T:

@@ -152,8 +152,8 @@ BESIDE = (
     ("ours", "all-linear-8-ckpt", TEXTS, "texts: rank 8 on all modules, checkpointed to fit"),
     ("ours", "all-linear-8-ckpt", LABELS, "labels: the same"),
     ("ours", "simple-ckpt", TEXTS, "texts: the best simple plan, checkpointed to fit"),
-    ("ours-recompute", "simple-ckpt", TEXTS, "texts, `recompute=True`: the same"),
-    ("ours-recompute", "simple", LABELS, "labels, `recompute=True`: the best simple window"),
+    ("ours-recompute", "simple-ckpt", TEXTS, "texts, layers run again: the same"),
+    ("ours-recompute", "simple", LABELS, "labels, layers run again: the best simple window"),
 )
 """The README's table of a budget spent well: a method, another one, on which cells, and the words for that."""
 
