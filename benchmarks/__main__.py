@@ -13,6 +13,7 @@ BENCHMARKS = {
     "overhead": ("overhead", "time and memory of a step, beside LoRA and AdaLoRA"),
     "step-time": ("step_time", "predicted time of a step under any plan, and measured; budgets of time"),
     "memory": ("memory", "predicted bytes of a training step, and measured"),
+    "savers": ("savers", "the same losses in fewer bytes and seconds, on a language model"),
     "published": ("published", "peaks that others measured on GPUs, and predicted"),
     "env-speed": ("env_speed", "speed of stacked episodes, beside PEFT"),
     "methods": ("methods.run", "adaptive and static ranks side by side, on real models, each tuned alike"),

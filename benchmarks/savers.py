@@ -1,0 +1,186 @@
+"""The same losses in fewer bytes and seconds: exact savers, and frozen layers that run once a row."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from rankpilot.common.text import make_table
+from rankpilot.cost.calibration import calibrate
+from rankpilot.cost.live_storages import LivePeak
+from rankpilot.cost.savers import SAVERS, ExactSavers
+from rankpilot.data.models import load_model, load_tokenizer
+from rankpilot.finetune.prefix_cache import PrefixCache, Room
+from rankpilot.lora.targets import find_target_modules
+from rich.console import Console
+
+from .harness import Figures, estimate_figures, interleave, usual_ratio
+
+MODEL = "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        model: a packaged language model.
+        rows: of a batch.
+        length: tokens of a row.
+        rounds: steps of each kind, which take turns.
+        batches: of an epoch of the runs with the cache; 0 leaves them out.
+        bf16: compute under bf16 autocast.
+        json: the file for the figures.
+    """
+
+    model: str = MODEL
+    rows: int = 4
+    length: int = 96
+    rounds: int = 7
+    batches: int = 6
+    bf16: bool = False
+    json: Path | None = None
+
+
+def benchmark(options: Options, console: Console) -> Figures:
+    """Measure steps of plain LoRA with each saver more, and whole runs with and without the cache."""
+    torch.set_num_threads(1)
+    figures = _steps(options, console)
+    if options.batches:
+        figures |= _runs(options, console)
+    return figures
+
+
+def _model(options: Options, share: float, rank: int) -> Any:
+    """Plain LoRA of a rank on all linear layers of the top share of the layers."""
+    torch.manual_seed(0)
+    base = load_model(options.model, "causal-lm", (), load_tokenizer(options.model)).float()
+    count = base.config.num_hidden_layers
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    layers = [*range(count - round(share * count), count)]
+    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=16, target_modules=kinds, layers_to_transform=layers))
+    return model.train()
+
+
+def _batches(options: Options, count: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1000, 40_000, (options.rows, options.length), generator=generator) for _ in range(count)]
+    return [{"input_ids": ids, "labels": ids} for ids in rows]
+
+
+def _optimizer(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+
+def _loss(model: Any, batch: dict[str, torch.Tensor], options: Options) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16) if options.bf16 else nullcontext():
+        loss: torch.Tensor = model(**batch).loss
+    return loss
+
+
+def _step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], options: Options) -> float:
+    loss = _loss(model, batch, options)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def _steps(options: Options, console: Console) -> Figures:
+    model = _model(options, 1.0, 8)
+    optimizer, (batch,), targets = _optimizer(model), _batches(options, 1), find_target_modules(model)
+    _step(model, optimizer, batch, options)
+    ranks, names, measured, work = np.full(len(targets), 8), ["plain LoRA", *SAVERS], {}, {}
+    for number, name in enumerate(names):
+        savers = ExactSavers(model, [*SAVERS][:number])
+        with LivePeak() as live:
+            _step(model, optimizer, batch, options)
+        held = sum(2 * p.nbytes + p.nbytes for p in model.parameters() if p.requires_grad)  # weights and moments
+        loss: Callable[[Any], torch.Tensor] = lambda given: _loss(model, given, options)  # noqa: E731
+        predicted = calibrate(model, targets, batch, optimizer, loss=loss, signal_bytes=False).peak(ranks)
+        measured[name] = live.peak + held, predicted
+        savers.put_back()
+
+        def timed(_: int, number: int = number) -> None:
+            savers = ExactSavers(model, [*SAVERS][:number])
+            _step(model, optimizer, batch, options)
+            savers.put_back()
+
+        work[name] = timed
+    seconds = interleave(work, options.rounds, torch.device("cpu"), clock=time.process_time)
+    plain, _ = measured["plain LoRA"]
+    columns = ("step", "bytes at the peak, MiB", "of plain LoRA", "predicted over measured", "time of plain LoRA")
+    table = make_table(
+        f"{options.model}, {options.rows} x {options.length} tokens, rank 8 on all linear layers", columns
+    )
+    figures: Figures = {}
+    for number, name in enumerate(names):
+        (peak, predicted), ratio = measured[name], usual_ratio(seconds[name], seconds["plain LoRA"])
+        table.add_row(
+            f"+ {name}" if number else name,
+            f"{peak / 2**20:.1f}",
+            f"{peak / plain:.3f}",
+            f"{predicted / peak:.4f}",
+            f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})",
+        )
+        key = name.replace(" ", "_")
+        figures |= {f"{key}.bytes": peak, f"{key}.predicted_bytes": float(predicted)}
+        figures |= estimate_figures(f"{key}.time", ratio)
+    console.print(table)
+    return figures
+
+
+EPOCHS = 3
+
+
+def _runs(options: Options, console: Console) -> Figures:
+    """Three epochs with an evaluation each: plain LoRA, the top half, and the top half with the cache."""
+    batches = _batches(options, options.batches)
+    table = make_table(
+        f"{EPOCHS} epochs of {options.batches} batches, an evaluation after each: CPU seconds over plain LoRA's",
+        ("run", "whole run", "a later epoch", "last loss"),
+    )
+    kinds = {"plain LoRA": (1.0, 8, False), "top half": (0.5, 32, False), "top half, cached": (0.5, 32, True)}
+    spent: dict[str, list[float]] = {name: [] for name in kinds}
+    last: dict[str, float] = {}
+    with TemporaryDirectory() as folder:
+        runs = {}
+        for name, (share, rank, cached) in kinds.items():
+            model = _model(options, share, rank)
+            ExactSavers(model, [] if name == "plain LoRA" else [*SAVERS])
+            if cached:
+                tokens = options.batches * options.rows * options.length
+                room = Room.of(Path(folder))
+                cache = PrefixCache(model, room, epochs=EPOCHS, tokens=tokens, evaluates=True, tell=console.print)
+                cache.follow()
+            runs[name] = model, _optimizer(model)
+        for _ in range(EPOCHS):
+            for name, (model, optimizer) in runs.items():
+                model.train()
+                began = time.process_time()
+                for batch in batches:
+                    last[name] = _step(model, optimizer, batch, options)
+                spent[name].append(time.process_time() - began)
+            for name, (model, _) in runs.items():
+                model.eval()
+                began = time.process_time()
+                with torch.no_grad():
+                    for batch in batches:
+                        _loss(model, batch, options)
+                spent[name].append(time.process_time() - began)
+    figures: Figures = {}
+    for name, seconds in spent.items():
+        whole, later = sum(seconds) / sum(spent["plain LoRA"]), seconds[4] / spent["plain LoRA"][4]
+        table.add_row(name, f"{whole:.3f}", f"{later:.3f}", f"{last[name]:.6f}")
+        key = name.replace(" ", "_").replace(",", "")
+        figures |= {f"{key}.run": whole, f"{key}.later_epoch": later, f"{key}.loss": last[name]}
+    console.print(table)
+    return figures
