@@ -124,7 +124,7 @@ class Moments(TrainerCallback):
 
 
 class ShortRun(Run):
-    """A run on a tiny Llama under a budget, whose memory runs out."""
+    """A run on a tiny Llama under a budget, whose memory runs out; no layer can run again in place of a smaller plan."""
 
     trainer: Short
 
@@ -144,7 +144,7 @@ class ShortRun(Run):
         self.moments.run = self
         data = Growing(long_at)
         options = {"per_device_train_batch_size": ROWS, "max_steps": steps, "data": data} | options
-        options |= {"eval_data": list(data)[:ROWS], "trainer": Short, "schedule": ONCE}
+        options |= {"eval_data": list(data)[:ROWS], "trainer": Short, "schedule": ONCE, "plain": True}
         if budget == "auto_find":
             options["auto_find_batch_size"], budget = True, "100%"
         super().__init__(folder, config, budget=budget, callbacks=(self.moments,) if budget else (), **options)
