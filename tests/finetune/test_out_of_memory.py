@@ -124,7 +124,7 @@ class Moments(TrainerCallback):
 
 
 class ShortRun(Run):
-    """A run on a tiny Llama under a budget, whose memory runs out; no layer can run again in place of a smaller plan."""
+    """A run on a tiny Llama under a budget, whose memory runs out; by default no layer runs again to make room."""
 
     trainer: Short
 
@@ -143,8 +143,8 @@ class ShortRun(Run):
         self.moments = Moments()
         self.moments.run = self
         data = Growing(long_at)
-        options = {"per_device_train_batch_size": ROWS, "max_steps": steps, "data": data} | options
-        options |= {"eval_data": list(data)[:ROWS], "trainer": Short, "schedule": ONCE, "plain": True}
+        options = {"per_device_train_batch_size": ROWS, "max_steps": steps, "data": data, "plain": True} | options
+        options |= {"eval_data": list(data)[:ROWS], "trainer": Short, "schedule": ONCE}
         if budget == "auto_find":
             options["auto_find_batch_size"], budget = True, "100%"
         super().__init__(folder, config, budget=budget, callbacks=(self.moments,) if budget else (), **options)
@@ -372,7 +372,8 @@ def train_watched(run: ShortRun, look: Callable[[], Any]) -> list[Any]:
     return found
 
 
-def test_each_batch_size_begins_with_the_adapters_as_they_were(make: Launch) -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_each_batch_size_begins_with_the_adapters_as_they_were(make: Launch, plain: bool) -> None:
     """They are trained already, and the budget of the first batch size would take some of their rank."""
 
     def trained(model: Any) -> None:
@@ -380,7 +381,7 @@ def test_each_batch_size_begins_with_the_adapters_as_they_were(make: Launch) -> 
             for target in find_target_modules(model):
                 target.weight_b.normal_()
 
-    run = make("auto_find", lacks=lambda asked: asked.rows > FITTING, prepare=trained)
+    run = make("auto_find", lacks=lambda asked: asked.rows > FITTING, prepare=trained, plain=plain)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters() if "lora_" in name}
     run.pilot.pilot.budget = rankpilot.Budget.parse("3k params")
 
