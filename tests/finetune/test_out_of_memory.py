@@ -401,8 +401,9 @@ def test_the_trainer_ends_a_run_whose_evaluation_lacks_memory(make: Launch) -> N
     assert run.moments.begins == 1
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("kind", ["passing", "growing"])
-def test_the_next_batch_size_keeps_what_was_trained(make: Launch, kind: str) -> None:
+def test_the_next_batch_size_keeps_what_was_trained(make: Launch, kind: str, plain: bool) -> None:
     """An error after some steps: the plain Trainer begins again with the weights of that time, and so does this one."""
     options: dict[str, Any] = {
         "passing": {"lacks": lambda asked: asked.number == FAILS_AT},
@@ -412,7 +413,7 @@ def test_the_next_batch_size_keeps_what_was_trained(make: Launch, kind: str) -> 
             "steps": ROWS + 2,
         },
     }[kind]
-    run = make("auto_find", **options)
+    run = make("auto_find", plain=plain, **options)
     _, (left, last) = train_watched(run, lambda: run.moments.seen and (run.now, run.moments.seen[-1]))
     left.assert_is(last)
     begun = run.moments.seen[0]
