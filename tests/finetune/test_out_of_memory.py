@@ -124,7 +124,7 @@ class Moments(TrainerCallback):
 
 
 class ShortRun(Run):
-    """A run on a tiny Llama under a budget, whose memory runs out."""
+    """A run on a tiny Llama under a budget, whose memory runs out; by default no layer runs again to make room."""
 
     trainer: Short
 
@@ -143,7 +143,7 @@ class ShortRun(Run):
         self.moments = Moments()
         self.moments.run = self
         data = Growing(long_at)
-        options = {"per_device_train_batch_size": ROWS, "max_steps": steps, "data": data} | options
+        options = {"per_device_train_batch_size": ROWS, "max_steps": steps, "data": data, "plain": True} | options
         options |= {"eval_data": list(data)[:ROWS], "trainer": Short, "schedule": ONCE}
         if budget == "auto_find":
             options["auto_find_batch_size"], budget = True, "100%"
@@ -372,7 +372,8 @@ def train_watched(run: ShortRun, look: Callable[[], Any]) -> list[Any]:
     return found
 
 
-def test_each_batch_size_begins_with_the_adapters_as_they_were(make: Launch) -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_each_batch_size_begins_with_the_adapters_as_they_were(make: Launch, plain: bool) -> None:
     """They are trained already, and the budget of the first batch size would take some of their rank."""
 
     def trained(model: Any) -> None:
@@ -380,7 +381,7 @@ def test_each_batch_size_begins_with_the_adapters_as_they_were(make: Launch) -> 
             for target in find_target_modules(model):
                 target.weight_b.normal_()
 
-    run = make("auto_find", lacks=lambda asked: asked.rows > FITTING, prepare=trained)
+    run = make("auto_find", lacks=lambda asked: asked.rows > FITTING, prepare=trained, plain=plain)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters() if "lora_" in name}
     run.pilot.pilot.budget = rankpilot.Budget.parse("3k params")
 
@@ -400,8 +401,9 @@ def test_the_trainer_ends_a_run_whose_evaluation_lacks_memory(make: Launch) -> N
     assert run.moments.begins == 1
 
 
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("kind", ["passing", "growing"])
-def test_the_next_batch_size_keeps_what_was_trained(make: Launch, kind: str) -> None:
+def test_the_next_batch_size_keeps_what_was_trained(make: Launch, kind: str, plain: bool) -> None:
     """An error after some steps: the plain Trainer begins again with the weights of that time, and so does this one."""
     options: dict[str, Any] = {
         "passing": {"lacks": lambda asked: asked.number == FAILS_AT},
@@ -411,7 +413,7 @@ def test_the_next_batch_size_keeps_what_was_trained(make: Launch, kind: str) -> 
             "steps": ROWS + 2,
         },
     }[kind]
-    run = make("auto_find", **options)
+    run = make("auto_find", plain=plain, **options)
     _, (left, last) = train_watched(run, lambda: run.moments.seen and (run.now, run.moments.seen[-1]))
     left.assert_is(last)
     begun = run.moments.seen[0]

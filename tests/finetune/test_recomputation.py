@@ -100,9 +100,10 @@ def flags(model: Any) -> list[bool]:
 
 
 class Layers(TrainerCallback):  # type: ignore[misc]
-    """Which layers run again in the latest step."""
+    """Which layers run again in the latest step; none are known before the first."""
 
-    flags: list[bool]
+    def __init__(self) -> None:
+        self.flags: list[bool] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         self.flags = flags(objects["model"])
@@ -187,15 +188,32 @@ def test_a_run_leaves_the_layers_and_the_cache_as_they_were(
     trainer, _ = attached(tmp_path, budget, kind=kind, max_steps=2)
     model = trainer.model
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    layers[1].gradient_checkpointing = False
+    model.gradient_checkpointing_disable()
     model.config.use_cache = True
-    before, functions = flags(model), [layer._gradient_checkpointing_func for layer in layers]
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    functions = [layer._gradient_checkpointing_func for layer in layers]
     with pytest.raises(error) if error else nullcontext():
         trainer.train()
-    assert flags(model) == before == [True, False, True]
+    assert any(recomputed(trainer)) is (error is not BudgetError)
+    assert not any(flags(model))
     assert [layer._gradient_checkpointing_func for layer in layers] == functions
     assert model.config.use_cache
+
+
+def test_a_model_that_checkpoints_already_is_left_as_it_is(tmp_path: Path) -> None:
+    """Its user has said which layers run again, so the plan chooses none, and a share is one of that step."""
+    trainer, callback = attached(tmp_path, "100%", max_steps=2)
+    model = trainer.model
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers[1].gradient_checkpointing = False
+    functions = [layer._gradient_checkpointing_func for layer in layers]
+    trainer.train()
+    assert recomputed(trainer) == flags(model) == [True, False, True]
+    assert [layer._gradient_checkpointing_func for layer in layers] == functions
+    assert callback.pilot._guard.recomputed == ()
+    assert max(peak for _, peak in callback.peaks) <= callback.limit
+    assert not any("recomputed_layers" in row for row in trainer.state.log_history)
 
 
 def test_a_model_that_never_checkpointed_has_no_function_for_it_afterwards(ended: Callable[[str], Run]) -> None:
@@ -212,20 +230,20 @@ def test_a_pilot_begins_another_run(tmp_path: Path, ended: bool) -> None:
     model, rows = trainer.model, trainer.get_train_dataloader()
     optimizer = trainer.create_optimizer()
     pilot = rankpilot.RankPilot("signal-mean", "60%", bounds=BOUNDS, exact_savers=False, schedule=SCHEDULE)
-    before, batch = flags(model), next(iter(rows))
+    batch = next(iter(rows))
     pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, rows, total_steps=STEPS))
     pilot.before_step(batch)
     limit, layers = pilot.limit, flags(model)
+    assert any(layers)
     if ended:
         pilot.finish()
-        model.gradient_checkpointing_enable()
-        before = flags(model)
+        assert not any(flags(model))
     pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, rows, total_steps=STEPS))
     assert (pilot.limit, flags(model)) == (limit, layers)
     take_step(pilot, optimizer, batch, lambda batch: model(**batch).loss)
     assert len(pilot.peaks) == 1
     pilot.finish()
-    assert flags(model) == before == [ended] * LAYERS
+    assert not any(flags(model))
     assert not any("_loss_function" in vars(module) for module in model.modules())
 
 

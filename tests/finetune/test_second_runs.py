@@ -23,7 +23,7 @@ from rankpilot.lora.targets import find_target_modules
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, Trainer, TrainerCallback, default_data_collator
 
-from .tiny_runs import Run, adapted, arguments, counting, logits, new_base, ranks_of, take_step
+from .tiny_runs import PLAIN, Run, adapted, arguments, counting, logits, new_base, ranks_of, take_step
 
 ROWS = counting()
 ONCE = DecisionSchedule(probe_steps=3, fractions=(0.0,))
@@ -227,7 +227,7 @@ def test_data_sets_of_ready_batches(new_model: NewModel, tmp_path: Path) -> None
     batches = [default_data_collator(ROWS[first : first + 4]) for first in range(0, len(ROWS), 4)]
     trainer = Loads(new_model(), arguments(tmp_path), train_dataset=ROWS)
     trainer.loader = DataLoader(batches, batch_size=None)
-    callback = rankpilot.attach(trainer, "signal-mean", budget="60%", schedule=ONCE)
+    callback = rankpilot.attach(trainer, "signal-mean", budget="60%", schedule=ONCE, **PLAIN)
     trainer.train()
     assert callback.peaks
     for _, predicted, measured in callback.pilot.checks:

@@ -23,6 +23,7 @@ from transformers import Trainer
 
 from ..cases import first_cases
 from .test_recomputation import LAYERS, SAVED, SCHEDULE, STEPS, recomputed, trainer_of
+from .tiny_runs import PLAIN
 
 RATES = Rates(1e9, 1e9)
 SHORT = {"max_steps": 2}
@@ -132,7 +133,7 @@ def test_a_plan_says_what_time_it_takes(tmp_path: Path) -> None:
 
 
 def test_fewer_rows_are_timed_where_the_bytes_hold_no_more(tmp_path: Path, rows_timed: list[int]) -> None:
-    trainer, callback = attached(tmp_path, "60%", "90%", arguments=SHORT)
+    trainer, callback = attached(tmp_path, "60%", "90%", arguments=SHORT, **PLAIN)
     trainer.train()
     assert 0 < rows_timed[0] < 4
     time = callback.controller.time.time

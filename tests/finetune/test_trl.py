@@ -28,7 +28,7 @@ def attached(trainer: Trainer, budget: str = "100%") -> rankpilot.RankPilotCallb
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_sft_under_a_share_trains_and_saves_its_adapter(tmp_path: Path, checkpointing: bool) -> None:
-    trainer = sft(tmp_path / "run", gradient_checkpointing=checkpointing, bf16=False, max_steps=12)
+    trainer = sft(tmp_path / "run", gradient_checkpointing=checkpointing, bf16=False, max_steps=16)
     pilot = attached(trainer)
     trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]

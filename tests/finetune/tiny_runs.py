@@ -20,6 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 TOKENS = torch.arange(24).view(2, 12)
 
+PLAIN: dict[str, Any] = {"exact_savers": False, "gradient_checkpointing": False}
+"""Options of a pilot under which a step takes what it takes without rankpilot: no exact savers, no layer runs again."""
+
 
 @pytest.fixture(scope="module")
 def llama_config(llama_config: LlamaConfig) -> LlamaConfig:
@@ -110,7 +113,7 @@ ATTACHED = {"schedule", "measure_every", "bounds", "fresh", "log"}
 
 
 class Run:
-    """A Trainer with a recorder and a pilot, or without the pilot if there is no budget."""
+    """A Trainer with a recorder and a pilot, or without the pilot if there is no budget; see `PLAIN` for `plain`."""
 
     def __init__(
         self,
@@ -119,6 +122,7 @@ class Run:
         *,
         policy: Any = "signal-mean",
         budget: Any = "80%",
+        plain: bool = False,
         data: Any = None,
         lora: dict[str, Any] | None = None,
         trainer: type[Trainer] = Trainer,
@@ -133,6 +137,7 @@ class Run:
         self.folder, self.config, self.model = folder, config, adapted(config, **lora or {})
         prepare(self.model)
         attached = {name: options.pop(name) for name in ATTACHED & options.keys()}
+        attached |= PLAIN if plain else {}
         self.recorder = Recorder(at_step)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.trainer = trainer(
