@@ -152,7 +152,8 @@ def observe(work: Work) -> dict[str, Any]:
     """What is seen before a fine-tune, at the argument `seed` and `rate`, and the plans that are drawn for it."""
     task, seed, policy = work.task, work.get("seed"), _Seeing()
     run = training_run(task, adapted_model(task, seed), work.get("rate"), seed)
-    pilot = RankPilot(policy, f"{ROOM:.0%}", schedule=ONCE, seed=seed, tell=lambda line: None)
+    plain = {"exact_savers": False, "gradient_checkpointing": False}
+    pilot = RankPilot(policy, f"{ROOM:.0%}", schedule=ONCE, seed=seed, tell=lambda line: None, **plain)
     start = time.process_time()
     pilot.begin(run)
     pilot.finish()

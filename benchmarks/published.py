@@ -134,6 +134,7 @@ def t4_step(model: str, attention: str, quantization: Any) -> ConfiguredStep:
         target_modules="q_proj,k_proj,v_proj,o_proj",
         quantization=quantization,
         gradient_checkpointing=True,
+        exact_savers=False,
     )
     return from_config(
         config,
@@ -163,7 +164,7 @@ def compare_peft() -> list[Compared]:
 @cache
 def peft_step(targets: tuple[str, ...], dora: bool) -> ConfiguredStep:
     """The training step of a run of PEFT's benchmark."""
-    step = StepConfig(batch_size=4, max_length=LENGTHS.stop, target_modules=",".join(targets))
+    step = StepConfig(batch_size=4, max_length=LENGTHS.stop, target_modules=",".join(targets), exact_savers=False)
     loaded = LoadedAs(padded=True, keeps_output=True, adapter={"use_dora": True} if dora else {})
     return from_config("llama-3.2-3b", step, loaded)
 

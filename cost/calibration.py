@@ -308,7 +308,7 @@ def plan_costs(
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
     if recompute:
-        cost = recomputed_cost(memory, highest_ranks(targets), limit.value)
+        cost = recomputed_cost(memory, highest_ranks(targets), limit.value, kept=kept)
     elif signals or savers:
         cost = memory.cost()
     return PlanCosts(cost, limit, memory, priced.saved if priced else ())

@@ -504,11 +504,15 @@ def fewest_recomputed(
 
 
 def recomputed_cost(
-    memory: MemoryModel, max_ranks: IntArray, limit: float, shape: BatchShape | None = None
+    memory: MemoryModel,
+    max_ranks: IntArray,
+    limit: float,
+    shape: BatchShape | None = None,
+    kept: IntArray | None = None,
 ) -> ByteCost:
     """What plans cost where layers may run again: a budget buys less recomputation before it buys more rank.
 
-    Where plain LoRA fits without, rank 8 on all modules, no layer runs again. Below, a plan must fit with all layers
+    Where plain LoRA fits without, rank 8 on all modules or the ranks that are to stay, no layer runs again. Below, a plan must fit with all layers
     running again, and may take what plain LoRA takes without: else every plan would spend all that recomputation saves
     on ranks, and every layer would run again.
 
@@ -517,9 +521,11 @@ def recomputed_cost(
         max_ranks: the highest rank of each module, int64 (modules,).
         limit: bytes that the step may take. Costs without recomputation are scaled, so that it limits them too.
         shape: of the batch; by default that of calibration.
+        kept: ranks that are to stay where they are above 8, int64 (modules,).
     """
     none = memory.recomputing(()).cost(shape)
-    plain = plan_cost(none, np.minimum(REFERENCE_RANK, max_ranks))
+    ranks = np.full(len(max_ranks), REFERENCE_RANK) if kept is None else np.maximum(REFERENCE_RANK, kept)
+    plain = plan_cost(none, np.minimum(ranks, max_ranks))
     if plain <= limit:
         return none
     every, factor = memory.cost(shape), limit / plain

@@ -145,6 +145,8 @@ def frontier(
 ) -> list[FrontierPlan]:
     """The plans that are worth their cost, before training: bytes, the time of a step, and the expected loss.
 
+    No layer runs again in them because a plan needs it, while a run may begin with a plan that does so.
+
     Args:
         model: see `allocate`, as the other arguments.
         data: batches of the fine-tune.

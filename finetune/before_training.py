@@ -214,8 +214,8 @@ def faster_plan(guard: PeakGuard, controller: RankController[Any], ask: Ask, dec
         ask: the policy.
         decision: the first one, which is yet to be applied.
     """
-    expected, again = _expected(decision), guard.layers_of(controller.propose(decision)[1].ranks)
-    if expected is None or not again:
+    expected = _expected(decision)
+    if expected is None or not guard.layers_of(controller.propose(decision)[1].ranks):
         return ""
     guard.deciding(recomputing=False)
     try:
@@ -230,7 +230,6 @@ def faster_plan(guard: PeakGuard, controller: RankController[Any], ask: Ask, dec
     if loss is None:
         return ""
     return (
-        f"{plural(len(again), 'layer')} run again in the backward pass, which takes time and changes no loss. "
         f"gradient_checkpointing=False would be faster: {np.count_nonzero(ranks)} adapters of mean rank "
         f"{ranks.mean():.1f}, and a log loss that is expected to be {loss - expected:+.3f} beside this plan's."
     )

@@ -315,18 +315,21 @@ class Recomputation:
         assert self.memory is not None, "the step has not been measured"
         return fewest_recomputed(self.memory, ranks, limit, shape)
 
-    def cost(self, max_ranks: IntArray, limit: float, shape: BatchShape, *, recomputing: bool) -> ByteCost:
+    def cost(
+        self, max_ranks: IntArray, limit: float, shape: BatchShape, ranks: IntArray, *, recomputing: bool
+    ) -> ByteCost:
         """What plans cost, where layers may run again or may not; see `recomputed_cost`.
 
         Args:
             max_ranks: the highest rank of each module, int64 (modules,).
             limit: bytes that the step may take.
             shape: of the batch.
+            ranks: those in place, int64 (modules,).
             recomputing: whether layers may run again.
         """
         assert self.memory is not None, "the step has not been measured"
         if recomputing:
-            return recomputed_cost(self.memory, max_ranks, limit, shape)
+            return recomputed_cost(self.memory, max_ranks, limit, shape, ranks)
         return self.memory.recomputing(()).cost(shape)
 
     def memory_now(self) -> MemoryModel:

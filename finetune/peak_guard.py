@@ -139,7 +139,9 @@ class PeakGuard:
         if self._recomputation and self._recomputation.memory:
             controller = self._controller
             highest = highest_ranks(controller.targets)
-            cost = self._recomputation.cost(highest, controller.limit, self.shape, recomputing=recomputing)
+            cost = self._recomputation.cost(
+                highest, controller.limit, self.shape, controller.ranks, recomputing=recomputing
+            )
             controller.reprice(replace(cost, constant=cost.constant + self._underestimate))
 
     @property

@@ -22,6 +22,7 @@ from ..agents.settings import DecisionSchedule
 from ..common.checks import counted
 from ..common.devices import without_autocast
 from ..common.processes import Processes
+from ..common.text import plural
 from ..cost.budget import Budget, TimeBudget
 from ..cost.calibration import beside_model
 from ..cost.recording import Batch
@@ -513,8 +514,9 @@ class RankPilot:
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan)
-        if faster:
-            self.journal.note(faster)
+        if faster and (again := self._guard.recomputed):
+            count = plural(len(again), "layer")
+            self.journal.note(f"{count} run again in the backward pass, which takes time and changes no loss. {faster}")
 
     def _ask(self, observation: Observation) -> Decision:
         return self._run.replicas.processes.on_first(lambda: self.policy.decide(observation))

@@ -376,6 +376,12 @@ def _gradients_put_back(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.grad = gradient
 
 
+def _base(model: nn.Module) -> nn.Module:
+    find = getattr(unwrap(model), "get_base_model", None)
+    base: nn.Module = find() if find else model
+    return base
+
+
 @contextmanager
 def _training_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into training mode for a while; modes and buffers (running statistics) are restored afterwards.
@@ -388,7 +394,7 @@ def _training_mode(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    if not model.training:
+    if not (model.training and _base(model).training):  # a model that was loaded is in evaluation mode inside of PEFT
         model.train()
     try:
         yield

@@ -290,7 +290,7 @@ def configuration_text(outlook: Outlook) -> str:
     ]
     if 0 < len(best.recomputed) < len(outlook.recomputable):
         lines.append(
-            f"# {len(best.recomputed)} layers run again: attach(trainer, recompute=True) chooses them inside "
+            f"# {len(best.recomputed)} layers run again: attach(trainer) chooses them inside "
             f"budget='{math.ceil(10 * best.step_bytes / 2**30) / 10:.1f}GiB'"
         )
     return "\n".join(lines)

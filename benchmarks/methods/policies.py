@@ -69,6 +69,7 @@ class PilotDriver(Driver):
             measure_every=MEASURE_EVERY,
             exact_savers=False,
             gradient_checkpointing="auto" if work.get("recompute") else False,
+            prefix_cache="off",
             tell=lambda line: None,
         )
 
@@ -168,6 +169,8 @@ def make_plan(work: Work) -> dict[str, Any]:
         learning_rate=work.get("rate"),
         total_steps=task.steps,
         goal=work.get("goal") or "quality",
+        exact_savers=False,
+        gradient_checkpointing=False,
     )
     return {"plan": plan_text(list(plan.ranks.values())), "predicted": plan.cost, "limit": plan.limit}
 

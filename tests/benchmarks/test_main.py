@@ -17,6 +17,7 @@ EXPLAINED = {
     "overhead": ("--quick", "--json", "--device", "--seed", "adalora", "own work"),
     "step-time": ("--plans", "--models", "--quick", "--json", "minilm", "cpu time"),
     "memory": ("--quick", "--json", "--device", "--seed", "checkpointing", "guard"),
+    "savers": ("--rounds", "--batches", "--bf16", "--json", "saver", "cache"),
     "published": ("--quick", "--json", "t4", "fitcheck", "configurations"),
     "env-speed": ("--quick", "--json", "stacked", "cpu time", "peft"),
     "methods": ("--suite", "--workers", "--pack", "--json", "paired seeds", "tuning seeds"),
