@@ -9,6 +9,7 @@ them gets what the layer would have returned, made at that time, with its graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -233,13 +234,14 @@ def _is_of_each_number(function: Any, rest: Sequence[Any], options: dict[str, An
 
 def _reshaped(logits: LaterLogits, *shape: Any) -> torch.Tensor | None:
     """The hidden states of logits in another shape; None if the last axis does not stay."""
-    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
-    if any(isinstance(size, torch.dtype) for size in sizes):
+    sizes = [*shape[0]] if len(shape) == 1 and isinstance(shape[0], Sequence) else [*shape]
+    words = logits._product.head.out_features
+    if len(sizes) < 2 or not all(isinstance(size, int) for size in sizes):
         return None
-    with torch._C.DisableTorchFunctionSubclass():
-        whole = tuple(logits.shape)
-    result = torch.empty(whole, device="meta").view(*sizes).shape
-    return logits._hidden.reshape(*result[:-1], -1) if len(result) > 1 and result[-1] == whole[-1] else None
+    if sizes[-1] == -1:
+        known = math.prod(sizes[:-1])
+        sizes[-1] = words if known > 0 and known * words == logits.numel() else 0
+    return logits._hidden.reshape(*sizes[:-1], logits._hidden.shape[-1]) if sizes[-1] == words else None
 
 
 def _indexed(logits: LaterLogits, index: Any) -> torch.Tensor | None:

@@ -512,9 +512,9 @@ def recomputed_cost(
 ) -> ByteCost:
     """What plans cost where layers may run again: a budget buys less recomputation before it buys more rank.
 
-    Where plain LoRA fits without, rank 8 on all modules or the ranks that are to stay, no layer runs again. Below, a plan must fit with all layers
-    running again, and may take what plain LoRA takes without: else every plan would spend all that recomputation saves
-    on ranks, and every layer would run again.
+    Where plain LoRA fits without, rank 8 on all modules or the ranks that are to stay, no layer runs again. Below, a
+    plan must fit with all layers running again, and may take what plain LoRA takes without: else every plan would spend
+    all that recomputation saves on ranks, and every layer would run again.
 
     Args:
         memory: the byte model of a step in which every layer runs again.

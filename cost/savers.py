@@ -1,4 +1,4 @@
-"""Exact savers: the same losses and gradients, bit for bit, in fewer bytes and no more time.
+"""Exact savers: the same losses and gradients in fewer bytes and no more time.
 
 * No cache of keys and values: a model that is asked for a loss fills one that nobody reads.
 * Copies of inputs: adapters that read one input share its copy in their precision (`lora/input_copies.py`).
@@ -63,8 +63,8 @@ SAVERS: dict[str, Callable[[nn.Module], Callable[[], None]]] = {
 
 
 MOST_MORE = 1.01
-"""By what factor the bytes of a step whose layers all run again may rise, where a saver lowers those of one in which none
-does."""
+"""By what factor the bytes of a step whose layers all run again may rise, where a saver lowers those of one in which
+none does."""
 
 
 @dataclass(frozen=True)

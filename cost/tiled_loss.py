@@ -6,7 +6,8 @@ are the same bit for bit.
 
 Where the output layer is frozen, which it is under LoRA, its product belongs to the tiles (`cost/later_logits.py`): the
 logits are never there as a whole, and the gradient of the last hidden states is made in the forward pass, tile by tile.
-Else the logits are there once, and their gradient takes their place in the backward pass.
+Else the logits are there once, and their gradient takes their place in the backward pass. A product of fewer rows may
+round otherwise than one of all rows.
 
 TRL has tiles too: `trl.kernels.chunked_logprob` multiplies the last hidden states with the head in tiles of at most
 `TOKEN_CHUNK_SIZE` tokens. A small recorded step would fill one of them in part, and the batch of the run fills several:
