@@ -27,6 +27,7 @@ from rankpilot.common.arrays import IntArray
 from rankpilot.common.files import atomic_path
 from rankpilot.common.workers import count_workers, worker_pool
 from rankpilot.errors import ConfigError, NonFiniteError
+from rankpilot.finetune.options import PilotOptions
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.training.plan_runs import (
@@ -152,8 +153,10 @@ def observe(work: Work) -> dict[str, Any]:
     """What is seen before a fine-tune, at the argument `seed` and `rate`, and the plans that are drawn for it."""
     task, seed, policy = work.task, work.get("seed"), _Seeing()
     run = training_run(task, adapted_model(task, seed), work.get("rate"), seed)
-    plain = {"exact_savers": False, "gradient_checkpointing": False}
-    pilot = RankPilot(policy, f"{ROOM:.0%}", schedule=ONCE, seed=seed, tell=lambda line: None, **plain)
+    options = PilotOptions(
+        budget=f"{ROOM:.0%}", schedule=ONCE, seed=seed, exact_savers=False, gradient_checkpointing=False
+    )
+    pilot = RankPilot(policy, options, tell=lambda line: None)
     start = time.process_time()
     pilot.begin(run)
     pilot.finish()
