@@ -458,7 +458,7 @@ class RankPilot:
     def _begin_prefix_cache(self) -> None:
         """Let frozen layers run once a row, where later epochs or evaluations are served by that."""
         most, run = self.options.prefix_cache_bytes, self._run
-        if most == 0:
+        if most == 0 or is_compiled(run.wrapped):  # each way of running layers takes a graph
             return
         self._prefix = before_training.prefix_cache(run, most, self.journal.note)
         if self._prefix:

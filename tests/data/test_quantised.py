@@ -111,7 +111,7 @@ def test_a_run_on_a_quantised_model(
     checkpointing = quantization == "nf4"
     rows = [{"text": " ".join([WORDS[row % 5]] * (2 + row % 4)), "label": row % 2} for row in range(60)]
     config = FinetuneConfig(model_folder("bert"), write_rows(tmp_path / "rows.jsonl", rows), steps=3, eval_every=2)
-    settings = {"quantization": quantization, "checkpointing": checkpointing, "batch_size": 4, "max_length": 8}
+    settings = {"quantization": quantization, "gradient_checkpointing": checkpointing, "batch_size": 4, "max_length": 8}
     summary = finetune(replace(config, **settings), tmp_path / "run")
     run = summary["runs"]["rankpilot"]
     assert 0 < run["peak_bytes"] <= run["budget_bytes"]

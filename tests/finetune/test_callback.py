@@ -149,17 +149,18 @@ def test_logged_decisions_can_be_taken_again(kind: str, request: pytest.FixtureR
         assert kind == "whole" or plan.cost == here["predicted_cost"].iloc[0]
     of_a_rank = [record.problem.cost.per_rank for record in log.read()]
     same = [np.array_equal(one, other) for one, other in pairwise(of_a_rank)]
-    assert same == [*[True] * (len(DECISIONS) - 2), False], "no signals at last"
+    if kind == "plain":  # where layers may run again, the ranks in place count too
+        assert same == [*[True] * (len(DECISIONS) - 2), False], "no signals at last"
 
 
-def test_the_adapter_loads_in_plain_peft(whole: Run, tmp_path: Path) -> None:
-    whole.model.save_pretrained(tmp_path / "adapter")
-    live = {name: rank for name, rank in whole.recorder.ranks[-1].items() if rank}
-    assert len(live) < len(whole.recorder.ranks[-1]), "80 % leaves modules out"
-    for folder in (tmp_path / "adapter", whole.checkpoint(STEPS)):
-        plain = whole.plain(folder)
-        assert ranks_of(plain) == live
-        assert torch.equal(logits(plain), logits(whole.model))
+def test_the_adapter_loads_in_plain_peft(plain: Run, tmp_path: Path) -> None:
+    plain.model.save_pretrained(tmp_path / "adapter")
+    live = {name: rank for name, rank in plain.recorder.ranks[-1].items() if rank}
+    assert len(live) < len(plain.recorder.ranks[-1]), "80 % leaves modules out"
+    for folder in (tmp_path / "adapter", plain.checkpoint(STEPS)):
+        loaded = plain.plain(folder)
+        assert ranks_of(loaded) == live
+        assert torch.equal(logits(loaded), logits(plain.model))
 
 
 def test_no_decision_follows_the_last_step(launch: Launch) -> None:
