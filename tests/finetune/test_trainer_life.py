@@ -423,7 +423,8 @@ def test_beyond_the_limit_a_compiled_run_is_warned_of_and_runs_on(
 
 def test_a_model_compiled_by_its_user_is_probed_uncompiled(launch: Launch, dynamo: Any) -> None:
     counter = CompileCounterWithBackend("eager")
-    run = launch(budget="100%", policy="signal-mean", prepare=lambda model: model.compile(backend=counter), **SMALL)
+    compiled: dict[str, Any] = {"prepare": lambda model: model.compile(backend=counter), "plain": True}
+    run = launch(budget="100%", policy="signal-mean", **compiled, **SMALL)
     # The probe and the byte model alone try more than a dozen sets of ranks; two graphs are the loss meter's.
     assert 1 <= counter.frame_count <= len(run.decided) + 2
     assert run.recorder.graphs[-1] == run.recorder.graphs[9], "frozen ranks are not compiled again"
