@@ -246,13 +246,15 @@ class PlanCosts:
         cost: of a plan.
         limit: of that.
         memory: predicts other batch shapes; None under a budget of parameters.
-        saved: what a step of plain LoRA takes with each exact saver more.
+        saved: what a step of plain LoRA takes without exact savers, and with them.
+        savers: names of those that are on.
     """
 
     cost: UntimedCost
     limit: Limit
     memory: MemoryModel | None
     saved: tuple[Saved, ...] = ()
+    savers: tuple[str, ...] = ()
 
 
 def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: Batch, *, signals: bool) -> MemoryModel:
@@ -299,7 +301,7 @@ def plan_costs(
     def measured() -> MemoryModel:
         return measure_memory(step, targets, batch, signals=False)
 
-    priced = savers.price(measured, targets) if savers else None
+    priced = savers.price(measured, targets, each=False) if savers else None
     memory = priced.memory if priced else measured()
     plain = priced.plain if priced else memory
     cost, limit = limited_cost(
@@ -311,7 +313,7 @@ def plan_costs(
         cost = recomputed_cost(memory, highest_ranks(targets), limit.value, kept=kept)
     elif signals or savers:
         cost = memory.cost()
-    return PlanCosts(cost, limit, memory, priced.saved if priced else ())
+    return PlanCosts(cost, limit, memory, priced.saved if priced else (), savers.names if savers else ())
 
 
 def limited_cost(

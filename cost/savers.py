@@ -142,17 +142,27 @@ class ExactSavers:
         self.names = tuple(name for name in SAVERS if name in names)
         self._undo = {name: SAVERS[name](self._model) for name in self.names}
 
-    def price(self, measure: Callable[[], MemoryModel], targets: Sequence[TargetModule]) -> Priced:
-        """Find out what each brings; those that lower no peak on this model and batch are off from now on.
+    def price(
+        self, measure: Callable[[], MemoryModel], targets: Sequence[TargetModule], *, each: bool = True
+    ) -> Priced:
+        """Find out what they bring; those that lower no peak on this model and batch are off from now on.
 
         Args:
             measure: finds the byte model of the step as it is.
             targets: the target modules of the model.
+            each: whether each is priced by itself; else all together, which takes two measurements, if that is less.
         """
         highest, names = np.array([target.max_rank for target in targets]), self.names
         self.put_back()
         memory = plain = measure()
         saved = [Saved.of("plain LoRA", plain, highest)]
+        if not each:
+            self.take(names)
+            together = measure()
+            found = Saved.of("all exact savers", together, highest)
+            if found.is_less(saved[0]):
+                return Priced(together, plain, (saved[0], found))
+            self.put_back()
         for name in names:
             undo = SAVERS[name](self._model)
             with_it = measure()

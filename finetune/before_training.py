@@ -287,7 +287,7 @@ def run_costs(
     costs = partial(plan_costs, budget, signals=signals, recompute=recompute, savers=savers, kept=kept)
     found = run.measured(lambda: costs(run.step, targets, run.largest_batch()))
     if savers and found.saved:
-        savers.take([each.name for each in found.saved])  # in each process what the first has found out
+        savers.take(found.savers)  # in each process what the first has found out
     return found
 
 

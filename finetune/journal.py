@@ -5,7 +5,6 @@ Changes of rank that no policy asked for, such as a plan that shrinks, are writt
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -57,10 +56,6 @@ class Correction:
 
 RECOMPUTE = ", and so do layers that run again in the backward pass, which takes time (gradient_checkpointing)"
 """What may help beside a larger budget."""
-
-
-LEAST_SHARE = 0.005
-"""A saver of a smaller share of a step is not told."""
 
 
 class Journal:
@@ -117,11 +112,9 @@ class Journal:
         """Tell what exact savers bring."""
         if saved and saved[-1].step_bytes < saved[0].step_bytes:
             whole = saved[0].step_bytes
-            shares = ((b.name, (a.step_bytes - b.step_bytes) / whole) for a, b in pairwise(saved))
-            parts = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares if share >= LEAST_SHARE)
             self.note(
                 f"Exact savers: a step of plain LoRA takes {format_bytes(saved[-1].step_bytes)} in place of "
-                f"{format_bytes(whole)}, with the same losses{f' ({parts})' if parts else ''}."
+                f"{format_bytes(whole)}, with the same losses."
             )
 
     def record(

@@ -27,6 +27,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from ..cases import first_cases
 from .tiny_runs import arguments, counting
 
 LAYERS, LOWEST, ROWS = 4, 2, 12
@@ -115,7 +116,7 @@ LEFT_OUT = {"right": 12, "left": 0, "padding counts": 0, "flattened": 12}
 """At least so many passes. Rows on the left of padding have other positions in another batch."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", first_cases(1, [torch.float32, torch.bfloat16]))
 @pytest.mark.parametrize("name", list(COLLATORS))
 def test_losses_are_the_same(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     batches = shuffled(COLLATORS[name], texts())
