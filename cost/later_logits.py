@@ -1,9 +1,9 @@
 """Logits that are made when somebody reads them, so that a loss can make them tile by tile.
 
 The logits of a batch are the largest tensor of many a step: 4 x 1024 tokens of a vocabulary of 128k take 2 GiB in fp32.
-A frozen output layer needs them for the loss alone. So while `LaterHead` is on, that layer returns `LaterLogits`: a
-tensor that knows the hidden states, and what the model does to the product afterwards, number by number (a factor, a
-soft cap, another precision). A cross entropy of them is computed in tiles (`cost/tiled_loss.py`). Whatever else reads
+A frozen output layer needs them for the loss alone. After `defer_logits`, that layer returns `LaterLogits`: a tensor
+that knows the hidden states, and what the model does to the product afterwards, number by number (a factor, a soft cap,
+another precision). A cross entropy of them is computed in tiles (`cost/tiled_loss.py`). Whatever else reads
 them gets what the layer would have returned, made at that time, with its graph.
 """
 
