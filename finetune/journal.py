@@ -108,13 +108,18 @@ class Journal:
         if self._writes:
             self.tell(line)
 
-    def note_saved(self, saved: Sequence[Saved]) -> None:
-        """Tell what exact savers bring."""
-        if saved and saved[-1].step_bytes < saved[0].step_bytes:
-            whole = saved[0].step_bytes
+    def note_saved(self, saved: Sequence[Saved], *, as_set: bool) -> None:
+        """Tell what exact savers bring.
+
+        Args:
+            saved: what a step of plain LoRA takes without and with them.
+            as_set: with the layers that run again in the model as it is; else with none.
+        """
+        peaks = [each.again_bytes if as_set and each.again_bytes else each.step_bytes for each in saved]
+        if saved and peaks[-1] < peaks[0]:
             self.note(
-                f"Exact savers: a step of plain LoRA takes {format_bytes(saved[-1].step_bytes)} in place of "
-                f"{format_bytes(whole)}, with the same losses."
+                f"Exact savers: a step of plain LoRA takes {format_bytes(peaks[-1])} in place of "
+                f"{format_bytes(peaks[0])}, with the same losses."
             )
 
     def record(

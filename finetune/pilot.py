@@ -158,7 +158,7 @@ class RankPilot:
                 time=self.time or (TimeBudget.unlimited() if self.times_plans else None),
                 progress=self._progress,
             )
-            self.journal.note_saved(costs.saved)
+            self.journal.note_saved(costs.saved, as_set=recomputation is None)
             memory = costs.memory
             self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)
             if self.time:
