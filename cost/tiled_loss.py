@@ -1,8 +1,7 @@
 """The loss of a causal language model in tiles of its tokens: no tensor of all logits stays for the backward pass.
 
 transformers' loss holds the logarithms of all probabilities beside the logits, and its backward pass two more tensors
-of that size. Here one tile of them at a time is there. The operators are torch's own, row by row, so loss and gradients
-are the same bit for bit.
+of that size. Here one tile of them at a time is there. The operators are torch's own, row by row.
 
 Where the output layer is frozen, which it is under LoRA, its product belongs to the tiles (`cost/later_logits.py`): the
 logits are never there as a whole, and the gradient of the last hidden states is made in the forward pass, tile by tile.
@@ -12,7 +11,7 @@ round otherwise than one of all rows.
 TRL has tiles too: `trl.kernels.chunked_logprob` multiplies the last hidden states with the head in tiles of at most
 `TOKEN_CHUNK_SIZE` tokens. A small recorded step would fill one of them in part, and the batch of the run fills several:
 a tile would be predicted as large as all of them. So while a small step is recorded, its tiles are as many as those of
-the whole batch. Of our own tiles there are always as many, and their tokens are rounded up.
+the whole batch. A recorded step has `TILES` of our own tiles, and a real one as many of at least `LEAST_TOKENS`.
 """
 
 from __future__ import annotations
@@ -138,9 +137,9 @@ class TiledCrossEntropy(torch.autograd.Function):
         same = torch.isclose(found, ctx.found, rtol=0, atol=0, equal_nan=True).all()
         if not same.is_meta and not bool(same):
             raise UnsupportedError(
-                "The logits were changed between the loss and its backward pass, or the backward pass ran twice; with "
-                "`recompute` it needs them as they were, and writes their gradient in their place. Change a copy of "
-                "them, or leave `recompute` out."
+                "The logits were changed between the loss and its backward pass, or the backward pass ran twice. The "
+                "loss in tiles needs them as they were, and writes their gradient in their place. Change a copy of "
+                "them, or give exact_savers=False."
             )
         return result, None, None, None
 

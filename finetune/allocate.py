@@ -259,6 +259,7 @@ def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) 
     if frontier:  # plans of any cost are compared by their time, which depends on layers that run again
         pilot.options = replace(pilot.options, gradient_checkpointing=pilot.options.gradient_checkpointing is True)
         pilot.times_plans = True
+    pilot.options = replace(pilot.options, prefix_cache="off")  # no row is read twice here
     pilot.begin(run)
     pilot.finish()
     controller, decision = pilot.controller, pilot.decision

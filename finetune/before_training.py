@@ -30,7 +30,7 @@ from ..cost.recording import Batch, BatchShape, reshaped
 from ..cost.savers import ExactSavers
 from ..cost.step_time import PARTS, StepTime
 from ..data.batches import count_predictions, predicted_share
-from ..errors import BudgetError, DataError, NonFiniteError, UnsupportedError
+from ..errors import BudgetError, DataError, NonFiniteError, UnsupportedError, first_line
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import drop_foreign_state, reset_state
 from ..lora.peft_config import reference_scaling
@@ -183,19 +183,18 @@ def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str
     evaluates = run.evaluations is None or run.evaluations > 1
     if run.epochs < 2 and not evaluates:
         return None
-    folder = run.folder or Path(tempfile.gettempdir())
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens = 0.0
+    folder, tokens = run.folder or Path(tempfile.gettempdir()), 0.0
     if run.epochs >= 2:
         batches = run.small_batches
         counts = run.measured(lambda: [count_predictions(batch)[1] for batch in batches(SAMPLED_ROWS, 1, 0)])
         tokens = float(np.mean(counts)) * len(run.dataset)
-    room = Room.of(folder, most_bytes)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        room = Room.of(folder, most_bytes)
         return PrefixCache(run.model, room, epochs=run.epochs, tokens=tokens, evaluates=evaluates, tell=tell)
-    except LookupError as error:
+    except (LookupError, OSError) as error:  # a folder that cannot be written is no reason to end the run
         if run.epochs >= 2:
-            tell(f"Frozen layers run for every row: {error.args[0]}.")
+            tell(f"Frozen layers run for every row: {first_line(error)}.")
         return None
 
 

@@ -218,7 +218,6 @@ class Store:
         if key in self._held:
             return self._held[key]
         start, size, checksum = self._places[key]
-
         values = np.empty(size, dtype=np.uint8)
         self._file.seek(start)
         if self._file.readinto(values.data) != size or zlib.crc32(values.data) != checksum:

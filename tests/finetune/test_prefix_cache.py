@@ -12,6 +12,7 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rankpilot.finetune.before_training import prefix_cache
 from rankpilot.finetune.prefix_cache import CHECKED_FIRST, PATIENCE, PrefixCache, Room, Row, Store, paused, rows_of
 from torch import nn
 from torch.utils.data import DataLoader
@@ -277,6 +278,16 @@ def test_no_room(tmp_path: Path) -> None:
     cache = cache_of(llama(), tmp_path, told, room=Room(tmp_path, 1000, 1000), evaluates=False)
     assert "What they return would take 25 KiB, and there is room for 1.953 KiB (prefix_cache)" in told[0]
     assert cache.layers == 0
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run: Any = SimpleNamespace(
+        evaluations=None, epochs=2.0, folder=tmp_path / "file" / "run", dataset=[0], model=llama()
+    )
+    run.small_batches, run.measured, told = None, lambda work: [5], list[str]()
+    assert prefix_cache(run, None, told.append) is None
+    assert told[0].startswith("Frozen layers run for every row: [Errno 20] Not a directory")
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
