@@ -86,6 +86,11 @@ class Asset:
         return self.folder / (self.name if self.gguf else PurePosixPath(self.member).name)
 
 
+_LANGUAGES = (
+    *("bg", "ca", "cs", "da", "de", "el", "es", "eu", "fi", "fr", "gl", "hi", "it", "ja"),
+    *("nl", "no", "pl", "pt", "ro", "ru", "sk", "sl", "sv", "ta", "tr", "uk", "vi"),
+)
+
 _ASSETS = (
     Asset(
         name="all-minilm-l6-v2",
@@ -139,9 +144,9 @@ _ASSETS = (
         sha256="de96a5d0dc1fe5ab540fa6f993805c09da80a9518aa7a309e8cd1f433e3ae6aa",
         member="plone/app/locales/locales/",
         license="GPL-2.0",
-        description="Interface and help texts of a web system in German, French, Russian, Spanish, Italian and Dutch",
+        description="Interface and help texts of a web system in 27 languages",
         wheel_bytes=12_492_437,
-        patterns=("de/*.po", "fr/*.po", "ru/*.po", "es/*.po", "it/*.po", "nl/*.po"),
+        patterns=tuple(f"{language}/*.po" for language in _LANGUAGES),
     ),
     Asset(
         name="trac-templates",

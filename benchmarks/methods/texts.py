@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from rankpilot.data import workload as tokens
+from rankpilot.data.assets import fetch_asset
 from rankpilot.data.columns import encoded
-from rankpilot.data.corpora import docstrings, load_corpus, scattered, standard_library
+from rankpilot.data.corpora import EVAL_SHARE, docstrings, load_corpus, scattered, standard_library, translations
 from rankpilot.data.models import load_tokenizer
 from rankpilot.data.packaged_data import DATASETS, read_official_split, read_splits
 from rankpilot.errors import UnknownNameError
@@ -27,6 +29,7 @@ PACKAGED = {
     "minilm-l6": "all-minilm-l6-v2",
     "minilm-l3": "all-minilm-l6-v2",
     "smollm2-135m": "smollm2-135m-instruct",
+    "smollm2-15": "smollm2-135m-instruct",
     "smollm2-8": "smollm2-135m-instruct",
 }
 """The packaged model behind each name."""
@@ -199,6 +202,34 @@ def library_source(package: str) -> str:
 # Texts alone ----------------------------------------------------------------------------------------------------------
 
 
+def load_text(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The bytes of a text, uint8: its first nine tenths, and the rest, held out.
+
+    Args:
+        name: of `CORPORA`; or "language-fi" (a language of the asset "plone-locales"), "package-email" (source of the
+            standard library) or "group-sci.med" (posts to a newsgroup).
+
+    Raises:
+        UnknownNameError: no such text.
+        AssetError: a package is neither cached nor downloadable.
+    """
+    kind, _, which = name.partition("-")
+    if kind == "language":
+        text = translations(which, fetch_asset("plone-locales"))
+    elif kind == "package":
+        text = library_source(which)
+    elif kind == "group":
+        posts = (post for post, group in read_official_split("20newsgroups")[0].items() if group == which)
+        text = "\n\n".join(scattered(posts))
+    else:
+        return load_corpus(name)
+    if not text:
+        raise UnknownNameError(f"There is no text {name!r}: its package has none of that name.")
+    data = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+    cut = int(len(data) * (1 - EVAL_SHARE))
+    return data[:cut], data[cut:]
+
+
 def _causal(task: MethodTask) -> tuple[Dataset, Dataset, Callable[[list[Any]], Any]]:
     if task.data == "docstrings":
         tokenizer = tokenizer_of(task.model)
@@ -208,7 +239,7 @@ def _causal(task: MethodTask) -> tuple[Dataset, Dataset, Callable[[list[Any]], A
             for rows, size in ((train, task.train_rows), (held_out, 2 * task.held_out))
         )
         return *parts, DataCollatorForSeq2Seq(tokenizer)
-    halves = load_corpus(task.data)
+    halves = load_text(task.data)
     sizes = (task.train_rows, 2 * task.held_out)
     if reads_bytes(task.model):
         parts = (_windows(half, size, task.length) for half, size in zip(halves, sizes, strict=True))

@@ -271,7 +271,7 @@ NEOX = ProxyBase(
 )
 """A family of its own beside the bases that ship with the package."""
 
-_CUT = {"minilm-l3": 3, "smollm2-8": 8}
+_CUT = {"minilm-l3": 3, "smollm2-15": 15, "smollm2-8": 8}
 """How many of its lower layers are kept, where not all are."""
 
 

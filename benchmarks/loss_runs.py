@@ -1,0 +1,279 @@
+"""`python -m benchmarks loss-runs`: fine-tunes from which the rule for the rate and the loss of a plan are fitted.
+
+A *loss run* is one fine-tune of a text by one plan (which modules, rank, scale) at one learning rate. The list of runs
+is drawn before the first one and stands in `plan.jsonl`; what came out goes into `rows.jsonl` as runs end, so that an
+interrupted collection goes on there. No run reads a text of `JUDGED`, on which methods are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import concatenate_datasets
+from peft import PeftModel
+from rankpilot.common.files import append_json_line, atomic_path, read_json_lines
+from rankpilot.common.workers import count_workers, worker_pool
+from rankpilot.cost.cost import ParameterCost
+from rankpilot.errors import ConfigError, UnknownNameError
+from rankpilot.lora.spec import REFERENCE_RANK
+from rankpilot.lora.targets import find_target_modules
+from rich.console import Console
+from torch import nn
+
+from .harness import Figures, machine_facts
+from .methods.plans import attention, both, ending, every_other_layer, everything, mlp, top
+from .methods.study import Modules
+from .methods.tasks import MethodTask
+from .methods.texts import load_data
+from .methods.training import ALPHA, CLIP, adapted_model, evaluate, factor_at, new_loader
+
+LEARNED = (
+    *(f"language-{name}" for name in ("de", "fi", "uk", "pt", "sv", "es", "tr")),
+    *(f"language-{name}" for name in ("ca", "vi", "it", "da", "nl", "sk", "pl")),
+    *(f"package-{name}" for name in ("email", "asyncio", "xml", "tkinter", "importlib", "distutils")),
+    *(f"group-{name}" for name in ("sci.med", "comp.graphics", "talk.politics.guns", "misc.forsale")),
+    *(f"group-{name}" for name in ("comp.windows.x", "soc.religion.christian", "rec.motorcycles")),
+    *("reviews", "tables", "tales", "code"),
+)
+"""Texts that runs learn."""
+
+JUDGED = (
+    *("french", "russian", "templates", "news", "docstrings"),
+    *(f"language-{name}" for name in ("gl", "eu", "ta", "sl", "hi", "no", "cs", "ro", "ja", "el", "bg")),
+    *(f"package-{name}" for name in ("unittest", "http", "logging", "urllib", "concurrent")),
+    *(f"group-{name}" for name in ("sci.space", "rec.autos", "rec.sport.hockey", "talk.politics.mideast")),
+)
+"""Texts of comparisons, which no run reads."""
+
+PARTS = {
+    "all": everything,
+    "attention": attention,
+    "mlp": mlp,
+    "top-3/4": top(0.75),
+    "top-1/2": top(0.5),
+    "top-1/4": top(0.25),
+    "every-other": every_other_layer,
+    "attention-top-1/2": both(attention, top(0.5)),
+    "mlp-top-3/4": both(mlp, top(0.75)),
+    "mlp-top-1/2": both(mlp, top(0.5)),
+    "out": lambda modules: ending(modules, ("o_proj", "down_proj", "attn.c_proj", "mlp.c_proj")),
+}
+"""Which modules are adapted, by name; "out" is what writes into the residual stream."""
+
+LIKELY = {"all": 4, "mlp": 2, "top-3/4": 2, "top-1/2": 2}
+"""How often a part is drawn for once that others are; of others 1."""
+
+RANKS = (4, 8, 16, 32, 64, 128)
+
+POWERS = (0.0, 0.5, 1.0)
+"""The scale of a module of rank r is 2 (8 / r) to one of these: alpha = 2 r, rsLoRA, alpha = 16."""
+
+SPREAD = 0.7
+"""Standard deviation of a drawn plan's log rate around the prior."""
+
+
+@dataclass(frozen=True)
+class LossRun:
+    """One fine-tune.
+
+    Attributes:
+        model: SmolLM2, whole or cut, or a byte model.
+        text: a name of `LEARNED`.
+        steps: optimiser steps.
+        part: a name of `PARTS`.
+        rank: of each adapted module, or the most that it can have.
+        power: of the scale, see `POWERS`.
+        rate: peak of the learning rate.
+    """
+
+    model: str
+    text: str
+    steps: int
+    part: str
+    rank: int
+    power: float
+    rate: float
+
+    @property
+    def task(self) -> MethodTask:
+        """What is trained."""
+        rows, held_out = (4, 48) if self.model.startswith("smollm2") else (8, 192)
+        return MethodTask(
+            self.model, self.text, "causal-lm", self.steps, rows, 48, self.rate, held_out, train_rows=600, curve=1
+        )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Fine-tune small models on many texts by drawn plans at drawn rates.
+
+    Attributes:
+        output: folder of the plan and of the rows.
+        models: only runs of models whose names contain one of these words.
+        workers: processes of one thread each; 0 for as many as there are cores.
+        minutes: stop after so many, when the runs that have begun are over.
+        quick: under a minute: two runs of ten steps.
+        json: also write figures (runs, CPU hours) to this file.
+    """
+
+    output: Path = Path("runs/loss-runs")
+    models: tuple[str, ...] = ()
+    workers: int = 0
+    minutes: float | None = None
+    quick: bool = False
+    json: Path | None = None
+
+
+def prior_rate(width: int, share: float) -> float:
+    """The rate around which rates are drawn: a published formula in width (lora-without-regret), and a share's root."""
+    return 5e-4 * (2000 / width) ** 0.781 * share**-0.5
+
+
+WIDTHS = {"smollm2-135m": 576, "smollm2-15": 576, "smollm2-8": 576}
+
+
+def width_of(model: str) -> int:
+    """The hidden width of a model; that of byte models stands in their name, as in "llama-8x64"."""
+    return WIDTHS.get(model) or int(model.rpartition("x")[2])
+
+
+def drawn_runs() -> Iterator[LossRun]:
+    """All runs, task after task; the same on each machine."""
+    generator = np.random.default_rng(43)
+    small = ("gpt2-8x64", "llama-8x64", "gpt2-4x64", "llama-4x64")
+    for number, text in enumerate(LEARNED):
+        if number < 21:
+            yield from _of_task("smollm2-135m", text, 100 if number % 3 else 50, 4, generator)
+        # Another text than the one above, so that no prefix of the list holds the same text alone.
+        other = LEARNED[(number + 11) % len(LEARNED)]
+        yield from _of_task("smollm2-8", other, (60, 100, 200)[number % 3], 5, generator)
+        if number < 14:
+            yield from _of_task("smollm2-15", LEARNED[(number + 20) % len(LEARNED)], 100, 4, generator)
+        for turn in range(2):
+            model = small[(number + 2 * turn) % 4]
+            steps = (60, 150, 400)[(number + turn) % 3]
+            yield from _of_task(model, LEARNED[(number + 5 + 9 * turn) % len(LEARNED)], steps, 9, generator)
+
+
+def _of_task(model: str, text: str, steps: int, plans: int, generator: np.random.Generator) -> Iterator[LossRun]:
+    """Plain LoRA at three rates, and some drawn plans."""
+    width = width_of(model)
+    for factor in (1.0, 0.5, 2.0):
+        yield LossRun(model, text, steps, "all", REFERENCE_RANK, 1.0, _rounded(factor * prior_rate(width, 1)))
+    weights = np.array([LIKELY.get(part, 1) for part in PARTS], dtype=float)
+    for _ in range(plans):
+        part = str(generator.choice(list(PARTS), p=weights / weights.sum()))
+        rank = int(generator.choice([rank for rank in RANKS if rank <= width]))
+        power = float(generator.choice(POWERS))
+        off = math.exp(float(np.clip(generator.normal(0, SPREAD), -1.4, 1.4)))
+        yield LossRun(model, text, steps, part, rank, power, _rounded(off * prior_rate(width, _SHARES.get(part, 1))))
+
+
+_SHARES = {
+    "attention": 0.57,
+    "mlp": 0.43,
+    "top-3/4": 0.75,
+    "top-1/2": 0.5,
+    "top-1/4": 0.25,
+    "every-other": 0.5,
+    "attention-top-1/2": 0.29,
+    "mlp-top-3/4": 0.32,
+    "mlp-top-1/2": 0.21,
+    "out": 0.29,
+}
+"""Share of Llama's modules in each part: rates are drawn around a prior, for which that is near enough."""
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
+
+
+def ranks_of(run: LossRun, model: PeftModel) -> dict[str, int]:
+    """The rank of each adapted module, by name."""
+    specs = tuple(find_target_modules(model))
+    chosen = PARTS[run.part](Modules(specs, ParameterCost.of(specs), 0.0))
+    return {spec.name: min(run.rank, spec.max_rank) for spec, adapted in zip(specs, chosen, strict=True) if adapted}
+
+
+def perform(run: LossRun) -> dict[str, Any]:
+    """Train a run to its end; figures as JSON values, `loss` None if it diverged."""
+    begun, task = time.process_time(), run.task
+    data, seed = load_data(task), int(hashlib.sha256(run.text.encode()).hexdigest()[:6], 16)
+    ranks = ranks_of(run, adapted_model(task, 0))
+    model = adapted_model(task, seed, ranks, lora_alpha=ALPHA)
+    for target in find_target_modules(model):
+        rank = ranks[target.name]
+        target.layer.scaling[target.adapter] = ALPHA / REFERENCE_RANK * (REFERENCE_RANK / rank) ** run.power
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=run.rate, weight_decay=0.0)
+    judged = concatenate_datasets([data.tuning, data.held_out])
+    untrained, losses, norms = evaluate(model, judged, data, task)["loss"], [], []
+    for step, batch in enumerate(new_loader(task, data, seed)):
+        for group in optimizer.param_groups:
+            group["lr"] = run.rate * factor_at(step, task.steps)
+        loss = model(**batch).loss
+        loss.backward()
+        norms.append(float(f"{float(nn.utils.clip_grad_norm_(trained, CLIP)):.4g}"))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(round(loss.item(), 5))
+    loss = evaluate(model, judged, data, task)["loss"]
+    return {
+        "loss": loss if math.isfinite(loss) else None,
+        "untrained": untrained,
+        "adapted": len(ranks),
+        "train_losses": losses,
+        "norms": norms,
+        "cpu_s": round(time.process_time() - begun, 1),
+    }
+
+
+def benchmark(options: Options, console: Console) -> Figures:
+    """Run what is missing, in the order of the list.
+
+    Raises:
+        ConfigError: bad options.
+    """
+    if options.workers < 0 or (options.minutes is not None and options.minutes <= 0):
+        raise ConfigError(
+            f"--workers is at least 0 and --minutes above 0; got {options.workers} and {options.minutes}."
+        )
+    runs = list(drawn_runs())
+    if options.quick:
+        runs = [LossRun("llama-4x64", "language-de", 10, part, 8, 1.0, 8e-3) for part in ("all", "top-1/2")]
+    runs = [run for run in runs if not options.models or any(word in run.model for word in options.models)]
+    if not runs:
+        raise UnknownNameError(f"No run is of a model whose name has one of {' '.join(options.models)}.")
+    options.output.mkdir(parents=True, exist_ok=True)
+    with atomic_path(options.output / "plan.jsonl") as temporary:
+        temporary.write_text("".join(f"{json.dumps(asdict(run))}\n" for run in runs), encoding="utf-8")
+    path, done, progress = options.output / "rows.jsonl", {}, Console(file=sys.stderr)
+    for line in read_json_lines(path):
+        done[LossRun(**line["run"])] = line["row"]
+    end = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
+    count = count_workers(options.workers)
+    with worker_pool(count) as workers:
+        while time.monotonic() < end:
+            missing = [run for run in runs if run not in done][: 2 * count]
+            if not missing:
+                break
+            for run, row in workers.spread(perform, missing):
+                append_json_line(path, {"run": asdict(run), "row": row})
+                done[run] = row
+                told = f"{len(done)} of {len(runs)}: {run.model} / {run.text} {run.part} {run.rank} {row['loss']}"
+                progress.print(told, markup=False, soft_wrap=True)
+    spent = sum(row["cpu_s"] for row in done.values()) / 3600
+    found = sum(run in done for run in runs)
+    state = "All runs are there" if found == len(runs) else "Runs are missing; the same command goes on"
+    console.print(f"{state}: {found} of {len(runs)}, {spent:.2f} CPU h.", markup=False)
+    return {**machine_facts(torch.device("cpu")), "runs": found, "complete": found == len(runs), "cpu_h": spent}
