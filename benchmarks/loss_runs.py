@@ -40,7 +40,7 @@ from .methods.training import ALPHA, CLIP, adapted_model, evaluate, factor_at, n
 LEARNED = (
     *(f"language-{name}" for name in ("de", "fi", "uk", "pt", "sv", "es", "tr")),
     *(f"language-{name}" for name in ("ca", "vi", "it", "da", "nl", "sk", "pl")),
-    *(f"package-{name}" for name in ("email", "asyncio", "xml", "tkinter", "importlib", "distutils")),
+    *(f"package-{name}" for name in ("email", "asyncio", "xml", "tkinter", "importlib", "multiprocessing")),
     *(f"group-{name}" for name in ("sci.med", "comp.graphics", "talk.politics.guns", "misc.forsale")),
     *(f"group-{name}" for name in ("comp.windows.x", "soc.religion.christian", "rec.motorcycles")),
     *("reviews", "tables", "tales", "code"),
