@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,8 @@ PARTS = {
 }
 """Which modules are adapted, by name; "out" is what writes into the residual stream."""
 
-LIKELY = {"all": 4, "mlp": 2, "top-3/4": 2, "top-1/2": 2}
-"""How often a part is drawn for once that others are; of others 1."""
+_WEIGHTS = np.array([{"all": 4.0, "mlp": 2.0, "top-3/4": 2.0, "top-1/2": 2.0}.get(part, 1.0) for part in PARTS])
+"""How often each part is drawn."""
 
 RANKS = (4, 8, 16, 32, 64, 128)
 
@@ -90,6 +90,7 @@ class LossRun:
         model: SmolLM2, whole or cut, or a byte model.
         text: a name of `LEARNED`.
         steps: optimiser steps.
+        rows: of a batch; each has 48 tokens.
         part: a name of `PARTS`.
         rank: of each adapted module, or the most that it can have.
         power: of the scale, see `POWERS`.
@@ -99,6 +100,7 @@ class LossRun:
     model: str
     text: str
     steps: int
+    rows: int
     part: str
     rank: int
     power: float
@@ -107,9 +109,9 @@ class LossRun:
     @property
     def task(self) -> MethodTask:
         """What is trained."""
-        rows, held_out = (4, 48) if self.model.startswith("smollm2") else (8, 192)
+        held_out = 48 if self.model.startswith("smollm2") else 192
         return MethodTask(
-            self.model, self.text, "causal-lm", self.steps, rows, 48, self.rate, held_out, train_rows=600, curve=1
+            self.model, self.text, "causal-lm", self.steps, self.rows, 48, self.rate, held_out, train_rows=600, curve=1
         )
 
 
@@ -151,32 +153,50 @@ def drawn_runs() -> Iterator[LossRun]:
     """All runs, task after task; the same on each machine."""
     generator = np.random.default_rng(43)
     small = ("gpt2-8x64", "llama-8x64", "gpt2-4x64", "llama-4x64")
+    yield from _sweeps()
     for number, text in enumerate(LEARNED):
+        # Models of one round read different texts, so that a prefix of the list holds many.
+        others = [LEARNED[(number + shift) % len(LEARNED)] for shift in (11, 20, 5, 14)]
         if number < 21:
-            yield from _of_task("smollm2-135m", text, 100 if number % 3 else 50, 4, generator)
-        # Another text than the one above, so that no prefix of the list holds the same text alone.
-        other = LEARNED[(number + 11) % len(LEARNED)]
-        yield from _of_task("smollm2-8", other, (60, 100, 200)[number % 3], 5, generator)
+            yield from _of_task("smollm2-135m", text, 50 if number % 3 else 100, 4, generator)
+        yield from _of_task("smollm2-8", others[0], (60, 100, 200)[number % 3], 5, generator)
         if number < 14:
-            yield from _of_task("smollm2-15", LEARNED[(number + 20) % len(LEARNED)], 100, 4, generator)
+            yield from _of_task("smollm2-15", others[1], 100 if number % 2 else 60, 4, generator)
         for turn in range(2):
-            model = small[(number + 2 * turn) % 4]
             steps = (60, 150, 400)[(number + turn) % 3]
-            yield from _of_task(model, LEARNED[(number + 5 + 9 * turn) % len(LEARNED)], steps, 9, generator)
+            yield from _of_task(small[(number + 2 * turn) % 4], others[2 + turn], steps, 9, generator)
+
+
+def _sweeps() -> Iterator[LossRun]:
+    """Plain LoRA at several rates, in runs of other lengths and batches."""
+    for model, texts in (("llama-4x64", LEARNED[:2]), ("gpt2-8x64", LEARNED[17:19])):
+        for text in texts:
+            for steps in (50, 200, 800):
+                for rows in (2, 8, 32):
+                    yield from _plain(model, text, steps, rows, (1.0, 0.5, 2.0, 0.25, 4.0))
+    for text in (LEARNED[3], LEARNED[16]):
+        for steps, rows in ((50, 2), (200, 2), (50, 8)):
+            yield from _plain("smollm2-8", text, steps, rows, (1.0, 0.5, 2.0, 4.0))
+
+
+def _plain(model: str, text: str, steps: int, rows: int, factors: Sequence[float]) -> Iterator[LossRun]:
+    """Plain LoRA at multiples of the prior rate."""
+    for factor in factors:
+        rate = _rounded(factor * prior_rate(width_of(model), 1))
+        yield LossRun(model, text, steps, rows, "all", REFERENCE_RANK, 1.0, rate)
 
 
 def _of_task(model: str, text: str, steps: int, plans: int, generator: np.random.Generator) -> Iterator[LossRun]:
     """Plain LoRA at three rates, and some drawn plans."""
-    width = width_of(model)
-    for factor in (1.0, 0.5, 2.0):
-        yield LossRun(model, text, steps, "all", REFERENCE_RANK, 1.0, _rounded(factor * prior_rate(width, 1)))
-    weights = np.array([LIKELY.get(part, 1) for part in PARTS], dtype=float)
+    width, rows = width_of(model), 4 if model.startswith("smollm2") else 8
+    yield from _plain(model, text, steps, rows, (1.0, 0.5, 2.0))
     for _ in range(plans):
-        part = str(generator.choice(list(PARTS), p=weights / weights.sum()))
+        part = str(generator.choice(list(PARTS), p=_WEIGHTS / _WEIGHTS.sum()))
         rank = int(generator.choice([rank for rank in RANKS if rank <= width]))
         power = float(generator.choice(POWERS))
         off = math.exp(float(np.clip(generator.normal(0, SPREAD), -1.4, 1.4)))
-        yield LossRun(model, text, steps, part, rank, power, _rounded(off * prior_rate(width, _SHARES.get(part, 1))))
+        rate = _rounded(off * prior_rate(width, _SHARES.get(part, 1)))
+        yield LossRun(model, text, steps, rows, part, rank, power, rate)
 
 
 _SHARES = {
@@ -250,7 +270,7 @@ def benchmark(options: Options, console: Console) -> Figures:
         )
     runs = list(drawn_runs())
     if options.quick:
-        runs = [LossRun("llama-4x64", "language-de", 10, part, 8, 1.0, 8e-3) for part in ("all", "top-1/2")]
+        runs = [LossRun("llama-4x64", "language-de", 10, 8, part, 8, 1.0, 8e-3) for part in ("all", "top-1/2")]
     runs = [run for run in runs if not options.models or any(word in run.model for word in options.models)]
     if not runs:
         raise UnknownNameError(f"No run is of a model whose name has one of {' '.join(options.models)}.")
