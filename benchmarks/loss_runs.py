@@ -109,9 +109,9 @@ class LossRun:
     @property
     def task(self) -> MethodTask:
         """What is trained."""
-        held_out = 48 if self.model.startswith("smollm2") else 192
+        held_out, train = (48, 600) if self.model.startswith("smollm2") else (192, 4000)
         return MethodTask(
-            self.model, self.text, "causal-lm", self.steps, self.rows, 48, self.rate, held_out, train_rows=600, curve=1
+            self.model, self.text, "causal-lm", self.steps, self.rows, 48, self.rate, held_out, train, curve=1
         )
 
 
@@ -171,9 +171,8 @@ def _sweeps() -> Iterator[LossRun]:
     """Plain LoRA at several rates, in runs of other lengths and batches."""
     for model, texts in (("llama-4x64", LEARNED[:2]), ("gpt2-8x64", LEARNED[17:19])):
         for text in texts:
-            for steps in (50, 200, 800):
-                for rows in (2, 8, 32):
-                    yield from _plain(model, text, steps, rows, (1.0, 0.5, 2.0, 0.25, 4.0))
+            for steps, rows in ((50, 2), (50, 8), (50, 32), (200, 2), (200, 8), (200, 32), (800, 2), (800, 8)):
+                yield from _plain(model, text, steps, rows, (1.0, 0.5, 2.0, 0.25, 4.0))
     for text in (LEARNED[3], LEARNED[16]):
         for steps, rows in ((50, 2), (200, 2), (50, 8)):
             yield from _plain("smollm2-8", text, steps, rows, (1.0, 0.5, 2.0, 4.0))
