@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
@@ -34,14 +34,18 @@ from .callback import bar_of_trainer, ready_to_train, tell_beside_bar
 from .left_as_found import adapters_put_back, put_back, settings_put_back, switches_put_back
 from .options import GivenOptions, PilotOptions
 from .pilot import RankPilot
+from .plan_rate import hidden_width, rate_by_rule
 from .replicas import check_arguments
 from .run import TrainingRun
 from .trainer_step import run_of_trainer
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_RATE = 1e-4
+"""The learning rate of a plan ahead for a model whose width is unknown."""
+
 TOTAL_STEPS = 1000
-"""Steps of the run that a DataLoader's plan is made for. They decide how many decisions would follow, no more."""
+"""Steps of the run that a DataLoader's plan is made for. They decide how many decisions would follow, and the rate."""
 
 
 _TASK_TYPES = {
@@ -69,6 +73,8 @@ class StaticPlan:
         limit: the budget, in the same unit.
         unit: "bytes" or "parameters".
         frontier: the plans that are worth their cost, the cheapest first; None unless they were asked for.
+        learning_rate: the peak that the plan wants: the rate that was given, or the rule's where none was, times the
+            plan's factor (docs/learning_rate.md).
     """
 
     config: LoraConfig
@@ -78,6 +84,7 @@ class StaticPlan:
     limit: float
     unit: str
     frontier: tuple[FrontierPlan, ...] | None = None
+    learning_rate: float | None = None
 
     def by_name(self) -> LoraConfig:
         """The same plan, with the full names of its modules as `target_modules`."""
@@ -116,7 +123,8 @@ def allocate(
         output: also write the plan to this new file (plan.yaml). A person may edit it there, and it can be the `policy`
             of a run.
         changes: single options by their names; see `PilotOptions`. For a model also `loss`, `optimizer`,
-            `learning_rate`, `accumulation` and `total_steps`, the length of the run that is planned.
+            `learning_rate` (of plain LoRA; by default the rule's), `accumulation` and `total_steps`, the length of the
+            run that is planned.
 
     Raises:
         BudgetError: no plan fits the budget.
@@ -240,14 +248,22 @@ def _plan_of_model(
     *,
     loss: LossFunction | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    learning_rate: float = 1e-4,
+    learning_rate: float | Literal["auto"] | None = None,
     total_steps: int = TOTAL_STEPS,
     accumulation: int = 1,
     **changes: Any,
 ) -> StaticPlan:
-    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    targets = find_target_modules(model)
+    if optimizer is None:
+        rate = learning_rate
+        if not isinstance(rate, float):
+            known = rate == "auto" or hidden_width(model) is not None
+            rate = rate_by_rule(model, targets, total_steps) if known else DEFAULT_RATE
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    elif learning_rate == "auto":
+        changes["learning_rate"] = learning_rate
     pilot = RankPilot(policy, options, **changes)
-    with adapters_put_back(model, find_target_modules(model), optimizer):
+    with adapters_put_back(model, targets, optimizer):
         run = TrainingRun.of_loader(
             model, optimizer, data, loss=loss, total_steps=total_steps, accumulation=accumulation
         )
@@ -276,6 +292,7 @@ def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) 
         limit=pilot.limit,
         unit=controller.cost.unit,
         frontier=tuple(frontier_of(found)) if found else None,
+        learning_rate=pilot.learning_rate,
     )
 
 

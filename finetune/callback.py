@@ -277,7 +277,13 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         else:
             pilot.begin(run, name=name)
         step.follow(
-            self._take_batches, self._take_loss, pilot.out_of_memory, pilot.figures, self._save_state, self._break_off
+            self._take_batches,
+            self._take_loss,
+            pilot.out_of_memory,
+            pilot.figures,
+            lambda: pilot.rate_factor,
+            self._save_state,
+            self._break_off,
         )
         step.follow_evaluations(self._evaluations.run)
         self._between_steps, self._save_later = True, False

@@ -104,8 +104,8 @@ class Journal:
             self.note("The plan of before is back, and with it all adapters and the optimizer.")
 
     def note(self, line: str) -> None:
-        """Tell people a line."""
-        if self._writes:
+        """Tell people a line, if there is one."""
+        if self._writes and line:
             self.tell(line)
 
     def note_saved(self, saved: Sequence[Saved], *, as_set: bool) -> None:

@@ -42,6 +42,8 @@ class PlanOptions:
         tolerance: by how much the log loss may be higher under goal time or bytes: 0.01, the default, is 1 %.
         explore: draw each plan at this temperature (0.05, say) and log its probability, so that the log can tell what
             other policies would have been worth.
+        keep_rate: train at the learning rate as it is. By default it is read as that of plain LoRA, and a plan that
+            adapts fewer modules trains at a higher one (docs/learning_rate.md).
 
     Raises:
         BudgetError: the budget or the time cannot be read.
@@ -56,9 +58,11 @@ class PlanOptions:
     goal: GoalKind = "quality"
     tolerance: float | None = None
     explore: float | None = None
+    keep_rate: bool = False
 
     def __post_init__(self) -> None:
         _check_switch("exact_savers", self.exact_savers)
+        _check_switch("keep_rate", self.keep_rate)
         if self.gradient_checkpointing not in (True, False, "auto"):
             raise ConfigError(
                 f'gradient_checkpointing is "auto", True or False; got {shown(self.gradient_checkpointing)}.'
@@ -125,6 +129,8 @@ class PilotOptions(PlanOptions):
         seed: of the probe and of fresh rows; by default `TrainingArguments.seed` under a Trainer, and 0 in a loop.
         measure_every: measure the real peak every so many steps, and after each change of ranks.
         log: the folder of the decision log. By default `decisions` in a Trainer's output folder, and none in a loop.
+        learning_rate: "auto" trains at the rate that a rule says for the model, the length of the run and the plan, in
+            place of the optimizer's. It is for Adam and its kin.
 
     Example:
         >>> options = PilotOptions(budget="80%", time="75%", bounds={"q_proj": 8})
@@ -137,9 +143,15 @@ class PilotOptions(PlanOptions):
     seed: int | None = None
     measure_every: int = 100
     log: str | Path | None = None
+    learning_rate: Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.learning_rate not in (None, "auto"):
+            raise ConfigError(
+                f'learning_rate is "auto", or None for that of the optimizer; got {shown(self.learning_rate)}. Give '
+                "a rate of your own to the optimizer (TrainingArguments.learning_rate)."
+            )
         if self.schedule is not None and not isinstance(self.schedule, DecisionSchedule):
             raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {self.schedule!r}.")
         if not isinstance(self.measure_every, int) or self.measure_every < 1:
@@ -205,7 +217,8 @@ class FinetuneConfig(StepConfig, PlanOptions):
             data decide.
         steps: optimiser steps of the run.
         epochs: passes over the training rows, in place of steps.
-        learning_rate: learning rate of the first step; it falls to zero along a straight line.
+        learning_rate: of plain LoRA at the first step; it falls to zero along a straight line. auto takes it from a
+            rule in the model's width and the length of the run; the plan adds a factor (keep_rate).
         alpha: lora_alpha of every adapter.
         scaling: the factor in front of an adapter's output at rank r: alpha, alpha / r; rslora, alpha / sqrt(r);
             constant, alpha / 8 at every rank. Under alpha one learning rate fits all ranks.
@@ -237,7 +250,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
     compare_all_linear: bool = False
     task: Task | None = None
     steps: int = 200
-    learning_rate: float = 1e-3
+    learning_rate: float | Literal["auto"] = "auto"
     alpha: float = 16.0
     scaling: Literal["alpha", "rslora", "constant"] = "alpha"
     train_rows: int | None = None
@@ -275,11 +288,17 @@ class FinetuneConfig(StepConfig, PlanOptions):
     def __post_init__(self) -> None:
         StepConfig.__post_init__(self)
         PlanOptions.__post_init__(self)
-        rates = (self.learning_rate, self.alpha)
-        if min(self.steps, self.eval_every) < 1 or not all(0 < rate < math.inf for rate in rates):
+        given = self.learning_rate
+        rates = (self.alpha,) if given == "auto" else (given, self.alpha)
+        numbers = all(isinstance(rate, int | float) and 0 < rate < math.inf for rate in rates)
+        if min(self.steps, self.eval_every) < 1 or not numbers:
             raise ConfigError(
-                "steps and eval_every are at least 1, learning_rate and alpha above 0; got "
-                f"{self.steps}, {self.eval_every}, {self.learning_rate} and {self.alpha}."
+                "steps and eval_every are at least 1, learning_rate (or auto) and alpha above 0; got "
+                f"{self.steps}, {self.eval_every}, {shown(given)} and {self.alpha}."
+            )
+        if given == "auto" and "adamw" not in self.optimizer:
+            raise ConfigError(
+                f"learning_rate auto is a rule for adamw and its kin; with {self.optimizer} give a rate, such as 1e-3."
             )
         counts = {name: getattr(self, name) for name in ("epochs", "eval_batch_size", "early_stopping")}
         wrong = {name: value for name, value in counts.items() if value is not None and not 0 < value < math.inf}

@@ -40,6 +40,7 @@ from .left_as_found import Kept, Recomputation, all_running_again, recomputing
 from .loop_calls import LoopCalls
 from .options import GivenOptions, PilotOptions
 from .peak_guard import PeakGuard
+from .plan_rate import PlanRate
 from .prefix_cache import PrefixCache
 from .run import TrainingRun, check_run
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
@@ -112,6 +113,7 @@ class RankPilot:
         self._put_back = ExitStack()
         self._prefix: PrefixCache | None = None
         self._savers: ExactSavers | None = None
+        self._rate: PlanRate | None = None
         self._followed = b""
 
     def draw_from(self, seed: int) -> None:
@@ -145,6 +147,7 @@ class RankPilot:
             kept,
             self._as_wanted(run.model) as (savers, recomputation),
         ):
+            self._rate = self._plan_rate(targets)
             self.controller, costs = before_training.prepare(
                 run,
                 targets,
@@ -166,6 +169,7 @@ class RankPilot:
                     self.controller, self._ask
                 )
             self._decide()
+            self.journal.note(self._rate.told())
         self._found = found
         self._calls.begin(run)
         self._begin_prefix_cache()
@@ -199,6 +203,7 @@ class RankPilot:
         finish_load(run.model, targets)
         self.journal.open(name, known, writes=run.replicas.processes.first)
         with self._as_wanted(run.model, names) as (_, recomputation):
+            self._rate = self._plan_rate(targets)
             memory = before_training.run_memory(run, targets, signals=True) if recomputation else None
             if recomputation:
                 recomputation.take(layers)
@@ -213,6 +218,7 @@ class RankPilot:
             if changed := changes(settings, before):
                 self.journal.note(f"step {step}: {changed}")
                 self._guard.new_limit(limit, step)
+            self._follow_plan()
         self._calls.begin(run)
         self._begin_prefix_cache()
 
@@ -373,6 +379,16 @@ class RankPilot:
         """What a plan may cost, in bytes or parameters. It is known from `begin` on."""
         return float(self._controller.limit)
 
+    @property
+    def rate_factor(self) -> float:
+        """By what the optimizer's learning rate is multiplied in each step; see `PlanRate`."""
+        return self._rate.factor if self._rate else 1.0
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The peak of the learning rate under the plan; None before `begin`."""
+        return self._rate.rate if self._rate else None
+
     def evaluation(self) -> AbstractContextManager[None]:
         """Measure the evaluation that runs inside the block; see `evaluation_share`."""
         self._check_begun()
@@ -466,11 +482,21 @@ class RankPilot:
             self._followed = b""
             self._follow_plan()
 
+    def _plan_rate(self, targets: Sequence[TargetModule]) -> PlanRate:
+        """Have the learning rate follow the plan until the run ends."""
+        auto = self.options.learning_rate == "auto"
+        rate = PlanRate(self._run, targets, auto=auto, keep=self.options.keep_rate)
+        self._put_back.callback(rate.end)
+        return rate
+
     def _follow_plan(self) -> None:
-        """Let the prefix cache know of other ranks."""
+        """Let the learning rate and the prefix cache know of other ranks."""
         ranks = self._controller.ranks.tobytes()
-        if self._prefix and ranks != self._followed:
-            self._prefix.follow()
+        if ranks != self._followed:
+            if self._rate:
+                self._rate.follow()
+            if self._prefix:
+                self._prefix.follow()
             self._followed = ranks
 
     def _end(self) -> None:
@@ -489,7 +515,8 @@ class RankPilot:
         self._guard.finish()  # of an earlier run that did not end
         self._put_back.close()
         self._calls.finish()
-        self._prefix = self._savers = None
+        self._prefix = self._savers = self._rate = None
+        self._followed = b""
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
         self._guard, self._losses = PeakGuard(self.options.measure_every), LossMeter(run.replicas.processes)
         return targets

@@ -30,6 +30,8 @@ def run_settings(options: PilotOptions, policy: Policy, schedule: DecisionSchedu
         "exact_savers": options.exact_savers,
         "gradient_checkpointing": options.gradient_checkpointing,
         "scaling": options.scaling,
+        "learning_rate": options.learning_rate,
+        "keep_rate": options.keep_rate,
     }
 
 

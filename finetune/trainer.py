@@ -48,6 +48,7 @@ from ..lora.peft_config import choose_scaling
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import find_target_modules
 from .options import FinetuneConfig
+from .plan_rate import rate_by_rule
 
 _PROCESSORS = Path("/proc/cpuinfo")
 
@@ -295,6 +296,10 @@ def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:
     return model
 
 
+_TO_BE_RULED = 1e-3
+"""The rate of arguments that are made before the model, where the rule decides it."""
+
+
 def new_trainer(
     config: FinetuneConfig,
     workload: Workload,
@@ -331,6 +336,10 @@ def new_trainer(
         trainer = kind(**common, compute_metrics=_accuracy if has_classes else None)
         # Losses of both runs in the same unit, whatever the model does with the Trainer's token counts.
         trainer.model_accepts_loss_kwargs = False
+    if config.learning_rate == "auto":
+        batches = -(-len(workload.train) // (config.batch_size * config.accumulation))
+        steps = config.steps if config.epochs is None else max(1, math.ceil(config.epochs * batches))
+        trainer.args.learning_rate = rate_by_rule(trainer.model, find_target_modules(trainer.model), steps)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossInProgressBar)
     return trainer
@@ -400,7 +409,7 @@ def new_arguments(config: FinetuneConfig, task: Task, folder: Path) -> TrainingA
         "bf16": config.bf16,
         "use_cpu": config.bf16 and not torch.cuda.is_available(),  # or the Trainer refuses bf16 where there is no GPU
         "optim": OPTIMIZERS[config.optimizer],
-        "learning_rate": config.learning_rate,
+        "learning_rate": _TO_BE_RULED if config.learning_rate == "auto" else config.learning_rate,
         "logging_steps": 5,
         "eval_strategy": "steps",
         "eval_steps": config.eval_every,

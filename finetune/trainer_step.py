@@ -134,6 +134,7 @@ class TrainerStep:
         losses: Callable[[torch.Tensor], None],
         again: Callable[[torch.OutOfMemoryError], None],
         figures: Callable[[], dict[str, float]],
+        rate_factor: Callable[[], float],
         saves: Callable[[Path], bool],
         broken: Callable[[bool], None],
     ) -> None:
@@ -145,6 +146,7 @@ class TrainerStep:
             again: called with the error of a batch that ran out of memory. Then all batches of the step so far run once
                 more, unless it raises the error. Where the Trainer looks for its batch size, that goes first.
             figures: go into each of the Trainer's log entries that has a training loss, and so to all its trackers.
+            rate_factor: by what the learning rate is multiplied in steps, so that log entries show the real one.
             saves: called with the folder of a checkpoint before the Trainer writes it. If it returns False, nothing is
                 written.
             broken: called after a step that raised an error, with whether the Trainer begins again with fewer rows.
@@ -176,6 +178,8 @@ class TrainerStep:
             return loss
 
         def log(logs: dict[str, float], *rest: Any, **options: Any) -> None:
+            if "learning_rate" in logs:
+                logs = {**logs, "learning_rate": logs["learning_rate"] * rate_factor()}
             write_log({**logs, **figures()} if "loss" in logs else logs, *rest, **options)
 
         def save_checkpoint(model: Any, trial: Any = None) -> None:

@@ -1,0 +1,178 @@
+"""The learning rate follows the plan: adapters train at the rate of their optimizer times a factor.
+
+The factor is applied around each step of the optimizer, so that schedules, warm-up, several groups, and loops that set
+the rate themselves go on as they are. Between two steps the groups show the user's rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from ..lora.spec import REFERENCE_RANK
+from ..lora.targets import TargetModule, unwrap
+from ..plan.rate import plan_factor, rule_rate
+from .run import TrainingRun, probe_rate
+
+FAR = 4.0
+"""A rate so many times above or below the rule's is told."""
+
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
+"""Names of the hidden width in configurations of models."""
+
+_OWN_RATE = ("prodigy", "dadapt", "schedulefree", "adafactor")
+"""Parts of the names of optimizers that choose their rate themselves, or are no Adam."""
+
+
+def hidden_width(model: nn.Module) -> int | None:
+    """The width of a model's hidden states, from its configuration; None where that does not tell."""
+    config = getattr(unwrap(model), "config", None)
+    for holder in (config, getattr(config, "text_config", None)):
+        for name in _WIDTHS:
+            width = getattr(holder, name, None)
+            if type(width) is int and width > 0:
+                return width
+    return None
+
+
+def follows_rule(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is a kind of Adam whose rate its user chooses."""
+    name = type(inner_optimizer(optimizer)).__name__.lower()
+    return "adam" in name and not any(part in name for part in _OWN_RATE)
+
+
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer itself, where accelerate has wrapped it."""
+    found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return found
+
+
+def rate_by_rule(model: nn.Module, targets: Sequence[TargetModule], steps: int) -> float:
+    """What the rule says for plain LoRA on a model.
+
+    Args:
+        model: a PEFT model.
+        targets: its adapters, whose alpha decides the scale at rank 8.
+        steps: of the run.
+
+    Raises:
+        ConfigError: the model's configuration does not tell its width.
+    """
+    width = hidden_width(model)
+    if width is None:
+        raise ConfigError(
+            "learning_rate='auto' needs the width of the model, and the configuration of "
+            f"{type(unwrap(model)).__name__} has none of {', '.join(_WIDTHS)}. Give a rate, such as 2e-4."
+        )
+    return rule_rate(width, steps, _scale(targets))
+
+
+def _scale(targets: Sequence[TargetModule]) -> float:
+    """The scale of plain LoRA, the geometric mean over the modules."""
+    return float(np.exp(np.mean([math.log(target.scaling_at(REFERENCE_RANK)) for target in targets])))
+
+
+class PlanRate:
+    """Multiplies the learning rate of adapters by what the plan, and the rule if it is to decide, make of it.
+
+    Args:
+        run: whose optimizer steps.
+        targets: its adapters. Groups of the optimizer that hold none keep their rate.
+        auto: let the rule decide the rate of plain LoRA; else it is the optimizer's own.
+        keep: leave the rate as it is, whatever the plan.
+
+    Attributes:
+        own: the rate that the optimizer begins with or warms up to.
+        rule: what the rule says for plain LoRA; None where the optimizer is no Adam, or the width is unknown.
+        factor: by which the rate is multiplied now.
+
+    Raises:
+        ConfigError: `auto`, and the rule says nothing here.
+    """
+
+    def __init__(self, run: TrainingRun, targets: Sequence[TargetModule], *, auto: bool, keep: bool) -> None:
+        self._targets, self._keep = targets, keep
+        self._adapters = {id(weight) for target in targets for weight in target.parameters.values()}
+        optimizer = inner_optimizer(run.optimizer)
+        self._follows = follows_rule(optimizer)
+        if auto and not self._follows:
+            raise ConfigError(
+                f"learning_rate='auto' is for Adam and its kin; {type(optimizer).__name__} is none, or chooses its "
+                "rate itself. Leave learning_rate out, and give the optimizer the rate that it needs."
+            )
+        self.own: float = probe_rate(run.model, run.optimizer)
+        self._plain = np.array([target.scaling_at(REFERENCE_RANK) for target in targets])
+        self.rule: float | None = None
+        if auto or (self._follows and hidden_width(run.model)):
+            self.rule = rate_by_rule(run.model, targets, run.total_steps)
+        self._auto = self.rule / self.own if auto and self.rule else 1.0
+        self.factor: float = 1.0
+        self._before: list[tuple[dict[str, Any], Any]] = []
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._apply(optimizer)),
+            optimizer.register_step_post_hook(lambda *_: self._put_back()),
+        ]
+
+    @property
+    def rate(self) -> float:
+        """The peak of the learning rate under the plan."""
+        return self.own * self.factor
+
+    def follow(self) -> None:
+        """Take the factor of the plan that is in place."""
+        self.factor = self._auto
+        if not self._keep and self._follows:
+            ranks = np.array([target.rank for target in self._targets], dtype=np.int64)
+            self.factor *= plan_factor(ranks, np.array([target.scaling for target in self._targets]), self._plain)
+
+    def told(self) -> str:
+        """A line on the rate; empty where it is the user's, and near the rule's."""
+        if self._auto != 1.0:
+            return f"The learning rate is {self.rate:.2g}: the rule's for this model, run and plan, not {self.own:.2g}."
+        lines = []
+        if abs(self.factor - 1) > 0.01:
+            lines.append(
+                f"The learning rate of {self.own:.3g} is read as that of plain LoRA; this plan trains at "
+                f"{self.rate:.3g} (keep_rate=True leaves it)."
+            )
+        if self.rule and not 1 / FAR <= self.own / self.rule <= FAR:
+            times = max(self.own / self.rule, self.rule / self.own)
+            lines.append(
+                f"{self.own:.2g} is {times:.0f} times {'above' if self.own > self.rule else 'below'} what the rule "
+                f"says for plain LoRA here, {self.rule:.2g}; learning_rate='auto' takes that."
+            )
+        return " ".join(lines)
+
+    def end(self) -> None:
+        """Leave the rate as the optimizer has it."""
+        for hook in self._hooks:
+            hook.remove()
+        self._put_back()
+
+    def _apply(self, optimizer: torch.optim.Optimizer) -> None:
+        self._put_back()
+        if self.factor == 1.0:
+            return
+        for group in optimizer.param_groups:
+            if any(id(parameter) in self._adapters for parameter in group["params"]):
+                rate = group["lr"]
+                if isinstance(rate, torch.Tensor):  # of a captured graph, which reads it where it is
+                    self._before.append((group, rate.clone()))
+                    rate.mul_(self.factor)
+                else:
+                    self._before.append((group, rate))
+                    group["lr"] = rate * self.factor
+
+    def _put_back(self) -> None:
+        for group, before in self._before:
+            if isinstance(before, torch.Tensor):
+                group["lr"].copy_(before)
+            else:
+                group["lr"] = before
+        self._before = []

@@ -1,0 +1,159 @@
+"""The learning rate follows the plan: in loops, under schedules, in the Trainer and its log, and after a resume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rankpilot
+import torch
+from rankpilot.agents.observation import Observation
+from rankpilot.agents.policy import Decision
+from rankpilot.agents.settings import ONCE
+from rankpilot.errors import ConfigError, RunFolderError
+from rankpilot.finetune import plan_rate
+from rankpilot.finetune.pilot import RankPilot
+from rankpilot.finetune.plan_rate import hidden_width, rate_by_rule
+from rankpilot.finetune.run import TrainingRun
+from rankpilot.lora.targets import find_target_modules
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, default_data_collator
+
+from .tiny_runs import Run, adapted, counting, take_step
+from .tiny_runs import llama_config as llama_config
+
+RATE = 1e-2
+ROWS: Any = counting()
+
+
+@dataclass(frozen=True)
+class Gives:
+    """The policy that gives some of seven modules rank 8."""
+
+    count: int = 7
+    name: str = "gives"
+
+    def decide(self, observation: Observation) -> Decision:
+        ranks = np.where(np.arange(len(observation.names)) < self.count, 8, 0).astype(np.int64)
+        return Decision(ranks, np.zeros(len(ranks)), exact=True)
+
+
+class Loop:
+    """A loop with a head that trains whole, at a rate of its own, and a schedule."""
+
+    def __init__(self, config: LlamaConfig, kind: type[torch.optim.Optimizer] = torch.optim.AdamW) -> None:
+        self.model = adapted(
+            config, modules_to_save=["lm_head"], target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
+        )
+        self.model.train()
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.groups = [[p for name, p in named if ("lora_" in name) is mine] for mine in (True, False)]
+        self.optimizer: Any = kind(
+            [{"params": self.groups[0]}, {"params": self.groups[1], "lr": 3e-3}],
+            lr=RATE,  # type: ignore[call-arg]
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
+        self.loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)
+        self.real: list[list[float]] = []
+        self.optimizer.register_step_pre_hook(
+            lambda *_: self.real.append([g["lr"] for g in self.optimizer.param_groups])
+        )
+
+    def train(self, policy: Any, **options: Any) -> RankPilot:
+        pilot = RankPilot(policy, "400%", schedule=ONCE, **options)
+        pilot.begin(TrainingRun.of_loader(self.model, self.optimizer, self.loader, total_steps=3))
+        # Ours is the last hook from here on, so that it sees what the step sees.
+        self.optimizer.register_step_pre_hook(
+            lambda *_: self.real.append([g["lr"] for g in self.optimizer.param_groups])
+        )
+        self.real.clear()
+        for batch, _ in zip(self.loader, range(3), strict=False):
+            take_step(pilot, self.optimizer, batch, lambda rows: self.model(**rows).loss)
+            assert self.optimizer.param_groups[0]["lr"] == self.schedule.get_last_lr()[0], "the user's, between steps"
+            self.schedule.step()
+        pilot.finish()
+        return pilot
+
+
+def real_rates(loop: Loop) -> list[list[float]]:
+    """The rates of each step as the optimizer saw them."""
+    return loop.real[1::2]
+
+
+def test_a_plan_of_fewer_modules_trains_faster_and_other_groups_as_before(llama_config: LlamaConfig) -> None:
+    loop = Loop(llama_config)
+    pilot = loop.train(Gives(1))
+    factor = pilot.rate_factor
+    assert factor == pytest.approx(2.0, rel=1e-6), "a quarter of the modules"
+    expected = [[RATE * factor / (1 + step), 3e-3 / (1 + step)] for step in range(3)]
+    assert real_rates(loop) == [pytest.approx(rates) for rates in expected]
+    assert len(loop.optimizer._optimizer_step_pre_hooks) == 2, "ours is gone"
+
+
+@pytest.mark.parametrize(("policy", "options"), [(Gives(), {}), (Gives(1), {"keep_rate": True})])
+def test_plain_lora_and_kept_rates_train_as_without_us(
+    llama_config: LlamaConfig, policy: Gives, options: dict[str, Any]
+) -> None:
+    loop = Loop(llama_config)
+    assert loop.train(policy, **options).rate_factor == 1.0
+    assert real_rates(loop) == [pytest.approx([RATE / (1 + step), 3e-3 / (1 + step)]) for step in range(3)]
+
+
+def test_the_rule_decides_where_it_is_asked_to(llama_config: LlamaConfig) -> None:
+    told: list[str] = []
+    loop = Loop(llama_config)
+    pilot = loop.train(Gives(), learning_rate="auto", tell=told.append)
+    rule = rate_by_rule(loop.model, find_target_modules(loop.model), 3)
+    assert hidden_width(loop.model) == llama_config.hidden_size
+    assert pilot.learning_rate == pytest.approx(rule)
+    assert real_rates(loop)[0] == pytest.approx([rule, 3e-3])
+    assert any(f"{rule:.2g}" in line for line in told)
+
+
+def test_a_rate_far_from_the_rule_is_told(llama_config: LlamaConfig) -> None:
+    told: list[str] = []
+    loop = Loop(llama_config)
+    for group in loop.optimizer.param_groups:
+        group["initial_lr"] = 2e-5
+    loop.train(Gives(), tell=told.append)
+    assert any("times below what the rule says" in line for line in told)
+
+
+def test_what_the_rule_cannot_know_is_refused(llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="is for Adam"):
+        Loop(llama_config, torch.optim.SGD).train(Gives(), learning_rate="auto")
+    with monkeypatch.context() as patched:
+        patched.setattr(plan_rate, "_WIDTHS", ("breadth",))
+        with pytest.raises(ConfigError, match="none of breadth"):
+            Loop(llama_config).train(Gives(), learning_rate="auto")
+        assert Loop(llama_config).train(Gives(1)).rate_factor == pytest.approx(2.0), "a plan's factor needs no width"
+    with pytest.raises(ConfigError, match=r"TrainingArguments.learning_rate"):
+        RankPilot(Gives(), learning_rate=1e-3)
+
+
+def test_the_trainer_logs_the_real_rate_and_goes_on_with_it(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    def new(**options: Any) -> Run:
+        return Run(tmp_path, llama_config, budget="400%", schedule=ONCE, policy=Gives(1), save_steps=2, **options)
+
+    whole = new().train()
+    factor = whole.pilot.pilot.rate_factor
+    assert factor == pytest.approx(7**0.5)
+    logged = [row["learning_rate"] for row in whole.trainer.state.log_history if "learning_rate" in row]
+    assert logged == pytest.approx([factor * RATE * share for share in (1, 0.75, 0.5, 0.25)], rel=1e-6)
+    again = new().train(2)
+    assert again.pilot.pilot.rate_factor == factor
+    whole.assert_same_adapter(again)
+    other = new(keep_rate=True)
+    with pytest.raises(RunFolderError, match="keep_rate"):
+        other.train(2)
+
+
+def test_a_plan_ahead_tells_its_rate(llama_config: LlamaConfig) -> None:
+    model = adapted(llama_config)
+    loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)
+    plan = rankpilot.static_plan(model, loader, Gives(1), budget="400%", schedule=ONCE, total_steps=200)
+    rule = rate_by_rule(model, find_target_modules(model), 200)
+    assert plan.learning_rate == pytest.approx(rule * 7**0.5, rel=1e-6)
