@@ -62,6 +62,7 @@ def test_the_cheapest_plan_is_trained(policy: LearnedPolicy, trainer: Trainer, t
     log = DecisionLog(tmp_path / "run" / "decisions")
     assert len(log) == 2
     first, later = log.logged(0), log.logged(1)
+    assert (first.saved[0].name, later.saved) == ("plain LoRA", ()), "what exact savers bring is known of the run"
     found = first.deliberation
     assert found is not None
     assert found.goal == Goal(goal, 0.02)  # type: ignore[arg-type]
