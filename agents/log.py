@@ -32,6 +32,7 @@ import numpy as np
 from ..common.arrays import Arrays, BoolArray, IntArray
 from ..common.files import MOST_LINES_BYTES, append_json_line, atomic_path, read_arrays, read_text, write_text
 from ..cost.cost import check_cost, cost_from_state, cost_state
+from ..cost.savers import Saved
 from ..errors import ConfigError, DataError, RunFolderError, first_line, shown
 from ..lora.spec import RankLadder
 from ..plan.goal import Goal
@@ -105,6 +106,7 @@ class DecisionRecord:
         correction: whether the guard or a person changed the ranks, and not the policy.
         schedule: fields of the run's `DecisionSchedule`, by name.
         notes: why a module did not get the rank that the policy wanted, by name; the others are left out.
+        saved: at the first decision of a run, what a step takes without exact savers and with them; else empty.
 
     Raises:
         DataError: arrays disagree on the number of modules, a name is used twice, or a number is out of range.
@@ -127,6 +129,7 @@ class DecisionRecord:
     correction: bool = False
     schedule: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    saved: tuple[Saved, ...] = ()
 
     @classmethod
     def of(
@@ -144,6 +147,7 @@ class DecisionRecord:
         measured_cost: float | None = None,
         notes: Mapping[str, str] | None = None,
         correction: bool = False,
+        saved: tuple[Saved, ...] = (),
     ) -> DecisionRecord:
         """The record of a decision that has just been applied, in a fine-tune or in an episode.
 
@@ -160,6 +164,7 @@ class DecisionRecord:
             measured_cost: bytes at the highest peak since the decision before this one, or None.
             notes: by module name, beside those of the controller, whose modules are pinned.
             correction: whether the guard or a person changed the ranks, and not the policy.
+            saved: what exact savers bring.
         """
         pinned = np.isin(observation.names, list(controller.notes))
         return cls(
@@ -180,6 +185,7 @@ class DecisionRecord:
             correction=correction,
             schedule=asdict(controller.schedule),
             notes={**(notes or {}), **controller.notes},
+            saved=saved,
         )
 
     def __post_init__(self) -> None:
@@ -472,6 +478,7 @@ def _line_of(record: DecisionRecord) -> dict[str, Any]:
         "notes": dict(record.notes),
         "schedule": dict(record.schedule),
         "ladder": list(problem.ladder.ranks),
+        "saved": [asdict(each) for each in record.saved],
         "cost": {name: value for name, value in cost_state(problem.cost).items() if not isinstance(value, np.ndarray)},
         "deliberation": found
         and {name: value for name, value in asdict(found).items() if not isinstance(value, np.ndarray)},
@@ -560,6 +567,7 @@ def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
         rank_clipped=arrays["rank_clipped"],
         rank_after=arrays["rank_after"],
         pinned=arrays.get("pinned"),
+        saved=tuple(Saved.of_state(each) for each in line.get("saved", [])),  # earlier logs have none
         **{name: line[name] for name in (*_OF_RUN, "schedule", "notes")},
     )
 

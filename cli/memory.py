@@ -62,6 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError("--config is of a card: give --device or --device-memory with it.")
     from ..common.files import refuse_file
     from ..study import memory_report as report
+    from ..study.verdict import saver_table
 
     refuse_file(options.output)  # now, and not after minutes of work
     outlook = _of_card(options, options.card) if options.card else _here(options)
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
         console.print(report.verdict_text(outlook), markup=False, highlight=False)
         console.print(report.choice_table(outlook))
         if len(outlook.step.saved) > 1:
-            console.print(report.saver_table(outlook))
+            console.print(saver_table(outlook.step.saved))
     elif options.config:
         console.out(report.configuration_text(outlook), highlight=False)
     report.write_memory_report(outlook, options, options.output)

@@ -80,7 +80,7 @@ def write_study(
     """
     from ..study.page import write_page
     from ..study.pictures import write_rank_picture
-    from ..study.verdict import summary_table
+    from ..study.verdict import saver_table, summary_table
 
     runs, data = _read(folders, explain, policy)
     path = output or folders[0] / PAGE
@@ -91,6 +91,8 @@ def write_study(
     for run, shown in zip(runs, data["runs"], strict=True):
         for sentence in shown["warnings"]:
             console.print(sentence, style="bold red", markup=False, highlight=False)
+        if run.saved:
+            console.print(saver_table(run.saved))
         _tell(*shown["results"], *(f"Left out of the page: {part}." for part in shown["left_out"]))
         if run.adapter:
             _tell(f"Adapter (the page says how to load, merge and export it): {run.adapter}")

@@ -9,14 +9,16 @@ Layers that run again (`cost/model.py`) are exact too, but take time, so a plan 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
 from torch._dynamo import OptimizedModule
 
 from ..common.arrays import IntArray
+from ..common.checks import finite
 from ..lora.input_copies import share_input_copies
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule
@@ -72,7 +74,7 @@ class Saved:
     """What a step of plain LoRA, rank 8 on all modules, takes with one exact saver more than the one before.
 
     Attributes:
-        name: of the saver; "plain LoRA" for the first, which has none.
+        name: of the saver, or of several that were switched on together; "plain LoRA" for the first, which has none.
         step_bytes: at the peak, where no layer runs again.
         again_bytes: the same where all do; None where none can.
     """
@@ -87,6 +89,14 @@ class Saved:
         ranks = np.minimum(REFERENCE_RANK, max_ranks)
         again = memory.peak(ranks) if memory.segments else None
         return cls(name, memory.recomputing(()).peak(ranks), again)
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Saved:
+        """What `asdict` made a dictionary of; ValueError, LookupError or TypeError if it is another one."""
+        name, again = state["name"], state["again_bytes"]
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a saver is {name!r}")
+        return cls(name, finite(state["step_bytes"]), None if again is None else finite(again))
 
     def is_less(self, other: Saved) -> bool:
         """Whether a step takes less than another one: where no layer runs again, or at least where all do."""
@@ -159,7 +169,7 @@ class ExactSavers:
         if not each:
             self.take(names)
             together = measure()
-            found = Saved.of("all exact savers", together, highest)
+            found = Saved.of(", ".join(names), together, highest)
             if found.is_less(saved[0]):
                 return Priced(together, plain, (saved[0], found))
             self.put_back()

@@ -27,7 +27,7 @@ from ..cost.calibration import PlanCosts, highest_ranks, measure_memory, plan_co
 from ..cost.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
 from ..cost.model import MemoryModel, fewest_recomputed
 from ..cost.recording import Batch, BatchShape, reshaped
-from ..cost.savers import ExactSavers
+from ..cost.savers import ExactSavers, is_compiled
 from ..cost.step_time import PARTS, StepTime
 from ..data.batches import count_predictions, predicted_share
 from ..errors import BudgetError, DataError, NonFiniteError, UnsupportedError, first_line
@@ -65,6 +65,7 @@ class StepTimer:
         memory: predicts bytes, where the budget counts them; with all layers running again under `recomputation`.
         limit: of bytes, if `memory` is given.
         recomputation: chooses the layers that run again; all do while a method runs, and afterwards.
+        cache_bytes: what the prefix cache may take, see `prefix_cache`; 0 for none.
     """
 
     run: TrainingRun
@@ -72,6 +73,7 @@ class StepTimer:
     memory: MemoryModel | None
     limit: float
     recomputation: Recomputation | None
+    cache_bytes: float | None = 0.0
 
     def time_limit(self, budget: TimeBudget) -> TimeLimit:
         """Measure the time of a step under any plan, and set it the limit that its user gave.
@@ -82,7 +84,8 @@ class StepTimer:
         fewest = (
             partial(fewest_recomputed, self.memory, limit=self.limit) if self.recomputation and self.memory else None
         )
-        return self._limit(budget, self.run.measured(self._step_time), fewest)
+        time = self.run.measured(self._step_time)
+        return self._limit(budget, time, fewest, self._left_out(time))
 
     def other_limit(self, before: TimeLimit | None, budget: TimeBudget | None) -> TimeLimit | None:
         """The limit of a run that is resumed with another time: of the time that was measured before, if it was.
@@ -93,7 +96,7 @@ class StepTimer:
         """
         if budget is None:
             return None
-        return self._limit(budget, before.time, before.layers) if before else self.time_limit(budget)
+        return self._limit(budget, before.time, before.layers, before.left_out) if before else self.time_limit(budget)
 
     def settle(self, controller: RankController[PeftAdapters], ask: Ask) -> None:
         """Let the limit of time agree with steps under the first plan that it leads to; see `TimeLimit.settled`.
@@ -129,11 +132,17 @@ class StepTimer:
     def _take(self) -> Callable[..., None] | None:
         return self.recomputation.take if self.recomputation else None
 
-    def _limit(self, budget: TimeBudget, time: StepTime, layers: FewestLayers | None) -> TimeLimit:
-        most = highest_ranks(self.targets)
+    def _limit(self, budget: TimeBudget, time: StepTime, layers: FewestLayers | None, left_out: float) -> TimeLimit:
+        most, mean = highest_ranks(self.targets), time.with_left_out(left_out)
         plain = np.minimum(REFERENCE_RANK, most)  # beside it with the layers that the user's step runs again
-        beside = time.seconds(plain) if budget == TimeBudget.unlimited() else None
-        return TimeLimit(time, budget.resolve(time, most), layers, beside)
+        beside = mean.seconds(plain) if budget == TimeBudget.unlimited() else None
+        return TimeLimit(time, budget.resolve(mean, most), layers, beside, left_out)
+
+    def _left_out(self, time: StepTime) -> float:
+        """See `TimeLimit.left_out`: 0 without a prefix cache, or with several processes, whose rows change."""
+        run = self.run
+        cache = None if run.replicas.processes.count > 1 else prefix_cache(run, self.cache_bytes, lambda line: None)
+        return cache.expected_share(len(time.layers), other_trainable(run.model, self.targets)) if cache else 0.0
 
     def _step_time(self) -> StepTime:
         """The time of a step with the run's largest batch."""
@@ -177,12 +186,12 @@ def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str
 
     Args:
         run: the run.
-        most_bytes: that it may take; a share of what is free by default.
+        most_bytes: that it may take; a share of what is free by default, and 0 for none.
         tell: gets a line when it begins or ends.
     """
     evaluates = run.evaluations is None or run.evaluations > 1
-    if run.epochs < 2 and not evaluates:
-        return None
+    if most_bytes == 0 or is_compiled(run.wrapped) or (run.epochs < 2 and not evaluates):
+        return None  # of a compiled model each way of running layers takes a graph
     folder, tokens = run.folder or Path(tempfile.gettempdir()), 0.0
     if run.epochs >= 2:
         batches = run.small_batches
@@ -327,6 +336,7 @@ def prepare(
     savers: ExactSavers | None = None,
     recomputation: Recomputation | None = None,
     time: TimeBudget | None = None,
+    cache_bytes: float | None = 0.0,
     progress: Progress[Any] | None = None,
 ) -> tuple[RankController[PeftAdapters], PlanCosts]:
     """Measure what plans cost and probe the modules.
@@ -345,6 +355,7 @@ def prepare(
         savers: the exact savers that are on.
         recomputation: chooses the layers that run again in the backward pass; all do now.
         time: the limit of the time of a step as its user gave it.
+        cache_bytes: what the prefix cache may take; see `prefix_cache`.
         progress: shows how far the probe has come.
 
     Returns:
@@ -368,7 +379,8 @@ def prepare(
     kept = _ranks_that_hold(targets) if keeps else None
     costs = run_costs(run, targets, budget, signals=True, recompute=recomputation is not None, savers=savers, kept=kept)
     limit = costs.limit.value
-    timed = StepTimer(run, targets, costs.memory, limit, recomputation).time_limit(time) if time else None
+    timer = StepTimer(run, targets, costs.memory, limit, recomputation, cache_bytes)
+    timed = timer.time_limit(time) if time else None
     _check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
     if not keeps:
         reset_adapters(targets, 1, seed)

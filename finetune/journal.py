@@ -78,7 +78,7 @@ class Journal:
         self.log, self.tell = log, tell
         self.predictions: list[tuple[int, float]] = []
         self._policy = policy
-        self._name, self._writes = "", True
+        self._name, self._writes, self._saved = "", True, tuple[Saved, ...]()
 
     def open(self, name: str, predictions: list[tuple[int, float]], *, writes: bool = True) -> None:
         """Begin to write of a run, after the decisions that were already taken in it.
@@ -88,7 +88,7 @@ class Journal:
             predictions: of those decisions. Without any, a run begins, and the log of an earlier one is put aside.
             writes: whether this process writes and tells; of several processes one does.
         """
-        self._name, self.predictions, self._writes = name, predictions, writes
+        self._name, self.predictions, self._writes, self._saved = name, predictions, writes, ()
         if self.log is not None and writes:
             self.log.make_folder()
             if not predictions and (aside := self.log.put_aside()):
@@ -109,12 +109,13 @@ class Journal:
             self.tell(line)
 
     def note_saved(self, saved: Sequence[Saved], *, as_set: bool) -> None:
-        """Tell what exact savers bring.
+        """Tell what exact savers bring, and write it down with the first decision.
 
         Args:
             saved: what a step of plain LoRA takes without and with them.
             as_set: with the layers that run again in the model as it is; else with none.
         """
+        self._saved = tuple(saved)
         peaks = [each.again_bytes if as_set and each.again_bytes else each.step_bytes for each in saved]
         if saved and peaks[-1] < peaks[0]:
             self.note(
@@ -168,6 +169,7 @@ class Journal:
             measured_cost=float(peak) if peak and observation.problem.cost.unit == "bytes" else None,
             notes=notes,
             correction=correction,
+            saved=self._saved if len(self.predictions) == 1 else (),
         )
         if self.log is not None and self._writes:
             self.log.append(record)

@@ -159,6 +159,7 @@ class RankPilot:
                 savers=savers,
                 recomputation=recomputation,
                 time=self.time or (TimeBudget.unlimited() if self.times_plans else None),
+                cache_bytes=self.options.prefix_cache_bytes,
                 progress=self._progress,
             )
             self.journal.note_saved(costs.saved, as_set=recomputation is None)
@@ -167,6 +168,12 @@ class RankPilot:
             if self.time:
                 before_training.StepTimer(run, targets, memory, self.controller.limit, recomputation).settle(
                     self.controller, self._ask
+                )
+            if (timed := self.controller.time) and timed.left_out:
+                self.journal.note(
+                    f"Times of steps are means over {run.epochs:.3g} epochs: layers below the lowest adapter count in "
+                    f"{1 - timed.left_out:.0%} of the steps, since later epochs take what they return from memory and "
+                    "disk (prefix_cache)."
                 )
             self._decide()
             self.journal.note(self._rate.told())
@@ -211,7 +218,8 @@ class RankPilot:
                 budget, on_first = before_training.within_all(run, self.budget), run.replicas.processes.on_first
                 limit = on_first(lambda: controller.limit_of(beside_model(budget, run.model), run.device, was))
             if before.get("time") != settings["time"]:
-                timer = before_training.StepTimer(run, targets, memory, limit, recomputation)
+                cache_bytes = self.options.prefix_cache_bytes
+                timer = before_training.StepTimer(run, targets, memory, limit, recomputation, cache_bytes)
                 controller.time = timer.other_limit(controller.time, self.time)
             self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)
             run.replicas.changed(targets, step)
@@ -473,10 +481,7 @@ class RankPilot:
 
     def _begin_prefix_cache(self) -> None:
         """Let frozen layers run once a row, where later epochs or evaluations are served by that."""
-        most, run = self.options.prefix_cache_bytes, self._run
-        if most == 0 or is_compiled(run.wrapped):  # each way of running layers takes a graph
-            return
-        self._prefix = before_training.prefix_cache(run, most, self.journal.note)
+        self._prefix = before_training.prefix_cache(self._run, self.options.prefix_cache_bytes, self.journal.note)
         if self._prefix:
             self._put_back.callback(self._prefix.end)
             self._followed = b""

@@ -305,6 +305,26 @@ class PrefixCache:
         outside = (parameter for parameter in self._body.parameters() if id(parameter) not in inside)
         return 0 if not count or _trains(outside) else count
 
+    def expected_share(self, layers: int, others: Iterable[nn.Parameter]) -> float:
+        """The share of the run's training steps without layers below the lowest adapter, as far as it is known before.
+
+        Args:
+            layers: how many the step was counted with.
+            others: parameters that train beside adapters.
+        """
+        inside = {id(parameter) for parameter in self._body.parameters()}
+        able = layers == len(self._layers) and not any(id(parameter) in inside for parameter in others)
+        if not able or self._epochs < 2 or self._size > self._room.whole:
+            return 0.0
+        return 0.0 if random_parts(self._body, self._layers[-1:]) else 1 - 1 / self._epochs
+
+    @property
+    def _size(self) -> float:
+        """Bytes of the hidden states of all rows of training."""
+        weight = next(self._layers[0].parameters())
+        width = getattr(getattr(self._body, "config", None), "hidden_size", weight.shape[-1])
+        return self._tokens * width * (weight.element_size() if weight.is_floating_point() else 2)
+
     def _worth_it(self, count: int) -> bool:
         """Whether rows of training are kept, which is told."""
         if self._epochs < 2:
@@ -313,9 +333,7 @@ class PrefixCache:
         if random := random_parts(self._body, self._layers[count:]):
             self._tell(f"{below}, but run for every row of training: {random}.")
             return False
-        weight = next(self._layers[0].parameters())
-        width = getattr(getattr(self._body, "config", None), "hidden_size", weight.shape[-1])
-        size = self._tokens * width * (weight.element_size() if weight.is_floating_point() else 2)
+        size = self._size
         if size > self._room.whole:
             self._tell(
                 f"{below}. What they return would take {format_bytes(size)}, and there is room for "

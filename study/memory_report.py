@@ -167,21 +167,6 @@ def choice_table(outlook: Outlook) -> Table:
     return table
 
 
-def saver_table(outlook: Outlook) -> Table:
-    """What a step of plain LoRA takes with each exact saver more."""
-    saved = outlook.step.saved
-    unit, size = byte_unit(saved[0].step_bytes)
-    again = saved[0].again_bytes is not None
-    table = make_table(
-        f"The same losses in fewer bytes: plain LoRA, rank 8 on all modules, in {unit}",
-        ("step", "no layer runs again", *(["all run again"] if again else [])),
-    )
-    for number, each in enumerate(saved):
-        peaks = [each.step_bytes, *([] if each.again_bytes is None else [each.again_bytes])]
-        table.add_row(f"+ {each.name}" if number else each.name, *(f"{peak / size:.2f}" for peak in peaks))
-    return table
-
-
 def grid_table(outlook: Outlook) -> Table:
     """Which batches fit the card, for all layers at the rank that was asked for, by tokens and rows."""
     cells = outlook.grid

@@ -27,7 +27,7 @@ from ..errors import BudgetError, DataError
 from ..finetune.options import PILOT
 from .pictures import module_kinds
 from .run_data import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunData, is_number, moves_sentence, run_names, standing_out
-from .verdict import comparison_rows, cost_sentence, loss_sentence, ranks_sentence, verdict
+from .verdict import comparison_rows, cost_sentence, loss_sentence, ranks_sentence, saver_rows, verdict
 
 Explanations = Sequence[Mapping[str, Any] | None]
 
@@ -96,6 +96,7 @@ def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dic
         "settings": settings,
         "unit": run.unit,
         "steps": run.steps,
+        "savers": saver_rows(run.saved) if run.saved else [],
         "energy_joules": plain(run.results.get(PILOT, {}).get("energy_joules")),
         "modules": modules.shown,
         "features": list(MODULE_FEATURES) if run.decisions else [],

@@ -23,6 +23,7 @@ from ..agents.policy import Deliberation
 from ..common.drawing import Points
 from ..common.files import read_json_lines, read_object
 from ..common.text import cost_text
+from ..cost.savers import Saved
 from ..errors import DataError, RunFolderError, first_line, shown
 from ..finetune.options import PILOT, RUNS
 
@@ -97,6 +98,12 @@ class RunData:
     def first(self) -> Deliberation | None:
         """What the policy computed at the first decision; None where that is unknown."""
         return self.decisions[0].deliberation if self.decisions and self.decisions[0].number == 0 else None
+
+    @property
+    def saved(self) -> tuple[Saved, ...]:
+        """What a step of plain LoRA takes without exact savers and with them; empty where none lowers it."""
+        saved = self.decisions[0].saved if self.decisions else ()
+        return saved if len(saved) > 1 else ()
 
     @property
     def results(self) -> dict[str, Mapping[str, Any]]:

@@ -202,7 +202,17 @@ function costsView() {
   const findings = runsShown().map(([run]) => run.sentences.costs).filter(Boolean);
   const title = units.includes("bytes") ? "Memory" : "Parameters";
   return el("section", { class: "card", id: "costs" }, el("h2", {}, time ? `${title} and time` : title), several() ? null : findings.map((finding) => el("p", { class: "finding" }, ending(finding))),
-    el("div", { class: "side" }, charts, time));
+    el("div", { class: "side" }, charts, time), runsShown().map(([run, index]) => saversTable(run, index)));
+}
+
+// What exact savers bring to a step of plain LoRA, where they lower its peak.
+function saversTable(run, index) {
+  if (!run.savers.length) return null;
+  const [head, ...rows] = run.savers;
+  return el("div", {}, several() ? el("h3", { class: "runname" }, runBadge(index), run.name) : null, el("p", { class: "finding" }, "The same losses in fewer bytes: plain LoRA, rank 8 on all modules."),
+    el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Exact savers" }, el("table", {},
+      el("thead", {}, el("tr", {}, head.map((name, place) => el("th", { scope: "col", class: place ? "figure" : null }, name)))),
+      el("tbody", {}, rows.map(([name, ...peaks]) => el("tr", {}, el("th", { scope: "row" }, name), peaks.map((peak) => el("td", { class: "figure" }, peak))))))));
 }
 
 function timeChart() {

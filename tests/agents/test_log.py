@@ -15,6 +15,7 @@ from rankpilot.agents.log import DecisionLog, DecisionRecord
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.agents.policy import Decision, Deliberation
 from rankpilot.cost.cost import ByteCost, ParameterCost, TimedCost
+from rankpilot.cost.savers import Saved
 from rankpilot.errors import ConfigError, DataError, RunFolderError
 from rankpilot.lora.spec import RankLadder
 from rankpilot.plan.goal import Goal
@@ -122,6 +123,7 @@ OF_ANOTHER = "is missing, damaged or of another decision"
             "problem": make_problem(cost=TimedCost("bytes", **vars(BYTES), unit_per_second=1 / 3))
         },
         {"loss": None, "policy_sha256": None, "notes": {}, "schedule": {}},
+        {"saved": (Saved("plain LoRA", 8e6), Saved("shared copies of inputs, loss in tiles", 6e6, 1e6))},
         {"decision": Decision(np.array([1, 2, 4]), np.zeros(3), exact=True)},
         {
             "decision": Decision(
@@ -191,6 +193,19 @@ def test_a_table_has_a_row_for_each_module(log: DecisionLog) -> None:
     assert {name: row[name] for name in row if not name.startswith(("feature.", "run."))} == expected
     assert [row[f"feature.{name}"] for name in MODULE_FEATURES] == record.observation.modules[1].tolist()
     assert [row[f"run.{name}"] for name in RUN_FEATURES] == record.observation.run.tolist()
+
+
+def test_exact_savers_of_a_line_are_checked_and_earlier_lines_tell_none(log: DecisionLog) -> None:
+    path = log.folder / "decisions.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.pop("saved") for line in lines] == [[]] * 4
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert_same(log.read()[1], make_record(1))
+    whole = {"name": "plain LoRA", "step_bytes": 8.0, "again_bytes": None}
+    for wrong in (1, [1], [{}], [whole | {"name": 1}], [whole | {"step_bytes": "8"}], [whole | {"again_bytes": []}]):
+        path.write_text(json.dumps(lines[0] | {"saved": wrong}) + "\n")
+        with pytest.raises(RunFolderError, match=OF_ANOTHER):
+            log.read()
 
 
 def test_without_pandas_there_is_a_line_that_says_so(log: DecisionLog, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,10 @@ import pytest
 from rankpilot.cli import finetune
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json, write_json
-from rankpilot.study.page import study_html
+from rankpilot.study.page import page_data, study_html
+from rankpilot.study.run_data import read_run
 
+from ..study.conftest import MIB
 from ..study.conftest import run_folder as run_folder
 from .mistakes import failure
 
@@ -39,6 +41,26 @@ def test_the_page_of_a_run_lies_in_its_folder(run_folder: Path, capsys: pytest.C
     assert not any(line.startswith("Left out of the page") for line in lines)
     assert (folder / "study.html").read_text().startswith("<!DOCTYPE html>")
     assert (folder / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_exact_savers_bring_stands_on_the_page_and_is_printed(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run_folder / "decisions" / "decisions.jsonl"
+    first, *others = path.read_text().splitlines()
+    saved = [("plain LoRA", 8 * MIB, 4 * MIB), (f"loss in tiles, {NAME}", 6 * MIB, None)]
+    for count, rows in ((1, 0), (2, 3)):  # nothing is shown where no saver lowers the peak
+        told = [dict(zip(("name", "step_bytes", "again_bytes"), each, strict=True)) for each in saved[:count]]
+        path.write_text("\n".join([json.dumps(json.loads(first) | {"saved": told}), *others, ""]))
+        assert len(page_data([read_run(run_folder)], [None])["runs"][0]["savers"]) == rows
+        assert cli.run(["study", str(run_folder), "--explain", "none"]) == 0
+        assert ("The same losses in fewer bytes" in (text := capsys.readouterr().out)) is (rows > 0)
+    assert page_data([read_run(run_folder)], [None])["runs"][0]["savers"] == [
+        ["step, in MiB", "no layer runs again", "all run again"],
+        ["plain LoRA", "8.00", "4.00"],
+        [f"+ loss in tiles, {NAME}", "6.00", "–"],
+    ]
+    assert NAME in text
 
 
 def test_an_evaluation_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

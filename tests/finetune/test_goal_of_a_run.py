@@ -26,7 +26,7 @@ from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
 from transformers import LlamaConfig, Trainer
 
-from .test_time import counted_times
+from .test_time import begun, counted_times
 from .tiny_runs import PLAIN, adapted, arguments, counting, ranks_of
 from .tiny_runs import llama_config as llama_config
 
@@ -62,6 +62,7 @@ def test_the_cheapest_plan_is_trained(policy: LearnedPolicy, trainer: Trainer, t
     log = DecisionLog(tmp_path / "run" / "decisions")
     assert len(log) == 2
     first, later = log.logged(0), log.logged(1)
+    assert (first.saved[0].name, later.saved) == ("plain LoRA", ()), "what exact savers bring is known of the run"
     found = first.deliberation
     assert found is not None
     assert found.goal == Goal(goal, 0.02)  # type: ignore[arg-type]
@@ -79,6 +80,20 @@ def test_the_cheapest_plan_is_trained(policy: LearnedPolicy, trainer: Trainer, t
     assert list(ranks_of(trainer.model).values()) == ranks.tolist()
     assert redecide(first, policy).differences == redecide(later, policy).differences == ()
     assert max(peak for _, peak in callback.peaks) <= callback.limit
+
+
+def test_later_epochs_make_upper_layers_cheaper(
+    policy: LearnedPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted_times(monkeypatch)
+    pilot, _ = begun(tmp_path, policy=policy, goal="time")
+    time, found = pilot.controller.time.time, pilot.decision.deliberation
+    blocks = np.array([target.block for target in pilot.controller.targets])
+    spared = np.array([time.forward[: blocks[ranks > 0].min()].sum() for ranks in found.plans])
+    of_one_epoch = np.array([time.seconds(ranks) for ranks in found.plans])
+    np.testing.assert_allclose(found.seconds, of_one_epoch - 2 / 3 * spared, rtol=1e-4)
+    assert spared.max() > 0.1 * of_one_epoch.max()
+    assert found.seconds[found.plan] <= 1.01 * found.seconds[found.may_take].min()
 
 
 def test_what_is_expected_is_told_before_the_first_step(

@@ -280,10 +280,23 @@ def test_no_room(tmp_path: Path) -> None:
     assert cache.layers == 0
 
 
+def test_what_is_expected_before_training(tmp_path: Path) -> None:
+    model = llama()
+    head, norm = model.get_output_embeddings().weight, model.get_base_model().model.norm.weight
+    cache = cache_of(model, tmp_path)
+    assert cache.expected_share(LAYERS, [head]) == pytest.approx(2 / 3)
+    assert cache.expected_share(LAYERS, [norm]) == 0, "something trains that may lie below the lowest adapter"
+    assert cache.expected_share(LAYERS + 1, []) == 0, "the step has other layers"
+    for options in ({"epochs": 1.5}, {"room": Room(tmp_path, 1000, 1000)}):
+        assert cache_of(llama(), tmp_path, **options).expected_share(LAYERS, []) == 0  # type: ignore[arg-type]
+    assert cache_of(llama(attention_dropout=0.1), tmp_path).expected_share(LAYERS, []) == 0
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    model = llama()
     run: Any = SimpleNamespace(
-        evaluations=None, epochs=2.0, folder=tmp_path / "file" / "run", dataset=[0], model=llama()
+        evaluations=None, epochs=2.0, folder=tmp_path / "file" / "run", dataset=[0], model=model, wrapped=model
     )
     run.small_batches, run.measured, told = None, lambda work: [5], list[str]()
     assert prefix_cache(run, None, told.append) is None

@@ -24,12 +24,12 @@ from rankpilot.study.memory_report import (
     choice_table,
     notes,
     picture_labels,
-    saver_table,
     subject,
     verdict_text,
     write_memory_report,
 )
 from rankpilot.study.pictures import memory_picture
+from rankpilot.study.verdict import saver_table
 from rich.console import Console
 from rich.table import Table
 
@@ -236,6 +236,6 @@ def test_bars_are_the_bytes() -> None:
 
 
 def test_the_table_of_exact_savers():
-    text = printed(saver_table(outlook()))
+    text = printed(saver_table(outlook().step.saved))
     assert "The same losses in fewer bytes" in text
     assert re.search(r"\+ loss in tiles\W+6\.00\W+1\.00", text)
