@@ -17,13 +17,14 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 
 from ..common.arrays import IntArray
-from ..lora.input_copies import share_input_copies
+from ..lora.input_copies import run_activations_again, share_input_copies
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule
 from .later_logits import defer_logits, use_tiled_loss
 from .model import MemoryModel
 
 CACHE, COPIES, TILES = "no cache of keys and values", "shared copies of inputs", "loss in tiles"
+ACTIVATIONS = "activations that run again"
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -58,6 +59,7 @@ SAVERS: dict[str, Callable[[nn.Module], Callable[[], None]]] = {
     CACHE: _without_cache,
     COPIES: share_input_copies,
     TILES: _tiled,
+    ACTIVATIONS: run_activations_again,
 }
 """By name, what switches a saver on; it returns what switches it off. In the order in which a plan takes them."""
 

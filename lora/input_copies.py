@@ -8,14 +8,20 @@ autograd's graph, so gradients are rounded and added as before: they are the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers.activations import ACT2CLS
 
-from ..common.devices import autocast_dtype
+from ..common.devices import autocast_dtype, without_autocast
 
 CAST = "_cast_input_dtype"
 """The method by which PEFT's layers cast their inputs."""
@@ -29,7 +35,7 @@ def share_input_copies(model: nn.Module) -> Callable[[], None]:
 
     Left out are layers that drop inputs at random, whose copies differ, and variants such as DoRA.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module) and CAST not in vars(module)]
     for layer in layers:
         setattr(layer, CAST, cast_once)
 
@@ -43,7 +49,7 @@ def share_input_copies(model: nn.Module) -> Callable[[], None]:
 def _is_plain(layer: LoraLayer) -> bool:
     products = all(type(factor) is nn.Linear for factor in layer.lora_A.values())
     drops = any(getattr(each, "p", 0) > 0 for each in layer.lora_dropout.values())
-    asked = getattr(layer, "cast_input_dtype_enabled", True) and CAST not in vars(layer)
+    asked = getattr(layer, "cast_input_dtype_enabled", True)
     return products and bool(layer.lora_A) and not drops and not layer.lora_variant and asked
 
 
@@ -82,3 +88,157 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient.to(ctx.dtype), None
+
+
+# Activations that run again -------------------------------------------------------------------------------------------
+
+ACTIVATIONS = frozenset(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
+"""The activation functions of transformers' models."""
+
+Make = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How cheap operators make a tensor of others.
+
+    Attributes:
+        make: makes it of the sources.
+        sources: tensors that the backward pass holds anyway.
+        versions: of the tensor and its sources when it was made.
+    """
+
+    make: Make
+    sources: tuple[torch.Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def note(cls, tensor: torch.Tensor, make: Make, *sources: torch.Tensor) -> None:
+        """Let a tensor know how it was made."""
+        vars(tensor)[_RECIPE] = cls(make, sources, _versions(tensor, *sources))
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Recipe:
+        """How a tensor is made; of itself where that is not known, or something was changed since."""
+        found: Recipe | None = vars(tensor).get(_RECIPE)
+        if found is None or found.versions != _versions(tensor, *found.sources):
+            return cls(_itself, (tensor,), ())
+        return found
+
+
+_RECIPE = "_rankpilot_recipe"
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _versions(*tensors: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)
+
+
+def run_activations_again(model: nn.Module) -> Callable[[], None]:
+    """Let what reads the result of an activation function hold the function's input instead, and run it again.
+
+    Readers are the product of a gate with its other half, and the factors A of plain LoRA layers. Returns what undoes
+    it.
+    """
+    forwards: dict[nn.Module, Make] = {}
+    for module in model.modules():
+        if type(module) in ACTIVATIONS and not list(module.parameters()):
+            forwards[module] = partial(_activated, module.forward)
+        elif isinstance(module, LoraLayer) and _is_plain(module):
+            forwards |= {factor: partial(_product, factor) for factor in module.lora_A.values()}
+    for module, forward in forwards.items():
+        vars(module)["forward"] = forward
+
+    def undo() -> None:
+        for module in forwards:
+            vars(module).pop("forward", None)
+
+    return undo
+
+
+def _activated(function: Make, inputs: torch.Tensor) -> torch.Tensor:
+    """The result of an activation function, which knows its input."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(inputs)
+    result: torch.Tensor = _again(function, inputs)
+    if result.dtype != inputs.dtype:  # autocast's
+        return result
+    result = result.as_subclass(_Activated)
+    Recipe.note(result, function, inputs)
+    return result
+
+
+def _product(factor: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    """The product of an input with a factor A."""
+    same = inputs.dtype == (autocast_dtype(inputs) or factor.weight.dtype)
+    if factor.bias is None and same and _RECIPE in vars(inputs) and torch.is_grad_enabled():
+        return _again(_linear, inputs, factor.weight)
+    return functional.linear(inputs, factor.weight, factor.bias)
+
+
+def _linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return functional.linear(inputs, weight.to(inputs.dtype))
+
+
+class _Activated(torch.Tensor):
+    """The result of an activation function. A product with it knows its factors."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if function not in _PRODUCTS or options or not all(isinstance(each, torch.Tensor) for each in arguments):
+                return function(*arguments, **(options or {}))
+            result = _again(torch.mul, *arguments)
+            recipes = [Recipe.of(each) for each in arguments]
+            steps = [(recipe.make, len(recipe.sources)) for recipe in recipes]
+            sources = chain.from_iterable(recipe.sources for recipe in recipes)
+            Recipe.note(result, partial(_multiplied, steps), *sources)
+            return result
+
+
+_PRODUCTS = {torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.mul}
+
+Steps = Sequence[tuple[Make, int]]
+"""How each of some tensors is made, and of how many sources."""
+
+
+def _made(steps: Steps, sources: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    rest = iter(sources)
+    return [make(*islice(rest, count)) for make, count in steps]
+
+
+def _multiplied(steps: Steps, *sources: torch.Tensor) -> torch.Tensor:
+    return torch.mul(*_made(steps, sources))
+
+
+def _again(function: Make, *inputs: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = _Again.apply(function, [Recipe.of(each) for each in inputs], *inputs)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Again(torch.autograd.Function):
+    """A function that holds what its inputs are made of, and runs again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Make, recipes: list[Recipe], *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.function, ctx.steps = function, [(recipe.make, len(recipe.sources)) for recipe in recipes]
+        ctx.save_for_backward(*chain.from_iterable(recipe.sources for recipe in recipes))
+        return function(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        with without_autocast():
+            made = _made(ctx.steps, ctx.saved_tensors)
+            inputs = [each.detach().requires_grad_(asked) for each, asked in zip(made, needed, strict=True)]
+            del made
+            with torch.enable_grad():
+                result = ctx.function(*inputs)
+            gradients = iter(torch.autograd.grad(result, [each for each in inputs if each.requires_grad], gradient))
+        return None, None, *(next(gradients) if asked else None for asked in needed)
