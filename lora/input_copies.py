@@ -8,7 +8,7 @@ autograd's graph, so gradients are rounded and added as before: they are the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -95,7 +95,40 @@ class _Cast(torch.autograd.Function):
 ACTIVATIONS = frozenset(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
 """The activation functions of transformers' models."""
 
+LEAN = frozenset(ACT2CLS[name] for name in ("silu", "swish", "gelu", "gelu_pytorch_tanh"))
+"""Those of one operator, which saves its input alone."""
+
+PRODUCTS = {torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.mul}
+
+_RECIPE = "_rankpilot_recipe"
+"""The attribute of a tensor that holds its `Recipe`. It lives as long as the tensor's Python object does."""
+
 Make = Callable[..., torch.Tensor]
+Steps = list[tuple[Make, int]]
+"""What makes each of some tensors, and of how many sources."""
+
+
+def run_activations_again(model: nn.Module) -> Callable[[], None]:
+    """Let readers of an activation function's result hold the function's input instead; returns what undoes it.
+
+    The input is there anyway. Readers are the product of a gate with its other half, and the factors A of plain LoRA
+    layers. In the backward pass, each runs the function again. Nodes of autograd's graph are those of before, so
+    gradients are the same bit for bit.
+    """
+    forwards: dict[nn.Module, Make] = {}
+    for module in model.modules():
+        if type(module) in ACTIVATIONS and not list(module.parameters()):
+            forwards[module] = partial(_activated, module.forward, type(module) in LEAN)
+        elif isinstance(module, LoraLayer) and _is_plain(module):
+            forwards |= {factor: partial(_product, factor) for factor in module.lora_A.values()}
+    for module, forward in forwards.items():
+        vars(module)["forward"] = forward
+
+    def undo() -> None:
+        for module in forwards:
+            vars(module).pop("forward", None)
+
+    return undo
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,69 +146,58 @@ class Recipe:
     versions: tuple[int, ...]
 
     @classmethod
-    def note(cls, tensor: torch.Tensor, make: Make, *sources: torch.Tensor) -> None:
-        """Let a tensor know how it was made."""
-        vars(tensor)[_RECIPE] = cls(make, sources, _versions(tensor, *sources))
-
-    @classmethod
     def of(cls, tensor: torch.Tensor) -> Recipe:
-        """How a tensor is made; of itself where that is not known, or something was changed since."""
+        """That of a tensor; the tensor itself where none is known, or something was changed since."""
         found: Recipe | None = vars(tensor).get(_RECIPE)
         if found is None or found.versions != _versions(tensor, *found.sources):
             return cls(_itself, (tensor,), ())
         return found
 
 
-_RECIPE = "_rankpilot_recipe"
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
 def _versions(*tensors: torch.Tensor) -> tuple[int, ...]:
     return tuple(tensor._version for tensor in tensors)
 
 
-def run_activations_again(model: nn.Module) -> Callable[[], None]:
-    """Let what reads the result of an activation function hold the function's input instead, and run it again.
-
-    Readers are the product of a gate with its other half, and the factors A of plain LoRA layers. Returns what undoes
-    it.
-    """
-    forwards: dict[nn.Module, Make] = {}
-    for module in model.modules():
-        if type(module) in ACTIVATIONS and not list(module.parameters()):
-            forwards[module] = partial(_activated, module.forward)
-        elif isinstance(module, LoraLayer) and _is_plain(module):
-            forwards |= {factor: partial(_product, factor) for factor in module.lora_A.values()}
-    for module, forward in forwards.items():
-        vars(module)["forward"] = forward
-
-    def undo() -> None:
-        for module in forwards:
-            vars(module).pop("forward", None)
-
-    return undo
+def _noted(tensor: torch.Tensor, make: Make, *sources: torch.Tensor) -> torch.Tensor:
+    """The tensor, which knows from now on how it was made."""
+    vars(tensor)[_RECIPE] = Recipe(make, sources, _versions(tensor, *sources))
+    return tensor
 
 
-def _activated(function: Make, inputs: torch.Tensor) -> torch.Tensor:
-    """The result of an activation function, which knows its input."""
+def _activated(function: Make, lean: bool, inputs: torch.Tensor) -> torch.Tensor:
+    """The result of an activation function."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(inputs)
-    result: torch.Tensor = _again(function, inputs)
-    if result.dtype != inputs.dtype:  # autocast's
+    result = function(inputs) if lean else _again(function, partial(_by_autograd, function), inputs)
+    if result.dtype != inputs.dtype:  # of autocast, which is over in the backward pass
         return result
-    result = result.as_subclass(_Activated)
-    Recipe.note(result, function, inputs)
-    return result
+    return _noted(result.as_subclass(_Activated), function, inputs)
+
+
+class _Activated(torch.Tensor):
+    """The result of an activation function, whose products know their factors."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if function not in PRODUCTS or options or not _are_alike(*arguments):
+                return function(*arguments, **(options or {}))
+            recipes = [Recipe.of(each) for each in arguments]
+            result = _again(torch.mul, _factors_gradients, *arguments)
+            return _noted(result, partial(_multiplied, _steps(recipes)), *_sources(recipes))
+
+
+def _are_alike(one: torch.Tensor, other: Any) -> bool:
+    return isinstance(other, torch.Tensor) and (one.dtype, one.shape) == (other.dtype, other.shape)
 
 
 def _product(factor: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    """The product of an input with a factor A."""
+    """The product of an input with a factor A, (..., d_in) and (rank, d_in)."""
     same = inputs.dtype == (autocast_dtype(inputs) or factor.weight.dtype)
-    if factor.bias is None and same and _RECIPE in vars(inputs) and torch.is_grad_enabled():
-        return _again(_linear, inputs, factor.weight)
+    if _RECIPE in vars(inputs) and same and factor.bias is None and torch.is_grad_enabled():
+        return _again(_linear, partial(_by_autograd, _linear), inputs, factor.weight)
     return functional.linear(inputs, factor.weight, factor.bias)
 
 
@@ -183,28 +205,16 @@ def _linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return functional.linear(inputs, weight.to(inputs.dtype))
 
 
-class _Activated(torch.Tensor):
-    """The result of an activation function. A product with it knows its factors."""
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
-    ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if function not in _PRODUCTS or options or not all(isinstance(each, torch.Tensor) for each in arguments):
-                return function(*arguments, **(options or {}))
-            result = _again(torch.mul, *arguments)
-            recipes = [Recipe.of(each) for each in arguments]
-            steps = [(recipe.make, len(recipe.sources)) for recipe in recipes]
-            sources = chain.from_iterable(recipe.sources for recipe in recipes)
-            Recipe.note(result, partial(_multiplied, steps), *sources)
-            return result
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
-_PRODUCTS = {torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.mul}
+def _steps(recipes: list[Recipe]) -> Steps:
+    return [(recipe.make, len(recipe.sources)) for recipe in recipes]
 
-Steps = Sequence[tuple[Make, int]]
-"""How each of some tensors is made, and of how many sources."""
+
+def _sources(recipes: list[Recipe]) -> Iterable[torch.Tensor]:
+    return chain.from_iterable(recipe.sources for recipe in recipes)
 
 
 def _made(steps: Steps, sources: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -216,29 +226,42 @@ def _multiplied(steps: Steps, *sources: torch.Tensor) -> torch.Tensor:
     return torch.mul(*_made(steps, sources))
 
 
-def _again(function: Make, *inputs: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = _Again.apply(function, [Recipe.of(each) for each in inputs], *inputs)  # type: ignore[no-untyped-call]
+Gradients = Callable[[list[torch.Tensor], list[bool], torch.Tensor], Iterable[torch.Tensor | None]]
+"""The gradients of a function's inputs: of the inputs, of which of them are asked for, and of the result's gradient."""
+
+
+def _factors_gradients(factors: list[torch.Tensor], asked: list[bool], gradient: torch.Tensor) -> Any:
+    return [gradient * other if wanted else None for other, wanted in zip(reversed(factors), asked, strict=True)]
+
+
+def _by_autograd(function: Make, inputs: list[torch.Tensor], asked: list[bool], gradient: torch.Tensor) -> Any:
+    leaves = [each.detach().requires_grad_(wanted) for each, wanted in zip(inputs, asked, strict=True)]
+    with torch.enable_grad():
+        result = function(*leaves)
+    found = iter(torch.autograd.grad(result, [leaf for leaf in leaves if leaf.requires_grad], gradient))
+    return [next(found) if wanted else None for wanted in asked]
+
+
+def _again(function: Make, gradients: Gradients, *inputs: torch.Tensor) -> torch.Tensor:
+    recipes = [Recipe.of(each) for each in inputs]
+    result: torch.Tensor = _Again.apply(function, gradients, recipes, *inputs)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Again(torch.autograd.Function):
-    """A function that holds what its inputs are made of, and runs again in the backward pass."""
+    """A function that holds what its inputs are made of, and makes them again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, function: Make, recipes: list[Recipe], *inputs: torch.Tensor) -> torch.Tensor:
-        ctx.function, ctx.steps = function, [(recipe.make, len(recipe.sources)) for recipe in recipes]
-        ctx.save_for_backward(*chain.from_iterable(recipe.sources for recipe in recipes))
+    def forward(
+        ctx: Any, function: Make, gradients: Gradients, recipes: list[Recipe], *inputs: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.gradients, ctx.steps = gradients, _steps(recipes)
+        ctx.save_for_backward(*_sources(recipes))
         return function(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
         with without_autocast():
-            made = _made(ctx.steps, ctx.saved_tensors)
-            inputs = [each.detach().requires_grad_(asked) for each, asked in zip(made, needed, strict=True)]
-            del made
-            with torch.enable_grad():
-                result = ctx.function(*inputs)
-            gradients = iter(torch.autograd.grad(result, [each for each in inputs if each.requires_grad], gradient))
-        return None, None, *(next(gradients) if asked else None for asked in needed)
+            inputs = _made(ctx.steps, ctx.saved_tensors)
+            return None, None, None, *ctx.gradients(inputs, ctx.needs_input_grad[3:], gradient)
