@@ -1,9 +1,12 @@
-"""One copy of an input in another precision for all adapters that read it.
+"""What adapters hold of their inputs: one copy for all that read it, or what an activation function makes it of.
 
 PEFT casts the input of each adapted module to the precision of its adapter, and under autocast each product with a
 factor casts once more. The query, key and value of a layer read one tensor, and hold three copies of it for the
 backward pass. Here the first of them makes the copy and the others take it. Each still has a node of its own in
 autograd's graph, so gradients are rounded and added as before: they are the same bit for bit.
+
+The adapter below a gate, `act(gate) * up`, holds the product, and autograd both factors and the gate. All of it follows
+from `gate` and `up`, so the second part of this file holds these two alone.
 """
 
 from __future__ import annotations
@@ -121,6 +124,7 @@ def run_activations_again(model: nn.Module) -> Callable[[], None]:
             forwards[module] = partial(_activated, module.forward, type(module) in LEAN)
         elif isinstance(module, LoraLayer) and _is_plain(module):
             forwards |= {factor: partial(_product, factor) for factor in module.lora_A.values()}
+    forwards = {module: forward for module, forward in forwards.items() if "forward" not in vars(module)}
     for module, forward in forwards.items():
         vars(module)["forward"] = forward
 
