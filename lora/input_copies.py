@@ -38,7 +38,11 @@ def share_input_copies(model: nn.Module) -> Callable[[], None]:
 
     Left out are layers that drop inputs at random, whose copies differ, and variants such as DoRA.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module) and CAST not in vars(module)]
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, LoraLayer) and _is_plain(module) and CAST not in vars(module)
+    ]
     for layer in layers:
         setattr(layer, CAST, cast_once)
 
