@@ -174,7 +174,7 @@ def _noted(tensor: torch.Tensor, make: Make, *sources: torch.Tensor) -> torch.Te
 
 def _activated(function: Make, lean: bool, inputs: torch.Tensor) -> torch.Tensor:
     """The result of an activation function."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or inputs.is_inference():
         return function(inputs)
     result = function(inputs) if lean else _again(function, partial(_by_autograd, function), inputs)
     if result.dtype != inputs.dtype:  # of autocast, which is over in the backward pass
