@@ -202,11 +202,11 @@ def _are_alike(one: torch.Tensor, other: Any) -> bool:
 
 
 def _product(factor: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    """The product of an input with a factor A, (..., d_in) and (rank, d_in)."""
+    """The product of an input with a factor A, which has no bias, (..., d_in) and (rank, d_in)."""
     same = inputs.dtype == (autocast_dtype(inputs) or factor.weight.dtype)
-    if _RECIPE in vars(inputs) and same and factor.bias is None and torch.is_grad_enabled():
+    if _RECIPE in vars(inputs) and same and torch.is_grad_enabled():
         return _again(_linear, partial(_by_autograd, _linear), inputs, factor.weight)
-    return functional.linear(inputs, factor.weight, factor.bias)
+    return functional.linear(inputs, factor.weight)
 
 
 def _linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
