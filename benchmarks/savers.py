@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from rankpilot.common.text import make_table
 from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.live_storages import LivePeak
-from rankpilot.cost.savers import SAVERS, ExactSavers
+from rankpilot.cost.savers import ACTIVATIONS, SAVERS, ExactSavers
 from rankpilot.data.models import load_model, load_tokenizer
 from rankpilot.finetune.prefix_cache import PrefixCache, Room
 from rankpilot.lora.targets import find_target_modules
@@ -98,9 +98,10 @@ def _steps(options: Options, console: Console) -> Figures:
     model = _model(options, 1.0, 8)
     optimizer, (batch,), targets = _optimizer(model), _batches(options, 1), find_target_modules(model)
     _step(model, optimizer, batch, options)
-    ranks, names, measured, work = np.full(len(targets), 8), ["plain LoRA", *SAVERS], {}, {}
+    every = [*SAVERS, ACTIVATIONS]
+    ranks, names, measured, work = np.full(len(targets), 8), ["plain LoRA", *every], {}, {}
     for number, name in enumerate(names):
-        savers = ExactSavers(model, [*SAVERS][:number])
+        savers = ExactSavers(model, every[:number])
         with LivePeak() as live:
             _step(model, optimizer, batch, options)
         held = sum(2 * p.nbytes + p.nbytes for p in model.parameters() if p.requires_grad)  # weights and moments
@@ -110,7 +111,7 @@ def _steps(options: Options, console: Console) -> Figures:
         savers.put_back()
 
         def timed(_: int, number: int = number) -> None:
-            savers = ExactSavers(model, [*SAVERS][:number])
+            savers = ExactSavers(model, every[:number])
             _step(model, optimizer, batch, options)
             savers.put_back()
 

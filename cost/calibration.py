@@ -292,6 +292,7 @@ def plan_costs(
     A share is a share of what *plain* LoRA takes, rank 8 on all modules, without signal buffers and without `savers`,
     the exact savers that are on. With `recompute`, layers may run again in the backward pass, as all do in the step as
     it is set: plans cost what `recomputed_cost` says, and a share is one of what plain LoRA takes where none does.
+    Where plain LoRA does not fit, activations run again first; see `ExactSavers.within`.
     Under a budget of parameters nothing is measured. See `Budget.resolve` for `kept`, and `measure_memory` for the
     other arguments.
     """
@@ -302,11 +303,13 @@ def plan_costs(
         return measure_memory(step, targets, batch, signals=False)
 
     priced = savers.price(measured, targets, each=False) if savers else None
-    memory = priced.memory if priced else measured()
-    plain = priced.plain if priced else memory
+    plain = priced.plain if priced else measured()
     cost, limit = limited_cost(
         beside_model(budget, step.model), targets, plain.recomputing(()) if recompute else plain, kept
     )
+    if recompute and savers and priced:
+        priced = savers.within(limit.value, priced, measured, targets)
+    memory = priced.memory if priced else plain
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
     if recompute:

@@ -1,16 +1,19 @@
-"""Exact savers: the same losses and gradients in fewer bytes and no more time.
+"""Exact savers: the same losses and gradients in fewer bytes.
 
 * No cache of keys and values: a model that is asked for a loss fills one that nobody reads.
 * Copies of inputs: adapters that read one input share its copy in their precision (`lora/input_copies.py`).
 * Loss in tiles: the logits of a batch are never there as a whole (`cost/later_logits.py`).
+* Activations that run again: their readers hold what they are made of (`lora/input_copies.py`).
 
-Layers that run again (`cost/model.py`) are exact too, but take time, so a plan has as few of them as it needs.
+The first three take no more time. The last one takes some per cent, so it is for budgets that do not fit without.
+Layers that run again (`cost/model.py`) are exact too, but take more time for each byte, so they come last, and a plan
+has as few of them as it needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +22,14 @@ from torch._dynamo import OptimizedModule
 
 from ..common.arrays import IntArray
 from ..common.checks import finite
-from ..lora.input_copies import share_input_copies
+from ..lora.input_copies import run_activations_again, share_input_copies
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule
 from .later_logits import defer_logits, use_tiled_loss
 from .model import MemoryModel
 
 CACHE, COPIES, TILES = "no cache of keys and values", "shared copies of inputs", "loss in tiles"
+ACTIVATIONS = "activations that run again"
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -62,6 +66,9 @@ SAVERS: dict[str, Callable[[nn.Module], Callable[[], None]]] = {
     TILES: _tiled,
 }
 """By name, what switches a saver on; it returns what switches it off. In the order in which a plan takes them."""
+
+_SWITCHES = SAVERS | {ACTIVATIONS: run_activations_again}
+"""The same, with the one that takes time."""
 
 
 MOST_MORE = 1.01
@@ -126,7 +133,7 @@ class ExactSavers:
 
     Args:
         model: the PEFT model.
-        names: of those that are wanted, of `SAVERS`.
+        names: of those that are wanted; those that take no time by default.
         compiled: whether it runs compiled. Then it has the first of them alone: the compiler finds equal copies by
             itself, and its graph knows no tensors that are made later.
 
@@ -137,7 +144,7 @@ class ExactSavers:
     names: tuple[str, ...]
 
     def __init__(self, model: nn.Module, names: Collection[str] = tuple(SAVERS), *, compiled: bool = False) -> None:
-        self._model = model
+        self._model, self._compiled = model, compiled
         self._undo: dict[str, Callable[[], None]] = {}
         self.take([name for name in names if name == CACHE or not compiled])
 
@@ -149,8 +156,8 @@ class ExactSavers:
     def take(self, names: Collection[str]) -> None:
         """Have these on, and no others."""
         self.put_back()
-        self.names = tuple(name for name in SAVERS if name in names)
-        self._undo = {name: SAVERS[name](self._model) for name in self.names}
+        self.names = tuple(name for name in _SWITCHES if name in names)
+        self._undo = {name: _SWITCHES[name](self._model) for name in self.names}
 
     def price(
         self, measure: Callable[[], MemoryModel], targets: Sequence[TargetModule], *, each: bool = True
@@ -184,3 +191,26 @@ class ExactSavers:
                 undo()
         self.names = tuple(self._undo)
         return Priced(memory, plain, tuple(saved))
+
+    def within(
+        self, limit: float, priced: Priced, measure: Callable[[], MemoryModel], targets: Sequence[TargetModule]
+    ) -> Priced:
+        """Let activations run again from now on where plain LoRA does not fit a limit, if it takes less with them.
+
+        Args:
+            limit: bytes that a step may take.
+            priced: with the savers that are on.
+            measure: see `price`.
+            targets: the target modules of the model.
+        """
+        *_, before = priced.saved
+        names = self.names
+        if before.step_bytes <= limit or self._compiled:
+            return priced
+        self.take([*names, ACTIVATIONS])
+        memory = measure()
+        found = Saved.of(ACTIVATIONS, memory, np.array([target.max_rank for target in targets]))
+        if found.is_less(before):
+            return replace(priced, memory=memory, saved=(*priced.saved, found))
+        self.take(names)
+        return priced

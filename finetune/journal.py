@@ -17,7 +17,7 @@ from ..agents.policy import Decision, Deliberation, Policy, decision_from_plan, 
 from ..common.arrays import IntArray
 from ..common.text import format_bytes
 from ..cost.cost import TimedCost, plan_cost
-from ..cost.savers import Saved
+from ..cost.savers import ACTIVATIONS, Saved
 from ..errors import BudgetError
 from ..plan.plan import Plan
 from ..plan.problem import AllocationProblem
@@ -121,6 +121,7 @@ class Journal:
             self.note(
                 f"Exact savers: a step of plain LoRA takes {format_bytes(peaks[-1])} in place of "
                 f"{format_bytes(peaks[0])}, with the same losses."
+                + (" Activation functions run again, which takes some time." if saved[-1].name == ACTIVATIONS else "")
             )
 
     def record(

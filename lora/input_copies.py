@@ -1,21 +1,30 @@
-"""One copy of an input in another precision for all adapters that read it.
+"""What adapters hold of their inputs: one copy for all that read it, or what an activation function makes it of.
 
 PEFT casts the input of each adapted module to the precision of its adapter, and under autocast each product with a
 factor casts once more. The query, key and value of a layer read one tensor, and hold three copies of it for the
 backward pass. Here the first of them makes the copy and the others take it. Each still has a node of its own in
 autograd's graph, so gradients are rounded and added as before: they are the same bit for bit.
+
+The adapter below a gate, `act(gate) * up`, holds the product, and autograd both factors and the gate. All of it follows
+from `gate` and `up`, so the second part of this file holds these two alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers.activations import ACT2CLS
 
-from ..common.devices import autocast_dtype
+from ..common.devices import autocast_dtype, without_autocast
 
 CAST = "_cast_input_dtype"
 """The method by which PEFT's layers cast their inputs."""
@@ -29,7 +38,11 @@ def share_input_copies(model: nn.Module) -> Callable[[], None]:
 
     Left out are layers that drop inputs at random, whose copies differ, and variants such as DoRA.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and _is_plain(module)]
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, LoraLayer) and _is_plain(module) and CAST not in vars(module)
+    ]
     for layer in layers:
         setattr(layer, CAST, cast_once)
 
@@ -43,7 +56,7 @@ def share_input_copies(model: nn.Module) -> Callable[[], None]:
 def _is_plain(layer: LoraLayer) -> bool:
     products = all(type(factor) is nn.Linear for factor in layer.lora_A.values())
     drops = any(getattr(each, "p", 0) > 0 for each in layer.lora_dropout.values())
-    asked = getattr(layer, "cast_input_dtype_enabled", True) and CAST not in vars(layer)
+    asked = getattr(layer, "cast_input_dtype_enabled", True)
     return products and bool(layer.lora_A) and not drops and not layer.lora_variant and asked
 
 
@@ -82,3 +95,181 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient.to(ctx.dtype), None
+
+
+# Activations that run again -------------------------------------------------------------------------------------------
+
+ACTIVATIONS = frozenset(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
+"""The activation functions of transformers' models."""
+
+LEAN = frozenset(ACT2CLS[name] for name in ("silu", "swish", "gelu", "gelu_pytorch_tanh"))
+"""Those of one operator, which saves its input alone."""
+
+PRODUCTS = {torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.mul}
+
+_RECIPE = "_rankpilot_recipe"
+"""The attribute of a tensor that holds its `Recipe`. It lives as long as the tensor's Python object does."""
+
+Make = Callable[..., torch.Tensor]
+Steps = list[tuple[Make, int]]
+"""What makes each of some tensors, and of how many sources."""
+
+
+def run_activations_again(model: nn.Module) -> Callable[[], None]:
+    """Let readers of an activation function's result hold the function's input instead; returns what undoes it.
+
+    The input is there anyway. Readers are the product of a gate with its other half, and the factors A of plain LoRA
+    layers. In the backward pass, each runs the function again. Nodes of autograd's graph are those of before, so
+    gradients are the same bit for bit.
+    """
+    forwards: dict[nn.Module, Make] = {}
+    for module in model.modules():
+        if type(module) in ACTIVATIONS and not list(module.parameters()):
+            forwards[module] = partial(_activated, module.forward, type(module) in LEAN)
+        elif isinstance(module, LoraLayer) and _is_plain(module):
+            forwards |= {factor: partial(_product, factor) for factor in module.lora_A.values()}
+    forwards = {module: forward for module, forward in forwards.items() if "forward" not in vars(module)}
+    for module, forward in forwards.items():
+        vars(module)["forward"] = forward
+
+    def undo() -> None:
+        for module in forwards:
+            vars(module).pop("forward", None)
+
+    return undo
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How cheap operators make a tensor of others.
+
+    Attributes:
+        make: makes it of the sources.
+        sources: tensors that the backward pass holds anyway.
+        versions: of the tensor and its sources when it was made.
+    """
+
+    make: Make
+    sources: tuple[torch.Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Recipe:
+        """That of a tensor; the tensor itself where none is known, or something was changed since."""
+        found: Recipe | None = vars(tensor).get(_RECIPE)
+        if found is None or found.versions != _versions(tensor, *found.sources):
+            return cls(_itself, (tensor,), ())
+        return found
+
+
+def _versions(*tensors: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)
+
+
+def _noted(tensor: torch.Tensor, make: Make, *sources: torch.Tensor) -> torch.Tensor:
+    """The tensor, which knows from now on how it was made."""
+    vars(tensor)[_RECIPE] = Recipe(make, sources, _versions(tensor, *sources))
+    return tensor
+
+
+def _activated(function: Make, lean: bool, inputs: torch.Tensor) -> torch.Tensor:
+    """The result of an activation function."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or inputs.is_inference():
+        return function(inputs)
+    result = function(inputs) if lean else _again(function, partial(_by_autograd, function), inputs)
+    if result.dtype != inputs.dtype:  # of autocast, which is over in the backward pass
+        return result
+    return _noted(result.as_subclass(_Activated), function, inputs)
+
+
+class _Activated(torch.Tensor):
+    """The result of an activation function, whose products know their factors."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if function not in PRODUCTS or options or not _are_alike(*arguments):
+                return function(*arguments, **(options or {}))
+            recipes = [Recipe.of(each) for each in arguments]
+            result = _again(torch.mul, _factors_gradients, *arguments)
+            return _noted(result, partial(_multiplied, _steps(recipes)), *_sources(recipes))
+
+
+def _are_alike(one: torch.Tensor, other: Any) -> bool:
+    return isinstance(other, torch.Tensor) and (one.dtype, one.shape) == (other.dtype, other.shape)
+
+
+def _product(factor: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    """The product of an input with a factor A, which has no bias, (..., d_in) and (rank, d_in)."""
+    same = inputs.dtype == (autocast_dtype(inputs) or factor.weight.dtype)
+    if _RECIPE in vars(inputs) and same and torch.is_grad_enabled():
+        return _again(_linear, partial(_by_autograd, _linear), inputs, factor.weight)
+    return functional.linear(inputs, factor.weight)
+
+
+def _linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return functional.linear(inputs, weight.to(inputs.dtype))
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _steps(recipes: list[Recipe]) -> Steps:
+    return [(recipe.make, len(recipe.sources)) for recipe in recipes]
+
+
+def _sources(recipes: list[Recipe]) -> Iterable[torch.Tensor]:
+    return chain.from_iterable(recipe.sources for recipe in recipes)
+
+
+def _made(steps: Steps, sources: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    rest = iter(sources)
+    return [make(*islice(rest, count)) for make, count in steps]
+
+
+def _multiplied(steps: Steps, *sources: torch.Tensor) -> torch.Tensor:
+    return torch.mul(*_made(steps, sources))
+
+
+Gradients = Callable[[list[torch.Tensor], list[bool], torch.Tensor], Iterable[torch.Tensor | None]]
+"""The gradients of a function's inputs: of the inputs, of which of them are asked for, and of the result's gradient."""
+
+
+def _factors_gradients(factors: list[torch.Tensor], asked: list[bool], gradient: torch.Tensor) -> Any:
+    return [gradient * other if wanted else None for other, wanted in zip(reversed(factors), asked, strict=True)]
+
+
+def _by_autograd(function: Make, inputs: list[torch.Tensor], asked: list[bool], gradient: torch.Tensor) -> Any:
+    leaves = [each.detach().requires_grad_(wanted) for each, wanted in zip(inputs, asked, strict=True)]
+    with torch.enable_grad():
+        result = function(*leaves)
+    found = iter(torch.autograd.grad(result, [leaf for leaf in leaves if leaf.requires_grad], gradient))
+    return [next(found) if wanted else None for wanted in asked]
+
+
+def _again(function: Make, gradients: Gradients, *inputs: torch.Tensor) -> torch.Tensor:
+    recipes = [Recipe.of(each) for each in inputs]
+    result: torch.Tensor = _Again.apply(function, gradients, recipes, *inputs)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Again(torch.autograd.Function):
+    """A function that holds what its inputs are made of, and makes them again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Make, gradients: Gradients, recipes: list[Recipe], *inputs: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.gradients, ctx.steps = gradients, _steps(recipes)
+        ctx.save_for_backward(*_sources(recipes))
+        return function(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with without_autocast():
+            inputs = _made(ctx.steps, ctx.saved_tensors)
+            return None, None, None, *ctx.gradients(inputs, ctx.needs_input_grad[3:], gradient)

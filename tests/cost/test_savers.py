@@ -7,13 +7,15 @@ from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.cost.later_logits import LaterLogits
 from rankpilot.cost.live_storages import LivePeak
-from rankpilot.cost.savers import CACHE, COPIES, SAVERS, TILES, ExactSavers
+from rankpilot.cost.savers import ACTIVATIONS, CACHE, COPIES, SAVERS, TILES, ExactSavers
+from rankpilot.finetune.left_as_found import Recomputation
 from torch import nn
 from transformers import (
     BertConfig,
@@ -33,6 +35,7 @@ from transformers import (
 )
 
 from ..cases import first_cases
+from .measured import adamw_run
 
 WORDS, LENGTH = 1200, 101
 SIZES: dict[str, Any] = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2}
@@ -123,7 +126,7 @@ FAST += [("t5", "autocast"), ("gpt2", "bf16")]
     first_cases(len(FAST), sorted(product(MODELS, PRECISIONS), key=lambda pair: pair not in FAST)),
 )
 def test_losses_and_gradients_are_the_same(name: str, precision: str) -> None:
-    """Bit for bit with shared copies and without a cache; tiles may round otherwise."""
+    """Bit for bit with shared copies, activations that run again and no cache; tiles may round otherwise."""
     dtype, autocast = PRECISIONS[precision]
     if name == "vit" and precision == "bf16":
         pytest.skip("its images are fp32")
@@ -131,6 +134,12 @@ def test_losses_and_gradients_are_the_same(name: str, precision: str) -> None:
     savers = ExactSavers(saving, [CACHE, COPIES])
     before, shared = (step(model, batch, autocast=autocast) for model in (plain, saving))
     assert_same(before, shared, 0.0)
+    savers.take([CACHE, COPIES, ACTIVATIONS])
+    again = step(saving, batch, autocast=autocast)
+    assert_same(before, again, 0.0)
+    assert again[2] <= shared[2]
+    if name == "gpt2":
+        assert again[2] < 0.95 * shared[2]
     savers.take(SAVERS)
     after = step(saving, batch, autocast=autocast)
     assert_same(before, after, 1e-6 if precision == "fp32" else 0.01)
@@ -276,6 +285,60 @@ def test_an_input_that_is_changed_is_copied_again() -> None:
     assert cast_once(changed, torch.float32) is changed
 
 
+# Activations that run again -----------------------------------------------------------------------------------------
+
+
+def wide_llama() -> PeftModel:
+    """A Llama whose gates take most of the bytes."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 160, "num_hidden_layers": 2}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).train()
+
+
+def test_activations_run_again_before_whole_layers() -> None:
+    model, ids = wide_llama(), torch.arange(160).reshape(8, 20) % 64
+    run = adamw_run(model, {"input_ids": ids, "labels": ids})
+    savers, recomputation, ranks = ExactSavers(model), Recomputation(model), np.full(len(run.targets), 4)
+    free = savers.price(run.calibrated, run.targets, each=False)
+    bytes_of = free.saved[-1].step_bytes
+    assert savers.within(bytes_of, free, run.calibrated, run.targets) is free
+    found = savers.within(bytes_of - 1, free, run.calibrated, run.targets)
+    assert savers.names[-1] == found.saved[-1].name == ACTIVATIONS
+    assert found.saved[-1].step_bytes < 0.8 * bytes_of
+    names = recomputation.layers
+    for count in (0, 1, len(names)):
+        recomputation.take(names)
+        recomputation.take(names[:count])
+        predicted = found.memory.recomputing(names[:count]).peak(ranks)
+        assert 0 <= predicted / run.peak(ranks) - 1 <= (0.006 if count else 0), "but for the margin of second runs"
+
+
+def test_activations_do_not_run_again_where_that_saves_nothing() -> None:
+    """A rectifier holds its result alone, which the next adapter holds as well."""
+    model, batch = adapted("t5"), batch_of("t5")
+    run, savers = adamw_run(model, batch), ExactSavers(model, [COPIES])
+    free = savers.price(run.calibrated, run.targets)
+    assert savers.within(0.0, free, run.calibrated, run.targets) is free
+    assert ACTIVATIONS not in savers.names
+
+
+def test_a_result_that_is_changed_is_held_itself() -> None:
+    """Whatever a model does to it, what reads it has its numbers and its gradient."""
+    model = wide_llama()
+    act, gate, other = next(iter(model.base_model.model.model.layers)).mlp.act_fn, torch.randn(3, 4), torch.randn(3, 4)
+    gate.requires_grad_(True)
+    gradients = []
+    for names in ((), (ACTIVATIONS,)):
+        savers = ExactSavers(model, names)
+        result = act(gate)
+        product = other * result if names else result * other
+        changed = (result * 1).mul_(2.0) * result[:, :1] + product
+        changed.mul_(3.0)
+        gradients.append(torch.autograd.grad(changed.sum(), gate)[0])
+        savers.put_back()
+    assert torch.equal(*gradients)
+
+
 # On and off ----------------------------------------------------------------------------------------------------------
 
 
@@ -315,5 +378,21 @@ def test_a_run_has_them_while_it_lasts(wanted: bool) -> None:
     pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, loader, total_steps=4))
     assert isinstance(model(input_ids=batch["input_ids"]).logits, LaterLogits) is wanted
     assert any(line.startswith("Exact savers: a step of plain LoRA takes ") for line in told) is wanted
+    pilot.finish()
+    assert attributes(model) == before
+
+
+def test_a_run_that_does_not_fit_lets_activations_run_again() -> None:
+    model, told = wide_llama(), list[str]()
+    before, rows = (
+        attributes(model),
+        [{"input_ids": row, "labels": row} for row in torch.arange(80).reshape(4, 20) % 64],
+    )
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    loader: Any = torch.utils.data.DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
+    pilot = rankpilot.RankPilot("top-down", "60%", tell=told.append)
+    pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, loader, total_steps=4))
+    assert pilot.state_dict()["savers"][-1] == ACTIVATIONS
+    assert told[0].endswith("with the same losses. Activation functions run again, which takes some time.")
     pilot.finish()
     assert attributes(model) == before
