@@ -24,6 +24,7 @@ from ..common.arrays import IntArray
 from ..common.text import plural
 from ..cost.budget import Budget, TimeBudget, free_bytes
 from ..cost.calibration import PlanCosts, highest_ranks, measure_memory, plan_costs
+from ..cost.cost import ByteCost
 from ..cost.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
 from ..cost.model import MemoryModel, fewest_recomputed
 from ..cost.recording import Batch, BatchShape, reshaped
@@ -37,7 +38,7 @@ from ..lora.peft_config import reference_scaling
 from ..lora.resize import is_trained, reset_adapters
 from ..lora.spec import REFERENCE_RANK, RankLadder
 from ..lora.targets import TargetModule, check_trains, other_trainable, unwrap
-from ..plan.plan import FewestLayers, TimeLimit, check_budget
+from ..plan.plan import FewestLayers, TimeLimit, check_budget, least_cost
 from ..plan.problem import AllocationProblem, Bounds, rank_bounds
 from .left_as_found import Kept, Recomputation
 from .peak_guard import PeakGuard
@@ -267,7 +268,7 @@ def run_costs(
     budget: Budget,
     *,
     signals: bool,
-    recompute: bool = False,
+    least: Callable[[ByteCost], float] | None = None,
     savers: ExactSavers | None = None,
     kept: IntArray | None = None,
 ) -> PlanCosts:
@@ -278,12 +279,13 @@ def run_costs(
         targets: the target modules of its model.
         budget: the limit as its user gave it.
         signals: whether plans pay for signal buffers.
-        recompute: whether layers may run again in the backward pass; see `plan_costs`.
+        least: what the least possible plan takes under a cost, where layers may run again in the backward pass; see
+            `plan_costs`.
         savers: the exact savers that are on.
         kept: ranks of adapters that are trained already; see `Budget.resolve`.
     """
     budget = within_all(run, budget)
-    costs = partial(plan_costs, budget, signals=signals, recompute=recompute, savers=savers, kept=kept)
+    costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept)
     found = run.measured(lambda: costs(run.step, targets, run.largest_batch()))
     if savers and found.saved:
         savers.take(found.savers)  # in each process what the first has found out
@@ -366,7 +368,8 @@ def prepare(
     else:  # the optimiser may have a state all the same: `auto_find_batch_size` trains again
         reset_state(run.optimizer, parameters)
     kept = _ranks_that_hold(targets) if keeps else None
-    costs = run_costs(run, targets, budget, signals=True, recompute=recomputation is not None, savers=savers, kept=kept)
+    least = partial(least_cost, targets, low, high) if recomputation else None
+    costs = run_costs(run, targets, budget, signals=True, least=least, savers=savers, kept=kept)
     limit = costs.limit.value
     timed = StepTimer(run, targets, costs.memory, limit, recomputation).time_limit(time) if time else None
     _check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
