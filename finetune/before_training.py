@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from ..agents.observation import Observation
 from ..agents.policy import Decision
 from ..agents.settings import DecisionSchedule
 from ..common.arrays import IntArray
-from ..common.text import plural
+from ..common.text import format_bytes, plural
 from ..cost.budget import Budget, TimeBudget, free_bytes
 from ..cost.calibration import PlanCosts, highest_ranks, measure_memory, plan_costs
 from ..cost.cost import ByteCost
@@ -178,7 +179,7 @@ def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str
 
     Args:
         run: the run.
-        most_bytes: that it may take; a share of what is free by default.
+        most_bytes: that it may take in all processes; a share of what is free by default, and at most.
         tell: gets a line when it begins or ends.
     """
     evaluates = run.evaluations is None or run.evaluations > 1
@@ -191,7 +192,12 @@ def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str
         tokens = float(np.mean(counts)) * len(run.dataset)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        room = Room.of(folder, most_bytes)
+        room = Room.of(folder, most_bytes or math.inf, count := run.replicas.processes.count)
+        if most_bytes and count * room.whole < most_bytes:
+            tell(
+                f"prefix_cache is {format_bytes(most_bytes)}, and takes {format_bytes(count * room.whole)} at most: an "
+                "eighth of the main memory and half of the disk that are free."
+            )
         return PrefixCache(run.model, room, epochs=run.epochs, tokens=tokens, evaluates=evaluates, tell=tell)
     except (LookupError, OSError) as error:  # a folder that cannot be written is no reason to end the run
         if run.epochs >= 2:
