@@ -108,7 +108,7 @@ def make_table(
     return table
 
 
-_UNITS = ("B", "KiB", "MiB", "GiB")
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def format_bytes(count: float, *, up: bool = False) -> str:

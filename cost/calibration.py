@@ -6,7 +6,7 @@ The byte model comes of a few small steps that are recorded on the user's model 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -23,7 +23,7 @@ from ..lora.resize import write_in_place
 from ..lora.targets import TargetModule
 from .breakdown import frozen_bytes
 from .budget import Budget, Limit
-from .cost import ParameterCost, UntimedCost
+from .cost import ByteCost, ParameterCost, UntimedCost
 from .later_logits import expecting_one
 from .live_storages import device_kind
 from .model import RANK, Growth, MemoryModel, recomputed_cost
@@ -283,14 +283,14 @@ def plan_costs(
     batch: Batch,
     *,
     signals: bool,
-    recompute: bool = False,
+    least: Callable[[ByteCost], float] | None = None,
     savers: ExactSavers | None = None,
     kept: IntArray | None = None,
 ) -> PlanCosts:
     """What plans cost in this step, on its largest batch, and the limit that a budget sets them.
 
     A share is a share of what *plain* LoRA takes, rank 8 on all modules, without signal buffers and without `savers`,
-    the exact savers that are on. With `recompute`, layers may run again in the backward pass, as all do in the step as
+    the exact savers that are on. With `least`, layers may run again in the backward pass, as all do in the step as
     it is set: plans cost what `recomputed_cost` says, and a share is one of what plain LoRA takes where none does.
     Where plain LoRA does not fit, activations run again first; see `ExactSavers.within`.
     Under a budget of parameters nothing is measured. See `Budget.resolve` for `kept`, and `measure_memory` for the
@@ -305,15 +305,15 @@ def plan_costs(
     priced = savers.price(measured, targets, each=False) if savers else None
     plain = priced.plain if priced else measured()
     cost, limit = limited_cost(
-        beside_model(budget, step.model), targets, plain.recomputing(()) if recompute else plain, kept
+        beside_model(budget, step.model), targets, plain.recomputing(()) if least else plain, kept
     )
-    if recompute and savers and priced:
+    if least and savers and priced:
         priced = savers.within(limit.value, priced, measured, targets)
     memory = priced.memory if priced else plain
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
-    if recompute:
-        cost = recomputed_cost(memory, highest_ranks(targets), limit.value, kept=kept)
+    if least:
+        cost = recomputed_cost(memory, highest_ranks(targets), limit.value, kept=kept, least=least)
     elif signals or savers:
         cost = memory.cost()
     return PlanCosts(cost, limit, memory, priced.saved if priced else (), savers.names if savers else ())

@@ -16,7 +16,7 @@ soon as it runs again, on top of all that the layers below it hold: so layers ar
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -488,19 +488,19 @@ def fewest_recomputed(
         shape: of the batch; by default that of calibration.
 
     Returns:
-        Names of layers, the lowest first, without those that hold nothing for the backward pass under this plan. All
-        that hold something, if the plan does not even fit then.
+        Names of layers, the lowest first, without those that hold nothing for the backward pass under this plan. If
+        the plan does not even fit with all that hold something, these, or none where that takes less.
     """
     layers = holding_layers(memory, ranks)
 
-    def fits(count: int) -> bool:
-        return memory.recomputing(layers[:count]).peak(ranks, shape) <= limit
+    def peak(count: int) -> float:
+        return memory.recomputing(layers[:count]).peak(ranks, shape)
 
-    if not layers or fits(0):
+    if not layers or (none := peak(0)) <= limit:
         return ()
-    if not fits(len(layers)):
-        return layers
-    return layers[: bisect_left(range(len(layers)), True, lo=1, key=fits)]
+    if (every := peak(len(layers))) > limit:
+        return layers if every < none else ()
+    return layers[: bisect_left(range(len(layers)), True, lo=1, key=lambda count: peak(count) <= limit)]
 
 
 def recomputed_cost(
@@ -509,12 +509,15 @@ def recomputed_cost(
     limit: float,
     shape: BatchShape | None = None,
     kept: IntArray | None = None,
+    *,
+    least: Callable[[ByteCost], float],
 ) -> ByteCost:
     """What plans cost where layers may run again: a budget buys less recomputation before it buys more rank.
 
     Where plain LoRA fits without, rank 8 on all modules or the ranks that are to stay, no layer runs again. Below, a
     plan must fit with all layers running again, and may take what plain LoRA takes without: else every plan would spend
-    all that recomputation saves on ranks, and every layer would run again.
+    all that recomputation saves on ranks, and every layer would run again. Where that saves nothing, as where logits
+    take most, or where plans fit without it alone, no layer runs again either.
 
     Args:
         memory: the byte model of a step in which every layer runs again.
@@ -522,13 +525,17 @@ def recomputed_cost(
         limit: bytes that the step may take. Costs without recomputation are scaled, so that it limits them too.
         shape: of the batch; by default that of calibration.
         kept: ranks that are to stay where they are above 8, int64 (modules,).
+        least: what the least possible plan takes under a cost, in bytes.
     """
     none = memory.recomputing(()).cost(shape)
     ranks = np.full(len(max_ranks), REFERENCE_RANK) if kept is None else np.maximum(REFERENCE_RANK, kept)
-    plain = plan_cost(none, np.minimum(ranks, max_ranks))
+    plain = plan_cost(none, ranks := np.minimum(ranks, max_ranks))
     if plain <= limit:
         return none
-    every, factor = memory.cost(shape), limit / plain
+    every = memory.cost(shape)
+    if least(none) <= least(every) and (plan_cost(every, ranks) >= plain or least(every) > limit):
+        return none
+    factor = limit / plain
     groups = [np.pad(every.group_bytes, ((0, 0), (0, len(none.needs))))]
     groups.append(np.pad(np.ceil(factor * none.group_bytes), ((0, 0), (len(every.needs), 0))))
     return ByteCost(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,9 +22,10 @@ from ..agents.observation import Observation
 from ..agents.policy import Decision
 from ..agents.settings import DecisionSchedule
 from ..common.arrays import IntArray
-from ..common.text import plural
+from ..common.text import format_bytes, plural
 from ..cost.budget import Budget, TimeBudget, free_bytes
 from ..cost.calibration import PlanCosts, highest_ranks, measure_memory, plan_costs
+from ..cost.cost import ByteCost
 from ..cost.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
 from ..cost.model import MemoryModel, fewest_recomputed
 from ..cost.recording import Batch, BatchShape, reshaped
@@ -37,7 +39,7 @@ from ..lora.peft_config import reference_scaling
 from ..lora.resize import is_trained, reset_adapters
 from ..lora.spec import REFERENCE_RANK, RankLadder
 from ..lora.targets import TargetModule, check_trains, other_trainable, unwrap
-from ..plan.plan import FewestLayers, TimeLimit, check_budget
+from ..plan.plan import FewestLayers, TimeLimit, check_budget, least_cost
 from ..plan.problem import AllocationProblem, Bounds, rank_bounds
 from .left_as_found import Kept, Recomputation
 from .peak_guard import PeakGuard
@@ -186,7 +188,7 @@ def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str
 
     Args:
         run: the run.
-        most_bytes: that it may take; a share of what is free by default, and 0 for none.
+        most_bytes: that it may take in all processes; a share of what is free by default, and at most; 0 for none.
         tell: gets a line when it begins or ends.
     """
     evaluates = run.evaluations is None or run.evaluations > 1
@@ -199,7 +201,12 @@ def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str
         tokens = float(np.mean(counts)) * len(run.dataset)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        room = Room.of(folder, most_bytes)
+        room = Room.of(folder, most_bytes or math.inf, count := run.replicas.processes.count)
+        if most_bytes and count * room.whole < most_bytes:
+            tell(
+                f"prefix_cache is {format_bytes(most_bytes)}, and takes {format_bytes(count * room.whole)} at most: an "
+                "eighth of the main memory and half of the disk that are free."
+            )
         return PrefixCache(run.model, room, epochs=run.epochs, tokens=tokens, evaluates=evaluates, tell=tell)
     except (LookupError, OSError) as error:  # a folder that cannot be written is no reason to end the run
         if run.epochs >= 2:
@@ -276,7 +283,7 @@ def run_costs(
     budget: Budget,
     *,
     signals: bool,
-    recompute: bool = False,
+    least: Callable[[ByteCost], float] | None = None,
     savers: ExactSavers | None = None,
     kept: IntArray | None = None,
 ) -> PlanCosts:
@@ -287,12 +294,13 @@ def run_costs(
         targets: the target modules of its model.
         budget: the limit as its user gave it.
         signals: whether plans pay for signal buffers.
-        recompute: whether layers may run again in the backward pass; see `plan_costs`.
+        least: what the least possible plan takes under a cost, where layers may run again in the backward pass; see
+            `plan_costs`.
         savers: the exact savers that are on.
         kept: ranks of adapters that are trained already; see `Budget.resolve`.
     """
     budget = within_all(run, budget)
-    costs = partial(plan_costs, budget, signals=signals, recompute=recompute, savers=savers, kept=kept)
+    costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept)
     found = run.measured(lambda: costs(run.step, targets, run.largest_batch()))
     if savers and found.saved:
         savers.take(found.savers)  # in each process what the first has found out
@@ -377,7 +385,8 @@ def prepare(
     else:  # the optimiser may have a state all the same: `auto_find_batch_size` trains again
         reset_state(run.optimizer, parameters)
     kept = _ranks_that_hold(targets) if keeps else None
-    costs = run_costs(run, targets, budget, signals=True, recompute=recomputation is not None, savers=savers, kept=kept)
+    least = partial(least_cost, targets, low, high) if recomputation else None
+    costs = run_costs(run, targets, budget, signals=True, least=least, savers=savers, kept=kept)
     limit = costs.limit.value
     timer = StepTimer(run, targets, costs.memory, limit, recomputation, cache_bytes)
     timed = timer.time_limit(time) if time else None

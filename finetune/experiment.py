@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,7 +31,7 @@ from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import adapter_ranks, finish_load, make_resizable
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import find_target_modules
-from ..plan.plan import check_budget, uniform_ranks
+from ..plan.plan import check_budget, least_cost, uniform_ranks
 from ..plan.problem import AllocationProblem
 from .allocate import StaticPlan, static_plan
 from .before_training import StepTimer, run_costs
@@ -254,7 +255,7 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, trainer: Trainer, options: PilotOptions) -> None:
-        self._step, self._options = TrainerStep(trainer), options
+        self._step, self._options, self._put_back = TrainerStep(trainer), options, ExitStack()
         self.limit: float = 0.0
         make_resizable(trainer.model, find_target_modules(trainer.model))
         add_before_users(trainer, self)
@@ -267,13 +268,34 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         Raises:
             BudgetError: no plan fits the budget.
         """
+        self._put_back.close()  # of a run that broke
+        try:
+            self._begin(args, state, control, objects)
+        except BaseException:
+            self._put_back.close()
+            raise
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Put back how a step ran before."""
+        self._put_back.close()
+
+    def _begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, objects: dict[str, Any]
+    ) -> None:
         model, optimizer, options = objects["model"], objects["optimizer"], self._options
         targets = find_target_modules(model)
         adapters = PeftAdapters(model, targets)
         savers = ExactSavers(model) if options.exact_savers else None
         recomputation = Recomputation(model) if options.chooses_layers and could_recompute(model) else None
-        run, recomputes = self._step.run(args, state, objects), recomputation is not None
-        costs = run_costs(run, targets, options.budget_read, signals=False, recompute=recomputes, savers=savers)
+        if savers:
+            self._put_back.callback(savers.put_back)
+        if recomputation:
+            self._put_back.callback(recomputation.put_back)
+        run, least = self._step.run(args, state, objects), partial(least_cost, targets, None, None)
+        least_of = least if recomputation else None
+        costs = run_costs(run, targets, options.budget_read, signals=False, least=least_of, savers=savers)
         self.limit = costs.limit.value
         if recomputation:
             recomputation.memory = costs.memory

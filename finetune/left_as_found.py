@@ -316,7 +316,12 @@ class Recomputation:
         return fewest_recomputed(self.memory, ranks, limit, shape)
 
     def cost(
-        self, max_ranks: IntArray, limit: float, shape: BatchShape, ranks: IntArray, *, recomputing: bool
+        self,
+        max_ranks: IntArray,
+        limit: float,
+        shape: BatchShape,
+        ranks: IntArray,
+        least: Callable[[ByteCost], float] | None,
     ) -> ByteCost:
         """What plans cost, where layers may run again or may not; see `recomputed_cost`.
 
@@ -325,11 +330,11 @@ class Recomputation:
             limit: bytes that the step may take.
             shape: of the batch.
             ranks: those in place, int64 (modules,).
-            recomputing: whether layers may run again.
+            least: what the least possible plan takes under a cost; None where no layer may run again.
         """
         assert self.memory is not None, "the step has not been measured"
-        if recomputing:
-            return recomputed_cost(self.memory, max_ranks, limit, shape, ranks)
+        if least:
+            return recomputed_cost(self.memory, max_ranks, limit, shape, ranks, least=least)
         return self.memory.recomputing(()).cost(shape)
 
     def memory_now(self) -> MemoryModel:

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from ..cost.recording import Batch, BatchShape, reshaped
 from ..data.batches import unknown_lengths
 from ..errors import BudgetError, UnsupportedError
 from ..lora.adapters import signal_buffer_bytes
-from ..plan.plan import Plan, check_budget
+from ..plan.plan import Plan, check_budget, least_cost
 from .journal import Correction, Journal
 from .left_as_found import GOOD_STEPS, MOST_TRIES, STEP_SHARE, Kept, Recomputation, Taken, adapter_bytes, saved_by_a_try
 from .run import TrainingRun
@@ -137,11 +138,10 @@ class PeakGuard:
             recomputing: whether they may in this decision.
         """
         if self._recomputation and self._recomputation.memory:
-            controller = self._controller
-            highest = highest_ranks(controller.targets)
-            cost = self._recomputation.cost(
-                highest, controller.limit, self.shape, controller.ranks, recomputing=recomputing
-            )
+            controller, targets = self._controller, self._controller.targets
+            least = partial(least_cost, targets, controller.low, controller.high) if recomputing else None
+            room = controller.limit - self._underestimate
+            cost = self._recomputation.cost(highest_ranks(targets), room, self.shape, controller.ranks, least)
             controller.reprice(replace(cost, constant=cost.constant + self._underestimate))
 
     @property

@@ -1,8 +1,9 @@
 """Frozen layers run once a row: what they return is kept, and later epochs and evaluations take it from there.
 
 Below the lowest module that trains, nothing changes in training. So the hidden states of a row that come out there are
-the same in every epoch. They are kept by the row's tokens and positions, without padding, in main memory as far as
-there is room and then in a file of the run's folder, which the system deletes when the process ends, however it ends.
+the same in every epoch. They are kept by the row's tokens, its positions and the precision that they are computed in,
+without padding, in main memory as far as there is room and then in a file of the run's folder, which the system deletes
+when the process ends, however it ends.
 
 What is kept is compared with what the layers return on the first batches that could do without them, and again on every
 hundredth. Where they differ, the layers run as they did, and a line says why.
@@ -11,10 +12,11 @@ hundredth. Where they differ, the layers run as they did, and a line says why.
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..common.devices import autocast_dtype
 from ..common.text import format_bytes, plural
 from ..cost.budget import free_bytes
 from ..data.batches import IGNORED
@@ -69,6 +72,9 @@ _MAIN_INPUTS = ("input_ids", "pixel_values", "input_values", "input_features")
 _OTHER_INPUTS = ("inputs_embeds", "past_key_values", "cache", "head_mask", "encoder_hidden_states", "bool_masked_pos")
 """Inputs by name: those that rows are known by, and those under which all layers run."""
 
+_OF_EACH_LAYER = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""Options and settings of a model under which it returns something of each layer, or has a loss of it."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -78,7 +84,7 @@ class Row:
         row: its index in the batch.
         start: its first token.
         stop: the token after its last one.
-        key: of its tokens and positions.
+        key: of its tokens, its positions and their precision.
     """
 
     row: int
@@ -87,12 +93,13 @@ class Row:
     key: bytes
 
 
-def rows_of(inputs: Mapping[str, Any], *, padding_counts: bool) -> list[Row] | None:
+def rows_of(inputs: Mapping[str, Any], *, padding_counts: bool, precision: str) -> list[Row] | None:
     """The rows of a batch; None if what the model reads cannot be told row by row.
 
     Args:
         inputs: of the model below its head, by name.
         padding_counts: whether hidden states of padding may be read. Then a row is one with its padding.
+        precision: of the forward pass, in which hidden states of a row differ.
     """
     if any(inputs.get(name) is not None for name in _OTHER_INPUTS):
         return None
@@ -112,7 +119,8 @@ def rows_of(inputs: Mapping[str, Any], *, padding_counts: bool) -> list[Row] | N
             parts = [ids[index, start:stop], np.array([start]) if place is None else place[start:stop]]
             parts += [] if kind is None else [kind[start:stop]]
             parts += [mask[index]] if mask is not None and padding_counts else []
-            key = hashlib.blake2b(b"|".join(np.ascontiguousarray(part).tobytes() for part in parts), digest_size=16)
+            whole = b"|".join([precision.encode(), *(np.ascontiguousarray(part).tobytes() for part in parts)])
+            key = hashlib.blake2b(whole, digest_size=16)
             rows.append(Row(index, start, stop, key.digest()))
     return rows
 
@@ -146,13 +154,11 @@ class Room:
     file_bytes: float
 
     @classmethod
-    def of(cls, folder: Path, most_bytes: float | None = None) -> Room:
-        """A share of what is free now; no more than `most_bytes` together, of which main memory goes first."""
+    def of(cls, folder: Path, most_bytes: float = math.inf, processes: int = 1) -> Room:
+        """A share of what is free now for each of some processes; of `most_bytes` together, main memory goes first."""
         memory, disk = MEMORY_SHARE * free_bytes(torch.device("cpu")), DISK_SHARE * shutil.disk_usage(folder).free
-        if most_bytes is None:
-            return cls(folder, memory, disk)
         memory = min(memory, most_bytes)
-        return cls(folder, memory, min(disk, most_bytes - memory))
+        return cls(folder, memory / processes, min(disk, most_bytes - memory) / processes)
 
     @property
     def whole(self) -> float:
@@ -274,7 +280,7 @@ class PrefixCache:
         self._missed: dict[bool, list[bool]] = {}
         self._pass: _Pass | None = None
         self._padding_counts = True
-        self._dtype: torch.dtype | None = None
+        self._dtypes: dict[str, torch.dtype] = {}  # of what is kept, by the precision of the pass
 
     def follow(self) -> None:
         """Leave out all layers below the lowest that trains, as it is now; rows are forgotten if it is another one."""
@@ -372,11 +378,14 @@ class PrefixCache:
         counts, self._padding_counts = self._padding_counts, True
         self._pass = None
         training = body.training
-        asks = any(options.get(name) for name in ("output_hidden_states", "output_attentions"))
+        config = getattr(body, "config", None)
+        asks = any(options.get(name) or getattr(config, name, False) for name in _OF_EACH_LAYER)
         if not self._wanted[training] or asks or torch.compiler.is_compiling():
             return
         given = {**options, **dict(zip(_MAIN_INPUTS[:1], arguments, strict=False))}
-        rows = rows_of(given, padding_counts=counts)
+        weight = next(body.parameters())
+        precision = f"{weight.dtype}, {autocast_dtype(weight)}"
+        rows = rows_of(given, padding_counts=counts, precision=precision)
         if rows is None:
             return
         known = all(row.key in self._store for row in rows)
@@ -386,7 +395,7 @@ class PrefixCache:
             return
         seen = self._seen[training]
         checks = known and (seen <= CHECKED_FIRST or seen % CHECK_EVERY == 0)
-        self._pass = _Pass(rows, known=known, checks=checks)
+        self._pass = _Pass(rows, precision, known=known, checks=checks)
         if known:
             try:
                 self._pass.states = [self._store.get(row.key) for row in rows]
@@ -406,8 +415,11 @@ class PrefixCache:
             now = self._pass
             if now is None or not now.known or now.checks:
                 output = real(hidden, *arguments, **options)
+                written = [name for name, value in options.items() if isinstance(value, MutableMapping)]
                 if now is not None and not isinstance(output, torch.Tensor):
                     self.end(f"{type(self._layers[index]).__name__} returns more than hidden states")
+                elif now is not None and written:
+                    self.end(f"later layers read what earlier ones write into {written[0]}")
                 return output
             if index < self.layers - 1:
                 return hidden
@@ -418,10 +430,10 @@ class PrefixCache:
 
     def _whole(self, hidden: torch.Tensor, now: _Pass) -> torch.Tensor:
         """The hidden states of a batch, of the shape of its embeddings; those of padding are 0."""
-        assert self._dtype is not None, "states are kept before they are read"
-        result = torch.zeros(hidden.shape, dtype=self._dtype, device=hidden.device)
+        dtype = self._dtypes[now.precision]
+        result = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         for row, values in zip(now.rows, now.states, strict=True):
-            result[row.row, row.start : row.stop] = _tensor(values, self._dtype, hidden.shape[-1]).to(hidden.device)
+            result[row.row, row.start : row.stop] = _tensor(values, dtype, hidden.shape[-1]).to(hidden.device)
         return result
 
     def _keep(self, layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -441,7 +453,7 @@ class PrefixCache:
                     "or texts that read one another)"
                 )
         else:
-            self._dtype = hidden.dtype
+            self._dtypes[now.precision] = hidden.dtype
             for row in now.rows:
                 if row.key not in self._store and not self._store.full:
                     self._put(row.key, hidden[row.row, row.start : row.stop])
@@ -465,9 +477,10 @@ def _trains(parameters: Iterable[nn.Parameter]) -> bool:
 
 @dataclass
 class _Pass:
-    """One forward pass: its rows, whether all are known, whether that is to be checked, and what is kept of them."""
+    """One forward pass: its rows and precision, whether all are known, whether that is checked, and what is kept."""
 
     rows: list[Row]
+    precision: str
     known: bool
     checks: bool
     states: list[Any] = field(default_factory=list)

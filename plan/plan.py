@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -28,10 +28,10 @@ import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.text import format_bytes
-from ..cost.cost import FixedCost, ParameterCost, TimedCost, UntimedCost, moment_costs, plan_cost
+from ..cost.cost import Cost, FixedCost, ParameterCost, TimedCost, UntimedCost, moment_costs, plan_cost
 from ..cost.step_time import PARTS, StepTime, exact_unit
 from ..errors import BudgetError, ConfigError
-from ..lora.spec import REFERENCE_RANK
+from ..lora.spec import REFERENCE_RANK, ModuleSpec
 from .problem import AllocationProblem, PlanBuilder
 
 TOP_DOWN = 100.0
@@ -97,6 +97,11 @@ def least_ranks(problem: AllocationProblem) -> IntArray:
     alone = nothing.value[:, None] + nothing.additions(modules) + problem.cost.per_rank * ladder[1]
     cheapest = int(np.argmin(np.where(problem.tops > 0, alone.max(axis=0), np.inf)))
     return np.where(modules == cheapest, ladder[1], 0)
+
+
+def least_cost(modules: Sequence[ModuleSpec], low: IntArray | None, high: IntArray | None, cost: Cost) -> float:
+    """What the cheapest plan with an adapter costs; see `least_ranks`, and `AllocationProblem.of` for the arguments."""
+    return plan_cost(cost, least_ranks(AllocationProblem.of(modules, cost, math.inf, low=low, high=high)))
 
 
 def _shortfall(problem: AllocationProblem, ranks: IntArray, share: float | None) -> tuple[str, str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -19,6 +20,7 @@ from rankpilot.errors import BudgetError, NonFiniteError, UnknownNameError
 from rankpilot.finetune.before_training import run_costs
 from rankpilot.finetune.left_as_found import recomputing
 from rankpilot.lora.targets import find_target_modules
+from rankpilot.plan.plan import least_cost
 from torch import nn
 
 from ..harness import interleave, paired_ratios
@@ -129,13 +131,13 @@ def time_recomputed(work: Work) -> dict[str, Any]:
     """
     task, plan = work.task, plan_ranks(work.get("plan"))
     model = adapted_model(task, 0)
-    names = [target.name for target in find_target_modules(model)]
+    targets = find_target_modules(model)
+    names = [target.name for target in targets]
     with recomputing(model, True) as recomputation:
         assert recomputation is not None, "it was asked for"
         run = training_run(task, model, task.rate, 0)
-        costs = run_costs(
-            run, find_target_modules(model), Budget.parse(work.get("budget")), signals=False, recompute=True
-        )
+        least = partial(least_cost, targets, None, None)
+        costs = run_costs(run, targets, Budget.parse(work.get("budget")), signals=False, least=least)
         recomputation.memory = costs.memory
         layers = recomputation.fewest(plan, costs.limit.value)
         recomputation.take(layers)

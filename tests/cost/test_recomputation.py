@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from rankpilot.cost.cost import plan_cost
 from rankpilot.cost.model import fewest_recomputed, recomputed_cost
 from rankpilot.cost.training_step import release_inputs
+from rankpilot.plan.plan import least_cost
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..cases import first_cases
@@ -99,7 +101,7 @@ def test_a_budget_buys_less_recomputation_before_more_rank(named_family, share):
     none = memory.recomputing(())
     plain = none.peak(np.minimum(8, most))
     limit = share * plain
-    cost = recomputed_cost(memory, most, limit)
+    cost = recomputed_cost(memory, most, limit, least=partial(least_cost, run.targets, None, None))
     for ranks in random_plans(run.targets, np.random.default_rng(0), 6):
         fits = memory.peak(ranks) <= limit and none.peak(ranks) <= max(limit, plain)
         assert (plan_cost(cost, ranks) <= limit * (1 + 2e-4)) == fits

@@ -361,6 +361,21 @@ def test_all_is_put_back(make_llama: Any) -> None:
     assert model.config.use_cache
 
 
+def test_savers_that_a_model_cannot_have_are_off() -> None:
+    """It has no logits of words, no second precision and no cache: none lowers its peak."""
+    model, batch = adapted("vit"), batch_of("vit")
+    before, told = attributes(model), list[str]()
+    rows: Any = [{name: values[row] for name, values in batch.items()} for row in range(4)]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    loader = torch.utils.data.DataLoader(rows, batch_size=4)
+    run = rankpilot.TrainingRun.of_loader(model, optimizer, loader, total_steps=1)
+    pilot = rankpilot.RankPilot("top-down", "100%", gradient_checkpointing=False, tell=told.append)
+    pilot.begin(run)
+    assert attributes(model) == before
+    assert not any(line.startswith("Exact savers") for line in told)
+    pilot.finish()
+
+
 def test_a_compiled_model_keeps_its_own_loss_and_casts(make_llama: Any) -> None:
     assert ExactSavers(make_llama(), compiled=True).names == (CACHE,)
 

@@ -19,8 +19,12 @@ from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -29,7 +33,8 @@ from transformers import (
 )
 
 from ..cases import first_cases
-from .tiny_runs import arguments, counting
+from .several import in_processes
+from .tiny_runs import Run, arguments, counting, take_step
 
 LAYERS, LOWEST, ROWS = 4, 2, 12
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS}
@@ -134,6 +139,25 @@ def test_losses_are_the_same(tmp_path: Path, name: str, dtype: torch.dtype) -> N
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_rows_of_one_precision_do_not_serve_another(tmp_path: Path) -> None:
+    """Training runs under autocast and evaluations do not, one of them in another precision."""
+    batches, found, told = shuffled(padded, texts()), [], list[str]()
+    for cached in (False, True):
+        model = llama()
+        cache = cache_of(model, tmp_path, told) if cached else None
+        with torch.autocast("cpu", torch.bfloat16):
+            under = losses(model, batches)
+        with torch.no_grad():
+            fp32 = [model(**batch).loss for _ in range(4) for batch in batches(0)]
+            bf16 = [model.to(torch.bfloat16)(**batch).loss for _ in range(2) for batch in batches(0)]
+        found.append([torch.stack(values).float() for values in (under, fp32, bf16)])
+    for plain, kept, tolerance in zip(*found, (0.02, 1e-6, 0.02), strict=True):
+        torch.testing.assert_close(kept, plain, rtol=tolerance, atol=0)
+    assert not any("All layers run" in line for line in told)
+    assert cache is not None
+    assert cache.left_out > 12, "more than under autocast alone"
+
+
 def test_other_kinds_of_models(tmp_path: Path) -> None:
     images = torch.randn(ROWS, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     undropped = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -198,6 +222,48 @@ def test_a_run_of_a_loop_and_one_of_the_trainer(tmp_path: Path) -> None:
     assert callback.pilot._prefix is not None
     assert callback.pilot._prefix.left_out > 6
     assert [*(tmp_path / "run").glob("*prefix*")] == []
+
+
+def test_a_run_that_is_gone_on_with(tmp_path: Path) -> None:
+    """Half an epoch and one more are left; the cache begins anew."""
+    config = LlamaConfig(**WORDS, **SIZES, **HEADS, num_key_value_heads=2)
+    rows = counting(17)[1:]
+    upper = {"target_modules": KINDS, "layers_to_transform": [*range(LOWEST, LAYERS)]}
+    options: dict[str, Any] = {"policy": "top-down", "budget": "3k params", "data": rows, "eval_data": rows[:8]}
+    options |= {"lora": upper, "max_steps": 12, "save_steps": 6, "eval_strategy": "steps", "eval_steps": 2}
+    plain = Run(tmp_path / "plain", config, prefix_cache="off", **options).train()
+    whole = Run(tmp_path / "whole", config, **options).train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    half = Run(tmp_path / "half", config, **options).train(resume=6)
+    assert plain.recorder.losses == pytest.approx(whole.recorder.losses, rel=1e-5)
+    assert half.recorder.losses == pytest.approx(whole.recorder.losses[6:], rel=1e-5)
+    assert min(run.pilot.pilot._prefix.left_out for run in (whole, half)) > 0
+
+
+def one_of_two() -> list[Any]:
+    """The losses of a process without and with a cache, and how many passes left layers out."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    found: list[Any] = []
+    for kept in ("off", "auto"):
+        model = llama()
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        sampler: Any = torch.utils.data.DistributedSampler(texts(), shuffle=False)  # type: ignore[arg-type]
+        loader = DataLoader(texts(), batch_size=2, sampler=sampler, collate_fn=padded)  # type: ignore[arg-type]
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        pilot = rankpilot.RankPilot("top-down", "3k params", prefix_cache=kept)
+        pilot.begin(rankpilot.TrainingRun.of_loader(wrapped, optimizer, loader, total_steps=9))
+        run = lambda batch, wrapped=wrapped: wrapped(**batch).loss  # noqa: E731
+        found.append([take_step(pilot, optimizer, batch, run) for _ in range(3) for batch in loader])
+        pilot.finish()
+    assert pilot._prefix is not None
+    return [*found, pilot._prefix.left_out]
+
+
+def test_two_processes_have_a_cache_each() -> None:
+    for plain, kept, left_out in in_processes(2, one_of_two):
+        assert kept == pytest.approx(plain, rel=1e-6)
+        assert left_out == 6 - CHECKED_FIRST
 
 
 def test_it_follows_the_lowest_layer_that_trains(tmp_path: Path) -> None:
@@ -292,15 +358,35 @@ def test_what_is_expected_before_training(tmp_path: Path) -> None:
     assert cache_of(llama(attention_dropout=0.1), tmp_path).expected_share(LAYERS, []) == 0
 
 
+def run_of(folder: Path, model: nn.Module) -> Any:
+    """A run of two epochs that begins."""
+    replicas = SimpleNamespace(processes=SimpleNamespace(count=1))
+    run = SimpleNamespace(evaluations=None, epochs=2.0, folder=folder, dataset=[0], model=model, wrapped=model)
+    run.replicas = replicas
+    run.small_batches, run.measured = None, lambda work: [5]
+    return run
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    model = llama()
-    run: Any = SimpleNamespace(
-        evaluations=None, epochs=2.0, folder=tmp_path / "file" / "run", dataset=[0], model=model, wrapped=model
-    )
-    run.small_batches, run.measured, told = None, lambda work: [5], list[str]()
-    assert prefix_cache(run, None, told.append) is None
+    told: list[str] = []
+    assert prefix_cache(run_of(tmp_path / "file" / "run", llama()), None, told.append) is None
     assert told[0].startswith("Frozen layers run for every row: [Errno 20] Not a directory")
+
+
+def test_more_than_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**20))
+    monkeypatch.setattr("rankpilot.finetune.prefix_cache.free_bytes", lambda device: 2**20)
+    most, told = rankpilot.PilotOptions(prefix_cache="900TiB").prefix_cache_bytes, list[str]()
+    cache = prefix_cache(run_of(tmp_path, model := llama()), most, told.append)
+    assert told == [
+        "prefix_cache is 900 TiB, and takes 640 KiB at most: an eighth of the main memory and half of the disk that "
+        "are free."
+    ]
+    assert cache is not None
+    cache.follow()
+    losses(model, shuffled(padded, texts()))
+    assert cache.left_out > 0
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,15 +411,38 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 
 def test_models_whose_layers_cannot_be_found(tmp_path: Path) -> None:
     t5 = T5ForConditionalGeneration(T5Config(**WORDS, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2))
-    with pytest.raises(LookupError, match=r"T5Model|T5ForConditionalGeneration has 2 stacks of layers, not one"):
-        PrefixCache(
-            get_peft_model(t5, LoraConfig(target_modules=["q"])),
-            Room(tmp_path, 0, 0),
-            epochs=2,
-            tokens=1,
-            evaluates=True,
-            tell=print,
-        )
+    told: list[str] = []
+    model = get_peft_model(t5, LoraConfig(target_modules=["q"]))
+    assert prefix_cache(run_of(tmp_path, model), None, told.append) is None
+    assert told == ["Frozen layers run for every row: T5ForConditionalGeneration has 2 stacks of layers, not one."]
+
+
+def mixtral() -> Any:
+    experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    return MixtralForCausalLM(MixtralConfig(**WORDS, **SIZES, **HEADS, num_key_value_heads=2, **experts))
+
+
+def gemma4() -> Any:
+    shared = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    widths = {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64}
+    return Gemma4ForCausalLM(Gemma4TextConfig(**WORDS, **SIZES, **HEADS, num_key_value_heads=2, **shared, **widths))
+
+
+@pytest.mark.parametrize("make", [mixtral, gemma4])
+def test_layers_that_tell_later_ones_or_the_loss_more_than_hidden_states(
+    tmp_path: Path, make: Callable[[], Any]
+) -> None:
+    """A loss that reads which experts each layer chose; layers that read the keys and values of earlier ones."""
+    batches, found = shuffled(padded, texts()), []
+    for cached in (False, True):
+        torch.manual_seed(0)
+        layers = [*range(LOWEST, LAYERS)]
+        model = get_peft_model(make(), LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=layers))
+        cache = cache_of(model, tmp_path) if cached else None
+        found.append(torch.stack(losses(model, batches, 2)))
+    assert torch.equal(*found)
+    assert cache is not None
+    assert cache.left_out == 0
 
 
 def test_measured_steps_are_none_of_the_run(tmp_path: Path) -> None:
@@ -347,10 +456,9 @@ def test_measured_steps_are_none_of_the_run(tmp_path: Path) -> None:
 # Rows and where they are kept ----------------------------------------------------------------------------------------
 
 
-def rows(batch: dict[str, Any], *, padding_counts: bool = False) -> list[tuple[int, int, int]]:
-    found = rows_of(batch, padding_counts=padding_counts)
-    assert found is not None
-    return [(row.row, row.start, row.stop) for row in found]
+def rows(batch: dict[str, Any], *, padding_counts: bool = False) -> list[tuple[int, int, int]] | None:
+    found = rows_of(batch, padding_counts=padding_counts, precision="")
+    return None if found is None else [(row.row, row.start, row.stop) for row in found]
 
 
 def test_rows_of_batches() -> None:
@@ -361,11 +469,11 @@ def test_rows_of_batches() -> None:
     stops = torch.tensor(lengths).cumsum(0).tolist()
     assert rows(flattened(texts(3))) == [(0, a, b) for a, b in zip([0, *stops], stops, strict=False)]
     for other in ({"inputs_embeds": torch.zeros(1, 2, 3)}, {"attention_mask": torch.ones(1, 1, 4, 4)}, {}):
-        assert rows_of({"input_ids": torch.ones(1, 4)} | other if other else {}, padding_counts=False) is None
+        assert rows({"input_ids": torch.ones(1, 4)} | other if other else {}) is None
 
 
-def keys(batch: dict[str, Any]) -> Iterator[bytes]:
-    return (row.key for row in rows_of(batch, padding_counts=False) or [])
+def keys(batch: dict[str, Any], precision: str = "") -> Iterator[bytes]:
+    return (row.key for row in rows_of(batch, padding_counts=False, precision=precision) or [])
 
 
 def test_keys_tell_rows_apart() -> None:
@@ -378,6 +486,7 @@ def test_keys_tell_rows_apart() -> None:
         {"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])},
     ]
     assert len({key for batch in batches for key in keys(batch)}) == len(batches)
+    assert next(keys(batches[0], "bfloat16")) != next(keys(batches[0]))
     assert next(keys(padded(texts(3)))) == next(keys(padded(texts(1)))), "whatever the batch is"
 
 
@@ -400,6 +509,7 @@ def test_the_default_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     monkeypatch.setattr("rankpilot.finetune.prefix_cache.free_bytes", lambda device: 800)
     assert Room.of(tmp_path) == Room(tmp_path, 100, 500)
+    assert Room.of(tmp_path, processes=2) == Room(tmp_path, 50, 250)
     assert Room.of(tmp_path, 50) == Room(tmp_path, 50, 0)
     assert Room.of(tmp_path, 10**6).whole == 600, "no more than there is"
     assert Row(0, 0, 1, b"") == Row(0, 0, 1, b"")

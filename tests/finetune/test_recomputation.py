@@ -18,7 +18,9 @@ from rankpilot.agents.learned.networks import PlanValueConfig, PlanValueEnsemble
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.settings import NetworkConfig
+from rankpilot.cost.savers import Saved
 from rankpilot.errors import BudgetError, UnsupportedError
+from rankpilot.finetune.experiment import UniformRanks
 from rankpilot.finetune.left_as_found import GOOD_STEPS, Recomputation, all_running_again, could_recompute
 from rankpilot.finetune.options import PilotOptions
 from rankpilot.plan.problem import Bounds
@@ -200,6 +202,30 @@ def test_a_run_leaves_the_layers_and_the_cache_as_they_were(
     assert model.config.use_cache
 
 
+@pytest.mark.parametrize("budget", ["60%", "2KiB"])
+def test_uniform_ranks_leave_savers_and_layers_as_they_were(
+    tmp_path: Path, budget: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Saved, "is_less", lambda *_: True)  # they stay on where they are no help
+    trainer, refused = trainer_of(tmp_path, max_steps=1), budget == "2KiB"
+    written = {"forward", "_cast_input_dtype", "_loss_function"}
+    UniformRanks(trainer, PilotOptions(budget=budget))
+    seen, during = list[bool](), TrainerCallback()
+    during.on_step_end = lambda *_, **__: seen.append(_has(trainer.model, written))  # type: ignore[method-assign]
+    trainer.add_callback(during)
+    with pytest.raises(BudgetError) if refused else nullcontext():
+        trainer.train()
+    assert seen == ([] if refused else [True])
+    assert any(recomputed(trainer)) is not refused
+    assert not any(flags(trainer.model))
+    assert not _has(trainer.model, written)
+
+
+def _has(model: Any, attributes: set[str]) -> bool:
+    """Whether a module of a model holds one of these as its own."""
+    return any(attributes & vars(module).keys() for module in model.modules())
+
+
 def test_a_model_that_checkpoints_already_is_left_as_it_is(tmp_path: Path) -> None:
     """Its user has said which layers run again, so the plan chooses none, and a share is one of that step."""
     trainer, callback = attached(tmp_path, "100%", max_steps=2)
@@ -306,6 +332,27 @@ def test_what_cannot_recompute_is_refused() -> None:
         all_running_again(model)
     assert not could_recompute(model), "so a plan chooses no layers of it"
     assert not PilotOptions(budget="300k params").chooses_layers
+
+
+def test_what_holds_without_layers_run_again_is_not_refused_with_them(tmp_path: Path) -> None:
+    """One layer that runs again is there as a whole in the backward pass, beside its input."""
+
+    def begin(budget: str, again: Any) -> Any:
+        trainer = trainer_of(tmp_path, layers=1, max_steps=2)
+        options = {"gradient_checkpointing": again, "measure_every": 1, "schedule": SCHEDULE}
+        callback = rankpilot.attach(trainer, "signal-mean", budget, **options)
+        trainer.train()
+        assert not any(recomputed(trainer))
+        assert max(peak for _, peak in callback.peaks) <= callback.limit
+
+    with pytest.raises(BudgetError, match="smallest that works is") as caught:
+        begin("2KiB", False)
+    least = caught.value.args[0].partition("works is ")[2].partition(" (")[0]
+    with pytest.raises(BudgetError) as alone:
+        begin("2KiB", "auto")
+    assert alone.value.args == caught.value.args
+    begin(least, "auto")
+    begin(f"{1.05 * float(least.split()[0])} KiB", "auto")
 
 
 # Where it is expected to pay ------------------------------------------------------------------------------------------

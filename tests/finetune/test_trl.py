@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import Trainer
 
-from .trainer_kinds import TEXTS, classification, grpo, llama, sft, word_tokenizer
+from .trainer_kinds import TEXTS, classification, dpo, grpo, llama, sft, word_tokenizer
 
 SCHEDULE = rankpilot.DecisionSchedule(probe_steps=2, fractions=(0.0, 0.5))
 
@@ -56,6 +57,24 @@ def test_grpo_is_refused_before_training(tmp_path: Path, budget: str) -> None:
         trainer.train()
     assert trainer.state.global_step == 0
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(sft, {"bf16": True}), (dpo, {"bf16": False}), (classification, {"bf16": False})]
+)
+def test_exact_savers_leave_losses_and_adapters_as_they_are(
+    tmp_path: Path, kind: Callable[..., Trainer], options: dict[str, Any]
+) -> None:
+    """The plans are equal, since a budget of parameters buys the same with them; tiles may round otherwise."""
+    found = []
+    for on in (False, True):
+        trainer = kind(tmp_path, max_steps=3, **options)
+        rankpilot.attach(trainer, "signal-mean", "3k params", exact_savers=on, prefix_cache="off", schedule=SCHEDULE)
+        trainer.train()
+        trained = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+        found.append([torch.tensor([float(row["loss"]) for row in trainer.state.log_history[:3]]), *trained])
+    for plain, saving in zip(*found, strict=True):
+        torch.testing.assert_close(saving, plain, rtol=0.01 if options["bf16"] else 1e-5, atol=1e-6)
 
 
 # Steps of one's own ---------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ class Recorder(TrainerCallback):
         self.at_step(state.global_step)
 
 
-ATTACHED = {"schedule", "measure_every", "bounds", "fresh", "log", "keep_rate"}
+ATTACHED = {"schedule", "measure_every", "bounds", "fresh", "log", "keep_rate", "prefix_cache"}
 """Options of a run that are those of `attach`; the others are the Trainer's."""
 
 

@@ -16,6 +16,7 @@ import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rankpilot.cost.cost import plan_cost
+from rankpilot.cost.savers import CACHE, COPIES, SAVERS, ExactSavers
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.adapters import SignalMeter
 from rankpilot.lora.peft_config import adapter_ranks, make_resizable, sync_config
@@ -195,6 +196,20 @@ def test_train_resize_save_and_reload_in_plain_peft(base, folder, tmp_path, prep
     again = PeftModel.from_pretrained(fresh(), tmp_path)
     assert torch.equal(logits(again), logits(model))
     assert adapter_ranks(find_target_modules(again)) == {t.name: t.rank for t in live}
+
+
+def test_exact_savers_leave_losses_and_gradients_as_they_are(base: Base, folder: Path) -> None:
+    model, _ = adapt(base.load(folder), init_lora_weights=False)
+    found = []
+    for savers in ([], [CACHE, COPIES], SAVERS):
+        ExactSavers(model, savers)
+        loss = model.train()(input_ids=tokens(), labels=tokens()).loss
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found.append([loss.detach(), *torch.autograd.grad(loss, trained)])
+    tolerance = 1e-6 if base.dtype == torch.float32 else 0.01
+    for plain, shared, tiled in zip(*found, strict=True):
+        assert torch.equal(plain, shared)
+        assert (plain - tiled).norm() <= tolerance * plain.norm()
 
 
 # Not DoRA on int8 of bitsandbytes: on the CPU, plain PEFT fails there in its second forward pass.
