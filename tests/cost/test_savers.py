@@ -290,7 +290,7 @@ def test_an_input_that_is_changed_is_copied_again() -> None:
 
 def wide_llama() -> PeftModel:
     """A Llama whose gates take most of the bytes."""
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 160, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 160, "num_hidden_layers": 3}
     base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
     return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).train()
 
