@@ -220,7 +220,8 @@ def _step(setup: StepSetup) -> None:
 def fine_tune_of(config: MemoryConfig) -> FinetuneConfig:
     """The settings of the fine-tune that takes this step."""
     names = [field.name for field in fields(StepConfig)] + ["task", "text_column", "label_column", "seed", "trainer"]
-    return FinetuneConfig(config.model, config.data or "", **{name: getattr(config, name) for name in names})
+    shared = {name: getattr(config, name) for name in names}
+    return FinetuneConfig(config.model, config.data or "", learning_rate=1e-3, **shared)  # no rate takes memory
 
 
 def default_task(config: Any) -> Task:

@@ -128,7 +128,7 @@ def test_a_budget_in_the_wrong_unit_is_refused(given, cost, advice):
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**20, "3 MiB"), (5.5 * 2**40, "5632 GiB")],
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**20, "3 MiB"), (5.5 * 2**40, "5.5 TiB")],
 )
 def test_bytes_for_people(count, text):
     assert format_bytes(count) == text
