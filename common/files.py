@@ -423,9 +423,14 @@ def from_json(kind: type[Settings], values: Any, *, base: Settings | None = None
 def _read(expected: Any, value: Any, name: str) -> Any:
     """One value in the type that its field has; ConfigError if it does not have that type."""
     origin, arguments = get_origin(expected), get_args(expected)
-    if origin in (Union, UnionType) and NoneType in arguments:
-        (inner,) = (argument for argument in arguments if argument is not NoneType)
-        return None if value is None else _read(inner, value, name)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in arguments:
+            return None
+        *others, last = (argument for argument in arguments if argument is not NoneType)
+        for other in others:
+            with suppress(ConfigError):
+                return _read(other, value, name)
+        return _read(last, value, name)
     if is_dataclass(expected):
         assert isinstance(expected, type)
         try:

@@ -308,7 +308,7 @@ def plan_costs(
         beside_model(budget, step.model), targets, plain.recomputing(()) if least else plain, kept
     )
     if least and savers and priced:
-        priced = savers.within(limit.value, priced, measured, targets)
+        priced = savers.within(limit.value, priced, measured, targets, least)
     memory = priced.memory if priced else plain
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))

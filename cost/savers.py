@@ -25,6 +25,7 @@ from ..common.checks import finite
 from ..lora.input_copies import run_activations_again, share_input_copies
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule
+from .cost import ByteCost
 from .later_logits import defer_logits, use_tiled_loss
 from .model import MemoryModel
 
@@ -193,15 +194,23 @@ class ExactSavers:
         return Priced(memory, plain, tuple(saved))
 
     def within(
-        self, limit: float, priced: Priced, measure: Callable[[], MemoryModel], targets: Sequence[TargetModule]
+        self,
+        limit: float,
+        priced: Priced,
+        measure: Callable[[], MemoryModel],
+        targets: Sequence[TargetModule],
+        least: Callable[[ByteCost], float],
     ) -> Priced:
         """Let activations run again from now on where plain LoRA does not fit a limit, if it takes less with them.
+
+        Plans of few modules may take more with them, so that some plan must fit with them.
 
         Args:
             limit: bytes that a step may take.
             priced: with the savers that are on.
             measure: see `price`.
             targets: the target modules of the model.
+            least: what the least possible plan takes under a cost, in bytes.
         """
         *_, before = priced.saved
         names = self.names
@@ -210,7 +219,8 @@ class ExactSavers:
         self.take([*names, ACTIVATIONS])
         memory = measure()
         found = Saved.of(ACTIVATIONS, memory, np.array([target.max_rank for target in targets]))
-        if found.is_less(before):
+        possible = min(least(memory.cost()), least(memory.recomputing(()).cost())) <= limit
+        if possible and found.is_less(before):
             return replace(priced, memory=memory, saved=(*priced.saved, found))
         self.take(names)
         return priced

@@ -12,6 +12,7 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rankpilot.cost.cost import ByteCost
 from rankpilot.cost.later_logits import LaterLogits
 from rankpilot.cost.live_storages import LivePeak
 from rankpilot.cost.savers import ACTIVATIONS, CACHE, COPIES, SAVERS, TILES, ExactSavers
@@ -295,14 +296,20 @@ def wide_llama() -> PeftModel:
     return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).train()
 
 
+def nothing(cost: ByteCost) -> float:
+    """What the least plan takes."""
+    return 0.0
+
+
 def test_activations_run_again_before_whole_layers() -> None:
     model, ids = wide_llama(), torch.arange(160).reshape(8, 20) % 64
     run = adamw_run(model, {"input_ids": ids, "labels": ids})
     savers, recomputation, ranks = ExactSavers(model), Recomputation(model), np.full(len(run.targets), 4)
     free = savers.price(run.calibrated, run.targets, each=False)
     bytes_of = free.saved[-1].step_bytes
-    assert savers.within(bytes_of, free, run.calibrated, run.targets) is free
-    found = savers.within(bytes_of - 1, free, run.calibrated, run.targets)
+    assert savers.within(bytes_of, free, run.calibrated, run.targets, nothing) is free
+    assert savers.within(bytes_of - 1, free, run.calibrated, run.targets, lambda cost: bytes_of) is free, "no plan fits"
+    found = savers.within(bytes_of - 1, free, run.calibrated, run.targets, nothing)
     assert savers.names[-1] == found.saved[-1].name == ACTIVATIONS
     assert found.saved[-1].step_bytes < 0.8 * bytes_of
     names = recomputation.layers
@@ -318,7 +325,7 @@ def test_activations_do_not_run_again_where_that_saves_nothing() -> None:
     model, batch = adapted("t5"), batch_of("t5")
     run, savers = adamw_run(model, batch), ExactSavers(model, [COPIES])
     free = savers.price(run.calibrated, run.targets)
-    assert savers.within(0.0, free, run.calibrated, run.targets) is free
+    assert savers.within(0.0, free, run.calibrated, run.targets, nothing) is free
     assert ACTIVATIONS not in savers.names
 
 

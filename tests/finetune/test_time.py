@@ -126,7 +126,7 @@ def test_a_plan_that_takes_longer_is_made_anew(
 
 def test_a_plan_says_what_time_it_takes(tmp_path: Path) -> None:
     told: list[str] = []
-    trainer, callback = attached(tmp_path, "100%", "75%", arguments=SHORT)
+    trainer, callback = attached(tmp_path, "100%", "75%", arguments=SHORT, keep_rate=True)
     callback._tell = told.append
     callback.pilot.journal.tell = told.append
     trainer.train()
