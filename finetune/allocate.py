@@ -292,7 +292,7 @@ def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) 
         limit=pilot.limit,
         unit=controller.cost.unit,
         frontier=tuple(frontier_of(found)) if found else None,
-        learning_rate=pilot.learning_rate,
+        learning_rate=pilot.rates[1] if pilot.rates else None,
     )
 
 

@@ -40,6 +40,7 @@ from .checkpoint import STATE, fault_of, last_checkpoint
 from .left_as_found import Recomputation, could_recompute
 from .options import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig, PilotOptions, rank_bounds_of
 from .pilot import RankPilot
+from .plan_rate import PlanRate
 from .replicas import check_arguments
 from .run_settings import policy_settings
 from .trainer import RunMetrics, hardware_facts, new_arguments, new_model, new_trainer, read_workload
@@ -173,6 +174,9 @@ def run_one(
     metrics = RunMetrics(metrics_path, None if piloted else PeakMeter(MEASURE_EVERY), energy)
     stop = StopWithCheckpoint()
     trainer = new_trainer(config, workload, model, folder / name, [metrics, stop])
+    if not piloted and config.learning_rate == "auto":  # that of the run under the policy, which looked at it
+        with suppress(FileNotFoundError, DataError, KeyError):
+            trainer.args.learning_rate = files.read_object(folder / f"result-{PILOT}.json")["plain_learning_rate"]
     decides = pilot(trainer) if pilot else _decides(config, trainer, folder, name)
     checkpoint = last_checkpoint(folder / name, piloted=piloted, tell=tell)
     set_seed(config.seed)
@@ -200,6 +204,7 @@ def run_one(
         "hardware": hardware,
         "steps": trainer.state.max_steps,
         "ranks": adapter_ranks(targets),
+        "plain_learning_rate": _plain_rate(trainer, decides),
     }
     if config.merge:
         with files.atomic_path(folder / name / "merged") as temporary:
@@ -207,6 +212,12 @@ def run_one(
             workload.tokenizer.save_pretrained(temporary)
     files.write_json(result_path, result)
     return result
+
+
+def _plain_rate(trainer: Trainer, decides: object) -> float:
+    """The peak of the learning rate for plain LoRA."""
+    rates = decides.pilot.rates if isinstance(decides, RankPilotCallback) else None
+    return float(rates[0] if rates else trainer.args.learning_rate)
 
 
 def _decides(
@@ -299,8 +310,11 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         self.limit = costs.limit.value
         if recomputation:
             recomputation.memory = costs.memory
+        rate = PlanRate(run, targets, auto=False, keep=options.keep_rate)
+        self._put_back.callback(rate.end)
         if state.global_step > 0:
             finish_load(model, targets)
+            rate.follow()
             if recomputation:
                 recomputation.take(recomputation.fewest(adapters.ranks, self.limit))
             if state.global_step >= state.max_steps:
@@ -317,6 +331,7 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         check_budget(problem, [target.name for target in targets], options.budget_read.share)
         ranks = uniform_ranks(timed.choose(problem, uniform_ranks) if timed else problem)
         adapters.set_ranks(ranks, optimizer, seed=options.seed or 0, step=0)
+        rate.follow()
         if recomputation:
             recomputation.take(recomputation.fewest(ranks, self.limit))
 

@@ -218,7 +218,8 @@ class FinetuneConfig(StepConfig, PlanOptions):
         steps: optimiser steps of the run.
         epochs: passes over the training rows, in place of steps.
         learning_rate: of plain LoRA at the first step; it falls to zero along a straight line. auto takes it from a
-            rule in the model's width and the length of the run; the plan adds a factor (keep_rate).
+            rule in the model's width, the length of the run and the loss before training; the plan adds a factor
+            (keep_rate).
         alpha: lora_alpha of every adapter.
         scaling: the factor in front of an adapter's output at rank r: alpha, alpha / r; rslora, alpha / sqrt(r);
             constant, alpha / 8 at every rank. Under alpha one learning rate fits all ranks.
@@ -278,7 +279,9 @@ class FinetuneConfig(StepConfig, PlanOptions):
     def pilot_options(self, **further: Any) -> PilotOptions:
         """The options of a run under a policy, with further ones by name, which its folder decides."""
         shared = {each.name: getattr(self, each.name) for each in fields(PlanOptions)}
-        return PilotOptions(**shared | {"bounds": rank_bounds_of(self.bounds), "scaling": self.kept} | further)
+        rate = "auto" if self.learning_rate == "auto" else None
+        own = {"bounds": rank_bounds_of(self.bounds), "scaling": self.kept, "learning_rate": rate}
+        return PilotOptions(**shared | own | further)
 
     @property
     def keeps_best(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from ..agents.observation import Observation
 from ..agents.policy import Decision, Policy
 from ..agents.rules import PlanFile, given_ranks
 from ..agents.settings import DecisionSchedule
-from ..common.checks import counted
+from ..common.checks import finite
 from ..common.devices import without_autocast
-from ..common.processes import Processes
 from ..common.text import plural
 from ..cost.budget import Budget, TimeBudget
 from ..cost.calibration import beside_model
@@ -30,27 +30,23 @@ from ..cost.savers import CACHE, SAVERS, ExactSavers, is_compiled
 from ..errors import ConfigError, NoGradientError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, resizable_targets, start_kept
-from ..lora.resize import norms_of
 from ..lora.targets import TargetModule
 from ..plan.plan import Plan
 from ..plan.problem import rank_bounds
+from ..plan.rate import Look
 from . import before_training
 from .journal import Correction, Journal
 from .left_as_found import Kept, Recomputation, all_running_again, recomputing
 from .loop_calls import LoopCalls
 from .options import GivenOptions, PilotOptions
 from .peak_guard import PeakGuard
-from .plan_rate import PlanRate
+from .plan_rate import PlanRate, look_at
 from .prefix_cache import PrefixCache
 from .run import TrainingRun, check_run
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
+from .watches import GradientWatch, LossMeter
 
 logger = logging.getLogger(__name__)
-
-
-PATIENCE = 3
-"""Looks in a row at which all gradients are zero, after which the run is stopped. One batch may have none: all of its
-labels may be masked."""
 
 
 class RankPilot:
@@ -147,7 +143,8 @@ class RankPilot:
             kept,
             self._as_wanted(run.model) as (savers, recomputation),
         ):
-            self._rate = self._plan_rate(targets)
+            auto = self.options.learning_rate == "auto"
+            self._rate = self._plan_rate(targets, look_at(run, self.seed) if auto else None)
             self.controller, costs = before_training.prepare(
                 run,
                 targets,
@@ -204,13 +201,13 @@ class RankPilot:
             self._losses.load_state_dict(state["losses"])
             self._guard.load_state_dict(state["guard"])
             known, layers = predictions_of(state), frozenset(state["recomputed"])
-            names = frozenset(state["savers"])
+            names, look = frozenset(state["savers"]), Look(*map(finite, state["look"])) if state["look"] else None
             self._step, self._shown = step, int(state["peaks_shown"])
         self.controller, limit = controller, controller.limit
         finish_load(run.model, targets)
         self.journal.open(name, known, writes=run.replicas.processes.first)
         with self._as_wanted(run.model, names) as (_, recomputation):
-            self._rate = self._plan_rate(targets)
+            self._rate = self._plan_rate(targets, look)
             memory = before_training.run_memory(run, targets, signals=True) if recomputation else None
             if recomputation:
                 recomputation.take(layers)
@@ -362,6 +359,7 @@ class RankPilot:
             "peaks_shown": self._shown,
             "recomputed": list(self._guard.recomputed),
             "savers": list(self._savers.names) if self._savers else [],
+            "look": list(astuple(self._rate.look)) if self._rate and self._rate.look else None,
             "settings": self._settings(),
         }
 
@@ -393,9 +391,9 @@ class RankPilot:
         return self._rate.factor if self._rate else 1.0
 
     @property
-    def learning_rate(self) -> float | None:
-        """The peak of the learning rate under the plan; None before `begin`."""
-        return self._rate.rate if self._rate else None
+    def rates(self) -> tuple[float, float] | None:
+        """The peak of the learning rate for plain LoRA, and under the plan; None before `begin`."""
+        return (self._rate.plain, self._rate.rate) if self._rate else None
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Measure the evaluation that runs inside the block; see `evaluation_share`."""
@@ -487,10 +485,10 @@ class RankPilot:
             self._followed = b""
             self._follow_plan()
 
-    def _plan_rate(self, targets: Sequence[TargetModule]) -> PlanRate:
+    def _plan_rate(self, targets: Sequence[TargetModule], look: Look | None) -> PlanRate:
         """Have the learning rate follow the plan until the run ends."""
         auto = self.options.learning_rate == "auto"
-        rate = PlanRate(self._run, targets, auto=auto, keep=self.options.keep_rate)
+        rate = PlanRate(self._run, targets, auto=auto, keep=self.options.keep_rate, look=look)
         self._put_back.callback(rate.end)
         return rate
 
@@ -590,86 +588,3 @@ class RankPilot:
         )
         self._run.replicas.changed(self._controller.targets, step)
         self._follow_plan()
-
-
-class LossMeter:
-    """Sums the losses of optimiser steps, without waiting for the device.
-
-    Args:
-        processes: whose losses count; by default those of this one alone.
-
-    Attributes:
-        total: the sum of the losses in this process, a float or a scalar tensor.
-        count: the number of losses.
-    """
-
-    def __init__(self, processes: Processes | None = None) -> None:
-        self.total: torch.Tensor | float = 0.0
-        self.count: int = 0
-        self._processes = processes or Processes()
-
-    def add(self, loss: torch.Tensor | float) -> None:
-        """Add the mean loss of one optimiser step."""
-        self.total = self.total + (loss.detach().float().mean() if isinstance(loss, torch.Tensor) else loss)
-        self.count += 1
-
-    def restart(self) -> None:
-        """Begin a new interval."""
-        self.total, self.count = 0.0, 0
-
-    def mean(self) -> float | None:
-        """The mean loss of the interval over all processes, all of which call this; None if no loss was added."""
-        sums = self._processes.of_each((float(self.total), self.count))
-        count = sum(count for _, count in sums)
-        return sum(total for total, _ in sums) / count if count else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to continue within an interval, as JSON values; all processes call this."""
-        sums = self._processes.of_each((float(self.total), self.count))
-        whole = {"total": sum(total for total, _ in sums), "count": sum(count for _, count in sums)}
-        return whole | ({"of_each": sums} if len(sums) > 1 else {})
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`. Of another number of processes the first takes all."""
-        whole = [(state["total"], state["count"])]
-        sums = state.get("of_each", whole)
-        if len(sums) != self._processes.count:
-            sums = whole + [(0.0, 0)] * (self._processes.count - 1)
-        total, count = sums[self._processes.rank]
-        self.total, self.count = float(total), counted(count)
-
-
-class GradientWatch:
-    """Looks at the gradients of the adapters before optimiser steps."""
-
-    def __init__(self) -> None:
-        self._zero_looks = 0
-
-    def look(self, targets: Sequence[TargetModule], step: int, *, closely: bool) -> None:
-        """Stop the run if its adapters do not train.
-
-        Args:
-            targets: the target modules.
-            step: the number of the step, for the error.
-            closely: compare the values with zero, for which the device is waited for.
-
-        Raises:
-            NoGradientError: no adapter has a gradient, or all gradients have been zero for `PATIENCE` close looks.
-        """
-        gradients = [target.weight_b.grad for target in targets if target.rank > 0]
-        gradients += [target.weight_a.grad for target in targets if target.rank > 0]
-        present = [gradient for gradient in gradients if gradient is not None]
-        if not present:
-            raise NoGradientError(
-                f"No adapter received a gradient in step {step}: the loss does not depend on them, so the run would "
-                "train nothing. Check that the loss is computed with the adapted model (not with a copy of it, and not "
-                "under `torch.no_grad`), and that the adapter is active."
-            )
-        if not closely:
-            return
-        self._zero_looks = 0 if bool((norms_of(present) != 0).any()) else self._zero_looks + 1
-        if self._zero_looks >= PATIENCE:
-            raise NoGradientError(
-                f"The gradients of all adapters are zero, in step {step} as in the steps that were looked at before "
-                "it: the run trains nothing. Check that the batches hold labels that count (not all of them -100)."
-            )

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..data.batches import count_predictions
 from ..errors import ConfigError
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, unwrap
-from ..plan.rate import plan_factor, rule_rate
+from ..plan.rate import TYPICAL, Look, plan_factor, rule_rate
 from .run import TrainingRun, probe_rate
 
 FAR = 4.0
@@ -53,13 +54,14 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return found
 
 
-def rate_by_rule(model: nn.Module, targets: Sequence[TargetModule], steps: int) -> float:
+def rate_by_rule(model: nn.Module, targets: Sequence[TargetModule], steps: int, look: Look = TYPICAL) -> float:
     """What the rule says for plain LoRA on a model.
 
     Args:
         model: a PEFT model.
         targets: its adapters, whose alpha decides the scale at rank 8.
         steps: of the run.
+        look: at the run.
 
     Raises:
         ConfigError: the model's configuration does not tell its width.
@@ -70,7 +72,36 @@ def rate_by_rule(model: nn.Module, targets: Sequence[TargetModule], steps: int) 
             "learning_rate='auto' needs the width of the model, and the configuration of "
             f"{type(unwrap(model)).__name__} has none of {', '.join(_WIDTHS)}. Give a rate, such as 2e-4."
         )
-    return rule_rate(width, steps, _scale(targets))
+    return rule_rate(width, steps, _scale(targets), look)
+
+
+ROWS = 16
+"""Rows of the first look at a run."""
+
+
+def look_at(run: TrainingRun, seed: int) -> Look:
+    """Read some rows before training; a run that learns labels looks like any.
+
+    Args:
+        run: that begins.
+        seed: of the choice of rows.
+    """
+
+    def read() -> Look:
+        batches = list(run.small_batches(ROWS // 2, 2, seed))
+        counts = [count_predictions(batch) for batch in batches]
+        losses = [float(run.loss(batch).detach()) for batch in batches]
+        counted = sum(count for count, _ in counts)
+        if counted < LABELS * sum(tokens for _, tokens in counts) or not math.isfinite(np.nanmean(losses)):
+            return TYPICAL
+        rows = run.rows * run.accumulation * run.replicas.processes.count
+        return Look(float(np.nanmean(losses)), counted / ROWS * rows)
+
+    return run.measured(read)
+
+
+LABELS = 0.05
+"""A loss that counts a smaller share of the tokens is of labels."""
 
 
 def _scale(targets: Sequence[TargetModule]) -> float:
@@ -86,8 +117,10 @@ class PlanRate:
         targets: its adapters. Groups of the optimizer that hold none keep their rate.
         auto: let the rule decide the rate of plain LoRA; else it is the optimizer's own.
         keep: leave the rate as it is, whatever the plan.
+        look: at the run.
 
     Attributes:
+        look: what the rule has seen of the run; None where it does not decide.
         own: the rate that the optimizer begins with or warms up to.
         rule: what the rule says for plain LoRA; None where the optimizer is no Adam, or the width is unknown.
         factor: by which the rate is multiplied now.
@@ -96,7 +129,9 @@ class PlanRate:
         ConfigError: `auto`, and the rule says nothing here.
     """
 
-    def __init__(self, run: TrainingRun, targets: Sequence[TargetModule], *, auto: bool, keep: bool) -> None:
+    def __init__(
+        self, run: TrainingRun, targets: Sequence[TargetModule], *, auto: bool, keep: bool, look: Look | None = None
+    ) -> None:
         self._targets, self._keep = targets, keep
         self._adapters = {id(weight) for target in targets for weight in target.parameters.values()}
         optimizer = inner_optimizer(run.optimizer)
@@ -109,8 +144,9 @@ class PlanRate:
         self.own: float = probe_rate(run.model, run.optimizer)
         self._plain = np.array([target.scaling_at(REFERENCE_RANK) for target in targets])
         self.rule: float | None = None
+        self.look: Look | None = (look or TYPICAL) if auto else None
         if auto or (self._follows and hidden_width(run.model)):
-            self.rule = rate_by_rule(run.model, targets, run.total_steps)
+            self.rule = rate_by_rule(run.model, targets, run.total_steps, look or TYPICAL)
         self._auto = self.rule / self.own if auto and self.rule else 1.0
         self.factor: float = 1.0
         self._before: list[tuple[dict[str, Any], Any]] = []
@@ -118,6 +154,11 @@ class PlanRate:
             optimizer.register_step_pre_hook(lambda *_: self._apply(optimizer)),
             optimizer.register_step_post_hook(lambda *_: self._put_back()),
         ]
+
+    @property
+    def plain(self) -> float:
+        """The peak of the learning rate of plain LoRA."""
+        return self.own * self._auto
 
     @property
     def rate(self) -> float:
@@ -133,8 +174,9 @@ class PlanRate:
 
     def told(self) -> str:
         """A line on the rate; empty where it is the user's, and near the rule's."""
-        if self._auto != 1.0:
-            return f"The learning rate is {self.rate:.2g}: the rule's for this model, run and plan, not {self.own:.2g}."
+        if self.look:
+            of_plan = "" if self.factor == self._auto else f", and {self.rate:.2g} under this plan"
+            return f"Learning rate by rule: {self.plain:.2g} for plain LoRA{of_plan}."
         lines = []
         if abs(self.factor - 1) > 0.01:
             lines.append(

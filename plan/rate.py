@@ -7,6 +7,7 @@ Plain LoRA has rank 8 on all modules. Everything is a sum of logarithms, fitted 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,28 +17,62 @@ from ..lora.spec import REFERENCE_RANK
 REFERENCE_SCALE = 2.0
 """The scale of plain LoRA in the fit: `lora_alpha` 16 at rank 8."""
 
-RATE = 5e-4
-"""The rate of plain LoRA on a model of `WIDTH` in a run of `STEPS`."""
+RATE = 6.1e-4
+"""The rate of plain LoRA on a model of `WIDTH`, in a run of `STEPS` steps of `TOKENS`, from a loss of 1 nat."""
 
-WIDTH, STEPS = 2048, 780
+WIDTH, STEPS, TOKENS = 2048, 200, 400
 
-OF_WIDTH, OF_STEPS = -0.3, -0.3
-"""Powers of width / `WIDTH` and of steps / `STEPS` in the rate."""
+OF_WIDTH, OF_STEPS, OF_TOKENS, OF_LOSS = -0.43, -0.17, 0.17, 0.8
+"""Powers of width / `WIDTH`, steps / `STEPS`, tokens of a step / `TOKENS` and loss before training in the rate."""
 
-OF_RANK, OF_SCALE, OF_SHARE = 0.0, -0.5, -0.5
+MOST_TOKENS = 2000
+"""Steps of more tokens have the rate of this many: their gradients have little noise left to average."""
+
+OF_RANK, OF_SCALE, OF_SHARE = 0.0, -0.25, -0.5
 """Powers of rank / 8, of scale / (scale of plain LoRA), and of the share of the modules that are adapted."""
 
 
-def rule_rate(width: int, steps: int, scale: float = REFERENCE_SCALE) -> float:
+@dataclass(frozen=True)
+class Look:
+    """What the first look at a run shows.
+
+    Attributes:
+        loss: before training, in nats a token.
+        tokens: that the loss of an optimizer step counts.
+    """
+
+    loss: float = 1.0
+    tokens: float = MOST_TOKENS
+
+
+TYPICAL = Look()
+"""An instruction tune of a language model."""
+
+
+def rule_rate(width: int, steps: int, scale: float = REFERENCE_SCALE, look: Look = TYPICAL) -> float:
     """The peak learning rate of plain LoRA under Adam.
+
+    A text that the model hardly knows wants a higher rate than one that is near to what it has read: it has farther to
+    go. That shows in the loss before training.
 
     Args:
         width: of the model's hidden states, at least 1.
         steps: optimizer steps of the run, at least 1.
         scale: of plain LoRA: alpha / 8, or alpha / sqrt(8) under rsLoRA.
+        look: at the run.
     """
-    rate = RATE * (width / WIDTH) ** OF_WIDTH * (steps / STEPS) ** OF_STEPS
-    return float(f"{rate * (scale / REFERENCE_SCALE) ** OF_SCALE:.3g}")
+    powers = (
+        (width / WIDTH, OF_WIDTH),
+        (steps / STEPS, OF_STEPS),
+        (min(max(look.tokens, 1.0), MOST_TOKENS) / TOKENS, OF_TOKENS),
+        (max(look.loss, LEAST_LOSS), OF_LOSS),
+        (scale / REFERENCE_SCALE, OF_SCALE),
+    )
+    return float(f"{RATE * math.prod(value**power for value, power in powers):.3g}")
+
+
+LEAST_LOSS = 0.1
+"""A lower loss before training counts as this."""
 
 
 def plan_factor(ranks: IntArray, scales: FloatArray, plain_scales: FloatArray) -> float:

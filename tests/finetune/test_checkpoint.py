@@ -13,7 +13,7 @@ from rankpilot.errors import RunFolderError
 from rankpilot.finetune.checkpoint import STATE, TENSORS, load_state, save_state
 from rankpilot.finetune.left_as_found import Taken
 from rankpilot.finetune.peak_guard import PeakGuard
-from rankpilot.finetune.pilot import LossMeter
+from rankpilot.finetune.watches import LossMeter
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:

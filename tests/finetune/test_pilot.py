@@ -19,8 +19,8 @@ from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.errors import BudgetError, ConfigError, NoGradientError, UnknownNameError, UnsupportedError
 from rankpilot.finetune.callback import attach
 from rankpilot.finetune.options import PilotOptions
-from rankpilot.finetune.pilot import PATIENCE
 from rankpilot.finetune.run import PROBE_RATE
+from rankpilot.finetune.watches import PATIENCE
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
 from torch.nn import functional

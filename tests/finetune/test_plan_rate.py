@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,14 @@ def test_the_rule_decides_where_it_is_asked_to(llama_config: LlamaConfig) -> Non
     told: list[str] = []
     loop = Loop(llama_config)
     pilot = loop.train(Gives(), learning_rate="auto", tell=told.append)
-    rule = rate_by_rule(loop.model, find_target_modules(loop.model), 3)
+    assert pilot._rate is not None
+    look = pilot._rate.look
+    assert look is not None
+    assert look.loss == pytest.approx(math.log(llama_config.vocab_size), rel=0.05), "nothing is learned yet"
+    assert look.tokens == 4 * 12
+    rule = rate_by_rule(loop.model, find_target_modules(loop.model), 3, look)
     assert hidden_width(loop.model) == llama_config.hidden_size
-    assert pilot.learning_rate == pytest.approx(rule)
+    assert pilot.rates == pytest.approx((rule, rule))
     assert real_rates(loop)[0] == pytest.approx([rule, 3e-3])
     assert any(f"{rule:.2g}" in line for line in told)
 
@@ -134,13 +140,17 @@ def test_what_the_rule_cannot_know_is_refused(llama_config: LlamaConfig, monkeyp
         RankPilot(Gives(), learning_rate=1e-3)
 
 
-def test_the_trainer_logs_the_real_rate_and_goes_on_with_it(llama_config: LlamaConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", [None, "auto"])
+def test_the_trainer_logs_the_real_rate_and_goes_on_with_it(
+    llama_config: LlamaConfig, tmp_path: Path, rule: Any
+) -> None:
     def new(**options: Any) -> Run:
-        return Run(tmp_path, llama_config, budget="400%", schedule=ONCE, policy=Gives(1), save_steps=2, **options)
+        options |= {"policy": Gives(1), "save_steps": 2, "learning_rate_option": rule}
+        return Run(tmp_path, llama_config, budget="400%", schedule=ONCE, **options)
 
     whole = new().train()
     factor = whole.pilot.pilot.rate_factor
-    assert factor == pytest.approx(7**0.5)
+    assert factor == pytest.approx(7**0.5 * (1 if rule is None else whole.pilot.pilot.rates[0] / RATE))
     logged = [row["learning_rate"] for row in whole.trainer.state.log_history if "learning_rate" in row]
     assert logged == pytest.approx([factor * RATE * share for share in (1, 0.75, 0.5, 0.25)], rel=1e-6)
     again = new().train(2)

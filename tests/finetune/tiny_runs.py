@@ -138,6 +138,7 @@ class Run:
         prepare(self.model)
         attached = {name: options.pop(name) for name in ATTACHED & options.keys()}
         attached |= PLAIN if plain else {}
+        attached["learning_rate"] = options.pop("learning_rate_option", None)  # `learning_rate` is the Trainer's
         self.recorder = Recorder(at_step)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.trainer = trainer(
