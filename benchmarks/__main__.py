@@ -18,6 +18,7 @@ BENCHMARKS = {
     "env-speed": ("env_speed", "speed of stacked episodes, beside PEFT"),
     "methods": ("methods.run", "adaptive and static ranks side by side, on real models, each tuned alike"),
     "methods-report": ("methods.report", "tables, figures and answers from the stored rows of methods"),
+    "rates": ("rates", "what the rule for the learning rate costs beside each task's best rate"),
     "loss-runs": ("loss_runs", "fine-tunes from which the rate's rule and the loss of a plan are fitted"),
     "plan-runs": ("plan_runs", "many plans for real fine-tunes, from which value networks learn"),
 }

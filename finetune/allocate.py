@@ -74,7 +74,7 @@ class StaticPlan:
         unit: "bytes" or "parameters".
         frontier: the plans that are worth their cost, the cheapest first; None unless they were asked for.
         learning_rate: the peak that the plan wants: the rate that was given, or the rule's where none was, times the
-            plan's factor (docs/learning_rate.md).
+            plan's factor (docs/learning-rate.md).
     """
 
     config: LoraConfig

@@ -43,7 +43,7 @@ class PlanOptions:
         explore: draw each plan at this temperature (0.05, say) and log its probability, so that the log can tell what
             other policies would have been worth.
         keep_rate: train at the learning rate as it is. By default it is read as that of plain LoRA, and a plan that
-            adapts fewer modules trains at a higher one (docs/learning_rate.md).
+            adapts fewer modules trains at a higher one (docs/learning-rate.md).
 
     Raises:
         BudgetError: the budget or the time cannot be read.

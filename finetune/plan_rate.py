@@ -18,7 +18,7 @@ from ..data.batches import count_predictions
 from ..errors import ConfigError
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, unwrap
-from ..plan.rate import TYPICAL, Look, plan_factor, rule_rate
+from ..plan.rate import RULE, TYPICAL, Look
 from .run import TrainingRun, probe_rate
 
 FAR = 4.0
@@ -72,7 +72,7 @@ def rate_by_rule(model: nn.Module, targets: Sequence[TargetModule], steps: int, 
             "learning_rate='auto' needs the width of the model, and the configuration of "
             f"{type(unwrap(model)).__name__} has none of {', '.join(_WIDTHS)}. Give a rate, such as 2e-4."
         )
-    return rule_rate(width, steps, _scale(targets), look)
+    return RULE.plain(width, steps, _scale(targets), look)
 
 
 ROWS = 16
@@ -170,7 +170,7 @@ class PlanRate:
         self.factor = self._auto
         if not self._keep and self._follows:
             ranks = np.array([target.rank for target in self._targets], dtype=np.int64)
-            self.factor *= plan_factor(ranks, np.array([target.scaling for target in self._targets]), self._plain)
+            self.factor *= RULE.factor(ranks, np.array([target.scaling for target in self._targets]), self._plain)
 
     def told(self) -> str:
         """A line on the rate; empty where it is the user's, and near the rule's."""

@@ -1,0 +1,226 @@
+"""`python -m benchmarks rates`: what the rule for the learning rate costs beside each task's best rate.
+
+A *sweep* is one fine-tune at several rates. The regret of a rule on it is the log of the loss at the rule's rate, read
+off between the rates that were run, less that of the lowest loss. Rules are fitted without the family that they are
+judged on.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rankpilot.common.files import read_json_lines
+from rankpilot.common.text import make_table
+from rankpilot.errors import ConfigError
+from rankpilot.lora.spec import REFERENCE_RANK
+from rankpilot.plan.rate import MOST_TOKENS, RULE, Look, RateRule
+from rich.console import Console
+from scipy.optimize import minimize
+
+from .harness import Figures
+from .loss_runs import LossRun, width_of
+
+PUBLISHED = Path(__file__).parent / "published_rates" / "lora_rank_rate_sweep.csv"
+PUBLISHED_STEPS, PUBLISHED_ALPHA = 780, 32
+
+PUBLISHED_LOOK = Look(0.9, MOST_TOKENS)
+"""The loss before training is not published; after it, it is .5 to .8."""
+
+ROWS = Path(__file__).parent / "results" / "rates.json"
+"""Our own sweeps, packed."""
+
+DIVERGED = 50.0
+"""The loss that counts for a run that diverged, in nats."""
+
+MOST_REGRET = 20.0
+"""In per cent; a fit counts larger ones as this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Judge the rule for the learning rate on published sweeps and on our own.
+
+    Attributes:
+        rows: the output folder of `loss-runs`, whose sweeps are packed into the file of the repository first.
+        json: also write figures to this file.
+    """
+
+    rows: Path | None = None
+    json: Path | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One fine-tune of plain LoRA at several rates.
+
+    Attributes:
+        family: of the model; what is left out together.
+        name: of the fine-tune.
+        width: of the model.
+        steps: of the run.
+        rank: of all modules.
+        scale: of the adapters.
+        loss: before training, in nats.
+        tokens: of a step.
+        losses: held-out, by rate.
+    """
+
+    family: str
+    name: str
+    width: int
+    steps: int
+    rank: int
+    scale: float
+    loss: float
+    tokens: float
+    losses: Mapping[float, float]
+
+    def rate(self, rule: RateRule) -> float:
+        """What a rule says."""
+        plain_scale = self.scale * self.rank / REFERENCE_RANK
+        one = np.ones(1)
+        factor = rule.factor(np.array([self.rank]), self.scale * one, plain_scale * one)
+        return factor * rule.plain(self.width, self.steps, plain_scale, Look(self.loss, self.tokens))
+
+    def regret(self, rate: float, *, beyond: bool = False) -> float:
+        """By how much the loss at a rate is above the lowest, in per cent.
+
+        Args:
+            rate: the rate.
+            beyond: let it rise outside of the rates that were run; else it is that of the nearest one.
+        """
+        rates = np.log(sorted(self.losses))
+        values = np.log([self.losses[rate] for rate in sorted(self.losses)])
+        values, at = 100 * (values - values.min()), math.log(rate)
+        regret = float(np.interp(at, rates, values))
+        if beyond and at < rates[0]:
+            regret += max((values[0] - values[1]) / (rates[1] - rates[0]), 1.0) * (rates[0] - at)
+        if beyond and at > rates[-1]:
+            regret += max((values[-1] - values[-2]) / (rates[-1] - rates[-2]), 4.0) * (at - rates[-1])
+        return regret
+
+
+def published() -> Iterator[Sweep]:
+    """Sweeps of large models that others published."""
+    losses: dict[tuple[str, int, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with PUBLISHED.open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            key = row["model"], int(row["width"]), int(row["rank"])
+            losses[key][float(row["learning_rate"])].append(float(row["test_nll"]))
+    for (model, width, rank), by_rate in losses.items():
+        if len(by_rate) >= 3:
+            means = {rate: float(np.mean(values)) for rate, values in by_rate.items()}
+            scale, look = PUBLISHED_ALPHA / rank, PUBLISHED_LOOK
+            family, name = model.partition("/")[0], f"{model} rank {rank}"
+            yield Sweep(family, name, width, PUBLISHED_STEPS, rank, scale, look.loss, look.tokens, means)
+
+
+def own(folder: Path) -> list[dict[str, Any]]:
+    """Our own sweeps as JSON values: plain LoRA at three rates or more."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in read_json_lines(folder / "rows.jsonl"):
+        run, row = LossRun(**line["run"]), line["row"]
+        if (run.part, run.rank, run.power) == ("all", REFERENCE_RANK, 1.0):
+            key = run.model, run.text, run.steps, run.rows
+            sweep = found.setdefault(key, {"run": key, "untrained": round(row["untrained"], 4), "losses": []})
+            sweep["losses"].append([run.rate, None if row["loss"] is None else round(row["loss"], 5)])
+    return [sweep for sweep in found.values() if len(sweep["losses"]) >= 3]
+
+
+def packed() -> Iterator[Sweep]:
+    """Our own sweeps of the repository's file."""
+    for sweep in json.loads(ROWS.read_text(encoding="utf-8")):
+        model, text, steps, rows = sweep["run"]
+        losses = {rate: DIVERGED if loss is None else loss for rate, loss in sweep["losses"]}
+        family, name = model.partition("-")[0], f"{model} / {text}, {steps} steps of {rows}"
+        yield Sweep(family, name, width_of(model), steps, REFERENCE_RANK, 2.0, sweep["untrained"], 48 * rows, losses)
+
+
+FITTED = ("rate", "of_width", "of_steps", "of_tokens", "of_loss", "of_scale", "of_rank")
+
+
+def fit(sweeps: Sequence[Sweep]) -> RateRule:
+    """The rule with the least mean regret, published sweeps and each of our models counting alike in the mean."""
+    groups = defaultdict(list)
+    for sweep in sweeps:
+        groups[sweep.name.partition(" / ")[0] if " / " in sweep.name else "published"].append(sweep)
+    weights = {name: PUBLISHED_WEIGHT if name == "published" else 1.0 for name in groups}
+
+    def rule_of(values: Sequence[float]) -> RateRule:
+        return RateRule(math.exp(values[0]), *values[1:], of_share=RULE.of_share)
+
+    def loss(values: Sequence[float]) -> float:
+        rule = rule_of(values)
+        means = {
+            name: np.mean([min(sweep.regret(sweep.rate(rule), beyond=True), MOST_REGRET) for sweep in group])
+            for name, group in groups.items()
+        }
+        mean = sum(weights[name] * value for name, value in means.items()) / sum(weights.values())
+        return float(mean + 0.02 * (rule.of_scale + 0.5) ** 2 + 0.01 * rule.of_rank**2)
+
+    starts = [
+        [math.log(6e-4), width, -0.2, 0.2, loss_power, -0.4, 0.0] for width, loss_power in ((-0.3, 0.8), (-0.6, 0.2))
+    ]
+    settings = {"maxiter": 4000, "xatol": 1e-3, "fatol": 1e-4, "adaptive": True}
+    found = [minimize(loss, start, method="Nelder-Mead", options=settings) for start in starts]
+    return rule_of(min(found, key=lambda each: float(each.fun)).x)
+
+
+PUBLISHED_WEIGHT = 10.0
+"""How many of our models the published sweeps count as: their losses are 1B to 685B models', and differ less."""
+
+FIXED: dict[str, Callable[[Sweep], float]] = {
+    "1e-4": lambda sweep: 1e-4,
+    "3e-4": lambda sweep: 3e-4,
+    "1e-3": lambda sweep: 1e-3,
+    "width alone": lambda sweep: 5e-4 * (2000 / sweep.width) ** 0.781,
+}
+
+
+def benchmark(options: Options, console: Console) -> Figures:
+    """Print the regret of each rule by family.
+
+    Raises:
+        ConfigError: there are no sweeps in the folder.
+    """
+    if options.rows:
+        sweeps = own(options.rows)
+        if not sweeps:
+            raise ConfigError(f"{options.rows} holds no sweep: `python -m benchmarks loss-runs` makes them.")
+        ROWS.write_text(
+            json.dumps(sweeps, separators=(",", ":")).replace('{"run"', '\n{"run"') + "\n", encoding="utf-8"
+        )
+    all_sweeps = [*published(), *packed()]
+    families = sorted({sweep.family for sweep in all_sweeps})
+    rules: dict[str, dict[str, list[float]]] = {}
+    for family in families:
+        judged = [sweep for sweep in all_sweeps if sweep.family == family]
+        left_out = fit([sweep for sweep in all_sweeps if sweep.family != family])
+        columns: dict[str, Callable[[Sweep], float]] = {
+            "rule": lambda sweep: sweep.rate(RULE),
+            "left out": lambda sweep, rule=left_out: sweep.rate(rule),  # type: ignore[misc]
+        }
+        rules[family] = {
+            name: [sweep.regret(rate(sweep)) for sweep in judged] for name, rate in (columns | FIXED).items()
+        }
+    names = ["rule", "left out", *FIXED]
+    rows = [
+        (family, str(len(found["rule"])), *(f"{np.mean(found[name]):.2f} ({max(found[name]):.1f})" for name in names))
+        for family, found in rules.items()
+    ]
+    console.print(make_table("Loss above the best rate's, %: mean (worst)", ("family", "sweeps", *names), rows))
+    fitted = fit(all_sweeps)
+    values = ", ".join(
+        f"{field.name} {value:.3g}" for field, value in zip(fields(RateRule), astuple(fitted), strict=True)
+    )
+    console.print(f"Fitted on all: {values}.", markup=False)
+    means = {family: {name: float(np.mean(found[name])) for name in names} for family, found in rules.items()}
+    return {"regret": means, "fitted": dict(zip(FITTED, astuple(fitted)[: len(FITTED)], strict=True))}
