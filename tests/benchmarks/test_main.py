@@ -22,6 +22,8 @@ EXPLAINED = {
     "env-speed": ("--quick", "--json", "stacked", "cpu time", "peft"),
     "methods": ("--suite", "--workers", "--pack", "--json", "paired seeds", "tuning seeds"),
     "methods-report": ("--suite", "--rows", "--json", "stored rows", "bootstrap"),
+    "rates": ("--rows", "--json", "published", "sweeps"),
+    "loss-runs": ("--models", "--minutes", "--quick", "--json", "drawn plans", "folder of the plan"),
     "plan-runs": ("--cells", "--minutes", "--pack", "--quick", "plain lora", "share seed and batches"),
 }
 

@@ -39,7 +39,9 @@ def test_both_commands_name_the_same_peak(
 ) -> None:
     step = {"batch_size": 4, "max_length": 16, **settings}
     model = save(name, tmp_path / name, chat=data == "chats")
-    planned = plan_ahead(FinetuneConfig(model, rows[data], policy="signal-mean", budget="100%", steps=4, **step))
+    planned = plan_ahead(
+        FinetuneConfig(model, rows[data], policy="signal-mean", budget="100%", steps=4, learning_rate=1e-3, **step)
+    )
     outlook = memory_here(MemoryConfig(model, rows[data], measure=True, **step), lambda text: None)
     asked = outlook.choices[0]
     assert outlook.reference_bytes == pytest.approx(planned.limit, rel=1e-4)
