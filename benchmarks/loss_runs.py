@@ -138,7 +138,7 @@ class Options:
 
 def prior_rate(width: int, share: float) -> float:
     """The rate around which rates are drawn: a published formula in width (lora-without-regret), and a share's root."""
-    return 5e-4 * (2000 / width) ** 0.781 * share**-0.5
+    return float(5e-4 * (2000 / width) ** 0.781 * share**-0.5)
 
 
 WIDTHS = {"smollm2-135m": 576, "smollm2-15": 576, "smollm2-8": 576}
@@ -241,7 +241,7 @@ def perform(run: LossRun) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = run.rate * factor_at(step, task.steps)
         loss = model(**batch).loss
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norms.append(float(f"{float(nn.utils.clip_grad_norm_(trained, CLIP)):.4g}"))
         optimizer.step()
         optimizer.zero_grad()

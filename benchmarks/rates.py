@@ -144,9 +144,6 @@ def packed() -> Iterator[Sweep]:
         yield Sweep(family, name, width_of(model), steps, REFERENCE_RANK, 2.0, sweep["untrained"], 48 * rows, losses)
 
 
-FITTED = ("rate", "of_width", "of_steps", "of_tokens", "of_loss", "of_scale", "of_rank")
-
-
 def fit(sweeps: Sequence[Sweep]) -> RateRule:
     """The rule with the least mean regret, published sweeps and each of our models counting alike in the mean."""
     groups = defaultdict(list)
@@ -155,7 +152,7 @@ def fit(sweeps: Sequence[Sweep]) -> RateRule:
     weights = {name: PUBLISHED_WEIGHT if name == "published" else 1.0 for name in groups}
 
     def rule_of(values: Sequence[float]) -> RateRule:
-        return RateRule(math.exp(values[0]), *values[1:], of_share=RULE.of_share)
+        return RateRule(*(math.exp(values[0]), *values[1:], RULE.of_share))
 
     def loss(values: Sequence[float]) -> float:
         rule = rule_of(values)
@@ -222,5 +219,5 @@ def benchmark(options: Options, console: Console) -> Figures:
         f"{field.name} {value:.3g}" for field, value in zip(fields(RateRule), astuple(fitted), strict=True)
     )
     console.print(f"Fitted on all: {values}.", markup=False)
-    means = {family: {name: float(np.mean(found[name])) for name in names} for family, found in rules.items()}
-    return {"regret": means, "fitted": dict(zip(FITTED, astuple(fitted)[: len(FITTED)], strict=True))}
+    means = {f"{family} {name}": float(np.mean(found[name])) for family, found in rules.items() for name in names}
+    return {**means, **{f"fitted {field.name}": getattr(fitted, field.name) for field in fields(RateRule)}}
