@@ -31,7 +31,7 @@ from rich.console import Console
 from torch import nn
 
 from .harness import Figures, machine_facts
-from .methods.plans import attention, both, ending, every_other_layer, everything, mlp, top
+from .methods.plans import Part, attention, both, ending, every_other_layer, everything, mlp, top
 from .methods.study import Modules
 from .methods.tasks import MethodTask
 from .methods.texts import load_data
@@ -55,7 +55,7 @@ JUDGED = (
 )
 """Texts of comparisons, which no run reads."""
 
-PARTS = {
+PARTS: dict[str, Part] = {
     "all": everything,
     "attention": attention,
     "mlp": mlp,
@@ -241,7 +241,7 @@ def perform(run: LossRun) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = run.rate * factor_at(step, task.steps)
         loss = model(**batch).loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norms.append(float(f"{float(nn.utils.clip_grad_norm_(trained, CLIP)):.4g}"))
         optimizer.step()
         optimizer.zero_grad()
