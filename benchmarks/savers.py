@@ -38,6 +38,7 @@ class Options:
         rounds: steps of each kind, which take turns.
         batches: of an epoch of the runs with the cache; 0 leaves them out.
         bf16: compute under bf16 autocast.
+        vocabulary: keep so many tokens of it, as in a model whose head is a small part of the work; 0 keeps all.
         json: the file for the figures.
     """
 
@@ -47,6 +48,7 @@ class Options:
     rounds: int = 7
     batches: int = 6
     bf16: bool = False
+    vocabulary: int = 0
     json: Path | None = None
 
 
@@ -63,6 +65,8 @@ def _model(options: Options, share: float, rank: int) -> Any:
     """Plain LoRA of a rank on all linear layers of the top share of the layers."""
     torch.manual_seed(0)
     base = load_model(options.model, "causal-lm", (), load_tokenizer(options.model)).float()
+    if options.vocabulary:
+        base.resize_token_embeddings(options.vocabulary)
     count = base.config.num_hidden_layers
     kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     layers = [*range(count - round(share * count), count)]
@@ -72,7 +76,8 @@ def _model(options: Options, share: float, rank: int) -> Any:
 
 def _batches(options: Options, count: int) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(1000, 40_000, (options.rows, options.length), generator=generator) for _ in range(count)]
+    tokens, size = options.vocabulary or 40_000, (options.rows, options.length)
+    rows = [torch.randint(min(1000, tokens // 2), tokens, size, generator=generator) for _ in range(count)]
     return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 
