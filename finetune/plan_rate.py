@@ -126,7 +126,7 @@ class PlanRate:
         factor: by which the rate is multiplied now.
 
     Raises:
-        ConfigError: `auto`, and the rule says nothing here.
+        ConfigError: `auto`, and the rule says nothing here: of another optimizer, or of losses that compare answers.
     """
 
     def __init__(
@@ -141,11 +141,17 @@ class PlanRate:
                 f"learning_rate='auto' is for Adam and its kin; {type(optimizer).__name__} is none, or chooses its "
                 "rate itself. Leave learning_rate out, and give the optimizer the rate that it needs."
             )
+        if auto and run.learns_preferences:
+            raise ConfigError(
+                "learning_rate='auto' is for losses on labels, and the batches of this run have none: losses that "
+                "compare answers want far lower rates. Leave learning_rate out, and give the optimizer a rate (DPO: "
+                "about 5e-6)."
+            )
         self.own: float = probe_rate(run.model, run.optimizer)
         self._plain = np.array([target.scaling_at(REFERENCE_RANK) for target in targets])
         self.rule: float | None = None
         self.look: Look | None = (look or TYPICAL) if auto else None
-        if auto or (self._follows and hidden_width(run.model)):
+        if auto or (self._follows and hidden_width(run.model) and not run.learns_preferences):
             self.rule = rate_by_rule(run.model, targets, run.total_steps, look or TYPICAL)
         self._auto = self.rule / self.own if auto and self.rule else 1.0
         self.factor: float = 1.0

@@ -161,8 +161,20 @@ class TrainingRun:
     @property
     def tells_positions(self) -> bool:
         """Whether batches hold the positions of their tokens."""
+        return "position_ids" in self._names
+
+    @property
+    def learns_preferences(self) -> bool:
+        """Whether batches name their parts and have no labels, as where answers are compared (DPO, KTO, rewards)."""
+        return bool(self._names) and "labels" not in self._names
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        """The names of the parts that a batch has; empty where they have none."""
         batch = self.measured(lambda: self._collate([first_example(self.dataset)]))
-        return isinstance(batch, Mapping) and batch.get("position_ids") is not None
+        return (
+            frozenset(name for name in batch if batch[name] is not None) if isinstance(batch, Mapping) else frozenset()
+        )
 
     def measured(self, work: Callable[[], T]) -> T:
         """What a function finds out by running steps, in the first process alone; all get its result or its error.

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, default_data_collator
 
 from .tiny_runs import Run, adapted, counting, take_step
 from .tiny_runs import llama_config as llama_config
+from .trainer_kinds import dpo
 
 RATE = 1e-2
 ROWS: Any = counting()
@@ -159,6 +160,13 @@ def test_the_trainer_logs_the_real_rate_and_goes_on_with_it(
     other = new(keep_rate=True)
     with pytest.raises(RunFolderError, match="keep_rate"):
         other.train(2)
+
+
+def test_losses_that_compare_answers_need_a_rate_of_their_own(tmp_path: Path) -> None:
+    trainer = dpo(tmp_path, max_steps=1)
+    rankpilot.attach(trainer, Gives(1), budget="400%", schedule=ONCE, learning_rate="auto")
+    with pytest.raises(ConfigError, match="compare answers"):
+        trainer.train()
 
 
 def test_a_plan_ahead_tells_its_rate(llama_config: LlamaConfig) -> None:
