@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..common.arrays import Arrays, BoolArray, IntArray
+from ..common.checks import finite
 from ..common.files import MOST_LINES_BYTES, append_json_line, atomic_path, read_arrays, read_text, write_text
 from ..cost.cost import check_cost, cost_from_state, cost_state
 from ..cost.savers import Saved
@@ -107,6 +108,7 @@ class DecisionRecord:
         schedule: fields of the run's `DecisionSchedule`, by name.
         notes: why a module did not get the rank that the policy wanted, by name; the others are left out.
         saved: at the first decision of a run, what a step takes without exact savers and with them; else empty.
+        rates: the peak of the learning rate for plain LoRA, and under the plan; None where nothing tells it.
 
     Raises:
         DataError: arrays disagree on the number of modules, a name is used twice, or a number is out of range.
@@ -130,6 +132,7 @@ class DecisionRecord:
     schedule: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     saved: tuple[Saved, ...] = ()
+    rates: tuple[float, float] | None = None
 
     @classmethod
     def of(
@@ -148,6 +151,7 @@ class DecisionRecord:
         notes: Mapping[str, str] | None = None,
         correction: bool = False,
         saved: tuple[Saved, ...] = (),
+        rates: tuple[float, float] | None = None,
     ) -> DecisionRecord:
         """The record of a decision that has just been applied, in a fine-tune or in an episode.
 
@@ -165,6 +169,7 @@ class DecisionRecord:
             notes: by module name, beside those of the controller, whose modules are pinned.
             correction: whether the guard or a person changed the ranks, and not the policy.
             saved: what exact savers bring.
+            rates: the peak of the learning rate for plain LoRA, and under the plan.
         """
         pinned = np.isin(observation.names, list(controller.notes))
         return cls(
@@ -186,6 +191,7 @@ class DecisionRecord:
             schedule=asdict(controller.schedule),
             notes={**(notes or {}), **controller.notes},
             saved=saved,
+            rates=rates,
         )
 
     def __post_init__(self) -> None:
@@ -479,6 +485,7 @@ def _line_of(record: DecisionRecord) -> dict[str, Any]:
         "schedule": dict(record.schedule),
         "ladder": list(problem.ladder.ranks),
         "saved": [asdict(each) for each in record.saved],
+        "rates": record.rates and list(record.rates),
         "cost": {name: value for name, value in cost_state(problem.cost).items() if not isinstance(value, np.ndarray)},
         "deliberation": found
         and {name: value for name, value in asdict(found).items() if not isinstance(value, np.ndarray)},
@@ -567,9 +574,18 @@ def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
         rank_clipped=arrays["rank_clipped"],
         rank_after=arrays["rank_after"],
         pinned=arrays.get("pinned"),
-        saved=tuple(Saved.of_state(each) for each in line.get("saved", [])),  # earlier logs have none
+        saved=tuple(Saved.of_state(each) for each in line.get("saved", [])),  # earlier logs have none, nor rates
+        rates=_rates_of(line.get("rates")),
         **{name: line[name] for name in (*_OF_RUN, "schedule", "notes")},
     )
+
+
+def _rates_of(given: Any) -> tuple[float, float] | None:
+    """The rates of a line; TypeError or ValueError if they are something else."""
+    if given is None:
+        return None
+    plain, of_plan = map(finite, given)
+    return plain, of_plan
 
 
 def _deliberation_of(scalars: Mapping[str, Any] | None, arrays: Arrays, modules: int) -> Deliberation | None:

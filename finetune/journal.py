@@ -135,6 +135,7 @@ class Journal:
         loss: float | None,
         peak: int | None,
         notes: Mapping[str, str] | None = None,
+        rates: tuple[float, float] | None = None,
         remark: str = "",
         correction: bool = False,
     ) -> None:
@@ -149,6 +150,7 @@ class Journal:
             loss: mean training loss since the decision before this one.
             peak: bytes at the latest peak that was measured.
             notes: by module name, why it has not the rank that was wanted.
+            rates: the peak of the learning rate for plain LoRA, and under the plan.
             remark: added to the line.
             correction: whether the guard or a person changed the ranks, and not the policy.
 
@@ -171,6 +173,7 @@ class Journal:
             notes=notes,
             correction=correction,
             saved=self._saved if len(self.predictions) == 1 else (),
+            rates=rates,
         )
         if self.log is not None and self._writes:
             self.log.append(record)

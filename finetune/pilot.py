@@ -574,6 +574,8 @@ class RankPilot:
         *,
         correction: bool = False,
     ) -> None:
+        if self._rate:
+            self._rate.follow()
         self.journal.record(
             self._controller,
             observation,
@@ -583,6 +585,7 @@ class RankPilot:
             loss=loss,
             peak=self.peaks[-1][1] if self.peaks else None,
             notes=notes,
+            rates=self.rates,
             remark=self._guard.remark(),
             correction=correction,
         )

@@ -124,6 +124,7 @@ OF_ANOTHER = "is missing, damaged or of another decision"
         },
         {"loss": None, "policy_sha256": None, "notes": {}, "schedule": {}},
         {"saved": (Saved("plain LoRA", 8e6), Saved("shared copies of inputs, loss in tiles", 6e6, 1e6))},
+        {"rates": (1e-3, 1 / 3)},
         {"decision": Decision(np.array([1, 2, 4]), np.zeros(3), exact=True)},
         {
             "decision": Decision(
@@ -195,15 +196,19 @@ def test_a_table_has_a_row_for_each_module(log: DecisionLog) -> None:
     assert [row[f"run.{name}"] for name in RUN_FEATURES] == record.observation.run.tolist()
 
 
-def test_exact_savers_of_a_line_are_checked_and_earlier_lines_tell_none(log: DecisionLog) -> None:
+def test_savers_and_rates_of_a_line_are_checked_and_earlier_lines_tell_none(log: DecisionLog) -> None:
     path = log.folder / "decisions.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line.pop("saved") for line in lines] == [[]] * 4
+    assert [(line.pop("saved"), line.pop("rates")) for line in lines] == [([], None)] * 4
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert_same(log.read()[1], make_record(1))
     whole = {"name": "plain LoRA", "step_bytes": 8.0, "again_bytes": None}
     for wrong in (1, [1], [{}], [whole | {"name": 1}], [whole | {"step_bytes": "8"}], [whole | {"again_bytes": []}]):
         path.write_text(json.dumps(lines[0] | {"saved": wrong}) + "\n")
+        with pytest.raises(RunFolderError, match=OF_ANOTHER):
+            log.read()
+    for rates in (1, [1e-3], ["a", 1e-3], [1e-3, 1e-3, 1e-3]):
+        path.write_text(json.dumps(lines[0] | {"rates": rates}) + "\n")
         with pytest.raises(RunFolderError, match=OF_ANOTHER):
             log.read()
 

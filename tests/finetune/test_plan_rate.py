@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
+from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.observation import Observation
 from rankpilot.agents.policy import Decision
 from rankpilot.agents.settings import ONCE
@@ -20,6 +21,8 @@ from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.plan_rate import hidden_width, rate_by_rule
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
+from rankpilot.study.run_data import read_run
+from rankpilot.study.verdict import verdict
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, default_data_collator
 
@@ -154,6 +157,9 @@ def test_the_trainer_logs_the_real_rate_and_goes_on_with_it(
     assert factor == pytest.approx(7**0.5 * (1 if rule is None else whole.pilot.pilot.rates[0] / RATE))
     logged = [row["learning_rate"] for row in whole.trainer.state.log_history if "learning_rate" in row]
     assert logged == pytest.approx([factor * RATE * share for share in (1, 0.75, 0.5, 0.25)], rel=1e-6)
+    (record,) = DecisionLog(tmp_path / "decisions").read()
+    assert record.rates == pytest.approx((whole.pilot.pilot.rates[0], factor * RATE))
+    assert "The plan trained at a peak learning rate of" in " ".join(verdict(read_run(tmp_path)).results)
     again = new().train(2)
     assert again.pilot.pilot.rate_factor == factor
     whole.assert_same_adapter(again)
