@@ -94,6 +94,8 @@ def main(arguments: Sequence[str]) -> None:
         use = f" Edit it, and pass --policy {output} to rankpilot finetune." if form == "plan" else ""
         console.print(f"{output} holds the plan.{use}", soft_wrap=True, markup=False)
     console.print(f"Predicted: {plan.line()}", soft_wrap=True, markup=False, highlight=False)
+    if plan.learning_rate is not None:
+        console.print(f"Learning rate for it: {plan.learning_rate:.3g}", markup=False, highlight=False)
 
 
 def _frontier(plan: StaticPlan) -> Table:
@@ -134,7 +136,12 @@ def _peft(plan: StaticPlan) -> str:
 def _axolotl(plan: StaticPlan) -> str:
     from ..lora.adapter_file import axolotl_yaml
 
-    return axolotl_yaml(plan.by_name())
+    return axolotl_yaml(plan.by_name()) + _rate_line(plan)
+
+
+def _rate_line(plan: StaticPlan) -> str:
+    """The learning rate as a setting of axolotl and LLaMA-Factory."""
+    return "" if plan.learning_rate is None else f"learning_rate: {plan.learning_rate:.3g}\n"
 
 
 def _llama_factory(plan: StaticPlan) -> str:
@@ -152,5 +159,5 @@ def _llama_factory(plan: StaticPlan) -> str:
         "finetuning_type: lora\n"
         f"lora_target: {','.join(kinds)}\n"
         f"lora_rank: {rank}\n"
-        f"lora_alpha: {alpha}\n"
+        f"lora_alpha: {alpha}\n" + _rate_line(plan)
     )

@@ -38,9 +38,8 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
             FrontierPlan("narrow at 8", np.array([8, 0, 8]), 500.0, 0.0125, 1.02, 0.99, 1.05, fits=True, taken=True),
             FrontierPlan("all-linear", np.array([8, 8, 8]), 1200.0, None, 1.0, 1.0, 1.0, fits=False, taken=False),
         )
-        return StaticPlan(
-            config, RANKS, dict.fromkeys(RANKS, 16.0), 900.0, 1000.0, "parameters", plans if frontier else None
-        )
+        alphas, found = dict.fromkeys(RANKS, 16.0), plans if frontier else None
+        return StaticPlan(config, RANKS, alphas, 900.0, 1000.0, "parameters", found, learning_rate=1 / 700)
 
     monkeypatch.setattr(experiment, "plan_ahead", plan_ahead)
     return asked
@@ -60,7 +59,9 @@ def test_lines_for_peft(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert config.rank_pattern == {r"^model\.layers\.0\.v_proj": 4, r"^model\.layers\.1\.q_proj": 8}
     assert config.exclude_modules == r"model\.layers\.0\.q_proj"
     assert (config.task_type, config.modules_to_save) == ("SEQ_CLS", ["classifier"])
-    assert "900 of 1,000 parameters, mean rank 4.0" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "900 of 1,000 parameters, mean rank 4.0" in printed
+    assert "Learning rate for it: 0.00143\n" in printed
     with pytest.raises(ConfigError, match=r"plan\.json exists already"):
         module.main(["m", "d", "--output", str(tmp_path / "plan.json")])
     with pytest.raises(ConfigError, match=r"exists already\. Name a folder"):
@@ -100,6 +101,7 @@ def test_lines_for_axolotl(tmp_path: Path) -> None:
     assert values["lora_rank_pattern"] == {r"^model\.layers\.0\.v_proj": 4, r"^model\.layers\.1\.q_proj": 8}
     assert values["lora_alpha"] == 16
     assert "lora_alpha_pattern" not in values, "one alpha for all"
+    assert values["learning_rate"] == 0.00143
 
 
 def test_llama_factory_has_no_pattern(tmp_path: Path) -> None:
@@ -107,7 +109,7 @@ def test_llama_factory_has_no_pattern(tmp_path: Path) -> None:
     text = (tmp_path / "plan.yaml").read_text()
     assert text.startswith("# LLaMA-Factory has one rank for all modules and takes no rank pattern")
     settings = {"finetuning_type": "lora", "lora_target": "q_proj,v_proj", "lora_rank": 4, "lora_alpha": 16}
-    assert yaml.safe_load(text) == settings
+    assert yaml.safe_load(text) == settings | {"learning_rate": 0.00143}
 
 
 def test_settings_in_a_yaml_file(tmp_path: Path, plan: list[FinetuneConfig]) -> None:
