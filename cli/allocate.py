@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 import tyro
 from rich.markup import escape
 
@@ -140,8 +141,9 @@ def _axolotl(plan: StaticPlan) -> str:
 
 
 def _rate_line(plan: StaticPlan) -> str:
-    """The learning rate as a setting of axolotl and LLaMA-Factory."""
-    return "" if plan.learning_rate is None else f"learning_rate: {plan.learning_rate:.3g}\n"
+    """The learning rate as a setting of axolotl and LLaMA-Factory; YAML reads 2e-05 as text."""
+    rate = plan.learning_rate
+    return "" if rate is None else f"learning_rate: {np.format_float_positional(float(f'{rate:.3g}'))}\n"
 
 
 def _llama_factory(plan: StaticPlan) -> str:
