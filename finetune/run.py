@@ -274,7 +274,7 @@ def probe_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     adapters = {id(parameter) for name, parameter in model.named_parameters() if "lora_" in name}
     groups = [group for group in optimizer.param_groups if any(id(p) in adapters for p in group["params"])]
     group = (groups or optimizer.param_groups)[0]
-    return float(group.get("initial_lr") or group["lr"] or PROBE_RATE)
+    return float(group.get("max_lr") or group.get("initial_lr") or group["lr"] or PROBE_RATE)  # max_lr: OneCycleLR
 
 
 def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:

@@ -21,6 +21,9 @@ REFERENCE_SCALE = 2.0
 MOST_TOKENS = 2000
 """Steps of more tokens have the rate of this many: their gradients have little noise left to average."""
 
+LEAST_SHARE = 0.25
+"""Plans that adapt a smaller share of the modules have the factor of this: no narrower one was measured."""
+
 LEAST_LOSS = 0.1
 """A lower loss before training counts as this."""
 
@@ -98,7 +101,7 @@ class RateRule:
             return 1.0
         rank = np.log(ranks[adapted] / REFERENCE_RANK).mean()
         scale = np.log(scales[adapted] / plain_scales[adapted]).mean()
-        share = math.log(adapted.mean())
+        share = math.log(max(adapted.mean(), LEAST_SHARE))
         return math.exp(self.of_rank * rank + self.of_scale * scale + self.of_share * share)
 
 

@@ -152,6 +152,8 @@ def test_the_probe_has_the_adapters_rate(llama_config: LlamaConfig) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-4)
     assert TrainingRun.of_loader(loop.model, optimizer, loop.loader, total_steps=1).learning_rate == 1e-4
+    torch.optim.lr_scheduler.OneCycleLR(loop.optimizer, 5e-2, total_steps=10)
+    assert loop.run.learning_rate == 5e-2, "the one that it rises to"
 
 
 def test_parts_in_evaluation_mode_stay_so(llama_config: LlamaConfig) -> None:

@@ -154,7 +154,7 @@ def test_the_trainer_logs_the_real_rate_and_goes_on_with_it(
 
     whole = new().train()
     factor = whole.pilot.pilot.rate_factor
-    assert factor == pytest.approx(7**0.5 * (1 if rule is None else whole.pilot.pilot.rates[0] / RATE))
+    assert factor == pytest.approx(2.0 * (1 if rule is None else whole.pilot.pilot.rates[0] / RATE))
     logged = [row["learning_rate"] for row in whole.trainer.state.log_history if "learning_rate" in row]
     assert logged == pytest.approx([factor * RATE * share for share in (1, 0.75, 0.5, 0.25)], rel=1e-6)
     (record,) = DecisionLog(tmp_path / "decisions").read()
@@ -180,4 +180,4 @@ def test_a_plan_ahead_tells_its_rate(llama_config: LlamaConfig) -> None:
     loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)
     plan = rankpilot.static_plan(model, loader, Gives(1), budget="400%", schedule=ONCE, total_steps=200)
     rule = rate_by_rule(model, find_target_modules(model), 200)
-    assert plan.learning_rate == pytest.approx(rule * 7**0.5, rel=1e-6)
+    assert plan.learning_rate == pytest.approx(rule * 2.0, rel=1e-6)
