@@ -266,16 +266,12 @@ class Outlook:
     @cached_property
     def step(self) -> ConfiguredStep:
         """The step of a run: on a card, activations run again where plain LoRA does not fit without."""
-        memory = self._free.memory.recomputing(())
-        return self._step_of(memory.shape, fits=not self.card or self._use(memory, self._plain).verdict == "fits")
-
-    def _step_of(self, shape: BatchShape, *, fits: bool) -> ConfiguredStep:
-        """The step with such batches, by whether plain LoRA fits; see `ExactSavers.within`."""
-        if fits or self._lean is None:
+        plain = self._free.memory.recomputing(())
+        if self.card is None or self._use(plain, self._plain).verdict == "fits" or self._lean is None:
             return self._free
         memory, top = self._lean.memory, self.plan(1, 1)
-        least = min(each.peak(top, shape) for each in (memory, memory.recomputing(())))
-        return self._lean if least <= self.room else self._free
+        fits = min(memory.peak(top), memory.recomputing(()).peak(top)) <= self.room  # see `ExactSavers.within`
+        return self._lean if fits else self._free
 
     @cached_property
     def _lean(self) -> ConfiguredStep | None:
@@ -469,7 +465,7 @@ class Outlook:
         ranks, room = self.plan(self.blocks, self.rank), self._room_for_tensors
         taken = self.card.memory_bytes - self.room
         plain = self._free.memory.recomputing(()).peak(self._plain, shape)
-        step = self._step_of(shape, fits=plain <= room)
+        step = self._free if plain <= room else self._lean or self._free
         chosen = fewest_recomputed(step.memory, ranks, room, shape)
         peak = step.memory.recomputing(chosen).peak(ranks, shape)
         total = (peak + taken) * (1 + self._reserve_share)
