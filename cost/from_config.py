@@ -6,10 +6,12 @@ package's own calibration runs its small steps there, as the device that is aske
 (`cost/hollow_device.py`). The byte model that comes out is the one that the same steps give on that device.
 """
 
+from __future__ import annotations
+
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -37,7 +39,7 @@ from .measured_time import count_work
 from .model import MemoryModel
 from .published import WORKSPACE_BYTES, check_length, check_reads_tokens, find_configuration, most_positions
 from .recording import BatchShape
-from .savers import SAVERS, ExactSavers, Saved
+from .savers import CACHE, SAVERS, ExactSavers, Priced, Saved
 from .step_config import Quantization, StepConfig
 from .step_time import StepWork
 
@@ -88,6 +90,7 @@ class ConfiguredStep:
         positions: the most tokens of a row; None if the model sets no limit.
         work: what the step computes; None if it was not counted.
         saved: what a step of plain LoRA takes with each exact saver more, likewise.
+        leaner: makes the same step with activations that run again; None where that saves nothing, or is not asked for.
     """
 
     memory: MemoryModel
@@ -99,6 +102,7 @@ class ConfiguredStep:
     positions: int | None
     work: StepWork | None = field(repr=False)
     saved: tuple[Saved, ...] = ()
+    leaner: Callable[[], ConfiguredStep | None] = field(default=lambda: None, repr=False)
 
 
 def from_config(
@@ -135,63 +139,88 @@ def from_config(
     loaded = loaded or LoadedAs()
     auto_class = usual_class(config)
     device = HollowDevice(loaded.device, loaded.attention, loaded.padded)
-    with hollow_device(device), quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the libraries, about contents that are not there
+    with _hollow(device):
         base = hollow_base(config, auto_class, loaded.dtype)
         check_length(step.max_length, base)
         parameters = sum(parameter.numel() for parameter in base.parameters())
         if checkpointing_optional and not training_step.has_checkpointing(base):
             step = replace(step, gradient_checkpointing=False)
-        positions, kind = most_positions(base), PEFT_TYPES[auto_class]
+        kind = PEFT_TYPES[auto_class]
         model = _adapted(_quantised(base, step, loaded, kind), step, loaded, kind)
-        targets = find_target_modules(model)
-        memory, saved, work = _recorded(model, base, targets, step, loaded, counted=counted)
-        return ConfiguredStep(
-            memory=memory,
-            model=model,
-            targets=targets,
-            parameters=parameters,
-            frozen_bytes=frozen_bytes(model),
-            workspace_bytes=2 * WORKSPACE_BYTES if loaded.device == "cuda" else 0,
-            positions=positions,
-            work=work,
-            saved=saved,
-        )
+        return _recorded(model, base, parameters, step, loaded, device, counted=counted)
+
+
+@contextmanager
+def _hollow(device: HollowDevice) -> Iterator[None]:
+    """A hollow device, without what libraries say about contents that are not there."""
+    with hollow_device(device), quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _predictable(config: PreTrainedConfig) -> Iterator[None]:
+    """Tell what went wrong in a step as an error of the configuration, or of what computes with contents."""
+    try:
+        yield
+    except RankPilotError:
+        raise
+    except AttributeError as error:
+        raise ConfigError(f"The configuration lacks what its model needs: {first_line(error)}") from error
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, ArithmeticError) as error:
+        raise UnsupportedError(
+            f"A step of {config.model_type!r} cannot be predicted from its configuration, because what it computes "
+            f"depends on contents ({first_line(error)[:120]}). Load the model, and measure it with `rankpilot memory`."
+        ) from error
 
 
 def _recorded(
     model: PeftModel,
     base: PreTrainedModel,
-    targets: list[TargetModule],
+    parameters: int,
     step: StepConfig,
     loaded: LoadedAs,
+    device: HollowDevice,
     *,
     counted: bool,
-) -> tuple[MemoryModel, tuple[Saved, ...], StepWork | None]:
-    """The byte model of a step of the model; what exact savers bring, and what it computes, if that is counted."""
-    config, shape = base.config, BatchShape(step.batch_size, step.max_length)
+) -> ConfiguredStep:
+    """The step of a model; also what exact savers bring and what it computes, if that is counted."""
+    config, shape, targets = base.config, BatchShape(step.batch_size, step.max_length), find_target_modules(model)
     with torch.device("cpu"):  # an 8-bit optimiser makes the table of its codes
         optimizer = training_step.new_optimizer(step.optimizer, model)
     training = training_step.TrainingStep(
         model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1
     )
     batch = hollow_batch(base, calibration_shape(config, shape, padded=loaded.padded))
-    savers = ExactSavers(model, tuple(SAVERS) if step.exact_savers else ())
+    savers = ExactSavers(model, [name for name in SAVERS if name != CACHE] if step.exact_savers else ())  # it has none
 
     def measured() -> MemoryModel:
         return replace(measure_memory(training, targets, batch, signals=False), shape=shape)
 
-    try:
-        priced = savers.price(measured, targets) if step.exact_savers and counted else None
-        memory, saved = (priced.memory, priced.saved) if priced else (measured(), ())
+    def leaner() -> ConfiguredStep | None:
+        with _hollow(device), _predictable(config):
+            lean = savers.with_activations(priced, measured, targets)
+            if lean is None:
+                return None
+            work = count_work(model, targets, training.loss, batch)
+            return replace(found, memory=lean.memory, saved=lean.saved, work=work)
+
+    with _predictable(config):
+        prices = step.exact_savers and counted
+        priced = savers.price(measured, targets) if prices else Priced(memory := measured(), memory, ())
         work = count_work(model, targets, training.loss, batch) if counted else None
-    except RankPilotError:
-        raise
-    except AttributeError as error:
-        raise ConfigError(f"The configuration lacks what its model needs: {first_line(error)}") from error
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, ArithmeticError) as error:
-        raise _unpredictable(config, error) from error
-    return memory, saved, work
+    found = ConfiguredStep(
+        memory=priced.memory,
+        model=model,
+        targets=targets,
+        parameters=parameters,
+        frozen_bytes=frozen_bytes(model),
+        workspace_bytes=2 * WORKSPACE_BYTES if loaded.device == "cuda" else 0,
+        positions=most_positions(base),
+        work=work,
+        saved=priced.saved,
+    )
+    return replace(found, leaner=leaner) if prices and priced.memory.segments else found
 
 
 def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PreTrainedModel:
@@ -243,13 +272,6 @@ def _keep_logits(model: torch.nn.Module, arguments: Any, output: Any) -> None:
         output.loss.kept = output.logits
 
 
-def _unpredictable(config: PreTrainedConfig, error: Exception) -> UnsupportedError:
-    return UnsupportedError(
-        f"A step of {config.model_type!r} cannot be predicted from its configuration, because what it computes depends "
-        f"on contents ({first_line(error)[:120]}). Load the model, and measure it with `rankpilot memory`."
-    )
-
-
 PEFT_TYPES = {
     "AutoModelForCausalLM": "CAUSAL_LM",
     "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
@@ -293,8 +315,8 @@ def hollow_base(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | 
     Raises:
         ConfigError: the class has no model of this kind.
     """
-    config.use_cache = False
     text = config.get_text_config()
+    config.use_cache = text.use_cache = False
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0
     try:

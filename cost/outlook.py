@@ -1,7 +1,8 @@
 """What a training step takes, what other choices would take, and what fits: a card, or a budget.
 
 Every choice follows from one recording in which every layer runs again: the peak of any ranks, any depth, any set of
-recomputed layers and any batch. The recording is made on the meta device for a model that is known from its
+recomputed layers and any batch. Where plain LoRA does not fit a card, it is one in which activations run again too, as
+in a run (`cost/savers.py`). The recording is made on the meta device for a model that is known from its
 configuration (`memory_of`), or on the device for one that is here (`study/memory_here.py`). Whether a plan fits a card
 follows from everything that the card must hold, added up (`card_use`).
 """
@@ -191,12 +192,14 @@ class GridCell:
     Attributes:
         shape: rows and tokens.
         recomputed: how many layers must run again so that it fits; None if it does not fit even then.
+        activations: whether activations run again first, since plain LoRA does not fit without.
         bytes: on the card, with these layers, or with all; the allocator's reserve is taken to be the share that it is
             for the batch that was asked for.
     """
 
     shape: BatchShape
     recomputed: int | None
+    activations: bool
     bytes: float
 
 
@@ -221,8 +224,8 @@ class Outlook:
     """What a training step takes, and what fits.
 
     Args:
-        step: the step, with all layers checkpointed, or with none where the model's class has no gradient
-            checkpointing.
+        step: the step without activations that run again, with all layers checkpointed, or with none where the model's
+            class has no gradient checkpointing.
         rank: on all modules, or the most that one can have.
         settings: rows, tokens and further settings of the step.
         card: the card that is asked about; None for a model that is looked at where it is.
@@ -251,22 +254,41 @@ class Outlook:
         measured: MeasuredStep | None = None,
         facts: Mapping[str, str] | None = None,
     ) -> None:
-        self.step, self.rank, self.settings, self.card, self.dtype = step, rank, settings, card, dtype
+        self._free, self.rank, self.settings, self.card, self.dtype = step, rank, settings, card, dtype
         self.measured, self.facts, self.notes = measured, dict(facts or {}), list[str]()
         self._asked, self._limit, self._others = asked, limit, list[Choice]()
         self._blocks = np.array([target.block for target in step.targets])
         self._highest = highest_ranks(step.targets)
+        self._plain = np.minimum(REFERENCE_RANK, self._highest)
         self._loaded = frozen_sizes(step.model) if card else []
         self.blocks: int = len(np.unique(self._blocks))
 
     @cached_property
-    def _time(self) -> StepTime | None:
+    def step(self) -> ConfiguredStep:
+        """The step of a run: on a card, activations run again where plain LoRA does not fit without."""
+        plain = self._free.memory.recomputing(())
+        if self.card is None or self._use(plain, self._plain).verdict == "fits" or self._lean is None:
+            return self._free
+        memory, top = self._lean.memory, self.plan(1, 1)
+        fits = min(memory.peak(top), memory.recomputing(()).peak(top)) <= self.room  # see `ExactSavers.within`
+        return self._lean if fits else self._free
+
+    @cached_property
+    def _lean(self) -> ConfiguredStep | None:
+        """The step with activations that run again, which takes a recording more; None where that saves nothing."""
+        return self._free.leaner()
+
+    def _time_of(self, step: ConfiguredStep) -> StepTime | None:
         """The time of any plan, by counted work and the published rates of the card, or of a usual one."""
-        if self.step.work is None or self.card is None:
+        if step.work is None or self.card is None:
             return None
         rates = self.card.rates or device_table()[USUAL_CARD].rates
         assert rates is not None, "cards of the table have rates"
-        return self.step.work.time(Rates(product_rate(rates, self.dtype), rates.bytes_per_s, OPERATOR_SECONDS))
+        return step.work.time(Rates(product_rate(rates, self.dtype), rates.bytes_per_s, OPERATOR_SECONDS))
+
+    @cached_property
+    def _time(self) -> StepTime | None:
+        return self._time_of(self.step)
 
     @property
     def memory(self) -> MemoryModel:
@@ -287,14 +309,15 @@ class Outlook:
             first = self.step.saved[0]
             again = first.again_bytes if self._asked and self._asked.segments else None
             return first.step_bytes if again is None else again
-        plain = np.minimum(REFERENCE_RANK, self._highest)
-        return plan_cost(self._asked.cost(), plain) if self._asked else self.memory.recomputing(()).peak(plain)
+        return (
+            plan_cost(self._asked.cost(), self._plain) if self._asked else self.memory.recomputing(()).peak(self._plain)
+        )
 
     @property
     def room(self) -> float:
         """Bytes that a step may allocate beside the frozen model on the card."""
         assert self.card is not None, "there is no card"
-        taken = self.step.frozen_bytes + self.card.context_bytes + self.card.workspace_bytes
+        taken = self._free.frozen_bytes + self.card.context_bytes + self.card.workspace_bytes
         return float(self.card.memory_bytes - taken)
 
     @cached_property
@@ -338,7 +361,7 @@ class Outlook:
     ) -> Choice:
         ranks, shape = self.plan(layers, rank) if ranks is None else ranks, shape or memory.shape
         step_bytes = memory.peak(ranks, shape) if self.card else plan_cost(memory.cost(shape), ranks)
-        use = card_use(memory, ranks, self._loaded, self.card, shape=shape, evaluation=shape) if self.card else None
+        use = self._use(memory, ranks, shape) if self.card else None
         time = self._time.seconds(ranks, recomputed) / self._plain_seconds if self._time else None
         verdict: Verdict | None = use.verdict if use else None
         if self._limit:
@@ -348,10 +371,17 @@ class Outlook:
             kind, rank, layers, recomputed, ranks, step_bytes, use, time, verdict, shape, label, _memory=memory
         )
 
+    def _use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
+        assert self.card is not None, "there is no card"
+        shape = shape or memory.shape
+        return card_use(memory, ranks, self._loaded, self.card, shape=shape, evaluation=shape)
+
     @cached_property
     def _plain_seconds(self) -> float:
-        assert self._time is not None, "the step was made without its work"
-        return reference_seconds(self._time, self._highest)
+        """Of plain LoRA without activations that run again."""
+        time = self._time_of(self._free)
+        assert time is not None, "the step was made without its work"
+        return reference_seconds(time, self._highest)
 
     def breakdown(self, choice: Choice) -> Breakdown:
         """The peak of a choice's step by layer and kind of bytes."""
@@ -434,9 +464,12 @@ class Outlook:
         assert self.card is not None, "there is no card"
         ranks, room = self.plan(self.blocks, self.rank), self._room_for_tensors
         taken = self.card.memory_bytes - self.room
-        chosen = fewest_recomputed(self.memory, ranks, room, shape)
-        peak = self.memory.recomputing(chosen).peak(ranks, shape)
-        return GridCell(shape, len(chosen) if peak <= room else None, (peak + taken) * (1 + self._reserve_share))
+        plain = self._free.memory.recomputing(()).peak(self._plain, shape)
+        step = self._free if plain <= room else self._lean or self._free
+        chosen = fewest_recomputed(step.memory, ranks, room, shape)
+        peak = step.memory.recomputing(chosen).peak(ranks, shape)
+        total = (peak + taken) * (1 + self._reserve_share)
+        return GridCell(shape, len(chosen) if peak <= room else None, step is not self._free, total)
 
     @property
     def _room_for_tensors(self) -> float:

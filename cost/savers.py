@@ -212,15 +212,23 @@ class ExactSavers:
             targets: the target modules of the model.
             least: what the least possible plan takes under a cost, in bytes.
         """
-        *_, before = priced.saved
-        names = self.names
-        if before.step_bytes <= limit or self._compiled:
+        if priced.saved[-1].step_bytes <= limit or self._compiled:
             return priced
+        names, found = self.names, self.with_activations(priced, measure, targets)
+        if found and min(least(found.memory.cost()), least(found.memory.recomputing(()).cost())) <= limit:
+            return found
+        self.take(names)
+        return priced
+
+    def with_activations(
+        self, priced: Priced, measure: Callable[[], MemoryModel], targets: Sequence[TargetModule]
+    ) -> Priced | None:
+        """Let activations run again from now on; None, with the savers of before, where plain LoRA takes no less."""
+        names = self.names
         self.take([*names, ACTIVATIONS])
         memory = measure()
         found = Saved.of(ACTIVATIONS, memory, np.array([target.max_rank for target in targets]))
-        possible = min(least(memory.cost()), least(memory.recomputing(()).cost())) <= limit
-        if possible and found.is_less(before):
+        if found.is_less(priced.saved[-1]):
             return replace(priced, memory=memory, saved=(*priced.saved, found))
         self.take(names)
-        return priced
+        return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +20,7 @@ from ..common.arrays import IntArray
 from ..cost.breakdown import frozen_bytes
 from ..cost.budget import Budget, Limit
 from ..cost.calibration import beside_model, check_rank, highest_ranks, limited_cost
+from ..cost.cost import ParameterCost
 from ..cost.from_config import ConfiguredStep
 from ..cost.model import MemoryModel
 from ..cost.model_states import state_bytes
@@ -26,7 +28,7 @@ from ..cost.outlook import MeasuredStep, Outlook
 from ..cost.peak_meter import PeakMeter, resident_peak, restart_resident_peak
 from ..cost.published import check_reads_tokens
 from ..cost.recording import Batch, BatchShape, reshaped
-from ..cost.savers import SAVERS, ExactSavers
+from ..cost.savers import SAVERS, ExactSavers, Priced
 from ..cost.step_config import StepConfig
 from ..cost.training_step import switch_checkpointing
 from ..data.models import load_config
@@ -34,13 +36,14 @@ from ..data.task import Task
 from ..data.workload import Texts, Workload
 from ..errors import UnsupportedError
 from ..finetune.before_training import run_memory
+from ..finetune.left_as_found import could_recompute
 from ..finetune.options import FinetuneConfig
 from ..finetune.run import TrainingRun
 from ..finetune.trainer import check_possible, new_model, new_trainer, read_workload
 from ..finetune.trainer_step import run_of_trainer
 from ..lora.resize import set_ranks
 from ..lora.targets import TargetModule, find_target_modules
-from ..plan.plan import check_budget, top_down, uniform_ranks
+from ..plan.plan import check_budget, least_cost, top_down, uniform_ranks
 from ..plan.problem import AllocationProblem
 from .memory_config import MemoryConfig
 
@@ -89,11 +92,9 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
         BudgetError: no plan fits the budget.
     """
     setup = set_up(config, tell)
-    how = "with gradient checkpointing" if config.gradient_checkpointing is True else ""
-    savers = ExactSavers(setup.model, tuple(SAVERS) if config.exact_savers else ())
-    priced = savers.price(lambda: setup.measure_memory(tell, how), setup.targets)
-    plain, asked = priced.plain, priced.memory
-    rules, limit = _rules(setup, asked, plain)  # first, since it may raise that no plan fits
+    priced, limit = _priced(setup, tell)
+    asked = priced.memory
+    rules = _rules(setup, asked, limit)  # first, since it may raise that no plan fits
     if config.measure:
         tell("measuring real steps")
     measured = measure_step(setup) if config.measure else None
@@ -145,16 +146,34 @@ def _other_batches(setup: StepSetup, memory: MemoryModel, tell: Tell) -> Iterato
         yield f"{name} ({half})", half, known
 
 
-def _rules(setup: StepSetup, memory: MemoryModel, plain: MemoryModel) -> tuple[dict[str, IntArray], Limit | None]:
-    """The plans of the placement rules inside the budget by name, and its limit; BudgetError if no plan fits."""
-    if setup.config.budget is None:
-        return {}, None
-    budget = Budget.parse(setup.config.budget)
-    cost, limit = limited_cost(beside_model(budget, setup.model), setup.targets, plain)
-    cost = memory.cost() if limit.unit == "bytes" else cost
+def _priced(setup: StepSetup, tell: Tell) -> tuple[Priced, Limit | None]:
+    """The step with the exact savers that a run inside the budget has, and the budget's limit."""
+    config, targets = setup.config, setup.targets
+    how = "with gradient checkpointing" if config.gradient_checkpointing is True else ""
+
+    def measured() -> MemoryModel:
+        return setup.measure_memory(tell, how)
+
+    savers = ExactSavers(setup.model, tuple(SAVERS) if config.exact_savers else ())
+    priced = savers.price(measured, targets)
+    if config.budget is None:
+        return priced, None
+    _, limit = limited_cost(beside_model(Budget.parse(config.budget), setup.model), targets, priced.plain)
+    chooses = config.gradient_checkpointing == "auto" and could_recompute(setup.model)
+    if config.exact_savers and chooses and limit.unit == "bytes":
+        priced = savers.within(limit.value, priced, measured, targets, partial(least_cost, targets, None, None))
+    return priced, limit
+
+
+def _rules(setup: StepSetup, memory: MemoryModel, limit: Limit | None) -> dict[str, IntArray]:
+    """The plans of the placement rules inside the budget by name; BudgetError if no plan fits."""
+    if limit is None:
+        return {}
+    cost = memory.cost() if limit.unit == "bytes" else ParameterCost.of(setup.targets)
     problem = AllocationProblem.of(setup.targets, cost, limit.value)
-    check_budget(problem, [target.name for target in setup.targets], budget.share)
-    return {"uniform": uniform_ranks(problem), "top-down": top_down(problem)}, limit
+    share = Budget.parse(setup.config.budget or "").share
+    check_budget(problem, [target.name for target in setup.targets], share)
+    return {"uniform": uniform_ranks(problem), "top-down": top_down(problem)}
 
 
 def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:

@@ -16,6 +16,7 @@ from ..common.files import write_json
 from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.breakdown import KINDS, Kind
 from ..cost.outlook import USUAL_CARD, Choice, GridCell, Outlook
+from ..cost.savers import ACTIVATIONS
 from ..errors import BudgetError
 from ..lora.spec import REFERENCE_RANK
 from .memory_config import MemoryConfig
@@ -102,7 +103,7 @@ def _largest_text(outlook: Outlook) -> str:
         smaller = "--quantization nf4, " if outlook.settings.quantization != "nf4" else ""
         return f" No batch of the grid fits. Take {smaller}a smaller model or a larger card."
     largest = max(fitting, key=lambda cell: (cell.shape.rows * cell.shape.length, cell.shape.length))
-    how = _recomputed_text(outlook, largest.recomputed or 0)
+    how = _recomputed_text(outlook, largest.recomputed or 0, largest.activations)
     return f" The largest batch of the grid that fits all layers is {largest.shape}, with {how}."
 
 
@@ -124,15 +125,21 @@ def choice_text(outlook: Outlook, choice: Choice) -> str:
     if choice.label:
         return choice.label
     where = "all layers" if choice.layers == outlook.blocks else f"the top {choice.layers} layers"
-    return f"{where} at rank {choice.rank} with {_recomputed_text(outlook, len(choice.recomputed))}"
+    return (
+        f"{where} at rank {choice.rank} with {_recomputed_text(outlook, len(choice.recomputed), _activations(outlook))}"
+    )
 
 
-def _recomputed_text(outlook: Outlook, count: int) -> str:
-    """How many layers run again, in words."""
-    if not count:
-        return "no checkpointing"
+def _activations(outlook: Outlook) -> bool:
+    """Whether activations run again under every choice."""
+    return any(each.name == ACTIVATIONS for each in outlook.step.saved)
+
+
+def _recomputed_text(outlook: Outlook, count: int, activations: bool) -> str:
+    """What runs again, in words: how many layers, and whether activations do."""
     every = len(outlook.recomputable)
-    return "checkpointing" if count == every else f"{count} of {every} layers checkpointed"
+    layers = [] if not count else ["checkpointing" if count == every else f"{count} of {every} layers checkpointed"]
+    return " and ".join([*layers, *([ACTIVATIONS] if activations else [])]) or "no checkpointing"
 
 
 def row_label(outlook: Outlook, choice: Choice) -> str:
@@ -171,7 +178,8 @@ def grid_table(outlook: Outlook) -> Table:
     """Which batches fit the card, for all layers at the rank that was asked for, by tokens and rows."""
     cells = outlook.grid
     rows = sorted({cell.shape.rows for cell in cells})
-    title = f"Layers that must run again so that rank {outlook.rank} on all layers fits; – does not fit"
+    fits = f"so that rank {outlook.rank} on all layers fits"
+    title = f"Layers that must run again {fits}; * activations do too; – does not fit"
     table = make_table(title, ("tokens", *(f"{count} rows" if count > 1 else "1 row" for count in rows)))
     for length in sorted({cell.shape.length for cell in cells}):
         table.add_row(f"{length:,}", *(_cell_text(cell) for cell in cells if cell.shape.length == length))
@@ -179,7 +187,9 @@ def grid_table(outlook: Outlook) -> Table:
 
 
 def _cell_text(cell: GridCell) -> str:
-    return "–" if cell.recomputed is None else str(cell.recomputed or "none")
+    if cell.recomputed is None:
+        return "–"
+    return f"{cell.recomputed}*" if cell.activations else str(cell.recomputed or "none")
 
 
 def notes(outlook: Outlook) -> Iterator[str]:
@@ -206,6 +216,11 @@ def notes(outlook: Outlook) -> Iterator[str]:
         yield (
             "Time: a step's share of plain LoRA's (rank 8 on all modules, no layer runs again), by counted "
             f"work{whose}."
+        )
+    if _activations(outlook):
+        yield (
+            "Plain LoRA does not fit with the savers that are free. So activations run again in every choice, as in a "
+            "run (gradient_checkpointing='auto'): the same losses, in some per cent more time."
         )
     yield from _measured(outlook)
     yield from outlook.notes
@@ -254,7 +269,8 @@ def configuration_text(outlook: Outlook) -> str:
     modules = repr(names[0] if len(names) == 1 else names)
     if best.layers < outlook.blocks:
         modules = repr([target.name for target, rank in zip(outlook.step.targets, best.ranks, strict=True) if rank])
-    checkpointed = 0 < len(best.recomputed) == len(outlook.recomputable)
+    activations = _activations(outlook)  # which run again only where a run chooses what does
+    checkpointed = not activations and 0 < len(best.recomputed) == len(outlook.recomputable)
     narrow = _narrow_ranks(outlook, best)
     lines = [
         "from peft import LoraConfig",
@@ -273,9 +289,15 @@ def configuration_text(outlook: Outlook) -> str:
         "    gradient_checkpointing_kwargs={'use_reentrant': False},",
         ")",
     ]
-    if 0 < len(best.recomputed) < len(outlook.recomputable):
+    if activations or 0 < len(best.recomputed) < len(outlook.recomputable):
+        again = " and ".join(
+            [
+                *(["activations"] if activations else []),
+                *([f"{len(best.recomputed)} layers"] if best.recomputed else []),
+            ]
+        )
         lines.append(
-            f"# {len(best.recomputed)} layers run again: attach(trainer) chooses them inside "
+            f"# {again} run again: attach(trainer) chooses them inside "
             f"budget='{math.ceil(10 * best.step_bytes / 2**30) / 10:.1f}GiB'"
         )
     return "\n".join(lines)
@@ -347,7 +369,13 @@ def figures(outlook: Outlook) -> dict[str, Any]:
             for choice in outlook.choices
         ],
         "grid": [
-            {"rows": cell.shape.rows, "length": cell.shape.length, "recomputed": cell.recomputed, "bytes": cell.bytes}
+            {
+                "rows": cell.shape.rows,
+                "length": cell.shape.length,
+                "recomputed": cell.recomputed,
+                "activations": cell.activations,
+                "bytes": cell.bytes,
+            }
             for cell in outlook.grid
         ],
         "measured": asdict(outlook.measured) if outlook.measured else None,

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json
+from rankpilot.cost.savers import ACTIVATIONS
 from rankpilot.study.memory_here import default_task
 from transformers import (
     BertConfig,
@@ -105,6 +106,16 @@ def test_settings_are_followed(memory: Memory) -> None:
         assert choices[f"{rule} inside 90%"]["step_bytes"] <= figures["limit_bytes"]
         assert choices[f"{rule} inside 90%"]["verdict"] == "fits"
     assert "uniform inside 90%" in printed
+
+
+def test_activations_run_again_inside_a_budget(memory: Memory) -> None:
+    """As in a run, which lets them before whole layers run again."""
+    printed, figures, _ = memory("{models}/bert --budget 80%")
+    *_, before, last = figures["exact_savers"]
+    assert last["name"] == ACTIVATIONS
+    assert figures["peak_bytes"] == last["step_bytes"] < before["step_bytes"]
+    assert figures["limit_bytes"] < before["step_bytes"]
+    assert "So activations run again in every choice" in printed
 
 
 def test_settings_of_the_trainer_are_followed(memory: Memory) -> None:

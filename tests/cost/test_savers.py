@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -12,11 +13,18 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rankpilot import Decision, Observation
 from rankpilot.cost.cost import ByteCost
+from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
 from rankpilot.cost.later_logits import LaterLogits
 from rankpilot.cost.live_storages import LivePeak
+from rankpilot.cost.outlook import Outlook
+from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.savers import ACTIVATIONS, CACHE, COPIES, SAVERS, TILES, ExactSavers
+from rankpilot.cost.step_config import StepConfig
 from rankpilot.finetune.left_as_found import Recomputation
+from rankpilot.lora.adapters import signal_buffer_bytes
+from rankpilot.lora.targets import find_target_modules
 from torch import nn
 from transformers import (
     BertConfig,
@@ -404,17 +412,53 @@ def test_a_run_has_them_while_it_lasts(wanted: bool) -> None:
     assert attributes(model) == before
 
 
-def test_a_run_that_does_not_fit_lets_activations_run_again() -> None:
-    model, told = wide_llama(), list[str]()
-    before, rows = (
-        attributes(model),
-        [{"input_ids": row, "labels": row} for row in torch.arange(80).reshape(4, 20) % 64],
+class RankFour:
+    """The policy that gives all modules rank 4."""
+
+    name = "rank four"
+
+    def decide(self, observation: Observation) -> Decision:
+        ranks = np.full(len(observation.names), 4)
+        return Decision(ranks, np.zeros(len(ranks)), exact=True)
+
+
+def test_a_run_does_what_its_configuration_told() -> None:
+    """Inside the bytes of what fits a card, the same runs again, and takes as many bytes; then all is put back."""
+    asked = StepConfig(batch_size=4, max_length=256, gradient_checkpointing=True)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear")).train()
+    signals = signal_buffer_bytes(find_target_modules(model))
+
+    def in_a_run(step: ConfiguredStep | None) -> ConfiguredStep:
+        assert step is not None
+        states = replace(step.memory.states, signals=signals)
+        return replace(step, memory=replace(step.memory, states=states))
+
+    step = from_config(config, asked, LoadedAs(device="cpu"), counted=True)
+    free, lean = in_a_run(step), in_a_run(step.leaner())
+    wide = Outlook(lean, 4, asked, card=find_device_spec("24GiB"))
+    totals = [wide.choice(2, 4, layers).use for layers in ((), wide.recomputable)]
+    card = find_device_spec(f"{sum(use.total_bytes for use in totals if use) / 2**21:.0f}MiB")
+    told = Outlook(replace(free, leaner=lambda: lean), 4, asked, card=card)
+    assert told.step is lean
+    assert told.best is not None
+    assert len(told.best.recomputed) == 1
+    loader: Any = torch.utils.data.DataLoader(
+        [{"input_ids": row, "labels": row} for row in torch.ones(4, 256).long()], 4
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    loader: Any = torch.utils.data.DataLoader(rows, batch_size=4)  # type: ignore[arg-type]
-    pilot = rankpilot.RankPilot("top-down", "60%", tell=told.append)
+    before, lines = attributes(model), list[str]()
+    budget = f"{told.best.step_bytes + 1024:.0f}B"  # costs are whole bytes
+    pilot = rankpilot.RankPilot(RankFour(), budget, tell=lines.append)
     pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, loader, total_steps=4))
-    assert pilot.state_dict()["savers"][-1] == ACTIVATIONS
-    assert told[0].endswith("with the same losses. Activation functions run again, which takes some time.")
+    state = pilot.state_dict()
+    assert state["savers"][-1] == ACTIVATIONS
+    assert state["recomputed"] == list(told.best.recomputed)
+    assert np.array_equal(pilot.controller.ranks, told.best.ranks)
+    memory = pilot._guard._memory
+    assert memory is not None
+    assert memory.peak(pilot.controller.ranks) == told.best.step_bytes
+    assert lines[0].endswith("with the same losses. Activation functions run again, which takes some time.")
     pilot.finish()
     assert attributes(model) == before

@@ -15,13 +15,15 @@ from matplotlib.figure import Figure
 from rankpilot.common.files import read_json
 from rankpilot.common.text import layer_titles
 from rankpilot.cost.breakdown import KINDS, LOSS, Breakdown
-from rankpilot.cost.outlook import CardUse, Choice, MeasuredStep
+from rankpilot.cost.outlook import CardUse, Choice, GridCell, MeasuredStep
 from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.savers import Saved
+from rankpilot.cost.savers import ACTIVATIONS, Saved
 from rankpilot.study.memory_config import MemoryConfig
 from rankpilot.study.memory_report import (
     choice_table,
+    configuration_text,
+    grid_table,
     notes,
     picture_labels,
     subject,
@@ -171,6 +173,16 @@ def test_words() -> None:
     assert "signal" not in told[0], "kinds of which there is nothing are left out"
     assert told[1] == "The frozen model, 90 MiB, is beside it, and in no budget."
     assert told[-1] == "a note"
+
+
+def test_activations_that_run_again_are_told() -> None:
+    here = outlook(card=True)
+    here.step.saved = (*SAVED, Saved(ACTIVATIONS, 5 * MIB, MIB))
+    here.grid = [GridCell(BatchShape(1, length), again, length > 64, 1.0) for length, again in ((64, 0), (128, 0))]
+    assert "all layers at rank 8 with activations that run again" in verdict_text(here)
+    assert any("So activations run again in every choice" in note for note in notes(here))
+    assert cells_of(printed(grid_table(here))) == [["64", "none"], ["128", "0*"]]
+    assert "# activations run again: attach(trainer) chooses them inside budget='0.1GiB'" in configuration_text(here)
 
 
 def test_layer_titles_stay_different() -> None:
