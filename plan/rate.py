@@ -60,11 +60,11 @@ class RateRule:
         of_share: of the share of the modules that are adapted.
     """
 
-    rate: float = 6.2e-4
-    of_width: float = -0.51
+    rate: float = 5.9e-4
+    of_width: float = -0.56
     of_steps: float = -0.17
-    of_tokens: float = 0.17
-    of_loss: float = 0.64
+    of_tokens: float = 0.21
+    of_loss: float = 0.57
     of_scale: float = -0.24
     of_rank: float = 0.0
     of_share: float = -0.5
