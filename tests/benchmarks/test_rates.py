@@ -1,0 +1,49 @@
+"""Sweeps of the learning rate, and the runs that make them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rankpilot.errors import ConfigError
+from rankpilot.plan.rate import RULE
+from rich.console import Console
+
+from benchmarks.loss_runs import JUDGED, LEARNED, PARTS, LossRun, drawn_runs
+from benchmarks.rates import Options, Sweep, benchmark, packed, published
+
+SWEEP = Sweep("family", "name", 64, 100, 8, 2.0, 1.0, 400, {1e-3: 2.0, 1e-2: 1.0, 1e-1: 4.0})
+
+
+@pytest.mark.parametrize(("rate", "regret"), [(1e-2, 0), (1e-3, 69.3), (10**-1.5, 69.3), (1e-4, 69.3)])
+def test_regret_is_read_off_between_the_rates_that_were_run(rate: float, regret: float) -> None:
+    assert SWEEP.regret(rate) == pytest.approx(regret, abs=0.1)
+    beyond = SWEEP.regret(rate, beyond=True)
+    assert beyond == SWEEP.regret(rate) if rate >= 1e-3 else beyond > 100
+
+
+def test_the_rule_is_near_the_best_rate_of_published_sweeps() -> None:
+    sweeps = [*published()]
+    assert len({sweep.name for sweep in sweeps}) == 41
+    assert np.mean([sweep.regret(sweep.rate(RULE)) for sweep in sweeps]) < 0.25
+    assert np.mean([sweep.regret(3e-4) for sweep in sweeps]) > 0.4
+    assert all(math.isfinite(sweep.regret(sweep.rate(RULE))) for sweep in packed())
+
+
+def test_runs_are_drawn_alike_and_leave_the_texts_of_comparisons_alone() -> None:
+    runs = [*drawn_runs()]
+    assert runs == [*drawn_runs()]
+    assert len(set(runs)) == len(runs)
+    assert {run.text for run in runs} == set(LEARNED)
+    assert not set(LEARNED) & set(JUDGED)
+    assert {run.part for run in runs} == set(PARTS)
+    assert Counter(run.model for run in runs)["smollm2-135m"] >= 120
+    assert LossRun(**vars(runs[0])) == runs[0]
+
+
+def test_a_folder_without_sweeps(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="loss-runs"):
+        benchmark(Options(rows=tmp_path), Console())
