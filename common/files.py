@@ -426,11 +426,15 @@ def _read(expected: Any, value: Any, name: str) -> Any:
     if origin in (Union, UnionType):
         if value is None and NoneType in arguments:
             return None
-        *others, last = (argument for argument in arguments if argument is not NoneType)
-        for other in others:
-            with suppress(ConfigError):
-                return _read(other, value, name)
-        return _read(last, value, name)
+        problems = []
+        for argument in arguments:
+            if argument is not NoneType:
+                try:
+                    return _read(argument, value, name)
+                except ConfigError as error:
+                    problems.append(str(error).removesuffix(f"; got {shown(value)}."))
+        others = "".join(f", or {problem.removeprefix(f'{name} is ')}" for problem in problems[1:])
+        raise ConfigError(f"{problems[0]}{others}; got {shown(value)}.")
     if is_dataclass(expected):
         assert isinstance(expected, type)
         try:

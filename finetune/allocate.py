@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from .callback import bar_of_trainer, ready_to_train, tell_beside_bar
 from .left_as_found import adapters_put_back, put_back, settings_put_back, switches_put_back
 from .options import GivenOptions, PilotOptions
 from .pilot import RankPilot
-from .plan_rate import hidden_width, rate_by_rule
+from .plan_rate import rule_knows
 from .replicas import check_arguments
 from .run import TrainingRun
 from .trainer_step import run_of_trainer
@@ -42,7 +43,7 @@ from .trainer_step import run_of_trainer
 logger = logging.getLogger(__name__)
 
 DEFAULT_RATE = 1e-4
-"""The learning rate of a plan ahead for a model whose width is unknown."""
+"""The learning rate of the probe of a plan ahead, and of the plan where neither its user nor the rule tells one."""
 
 TOTAL_STEPS = 1000
 """Steps of the run that a DataLoader's plan is made for. They decide how many decisions would follow, and the rate."""
@@ -253,20 +254,23 @@ def _plan_of_model(
     accumulation: int = 1,
     **changes: Any,
 ) -> StaticPlan:
-    targets = find_target_modules(model)
-    if optimizer is None:
-        rate = learning_rate
-        if not isinstance(rate, float):
-            known = rate == "auto" or hidden_width(model) is not None
-            rate = rate_by_rule(model, targets, total_steps) if known else DEFAULT_RATE
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
-    elif learning_rate == "auto":
-        changes["learning_rate"] = learning_rate
+    given = learning_rate if isinstance(learning_rate, int | float) else None
+    if learning_rate not in (None, "auto") and (given is None or not 0 < given < math.inf or optimizer is not None):
+        raise ConfigError(
+            "learning_rate is 'auto', or a number above 0 where no optimizer is given, which has its own; got "
+            f"{shown(learning_rate)}{' and an optimizer' if optimizer is not None else ''}."
+        )
+    ruled = learning_rate == "auto" or (learning_rate is None and optimizer is None)
+    optimizer = optimizer or torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=given or DEFAULT_RATE
+    )
     pilot = RankPilot(policy, options, **changes)
-    with adapters_put_back(model, targets, optimizer):
+    with adapters_put_back(model, find_target_modules(model), optimizer):
         run = TrainingRun.of_loader(
             model, optimizer, data, loss=loss, total_steps=total_steps, accumulation=accumulation
         )
+        if ruled and (learning_rate == "auto" or rule_knows(run)):
+            pilot.options = replace(pilot.options, learning_rate="auto")
         return _first_plan(pilot, run, model, frontier)
 
 

@@ -44,7 +44,7 @@ from ..plan.problem import AllocationProblem, Bounds, rank_bounds
 from .left_as_found import Kept, Recomputation
 from .peak_guard import PeakGuard
 from .prefix_cache import PrefixCache, Room
-from .run import TrainingRun
+from .run import LOOKED_AT, TrainingRun
 
 LEAST_LENGTH = 16
 """Texts are not cut below this many tokens, so that the time of a step is more than that of its overhead."""
@@ -267,9 +267,6 @@ LEAST_PROBE_STEPS = 8
 MUCH_LOST = 1.01
 """A loss that rises by this factor under a first plan is worth a warning."""
 
-LEARNED_ROWS = 16
-"""Rows on which is measured what a first plan takes away from adapters that are trained already."""
-
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
@@ -478,12 +475,12 @@ def learned_kept(
             return
     finally:
         controller.low = low
-    losses = [run.measured(partial(_mean_loss, run, controller.seed))]
+    losses = [run.look(controller.seed)[0]]
     yield
-    losses.append(run.measured(partial(_mean_loss, run, controller.seed)))
+    losses.append(run.look(controller.seed)[0])
     told = (
         f"The adapters are trained already, and this budget does not hold their ranks ({before.sum()} together): the "
-        f"loss on {LEARNED_ROWS} rows was {losses[0]:.4g} before the plan and is {losses[1]:.4g} under it. A larger "
+        f"loss on {LOOKED_AT} rows was {losses[0]:.4g} before the plan and is {losses[1]:.4g} under it. A larger "
         "budget keeps what they have learned."
     )
     if losses[1] <= MUCH_LOST * losses[0]:
@@ -508,12 +505,6 @@ def _some_plan_fits(controller: RankController[PeftAdapters]) -> bool:
     except BudgetError:
         return False
     return True
-
-
-def _mean_loss(run: TrainingRun, seed: int) -> float:
-    """The mean loss of some rows, in batches of two."""
-    batches = run.small_batches(LEARNED_ROWS // 2, 2, seed)
-    return float(np.nanmean([float(run.loss(batch).detach()) for batch in batches]))
 
 
 def _check_possible(

@@ -574,8 +574,7 @@ class RankPilot:
         *,
         correction: bool = False,
     ) -> None:
-        if self._rate:
-            self._rate.follow()
+        self._follow_plan()
         self.journal.record(
             self._controller,
             observation,
@@ -590,4 +589,3 @@ class RankPilot:
             correction=correction,
         )
         self._run.replicas.changed(self._controller.targets, step)
-        self._follow_plan()

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.batches import count_predictions
+from ..data.batches import predicted_share
 from ..errors import ConfigError
+from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, unwrap
 from ..plan.rate import RULE, TYPICAL, Look
-from .run import TrainingRun, probe_rate
+from .run import LOOKED_AT, TrainingRun, own_rate, probe_rate
 
 FAR = 4.0
 """A rate so many times above or below the rule's is told."""
@@ -44,14 +45,13 @@ def hidden_width(model: nn.Module) -> int | None:
 
 def follows_rule(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer is a kind of Adam whose rate its user chooses."""
-    name = type(inner_optimizer(optimizer)).__name__.lower()
+    name = type(unwrap_optimizer(optimizer)).__name__.lower()
     return "adam" in name and not any(part in name for part in _OWN_RATE)
 
 
-def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer itself, where accelerate has wrapped it."""
-    found: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return found
+def rule_knows(run: TrainingRun) -> bool:
+    """Whether the rule says something of a run: of its optimizer, its model and its loss."""
+    return follows_rule(run.optimizer) and hidden_width(run.model) is not None and not run.learns_preferences
 
 
 def rate_by_rule(model: nn.Module, targets: Sequence[TargetModule], steps: int, look: Look = TYPICAL) -> float:
@@ -75,29 +75,18 @@ def rate_by_rule(model: nn.Module, targets: Sequence[TargetModule], steps: int, 
     return RULE.plain(width, steps, _scale(targets), look)
 
 
-ROWS = 16
-"""Rows of the first look at a run."""
-
-
 def look_at(run: TrainingRun, seed: int) -> Look:
-    """Read some rows before training; a run that learns labels looks like any.
+    """What the rule reads off some rows before training; a run that learns labels looks like any.
 
     Args:
         run: that begins.
         seed: of the choice of rows.
     """
-
-    def read() -> Look:
-        batches = list(run.small_batches(ROWS // 2, 2, seed))
-        counts = [count_predictions(batch) for batch in batches]
-        losses = [float(run.loss(batch).detach()) for batch in batches]
-        counted = sum(count for count, _ in counts)
-        if counted < LABELS * sum(tokens for _, tokens in counts) or not math.isfinite(np.nanmean(losses)):
-            return TYPICAL
-        rows = run.rows * run.accumulation * run.replicas.processes.count
-        return Look(float(np.nanmean(losses)), counted / ROWS * rows)
-
-    return run.measured(read)
+    loss, counts = run.look(seed)
+    if predicted_share(counts) < LABELS or not math.isfinite(loss):
+        return TYPICAL
+    rows = run.rows * run.accumulation * run.replicas.processes.count
+    return Look(loss, sum(predictions for predictions, _ in counts) / LOOKED_AT * rows)
 
 
 LABELS = 0.05
@@ -134,7 +123,7 @@ class PlanRate:
     ) -> None:
         self._targets, self._keep = targets, keep
         self._adapters = {id(weight) for target in targets for weight in target.parameters.values()}
-        optimizer = inner_optimizer(run.optimizer)
+        optimizer = unwrap_optimizer(run.optimizer)
         self._follows = follows_rule(optimizer)
         if auto and not self._follows:
             raise ConfigError(
@@ -147,11 +136,16 @@ class PlanRate:
                 "compare answers want far lower rates. Leave learning_rate out, and give the optimizer a rate (DPO: "
                 "about 5e-6)."
             )
+        if auto and not own_rate(run.model, run.optimizer):
+            raise ConfigError(
+                "learning_rate='auto' multiplies the rate of the optimizer, which is 0: make the optimizer with any "
+                "rate above 0 (TrainingArguments.learning_rate)."
+            )
         self.own: float = probe_rate(run.model, run.optimizer)
         self._plain = np.array([target.scaling_at(REFERENCE_RANK) for target in targets])
         self.rule: float | None = None
         self.look: Look | None = (look or TYPICAL) if auto else None
-        if auto or (self._follows and hidden_width(run.model) and not run.learns_preferences):
+        if auto or rule_knows(run):
             self.rule = rate_by_rule(run.model, targets, run.total_steps, look or TYPICAL)
         self._auto = self.rule / self.own if auto and self.rule else 1.0
         self.factor: float = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from ..cost.model_states import trained_outside
 from ..cost.recording import Batch, BatchShape, map_tensors, tensors_of
 from ..cost.training_step import LossFunction, TrainingStep, checked_loss, model_loss, release_inputs
-from ..data.batches import Collate, first_example, largest_batch, small_batches
+from ..data.batches import Collate, count_predictions, first_example, largest_batch, small_batches
 from ..errors import ConfigError, UnsupportedError
 from ..lora.optimizer_state import check_optimizer
 from ..lora.targets import TargetModule, check_unmerged, unwrap
@@ -31,6 +32,9 @@ T = TypeVar("T")
 
 PROBE_RATE = 1e-3
 """The learning rate of the probe where the optimiser finds its own."""
+
+LOOKED_AT = 16
+"""Rows of a look at a run; see `TrainingRun.look`."""
 
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 """Settings of transformers models that leave layers out at random in training."""
@@ -195,6 +199,20 @@ class TrainingRun:
 
         return self.replicas.processes.on_first(alone)
 
+    def look(self, seed: int) -> tuple[float, list[tuple[int, int]]]:
+        """The mean loss of `LOOKED_AT` rows in batches of two, NaN if none has one; `count_predictions` of each batch.
+
+        Args:
+            seed: of the choice of rows.
+        """
+
+        def read() -> tuple[float, list[tuple[int, int]]]:
+            batches = list(self.small_batches(LOOKED_AT // 2, 2, seed))
+            losses = [loss for loss in (float(self.loss(batch).detach()) for batch in batches) if not math.isnan(loss)]
+            return float(np.mean(losses)) if losses else math.nan, [count_predictions(batch) for batch in batches]
+
+        return self.measured(read)
+
     def on_device(self, batch: Batch) -> Batch:
         """The batch on the model's device."""
         return map_tensors(batch, lambda tensor: tensor.to(self.device))
@@ -266,15 +284,20 @@ def _check_optimized(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
         raise ConfigError(text)
 
 
-def probe_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+def own_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     """The learning rate of the adapters, which a schedule begins with or warms up to.
 
-    It is `PROBE_RATE` where the optimiser finds its own (Adafactor), or a schedule that tells none begins at 0.
+    It is 0 where the optimiser finds its own (Adafactor), or a schedule that tells none begins at 0.
     """
     adapters = {id(parameter) for name, parameter in model.named_parameters() if "lora_" in name}
     groups = [group for group in optimizer.param_groups if any(id(p) in adapters for p in group["params"])]
     group = (groups or optimizer.param_groups)[0]
-    return float(group.get("max_lr") or group.get("initial_lr") or group["lr"] or PROBE_RATE)  # max_lr: OneCycleLR
+    return float(group.get("max_lr") or group.get("initial_lr") or group["lr"] or 0.0)  # max_lr: OneCycleLR
+
+
+def probe_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the probe: that of the adapters, or `PROBE_RATE` where it is 0."""
+    return own_rate(model, optimizer) or PROBE_RATE
 
 
 def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:

@@ -178,9 +178,8 @@ class TrainerStep:
             return loss
 
         def log(logs: dict[str, float], *rest: Any, **options: Any) -> None:
-            if "learning_rate" in logs:
-                logs = {**logs, "learning_rate": logs["learning_rate"] * rate_factor()}
-            write_log({**logs, **figures()} if "loss" in logs else logs, *rest, **options)
+            rates = {"learning_rate": logs["learning_rate"] * rate_factor()} if "learning_rate" in logs else {}
+            write_log({**logs, **rates, **(figures() if "loss" in logs else {})}, *rest, **options)
 
         def save_checkpoint(model: Any, trial: Any = None) -> None:
             if saves(Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"):

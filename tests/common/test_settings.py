@@ -40,6 +40,7 @@ class Outer:
     words: tuple[str, ...] = ()
     folder: Path = Path("x")
     inner: Inner = field(default_factory=Inner)
+    speed: float | Literal["auto"] = "auto"
 
 
 FULL = Outer("n", 2.0, 3, True, 4, "b", ("u", "v"), Path("y"), Inner((0.0, 0.5), 2))
@@ -93,6 +94,7 @@ def test_a_base_has_what_the_values_lack() -> None:
         ({"name": "n", "on": 1}, "on is true or false; got 1"),
         ({"name": "n", "limit": "many"}, "limit is a whole number; got 'many'"),
         ({"name": "n", "kind": "c"}, "kind is one of 'a', 'b'; got 'c'"),
+        ({"name": "n", "speed": "fast"}, "speed is a number, or one of 'auto'; got 'fast'"),
         ({"name": "n", "words": "u"}, "words is a list, each item text; got 'u'"),
         ({"name": "n", "words": ["u", 1]}, "words is text; got 1"),
         ({"name": "n", "folder": 1}, "folder is a path; got 1"),

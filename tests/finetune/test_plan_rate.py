@@ -21,6 +21,7 @@ from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.plan_rate import hidden_width, rate_by_rule
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
+from rankpilot.plan.rate import Look
 from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
 from torch.utils.data import DataLoader
@@ -135,6 +136,11 @@ def test_a_rate_far_from_the_rule_is_told(llama_config: LlamaConfig) -> None:
 def test_what_the_rule_cannot_know_is_refused(llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="is for Adam"):
         Loop(llama_config, torch.optim.SGD).train(Gives(), learning_rate="auto")
+    loop = Loop(llama_config)
+    for group in loop.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = 0.0
+    with pytest.raises(ConfigError, match="which is 0"):
+        loop.train(Gives(), learning_rate="auto")
     with monkeypatch.context() as patched:
         patched.setattr(plan_rate, "_WIDTHS", ("breadth",))
         with pytest.raises(ConfigError, match="none of breadth"):
@@ -179,5 +185,15 @@ def test_a_plan_ahead_tells_its_rate(llama_config: LlamaConfig) -> None:
     model = adapted(llama_config)
     loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)
     plan = rankpilot.static_plan(model, loader, Gives(1), budget="400%", schedule=ONCE, total_steps=200)
-    rule = rate_by_rule(model, find_target_modules(model), 200)
-    assert plan.learning_rate == pytest.approx(rule * 2.0, rel=1e-6)
+    look = Look(math.log(llama_config.vocab_size), 4 * 12)
+    rule = rate_by_rule(model, find_target_modules(model), 200, look)
+    assert plan.learning_rate == pytest.approx(rule * 2.0, rel=0.03)
+    options: dict[str, Any] = {"budget": "400%", "schedule": ONCE}
+    given = rankpilot.static_plan(model, loader, Gives(1), learning_rate=1, **options)
+    assert given.learning_rate == pytest.approx(2.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    given = rankpilot.static_plan(model, loader, Gives(), optimizer=optimizer, **options)
+    assert given.learning_rate == pytest.approx(3e-3)
+    for wrong in ({"learning_rate": "1e-4"}, {"learning_rate": 0.0}, {"learning_rate": 1e-3, "optimizer": optimizer}):
+        with pytest.raises(ConfigError, match="a number above 0 where no optimizer is given"):
+            rankpilot.static_plan(model, loader, Gives(1), **options, **wrong)

@@ -101,7 +101,7 @@ def loop(
 
 
 def accelerated() -> dict[str, Any]:
-    return loop(None, accelerate=True)
+    return loop(None, accelerate=True, learning_rate="auto")
 
 
 def ddp(model: nn.Module) -> nn.Module:
