@@ -39,15 +39,17 @@ from ..lora.spec import RankLadder
 from ..plan.goal import Goal
 from ..plan.plan import Plan
 from ..plan.problem import AllocationProblem
+from ..plan.worth import FEATURES
+from .choice import Choice
 from .observation import FEATURE_PREFIX, MODULE_FEATURES, RUN_FEATURES, RUN_PREFIX, Observation
-from .policy import Decision, Deliberation, Policy, decision_line, keeps
+from .policy import Decision, Policy, decision_line, keeps
 
 if TYPE_CHECKING:
     from .controller import RankController
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 5
+SCHEMA = 6
 """Version of the files. Those up to 4 were of rankpilot 0.2, in Parquet."""
 
 LINES, ARRAYS = "decisions.jsonl", "decision-*.safetensors"
@@ -60,11 +62,11 @@ _TYPES: dict[tuple[type, ...], tuple[str, ...]] = {
     (str, NoneType): ("policy_sha256",),
     (int,): ("decision", "step", "seed"),
     (int, NoneType): ("max_step",),
-    (int, float): ("limit", "predicted_cost", "hysteresis", "rank_floor", "depth_bias", "expected", "uncertainty"),
-    (int, float, NoneType): ("loss", "measured_cost", "log_prob"),
+    (int, float): ("limit", "predicted_cost", "hysteresis", "rank_floor", "depth_bias"),
+    (int, float, NoneType): ("loss", "measured_cost"),
     (bool,): ("exact", "correction"),
     (dict,): ("ranks", "notes", "schedule", "cost"),
-    (dict, NoneType): ("deliberation",),
+    (dict, NoneType): ("choice",),
     (list,): ("ladder",),
 }
 """What a line holds, by its type. What it tells beside that follows from it."""
@@ -74,13 +76,13 @@ _OF_RUN = (
 )  # fmt: skip
 """Attributes of a record that its line has under the same name."""
 
-_WANTED = ("rank_floor", "depth_bias", "log_prob", "expected", "uncertainty")
+_WANTED = ("rank_floor", "depth_bias")
 """Attributes of a decision that its line has under the same name."""
 
-_RANKS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after", "max_ranks", "blocks")
+_CHOICE = "choice."
+"""How the names of arrays of a choice begin."""
 
-_SHORT = {"plan_of": np.uint16, "plans": np.uint16}
-"""Arrays of a deliberation that are stored in a smaller type, which holds them exactly."""
+_RANKS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after", "max_ranks", "blocks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,9 +228,9 @@ class DecisionRecord:
         return replace(self.observation.problem, pinned=self.pinned)
 
     @property
-    def deliberation(self) -> Deliberation | None:
-        """What the policy computed; None where it was no ensemble's decision."""
-        return self.decision.deliberation
+    def choice(self) -> Choice | None:
+        """What the decision was chosen from; None where the policy expects nothing of plans."""
+        return self.decision.choice
 
     @property
     def rank_before(self) -> IntArray:
@@ -257,7 +259,7 @@ class DecisionRecord:
 
     def facts(self) -> dict[str, Any]:
         """What is known of the decision as a whole, by name: texts and numbers."""
-        problem, decision, found = self.problem, self.decision, self.deliberation
+        problem, decision, found = self.problem, self.decision, self.choice
         return {
             "decision": self.number,
             **{name: getattr(self, name) for name in _OF_RUN},
@@ -266,8 +268,8 @@ class DecisionRecord:
             "max_step": problem.max_step,
             "hysteresis": problem.hysteresis,
             **{name: getattr(decision, name) for name in _WANTED},
-            "margin": found and found.margin,
-            "tie_size": found and int(found.tied.sum()),
+            "expected": found and float(found.expected[found.taken]),
+            "spread": found and float(found.spread[found.taken]),
             "kept": self.kept,
             "filled": int(np.count_nonzero(self.rank_after > self.rank_clipped)),
         }
@@ -474,7 +476,7 @@ class DecisionLog:
 
 def _line_of(record: DecisionRecord) -> dict[str, Any]:
     """All of a decision that is no array, as JSON values."""
-    problem, found = record.problem, record.deliberation
+    problem, found = record.problem, record.choice
     return {
         "schema": SCHEMA,
         "sentence": record.line(),
@@ -487,14 +489,13 @@ def _line_of(record: DecisionRecord) -> dict[str, Any]:
         "saved": [asdict(each) for each in record.saved],
         "rates": record.rates and list(record.rates),
         "cost": {name: value for name, value in cost_state(problem.cost).items() if not isinstance(value, np.ndarray)},
-        "deliberation": found
-        and {name: value for name, value in asdict(found).items() if not isinstance(value, np.ndarray)},
+        "choice": found and {name: value for name, value in asdict(found).items() if not isinstance(value, np.ndarray)},
     }
 
 
 def _arrays_of(record: DecisionRecord) -> Arrays:
     """All arrays of a decision, by name."""
-    problem, observation, found = record.problem, record.observation, record.deliberation
+    problem, observation, found = record.problem, record.observation, record.choice
     arrays: dict[str, Any] = {
         "features": observation.modules,
         "run_features": observation.run,
@@ -511,9 +512,10 @@ def _arrays_of(record: DecisionRecord) -> Arrays:
     }
     arrays |= {f"cost.{name}": value for name, value in cost_state(problem.cost).items()}
     computed = {} if found is None else {each.name: getattr(found, each.name) for each in fields(found)}
-    arrays |= {f"deliberation.{name}": value for name, value in computed.items()}
+    arrays |= {f"{_CHOICE}{name}": value for name, value in computed.items()}
     arrays |= {name: np.asarray(arrays[name], dtype=np.int64) for name in _RANKS}
-    arrays |= {f"deliberation.{name}": computed[name].astype(short) for name, short in _SHORT.items() if computed}
+    if found is not None:
+        arrays[f"{_CHOICE}plans"] = found.plans.astype(np.uint16)  # which holds ranks exactly
     return {name: value for name, value in arrays.items() if isinstance(value, np.ndarray)}
 
 
@@ -564,7 +566,7 @@ def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
         ranks=arrays["rank_wanted"],
         scores=arrays["score"],
         exact=line["exact"],
-        deliberation=_deliberation_of(line["deliberation"], _part(arrays, "deliberation."), size),
+        choice=_choice_of(line["choice"], _part(arrays, _CHOICE), size),
         **{name: line[name] for name in _WANTED},
     )
     return DecisionRecord(
@@ -588,28 +590,28 @@ def _rates_of(given: Any) -> tuple[float, float] | None:
     return plain, of_plan
 
 
-def _deliberation_of(scalars: Mapping[str, Any] | None, arrays: Arrays, modules: int) -> Deliberation | None:
-    """What a policy computed, from its part of a line and of the arrays."""
+def _choice_of(scalars: Mapping[str, Any] | None, arrays: Arrays, modules: int) -> Choice | None:
+    """What a decision was chosen from, from its part of a line and of the arrays."""
     if scalars is None:
         return None
-    arrays |= {name: arrays[name].astype(np.int64) for name in _SHORT}
-    found = Deliberation(
-        **arrays,  # type: ignore[arg-type]
-        **{
-            **scalars,
-            "candidates": tuple(scalars["candidates"]),
-            "goal": Goal(**scalars["goal"]),
-            "outside": {name: tuple(values) for name, values in scalars["outside"].items()},
-        },
-    )
-    candidates, plans = len(found.candidates), len(found.plans)
-    shapes = {"plan_of": (candidates,), "plans": (plans, modules), "votes": (len(found.votes), plans)}
+    names, count = tuple(scalars["names"]), len(scalars["names"])
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("spread", "costs", "fits", "seconds"), (count,))
+    shapes |= {"plans": (count, modules), "parts": (count, len(FEATURES))}
     for name, shape in shapes.items():
-        if getattr(found, name).shape != shape:
-            raise ValueError(f"{name} has shape {getattr(found, name).shape}, not {shape}")
-    if not (0 <= found.taken < candidates and found.plan_of.max() < plans):
-        raise ValueError(f"candidate {found.taken} of {candidates}, which lead to {plans} plans")
-    return found
+        if name != "seconds" or name in arrays:
+            if arrays[name].shape != shape:
+                raise ValueError(f"{name} has shape {arrays[name].shape}, not {shape}")
+    if not 0 <= scalars["taken"] < count:
+        raise ValueError(f"plan {scalars['taken']} of {count}")
+    return Choice(
+        names=names,
+        plans=arrays["plans"].astype(np.int64),
+        seconds=arrays.get("seconds"),
+        **{name: arrays[name] for name in ("parts", "spread", "costs", "fits")},
+        goal=Goal(**scalars["goal"]),
+        taken=scalars["taken"],
+        caveats=tuple(scalars["caveats"]),
+    )
 
 
 def _part(arrays: Arrays, prefix: str) -> Arrays:

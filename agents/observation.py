@@ -9,8 +9,9 @@ it does not read.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -82,28 +83,21 @@ RUN_FEATURE_TABLE = (
 )
 """Columns of `Observation.run`; new ones come last."""
 
-_IN_WORDS: dict[str, tuple[str, Callable[[float], float]]] = {
-    "modules": ("{} modules", lambda value: 2 ** (10 * value)),
-    "horizon": ("{} steps", lambda value: 10 ** (2 + value)),
-    "rows": ("{} rows a step", lambda value: 10**value),
-}
-"""How people count what some features of the run say."""
-
-
-def run_feature_number(name: str, value: float) -> str:
-    """A feature of the run as people count it."""
-    number = _IN_WORDS[name][1](value) if name in _IN_WORDS else value
-    return f"{number:,.0f}" if name in _IN_WORDS else f"{number:.2g}"
-
-
-def run_feature_text(name: str, value: float) -> str:
-    """The same with what is counted, such as "200 steps"."""
-    words = _IN_WORDS[name][0] if name in _IN_WORDS else f"{name} {{}}"
-    return words.format(run_feature_number(name, value))
-
-
 MODULE_FEATURES = tuple(feature.name for feature in MODULE_FEATURE_TABLE)
 RUN_FEATURES = tuple(feature.name for feature in RUN_FEATURE_TABLE)
+
+LABELS = 0.2
+"""A loss that counts a smaller share of the tokens is about labels, one for each row."""
+
+
+def learns_labels(run: Sequence[float]) -> bool:
+    """Whether a run learns classes or numbers, not texts: its loss counts less than `LABELS` of the tokens.
+
+    Args:
+        run: features of the run, (len(RUN_FEATURES),).
+    """
+    return run[RUN_FEATURES.index("predicted")] < math.log2(LABELS) / 4
+
 
 FEATURE_PREFIX, RUN_PREFIX = "feature.", "run."
 """How the columns of tables begin that hold features of modules and of the run."""

@@ -23,7 +23,7 @@ from .progress import console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..agents.policy import FrontierPlan
+    from ..agents.choice import FrontierPlan
     from ..finetune.allocate import StaticPlan
 
 
@@ -121,7 +121,7 @@ def _note(plan: FrontierPlan) -> str:
     """What is to be known of a plan of the frontier beside its figures."""
     if plan.taken:
         return ", taken"
-    return ", too large" if not plan.fits else ", too narrow for the goal" if plan.narrow else ""
+    return "" if plan.fits else ", too large"
 
 
 def _peft(plan: StaticPlan) -> str:

@@ -25,8 +25,7 @@ class Evaluate(EvaluateConfig):
     """Compare policies and rules on the same proxy fine-tunes: same tasks, seeds, batches and budgets.
 
     A POLICY is "default", which ships with rankpilot, the folder of a trained policy, or a rule: uniform,
-    top-half, top-down, random, gradient-norm, signal-mean. explore-0.05:FOLDER draws
-    the plans of a trained policy at that temperature, in the unit of the votes. static:LOGS and shuffled:LOGS run at
+    top-half, top-down, random, gradient-norm, signal-mean. static:LOGS and shuffled:LOGS run at
     the final ranks of runs that were logged before (--logs; LOGS is OUTPUT/logs/POLICY), as they are or dealt anew
     among the modules of each kind: what changes on the way, and the choice of layers, were worth. oracle knows what was
     planted in a task, and shows what could be reached.

@@ -22,17 +22,15 @@ class Train(TrainConfig):
     """Train a policy on proxy fine-tunes, and save it as a folder (safetensors and JSON).
 
     The policy moves LoRA rank between modules inside a hard budget. An untrained policy does what the rule signal-mean
-    does. Training has up to three parts. A warm start teaches the network what modules are worth, on tasks where that
+    does. Training has up to two parts. A warm start teaches the network what modules are worth, on tasks where that
     is known. PPO then trains how to use this estimate and the signals: each iteration runs short fine-tunes of small
     pretrained transformers, several episodes of each fresh task, beside one run under signal-mean; from time to time
-    the policy is measured on validation tasks, and the best one is kept. Last, with --plan-tasks, many plans are run on
-    each of these tasks, and a value ensemble learns from the results to choose between the actor's plan and others. In
-    the end the policy is compared on validation tasks with signal-mean, top-down and uniform ranks. These tasks chose
+    the policy is measured on validation tasks, and the best one is kept. In the end the policy is compared on validation tasks with signal-mean, top-down and uniform ranks. These tasks chose
     the policy; for a comparison on others, see rankpilot evaluate --split test.
 
     Attributes:
         output: folder of the run; the policy is written there.
-        preset: sets all options that are not given. On two cores, quick takes 5 minutes, default 90, full 140.
+        preset: sets all options that are not given. On two cores, quick takes 5 minutes, default 45, full 90.
         config: a JSON or YAML file of settings, such as the config.json of an earlier run. It overrides the preset, and
             options on the command line override both.
         resume: continue an interrupted run in the same folder; a finished run is left as it is.

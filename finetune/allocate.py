@@ -19,10 +19,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
-from ..agents.learned.policy import check_any_cost
-from ..agents.learned.policy_file import DEFAULT, load_policy
-from ..agents.policy import FrontierPlan, Policy, decision_line
-from ..agents.policy import frontier as frontier_of
+from ..agents.choice import FrontierPlan
+from ..agents.choice import frontier as frontier_of
+from ..agents.chooser import DEFAULT, check_expects
+from ..agents.learned.policy_file import load_policy
+from ..agents.policy import Policy, decision_line
 from ..agents.rules import plan_text
 from ..common.files import write_text
 from ..cost.training_step import LossFunction
@@ -197,7 +198,7 @@ def static_plan(
         ConfigError: with `frontier`, the policy cannot tell plans of any cost apart; and all that `allocate` raises.
     """
     if frontier:
-        check_any_cost(load_policy(policy), "a frontier", "leave the frontier out")
+        check_expects(load_policy(policy), "a frontier", "leave the frontier out")
     if isinstance(model, Trainer):
         if data is not None:
             raise ConfigError(
@@ -287,7 +288,7 @@ def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) 
     assert decision is not None
     config: LoraConfig = copy.deepcopy(unwrap(model).peft_config[controller.targets[0].adapter])
     config.inference_mode = False
-    found = decision.deliberation if frontier else None
+    found = decision.choice if frontier else None
     return StaticPlan(
         config=config,
         ranks=adapter_ranks(controller.targets),

@@ -252,8 +252,8 @@ def faster_plan(guard: PeakGuard, controller: RankController[Any], ask: Ask, dec
 
 def _expected(decision: Decision) -> float | None:
     """The loss that is expected beside plain LoRA; None of a rule, and under a goal of cost."""
-    found = decision.deliberation
-    return None if found is None or found.goal.saves else found.loss_beside_plain
+    found = decision.choice
+    return None if found is None or found.goal.saves else float(found.expected[found.taken])
 
 
 PROBE_SHARE = 0.0175

@@ -16,8 +16,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..agents.chooser import DEFAULT
 from ..agents.controller import RankController
-from ..agents.learned.policy_file import DEFAULT
 from ..agents.log import DecisionLog
 from ..agents.policy import Policy
 from ..common.processes import Processes

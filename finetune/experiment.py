@@ -411,7 +411,7 @@ def branch(
 
         def attached(trainer: Trainer) -> RankPilotCallback:
             # From the start one decision is enough; it may then spend what signal buffers would take.
-            options = piloted_options(config, output, goal="quality", tolerance=None, explore=None)
+            options = piloted_options(config, output, goal="quality", tolerance=None)
             schedule = policy_schedule(config.policy) if at else ONCE
             bounds = options.bounds if at else None
             callback = attach(trainer, given, options, schedule=schedule, bounds=bounds)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..agents.choice import Choice
 from ..agents.controller import RankController
 from ..agents.log import DecisionLog, DecisionRecord
 from ..agents.observation import Observation
-from ..agents.policy import Decision, Deliberation, Policy, decision_from_plan, lacks_room, promise, unlike
+from ..agents.policy import Decision, Policy, decision_from_plan
 from ..common.arrays import IntArray
 from ..common.text import format_bytes
 from ..cost.cost import TimedCost, plan_cost
@@ -178,21 +179,21 @@ class Journal:
         if self.log is not None and self._writes:
             self.log.append(record)
         self.note(record.line() + (f", {remark}" if remark else ""))
-        if record.number == 0 and decision.deliberation is not None:
-            self._note_expected(decision.deliberation, observation.problem, controller.adapters.model)
+        if record.number == 0 and decision.choice is not None:
+            self._note_expected(decision.choice, observation.problem, controller.adapters.model)
         if not plan.ranks.any():
             raise BudgetError(
                 f"At step {step} no adapter is left: those that fit the budget keep their ranks because they hold NaN "
                 "or infinity. Lower the learning rate, or give a larger budget."
             )
 
-    def _note_expected(self, found: Deliberation, problem: AllocationProblem, model: nn.Module) -> None:
+    def _note_expected(self, found: Choice, problem: AllocationProblem, model: nn.Module) -> None:
         """Tell what is expected of the first plan, and what helps where much is lost."""
         helps = "A larger budget or time makes room."
         if not isinstance(problem.cost, TimedCost):
             more = problem.cost.unit == "bytes" and could_recompute(model)
             helps = f"A larger budget makes room{RECOMPUTE if more else ''}."
-        if expected := promise(found):
-            self.note(f"{expected} {helps}" if lacks_room(found) else expected)
-        if difference := unlike(found):
-            self.note(f"{self._policy.name} has learned from no run like this one, so trust it less: {difference}.")
+        if expected := found.promise():
+            self.note(f"{expected} {helps}" if found.lacks_room else expected)
+        if found.caveats:
+            self.note(f"Nothing was learned from runs like this one, so trust it less: {', '.join(found.caveats)}.")

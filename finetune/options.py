@@ -40,8 +40,6 @@ class PlanOptions:
         goal: quality, the lowest loss within the budget; time or bytes, the cheapest plan whose loss is surely within
             the tolerance of rank 8 on all modules.
         tolerance: by how much the log loss may be higher under goal time or bytes: 0.01, the default, is 1 %.
-        explore: draw each plan at this temperature (0.05, say) and log its probability, so that the log can tell what
-            other policies would have been worth.
         keep_rate: train at the learning rate as it is. By default it is read as that of plain LoRA, and a plan that
             adapts fewer modules trains at a higher one (docs/learning-rate.md).
 
@@ -57,7 +55,6 @@ class PlanOptions:
     prefix_cache: str = "auto"
     goal: GoalKind = "quality"
     tolerance: float | None = None
-    explore: float | None = None
     keep_rate: bool = False
 
     def __post_init__(self) -> None:
@@ -68,9 +65,6 @@ class PlanOptions:
                 f'gradient_checkpointing is "auto", True or False; got {shown(self.gradient_checkpointing)}.'
             )
         _ = self.time_read, self.aim, self.prefix_cache_bytes
-        explore = self.explore
-        if explore is not None and not (isinstance(explore, int | float) and explore > 0):
-            raise ConfigError(f"explore is a temperature above 0, such as 0.05; got {explore!r}.")
 
     @property
     def budget_read(self) -> Budget:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..agents.chooser import DEFAULT, with_goal
 from ..agents.controller import RankController
-from ..agents.learned.policy import drawing_from, exploring, with_goal
-from ..agents.learned.policy_file import DEFAULT, load_policy, policy_schedule
+from ..agents.learned.policy_file import load_policy, policy_schedule
 from ..agents.log import DecisionLog
 from ..agents.observation import Observation
 from ..agents.policy import Decision, Policy
@@ -92,9 +92,8 @@ class RankPilot:
         self.options: PilotOptions = PilotOptions.of(options, changes)
         options = self.options
         self.seed: int = options.seed or 0
-        loaded, aim = load_policy(policy), options.aim
-        drawing = loaded if options.explore is None else exploring(loaded, options.explore, self.seed)
-        self.policy: Policy = with_goal(drawing, aim)
+        aim = options.aim
+        self.policy: Policy = with_goal(load_policy(policy), aim)
         self.schedule: DecisionSchedule = options.schedule or policy_schedule(policy)
         self.budget: Budget = options.budget_read
         self.time: TimeBudget | None = options.time_read
@@ -113,10 +112,8 @@ class RankPilot:
         self._followed = b""
 
     def draw_from(self, seed: int) -> None:
-        """Draw with another seed from the next run on: the rows of the probe, fresh adapters, and plans to explore."""
+        """Draw with another seed from the next run on: the rows of the probe, and fresh adapters."""
         self.seed = seed
-        if self.options.explore is not None:
-            self.policy = drawing_from(self.policy, seed)
 
     # The events of a run, in their order ------------------------------------------------------------------------------
 

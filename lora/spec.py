@@ -14,7 +14,7 @@ import numpy as np
 from ..common.arrays import IntArray
 from ..errors import ConfigError
 
-DEFAULT_RANKS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+DEFAULT_RANKS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 REFERENCE_RANK = 8
 """The rank that people use most. Shares of bytes and of time are relative to this rank on every target module."""

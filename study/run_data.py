@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..agents.choice import Choice
 from ..agents.log import LINES, DecisionLog, DecisionRecord
 from ..agents.observation import MODULE_FEATURES
-from ..agents.policy import Deliberation
 from ..common.drawing import Points
 from ..common.files import read_json_lines, read_object
 from ..common.text import cost_text
@@ -95,9 +95,9 @@ class RunData:
     missing: tuple[str, ...]
 
     @property
-    def first(self) -> Deliberation | None:
+    def first(self) -> Choice | None:
         """What the policy computed at the first decision; None where that is unknown."""
-        return self.decisions[0].deliberation if self.decisions and self.decisions[0].number == 0 else None
+        return self.decisions[0].choice if self.decisions and self.decisions[0].number == 0 else None
 
     @property
     def saved(self) -> tuple[Saved, ...]:

@@ -9,7 +9,6 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from ..agents.policy import promise, unlike
 from ..common.arrays import FloatArray, IntArray
 from ..common.drawing import Points, finite_points
 from ..common.text import byte_unit, cost_text, format_bytes, make_table, part_of
@@ -135,17 +134,17 @@ def _exceeded(run: RunData) -> str:
 
 
 def _unlike(run: RunData) -> str:
-    difference = unlike(run.first) if run.first else ""
-    return f"Its policy has learned from no run like this one, so trust it less: {difference}." if difference else ""
+    caveats = run.first.caveats if run.first else ()
+    return f"Nothing was learned from runs like this one, so trust it less: {', '.join(caveats)}." if caveats else ""
 
 
 def _misses_goal(run: RunData) -> str:
-    return promise(run.first) if run.first and run.first.misses_goal else ""
+    return run.first.promise() if run.first and run.first.misses_goal else ""
 
 
 def _promise(run: RunData) -> str:
     """What the policy expected of its first plan."""
-    return promise(run.first) if run.first and not run.first.misses_goal else ""
+    return run.first.promise() if run.first and not run.first.misses_goal else ""
 
 
 def _ending(run: RunData) -> str:

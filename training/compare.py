@@ -20,8 +20,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ..agents.learned.policy import exploring
-from ..agents.learned.policy_file import load_policy, policy_folder, policy_schedule, read_card
+from ..agents.chooser import DEFAULT
+from ..agents.learned.policy_file import load_policy, policy_schedule, read_card
 from ..agents.log import DecisionLog, DecisionRecord
 from ..agents.observation import Observation
 from ..agents.policy import Decision, Policy
@@ -339,9 +339,6 @@ ROWS, SUMMARY, POLICIES, LOGS = "rows.jsonl", "summary.json", "policies.json", "
 _FIXED = ("suite", "split", "bases", "tasks", "task_steps")
 """Settings that stay the same when a comparison goes on."""
 
-EXPLORE = "explore-"
-"""Before a temperature, a colon and the folder of a policy: it draws its plans."""
-
 ORACLE = Oracle()
 
 
@@ -417,8 +414,6 @@ def find_competitor(name: str) -> Competitor:
         PolicyFileError, RunFolderError: a folder that cannot be used.
     """
     before, colon, folder = name.rpartition(":")
-    if colon and before.startswith(EXPLORE):
-        return exploring(load_policy(folder), before.removeprefix(EXPLORE))
     if colon and before in (STATIC, SHUFFLED):
         if not Path(folder).is_dir():
             raise RunFolderError(
@@ -427,18 +422,18 @@ def find_competitor(name: str) -> Competitor:
         return Replayed(Path(folder), before)
     if name == ORACLE.name:
         return ORACLE
-    if name not in RULES and Path(name).name == name and not policy_folder(name).exists():
-        raise UnknownNameError.of("rule", name, [*RULES, ORACLE.name], "A trained policy is given by its folder.")
+    if name not in (*RULES, DEFAULT) and Path(name).name == name and not Path(name).exists():
+        raise UnknownNameError.of(
+            "rule", name, [*RULES, ORACLE.name, DEFAULT], "A trained policy is given by its folder."
+        )
     return load_policy(name)
 
 
 def _folder(name: str) -> Path | None:
     """The folder of a trained policy among the competitors; None for a rule."""
-    before, _, folder = name.rpartition(":")
-    if name == ORACLE.name or before in (STATIC, SHUFFLED):
+    if name in (ORACLE.name, DEFAULT) or name.partition(":")[0] in (STATIC, SHUFFLED):
         return None
-    path = policy_folder(folder)
-    return path if path.is_dir() else None
+    return Path(name) if Path(name).is_dir() else None
 
 
 def _common_schedule(names: Sequence[str], folder: Path | None) -> DecisionSchedule:

@@ -17,7 +17,7 @@ class EvaluateConfig:
     """Which policies are compared, and on what.
 
     Attributes:
-        policies: rules, folders of trained policies, explore-TEMPERATURE:FOLDER, static:LOGS, shuffled:LOGS, or oracle.
+        policies: default, rules, folders of trained policies, static:LOGS, shuffled:LOGS, or oracle.
         suite: suites that the tasks come from: "planted", "shift" or both.
         split: which part of a suite's tasks.
         bases: use only tasks on these proxy bases; all bases by default.
@@ -80,12 +80,6 @@ class TrainConfig:
         target_kl: an update ends early when the policy has moved this far from the one that acted.
         warm_tasks: fresh tasks of the warm start, which teaches what modules are worth where that is known; 0 for no
             warm start.
-        plan_tasks: fresh tasks of the plan runs after PPO, from which the value ensemble learns, rounded up to a
-            multiple of twice tasks_per_stack; half of the tasks are varied in text, place, budget, steps and rows, and
-            every one gets another learning rate than its suite's. With 0 there is no ensemble, and the actor decides
-            alone.
-        more_plan_runs: a file of `python -m benchmarks plan-runs`: plan runs of real fine-tunes, from which the
-            value ensemble learns beside those of fresh tasks.
         suites: suites that the tasks come from: "planted", "shift" or both.
         bases: use only tasks on these proxy bases; by default all bases of the training split.
         task_steps: optimiser steps of an episode; by default as many as the suite sets.
@@ -111,8 +105,6 @@ class TrainConfig:
     clip_range: float = 0.2
     target_kl: float = 0.05
     warm_tasks: int = 0
-    plan_tasks: int = 0
-    more_plan_runs: str | None = None
     suites: tuple[str, ...] = SUITES
     bases: tuple[str, ...] = ()
     task_steps: int | None = None
@@ -132,19 +124,15 @@ class TrainConfig:
                 "episodes_per_task at least 2 (their returns are compared with one another); got "
                 f"{', '.join(map(str, counts))} and {self.episodes_per_task}."
             )
-        if min(self.workers, self.validation_tasks, self.warm_tasks, self.plan_tasks) < 0:
+        if min(self.workers, self.validation_tasks, self.warm_tasks) < 0:
             raise ConfigError(
-                "workers, validation_tasks, warm_tasks and plan_tasks are at least 0; got "
-                f"{self.workers}, {self.validation_tasks}, {self.warm_tasks} and {self.plan_tasks}."
+                "workers, validation_tasks and warm_tasks are at least 0; got "
+                f"{self.workers}, {self.validation_tasks} and {self.warm_tasks}."
             )
         rates = (self.learning_rate, self.clip_range, self.target_kl)
         if not all(0 < rate < math.inf for rate in rates):
             raise ConfigError(f"learning_rate, clip_range and target_kl are above 0; got {', '.join(map(str, rates))}.")
         check_seed(self.seed)
-        if self.more_plan_runs and not self.plan_tasks:
-            raise ConfigError(
-                "more_plan_runs needs plan_tasks above 0: without them there is no value ensemble to learn."
-            )
 
     @property
     def worker_count(self) -> int:
@@ -161,8 +149,7 @@ class TrainConfig:
 
 PRESETS: dict[str, TrainConfig] = {
     "quick": TrainConfig(iterations=8, bases=("llama-4x32",), validation_tasks=6, validate_every=4, learning_rate=3e-3),
-    "default": TrainConfig(iterations=80, warm_tasks=960, plan_tasks=600),
-    "full": TrainConfig(iterations=100, warm_tasks=960, plan_tasks=1200),
+    "default": TrainConfig(iterations=80, warm_tasks=960),
+    "full": TrainConfig(iterations=200, warm_tasks=960),
 }
-"""Presets of `rankpilot train`: a few minutes, an hour and a half, and more than two hours on two cores. More plan runs
-make better policies; more iterations of PPO hardly do (docs/experiments.md)."""
+"""Presets of `rankpilot train`: a few minutes, three quarters of an hour, and an hour and a half on two cores."""

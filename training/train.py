@@ -1,4 +1,4 @@
-"""Trains a policy with PPO on proxy fine-tunes (Stable-Baselines3), and a value ensemble on plan runs.
+"""Trains a policy with PPO on proxy fine-tunes (Stable-Baselines3).
 
 First, if asked, comes the warm start: on planted tasks the oracle knows what each module is worth, and the network
 learns to tell that from what a policy sees, at every decision of runs that it explores. Where the worth is not known,
@@ -15,7 +15,7 @@ tasks go on as if nothing had happened. Checkpoints hold tensors and numbers onl
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
 from stable_baselines3.common.utils import LinearSchedule
 
-from ..agents.learned.networks import PlanValueEnsemble, RankNetwork
+from ..agents.learned.networks import RankNetwork
 from ..agents.learned.policy import LearnedPolicy
 from ..agents.learned.policy_file import CARD, SCHEMA, save_policy
 from ..common import files
@@ -41,9 +41,7 @@ from ..env.proxy_task import VERSION, ProxyTask
 from ..env.vector import StackedConfig
 from ..errors import DataError, RunFolderError, first_line
 from .config import TrainConfig
-from .fit_plan_value import ANY_COST, fit_value_ensemble
-from .plan_runs import PLAN_RUNS, RUNS, Stack, collect_plan_runs, more_plan_runs, plan_dataset
-from .task_sampling import FreshTasks, fresh_tasks, plan_draws, validation_tasks, warm_draws
+from .task_sampling import FreshTasks, fresh_tasks, validation_tasks, warm_draws
 from .vec_env import GroupRolloutBuffer, ProxyVecEnv, RankPolicy
 
 PROGRESS, CHECKPOINT = "progress.jsonl", "checkpoint.pt"
@@ -57,8 +55,8 @@ class Stage:
     """How far training has come, for progress bars.
 
     Attributes:
-        name: "warm start", "training", "validation", "plan runs" or "value ensemble".
-        done: iterations done; of the warm start tasks, of plan runs stacks of them.
+        name: "warm start", "training" or "validation".
+        done: iterations done; of the warm start tasks.
         total: of the same, in all.
     """
 
@@ -386,7 +384,6 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
     validation = validation_tasks(config)
     everything = [*(task for suite in fresh.templates for task in suite), *validation]
     check_texts(everything)
-    more_plan_runs(config.more_plan_runs)  # now, and not after hours
     modules = max(len(adapted_base(task.base)[1]) for task in everything)
     stack = StackedConfig(
         config.tasks_per_stack * config.episodes_per_task,
@@ -445,36 +442,7 @@ def _train(
             model.learn(rest, callback=progress, reset_num_timesteps=False)
     if measured.best:
         network.load_state_dict(measured.best[1])
-    actor = LearnedPolicy(folder.resolve().name, network.eval())
-    return (
-        replace(actor, value_ensemble=_value_ensemble(actor, fresh, stack, config, folder, report))
-        if config.plan_tasks
-        else actor
-    )
-
-
-def _value_ensemble(
-    actor: LearnedPolicy, fresh: FreshTasks, stack: StackedConfig, config: TrainConfig, folder: Path, report: OnStage
-) -> PlanValueEnsemble:
-    """A value ensemble, from plan runs of fresh tasks."""
-    draws = plan_draws(fresh, config.plan_tasks)
-    stacks = [
-        Stack(number, number % (len(draws) // 2), tasks, actor, config.schedule, config.seed, stack.device)
-        for number, tasks in enumerate(draws)
-    ]
-    plan_runs = collect_plan_runs(
-        stacks,
-        folder / PLAN_RUNS,
-        workers=config.worker_count,
-        on_progress=lambda done, total: report(Stage("plan runs", done, total)),
-    )
-    real = [run.seen_by(actor) for run in more_plan_runs(config.more_plan_runs)]
-    dataset = plan_dataset([*plan_runs, *real])
-    report(Stage("value ensemble", len(stacks), len(stacks)))
-    ensemble = PlanValueEnsemble(ANY_COST)
-    facts = fit_value_ensemble(ensemble, dataset, seed=config.seed, workers=config.worker_count)
-    files.write_json(folder / PLAN_RUNS / SUMMARY, {"runs": (len(stacks) * fresh.count + len(real)) * RUNS} | facts)
-    return ensemble
+    return LearnedPolicy(folder.resolve().name, network.eval())
 
 
 def _begin(model: PPO, envs: ProxyVecEnv, config: TrainConfig, progress: PPOProgress, folder: Path) -> None:
@@ -550,7 +518,6 @@ def finish(folder: Path, policy: LearnedPolicy, config: TrainConfig, results: di
         "suite_version": VERSION,
         "episodes": sum(row.get("episodes", 0) for row in rows),
         "start": rows[0],
-        "plan_runs": files.read_json(folder / PLAN_RUNS / SUMMARY) if policy.value_ensemble else {},
         "validation": results or {},
     }
-    return save_policy(folder, policy.network, config.schedule, provenance, policy.value_ensemble)
+    return save_policy(folder, policy.network, config.schedule, provenance)

@@ -17,17 +17,18 @@ from torch import nn
 from ...common.files import atomic_path, check_tensor_file, from_json, read_json, sha256, write_json
 from ...errors import MOST_NAME, ConfigError, DataError, PolicyFileError, UnknownNameError, first_line, shown
 from ...lora.spec import DEFAULT_RANKS
+from ..chooser import DEFAULT, PlanChooser
 from ..observation import MODULE_FEATURES, RUN_FEATURES, Inputs
 from ..policy import Policy
 from ..rules import FILE_SUFFIXES, RULES, PlanFile, find_rule
-from ..settings import DecisionSchedule, NetworkConfig
-from .networks import PlanValueConfig, PlanValueEnsemble, RankNetwork
+from ..settings import ONCE, DecisionSchedule, NetworkConfig
+from .networks import RankNetwork
 from .policy import LearnedPolicy
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "rankpilot-policy"
-SCHEMA = 4
+SCHEMA = 5
 WEIGHTS, CARD = "policy.safetensors", "card.json"
 
 MOST_CARD_BYTES, MOST_WEIGHT_BYTES = 2**24, 2**30
@@ -35,36 +36,26 @@ MOST_CARD_BYTES, MOST_WEIGHT_BYTES = 2**24, 2**30
 
 Weights = dict[str, torch.Tensor]
 
-ENSEMBLE_WEIGHTS = "plan_critics."
-"""Start of the names of the value ensemble's weights, as in files of all schemas."""
-
-PACKAGED = Path(__file__).parent / "policies"
-DEFAULT = "default"
-"""Name of the policy that ships with the package, and of its folder in PACKAGED."""
-
 
 def save_policy(
     folder: Path,
     network: RankNetwork,
     schedule: DecisionSchedule,
     provenance: dict[str, Any],
-    value_ensemble: PlanValueEnsemble | None = None,
 ) -> Path:
     """Write a policy. The files of one that is there already are replaced.
 
     Args:
         folder: of the policy.
-        network: the actor.
+        network: of the policy.
         schedule: when the policy was trained to decide.
         provenance: further keys of the card: how the policy was trained, and with what result, as JSON values.
-        value_ensemble: if the policy has one.
 
     Returns:
         The folder.
     """
     with atomic_path(folder / WEIGHTS) as temporary:
-        weights = network.state_dict() | (value_ensemble.state_dict(prefix=ENSEMBLE_WEIGHTS) if value_ensemble else {})
-        save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
+        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, temporary)
         temporary.chmod(0o644)
     card = {
         "format": FORMAT,
@@ -75,7 +66,6 @@ def save_policy(
         "ladder": list(DEFAULT_RANKS),
         "schedule": asdict(schedule),
         "network": asdict(network.config),
-        "plan_value": asdict(value_ensemble.config) if value_ensemble else None,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("rankpilot", "torch", "stable-baselines3")},
@@ -106,7 +96,9 @@ def load_policy(given: str | Path | Policy) -> Policy:
                 f"with `name` and `decide`; got {given!r}."
             )
         return given
-    folder = policy_folder(given)
+    if str(given) == DEFAULT:
+        return PlanChooser()
+    folder = Path(given)
     if folder.suffix in FILE_SUFFIXES and not folder.is_dir():
         return PlanFile(folder)
     if not folder.exists():
@@ -124,26 +116,16 @@ def load_policy(given: str | Path | Policy) -> Policy:
     card = read_card(folder)
     try:
         inputs = Inputs(len(card["module_features"]), len(card["run_features"]))
-        config, described = from_json(NetworkConfig, card.get("network"), complete=True), card.get("plan_value")
-        ensemble = None if described is None else from_json(PlanValueConfig, described, complete=True)
+        config = from_json(NetworkConfig, card.get("network"), complete=True)
     except ConfigError as error:
         raise PolicyFileError(f"The card in {folder} does not describe the network: {first_line(error)}") from error
     weights = _read_weights(folder, card)
     with torch.device("meta"):
-        _check_weights(folder, _networks(config, ensemble, inputs), weights)
+        _check_weights(folder, RankNetwork(config, inputs), weights)
     with torch.random.fork_rng(devices=[]):  # networks draw weights, which the file replaces
-        network, value_ensemble = _networks(config, ensemble, inputs)
-    of_ensemble = {
-        name.removeprefix(ENSEMBLE_WEIGHTS): weights.pop(name)
-        for name in list(weights)
-        if name.startswith(ENSEMBLE_WEIGHTS)
-    }
+        network = RankNetwork(config, inputs)
     network.load_state_dict(weights)
-    if value_ensemble:
-        value_ensemble.load_state_dict(of_ensemble)
-    if value_ensemble:
-        value_ensemble.eval()
-    return LearnedPolicy(_name(folder, card), network.eval(), value_ensemble, sha256=card["sha256"])
+    return LearnedPolicy(_name(folder, card), network.eval(), sha256=card["sha256"])
 
 
 def _name(folder: Path, card: dict[str, Any]) -> str:
@@ -160,20 +142,13 @@ def _name(folder: Path, card: dict[str, Any]) -> str:
     return name
 
 
-def _networks(
-    config: NetworkConfig, ensemble: PlanValueConfig | None, inputs: Inputs
-) -> tuple[RankNetwork, PlanValueEnsemble | None]:
-    return RankNetwork(config, inputs), None if ensemble is None else PlanValueEnsemble(ensemble, inputs)
-
-
-def _check_weights(folder: Path, networks: tuple[nn.Module, PlanValueEnsemble | None], weights: Weights) -> None:
-    """Refuse weights that are not those of networks on the meta device, which take no memory.
+def _check_weights(folder: Path, network: nn.Module, weights: Weights) -> None:
+    """Refuse weights that are not those of a network on the meta device, which takes no memory.
 
     Raises:
         PolicyFileError: a name, shape or type differs, or a weight is NaN or infinite.
     """
-    network, value_ensemble = networks
-    needed = network.state_dict() | (value_ensemble.state_dict(prefix=ENSEMBLE_WEIGHTS) if value_ensemble else {})
+    needed = network.state_dict()
     for name in sorted(needed.keys() | weights.keys()):
         wanted, found = ((each[name].shape, each[name].dtype) if name in each else None for each in (needed, weights))
         if wanted != found:
@@ -182,11 +157,6 @@ def _check_weights(folder: Path, networks: tuple[nn.Module, PlanValueEnsemble | 
             )
         if not weights[name].isfinite().all():
             raise PolicyFileError(f"The weights in {folder} hold NaN or infinity: {name}. Train the policy again.")
-
-
-def policy_folder(given: str | Path) -> Path:
-    """The folder of a policy: for "default" that of the packaged one, else the path itself."""
-    return PACKAGED / DEFAULT if str(given) == DEFAULT else Path(given)
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -224,12 +194,14 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
     """When a policy was trained to decide, or a plan file is read; the default schedule for all others."""
+    if str(given) == DEFAULT or isinstance(given, PlanChooser):
+        return ONCE
     policy = load_policy(given) if Path(str(given)).suffix in FILE_SUFFIXES else given
     if isinstance(policy, PlanFile):
         return policy.schedule
-    if not isinstance(given, str | Path) or not policy_folder(given).is_dir():
+    if not isinstance(given, str | Path) or not Path(given).is_dir():
         return DecisionSchedule()
-    card = read_card(policy_folder(given))
+    card = read_card(Path(given))
     try:
         return from_json(DecisionSchedule, card.get("schedule"), complete=True)
     except ConfigError as error:

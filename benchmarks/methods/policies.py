@@ -8,15 +8,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from rankpilot.agents.chooser import PlanChooser
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.learned.policy_file import load_policy, policy_folder, policy_schedule, read_card
+from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
 from rankpilot.common.arrays import IntArray
+from rankpilot.common.files import sha256
 from rankpilot.cost.recording import Batch
 from rankpilot.finetune.allocate import static_plan
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.spec import REFERENCE_RANK
-from rankpilot.plan.goal import LEAST_LAYERS, LEAST_MODULES, LEAST_THICK, GoalKind
+from rankpilot.plan.goal import GoalKind
+from rankpilot.plan.worth import FILE
 from torch.utils.data import DataLoader
 
 from .plans import module_names
@@ -28,22 +31,16 @@ from .training import Driver, adapted_model, new_loader
 
 
 @lru_cache(maxsize=16)
-def identity(spec: str, *, saves: bool = False) -> dict[str, Any]:
-    """Arguments of work that tell a policy, a learned one by its weights.
+def identity(spec: str) -> dict[str, Any]:
+    """Arguments of work that tell a policy: a learned one by its weights, and the one that ships by its expectations.
 
     Args:
         spec: its name, or its folder.
-        saves: whether it has a goal of cost, for which its doubt and the floor of broad plans count as well.
     """
-    if not isinstance(load_policy(spec), LearnedPolicy):
-        return {"policy": spec}
-    card = read_card(policy_folder(spec))
-    found = {"policy": spec, "sha": str(card["sha256"])[:16]}
-    if saves and card.get("plan_value"):
-        doubts = [card["plan_value"].get(key) for key in ("doubt", "doubt_on_labels")]
-        found["doubt"] = " ".join(f"{doubt:.3g}" for doubt in doubts if doubt is not None)
-        found["broad"] = " ".join(f"{share:.3g}" for share in (LEAST_MODULES, LEAST_LAYERS, LEAST_THICK))
-    return found
+    policy = load_policy(spec)
+    if isinstance(policy, LearnedPolicy):
+        return {"policy": spec, "sha": str(policy.sha256)[:16]}
+    return {"policy": spec, "sha": sha256(FILE)[:16]} if isinstance(policy, PlanChooser) else {"policy": spec}
 
 
 MEASURE_EVERY = 50
@@ -198,7 +195,7 @@ class FirstPlan:
     def planning(self, cell: Cell, rate: float, seed: int) -> Work:
         """What makes the plan for a rate and a seed."""
         goal = None if self.goal == "quality" else self.goal
-        given = {"budget": ROOM if goal else cell.budget, "goal": goal, **identity(self.policy, saves=bool(goal))}
+        given = {"budget": ROOM if goal else cell.budget, "goal": goal, **identity(self.policy)}
         return Work.of("plan", cell.task, rate=rate, seed=seed, **given)
 
     def run(self, study: Study, cell: Cell, rate: float, seed: int) -> Work:
@@ -225,14 +222,14 @@ METHODS = (
     FirstPlan(
         "ours-saves-time",
         "default",
-        "the broad plan of least time that surely loses at most 1 %",
+        "the plan of least time that surely loses at most 1 %",
         "saving",
         goal="time",
     ),
     FirstPlan(
         "ours-saves-bytes",
         "default",
-        "the broad plan of fewest bytes that surely loses at most 1 %",
+        "the plan of fewest bytes that surely loses at most 1 %",
         "saving",
         goal="bytes",
     ),

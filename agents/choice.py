@@ -1,0 +1,189 @@
+"""What a first decision was chosen from: plans, what each is expected to lose or gain, and what it costs.
+
+The decision, its log and every explanation read one `Choice`, so they cannot disagree. Log losses are beside plain
+LoRA, rank 8 on every target module, at its own best learning rate: 0.01 is 1 % more.
+
+The frontier has the plans that are worth their cost: no other plan costs less and is expected to lose as little.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ..common.arrays import BoolArray, FloatArray, IntArray
+from ..plan.goal import CAUTION, CAUTION_OF_GOALS, Goal
+
+PLAIN = "rank 8 on all modules"
+"""Plain LoRA, with which plans are compared, in words; the first plan of every choice."""
+
+COST_TIE = 0.01
+"""Plans whose costs differ by less, as a share, are tied under a goal of cost."""
+
+MUCH = 0.01
+"""A loss that is expected to be higher by so much is worth a word on what helps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """One choice between P plans, of which the first is plain LoRA; L modules, F features.
+
+    Attributes:
+        names: of the plans, in words, (P,).
+        plans: ranks, int64 (P, L).
+        parts: what each of `worth.FEATURES` adds to the expected log loss of each plan, (P, F).
+        spread: standard deviation of the log loss beside plain LoRA's, (P,); 0 for plain LoRA.
+        costs: in the unit of the budget, (P,).
+        seconds: of a step, (P,); None where they are unknown.
+        fits: which plans are within budget, time and bounds, bool (P,). Others than plain LoRA always are.
+        goal: of the choice.
+        taken: number of the plan that is the decision.
+        caveats: in what the run is unlike those that expectations were learned from, in words.
+    """
+
+    names: tuple[str, ...]
+    plans: IntArray
+    parts: FloatArray
+    spread: FloatArray
+    costs: FloatArray
+    seconds: FloatArray | None
+    fits: BoolArray
+    goal: Goal
+    taken: int = 0
+    caveats: tuple[str, ...] = ()
+
+    @cached_property
+    def expected(self) -> FloatArray:
+        """The expected log loss of each plan beside plain LoRA's, (P,)."""
+        return np.asarray(self.parts.sum(axis=1))
+
+    @cached_property
+    def reach(self) -> FloatArray:
+        """How far the truth may lie from what is expected, (P,): so far that it is trusted under the goal."""
+        return (CAUTION_OF_GOALS if self.goal.saves else CAUTION) * self.spread
+
+    @cached_property
+    def surely(self) -> FloatArray:
+        """The log loss beside plain LoRA's that each plan surely keeps, (P,)."""
+        return self.expected + self.reach
+
+    @cached_property
+    def within_tolerance(self) -> BoolArray:
+        """The plans that fit and surely lose no more than the goal tolerates, bool (P,)."""
+        return self.fits & (self.surely <= self.goal.tolerance)
+
+    @property
+    def misses_goal(self) -> bool:
+        """Whether a goal of cost cannot be kept."""
+        return self.goal.saves and not self.within_tolerance.any()
+
+    @property
+    def goal_costs(self) -> FloatArray:
+        """What the goal counts, (P,): the time of a step under goal time, else what the budget counts."""
+        return self.seconds if self.goal.kind == "time" and self.seconds is not None else self.costs
+
+    @cached_property
+    def best(self) -> int:
+        """The plan that the goal asks for.
+
+        Under quality, and where a goal of cost cannot be kept, that is the one whose loss is surely the lowest: plain
+        LoRA unless another plan surely ends below it. Under a goal of cost it is the cheapest within the tolerance, and
+        of those that cost the same the one that is expected to lose the least.
+        """
+        if not self.goal.saves or self.misses_goal:
+            return int(np.argmin(np.where(self.fits, self.surely, np.inf)))
+        costs = np.where(self.within_tolerance, self.goal_costs, np.inf)
+        tied = costs <= (1 + COST_TIE) * costs.min()
+        return int(np.argmin(np.where(tied, self.expected, np.inf)))
+
+    def promise(self) -> str:
+        """What is expected of the plan that is taken, in words; empty for plain LoRA under quality."""
+        expected, surely = (percent(float(values[self.taken])) for values in (self.expected, self.surely))
+        fits = "" if self.fits[0] else ", which does not fit"
+        if self.misses_goal:
+            return (
+                f"The goal cannot be kept: {PLAIN} does not fit the budget, and no plan that fits surely stays within "
+                f"{percent(self.goal.tolerance)} of its loss. A larger budget, time or tolerance helps."
+            )
+        if self.taken == 0:
+            if not self.goal.saves:
+                return f"No plan that fits is surely better than {PLAIN}." if len(self.plans) > 1 else ""
+            return f"No cheaper plan surely stays within {percent(self.goal.tolerance)} of the loss of {PLAIN}."
+        return f"Expected beside {PLAIN}{fits}: loss {expected}, surely at most {surely}."
+
+    @property
+    def lacks_room(self) -> bool:
+        """Whether much is lost because plain LoRA does not fit."""
+        return not self.fits[0] and not self.goal.saves and float(self.expected[self.taken]) > MUCH
+
+
+def percent(log_loss: float) -> str:
+    """A difference of log losses as a change of the loss, such as "+1.2 %"."""
+    return f"{100 * math.expm1(log_loss):+.1f} %"
+
+
+@dataclass(frozen=True, eq=False)
+class FrontierPlan:
+    """A plan on the frontier.
+
+    Attributes:
+        name: in words.
+        ranks: int64 (modules,).
+        cost: what it takes, in the unit of the budget.
+        seconds: of a step; None where they are not known.
+        loss: expected loss over that of plain LoRA: 1.02 is 2 % more.
+        low: lower end of the interval of `loss`.
+        high: upper end.
+        fits: whether it is within the budget; of plain LoRA alone it may be false.
+        taken: whether the decision is this plan.
+    """
+
+    name: str
+    ranks: IntArray
+    cost: float
+    seconds: float | None
+    loss: float
+    low: float
+    high: float
+    fits: bool
+    taken: bool
+
+    @property
+    def verdict(self) -> str:
+        """Beside plain LoRA, "better", "worse", or "tie" where the interval does not tell them apart."""
+        return "worse" if self.low > 1 else "better" if self.high < 1 else "tie"
+
+
+def frontier(found: Choice) -> list[FrontierPlan]:
+    """The frontier of a choice, the cheapest plan first; with plain LoRA and the plan taken wherever they lie."""
+    shown = {*_undominated(found), 0, found.taken}
+    order = sorted(shown, key=lambda plan: (found.goal_costs[plan], found.expected[plan]))
+    return [_plan(found, plan) for plan in order]
+
+
+def _plan(found: Choice, plan: int) -> FrontierPlan:
+    expected, reach = float(found.expected[plan]), CAUTION_OF_GOALS * float(found.spread[plan])
+    return FrontierPlan(
+        name=found.names[plan],
+        ranks=found.plans[plan],
+        cost=float(found.costs[plan]),
+        seconds=None if found.seconds is None else float(found.seconds[plan]),
+        loss=math.exp(expected),
+        low=math.exp(expected - reach),
+        high=math.exp(expected + reach),
+        fits=bool(found.fits[plan]),
+        taken=plan == found.taken,
+    )
+
+
+def _undominated(found: Choice) -> Iterator[int]:
+    """The plans that fit and are expected to be better than all that cost less or as much."""
+    best = np.inf
+    for plan in np.lexsort((found.expected, found.goal_costs)).tolist():
+        if found.fits[plan] and found.expected[plan] < best:
+            best = float(found.expected[plan])
+            yield plan

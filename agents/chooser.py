@@ -1,0 +1,203 @@
+"""The policy that ships: at the first decision, the plan that its goal asks for by what plans are expected to lose.
+
+The road is short. Candidates are one rank, or one for each kind of module, on the parts of a model that matter (kinds,
+depths, every other layer); who gets which rank within a kind decided nothing on real texts (docs/experiments.md). Each
+has a cost, which is computed, and an expected loss with a spread, which was learned from real fine-tunes
+(`plan/worth.py`). `Choice.best` is the decision. Later decisions keep the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..common.arrays import BoolArray, IntArray
+from ..common.text import plural
+from ..cost.cost import TimedCost, moment_costs, unit_costs
+from ..errors import ConfigError
+from ..lora.spec import REFERENCE_RANK
+from ..plan.goal import Goal
+from ..plan.plan import top_down
+from ..plan.problem import AllocationProblem
+from ..plan.worth import Modules, PlanWorth, packaged_worth
+from .choice import PLAIN, Choice
+from .observation import Observation, learns_labels, module_feature
+from .policy import Decision, Policy, decision_to_keep, is_first
+
+DEFAULT = "default"
+"""Name of the policy that ships."""
+
+RANKS = (1, 2, 4, REFERENCE_RANK, 16, 32, 64, 128)
+"""Ranks of candidates."""
+
+PAIRS = ((16, 4), (32, 8), (64, 16))
+"""Ranks of the two kinds of modules in candidates that give one more, the larger first."""
+
+MOST_WINDOWS = 32
+"""Candidates that adapt the layers from one layer up; in deeper models they go by several layers."""
+
+NEW_RANK = 1
+"""The rank of new adapters at the first decision; trained ones have those of an earlier run."""
+
+LABELS_SPREAD = 3.0
+"""Expectations were learned on texts. On labels the spread is so many times as large (docs/experiments.md)."""
+
+KINDS = {"MLP": True, "attention": False}
+"""Kinds of modules, by whether they have the wide inner side of their layer."""
+
+
+def parts(observation: Observation) -> dict[str, BoolArray]:
+    """The modules of each part of a model, bool (modules,), by name; the largest first, none twice, none empty."""
+    wide = module_feature(observation, "wide") > 0.5
+    _, turn = np.unique(observation.problem.blocks, return_inverse=True)
+    count = int(turn.max()) + 1
+    step = -(-count // MOST_WINDOWS)
+    depths = {"": np.ones(len(wide), dtype=np.bool_), " of every other layer": (count - 1 - turn) % 2 == 0}
+    depths |= {f" of the top {plural(count - low, 'layer')}": turn >= low for low in range(step, count, step)}
+    found: dict[str, BoolArray] = {}
+    for where, part in depths.items():
+        found[f"all modules{where}"] = part
+        found |= {f"the {kind} modules{where}": part & (wide == is_wide) for kind, is_wide in KINDS.items()}
+    distinct: dict[bytes, str] = {}
+    for name, part in found.items():
+        distinct.setdefault(part.tobytes(), name)
+    return {name: found[name] for name in distinct.values() if found[name].any()}
+
+
+def candidates(observation: Observation) -> Iterator[tuple[str, IntArray]]:
+    """Plans by name: plain LoRA as it is, then others within the bounds, int64 (modules,); the limit plays no part."""
+    problem = observation.problem
+    yield PLAIN, plain_lora(problem)
+    wide = module_feature(observation, "wide") > 0.5
+    yield "as much as fits, from the top down", top_down(problem)
+    for name, part in parts(observation).items():
+        for rank in RANKS:
+            yield f"rank {rank} on {name}", _within(problem, np.where(part, rank, 0))
+    for more, less in PAIRS:
+        for kind, is_wide in KINDS.items():
+            ranks = np.where(wide == is_wide, more, less)
+            yield f"rank {more} on the {kind} modules and {less} on the others", _within(problem, ranks)
+
+
+def plain_lora(problem: AllocationProblem) -> IntArray:
+    """Rank 8 on every target module, or its highest, int64 (modules,); bounds and limit play no part."""
+    return np.minimum(REFERENCE_RANK, problem.max_ranks)
+
+
+def _within(problem: AllocationProblem, ranks: IntArray) -> IntArray:
+    """Ranks on the ladder within the bounds, int64 (modules,)."""
+    rungs = problem.ladder.rung(np.minimum(ranks, problem.max_ranks))
+    return problem.ladder.array[np.clip(rungs, problem.bottoms, problem.tops)]
+
+
+@dataclass(frozen=True)
+class PlanChooser:
+    """Takes the plan that the goal asks for at the first decision, and keeps it.
+
+    Attributes:
+        name: the name in logs and tables.
+        goal: what it aims at.
+        worth: what plans are worth; by default the fit that ships.
+    """
+
+    name: str = DEFAULT
+    goal: Goal = Goal()  # noqa: RUF009  (it is frozen)
+    worth: PlanWorth | None = None
+
+    def decide(self, observation: Observation) -> Decision:
+        """Decide on one observation.
+
+        Raises:
+            ConfigError: the costs of plans do not know what the goal asks for.
+        """
+        if not is_first(observation):
+            return decision_to_keep(observation)
+        found = self.weigh(observation)
+        ranks = found.plans[found.taken]
+        return Decision(ranks, np.zeros(len(ranks)), exact=True, choice=found)
+
+    def weigh(self, observation: Observation) -> Choice:
+        """The choice of a first decision.
+
+        Raises:
+            ConfigError: see `decide`.
+        """
+        problem, worth = observation.problem, self.worth or packaged_worth()
+        cost = problem.cost
+        if self.goal.kind == "time" and not isinstance(cost, TimedCost):
+            raise ConfigError("goal='time' needs the time of a step, and here the time of a step is not known.")
+        if self.goal.kind == "bytes" and cost.unit != "bytes":
+            raise ConfigError(f"goal='bytes' needs a budget of bytes, and this one counts {cost.unit}.")
+        names, plans, fits = _that_fit(observation)
+        features = modules_of(observation).features(plans)
+        labels = learns_labels(observation.run.tolist())
+        found = Choice(
+            names=names,
+            plans=plans,
+            parts=worth.parts(features),
+            spread=worth.spread(features) * (LABELS_SPREAD if labels else 1.0),
+            costs=unit_costs(cost, plans).max(axis=1),
+            seconds=moment_costs(cost, plans)[:, -1] / cost.unit_per_second if isinstance(cost, TimedCost) else None,
+            fits=fits,
+            goal=self.goal,
+            caveats=tuple(_caveats(problem, labels)),
+        )
+        return replace(found, taken=found.best)
+
+
+def _caveats(problem: AllocationProblem, labels: bool) -> Iterator[str]:
+    if labels:
+        yield "it learns labels, and expectations were learned on texts"
+    if (problem.ranks > NEW_RANK).any():
+        yield "its adapters are trained already"
+
+
+def modules_of(observation: Observation) -> Modules:
+    """What the worth of plans depends on in the model of an observation."""
+    wide, depth = module_feature(observation, "wide") > 0.5, module_feature(observation, "relative_depth")
+    return Modules(wide, depth, float(observation.problem.max_ranks.max()))
+
+
+def _that_fit(observation: Observation) -> tuple[tuple[str, ...], IntArray, BoolArray]:
+    """Distinct candidates that fit, and plain LoRA before them: names, ranks (plans, modules), and which fit."""
+    problem = observation.problem
+    names, listed = zip(*candidates(observation), strict=True)
+    plans = np.stack(listed)
+    can = (moment_costs(problem.cost, plans).max(axis=1) <= problem.limit) & plans.any(axis=1)
+    can[0] &= np.array_equal(_within(problem, plans[0]), plans[0])
+    shown = can.copy()
+    shown[0] = True
+    _, first = np.unique(plans, axis=0, return_index=True)
+    shown &= np.isin(np.arange(len(plans)), first)
+    kept = np.flatnonzero(shown)
+    return tuple(names[index] for index in kept.tolist()), plans[kept], can[kept]
+
+
+def with_goal(policy: Policy, goal: Goal) -> Policy:
+    """The policy, aiming at a goal.
+
+    Raises:
+        ConfigError: the goal asks for a cheap plan, and the policy expects nothing of plans.
+    """
+    if not isinstance(policy, PlanChooser):
+        if goal.saves:
+            check_expects(policy, f"goal={goal.kind!r}", "use goal='quality'")
+        return policy
+    return replace(policy, goal=goal)
+
+
+def check_expects(policy: Policy, what: str, instead: str) -> None:
+    """Refuse a policy that cannot tell what a cheaper plan would lose.
+
+    Args:
+        policy: decides.
+        what: needs that, for the error.
+        instead: what else can be done.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not isinstance(policy, PlanChooser):
+        raise ConfigError(f"{policy.name} expects nothing of plans, so {what} needs policy={DEFAULT!r}. Or {instead}.")

@@ -1,0 +1,289 @@
+"""`python -m benchmarks worth`: fits what a plan is worth on real fine-tunes, and judges it on those left out.
+
+Rows come from three places: `loss-runs` (drawn plans at drawn rates), the plans of 44 fine-tunes of byte models that
+version 0.2 learned from, and the sweeps of rank and rate that others published. Effects are fitted by expectation
+maximisation (Dempster, Laird and Rubin, 1977) with a free level for each fine-tune, since only differences count.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rankpilot.agents.observation import ModuleShapes
+from rankpilot.common.arrays import FloatArray
+from rankpilot.common.files import read_json_lines, write_json, write_text
+from rankpilot.common.text import make_table
+from rankpilot.cost.cost import ParameterCost
+from rankpilot.errors import ConfigError
+from rankpilot.lora.spec import REFERENCE_RANK, ModuleSpec
+from rankpilot.plan.goal import CAUTION, CAUTION_OF_GOALS
+from rankpilot.plan.rate import RULE, Look
+from rankpilot.plan.worth import FEATURES, FILE, Modules, PlanWorth, distance
+from rich.console import Console
+from scipy.stats import spearmanr
+
+from .harness import Figures
+from .loss_runs import PARTS, LossRun, width_of
+from .methods import study
+from .rates import published
+
+PACKED = Path(__file__).parent / "results" / "loss_runs.json"
+EARLIER = Path(__file__).parent / "results" / "plan_losses.json"
+
+ROUNDS = 60
+"""Rounds of expectation maximisation."""
+
+FAR = 0.8
+"""Runs at a rate further off the rule's, in log, are fitted on and not judged on: no decision takes such a rate."""
+
+OUTLIER = 0.08
+"""What no feature explains counts as at most this, in log loss."""
+
+SHAPES = {"smollm2-135m": (30, 192, 1536), "smollm2-15": (15, 192, 1536), "smollm2-8": (8, 192, 1536)}
+"""Layers, width of keys and values, and of the inside of MLPs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Fit what a plan is worth, and judge it on fine-tunes and models left out.
+
+    Attributes:
+        rows: output folders of `loss-runs`, whose rows are packed into the file of the repository first.
+        write: write the fit into the package.
+        json: also write figures to this file.
+    """
+
+    rows: tuple[Path, ...] = ()
+    write: bool = False
+    json: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class FineTune:
+    """Several plans of one fine-tune; P plans, F features.
+
+    Attributes:
+        model: what is left out together.
+        name: of the fine-tune.
+        features: (P, F), those of the plan and then log(rate / rule's) and its square.
+        losses: the log of the held-out loss, (P,).
+    """
+
+    model: str
+    name: str
+    features: FloatArray
+    losses: FloatArray
+
+    @property
+    def weights(self) -> FloatArray:
+        """How much each row counts: the less, the further it is from plain LoRA at the rule's rate, (P,)."""
+        return np.asarray(1 / np.maximum(distance(self.features[:, :-2]) + 0.1 * self.features[:, -1], 0.1))
+
+
+def specs_of(model: str) -> tuple[ModuleSpec, ...]:
+    """The target modules of a model of `loss-runs`."""
+    width = width_of(model)
+    layers, narrow, inner = SHAPES.get(model) or (int(model.rpartition("-")[2].partition("x")[0]), width, 3 * width)
+    attention = {"q": (width, width), "k": (width, narrow), "v": (width, narrow), "o": (width, width)}
+    sides = {f"self_attn.{name}_proj": side for name, side in attention.items()}
+    sides |= {f"mlp.{name}_proj": (width, inner) for name in ("gate", "up")} | {"mlp.down_proj": (inner, width)}
+    if model.startswith("gpt2"):
+        sides = {"attn.c_attn": (width, 3 * width), "attn.c_proj": (width, width)}
+        sides |= {"mlp.c_fc": (width, 4 * width), "mlp.c_proj": (4 * width, width)}
+    return tuple(ModuleSpec(f"layers.{n}.{name}", n, *side) for n in range(layers) for name, side in sides.items())
+
+
+def loss_runs() -> Iterator[FineTune]:
+    """The drawn plans of the repository's file."""
+    for packed in json.loads(PACKED.read_text(encoding="utf-8")):
+        model, text, steps, rows = packed["task"]
+        specs = specs_of(model)
+        modules, highest = _modules(specs, width_of(model)), np.array([spec.max_rank for spec in specs])
+        known = study.Modules(specs, ParameterCost.of(specs), 0.0)
+        ranks, scales, off, losses = [], [], [], []
+        plain = RULE.plain(width_of(model), steps, look=Look(packed["untrained"], 47 * rows))
+        for part, rank, power, rate, loss in packed["runs"]:
+            found = np.where(PARTS[part](known), np.minimum(rank, highest), 0)
+            extra = (np.maximum(found, 1) / REFERENCE_RANK) ** (1 - power)
+            alpha = 2.0 * REFERENCE_RANK / np.maximum(found, 1) * extra
+            factor = RULE.factor(found, alpha, np.full(len(specs), 2.0))
+            ranks.append(found)
+            scales.append(np.where(found > 0, extra, 1.0))
+            off.append(math.log(rate / (plain * factor)))
+            losses.append(math.log(loss))
+        features = modules.features(np.array(ranks, dtype=np.int64), np.array(scales))
+        yield _fine_tune(model, f"{model} / {text}, {steps} steps of {rows}", features, np.array(off), losses)
+
+
+def earlier() -> Iterator[FineTune]:
+    """The plans of version 0.2's fine-tunes of byte models, each at the rate that was its rule's then."""
+    for packed in json.loads(EARLIER.read_text(encoding="utf-8")):
+        layers, wide = np.array(packed["layers"]), np.array([kind == "1" for kind in packed["mlp"]])
+        modules = Modules(wide, layers / layers.max(), width_of(packed["model"]))
+        features = modules.features(np.array(packed["ranks"], dtype=np.int64))
+        losses = np.log(packed["losses"]).tolist()
+        yield _fine_tune(packed["model"], packed["name"], features, np.zeros(len(losses)), losses)
+
+
+def sweeps() -> Iterator[FineTune]:
+    """Ranks of all modules of large models, each at its best rate of those that others published."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    widths = {}
+    for sweep in published():
+        model = sweep.name.rpartition(" rank ")[0]
+        found[model][sweep.rank], widths[model] = min(sweep.losses.values()), sweep.width
+    for model, by_rank in found.items():
+        if len(by_rank) >= 2:
+            modules = _modules(specs_of("smollm2-8"), widths[model])
+            ranks = np.array([np.full(len(modules.wide), rank) for rank in by_rank], dtype=np.int64)
+            losses = np.log(list(by_rank.values())).tolist()
+            yield _fine_tune("published", model, modules.features(ranks), np.zeros(len(losses)), losses)
+
+
+def _modules(specs: Sequence[ModuleSpec], width: int) -> Modules:
+    blocks = np.array([spec.block for spec in specs])
+    return Modules(ModuleShapes.of(specs).wide, blocks / blocks.max(), width)
+
+
+def _fine_tune(model: str, name: str, features: FloatArray, off: FloatArray, losses: Sequence[float]) -> FineTune:
+    return FineTune(model, name, np.column_stack([features, off, off**2]), np.array(losses))
+
+
+def fit(fine_tunes: Sequence[FineTune]) -> PlanWorth:
+    """The effects of the features and their covariance over fine-tunes."""
+    size = len(FEATURES) + 2
+    effects, covariance, noise = np.zeros(size), 4e-4 * np.eye(size), 1e-4
+    for _ in range(ROUNDS):
+        inverse, means, covariances, squares, count = np.linalg.inv(covariance), [], [], 0.0, 0
+        for each in fine_tunes:
+            weights = each.weights[:, None]
+            features = each.features - (weights * each.features).sum(axis=0) / weights.sum()
+            losses = each.losses - float(weights[:, 0] @ each.losses) / weights.sum()
+            posterior = np.linalg.inv((weights * features).T @ features / noise + inverse)
+            mean = posterior @ ((weights * features).T @ losses / noise + inverse @ effects)
+            left = np.clip(losses - features @ mean, -OUTLIER, OUTLIER)
+            squares += float(weights[:, 0] @ left**2 + np.trace((weights * features) @ posterior @ features.T))
+            count += len(losses) - 1
+            means.append(mean)
+            covariances.append(posterior)
+        effects = np.mean(means, axis=0)
+        spread = [np.outer(mean - effects, mean - effects) for mean in means]
+        covariance = np.mean([one + other for one, other in zip(spread, covariances, strict=True)], axis=0)
+        covariance, noise = covariance + 1e-7 * np.eye(size), max(squares / count, 1e-6)
+    size -= 2
+    of_mean = covariance / len(fine_tunes)  # what is not known of the mean itself
+    return PlanWorth(effects[:size], (covariance + of_mean)[:size, :size], math.sqrt(noise))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How well one fine-tune was predicted from others.
+
+    Attributes:
+        correlation: rank correlation of expected and real losses.
+        within: share of plans that end no higher than they surely should, under a goal of cost.
+        taken: log loss of the plan that "quality" takes among those that were run, beside plain LoRA's.
+        best: the same of the best of them.
+    """
+
+    correlation: float
+    within: float
+    taken: float
+    best: float
+
+
+def judge(worth: PlanWorth, fine_tune: FineTune) -> Judgement | None:
+    """Hold expectations against one fine-tune; None where it has too few plans, or no plain LoRA."""
+    near = np.abs(fine_tune.features[:, -2]) < FAR
+    features, losses, off = fine_tune.features[near, :-2], fine_tune.losses[near], fine_tune.features[near, -2]
+    plain = np.asarray(~features.any(axis=1))
+    others = ~plain
+    if others.sum() < 3 or not plain.any():
+        return None
+    reference = losses[plain][np.argmin(np.abs(off[plain]))]
+    expected, spread = worth.parts(features).sum(axis=1), worth.spread(features)
+    change, surely = losses - reference, expected + CAUTION * spread
+    taken = int(np.argmin(np.where(plain, 0, surely)))
+    return Judgement(
+        float(spearmanr(expected[others], change[others]).statistic),
+        float((change <= expected + CAUTION_OF_GOALS * spread)[others].mean()),
+        0.0 if plain[taken] else float(change[taken]),
+        min(0.0, float(change[others].min())),
+    )
+
+
+def pack(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of collections as JSON values, by fine-tune; runs that diverged are left out.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for line in (line for folder in folders for line in read_json_lines(folder / "rows.jsonl")):
+        run, row = LossRun(**line["run"]), line["row"]
+        key = run.model, run.text, run.steps, run.rows
+        task = found.setdefault(key, {"task": key, "untrained": round(row["untrained"], 4), "runs": []})
+        values = [run.part, run.rank, run.power, run.rate, row["loss"] and round(row["loss"], 5)]
+        if row["loss"] and values not in task["runs"]:
+            task["runs"].append(values)
+    tasks = [task for task in found.values() if any(run[:3] != ["all", REFERENCE_RANK, 1.0] for run in task["runs"])]
+    if not tasks:
+        raise ConfigError(
+            f"No drawn plan in {' '.join(map(str, folders))}: `python -m benchmarks loss-runs` runs them."
+        )
+    return tasks
+
+
+def benchmark(options: Options, console: Console) -> Figures:
+    """Print how well plans of fine-tunes and models left out are predicted, and the effects.
+
+    Raises:
+        ConfigError: there are no rows in the folders.
+    """
+    if options.rows:
+        tasks = pack(options.rows)
+        text = ",\n".join(json.dumps(task, separators=(",", ":")) for task in tasks)
+        write_text(PACKED, f"[\n{text}\n]\n")
+    known = [*loss_runs(), *earlier(), *sweeps()]
+    figures: Figures = {"fine-tunes": len(known), "plans": sum(len(each.losses) for each in known)}
+    console.print(f"{figures['fine-tunes']} fine-tunes, {figures['plans']} runs.")
+    ways: dict[str, Callable[[FineTune], str]] = {"text left out": _text_of, "model left out": lambda each: each.model}
+    rows = []
+    for way, group_of in ways.items():
+        judged: dict[str, list[Judgement]] = defaultdict(list)
+        for group in sorted({group_of(each) for each in known}):
+            worth = fit([each for each in known if group_of(each) != group])
+            for each in known:
+                if group_of(each) == group and (judgement := judge(worth, each)):
+                    judged[each.model].append(judgement)
+        judged["all"] = [judgement for found in judged.values() for judgement in found]
+        for model, found in judged.items():
+            means = {name: float(np.nanmean([getattr(one, name) for one in found])) for name in vars(found[0])}
+            figures |= {f"{way} {model} {name}": value for name, value in means.items()}
+            shown = [f"{means['correlation']:.2f}", f"{means['within']:.0%}"]
+            shown += [f"{100 * means[name]:+.2f} %" for name in ("taken", "best")]
+            rows.append((way, model, str(len(found)), *shown))
+    columns = ("", "model", "fine-tunes", "rank correlation", "within", "taken", "best")
+    console.print(make_table("Expected and real losses of plans; taken and best beside plain LoRA", columns, rows))
+    worth = fit(known)
+    spread = np.sqrt(np.diag(worth.covariance))
+    effects = [
+        (name, f"{100 * mean:+.2f} %", f"{100 * deviation:.2f} %")
+        for name, mean, deviation in zip(FEATURES, worth.effects, spread, strict=True)
+    ]
+    console.print(make_table("Effects on the log loss", ("of", "mean", "over fine-tunes"), effects))
+    if options.write:
+        rounded = replace(worth, effects=worth.effects.round(6), covariance=worth.covariance.round(9))
+        write_json(FILE, rounded.to_json())
+    return figures
+
+
+def _text_of(fine_tune: FineTune) -> str:
+    return fine_tune.name.partition(" / ")[2].partition(",")[0] or fine_tune.name

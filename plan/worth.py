@@ -1,0 +1,146 @@
+"""What a plan is worth: by how much its log loss is expected to end above that of plain LoRA, and how surely.
+
+Plain LoRA has rank 8 on all modules and its own best learning rate; a plan has the rate that the rule gives it
+(`plan/rate.py`). A plan is described by a few numbers, `FEATURES`, all 0 for plain LoRA: which modules have no
+adapter, and how ranks and scales differ. Their effects differ from one fine-tune to the next, so each has a mean and a
+covariance over fine-tunes: a linear mixed model (Laird and Ware, Biometrics 38, 1982). `python -m benchmarks worth` fits
+it on real fine-tunes and judges it on those of models left out (docs/decision.md).
+
+The wider the spread of an effect, the less a plan that relies on it is trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..common.arrays import BoolArray, FloatArray, IntArray
+from ..errors import DataError
+from ..lora.spec import REFERENCE_RANK
+
+FEATURES = {
+    "MLP modules without adapter, lower half": "share of the MLP modules of the lower half of the layers",
+    "MLP modules without adapter, upper half": "the same of the upper half",
+    "attention modules without adapter, lower half": "the same of the other modules",
+    "attention modules without adapter, upper half": "the same of the upper half",
+    "few modules": "square of the share of all modules without adapter",
+    "layers without adapter at the bottom": "relative depth of the lowest adapted module, 0 to 1",
+    "rank of MLP modules": "mean of log2(rank / 8), 0 where there is no adapter",
+    "rank of attention modules": "the same of the other modules",
+    "other ranks than 8": "mean of abs(log2(rank / 8)) over all modules",
+    "rank in a wide model": "mean of log2(rank / 8) times log2(width / 512), over 4",
+    "lower layers of a wide model": "share of the lower half without adapter, times log2(width / 512), over 4",
+    "scale": "mean of log2(scale / scale of the same alpha), 0 where there is no adapter",
+}
+"""The numbers that describe a plan, with their meanings."""
+
+FILE = Path(__file__).with_name("worth.json")
+
+
+@dataclass(frozen=True, eq=False)
+class Modules:
+    """What the worth of a plan depends on in a model; L modules.
+
+    Attributes:
+        wide: whether each belongs to an MLP, bool (L,); see `ModuleShapes`.
+        depth: relative depth of its layer, from the bottom (0) to the top (1), (L,).
+        width: of the model's hidden states.
+    """
+
+    wide: BoolArray
+    depth: FloatArray
+    width: float
+
+    def features(self, ranks: IntArray, scales: FloatArray | None = None) -> FloatArray:
+        """The features of plans, (P, len(FEATURES)).
+
+        Args:
+            ranks: of P plans, int (P, L).
+            scales: scale of each adapter over what it is at the same alpha, (P, L); 1 by default.
+        """
+        adapted = ranks > 0
+        missing = np.asarray(1.0 - adapted)
+        lower, width = self.depth < 0.5, math.log2(self.width / 512) / 4
+        levels = np.asarray(np.where(adapted, np.log2(np.maximum(ranks, 1) / REFERENCE_RANK), 0.0))
+        halves = [kind & half for kind in (self.wide, ~self.wide) for half in (lower, ~lower)]
+        lowest = np.where(adapted, self.depth, 1.0).min(axis=1)
+        scale = np.zeros_like(levels) if scales is None else np.where(adapted, np.log2(scales), 0.0)
+        columns = [
+            *(_mean(missing, half) for half in halves),
+            missing.mean(axis=1) ** 2,
+            lowest,
+            *(_mean(levels, kind) for kind in (self.wide, ~self.wide)),
+            np.abs(levels).mean(axis=1),
+            levels.mean(axis=1) * width,
+            _mean(missing, lower) * width,
+            scale.mean(axis=1),
+        ]
+        return np.stack(columns, axis=1)
+
+
+def _mean(values: FloatArray, chosen: BoolArray) -> FloatArray:
+    """The mean over some modules, (P,); 0 where the model has none of them."""
+    return np.asarray(values[:, chosen].mean(axis=1) if chosen.any() else np.zeros(len(values)))
+
+
+@dataclass(frozen=True, eq=False)
+class PlanWorth:
+    """The effect of each feature on the log loss, over fine-tunes; F features.
+
+    Attributes:
+        effects: the mean of each, (F,).
+        covariance: of the effects over fine-tunes, (F, F).
+        noise: standard deviation of what no feature explains, for a plan that differs from plain LoRA throughout.
+    """
+
+    effects: FloatArray
+    covariance: FloatArray
+    noise: float
+
+    def parts(self, features: FloatArray) -> FloatArray:
+        """What each feature adds to the expected log loss of plans, (P, F)."""
+        return features * self.effects
+
+    def spread(self, features: FloatArray) -> FloatArray:
+        """The standard deviation of the log loss of plans beside plain LoRA's, (P,); 0 for plain LoRA."""
+        of_effects = np.einsum("pi,ij,pj->p", features, self.covariance, features)
+        return np.asarray(np.sqrt(of_effects + self.noise**2 * distance(features)))
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return {
+            "effects": dict(zip(FEATURES, self.effects.tolist(), strict=True)),
+            "covariance": self.covariance.tolist(),
+            "noise": self.noise,
+        }
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> PlanWorth:
+        """What `to_json` gave.
+
+        Raises:
+            DataError: it is of other features.
+        """
+        if list(state["effects"]) != list(FEATURES):
+            raise DataError(f"These effects are of the features {list(state['effects'])}, not {list(FEATURES)}.")
+        return cls(np.array(list(state["effects"].values())), np.array(state["covariance"]), float(state["noise"]))
+
+
+def distance(features: FloatArray) -> FloatArray:
+    """How far plans are from plain LoRA, (P,): 0 for plain LoRA itself, 1 for a plan that differs throughout."""
+    names = list(FEATURES)
+    halves, other, scale = features[:, :4], features[:, names.index("other ranks than 8")], features[:, -1]
+    return np.asarray(np.minimum(1.0, halves.mean(axis=1) + (other + np.abs(scale)) / 4))
+
+
+@cache
+def packaged_worth() -> PlanWorth:
+    """The fit that ships with the package."""
+    return PlanWorth.from_json(json.loads(FILE.read_text(encoding="utf-8")))
