@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -102,6 +103,7 @@ class PlanChooser:
         worth: what plans are worth; by default the fit that ships.
     """
 
+    reads_signals: ClassVar[bool] = False
     name: str = DEFAULT
     goal: Goal = Goal()  # noqa: RUF009  (it is frozen)
     worth: PlanWorth | None = None

@@ -50,6 +50,11 @@ class Policy(Protocol):
         """Decide on one observation."""
 
 
+def reads_signals(policy: Policy) -> bool:
+    """Whether a policy reads the signals of modules, for which they are probed: any, unless it says that it does not."""
+    return bool(getattr(policy, "reads_signals", True))
+
+
 def decision_from_plan(ranks: IntArray) -> Decision:
     """The decision that wants these ranks, whole numbers from 0 on, (modules,), and prefers no module to another.
 

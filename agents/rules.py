@@ -22,7 +22,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import yaml
@@ -63,6 +63,7 @@ class GivenPlan:
         ranks: of each module, by its full name.
     """
 
+    reads_signals: ClassVar[bool] = False
     name: str
     ranks: Mapping[str, int] = field(hash=False)
 
@@ -128,6 +129,7 @@ class PlanFile:
         ConfigError: the file is missing, or holds no plan.
     """
 
+    reads_signals: ClassVar[bool] = False
     path: Path
 
     def __post_init__(self) -> None:
@@ -300,6 +302,7 @@ class TopDown:
         name: the name in logs and tables.
     """
 
+    reads_signals: ClassVar[bool] = False
     name: str = "top-down"
 
     def decide(self, observation: Observation) -> Decision:
@@ -343,6 +346,7 @@ class FixedPlan:
             spent.
     """
 
+    reads_signals: ClassVar[bool] = False
     name: str
     ranks: Callable[[AllocationProblem], IntArray]
 

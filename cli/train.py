@@ -25,8 +25,9 @@ class Train(TrainConfig):
     does. Training has up to two parts. A warm start teaches the network what modules are worth, on tasks where that
     is known. PPO then trains how to use this estimate and the signals: each iteration runs short fine-tunes of small
     pretrained transformers, several episodes of each fresh task, beside one run under signal-mean; from time to time
-    the policy is measured on validation tasks, and the best one is kept. In the end the policy is compared on validation tasks with signal-mean, top-down and uniform ranks. These tasks chose
-    the policy; for a comparison on others, see rankpilot evaluate --split test.
+    the policy is measured on validation tasks, and the best one is kept. In the end the policy is compared on
+    validation tasks with signal-mean, top-down and uniform ranks. These tasks chose the policy; for a comparison on
+    others, see rankpilot evaluate --split test.
 
     Attributes:
         output: folder of the run; the policy is written there.

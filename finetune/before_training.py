@@ -6,23 +6,21 @@ import logging
 import math
 import tempfile
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
-from ..agents.controller import ProbeResult, RankController, probe
+from ..agents.controller import RankController
 from ..agents.observation import Observation
 from ..agents.policy import Decision
 from ..agents.settings import DecisionSchedule
 from ..common.arrays import IntArray
-from ..common.text import format_bytes, plural
+from ..common.text import format_bytes
 from ..cost.budget import Budget, TimeBudget, free_bytes
 from ..cost.calibration import PlanCosts, highest_ranks, measure_memory, plan_costs
 from ..cost.cost import ByteCost
@@ -31,8 +29,8 @@ from ..cost.model import MemoryModel, fewest_recomputed
 from ..cost.recording import Batch, BatchShape, reshaped
 from ..cost.savers import ExactSavers, is_compiled
 from ..cost.step_time import PARTS, StepTime
-from ..data.batches import count_predictions, predicted_share
-from ..errors import BudgetError, DataError, NonFiniteError, UnsupportedError, first_line
+from ..data.batches import count_predictions
+from ..errors import BudgetError, UnsupportedError, first_line
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import drop_foreign_state, reset_state
 from ..lora.peft_config import reference_scaling
@@ -44,6 +42,7 @@ from ..plan.problem import AllocationProblem, Bounds, rank_bounds
 from .left_as_found import Kept, Recomputation
 from .peak_guard import PeakGuard
 from .prefix_cache import PrefixCache, Room
+from .probing import Progress, run_probe, unprobed
 from .run import LOOKED_AT, TrainingRun
 
 LEAST_LENGTH = 16
@@ -256,22 +255,10 @@ def _expected(decision: Decision) -> float | None:
     return None if found is None or found.goal.saves else float(found.expected[found.taken])
 
 
-PROBE_SHARE = 0.0175
-"""The probe reads at most this share of the examples that the run reads. An example costs up to 1.6 times as much in
-the probe as under a plan, because all modules have adapters and batches are small. With the steps that measure what
-plans cost (1 to 2 % of 100 steps of 16 rows) about 5 % of such a run come before its first step."""
-
-LEAST_PROBE_STEPS = 8
-"""However short the run is, the probe has so many steps, or as many as the schedule has."""
-
 MUCH_LOST = 1.01
 """A loss that rises by this factor under a first plan is worth a warning."""
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
-Progress = Callable[[Iterable[Item], str, int], Iterable[Item]]
-"""Shows how far an iterable has come: the iterable, what it does, its length."""
 
 
 def run_costs(
@@ -337,6 +324,7 @@ def prepare(
     bounds: Bounds,
     seed: int,
     *,
+    signals: bool = True,
     fresh: bool = False,
     savers: ExactSavers | None = None,
     recomputation: Recomputation | None = None,
@@ -344,7 +332,7 @@ def prepare(
     cache_bytes: float | None = 0.0,
     progress: Progress[Any] | None = None,
 ) -> tuple[RankController[PeftAdapters], PlanCosts]:
-    """Measure what plans cost and probe the modules.
+    """Measure what plans cost, and probe the modules where the policy reads signals.
 
     Afterwards adapters that are trained are as they were before. Where none is, or with `fresh`, all are new, at rank
     1.
@@ -356,6 +344,7 @@ def prepare(
         schedule: when decisions fall, and how long the probe is at most.
         bounds: see `rank_bounds`.
         seed: of the probe and of fresh rows.
+        signals: whether the policy reads signals; without them no step is trained here.
         fresh: begin with new adapters, even where they are trained.
         savers: the exact savers that are on.
         recomputation: chooses the layers that run again in the backward pass; all do now.
@@ -391,7 +380,10 @@ def prepare(
     if not keeps:
         reset_adapters(targets, 1, seed)
     with nullcontext() if keeps else reference_scaling(targets):
-        result = run.measured(lambda: run_probe(run, targets, schedule, seed, progress=progress))
+        if signals:
+            result = run.measured(lambda: run_probe(run, targets, schedule, seed, progress=progress))
+        else:
+            result = unprobed(run, len(targets), seed)
     if not keeps:
         reset_adapters(targets, 1, seed)
     adapters = PeftAdapters(run.model, targets)
@@ -522,79 +514,3 @@ def _check_possible(
     check_budget(problem, [target.name for target in targets], share)
     if timed:
         timed.check(problem)
-
-
-def probe_steps(run: TrainingRun, schedule: DecisionSchedule) -> int:
-    """The steps of the probe before a run: those of the schedule, or fewer before a short run."""
-    examples = run.total_steps * run.accumulation * run.rows
-    affordable = int(PROBE_SHARE * examples / schedule.probe_batch)
-    return min(schedule.probe_steps, max(affordable, LEAST_PROBE_STEPS))
-
-
-def run_probe(
-    run: TrainingRun,
-    targets: Sequence[TargetModule],
-    schedule: DecisionSchedule,
-    seed: int,
-    *,
-    progress: Progress[Any] | None = None,
-) -> ProbeResult:
-    """The probe on the data of the run, with a new optimiser. All weights are restored afterwards.
-
-    Args:
-        run: the run.
-        targets: the target modules of its model, with the adapters that are probed.
-        schedule: the most steps that the probe takes, and their rows; see `probe_steps`.
-        seed: of the choice of rows.
-        progress: shows how far the probe has come.
-
-    Raises:
-        NonFiniteError: the loss is NaN or infinite.
-        DataError: the labels of all rows that it reads are masked, or rows have one token and no loss.
-    """
-    pairs = [w for target in targets if target.rank > 0 for w in (target.weight_a, target.weight_b)]
-    parameters = [*other_trainable(run.model, targets), *pairs]
-    optimizer = torch.optim.AdamW(parameters, lr=run.learning_rate, weight_decay=0.0)
-    steps = probe_steps(run, schedule)
-    batches: Iterable[Any] = run.small_batches(steps, schedule.probe_batch, seed)
-    if progress:
-        batches = progress(batches, "probing the modules", steps)
-    counts, length = [], 0
-
-    def losses() -> Iterator[Callable[[], torch.Tensor]]:
-        nonlocal length
-        for batch in batches:
-            counted, length = count_predictions(batch), BatchShape.of(batch).length
-            if counted[0] > 0:  # the loss of rows whose labels are all masked is 0 / 0
-                counts.append(counted)
-                yield partial(run.loss, batch)
-        if not counts:
-            raise DataError(
-                f"All labels of {steps * schedule.probe_batch} rows that were tried are masked (-100), so there is no "
-                "loss to learn from. Check what masks them: a response template that is not found, or texts cut short."
-            )
-
-    with _restored(parameters):
-        try:
-            result = probe(targets, optimizer, losses())
-        except NonFiniteError as error:
-            if length > 1:
-                raise
-            raise DataError(
-                f"The loss of rows of {plural(length, 'token')} is not finite: a language model needs a token to read "
-                "and one to predict. Leave such rows out, or raise the length at which texts are cut."
-            ) from error
-    return replace(result, predicted=predicted_share(counts))
-
-
-@contextmanager
-def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Restore the values of these parameters afterwards; they have no gradients then."""
-    before = [parameter.detach().clone() for parameter in parameters]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
-                parameter.grad = None

@@ -17,7 +17,7 @@ from ..agents.controller import RankController
 from ..agents.learned.policy_file import load_policy, policy_schedule
 from ..agents.log import DecisionLog
 from ..agents.observation import Observation
-from ..agents.policy import Decision, Policy
+from ..agents.policy import Decision, Policy, reads_signals
 from ..agents.rules import PlanFile, given_ranks
 from ..agents.settings import DecisionSchedule
 from ..common.checks import finite
@@ -42,6 +42,7 @@ from .options import GivenOptions, PilotOptions
 from .peak_guard import PeakGuard
 from .plan_rate import PlanRate, look_at
 from .prefix_cache import PrefixCache
+from .probing import Progress
 from .run import TrainingRun, check_run
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .watches import GradientWatch, LossMeter
@@ -52,9 +53,9 @@ logger = logging.getLogger(__name__)
 class RankPilot:
     """Moves LoRA rank between modules during one fine-tune, inside a hard budget.
 
-    `begin` measures what plans cost on the run's model and data, probes which modules matter, and applies the first
-    plan. Then a loop calls three methods in each optimiser step: `before_step`, `before_optimizer_step`, `after_step`.
-    `attach` has them called in the runs of a transformers Trainer.
+    `begin` measures what plans cost on the run's model and data, probes which modules matter if the policy reads that,
+    and applies the first plan. Then a loop calls three methods in each optimiser step: `before_step`,
+    `before_optimizer_step`, `after_step`. `attach` has them called in the runs of a transformers Trainer.
 
     Args:
         policy: "default", which ships with the package, the folder of a trained policy, the name of a rule
@@ -86,7 +87,7 @@ class RankPilot:
         options: GivenOptions = None,
         *,
         tell: Callable[[str], None] | None = None,
-        progress: before_training.Progress[Any] | None = None,
+        progress: Progress[Any] | None = None,
         **changes: Any,
     ) -> None:
         self.options: PilotOptions = PilotOptions.of(options, changes)
@@ -149,6 +150,7 @@ class RankPilot:
                 self.schedule,
                 self.options.bounds or {},
                 self.seed,
+                signals=reads_signals(self.policy),
                 fresh=self.options.fresh,
                 savers=savers,
                 recomputation=recomputation,

@@ -3,8 +3,8 @@
 Plain LoRA has rank 8 on all modules and its own best learning rate; a plan has the rate that the rule gives it
 (`plan/rate.py`). A plan is described by a few numbers, `FEATURES`, all 0 for plain LoRA: which modules have no
 adapter, and how ranks and scales differ. Their effects differ from one fine-tune to the next, so each has a mean and a
-covariance over fine-tunes: a linear mixed model (Laird and Ware, Biometrics 38, 1982). `python -m benchmarks worth` fits
-it on real fine-tunes and judges it on those of models left out (docs/decision.md).
+covariance over fine-tunes: a linear mixed model (Laird and Ware, Biometrics 38, 1982). `python -m benchmarks worth`
+fits it on real fine-tunes and judges it on those of models left out (docs/decision.md).
 
 The wider the spread of an effect, the less a plan that relies on it is trusted.
 """
