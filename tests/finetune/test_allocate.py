@@ -7,7 +7,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 import torch
@@ -192,37 +191,28 @@ def test_a_models_inputs_are_as_they_were(llama_config: LlamaConfig) -> None:
     assert dict(model.get_input_embeddings()._forward_hooks) == hooks
 
 
-@pytest.mark.parametrize("explore", [None, 0.5])
-def test_a_logged_plan_is_made_again_bit_for_bit(
-    llama_config: LlamaConfig, tmp_path: Path, explore: float | None
-) -> None:
+def test_a_logged_plan_is_made_again_bit_for_bit(llama_config: LlamaConfig, tmp_path: Path) -> None:
     trainer = trainer_of(adapted(llama_config), tmp_path / "run")
-    plan = static_plan(trainer, budget="70%", explore=explore, log=tmp_path / "log")
+    plan = static_plan(trainer, budget="70%", log=tmp_path / "log")
     logged = DecisionLog(tmp_path / "log").logged(0)
     assert dict(zip(logged.observation.names, logged.rank_after.tolist(), strict=True)) == plan.ranks
     again = redecide(logged, load_policy("default"))
     assert again.differences == ()
     assert again.ranks.tolist() == [*plan.ranks.values()]
-    assert (logged.decision.log_prob is None) is (explore is None)
-    other = redecide(logged, find_rule("uniform"))
-    assert "deliberation" in other.differences  # a rule has none; its scores may be those of the policy's choice
+    assert "choice" in redecide(logged, find_rule("uniform")).differences
 
 
 def test_decisions_of_a_run_are_made_again_bit_for_bit(llama_config: LlamaConfig, tmp_path: Path) -> None:
     trainer = trainer_of(adapted(llama_config), tmp_path / "run")
-    attach(trainer, budget="70%", explore=0.5, schedule=SCHEDULE)
+    attach(trainer, "signal-mean", budget="70%", schedule=SCHEDULE)
     trainer.train()
     log = DecisionLog(tmp_path / "run" / "decisions")
     assert len(log) >= 4
     for number in range(len(log)):
         logged = log.logged(number)
         if not logged.correction:
-            assert redecide(logged, load_policy("default")).differences == ()
-            assert logged.deliberation is not None
-            assert logged.deliberation.seed == trainer.args.seed != 0
-            chance = logged.deliberation.probabilities[logged.deliberation.plan]
-            assert logged.decision.log_prob == pytest.approx(float(np.log(chance)))
-    assert set(log.to_pandas()["policy"].tolist()) == {"default exploring at 0.5"}
+            assert redecide(logged, find_rule("signal-mean")).differences == ()
+    assert set(log.to_pandas()["policy"].tolist()) == {"signal-mean"}
 
 
 def test_a_new_head_trains_under_the_configuration(bert_config: BertConfig) -> None:

@@ -12,7 +12,7 @@ from rankpilot.agents.observation import RUN_FEATURES, Observation
 from rankpilot.agents.policy import Decision, decision_from_plan
 from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.data.batches import IGNORED
-from rankpilot.finetune.before_training import LEAST_PROBE_STEPS, PROBE_SHARE, probe_steps
+from rankpilot.finetune.probing import LEAST_PROBE_STEPS, PROBE_SHARE, probe_steps
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig

@@ -110,8 +110,6 @@ def test_bounds() -> None:
             rank_bounds_of((wrong,))
     with pytest.raises(ConfigError, match="early_stopping: a number above 0"):
         FinetuneConfig("a", "b", early_stopping=0)
-    with pytest.raises(ConfigError, match=r"explore is a temperature above 0, such as 0\.05; got 0"):
-        FinetuneConfig("m", "d", explore=0.0)
     with pytest.raises(ConfigError, match="tolerance counts under goal"):
         FinetuneConfig("m", "d", tolerance=0.02)
     with pytest.raises(ConfigError, match="give a budget of bytes"):

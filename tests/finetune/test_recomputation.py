@@ -10,20 +10,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.agents.learned.networks import PlanValueConfig, PlanValueEnsemble, RankNetwork
-from rankpilot.agents.learned.policy import LearnedPolicy
+from rankpilot.agents.chooser import PlanChooser
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.settings import NetworkConfig
 from rankpilot.cost.savers import Saved
 from rankpilot.errors import BudgetError, UnsupportedError
 from rankpilot.finetune.experiment import UniformRanks
 from rankpilot.finetune.left_as_found import GOOD_STEPS, Recomputation, all_running_again, could_recompute
 from rankpilot.finetune.options import PilotOptions
 from rankpilot.plan.problem import Bounds
+from rankpilot.plan.worth import FEATURES, PlanWorth
 from rankpilot.study.replay import redecide
 from transformers import (
     LlamaConfig,
@@ -362,22 +362,11 @@ def test_what_holds_without_layers_run_again_is_not_refused_with_them(tmp_path: 
 MANY = 6
 
 
-class LikesDepth(PlanValueEnsemble):
-    """Networks that expect so many votes more of a plan on all modules than of one on none."""
-
-    worth = 0.0
-
-    def forward(self, plans: Any) -> torch.Tensor:
-        share = (plans.ranks > 0).float().mean(-1)
-        return (self.worth * share).expand(2, *share.shape)
-
-
 def run(
     folder: Path, worth: float, budget: str, *, recompute: bool = True, bounds: Bounds | None = None
 ) -> tuple[rankpilot.RankPilotCallback, dict[str, int]]:
-    ensemble = LikesDepth(PlanValueConfig(count=2, width=1, unit="log loss")).eval()
-    ensemble.worth = worth
-    policy = LearnedPolicy("likes depth", RankNetwork(NetworkConfig(width=8)).eval(), ensemble)
+    effects = np.array([worth if "without adapter" in name else 0.0 for name in FEATURES])
+    policy = PlanChooser("likes depth", worth=PlanWorth(effects, np.zeros((len(effects), len(effects))), 0.0))
     schedule = rankpilot.DecisionSchedule(probe_steps=3, fractions=(0.0,))
     trainer = trainer_of(folder, layers=MANY, dropout=0.0)
     options = {"gradient_checkpointing": "auto" if recompute else False, "exact_savers": False, "bounds": bounds}
@@ -388,7 +377,7 @@ def run(
     return callback, ranks_of(trainer.model)
 
 
-@pytest.mark.parametrize("worth", first_cases(1, [30.0, 0.5]))
+@pytest.mark.parametrize("worth", first_cases(1, [0.3, 0.005]))
 def test_a_budget_is_kept_by_layers_that_run_again_and_the_faster_plan_is_told(
     tmp_path: Path, worth: float, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -405,14 +394,14 @@ def test_a_budget_is_kept_by_layers_that_run_again_and_the_faster_plan_is_told(
 
 def test_where_plain_lora_fits_no_layer_runs_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="rankpilot"):
-        run(tmp_path / "may", 30.0, "105%")
+        run(tmp_path / "may", 0.3, "105%")
     (line,) = [row.message for row in caplog.records if row.message.startswith("step 0: ")]
     assert f"0 of {MANY} layers run again" in line
     assert "would be faster" not in caplog.text
 
 
 def test_where_nothing_fits_without_layers_run_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Bounds ask for adapters in all layers, though the networks expect nothing of them."""
+    """Bounds ask for adapters in all layers, though nothing is expected of them."""
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         _, ranks = run(tmp_path / "run", 0.0, "45%", bounds={"q_proj": (1, 8)})
     (line,) = [row.message for row in caplog.records if row.message.startswith("step 0: ")]
