@@ -169,8 +169,8 @@ def _of_choice(logged: DecisionRecord, found: Choice) -> Iterator[str]:
         yield f"What is expected is the sum of its parts: {', '.join(parts[:SHOWN])}{more}."
         expected, reach = (float(values[found.taken]) for values in (found.expected, found.reach))
         yield (
-            f"Fine-tunes differ by a standard deviation of {100 * float(found.spread[found.taken]):.1f} %, so the loss "
-            f"may be from {percent(expected - reach)} to {percent(expected + reach)}; for caution the higher end counts."
+            f"Fine-tunes differ, by a standard deviation of {100 * float(found.spread[found.taken]):.1f} %: the loss may "
+            f"be from {percent(expected - reach)} to {percent(expected + reach)}, and for caution the upper end counts."
         )
     yield f"The goal is {found.goal}."
     yield _runners_up(logged, found)
