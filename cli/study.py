@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PAGE = "study.html"
 """The page's name in the folder of a run."""
 
-Depth = Literal["auto", "all", "votes", "none"]
+Depth = Literal["auto", "all", "plans", "none"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,8 @@ class StudyOptions:
         output: the file of the page, study.html in the run's folder by default; with --json, that of the data.
         json: give the data of the page as JSON instead, on standard output or in --output.
         open: open the page in a browser.
-        explain: how much to say of each decision: votes, what the networks voted and which features drove them; all,
-            also what would have changed the decision and how sure each rank is, some seconds a decision; none. By
-            default all for up to 12 decisions, votes for up to 200.
+        explain: how much to say of each decision: plans, what was expected of each plan and why; all, also what would have
+            changed the decision; none. By default all for up to 12 decisions, plans for up to 200.
         policy: the folder of the policy that decided, if it is not the one that ships with rankpilot.
     """
 
@@ -148,7 +147,7 @@ def _explanations(run: RunData, depth: Depth, given: Path | None) -> Explanation
     if log is None or not run.decisions:
         return None
     if depth == "auto":
-        depth = "all" if len(log) <= 12 else "votes" if len(log) <= 200 else "none"
+        depth = "all" if len(log) <= 12 else "plans" if len(log) <= 200 else "none"
     if depth == "none":
         return None
     from ..agents.learned.policy_file import load_policy

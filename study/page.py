@@ -34,8 +34,8 @@ Explanations = Sequence[Mapping[str, Any] | None]
 MOST_CHARACTERS = 2_000_000
 """Characters of JSON above which modules are shown by type."""
 FACTS = (
-    "loss", "limit", "predicted_cost", "measured_cost", "rank_floor", "depth_bias", "expected", "uncertainty", "margin",
-    "tie_size", "filled", "kept", "correction",
+    "loss", "limit", "predicted_cost", "measured_cost", "rank_floor", "depth_bias", "expected", "spread", "filled",
+    "kept", "correction",
 )  # fmt: skip
 """Facts of a decision that a page shows as they are; see `DecisionRecord.facts`."""
 
@@ -46,7 +46,7 @@ MOST_POINTS = 1500
 """More than a wide screen has room for; longer curves are thinned to this."""
 
 MOST_PLANS = 24
-"""Plans of one decision that a page shows, those with the highest bounds."""
+"""Plans of one decision that a page shows, the best for the goal."""
 
 NOT_MEASURED = 'not measured: no counter can be read (on NVIDIA: pip install -e ".[energy]")'
 
@@ -58,10 +58,7 @@ LOADERS = {
 }
 """PEFT's classes that load an adapter with its base model, by the adapter's task."""
 
-_KEPT = (
-    "verdict", "sentences", "policy", "first", "taken", "reference", "caution", "margin", "unit_of_votes", "actor",
-    "shapley", "what_ifs",
-)  # fmt: skip
+_KEPT = ("verdict", "sentences", "policy", "first", "goal", "parts", "what_ifs")
 
 
 def page_data(runs: Sequence[RunData], explanations: Sequence[Explanations | None]) -> dict[str, Any]:
@@ -227,9 +224,9 @@ def _decisions(
     by_number = {each["decision"]: each for each in explained if each}
     shown = []
     for record, slots in zip(records, modules.slots, strict=True):
-        given = by_number.get(record.number)
-        row = _decision(record, modules, slots) | {"explanation": shown_explanation(given)}
-        shown.append(row if by_type else row | _of_single_modules(record, modules, slots, given))
+        explanation = shown_explanation(by_number.get(record.number))
+        row = _decision(record, modules, slots) | {"explanation": explanation}
+        shown.append(row if by_type else row | _of_single_modules(record, modules, slots))
     return shown
 
 
@@ -253,20 +250,16 @@ def _decision(record: DecisionRecord, modules: Modules, slots: IntArray) -> dict
     }
 
 
-def _of_single_modules(
-    record: DecisionRecord, modules: Modules, slots: IntArray, given: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """Reasons as (feature, standard deviations), notes, pinned modules, and whether a module's rank is sure."""
+def _of_single_modules(record: DecisionRecord, modules: Modules, slots: IntArray) -> dict[str, Any]:
+    """Reasons as (feature, standard deviations), notes, and pinned modules."""
     reasons: list[list[list[float]]] = [[] for _ in modules.shown]
     for slot, pairs in zip(slots.tolist(), standing_out(record), strict=True):
         reasons[slot] = [[MODULE_FEATURES.index(name), round(distance, 1)] for name, distance in pairs]
     notes = ((slot, record.notes.get(name)) for slot, name in zip(slots.tolist(), record.modules, strict=True))
-    sure = ((given or {}).get("stability") or {}).get("sure")
     return {
         "reasons": reasons,
         "notes": {str(slot): note for slot, note in notes if note},
         "pinned": slots[record.problem.is_pinned].tolist(),
-        "sure": modules.means(sure, slots) if sure is not None and len(sure) == len(slots) else None,
     }
 
 
@@ -339,8 +332,7 @@ class Modules:
 def shown_explanation(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """An explanation as the page gets it; None without one.
 
-    A plan's ranks become what a reader asks of them: how many modules are adapted, their mean, and how many differ from
-    the plan that was taken. What was asked for and got is in the log.
+    Of a plan's ranks the page tells how many modules are adapted, and their mean.
 
     Args:
         given: see docs/study.md; any key may be missing or None.
@@ -348,39 +340,21 @@ def shown_explanation(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if not given:
         return None
     kept = {key: plain(given[key]) for key in _KEPT if given.get(key) is not None}
-    plans, taken = given.get("plans") or [], given.get("taken")
-    if plans:
-        kept["plans"] = _best_plans([_shown_plan(plans, index, taken) for index in range(len(plans))], given)
+    if plans := given.get("plans") or []:
+        shown = [_shown_plan(plan, taken=place == given.get("taken")) for place, plan in enumerate(plans)]
+        always = (plan["taken"] or plan.get("fits") is False for plan in shown)  # plain LoRA alone may not fit
+        kept["plans"] = [
+            plan for place, (plan, keep) in enumerate(zip(shown, always, strict=True)) if place < MOST_PLANS or keep
+        ]
         kept["plans_in_all"] = len(plans)
-        shown = {plan["plan"] for plan in kept["plans"]}
-        candidates = [candidate for candidate in given.get("candidates") or [] if candidate.get("plan") in shown]
-        kept["candidates"] = plain(candidates)
-    stability = given.get("stability") or {}
-    kept["stability"] = plain({key: stability.get(key) for key in ("same", "noise")}) if stability else None
     return kept
 
 
-def _shown_plan(plans: list[Mapping[str, Any]], index: int, taken: int | None) -> dict[str, Any]:
-    plan = plans[index]
-    shown = {key: plain(value) for key, value in plan.items() if key != "ranks"} | {"plan": index}
-    ranks = plan.get("ranks")
-    if ranks is not None and len(ranks):
+def _shown_plan(plan: Mapping[str, Any], taken: bool) -> dict[str, Any]:
+    shown = {key: plain(value) for key, value in plan.items() if key != "ranks"} | {"taken": taken}
+    if ranks := plan.get("ranks"):
         shown |= {"adapted": int(np.count_nonzero(ranks)), "mean_rank": plain(float(np.mean(ranks)))}
-        if taken is not None and plans[taken].get("ranks") is not None:
-            shown["differs"] = int(np.count_nonzero(np.asarray(ranks) != np.asarray(plans[taken]["ranks"])))
     return shown
-
-
-def _best_plans(plans: list[dict[str, Any]], given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The plans with the highest bounds, best first, and always the one that was taken and the reference."""
-    ordered = sorted(plans, key=lambda plan: -_bound(plan))
-    always = {given.get("taken"), given.get("reference")}
-    return [plan for place, plan in enumerate(ordered) if place < MOST_PLANS or plan["plan"] in always]
-
-
-def _bound(plan: Mapping[str, Any]) -> float:
-    value = plan.get("bound")
-    return float("-inf") if value is None else float(value)
 
 
 # Curves: rising steps, few points, no value that JSON cannot write ----------------------------------------------------

@@ -17,15 +17,15 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
-from ..agents.learned.policy import LearnedPolicy
+from ..agents.choice import Choice
+from ..agents.chooser import PlanChooser, candidates
 from ..agents.log import DecisionLog, DecisionRecord
 from ..agents.observation import MODULE_FEATURES, Observation, with_limit
 from ..agents.policy import Decision, Policy, decided_plan, keeps, plan_distance
-from ..common.arrays import BoolArray, FloatArray, IntArray
+from ..common.arrays import FloatArray, IntArray
 from ..common.text import cost_text, make_table, plural, short_names
 from ..errors import ConfigError
 from ..lora.adapters import SIGNALS
-from ..plan.plan import pack, under_limit
 from ..plan.problem import AllocationProblem
 
 SIGNAL_COLUMNS = [MODULE_FEATURES.index(name) for name in SIGNALS]
@@ -47,10 +47,7 @@ class Redecision:
 
 
 def redecide(logged: DecisionRecord, policy: Policy) -> Redecision:
-    """Take a logged decision again.
-
-    Where the log's policy drew plans at a temperature, this one draws with the same temperature and seed. It has the
-    same goal, if its networks tell plans of any cost apart.
+    """Take a logged decision again, with the goal of the log.
 
     Args:
         logged: the decision, as `DecisionLog.logged` gives it.
@@ -60,16 +57,13 @@ def redecide(logged: DecisionRecord, policy: Policy) -> Redecision:
         ConfigError: no policy decided there.
     """
     _check_decided(logged)
-    deliberation = logged.deliberation
-    if deliberation and deliberation.temperature and isinstance(policy, LearnedPolicy):
-        policy = replace(policy, temperature=deliberation.temperature, seed=deliberation.seed)
     decision = _aimed_as(policy, logged).decide(logged.observation)
     ranks = decided_plan(logged.problem, decision).ranks
     return Redecision(decision, ranks, tuple(_differences(logged, decision, ranks)))
 
 
 def _differences(logged: DecisionRecord, decision: Decision, ranks: IntArray) -> list[str]:
-    scalars = ("rank_floor", "depth_bias", "log_prob", "expected", "uncertainty")
+    scalars = ("rank_floor", "depth_bias")
     found = [name for name in scalars if getattr(logged.decision, name) != getattr(decision, name)]
     if logged.kept != keeps(logged.observation, decision):
         found.append("kept")
@@ -79,12 +73,12 @@ def _differences(logged: DecisionRecord, decision: Decision, ranks: IntArray) ->
         "rank_after": (logged.rank_after, ranks),
     }
     found += [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
-    then, now = logged.deliberation, decision.deliberation
+    then, now = logged.choice, decision.choice
     if then is not None and now is not None:
         names = [each.name for each in fields(then)]
         found += [name for name in names if not _same(getattr(then, name), getattr(now, name))]
     elif (then is None) != (now is None):
-        found.append("deliberation")
+        found.append("choice")
     return found
 
 
@@ -95,8 +89,6 @@ def _same(one: Any, other: Any) -> bool:
 @dataclass(frozen=True, eq=False)
 class DecidedAgain:
     """A logged decision and a policy that takes it again.
-
-    A policy that draws plans takes its best one here: what is asked is what it prefers.
 
     Attributes:
         logged: the decision.
@@ -119,7 +111,7 @@ class DecidedAgain:
 
     def decide(self, observation: Observation) -> IntArray:
         """The ranks to which this observation leads, int64 (modules,)."""
-        return self.plan_of(observation.problem, self._best.decide(observation))
+        return self.plan_of(observation.problem, _aimed_as(self.policy, self.logged).decide(observation))
 
     def plan_of(self, problem: AllocationProblem, decision: Decision) -> IntArray:
         """The ranks to which a decision leads, with the modules pinned that were pinned, int64 (modules,)."""
@@ -128,17 +120,12 @@ class DecidedAgain:
     @cached_property
     def decision(self) -> Decision:
         """The decision on the observation as it was."""
-        return self._best.decide(self.observation)
+        return _aimed_as(self.policy, self.logged).decide(self.observation)
 
     @cached_property
     def plan(self) -> IntArray:
         """The ranks to which that leads, int64 (modules,)."""
         return self.plan_of(self.observation.problem, self.decision)
-
-    @cached_property
-    def _best(self) -> Policy:
-        policy = _aimed_as(self.policy, self.logged)
-        return replace(policy, temperature=0.0) if isinstance(policy, LearnedPolicy) else policy
 
 
 def _check_decided(logged: DecisionRecord) -> None:
@@ -148,11 +135,8 @@ def _check_decided(logged: DecisionRecord) -> None:
 
 def _aimed_as(policy: Policy, logged: DecisionRecord) -> Policy:
     """A policy with the goal that the log's had, if it can have it."""
-    found, ensemble = logged.deliberation, getattr(policy, "value_ensemble", None)
-    if found is None or ensemble is None or ensemble.config.unit != "log loss":
-        return policy
-    assert isinstance(policy, LearnedPolicy)
-    return replace(policy, goal=found.goal)
+    found = logged.choice
+    return replace(policy, goal=found.goal) if found and isinstance(policy, PlanChooser) else policy
 
 
 def with_signals(observation: Observation, shifts: FloatArray) -> Observation:
@@ -287,26 +271,17 @@ def _agreement(logged: DecisionRecord, policy: Policy) -> Agreement:
     return Agreement(logged.number, logged.step, logged.modules, logged.rank_after, redecide(logged, policy).ranks)
 
 
-Kind = Literal["signals", "budget", "recipe budget", "most", "least", "caution"]
+Kind = Literal["signals", "budget", "most", "least", "tolerance"]
 
-SIZES = {"signals": 0.01, "budget": 0.001, "recipe budget": 0.001, "caution": 0.01}
-"""How large a step is: in the log of signals, as a share of the budget, of caution. Bounds go rung by rung."""
+SIZES = {"signals": 0.01, "budget": 0.001, "tolerance": 0.001}
+"""How large a step is: in the log of signals, as a share of the budget, in log loss. Bounds go rung by rung."""
 
-_OF_BUDGET = (2, 5, 10, 20, 50, 100, 200, 400)
 GRID: dict[str, tuple[int, ...]] = {
     "signals": (5, 10, 20, 40, 80, 160),
-    "budget": _OF_BUDGET,
-    "recipe budget": _OF_BUDGET,
-    "caution": tuple(range(10, 310, 10)),
+    "budget": (2, 5, 10, 20, 50, 100, 200, 400),
+    "tolerance": (1, 2, 5, 10, 20, 50, 100, 200),
 }
 """The amounts that are tried first, in steps. Of bounds every rung is tried."""
-
-
-PROBE_NOISE = 0.3
-"""The noise that signals have: two probes of one task on other batches differ so much (docs/experiments.md)."""
-
-SURE = 0.9
-"""A module is sure whose rank stays within a rung in this share of the draws."""
 
 
 @dataclass(frozen=True)
@@ -314,9 +289,8 @@ class Question:
     """What is changed, and what is to change by it.
 
     Attributes:
-        kind: "signals" of modules (all of them by the same amount, in log), "budget", "recipe budget" (the budget,
-            while the scores, the rank floor and the depth bias stay), the "most" or the "least" rank of one module, or
-            the "caution": how many standard deviations of the votes the lower bound takes off.
+        kind: "signals" of modules (all of them by the same amount, in log), "budget", the "most" or the "least" rank of
+            one module, or the "tolerance" of a goal of cost.
         direction: 1 for more, -1 for less; of the bounds "most" goes down and "least" goes up whatever this is.
         modules: numbers of the modules whose signals or bound are changed.
         label: what people call them.
@@ -333,7 +307,7 @@ class Question:
         """The ranks after a change by so many steps, int64 (modules,).
 
         Raises:
-            ConfigError: caution in a policy that has no votes, or a recipe where there was none.
+            ConfigError: the tolerance of a decision that follows no goal of cost.
         """
         if steps == 0:
             return case.decide(case.observation)
@@ -344,15 +318,15 @@ class Question:
             return case.decide(with_signals(observation, shifts))
         if self.kind == "budget":
             return case.decide(with_limit(observation, amount))
-        if self.kind == "recipe budget":
-            return _same_recipe(case, amount)
-        if self.kind == "caution":
-            return _with_caution(case, amount)
+        if self.kind == "tolerance":
+            found = _choice(case)
+            taken = replace(found, goal=replace(found.goal, tolerance=amount)).best
+            return case.plan_of(observation.problem, replace(case.decision, ranks=found.plans[taken]))
         change = with_most if self.kind == "most" else with_least
         return case.decide(change(observation, self.modules[0], int(amount)))
 
     def amount(self, case: DecidedAgain, steps: int) -> float:
-        """What so many steps are: the shift of the signals, or the budget, bound or caution that they lead to."""
+        """What so many steps are: the shift of the signals, or the budget, bound or tolerance that they lead to."""
         problem = case.observation.problem
         if self.kind == "most":
             return float(problem.ladder.array[problem.tops[self.modules[0]] - steps])
@@ -361,7 +335,9 @@ class Question:
         change = round(self.direction * steps * SIZES[self.kind], 6)
         if self.kind == "signals":
             return change
-        return round(_caution(case) + change, 6) if self.kind == "caution" else problem.limit * (1 + change)
+        if self.kind == "tolerance":
+            return round(_choice(case).goal.tolerance + change, 6)
+        return problem.limit * (1 + change)
 
     def amounts(self, case: DecidedAgain) -> Sequence[int]:
         """The amounts that are tried first, in steps, rising."""
@@ -369,9 +345,7 @@ class Question:
             problem, module = case.observation.problem, self.modules[0]
             return range(1, int(problem.tops[module] - problem.bottoms[module]) + 1)
         grid = GRID[self.kind]
-        if self.kind == "caution" and self.direction < 0:
-            return [steps for steps in grid if self.amount(case, steps) >= 0]
-        return grid
+        return [steps for steps in grid if self.kind != "tolerance" or 0 <= self.amount(case, steps) <= 1]
 
     def answers(self, before: IntArray, after: IntArray) -> bool:
         """Whether the ranks differ where they are to."""
@@ -438,37 +412,26 @@ def what_if(case: DecidedAgain, question: Question) -> WhatIf | None:
     return WhatIf(question, steps, before, after, _text(case, question, steps, before, after))
 
 
-def _caution(case: DecidedAgain) -> float:
-    deliberation = case.decision.deliberation
-    if deliberation is None:
-        raise ConfigError(f"{case.policy.name} has no value ensemble: there are no votes, and no caution to change.")
-    return deliberation.lcb_coefficient
-
-
-def _with_caution(case: DecidedAgain, caution: float) -> IntArray:
-    deliberation = case.decision.deliberation
-    assert deliberation is not None
-    return np.asarray(deliberation.plans[replace(deliberation, lcb_coefficient=caution).favourite])
-
-
-def _same_recipe(case: DecidedAgain, limit: float) -> IntArray:
-    """The ranks that the same scores, rank floor and depth bias lead to under another limit."""
-    decision, problem = case.decision, under_limit(case.observation.problem, limit)
-    if not decision.rank_floor:
-        raise ConfigError("The decision did not follow from scores and a rank floor: there is no recipe to keep.")
-    ranks = pack(problem, decision.scores, decision.rank_floor, decision.depth_bias)
-    return case.plan_of(problem, replace(decision, ranks=ranks))
+def _choice(case: DecidedAgain) -> Choice:
+    found = case.decision.choice
+    if found is None or not found.goal.saves:
+        raise ConfigError(
+            f"This decision of {case.policy.name} follows no goal of cost: there is no tolerance to change."
+        )
+    return found
 
 
 def _text(case: DecidedAgain, question: Question, steps: int, before: IntArray, after: IntArray) -> str:
     moved, target = before != after, question.target
     if target is None:
-        effect = f"{plural(int(moved.sum()), 'module')} would have another rank"
+        known = candidates(case.observation) if case.decision.choice else ()
+        name = next((name for name, ranks in known if np.array_equal(ranks, after)), "")
+        moves = f"{plural(int(moved.sum()), 'module')} would have another rank"
+        effect = f"the plan would be {name}" if name else moves
     else:
         others = int(moved.sum()) - 1
-        name = short_names(case.observation.names)[target]
-        effect = f"{name} would have rank {after[target]} instead of {before[target]}"
-        effect += f", and {plural(others, 'other module')} another rank" if others else ""
+        effect = f"{short_names(case.observation.names)[target]} would have rank {after[target]} instead of "
+        effect += f"{before[target]}" + (f", and {plural(others, 'other module')} another rank" if others else "")
     return f"{_condition(case, question, steps)}, {effect}."
 
 
@@ -484,96 +447,31 @@ def _condition(case: DecidedAgain, question: Question, steps: int) -> str:
     if question.kind == "signals":
         detail = f"{amount:+.2f} in log; {but(f'{0.01 * less:+.2f}')}"
         return f"If the signals of {question.label} were {exp(amount):.3g} times as strong ({detail})"
-    if question.kind == "caution":
-        before = _caution(case)
-        detail = but(f"{before + 0.01 * less:.2f}")
-        return f"With a caution of {amount:.2f} instead of {before:.2f} standard deviations ({detail})"
-    if question.kind in ("budget", "recipe budget"):
+    if question.kind == "tolerance":
+        before = _choice(case).goal.tolerance
+        detail = but(f"{question.amount(case, steps - 1):.4g}")
+        return f"With a tolerance of {amount:.4g} instead of {before:.4g} ({detail})"
+    if question.kind == "budget":
         word = "larger" if question.direction > 0 else "smaller"
         detail = f"{cost_text(amount, case.observation.problem.cost.unit)}; {but(f'{0.1 * abs(less):.1f} %')}"
-        recipe = "the same recipe and " if question.kind == "recipe budget" else ""
-        return f"With {recipe}a budget {0.1 * steps:.1f} % {word} ({detail})"
+        return f"With a budget {0.1 * steps:.1f} % {word} ({detail})"
     words = "might have rank {} at most" if question.kind == "most" else "had to have rank {} at least"
     detail = f" ({but(f'{question.amount(case, steps - 1):.0f}')})" if steps > 1 else ""
     return f"If {question.label} {words.format(f'{amount:.0f}')}{detail}"
 
 
-# Questions ------------------------------------------------------------------------------------------------------------
-
-
 def usual_questions(case: DecidedAgain) -> list[Question]:
-    """What people ask first: caution, budget, the module of the highest rank, its type, and a bound on it."""
-    names = short_names(case.observation.names)
-    first = int(np.argmax(case.plan))
-    alike = tuple(number for number, name in enumerate(names) if name.kind == names[first].kind)
-    kinds: list[Kind] = [*_kinds(case, "caution"), "budget", *_kinds(case, "recipe budget")]
+    """What people ask first: the budget and the tolerance, or signals and a bound of the module of the highest rank."""
+    found = case.decision.choice
+    kinds: list[Kind] = ["budget", "tolerance"] if found and found.goal.saves else ["budget"]
     questions = [Question(kind, direction) for kind in kinds for direction in (-1, 1)]
-    questions.append(Question("signals", -1, (first,), str(names[first]), first))
-    questions.append(Question("signals", -1, alike, f"all {names[first].kind} modules"))
-    questions.append(Question("most", -1, (first,), str(names[first]), first))
-    return questions
-
-
-def _kinds(case: DecidedAgain, kind: Kind) -> list[Kind]:
-    """The kind, if the decision has what it asks about."""
-    known = case.decision.deliberation is not None if kind == "caution" else case.decision.rank_floor > 0
-    return [kind] if known else []
-
-
-# Noise ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Stability:
-    """What noise leaves of a decision.
-
-    Attributes:
-        noise: standard deviation of what was added to each signal of each module, in log.
-        draws: how often.
-        same: share of the draws with the same plan.
-        near: share of the draws in which a module's rank stays within one rung, float64 (modules,).
-    """
-
-    noise: float
-    draws: int
-    same: float
-    near: FloatArray
-
-    @property
-    def sure(self) -> BoolArray:
-        """The modules whose rank noise does not move, bool (modules,)."""
-        return self.near >= SURE
-
-    def sentence(self) -> str:
-        """The same in words."""
-        return (
-            f"Noise of {self.noise:g} in the log of every signal leaves the plan as it is in {self.same:.0%} of "
-            f"{self.draws} draws; {int(self.sure.sum())} of {len(self.near)} modules stay within one rung in at least "
-            f"{SURE:.0%} of them."
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """What pages read, as JSON values."""
-        return {"same": self.same, "noise": self.noise, "sure": self.sure.tolist()}
-
-
-def stability(logged: DecisionRecord, policy: Policy, noise: float = 0.05, draws: int = 50) -> Stability:
-    """Take a decision again with normal noise on the signals.
-
-    Args:
-        logged: the decision.
-        policy: takes it again.
-        noise: standard deviation, in log; at least 0.
-        draws: how often, at least 1. They are the same each time.
-
-    Raises:
-        ConfigError: noise or draws out of range, or no policy decided there.
-    """
-    if not noise >= 0 or draws < 1:
-        raise ConfigError(f"noise is at least 0 and draws are at least 1; got {noise} and {draws}.")
-    case, generator = DecidedAgain(logged, policy), np.random.default_rng(0)
-    ladder, shape = logged.problem.ladder, (len(case.plan), len(SIGNALS))
-    shifts = (generator.normal(0, noise, shape) for _ in range(draws))
-    plans = np.stack([case.decide(with_signals(case.observation, shift)) for shift in shifts])
-    rungs = np.abs(ladder.rung(plans) - ladder.rung(case.plan))
-    return Stability(noise, draws, float((plans == case.plan).all(axis=1).mean()), (rungs <= 1).mean(axis=0))
+    if found:
+        return questions
+    names, first = short_names(case.observation.names), int(np.argmax(case.plan))
+    alike = tuple(number for number, name in enumerate(names) if name.kind == names[first].kind)
+    return [
+        *questions,
+        Question("signals", -1, (first,), str(names[first]), first),
+        Question("signals", -1, alike, f"all {names[first].kind} modules"),
+        Question("most", -1, (first,), str(names[first]), first),
+    ]

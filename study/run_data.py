@@ -9,6 +9,7 @@ Three kinds of folder have a decision log, and each may be of a run that goes on
 `unusual_features` tells in which features a module stands out among all.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +214,14 @@ def moves_sentence(record: DecisionRecord) -> str:
     changed = int((record.rank_clipped != after).sum())
     budget = f" The budget changed what was asked for {changed} modules." if changed else ""
     return f"{moved}; predicted cost {plan}{seen}.{budget}"
+
+
+def rates_sentence(record: DecisionRecord) -> str:
+    """At what learning rate the plan trains, beside plain LoRA's; empty where they are the same, or unknown."""
+    rates = record.rates
+    if rates is None or math.isclose(*rates, rel_tol=0.01):
+        return ""
+    return f"The plan trains at a peak learning rate of {rates[1]:.3g}, which is {rates[0]:.3g} for plain LoRA."
 
 
 def standing_out(record: DecisionRecord) -> list[list[tuple[str, float]]]:

@@ -14,7 +14,7 @@ from ..common.drawing import Points, finite_points
 from ..common.text import byte_unit, cost_text, format_bytes, make_table, part_of
 from ..cost.savers import Saved
 from ..finetune.options import ALL_LINEAR, PILOT, UNIFORM
-from .run_data import RunData, run_names
+from .run_data import RunData, rates_sentence, run_names
 
 RISE = 0.01
 """A held-out loss that ends this share above its lowest value has risen."""
@@ -42,16 +42,9 @@ def verdict(run: RunData) -> Verdict:
     warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run))
     of_policy = (_misses_goal(run), _unlike(run))
     others = (_against(run, UNIFORM, "uniform ranks"), _against(run, ALL_LINEAR, "rank 8 on all modules"))
-    results = (_ending(run), *others, _promise(run), _rates(run))
+    rates = rates_sentence(run.decisions[-1]) if run.decisions else ""
+    results = (_ending(run), *others, _promise(run), rates)
     return Verdict(tuple(filter(None, (*warnings, *of_policy))), tuple(filter(None, results)))
-
-
-def _rates(run: RunData) -> str:
-    """At what learning rate the plan trained, beside plain LoRA's."""
-    rates = run.decisions[-1].rates if run.decisions else None
-    if rates is None or math.isclose(*rates, rel_tol=0.01):
-        return ""
-    return f"The plan trained at a peak learning rate of {rates[1]:.3g}, which is {rates[0]:.3g} for plain LoRA."
 
 
 def _diverged(run: RunData) -> str:
