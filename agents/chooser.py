@@ -24,7 +24,7 @@ from ..plan.plan import top_down
 from ..plan.problem import AllocationProblem
 from ..plan.worth import Modules, PlanWorth, packaged_worth
 from .choice import PLAIN, Choice
-from .observation import Observation, learns_labels, module_feature
+from .observation import RUN_FEATURES, Observation, learns_labels, module_feature
 from .policy import Decision, Policy, decision_to_keep, is_first
 
 DEFAULT = "default"
@@ -44,6 +44,9 @@ NEW_RANK = 1
 
 LABELS_SPREAD = 3.0
 """Expectations were learned on texts. On labels the spread is so many times as large (docs/experiments.md)."""
+
+KNOWN = {"width": (32, 576), "steps": (50, 800)}
+"""The runs from which expectations were learned: widths of models, and optimizer steps."""
 
 KINDS = {"MLP": True, "attention": False}
 """Kinds of modules, by whether they have the wide inner side of their layer."""
@@ -144,16 +147,22 @@ class PlanChooser:
             seconds=moment_costs(cost, plans)[:, -1] / cost.unit_per_second if isinstance(cost, TimedCost) else None,
             fits=fits,
             goal=self.goal,
-            caveats=tuple(_caveats(problem, labels)),
+            caveats=tuple(_caveats(observation, labels)),
         )
         return replace(found, taken=found.best)
 
 
-def _caveats(problem: AllocationProblem, labels: bool) -> Iterator[str]:
+def _caveats(observation: Observation, labels: bool) -> Iterator[str]:
+    """In what a run is unlike those that expectations were learned from, in words."""
     if labels:
-        yield "it learns labels, and expectations were learned on texts"
-    if (problem.ranks > NEW_RANK).any():
+        yield "it learns labels, not texts"
+    if (observation.problem.ranks > NEW_RANK).any():
         yield "its adapters are trained already"
+    steps = 10 ** (2 + float(observation.run[RUN_FEATURES.index("horizon")]))
+    for name, value in (("width", modules_of(observation).width), ("steps", steps)):
+        low, high = KNOWN[name]
+        if not low - 0.5 < value < high + 0.5:
+            yield f"{name} {value:,.0f} (not {low} to {high})"
 
 
 def modules_of(observation: Observation) -> Modules:

@@ -196,4 +196,4 @@ class Journal:
         if expected := found.promise():
             self.note(f"{expected} {helps}" if found.lacks_room else expected)
         if found.caveats:
-            self.note(f"Nothing was learned from runs like this one, so trust it less: {', '.join(found.caveats)}.")
+            self.note(f"Expectations come from other runs, so trust them less: {', '.join(found.caveats)}.")

@@ -128,7 +128,7 @@ def _exceeded(run: RunData) -> str:
 
 def _unlike(run: RunData) -> str:
     caveats = run.first.caveats if run.first else ()
-    return f"Nothing was learned from runs like this one, so trust it less: {', '.join(caveats)}." if caveats else ""
+    return f"Expectations come from other runs, so trust them less: {', '.join(caveats)}." if caveats else ""
 
 
 def _misses_goal(run: RunData) -> str:

@@ -136,8 +136,8 @@ def test_what_makes_room_is_told_where_it_helps(
         assert len(lines) == 1
         assert lines[0].endswith(words)
         trainer.train()
-    unlike = "trust it less: its adapters are trained already."
-    assert sum(line.endswith(unlike) for line in caplog.messages) == 1, "the second run"
+    unlike = "trust them less: its adapters are trained already"
+    assert sum(unlike in line for line in caplog.messages) == 1, "the second run"
 
 
 def test_the_frontier_before_training(policy: PlanChooser, trainer: Trainer) -> None:
