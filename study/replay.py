@@ -8,6 +8,7 @@ gave. Between the amounts of the grid a decision may change and change back, whi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -32,21 +33,62 @@ SIGNAL_COLUMNS = [MODULE_FEATURES.index(name) for name in SIGNALS]
 
 
 @dataclass(frozen=True, eq=False)
-class Redecision:
-    """A logged decision taken again.
+class DecidedAgain:
+    """A logged decision and a policy that takes it again; see `redecide`.
 
     Attributes:
-        decision: as it is taken now.
-        ranks: of the plan to which it leads, int64 (modules,).
-        differences: what differs from the log, in words; empty if all is equal, bit for bit.
+        logged: the decision.
+        policy: decides.
     """
 
-    decision: Decision
-    ranks: IntArray
-    differences: tuple[str, ...]
+    logged: DecisionRecord
+    policy: Policy
+
+    @property
+    def observation(self) -> Observation:
+        """What the policy sees."""
+        return self.logged.observation
+
+    @cached_property
+    def decision(self) -> Decision:
+        """The decision as it is taken now."""
+        return self.policy.decide(self.observation)
+
+    @cached_property
+    def ranks(self) -> IntArray:
+        """Those of the plan to which it leads, int64 (modules,)."""
+        return self.plan_of(self.observation.problem, self.decision)
+
+    @cached_property
+    def differences(self) -> tuple[str, ...]:
+        """What differs from the log, in words; empty if all is equal, bit for bit."""
+        then, now = self.logged, self.decision
+        found = [name for name in ("rank_floor", "depth_bias") if getattr(then.decision, name) != getattr(now, name)]
+        if then.kept != keeps(self.observation, now):
+            found.append("kept")
+        pairs = {
+            "score": (then.decision.scores, now.scores),
+            "rank_wanted": (then.rank_wanted, now.ranks),
+            "rank_after": (then.rank_after, self.ranks),
+        }
+        found += [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
+        if then.choice is not None and now.choice is not None:
+            names = [each.name for each in fields(then.choice)]
+            found += [name for name in names if not _same(getattr(then.choice, name), getattr(now.choice, name))]
+        elif then.choice is not now.choice:
+            found.append("choice")
+        return tuple(found)
+
+    def decide(self, observation: Observation) -> IntArray:
+        """The ranks to which another observation leads, int64 (modules,)."""
+        return self.plan_of(observation.problem, self.policy.decide(observation))
+
+    def plan_of(self, problem: AllocationProblem, decision: Decision) -> IntArray:
+        """The ranks to which a decision leads, with the modules pinned that were pinned, int64 (modules,)."""
+        return decided_plan(replace(problem, pinned=self.logged.problem.pinned), decision).ranks
 
 
-def redecide(logged: DecisionRecord, policy: Policy) -> Redecision:
+def redecide(logged: DecisionRecord, policy: Policy) -> DecidedAgain:
     """Take a logged decision again, with the goal of the log.
 
     Args:
@@ -56,87 +98,15 @@ def redecide(logged: DecisionRecord, policy: Policy) -> Redecision:
     Raises:
         ConfigError: no policy decided there.
     """
-    _check_decided(logged)
-    decision = _aimed_as(policy, logged).decide(logged.observation)
-    ranks = decided_plan(logged.problem, decision).ranks
-    return Redecision(decision, ranks, tuple(_differences(logged, decision, ranks)))
-
-
-def _differences(logged: DecisionRecord, decision: Decision, ranks: IntArray) -> list[str]:
-    scalars = ("rank_floor", "depth_bias")
-    found = [name for name in scalars if getattr(logged.decision, name) != getattr(decision, name)]
-    if logged.kept != keeps(logged.observation, decision):
-        found.append("kept")
-    pairs = {
-        "score": (logged.decision.scores, decision.scores),
-        "rank_wanted": (logged.rank_wanted, decision.ranks),
-        "rank_after": (logged.rank_after, ranks),
-    }
-    found += [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
-    then, now = logged.choice, decision.choice
-    if then is not None and now is not None:
-        names = [each.name for each in fields(then)]
-        found += [name for name in names if not _same(getattr(then, name), getattr(now, name))]
-    elif (then is None) != (now is None):
-        found.append("choice")
-    return found
+    if logged.correction:
+        raise ConfigError(f"At step {logged.step} the guard or a person changed the ranks; no policy decided there.")
+    if logged.choice and isinstance(policy, PlanChooser):
+        policy = replace(policy, goal=logged.choice.goal)
+    return DecidedAgain(logged, policy)
 
 
 def _same(one: Any, other: Any) -> bool:
     return np.array_equal(one, other) if isinstance(one, np.ndarray) else bool(one == other)
-
-
-@dataclass(frozen=True, eq=False)
-class DecidedAgain:
-    """A logged decision and a policy that takes it again.
-
-    Attributes:
-        logged: the decision.
-        policy: decides.
-
-    Raises:
-        ConfigError: no policy decided there.
-    """
-
-    logged: DecisionRecord
-    policy: Policy
-
-    def __post_init__(self) -> None:
-        _check_decided(self.logged)
-
-    @property
-    def observation(self) -> Observation:
-        """What the policy saw."""
-        return self.logged.observation
-
-    def decide(self, observation: Observation) -> IntArray:
-        """The ranks to which this observation leads, int64 (modules,)."""
-        return self.plan_of(observation.problem, _aimed_as(self.policy, self.logged).decide(observation))
-
-    def plan_of(self, problem: AllocationProblem, decision: Decision) -> IntArray:
-        """The ranks to which a decision leads, with the modules pinned that were pinned, int64 (modules,)."""
-        return decided_plan(replace(problem, pinned=self.logged.problem.pinned), decision).ranks
-
-    @cached_property
-    def decision(self) -> Decision:
-        """The decision on the observation as it was."""
-        return _aimed_as(self.policy, self.logged).decide(self.observation)
-
-    @cached_property
-    def plan(self) -> IntArray:
-        """The ranks to which that leads, int64 (modules,)."""
-        return self.plan_of(self.observation.problem, self.decision)
-
-
-def _check_decided(logged: DecisionRecord) -> None:
-    if logged.correction:
-        raise ConfigError(f"At step {logged.step} the guard or a person changed the ranks; no policy decided there.")
-
-
-def _aimed_as(policy: Policy, logged: DecisionRecord) -> Policy:
-    """A policy with the goal that the log's had, if it can have it."""
-    found = logged.choice
-    return replace(policy, goal=found.goal) if found and isinstance(policy, PlanChooser) else policy
 
 
 def with_signals(observation: Observation, shifts: FloatArray) -> Observation:
@@ -152,20 +122,13 @@ def with_signals(observation: Observation, shifts: FloatArray) -> Observation:
     return replace(observation, modules=modules)
 
 
-def with_most(observation: Observation, module: int, rank: int) -> Observation:
-    """The same decision where one module may have this rank at most."""
-    problem = observation.problem
-    high = (problem.max_ranks if problem.high is None else problem.high).copy()
-    high[module] = min(rank, int(high[module]))
-    return replace(observation, problem=replace(problem, high=high))
-
-
-def with_least(observation: Observation, module: int, rank: int) -> Observation:
-    """The same decision where one module must have this rank at least."""
+def with_bounds(observation: Observation, module: int, least: int = 0, most: int = sys.maxsize) -> Observation:
+    """The same decision where one module must have this rank at least, and may have that one at most."""
     problem = observation.problem
     low = (np.zeros_like(problem.ranks) if problem.low is None else problem.low).copy()
-    low[module] = max(rank, int(low[module]))
-    return replace(observation, problem=replace(problem, low=low))
+    high = (problem.max_ranks if problem.high is None else problem.high).copy()
+    low[module], high[module] = max(least, int(low[module])), min(most, int(high[module]))
+    return replace(observation, problem=replace(problem, low=low, high=high))
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,11 +239,7 @@ Kind = Literal["signals", "budget", "most", "least", "tolerance"]
 SIZES = {"signals": 0.01, "budget": 0.001, "tolerance": 0.001}
 """How large a step is: in the log of signals, as a share of the budget, in log loss. Bounds go rung by rung."""
 
-GRID: dict[str, tuple[int, ...]] = {
-    "signals": (5, 10, 20, 40, 80, 160),
-    "budget": (2, 5, 10, 20, 50, 100, 200, 400),
-    "tolerance": (1, 2, 5, 10, 20, 50, 100, 200),
-}
+GRID = (2, 5, 10, 20, 50, 100, 200, 400)
 """The amounts that are tried first, in steps. Of bounds every rung is tried."""
 
 
@@ -322,8 +281,7 @@ class Question:
             found = _choice(case)
             taken = replace(found, goal=replace(found.goal, tolerance=amount)).best
             return case.plan_of(observation.problem, replace(case.decision, ranks=found.plans[taken]))
-        change = with_most if self.kind == "most" else with_least
-        return case.decide(change(observation, self.modules[0], int(amount)))
+        return case.decide(with_bounds(observation, self.modules[0], **{self.kind: int(amount)}))
 
     def amount(self, case: DecidedAgain, steps: int) -> float:
         """What so many steps are: the shift of the signals, or the budget, bound or tolerance that they lead to."""
@@ -344,8 +302,7 @@ class Question:
         if self.kind in ("most", "least"):
             problem, module = case.observation.problem, self.modules[0]
             return range(1, int(problem.tops[module] - problem.bottoms[module]) + 1)
-        grid = GRID[self.kind]
-        return [steps for steps in grid if self.kind != "tolerance" or 0 <= self.amount(case, steps) <= 1]
+        return [steps for steps in GRID if self.kind != "tolerance" or 0 <= self.amount(case, steps) <= 1]
 
     def answers(self, before: IntArray, after: IntArray) -> bool:
         """Whether the ranks differ where they are to."""
@@ -383,7 +340,7 @@ class WhatIf:
     def holds(self, case: DecidedAgain) -> bool:
         """Whether deciding again gives just this, at the change and at one step less of it."""
         plans = [self.question.plan(case, steps) for steps in (self.steps, self.steps - 1)]
-        same = np.array_equal(plans[0], self.after) and np.array_equal(case.plan, self.before)
+        same = np.array_equal(plans[0], self.after) and np.array_equal(case.ranks, self.before)
         changed, unchanged = (self.question.answers(self.before, plan) for plan in plans)
         return same and changed and not unchanged
 
@@ -394,7 +351,7 @@ def what_if(case: DecidedAgain, question: Question) -> WhatIf | None:
     Raises:
         ConfigError: see `Question.plan`.
     """
-    before, below = case.plan, 0
+    before, below = case.ranks, 0
     for steps in question.amounts(case):
         after = question.plan(case, steps)
         if question.answers(before, after):
@@ -467,7 +424,7 @@ def usual_questions(case: DecidedAgain) -> list[Question]:
     questions = [Question(kind, direction) for kind in kinds for direction in (-1, 1)]
     if found:
         return questions
-    names, first = short_names(case.observation.names), int(np.argmax(case.plan))
+    names, first = short_names(case.observation.names), int(np.argmax(case.ranks))
     alike = tuple(number for number, name in enumerate(names) if name.kind == names[first].kind)
     return [
         *questions,
