@@ -18,8 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
-from ..agents.choice import Choice
-from ..agents.chooser import PlanChooser, candidates
+from ..agents.chooser import PlanChooser
 from ..agents.log import DecisionLog, DecisionRecord
 from ..agents.observation import MODULE_FEATURES, Observation, with_limit
 from ..agents.policy import Decision, Policy, decided_plan, keeps, plan_distance
@@ -27,7 +26,6 @@ from ..common.arrays import FloatArray, IntArray
 from ..common.text import cost_text, make_table, plural, short_names
 from ..errors import ConfigError
 from ..lora.adapters import SIGNALS
-from ..plan.problem import AllocationProblem
 
 SIGNAL_COLUMNS = [MODULE_FEATURES.index(name) for name in SIGNALS]
 
@@ -57,7 +55,7 @@ class DecidedAgain:
     @cached_property
     def ranks(self) -> IntArray:
         """Those of the plan to which it leads, int64 (modules,)."""
-        return self.plan_of(self.observation.problem, self.decision)
+        return decided_plan(self.logged.problem, self.decision).ranks
 
     @cached_property
     def differences(self) -> tuple[str, ...]:
@@ -78,14 +76,6 @@ class DecidedAgain:
         elif then.choice is not now.choice:
             found.append("choice")
         return tuple(found)
-
-    def decide(self, observation: Observation) -> IntArray:
-        """The ranks to which another observation leads, int64 (modules,)."""
-        return self.plan_of(observation.problem, self.policy.decide(observation))
-
-    def plan_of(self, problem: AllocationProblem, decision: Decision) -> IntArray:
-        """The ranks to which a decision leads, with the modules pinned that were pinned, int64 (modules,)."""
-        return decided_plan(replace(problem, pinned=self.logged.problem.pinned), decision).ranks
 
 
 def redecide(logged: DecisionRecord, policy: Policy) -> DecidedAgain:
@@ -262,26 +252,27 @@ class Question:
     label: str = ""
     target: int | None = None
 
-    def plan(self, case: DecidedAgain, steps: int) -> IntArray:
-        """The ranks after a change by so many steps, int64 (modules,).
+    def again(self, case: DecidedAgain, steps: int) -> DecidedAgain:
+        """The decision after a change by so many steps.
 
         Raises:
             ConfigError: the tolerance of a decision that follows no goal of cost.
         """
         if steps == 0:
-            return case.decide(case.observation)
+            return case
         observation, amount = case.observation, self.amount(case, steps)
+        if self.kind == "tolerance":
+            chooser = _thrifty(case)
+            return replace(case, policy=replace(chooser, goal=replace(chooser.goal, tolerance=amount)))
         if self.kind == "signals":
             shifts = np.zeros((len(observation.modules), len(SIGNALS)))
             shifts[list(self.modules)] = amount
-            return case.decide(with_signals(observation, shifts))
-        if self.kind == "budget":
-            return case.decide(with_limit(observation, amount))
-        if self.kind == "tolerance":
-            found = _choice(case)
-            taken = replace(found, goal=replace(found.goal, tolerance=amount)).best
-            return case.plan_of(observation.problem, replace(case.decision, ranks=found.plans[taken]))
-        return case.decide(with_bounds(observation, self.modules[0], **{self.kind: int(amount)}))
+            changed = with_signals(observation, shifts)
+        elif self.kind == "budget":
+            changed = with_limit(observation, amount)
+        else:
+            changed = with_bounds(observation, self.modules[0], **{self.kind: int(amount)})
+        return replace(case, logged=replace(case.logged, observation=changed))
 
     def amount(self, case: DecidedAgain, steps: int) -> float:
         """What so many steps are: the shift of the signals, or the budget, bound or tolerance that they lead to."""
@@ -294,7 +285,7 @@ class Question:
         if self.kind == "signals":
             return change
         if self.kind == "tolerance":
-            return round(_choice(case).goal.tolerance + change, 6)
+            return round(_thrifty(case).goal.tolerance + change, 6)
         return problem.limit * (1 + change)
 
     def amounts(self, case: DecidedAgain) -> Sequence[int]:
@@ -339,7 +330,7 @@ class WhatIf:
 
     def holds(self, case: DecidedAgain) -> bool:
         """Whether deciding again gives just this, at the change and at one step less of it."""
-        plans = [self.question.plan(case, steps) for steps in (self.steps, self.steps - 1)]
+        plans = [self.question.again(case, steps).ranks for steps in (self.steps, self.steps - 1)]
         same = np.array_equal(plans[0], self.after) and np.array_equal(case.ranks, self.before)
         changed, unchanged = (self.question.answers(self.before, plan) for plan in plans)
         return same and changed and not unchanged
@@ -349,42 +340,39 @@ def what_if(case: DecidedAgain, question: Question) -> WhatIf | None:
     """The smallest change that answers a question; None if none of the grid does.
 
     Raises:
-        ConfigError: see `Question.plan`.
+        ConfigError: see `Question.again`.
     """
-    before, below = case.ranks, 0
+    below = 0
     for steps in question.amounts(case):
-        after = question.plan(case, steps)
-        if question.answers(before, after):
+        again = question.again(case, steps)
+        if question.answers(case.ranks, again.ranks):
             break
         below = steps
     else:
         return None
     while steps - below > 1:
         middle = (steps + below) // 2
-        plan = question.plan(case, middle)
-        if question.answers(before, plan):
-            steps, after = middle, plan
+        found = question.again(case, middle)
+        if question.answers(case.ranks, found.ranks):
+            steps, again = middle, found
         else:
             below = middle
-    return WhatIf(question, steps, before, after, _text(case, question, steps, before, after))
+    return WhatIf(question, steps, case.ranks, again.ranks, _text(case, question, steps, again))
 
 
-def _choice(case: DecidedAgain) -> Choice:
-    found = case.decision.choice
-    if found is None or not found.goal.saves:
-        raise ConfigError(
-            f"This decision of {case.policy.name} follows no goal of cost: there is no tolerance to change."
-        )
-    return found
+def _thrifty(case: DecidedAgain) -> PlanChooser:
+    if not isinstance(case.policy, PlanChooser) or not case.policy.goal.saves:
+        raise ConfigError(f"{case.policy.name} follows no goal of cost here: there is no tolerance to change.")
+    return case.policy
 
 
-def _text(case: DecidedAgain, question: Question, steps: int, before: IntArray, after: IntArray) -> str:
+def _text(case: DecidedAgain, question: Question, steps: int, again: DecidedAgain) -> str:
+    before, after = case.ranks, again.ranks
     moved, target = before != after, question.target
     if target is None:
-        known = candidates(case.observation) if case.decision.choice else ()
-        name = next((name for name, ranks in known if np.array_equal(ranks, after)), "")
-        moves = f"{plural(int(moved.sum()), 'module')} would have another rank"
-        effect = f"the plan would be {name}" if name else moves
+        effect = f"{plural(int(moved.sum()), 'module')} would have another rank"
+        then, now = (each and each.names[each.taken] for each in (case.decision.choice, again.decision.choice))
+        effect = f"the plan would be {now}" if now and now != then else effect
     else:
         others = int(moved.sum()) - 1
         effect = f"{short_names(case.observation.names)[target]} would have rank {after[target]} instead of "
@@ -405,7 +393,7 @@ def _condition(case: DecidedAgain, question: Question, steps: int) -> str:
         detail = f"{amount:+.2f} in log; {but(f'{0.01 * less:+.2f}')}"
         return f"If the signals of {question.label} were {exp(amount):.3g} times as strong ({detail})"
     if question.kind == "tolerance":
-        before = _choice(case).goal.tolerance
+        before = _thrifty(case).goal.tolerance
         detail = but(f"{question.amount(case, steps - 1):.4g}")
         return f"With a tolerance of {amount:.4g} instead of {before:.4g} ({detail})"
     if question.kind == "budget":
