@@ -126,35 +126,30 @@ class Agreement:
     """One decision of a run beside that of another policy on the same state.
 
     Attributes:
-        decision: its number.
-        step: optimiser steps done before it.
-        modules: their names.
-        ranks: of the run, int64 (modules,).
-        other: of the other policy, int64 (modules,).
+        logged: the decision.
+        other: ranks of the other policy, int64 (modules,).
     """
 
-    decision: int
-    step: int
-    modules: tuple[str, ...]
-    ranks: IntArray
+    logged: DecisionRecord
     other: IntArray
 
     @property
     def same(self) -> int:
         """How many modules have the same rank in both."""
-        return int((self.ranks == self.other).sum())
+        return int((self.logged.rank_after == self.other).sum())
 
     @property
     def distance(self) -> float:
         """See `plan_distance`."""
-        return float(plan_distance(self.other, self.ranks))
+        return float(plan_distance(self.other, self.logged.rank_after))
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON values."""
-        rows = zip(self.modules, self.ranks.tolist(), self.other.tolist(), strict=True)
+        logged = self.logged
+        rows = zip(logged.modules, logged.rank_after.tolist(), self.other.tolist(), strict=True)
         return {
-            "decision": self.decision,
-            "step": self.step,
+            "decision": logged.number,
+            "step": logged.step,
             "same": self.same,
             "distance": self.distance,
             "modules": [{"module": name, "rank": rank, "other": other} for name, rank, other in rows],
@@ -187,11 +182,11 @@ class Replay:
         columns = ("decision", "step", "same ranks", "distance in log2", "mean rank", f"of {self.policy}")
         rows = [
             (
-                str(row.decision),
-                str(row.step),
-                f"{row.same} of {len(row.ranks)}",
+                str(row.logged.number),
+                str(row.logged.step),
+                f"{row.same} of {len(row.other)}",
                 f"{row.distance:.2f}",
-                f"{row.ranks.mean():.1f}",
+                f"{row.logged.rank_after.mean():.1f}",
                 f"{row.other.mean():.1f}",
             )
             for row in self.agreements
@@ -216,12 +211,8 @@ def replay(log: DecisionLog, policy: Policy) -> Replay:
     records = log.read()
     changed = [record.number for record in records if record.correction]
     lacking = f"Decision {', '.join(map(str, changed))}: the guard or a person changed the ranks; no policy decided."
-    agreements = tuple(_agreement(record, policy) for record in records if not record.correction)
+    agreements = tuple(Agreement(each, redecide(each, policy).ranks) for each in records if not each.correction)
     return Replay(records[0].policy, policy.name, agreements, (lacking,) if changed else ())
-
-
-def _agreement(logged: DecisionRecord, policy: Policy) -> Agreement:
-    return Agreement(logged.number, logged.step, logged.modules, logged.rank_after, redecide(logged, policy).ranks)
 
 
 Kind = Literal["signals", "budget", "most", "least", "tolerance"]
