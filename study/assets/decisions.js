@@ -82,9 +82,8 @@ function sentencesOf({ sentences, what_ifs: whatIfs }) {
 
 function facts(run, decision) {
   const rows = [
-    ["policy", decision.policy], ["training loss before it", decision.loss, number], ["rank floor", decision.rank_floor, number],
-    ["depth bias", decision.depth_bias, number], ["expected loss beside plain LoRA", decision.expected, lossText],
-    ["its standard deviation", decision.spread, lossText],
+    ["policy", decision.policy], ["training loss before it", decision.loss, number], ["rank floor", decision.rank_floor || null, number],
+    ["depth bias", decision.rank_floor ? decision.depth_bias : null, number],
     ["modules filled up", decision.filled || null, number], ["kept the ranks in place", decision.kept ? "yes" : null],
     ["correction by the guard", decision.correction ? "yes" : null],
     ["predicted cost", decision.predicted_cost, (value) => costText(value, run.unit)],
@@ -102,7 +101,6 @@ function plansPart(run, explanation) {
     { name: "time a step", value: (plan) => plan.seconds, text: (value) => (known(value) ? `${number(1000 * value)} ms` : "–") },
     { name: "expected loss", value: (plan) => plan.expected, text: lossText }, { name: "surely at most", value: (plan) => plan.surely, text: lossText },
     { name: "fits", value: (plan) => yes(plan.fits) }, { name: "within tolerance", value: (plan) => yes(plan.within) },
-    { name: "adapted", value: (plan) => plan.adapted, text: number }, { name: "mean rank", value: (plan) => plan.mean_rank, text: number },
   ].filter((column) => plans.some((plan) => known(column.value(plan))));
   const more = explanation.plans_in_all - plans.length;
   return part("Plans", el("p", {}, "Losses are beside plain LoRA, rank 8 on all modules; the best plans for the goal come first.",
@@ -163,7 +161,7 @@ function modulePart(run, decision) {
     { name: "module", value: ({ module }) => module.label, title: ({ module }) => module.name, order: ({ index }) => index },
     { name: "before", value: ({ index }) => decision.before[index], text: rankText }, { name: "asked", value: ({ index }) => decision.asked[index], text: rankText },
     { name: "got", value: ({ index }) => decision.after[index], text: rankText, strong: ({ index }) => decision.after[index] !== decision.before[index] },
-    { name: "score", value: ({ index }) => decision.score[index], text: fixed },
+    { name: "score", value: ({ index }) => (decision.score.some(Boolean) ? decision.score[index] : null), text: fixed },
     { name: "stands out by", value: ({ index }) => (decision.reasons ? reasonText(run, decision.reasons[index]) : null), wide: true },
     { name: "note", value: ({ index }) => noteText(decision, index), wide: true },
     { name: "modules", value: ({ module }) => (module.count > 1 ? module.count : null), text: number },
