@@ -123,7 +123,7 @@ class Choice:
 
 def percent(log_loss: float) -> str:
     """A difference of log losses as a change of the loss, such as "+1.2 %"."""
-    return f"{100 * math.expm1(log_loss):+.1f} %"
+    return f"{100 * math.expm1(log_loss):+z.1f} %"
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,8 +34,7 @@ Explanations = Sequence[Mapping[str, Any] | None]
 MOST_CHARACTERS = 2_000_000
 """Characters of JSON above which modules are shown by type."""
 FACTS = (
-    "loss", "limit", "predicted_cost", "measured_cost", "rank_floor", "depth_bias", "expected", "spread", "filled",
-    "kept", "correction",
+    "loss", "limit", "predicted_cost", "measured_cost", "rank_floor", "depth_bias", "filled", "kept", "correction",
 )  # fmt: skip
 """Facts of a decision that a page shows as they are; see `DecisionRecord.facts`."""
 
@@ -332,8 +331,6 @@ class Modules:
 def shown_explanation(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """An explanation as the page gets it; None without one.
 
-    Of a plan's ranks the page tells how many modules are adapted, and their mean.
-
     Args:
         given: see docs/study.md; any key may be missing or None.
     """
@@ -341,20 +338,15 @@ def shown_explanation(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     kept = {key: plain(given[key]) for key in _KEPT if given.get(key) is not None}
     if plans := given.get("plans") or []:
-        shown = [_shown_plan(plan, taken=place == given.get("taken")) for place, plan in enumerate(plans)]
-        always = (plan["taken"] or plan.get("fits") is False for plan in shown)  # plain LoRA alone may not fit
-        kept["plans"] = [
-            plan for place, (plan, keep) in enumerate(zip(shown, always, strict=True)) if place < MOST_PLANS or keep
+        shown = [
+            plain(
+                {key: value for key, value in plan.items() if key != "ranks"} | {"taken": place == given.get("taken")}
+            )
+            for place, plan in enumerate(plans)
+            if place < MOST_PLANS or place == given.get("taken") or plan.get("fits") is False  # which is plain LoRA
         ]
-        kept["plans_in_all"] = len(plans)
+        kept |= {"plans": shown, "plans_in_all": len(plans)}
     return kept
-
-
-def _shown_plan(plan: Mapping[str, Any], taken: bool) -> dict[str, Any]:
-    shown = {key: plain(value) for key, value in plan.items() if key != "ranks"} | {"taken": taken}
-    if ranks := plan.get("ranks"):
-        shown |= {"adapted": int(np.count_nonzero(ranks)), "mean_rank": plain(float(np.mean(ranks)))}
-    return shown
 
 
 # Curves: rising steps, few points, no value that JSON cannot write ----------------------------------------------------

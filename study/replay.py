@@ -8,6 +8,7 @@ gave. Between the amounts of the grid a decision may change and change back, whi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -17,8 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
-from ..agents.choice import Choice
-from ..agents.chooser import PlanChooser, candidates
+from ..agents.chooser import PlanChooser
 from ..agents.log import DecisionLog, DecisionRecord
 from ..agents.observation import MODULE_FEATURES, Observation, with_limit
 from ..agents.policy import Decision, Policy, decided_plan, keeps, plan_distance
@@ -26,27 +26,59 @@ from ..common.arrays import FloatArray, IntArray
 from ..common.text import cost_text, make_table, plural, short_names
 from ..errors import ConfigError
 from ..lora.adapters import SIGNALS
-from ..plan.problem import AllocationProblem
 
 SIGNAL_COLUMNS = [MODULE_FEATURES.index(name) for name in SIGNALS]
 
 
 @dataclass(frozen=True, eq=False)
-class Redecision:
-    """A logged decision taken again.
+class DecidedAgain:
+    """A logged decision and a policy that takes it again; see `redecide`.
 
     Attributes:
-        decision: as it is taken now.
-        ranks: of the plan to which it leads, int64 (modules,).
-        differences: what differs from the log, in words; empty if all is equal, bit for bit.
+        logged: the decision.
+        policy: decides.
     """
 
-    decision: Decision
-    ranks: IntArray
-    differences: tuple[str, ...]
+    logged: DecisionRecord
+    policy: Policy
+
+    @property
+    def observation(self) -> Observation:
+        """What the policy sees."""
+        return self.logged.observation
+
+    @cached_property
+    def decision(self) -> Decision:
+        """The decision as it is taken now."""
+        return self.policy.decide(self.observation)
+
+    @cached_property
+    def ranks(self) -> IntArray:
+        """Those of the plan to which it leads, int64 (modules,)."""
+        return decided_plan(self.logged.problem, self.decision).ranks
+
+    @cached_property
+    def differences(self) -> tuple[str, ...]:
+        """What differs from the log, in words; empty if all is equal, bit for bit."""
+        then, now = self.logged, self.decision
+        found = [name for name in ("rank_floor", "depth_bias") if getattr(then.decision, name) != getattr(now, name)]
+        if then.kept != keeps(self.observation, now):
+            found.append("kept")
+        pairs = {
+            "score": (then.decision.scores, now.scores),
+            "rank_wanted": (then.rank_wanted, now.ranks),
+            "rank_after": (then.rank_after, self.ranks),
+        }
+        found += [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
+        if then.choice is not None and now.choice is not None:
+            names = [each.name for each in fields(then.choice)]
+            found += [name for name in names if not _same(getattr(then.choice, name), getattr(now.choice, name))]
+        elif then.choice is not now.choice:
+            found.append("choice")
+        return tuple(found)
 
 
-def redecide(logged: DecisionRecord, policy: Policy) -> Redecision:
+def redecide(logged: DecisionRecord, policy: Policy) -> DecidedAgain:
     """Take a logged decision again, with the goal of the log.
 
     Args:
@@ -56,87 +88,15 @@ def redecide(logged: DecisionRecord, policy: Policy) -> Redecision:
     Raises:
         ConfigError: no policy decided there.
     """
-    _check_decided(logged)
-    decision = _aimed_as(policy, logged).decide(logged.observation)
-    ranks = decided_plan(logged.problem, decision).ranks
-    return Redecision(decision, ranks, tuple(_differences(logged, decision, ranks)))
-
-
-def _differences(logged: DecisionRecord, decision: Decision, ranks: IntArray) -> list[str]:
-    scalars = ("rank_floor", "depth_bias")
-    found = [name for name in scalars if getattr(logged.decision, name) != getattr(decision, name)]
-    if logged.kept != keeps(logged.observation, decision):
-        found.append("kept")
-    pairs = {
-        "score": (logged.decision.scores, decision.scores),
-        "rank_wanted": (logged.rank_wanted, decision.ranks),
-        "rank_after": (logged.rank_after, ranks),
-    }
-    found += [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
-    then, now = logged.choice, decision.choice
-    if then is not None and now is not None:
-        names = [each.name for each in fields(then)]
-        found += [name for name in names if not _same(getattr(then, name), getattr(now, name))]
-    elif (then is None) != (now is None):
-        found.append("choice")
-    return found
+    if logged.correction:
+        raise ConfigError(f"At step {logged.step} the guard or a person changed the ranks; no policy decided there.")
+    if logged.choice and isinstance(policy, PlanChooser):
+        policy = replace(policy, goal=logged.choice.goal)
+    return DecidedAgain(logged, policy)
 
 
 def _same(one: Any, other: Any) -> bool:
     return np.array_equal(one, other) if isinstance(one, np.ndarray) else bool(one == other)
-
-
-@dataclass(frozen=True, eq=False)
-class DecidedAgain:
-    """A logged decision and a policy that takes it again.
-
-    Attributes:
-        logged: the decision.
-        policy: decides.
-
-    Raises:
-        ConfigError: no policy decided there.
-    """
-
-    logged: DecisionRecord
-    policy: Policy
-
-    def __post_init__(self) -> None:
-        _check_decided(self.logged)
-
-    @property
-    def observation(self) -> Observation:
-        """What the policy saw."""
-        return self.logged.observation
-
-    def decide(self, observation: Observation) -> IntArray:
-        """The ranks to which this observation leads, int64 (modules,)."""
-        return self.plan_of(observation.problem, _aimed_as(self.policy, self.logged).decide(observation))
-
-    def plan_of(self, problem: AllocationProblem, decision: Decision) -> IntArray:
-        """The ranks to which a decision leads, with the modules pinned that were pinned, int64 (modules,)."""
-        return decided_plan(replace(problem, pinned=self.logged.problem.pinned), decision).ranks
-
-    @cached_property
-    def decision(self) -> Decision:
-        """The decision on the observation as it was."""
-        return _aimed_as(self.policy, self.logged).decide(self.observation)
-
-    @cached_property
-    def plan(self) -> IntArray:
-        """The ranks to which that leads, int64 (modules,)."""
-        return self.plan_of(self.observation.problem, self.decision)
-
-
-def _check_decided(logged: DecisionRecord) -> None:
-    if logged.correction:
-        raise ConfigError(f"At step {logged.step} the guard or a person changed the ranks; no policy decided there.")
-
-
-def _aimed_as(policy: Policy, logged: DecisionRecord) -> Policy:
-    """A policy with the goal that the log's had, if it can have it."""
-    found = logged.choice
-    return replace(policy, goal=found.goal) if found and isinstance(policy, PlanChooser) else policy
 
 
 def with_signals(observation: Observation, shifts: FloatArray) -> Observation:
@@ -152,20 +112,13 @@ def with_signals(observation: Observation, shifts: FloatArray) -> Observation:
     return replace(observation, modules=modules)
 
 
-def with_most(observation: Observation, module: int, rank: int) -> Observation:
-    """The same decision where one module may have this rank at most."""
-    problem = observation.problem
-    high = (problem.max_ranks if problem.high is None else problem.high).copy()
-    high[module] = min(rank, int(high[module]))
-    return replace(observation, problem=replace(problem, high=high))
-
-
-def with_least(observation: Observation, module: int, rank: int) -> Observation:
-    """The same decision where one module must have this rank at least."""
+def with_bounds(observation: Observation, module: int, least: int = 0, most: int = sys.maxsize) -> Observation:
+    """The same decision where one module must have this rank at least, and may have that one at most."""
     problem = observation.problem
     low = (np.zeros_like(problem.ranks) if problem.low is None else problem.low).copy()
-    low[module] = max(rank, int(low[module]))
-    return replace(observation, problem=replace(problem, low=low))
+    high = (problem.max_ranks if problem.high is None else problem.high).copy()
+    low[module], high[module] = max(least, int(low[module])), min(most, int(high[module]))
+    return replace(observation, problem=replace(problem, low=low, high=high))
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,35 +126,30 @@ class Agreement:
     """One decision of a run beside that of another policy on the same state.
 
     Attributes:
-        decision: its number.
-        step: optimiser steps done before it.
-        modules: their names.
-        ranks: of the run, int64 (modules,).
-        other: of the other policy, int64 (modules,).
+        logged: the decision.
+        other: ranks of the other policy, int64 (modules,).
     """
 
-    decision: int
-    step: int
-    modules: tuple[str, ...]
-    ranks: IntArray
+    logged: DecisionRecord
     other: IntArray
 
     @property
     def same(self) -> int:
         """How many modules have the same rank in both."""
-        return int((self.ranks == self.other).sum())
+        return int((self.logged.rank_after == self.other).sum())
 
     @property
     def distance(self) -> float:
         """See `plan_distance`."""
-        return float(plan_distance(self.other, self.ranks))
+        return float(plan_distance(self.other, self.logged.rank_after))
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON values."""
-        rows = zip(self.modules, self.ranks.tolist(), self.other.tolist(), strict=True)
+        logged = self.logged
+        rows = zip(logged.modules, logged.rank_after.tolist(), self.other.tolist(), strict=True)
         return {
-            "decision": self.decision,
-            "step": self.step,
+            "decision": logged.number,
+            "step": logged.step,
             "same": self.same,
             "distance": self.distance,
             "modules": [{"module": name, "rank": rank, "other": other} for name, rank, other in rows],
@@ -234,11 +182,11 @@ class Replay:
         columns = ("decision", "step", "same ranks", "distance in log2", "mean rank", f"of {self.policy}")
         rows = [
             (
-                str(row.decision),
-                str(row.step),
-                f"{row.same} of {len(row.ranks)}",
+                str(row.logged.number),
+                str(row.logged.step),
+                f"{row.same} of {len(row.other)}",
                 f"{row.distance:.2f}",
-                f"{row.ranks.mean():.1f}",
+                f"{row.logged.rank_after.mean():.1f}",
                 f"{row.other.mean():.1f}",
             )
             for row in self.agreements
@@ -263,12 +211,8 @@ def replay(log: DecisionLog, policy: Policy) -> Replay:
     records = log.read()
     changed = [record.number for record in records if record.correction]
     lacking = f"Decision {', '.join(map(str, changed))}: the guard or a person changed the ranks; no policy decided."
-    agreements = tuple(_agreement(record, policy) for record in records if not record.correction)
+    agreements = tuple(Agreement(each, redecide(each, policy).ranks) for each in records if not each.correction)
     return Replay(records[0].policy, policy.name, agreements, (lacking,) if changed else ())
-
-
-def _agreement(logged: DecisionRecord, policy: Policy) -> Agreement:
-    return Agreement(logged.number, logged.step, logged.modules, logged.rank_after, redecide(logged, policy).ranks)
 
 
 Kind = Literal["signals", "budget", "most", "least", "tolerance"]
@@ -276,11 +220,7 @@ Kind = Literal["signals", "budget", "most", "least", "tolerance"]
 SIZES = {"signals": 0.01, "budget": 0.001, "tolerance": 0.001}
 """How large a step is: in the log of signals, as a share of the budget, in log loss. Bounds go rung by rung."""
 
-GRID: dict[str, tuple[int, ...]] = {
-    "signals": (5, 10, 20, 40, 80, 160),
-    "budget": (2, 5, 10, 20, 50, 100, 200, 400),
-    "tolerance": (1, 2, 5, 10, 20, 50, 100, 200),
-}
+GRID = (2, 5, 10, 20, 50, 100, 200, 400)
 """The amounts that are tried first, in steps. Of bounds every rung is tried."""
 
 
@@ -303,27 +243,27 @@ class Question:
     label: str = ""
     target: int | None = None
 
-    def plan(self, case: DecidedAgain, steps: int) -> IntArray:
-        """The ranks after a change by so many steps, int64 (modules,).
+    def again(self, case: DecidedAgain, steps: int) -> DecidedAgain:
+        """The decision after a change by so many steps.
 
         Raises:
             ConfigError: the tolerance of a decision that follows no goal of cost.
         """
         if steps == 0:
-            return case.decide(case.observation)
+            return case
         observation, amount = case.observation, self.amount(case, steps)
+        if self.kind == "tolerance":
+            chooser = _thrifty(case)
+            return replace(case, policy=replace(chooser, goal=replace(chooser.goal, tolerance=amount)))
         if self.kind == "signals":
             shifts = np.zeros((len(observation.modules), len(SIGNALS)))
             shifts[list(self.modules)] = amount
-            return case.decide(with_signals(observation, shifts))
-        if self.kind == "budget":
-            return case.decide(with_limit(observation, amount))
-        if self.kind == "tolerance":
-            found = _choice(case)
-            taken = replace(found, goal=replace(found.goal, tolerance=amount)).best
-            return case.plan_of(observation.problem, replace(case.decision, ranks=found.plans[taken]))
-        change = with_most if self.kind == "most" else with_least
-        return case.decide(change(observation, self.modules[0], int(amount)))
+            changed = with_signals(observation, shifts)
+        elif self.kind == "budget":
+            changed = with_limit(observation, amount)
+        else:
+            changed = with_bounds(observation, self.modules[0], **{self.kind: int(amount)})
+        return replace(case, logged=replace(case.logged, observation=changed))
 
     def amount(self, case: DecidedAgain, steps: int) -> float:
         """What so many steps are: the shift of the signals, or the budget, bound or tolerance that they lead to."""
@@ -336,7 +276,7 @@ class Question:
         if self.kind == "signals":
             return change
         if self.kind == "tolerance":
-            return round(_choice(case).goal.tolerance + change, 6)
+            return round(_thrifty(case).goal.tolerance + change, 6)
         return problem.limit * (1 + change)
 
     def amounts(self, case: DecidedAgain) -> Sequence[int]:
@@ -344,8 +284,7 @@ class Question:
         if self.kind in ("most", "least"):
             problem, module = case.observation.problem, self.modules[0]
             return range(1, int(problem.tops[module] - problem.bottoms[module]) + 1)
-        grid = GRID[self.kind]
-        return [steps for steps in grid if self.kind != "tolerance" or 0 <= self.amount(case, steps) <= 1]
+        return [steps for steps in GRID if self.kind != "tolerance" or 0 <= self.amount(case, steps) <= 1]
 
     def answers(self, before: IntArray, after: IntArray) -> bool:
         """Whether the ranks differ where they are to."""
@@ -382,8 +321,8 @@ class WhatIf:
 
     def holds(self, case: DecidedAgain) -> bool:
         """Whether deciding again gives just this, at the change and at one step less of it."""
-        plans = [self.question.plan(case, steps) for steps in (self.steps, self.steps - 1)]
-        same = np.array_equal(plans[0], self.after) and np.array_equal(case.plan, self.before)
+        plans = [self.question.again(case, steps).ranks for steps in (self.steps, self.steps - 1)]
+        same = np.array_equal(plans[0], self.after) and np.array_equal(case.ranks, self.before)
         changed, unchanged = (self.question.answers(self.before, plan) for plan in plans)
         return same and changed and not unchanged
 
@@ -392,42 +331,39 @@ def what_if(case: DecidedAgain, question: Question) -> WhatIf | None:
     """The smallest change that answers a question; None if none of the grid does.
 
     Raises:
-        ConfigError: see `Question.plan`.
+        ConfigError: see `Question.again`.
     """
-    before, below = case.plan, 0
+    below = 0
     for steps in question.amounts(case):
-        after = question.plan(case, steps)
-        if question.answers(before, after):
+        again = question.again(case, steps)
+        if question.answers(case.ranks, again.ranks):
             break
         below = steps
     else:
         return None
     while steps - below > 1:
         middle = (steps + below) // 2
-        plan = question.plan(case, middle)
-        if question.answers(before, plan):
-            steps, after = middle, plan
+        found = question.again(case, middle)
+        if question.answers(case.ranks, found.ranks):
+            steps, again = middle, found
         else:
             below = middle
-    return WhatIf(question, steps, before, after, _text(case, question, steps, before, after))
+    return WhatIf(question, steps, case.ranks, again.ranks, _text(case, question, steps, again))
 
 
-def _choice(case: DecidedAgain) -> Choice:
-    found = case.decision.choice
-    if found is None or not found.goal.saves:
-        raise ConfigError(
-            f"This decision of {case.policy.name} follows no goal of cost: there is no tolerance to change."
-        )
-    return found
+def _thrifty(case: DecidedAgain) -> PlanChooser:
+    if not isinstance(case.policy, PlanChooser) or not case.policy.goal.saves:
+        raise ConfigError(f"{case.policy.name} follows no goal of cost here: there is no tolerance to change.")
+    return case.policy
 
 
-def _text(case: DecidedAgain, question: Question, steps: int, before: IntArray, after: IntArray) -> str:
+def _text(case: DecidedAgain, question: Question, steps: int, again: DecidedAgain) -> str:
+    before, after = case.ranks, again.ranks
     moved, target = before != after, question.target
     if target is None:
-        known = candidates(case.observation) if case.decision.choice else ()
-        name = next((name for name, ranks in known if np.array_equal(ranks, after)), "")
-        moves = f"{plural(int(moved.sum()), 'module')} would have another rank"
-        effect = f"the plan would be {name}" if name else moves
+        effect = f"{plural(int(moved.sum()), 'module')} would have another rank"
+        then, now = (each and each.names[each.taken] for each in (case.decision.choice, again.decision.choice))
+        effect = f"the plan would be {now}" if now and now != then else effect
     else:
         others = int(moved.sum()) - 1
         effect = f"{short_names(case.observation.names)[target]} would have rank {after[target]} instead of "
@@ -448,7 +384,7 @@ def _condition(case: DecidedAgain, question: Question, steps: int) -> str:
         detail = f"{amount:+.2f} in log; {but(f'{0.01 * less:+.2f}')}"
         return f"If the signals of {question.label} were {exp(amount):.3g} times as strong ({detail})"
     if question.kind == "tolerance":
-        before = _choice(case).goal.tolerance
+        before = _thrifty(case).goal.tolerance
         detail = but(f"{question.amount(case, steps - 1):.4g}")
         return f"With a tolerance of {amount:.4g} instead of {before:.4g} ({detail})"
     if question.kind == "budget":
@@ -467,7 +403,7 @@ def usual_questions(case: DecidedAgain) -> list[Question]:
     questions = [Question(kind, direction) for kind in kinds for direction in (-1, 1)]
     if found:
         return questions
-    names, first = short_names(case.observation.names), int(np.argmax(case.plan))
+    names, first = short_names(case.observation.names), int(np.argmax(case.ranks))
     alike = tuple(number for number, name in enumerate(names) if name.kind == names[first].kind)
     return [
         *questions,

@@ -17,7 +17,7 @@ from ..agents.rules import RULES
 from ..common.arrays import IntArray
 from ..common.text import cost_text, format_bytes, plural
 from ..plan.worth import FEATURES
-from .replay import DecidedAgain, WhatIf, redecide, usual_questions, what_if
+from .replay import WhatIf, redecide, usual_questions, what_if
 from .run_data import rates_sentence
 
 SHOWN = 3
@@ -123,11 +123,10 @@ def explain(logged: DecisionRecord, policy: Policy | None = None, what_ifs: bool
     given = policy or (PlanChooser() if logged.choice else RULES.get(logged.policy))
     if given is None or (given.name, getattr(given, "sha256", None)) != (logged.policy, logged.policy_sha256):
         return replace(found, notes=(f"The policy {logged.policy} is not at hand, so there are no what-ifs.",))
-    differences = [name for name in redecide(logged, given).differences if name != "rank_after"]
-    if differences:
-        note = f"Taken again here, the decision differs in {', '.join(differences)}; so there are no what-ifs."
+    case = redecide(logged, given)
+    if differences := ", ".join(name for name in case.differences if name != "rank_after"):
+        note = f"Taken again here, the decision differs in {differences}; so there are no what-ifs."
         return replace(found, notes=(note,))
-    case = DecidedAgain(logged, given)
     answers = (what_if(case, question) for question in usual_questions(case))
     return replace(found, what_ifs=tuple(answer for answer in answers if answer))
 
@@ -167,9 +166,10 @@ def _of_choice(logged: DecisionRecord, found: Choice) -> Iterator[str]:
     if parts:
         more = " and smaller parts" if len(parts) > SHOWN else ""
         yield f"What is expected is the sum of its parts: {', '.join(parts[:SHOWN])}{more}."
-        expected, reach = (float(values[found.taken]) for values in (found.expected, found.reach))
+        columns = (found.expected, found.reach, found.spread)
+        expected, reach, spread = (float(values[found.taken]) for values in columns)
         yield (
-            f"Fine-tunes differ, by a standard deviation of {100 * float(found.spread[found.taken]):.1f} %: the loss may "
+            f"Fine-tunes differ, by a standard deviation of {100 * spread:.1f} %: the loss may "
             f"be from {percent(expected - reach)} to {percent(expected + reach)}, and for caution the upper end counts."
         )
     yield f"The goal is {found.goal}."

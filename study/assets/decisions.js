@@ -66,9 +66,8 @@ function decisionParts(run, decision) {
     explanation.verdict ? el("p", {}, decision.summary) : null,
     sentencesOf(explanation).map((sentence) => el("p", {}, sentence)),
     facts(run, decision),
-    recipePart(explanation),
-    votesPart(explanation),
-    shapleyPart(explanation.shapley),
+    plansPart(run, explanation),
+    lossPart(explanation.parts),
     whatIfPart(explanation.what_ifs),
     projectionPart(run, decision),
     mapPart(run, decision),
@@ -76,19 +75,15 @@ function decisionParts(run, decision) {
   ].flat().filter(Boolean);
 }
 
-// What-ifs have a part of their own; the share of trials with the same plan is told if no sentence does.
-function sentencesOf({ sentences, what_ifs: whatIfs, stability }) {
-  const told = (sentences || []).filter((sentence) => !(whatIfs || []).some((each) => each.text === sentence));
-  if (told.some((sentence) => /noise/i.test(sentence)) || !stability || !known(stability.same)) return told;
-  const noise = known(stability.noise) ? ` of ${number(stability.noise)}` : "";
-  return [...told, `With noise${noise} on the signals the same plan comes out in ${number(100 * stability.same)} % of the trials.`];
+// What-ifs have a part of their own.
+function sentencesOf({ sentences, what_ifs: whatIfs }) {
+  return (sentences || []).filter((sentence) => !(whatIfs || []).some((each) => each.text === sentence));
 }
 
 function facts(run, decision) {
   const rows = [
-    ["policy", decision.policy], ["training loss before it", decision.loss, number], ["rank floor", decision.rank_floor, number],
-    ["depth bias", decision.depth_bias, number], ["expected gain", decision.expected, signed], ["uncertainty (sd)", decision.uncertainty, number],
-    ["lead over the next plan", decision.margin, signed], ["plans that are tied", decision.tie_size, number],
+    ["policy", decision.policy], ["training loss before it", decision.loss, number], ["rank floor", decision.rank_floor || null, number],
+    ["depth bias", decision.rank_floor ? decision.depth_bias : null, number],
     ["modules filled up", decision.filled || null, number], ["kept the ranks in place", decision.kept ? "yes" : null],
     ["correction by the guard", decision.correction ? "yes" : null],
     ["predicted cost", decision.predicted_cost, (value) => costText(value, run.unit)],
@@ -97,59 +92,24 @@ function facts(run, decision) {
   return el("dl", { class: "facts" }, rows.map(([name, value, form]) => el("div", {}, el("dt", {}, name), el("dd", {}, form ? form(value) : value))));
 }
 
-function recipePart(explanation) {
-  const mine = (explanation.candidates || []).filter((each) => each.plan === explanation.taken);
-  const actor = explanation.actor, parts = [];
-  if (mine.length) {
-    const [first] = mine, others = mine.slice(1).map((each) => each.name || "drawn");
-    const gains = Object.entries(first.gains || {}).filter(([, value]) => value).map(([name, value]) => ({ name: words(name), value }));
-    parts.push(el("p", {}, `${first.name || "A drawn recipe"} made the plan`, known(first.rank_floor) ? `, with rank floor ${number(first.rank_floor)}` : "",
-      known(first.depth_bias) ? ` and depth bias ${number(first.depth_bias)}` : "", ".", others.length ? ` The same plan came from ${others.join(", ")}.` : ""));
-    if (gains.length) parts.push(el("p", { class: "note" }, "A module's score is the sum of these times its features:"), bars("Recipe", gains));
-  }
-  if (actor && (actor.directions || []).length) {
-    const rows = actor.directions.map((name, index) => ({ name: words(name), value: actor.gains[index] })).filter((row) => known(row.value));
-    parts.push(el("p", { class: "note" }, "The actor's own part of the score, by direction:"), bars("Actor", rows));
-  }
-  return parts.length ? part("Recipe", parts) : null;
-}
-
-function votesPart(explanation) {
-  const plans = explanation.plans || [];
+function plansPart(run, explanation) {
+  const plans = explanation.plans || [], yes = (value) => (known(value) ? (value ? "yes" : "no") : undefined);
   if (!plans.length) return null;
-  const tied = plans.filter((plan) => plan.tied).length, more = explanation.plans_in_all - drawnPlans(explanation).length;
-  const caution = known(explanation.caution) ? ` The bound is the mean less ${explanation.caution === 1 ? "one standard deviation" : `${number(explanation.caution)} standard deviations`}.` : "";
-  const tie = tied > 1 ? `${tied} plans are tied: the networks cannot tell them from the best.` : "No other plan is tied with the best.";
-  const lead = known(explanation.margin) ? ` The bound of the taken plan is ${number(Math.abs(explanation.margin))} ${explanation.margin < 0 ? "below" : "above"} that of the best other one.` : "";
-  const left = more > 0 ? ` ${plural(more, "plan")} with lower bounds ${more > 1 ? "are" : "is"} not shown.` : "";
-  const reference = known(explanation.reference) ? ` Votes are relative to the reference, ${planNames(explanation, explanation.reference)}.` : "";
-  return part("Votes of the networks", el("p", {}, tie + lead + caution + reference + left), votes(explanation), votesKey(tied > 1),
-    explanation.unit_of_votes ? el("p", { class: "note" }, `Unit: ${explanation.unit_of_votes}.`) : null, votesTable(explanation));
-}
-
-function votesTable(explanation) {
-  const networks = Math.max(...explanation.plans.map((plan) => (plan.votes || []).length));
   const columns = [
-    { name: "plan", value: (plan) => planNames(explanation, plan.plan) },
-    ...Array.from({ length: networks }, (_, index) => ({ name: `network ${index + 1}`, value: (plan) => (plan.votes || [])[index], text: fixed })),
-    { name: "mean", value: (plan) => plan.mean, text: fixed }, { name: "sd", value: (plan) => plan.sd, text: fixed },
-    { name: "bound", value: (plan) => plan.bound, text: fixed }, { name: "tied", value: (plan) => (plan.tied ? "yes" : "no") },
-    { name: "fits", value: (plan) => (known(plan.fits) ? (plan.fits ? "yes" : "no") : undefined) },
-    { name: "probability", value: (plan) => plan.probability, text: fixed }, { name: "adapted", value: (plan) => plan.adapted, text: number },
-    { name: "mean rank", value: (plan) => plan.mean_rank, text: number }, { name: "differs from taken", value: (plan) => plan.differs, text: number },
-  ].filter((column) => explanation.plans.some((plan) => known(column.value(plan))));
-  return el("details", {}, el("summary", {}, "The votes as a table"), sortable("Votes of the networks", columns, explanation.plans));
+    { name: "plan", value: (plan) => (plan.taken ? `▸ ${plan.name}` : plan.name), strong: (plan) => plan.taken },
+    { name: run.unit === "bytes" ? "memory" : run.unit, value: (plan) => plan.cost, text: (value) => costText(value, run.unit) },
+    { name: "time a step", value: (plan) => plan.seconds, text: (value) => (known(value) ? `${number(1000 * value)} ms` : "–") },
+    { name: "expected loss", value: (plan) => plan.expected, text: lossText }, { name: "surely at most", value: (plan) => plan.surely, text: lossText },
+    { name: "fits", value: (plan) => yes(plan.fits) }, { name: "within tolerance", value: (plan) => yes(plan.within) },
+  ].filter((column) => plans.some((plan) => known(column.value(plan))));
+  const more = explanation.plans_in_all - plans.length;
+  return part("Plans", el("p", {}, "Losses are beside plain LoRA, rank 8 on all modules; the best plans for the goal come first.",
+    more > 0 ? ` ${plural(more, "plan")} further down ${more > 1 ? "are" : "is"} not shown.` : ""), sortable("Plans", columns, plans));
 }
 
-function shapleyPart(shapley) {
-  if (!shapley || !(shapley.groups || []).length) return null;
-  const more = (group) => (known(group.mean) ? `of the mean ${plus(group.mean)}` : "");
-  const groups = [...shapley.groups].sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
-  const rows = groups.map((group) => ({ name: words(group.name), value: group.value, more: more(group) }));
-  if (known(shapley.alone)) rows.unshift({ name: "the plan's shape alone", value: shapley.alone });
-  if (known(shapley.total)) rows.push({ name: "total", value: shapley.total, strong: true });
-  return part("What spoke for this plan", el("p", {}, `Shapley values of the ${shapley.quantity || "votes"}: how much each group of features adds. They sum to the total.`),
-    bars("Shapley values", rows), shapley.baseline ? el("p", { class: "note" }, `Against this baseline: ${shapley.baseline}`) : null);
+function lossPart(parts) {
+  if (!(parts || []).length) return null;
+  return part("What the expected loss is made of", el("p", {}, "The prediction is the sum of these effects; to the left, the loss is lower."), bars("Parts of the expected loss", parts));
 }
 
 function whatIfPart(whatIfs) {
@@ -201,8 +161,7 @@ function modulePart(run, decision) {
     { name: "module", value: ({ module }) => module.label, title: ({ module }) => module.name, order: ({ index }) => index },
     { name: "before", value: ({ index }) => decision.before[index], text: rankText }, { name: "asked", value: ({ index }) => decision.asked[index], text: rankText },
     { name: "got", value: ({ index }) => decision.after[index], text: rankText, strong: ({ index }) => decision.after[index] !== decision.before[index] },
-    { name: "score", value: ({ index }) => decision.score[index], text: fixed },
-    { name: "sure", value: ({ index }) => (decision.sure ? (decision.sure[index] ? "yes" : "no") : null) },
+    { name: "score", value: ({ index }) => (decision.score.some(Boolean) ? decision.score[index] : null), text: fixed },
     { name: "stands out by", value: ({ index }) => (decision.reasons ? reasonText(run, decision.reasons[index]) : null), wide: true },
     { name: "note", value: ({ index }) => noteText(decision, index), wide: true },
     { name: "modules", value: ({ module }) => (module.count > 1 ? module.count : null), text: number },

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rankpilot.agents.choice import PLAIN, Choice
 from rankpilot.agents.log import DecisionLog, DecisionRecord
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.agents.policy import Decision
 from rankpilot.common.files import write_json, write_json_lines
 from rankpilot.cost.cost import ByteCost
 from rankpilot.lora.spec import RankLadder
+from rankpilot.plan.goal import Goal
 from rankpilot.plan.problem import AllocationProblem
+from rankpilot.plan.worth import FEATURES
 
 ATTENTION = [f"attention.{part}" for part in ("self.query", "self.key", "self.value", "output.dense")]
 KINDS = (*ATTENTION, "intermediate.dense", "output.dense")
@@ -69,7 +73,7 @@ def write_decisions(
                 run="demo", policy="pilot", policy_sha256=None, number=decision, step=step, seed=3,
                 loss=None if decision == 0 else 0.7 - 0.1 * decision,
                 measured_cost=None if decision == 0 else 89 * MIB, observation=observation,
-                decision=Decision(asked, np.zeros(36), 4.0, 4.0, -9.0, 0.5, 0.1),
+                decision=Decision(asked, np.zeros(36), 4.0, 4.0),
                 rank_clipped=asked, rank_after=ranks[decision], predicted_cost=(90 + 2 * decision) * MIB * scale,
             )
         )  # fmt: skip
@@ -116,34 +120,35 @@ def run_folder(tmp_path: Path) -> Path:
     return folder
 
 
+def four_plans(**changes: Any) -> Choice:
+    """A choice between plans of four modules, of which the third is surely better and the second the cheapest."""
+    parts = np.zeros((4, len(FEATURES)))
+    parts[:, list(FEATURES).index("rank of MLP modules")] = [0, 0.004, -0.03, 0.05]
+    parts[2, list(FEATURES).index("few modules")] = 0.01
+    plans = np.array([[8, 8, 8, 8], [4, 4, 4, 4], [16, 0, 16, 0], [1, 1, 1, 1]])
+    names = (PLAIN, "rank 4 on all modules", "rank 16 on the MLP modules", "rank 1 on all modules")
+    known = {"costs": np.array([4000.0, 2000, 4500, 1000]), "seconds": np.array([0.04, 0.03, 0.05, 0.02])}
+    known |= {"spread": np.array([0, 0.003, 0.01, 0.02]), "fits": np.ones(4, dtype=np.bool_), "goal": Goal()}
+    found = Choice(names=names, plans=plans, parts=parts, **(known | changes))
+    return replace(found, taken=found.best)
+
+
 PLANS = 30
 
 
-def explanation(decision: int, modules: int = 36) -> dict[str, Any]:
-    """A decision over 30 plans, of which plan 2 was taken; the further down the list, the worse a plan."""
-    rng = np.random.default_rng(decision)
-    taken = plans()[decision].tolist() if modules == 36 else [4] * modules
-    listed = []
-    for index in range(PLANS):
-        votes = (0.3 - 0.01 * abs(index - 2) + 0.02 * np.array([-1, 0, 0.5, 1.0])).tolist()
-        mean, sd = float(np.mean(votes)), float(np.std(votes))
-        ranks = taken if index == 2 else [rank + 4 * (rng.random() < 0.1) for rank in taken]
-        listed.append(
-            {"ranks": ranks, "votes": votes, "mean": mean, "sd": sd, "bound": mean - sd, "probability": None,
-             "tied": index in (1, 2, 3), "cost": 1e6}
-        )  # fmt: skip
+def explanation(decision: int) -> dict[str, Any]:
+    """A decision over 30 plans, the best first. The second was taken; the last one, plain LoRA, does not fit."""
+    taken = plans()[decision].tolist()
+    listed = [
+        {"name": f"plan {index}", "ranks": taken if index == 1 else [4] * 36, "expected": 0.01 * index - 0.02,
+         "spread": 0.01, "surely": 0.01 * index - 0.01, "fits": index < PLANS - 1, "within": None, "cost": 1e6,
+         "seconds": None}
+        for index in range(PLANS)
+    ]  # fmt: skip
     return {
         "decision": decision, "step": 0, "first": decision == 0, "policy": "default",
-        "verdict": f"Verdict on decision {decision}.", "sentences": ["Four networks agree."],
-        "candidates": [
-            {"name": "signal-mean", "gains": {"signal_mean": 0.5, "actor": -1.0}, "rank_floor": 8.0, "depth_bias": 4.0,
-             "plan": 2},
-            {"name": None, "gains": {}, "rank_floor": 8.0, "depth_bias": 4.0, "plan": PLANS - 1},
-        ],
-        "plans": listed, "taken": 2, "reference": PLANS - 1, "caution": 1.0, "margin": 0.02,
-        "unit_of_votes": "standard deviations", "actor": {"directions": ["sensitivity"], "gains": [float("nan")]},
-        "shapley": {"quantity": "lower bound", "baseline": "the mean module.", "alone": 0.05, "total": 0.25,
-                    "groups": [{"name": "signals", "value": 0.25, "mean": 0.3}, {"name": "shape", "value": -0.05}]},
+        "verdict": f"Verdict on decision {decision}.", "sentences": ["Fine-tunes differ."],
+        "goal": "the lowest loss", "plans": listed, "taken": 1,
+        "parts": [{"name": "rank of MLP modules", "value": -0.02}, {"name": "few modules", "value": 0.01}],
         "what_ifs": [{"text": "With less memory it would have rank 4.", "side_effects": 11}],
-        "projection": None, "stability": {"same": 0.9, "noise": 0.05, "sure": [True] * (modules - 1) + [False]},
     }  # fmt: skip

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.policy import Deliberation
+from rankpilot.agents.choice import Choice
 from rankpilot.common.files import append_json_line, read_json, write_json
 from rankpilot.plan.goal import Goal
 from rankpilot.study.run_data import RunData, read_run
 from rankpilot.study.verdict import comparison_rows, cost_sentence, loss_sentence, rise_of, verdict
 
-from ..agents.test_deliberation import four_plans
-from .conftest import MIB
+from .conftest import MIB, four_plans
 
 WithMetrics = Callable[[Mapping[int, Mapping[str, float]]], Path]
 
@@ -95,26 +94,22 @@ def test_a_held_out_loss_that_has_blown_up(with_metrics: WithMetrics) -> None:
     assert losses[0] == "1.2e+31"
 
 
-def that_computed(folder: Path, found: Deliberation) -> RunData:
-    """A run whose policy computed this at the first decision."""
+def that_chose(folder: Path, found: Choice, **changes: Any) -> RunData:
+    """A run whose policy chose so at the first decision."""
     run = read_run(folder)
-    first = replace(run.decisions[0], decision=replace(run.decisions[0].decision, deliberation=found))
-    return replace(run, decisions=[first, *run.decisions[1:]])
+    first = replace(run.decisions[0], decision=replace(run.decisions[0].decision, choice=found))
+    return replace(run, decisions=[first, *run.decisions[1:-1], replace(run.decisions[-1], **changes)])
 
 
-def test_a_run_unlike_all_that_its_policy_knows(run_folder: Path) -> None:
-    first = four_plans(outside={"depth": (0.5, 1.0, 1.0)})
-    assert verdict(that_computed(run_folder, first)).warnings == (
-        "Its policy has learned from no run like this one, so trust it less: depth 0.5 (not 1 to 1).",
+def test_what_a_choice_adds(run_folder: Path) -> None:
+    found = verdict(that_chose(run_folder, four_plans(caveats=("it learns labels",)), rates=(1e-3, 2e-3)))
+    assert found.warnings == ("Nothing was learned from runs like this one, so trust it less: it learns labels.",)
+    assert found.results[1:] == (
+        "Expected beside rank 8 on all modules: loss -2.0 %, surely at most -1.0 %.",
+        "The plan trains at a peak learning rate of 0.002, which is 0.001 for plain LoRA.",
     )
-
-
-def test_a_goal_that_cannot_be_kept(run_folder: Path) -> None:
-    known = {"costs": np.array([4.0, 3.0, 2.0, 1.0]), "simple": 1, "plain": 0, "goal": Goal("bytes", 0.01)}
-    first = four_plans(**known, allowed=np.array([False, True, True, True]), doubt=9.0)
-    (warning,) = verdict(that_computed(run_folder, first)).warnings
+    (warning,) = verdict(that_chose(run_folder, four_plans(goal=Goal("bytes"), fits=np.arange(4) == 3))).warnings
     assert warning.startswith("The goal cannot be kept: rank 8 on all modules does not fit the budget")
-    assert not verdict(that_computed(run_folder, replace(first, doubt=0.0))).warnings
 
 
 def test_a_training_loss_that_did_not_fall(with_metrics: WithMetrics) -> None:

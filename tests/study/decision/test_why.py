@@ -1,126 +1,29 @@
-"""Explanations say what the log holds: recipe, votes, tie, and what became of the ranks asked for."""
+"""Explanations say what the log holds: what was expected of plans, and what became of the ranks asked for."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from rankpilot.agents.learned.networks import Plans
-from rankpilot.agents.log import DecisionRecord
-from rankpilot.agents.observation import Observation, module_feature
-from rankpilot.agents.policy import Decision, decided_plan, decision_from_scores
-from rankpilot.agents.rules import signal_mean
-from rankpilot.cost.cost import unit_cost
-from rankpilot.plan.plan import SCORE_BOUND, base_depth_bias, base_rank_floor
-from rankpilot.study.why import Explanation, actor_terms, same_in_tie
+from rankpilot.agents.choice import Choice
+from rankpilot.agents.log import DecisionLog, DecisionRecord
+from rankpilot.agents.observation import Observation
+from rankpilot.agents.policy import Decision, decision_to_keep
+from rankpilot.agents.rules import find_rule
+from rankpilot.cost.savers import Saved
+from rankpilot.errors import RunFolderError
+from rankpilot.plan.goal import Goal
+from rankpilot.study.why import Explanation, explain, explanations
 
-from .conftest import Decide, Observe, PolicyOf
+from ..conftest import four_plans
+from .conftest import Decide, Observe, chooser
 
-KEYS = {
-    "decision", "step", "first", "policy", "verdict", "sentences", "candidates", "plans", "taken", "reference",
-    "caution", "margin", "unit_of_votes", "actor", "shapley", "what_ifs", "stability", "goal",
-}  # fmt: skip
-
-
-def test_the_actors_scores_are_the_sum_of_their_terms(decisions: list[DecisionRecord]) -> None:
-    for logged in decisions:
-        found = logged.deliberation
-        sums = actor_terms(logged, found).sum(axis=0)
-        np.testing.assert_allclose(np.clip(sums, -SCORE_BOUND, SCORE_BOUND), found.actor_scores, atol=1e-5)
-
-
-def test_the_recipe_of_every_candidate_leads_to_its_plan(decisions: list[DecisionRecord]) -> None:
-    """What pages are told of a candidate is enough to make its plan again."""
-    for logged in decisions:
-        observation, found = logged.observation, logged.deliberation
-        told = Explanation(logged).to_json()
-        parts = {name: module_feature(observation, name) for name in ("rank_cost", "relative_depth")}
-        parts |= {"signal_mean": signal_mean(observation), "actor": found.actor_scores}
-        parts = {name: values - values.mean() for name, values in parts.items()}
-        base = base_rank_floor(logged.problem), base_depth_bias(logged.problem)
-        for number, candidate in enumerate(told["candidates"]):
-            if candidate["rank_floor"] is None:
-                assert found.candidates[number] == "keep"
-                continue
-            scores = sum(gain * parts[name] for name, gain in candidate["gains"].items())
-            placement = (np.log2(candidate["rank_floor"] / base[0]), candidate["depth_bias"] - base[1])
-            decision = decision_from_scores(observation, np.clip(scores, -SCORE_BOUND, SCORE_BOUND), placement)
-            ranks = decided_plan(logged.problem, decision).ranks
-            assert ranks.tolist() == told["plans"][candidate["plan"]]["ranks"], found.candidates[number]
-
-
-def test_json_is_the_contract(decisions: list[DecisionRecord]) -> None:
-    for logged in decisions:
-        told, found = Explanation(logged).to_json(), logged.deliberation
-        assert set(told) == KEYS
-        json.dumps(told, allow_nan=False)
-        assert told["plans"][told["taken"]]["ranks"] == found.plans[found.plan].tolist()
-        assert told["first"] == (logged.number == 0)
-        bounds = [plan["mean"] - told["caution"] * plan["sd"] for plan in told["plans"]]
-        assert bounds == pytest.approx([plan["bound"] for plan in told["plans"]], abs=1e-6)
-        for plan in told["plans"]:
-            assert plan["cost"] == unit_cost(logged.problem.cost, np.array(plan["ranks"]))
-            assert plan["probability"] is None
-
-
-def test_sentences_of_decisions_of_a_run(decisions: list[DecisionRecord]) -> None:
-    first = Explanation(decisions[0])
-    deliberation = decisions[0].deliberation
-    text = " ".join(first.sentences())
-    assert first.verdict.startswith("At step 0 the plan of candidate ")
-    assert f"{deliberation.mean[deliberation.plan]:.3f} on the mean" in text
-    assert f"a lower bound of {deliberation.bound[deliberation.plan]:.3f}" in text
-    kept = [Explanation(logged) for logged in decisions if logged.kept]
-    assert kept
-    for each in kept:
-        assert "the ranks in place were taken: no other plan is surely better" in each.verdict
-        assert "leaves the ranks as they are" in each.sentences()[0]
-        assert "Every module got the rank that the policy asked for." in each.sentences()
-
-
-def test_a_tie_tells_what_its_plans_have_in_common(
-    make_observation: Observe, policy_of: PolicyOf, log_decision: Decide
-) -> None:
-    def say(plans: Plans) -> torch.Tensor:
-        return plans.ranks.double().std(2)[None].repeat(2, 1, 1) / 500
-
-    logged = log_decision(make_observation(10), policy_of(say))
-    found = logged.deliberation
-    same, plans = same_in_tie(found), found.plans[found.tied]
-    assert len(plans) >= 2
-    assert (np.ptp(plans, axis=0)[same] == 0).all()
-    assert np.ptp(plans, axis=0)[~same].all()
-    told = Explanation(logged).sentences()
-    (sentence,) = [text for text in told if "plans are tied" in text]
-    assert sentence.startswith(f"{len(plans)} of {len(found.plans)} plans are tied")
-    assert f"{same.sum()} of {len(same)} modules the same rank" in sentence
-    assert found.margin < 0
-    assert f"is {-found.margin:.3f} higher. It was taken because it is nearest to the reference" in " ".join(told)
-    fits = np.arange(len(found.plans)) != np.argmax(found.bound)
-    limited = replace(logged.decision, deliberation=replace(found, allowed=fits))
-    without = Explanation(replace(logged, decision=limited))
-    assert f"the best of the other {len(found.plans) - 2} plans that fit" in " ".join(without.sentences()).lower()
-    assert [plan["fits"] for plan in without.to_json()["plans"]] == fits.tolist()
-
-
-def test_plans_that_are_drawn_have_probabilities(
-    make_observation: Observe, policy_of: PolicyOf, log_decision: Decide
-) -> None:
-    def say(plans: Plans) -> torch.Tensor:
-        return (plans.ranks > 4).double().mean(2)[None].repeat(2, 1, 1)
-
-    logged = log_decision(make_observation(10), policy_of(say, temperature=1.0))
-    told = Explanation(logged).to_json()
-    assert sum(plan["probability"] for plan in told["plans"]) == pytest.approx(1)
-    chance = logged.deliberation.probabilities[logged.deliberation.plan]
-    assert f"was drawn, with a probability of {chance:.1%}: " in told["verdict"]
-
-
-# What became of the ranks asked for ---------------------------------------------------------------------------------
+KEYS = {"decision", "step", "first", "policy", "verdict", "sentences", "what_ifs"}
+OF_CHOICE = {"goal", "plans", "taken", "parts"}
 
 
 @dataclass
@@ -128,10 +31,143 @@ class Wants:
     """A policy that wants certain ranks."""
 
     ranks: tuple[int, ...]
+    choice: Choice | None = None
     name: str = "wants"
 
     def decide(self, observation: Observation) -> Decision:
-        return Decision(np.array(self.ranks), np.zeros(len(self.ranks)), exact=True)
+        return Decision(np.array(self.ranks), np.zeros(len(self.ranks)), exact=True, choice=self.choice)
+
+
+Explained = Any
+
+
+@pytest.fixture
+def of_choice(make_observation: Observe, log_decision: Decide) -> Explained:
+    """The explanation of a decision that was chosen from some plans."""
+
+    def make(found: Choice, **changes: Any) -> Explanation:
+        observation = make_observation(4, ranks=np.ones(4, dtype=np.int64), limit=1e9)
+        return Explanation(log_decision(observation, Wants(tuple(found.plans[found.taken].tolist()), found), **changes))
+
+    return make
+
+
+def test_the_lowest_loss(of_choice: Explained) -> None:
+    saved = (Saved("plain LoRA", 8.0 * 2**20, None), Saved("loss in tiles", 6.0 * 2**20, None))
+    told = of_choice(four_plans(caveats=("it learns labels",)), saved=saved, rates=(1e-3, 2e-3))
+    assert told.verdict == (
+        'At step 0 the plan "rank 16 on the MLP modules" was taken: its loss is expected to be -2.0 % beside rank 8 on '
+        "all modules, surely at most -1.0 %."
+    )
+    assert told.sentences() == [
+        "What is expected is the sum of its parts: rank of MLP modules -3.0 %, few modules +1.0 %.",
+        "Fine-tunes differ, by a standard deviation of 1.0 %: the loss may be from -3.0 % to -1.0 %, and for caution "
+        "the upper end counts.",
+        "The goal is the lowest loss within the budget.",
+        'The next by what they surely lose at most: "rank 8 on all modules" (+0.0 %), "rank 4 on all modules" '
+        '(+0.7 %), "rank 1 on all modules" (+7.3 %).',
+        "Trust it less than usual: it learns labels.",
+        "The plan trains at a peak learning rate of 0.002, which is 0.001 for plain LoRA.",
+        "Exact savers: a step of plain LoRA takes 6 MiB in place of 8 MiB, with the same losses.",
+        "Every module got the rank that the policy asked for.",
+    ]
+
+
+PLAIN_KEPT = '"rank 8 on all modules" was taken: no'
+UNKEPT = (
+    'plan "rank 1 on all modules" was taken: the goal cannot be kept: rank 8 on all modules does not fit the budget, '
+    "and no plan that fits surely stays within +1.0 % of its loss. A larger budget, time or tolerance helps."
+)
+FEWEST = (
+    'plan "rank 4 on all modules" was taken: of 3 plans that surely stay within +1.0 % of the loss of rank 8 on all '
+    "modules it takes the fewest bytes, 2,000 parameters against 4,000 parameters."
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"goal": Goal("bytes")}, FEWEST),
+        ({"goal": Goal("time")}, "it takes the least time a step, 30 ms against 40 ms."),
+        ({"goal": Goal("bytes", 0.002), "costs": np.array([1.0, 2, 3, 4])}, f"{PLAIN_KEPT} cheaper plan surely stays"),
+        ({"goal": Goal("bytes"), "fits": np.arange(4) == 3}, UNKEPT),
+        ({"fits": np.arange(4) == 1}, "to be +0.4 % beside rank 8 on all modules, which does not fit, surely at most"),
+        ({"spread": np.array([0, 0.1, 0.1, 0.1])}, f"{PLAIN_KEPT} plan that fits is surely better than"),
+    ],
+)
+def test_verdicts(of_choice: Explained, changes: dict[str, Any], words: str) -> None:
+    assert words in of_choice(four_plans(**changes)).verdict
+
+
+def test_what_else_was_within_the_tolerance(of_choice: Explained) -> None:
+    told = of_choice(four_plans(goal=Goal("time"))).sentences()
+    assert (
+        'The next within the tolerance: "rank 8 on all modules" (40 ms), "rank 16 on the MLP modules" (50 ms).' in told
+    )
+    alone = four_plans(goal=Goal("time"), fits=np.arange(4) == 1)
+    assert "No other plan is within the tolerance." in of_choice(alone).sentences()
+    assert "No other plan fits." in of_choice(replace(alone, goal=Goal())).sentences()
+
+
+@pytest.mark.parametrize("goal", ["quality", "bytes"])
+def test_json_is_the_contract(first: Observation, log_decision: Decide, goal: Any) -> None:
+    logged = log_decision(first, chooser(goal))
+    told, found = explain(logged, chooser()).to_json(), logged.choice
+    assert set(told) == KEYS | OF_CHOICE
+    json.dumps(told, allow_nan=False)
+    plan = told["plans"][told["taken"]]
+    assert plan["ranks"] == logged.rank_after.tolist()
+    assert sum(part["value"] for part in told["parts"]) == pytest.approx(plan["expected"]), "no part is left out"
+    assert {text["text"] for text in told["what_ifs"]} <= set(told["sentences"])
+    assert len(told["what_ifs"]) > 0
+    key = "surely" if goal == "quality" else "cost"
+    listed = [row[key] for row in told["plans"] if row["fits"] and row["within"] in (None, True)]
+    assert listed == sorted(listed), "the best for the goal come first"
+    assert len(told["plans"]) == len(found.plans)
+
+
+def test_policies_that_are_not_at_hand(first: Observation, log_decision: Decide, make_observation: Observe) -> None:
+    """Rules and the policy that ships are found by their names; the rest of an explanation needs no policy."""
+    rule = find_rule("signal-mean")
+    of_rule = explain(log_decision(make_observation(8), rule)).to_json()
+    assert of_rule["verdict"] == "At step 0 signal-mean decided; it expects nothing of plans."
+    assert of_rule["what_ifs"]
+    assert set(of_rule) == KEYS
+    logged = log_decision(first, chooser())
+    assert explain(logged, rule).notes == ("The policy default is not at hand, so there are no what-ifs.",)
+    assert (
+        explain(log_decision(make_observation(4), Wants((1, 1, 1, 1)))).notes[0].startswith("The policy wants is not")
+    )
+    assert "parts, spread" in explain(logged, replace(chooser(), worth=None)).notes[0]
+    assert explain(logged, rule, what_ifs=False).notes == ()
+
+
+def test_decisions_that_change_nothing_and_corrections(make_observation: Observe, log_decision: Decide) -> None:
+    observation, rule = make_observation(8), find_rule("signal-mean")
+    kept = log_decision(observation, rule)
+    kept = replace(kept, decision=decision_to_keep(observation), rank_after=observation.problem.ranks)
+    assert explain(kept).verdict == "At step 0 signal-mean kept the ranks in place."
+    assert explain(kept).what_ifs == ()
+    correction = explain(log_decision(observation, rule, correction=True)).to_json()
+    assert "the guard or a person changed the ranks" in correction["verdict"]
+    assert "does not tell how the guard" in correction["sentences"][-1]
+
+
+def test_a_number_without_a_decision_and_a_folder_without_a_log(
+    make_observation: Observe, log_decision: Decide, tmp_path: Path
+) -> None:
+    """A log may hold the later decisions alone."""
+    log, done = DecisionLog(tmp_path / "log"), list[tuple[int, int]]()
+    log.append(log_decision(make_observation(8), find_rule("signal-mean"), 2))
+    told = explanations(log, what_ifs=False, on_progress=lambda *counts: done.append(counts))
+    assert told[:2] == [None, None]
+    assert told[2]["decision"] == 2
+    assert done == [(1, 1)]
+    with pytest.raises(RunFolderError, match="No decision log"):
+        explanations(DecisionLog(tmp_path / "nothing"))
+
+
+# What became of the ranks asked for ---------------------------------------------------------------------------------
 
 
 def decided(make: Observe, log: Decide, *ranks: int, **problem: Any) -> Any:
