@@ -43,6 +43,9 @@ NEW_RANK = 1
 LABELS_SPREAD = 3.0
 """Expectations were learned on texts. On labels the spread is so many times as large (docs/experiments.md)."""
 
+PLAIN_WITHIN = f"{PLAIN}, as far as bounds allow"
+"""Plain LoRA where it is not within the bounds, in words."""
+
 KINDS = {"MLP": True, "attention": False}
 """Kinds of modules, by whether they have the wide inner side of their layer."""
 
@@ -78,7 +81,8 @@ def candidates(observation: Observation) -> Iterator[tuple[str, IntArray]]:
     yield "as much as fits, from the top down", top_down(problem)
     for name, part in parts(observation).items():
         for rank in RANKS:
-            yield f"rank {rank} on {name}", _within(problem, np.where(part, rank, 0))
+            named = f"rank {rank} on {name}"
+            yield PLAIN_WITHIN if named == PLAIN else named, _within(problem, np.where(part, rank, 0))
     for more, less in PAIRS:
         for kind, is_wide in KINDS.items():
             ranks = np.where(wide == is_wide, more, less)
