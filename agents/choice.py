@@ -108,7 +108,8 @@ class Choice:
         if self.misses_goal:
             return (
                 f"The goal cannot be kept: {PLAIN} does not fit the budget, time or bounds, and no plan that fits "
-                f"surely stays within {percent(self.goal.tolerance)} of its loss. A larger budget, time or tolerance helps."
+                f"surely stays within {percent(self.goal.tolerance)} of its loss. "
+                "A larger budget, time or tolerance helps."
             )
         if self.taken == 0:
             if not self.goal.saves:

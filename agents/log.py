@@ -598,9 +598,8 @@ def _choice_of(scalars: Mapping[str, Any] | None, arrays: Arrays, modules: int) 
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("spread", "costs", "fits", "seconds"), (count,))
     shapes |= {"plans": (count, modules), "parts": (count, len(FEATURES))}
     for name, shape in shapes.items():
-        if name != "seconds" or name in arrays:
-            if arrays[name].shape != shape:
-                raise ValueError(f"{name} has shape {arrays[name].shape}, not {shape}")
+        if (name != "seconds" or name in arrays) and arrays[name].shape != shape:
+            raise ValueError(f"{name} has shape {arrays[name].shape}, not {shape}")
     if not 0 <= scalars["taken"] < count:
         raise ValueError(f"plan {scalars['taken']} of {count}")
     return Choice(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +36,9 @@ from rankpilot.plan.problem import AllocationProblem
 from rankpilot.plan.worth import FEATURES, PlanWorth
 
 from ..plan.synthetic_costs import LAYER, transformer_cost
+
+OF_THREE = (" of the top 2 layers", " of the top layer", " of every other layer")
+"""The parts of three layers, but for all of them."""
 
 TEXTS, LABELLED = 1.0, LABELS / 2
 """Shares of the tokens whose prediction the loss counts."""
@@ -107,9 +109,9 @@ def test_names_of_parts_and_which_modules_they_are() -> None:
         (1, "am", ["all modules", "the MLP modules", "the attention modules"]),
         (1, "a", ["all modules"]),
         (2, "m", ["all modules", "all modules of the top layer"]),
-        (3, "a", ["all modules", *(f"all modules of {x}" for x in ("the top 2 layers", "the top layer", "every other layer"))]),
+        (3, "a", [f"all modules{where}" for where in ("", *OF_THREE)]),
     ],
-)  # fmt: skip
+)
 def test_parts_of_small_models_have_one_name_each(layers: int, kinds: str, names: list[str]) -> None:
     assert list(parts(seen(layers, kinds))) == names
 
@@ -307,7 +309,7 @@ def test_only_the_chooser_takes_a_goal_of_cost() -> None:
         ConfigError, match="signal-mean expects nothing of plans, so goal='time' needs policy='default'"
     ):
         with_goal(rule, Goal("time"))
-    with pytest.raises(ConfigError, match="so a frontier needs policy='default'. Or leave it out"):
+    with pytest.raises(ConfigError, match=r"so a frontier needs policy='default'\. Or leave it out"):
         check_expects(rule, "a frontier", "leave it out")
     check_expects(PlanChooser(), "a frontier", "leave it out")
     assert with_goal(PlanChooser(), Goal("bytes")) == PlanChooser(goal=Goal("bytes"))
@@ -352,14 +354,10 @@ def test_models_of_one_layer_or_one_kind(layers: int, kinds: str, share: float) 
     assert np.isfinite(found.surely).all()
 
 
-def test_embeddings_count_as_no_mlp_and_as_part_of_their_layer(
-    make_observation: Callable[..., Observation],
-) -> None:
-    """Modules whose places and kinds are drawn, as embeddings and heads stand among layers; nothing is named for them."""
-    embedding = seen(3, "am", max_ranks=np.array([50, 64, 64, 64, 64, 64]))
-    assert not modules_of(embedding).wide[0]
-    assert parts(embedding)["the attention modules"][0]
-    for seed in range(5):
-        given = make_observation(9, seed, max_step=None)
-        found = chosen(replace(given, problem=replace(given.problem, blocks=np.array([0, 0, 0, 1, 1, 2, 2, 2, 2]))))
-        assert found.fits[found.taken]
+def test_embeddings_count_as_no_mlp_of_the_lowest_layer() -> None:
+    """A module before the layers, as narrow as its vocabulary; plans on the other kind leave it out."""
+    observation = seen(3, "am", max_ranks=np.array([5, 64, 64, 64, 64, 64]))
+    assert not modules_of(observation).wide[0]
+    assert not parts(observation)["the MLP modules"][0]
+    found = chosen(observation, worth=known(rank_of_attention=-0.1, MLP_modules=-0.1))
+    assert found.plans[found.taken].tolist() == [4, 0, 64, 0, 64, 0]
