@@ -252,10 +252,3 @@ def named_family() -> Callable[[str], Family]:
     """One row of the matrix by name."""
     rows = {family.name: family for family in FAMILIES}
     return lambda name: rows[name]
-
-
-@pytest.fixture
-def narrow_plans_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Goals of cost may take any plan: the floor of broad plans has tests of its own."""
-    for name in ("LEAST_MODULES", "LEAST_LAYERS", "LEAST_THICK"):
-        monkeypatch.setattr(f"rankpilot.plan.goal.{name}", 0.0)
