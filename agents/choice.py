@@ -19,7 +19,8 @@ from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..plan.goal import CAUTION, CAUTION_OF_GOALS, Goal
 
 PLAIN = "rank 8 on all modules"
-"""Plain LoRA, with which plans are compared, in words; the first plan of every choice."""
+"""Plain LoRA, with which plans are compared, in words; the first plan of every choice. Modules that cannot have rank 8
+have their highest."""
 
 COST_TIE = 0.01
 """Plans whose costs differ by less, as a share, are tied under a goal of cost."""
@@ -101,13 +102,14 @@ class Choice:
         return int(np.argmin(np.where(tied, self.expected, np.inf)))
 
     def promise(self) -> str:
-        """What is expected of the plan that is taken, in words; empty for plain LoRA under quality."""
+        """What is expected of the plan that is taken, in words; empty under quality where there is no other plan."""
         expected, surely = (percent(float(values[self.taken])) for values in (self.expected, self.surely))
         fits = "" if self.fits[0] else ", which does not fit"
         if self.misses_goal:
             return (
-                f"The goal cannot be kept: {PLAIN} does not fit the budget, and no plan that fits surely stays within "
-                f"{percent(self.goal.tolerance)} of its loss. A larger budget, time or tolerance helps."
+                f"The goal cannot be kept: {PLAIN} does not fit the budget, time or bounds, and no plan that fits "
+                f"surely stays within {percent(self.goal.tolerance)} of its loss. "
+                "A larger budget, time or tolerance helps."
             )
         if self.taken == 0:
             if not self.goal.saves:

@@ -15,7 +15,6 @@ from typing import ClassVar
 import numpy as np
 
 from ..common.arrays import BoolArray, IntArray
-from ..common.text import plural
 from ..cost.cost import TimedCost, moment_costs, unit_costs
 from ..errors import ConfigError
 from ..lora.spec import REFERENCE_RANK
@@ -48,18 +47,22 @@ LABELS_SPREAD = 3.0
 KNOWN = {"width": (32, 576), "steps": (50, 800)}
 """The runs from which expectations were learned: widths of models, and optimizer steps."""
 
+PLAIN_WITHIN = f"{PLAIN}, as far as bounds allow"
+"""Plain LoRA where it is not within the bounds, in words."""
+
 KINDS = {"MLP": True, "attention": False}
 """Kinds of modules, by whether they have the wide inner side of their layer."""
 
 
 def parts(observation: Observation) -> dict[str, BoolArray]:
-    """The modules of each part of a model, bool (modules,), by name; the largest first, none twice, none empty."""
+    """The modules of each part of a model, bool (modules,), by name; all of them first, none twice, none empty."""
     wide = module_feature(observation, "wide") > 0.5
     _, turn = np.unique(observation.problem.blocks, return_inverse=True)
     count = int(turn.max()) + 1
     step = -(-count // MOST_WINDOWS)
-    depths = {"": np.ones(len(wide), dtype=np.bool_), " of every other layer": (count - 1 - turn) % 2 == 0}
-    depths |= {f" of the top {plural(count - low, 'layer')}": turn >= low for low in range(step, count, step)}
+    depths = {"": np.ones(len(wide), dtype=np.bool_)}
+    depths |= {f" of the top {_layers(count - low)}": turn >= low for low in range(step, count, step)}
+    depths |= {" of every other layer": (count - 1 - turn) % 2 == 0}
     found: dict[str, BoolArray] = {}
     for where, part in depths.items():
         found[f"all modules{where}"] = part
@@ -70,6 +73,10 @@ def parts(observation: Observation) -> dict[str, BoolArray]:
     return {name: found[name] for name in distinct.values() if found[name].any()}
 
 
+def _layers(count: int) -> str:
+    return "layer" if count == 1 else f"{count} layers"
+
+
 def candidates(observation: Observation) -> Iterator[tuple[str, IntArray]]:
     """Plans by name: plain LoRA as it is, then others within the bounds, int64 (modules,); the limit plays no part."""
     problem = observation.problem
@@ -78,7 +85,8 @@ def candidates(observation: Observation) -> Iterator[tuple[str, IntArray]]:
     yield "as much as fits, from the top down", top_down(problem)
     for name, part in parts(observation).items():
         for rank in RANKS:
-            yield f"rank {rank} on {name}", _within(problem, np.where(part, rank, 0))
+            named = f"rank {rank} on {name}"
+            yield PLAIN_WITHIN if named == PLAIN else named, _within(problem, np.where(part, rank, 0))
     for more, less in PAIRS:
         for kind, is_wide in KINDS.items():
             ranks = np.where(wide == is_wide, more, less)
@@ -86,8 +94,8 @@ def candidates(observation: Observation) -> Iterator[tuple[str, IntArray]]:
 
 
 def plain_lora(problem: AllocationProblem) -> IntArray:
-    """Rank 8 on every target module, or its highest, int64 (modules,); bounds and limit play no part."""
-    return np.minimum(REFERENCE_RANK, problem.max_ranks)
+    """Rank 8 on every target module, or its highest on the ladder, int64 (modules,); bounds and limit play no part."""
+    return problem.ladder.array[problem.ladder.rung(np.minimum(REFERENCE_RANK, problem.max_ranks))]
 
 
 def _within(problem: AllocationProblem, ranks: IntArray) -> IntArray:
@@ -168,7 +176,8 @@ def _caveats(observation: Observation, labels: bool) -> Iterator[str]:
 def modules_of(observation: Observation) -> Modules:
     """What the worth of plans depends on in the model of an observation."""
     wide, depth = module_feature(observation, "wide") > 0.5, module_feature(observation, "relative_depth")
-    return Modules(wide, depth, float(observation.problem.max_ranks.max()))
+    problem = observation.problem
+    return Modules(wide, depth, float(problem.max_ranks.max()), plain_lora(problem))
 
 
 def _that_fit(observation: Observation) -> tuple[tuple[str, ...], IntArray, BoolArray]:

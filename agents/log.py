@@ -594,23 +594,29 @@ def _choice_of(scalars: Mapping[str, Any] | None, arrays: Arrays, modules: int) 
     """What a decision was chosen from, from its part of a line and of the arrays."""
     if scalars is None:
         return None
-    names, count = tuple(scalars["names"]), len(scalars["names"])
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("spread", "costs", "fits", "seconds"), (count,))
-    shapes |= {"plans": (count, modules), "parts": (count, len(FEATURES))}
-    for name, shape in shapes.items():
-        if name != "seconds" or name in arrays:
-            if arrays[name].shape != shape:
-                raise ValueError(f"{name} has shape {arrays[name].shape}, not {shape}")
-    if not 0 <= scalars["taken"] < count:
-        raise ValueError(f"plan {scalars['taken']} of {count}")
+    names, caveats, taken, count = scalars["names"], scalars["caveats"], scalars["taken"], len(scalars["names"])
+    if any(type(words) is not list or not all(isinstance(each, str) for each in words) for words in (names, caveats)):
+        raise ValueError("names and caveats are no texts")
+    if type(taken) is not int or not 0 <= taken < count:
+        raise ValueError(f"plan {taken} of {count}")
+    kinds: dict[str, tuple[tuple[int, ...], type]] = {
+        "plans": ((count, modules), np.uint16),
+        "parts": ((count, len(FEATURES)), np.float64),
+        "fits": ((count,), np.bool_),
+        **dict.fromkeys(("spread", "costs", "seconds"), ((count,), np.float64)),
+    }
+    for name, (shape, kind) in kinds.items():
+        array = arrays.get(name) if name == "seconds" else arrays[name]
+        if array is not None and (array.shape != shape or array.dtype != kind or not np.isfinite(array).all()):
+            raise ValueError(f"{name} holds no finite numbers of shape {shape} and type {kind.__name__}")
     return Choice(
-        names=names,
+        names=tuple(names),
         plans=arrays["plans"].astype(np.int64),
         seconds=arrays.get("seconds"),
         **{name: arrays[name] for name in ("parts", "spread", "costs", "fits")},
         goal=Goal(**scalars["goal"]),
-        taken=scalars["taken"],
-        caveats=tuple(scalars["caveats"]),
+        taken=taken,
+        caveats=tuple(caveats),
     )
 
 

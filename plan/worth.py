@@ -1,10 +1,10 @@
 """What a plan is worth: by how much its log loss is expected to end above that of plain LoRA, and how surely.
 
-Plain LoRA has rank 8 on all modules and its own best learning rate; a plan has the rate that the rule gives it
-(`plan/rate.py`). A plan is described by a few numbers, `FEATURES`, all 0 for plain LoRA: which modules have no
-adapter, and how ranks and scales differ. Their effects differ from one fine-tune to the next, so each has a mean and a
-covariance over fine-tunes: a linear mixed model (Laird and Ware, Biometrics 38, 1982). `python -m benchmarks worth`
-fits it on real fine-tunes and judges it on those of models left out (docs/decision.md).
+Plain LoRA has rank 8 on all modules, or the highest that a module can have, and its own best learning rate; a plan has
+the rate that the rule gives it (`plan/rate.py`). A plan is described by a few numbers, `FEATURES`, all 0 for plain
+LoRA: which modules have no adapter, and how ranks and scales differ. Their effects differ from one fine-tune to the
+next, so each has a mean and a covariance over fine-tunes: a linear mixed model (Laird and Ware, Biometrics 38, 1982).
+`python -m benchmarks worth` fits it on real fine-tunes and judges it on those of models left out (docs/decision.md).
 
 The wider the spread of an effect, the less a plan that relies on it is trusted.
 """
@@ -32,10 +32,10 @@ FEATURES = {
     "attention modules without adapter, upper half": "the same of the upper half",
     "few modules": "square of the share of all modules without adapter",
     "layers without adapter at the bottom": "relative depth of the lowest adapted module, 0 to 1",
-    "rank of MLP modules": "mean of log2(rank / 8), 0 where there is no adapter",
+    "rank of MLP modules": "mean of log2(rank / plain LoRA's), 0 where there is no adapter",
     "rank of attention modules": "the same of the other modules",
-    "other ranks than 8": "mean of abs(log2(rank / 8)) over all modules",
-    "rank in a wide model": "mean of log2(rank / 8) times log2(width / 512), over 4",
+    "other ranks than 8": "mean of abs(log2(rank / plain LoRA's)) over all modules",
+    "rank in a wide model": "mean of log2(rank / plain LoRA's) times log2(width / 512), over 4",
     "lower layers of a wide model": "share of the lower half without adapter, times log2(width / 512), over 4",
     "scale": "mean of log2(scale / scale of the same alpha), 0 where there is no adapter",
 }
@@ -52,11 +52,13 @@ class Modules:
         wide: whether each belongs to an MLP, bool (L,); see `ModuleShapes`.
         depth: relative depth of its layer, from the bottom (0) to the top (1), (L,).
         width: of the model's hidden states.
+        plain: rank of plain LoRA on each, at least 1, int (L,) or one number.
     """
 
     wide: BoolArray
     depth: FloatArray
     width: float
+    plain: IntArray | int = REFERENCE_RANK
 
     def features(self, ranks: IntArray, scales: FloatArray | None = None) -> FloatArray:
         """The features of plans, (P, len(FEATURES)).
@@ -68,7 +70,7 @@ class Modules:
         adapted = ranks > 0
         missing = np.asarray(1.0 - adapted)
         lower, width = self.depth < 0.5, math.log2(self.width / 512) / 4
-        levels = np.asarray(np.where(adapted, np.log2(np.maximum(ranks, 1) / REFERENCE_RANK), 0.0))
+        levels = np.asarray(np.where(adapted, np.log2(np.maximum(ranks, 1) / self.plain), 0.0))
         halves = [kind & half for kind in (self.wide, ~self.wide) for half in (lower, ~lower)]
         lowest = np.where(adapted, self.depth, 1.0).min(axis=1)
         scale = np.zeros_like(levels) if scales is None else np.where(adapted, np.log2(scales), 0.0)

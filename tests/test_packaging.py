@@ -79,8 +79,7 @@ MOST_BYTES = 4 * 10**6
 """Size of a wheel or an sdist, at most."""
 
 SHIPPED = (
-    "agents/learned/policies/default/card.json",
-    "agents/learned/policies/default/policy.safetensors",
+    "plan/worth.json",
     "env/weights/llama-4x32/model.safetensors",
     "env/suite_cards/planted-train.json",
     "cost/devices.json",

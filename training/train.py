@@ -349,9 +349,6 @@ def warm_start(
 
 TENSORBOARD = "tensorboard/ppo_1"
 
-SUMMARY = "summary.json"
-"""File, among a training's plan runs, that tells what came of them."""
-
 START = "signal-mean"
 """The rule that an untrained network is, and that episodes are measured against."""
 
@@ -371,11 +368,10 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False, on_stage: 
         on_stage: called as training goes on.
 
     Returns:
-        The actor that did best on the validation tasks, the last one without any, and the value ensemble, if plan runs
-        were asked for. `finish` writes it.
+        The actor that did best on the validation tasks, or the last one without any. `finish` writes it.
 
     Raises:
-        RunFolderError: see `open_run`; or the file of further plan runs cannot be read.
+        RunFolderError: see `open_run`.
         UnknownNameError: no such suite or base.
         ConfigError: no such tasks, or no such device.
         AssetError: a text is not at hand.

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from rankpilot.agents.choice import Choice
 from rankpilot.agents.log import DecisionLog, DecisionRecord
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
-from rankpilot.agents.policy import Decision, Deliberation
+from rankpilot.agents.policy import Decision, decision_line, plan_distance
 from rankpilot.cost.cost import ByteCost, ParameterCost, TimedCost
 from rankpilot.cost.savers import Saved
 from rankpilot.errors import ConfigError, DataError, RunFolderError
 from rankpilot.lora.spec import RankLadder
 from rankpilot.plan.goal import Goal
 from rankpilot.plan.problem import AllocationProblem
+from rankpilot.plan.worth import FEATURES
 
 MODULES = ("layer.1.query", "layer.0.query", "layer.0.dense")
 STEPS = (0, 36, 68, 100)
@@ -38,23 +40,22 @@ def make_problem(limit: float = 1e9 + 1, **changes: Any) -> AllocationProblem:
     return replace(AllocationProblem(ranks, most, blocks, cost, limit, RankLadder(), 2, hysteresis=0.2), **changes)
 
 
-def make_deliberation(**changes: Any) -> Deliberation:
-    """Four candidates with three plans for three modules, on which two networks vote."""
-    deliberation = Deliberation(
-        candidates=("uniform", "top-down", "actor", "drawn 0"),
-        weights=np.array([[0.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.5, 2.0]]),
-        placements=np.array([[0.5, 0.0], [0.0, 0.0], [-1.0, 2.0], [0.25, -3.0]]),
-        plan_of=np.array([0, 1, 1, 2]),
-        plans=np.array([[2, 2, 2], [4, 1, 2], [8, 0, 1]]),
-        votes=np.array([[0.0, 0.5, 0.25], [0.0, 0.5, -0.25]], dtype=np.float32),
-        lcb_coefficient=1.0,
-        tie=0.0,
-        actor_gains=np.array([0.25, 1.0]),
-        actor_estimate=np.array([0.5, -0.5, 0.0]),
-        actor_scores=np.array([1.0, -1.0, 0.0]),
+def make_choice(**changes: Any) -> Choice:
+    """Plain LoRA and two other plans for three modules, of which the second is taken."""
+    parts = np.zeros((3, len(FEATURES)))
+    parts[1:] = np.linspace(-0.01, 0.02, 2 * len(FEATURES)).reshape(2, -1)
+    found = Choice(
+        names=("rank 8 on all modules", "rank 4 on the top layer", "as much as fits"),
+        plans=np.array([[8, 8, 8], [4, 0, 0], [8, 1, 128]]),
+        parts=parts,
+        spread=np.array([0.0, 0.125, 1 / 3]),
+        costs=np.array([3.0, 1.0, 1 / 3]),
+        seconds=None,
+        fits=np.array([False, True, True]),
+        goal=Goal(),
         taken=1,
     )
-    return replace(deliberation, **changes)
+    return replace(found, **changes)
 
 
 def make_record(number: int = 0, **changes: Any) -> DecisionRecord:
@@ -73,9 +74,7 @@ def make_record(number: int = 0, **changes: Any) -> DecisionRecord:
         loss=0.7 - 0.1 * number,
         measured_cost=None if number == 0 else 8e8,
         observation=Observation(features, run, problem, MODULES),
-        decision=Decision(
-            np.array([5, 1, 4]), np.array([0.1, 1 / 3, -2.0]), 4.0, 3.5, -12.5, 0.75, 0.125, False, make_deliberation()
-        ),
+        decision=Decision(np.array([5, 1, 4]), np.array([0.1, 1 / 3, -2.0]), 4.0, 3.5, False, make_choice()),
         rank_clipped=np.array([4, 1, 4]),
         rank_after=np.array([4, 1, 2]),
         predicted_cost=9e8 + 1,
@@ -130,11 +129,8 @@ OF_ANOTHER = "is missing, damaged or of another decision"
             "decision": Decision(
                 np.array([1, 2, 4]),
                 np.zeros(3),
-                deliberation=make_deliberation(
-                    temperature=0.25, seed=7, taken=3, trained=True, unit="log loss", goal=Goal("time", 0.02),
-                    doubt=0.1, outside={"horizon": (1.0, -0.30103, 0.30103)}, simple=1, plain=2,
-                    costs=np.array([1.0, 2.0, 1 / 3]), seconds=np.array([0.1, 0.2, 0.3]),
-                    allowed=np.array([True, True, False]), broad=np.array([True, False, True]),
+                choice=make_choice(
+                    taken=2, goal=Goal("time", 0.02), seconds=np.array([0.1, 0.2, 0.3]), caveats=("it learns labels",)
                 ),
             )
         },
@@ -160,7 +156,10 @@ def test_a_line_tells_the_decision_without_the_arrays(log: DecisionLog) -> None:
     assert told.items() <= lines[1].items()
     arrays = safetensors.numpy.load_file(log.folder / "decision-000001.safetensors")
     assert arrays["rank_after"].tolist() == [4, 1, 2]
-    assert arrays["deliberation.votes"].tolist() == make_deliberation().votes.tolist()
+    assert arrays["choice.plans"].tolist() == make_choice().plans.tolist()
+    assert arrays["choice.spread"].tolist() == make_choice().spread.tolist()
+    assert lines[1]["choice"]["names"] == list(make_choice().names)
+    assert lines[1]["choice"]["goal"] == {"kind": "quality", "tolerance": 0.01}
 
 
 def test_a_table_has_a_row_for_each_module(log: DecisionLog) -> None:
@@ -184,10 +183,10 @@ def test_a_table_has_a_row_for_each_module(log: DecisionLog) -> None:
         "hysteresis": 0.2,
         "rank_floor": 4.0,
         "depth_bias": 3.5,
-        "log_prob": -12.5,
-        "expected": 0.75,
+        "expected": make_choice().expected[1],
+        "spread": 0.125,
     }
-    expected |= {"uncertainty": 0.125, "margin": 0.5, "tie_size": 1, "kept": False, "filled": 0, "correction": False}
+    expected |= {"kept": False, "filled": 0, "correction": False}
     expected |= {"module_index": 1, "module": "layer.0.query", "block": 0, "pinned": True, "note": "left alone"}
     expected |= {"rank_before": 2, "rank_wanted": 1, "rank_clipped": 1, "rank_after": 1, "changed_by_projection": False}
     expected |= {"score": 1 / 3}  # float64: the projection can be replayed exactly
@@ -309,8 +308,8 @@ def test_a_log_of_the_version_before_is_refused_in_one_line(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 6}, "is no decision of log schema 5: its schema is 6. Read it with the version"),
-        ({"schema": None}, "is no decision of log schema 5: its schema is None"),
+        ({"schema": 5}, "is no decision of log schema 6: its schema is 5. Read it with the version"),
+        ({"schema": None}, "is no decision of log schema 6: its schema is None"),
         ({"step": "1"}, "is damaged: step is '1'"),
         ({"decision": True}, "is damaged: decision is True"),
         ({"limit": None}, "is damaged: limit is None"),
@@ -346,9 +345,22 @@ def test_arrays_that_cannot_be_read_are_named(log: DecisionLog, content: bytes |
     [
         ({"rank_after": np.zeros(2, dtype=np.int64)}, {}, OF_ANOTHER),
         ({"rank_wanted": None}, {}, OF_ANOTHER),
-        ({"deliberation.plan_of": np.array([0, 1, 1, 9])}, {}, "lead to 3 plans"),
-        ({"deliberation.votes": np.zeros((2, 4), dtype=np.float32)}, {}, "has shape"),
-        ({}, {"taken": 4}, "candidate 4 of 4"),
+        ({"choice.plans": np.zeros((3, 2), dtype=np.uint16)}, {}, r"plans holds no finite numbers of shape \(3, 3\)"),
+        ({"choice.parts": np.zeros((3, len(FEATURES) - 1))}, {}, "parts holds no finite"),
+        ({"choice.spread": np.zeros(2)}, {}, "spread holds no finite"),
+        ({"choice.seconds": np.zeros(4)}, {}, "seconds holds no finite"),
+        ({"choice.fits": None}, {}, OF_ANOTHER),
+        ({"choice.fits": np.ones(3)}, {}, "fits holds no finite numbers .* and type bool"),
+        ({"choice.costs": np.arange(3)}, {}, "costs holds no finite numbers .* and type float64"),
+        ({"choice.spread": np.array([0.0, np.nan, 1.0])}, {}, "spread holds no finite"),
+        ({}, {"taken": 3}, "plan 3 of 3"),
+        ({}, {"taken": -1}, "plan -1 of 3"),
+        ({}, {"taken": True}, "plan True of 3"),
+        ({}, {"names": ["a", "b"]}, "holds no finite"),
+        ({}, {"names": ["a", "b", 5]}, "names and caveats are no texts"),
+        ({}, {"caveats": "many"}, "names and caveats are no texts"),
+        ({}, {"goal": {"kind": "speed", "tolerance": 0.01}}, "goal is one of"),
+        ({}, {"goal": None}, OF_ANOTHER),
     ],
 )
 def test_a_decision_that_contradicts_itself_is_refused(
@@ -359,7 +371,7 @@ def test_a_decision_that_contradicts_itself_is_refused(
     described = {"rankpilot.features": json.dumps([MODULE_FEATURES, RUN_FEATURES])}
     safetensors.numpy.save_file(changed, path, described)
     rows = [json.loads(row) for row in lines.read_text().splitlines()]
-    rows[1]["deliberation"] |= line
+    rows[1]["choice"] |= line
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(RunFolderError, match=message):
         log.logged(1)
@@ -386,3 +398,34 @@ def test_a_decision_made_from_other_features_is_named(log: DecisionLog) -> None:
 def test_a_contradictory_record_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         make_record(**changes)
+
+
+# A decision in one line -----------------------------------------------------------------------------------------------
+
+GIB = 2**30
+BEFORE = np.array([8, 8, 8, 8])
+
+
+@pytest.mark.parametrize(
+    ("after", "cost", "limit", "unit", "line"),
+    [
+        ([16, 4, 8, 8], 12.1 * GIB, 12.3 * GIB, "bytes", "2 modules moved, 12.1 of 12.3 GiB, mean rank 9.0"),
+        ([8, 8, 8, 0], 0.5 * GIB, 1.5 * GIB, "bytes", "1 module moved, 0.5 of 1.5 GiB, mean rank 6.0"),
+        ([8, 8, 8, 8], 900 * 2**20, 1000 * 2**20, "bytes", "no module moved, 900 of 1,000 MiB, mean rank 8.0"),
+        ([1, 1, 1, 2], 240_000, 300_000, "parameters", "4 modules moved, 240,000 of 300,000 parameters, mean rank 1.2"),
+    ],
+)
+def test_line(after: list[int], cost: float, limit: float, unit: str, line: str) -> None:
+    assert decision_line(28, BEFORE, np.array(after), cost, limit, unit) == f"step 28: {line}"
+
+
+def test_line_of_a_record() -> None:
+    assert make_record(1).line() == "step 36: 3 modules moved, 858 of 954 MiB, mean rank 2.3"
+    problem = make_problem(cost=ParameterCost(np.array([[100.0, 200.0, 300.0]])), limit=1800.0)
+    record = make_record(1, problem=problem, predicted_cost=1500.0)
+    assert record.line() == "step 36: 3 modules moved, 1,500 of 1,800 parameters, mean rank 2.3"
+
+
+def test_distances_by_hand() -> None:
+    plans = np.array([[1, 3, 0], [1, 1, 3]])
+    assert plan_distance(plans, plans[1]).tolist() == pytest.approx([(0 + 1 + 2) / 3, 0])

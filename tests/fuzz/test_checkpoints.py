@@ -1,4 +1,4 @@
-"""Checkpoints: of a fine-tune, of a loop of one's own, of a training of policies; its plan runs and comparisons."""
+"""Checkpoints: of a fine-tune, of a loop of one's own, of a training of policies; and its comparisons."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pytest
 import rankpilot
 import torch
 from hypothesis import strategies as st
-from rankpilot.env.proxy_task import ProxyTask
 from rankpilot.errors import RunFolderError
 from rankpilot.finetune.checkpoint import (
     OPTIMIZER,
@@ -27,7 +26,6 @@ from rankpilot.finetune.checkpoint import (
     save_state,
 )
 from rankpilot.training.compare import log_folder
-from rankpilot.training.plan_runs import RUNS, PlanRun, plan_dataset, read_plan_run, write_plan_run
 from rankpilot.training.results import read_rows
 from rankpilot.training.train import Validation, restore, write_checkpoint
 from transformers import LlamaConfig
@@ -188,34 +186,7 @@ def test_a_training_s_archive_that_unpacks_to_more_than_it_is(tmp_path: Path) ->
     assert restored(path) == DONE
 
 
-# Plan runs and comparisons of a training ------------------------------------------------------------------------------
-
-
-@cache
-def plan_run() -> bytes:
-    """Runs of one task on two modules."""
-    generator, shape = np.random.default_rng(0), (2, RUNS, 2)
-    runs = PlanRun(
-        modules=generator.normal(size=(*shape, 3)).astype(np.float32),
-        scores=generator.normal(size=shape).astype(np.float32),
-        run=generator.normal(size=(2, RUNS, 4)).astype(np.float32),
-        ranks=generator.integers(0, 8, shape),
-        losses=generator.uniform(1, 2, RUNS),
-        initial=np.full(RUNS, 3.0),
-        choices=np.zeros((2, RUNS), dtype=np.int8),
-        tasks=(ProxyTask("shift", 1),),
-        names=("a", "b"),
-    )
-    return files_of(lambda folder: write_plan_run(runs, folder / "runs"))["runs"]
-
-
-@fuzz(st.deferred(lambda: damaged_tensors(plan_run())), examples=40)
-def test_plan_runs(content: bytes) -> None:
-    with folder_of({"00000.safetensors": content}) as folder:
-        runs = read_plan_run(folder / "00000.safetensors")
-        if runs.modules.dtype == np.float32:
-            plan_dataset([runs])
-
+# Comparisons of a training --------------------------------------------------------------------------------------------
 
 ROW = {
     "policy": "p", "task": "t", "seed": 1, "kind": "shift", "base": "b", "family": "llama", "depth": 4, "budget": 0.5,

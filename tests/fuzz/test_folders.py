@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from peft import LoraConfig
-from rankpilot.agents.learned.networks import PlanValueConfig, PlanValueEnsemble, RankNetwork
+from rankpilot.agents.learned.networks import RankNetwork
 from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy, policy_schedule, save_policy
 from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
@@ -37,10 +37,10 @@ from .running import fuzz
 
 @cache
 def small_policy() -> Files:
-    """One with a small network and two small value networks."""
+    """One with a small network."""
     torch.manual_seed(0)
-    network, ensemble = RankNetwork(NetworkConfig(width=4)), PlanValueEnsemble(PlanValueConfig(count=2, width=4))
-    files = files_of(lambda folder: save_policy(folder, network, DecisionSchedule(), {"name": "small"}, ensemble))
+    network = RankNetwork(NetworkConfig(width=4))
+    files = files_of(lambda folder: save_policy(folder, network, DecisionSchedule(), {"name": "small"}))
     return files | {CARD: as_text(json.loads(files[CARD]) | {"versions": {}})}
 
 

@@ -98,7 +98,7 @@ def test_uniform_is_the_one_that_a_full_search_finds(seed):
     problem = transformer_problem(seed)
     fitting_layers = [k for k in range(1, 6) if problem.fits(top_layers(problem, k, 8))]
     layers = max(fitting_layers, default=1)
-    fitting = [r for r in range(1, 65) if problem.fits(top_layers(problem, layers, r))]
+    fitting = [r for r in range(1, problem.ladder.ranks[-1] + 1) if problem.fits(top_layers(problem, layers, r))]
     expected = top_layers(problem, layers, fitting[-1]) if fitting else pack(problem, np.zeros(35), 1.0)
     assert uniform_ranks(problem).tolist() == expected.tolist()
 

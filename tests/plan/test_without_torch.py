@@ -14,6 +14,7 @@ from rankpilot.plan.problem import best_plan
 from rankpilot.plan.plan import top_down
 from rankpilot.plan.plan import check_budget, project, uniform_ranks
 from rankpilot.plan.problem import AllocationProblem
+from rankpilot.plan.worth import Modules, packaged_worth
 from rankpilot.lora.spec import ModuleSpec
 from rankpilot.cost.cost import ParameterCost, plan_cost
 
@@ -26,6 +27,8 @@ utility = np.log1p(problem.ladder.array)[None].repeat(len(modules), axis=0)
 plans = project(problem, wanted, np.zeros(len(modules))).ranks, top_down(problem), best_plan(problem, utility)
 for ranks in (*plans, uniform_ranks(problem)):
     assert ranks.any() and plan_cost(problem.cost, ranks) <= problem.limit
+worth = Modules(np.arange(8) % 2 == 1, problem.blocks / 3, 64.0)
+assert packaged_worth().parts(worth.features(np.stack(plans))).any()
 print([name for name in ("torch", "transformers", "peft", "psutil") if name in sys.modules])
 """
 

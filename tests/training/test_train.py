@@ -25,27 +25,21 @@ from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES
 from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.common import workers
 from rankpilot.common.files import read_json, read_json_lines
-from rankpilot.env.proxy_finetune import first_problem
 from rankpilot.env.proxy_task import ProxyTask, Reference, find_tasks
 from rankpilot.env.rank_allocation import action_space, observation_space
 from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError
-from rankpilot.plan.plan import uniform_ranks
 from rankpilot.training import task_sampling as draws
 from rankpilot.training import train as ppo_progress
 from rankpilot.training import train as training
 from rankpilot.training.config import TrainConfig
-from rankpilot.training.plan_runs import PLAN_RUNS, RUNS
-from rankpilot.training.task_sampling import for_plain_lora, fresh_tasks, plan_draws
+from rankpilot.training.task_sampling import fresh_tasks
 from rankpilot.training.train import CHECKPOINT, PROGRESS, Validation, finish, is_finished, train, write_checkpoint
 from rankpilot.training.vec_env import GroupRolloutBuffer, ProxyVecEnv, RankPolicy
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from benchmarks.plan_runs import write_real_plan_runs
-
 from ..cases import first_cases
-from .made_up import real_plan_run
 
 CONFIG = TrainConfig(
     iterations=3,
@@ -64,7 +58,6 @@ CONFIG = TrainConfig(
 )
 BARE = dataclasses.replace(CONFIG, iterations=2, warm_tasks=0, validation_tasks=0)
 BEGIN = [("validation", 0, 3), ("warm start", 0, 2), ("warm start", 2, 2), ("validation", 0, 3)]
-TRIED = dataclasses.replace(BARE, iterations=1, plan_tasks=2)
 
 
 def same_weights(left: RankNetwork, right: RankNetwork) -> bool:
@@ -137,12 +130,6 @@ def of_parameters(tasks: tuple[ProxyTask, ...]) -> tuple[ProxyTask, ...]:
     return tuple(dataclasses.replace(task, unit="parameters", checkpointing=False, priced_rows=None) for task in tasks)
 
 
-@pytest.fixture
-def _small_ensemble(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Value ensembles of the usual unit with few and narrow networks."""
-    monkeypatch.setattr(training, "ANY_COST", dataclasses.replace(training.ANY_COST, count=2, width=8))
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _small_tasks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -187,7 +174,7 @@ def test_rows_of_progress(whole: Run) -> None:
         assert row["return_p10"] <= row["return_mean"] <= row["return_p90"]
         assert row["spread_in_groups"] >= 0
         assert 0 < row["adapted"] <= 1
-        assert row["adapted"] <= row["mean_rank"] <= 64
+        assert row["adapted"] <= row["mean_rank"] <= 128
         assert len(row["tasks"]) == len(row["returns"]) == 1
         assert row["score_std"] == pytest.approx(CONFIG.network.score_std, rel=0.1)
         assert {"rank_floor_std", "depth_bias_std", "loss", "approx_kl", "value_loss"} <= set(row)
@@ -376,58 +363,6 @@ class _Payload:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (self.path,))
-
-
-# Trials ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("_small_ensemble")
-def test_plan_runs_give_the_policy_critics(
-    tmp_path: Path, make_observation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also if a run is interrupted among them, and in processes; byte for byte the same."""
-    with_tasks(monkeypatch, of_parameters)
-    run = noted(TRIED, tmp_path / "one" / "pilot")
-    assert run.stages == [("training", 1, 1), *(("plan runs", done, 2) for done in range(3)), ("value ensemble", 2, 2)]
-    finish(run.folder, run.policy, TRIED)
-    facts = read_json(run.folder / CARD)["plan_runs"]
-    assert facts["runs"] == 2 * RUNS
-    loaded = load_policy(run.folder)
-    assert isinstance(loaded, LearnedPolicy)
-    assert loaded.value_ensemble is not None
-    with torch.no_grad():
-        assert all(float(value.abs().max()) > 0 for value in loaded.value_ensemble.parameters())
-    observation = make_observation(9)
-    np.testing.assert_array_equal(loaded.decide(observation).ranks, run.policy.decide(observation).ranks)
-
-    other = tmp_path / "two" / "pilot"
-    spread = dataclasses.replace(TRIED, workers=2, stacks=1)
-    noted(spread, other)
-    (other / PLAN_RUNS / "00001.safetensors").unlink()
-    again = noted(spread, other, resume=True)
-    assert again.stages[:2] == [("plan runs", 1, 2), ("plan runs", 2, 2)], "one of the two was there"
-    finish(again.folder, again.policy, spread)
-    assert (other / WEIGHTS).read_bytes() == (run.folder / WEIGHTS).read_bytes()
-
-
-@pytest.mark.usefixtures("_small_ensemble")
-def test_the_value_ensemble_learns_from_real_fine_tunes_too(tmp_path: Path) -> None:
-    real = real_plan_run(36)
-    packed = tmp_path / "packed"
-    stuck = dataclasses.replace(real, losses=np.array([*real.losses[:-1], 2.98]))
-    write_real_plan_runs([real, stuck, real], packed)
-    config = dataclasses.replace(TRIED, more_plan_runs=str(packed))
-    run = noted(config, tmp_path / "pilot")
-    finish(run.folder, run.policy, config)
-    assert read_json(run.folder / CARD)["plan_runs"]["runs"] == (2 + 2) * RUNS, "the one that is stuck tells nothing"
-    assert run.policy.value_ensemble is not None
-
-    packed.write_bytes(b"damaged")
-    with pytest.raises(RunFolderError, match="cannot be read"):
-        train(config, tmp_path / "other")
-    assert not (tmp_path / "other").exists(), "it is read before anything else"
-    with pytest.raises(ConfigError, match="more_plan_runs needs plan_tasks above 0"):
-        dataclasses.replace(config, plan_tasks=0)
 
 
 def test_what_a_training_opened_is_closed_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -641,42 +576,3 @@ def test_the_plumbing_learns_a_known_optimum() -> None:
     assert scores < 0.25
     assert rank_floor < 0.25
     assert depth_bias < 0.25
-
-
-def test_a_budget_in_which_no_module_fits_has_a_rate_all_the_same() -> None:
-    fresh = fresh_tasks(TrainConfig(bases=CONFIG.bases))
-    task = next(task for suite in fresh.templates for task in suite if task.cost_kind == "bytes")
-    tiny = dataclasses.replace(task, budget=1e-3)
-    assert not uniform_ranks(first_problem(tiny)).any()
-    modules = len(first_problem(tiny).ranks)
-    off = for_plain_lora(tiny).learning_rate / (task.learning_rate * modules**-0.5)
-    assert 2**-0.76 < off < 2**0.76
-
-
-def test_tasks_of_plan_runs() -> None:
-    """Each draw comes twice, as its template is and varied, base by base."""
-    config = TrainConfig(plan_tasks=100, bases=("llama-4x32", "bert-4x32"))
-    fresh = fresh_tasks(config)
-    draws = plan_draws(fresh, config.plan_tasks)
-    half = len(draws) // 2
-    assert len(draws) == 2 * half
-    assert 100 <= sum(map(len, draws)) < 100 + 2 * fresh.count
-    rates = {
-        dataclasses.replace(task, seed=0, learning_rate=1): task.learning_rate
-        for suite in fresh.templates
-        for task in suite
-    }
-    factors = []
-    for plain, varied in zip(draws[:half], draws[half:], strict=True):
-        for task, other in zip(plain, varied, strict=True):
-            of_uniform = rates[dataclasses.replace(task, seed=0, learning_rate=1)]
-            adapted = uniform_ranks(first_problem(task)) > 0
-            share = max(adapted.mean(), 1 / len(adapted))
-            factors.append(np.log2(task.learning_rate / (of_uniform * share**0.5)))
-            assert (task.seed, task.base, task.cost_kind) == (other.seed, other.base, other.cost_kind)
-            assert other.reference is None
-    assert np.ptp(factors) > 1, "rates are drawn around plain LoRA's"
-    assert np.abs(factors).max() <= 0.76
-    bases = [tasks[0].base for tasks in draws[:half]]
-    assert bases == sorted(bases)
-    assert len({task.seed for tasks in draws[:half] for task in tasks}) == half * fresh.count

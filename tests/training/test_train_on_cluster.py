@@ -13,16 +13,12 @@ from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.common.cluster import running_on_cluster
 from rankpilot.env.stacked import rounding_digest
 from rankpilot.training.config import TrainConfig
-from rankpilot.training.plan_runs import PLAN_RUNS
 from rankpilot.training.train import OnStage, Stage, finish, train
 from rankpilot.training.vec_env import ProxyVecEnv
-from safetensors.numpy import load_file
 
 from ..ray_nodes import Nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
-
-Made = tuple[bytes, list[dict[str, bytes]]]
 
 TINY = TrainConfig(
     iterations=2,
@@ -31,7 +27,6 @@ TINY = TrainConfig(
     episodes_per_task=2,
     workers=1,
     warm_tasks=2,
-    plan_tasks=4,
     suites=("planted",),
     bases=("llama-4x32",),
     task_steps=6,
@@ -49,25 +44,20 @@ def nodes() -> Iterator[Nodes]:
         yield nodes
 
 
-def trained(config: TrainConfig, folder: Path, on_stage: OnStage | None = None) -> Made:
-    """Train; returns the file of what was learned, and the arrays of the plan runs that it was learned from."""
+def trained(config: TrainConfig, folder: Path, on_stage: OnStage | None = None) -> bytes:
+    """Train; returns the file of what was learned."""
     finish(folder, train(config, folder, on_stage=on_stage), config)
-    # The files themselves may differ: safetensors writes metadata in no certain order.
-    plan_runs = [load_file(path) for path in sorted((folder / PLAN_RUNS).glob("*.safetensors"))]
-    assert len(plan_runs) == 4
-    return (folder / WEIGHTS).read_bytes(), [
-        {name: array.tobytes() for name, array in arrays.items()} for arrays in plan_runs
-    ]
+    return (folder / WEIGHTS).read_bytes()
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """What one process makes."""
     return trained(TINY, tmp_path_factory.mktemp("one") / "policy")
 
 
 @pytest.mark.long
-def test_two_nodes_train_the_same_policy(nodes: Nodes, alone: Made, tmp_path: Path) -> None:
+def test_two_nodes_train_the_same_policy(nodes: Nodes, alone: bytes, tmp_path: Path) -> None:
     lines: list[str] = []
     with running_on_cluster(nodes.address, rounding_digest, lines.append):
         made = trained(replace(TINY, workers=0), tmp_path / "policy")
@@ -77,9 +67,9 @@ def test_two_nodes_train_the_same_policy(nodes: Nodes, alone: Made, tmp_path: Pa
 
 @pytest.mark.long
 def test_an_actor_and_then_a_node_are_lost(
-    nodes: Nodes, alone: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nodes: Nodes, alone: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The actor dies in the middle of a round, between two decisions; the node while plans are run."""
+    """The actor dies in the middle of a round, between two decisions; the node after an iteration."""
     step: Callable[[ProxyVecEnv], Any] = ProxyVecEnv.step_wait
     lost: list[str] = []
 
@@ -89,13 +79,13 @@ def test_an_actor_and_then_a_node_are_lost(
             lost.append("actor")
         return step(envs)
 
-    def lose_at_the_first_plan_run(stage: Stage) -> None:
-        if (stage.name, stage.done) == ("plan runs", 1):
+    def lose_after_the_first_iteration(stage: Stage) -> None:
+        if (stage.name, stage.done) == ("training", 1):
             nodes.remove(nodes.nodes[0])
             lost.append("node")
 
     monkeypatch.setattr(ProxyVecEnv, "step_wait", kill_at_the_second_decision)
     with running_on_cluster(nodes.address, rounding_digest):
-        made = trained(replace(TINY, workers=2), tmp_path / "policy", lose_at_the_first_plan_run)
+        made = trained(replace(TINY, workers=2), tmp_path / "policy", lose_after_the_first_iteration)
     assert lost == ["actor", "node"]
     assert made == alone
