@@ -51,7 +51,7 @@ class Policy(Protocol):
 
 
 def reads_signals(policy: Policy) -> bool:
-    """Whether a policy reads the signals of modules, for which they are probed; any does that does not say otherwise."""
+    """Whether a policy reads the signals of modules, for which they are probed: any that does not say otherwise."""
     return bool(getattr(policy, "reads_signals", True))
 
 

@@ -152,7 +152,7 @@ def fit(sweeps: Sequence[Sweep]) -> RateRule:
     weights = {name: PUBLISHED_WEIGHT if name == "published" else 1.0 for name in groups}
 
     def rule_of(values: Sequence[float]) -> RateRule:
-        return RateRule(*(math.exp(values[0]), *values[1:], RULE.of_share))
+        return RateRule(math.exp(values[0]), *values[1:], RULE.of_scale, RULE.of_rank, RULE.of_share)
 
     def loss(values: Sequence[float]) -> float:
         rule = rule_of(values)
@@ -160,12 +160,9 @@ def fit(sweeps: Sequence[Sweep]) -> RateRule:
             name: np.mean([min(sweep.regret(sweep.rate(rule), beyond=True), MOST_REGRET) for sweep in group])
             for name, group in groups.items()
         }
-        mean = sum(weights[name] * value for name, value in means.items()) / sum(weights.values())
-        return float(mean + 0.02 * (rule.of_scale + 0.5) ** 2 + 0.01 * rule.of_rank**2)
+        return float(sum(weights[name] * value for name, value in means.items()) / sum(weights.values()))
 
-    starts = [
-        [math.log(6e-4), width, -0.2, 0.2, loss_power, -0.4, 0.0] for width, loss_power in ((-0.3, 0.8), (-0.6, 0.2))
-    ]
+    starts = [[math.log(6e-4), width, -0.2, 0.2, loss_power] for width, loss_power in ((-0.3, 0.8), (-0.6, 0.2))]
     settings = {"maxiter": 4000, "xatol": 1e-3, "fatol": 1e-4, "adaptive": True}
     found = [minimize(loss, start, method="Nelder-Mead", options=settings) for start in starts]
     return rule_of(min(found, key=lambda each: float(each.fun)).x)

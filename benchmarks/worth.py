@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 from rankpilot.agents.observation import ModuleShapes
-from rankpilot.common.arrays import FloatArray
+from rankpilot.common.arrays import BoolArray, FloatArray
 from rankpilot.common.files import read_json_lines, write_json, write_text
 from rankpilot.common.text import make_table
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import REFERENCE_RANK, ModuleSpec
 from rankpilot.plan.goal import CAUTION, CAUTION_OF_GOALS
-from rankpilot.plan.rate import RULE, Look
+from rankpilot.plan.rate import LEAST_SHARE, RULE, Look
 from rankpilot.plan.worth import FEATURES, FILE, Modules, PlanWorth, distance
 from rich.console import Console
 from scipy.stats import spearmanr
@@ -40,8 +40,12 @@ EARLIER = Path(__file__).parent / "results" / "plan_losses.json"
 ROUNDS = 60
 """Rounds of expectation maximisation."""
 
-FAR = 0.8
-"""Runs at a rate further off the rule's, in log, are fitted on and not judged on: no decision takes such a rate."""
+FAR = 0.6
+"""Runs at a rate further off the rule's, in log, or at a scale further off in powers of 2, are not judged: no decision
+takes them. They are fitted on."""
+
+BESIDE = ("rate", "its square", "scale", "rate x scale", "rate x rank", "rate x share")
+"""What differs between rows beside the features: decisions leave the rate to the rule and the scale to alpha."""
 
 OUTLIER = 0.08
 """What no feature explains counts as at most this, in log loss."""
@@ -72,19 +76,38 @@ class FineTune:
     Attributes:
         model: what is left out together.
         name: of the fine-tune.
-        features: (P, F), those of the plan and then log(rate / rule's) and its square.
+        features: of the plans, (P, F).
+        off: log of the rate over the rule's, (P,).
+        scale: mean of log2(scale / scale at the same alpha), (P,).
         losses: the log of the held-out loss, (P,).
     """
 
     model: str
     name: str
     features: FloatArray
+    off: FloatArray
+    scale: FloatArray
     losses: FloatArray
 
     @property
     def weights(self) -> FloatArray:
         """How much each row counts: the less, the further it is from plain LoRA at the rule's rate, (P,)."""
-        return np.asarray(1 / np.maximum(distance(self.features[:, :-2]) + 0.1 * self.features[:, -1], 0.1))
+        return np.asarray(1 / np.maximum(distance(self.features) + 0.1 * self.off**2, 0.1))
+
+    @property
+    def columns(self) -> FloatArray:
+        """The features, and `BESIDE` them, (P, F + len(BESIDE))."""
+        names = list(FEATURES)
+        rank = sum(self.features[:, names.index(f"rank of {kind} modules")] for kind in ("MLP", "attention")) / 2
+        adapted = 1 - np.sqrt(self.features[:, names.index("few modules")])
+        share, off = np.log(np.maximum(adapted, LEAST_SHARE)), self.off
+        beside = [off, off**2, self.scale, off * self.scale, off * rank, off * share]
+        return np.column_stack([self.features, *beside])
+
+    @property
+    def plain(self) -> BoolArray:
+        """Which rows are plain LoRA, bool (P,)."""
+        return np.asarray(~self.features.any(axis=1) & (self.scale == 0))
 
 
 def specs_of(model: str) -> tuple[ModuleSpec, ...]:
@@ -115,11 +138,12 @@ def loss_runs() -> Iterator[FineTune]:
             alpha = 2.0 * REFERENCE_RANK / np.maximum(found, 1) * extra
             factor = RULE.factor(found, alpha, np.full(len(specs), 2.0))
             ranks.append(found)
-            scales.append(np.where(found > 0, extra, 1.0))
+            scales.append(float(np.log2(extra[found > 0]).mean()))
             off.append(math.log(rate / (plain * factor)))
             losses.append(math.log(loss))
-        features = modules.features(np.array(ranks, dtype=np.int64), np.array(scales))
-        yield _fine_tune(model, f"{model} / {text}, {steps} steps of {rows}", features, np.array(off), losses)
+        features = modules.features(np.array(ranks, dtype=np.int64))
+        name = f"{model} / {text}, {steps} steps of {rows}"
+        yield FineTune(model, name, features, np.array(off), np.array(scales), np.array(losses))
 
 
 def earlier() -> Iterator[FineTune]:
@@ -128,8 +152,7 @@ def earlier() -> Iterator[FineTune]:
         layers, wide = np.array(packed["layers"]), np.array([kind == "1" for kind in packed["mlp"]])
         modules = Modules(wide, layers / layers.max(), width_of(packed["model"]))
         features = modules.features(np.array(packed["ranks"], dtype=np.int64))
-        losses = np.log(packed["losses"]).tolist()
-        yield _fine_tune(packed["model"], packed["name"], features, np.zeros(len(losses)), losses)
+        yield _at_its_rate(packed["model"], packed["name"], features, packed["losses"])
 
 
 def sweeps() -> Iterator[FineTune]:
@@ -143,8 +166,7 @@ def sweeps() -> Iterator[FineTune]:
         if len(by_rank) >= 2:
             modules = _modules(specs_of("smollm2-8"), widths[model])
             ranks = np.array([np.full(len(modules.wide), rank) for rank in by_rank], dtype=np.int64)
-            losses = np.log(list(by_rank.values())).tolist()
-            yield _fine_tune("published", model, modules.features(ranks), np.zeros(len(losses)), losses)
+            yield _at_its_rate("published", model, modules.features(ranks), list(by_rank.values()))
 
 
 def _modules(specs: Sequence[ModuleSpec], width: int) -> Modules:
@@ -152,34 +174,58 @@ def _modules(specs: Sequence[ModuleSpec], width: int) -> Modules:
     return Modules(ModuleShapes.of(specs).wide, blocks / blocks.max(), width)
 
 
-def _fine_tune(model: str, name: str, features: FloatArray, off: FloatArray, losses: Sequence[float]) -> FineTune:
-    return FineTune(model, name, np.column_stack([features, off, off**2]), np.array(losses))
+def _at_its_rate(model: str, name: str, features: FloatArray, losses: Sequence[float]) -> FineTune:
+    """A fine-tune all of whose plans had the rate that is theirs, and the scale of one alpha."""
+    nothing = np.zeros(len(losses))
+    return FineTune(model, name, features, nothing, nothing, np.log(losses))
 
 
-def fit(fine_tunes: Sequence[FineTune]) -> PlanWorth:
-    """The effects of the features and their covariance over fine-tunes."""
-    size = len(FEATURES) + 2
-    effects, covariance, noise = np.zeros(size), 4e-4 * np.eye(size), 1e-4
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """What was fitted: of each column its mean effect and the covariance over fine-tunes, and the noise (variance)."""
+
+    mean: FloatArray
+    covariance: FloatArray
+    noise: float
+
+    @property
+    def worth(self) -> PlanWorth:
+        """The effects of the features; what is not known of their means counts too."""
+        size = len(FEATURES)
+        return PlanWorth(self.mean[:size], self.covariance[:size, :size], math.sqrt(self.noise))
+
+    @property
+    def powers(self) -> dict[str, float]:
+        """By what the best rate's powers of scale, rank and share differ from the rule's."""
+        curvature = 2 * self.mean[-5]
+        return {
+            "scale": -self.mean[-3] / curvature / math.log(2),
+            "rank, at one alpha": -self.mean[-2] / curvature / math.log(2),
+            "share": -self.mean[-1] / curvature,
+        }
+
+
+def fit(fine_tunes: Sequence[FineTune]) -> Effects:
+    """The effects of all columns, by expectation maximisation."""
+    tables = [(each.columns, each.losses, each.weights[:, None]) for each in fine_tunes]
+    size = tables[0][0].shape[1]
+    mean, covariance, noise = np.zeros(size), 4e-4 * np.eye(size), 1e-4
     for _ in range(ROUNDS):
         inverse, means, covariances, squares, count = np.linalg.inv(covariance), [], [], 0.0, 0
-        for each in fine_tunes:
-            weights = each.weights[:, None]
-            features = each.features - (weights * each.features).sum(axis=0) / weights.sum()
-            losses = each.losses - float(weights[:, 0] @ each.losses) / weights.sum()
+        for columns, losses, weights in tables:
+            features = columns - (weights * columns).sum(axis=0) / weights.sum()
+            centred = losses - float(weights[:, 0] @ losses) / weights.sum()
             posterior = np.linalg.inv((weights * features).T @ features / noise + inverse)
-            mean = posterior @ ((weights * features).T @ losses / noise + inverse @ effects)
-            left = np.clip(losses - features @ mean, -OUTLIER, OUTLIER)
+            own = posterior @ ((weights * features).T @ centred / noise + inverse @ mean)
+            left = np.clip(centred - features @ own, -OUTLIER, OUTLIER)
             squares += float(weights[:, 0] @ left**2 + np.trace((weights * features) @ posterior @ features.T))
             count += len(losses) - 1
-            means.append(mean)
+            means.append(own)
             covariances.append(posterior)
-        effects = np.mean(means, axis=0)
-        spread = [np.outer(mean - effects, mean - effects) for mean in means]
-        covariance = np.mean([one + other for one, other in zip(spread, covariances, strict=True)], axis=0)
-        covariance, noise = covariance + 1e-7 * np.eye(size), max(squares / count, 1e-6)
-    size -= 2
-    of_mean = covariance / len(fine_tunes)  # what is not known of the mean itself
-    return PlanWorth(effects[:size], (covariance + of_mean)[:size, :size], math.sqrt(noise))
+        mean = np.mean(means, axis=0)
+        spread = [np.outer(own - mean, own - mean) + other for own, other in zip(means, covariances, strict=True)]
+        covariance, noise = np.mean(spread, axis=0) + 1e-7 * np.eye(size), max(squares / count, 1e-6)
+    return Effects(mean, covariance * (1 + 1 / len(tables)), noise)
 
 
 @dataclass(frozen=True)
@@ -201,10 +247,9 @@ class Judgement:
 
 def judge(worth: PlanWorth, fine_tune: FineTune) -> Judgement | None:
     """Hold expectations against one fine-tune; None where it has too few plans, or no plain LoRA."""
-    near = np.abs(fine_tune.features[:, -2]) < FAR
-    features, losses, off = fine_tune.features[near, :-2], fine_tune.losses[near], fine_tune.features[near, -2]
-    plain = np.asarray(~features.any(axis=1))
-    others = ~plain
+    near = (np.abs(fine_tune.off) < FAR) & (np.abs(fine_tune.scale) < FAR)
+    features, losses, off = fine_tune.features[near], fine_tune.losses[near], fine_tune.off[near]
+    plain, others = fine_tune.plain[near], ~fine_tune.plain[near]
     if others.sum() < 3 or not plain.any():
         return None
     reference = losses[plain][np.argmin(np.abs(off[plain]))]
@@ -259,7 +304,7 @@ def benchmark(options: Options, console: Console) -> Figures:
     for way, group_of in ways.items():
         judged: dict[str, list[Judgement]] = defaultdict(list)
         for group in sorted({group_of(each) for each in known}):
-            worth = fit([each for each in known if group_of(each) != group])
+            worth = fit([each for each in known if group_of(each) != group]).worth
             for each in known:
                 if group_of(each) == group and (judgement := judge(worth, each)):
                     judged[each.model].append(judgement)
@@ -272,13 +317,17 @@ def benchmark(options: Options, console: Console) -> Figures:
             rows.append((way, model, str(len(found)), *shown))
     columns = ("", "model", "fine-tunes", "rank correlation", "within", "taken", "best")
     console.print(make_table("Expected and real losses of plans; taken and best beside plain LoRA", columns, rows))
-    worth = fit(known)
+    fitted = fit(known)
+    worth = fitted.worth
     spread = np.sqrt(np.diag(worth.covariance))
     effects = [
         (name, f"{100 * mean:+.2f} %", f"{100 * deviation:.2f} %")
         for name, mean, deviation in zip(FEATURES, worth.effects, spread, strict=True)
     ]
     console.print(make_table("Effects on the log loss", ("of", "mean", "over fine-tunes"), effects))
+    powers = ", ".join(f"{name} {value:+.2f}" for name, value in fitted.powers.items())
+    console.print(f"Best rates: powers beside the rule's: {powers}.", markup=False)
+    figures |= {f"power {name}": value for name, value in fitted.powers.items()}
     if options.write:
         rounded = replace(worth, effects=worth.effects.round(6), covariance=worth.covariance.round(9))
         write_json(FILE, rounded.to_json())

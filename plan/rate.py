@@ -56,17 +56,18 @@ class RateRule:
         of_tokens: of the tokens of a step, up to `MOST_TOKENS`.
         of_loss: of the loss before training. A text that the model hardly knows has farther to go.
         of_scale: of the scale of plain LoRA, alpha / 8 (alpha / sqrt(8) under rsLoRA), and of that of a plan beside it.
-        of_rank: of the rank of a plan's modules.
+        of_rank: of the rank of a plan's modules at one scale. With one alpha the scale falls as the rank rises, and
+            the rate hardly changes.
         of_share: of the share of the modules that are adapted.
     """
 
-    rate: float = 5.9e-4
-    of_width: float = -0.56
-    of_steps: float = -0.17
-    of_tokens: float = 0.21
-    of_loss: float = 0.57
-    of_scale: float = -0.24
-    of_rank: float = 0.0
+    rate: float = 8.8e-4
+    of_width: float = -0.48
+    of_steps: float = -0.1
+    of_tokens: float = 0.2
+    of_loss: float = 0.48
+    of_scale: float = -1.0
+    of_rank: float = -0.75
     of_share: float = -0.5
 
     def plain(self, width: int, steps: int, scale: float = REFERENCE_SCALE, look: Look = TYPICAL) -> float:

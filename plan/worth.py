@@ -2,7 +2,7 @@
 
 Plain LoRA has rank 8 on all modules, or the highest that a module can have, and its own best learning rate; a plan has
 the rate that the rule gives it (`plan/rate.py`). A plan is described by a few numbers, `FEATURES`, all 0 for plain
-LoRA: which modules have no adapter, and how ranks and scales differ. Their effects differ from one fine-tune to the
+LoRA: which modules have no adapter, and how ranks differ. Their effects differ from one fine-tune to the
 next, so each has a mean and a covariance over fine-tunes: a linear mixed model (Laird and Ware, Biometrics 38, 1982).
 `python -m benchmarks worth` fits it on real fine-tunes and judges it on those of models left out (docs/decision.md).
 
@@ -37,7 +37,6 @@ FEATURES = {
     "other ranks than 8": "mean of abs(log2(rank / plain LoRA's)) over all modules",
     "rank in a wide model": "mean of log2(rank / plain LoRA's) times log2(width / 512), over 4",
     "lower layers of a wide model": "share of the lower half without adapter, times log2(width / 512), over 4",
-    "scale": "mean of log2(scale / scale of the same alpha), 0 where there is no adapter",
 }
 """The numbers that describe a plan, with their meanings."""
 
@@ -60,20 +59,14 @@ class Modules:
     width: float
     plain: IntArray | int = REFERENCE_RANK
 
-    def features(self, ranks: IntArray, scales: FloatArray | None = None) -> FloatArray:
-        """The features of plans, (P, len(FEATURES)).
-
-        Args:
-            ranks: of P plans, int (P, L).
-            scales: scale of each adapter over what it is at the same alpha, (P, L); 1 by default.
-        """
+    def features(self, ranks: IntArray) -> FloatArray:
+        """The features of P plans with these ranks, int (P, L): (P, len(FEATURES))."""
         adapted = ranks > 0
         missing = np.asarray(1.0 - adapted)
         lower, width = self.depth < 0.5, math.log2(self.width / 512) / 4
         levels = np.asarray(np.where(adapted, np.log2(np.maximum(ranks, 1) / self.plain), 0.0))
         halves = [kind & half for kind in (self.wide, ~self.wide) for half in (lower, ~lower)]
         lowest = np.where(adapted, self.depth, 1.0).min(axis=1)
-        scale = np.zeros_like(levels) if scales is None else np.where(adapted, np.log2(scales), 0.0)
         columns = [
             *(_mean(missing, half) for half in halves),
             missing.mean(axis=1) ** 2,
@@ -82,7 +75,6 @@ class Modules:
             np.abs(levels).mean(axis=1),
             levels.mean(axis=1) * width,
             _mean(missing, lower) * width,
-            scale.mean(axis=1),
         ]
         return np.stack(columns, axis=1)
 
@@ -137,9 +129,8 @@ class PlanWorth:
 
 def distance(features: FloatArray) -> FloatArray:
     """How far plans are from plain LoRA, (P,): 0 for plain LoRA itself, 1 for a plan that differs throughout."""
-    names = list(FEATURES)
-    halves, other, scale = features[:, :4], features[:, names.index("other ranks than 8")], features[:, -1]
-    return np.asarray(np.minimum(1.0, halves.mean(axis=1) + (other + np.abs(scale)) / 4))
+    other = features[:, list(FEATURES).index("other ranks than 8")]
+    return np.asarray(np.minimum(1.0, features[:, :4].mean(axis=1) + other / 4))
 
 
 @cache

@@ -82,13 +82,6 @@ def test_features_by_hand() -> None:
     assert told(half) == {"rank of MLP modules": 1, "rank of attention modules": 1, "other ranks than 8": 1}
 
 
-def test_scales_by_hand() -> None:
-    ranks, scales = np.where(DEPTH > 0.5, PLAIN, 0), np.full((1, 8), 4.0)
-    assert told(model().features(ranks, scales))["scale"] == 2 / 2, "log2(4) on half of the modules"
-    assert told(model().features(PLAIN, scales)) == {"scale": 2}
-    assert distance(model().features(PLAIN, scales)).tolist() == [0.5]
-
-
 def test_distances_by_hand() -> None:
     plans = np.array([[8] * 8, [16] * 8, [128] * 8, [8, 0] * 4, [0] * 4 + [8] * 4, [1] * 8, [0] * 8])
     assert distance(model().features(plans)).tolist() == [0, 0.25, 1, 0.5, 0.5, 0.75, 1]
