@@ -82,6 +82,9 @@ _WANTED = ("rank_floor", "depth_bias")
 _CHOICE = "choice."
 """How the names of arrays of a choice begin."""
 
+MOST_LOG_LOSS = 50.0
+"""More than any part of an expected log loss, and little enough for the exponential of all of them."""
+
 _RANKS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after", "max_ranks", "blocks")
 
 
@@ -601,6 +604,10 @@ def _choice_of(scalars: Mapping[str, Any] | None, arrays: Arrays, modules: int) 
         if name != "seconds" or name in arrays:
             if arrays[name].shape != shape:
                 raise ValueError(f"{name} has shape {arrays[name].shape}, not {shape}")
+            if not (np.abs(arrays[name]) < (MOST_LOG_LOSS if name in ("parts", "spread") else np.inf)).all():
+                raise ValueError(f"{name} holds what is no number of a choice")
+    if arrays["fits"].dtype != np.bool_ or not all(isinstance(text, str) for text in (*names, *scalars["caveats"])):
+        raise ValueError("names and caveats are texts, and plans fit or not")
     if not 0 <= scalars["taken"] < count:
         raise ValueError(f"plan {scalars['taken']} of {count}")
     return Choice(
