@@ -221,7 +221,7 @@ def rates_sentence(record: DecisionRecord) -> str:
     rates = record.rates
     if rates is None or math.isclose(*rates, rel_tol=0.01):
         return ""
-    return f"The plan trains at a peak learning rate of {rates[1]:.3g}, which is {rates[0]:.3g} for plain LoRA."
+    return f"The plan trained at a peak learning rate of {rates[1]:.3g}, which is {rates[0]:.3g} for plain LoRA."
 
 
 def standing_out(record: DecisionRecord) -> list[list[tuple[str, float]]]:

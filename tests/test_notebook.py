@@ -18,19 +18,14 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     runpy.run_path(str(NOTEBOOK), run_name="__main__")
     told = capsys.readouterr().out
     for key_result in (
-        r"default: mean gain over uniform rank [+-]\d\.\d\d of the headroom, on 12 tasks",
+        r"default: mean gain over uniform rank [+-]\d\.\d\d of the headroom, on 8 tasks",
         r"Decisions that differ when they are taken again: 0\n",
-        r"Lower bound: -?\d\.\d{3}",
-        r"  total +[+-]\d\.\d{3}, missed by \d\.\de[+-]\d\d",
-        r"With a budget .* Checked: True",
-        r"Noise of 0\.3 in the log of every signal leaves the plan",
+        r"  total +[+-]\d+\.\d %",
+        r"Fewest bytes, at most 3% more loss: ",
         r"step 0: \d+ of \d+ ranks as signal-mean would have them",
         r"The gain of default over uniform rank is",
-        r"What it changes on the way is worth",
-        r"It leaves uniform rank in \d+% of the runs",
-        r"Rank correlation of what the votes promise and what is gained: [+-]\d\.\d\d",
+        r"It leaves plain LoRA in \d+% of the runs",
         r"signal-mean: [+-]\d\.\d\d of the headroom",
-        r"198 decisions on 12 tasks",
     ):
         assert re.search(key_result, told), key_result
     assert "Checked: False" not in told

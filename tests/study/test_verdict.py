@@ -106,7 +106,7 @@ def test_what_a_choice_adds(run_folder: Path) -> None:
     assert found.warnings == ("Nothing was learned from runs like this one, so trust it less: it learns labels.",)
     assert found.results[1:] == (
         "Expected beside rank 8 on all modules: loss -2.0 %, surely at most -1.0 %.",
-        "The plan trains at a peak learning rate of 0.002, which is 0.001 for plain LoRA.",
+        "The plan trained at a peak learning rate of 0.002, which is 0.001 for plain LoRA.",
     )
     (warning,) = verdict(that_chose(run_folder, four_plans(goal=Goal("bytes"), fits=np.arange(4) == 3))).warnings
     assert warning.startswith("The goal cannot be kept: rank 8 on all modules does not fit the budget")

@@ -54,6 +54,17 @@ def test_a_choice_is_made_again_with_the_goal_of_the_log(
     assert "choice" in redecide(logged, RULE).differences
 
 
+@pytest.mark.parametrize("changes", [{"parts": 1e3}, {"spread": np.nan}, {"fits": 1.0}])
+def test_a_damaged_choice_is_refused(
+    first: Observation, log_decision: Decide, tmp_path: Path, changes: dict[str, float]
+) -> None:
+    logged, log = log_decision(first, chooser()), DecisionLog(tmp_path)
+    arrays = {name: np.full(getattr(logged.choice, name).shape, value) for name, value in changes.items()}
+    log.append(replace(logged, decision=replace(logged.decision, choice=replace(logged.choice, **arrays))))
+    with pytest.raises(RunFolderError, match="damaged"):
+        log.read()
+
+
 def test_a_rule_in_the_states_of_the_run(log: DecisionLog) -> None:
     rule = find_rule("top-down")
     found = replay(log, rule)

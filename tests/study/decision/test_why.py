@@ -67,7 +67,7 @@ def test_the_lowest_loss(of_choice: Explained) -> None:
         'The next by what they surely lose at most: "rank 8 on all modules" (+0.0 %), "rank 4 on all modules" '
         '(+0.7 %), "rank 1 on all modules" (+7.3 %).',
         "Trust it less than usual: it learns labels.",
-        "The plan trains at a peak learning rate of 0.002, which is 0.001 for plain LoRA.",
+        "The plan trained at a peak learning rate of 0.002, which is 0.001 for plain LoRA.",
         "Exact savers: a step of plain LoRA takes 6 MiB in place of 8 MiB, with the same losses.",
         "Every module got the rank that the policy asked for.",
     ]
