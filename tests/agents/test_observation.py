@@ -26,7 +26,7 @@ from rankpilot.lora.spec import ModuleSpec, RankLadder
 from rankpilot.plan.problem import AllocationProblem
 
 LAYERS, A_LAYER = 3, 2
-RANKS = (0, 1, 0, 64, 4, 8)
+RANKS = (0, 1, 0, 128, 4, 8)
 PER_RANK, FIXED, CONSTANT = 10.0, 500.0, 300.0
 
 
@@ -38,7 +38,7 @@ def seen(copies: int = 1, **options: Any) -> Observation:
     per_rank, per_layer = np.full((1, count), PER_RANK), np.full((1, LAYERS), copies * FIXED)
     cost = ByteCost(("backward",), np.array([copies * CONSTANT]), per_rank, per_layer, needs)
     problem = AllocationProblem(
-        np.repeat(RANKS, copies), np.full(count, 64), blocks, cost, copies * 4000.0, RankLadder()
+        np.repeat(RANKS, copies), np.full(count, 128), blocks, cost, copies * 4000.0, RankLadder()
     )
     return observe(
         replace(problem, **options),
@@ -66,7 +66,7 @@ def test_rise_is_the_cost_of_the_next_rung() -> None:
 
 def test_release_is_what_dropping_a_module_frees() -> None:
     """The lowest adapted module takes with it what its layer, and layers below the next adapted one, hold."""
-    expected = [-3, share(FIXED + PER_RANK), -3, share(64 * PER_RANK), share(4 * PER_RANK), share(8 * PER_RANK)]
+    expected = [-3, share(FIXED + PER_RANK), -3, share(128 * PER_RANK), share(4 * PER_RANK), share(8 * PER_RANK)]
     assert column(seen(), "drop_saving") == pytest.approx(expected)
 
 
