@@ -20,9 +20,9 @@ from rankpilot.agents.observation import (
 )
 from rankpilot.cost.cost import ByteCost, moment_costs
 from rankpilot.cost.step_time import SecondsRow
-from rankpilot.env.rank_allocation import RankAllocationEnv
+from rankpilot.env.rank_allocation import TOP, RankAllocationEnv
 from rankpilot.lora.adapters import SIGNALS
-from rankpilot.lora.spec import ModuleSpec, RankLadder
+from rankpilot.lora.spec import DEFAULT_RANKS, ModuleSpec, RankLadder
 from rankpilot.plan.problem import AllocationProblem
 
 LAYERS, A_LAYER = 3, 2
@@ -117,7 +117,10 @@ def test_another_limit_of_bytes_leaves_that_of_time(limit: float) -> None:
         np.testing.assert_allclose(costs[0], costs[1], rtol=1e-6)
 
 
-def test_the_manual_of_the_environment_explains_every_feature() -> None:
+def test_the_manual_of_the_environment_explains_actions_and_every_feature() -> None:
+    doc = " ".join(str(RankAllocationEnv.__doc__).split())
+    assert f"MultiDiscrete([{2 * TOP + 1}] * max_modules)`: entry m minus {TOP} is" in doc
+    assert f"the ladder {', '.join(map(str, DEFAULT_RANKS))} by which" in doc
     manual = [line.strip() for line in str(RankAllocationEnv.__doc__).splitlines()]
     assert "{" not in "".join(line for line in manual if line.startswith("|"))
     for feature in (*MODULE_FEATURE_TABLE, *RUN_FEATURE_TABLE):
