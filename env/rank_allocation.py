@@ -118,8 +118,8 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     (`env.vector.StackedVectorEnv`); it is the same decision process, several times faster.
 
     ## Action Space
-    With `actions="deltas"`, `MultiDiscrete([21] * max_modules)`: entry m minus 10 is the number of rungs of the ladder
-    0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64 by which module m should move. The wish is clipped to the schedule's
+    With `actions="deltas"`, `MultiDiscrete([25] * max_modules)`: entry m minus 12 is the number of rungs of the ladder
+    0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128 by which module m should move. The wish is clipped to the schedule's
     `max_step` (the first decision may use the whole ladder) and projected onto the budget: never above it, and with
     none of it left where another rung would fit. Entries past the last module are ignored.
 

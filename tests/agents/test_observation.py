@@ -20,13 +20,13 @@ from rankpilot.agents.observation import (
 )
 from rankpilot.cost.cost import ByteCost, moment_costs
 from rankpilot.cost.step_time import SecondsRow
-from rankpilot.env.rank_allocation import RankAllocationEnv
+from rankpilot.env.rank_allocation import TOP, RankAllocationEnv
 from rankpilot.lora.adapters import SIGNALS
-from rankpilot.lora.spec import ModuleSpec, RankLadder
+from rankpilot.lora.spec import DEFAULT_RANKS, ModuleSpec, RankLadder
 from rankpilot.plan.problem import AllocationProblem
 
 LAYERS, A_LAYER = 3, 2
-RANKS = (0, 1, 0, 64, 4, 8)
+RANKS = (0, 1, 0, 128, 4, 8)
 PER_RANK, FIXED, CONSTANT = 10.0, 500.0, 300.0
 
 
@@ -38,7 +38,7 @@ def seen(copies: int = 1, **options: Any) -> Observation:
     per_rank, per_layer = np.full((1, count), PER_RANK), np.full((1, LAYERS), copies * FIXED)
     cost = ByteCost(("backward",), np.array([copies * CONSTANT]), per_rank, per_layer, needs)
     problem = AllocationProblem(
-        np.repeat(RANKS, copies), np.full(count, 64), blocks, cost, copies * 4000.0, RankLadder()
+        np.repeat(RANKS, copies), np.full(count, 128), blocks, cost, copies * 4000.0, RankLadder()
     )
     return observe(
         replace(problem, **options),
@@ -66,7 +66,7 @@ def test_rise_is_the_cost_of_the_next_rung() -> None:
 
 def test_release_is_what_dropping_a_module_frees() -> None:
     """The lowest adapted module takes with it what its layer, and layers below the next adapted one, hold."""
-    expected = [-3, share(FIXED + PER_RANK), -3, share(64 * PER_RANK), share(4 * PER_RANK), share(8 * PER_RANK)]
+    expected = [-3, share(FIXED + PER_RANK), -3, share(128 * PER_RANK), share(4 * PER_RANK), share(8 * PER_RANK)]
     assert column(seen(), "drop_saving") == pytest.approx(expected)
 
 
@@ -117,7 +117,10 @@ def test_another_limit_of_bytes_leaves_that_of_time(limit: float) -> None:
         np.testing.assert_allclose(costs[0], costs[1], rtol=1e-6)
 
 
-def test_the_manual_of_the_environment_explains_every_feature() -> None:
+def test_the_manual_of_the_environment_explains_actions_and_every_feature() -> None:
+    doc = " ".join(str(RankAllocationEnv.__doc__).split())
+    assert f"MultiDiscrete([{2 * TOP + 1}] * max_modules)`: entry m minus {TOP} is" in doc
+    assert f"the ladder {', '.join(map(str, DEFAULT_RANKS))} by which" in doc
     manual = [line.strip() for line in str(RankAllocationEnv.__doc__).splitlines()]
     assert "{" not in "".join(line for line in manual if line.startswith("|"))
     for feature in (*MODULE_FEATURE_TABLE, *RUN_FEATURE_TABLE):

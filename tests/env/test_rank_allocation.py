@@ -24,7 +24,7 @@ from rankpilot.env.bases import adapted_base, proxy_cost, proxy_memory
 from rankpilot.env.episode import Comparison, Episode, reference_of, rule_losses
 from rankpilot.env.proxy_finetune import ProxyFineTune, TaskData, known_of, load_task
 from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference
-from rankpilot.env.rank_allocation import RankAllocationEnv
+from rankpilot.env.rank_allocation import TOP, RankAllocationEnv
 from rankpilot.errors import BudgetError, ConfigError, RunFolderError, UnknownNameError
 from rankpilot.lora.spec import DEFAULT_RANKS
 from rankpilot.plan.plan import uniform_ranks
@@ -127,7 +127,7 @@ def test_pickling(make_pool: MakeEnv, make_env: MakeEnv, rollout: Rollout, asser
 
 def test_observations_are_in_their_space_and_padding_is_zero(make_env: MakeEnv) -> None:
     small, large = make_env(), make_env(max_modules=40)
-    actions = np.random.default_rng(0).integers(0, 21, size=(4, 40))  # what padding asks for must not matter
+    actions = np.random.default_rng(0).integers(0, 2 * TOP + 1, size=(4, 40))  # what padding asks for must not matter
     seen = {}
     for env, size in ((small, 28), (large, 40)):
         seen[size] = [env.reset(seed=0)[0], *(env.step(action[:size])[0] for action in actions)]
@@ -150,16 +150,16 @@ def test_observations_are_in_their_space_and_padding_is_zero(make_env: MakeEnv) 
     "action",
     [
         *(np.zeros(shape, dtype=np.int64) for shape in (0, 27, (28, 1))),
-        *(np.full(28, value) for value in (21, -1, 10.5, np.nan, True, "10")),
+        *(np.full(28, value) for value in (2 * TOP + 1, -1, TOP + 0.5, np.nan, True, "10")),
         None,
     ],
 )
 def test_a_wrong_action_is_refused_and_the_episode_goes_on(make_env: MakeEnv, action: Any) -> None:
     env = make_env()
     env.reset(seed=0)
-    with pytest.raises(ConfigError, match="28 whole numbers from 0 to 20"):
+    with pytest.raises(ConfigError, match=f"28 whole numbers from 0 to {2 * TOP}"):
         env.step(action)
-    assert env.step(np.full(28, 10))[4]["step"] == 2
+    assert env.step(np.full(28, TOP))[4]["step"] == 2
 
 
 def test_whole_numbers_of_any_type_are_taken(make_env: MakeEnv) -> None:
@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_ends_the_episode(
 ) -> None:
     env = make_env()
     env.reset(seed=0)
-    env.step(np.full(28, 10))
+    env.step(np.full(28, TOP))
     original = TaskData.train_loss
 
     def diverged(self: TaskData, model: Any, step: int, rows: int | None = None) -> torch.Tensor:
@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_ends_the_episode(
     assert set(info) == info_keys
     assert env.observation_space.contains(observation)
     with pytest.raises(ConfigError, match="call reset"):
-        env.step(np.full(28, 10))
+        env.step(np.full(28, TOP))
     monkeypatch.undo()
     assert not rollout(env, seed=0)[-1][4]["non_finite"], "the next episode is sound"
 
@@ -250,7 +250,7 @@ def test_a_held_out_loss_that_is_not_finite_is_a_failed_run(
     action, terminated = np.full(28, 11), False
     while not terminated:
         _, reward, terminated, _, info = env.step(action)
-        action = 20 - action
+        action = 2 * TOP - action
     assert reward == -3.0 - info["churn"]
     assert info["improvement"] == -3.0
 
@@ -354,7 +354,7 @@ def test_a_rule_gains_nothing_over_itself(make_env: MakeEnv) -> None:
 def test_a_rule_that_fails_is_no_measure(make_env: MakeEnv, make_task: MakeTask) -> None:
     env = make_env(task=make_task(learning_rate=1e30, reference=Reference(3.0, 2.0)), against="signal-mean")
     env.reset(seed=0)
-    _, reward, terminated, _, info = env.step(np.full(28, 10))
+    _, reward, terminated, _, info = env.step(np.full(28, TOP))
     assert (reward, terminated) == (-3.0, True)
     assert np.isfinite(info["other_loss"])
 
@@ -386,7 +386,7 @@ def test_the_budget_of_one_episode(make_env: MakeEnv, make_task: MakeTask) -> No
     assert tight["limit"] == pytest.approx(usual["limit"] * 0.35 / 0.7)
     assert usual["uniform_loss"] == 2.0
     assert tight["uniform_loss"] != 2.0, "the reference is for another budget"
-    assert env.step(np.full(28, 20))[4]["cost"] <= tight["limit"]
+    assert env.step(np.full(28, 2 * TOP))[4]["cost"] <= tight["limit"]
     assert env.reset()[1] == usual, "the next episode has its own budget again"
     other = make_task("planted", 5)
     both = env.reset(options={"task": other, "budget": 0.5})[1]
@@ -410,7 +410,7 @@ def test_overrides_of_drawn_tasks(make_pool: MakeEnv) -> None:
     env.reset(seed=1)
     terminated = False
     while not terminated:
-        _, _, terminated, _, info = env.step(np.full(28, 10))
+        _, _, terminated, _, info = env.step(np.full(28, TOP))
     assert info["step"] == 7
     assert info["limit"] < 30_000, "parameters, not bytes"
 
@@ -504,7 +504,7 @@ def test_every_episode_writes_its_log(make_env: MakeEnv, tmp_path: Path) -> None
     assert table["step"].tolist()[::count] == steps
     assert table["rank_after"].tolist() == [rank for row in ranks for rank in row]
     assert set(table["policy"].tolist()) == {"agent"}
-    assert log.logged(0).deliberation is None
+    assert log.logged(0).choice is None
 
 
 def test_render_as_text(make_env: MakeEnv, make_task: MakeTask) -> None:
@@ -548,7 +548,7 @@ def test_a_vector_of_copies(make_task: MakeTask, schedule: DecisionSchedule) -> 
     given: dict[str, Any] = {"task": make_task(), "schedule": schedule}
     envs = gym.make_vec(rankpilot.ENV_ID, num_envs=2, vectorization_mode="sync", **given)
     alone = RankAllocationEnv(**given)
-    actions = np.random.default_rng(0).integers(0, 21, size=(4, 2, 28))
+    actions = np.random.default_rng(0).integers(0, 2 * TOP + 1, size=(4, 2, 28))
     envs.reset(seed=0)
     steps = [envs.step(action) for action in actions]
     for copy in range(2):

@@ -24,7 +24,7 @@ from rankpilot.env.bases import load_base_model
 from rankpilot.env.episode import Comparison, Episode, EpisodeRecord, reference_of, rule_losses
 from rankpilot.env.proxy_finetune import ProxyFineTune, known_of, load_task
 from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference
-from rankpilot.env.rank_allocation import RankAllocationEnv
+from rankpilot.env.rank_allocation import TOP, RankAllocationEnv
 from rankpilot.env.stacked import StackedEpisodes
 from rankpilot.env.vector import StackedVectorEnv
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
@@ -250,7 +250,7 @@ def test_the_vector_is_single_environments_side_by_side(
     assert envs.single_observation_space == single.observation_space
     assert envs.single_action_space == single.action_space
     assert envs.action_space.shape == (3, 28)
-    actions = np.random.default_rng(0).integers(0, 21, size=(4, 3, 28))
+    actions = np.random.default_rng(0).integers(0, 2 * TOP + 1, size=(4, 3, 28))
     observations, infos = envs.reset(seed=0)
     start = observations
     assert envs.observation_space.contains(observations)
@@ -322,7 +322,7 @@ def test_the_same_seed_gives_the_same_steps(pool: tuple[ProxyTask, ...], schedul
 def test_slots_that_end_apart_are_reset_alone(pool: tuple[ProxyTask, ...], schedule: DecisionSchedule) -> None:
     """Each slot goes through the tasks and the very numbers that it would meet in a vector of one."""
     schedule = replace(schedule, fractions=(0.0, 0.3, 0.6))
-    actions = np.random.default_rng(0).integers(0, 21, size=(5, 4, 28))
+    actions = np.random.default_rng(0).integers(0, 2 * TOP + 1, size=(5, 4, 28))
     failing = replace(pool[0], learning_rate=1e30, seed=79)
     envs = make_vector(4, schedule=schedule)
     together: list[tuple[Any, ...]] = [envs.reset(seed=3)]
@@ -365,7 +365,7 @@ def test_groups_share_a_task_and_end_together(
     names = infos["task"].tolist()
     assert names[0] == names[1] != names[2] == names[3]
     finals = 0
-    for action in np.random.default_rng(0).integers(0, 21, size=(8, 4, 28)):
+    for action in np.random.default_rng(0).integers(0, 2 * TOP + 1, size=(8, 4, 28)):
         _, rewards, terminated, _, infos = envs.step(action)
         assert infos["task"][0] == infos["task"][1]
         for first in (0, 2):
@@ -477,7 +477,7 @@ def test_a_start_that_fails_leaves_no_episode_under_way(
 ) -> None:
     envs = make_vector(2, task=make_task(reference=Reference(3.0, 2.5)), schedule=schedule, render_mode="ansi")
     envs.reset(seed=0)
-    actions = np.full((2, 28), 10)
+    actions = np.full((2, 28), TOP)
     for _ in schedule.fractions[1:]:
         envs.step(actions)
     with monkeypatch.context() as patch:
@@ -525,9 +525,9 @@ def test_overrides_and_padding_of_a_vector(pool: tuple[ProxyTask, ...], schedule
     assert observations["mask"].tolist() == [[1] * 28 + [0] * 2] * 2
     assert envs.single_action_space.shape == (30,)
     assert {task.steps for task in envs.tasks} == {5}
-    action = np.full((2, 30), 10)
-    action[:, 28:] = 20
-    assert envs.step(action)[4]["ranks"].tolist() == envs.step(np.full((2, 30), 10))[4]["ranks"].tolist()
+    action = np.full((2, 30), TOP)
+    action[:, 28:] = 2 * TOP
+    assert envs.step(action)[4]["ranks"].tolist() == envs.step(np.full((2, 30), TOP))[4]["ranks"].tolist()
 
 
 def test_texts_of_a_vector(make_task: MakeTask, schedule: DecisionSchedule) -> None:
@@ -550,16 +550,16 @@ def test_texts_of_a_vector(make_task: MakeTask, schedule: DecisionSchedule) -> N
 @pytest.mark.parametrize(
     "actions",
     [
-        *(np.full((2, 28), value) for value in (21, -1, 10.5, np.nan)),
-        *(np.full(shape, 10) for shape in ((2, 27), 28, (3, 28), (1, 28))),
+        *(np.full((2, 28), value) for value in (2 * TOP + 1, -1, TOP + 0.5, np.nan)),
+        *(np.full(shape, TOP) for shape in ((2, 27), 28, (3, 28), (1, 28))),
     ],
 )
 def test_wrong_actions_of_a_vector(make_task: MakeTask, schedule: DecisionSchedule, actions: NDArray[Any]) -> None:
     envs = make_vector(2, task=make_task(reference=Reference(3.0, 2.0)), schedule=schedule)
     envs.reset(seed=0)
-    with pytest.raises(ConfigError, match=r"28 whole numbers from 0 to 20|One action for each of 2"):
+    with pytest.raises(ConfigError, match=f"28 whole numbers from 0 to {2 * TOP}|One action for each of 2"):
         envs.step(actions)
-    assert envs.step(np.full((2, 28), 10))[4]["step"].tolist() == [2, 2], "and the episodes go on"
+    assert envs.step(np.full((2, 28), TOP))[4]["step"].tolist() == [2, 2], "and the episodes go on"
 
 
 @pytest.mark.parametrize(

@@ -66,5 +66,5 @@ def test_steps_stay_on_the_ladder(ladder, rank, delta):
 
 
 def test_steps_of_an_array():
-    assert RankLadder().rung(np.array([0, 1, 3, 8, 9, 200])).tolist() == [0, 1, 2, 4, 4, 10]
-    assert RankLadder().step(np.array([8, 9, 0, 64]), np.array([2, -1, -1, 5])).tolist() == [16, 4, 0, 64]
+    assert RankLadder().rung(np.array([0, 1, 3, 8, 9, 200])).tolist() == [0, 1, 2, 4, 4, 12]
+    assert RankLadder().step(np.array([8, 9, 0, 64]), np.array([2, -1, -1, 5])).tolist() == [16, 4, 0, 128]

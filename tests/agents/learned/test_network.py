@@ -13,6 +13,7 @@ from gymnasium import spaces
 from rankpilot.agents.learned.networks import DIRECTIONS, LATER_NOISE, Action, CorrelatedGaussian, RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
 from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.agents.policy import decision_from_scores
 from rankpilot.agents.rules import SignalRule, find_rule, signal_mean
 from rankpilot.agents.settings import NetworkConfig
 from rankpilot.env.rank_allocation import action_space, observation_space
@@ -23,6 +24,7 @@ from torch.distributions import MultivariateNormal
 MakeObservation = Callable[..., Observation]
 Arrays = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 PROGRESS = RUN_FEATURES.index("progress")
+ONES = torch.ones(1, 7)
 
 
 def stirred(config: NetworkConfig | None = None, seed: int = 0) -> RankNetwork:
@@ -231,25 +233,31 @@ def test_gradients_do_not_depend_on_what_is_in_the_padding() -> None:
 
 def test_scores_are_the_directions_times_their_gains(make_observation: MakeObservation) -> None:
     observation, network = make_observation(7), stirred()
-    action = LearnedPolicy("p", network).act(observation)
+    action = network(torch.from_numpy(observation.modules)[None], torch.from_numpy(observation.run)[None], ONES)
+    gains, estimate = (part[0].detach().numpy() for part in (action.gains, action.estimate))
     columns = [MODULE_FEATURES.index(name) for name in DIRECTIONS[:-1]]
-    parts = np.column_stack([observation.modules[:, columns], action.estimate])
-    scores = (parts - parts.mean(axis=0)) @ action.gains
-    np.testing.assert_allclose(action.scores, np.clip(scores, -SCORE_BOUND, SCORE_BOUND), atol=1e-5)
-    assert np.ptp(scores) > 0.1
-    assert np.abs(action.estimate).max() > 0.01
+    parts = np.column_stack([observation.modules[:, columns], estimate])
+    expected = (parts - parts.mean(axis=0)) @ gains
+    scores, placement = LearnedPolicy("p", network).act(observation)
+    np.testing.assert_allclose(scores, np.clip(expected, -SCORE_BOUND, SCORE_BOUND), atol=1e-5)
+    np.testing.assert_allclose(placement, action.mean[0, 7:].detach())
+    assert np.ptp(expected) > 0.1
+    assert np.abs(estimate).max() > 0.01
 
 
-def test_critics_tell_what_to_expect(make_observation: MakeObservation) -> None:
-    each = [-0.5, 0.3]
-    network, observation = stirred(NetworkConfig(critics=2)), make_observation(6)
-    with torch.no_grad():
-        for critic, value in zip(network.critics, each, strict=True):
-            critic[-1].weight.zero_()  # type: ignore[index]
-            critic[-1].bias.fill_(value)  # type: ignore[index]
-    decision, rule = LearnedPolicy("p", network).decide(observation), find_rule("signal-mean").decide(observation)
-    assert (decision.expected, decision.uncertainty) == pytest.approx((np.mean(each), np.std(each)), abs=1e-6)
-    assert rule.expected == rule.uncertainty == 0
+@pytest.mark.parametrize("max_step", [None, 2])
+def test_the_same_observation_leads_to_the_same_decision(make_observation: MakeObservation, max_step: Any) -> None:
+    policy, observation = LearnedPolicy("p", stirred().eval()), make_observation(12, max_step=max_step)
+    state = torch.get_rng_state()
+    decision, again = (policy.decide(observation) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn"
+    scores, placement = policy.act(observation)
+    expected = decision_from_scores(observation, scores, placement)
+    for each in (decision, again):
+        np.testing.assert_array_equal(each.ranks, expected.ranks)
+        np.testing.assert_array_equal(each.scores, scores)
+        assert (each.rank_floor, each.depth_bias) == (expected.rank_floor, expected.depth_bias)
+    assert decision.choice is None, "it expects nothing of plans"
 
 
 def test_rules(make_observation: MakeObservation) -> None:

@@ -13,19 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.networks import PlanValueConfig, PlanValueEnsemble, RankNetwork
+from rankpilot.agents.learned.networks import RankNetwork
 from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.learned.policy_file import (
-    CARD,
-    ENSEMBLE_WEIGHTS,
-    WEIGHTS,
-    load_policy,
-    policy_schedule,
-    save_policy,
-)
-from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Inputs, Observation
+from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy, policy_schedule, save_policy
+from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.agents.rules import RULES, SignalRule
-from rankpilot.agents.settings import ONCE, DecisionSchedule, NetworkConfig
+from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.common.files import sha256
 from rankpilot.errors import PolicyFileError, UnknownNameError
 from safetensors.torch import load_file, save_file
@@ -33,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from ...conftest import FIRST_INPUTS
 
 NETWORK = asdict(NetworkConfig(width=12))
-JUDGES = asdict(PlanValueConfig(count=2, width=8, dropout=0.5))
 SCHEDULE = DecisionSchedule(probe_steps=7, fractions=(0.0, 0.25), max_step=3)
 
 
@@ -52,14 +44,8 @@ def network() -> RankNetwork:
 
 
 @pytest.fixture
-def critics() -> PlanValueEnsemble:
-    critics: PlanValueEnsemble = stirred(PlanValueEnsemble(PlanValueConfig(**JUDGES)))
-    return critics
-
-
-@pytest.fixture
-def folder(tmp_path: Path, network: RankNetwork, critics: PlanValueEnsemble) -> Path:
-    return save_policy(tmp_path / "pilot", network, SCHEDULE, {"name": "my pilot", "note": [1, 2]}, critics)
+def folder(tmp_path: Path, network: RankNetwork) -> Path:
+    return save_policy(tmp_path / "pilot", network, SCHEDULE, {"name": "my pilot", "note": [1, 2]})
 
 
 def put_weights(folder: Path, weights: bytes | dict[str, torch.Tensor]) -> None:
@@ -91,32 +77,18 @@ class Payload:
         return (Path.touch, (self.path,))
 
 
-@pytest.mark.parametrize("with_critics", [False, True])
-def test_round_trip(
-    tmp_path: Path,
-    network: RankNetwork,
-    critics: PlanValueEnsemble,
-    make_observation: Callable[..., Observation],
-    with_critics: bool,
-) -> None:
-    ensemble = critics if with_critics else None
-    folder = save_policy(tmp_path / "pilot", network, SCHEDULE, {"name": "my pilot", "note": [1, 2]}, ensemble)
-    loaded, before = load_policy(str(folder)), LearnedPolicy("x", network, ensemble)
+def test_round_trip(folder: Path, network: RankNetwork, make_observation: Callable[..., Observation]) -> None:
+    loaded, before = load_policy(str(folder)), LearnedPolicy("x", network)
     assert isinstance(loaded, LearnedPolicy)
     assert (loaded.name, loaded.sha256) == ("my pilot", sha256(folder / WEIGHTS))
     assert not loaded.network.training
-    assert (loaded.value_ensemble is not None) == with_critics
-    assert loaded.value_ensemble is None or not any(module.training for module in loaded.value_ensemble.modules())
     for seed, step in product(range(3), (None, 2)):
         a, b = (vars(policy.decide(make_observation(11, seed, max_step=step))) for policy in (loaded, before))
-        for name in b.keys() - {"deliberation"}:
+        for name in b:
             np.testing.assert_array_equal(a[name], b[name])
-        if with_critics:
-            np.testing.assert_array_equal(a["deliberation"].votes, b["deliberation"].votes)
     assert policy_schedule(folder) == SCHEDULE
     card = json.loads((folder / CARD).read_text())
-    assert (card["note"], card["schema"], card["network"]["width"]) == ([1, 2], 4, 12)
-    assert card["plan_value"] == (JUDGES | {"lowest": [], "highest": []} if with_critics else None)
+    assert (card["note"], card["schema"], card["network"]["width"]) == ([1, 2], 5, 12)
     assert {path.name for path in folder.iterdir()} == {WEIGHTS, CARD}
 
 
@@ -170,8 +142,8 @@ def test_a_pickle_in_disguise_is_never_run(folder: Path, tmp_path: Path, kind: s
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 5}, "has schema 5; this version of rankpilot reads 4"),
-        ({"schema": 3}, "has schema 3; .*Train it again, or install the version that made it"),
+        ({"schema": 6}, "has schema 6; this version of rankpilot reads 5"),
+        ({"schema": 4}, "has schema 4; .*Train it again, or install the version that made it"),
         ({"schema": None}, "has schema None"),
         ({"module_features": ["snr"]}, r"has module_features \['snr'\]"),
         ({"run_features": []}, "has run_features"),
@@ -187,19 +159,6 @@ def test_a_pickle_in_disguise_is_never_run(folder: Path, tmp_path: Path, kind: s
         ({"network": NETWORK | {"width": "a"}}, "does not describe the network"),
         ({"network": NETWORK | {"width": -1}}, "does not describe the network"),
         ({"network": NETWORK | {"depth_bias_std": 0.0}}, "does not describe the network"),
-        ({"plan_value": None}, "do not fit its card"),
-        ({"plan_value": JUDGES | {"count": 3}}, "do not fit its card"),
-        ({"plan_value": JUDGES | {"width": 9}}, "do not fit its card"),
-        ({"plan_value": JUDGES | {"width": 8192}}, "do not fit its card"),
-        ({"plan_value": JUDGES | {"width": 10**9}}, "does not describe the network: .*from 1 to 8192 and dropout"),
-        ({"plan_value": JUDGES | {"width": 8.5}}, "does not describe"),
-        ({"plan_value": JUDGES | {"count": 10**9}}, "does not describe the network: count of the value ensemble is "),
-        ({"plan_value": JUDGES | {"count": 0}}, "does not describe"),
-        ({"plan_value": JUDGES | {"dropout": 1.0}}, "does not describe the network: .*dropout from 0 to below 1"),
-        ({"plan_value": JUDGES | {"dropout": None}}, "does not describe"),
-        ({"plan_value": JUDGES | {"depth": 2}}, "does not describe"),
-        ({"plan_value": {"count": 2}}, "does not describe"),
-        ({"plan_value": "critics"}, "does not describe"),
     ],
 )
 def test_foreign_cards(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -218,21 +177,19 @@ def test_a_card_with_a_broken_schedule(folder: Path, schedule: Any) -> None:
 def test_a_policy_that_was_trained_on_fewer_features_reads_those(
     tmp_path: Path, make_observation: Callable[..., Observation]
 ) -> None:
-    torch.manual_seed(0)
-    network = RankNetwork(NetworkConfig(width=12), FIRST_INPUTS)
-    ensemble = PlanValueEnsemble(PlanValueConfig(**JUDGES), FIRST_INPUTS).eval()
-    folder = save_policy(tmp_path / "earlier", network, SCHEDULE, {}, ensemble)
+    network: RankNetwork = stirred(RankNetwork(NetworkConfig(width=12), FIRST_INPUTS))
+    folder = save_policy(tmp_path / "earlier", network, SCHEDULE, {})
     card = json.loads((folder / CARD).read_text())
     assert card["module_features"] == list(MODULE_FEATURES[: FIRST_INPUTS.modules])
     assert card["run_features"] == list(RUN_FEATURES[: FIRST_INPUTS.run])
-    policy = load_policy(folder)
-    assert isinstance(policy, LearnedPolicy)
-    assert policy.value_ensemble is not None
-    observation = make_observation(11)
+    policy, observation = load_policy(folder), make_observation(11)
     modules, run = observation.modules.copy(), observation.run.copy()
     modules[:, FIRST_INPUTS.modules :], run[FIRST_INPUTS.run :] = 2.0, -1.0
     decisions = [policy.decide(seen) for seen in (observation, replace(observation, modules=modules, run=run))]
-    np.testing.assert_array_equal(decisions[0].deliberation.votes, decisions[1].deliberation.votes)
+    np.testing.assert_array_equal(decisions[0].scores, decisions[1].scores)
+    run[0] = -1.0
+    other = policy.decide(replace(observation, run=run))
+    assert (other.scores != decisions[0].scores).any(), "what it was trained on counts"
 
 
 def test_loading_draws_no_random_number(folder: Path) -> None:
@@ -241,16 +198,6 @@ def test_loading_draws_no_random_number(folder: Path) -> None:
         before = torch.get_rng_state()
         load_policy(policy)
         assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_policy_that_ships_reads_all_features_and_tells_plans_of_any_cost_apart() -> None:
-    policy = load_policy("default")
-    assert isinstance(policy, LearnedPolicy)
-    assert policy.value_ensemble is not None
-    assert policy.network.inputs == policy.value_ensemble.inputs == Inputs()
-    assert policy.value_ensemble.config.unit == "log loss"
-    assert policy.value_ensemble.config.doubt > 0
-    assert policy_schedule("default") == ONCE
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00", b"[1]", b"null", b'{"a": 1}'])
@@ -287,31 +234,23 @@ def test_it_can_be_written_again(folder: Path, make_observation: Callable[..., O
     save_policy(folder, RankNetwork(), DecisionSchedule(), {})
     loaded = load_policy(folder)
     assert isinstance(loaded, LearnedPolicy)
-    assert loaded.value_ensemble is None
     observation = make_observation(6)
     np.testing.assert_array_equal(loaded.decide(observation).ranks, SignalRule().decide(observation).ranks)
 
 
-def test_weights_that_are_not_those_of_the_card(folder: Path, network: RankNetwork) -> None:
-    """Those of something else, or of critics that miss or have something, or that the card does not know."""
+def test_weights_that_are_not_those_of_the_card(folder: Path) -> None:
+    """Those of something else, or some that are missing, or that the card does not know."""
     weights = load_file(folder / WEIGHTS)
-    ensemble = {name: value for name, value in weights.items() if name.startswith(ENSEMBLE_WEIGHTS)}
-    assert len(ensemble) == 2 * 8
-    first = next(iter(ensemble))
+    first = next(iter(weights))
     for content in (
         {"other": torch.zeros(2)},
-        {name: value for name, value in weights.items() if name not in ensemble},
         {name: value for name, value in weights.items() if name != first},
-        weights | {ENSEMBLE_WEIGHTS + "critics.0.other": torch.zeros(2)},
+        weights | {"value_ensemble.critics.0.other": torch.zeros(2)},
         weights | {first: torch.zeros(1, 1, 1)},
     ):
         put_weights(folder, content)
         with pytest.raises(PolicyFileError, match="do not fit its card"):
             load_policy(folder)
-    save_policy(folder, network, SCHEDULE, {})
-    put_weights(folder, weights)
-    with pytest.raises(PolicyFileError, match="do not fit its card"):
-        load_policy(folder)
 
 
 def test_a_header_that_claims_huge_tensors(folder: Path) -> None:
