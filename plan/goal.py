@@ -17,7 +17,7 @@ GOALS: tuple[GoalKind, ...] = get_args(GoalKind)
 TOLERANCE = 0.01
 """The tolerance where none is given, in log loss."""
 
-CAUTION = 1.0
+CAUTION = 0.5
 """Under quality, a plan counts as its expected loss and so many standard deviations: what is unsure is avoided."""
 
 CAUTION_OF_GOALS = 1.64
