@@ -390,7 +390,7 @@ def limits(results: Results) -> list[str]:
         "bit for bit when a run is repeated there.",
         "The shipped policy learned on small proxies that read bytes, some of them on film reviews of "
         "`rotten-tomatoes`, and was chosen on others that read newsgroup posts; of these models it has seen few runs, "
-        "on other data (`python -m benchmarks plan-runs`). It was not tuned on these cells, but some of its versions "
+        "on other data (git tag `evidence-0.2`). It was not tuned on these cells, but some of its versions "
         "were dropped after they had been looked at (docs/experiments.md).",
     ]
     if results.missing:
