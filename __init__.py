@@ -1,4 +1,4 @@
-"""rankpilot: a learned policy decides which modules of a model get LoRA rank, inside a hard budget of memory or time.
+"""rankpilot: a policy decides which modules of a model get LoRA rank, inside a hard budget of memory or time.
 
 The names below are loaded when first used, so that `import rankpilot` loads no other library. The Gymnasium
 environment is registered when `ENV_ID` is read, and at once if gymnasium is imported already.

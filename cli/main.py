@@ -47,7 +47,7 @@ def usage() -> str:
     """The help of `rankpilot` itself, in rich's markup."""
     commands = "\n".join(f"  [bold]rankpilot {name:<10}[/]{summary}" for name, summary in COMMANDS.items())
     return (
-        "[bold]rankpilot[/]: a learned policy decides LoRA ranks, inside a hard memory budget.\n\n"
+        "[bold]rankpilot[/]: a policy decides LoRA ranks, inside a hard budget of memory or time.\n\n"
         f"{commands}\n\n"
         "Each has its own --help. For train and finetune, --config FILE (a run's\n"
         "config.json) sets the defaults."

@@ -48,7 +48,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
 # Aliases keep their names in modules alone that do not evaluate annotations (`from __future__ import annotations`).
-autodoc_type_aliases = {name: name for name in ("BoolArray", "Float32Array", "FloatArray", "IntArray", "Votes")}
+autodoc_type_aliases = {name: name for name in ("BoolArray", "Float32Array", "FloatArray", "IntArray")}
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 

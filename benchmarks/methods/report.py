@@ -114,6 +114,7 @@ def report_blocks(
     described = "; ".join(f"`{method.name}`: {method.description}" for method in results.methods)
     return [
         "# Results: adaptive and static ranks side by side",
+        OF_RECORD,
         f"Written by `python -m benchmarks methods-report --suite {options.suite}` from stored rows; run again with "
         f"`python -m benchmarks methods --suite {options.suite}`. A gain is how much lower the log of the "
         f"held-out loss is than that of `{REFERENCE}`, in per cent, over pairs of runs with the same seed and "
@@ -390,7 +391,7 @@ def limits(results: Results) -> list[str]:
         "bit for bit when a run is repeated there.",
         "The shipped policy learned on small proxies that read bytes, some of them on film reviews of "
         "`rotten-tomatoes`, and was chosen on others that read newsgroup posts; of these models it has seen few runs, "
-        "on other data (`python -m benchmarks plan-runs`). It was not tuned on these cells, but some of its versions "
+        "on other data (git tag `evidence-0.2`). It was not tuned on these cells, but some of its versions "
         "were dropped after they had been looked at (docs/experiments.md).",
     ]
     if results.missing:

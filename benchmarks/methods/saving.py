@@ -14,6 +14,12 @@ from .tasks import NEW_FAMILY, SAVING, SEEN_LAST, Cell
 PLAIN, *PLANS = SAVING
 """Plain LoRA, and the methods that are compared with it."""
 
+OF_RECORD = (
+    "A page of record where it speaks of `ours`: that is the policy that shipped with 0.2. The default decides otherwise "
+    "now ([What a decision is](decision.md))."
+)
+"""The first lines of pages whose rows were measured before."""
+
 OURS = tuple(name for name in PLANS if name.startswith("ours-"))
 PEERS = {"adalora-final": "AdaLoRA", "eva": "EVA"}
 """Adaptive ranks that come with PEFT, and what they are called."""
@@ -231,6 +237,7 @@ def saving_blocks(results: Results, picture: str) -> list[str]:
     described = "; ".join(f"`{method.name}`: {method.description}" for method in results.methods)
     return [
         "# What can be saved at about the same loss",
+        OF_RECORD,
         "Written by `python -m benchmarks methods-report --suite saving` from stored rows; run again with `python -m "
         f"benchmarks methods --suite saving`. Each plan beside `{PLAIN}`, rank 8 on all linear modules: by how much "
         "the log of the held-out loss is higher, in per cent, both at a learning rate of their own, with paired seeds; "

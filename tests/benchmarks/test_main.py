@@ -24,7 +24,7 @@ EXPLAINED = {
     "methods-report": ("--suite", "--rows", "--json", "stored rows", "bootstrap"),
     "rates": ("--rows", "--json", "published", "sweeps"),
     "loss-runs": ("--models", "--minutes", "--quick", "--json", "drawn plans", "folder of the plan"),
-    "plan-runs": ("--cells", "--minutes", "--pack", "--quick", "plain lora", "share seed and batches"),
+    "worth": ("--rows", "--write", "--json", "left out", "loss-runs"),
 }
 
 

@@ -147,8 +147,6 @@ def test_a_command_that_fails_writes_no_figures(tmp_path: Path) -> None:
     [
         (["overhead", "--quick", "--seed", "-1"], "--seed"),
         (["step-time", "--plans", "2"], "--plans is at least 3"),
-        (["plan-runs", "--output", "x", "--seeds", "0"], "--seeds is at least 1"),
-        (["plan-runs", "--output", "x", "--cells", "none"], "No fine-tune has"),
     ],
 )
 def test_wrong_options_are_named(arguments: list[str], message: str) -> None:

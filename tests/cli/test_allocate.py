@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from peft import LoraConfig
-from rankpilot.agents.policy import FrontierPlan
+from rankpilot.agents.choice import FrontierPlan
 from rankpilot.agents.rules import read_plan
 from rankpilot.cli import allocate as module
 from rankpilot.errors import ConfigError

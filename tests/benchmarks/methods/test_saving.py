@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankpilot.training.plan_runs import read_real_plan_runs
 
 from benchmarks.methods import report as report
 from benchmarks.methods.numbers import Results, compare, costs_of
@@ -27,7 +26,6 @@ from benchmarks.methods.tasks import NEW_FAMILY
 from tools import make_suites
 
 ROOT = Path(__file__).parents[3]
-PLAN_RUNS = ROOT / "tools" / "trials" / "more-plan-runs-0.safetensors"
 
 
 @pytest.fixture(scope="module")
