@@ -82,8 +82,8 @@ _WANTED = ("rank_floor", "depth_bias")
 _CHOICE = "choice."
 """How the names of arrays of a choice begin."""
 
-MOST_LOG_LOSS = 50.0
-"""More than any part of an expected log loss, and little enough for the exponential of all of them."""
+MOST_LOG_LOSS = 20.0
+"""What a feature adds to a log loss is less, by far."""
 
 _RANKS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after", "max_ranks", "blocks")
 
@@ -612,8 +612,8 @@ def _choice_of(scalars: Mapping[str, Any] | None, arrays: Arrays, modules: int) 
         array = arrays.get(name) if name == "seconds" else arrays[name]
         if array is not None and (array.shape != shape or array.dtype != kind or not np.isfinite(array).all()):
             raise ValueError(f"{name} holds no finite numbers of shape {shape} and type {kind.__name__}")
-    if max(np.abs(arrays["parts"]).max(initial=0), arrays["spread"].max(initial=0)) > MOST_LOG_LOSS:
-        raise ValueError("a loss is out of range")
+        if name in ("parts", "spread") and np.abs(arrays[name]).max() > MOST_LOG_LOSS:
+            raise ValueError(f"{name} holds log losses above {MOST_LOG_LOSS:g}")
     return Choice(
         names=tuple(names),
         plans=arrays["plans"].astype(np.int64),

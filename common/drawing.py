@@ -94,7 +94,7 @@ def draw_legend(axes: Axes) -> None:
 
 ABSENT = -1
 """In place of a rank where there is no module."""
-RUNGS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+RUNGS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Ranks whose colours are equally far apart: the default ladder. Ranks above the last look like it."""
 NO_ADAPTER = "#e9e9e9"
 _GREY = int(NO_ADAPTER[1:3], 16) / 255

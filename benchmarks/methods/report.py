@@ -34,7 +34,7 @@ from .numbers import (
 from .pictures import draw_all, draw_savings
 from .rows import PACKED, RowStore
 from .run import chosen_methods
-from .saving import saving_blocks, saving_figures, savings_of
+from .saving import OF_RECORD, saving_blocks, saving_figures, savings_of
 from .study import Study
 from .tasks import find_suite
 

@@ -348,6 +348,7 @@ def test_arrays_that_cannot_be_read_are_named(log: DecisionLog, content: bytes |
         ({"choice.plans": np.zeros((3, 2), dtype=np.uint16)}, {}, r"plans holds no finite numbers of shape \(3, 3\)"),
         ({"choice.parts": np.zeros((3, len(FEATURES) - 1))}, {}, "parts holds no finite"),
         ({"choice.spread": np.zeros(2)}, {}, "spread holds no finite"),
+        ({"choice.spread": np.array([0.0, 1e3, 1.0])}, {}, "spread holds log losses above 20"),
         ({"choice.seconds": np.zeros(4)}, {}, "seconds holds no finite"),
         ({"choice.fits": None}, {}, OF_ANOTHER),
         ({"choice.fits": np.ones(3)}, {}, "fits holds no finite numbers .* and type bool"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from peft import LoraConfig
+from rankpilot.agents.choice import frontier
 from rankpilot.agents.learned.networks import RankNetwork
 from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy, policy_schedule, save_policy
 from rankpilot.agents.log import DecisionLog
@@ -211,6 +213,32 @@ TRAINER = {"global_step": 5, "log_history": [{"step": 1, "loss": 0.5}, {"step": 
 def small_log() -> Files:
     """A log of three decisions on three modules."""
     return files_of(lambda folder: [DecisionLog(folder / "decisions").append(make_record(n)) for n in range(3)])
+
+
+@st.composite
+def logs(draw: st.DrawFn) -> Files:
+    """A log with a damaged line, above all in what its decision was chosen from, or with damaged arrays."""
+    files, lines, arrays = dict(small_log()), "decisions/decisions.jsonl", "decisions/decision-000001.safetensors"
+    rows = files[lines].splitlines()
+    line = json.loads(rows[1])
+    how = draw(st.sampled_from(["choice", "choice", "line", "arrays"]))
+    if how == "arrays":
+        return files | {arrays: draw(damaged_tensors(files[arrays]))}
+    rows[1] = as_text(line | {"choice": draw(edited(line["choice"]))}) if how == "choice" else draw(damaged_json(line))
+    return files | {lines: b"\n".join(rows) + b"\n"}
+
+
+@fuzz(logs(), examples=60)
+def test_logs(files: Files) -> None:
+    """A choice that is read can be made again, told and drawn."""
+    with folder_of(files) as folder:
+        for record in DecisionLog(folder / "decisions").read():
+            record.facts()
+            record.line()
+            if record.choice is not None:
+                assert 0 <= record.choice.best < len(record.choice.plans)
+                assert record.choice.promise()
+                assert all(math.isfinite(row.cost) for row in frontier(record.choice))
 
 
 @st.composite
