@@ -40,8 +40,8 @@ class StudyOptions:
         output: the file of the page, study.html in the run's folder by default; with --json, that of the data.
         json: give the data of the page as JSON instead, on standard output or in --output.
         open: open the page in a browser.
-        explain: how much to say of each decision: plans, what was expected of each plan and why; all, also what would have
-            changed the decision; none. By default all for up to 12 decisions, plans for up to 200.
+        explain: how much to say of each decision: plans, what was expected of each plan and why; all, also what would
+            have changed the decision; none. By default all for up to 12 decisions, plans for up to 200.
         policy: the folder of the policy that decided, if it is not the one that ships with rankpilot.
     """
 
