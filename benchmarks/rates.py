@@ -12,7 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,8 @@ def fit(sweeps: Sequence[Sweep]) -> RateRule:
     weights = {name: PUBLISHED_WEIGHT if name == "published" else 1.0 for name in groups}
 
     def rule_of(values: Sequence[float]) -> RateRule:
-        return RateRule(math.exp(values[0]), *values[1:], RULE.of_scale, RULE.of_rank, RULE.of_share)
+        rate, width, steps, tokens, loss = values
+        return replace(RULE, rate=math.exp(rate), of_width=width, of_steps=steps, of_tokens=tokens, of_loss=loss)
 
     def loss(values: Sequence[float]) -> float:
         rule = rule_of(values)

@@ -286,6 +286,7 @@ def plan_costs(
     least: Callable[[ByteCost], float] | None = None,
     savers: ExactSavers | None = None,
     kept: IntArray | None = None,
+    whole: bool = False,
 ) -> PlanCosts:
     """What plans cost in this step, on its largest batch, and the limit that a budget sets them.
 
@@ -293,8 +294,8 @@ def plan_costs(
     the exact savers that are on. With `least`, layers may run again in the backward pass, as all do in the step as
     it is set: plans cost what `recomputed_cost` says, and a share is one of what plain LoRA takes where none does.
     Where plain LoRA does not fit, activations run again first; see `ExactSavers.within`.
-    Under a budget of parameters nothing is measured. See `Budget.resolve` for `kept`, and `measure_memory` for the
-    other arguments.
+    Under a budget of parameters nothing is measured. See `Budget.resolve` for `kept`, `recomputed_cost` for `whole`,
+    and `measure_memory` for the other arguments.
     """
     if budget.kind == "parameters":
         return PlanCosts(*limited_cost(budget, targets, None, kept), None)
@@ -313,7 +314,7 @@ def plan_costs(
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
     if least:
-        cost = recomputed_cost(memory, highest_ranks(targets), limit.value, kept=kept, least=least)
+        cost = recomputed_cost(memory, highest_ranks(targets), limit.value, kept=kept, least=least, whole=whole)
     elif signals or savers:
         cost = memory.cost()
     return PlanCosts(cost, limit, memory, priced.saved if priced else (), savers.names if savers else ())

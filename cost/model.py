@@ -511,6 +511,7 @@ def recomputed_cost(
     kept: IntArray | None = None,
     *,
     least: Callable[[ByteCost], float],
+    whole: bool = False,
 ) -> ByteCost:
     """What plans cost where layers may run again: a budget buys less recomputation before it buys more rank.
 
@@ -526,10 +527,13 @@ def recomputed_cost(
         shape: of the batch; by default that of calibration.
         kept: ranks that are to stay where they are above 8, int64 (modules,).
         least: what the least possible plan takes under a cost, in bytes.
+        whole: all layers run again, whatever the limit, unless plain LoRA takes less without.
     """
     none = memory.recomputing(()).cost(shape)
     ranks = np.full(len(max_ranks), REFERENCE_RANK) if kept is None else np.maximum(REFERENCE_RANK, kept)
     plain = plan_cost(none, ranks := np.minimum(ranks, max_ranks))
+    if whole:
+        return every if plan_cost(every := memory.cost(shape), ranks) < plain else none
     if plain <= limit:
         return none
     every = memory.cost(shape)

@@ -228,8 +228,12 @@ def faster_plan(guard: PeakGuard, controller: RankController[Any], ask: Ask, dec
         ask: the policy.
         decision: the first one, which is yet to be applied.
     """
-    expected = _expected(decision)
-    if expected is None or not guard.layers_of(controller.propose(decision)[1].ranks):
+    expected, found = _expected(decision), decision.choice
+    if not guard.layers_of(controller.propose(decision)[1].ranks):
+        return ""
+    if found and found.goal.kind == "bytes":
+        return "gradient_checkpointing=False takes less time, and more bytes."
+    if expected is None:
         return ""
     guard.deciding(recomputing=False)
     try:
@@ -270,6 +274,7 @@ def run_costs(
     least: Callable[[ByteCost], float] | None = None,
     savers: ExactSavers | None = None,
     kept: IntArray | None = None,
+    whole: bool = False,
 ) -> PlanCosts:
     """What plans cost on a run's largest batch, and the limit that a budget sets them.
 
@@ -282,9 +287,10 @@ def run_costs(
             `plan_costs`.
         savers: the exact savers that are on.
         kept: ranks of adapters that are trained already; see `Budget.resolve`.
+        whole: all layers run again; see `recomputed_cost`.
     """
     budget = within_all(run, budget)
-    costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept)
+    costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept, whole=whole)
     found = run.measured(lambda: costs(run.step, targets, run.largest_batch()))
     if savers and found.saved:
         savers.take(found.savers)  # in each process what the first has found out
@@ -372,7 +378,8 @@ def prepare(
         reset_state(run.optimizer, parameters)
     kept = _ranks_that_hold(targets) if keeps else None
     least = partial(least_cost, targets, low, high) if recomputation else None
-    costs = run_costs(run, targets, budget, signals=True, least=least, savers=savers, kept=kept)
+    whole = recomputation is not None and recomputation.whole
+    costs = run_costs(run, targets, budget, signals=True, least=least, savers=savers, kept=kept, whole=whole)
     limit = costs.limit.value
     timer = StepTimer(run, targets, costs.memory, limit, recomputation, cache_bytes)
     timed = timer.time_limit(time) if time else None

@@ -264,6 +264,7 @@ class Recomputation:
 
     Args:
         model: the PEFT model. All its layers run again from now on, so that the step can be measured, until `put_back`.
+        whole: let all run again that hold something, whatever the limit: for the fewest bytes.
 
     Attributes:
         layers: the names of the layers that run again.
@@ -273,8 +274,8 @@ class Recomputation:
         UnsupportedError: the model has no layers that can run again one by one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        base = unwrap(model)
+    def __init__(self, model: nn.Module, *, whole: bool = False) -> None:
+        base, self.whole = unwrap(model), whole
         training_step.check_checkpointing(base)
         self._layers = {name: m for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
         if not self._layers:
@@ -313,7 +314,7 @@ class Recomputation:
             shape: of the batch; by default the one that the memory was measured with.
         """
         assert self.memory is not None, "the step has not been measured"
-        return fewest_recomputed(self.memory, ranks, limit, shape)
+        return fewest_recomputed(self.memory, ranks, 0.0 if self.whole else limit, shape)
 
     def cost(
         self,
@@ -334,7 +335,7 @@ class Recomputation:
         """
         assert self.memory is not None, "the step has not been measured"
         if least:
-            return recomputed_cost(self.memory, max_ranks, limit, shape, ranks, least=least)
+            return recomputed_cost(self.memory, max_ranks, limit, shape, ranks, least=least, whole=self.whole)
         return self.memory.recomputing(()).cost(shape)
 
     def memory_now(self) -> MemoryModel:
@@ -366,9 +367,9 @@ def all_running_again(model: nn.Module) -> Callable[[], None]:
 
 
 @contextmanager
-def recomputing(model: nn.Module, wanted: bool) -> Iterator[Recomputation | None]:
+def recomputing(model: nn.Module, wanted: bool, *, whole: bool = False) -> Iterator[Recomputation | None]:
     """What chooses the layers of a run that begins, if it is wanted and can be; put back if an error ends the run."""
-    recomputation = Recomputation(model) if wanted and could_recompute(model) else None
+    recomputation = Recomputation(model, whole=whole) if wanted and could_recompute(model) else None
     try:
         yield recomputation
     except BaseException:

@@ -31,9 +31,10 @@ class PlanOptions:
             again, or "0.8s". Measured before training.
         exact_savers: let adapters share copies of their inputs, and compute the loss of a language model in tiles: the
             same losses and gradients in fewer bytes, at no cost in time.
-        gradient_checkpointing: "auto" runs as few layers again in the backward pass as the plan needs: less memory,
-            more time, the same losses. True runs all of them again, and False none. A model that checkpoints already is
-            left as it is. Under goal time, or where a budget counts parameters, "auto" is False.
+        gradient_checkpointing: "auto" runs as few layers again in the backward pass as the plan needs, and all under
+            goal bytes: less memory, more time, the same losses. True runs all of them again, and False none. A model
+            that checkpoints already is left as it is. Under goal time, or where a budget counts parameters, "auto" is
+            False.
         prefix_cache: let frozen layers below the lowest adapter run once a row, and keep what they return for later
             epochs and evaluations: "auto" in an eighth of the free main memory and half of the free disk, "20GiB" in so
             many bytes, "off" not at all.

@@ -470,7 +470,8 @@ class RankPilot:
                     savers = [name for name in savers if name != CACHE]
                 self._savers = ExactSavers(model, savers, compiled=is_compiled(self._run.wrapped))
                 self._put_back.callback(self._savers.put_back)
-            with recomputing(model, options.chooses_layers and self.budget.kind != "parameters") as recomputation:
+            wanted = options.chooses_layers and self.budget.kind != "parameters"
+            with recomputing(model, wanted, whole=options.goal == "bytes") as recomputation:
                 yield self._savers, recomputation
         except BaseException:
             self._put_back.close()

@@ -15,8 +15,8 @@ PLAIN, *PLANS = SAVING
 """Plain LoRA, and the methods that are compared with it."""
 
 OF_RECORD = (
-    "A page of record where it speaks of `ours`: that is the policy that shipped with 0.2. The default decides otherwise "
-    "now ([What a decision is](decision.md))."
+    "A page of record where it speaks of `ours`: that is the policy that shipped with 0.2. The default decides "
+    "otherwise now ([What a decision is](decision.md))."
 )
 """The first lines of pages whose rows were measured before."""
 

@@ -1,0 +1,285 @@
+"""`python -m benchmarks no-sweep`: one run of rankpilot at its own rate beside plain LoRA at its best rate.
+
+Each text of `JUDGED` is learned by one model; no rule, expectation or caution was fitted on them. A side without a
+sweep trains once, at the rate that its own rule says. Sides with a sweep train at three rates or more, and their best
+run counts: that is more than a user gets. All runs of a text share its batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import concatenate_datasets
+from rankpilot.common.files import append_json_line, read_json_lines, write_text
+from rankpilot.common.text import make_table
+from rankpilot.common.workers import count_workers, worker_pool
+from rankpilot.errors import ConfigError
+from rankpilot.finetune.options import PilotOptions
+from rankpilot.finetune.pilot import RankPilot
+from rankpilot.finetune.plan_rate import hidden_width, look_at
+from rankpilot.finetune.run import TrainingRun
+from rankpilot.lora.spec import REFERENCE_RANK
+from rankpilot.lora.targets import find_target_modules
+from rankpilot.plan.rate import RULE
+from rankpilot.training.results import estimate
+from rich.console import Console
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .harness import Figures, machine_facts
+from .loss_runs import JUDGED
+from .methods.tasks import MethodTask
+from .methods.texts import load_data
+from .methods.training import ALPHA, CLIP, adapted_model, evaluate, factor_at, new_loader, training_run
+
+PACKED = Path(__file__).parent / "results" / "no_sweep.json"
+
+SMALL = ("gpt2-8x64", "llama-8x64", "gpt2-4x64", "llama-4x64")
+WHOLE = {"news": "smollm2-135m", "docstrings": "smollm2-135m", "language-cs": "smollm2-135m"}
+"""Texts that SmolLM2-135M learns; models of `SMALL` take turns with the others."""
+
+USUAL = 3e-4
+"""A rate that people take without a sweep."""
+
+GOALS = ("quality", "time", "bytes")
+SWEPT = (0.5, 1.0, 2.0)
+"""The rates of a sweep, over the rule's; where the highest or lowest is best, twice or half of it follows."""
+
+MOST_SWEPT = 8.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tune.
+
+    Attributes:
+        text: of `JUDGED`.
+        side: "plain" LoRA of rank 8, "rslora-64" on all modules, "usual" for plain LoRA at `USUAL`, or a goal.
+        factor: of the rate over the rule's, for sides with a sweep.
+    """
+
+    text: str
+    side: str
+    factor: float = 1.0
+
+    @property
+    def task(self) -> MethodTask:
+        """What is trained."""
+        model = WHOLE.get(self.text) or SMALL[JUDGED.index(self.text) % len(SMALL)]
+        steps, rows, held_out, train = (100, 4, 48, 600) if self.text in WHOLE else (200, 8, 192, 4000)
+        return MethodTask(model, self.text, "causal-lm", steps, rows, 48, USUAL, held_out, train, curve=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Hold one run of rankpilot at its own rate against plain LoRA at its best rate, on texts that nothing knows.
+
+    Attributes:
+        output: folder of the rows; an interrupted comparison goes on there.
+        workers: processes of one thread each; 0 for as many as there are cores.
+        minutes: stop after so many, when the runs that have begun are over; 0 for the stored rows alone.
+        whole: also on SmolLM2-135M, which takes minutes a run.
+        pack: put the rows into the repository's file.
+        quick: under a minute: one text, a run a side.
+        json: also write figures to this file.
+    """
+
+    output: Path = Path("runs/no-sweep")
+    workers: int = 0
+    minutes: float | None = None
+    whole: bool = True
+    pack: bool = False
+    quick: bool = False
+    json: Path | None = None
+
+
+def next_runs(text: str, rows: Mapping[Run, Mapping[str, Any]]) -> Iterator[Run]:
+    """The runs of a text that are missing, as far as the rows so far tell."""
+    yield from (run for run in (Run(text, side) for side in (*GOALS, "usual")) if run not in rows)
+    for side in ("plain", "rslora-64"):
+        wanted = [Run(text, side, factor) for factor in SWEPT]
+        missing = [run for run in wanted if run not in rows]
+        yield from missing
+        if missing:
+            continue
+        swept = {run.factor: _loss(row) for run, row in rows.items() if (run.text, run.side) == (text, side)}
+        best = min(swept, key=lambda factor: swept[factor])
+        for edge, beyond in ((max(swept), 2.0), (min(swept), 0.5)):
+            if best == edge and 1 / MOST_SWEPT < best * beyond < MOST_SWEPT:
+                yield Run(text, side, best * beyond)
+
+
+def _loss(row: Mapping[str, Any]) -> float:
+    return math.inf if row["loss"] is None else float(row["loss"])
+
+
+def perform(run: Run) -> dict[str, Any]:
+    """Train a run to its end in a loop of a user's; figures as JSON values, `loss` None if it diverged."""
+    task, data = run.task, load_data(run.task)
+    seed = int(hashlib.sha256(run.text.encode()).hexdigest()[:6], 16)
+    model = adapted_model(task, seed)
+    if run.side == "rslora-64":
+        ranks = {target.name: min(64, target.max_rank) for target in find_target_modules(model)}
+        model = adapted_model(task, seed, ranks, lora_alpha=ALPHA, use_rslora=True)
+    training = training_run(task, model, USUAL, seed)
+    facts: dict[str, Any]
+    begun = time.process_time()
+    if run.side in GOALS:
+        pilot = RankPilot(options=pilot_options(run.side, seed), tell=lambda line: None)
+        pilot.begin(training)
+        rate, facts = USUAL, _facts(pilot)
+    else:
+        pilot, facts = None, {}
+        rate = USUAL if run.side == "usual" else run.factor * _rule_of(training, seed)
+    setup_s = time.process_time() - begun
+    _train(task, training, new_loader(task, data, seed), rate, pilot)
+    spent = time.process_time() - begun
+    loss = evaluate(model, concatenate_datasets([data.tuning, data.held_out]), data, task)["loss"]
+    if pilot:
+        pilot.finish()
+    times = {"setup_s": round(setup_s, 2), "all_s": round(spent, 2)}
+    return {"loss": round(loss, 5) if math.isfinite(loss) else None, "rate": rate} | facts | times
+
+
+def pilot_options(goal: str, seed: int) -> PilotOptions:
+    """What a user of rankpilot sets: a goal, and nothing of rates; the budget is what plain LoRA takes."""
+    return PilotOptions(
+        budget="100%",
+        goal=goal,  # type: ignore[arg-type]
+        learning_rate="auto",
+        seed=seed,
+        gradient_checkpointing="auto" if goal == "bytes" else False,
+        prefix_cache="off",
+    )
+
+
+def _facts(pilot: RankPilot) -> dict[str, Any]:
+    assert pilot.decision is not None
+    assert pilot.decision.choice is not None
+    assert pilot.rates is not None
+    found = pilot.decision.choice
+    share = pilot.predictions[0][1] / pilot.limit
+    return {"plan": found.names[found.taken], "bytes": round(share, 4), "rate": pilot.rates[1]}
+
+
+def _rule_of(training: TrainingRun, seed: int) -> float:
+    """The rule's rate for the adapters of a run, whatever their rank."""
+    targets = find_target_modules(training.model)
+    ranks = np.array([target.rank for target in targets], dtype=np.int64)
+    scales, plain = np.array([target.scaling for target in targets]), np.full(len(targets), ALPHA / REFERENCE_RANK)
+    look, width = look_at(training, seed), hidden_width(training.model)
+    assert width is not None
+    return RULE.plain(width, training.total_steps, float(plain[0]), look) * RULE.factor(ranks, scales, plain)
+
+
+def _train(
+    task: MethodTask, training: TrainingRun, loader: DataLoader[Any], rate: float, pilot: RankPilot | None
+) -> None:
+    optimizer = training.optimizer
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for step, batch in enumerate(loader):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor_at(step, task.steps)
+        if pilot:
+            pilot.before_step(batch)
+        loss = training.model(**batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        if pilot:
+            pilot.before_optimizer_step(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        if pilot:
+            pilot.after_step()
+
+
+def best_rows(rows: Mapping[Run, Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """By text and side the row that counts: of a sweep the best one, and as "plain, rule" plain LoRA at the rule's."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for run, row in rows.items():
+        of_text = found[run.text]
+        if run.side not in of_text or _loss(row) < _loss(of_text[run.side]):
+            of_text[run.side] = row
+        if (run.side, run.factor) == ("plain", 1.0):
+            of_text["plain, rule"] = row
+    return {text: sides for text, sides in found.items() if {"plain", *GOALS} <= sides.keys()}
+
+
+def benchmark(options: Options, console: Console) -> Figures:
+    """Run what is missing, and print each side beside plain LoRA at its best rate.
+
+    Raises:
+        ConfigError: bad options.
+    """
+    if options.workers < 0 or (options.minutes is not None and options.minutes < 0):
+        raise ConfigError(f"--workers and --minutes are at least 0; got {options.workers} and {options.minutes}.")
+    path, rows = options.output / "rows.jsonl", {}
+    for line in read_json_lines(path) if path.is_file() else []:
+        rows[Run(**line["run"])] = line["row"]
+    if PACKED.is_file() and not rows:
+        rows = {Run(*run): row for run, row in json.loads(PACKED.read_text(encoding="utf-8"))}
+    texts = [text for text in JUDGED if options.whole or text not in WHOLE]
+    _collect(options, texts[:1] if options.quick else texts, path, rows)
+    if options.pack:
+        lines = [
+            json.dumps([[run.text, run.side, run.factor], row], separators=(",", ":")) for run, row in rows.items()
+        ]
+        write_text(PACKED, "[\n" + ",\n".join(lines) + "\n]\n")
+    return {**machine_facts(torch.device("cpu")), **_report(best_rows(rows), console)}
+
+
+def _collect(options: Options, texts: Sequence[str], path: Path, rows: dict[Run, Any]) -> None:
+    """Run what is missing, and write it down."""
+    end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
+    progress, count = Console(file=sys.stderr), count_workers(options.workers)
+    options.output.mkdir(parents=True, exist_ok=True)
+    with worker_pool(count) as workers:
+        while time.monotonic() < end:
+            missing = [run for text in texts for run in next_runs(text, rows)][: 2 * count]
+            if not missing:
+                return
+            for run, row in workers.spread(perform, missing):
+                append_json_line(path, {"run": asdict(run), "row": row})
+                rows[run] = row
+                told = f"{run.task.model} / {run.text} {run.side} x {run.factor:g}: {row['loss']} {row.get('plan', '')}"
+                progress.print(told, markup=False, soft_wrap=True)
+
+
+def _report(best: Mapping[str, Mapping[str, Mapping[str, Any]]], console: Console) -> Figures:
+    """Log losses beside plain LoRA's at its best rate, bytes and CPU time beside plain LoRA's, over texts."""
+    figures: Figures = {"texts": len(best)}
+    table = []
+    for part in ("all texts", "byte models", "SmolLM2-135M"):
+        texts = [text for text in best if part == "all texts" or (text in WHOLE) == (part == "SmolLM2-135M")]
+        for side in ("quality", "time", "bytes", "plain, rule", "usual", "rslora-64"):
+            found = [text for text in texts if side in best[text]]
+            if not found:
+                continue
+            losses = [_beside(best[text][side], best[text]["plain"]) for text in found]
+            change = estimate([100 * loss for loss in losses], found)
+            size = float(np.mean([best[text][side].get("bytes", math.nan) for text in found]))
+            spent = float(np.median([best[text][side]["all_s"] / best[text]["plain"]["all_s"] for text in found]))
+            figures |= {f"{part}, {side}: {name}": value for name, value in vars(change).items()}
+            figures |= {f"{part}, {side}: worst": 100 * max(losses), f"{part}, {side}: bytes": size}
+            figures |= {f"{part}, {side}: time": spent}
+            shares = [f"{value:.2f}" if math.isfinite(value) else "-" for value in (size, spent)]
+            table.append((part, side, str(len(found)), f"{change:+.2f}", f"{100 * max(losses):+.1f}", *shares))
+    columns = ("", "side", "texts", "log loss, %", "worst", "bytes", "CPU time")
+    console.print(make_table("Beside plain LoRA at its best rate", columns, table))
+    return figures
+
+
+def _beside(row: Mapping[str, Any], plain: Mapping[str, Any]) -> float:
+    """The log loss of a row beside plain LoRA's; a run that diverged counts as 100 %."""
+    return 1.0 if row["loss"] is None else math.log(row["loss"] / plain["loss"])
