@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
-from ..plan.goal import CAUTION, CAUTION_OF_GOALS, Goal
+from ..plan.goal import CAUTION, SURE, Goal
 
 PLAIN = "rank 8 on all modules"
 """Plain LoRA, with which plans are compared, in words; the first plan of every choice. Modules that cannot have rank 8
@@ -64,13 +64,18 @@ class Choice:
 
     @cached_property
     def reach(self) -> FloatArray:
-        """How far the truth may lie from what is expected, (P,): so far that it is trusted under the goal."""
-        return (CAUTION_OF_GOALS if self.goal.saves else CAUTION) * self.spread
+        """How far the truth surely lies at most from what is expected, (P,)."""
+        return SURE * self.spread
 
     @cached_property
     def surely(self) -> FloatArray:
         """The log loss beside plain LoRA's that each plan surely keeps, (P,)."""
         return self.expected + self.reach
+
+    @cached_property
+    def cautious(self) -> FloatArray:
+        """The log loss by which plans are compared under quality, (P,)."""
+        return self.expected + CAUTION * self.spread
 
     @cached_property
     def within_tolerance(self) -> BoolArray:
@@ -91,12 +96,12 @@ class Choice:
     def best(self) -> int:
         """The plan that the goal asks for.
 
-        Under quality, and where a goal of cost cannot be kept, that is the one whose loss is surely the lowest: plain
-        LoRA unless another plan surely ends below it. Under a goal of cost it is the cheapest within the tolerance, and
+        Under quality, and where a goal of cost cannot be kept, that is the one whose loss is the lowest with some
+        caution, which plain LoRA does not need. Under a goal of cost it is the cheapest within the tolerance, and
         of those that cost the same the one that is expected to lose the least.
         """
         if not self.goal.saves or self.misses_goal:
-            return int(np.argmin(np.where(self.fits, self.surely, np.inf)))
+            return int(np.argmin(np.where(self.fits, self.cautious, np.inf)))
         costs = np.where(self.within_tolerance, self.goal_costs, np.inf)
         tied = costs <= (1 + COST_TIE) * costs.min()
         return int(np.argmin(np.where(tied, self.expected, np.inf)))
@@ -113,7 +118,7 @@ class Choice:
             )
         if self.taken == 0:
             if not self.goal.saves:
-                return f"No plan that fits is surely better than {PLAIN}." if len(self.plans) > 1 else ""
+                return f"No plan that fits promises a lower loss than {PLAIN}." if len(self.plans) > 1 else ""
             return f"No cheaper plan surely stays within {percent(self.goal.tolerance)} of the loss of {PLAIN}."
         return f"Expected beside {PLAIN}{fits}: loss {expected}, surely at most {surely}."
 
@@ -168,7 +173,7 @@ def frontier(found: Choice) -> list[FrontierPlan]:
 
 
 def _plan(found: Choice, plan: int) -> FrontierPlan:
-    expected, reach = float(found.expected[plan]), CAUTION_OF_GOALS * float(found.spread[plan])
+    expected, reach = float(found.expected[plan]), SURE * float(found.spread[plan])
     return FrontierPlan(
         name=found.names[plan],
         ranks=found.plans[plan],

@@ -23,7 +23,7 @@ from rankpilot.common.text import make_table
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import REFERENCE_RANK, ModuleSpec
-from rankpilot.plan.goal import CAUTION, CAUTION_OF_GOALS
+from rankpilot.plan.goal import CAUTION, SURE
 from rankpilot.plan.rate import LEAST_SHARE, RULE, Look
 from rankpilot.plan.worth import FEATURES, FILE, Modules, PlanWorth, distance
 from rich.console import Console
@@ -254,11 +254,11 @@ def judge(worth: PlanWorth, fine_tune: FineTune) -> Judgement | None:
         return None
     reference = losses[plain][np.argmin(np.abs(off[plain]))]
     expected, spread = worth.parts(features).sum(axis=1), worth.spread(features)
-    change, surely = losses - reference, expected + CAUTION * spread
-    taken = int(np.argmin(np.where(plain, 0, surely)))
+    change = losses - reference
+    taken = int(np.argmin(np.where(plain, 0, expected + CAUTION * spread)))
     return Judgement(
         float(spearmanr(expected[others], change[others]).statistic),
-        float((change <= expected + CAUTION_OF_GOALS * spread)[others].mean()),
+        float((change <= expected + SURE * spread)[others].mean()),
         0.0 if plain[taken] else float(change[taken]),
         min(0.0, float(change[others].min())),
     )

@@ -174,10 +174,12 @@ class PlanRate:
 
     def told(self) -> str:
         """A line on the rate; empty where it is the user's, and near the rule's."""
+        lines = []
+        if not np.allclose(self._plain, self._plain[0]):
+            lines.append("Modules differ in lora_alpha (alpha_pattern): each keeps its own.")
         if self.look:
             of_plan = "" if self.factor == self._auto else f", and {self.rate:.2g} under this plan"
-            return f"Learning rate by rule: {self.plain:.2g} for plain LoRA{of_plan}."
-        lines = []
+            return " ".join([f"Learning rate by rule: {self.plain:.2g} for plain LoRA{of_plan}.", *lines])
         if abs(self.factor - 1) > 0.01:
             lines.append(
                 f"The learning rate of {self.own:.3g} is read as that of plain LoRA; this plan trains at "

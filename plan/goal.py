@@ -18,10 +18,12 @@ TOLERANCE = 0.01
 """The tolerance where none is given, in log loss."""
 
 CAUTION = 0.5
-"""Under quality, a plan counts as its expected loss and so many standard deviations: what is unsure is avoided."""
+"""Under quality, a plan is as good as its expected loss and so many standard deviations: what is unsure counts less. On
+fine-tunes left out, less caution takes worse plans, and more takes plain LoRA (docs/experiments.md)."""
 
-CAUTION_OF_GOALS = 1.64
-"""The same under a goal of cost: one-sided, 95 % of a normal distribution."""
+SURE = 1.64
+"""A plan surely ends below its expected loss and so many standard deviations: one-sided, 95 % of a normal distribution.
+"""
 
 
 @dataclass(frozen=True)

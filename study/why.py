@@ -132,10 +132,10 @@ def explain(logged: DecisionRecord, policy: Policy | None = None, what_ifs: bool
 
 
 def best_first(found: Choice) -> IntArray:
-    """The plans by what the goal asks for, int64 (P,): the cheapest within the tolerance, then the surely best."""
+    """The plans by what the goal asks for, int64 (P,): the cheapest within the tolerance, then those of least loss."""
     wanted = found.goal.saves & found.within_tolerance
-    surely = np.where(found.fits, found.surely, np.inf)
-    return np.lexsort((surely, np.where(wanted, found.goal_costs, np.inf)))
+    cautious = np.where(found.fits, found.cautious, np.inf)
+    return np.lexsort((cautious, np.where(wanted, found.goal_costs, np.inf)))
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def _of_choice(logged: DecisionRecord, found: Choice) -> Iterator[str]:
         expected, reach, spread = (float(values[found.taken]) for values in columns)
         yield (
             f"Fine-tunes differ, by a standard deviation of {100 * spread:.1f} %: the loss may "
-            f"be from {percent(expected - reach)} to {percent(expected + reach)}, and for caution the upper end counts."
+            f"be from {percent(expected - reach)} to {percent(expected + reach)}."
         )
     yield f"The goal is {found.goal}."
     yield _runners_up(logged, found)
@@ -190,9 +190,9 @@ def _runners_up(logged: DecisionRecord, found: Choice) -> str:
     others = [plan for plan in others if (found.within_tolerance if saves else found.fits)[plan]]
     if not others:
         return f"No other plan {'is within the tolerance' if saves else 'fits'}."
-    worth = [_cost(logged, found, plan) if saves else percent(float(found.surely[plan])) for plan in others[:SHOWN]]
+    worth = [_cost(logged, found, plan) if saves else percent(float(found.cautious[plan])) for plan in others[:SHOWN]]
     plans = ", ".join(f'"{found.names[plan]}" ({each})' for plan, each in zip(others, worth, strict=False))
-    return f"The next {'within the tolerance' if saves else 'by what they surely lose at most'}: {plans}."
+    return f"The next {'within the tolerance' if saves else 'by what they lose, with some caution'}: {plans}."
 
 
 def _of_savers(logged: DecisionRecord) -> str:

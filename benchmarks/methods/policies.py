@@ -14,6 +14,7 @@ from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.files import sha256
 from rankpilot.cost.recording import Batch
+from rankpilot.errors import ConfigError
 from rankpilot.finetune.allocate import static_plan
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.run import TrainingRun
@@ -29,18 +30,40 @@ from .tasks import Cell
 from .texts import load_data
 from .training import Driver, adapted_model, new_loader
 
+RECORDED = "default of 0.2"
+"""The policy that shipped with version 0.2, of which the stored rows are."""
+
+_RECORD = {"policy": "default", "sha": "d75f87563bcd7b87"}
+_RECORD_OF_GOALS = {"doubt": "0.2 0.3", "broad": "0.5 0.667 0.5"}
+
 
 @lru_cache(maxsize=16)
-def identity(spec: str) -> dict[str, Any]:
+def identity(spec: str, *, saves: bool = False) -> dict[str, Any]:
     """Arguments of work that tell a policy: a learned one by its weights, and the one that ships by its expectations.
 
     Args:
         spec: its name, or its folder.
+        saves: whether it has a goal of cost.
     """
+    if spec == RECORDED:
+        return _RECORD | (_RECORD_OF_GOALS if saves else {})
     policy = load_policy(spec)
     if isinstance(policy, LearnedPolicy):
         return {"policy": spec, "sha": str(policy.sha256)[:16]}
     return {"policy": spec, "sha": sha256(FILE)[:16]} if isinstance(policy, PlanChooser) else {"policy": spec}
+
+
+def policy_of(work: Work) -> str:
+    """The policy of some work.
+
+    Raises:
+        ConfigError: it is that of version 0.2.
+    """
+    if work.get("sha") == _RECORD["sha"]:
+        raise ConfigError(
+            "These rows are of the policy of rankpilot 0.2, and some are missing: the git tag evidence-0.2 makes them."
+        )
+    return str(work.get("policy"))
 
 
 MEASURE_EVERY = 50
@@ -55,7 +78,7 @@ class PilotDriver(Driver):
     """
 
     def __init__(self, work: Work) -> None:
-        spec = work.get("policy")
+        spec = policy_of(work)
         names = module_names(work.task)
         super().__init__(adapted_model(work.task, work.get("seed")), np.full(len(names), REFERENCE_RANK))
         self.pilot: RankPilot = RankPilot(
@@ -154,7 +177,7 @@ def make_plan(work: Work) -> dict[str, Any]:
     With the argument `goal` it is the cheapest one that surely loses nothing.
     """
     task, seed = work.task, work.get("seed")
-    model, spec = adapted_model(task, seed), work.get("policy")
+    model, spec = adapted_model(task, seed), policy_of(work)
     loader = new_loader(task, load_data(task), seed)
     plan = static_plan(
         model,
@@ -195,7 +218,7 @@ class FirstPlan:
     def planning(self, cell: Cell, rate: float, seed: int) -> Work:
         """What makes the plan for a rate and a seed."""
         goal = None if self.goal == "quality" else self.goal
-        given = {"budget": ROOM if goal else cell.budget, "goal": goal, **identity(self.policy)}
+        given = {"budget": ROOM if goal else cell.budget, "goal": goal, **identity(self.policy, saves=bool(goal))}
         return Work.of("plan", cell.task, rate=rate, seed=seed, **given)
 
     def run(self, study: Study, cell: Cell, rate: float, seed: int) -> Work:
@@ -215,23 +238,23 @@ METHODS = (
     FirstPlan("random", "random", "random ranks that use the budget up", quick=True),
     FirstPlan("top-down", "top-down", "rule: as many top layers as fit at a useful rank", quick=True),
     Piloted("signal-mean", "signal-mean", "rule: ranks by the mean of three signals, decided anew", "adaptive"),
-    Piloted("ours", "default", "the shipped policy, all its decisions", quick=True),
+    Piloted("ours", RECORDED, "the shipped policy, all its decisions", quick=True),
     Piloted(
-        "ours-recompute", "default", "the shipped policy, as few layers run again as its plans need", recompute=True
+        "ours-recompute", RECORDED, "the shipped policy, as few layers run again as its plans need", recompute=True
     ),
     FirstPlan(
         "ours-saves-time",
-        "default",
-        "the plan of least time that surely loses at most 1 %",
+        RECORDED,
+        "the broad plan of least time that surely loses at most 1 %",
         "saving",
         goal="time",
     ),
     FirstPlan(
         "ours-saves-bytes",
-        "default",
-        "the plan of fewest bytes that surely loses at most 1 %",
+        RECORDED,
+        "the broad plan of fewest bytes that surely loses at most 1 %",
         "saving",
         goal="bytes",
     ),
 )
-"""Rules, and the shipped policy."""
+"""Rules, and the policy of version 0.2."""

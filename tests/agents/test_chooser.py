@@ -328,7 +328,7 @@ def test_labels_widen_the_spread_and_are_told() -> None:
     np.testing.assert_allclose(labels.spread, LABELS_SPREAD * texts.spread)
     np.testing.assert_array_equal(labels.expected, texts.expected)
     assert texts.caveats == ()
-    assert labels.caveats == ("it learns labels, and expectations were learned on texts",)
+    assert labels.caveats == ("it learns labels, not texts",)
 
 
 def test_trained_adapters_are_told() -> None:

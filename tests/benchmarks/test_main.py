@@ -24,6 +24,7 @@ EXPLAINED = {
     "methods-report": ("--suite", "--rows", "--json", "stored rows", "bootstrap"),
     "rates": ("--rows", "--json", "published", "sweeps"),
     "loss-runs": ("--models", "--minutes", "--quick", "--json", "drawn plans", "folder of the plan"),
+    "no-sweep": ("--output", "--pack", "--quick", "--json", "best rate"),
     "worth": ("--rows", "--write", "--json", "left out", "loss-runs"),
 }
 

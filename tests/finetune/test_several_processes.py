@@ -120,9 +120,9 @@ def test_texts_of_different_lengths_under_a_budget_of_bytes(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("policy", "options"),
     first_cases(
-        1, [("default", {"explore": 0.5}), ("signal-mean", {"gradient_checkpointing": "auto", "time": "110%"})]
+        1, [("default", {"goal": "bytes"}), ("signal-mean", {"gradient_checkpointing": "auto", "time": "110%"})]
     ),
-    ids=["exploration", "layers that run again, and time"],
+    ids=["fewest bytes", "layers that run again, and time"],
 )
 def test_choices_of_the_first_process_are_those_of_all(policy: str, options: dict[str, Any], tmp_path: Path) -> None:
     options |= {"measure_every": 1}

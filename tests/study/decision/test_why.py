@@ -16,7 +16,7 @@ from rankpilot.agents.policy import Decision, decision_to_keep
 from rankpilot.agents.rules import find_rule
 from rankpilot.cost.savers import Saved
 from rankpilot.errors import RunFolderError
-from rankpilot.plan.goal import Goal
+from rankpilot.plan.goal import CAUTION, Goal
 from rankpilot.study.why import Explanation, explain, explanations
 
 from ..conftest import four_plans
@@ -57,12 +57,11 @@ def test_the_lowest_loss(of_choice: Explained) -> None:
     told = of_choice(four_plans(caveats=("it learns labels",)), saved=saved, rates=(1e-3, 2e-3))
     assert told.verdict == (
         'At step 0 the plan "rank 16 on the MLP modules" was taken: its loss is expected to be -2.0 % beside rank 8 on '
-        "all modules, surely at most -1.0 %."
+        "all modules, surely at most -0.4 %."
     )
     assert told.sentences() == [
         "What is expected is the sum of its parts: rank of MLP modules -3.0 %, few modules +1.0 %.",
-        "Fine-tunes differ, by a standard deviation of 1.0 %: the loss may be from -3.0 % to -1.0 %, and for caution "
-        "the upper end counts.",
+        "Fine-tunes differ, by a standard deviation of 1.0 %: the loss may be from -3.6 % to -0.4 %.",
         "The goal is the lowest loss within the budget.",
         'The next by what they surely lose at most: "rank 8 on all modules" (+0.0 %), "rank 4 on all modules" '
         '(+0.7 %), "rank 1 on all modules" (+7.3 %).',
@@ -75,7 +74,7 @@ def test_the_lowest_loss(of_choice: Explained) -> None:
 
 PLAIN_KEPT = '"rank 8 on all modules" was taken: no'
 UNKEPT = (
-    'plan "rank 1 on all modules" was taken: the goal cannot be kept: rank 8 on all modules does not fit the budget, '
+    'plan "rank 1 on all modules" was taken: the goal cannot be kept: rank 8 on all modules does not fit the budget, time or bounds, '
     "and no plan that fits surely stays within +1.0 % of its loss. A larger budget, time or tolerance helps."
 )
 FEWEST = (
@@ -92,7 +91,7 @@ FEWEST = (
         ({"goal": Goal("bytes", 0.002), "costs": np.array([1.0, 2, 3, 4])}, f"{PLAIN_KEPT} cheaper plan surely stays"),
         ({"goal": Goal("bytes"), "fits": np.arange(4) == 3}, UNKEPT),
         ({"fits": np.arange(4) == 1}, "to be +0.4 % beside rank 8 on all modules, which does not fit, surely at most"),
-        ({"spread": np.array([0, 0.1, 0.1, 0.1])}, f"{PLAIN_KEPT} plan that fits is surely better than"),
+        ({"spread": np.array([0, 0.1, 0.1, 0.1])}, f"{PLAIN_KEPT} plan that fits promises a lower loss than"),
     ],
 )
 def test_verdicts(of_choice: Explained, changes: dict[str, Any], words: str) -> None:
@@ -120,8 +119,9 @@ def test_json_is_the_contract(first: Observation, log_decision: Decide, goal: An
     assert sum(part["value"] for part in told["parts"]) == pytest.approx(plan["expected"]), "no part is left out"
     assert {text["text"] for text in told["what_ifs"]} <= set(told["sentences"])
     assert len(told["what_ifs"]) > 0
-    key = "surely" if goal == "quality" else "cost"
-    listed = [row[key] for row in told["plans"] if row["fits"] and row["within"] in (None, True)]
+    shown = [row for row in told["plans"] if row["fits"] and row["within"] in (None, True)]
+    cautious = [row["expected"] + CAUTION * row["spread"] for row in shown]
+    listed = cautious if goal == "quality" else [row["cost"] for row in shown]
     assert listed == sorted(listed), "the best for the goal come first"
     assert len(told["plans"]) == len(found.plans)
 
