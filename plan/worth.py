@@ -129,8 +129,8 @@ class PlanWorth:
 
 def distance(features: FloatArray) -> FloatArray:
     """How far plans are from plain LoRA, (P,): 0 for plain LoRA itself, 1 for a plan that differs throughout."""
-    other = features[:, list(FEATURES).index("other ranks than 8")]
-    return np.asarray(np.minimum(1.0, features[:, :4].mean(axis=1) + other / 4))
+    few, other = (features[:, list(FEATURES).index(name)] for name in ("few modules", "other ranks than 8"))
+    return np.asarray(np.minimum(1.0, np.sqrt(few) + other / 4))
 
 
 @cache
