@@ -409,3 +409,26 @@ def test_where_nothing_fits_without_layers_run_again(tmp_path: Path, caplog: pyt
     assert all(rank > 0 for name, rank in ranks.items() if name.endswith("q_proj"))
     with pytest.raises(BudgetError, match="fits no"):
         run(tmp_path / "cannot", 0.0, "45%", recompute=False, bounds={"q_proj": (1, 8)})
+
+
+def test_the_fewest_bytes_need_all_layers_run_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The budget is the same share of plain LoRA's bytes; losses stay, and the line tells what is given for it."""
+    costs = {}
+    for checkpointing in ("auto", False):
+        trainer = trainer_of(tmp_path / str(checkpointing), layers=MANY, dropout=0.0)
+        options = {"gradient_checkpointing": checkpointing, "exact_savers": False, "measure_every": 1}
+        callback = rankpilot.attach(trainer, budget="120%", goal="bytes", **options)
+        with caplog.at_level(logging.INFO, logger="rankpilot"):
+            trainer.train()
+        peaks, limit = [peak for _, peak in callback.peaks], callback.limit
+        costs[checkpointing] = (
+            callback.pilot.predictions[0][1],
+            max(peaks),
+            limit,
+            trainer.state.log_history[0]["loss"],
+        )
+    again, none = costs["auto"], costs[False]
+    assert (again[2], again[3]) == (none[2], pytest.approx(none[3], rel=1e-6))
+    assert again[0] < 0.8 * none[0]
+    assert again[1] == pytest.approx(again[0], rel=0.02)
+    assert caplog.text.count("gradient_checkpointing=False takes less time, and more bytes.") == 1
