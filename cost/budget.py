@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ..common.arrays import IntArray
-from ..errors import BudgetError, shown
+from ..errors import BudgetError, ConfigError, first_line, shown
 from ..lora.spec import REFERENCE_RANK
 from .cost import Cost, CostUnit, plan_cost
 from .step_time import StepTime
@@ -171,6 +172,32 @@ class Budget:
             whole = reference_cost(cost, max_ranks)
             return Limit(self.value * (whole if kept is None else max(whole, plan_cost(cost, kept))), cost.unit)
         return Limit(self.value * free_bytes(device) if self.kind == "auto" else self.value, cost.unit)
+
+
+GivenBudget = str | float | Budget | Callable[[], str | float | Budget]
+"""A budget as its user gives it: see `Budget.parse`, or a function without arguments that returns one."""
+
+
+def budget_now(given: GivenBudget) -> Budget:
+    """The budget that was given, or the one that a function gives at this moment.
+
+    Raises:
+        BudgetError: it cannot be read.
+        ConfigError: the function fails.
+    """
+    if not callable(given):
+        return Budget.parse(given)
+    try:
+        found = given()
+    except Exception as error:
+        raise ConfigError(
+            f"The function that was given as budget failed with {type(error).__name__}: {first_line(error)}. It takes "
+            "no argument, and returns a budget such as '6GiB'."
+        ) from error
+    try:
+        return Budget.parse(found)
+    except BudgetError as error:
+        raise BudgetError(f"The function that was given as budget returned none. {error}") from error
 
 
 def budget_text(given: object) -> str:

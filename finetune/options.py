@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..agents.settings import DecisionSchedule
-from ..cost.budget import Budget, TimeBudget
+from ..cost.budget import Budget, GivenBudget, TimeBudget, budget_now
 from ..cost.step_config import Checkpointing, StepConfig, check_seed
 from ..data.task import Task
 from ..errors import BudgetError, ConfigError, UnknownNameError, shown
@@ -115,6 +115,9 @@ class PilotOptions(PlanOptions):
     `attach(trainer, "default", PilotOptions(budget="80%", goal="time"))`.
 
     Attributes:
+        budget: as in `PlanOptions`, or a function without arguments that returns one, called before each step. "auto"
+            and functions are followed while the run goes on: the plan shrinks before a step that would not fit, and
+            comes back when there is memory again.
         bounds: the rank of single modules, or their least and largest rank, by the module's name or the end of it:
             `{"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)}`.
         schedule: when to decide; by default as the policy was trained to.
@@ -131,6 +134,7 @@ class PilotOptions(PlanOptions):
         >>> options = PilotOptions(budget="80%", time="75%", bounds={"q_proj": 8})
     """
 
+    budget: GivenBudget = "100%"  # type: ignore[assignment]
     bounds: Bounds | None = None
     schedule: DecisionSchedule | None = None
     scaling: Scaling = "alpha"
@@ -139,6 +143,11 @@ class PilotOptions(PlanOptions):
     measure_every: int = 100
     log: str | Path | None = None
     learning_rate: Literal["auto"] | None = None
+
+    @property
+    def budget_read(self) -> Budget:
+        """The budget, read from what its user wrote, or of the moment if that is a function."""
+        return budget_now(self.budget)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -180,7 +189,7 @@ class PilotOptions(PlanOptions):
         return cls(**alone | dict(changes))
 
 
-GivenOptions = PilotOptions | str | float | Budget | None
+GivenOptions = PilotOptions | GivenBudget | None
 """All options, the budget alone, or None for the defaults."""
 
 

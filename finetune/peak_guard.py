@@ -16,7 +16,7 @@ import torch
 from ..agents.controller import RankController
 from ..common.arrays import IntArray
 from ..common.checks import counted, finite
-from ..common.text import format_bytes
+from ..common.text import cost_text, format_bytes
 from ..cost.budget import Budget, free_bytes
 from ..cost.calibration import highest_ranks, measure_memory
 from ..cost.cost import ByteCost, moment_costs, plan_cost
@@ -33,6 +33,9 @@ from .left_as_found import GOOD_STEPS, MOST_TRIES, STEP_SHARE, Kept, Recomputati
 from .run import TrainingRun
 
 logger = logging.getLogger(__name__)
+
+ROOM = 1.02
+"""A plan comes back where the limit is so many times what it takes, or as high as it was."""
 
 _OF_A_STEP = ("shape", "_unchecked", "_underestimate", "_before", "_memory", "_taken")
 """Attributes of a guard that change when a step makes the plan smaller, and are put back with it."""
@@ -73,7 +76,7 @@ class PeakGuard:
         self._step = 0
         self._recomputation: Recomputation | None = None
         self._taken: Taken | None = None
-        self._wait = GOOD_STEPS
+        self._wait, self._follows = GOOD_STEPS, False
         self._undo: Callable[[], None] | None = None
         self._tried: list[str] = []
 
@@ -320,6 +323,8 @@ class PeakGuard:
     def _has_room(self, taken: Taken) -> bool:
         """Whether the device has the memory for the plan of before an error; without CUDA good steps tell."""
         run, controller = self._run, self._controller
+        if self._follows:  # it gives back before a step, by the limit of the moment
+            return False
         if run.device.type != "cuda" or not self.meter.history:
             return True
         more = taken.cost - plan_cost(controller.cost_now(), controller.ranks)
@@ -330,7 +335,7 @@ class PeakGuard:
     def _give_back(self, taken: Taken) -> None:
         """Give the plan its limit, its layers and its ranks of before an error; the function stays the same."""
         controller, step = self._controller, self._step
-        controller.limit, self._taken, self._wait = taken.limit, None, 2 * self._wait
+        controller.limit, self._taken, self._wait = taken.limit, None, (2 if taken.times else 1) * self._wait
         if self._recomputation:  # as many layers ran again as these ranks need
             self._recomputation.take(taken.layers)
             self._memory = self._recomputation.memory_now()
@@ -378,6 +383,37 @@ class PeakGuard:
         self._tried.clear()
         if undo:
             undo()
+
+    def follow(self, limit: float, step: int) -> None:
+        """Take the limit of the moment, before a step.
+
+        A plan that no longer fits shrinks, layers that run again first. What that took comes back after `GOOD_STEPS`
+        steps at least: all of it where there is room for it, and else as many layers as the limit allows.
+
+        Args:
+            limit: what a plan may cost.
+            step: the optimiser steps done.
+
+        Raises:
+            BudgetError: no plan fits.
+        """
+        controller, taken, self._step, self._follows = self._controller, self._taken, step, True
+        if plan_cost(controller.cost_now(), controller.ranks) > limit:
+            self._taken = replace(taken or self._nothing_taken(), step=step)
+            controller.limit = limit
+            reason = f"At step {step} there is room for {cost_text(limit, controller.cost.unit)}."
+            if not self._relieved(reason):
+                self._check_possible(reason)
+                self._warn("%s The plan is shrunk.", reason)
+                self._correct("shrunk: less memory", controller.ranks)
+        elif taken is None:
+            controller.limit = limit
+        elif step - taken.step >= self._wait and limit > controller.limit:
+            if (1 + 1e-9) * limit >= min(ROOM * taken.cost, taken.limit):
+                self._give_back(replace(taken, limit=limit))
+            else:
+                controller.limit, self._taken = limit, replace(taken, step=step)
+                self._relieved("There is more memory.")
 
     def new_limit(self, limit: float, step: int) -> None:
         """Take another limit, and shrink the plan if it no longer fits.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..agents.settings import DecisionSchedule
 from ..common.checks import finite
 from ..common.devices import without_autocast
 from ..common.text import plural
-from ..cost.budget import Budget, TimeBudget
+from ..cost.budget import Budget, GivenBudget, TimeBudget
 from ..cost.calibration import beside_model
 from ..cost.recording import Batch
 from ..cost.savers import CACHE, SAVERS, ExactSavers, is_compiled
@@ -35,6 +35,7 @@ from ..plan.plan import Plan
 from ..plan.problem import rank_bounds
 from ..plan.rate import Look
 from . import before_training
+from .elastic import ElasticBudget
 from .journal import Correction, Journal
 from .left_as_found import Kept, Recomputation, all_running_again, recomputing
 from .loop_calls import LoopCalls
@@ -110,6 +111,7 @@ class RankPilot:
         self._prefix: PrefixCache | None = None
         self._savers: ExactSavers | None = None
         self._rate: PlanRate | None = None
+        self._elastic: ElasticBudget | None = None
         self._followed = b""
 
     def draw_from(self, seed: int) -> None:
@@ -171,6 +173,7 @@ class RankPilot:
                     f"{1 - timed.left_out:.0%} of the steps, since later epochs take what they return from memory and "
                     "disk (prefix_cache)."
                 )
+            self._elastic.begin(self.controller.limit)
             self._decide()
             self.journal.note(self._rate.told())
         self._found = found
@@ -222,6 +225,7 @@ class RankPilot:
             if changed := changes(settings, before):
                 self.journal.note(f"step {step}: {changed}")
                 self._guard.new_limit(limit, step)
+            self._elastic.begin(limit)
             self._follow_plan()
         self._calls.begin(run)
         self._begin_prefix_cache()
@@ -229,14 +233,17 @@ class RankPilot:
     def before_step(self, *batches: Batch) -> None:
         """Look at the batches of the step that begins, before the model sees them, and measure it if it is due.
 
-        A batch that is larger than all before may shrink the plan. A decision that was put off is made here.
+        A batch that is larger than all before may shrink the plan, and so does memory that others have taken under a
+        budget of "auto". A decision that was put off is made here.
 
         Raises:
-            BudgetError: no plan fits the larger batch, or the plan of the decision does not fit.
+            BudgetError: no plan fits the larger batch or the memory that is left, or that of the decision does not fit.
         """
         self._decide_if_due()
         with self._ends_on_error():
             self._calls.made("before_step")
+        if self._elastic and (self._elastic.given or self._elastic.moves):
+            self._guard.follow(self._elastic.limit(self._controller), self._step)
         self._guard.before_step(self._step, batches)
         self._follow_plan()
 
@@ -298,6 +305,23 @@ class RankPilot:
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan, correction=True)
+
+    def set_budget(self, budget: GivenBudget) -> None:
+        """Give the run another budget from its next step on: a lower one shrinks the plan before it.
+
+        Layers run again before ranks fall. When the budget rises again, fewer layers run again at once, and ranks come
+        back after some steps, up to those of before. Another budget before `begin` is that of the run.
+
+        Args:
+            budget: of the unit of the one so far, or a function that gives it before each step.
+
+        Raises:
+            BudgetError, ConfigError: it cannot be read.
+        """
+        self.options = replace(self.options, budget=budget)
+        self.budget = self.options.budget_read
+        if self._elastic:
+            self._elastic.give(budget)
 
     def out_of_memory(self, error: torch.OutOfMemoryError | None = None) -> None:
         """Shrink the plan after a step that ran out of memory; afterwards take the step again, from its first batch.
@@ -519,6 +543,7 @@ class RankPilot:
         self._put_back.close()
         self._calls.finish()
         self._prefix = self._savers = self._rate = None
+        self._elastic = ElasticBudget(run, self.options.budget)
         self._followed = b""
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
         self._guard, self._losses = PeakGuard(self.options.measure_every), LossMeter(run.replicas.processes)

@@ -1,0 +1,75 @@
+"""A budget that follows the memory: of what is free on the device now, or of what a function says."""
+
+from __future__ import annotations
+
+import torch
+
+from ..agents.controller import RankController
+from ..cost.budget import Budget, GivenBudget, budget_now, free_bytes
+from ..cost.calibration import beside_model
+from ..lora.adapters import PeftAdapters
+from .run import TrainingRun
+
+
+def held_bytes(device: torch.device) -> int:
+    """The bytes that this process holds: on CUDA in tensors on the device, else in main memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+class ElasticBudget:
+    """What a plan of a run may cost at the moment.
+
+    "auto" is a share of the memory that the run could have: what is free now, and what the run has come to hold itself
+    since it began. So another process that takes memory lowers it, and the run's own steps do not.
+
+    Args:
+        run: that begins.
+        budget: as its user gave it, or a function that gives it before each step.
+
+    Attributes:
+        budget: as it was read last.
+        given: whether another one was given since.
+    """
+
+    def __init__(self, run: TrainingRun, budget: GivenBudget) -> None:
+        self._run, self._given = run, budget
+        self._held, self._limit = held_bytes(run.device), 0.0
+        self.budget: Budget = budget_now(self._given)
+        self.given: bool = False
+
+    def begin(self, limit: float) -> None:
+        """The run begins with this limit."""
+        self._limit = limit
+
+    @property
+    def moves(self) -> bool:
+        """Whether it may change by itself; that of several processes, which must agree, does not."""
+        alone = self._run.replicas.processes.count == 1
+        return alone and (callable(self._given) or self.budget.kind == "auto")
+
+    def give(self, budget: GivenBudget) -> None:
+        """Take another budget from now on; one of another unit is refused by `limit`."""
+        self._given, self.given = budget, True
+
+    def limit(self, controller: RankController[PeftAdapters]) -> float:
+        """The limit of plans now, in the unit of the controller's costs.
+
+        Raises:
+            BudgetError: the budget cannot be read, or counts another unit than the run's.
+            ConfigError: the function fails.
+        """
+        self.given = False
+        before, self.budget = self.budget, budget_now(self._given)
+        if self.budget.kind == "auto":
+            own = max(held_bytes(self._run.device) - self._held, 0)
+            return self.budget.value * (free_bytes(self._run.device) + own)
+        if self.budget != before:
+            if self.budget.kind == before.kind == "share":
+                self._limit *= self.budget.value / before.value
+            else:
+                self._limit = controller.limit_of(beside_model(self.budget, self._run.model), self._run.device)
+        return self._limit

@@ -1,0 +1,177 @@
+"""A budget that moves while a run goes on: plans shrink before a step that would not fit, and come back."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from itertools import cycle
+from typing import Any
+
+import psutil
+import pytest
+import rankpilot
+import torch
+from rankpilot.errors import BudgetError, ConfigError
+from rankpilot.finetune import elastic
+from rankpilot.finetune.left_as_found import GOOD_STEPS
+from rankpilot.finetune.run import TrainingRun
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, default_data_collator
+
+from .tiny_runs import adapted, counting, ranks_of, take_step
+
+MIB = 2**20
+
+
+class Loop:
+    """A loop of one's own on a Llama of three layers, with its pilot."""
+
+    def __init__(self, config: LlamaConfig, budget: Any, **options: Any) -> None:
+        layers = deepcopy(config)
+        layers.num_hidden_layers = 3
+        self.model, self.told = adapted(layers), list[str]()
+        self.optimizer = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), lr=1e-3)
+        loader = DataLoader(counting(), batch_size=8, collate_fn=default_data_collator)  # type: ignore[arg-type]
+        self.batches = cycle(list(loader))
+        self.pilot = rankpilot.RankPilot(options=None, budget=budget, tell=self.told.append, measure_every=1, **options)
+        self.pilot.begin(TrainingRun.of_loader(self.model, self.optimizer, loader, total_steps=100))
+
+    def steps(self, count: int) -> list[float]:
+        """Losses of so many steps; each is within the limit of its moment."""
+        losses = []
+        for _ in range(count):
+            losses.append(
+                take_step(self.pilot, self.optimizer, next(self.batches), lambda batch: self.model(**batch).loss)
+            )
+            assert self.pilot.peaks[-1][1] <= self.pilot.limit
+        return losses
+
+    @property
+    def recomputed(self) -> int:
+        return int(self.pilot.figures().get("recomputed_layers", 0))
+
+
+@pytest.fixture
+def loop(llama_config: LlamaConfig) -> Iterator[Callable[..., Loop]]:
+    loops: list[Loop] = []
+
+    def make(budget: Any = "100%", **options: Any) -> Loop:
+        loops.append(Loop(llama_config, budget, **options))
+        return loops[-1]
+
+    yield make
+    for each in loops:
+        each.pilot.finish()
+
+
+def test_a_lower_budget_counts_from_the_next_step_on_and_all_comes_back(
+    loop: Callable[..., Loop], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = loop()
+    before, at_first = run.pilot.limit, ranks_of(run.model)
+    run.steps(2)
+    run.pilot.set_budget("60%")
+    with caplog.at_level(logging.WARNING, logger="rankpilot"):
+        run.steps(2)
+    assert run.pilot.limit == pytest.approx(0.6 * before)
+    assert run.recomputed > 0
+    assert ranks_of(run.model) == at_first, "layers run again before ranks fall"
+    assert "there is room for" in caplog.text
+    run.pilot.set_budget("22%")
+    run.steps(1)
+    assert sum(ranks_of(run.model).values()) < sum(at_first.values())
+    run.pilot.set_budget("100%")
+    run.steps(GOOD_STEPS + 1)
+    assert ranks_of(run.model) == at_first
+    assert run.recomputed == 0
+    assert any("given back" in line or "memory again" in line for line in run.told) or run.pilot.predictions
+
+
+def test_ranks_that_fall_for_memory_leave_the_function(loop: Callable[..., Loop]) -> None:
+    """The loss of the step after a change goes on from where it was."""
+    run, other = loop(gradient_checkpointing=False), loop(gradient_checkpointing=False)
+    ends = run.steps(30)[-1], other.steps(12)[-1]
+    other.pilot.set_budget("60%")
+    assert other.steps(18)[-1] == pytest.approx(ends[0], rel=0.05)
+    assert sum(ranks_of(other.model).values()) < sum(ranks_of(run.model).values())
+
+
+def test_a_function_is_asked_before_each_step(loop: Callable[..., Loop]) -> None:
+    given = iter(["100%", "100%", *["100%"] * 3, *["50%"] * 30])
+    budgets: list[str] = []
+
+    def budget() -> str:
+        budgets.append(next(given, "50%"))
+        return budgets[-1]
+
+    run = loop(budget)
+    first = run.pilot.limit
+    while budgets[-1] == "100%":
+        run.steps(1)
+    assert run.pilot.limit == pytest.approx(0.5 * first)
+
+
+@pytest.mark.parametrize(
+    ("budget", "error", "message"),
+    [
+        (lambda: 1 / 0, ConfigError, r"failed with ZeroDivisionError: division by zero\. It takes no argument"),
+        (lambda: "much", BudgetError, "returned none. Cannot read the budget 'much'"),
+        ("300k params", BudgetError, "Give a budget of bytes"),
+        ("1KiB", BudgetError, "The smallest that works is"),
+    ],
+)
+def test_budgets_that_cannot_be(loop: Callable[..., Loop], budget: Any, error: type[Exception], message: str) -> None:
+    run = loop()
+    with pytest.raises(error, match=message):  # noqa: PT012  (a function fails where it is given, a budget where it counts)
+        run.pilot.set_budget(budget)
+        run.steps(1)
+
+
+OTHER = """
+import sys
+print("here", flush=True)
+for line in iter(sys.stdin.readline, ""):
+    taken = b"x" * int(line)
+    print("taken", flush=True)
+"""
+"""A process that takes as many bytes as each line of its input says."""
+
+
+def test_auto_follows_what_another_process_takes_and_gives_back(
+    loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device of 64 MiB, which both processes share."""
+    room, device = 64 * MIB, torch.device("cpu")
+    command = [sys.executable, "-c", OTHER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        other.stdout.readline()
+        rss = psutil.Process(other.pid).memory_info
+        own_before, others_before = elastic.held_bytes(device), rss().rss
+
+        def free(device: torch.device) -> int:
+            return room - (elastic.held_bytes(device) - own_before) - (rss().rss - others_before)
+
+        for module in ("finetune.elastic", "cost.budget", "finetune.before_training"):
+            monkeypatch.setattr(f"rankpilot.{module}.free_bytes", free)
+
+        def takes(size: int) -> None:
+            print(size, file=other.stdin)
+            other.stdout.readline()  # type: ignore[union-attr]
+
+        run = loop("auto")
+        run.steps(3)
+        ranks, cost = ranks_of(run.model), run.pilot.predictions[-1][1]
+        takes(int(room - 0.6 * cost / 0.9))
+        run.steps(3)
+        assert run.pilot.limit < cost
+        assert run.recomputed > 0 or ranks_of(run.model) != ranks
+        takes(0)
+        run.steps(GOOD_STEPS + 1)
+        assert ranks_of(run.model) == ranks
+        assert run.recomputed == 0
+        other.stdin.close()
