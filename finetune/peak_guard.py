@@ -62,6 +62,7 @@ class PeakGuard:
         shape: the largest number of rows and the largest length of a batch so far.
         evaluation_share: the peak of the latest evaluation as a share of the budget; 0 before the first.
         checks: (step, predicted bytes, measured bytes) of the first measured step after each change of ranks.
+        follows: whether the limit has moved since the run began, see `follow`.
     """
 
     def __init__(self, every_steps: int) -> None:
@@ -76,7 +77,8 @@ class PeakGuard:
         self._step = 0
         self._recomputation: Recomputation | None = None
         self._taken: Taken | None = None
-        self._wait, self._follows = GOOD_STEPS, False
+        self._wait = GOOD_STEPS
+        self.follows: bool = False
         self._undo: Callable[[], None] | None = None
         self._tried: list[str] = []
 
@@ -323,7 +325,7 @@ class PeakGuard:
     def _has_room(self, taken: Taken) -> bool:
         """Whether the device has the memory for the plan of before an error; without CUDA good steps tell."""
         run, controller = self._run, self._controller
-        if self._follows:  # it gives back before a step, by the limit of the moment
+        if self.follows:  # it gives back before a step, by the limit of the moment
             return False
         if run.device.type != "cuda" or not self.meter.history:
             return True
@@ -397,7 +399,7 @@ class PeakGuard:
         Raises:
             BudgetError: no plan fits.
         """
-        controller, taken, self._step, self._follows = self._controller, self._taken, step, True
+        controller, taken, self._step, self.follows = self._controller, self._taken, step, True
         if plan_cost(controller.cost_now(), controller.ranks) > limit:
             self._taken = replace(taken or self._nothing_taken(), step=step)
             controller.limit = limit

@@ -242,7 +242,7 @@ class RankPilot:
         self._decide_if_due()
         with self._ends_on_error():
             self._calls.made("before_step")
-        if self._elastic and (self._elastic.given or self._elastic.moves):
+        if self._elastic and (self._elastic.given or self._elastic.moves or self._guard.follows):
             self._guard.follow(self._elastic.limit(self._controller), self._step)
         self._guard.before_step(self._step, batches)
         self._follow_plan()
