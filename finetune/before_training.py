@@ -182,6 +182,17 @@ def _largest_that_fits(
         return memory.shape
 
 
+def what_times_mean(limit: TimeLimit | None, run: TrainingRun) -> str:
+    """What the times of steps are, where frozen layers run once a row; else empty."""
+    if limit is None or not limit.left_out:
+        return ""
+    return (
+        f"Times of steps are means over {run.epochs:.3g} epochs: layers below the lowest adapter count in "
+        f"{1 - limit.left_out:.0%} of the steps, since later epochs take what they return from memory and disk "
+        "(prefix_cache)."
+    )
+
+
 def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str], None]) -> PrefixCache | None:
     """What lets the frozen layers of a run that begins run once a row; None where nothing reads a row twice.
 

@@ -23,7 +23,7 @@ from ..agents.policy import Policy
 from ..common.processes import Processes
 from ..common.termination import Terminated, is_unhandled, on_sigterm, terminate
 from ..cost.recording import Batch
-from ..errors import ConfigError, DataError, UnsupportedError
+from ..errors import BudgetError, ConfigError, DataError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import let_train, resizable_targets
 from ..lora.spec import Scaling
@@ -297,9 +297,22 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Decide if a decision is due, look at the step's batches, and measure the step if it is due."""
+        """Decide if a decision is due, look at the step's batches, and measure the step if it is due.
+
+        Raises:
+            BudgetError: no plan fits the batches, or the memory that is left; the run is saved before.
+        """
         self._loss = 0.0
-        self.pilot.before_step(*self._batches)
+        try:
+            self.pilot.before_step(*self._batches)
+        except BudgetError as error:
+            if not state.global_step:
+                raise
+            self.trainer._save_checkpoint(self.trainer.model, None)
+            raise BudgetError(
+                f"{error} Step {state.global_step} is saved in {args.output_dir}: resume_from_checkpoint=True goes on "
+                "from it."
+            ) from error
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any

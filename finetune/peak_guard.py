@@ -392,22 +392,17 @@ class PeakGuard:
         A plan that no longer fits shrinks, layers that run again first. What that took comes back after `GOOD_STEPS`
         steps at least: all of it where there is room for it, and else as many layers as the limit allows.
 
-        Args:
-            limit: what a plan may cost.
-            step: the optimiser steps done.
-
         Raises:
             BudgetError: no plan fits.
         """
         controller, taken, self._step, self.follows = self._controller, self._taken, step, True
         if plan_cost(controller.cost_now(), controller.ranks) > limit:
+            self._keep()
             self._taken = replace(taken or self._nothing_taken(), step=step)
             controller.limit = limit
             reason = f"At step {step} there is room for {cost_text(limit, controller.cost.unit)}."
             if not self._relieved(reason):
-                self._check_possible(reason)
-                self._warn("%s The plan is shrunk.", reason)
-                self._correct("shrunk: less memory", controller.ranks)
+                self._shrink(reason)
         elif taken is None:
             controller.limit = limit
         elif step - taken.step >= self._wait and limit > controller.limit:
@@ -417,12 +412,18 @@ class PeakGuard:
                 controller.limit, self._taken = limit, replace(taken, step=step)
                 self._relieved("There is more memory.")
 
-    def new_limit(self, limit: float, step: int) -> None:
-        """Take another limit, and shrink the plan if it no longer fits.
+    def _shrink(self, reason: str) -> None:
+        """Shrink the plan for a limit that moved; where no plan fits, all is as it was before."""
+        try:
+            self._check_possible(reason)
+        except BudgetError:
+            self.put_back()
+            raise
+        self._warn("%s The plan is shrunk.", reason)
+        self._correct("shrunk: less memory", self._controller.ranks)
 
-        Args:
-            limit: what a plan may cost.
-            step: the optimiser steps done.
+    def new_limit(self, limit: float, step: int) -> None:
+        """Take another limit for a run that is resumed, and shrink the plan if it no longer fits.
 
         Raises:
             BudgetError: no plan fits.

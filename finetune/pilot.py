@@ -164,15 +164,9 @@ class RankPilot:
             memory = costs.memory
             self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)
             if self.time:
-                before_training.StepTimer(run, targets, memory, self.controller.limit, recomputation).settle(
-                    self.controller, self._ask
-                )
-            if (timed := self.controller.time) and timed.left_out:
-                self.journal.note(
-                    f"Times of steps are means over {run.epochs:.3g} epochs: layers below the lowest adapter count in "
-                    f"{1 - timed.left_out:.0%} of the steps, since later epochs take what they return from memory and "
-                    "disk (prefix_cache)."
-                )
+                timer = before_training.StepTimer(run, targets, memory, self.controller.limit, recomputation)
+                timer.settle(self.controller, self._ask)
+            self.journal.note(before_training.what_times_mean(self.controller.time, run))
             self._elastic.begin(self.controller.limit)
             self._decide()
             self.journal.note(self._rate.told())
@@ -307,13 +301,9 @@ class RankPilot:
         self._record(step, loss, observation, decision, plan, correction=True)
 
     def set_budget(self, budget: GivenBudget) -> None:
-        """Give the run another budget from its next step on: a lower one shrinks the plan before it.
+        """Give the run another budget from its next step on, or a function that is asked before each step.
 
-        Layers run again before ranks fall. When the budget rises again, fewer layers run again at once, and ranks come
-        back after some steps, up to those of before. Another budget before `begin` is that of the run.
-
-        Args:
-            budget: of the unit of the one so far, or a function that gives it before each step.
+        A lower one shrinks the plan, layers that run again first; a higher one gives back what was taken before.
 
         Raises:
             BudgetError, ConfigError: it cannot be read.

@@ -7,7 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from itertools import cycle
+from itertools import chain, cycle, repeat
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,9 +20,9 @@ from rankpilot.finetune import elastic
 from rankpilot.finetune.left_as_found import GOOD_STEPS
 from rankpilot.finetune.run import TrainingRun
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, default_data_collator
+from transformers import LlamaConfig, Trainer, default_data_collator
 
-from .tiny_runs import adapted, counting, ranks_of, take_step
+from .tiny_runs import adapted, arguments, counting, ranks_of, take_step
 
 MIB = 2**20
 
@@ -131,10 +132,12 @@ def test_budgets_that_cannot_be(loop: Callable[..., Loop], budget: Any, error: t
 
 
 OTHER = """
-import sys
+import mmap, sys
 print("here", flush=True)
 for line in iter(sys.stdin.readline, ""):
-    taken = b"x" * int(line)
+    taken = mmap.mmap(-1, int(line) + 1)
+    for page in range(0, int(line), 4096):
+        taken[page] = 1
     print("taken", flush=True)
 """
 """A process that takes as many bytes as each line of its input says."""
@@ -175,3 +178,20 @@ def test_auto_follows_what_another_process_takes_and_gives_back(
         assert ranks_of(run.model) == ranks
         assert run.recomputed == 0
         other.stdin.close()
+
+
+def test_a_run_for_which_no_memory_is_left_is_saved(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    budgets = chain(["100%"] * 8, repeat("1KiB"))
+
+    def trainer(budget: Any) -> Trainer:
+        made = Trainer(adapted(llama_config), arguments(tmp_path / "run"), train_dataset=counting())
+        rankpilot.attach(made, budget=budget, prefix_cache="off")
+        return made
+
+    short = trainer(lambda: next(budgets))
+    with pytest.raises(BudgetError, match=r"room for 1 KiB.*smallest that works.*Step \d is saved in .*run: resume"):
+        short.train()
+    assert 0 < short.state.global_step < 4
+    again = trainer("100%")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4

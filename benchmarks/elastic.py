@@ -1,0 +1,162 @@
+"""`python -m benchmarks elastic`: another process takes memory in the middle of runs, and gives it back.
+
+Run and process share a room that is a fifth more than what a step takes. The budget is a function that tells what the
+other process leaves of it, read from the system before each step. Each trial is held against the same run undisturbed.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from datasets import concatenate_datasets
+from rankpilot.finetune.left_as_found import GOOD_STEPS
+from rankpilot.finetune.pilot import RankPilot
+from rich.console import Console
+from rich.progress import track
+
+from .harness import Figures, machine_facts
+from .methods.tasks import MethodTask
+from .methods.texts import load_data
+from .methods.training import adapted_model, evaluate, factor_at, new_loader, training_run
+
+STEPS, RATE = 70, 8e-3
+
+ROOM = 1.2
+"""What there is, over what a step takes."""
+
+TAKEN = 0.3
+"""What the other process takes of it."""
+
+OTHER = """
+import mmap, sys
+print("here", flush=True)
+for line in iter(sys.stdin.readline, ""):
+    taken = mmap.mmap(-1, int(line) + 1)
+    for page in range(0, int(line), 4096):
+        taken[page] = 1
+    print("taken", flush=True)
+"""
+"""A process that takes as many bytes as each line of its input says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Another process takes 30 % of the memory in mid-run and gives it back: does the run go on, and at what loss?
+
+    Attributes:
+        trials: runs with another text, and other moments.
+        quick: one trial.
+        json: also write figures to this file.
+    """
+
+    trials: int = 20
+    quick: bool = False
+    json: Path | None = None
+
+
+class Other:
+    """Another process, and what it holds beside what it needs to live."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._line()
+        self._memory = psutil.Process(process.pid)
+        self._before = self._memory.memory_info().rss
+
+    def _line(self) -> None:
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+
+    def take(self, size: int) -> None:
+        """Hold so many bytes."""
+        print(size, file=self._process.stdin)
+        self._line()
+
+    def held(self) -> int:
+        """The bytes that it holds by the system's account."""
+        return max(0, int(self._memory.memory_info().rss) - self._before)
+
+
+@contextmanager
+def other_process() -> Iterator[Other]:
+    """Another process, until the end of the block."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen([sys.executable, "-c", OTHER], **pipes) as process:  # type: ignore[call-overload]
+        yield Other(process)
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def trial(number: int, other: Other | None) -> dict[str, float]:
+    """One run; without another process nothing disturbs it.
+
+    Args:
+        number: decides text, model and moments.
+        other: takes memory, and gives it back.
+    """
+    generator = np.random.default_rng([44, number])
+    text = ("language-de", "language-fi", "package-email", "tales")[number % 4]
+    task = MethodTask("llama-8x64", text, "causal-lm", STEPS, 16, 48, RATE, 192, 4000, curve=1)
+    data, model = load_data(task), adapted_model(task, number)
+    run = training_run(task, model, RATE, number)
+    pilot = RankPilot(budget="100%", seed=number, prefix_cache="off", measure_every=1, tell=lambda line: None)
+    pilot.begin(run)
+    room = int(ROOM * pilot.predictions[0][1])
+    at, back = int(generator.integers(8, 20)), int(generator.integers(28, 40))
+    if other:
+        pilot.set_budget(lambda: room - other.held())
+    layers, steps, above, returned = [], 0, 0, math.inf
+    for step, batch in enumerate(new_loader(task, data, number)):
+        if other and step in (at, back):
+            other.take(int(TAKEN * room) if step == at else 0)
+        for group in run.optimizer.param_groups:
+            group["lr"] = RATE * factor_at(step, STEPS)
+        pilot.before_step(batch)
+        loss = model(**batch).loss
+        loss.backward()
+        pilot.before_optimizer_step(loss.detach())
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        pilot.after_step()
+        steps += 1
+        above += pilot.peaks[-1][1] > pilot.limit
+        layers.append(int(pilot.figures().get("recomputed_layers", 0)))
+        if step >= back and layers[-1] == layers[0]:
+            returned = min(returned, step - back + 1)
+    pilot.finish()
+    found = evaluate(model, concatenate_datasets([data.tuning, data.held_out]), data, task)["loss"]
+    return {"loss": found, "steps": steps, "above": above, "most_layers": max(layers), "returned": returned}
+
+
+def benchmark(options: Options, console: Console) -> Figures:
+    """Run the trials."""
+    numbers = range(1 if options.quick else options.trials)
+    disturbed, alone = [], []
+    with other_process() as other:
+        for number in track(numbers, "trials", console=console, transient=True):
+            disturbed.append(trial(number, other))
+            alone.append(trial(number, None))
+    changes = [100 * math.log(one["loss"] / two["loss"]) for one, two in zip(disturbed, alone, strict=True)]
+    figures: dict[str, Any] = {
+        "trials": len(disturbed),
+        "went on": sum(one["steps"] == STEPS for one in disturbed),
+        "steps above the budget": sum(one["above"] for one in disturbed),
+        "had layers run again": sum(one["most_layers"] > 0 for one in disturbed),
+        "back after steps, worst": max(one["returned"] for one in disturbed),
+        "good steps asked for": GOOD_STEPS,
+        "loss beside undisturbed, mean %": float(np.mean(changes)),
+        "loss beside undisturbed, worst %": max(changes),
+    }
+    for name, value in figures.items():
+        console.print(f"{name}: {value:.3g}", markup=False)
+    return {**machine_facts(torch.device("cpu")), **figures}
