@@ -84,7 +84,7 @@ class Other:
 
     def held(self) -> int:
         """The bytes that it holds by the system's account."""
-        return max(0, int(self._memory.memory_info().rss) - self._before)
+        return int(max(0, self._memory.memory_info().rss - self._before))
 
 
 @contextmanager

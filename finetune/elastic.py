@@ -37,13 +37,10 @@ class ElasticBudget:
 
     def __init__(self, run: TrainingRun, budget: GivenBudget) -> None:
         self._run, self._given = run, budget
-        self._held, self._limit = held_bytes(run.device), 0.0
+        self._held = held_bytes(run.device)
+        self._limit: float | None = None
         self.budget: Budget = budget_now(self._given)
         self.given: bool = False
-
-    def begin(self, limit: float) -> None:
-        """The run begins with this limit."""
-        self._limit = limit
 
     @property
     def moves(self) -> bool:
@@ -64,6 +61,8 @@ class ElasticBudget:
         """
         self.given = False
         before, self.budget = self.budget, budget_now(self._given)
+        if self._limit is None:
+            self._limit = controller.limit
         if self.budget.kind == "auto":
             own = max(held_bytes(self._run.device) - self._held, 0)
             return self.budget.value * (free_bytes(self._run.device) + own)

@@ -167,7 +167,6 @@ class RankPilot:
                 timer = before_training.StepTimer(run, targets, memory, self.controller.limit, recomputation)
                 timer.settle(self.controller, self._ask)
             self.journal.note(before_training.what_times_mean(self.controller.time, run))
-            self._elastic.begin(self.controller.limit)
             self._decide()
             self.journal.note(self._rate.told())
         self._found = found
@@ -219,7 +218,6 @@ class RankPilot:
             if changed := changes(settings, before):
                 self.journal.note(f"step {step}: {changed}")
                 self._guard.new_limit(limit, step)
-            self._elastic.begin(limit)
             self._follow_plan()
         self._calls.begin(run)
         self._begin_prefix_cache()
@@ -295,7 +293,7 @@ class RankPilot:
         self._guard.deciding()
         observation = controller.observation_now(step)
         decision, plan = given_ranks(observation, ranks)
-        controller.set_plan(decision.ranks, step, self._run.optimizer, decides=self._is_due())
+        controller.set_plan(decision.ranks, step, self._run.optimizer, decides=self._due)
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan, correction=True)
@@ -451,11 +449,12 @@ class RankPilot:
         assert self.controller is not None
         return self.controller
 
+    @property
+    def _due(self) -> bool:
+        return self._controller.due(self._step) and self._step < self._controller.total_steps
+
     def _settings(self) -> dict[str, Any]:
         return run_settings(self.options, self.policy, self.schedule)
-
-    def _is_due(self) -> bool:
-        return self._controller.due(self._step) and self._step < self._controller.total_steps
 
     def _check_begun(self) -> None:
         if self.controller is None:
@@ -540,7 +539,7 @@ class RankPilot:
         return targets
 
     def _decide_if_due(self) -> None:
-        if self._is_due():
+        if self._due:
             self._decide()
 
     @without_autocast()
