@@ -67,8 +67,8 @@ class RateRule:
     of_tokens: float = 0.2
     of_loss: float = 0.48
     of_scale: float = -1.0
-    of_rank: float = -0.75
-    of_share: float = -0.5
+    of_rank: float = -0.85
+    of_share: float = -0.3
 
     def plain(self, width: int, steps: int, scale: float = REFERENCE_SCALE, look: Look = TYPICAL) -> float:
         """The rate of plain LoRA, to three digits.
