@@ -21,7 +21,7 @@ from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.plan_rate import hidden_width, rate_by_rule
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.plan.rate import Look
+from rankpilot.plan.rate import RULE, Look
 from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
 from torch.utils.data import DataLoader
@@ -33,6 +33,9 @@ from .trainer_kinds import dpo
 
 RATE = 1e-2
 ROWS: Any = counting()
+
+QUARTER = 0.25**RULE.of_share
+"""The factor of a plan that adapts a quarter of the modules, or fewer."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def test_a_plan_of_fewer_modules_trains_faster_and_other_groups_as_before(llama_
     loop = Loop(llama_config)
     pilot = loop.train(Gives(1))
     factor = pilot.rate_factor
-    assert factor == pytest.approx(2.0, rel=1e-6), "a quarter of the modules"
+    assert factor == pytest.approx(QUARTER, rel=1e-6), "a quarter of the modules"
     expected = [[RATE * factor / (1 + step), 3e-3 / (1 + step)] for step in range(3)]
     assert real_rates(loop) == [pytest.approx(rates) for rates in expected]
     assert len(loop.optimizer._optimizer_step_pre_hooks) == 2, "ours is gone"
@@ -145,7 +148,9 @@ def test_what_the_rule_cannot_know_is_refused(llama_config: LlamaConfig, monkeyp
         patched.setattr(plan_rate, "_WIDTHS", ("breadth",))
         with pytest.raises(ConfigError, match="none of breadth"):
             Loop(llama_config).train(Gives(), learning_rate="auto")
-        assert Loop(llama_config).train(Gives(1)).rate_factor == pytest.approx(2.0), "a plan's factor needs no width"
+        assert Loop(llama_config).train(Gives(1)).rate_factor == pytest.approx(QUARTER), (
+            "a plan's factor needs no width"
+        )
     with pytest.raises(ConfigError, match=r"TrainingArguments.learning_rate"):
         RankPilot(Gives(), learning_rate=1e-3)
 
@@ -160,7 +165,7 @@ def test_the_trainer_logs_the_real_rate_and_goes_on_with_it(
 
     whole = new().train()
     factor = whole.pilot.pilot.rate_factor
-    assert factor == pytest.approx(2.0 * (1 if rule is None else whole.pilot.pilot.rates[0] / RATE))
+    assert factor == pytest.approx(QUARTER * (1 if rule is None else whole.pilot.pilot.rates[0] / RATE))
     logged = [row["learning_rate"] for row in whole.trainer.state.log_history if "learning_rate" in row]
     assert logged == pytest.approx([factor * RATE * share for share in (1, 0.75, 0.5, 0.25)], rel=1e-6)
     (record,) = DecisionLog(tmp_path / "decisions").read()
@@ -187,10 +192,10 @@ def test_a_plan_ahead_tells_its_rate(llama_config: LlamaConfig) -> None:
     plan = rankpilot.static_plan(model, loader, Gives(1), budget="400%", schedule=ONCE, total_steps=200)
     look = Look(math.log(llama_config.vocab_size), 4 * 12)
     rule = rate_by_rule(model, find_target_modules(model), 200, look)
-    assert plan.learning_rate == pytest.approx(rule * 2.0, rel=0.03)
+    assert plan.learning_rate == pytest.approx(rule * QUARTER, rel=0.03)
     options: dict[str, Any] = {"budget": "400%", "schedule": ONCE}
     given = rankpilot.static_plan(model, loader, Gives(1), learning_rate=1, **options)
-    assert given.learning_rate == pytest.approx(2.0)
+    assert given.learning_rate == pytest.approx(QUARTER)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     given = rankpilot.static_plan(model, loader, Gives(), optimizer=optimizer, **options)
     assert given.learning_rate == pytest.approx(3e-3)
