@@ -67,7 +67,7 @@ class RateRule:
     of_tokens: float = 0.2
     of_loss: float = 0.48
     of_scale: float = -1.0
-    of_rank: float = -0.85
+    of_rank: float = -0.8
     of_share: float = -0.3
 
     def plain(self, width: int, steps: int, scale: float = REFERENCE_SCALE, look: Look = TYPICAL) -> float:
