@@ -115,7 +115,7 @@ def trial(number: int, other: Other | None) -> dict[str, float]:
         budget="100%",
         seed=number,
         prefix_cache="off",
-        gradient_checkpointing=checkpointing,  # type: ignore[arg-type]
+        gradient_checkpointing=checkpointing,
         measure_every=1,
         tell=lambda line: None,
     )
