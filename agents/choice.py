@@ -3,7 +3,7 @@
 The decision, its log and every explanation read one `Choice`, so they cannot disagree. Log losses are beside plain
 LoRA, rank 8 on every target module, at its own best learning rate: 0.01 is 1 % more.
 
-The frontier has the plans that are worth their cost: no other plan costs less and is expected to lose as little.
+The frontier has the plans that are worth their cost: no plan that costs less is expected to lose about as little.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ have their highest."""
 
 COST_TIE = 0.01
 """Plans whose costs differ by less, as a share, are tied under a goal of cost."""
+
+LEAST_GAIN = 0.005
+"""A plan of the frontier is expected to lose so much less than the cheaper ones."""
 
 MUCH = 0.01
 """A loss that is expected to be higher by so much is worth a word on what helps."""
@@ -188,9 +191,9 @@ def _plan(found: Choice, plan: int) -> FrontierPlan:
 
 
 def _undominated(found: Choice) -> Iterator[int]:
-    """The plans that fit and are expected to be better than all that cost less or as much."""
+    """The plans that fit and are expected to be better, by `LEAST_GAIN`, than all that cost as much or less."""
     best = np.inf
     for plan in np.lexsort((found.expected, found.goal_costs)).tolist():
-        if found.fits[plan] and found.expected[plan] < best:
+        if found.fits[plan] and found.expected[plan] < best - LEAST_GAIN:
             best = float(found.expected[plan])
             yield plan
