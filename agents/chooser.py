@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..common.arrays import BoolArray, IntArray
-from ..cost.cost import TimedCost, moment_costs, unit_costs
+from ..common.arrays import BoolArray, FloatArray, IntArray
+from ..cost.cost import TimedCost, moment_costs
 from ..errors import ConfigError
 from ..lora.spec import REFERENCE_RANK
 from ..plan.goal import Goal
@@ -143,7 +143,8 @@ class PlanChooser:
             raise ConfigError("goal='time' needs the time of a step, and here the time of a step is not known.")
         if self.goal.kind == "bytes" and cost.unit != "bytes":
             raise ConfigError(f"goal='bytes' needs a budget of bytes, and this one counts {cost.unit}.")
-        names, plans, fits = _that_fit(observation)
+        names, plans, fits, costs = _that_fit(observation)
+        timed = isinstance(cost, TimedCost)
         features = modules_of(observation).features(plans)
         labels = learns_labels(observation.run.tolist())
         found = Choice(
@@ -151,8 +152,8 @@ class PlanChooser:
             plans=plans,
             parts=worth.parts(features),
             spread=worth.spread(features) * (LABELS_SPREAD if labels else 1.0),
-            costs=unit_costs(cost, plans).max(axis=1),
-            seconds=moment_costs(cost, plans)[:, -1] / cost.unit_per_second if isinstance(cost, TimedCost) else None,
+            costs=costs[:, : -1 if timed else None].max(axis=1),
+            seconds=costs[:, -1] / cost.unit_per_second if isinstance(cost, TimedCost) else None,
             fits=fits,
             goal=self.goal,
             caveats=tuple(_caveats(observation, labels)),
@@ -180,19 +181,24 @@ def modules_of(observation: Observation) -> Modules:
     return Modules(wide, depth, float(problem.max_ranks.max()), plain_lora(problem))
 
 
-def _that_fit(observation: Observation) -> tuple[tuple[str, ...], IntArray, BoolArray]:
-    """Distinct candidates that fit, and plain LoRA before them: names, ranks (plans, modules), and which fit."""
+def _that_fit(observation: Observation) -> tuple[tuple[str, ...], IntArray, BoolArray, FloatArray]:
+    """Distinct candidates that fit, and plain LoRA before them.
+
+    Returns:
+        Names, ranks (plans, modules), which fit, and what each costs at each moment (plans, moments).
+    """
     problem = observation.problem
     names, listed = zip(*candidates(observation), strict=True)
     plans = np.stack(listed)
-    can = (moment_costs(problem.cost, plans).max(axis=1) <= problem.limit) & plans.any(axis=1)
+    costs = moment_costs(problem.cost, plans)
+    can = (costs.max(axis=1) <= problem.limit) & plans.any(axis=1)
     can[0] &= np.array_equal(_within(problem, plans[0]), plans[0])
     shown = can.copy()
     shown[0] = True
     _, first = np.unique(plans, axis=0, return_index=True)
     shown &= np.isin(np.arange(len(plans)), first)
     kept = np.flatnonzero(shown)
-    return tuple(names[index] for index in kept.tolist()), plans[kept], can[kept]
+    return tuple(names[index] for index in kept.tolist()), plans[kept], can[kept], costs[kept]
 
 
 def with_goal(policy: Policy, goal: Goal) -> Policy:

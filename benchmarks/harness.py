@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +18,8 @@ import numpy as np
 import torch
 import tyro
 from rankpilot.common.arrays import FloatArray, IntArray
-from rankpilot.common.files import write_json
+from rankpilot.common.files import append_json_line, write_json
+from rankpilot.common.workers import count_workers, worker_pool
 from rankpilot.errors import ConfigError
 from rankpilot.training.results import Estimate, Statistic, estimate
 from rich.console import Console
@@ -233,3 +238,35 @@ def rank_correlation(first: FloatArray, second: FloatArray) -> float:
     places = [rankdata(values) - (len(values) + 1) / 2 for values in (first, second)]
     scale = np.sqrt(np.prod([place @ place for place in places]))
     return float(places[0] @ places[1] / scale) if scale else float("nan")
+
+
+def collect_rows(
+    path: Path,
+    rows: dict[Any, Any],
+    missing: Callable[[], Iterable[Any]],
+    perform: Callable[[Any], dict[str, Any]],
+    told: Callable[[Any, Mapping[str, Any]], str],
+    *,
+    workers: int,
+    minutes: float | None,
+) -> None:
+    """Run what is missing, and write each row down as it comes, so that an interrupted collection goes on.
+
+    Args:
+        path: of the rows, a line of JSON each.
+        rows: those so far by run, a dataclass; new ones join them.
+        missing: the runs that are missing now.
+        perform: makes a row.
+        told: a line on a run and its row, for people.
+        workers: processes of one thread each; 0 for as many as there are cores.
+        minutes: stop after so many, when the runs that have begun are over; None for no limit.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    progress, count = Console(file=sys.stderr), count_workers(workers)
+    with worker_pool(count) as pool:
+        while time.monotonic() < end and (next_ones := list(islice(missing(), 2 * count))):
+            for run, row in pool.spread(perform, next_ones):
+                append_json_line(path, {"run": asdict(run), "row": row})
+                rows[run] = row
+                progress.print(told(run, row), markup=False, soft_wrap=True)

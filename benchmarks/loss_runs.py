@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,8 +20,7 @@ import numpy as np
 import torch
 from datasets import concatenate_datasets
 from peft import PeftModel
-from rankpilot.common.files import append_json_line, atomic_path, read_json_lines
-from rankpilot.common.workers import count_workers, worker_pool
+from rankpilot.common.files import atomic_path, read_json_lines
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.lora.spec import REFERENCE_RANK
@@ -30,7 +28,7 @@ from rankpilot.lora.targets import find_target_modules
 from rich.console import Console
 from torch import nn
 
-from .harness import Figures, machine_facts
+from .harness import Figures, collect_rows, machine_facts
 from .methods.plans import Part, attention, both, ending, every_other_layer, everything, mlp, top
 from .methods.study import Modules
 from .methods.tasks import MethodTask
@@ -276,21 +274,18 @@ def benchmark(options: Options, console: Console) -> Figures:
     options.output.mkdir(parents=True, exist_ok=True)
     with atomic_path(options.output / "plan.jsonl") as temporary:
         temporary.write_text("".join(f"{json.dumps(asdict(run))}\n" for run in runs), encoding="utf-8")
-    path, done, progress = options.output / "rows.jsonl", {}, Console(file=sys.stderr)
+    path, done = options.output / "rows.jsonl", {}
     for line in read_json_lines(path):
         done[LossRun(**line["run"])] = line["row"]
-    end = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
-    count = count_workers(options.workers)
-    with worker_pool(count) as workers:
-        while time.monotonic() < end:
-            missing = [run for run in runs if run not in done][: 2 * count]
-            if not missing:
-                break
-            for run, row in workers.spread(perform, missing):
-                append_json_line(path, {"run": asdict(run), "row": row})
-                done[run] = row
-                told = f"{len(done)} of {len(runs)}: {run.model} / {run.text} {run.part} {run.rank} {row['loss']}"
-                progress.print(told, markup=False, soft_wrap=True)
+    collect_rows(
+        path,
+        done,
+        lambda: (run for run in runs if run not in done),
+        perform,
+        lambda run, row: f"{len(done)} of {len(runs)}: {run.model} / {run.text} {run.part} {run.rank} {row['loss']}",
+        workers=options.workers,
+        minutes=options.minutes,
+    )
     spent = sum(row["cpu_s"] for row in done.values()) / 3600
     found = sum(run in done for run in runs)
     state = "All runs are there" if found == len(runs) else "Runs are missing; the same command goes on"

@@ -10,20 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import concatenate_datasets
-from rankpilot.common.files import append_json_line, read_json_lines, write_text
+from rankpilot.common.files import read_json_lines, write_text
 from rankpilot.common.text import make_table
-from rankpilot.common.workers import count_workers, worker_pool
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.options import PilotOptions
 from rankpilot.finetune.pilot import RankPilot
@@ -37,7 +35,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .harness import Figures, machine_facts
+from .harness import Figures, collect_rows, machine_facts
 from .loss_runs import JUDGED
 from .methods.tasks import MethodTask
 from .methods.texts import load_data
@@ -88,7 +86,8 @@ class Options:
     Attributes:
         output: folder of the rows; an interrupted comparison goes on there.
         workers: processes of one thread each; 0 for as many as there are cores.
-        minutes: stop after so many, when the runs that have begun are over; 0 for the stored rows alone.
+        minutes: stop after so many, when the runs that have begun are over; 0 for the rows that there are, or else
+            those of the repository.
         whole: also on SmolLM2-135M, which takes minutes a run.
         pack: put the rows into the repository's file.
         quick: under a minute: one text, a run a side.
@@ -178,7 +177,7 @@ def _rule_of(training: TrainingRun, seed: int) -> float:
     targets = find_target_modules(training.model)
     ranks = np.array([target.rank for target in targets], dtype=np.int64)
     scales, plain = np.array([target.scaling for target in targets]), np.full(len(targets), ALPHA / REFERENCE_RANK)
-    look, width = look_at(training, seed), hidden_width(training.model)
+    look, width = look_at(training, training.look(seed)), hidden_width(training.model)
     assert width is not None
     return RULE.plain(width, training.total_steps, float(plain[0]), look) * RULE.factor(ranks, scales, plain)
 
@@ -225,35 +224,28 @@ def benchmark(options: Options, console: Console) -> Figures:
     if options.workers < 0 or (options.minutes is not None and options.minutes < 0):
         raise ConfigError(f"--workers and --minutes are at least 0; got {options.workers} and {options.minutes}.")
     path, rows = options.output / "rows.jsonl", {}
+    if options.minutes == 0 and not path.is_file():
+        rows = {Run(*run): row for run, row in json.loads(PACKED.read_text(encoding="utf-8"))}
     for line in read_json_lines(path) if path.is_file() else []:
         rows[Run(**line["run"])] = line["row"]
-    if PACKED.is_file() and not rows:
-        rows = {Run(*run): row for run, row in json.loads(PACKED.read_text(encoding="utf-8"))}
-    texts = [text for text in JUDGED if options.whole or text not in WHOLE]
-    _collect(options, texts[:1] if options.quick else texts, path, rows)
+    texts = [text for text in JUDGED if options.whole or text not in WHOLE][: 1 if options.quick else None]
+    collect_rows(
+        path,
+        rows,
+        lambda: (run for text in texts for run in next_runs(text, rows)),
+        perform,
+        lambda run, row: (
+            f"{run.task.model} / {run.text} {run.side} x {run.factor:g}: {row['loss']} {row.get('plan', '')}"
+        ),
+        workers=options.workers,
+        minutes=options.minutes,
+    )
     if options.pack:
         lines = [
             json.dumps([[run.text, run.side, run.factor], row], separators=(",", ":")) for run, row in rows.items()
         ]
         write_text(PACKED, "[\n" + ",\n".join(lines) + "\n]\n")
     return {**machine_facts(torch.device("cpu")), **_report(best_rows(rows), console)}
-
-
-def _collect(options: Options, texts: Sequence[str], path: Path, rows: dict[Run, Any]) -> None:
-    """Run what is missing, and write it down."""
-    end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
-    progress, count = Console(file=sys.stderr), count_workers(options.workers)
-    options.output.mkdir(parents=True, exist_ok=True)
-    with worker_pool(count) as workers:
-        while time.monotonic() < end:
-            missing = [run for text in texts for run in next_runs(text, rows)][: 2 * count]
-            if not missing:
-                return
-            for run, row in workers.spread(perform, missing):
-                append_json_line(path, {"run": asdict(run), "row": row})
-                rows[run] = row
-                told = f"{run.task.model} / {run.text} {run.side} x {run.factor:g}: {row['loss']} {row.get('plan', '')}"
-                progress.print(told, markup=False, soft_wrap=True)
 
 
 def _report(best: Mapping[str, Mapping[str, Mapping[str, Any]]], console: Console) -> Figures:

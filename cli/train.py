@@ -31,7 +31,8 @@ class Train(TrainConfig):
 
     Attributes:
         output: folder of the run; the policy is written there.
-        preset: sets all options that are not given. On two cores, quick takes 5 minutes, default 45, full 90.
+        preset: sets all options that are not given. On two cores quick takes about 5 minutes; default
+            has ten times as many rounds and a warm start, full 25 times.
         config: a JSON or YAML file of settings, such as the config.json of an earlier run. It overrides the preset, and
             options on the command line override both.
         resume: continue an interrupted run in the same folder; a finished run is left as it is.

@@ -43,7 +43,7 @@ from .left_as_found import Kept, Recomputation
 from .peak_guard import PeakGuard
 from .prefix_cache import PrefixCache, Room
 from .probing import Progress, run_probe, unprobed
-from .run import LOOKED_AT, TrainingRun
+from .run import LOOKED_AT, Looked, TrainingRun
 
 LEAST_LENGTH = 16
 """Texts are not cut below this many tokens, so that the time of a step is more than that of its overhead."""
@@ -341,7 +341,7 @@ def prepare(
     bounds: Bounds,
     seed: int,
     *,
-    signals: bool = True,
+    looked: Looked | None = None,
     fresh: bool = False,
     savers: ExactSavers | None = None,
     recomputation: Recomputation | None = None,
@@ -361,7 +361,7 @@ def prepare(
         schedule: when decisions fall, and how long the probe is at most.
         bounds: see `rank_bounds`.
         seed: of the probe and of fresh rows.
-        signals: whether the policy reads signals; without them no step is trained here.
+        looked: what `TrainingRun.look` saw, for a policy that reads no signals; None to probe the modules.
         fresh: begin with new adapters, even where they are trained.
         savers: the exact savers that are on.
         recomputation: chooses the layers that run again in the backward pass; all do now.
@@ -398,10 +398,10 @@ def prepare(
     if not keeps:
         reset_adapters(targets, 1, seed)
     with nullcontext() if keeps else reference_scaling(targets):
-        if signals:
+        if looked is None:
             result = run.measured(lambda: run_probe(run, targets, schedule, seed, progress=progress))
         else:
-            result = unprobed(run, len(targets), seed)
+            result = unprobed(looked, len(targets))
     if not keeps:
         reset_adapters(targets, 1, seed)
     adapters = PeftAdapters(run.model, targets)

@@ -60,12 +60,17 @@ class ElasticBudget:
             ConfigError: the function fails.
         """
         self.given = False
+        (least,) = self._run.replicas.processes.least(self._limit_here(controller))
+        return least
+
+    def _limit_here(self, controller: RankController[PeftAdapters]) -> float:
+        """The same, before several processes agree on the lowest."""
         before, self.budget = self.budget, budget_now(self._given)
         if self._limit is None:
             self._limit = controller.limit
         if self.budget.kind == "auto":
             own = max(held_bytes(self._run.device) - self._held, 0)
-            return self.budget.value * (free_bytes(self._run.device) + own)
+            return self.budget.value * (free_bytes(self._run.device) / self._run.replicas.on_this_device + own)
         if self.budget != before:
             if self.budget.kind == before.kind == "share":
                 self._limit *= self.budget.value / before.value

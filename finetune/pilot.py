@@ -144,7 +144,9 @@ class RankPilot:
             self._as_wanted(run.model) as (savers, recomputation),
         ):
             auto = self.options.learning_rate == "auto"
-            self._rate = self._plan_rate(targets, look_at(run, self.seed) if auto else None)
+            probes = reads_signals(self.policy)
+            looked = run.look(self.seed) if auto or not probes else None
+            self._rate = self._plan_rate(targets, look_at(run, looked) if auto and looked else None)
             self.controller, costs = before_training.prepare(
                 run,
                 targets,
@@ -152,7 +154,7 @@ class RankPilot:
                 self.schedule,
                 self.options.bounds or {},
                 self.seed,
-                signals=reads_signals(self.policy),
+                looked=None if probes else looked,
                 fresh=self.options.fresh,
                 savers=savers,
                 recomputation=recomputation,

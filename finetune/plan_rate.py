@@ -20,7 +20,7 @@ from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, unwrap
 from ..plan.rate import RULE, TYPICAL, Look
-from .run import LOOKED_AT, TrainingRun, own_rate, probe_rate
+from .run import LOOKED_AT, Looked, TrainingRun, own_rate, probe_rate
 
 FAR = 4.0
 """A rate so many times above or below the rule's is told."""
@@ -75,14 +75,14 @@ def rate_by_rule(model: nn.Module, targets: Sequence[TargetModule], steps: int, 
     return RULE.plain(width, steps, _scale(targets), look)
 
 
-def look_at(run: TrainingRun, seed: int) -> Look:
+def look_at(run: TrainingRun, looked: Looked) -> Look:
     """What the rule reads off some rows before training; a run that learns labels looks like any.
 
     Args:
         run: that begins.
-        seed: of the choice of rows.
+        looked: what `TrainingRun.look` saw.
     """
-    loss, counts = run.look(seed)
+    loss, counts = looked
     if predicted_share(counts) < LABELS or not math.isfinite(loss):
         return TYPICAL
     rows = run.rows * run.accumulation * run.replicas.processes.count

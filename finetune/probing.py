@@ -21,7 +21,7 @@ from ..data.batches import count_predictions, predicted_share
 from ..errors import DataError, NonFiniteError
 from ..lora.adapters import SIGNALS
 from ..lora.targets import TargetModule, other_trainable
-from .run import LOOKED_AT, TrainingRun
+from .run import LOOKED_AT, Looked, TrainingRun
 
 Item = TypeVar("Item")
 Progress = Callable[[Iterable[Item], str, int], Iterable[Item]]
@@ -93,19 +93,18 @@ def run_probe(
     return replace(result, predicted=predicted_share(counts))
 
 
-def unprobed(run: TrainingRun, modules: int, seed: int) -> ProbeResult:
+def unprobed(looked: Looked, modules: int) -> ProbeResult:
     """What some rows tell without a step of training: the loss, and the share of tokens that it counts; no signals.
 
     Args:
-        run: that begins.
-        modules: how many it has.
-        seed: of the choice of rows.
+        looked: what `TrainingRun.look` saw.
+        modules: how many the run has.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
         DataError: see `run_probe`.
     """
-    loss, all_counts = run.look(seed)
+    loss, all_counts = looked
     counts = [counted for counted in all_counts if counted[0] > 0]
     if not counts:
         raise _all_masked(LOOKED_AT)

@@ -36,6 +36,9 @@ PROBE_RATE = 1e-3
 LOOKED_AT = 16
 """Rows of a look at a run; see `TrainingRun.look`."""
 
+Looked = tuple[float, list[tuple[int, int]]]
+"""A loss before training, and `count_predictions` of each batch."""
+
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 """Settings of transformers models that leave layers out at random in training."""
 
@@ -199,14 +202,14 @@ class TrainingRun:
 
         return self.replicas.processes.on_first(alone)
 
-    def look(self, seed: int) -> tuple[float, list[tuple[int, int]]]:
+    def look(self, seed: int) -> Looked:
         """The mean loss of `LOOKED_AT` rows in batches of two, NaN if none has one; `count_predictions` of each batch.
 
         Args:
             seed: of the choice of rows.
         """
 
-        def read() -> tuple[float, list[tuple[int, int]]]:
+        def read() -> Looked:
             batches = list(self.small_batches(LOOKED_AT // 2, 2, seed))
             losses = [loss for loss in (float(self.loss(batch).detach()) for batch in batches) if not math.isnan(loss)]
             return float(np.mean(losses)) if losses else math.nan, [count_predictions(batch) for batch in batches]

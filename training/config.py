@@ -152,4 +152,4 @@ PRESETS: dict[str, TrainConfig] = {
     "default": TrainConfig(iterations=80, warm_tasks=960),
     "full": TrainConfig(iterations=200, warm_tasks=960),
 }
-"""Presets of `rankpilot train`: a few minutes, three quarters of an hour, and an hour and a half on two cores."""
+"""Presets of `rankpilot train`: a few minutes on two cores, and ten and 25 times as many rounds after a warm start."""

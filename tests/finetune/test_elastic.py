@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import chain, cycle, repeat
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import rankpilot
 import torch
@@ -21,6 +18,8 @@ from rankpilot.finetune.left_as_found import GOOD_STEPS
 from rankpilot.finetune.run import TrainingRun
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, Trainer, default_data_collator
+
+from benchmarks.elastic import other_process
 
 from .tiny_runs import adapted, arguments, counting, ranks_of, take_step
 
@@ -131,53 +130,31 @@ def test_budgets_that_cannot_be(loop: Callable[..., Loop], budget: Any, error: t
         run.steps(1)
 
 
-OTHER = """
-import mmap, sys
-print("here", flush=True)
-for line in iter(sys.stdin.readline, ""):
-    taken = mmap.mmap(-1, int(line) + 1)
-    for page in range(0, int(line), 4096):
-        taken[page] = 1
-    print("taken", flush=True)
-"""
-"""A process that takes as many bytes as each line of its input says."""
-
-
 def test_auto_follows_what_another_process_takes_and_gives_back(
     loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a device of 64 MiB, which both processes share."""
     room, device = 64 * MIB, torch.device("cpu")
-    command = [sys.executable, "-c", OTHER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as other:
-        assert other.stdout is not None
-        assert other.stdin is not None
-        other.stdout.readline()
-        rss = psutil.Process(other.pid).memory_info
-        own_before, others_before = elastic.held_bytes(device), rss().rss
+    with other_process() as other:
+        own_before = elastic.held_bytes(device)
 
         def free(device: torch.device) -> int:
-            return room - (elastic.held_bytes(device) - own_before) - (rss().rss - others_before)
+            return room - (elastic.held_bytes(device) - own_before) - other.held()
 
         for module in ("finetune.elastic", "cost.budget", "finetune.before_training"):
             monkeypatch.setattr(f"rankpilot.{module}.free_bytes", free)
 
-        def takes(size: int) -> None:
-            print(size, file=other.stdin)
-            other.stdout.readline()  # type: ignore[union-attr]
-
         run = loop("auto")
         run.steps(3)
         ranks, cost = ranks_of(run.model), run.pilot.predictions[-1][1]
-        takes(int(room - 0.6 * cost / 0.9))
+        other.take(int(room - 0.6 * cost / 0.9))
         run.steps(3)
         assert run.pilot.limit < cost
         assert run.recomputed > 0 or ranks_of(run.model) != ranks
-        takes(0)
+        other.take(0)
         run.steps(GOOD_STEPS + 1)
         assert ranks_of(run.model) == ranks
         assert run.recomputed == 0
-        other.stdin.close()
 
 
 def test_a_run_for_which_no_memory_is_left_is_saved(llama_config: LlamaConfig, tmp_path: Path) -> None:
