@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from rankpilot.common.files import read_json_lines, write_text
 from rankpilot.common.text import make_table
 from rankpilot.errors import ConfigError
@@ -56,6 +56,12 @@ SWEPT = (0.5, 1.0, 2.0)
 
 MOST_SWEPT = 8.0
 
+SEEDS = (0, 1)
+
+MOST_SPREAD = 0.02
+"""A text is admitted if plain LoRA at its best rate differs from itself by at most so much between seeds, and its loss
+is below that of a table of how often each token occurs: a model that does worse has learned nothing to compare."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -65,11 +71,13 @@ class Run:
         text: of `JUDGED`.
         side: "plain" LoRA of rank 8, "rslora-64" on all modules, "usual" for plain LoRA at `USUAL`, or a goal.
         factor: of the rate over the rule's, for sides with a sweep.
+        seed: of adapters and batches; one of `SEEDS`.
     """
 
     text: str
     side: str
     factor: float = 1.0
+    seed: int = 0
 
     @property
     def task(self) -> MethodTask:
@@ -103,20 +111,20 @@ class Options:
     json: Path | None = None
 
 
-def next_runs(text: str, rows: Mapping[Run, Mapping[str, Any]]) -> Iterator[Run]:
+def next_runs(text: str, seed: int, rows: Mapping[Run, Mapping[str, Any]]) -> Iterator[Run]:
     """The runs of a text that are missing, as far as the rows so far tell."""
-    yield from (run for run in (Run(text, side) for side in (*GOALS, "usual")) if run not in rows)
+    yield from (run for run in (Run(text, side, seed=seed) for side in (*GOALS, "usual")) if run not in rows)
     for side in ("plain", "rslora-64"):
-        wanted = [Run(text, side, factor) for factor in SWEPT]
+        wanted = [Run(text, side, factor, seed) for factor in SWEPT]
         missing = [run for run in wanted if run not in rows]
         yield from missing
         if missing:
             continue
-        swept = {run.factor: _loss(row) for run, row in rows.items() if (run.text, run.side) == (text, side)}
+        swept = {run.factor: _loss(row) for run, row in rows.items() if run == Run(text, side, run.factor, seed)}
         best = min(swept, key=lambda factor: swept[factor])
         for edge, beyond in ((max(swept), 2.0), (min(swept), 0.5)):
             if best == edge and 1 / MOST_SWEPT < best * beyond < MOST_SWEPT:
-                yield Run(text, side, best * beyond)
+                yield Run(text, side, best * beyond, seed)
 
 
 def _loss(row: Mapping[str, Any]) -> float:
@@ -126,7 +134,8 @@ def _loss(row: Mapping[str, Any]) -> float:
 def perform(run: Run) -> dict[str, Any]:
     """Train a run to its end in a loop of a user's; figures as JSON values, `loss` None if it diverged."""
     task, data = run.task, load_data(run.task)
-    seed = int(hashlib.sha256(run.text.encode()).hexdigest()[:6], 16)
+    drawn = f"{run.text}#{run.seed}" if run.seed else run.text
+    seed = int(hashlib.sha256(drawn.encode()).hexdigest()[:6], 16)
     model = adapted_model(task, seed)
     if run.side == "rslora-64":
         ranks = {target.name: min(64, target.max_rank) for target in find_target_modules(model)}
@@ -144,7 +153,10 @@ def perform(run: Run) -> dict[str, Any]:
     setup_s = time.process_time() - begun
     _train(task, training, new_loader(task, data, seed), rate, pilot)
     spent = time.process_time() - begun
-    loss = evaluate(model, concatenate_datasets([data.tuning, data.held_out]), data, task)["loss"]
+    judged = concatenate_datasets([data.tuning, data.held_out])
+    loss = evaluate(model, judged, data, task)["loss"]
+    if run.side == "plain":
+        facts["frequencies"] = round(loss_of_frequencies(data.train, judged), 5)
     if pilot:
         pilot.finish()
     times = {"setup_s": round(setup_s, 2), "all_s": round(spent, 2)}
@@ -203,16 +215,38 @@ def _train(
             pilot.after_step()
 
 
-def best_rows(rows: Mapping[Run, Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """By text and side the row that counts: of a sweep the best one, and as "plain, rule" plain LoRA at the rule's."""
-    found: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
+Cell = tuple[str, int]
+"""A text and a seed."""
+
+
+def best_rows(rows: Mapping[Run, Mapping[str, Any]]) -> dict[Cell, dict[str, Mapping[str, Any]]]:
+    """By cell and side the row that counts: of a sweep the best one, and as "plain, rule" plain LoRA at the rule's."""
+    found: dict[Cell, dict[str, Mapping[str, Any]]] = defaultdict(dict)
     for run, row in rows.items():
-        of_text = found[run.text]
-        if run.side not in of_text or _loss(row) < _loss(of_text[run.side]):
-            of_text[run.side] = row
+        of_cell = found[run.text, run.seed]
+        if run.side not in of_cell or _loss(row) < _loss(of_cell[run.side]):
+            of_cell[run.side] = row
         if (run.side, run.factor) == ("plain", 1.0):
-            of_text["plain, rule"] = row
-    return {text: sides for text, sides in found.items() if {"plain", *GOALS} <= sides.keys()}
+            of_cell["plain, rule"] = row
+    return {cell: sides for cell, sides in found.items() if "plain" in sides}
+
+
+def reason_to_leave_out(text: str, best: Mapping[Cell, Mapping[str, Mapping[str, Any]]]) -> str | None:
+    """Why a text is not admitted, see `MOST_SPREAD`; None if it is. No side but plain LoRA is asked."""
+    rows = [sides["plain"] for (own, _), sides in best.items() if own == text]
+    losses = [_loss(row) for row in rows]
+    if min(losses) >= rows[0]["frequencies"]:
+        return f"loss {min(losses):.2f}, frequencies {rows[0]['frequencies']:.2f}"
+    spread = math.log(max(losses) / min(losses))
+    return f"{100 * spread:.1f} % between seeds" if spread > MOST_SPREAD else None
+
+
+def loss_of_frequencies(train: Dataset, judged: Dataset) -> float:
+    """The loss on some rows of predicting each token as often as it occurs in others, in nats; each counts one more."""
+    counts = np.bincount(np.concatenate(train["input_ids"]).astype(np.int64))
+    tokens = np.concatenate(judged["input_ids"]).astype(np.int64)
+    counts = np.pad(counts, (0, max(0, int(tokens.max()) + 1 - len(counts)))) + 1
+    return float(-np.log(counts[tokens] / counts.sum()).mean())
 
 
 def benchmark(options: Options, console: Console) -> Figures:
@@ -232,43 +266,53 @@ def benchmark(options: Options, console: Console) -> Figures:
     collect_rows(
         path,
         rows,
-        lambda: (run for text in texts for run in next_runs(text, rows)),
+        lambda: (run for seed in SEEDS for text in texts for run in next_runs(text, seed, rows)),
         perform,
         lambda run, row: (
-            f"{run.task.model} / {run.text} {run.side} x {run.factor:g}: {row['loss']} {row.get('plan', '')}"
+            f"{run.task.model} / {run.text} {run.side} x {run.factor:g}, seed {run.seed}: {row['loss']} "
+            f"{row.get('plan', '')}"
         ),
         workers=options.workers,
         minutes=options.minutes,
     )
     if options.pack:
         lines = [
-            json.dumps([[run.text, run.side, run.factor], row], separators=(",", ":")) for run, row in rows.items()
+            json.dumps([[run.text, run.side, run.factor, run.seed], row], separators=(",", ":"))
+            for run, row in rows.items()
         ]
         write_text(PACKED, "[\n" + ",\n".join(lines) + "\n]\n")
     return {**machine_facts(torch.device("cpu")), **_report(best_rows(rows), console)}
 
 
-def _report(best: Mapping[str, Mapping[str, Mapping[str, Any]]], console: Console) -> Figures:
+def _report(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Console) -> Figures:
     """Log losses beside plain LoRA's at its best rate, bytes and CPU time beside plain LoRA's, over texts."""
-    figures: Figures = {"texts": len(best)}
+    reasons = {text: reason_to_leave_out(text, best) for text, _ in best}
+    admitted = {text for text, reason in reasons.items() if reason is None}
+    figures: Figures = {"texts": len(reasons), "admitted": len(admitted)}
     table = []
-    for part in ("all texts", "byte models", "SmolLM2-135M"):
-        texts = [text for text in best if part == "all texts" or (text in WHOLE) == (part == "SmolLM2-135M")]
+    for part, texts in (
+        ("all texts", set(reasons)),
+        ("admitted", admitted),
+        ("byte models, admitted", admitted - set(WHOLE)),
+        ("SmolLM2-135M, admitted", admitted & set(WHOLE)),
+    ):
         for side in ("quality", "time", "bytes", "plain, rule", "usual", "rslora-64"):
-            found = [text for text in texts if side in best[text]]
+            found = [cell for cell in best if cell[0] in texts and side in best[cell]]
             if not found:
                 continue
-            losses = [_beside(best[text][side], best[text]["plain"]) for text in found]
-            change = estimate([100 * loss for loss in losses], found)
-            size = float(np.mean([best[text][side].get("bytes", math.nan) for text in found]))
-            spent = float(np.median([best[text][side]["all_s"] / best[text]["plain"]["all_s"] for text in found]))
+            losses = [_beside(best[cell][side], best[cell]["plain"]) for cell in found]
+            change = estimate([100 * loss for loss in losses], [text for text, _ in found])
+            size = float(np.mean([best[cell][side].get("bytes", math.nan) for cell in found]))
+            spent = float(np.median([best[cell][side]["all_s"] / best[cell]["plain"]["all_s"] for cell in found]))
             figures |= {f"{part}, {side}: {name}": value for name, value in vars(change).items()}
             figures |= {f"{part}, {side}: worst": 100 * max(losses), f"{part}, {side}: bytes": size}
             figures |= {f"{part}, {side}: time": spent}
             shares = [f"{value:.2f}" if math.isfinite(value) else "-" for value in (size, spent)]
             table.append((part, side, str(len(found)), f"{change:+.2f}", f"{100 * max(losses):+.1f}", *shares))
-    columns = ("", "side", "texts", "log loss, %", "worst", "bytes", "CPU time")
+    columns = ("", "side", "cells", "log loss, %", "worst", "bytes", "CPU time")
     console.print(make_table("Beside plain LoRA at its best rate", columns, table))
+    shown = "; ".join(f"{text} ({reason})" for text, reason in reasons.items() if reason) or "none"
+    console.print(f"Texts left out: {shown}.", markup=False)
     return figures
 
 
