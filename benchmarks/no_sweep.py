@@ -13,6 +13,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
+from peft import PeftModel
 from rankpilot.common.files import read_json_lines, write_text
 from rankpilot.common.text import make_table
 from rankpilot.errors import ConfigError
@@ -40,6 +42,7 @@ from .loss_runs import JUDGED
 from .methods.tasks import MethodTask
 from .methods.texts import load_data
 from .methods.training import ALPHA, CLIP, adapted_model, evaluate, factor_at, new_loader, training_run
+from .no_sweep_rivals import RIVALS, steps_of
 
 PACKED = Path(__file__).parent / "results" / "no_sweep.json"
 
@@ -69,7 +72,7 @@ class Run:
 
     Attributes:
         text: of `JUDGED`.
-        side: "plain" LoRA of rank 8, "rslora-64" on all modules, "usual" for plain LoRA at `USUAL`, or a goal.
+        side: "plain" LoRA of rank 8, "rslora-64" on all modules, "usual" for plain LoRA at `USUAL`, a goal, or a rival.
         factor: of the rate over the rule's, for sides with a sweep.
         seed: of adapters and batches; one of `SEEDS`.
     """
@@ -113,7 +116,8 @@ class Options:
 
 def next_runs(text: str, seed: int, rows: Mapping[Run, Mapping[str, Any]]) -> Iterator[Run]:
     """The runs of a text that are missing, as far as the rows so far tell."""
-    yield from (run for run in (Run(text, side, seed=seed) for side in (*GOALS, "usual")) if run not in rows)
+    once = [Run(text, side, seed=seed) for side in (*GOALS, "usual", *RIVALS)]
+    yield from (run for run in once if run not in rows)
     for side in ("plain", "rslora-64"):
         wanted = [Run(text, side, factor, seed) for factor in SWEPT]
         missing = [run for run in wanted if run not in rows]
@@ -141,17 +145,22 @@ def perform(run: Run) -> dict[str, Any]:
         ranks = {target.name: min(64, target.max_rank) for target in find_target_modules(model)}
         model = adapted_model(task, seed, ranks, lora_alpha=ALPHA, use_rslora=True)
     training = training_run(task, model, USUAL, seed)
-    facts: dict[str, Any]
+    facts: dict[str, Any] = {}
+    pilot, optimizer, telling = None, training.optimizer, nullcontext()
     begun = time.process_time()
     if run.side in GOALS:
         pilot = RankPilot(options=pilot_options(run.side, seed), tell=lambda line: None)
         pilot.begin(training)
-        rate, facts = USUAL, _facts(pilot)
-    else:
-        pilot, facts = None, {}
-        rate = USUAL if run.side == "usual" else run.factor * _rule_of(training, seed)
+        facts = _facts(pilot)
+    elif run.side in RIVALS:
+        driver, optimizer = RIVALS[run.side].ready(task, seed, _rule_of(training, seed))
+        model, telling = driver.model, steps_of(driver, optimizer)
+    elif run.side != "usual":
+        _set_rate(optimizer, run.factor * _rule_of(training, seed))
+    rate = optimizer.param_groups[0]["lr"]
     setup_s = time.process_time() - begun
-    _train(task, training, new_loader(task, data, seed), rate, pilot)
+    with telling:
+        _train(task, model, optimizer, new_loader(task, data, seed), pilot)
     spent = time.process_time() - begun
     judged = concatenate_datasets([data.tuning, data.held_out])
     loss = evaluate(model, judged, data, task)["loss"]
@@ -194,19 +203,28 @@ def _rule_of(training: TrainingRun, seed: int) -> float:
     return RULE.plain(width, training.total_steps, float(plain[0]), look) * RULE.factor(ranks, scales, plain)
 
 
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
 def _train(
-    task: MethodTask, training: TrainingRun, loader: DataLoader[Any], rate: float, pilot: RankPilot | None
+    task: MethodTask,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    loader: DataLoader[Any],
+    pilot: RankPilot | None,
 ) -> None:
-    optimizer = training.optimizer
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    """Train to the end; the rates of the optimizer are peaks."""
+    peaks = [group["lr"] for group in optimizer.param_groups]
     for step, batch in enumerate(loader):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * factor_at(step, task.steps)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor_at(step, task.steps)
         if pilot:
             pilot.before_step(batch)
-        loss = training.model(**batch).loss
+        loss = model(**batch).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, CLIP)
+        nn.utils.clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], CLIP)
         if pilot:
             pilot.before_optimizer_step(loss.detach())
         optimizer.step()
@@ -296,7 +314,7 @@ def _report(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Conso
         ("byte models, admitted", admitted - set(WHOLE)),
         ("SmolLM2-135M, admitted", admitted & set(WHOLE)),
     ):
-        for side in ("quality", "time", "bytes", "plain, rule", "usual", "rslora-64"):
+        for side in (*GOALS, "plain, rule", "usual", "rslora-64", *RIVALS):
             found = [cell for cell in best if cell[0] in texts and side in best[cell]]
             if not found:
                 continue

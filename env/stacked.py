@@ -73,6 +73,7 @@ class Lane:
         rows: use the first rows of each batch alone.
         failed: whether a loss was not finite.
         losses: of the steps.
+        alignments: of the steps, where they are wanted; see `StackedAdapters.alignments`.
     """
 
     task: ProxyTask
@@ -84,6 +85,7 @@ class Lane:
     rows: int | None = None
     failed: bool = False
     losses: list[float] = field(default_factory=list)
+    alignments: list[float] | None = None
     data: TaskData = field(init=False)
 
     def __post_init__(self) -> None:
@@ -230,6 +232,11 @@ class StackTrainer:
         squares = self.adapters.clip(rows, MAX_GRAD_NORM)
         metered = [index for index, lane in enumerate(lanes) if lane.meter]
         accumulate_all([lane.meter for lane in lanes if lane.meter], squares[metered])
+        watched = [lane for lane in lanes if lane.alignments is not None]
+        if watched:
+            cosines = self.adapters.alignments([lane.row for lane in watched]).tolist()
+            for lane, cosine in zip(watched, cosines, strict=True):
+                lane.alignments.append(cosine)  # type: ignore[union-attr]
         self.adapters.step(rows, [lane.rate(lane.step) for lane in lanes])
         for lane in lanes:
             lane.step += 1

@@ -399,6 +399,39 @@ class StackedAdapters:
         return squares_b
 
     @torch.no_grad()
+    def alignments(self, rows: Sequence[int]) -> FloatArray:
+        """The cosine between the last step of each run and its descent direction now, (len(rows),); 0 before a step.
+
+        It is summed as in `square_norms`.
+        """
+        index = self._index(rows)
+        steps = self.first[index] / (self.second[index].sqrt() + _ADAMW["eps"])
+        gradients = self.gradients[index]
+        sums = []
+        for product in (steps * gradients, steps * steps, gradients * gradients):
+            pieces = torch.unflatten(product, 1, (-1, self._piece)).sum(dim=-1).double()
+            sums.append(pieces.new_zeros(len(rows), 2 * len(self.targets)).index_add_(1, self._blocks, pieces))
+        dot, *squares = (each.sum(dim=1) for each in sums)
+        cosines: FloatArray = (dot / (squares[0] * squares[1]).sqrt().clamp(min=1e-30)).cpu().numpy()
+        return cosines
+
+    @torch.no_grad()
+    def copy_runs(self, rows: Sequence[int]) -> tuple[Any, ...]:
+        """A copy of the factors and states of some runs, for `put_back_runs`."""
+        buffers = (self.weights, self.first, self.second)
+        return (self.layout, self.ages[list(rows)].copy(), *(buffer[list(rows)].clone() for buffer in buffers))
+
+    @torch.no_grad()
+    def put_back_runs(self, rows: Sequence[int], copy: tuple[Any, ...]) -> None:
+        """Give runs what `copy_runs` copied; ranks and widths must be as they were."""
+        layout, ages, *buffers = copy
+        assert layout is self.layout, "widths have changed since"
+        self.ages[list(rows)] = ages
+        for buffer, values in zip((self.weights, self.first, self.second), buffers, strict=True):
+            buffer[list(rows)] = values
+        self.forget_slices()
+
+    @torch.no_grad()
     def step(self, rows: Sequence[int], rates: Sequence[float]) -> None:
         """Take one step of Adam in these runs, each at its learning rate."""
         self.ages[list(rows)] += 1

@@ -1,0 +1,261 @@
+"""Control of a run while it goes: its learning rate is corrected at a few moments, and damage is undone.
+
+What a run alone can show is whether its rate suits it. The sign to look at is the *alignment*: the cosine between the
+last step of the optimizer and the next descent direction (hypergradient descent moves the rate along it: Baydin et al.,
+2018, arXiv 1703.04782). While the rate is too low, each step goes on where the last one went; at a rate that is too
+high, it takes back a part of it. It is read over some steps, next to the loss, and a controller answers with one of a
+few `CHANGES` of the rate. Adapters are small, so a copy of them from before the damage is at hand: `UNDO` goes back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..common.arrays import FloatArray
+from ..errors import DataError, first_line
+
+SHARES = (0.02, 0.04, 0.07, 0.11, 0.17, 0.25, 0.35, 0.5)
+"""When a run is controlled, in shares of its steps. Later a change gains less than it risks."""
+
+LEAST_WINDOW = 5
+"""Optimizer steps between two decisions, at least."""
+
+SHORTEST = 60
+"""A shorter run is left alone: its first decisions would see too little."""
+
+CHANGES = (0.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, -2.0)
+"""What an action does to log2 of the rate. The last action also goes back to the copy that was kept."""
+
+KEEP, UNDO = 0, len(CHANGES) - 1
+"""The actions that leave all as it is, and that go back."""
+
+FEATURES = {
+    "alignment": "mean over the window, times 4",
+    "spread of the alignment": "its standard deviation over the window, times 4",
+    "evidence": "mean alignment over its standard error, over 4",
+    "loss": "log of the mean loss over that of the first steps, times 2",
+    "change of loss": "log of the mean loss over that of the window before, times 4",
+    "above the best": "log of the mean loss over that of the best window so far, times 4",
+    "noise": "standard deviation of the log loss over the window, times 4",
+    "moved": "log2 of the rate over the one at the start, over 3",
+    "time": "share of the steps that are done",
+    "window": "log2 of its steps over 5, over 4",
+    "schedule": "the schedule's rate now, as a share of its peak",
+    "undone": "1 if the last action went back",
+}
+"""What a controller sees, each from -`MOST_FEATURE` to `MOST_FEATURE`."""
+
+MOST_FEATURE = 3.0
+
+FIRST = 2
+"""Steps whose mean loss is that of the start: the second one has hardly changed the model."""
+
+
+def decision_steps(total_steps: int) -> tuple[int, ...]:
+    """The optimizer steps before which a run is controlled; none for a short one."""
+    if total_steps < SHORTEST:
+        return ()
+    found: list[int] = []
+    for share in SHARES:
+        found.append(max(round(share * total_steps), (found[-1] if found else 0) + LEAST_WINDOW))
+    return tuple(found)
+
+
+@dataclass
+class RunRecord:
+    """What a run has shown so far.
+
+    Attributes:
+        total_steps: of the run.
+        losses: of the steps since the last decision.
+        alignments: of the same steps.
+        moved: log2 of the rate over that at the start.
+        step: optimizer steps done.
+    """
+
+    total_steps: int
+    losses: list[float] = field(default_factory=list)
+    alignments: list[float] = field(default_factory=list)
+    moved: float = 0.0
+    step: int = 0
+    _first: list[float] = field(default_factory=list)
+    _means: list[float] = field(default_factory=list)
+    _undone: bool = False
+
+    def add(self, loss: float, alignment: float) -> None:
+        """A step is done.
+
+        Args:
+            loss: of its batch, before the step.
+            alignment: of the step before it with its gradient; NaN where there is none.
+        """
+        self.step += 1
+        if len(self._first) < FIRST:
+            self._first.append(loss)
+        self.losses.append(loss)
+        if math.isfinite(alignment):
+            self.alignments.append(alignment)
+
+    def observe(self, schedule: float) -> FloatArray:
+        """`FEATURES` now, float64 (len(FEATURES),).
+
+        Args:
+            schedule: the schedule's rate now, as a share of its peak.
+        """
+        losses = np.log(np.maximum(np.nan_to_num(self.losses, nan=1e6, posinf=1e6), 1e-6))
+        aligned = np.array(self.alignments or [0.0])
+        mean, first = float(losses.mean()), float(np.log(np.maximum(np.mean(self._first), 1e-6)))
+        error = float(aligned.std()) / math.sqrt(len(aligned)) + 1e-3
+        before = self._means[-1] if self._means else first
+        best = min([first, *self._means])
+        values = (
+            4 * aligned.mean(),
+            4 * aligned.std(),
+            aligned.mean() / error / 4,
+            2 * (mean - first),
+            4 * (mean - before),
+            4 * (mean - best),
+            4 * losses.std(),
+            self.moved / 3,
+            self.step / self.total_steps,
+            math.log2(max(len(losses), 1) / LEAST_WINDOW) / 4,
+            schedule,
+            float(self._undone),
+        )
+        return np.clip(np.array(values), -MOST_FEATURE, MOST_FEATURE)
+
+    def take(self, action: int) -> None:
+        """An action is taken; a new window begins."""
+        self.moved += CHANGES[action]
+        self._undone = action == UNDO
+        if not self._undone:
+            self._means.append(float(np.log(np.maximum(np.mean(self.losses), 1e-6))))
+        self.losses, self.alignments = [], []
+
+
+class Controller(Protocol):
+    """Chooses an action for each run."""
+
+    def act(self, observations: FloatArray) -> Sequence[int]:
+        """One action a run.
+
+        Args:
+            observations: (runs, len(FEATURES)).
+        """
+
+
+@dataclass(frozen=True)
+class LeaveAlone:
+    """No change."""
+
+    def act(self, observations: FloatArray) -> Sequence[int]:
+        """See `Controller`."""
+        return [KEEP] * len(observations)
+
+
+@dataclass(frozen=True)
+class AlignmentRule:
+    """Raise the rate while steps go on where the last one went, and lower it where they take it back.
+
+    Attributes:
+        least: evidence below which nothing is changed, in standard errors.
+        dead: the same of the mean alignment over its spread.
+        back: log of the loss over that of the start from which on, with steps that take back, a run is undone.
+    """
+
+    least: float = 2.5
+    dead: float = 0.3
+    back: float = 0.05
+
+    def act(self, observations: FloatArray) -> Sequence[int]:
+        """See `Controller`."""
+        names = list(FEATURES)
+        return [self._one(dict(zip(names, row, strict=True))) for row in observations.tolist()]
+
+    def _one(self, seen: dict[str, float]) -> int:
+        ratio = seen["alignment"] / max(seen["spread of the alignment"], 0.05)
+        if seen["loss"] / 2 > self.back and ratio < self.dead:
+            return UNDO
+        if abs(4 * seen["evidence"]) < self.least or abs(ratio) < self.dead:
+            return KEEP
+        wanted = float(np.clip(1.5 * ratio, -1.0, 1.0))
+        return min(range(1, UNDO), key=lambda action: abs(CHANGES[action] - wanted))
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Halve the rate where the loss is above the best window's, as ReduceLROnPlateau does.
+
+    Attributes:
+        above: log of the loss over the best window's.
+    """
+
+    above: float = 0.0
+
+    def act(self, observations: FloatArray) -> Sequence[int]:
+        """See `Controller`."""
+        place = list(FEATURES).index("above the best")
+        return [CHANGES.index(-1.0) if value > 4 * self.above else KEEP for value in observations[:, place]]
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedController:
+    """A small network that scores actions: a policy's preferences, or the values of a value method.
+
+    Attributes:
+        layers: weight (outputs, inputs) and bias (outputs,) of each, from the features to the actions.
+        activation: between them, "tanh" or "relu".
+    """
+
+    layers: tuple[tuple[FloatArray, FloatArray], ...]
+    activation: str = "tanh"
+
+    def act(self, observations: FloatArray) -> Sequence[int]:
+        """See `Controller`; the action of the highest score."""
+        values = np.asarray(observations, dtype=np.float64)
+        for number, (weight, bias) in enumerate(self.layers):
+            values = values @ weight.T + bias
+            if number < len(self.layers) - 1:
+                values = np.tanh(values) if self.activation == "tanh" else np.maximum(values, 0)
+        return [int(action) for action in values.argmax(axis=1)]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        layers = [{"weight": weight.tolist(), "bias": bias.tolist()} for weight, bias in self.layers]
+        return {"schema": SCHEMA, "features": list(FEATURES), "activation": self.activation, "layers": layers}
+
+    @classmethod
+    def from_json(cls, state: Any) -> LearnedController:
+        """What `to_json` gave.
+
+        Raises:
+            DataError: it is no controller, or one of another version.
+        """
+        if not isinstance(state, dict) or state.get("schema") != SCHEMA or state.get("features") != list(FEATURES):
+            raise DataError(f"This is no controller of schema {SCHEMA} with this version's features.")
+        try:
+            layers = tuple((np.array(e["weight"], float), np.array(e["bias"], float)) for e in state["layers"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"The layers of this controller cannot be read: {first_line(error)}.") from error
+        sizes = [len(FEATURES), *(len(bias) for _, bias in layers)]
+        shapes = [(out, into) for into, out in pairwise(sizes)]
+        if sizes[-1] != len(CHANGES) or [weight.shape for weight, _ in layers] != shapes:
+            raise DataError(f"A controller maps {len(FEATURES)} features to {len(CHANGES)} actions; got {sizes}.")
+        return cls(layers, str(state.get("activation")))
+
+
+SCHEMA = 1
+"""Version of the files of controllers."""
+
+CONTROLLERS: dict[str, Controller] = {
+    "leave alone": LeaveAlone(),
+    "alignment": AlignmentRule(),
+    "plateau": Plateau(),
+}
+"""Controllers that follow a rule, by name."""

@@ -1,0 +1,226 @@
+"""Trains controllers of the learning rate on `rankpilot/RunControl-v0` with PPO, or with a value method, DQN.
+
+Both begin at a rule: PPO's policy learns to do what the rule does, and DQN's memory is filled with the rule's runs, a
+part of their actions drawn. Rewards are not discounted. Rounds take turns between the proxy bases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import nn
+
+from ..agents.control import CHANGES, CONTROLLERS, Controller, LearnedController
+from ..common.arrays import FloatArray
+from ..common.checks import is_count
+from ..env.run_control import LENGTHS, RunControlVectorEnv
+from ..errors import ConfigError
+from .vec_env import GymnasiumVecEnv
+
+Learner = Literal["ppo", "dqn"]
+
+DECISIONS = 8
+"""Decisions of an episode."""
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """How a controller is trained.
+
+    Attributes:
+        learner: "ppo" or "dqn".
+        bases: proxy bases, in turn.
+        rounds: of episodes.
+        episodes: of a round, trained together.
+        lengths: of the runs, in optimizer steps.
+        warm_rounds: rounds of the rule at the start.
+        rule: the name of the rule.
+        drawn: share of the actions of the rule's rounds that are drawn, so that others are seen too.
+        width: of the two hidden layers.
+        seed: of tasks, actions and weights.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    learner: Learner = "ppo"
+    bases: tuple[str, ...] = ("llama-4x64", "bert-4x64", "llama-4x32", "bert-4x32")
+    rounds: int = 60
+    episodes: int = 16
+    lengths: tuple[int, ...] = LENGTHS
+    warm_rounds: int = 8
+    rule: str = "alignment"
+    drawn: float = 0.2
+    width: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = (self.rounds, self.episodes, self.warm_rounds, self.width)
+        if not all(map(is_count, counts)) or not self.bases or not 0 <= self.drawn <= 1:
+            raise ConfigError(
+                "rounds, episodes, warm_rounds and width are whole numbers of at least 1, bases at least one, and "
+                f"drawn a share; got {counts}, {self.bases} and {self.drawn}."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """The decisions of one round under the rule; N = decisions times episodes.
+
+    Attributes:
+        seen: before each, (N, features).
+        after: what was seen next, (N, features).
+        ruled: what the rule does, int (N,).
+        taken: what was done, int (N,).
+        rewards: (N,).
+        ended: whether the episode was over, bool (N,).
+    """
+
+    seen: FloatArray
+    after: FloatArray
+    ruled: Any
+    taken: Any
+    rewards: FloatArray
+    ended: Any
+
+
+def rule_steps(
+    env: RunControlVectorEnv, rule: Controller, drawn: float, generator: np.random.Generator, seed: int
+) -> Iterator[Steps]:
+    """One round of episodes, decision by decision.
+
+    Args:
+        env: that runs them.
+        rule: what decides.
+        drawn: share of the actions that are drawn.
+        generator: draws.
+        seed: of the tasks.
+    """
+    seen, _ = env.reset(seed=seed)
+    for _ in range(DECISIONS):
+        ruled = np.array(rule.act(seen))
+        other = generator.integers(len(CHANGES), size=len(ruled))
+        taken = np.where(generator.random(len(ruled)) < drawn, other, ruled)
+        after, rewards, ended, _, infos = env.step(taken)
+        last = np.stack(infos["final_obs"].tolist()) if ended.all() else after
+        yield Steps(seen, last, ruled, taken, rewards, ended)
+        seen = after
+
+
+def imitate(policy: Any, seen: FloatArray, actions: Any, *, epochs: int = 200) -> float:
+    """Let a policy of PPO learn to do what was done; returns the share in which it does."""
+    observations = torch.as_tensor(np.asarray(seen), dtype=torch.float32)
+    wanted = torch.as_tensor(np.asarray(actions))
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+    for _ in range(epochs):
+        _, log_prob, _ = policy.evaluate_actions(observations, wanted)
+        loss = -log_prob.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float((policy.get_distribution(observations).mode() == wanted).float().mean())
+
+
+def _ppo(config: ControlConfig, env: GymnasiumVecEnv) -> PPO:
+    return PPO(
+        "MlpPolicy", env, n_steps=DECISIONS, batch_size=64, n_epochs=6, gamma=1.0, gae_lambda=0.95,
+        learning_rate=5e-4, ent_coef=3e-3, policy_kwargs={"net_arch": [config.width] * 2}, seed=config.seed,
+        device="cpu",
+    )  # fmt: skip
+
+
+def _dqn(config: ControlConfig, env: GymnasiumVecEnv) -> DQN:
+    return DQN(
+        "MlpPolicy", env, gamma=1.0, learning_rate=1e-3, buffer_size=50_000, learning_starts=0, batch_size=128,
+        train_freq=1, gradient_steps=8, target_update_interval=16 * config.episodes, exploration_fraction=0.6,
+        exploration_initial_eps=0.3, exploration_final_eps=0.05, policy_kwargs={"net_arch": [config.width] * 2},
+        seed=config.seed, device="cpu",
+    )  # fmt: skip
+
+
+def train_controller(
+    config: ControlConfig, on_round: Callable[[int, LearnedController, float], None] = lambda *_: None
+) -> LearnedController:
+    """Train a controller; see the module.
+
+    Args:
+        config: how.
+        on_round: called after each round with its number, the controller so far, and the mean reward of the round.
+    """
+    torch.manual_seed(config.seed)
+    envs = {base: RunControlVectorEnv(config.episodes, base=base, lengths=config.lengths) for base in config.bases}
+    vectors = {base: GymnasiumVecEnv(env) for base, env in envs.items()}
+    model = (_ppo if config.learner == "ppo" else _dqn)(config, next(iter(vectors.values())))
+    generator, found = np.random.default_rng([config.seed, 44]), []
+    for number in range(config.warm_rounds):
+        env = envs[config.bases[number % len(config.bases)]]
+        found += rule_steps(env, CONTROLLERS[config.rule], config.drawn, generator, 1000 * config.seed + number)
+    _warm(model, found)
+    for number in range(config.rounds):
+        vector = vectors[config.bases[number % len(config.bases)]]
+        vector.seed(1_000_000 + 1000 * config.seed + number * config.episodes)
+        model.set_env(vector)  # which begins new episodes
+        with _Rewards(vector) as rewards:
+            model.learn(DECISIONS * config.episodes, reset_num_timesteps=False)
+        on_round(number, controller_of(model), rewards.mean)
+    return controller_of(model)
+
+
+class _Rewards:
+    """Notes the rewards of a round."""
+
+    def __init__(self, vector: GymnasiumVecEnv) -> None:
+        self._vector, self._found = vector, [0.0]
+
+    def __enter__(self) -> _Rewards:
+        plain = self._vector.step_wait
+
+        def noting() -> Any:
+            result = plain()
+            self._found += result[1][result[2]].tolist()
+            return result
+
+        self._vector.step_wait = noting  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._vector.step_wait
+
+    @property
+    def mean(self) -> float:
+        """Of the episodes that ended."""
+        return float(np.mean(self._found[1:])) if len(self._found) > 1 else 0.0
+
+
+def _warm(model: BaseAlgorithm, found: Sequence[Steps]) -> None:
+    """Begin at the rule."""
+    if isinstance(model, PPO):
+        imitate(model.policy, np.concatenate([s.seen for s in found]), np.concatenate([s.ruled for s in found]))
+        return
+    assert isinstance(model, DQN)
+    assert model.replay_buffer is not None
+    for steps in found:
+        infos: list[dict[str, Any]] = [{} for _ in steps.taken]
+        model.replay_buffer.add(steps.seen, steps.after, steps.taken, steps.rewards, steps.ended, infos)
+    model._setup_learn(0)
+    model.train(gradient_steps=2000, batch_size=128)
+
+
+def controller_of(model: BaseAlgorithm) -> LearnedController:
+    """The network of a model that chooses its actions."""
+    policy: Any = model.policy
+    if isinstance(model, PPO):
+        modules, activation = [*policy.mlp_extractor.policy_net, policy.action_net], "tanh"
+    else:
+        modules, activation = list(policy.q_net.q_net), "relu"
+    layers = [module for module in modules if isinstance(module, nn.Linear)]
+    with torch.no_grad():
+        arrays = tuple((layer.weight.double().numpy().copy(), layer.bias.double().numpy().copy()) for layer in layers)
+    return LearnedController(arrays, activation)
