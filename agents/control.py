@@ -45,7 +45,7 @@ FEATURES = {
     "noise": "standard deviation of the log loss over the window, times 4",
     "moved": "log2 of the rate over the one at the start, over 3",
     "time": "share of the steps that are done",
-    "window": "log2 of its steps over 5, over 4",
+    "steps": "log2 of the steps that are done over 5, over 4",
     "schedule": "the schedule's rate now, as a share of its peak",
     "undone": "1 if the last action went back",
 }
@@ -124,7 +124,7 @@ class RunRecord:
             4 * losses.std(),
             self.moved / 3,
             self.step / self.total_steps,
-            math.log2(max(len(losses), 1) / LEAST_WINDOW) / 4,
+            math.log2(max(self.step, 1) / 5) / 4,
             schedule,
             float(self._undone),
         )
@@ -166,12 +166,18 @@ class AlignmentRule:
     Attributes:
         least: evidence below which nothing is changed, in standard errors.
         dead: the same of the mean alignment over its spread.
+        gain: log2 of the change for each unit of that ratio, up to a change of 2.
         back: log of the loss over that of the start from which on, with steps that take back, a run is undone.
+        noise: that much more for each standard deviation of the log loss.
+        first: steps before which the rate is not raised: the first ones go the same way at any rate.
     """
 
     least: float = 2.5
-    dead: float = 0.3
+    dead: float = 0.4
+    gain: float = 1.5
     back: float = 0.05
+    noise: float = 1.5
+    first: int = 9
 
     def act(self, observations: FloatArray) -> Sequence[int]:
         """See `Controller`."""
@@ -180,11 +186,15 @@ class AlignmentRule:
 
     def _one(self, seen: dict[str, float]) -> int:
         ratio = seen["alignment"] / max(seen["spread of the alignment"], 0.05)
-        if seen["loss"] / 2 > self.back and ratio < self.dead:
+        if seen["loss"] / 2 > self.back + self.noise * seen["noise"] / 4 and ratio < 0:
             return UNDO
         if abs(4 * seen["evidence"]) < self.least or abs(ratio) < self.dead:
             return KEEP
-        wanted = float(np.clip(1.5 * ratio, -1.0, 1.0))
+        wanted = float(np.clip(self.gain * ratio, -1.0, 1.0))
+        if wanted > 0:  # of the rate as it is now; the schedule may be on its way up
+            wanted += math.log2(max(seen["schedule"], 0.1))
+            if wanted < 0.25 or 5 * 2 ** (4 * seen["steps"]) < self.first:
+                return KEEP
         return min(range(1, UNDO), key=lambda action: abs(CHANGES[action] - wanted))
 
 

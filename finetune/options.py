@@ -129,6 +129,8 @@ class PilotOptions(PlanOptions):
         log: the folder of the decision log. By default `decisions` in a Trainer's output folder, and none in a loop.
         learning_rate: "auto" trains at the rate that a rule says for the model, the length of the run and the plan, in
             place of the optimizer's. It is for Adam and its kin.
+        control: correct the learning rate in the first half of the run by what its steps show, and take back damage
+            that too high a rate has done (docs/control.md). For Adam and its kin, and runs of 60 steps or more.
 
     Example:
         >>> options = PilotOptions(budget="80%", time="75%", bounds={"q_proj": 8})
@@ -143,6 +145,7 @@ class PilotOptions(PlanOptions):
     measure_every: int = 100
     log: str | Path | None = None
     learning_rate: Literal["auto"] | None = None
+    control: bool = False
 
     @property
     def budget_read(self) -> Budget:
@@ -164,6 +167,7 @@ class PilotOptions(PlanOptions):
             check_seed(self.seed)
         check_scaling(self.scaling)
         _check_switch("fresh", self.fresh)
+        _check_switch("control", self.control)
         if self.bounds is not None and not isinstance(self.bounds, Mapping):
             raise ConfigError(f"bounds are a dictionary from module names to ranks; got {self.bounds!r}.")
 

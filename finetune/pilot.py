@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..agents.chooser import DEFAULT, with_goal
+from ..agents.control import CONTROLLERS
 from ..agents.controller import RankController
 from ..agents.learned.policy_file import load_policy, policy_schedule
 from ..agents.log import DecisionLog
@@ -45,10 +46,14 @@ from .plan_rate import PlanRate, look_at
 from .prefix_cache import PrefixCache
 from .probing import Progress
 from .run import TrainingRun, check_run
+from .run_control import RunControl
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .watches import GradientWatch, LossMeter
 
 logger = logging.getLogger(__name__)
+
+CONTROLLER = "alignment"
+"""Who controls the learning rate; see `CONTROLLERS`."""
 
 
 class RankPilot:
@@ -111,6 +116,7 @@ class RankPilot:
         self._prefix: PrefixCache | None = None
         self._savers: ExactSavers | None = None
         self._rate: PlanRate | None = None
+        self._control: RunControl | None = None
         self._elastic: ElasticBudget | None = None
         self._followed = b""
 
@@ -171,6 +177,7 @@ class RankPilot:
             self.journal.note(before_training.what_times_mean(self.controller.time, run))
             self._decide()
             self.journal.note(self._rate.told())
+            self._control = self._run_control(targets)
         self._found = found
         self._calls.begin(run)
         self._begin_prefix_cache()
@@ -220,6 +227,10 @@ class RankPilot:
             if changed := changes(settings, before):
                 self.journal.note(f"step {step}: {changed}")
                 self._guard.new_limit(limit, step)
+            self._control = self._run_control(targets)
+            if self._control and (seen := state.get("control")):
+                with readable_state():
+                    self._control.load_state_dict(seen)
             self._follow_plan()
         self._calls.begin(run)
         self._begin_prefix_cache()
@@ -238,6 +249,9 @@ class RankPilot:
             self._calls.made("before_step")
         if self._elastic and (self._elastic.given or self._elastic.moves or self._guard.follows):
             self._guard.follow(self._elastic.limit(self._controller), self._step)
+        self._follow_plan()
+        if self._control:
+            self._control.before_step(self._step)
         self._guard.before_step(self._step, batches)
         self._follow_plan()
 
@@ -261,6 +275,8 @@ class RankPilot:
             self._guard.meter.close()
             raise
         self._losses.add(loss)
+        if self._control:
+            self._control.look(loss, self._step)
         if not controller.finished:
             controller.adapters.meter.accumulate()
 
@@ -373,6 +389,7 @@ class RankPilot:
             "recomputed": list(self._guard.recomputed),
             "savers": list(self._savers.names) if self._savers else [],
             "look": list(astuple(self._rate.look)) if self._rate and self._rate.look else None,
+            "control": self._control.state_dict() if self._control else None,
             "settings": self._settings(),
         }
 
@@ -507,12 +524,21 @@ class RankPilot:
         self._put_back.callback(rate.end)
         return rate
 
+    def _run_control(self, targets: Sequence[TargetModule]) -> RunControl | None:
+        """What corrects the learning rate while the run goes, if it is wanted."""
+        if not self.options.control:
+            return None
+        assert self._rate is not None
+        return RunControl(self._run, targets, self._rate, CONTROLLERS[CONTROLLER], self.journal)
+
     def _follow_plan(self) -> None:
-        """Let the learning rate and the prefix cache know of other ranks."""
+        """Let the learning rate, its control and the prefix cache know of other ranks."""
         ranks = self._controller.ranks.tobytes()
         if ranks != self._followed:
             if self._rate:
                 self._rate.follow()
+            if self._control:
+                self._control.ranks_changed()
             if self._prefix:
                 self._prefix.follow()
             self._followed = ranks
@@ -533,7 +559,7 @@ class RankPilot:
         self._guard.finish()  # of an earlier run that did not end
         self._put_back.close()
         self._calls.finish()
-        self._prefix = self._savers = self._rate = None
+        self._prefix = self._savers = self._rate = self._control = None
         self._elastic = ElasticBudget(run, self.options.budget)
         self._followed = b""
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()

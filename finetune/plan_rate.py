@@ -113,6 +113,7 @@ class PlanRate:
         own: the rate that the optimizer begins with or warms up to.
         rule: what the rule says for plain LoRA; None where the optimizer is no Adam, or the width is unknown.
         factor: by which the rate is multiplied now.
+        moved: the part of it that control of the run has added.
 
     Raises:
         ConfigError: `auto`, and the rule says nothing here: of another optimizer, or of losses that compare answers.
@@ -149,6 +150,7 @@ class PlanRate:
             self.rule = rate_by_rule(run.model, targets, run.total_steps, look or TYPICAL)
         self._auto = self.rule / self.own if auto and self.rule else 1.0
         self.factor: float = 1.0
+        self.moved: float = 1.0
         self._before: list[tuple[dict[str, Any], Any]] = []
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._apply(optimizer)),
@@ -167,7 +169,7 @@ class PlanRate:
 
     def follow(self) -> None:
         """Take the factor of the plan that is in place."""
-        self.factor = self._auto
+        self.factor = self._auto * self.moved
         if not self._keep and self._follows:
             ranks = np.array([target.rank for target in self._targets], dtype=np.int64)
             self.factor *= RULE.factor(ranks, np.array([target.scaling for target in self._targets]), self._plain)
@@ -178,7 +180,7 @@ class PlanRate:
         if not np.allclose(self._plain, self._plain[0]):
             lines.append("Modules differ in lora_alpha (alpha_pattern): each keeps its own.")
         if self.look:
-            of_plan = "" if self.factor == self._auto else f", and {self.rate:.2g} under this plan"
+            of_plan = "" if self.factor == self._auto * self.moved else f", and {self.rate:.2g} under this plan"
             return " ".join([f"Learning rate by rule: {self.plain:.2g} for plain LoRA{of_plan}.", *lines])
         if abs(self.factor - 1) > 0.01:
             lines.append(

@@ -32,6 +32,7 @@ def run_settings(options: PilotOptions, policy: Policy, schedule: DecisionSchedu
         "scaling": options.scaling,
         "learning_rate": options.learning_rate,
         "keep_rate": options.keep_rate,
+        "control": options.control,
     }
 
 

@@ -299,6 +299,20 @@ def state_bytes_of(optimizer: torch.optim.Optimizer | None, like: torch.Tensor) 
     return layout_of(optimizer).bytes_of(unwrap_optimizer(optimizer), like)
 
 
+def last_direction(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.Tensor | None:
+    """Where the last step of one of Adam's kin came from: its mean gradient over its root mean square.
+
+    The step went the opposite way, by the learning rate. None before a first step, and of optimizers without both.
+    """
+    inner = unwrap_optimizer(optimizer)
+    layout, state = _find(inner), inner.state.get(parameter)
+    keys = {kind: key for key, kind in layout.moments.items() if state and key in state} if layout else {}
+    if not state or layout is None or not {"first", "second"} <= keys.keys():
+        return None
+    first, second = (layout.form.read(parameter, state, keys[kind]).float() for kind in ("first", "second"))
+    return first / (second.sqrt() + 1e-8)
+
+
 def map_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, change: StateMap) -> None:
     """Map the optimiser's state of `parameter`; call before the parameter itself gets its new shape.
 

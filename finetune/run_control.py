@@ -1,0 +1,163 @@
+"""Control of a run while it goes: its learning rate is corrected, and damage undone; see `agents/control.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from ..agents.control import CHANGES, FEATURES, UNDO, Controller, RunRecord, decision_steps
+from ..common.checks import counted, finite
+from ..common.files import append_json_line
+from ..errors import ConfigError
+from ..lora.optimizer_state import last_direction
+from ..lora.targets import TargetModule
+from .journal import Journal
+from .left_as_found import Kept
+from .plan_rate import PlanRate, follows_rule
+from .run import TrainingRun
+
+LOG = "control.jsonl"
+"""The file of the decision log's folder in which each action stands, with what was seen."""
+
+
+@torch.no_grad()
+def alignment(optimizer: torch.optim.Optimizer, targets: Sequence[TargetModule]) -> torch.Tensor:
+    """The cosine between the optimizer's last step of the adapters and their descent direction now; NaN before a step.
+
+    Args:
+        optimizer: one of Adam's kin.
+        targets: whose adapters hold gradients.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    for parameter in (p for target in targets for p in target.parameters.values()):
+        direction = None if parameter.grad is None else last_direction(optimizer, parameter)
+        if direction is not None and parameter.grad is not None:
+            gradient = parameter.grad.float()
+            pairs = ((direction, gradient), (direction, direction), (gradient, gradient))
+            products = torch.stack([(one * other).sum() for one, other in pairs])
+            sums = sums.to(products.device) + products.double()
+    return sums[0] / (sums[1] * sums[2]).sqrt()
+
+
+class RunControl:
+    """Reads the steps of a run and corrects its learning rate at a few moments.
+
+    Copies for undoing lie in main memory. A change of ranks makes them useless: another is made before the next step.
+
+    Args:
+        run: that begins.
+        targets: its adapters.
+        rate: what multiplies the learning rate.
+        controller: chooses.
+        journal: told of each change.
+
+    Attributes:
+        record: what the run has shown.
+
+    Raises:
+        ConfigError: the optimizer is no kind of Adam.
+    """
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        targets: Sequence[TargetModule],
+        rate: PlanRate,
+        controller: Controller,
+        journal: Journal,
+    ) -> None:
+        if not follows_rule(run.optimizer):
+            raise ConfigError(
+                f"control=True reads the steps of Adam and its kin; {type(run.optimizer).__name__} is none, or chooses "
+                "its rate itself. Leave control out."
+            )
+        self._run, self._targets, self._rate, self._controller, self._journal = run, targets, rate, controller, journal
+        self._steps = decision_steps(run.total_steps)
+        self._seen: list[tuple[torch.Tensor | float, torch.Tensor]] = []
+        self._kept: Kept | None = None
+        self.record: RunRecord = RunRecord(run.total_steps)
+        if not self._steps:
+            journal.note(f"The learning rate is not controlled: a run of {run.total_steps} steps shows too little.")
+
+    def _keep(self) -> None:
+        self._kept = Kept(self._run.model, self._targets, self._run.optimizer)
+
+    def ranks_changed(self) -> None:
+        """A copy of other ranks is of no use."""
+        self._kept = None
+
+    def look(self, loss: torch.Tensor | float, step: int) -> None:
+        """Read the gradients of a step, which are complete.
+
+        Args:
+            loss: the mean loss of the step.
+            step: optimizer steps done before it.
+        """
+        if self._steps and step < self._steps[-1]:
+            mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else loss
+            self._seen.append((mean, alignment(self._run.optimizer, self._targets)))
+
+    def before_step(self, step: int) -> None:
+        """Act if it is the moment.
+
+        Args:
+            step: optimizer steps done.
+        """
+        if not self._steps or step > self._steps[-1]:
+            return
+        if step in self._steps and self._seen:
+            self._decide(step)
+        if step >= self._steps[-1]:
+            self._kept = None
+        elif self._kept is None:
+            self._keep()
+
+    def _decide(self, step: int) -> None:
+        for loss, aligned in self._seen:
+            self.record.add(float(loss), float(aligned))
+        self._seen, self.record.step = [], step
+        peak = self._rate.own
+        now = max((group["lr"] for group in self._run.optimizer.param_groups), default=peak)
+        seen = self.record.observe(min(float(now) / peak, 1.0) if peak else 1.0)
+        action = self._run.replicas.processes.on_first(lambda: int(self._controller.act(seen[None])[0]))
+        self._take(action, step, dict(zip(FEATURES, seen.round(4).tolist(), strict=True)))
+
+    def _take(self, action: int, step: int, seen: Mapping[str, float]) -> None:
+        undone = action == UNDO and self._kept is not None
+        if undone and self._kept:
+            self._kept.put_back()
+        if undone or CHANGES[action] >= 0:
+            self._keep()
+        self.record.take(action)
+        before, self._rate.moved = self._rate.rate, 2**self.record.moved
+        self._rate.follow()
+        if CHANGES[action]:
+            self._journal.note(
+                f"step {step}: the learning rate goes from {before:.2g} to {self._rate.rate:.2g}. Alignment of the "
+                f"last steps {seen['alignment'] / 4:+.2f}, loss {math.exp(seen['loss'] / 2):.2f} of the first."
+                + (" Adapters and optimizer are back where the rate was last kept or raised." if undone else "")
+            )
+        log = self._journal.log
+        if log is not None and self._run.replicas.processes.first:
+            row = {"step": step, "change": CHANGES[action], "undone": undone, "rate": self._rate.rate}
+            append_json_line(log.folder / LOG, {**row, "seen": dict(seen)})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs, as JSON values; the window of steps since the last moment is left out."""
+        return asdict(replace(self.record, losses=[], alignments=[]))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`; nothing can be undone before the next moment."""
+        self.record = RunRecord(
+            self._run.total_steps,
+            moved=finite(state["moved"]),
+            step=counted(state["step"]),
+            _first=[finite(value) for value in state["_first"]],
+            _means=[finite(value) for value in state["_means"]],
+            _undone=bool(state["_undone"]),
+        )
+        self._rate.moved = 2**self.record.moved
