@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .data.assets import fetch_asset
     from .data.packaged_data import load_packaged_dataset
     from .env.own_task import OwnTask
-    from .env.registration import ENV_ID
+    from .env.registration import CONTROL_ENV_ID, ENV_ID
     from .finetune.allocate import StaticPlan, allocate, frontier, static_plan
     from .finetune.callback import RankPilotCallback, attach
     from .finetune.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 silence_worker()
 
 _LAZY = {
+    "CONTROL_ENV_ID": ".env.registration",
     "ENV_ID": ".env.registration",
     "Budget": ".cost.budget",
     "Decision": ".agents.policy",
@@ -69,6 +70,7 @@ _LAZY = {
 """The module of each public name, and after a colon its name there if it is another."""
 
 __all__ = [
+    "CONTROL_ENV_ID",
     "ENV_ID",
     "Budget",
     "Decision",

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..common.arrays import FloatArray
-from ..errors import DataError, first_line
+from ..errors import DataError, first_line, shown
 
 SHARES = (0.02, 0.04, 0.07, 0.11, 0.17, 0.25, 0.35, 0.5)
 """When a run is controlled, in shares of its steps. Later a change gains less than it risks."""
@@ -257,7 +257,9 @@ class LearnedController:
         shapes = [(out, into) for into, out in pairwise(sizes)]
         if sizes[-1] != len(CHANGES) or [weight.shape for weight, _ in layers] != shapes:
             raise DataError(f"A controller maps {len(FEATURES)} features to {len(CHANGES)} actions; got {sizes}.")
-        return cls(layers, str(state.get("activation")))
+        if state.get("activation") not in ("tanh", "relu"):
+            raise DataError(f"The activation of a controller is tanh or relu; got {shown(state.get('activation'))}.")
+        return cls(layers, state["activation"])
 
 
 SCHEMA = 1

@@ -120,17 +120,23 @@ class Kept:
     Args:
         model: the PEFT model.
         targets: its target modules.
-        optimizer: makes no step until `put_back`; None for none.
+        optimizer: its own; None for none.
+        steps: whether it steps before `put_back`.
     """
 
     def __init__(
-        self, model: nn.Module, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None
+        self,
+        model: nn.Module,
+        targets: Sequence[TargetModule],
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        steps: bool = False,
     ) -> None:
         self._targets, self._configs = targets, unwrap(model).peft_config
         parameters = [parameter for target in targets for parameter in target.parameters.values()]
         self._values = [(p, p.detach().to("cpu", copy=True), p.requires_grad) for p in parameters]
         self._settings = {name: copy.deepcopy(vars(config)) for name, config in self._configs.items()}
-        self._put_back_state = kept_state(optimizer, parameters)
+        self._put_back_state = kept_state(optimizer, parameters, steps=steps)
 
     def put_back(self) -> None:
         """Give all of it back, after any changes of rank; this can be done once."""

@@ -84,7 +84,7 @@ class RunControl:
             journal.note(f"The learning rate is not controlled: a run of {run.total_steps} steps shows too little.")
 
     def _keep(self) -> None:
-        self._kept = Kept(self._run.model, self._targets, self._run.optimizer)
+        self._kept = Kept(self._run.model, self._targets, self._run.optimizer, steps=True)
 
     def ranks_changed(self) -> None:
         """A copy of other ranks is of no use."""

@@ -10,6 +10,7 @@ An optimiser that is not in the table is refused, because a moment that is mappe
 error. Third-party optimisers are recognised by name, so none of them needs to be installed.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -386,17 +387,25 @@ def drop_foreign_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn
             del inner.state[parameter]
 
 
-def kept_state(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
+def kept_state(
+    optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter], *, steps: bool = False
+) -> Callable[[], None]:
     """A function that gives parameters back the state that they have now, after any changes of rank.
 
-    Those replace its tensors and write into none; steps of the optimiser do write. Tensors as large as the parameter
-    wait in main memory, so that a smaller plan frees their bytes on the device.
+    Tensors as large as the parameter wait in main memory, so that a smaller plan frees their bytes on the device.
+
+    Args:
+        optimizer: whose state it is; None for none.
+        parameters: whose state is kept.
+        steps: whether the optimizer steps in between, which writes into its state; changes of rank replace tensors.
     """
     state = unwrap_optimizer(optimizer).state if optimizer is not None else {}
     before: dict[nn.Parameter, dict[str, tuple[Any, torch.device | None]] | None] = {}
     for parameter in parameters:
         values = state.get(parameter)
-        before[parameter] = None if values is None else {k: _in_main_memory(v, parameter) for k, v in values.items()}
+        before[parameter] = (
+            None if values is None else {k: _in_main_memory(v, parameter, steps) for k, v in values.items()}
+        )
 
     def put_back() -> None:
         for parameter, values in before.items():
@@ -407,11 +416,11 @@ def kept_state(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.
     return put_back
 
 
-def _in_main_memory(value: Any, parameter: nn.Parameter) -> tuple[Any, torch.device | None]:
+def _in_main_memory(value: Any, parameter: nn.Parameter, copies: bool) -> tuple[Any, torch.device | None]:
     """A value of the state, and the device to which it belongs if it was moved from there."""
     if type(value) is torch.Tensor and value.numel() == parameter.numel():
-        return value.cpu(), value.device
-    return value, None
+        return value.to("cpu", copy=copies), value.device
+    return copy.deepcopy(value) if copies else value, None
 
 
 def reset_state(optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter]) -> None:

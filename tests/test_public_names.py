@@ -18,11 +18,12 @@ from .warm_python import WarmPython
 
 def test_public_names() -> None:
     assert set(rankpilot.__all__) == {
-        "Budget", "Decision", "DecisionLog", "DecisionSchedule", "ENV_ID", "GymnasiumVecEnv", "Observation", "OwnTask",
-        "PilotOptions", "RankPilot", "RankPilotCallback", "RankPilotError", "StaticPlan", "TrainingRun", "allocate",
-        "attach", "axolotl_yaml", "decision_from_scores", "export_padded", "export_rank_pattern", "fetch_asset",
-        "frontier", "last_checkpoint", "load_checkpoint", "load_packaged_dataset", "load_policy", "memory_of",
-        "module_feature", "rank_pattern_yaml", "save_checkpoint", "static_plan",
+        "Budget", "CONTROL_ENV_ID", "Decision", "DecisionLog", "DecisionSchedule", "ENV_ID", "GymnasiumVecEnv",
+        "Observation", "OwnTask", "PilotOptions", "RankPilot", "RankPilotCallback", "RankPilotError", "StaticPlan",
+        "TrainingRun", "allocate", "attach", "axolotl_yaml", "decision_from_scores", "export_padded",
+        "export_rank_pattern", "fetch_asset", "frontier", "last_checkpoint", "load_checkpoint",
+        "load_packaged_dataset", "load_policy", "memory_of", "module_feature", "rank_pattern_yaml", "save_checkpoint",
+        "static_plan",
     }  # fmt: skip
     for name in rankpilot.__all__:
         assert getattr(rankpilot, name) is not None

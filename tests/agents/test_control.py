@@ -1,0 +1,156 @@
+"""Control of a run: when it acts, what it sees, and what rules and networks answer."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.agents.control import (
+    CHANGES,
+    FEATURES,
+    KEEP,
+    LEAST_WINDOW,
+    SHARES,
+    UNDO,
+    AlignmentRule,
+    LearnedController,
+    LeaveAlone,
+    Plateau,
+    RunRecord,
+    decision_steps,
+)
+from rankpilot.errors import DataError
+
+
+def record(losses: list[float], alignments: list[float], total: int = 200) -> RunRecord:
+    found = RunRecord(total)
+    for loss, aligned in zip(losses, alignments, strict=True):
+        found.add(loss, aligned)
+    return found
+
+
+def seen(**values: float) -> Any:
+    """An observation; features that are not given are 0, with the whole rate of the schedule after 30 steps."""
+    usual = {"schedule": 1.0, "steps": math.log2(30 / 5) / 4, "spread_of_the_alignment": 0.2} | values
+    assert {name.replace("_", " ") for name in usual} <= FEATURES.keys()
+    return np.array([[usual.get(name.replace(" ", "_"), 0.0) for name in FEATURES]])
+
+
+@pytest.mark.parametrize("total", [60, 61, 100, 400, 10_000])
+def test_decisions_come_in_the_first_half_and_far_enough_apart(total: int) -> None:
+    steps = decision_steps(total)
+    assert len(steps) == len(SHARES)
+    assert all(b - a >= LEAST_WINDOW for a, b in zip((0, *steps), steps, strict=False))
+    assert steps[-1] <= max(0.5 * total, LEAST_WINDOW * len(SHARES))
+    assert steps[-1] < total
+
+
+def test_a_short_run_is_left_alone() -> None:
+    assert decision_steps(59) == ()
+
+
+def test_features_are_those_of_the_window() -> None:
+    found = record([4.0, 4.0, 2.0, 2.0], [math.nan, 0.1, 0.3, 0.2])
+    first = dict(zip(FEATURES, found.observe(0.5), strict=True))
+    assert first["alignment"] == pytest.approx(4 * 0.2)
+    assert first["loss"] == pytest.approx(2 * (math.log(math.sqrt(8)) - math.log(4)))
+    assert first["schedule"] == 0.5
+    assert first["time"] == 4 / 200
+    found.take(CHANGES.index(1.0))
+    for _ in range(5):
+        found.add(1.0, -0.1)
+    second = dict(zip(FEATURES, found.observe(1.0), strict=True))
+    assert second["moved"] == pytest.approx(1 / 3)
+    assert second["alignment"] == pytest.approx(-0.4)
+    assert second["change of loss"] == pytest.approx(max(4 * -math.log(3), -3))
+    assert second["above the best"] == pytest.approx(second["change of loss"])
+    assert not second["undone"]
+
+
+def test_losses_that_are_not_finite_stay_within_the_bounds() -> None:
+    values = record([3.0, 3.0, math.inf, math.nan], [0.1] * 4).observe(1.0)
+    assert np.isfinite(values).all()
+    assert dict(zip(FEATURES, values, strict=True))["loss"] == 3.0
+
+
+def test_what_was_undone_is_no_level_to_compare_with() -> None:
+    found = record([3.0, 3.0, 9.0, 9.0], [0.1] * 4)
+    found.take(UNDO)
+    found.add(3.0, 0.1)
+    after = dict(zip(FEATURES, found.observe(1.0), strict=True))
+    assert after["undone"] == 1
+    assert after["moved"] == pytest.approx(-2 / 3)
+    assert after["change of loss"] == pytest.approx(0, abs=1e-12)
+
+
+RULES = [
+    ({"alignment": 1.0, "evidence": 2.0}, 1.0),
+    ({"alignment": 0.05, "evidence": 2.0}, 0.0),
+    ({"alignment": 1.0, "evidence": 0.5}, 0.0),
+    ({"alignment": -0.4, "evidence": -2.0}, -1.0),
+    ({"alignment": -0.12, "evidence": -2.0}, -1.0),
+    ({"alignment": 1.0, "evidence": 2.0, "schedule": 0.5}, 0.0),
+    ({"alignment": 1.0, "evidence": 2.0, "steps": 0.0}, 0.0),
+    ({"alignment": -0.4, "evidence": -2.0, "steps": 0.0}, -1.0),
+]
+"""Observations, and log2 of the change that the rule makes."""
+
+
+@pytest.mark.parametrize(("values", "change"), RULES)
+def test_the_rule_follows_the_alignment(values: dict[str, float], change: float) -> None:
+    (action,) = AlignmentRule().act(seen(**values))
+    assert action != UNDO
+    assert CHANGES[action] == change
+
+
+def test_the_rule_goes_back_where_the_loss_has_risen_beyond_its_noise() -> None:
+    rule, risen = AlignmentRule(), {"alignment": -0.1, "loss": 0.8}
+    assert rule.act(seen(**risen)) == [UNDO]
+    assert rule.act(seen(**risen, noise=2.0)) != [UNDO]
+    assert rule.act(seen(**risen | {"alignment": 0.1})) != [UNDO], "steps that go on do no damage"
+
+
+def test_other_rules() -> None:
+    observations = np.concatenate([seen(above_the_best=0.1), seen()])
+    assert LeaveAlone().act(observations) == [KEEP, KEEP]
+    assert [CHANGES[action] for action in Plateau().act(observations)] == [-1.0, 0.0]
+
+
+def network(activation: str = "tanh") -> LearnedController:
+    generator = np.random.default_rng(0)
+    sizes = [len(FEATURES), 5, len(CHANGES)]
+    layers = tuple((generator.normal(size=(out, into)), generator.normal(size=out)) for into, out in pairwise(sizes))
+    return LearnedController(layers, activation)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_a_network_takes_the_highest_score_and_survives_its_file(activation: str) -> None:
+    own = network(activation)
+    observations = np.random.default_rng(1).normal(size=(20, len(FEATURES)))
+    (first, bias), (second, other) = own.layers
+    inner = observations @ first.T + bias
+    inner = np.tanh(inner) if activation == "tanh" else np.maximum(inner, 0)
+    assert own.act(observations) == (inner @ second.T + other).argmax(axis=1).tolist()
+    again = LearnedController.from_json(json.loads(json.dumps(own.to_json())))
+    assert again.act(observations) == own.act(observations)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda state: [], "no controller"),
+        (lambda state: state | {"schema": 99}, "no controller"),
+        (lambda state: state | {"features": ["loss"]}, "no controller"),
+        (lambda state: state | {"layers": state["layers"][:1]}, "maps 12 features to 8 actions"),
+        (lambda state: state | {"layers": [{"weight": "x"}]}, "cannot be read"),
+        (lambda state: {name: value for name, value in state.items() if name != "layers"}, "cannot be read"),
+        (lambda state: state | {"activation": "sine"}, "tanh or relu"),
+    ],
+)
+def test_files_of_others_are_refused(change: Any, match: str) -> None:
+    with pytest.raises(DataError, match=match):
+        LearnedController.from_json(change(network().to_json()))

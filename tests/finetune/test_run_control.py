@@ -1,0 +1,199 @@
+"""Control of real runs: alignments are those of the steps, rates move, damage is undone; in loops and the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rankpilot
+import torch
+from rankpilot.agents.control import CHANGES, CONTROLLERS, FEATURES, KEEP, UNDO, decision_steps
+from rankpilot.common.files import read_json_lines
+from rankpilot.errors import ConfigError
+from rankpilot.finetune import pilot as pilots
+from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.run_control import LOG, alignment
+from rankpilot.lora.targets import find_target_modules
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, Trainer, default_data_collator
+
+from .tiny_runs import PLAIN, adapted, arguments, counting, take_step
+from .tiny_runs import llama_config as llama_config
+
+STEPS = 60
+MOMENTS = decision_steps(STEPS)
+
+
+@dataclass
+class Scripted:
+    """The controller that acts as it is told."""
+
+    actions: list[int]
+    seen: list[Any] = field(default_factory=list)
+
+    def act(self, observations: Any) -> Sequence[int]:
+        self.seen.append(dict(zip(FEATURES, observations[0], strict=True)))
+        return [self.actions[len(self.seen) - 1] if len(self.seen) <= len(self.actions) else KEEP]
+
+
+class Loop:
+    """A loop of one's own at a constant rate."""
+
+    def __init__(self, config: LlamaConfig, rate: float, **options: Any) -> None:
+        self.model, self.told = adapted(config), list[str]()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
+        self.loader = DataLoader(counting(), 8, collate_fn=default_data_collator)  # type: ignore[arg-type]
+        self.batches = cycle(list(self.loader))
+        settings: dict[str, Any] = {
+            "budget": "400%",
+            "control": True,
+            "keep_rate": True,
+            "prefix_cache": "off",
+            **PLAIN,
+        }
+        self.pilot = rankpilot.RankPilot("uniform", tell=self.told.append, **settings | options)
+
+    @property
+    def run(self) -> TrainingRun:
+        return TrainingRun.of_loader(self.model, self.optimizer, self.loader, total_steps=STEPS)
+
+    def begin(self) -> Loop:
+        self.pilot.begin(self.run)
+        self.rates: list[float] = []
+        self.optimizer.register_step_pre_hook(lambda *_: self.rates.append(self.optimizer.param_groups[0]["lr"]))
+        return self
+
+    def steps(self, count: int) -> Loop:
+        for _ in range(count):
+            take_step(self.pilot, self.optimizer, next(self.batches), lambda batch: self.model(**batch).loss)
+        return self
+
+    def state(self) -> list[torch.Tensor]:
+        """Adapters and the optimizer's means."""
+        state = self.optimizer.state
+        means = [state[p][name] for p in self.parameters for name in ("exp_avg", "exp_avg_sq") if p in state]
+        return [each.detach().clone() for each in (*self.parameters, *means)]
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, *actions: int) -> Scripted:
+    script = Scripted(list(actions))
+    monkeypatch.setitem(CONTROLLERS, pilots.CONTROLLER, script)
+    return script
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam])
+def test_alignment_is_the_cosine_of_the_last_step_and_the_descent(llama_config: LlamaConfig, kind: Any) -> None:
+    model = adapted(llama_config)
+    targets = find_target_modules(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = kind(parameters, lr=1e-2, weight_decay=0.0)
+    rows = default_data_collator(counting(8))  # type: ignore[arg-type]
+    model(**rows).loss.backward()
+    assert alignment(optimizer, targets).isnan()
+    before = torch.cat([p.detach().flatten().clone() for p in parameters])
+    optimizer.step()
+    optimizer.zero_grad()
+    model(**rows).loss.backward()
+    moved = torch.cat([p.detach().flatten() for p in parameters]) - before
+    descent = -torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    found = float(alignment(optimizer, targets))
+    near = 0.01 if kind is torch.optim.AdamW else 0.3  # NAdam steps a little to the side of its mean
+    assert found == pytest.approx(float(torch.cosine_similarity(moved, descent, dim=0)), abs=near)
+
+
+def test_rates_move_and_what_is_undone_is_as_it_was(
+    llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = scripted(monkeypatch, CHANGES.index(1.0), CHANGES.index(-1.0), UNDO)
+    loop = Loop(llama_config, 1e-3, log=tmp_path).begin().steps(MOMENTS[0])
+    kept = loop.state()
+    loop.steps(MOMENTS[2] - MOMENTS[0])
+    assert any(not torch.equal(a, b) for a, b in zip(kept, loop.state(), strict=True))
+    loop.pilot.before_step(next(loop.batches))
+    assert all(torch.equal(a, b) for a, b in zip(kept, loop.state(), strict=True)), "a rate that fell keeps the copy"
+    assert [round(rate / 1e-3, 6) for rate in loop.rates] == [
+        *[1.0] * MOMENTS[0],
+        *[2.0] * (MOMENTS[1] - MOMENTS[0]),
+        *[1.0] * (MOMENTS[2] - MOMENTS[1]),
+    ]
+    assert loop.pilot.rate_factor == pytest.approx(0.25)
+    assert "0.001 to 0.002" in next(line for line in loop.told if "learning rate goes" in line)
+    rows = read_json_lines(tmp_path / LOG)
+    assert [(row["step"], row["change"], row["undone"]) for row in rows] == [
+        (MOMENTS[0], 1.0, False), (MOMENTS[1], -1.0, False), (MOMENTS[2], -2.0, True),
+    ]  # fmt: skip
+    assert rows[0]["seen"].keys() == FEATURES.keys()
+    assert [seen["undone"] for seen in script.seen] == [0, 0, 0]
+
+
+def test_other_ranks_make_a_copy_useless(llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, KEEP, UNDO)
+    loop = Loop(llama_config, 1e-3).begin().steps(MOMENTS[0] + 2)
+    names = [target.name for target in find_target_modules(loop.model)]
+    loop.pilot.take(dict.fromkeys(names, 4))
+    loop.steps(MOMENTS[1] - MOMENTS[0] - 2)
+    loop.steps(1)
+    assert {target.rank for target in find_target_modules(loop.model)} == {4}
+    assert loop.pilot.rate_factor == pytest.approx(0.25)
+
+
+def test_the_rule_mends_a_rate_that_is_far_too_low(llama_config: LlamaConfig) -> None:
+    loop = Loop(llama_config, 1e-5).begin().steps(STEPS)
+    assert loop.pilot.rate_factor >= 8
+    loop.pilot.finish()
+    assert loop.optimizer.param_groups[0]["lr"] == 1e-5, "between steps the groups show the user's"
+
+
+def test_a_resumed_run_goes_on_at_the_corrected_rate(
+    llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scripted(monkeypatch, CHANGES.index(2.0))
+    whole = Loop(llama_config, 1e-3).begin().steps(MOMENTS[0] + 2)
+    rankpilot.save_checkpoint(whole.pilot, whole.run, tmp_path / "checkpoint")
+    script = scripted(monkeypatch, KEEP, CHANGES.index(-1.0))
+    again = Loop(llama_config, 1e-3)
+    step = rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
+    assert again.pilot.rate_factor == pytest.approx(4)
+    again.steps(MOMENTS[2] + 1 - step)
+    assert again.pilot.rate_factor == pytest.approx(2)
+    assert script.seen[0]["moved"] == pytest.approx(2 / 3)
+    assert script.seen[0]["time"] == pytest.approx(MOMENTS[1] / STEPS)
+
+
+def test_the_trainer_logs_the_corrected_rate(
+    llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scripted(monkeypatch, CHANGES.index(1.0))
+    args = arguments(tmp_path, max_steps=STEPS, lr_scheduler_type="constant", learning_rate=1e-3)
+    trainer = Trainer(adapted(llama_config), args, train_dataset=counting())  # type: ignore[arg-type]
+    options: dict[str, Any] = {"budget": "400%", "control": True, "keep_rate": True, **PLAIN}
+    rankpilot.attach(trainer, "uniform", **options)
+    trainer.train()
+    rates = {row["step"]: row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row}
+    assert rates[MOMENTS[0]] == pytest.approx(1e-3)
+    assert rates[MOMENTS[0] + 1] == pytest.approx(2e-3)
+
+
+def test_without_control_nothing_is_read(llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = scripted(monkeypatch, UNDO)
+    plain = Loop(llama_config, 1e-3, control=False).begin().steps(MOMENTS[1])
+    assert not script.seen
+    assert plain.pilot.rate_factor == 1
+
+
+def test_what_cannot_be_controlled(llama_config: LlamaConfig) -> None:
+    loop = Loop(deepcopy(llama_config), 1e-3)
+    loop.optimizer = torch.optim.SGD(loop.parameters, lr=1e-3)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="control=True reads the steps of Adam"):
+        loop.pilot.begin(loop.run)
+    with pytest.raises(ConfigError, match="control is True or False"):
+        rankpilot.PilotOptions(control="yes")  # type: ignore[arg-type]
+    short = Loop(llama_config, 1e-3)
+    short.pilot.begin(TrainingRun.of_loader(short.model, short.optimizer, short.loader, total_steps=10))
+    assert any("not controlled: a run of 10 steps" in line for line in short.told)
