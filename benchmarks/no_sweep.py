@@ -59,6 +59,9 @@ SWEPT = (0.5, 1.0, 2.0)
 
 MOST_SWEPT = 8.0
 
+WRONG = (0.25, 1.0, 4.0)
+"""Rates at which plain LoRA is left alone, and controlled, over the rule's."""
+
 SEEDS = (0, 1)
 
 MOST_SPREAD = 0.02
@@ -72,7 +75,8 @@ class Run:
 
     Attributes:
         text: of `JUDGED`.
-        side: "plain" LoRA of rank 8, "rslora-64" on all modules, "usual" for plain LoRA at `USUAL`, a goal, or a rival.
+        side: "plain" LoRA of rank 8, "controlled" for that under control of its rate, "rslora-64" on all modules,
+            "usual" for plain LoRA at `USUAL`, a goal, or a rival.
         factor: of the rate over the rule's, for sides with a sweep.
         seed: of adapters and batches; one of `SEEDS`.
     """
@@ -117,6 +121,7 @@ class Options:
 def next_runs(text: str, seed: int, rows: Mapping[Run, Mapping[str, Any]]) -> Iterator[Run]:
     """The runs of a text that are missing, as far as the rows so far tell."""
     once = [Run(text, side, seed=seed) for side in (*GOALS, "usual", *RIVALS)]
+    once += [Run(text, side, factor, seed) for side in ("plain", "controlled") for factor in WRONG]
     yield from (run for run in once if run not in rows)
     for side in ("plain", "rslora-64"):
         wanted = [Run(text, side, factor, seed) for factor in SWEPT]
@@ -157,6 +162,9 @@ def perform(run: Run) -> dict[str, Any]:
         model, telling = driver.model, steps_of(driver, optimizer)
     elif run.side != "usual":
         _set_rate(optimizer, run.factor * _rule_of(training, seed))
+    if run.side == "controlled":
+        pilot = RankPilot("uniform", CONTROLLED, seed=seed, tell=lambda line: None)
+        pilot.begin(training)
     rate = optimizer.param_groups[0]["lr"]
     setup_s = time.process_time() - begun
     with telling:
@@ -170,6 +178,12 @@ def perform(run: Run) -> dict[str, Any]:
         pilot.finish()
     times = {"setup_s": round(setup_s, 2), "all_s": round(spent, 2)}
     return {"loss": round(loss, 5) if math.isfinite(loss) else None, "rate": rate} | facts | times
+
+
+CONTROLLED = PilotOptions(
+    control=True, keep_rate=True, exact_savers=False, gradient_checkpointing=False, prefix_cache="off"
+)
+"""Plain LoRA whose rate is controlled, and nothing else."""
 
 
 def pilot_options(goal: str, seed: int) -> PilotOptions:
@@ -299,7 +313,9 @@ def benchmark(options: Options, console: Console) -> Figures:
             for run, row in rows.items()
         ]
         write_text(PACKED, "[\n" + ",\n".join(lines) + "\n]\n")
-    return {**machine_facts(torch.device("cpu")), **_report(best_rows(rows), console)}
+    best = best_rows(rows)
+    figures = _report(best, console) | _report_control(rows, best, console)
+    return {**machine_facts(torch.device("cpu")), **figures}
 
 
 def _report(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Console) -> Figures:
@@ -331,6 +347,31 @@ def _report(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Conso
     console.print(make_table("Beside plain LoRA at its best rate", columns, table))
     shown = "; ".join(f"{text} ({reason})" for text, reason in reasons.items() if reason) or "none"
     console.print(f"Texts left out: {shown}.", markup=False)
+    return figures
+
+
+def _report_control(
+    rows: Mapping[Run, Mapping[str, Any]], best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Console
+) -> Figures:
+    """Log losses of plain LoRA at wrong rates, left alone and controlled, beside that at its best rate."""
+    figures, table = {}, []
+    for factor in WRONG:
+        for side in ("plain", "controlled"):
+            found = {
+                (text, seed): 100 * _beside(row, best[text, seed]["plain"])
+                for text, seed in best
+                if (row := rows.get(Run(text, side, factor, seed))) and not reason_to_leave_out(text, best)
+            }
+            if not found:
+                continue
+            change = estimate(list(found.values()), [text for text, _ in found])
+            figures |= {f"{side} at {factor:g}: {name}": value for name, value in vars(change).items()}
+            figures[f"{side} at {factor:g}: worst"] = max(found.values())
+            named = "left alone" if side == "plain" else side
+            table.append((f"{factor:g}", named, str(len(found)), f"{change:+.2f}", f"{max(found.values()):+.1f}"))
+    if table:
+        columns = ("rate over the rule's", "", "cells", "log loss, %", "worst")
+        console.print(make_table("Plain LoRA beside itself at its best rate; admitted texts", columns, table))
     return figures
 
 
