@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import transformers
+from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import get_session
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ..errors import AssetError, BudgetError, ConfigError, UnknownNameError, first_line
@@ -214,7 +216,21 @@ def _short_name(name: str) -> str:
     return ""
 
 
+@cache
+def try_hub_once() -> None:
+    """Ask the hub once whether it answers; if not, what is cached serves, and the rest fails at once.
+
+    Its client would try again for half a minute for each file.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of the library that speaks HTTP, which differs between versions
+        constants.HF_HUB_OFFLINE = True
+
+
 def _read(name: str, place: str | Path) -> PreTrainedConfig:
+    if not Path(place).exists():
+        try_hub_once()
     try:
         return AutoConfig.from_pretrained(place)
     except OSError as error:

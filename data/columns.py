@@ -155,6 +155,12 @@ def check_no_gaps(part: Dataset, name: str, *, blanks: bool = True) -> None:
         )
 
 
+def check_filled(part: Dataset, name: str, advice: str) -> None:
+    """Raise DataError if all texts of a column are blank; `advice` is a sentence on what to do."""
+    if not any(value.strip() for value in part[name]):
+        raise DataError(f"The column {name!r} is blank in all {len(part)} rows: there is nothing to learn. {advice}")
+
+
 def check_rows(part: Dataset, name: str, flaw: Callable[[Any], str | None], advice: str) -> None:
     """Raise DataError at the first row in which a column holds something wrong.
 
@@ -228,12 +234,14 @@ def check_chats(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None
     if columns == ("instruction", "output"):
         for name in columns:
             check_rows(part, name, not_text, "Instructions and outputs are texts.")
+        check_filled(part, "output", "Fill it with what the model is to answer.")
         if "input" in part.column_names:
             check_rows(part, "input", lambda value: None if value is None else not_text(value), "Inputs are texts.")
         return
     if columns == ("prompt", "completion") and isinstance(first["prompt"], str):
         for name in columns:
             check_rows(part, name, not_text, "Prompts and completions are both texts, or both lists of messages.")
+        check_filled(part, "completion", "Fill it with what the model is to answer.")
         return
     advice = (
         "A conversation is a list of messages, each with the keys role and content (or from and value), both texts."

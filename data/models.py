@@ -16,7 +16,7 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from ..common.devices import find_device
-from ..cost.published import unusable
+from ..cost.published import try_hub_once, unusable
 from ..cost.step_config import Quantization
 from ..cost.training_step import check_installed
 from ..errors import AssetError, ConfigError, UnknownNameError, first_line
@@ -102,7 +102,9 @@ def not_found(kind: str, name: str, packaged: Mapping[str, Any], error: Exceptio
 def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
     """What `load` returns for a model's folder or id; UnknownNameError or AssetError if there is no such model."""
     try:
-        return load(resolve_model(name))
+        if not Path(place := resolve_model(name)).exists():
+            try_hub_once()
+        return load(place)
     except AssetError:
         raise
     except StrictDataclassError as error:

@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset
 
+from ..cost.published import try_hub_once
 from ..errors import AssetError, ConfigError, DataError, first_line
 from .batches import IGNORED
 from .columns import (
@@ -18,6 +19,7 @@ from .columns import (
     TEXT,
     Columns,
     check_chats,
+    check_filled,
     check_no_gaps,
     check_rows,
     encoded,
@@ -108,6 +110,7 @@ def check_text(parts: list[Dataset], name: str, option: str) -> None:
     for part in parts:
         check_no_gaps(part, name)
         check_rows(part, name, not_text, f"Set {option} to a column of text, or write its values as text.")
+        check_filled(part, name, f"Set {option} to another column, or fill this one.")
 
 
 def check_numbers(parts: list[Dataset], name: str) -> None:
@@ -212,8 +215,11 @@ def load_splits(name: str) -> DatasetDict:
             loaded = load_dataset(_READERS[path.suffix], data_files=str(path))
         elif path.is_dir() and (path / "dataset_dict.json").exists():
             loaded = DatasetDict.load_from_disk(os.fspath(path))
+        elif path.is_dir():
+            loaded = load_dataset(os.fspath(path))
         else:
-            loaded = load_dataset(os.fspath(path) if path.is_dir() else name)
+            try_hub_once()
+            loaded = load_dataset(name)
     except Exception as error:  # datasets lets through what its many readers raise
         if is_local:
             reason = (_broken_line(path) if path.suffix == ".jsonl" else "") or _root(error)

@@ -61,10 +61,20 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
     return ", ".join(parts)
 
 
+PREPARED = "prepare_model_for_kbit_training, which keeps in fp32 what is not quantised"
+"""How a quantised model is prepared in every prediction."""
+
+
 def verdict_text(outlook: Outlook) -> str:
-    """What came out, in one or two sentences: on a card whether it fits, else where the bytes are."""
-    if outlook.card is None:
-        return _finding(outlook)
+    """What came out, in a few sentences: on a card whether it fits, else where the bytes are."""
+    how = outlook.settings.quantization
+    prepared = "" if how == "none" else f" The model in {how} went through {PREPARED}."
+    return (_finding(outlook) if outlook.card is None else _fit(outlook)) + prepared
+
+
+def _fit(outlook: Outlook) -> str:
+    """Whether the choices fit the card."""
+    assert outlook.card is not None, "there is no card"
     best = outlook.best
     if best is None:
         tight = [choice for choice in outlook.choices if choice.verdict == "tight"]
@@ -275,6 +285,7 @@ def configuration_text(outlook: Outlook) -> str:
     lines = [
         "from peft import LoraConfig",
         "",
+        *([] if settings.quantization == "none" else [f"# The model goes through {PREPARED}."]),
         "lora = LoraConfig(",
         f"    r={best.rank},",
         f"    lora_alpha={2 * REFERENCE_RANK},",

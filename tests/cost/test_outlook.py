@@ -44,6 +44,15 @@ def test_a_wide_card_takes_all_layers_without_recomputation() -> None:
     assert all(cell.recomputed == 0 for cell in outlook.grid if cell.shape.rows * cell.shape.length <= 8192)
 
 
+def test_the_time_is_that_of_the_rows_that_were_asked_for() -> None:
+    """A row takes less of the time of plain LoRA's fixed work than four do; a calibration has four at least."""
+    flops = [
+        float(memory_of(t.LlamaConfig(**LLAMA), "24GiB", batch_size=rows, max_length=64).step.work.flops.sum())
+        for rows in (1, 4)
+    ]
+    assert 3 < flops[1] / flops[0] < 4.01
+
+
 def test_a_narrow_card_recomputes_some_layers() -> None:
     wide = llama("24GiB")
     none, every = wide.choice(LAYERS, 8, ()), wide.choice(LAYERS, 8, wide.recomputable)

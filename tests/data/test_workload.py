@@ -184,6 +184,8 @@ def test_a_flaw_in_one_row(
         ({"tokens": ["good"], "tags": ["a"]}, None, "single class"),
         ({"input": "good", "target": 3}, "seq2seq", "column 'target': 3 is a number, not text. Set --label-column"),
         ({"text": 7}, None, "Row 1, column 'text': 7 is a number"),
+        ({"text": " ", "label": "a"}, None, "'text' is blank in all 20 rows ... Set --text-column"),
+        ({"input": "good", "target": ""}, "seq2seq", "'target' is blank in all 20 rows ... Set --label-column"),
     ],
 )
 def test_a_flaw_in_every_row(values: dict[str, Any], task: Any, words: str, workload_of: WorkloadOf) -> None:
