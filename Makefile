@@ -35,7 +35,7 @@ docs: $(VENV)/.installed-docs ## make the pages of docs/ in build/docs, where a 
 
 DEMO := all-minilm-l6-v2 rotten-tomatoes --steps 160 --max-length 48 --held-out-rows 400 --eval-every 40 --resume
 demo: setup ## train a small policy, fine-tune a model with plain LoRA and under the shipped policy, plan an 8B (goes on where it was interrupted)
-	$(BIN)/rankpilot train --preset quick --output runs/demo/policy --resume
+	$(BIN)/rankpilot policy train --preset quick --output runs/demo/policy --resume
 	$(BIN)/rankpilot finetune $(DEMO) --goal bytes --compare-all-linear --output runs/demo/saves
 	$(BIN)/rankpilot finetune $(DEMO) --budget 40% --output runs/demo/tight
 	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --batch-size 4 --max-length 1024 --output runs/demo/memory

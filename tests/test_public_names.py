@@ -60,7 +60,7 @@ def test_a_fresh_process_finds_the_environment(warm_python: WarmPython, code: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [["train", "--help"], ["evaluate", "--help"], ["frobnicate"]])
+@pytest.mark.parametrize("command", [["policy", "train", "--help"], ["policy", "evaluate", "--help"], ["frobnicate"]])
 def test_the_command_line_speaks_for_itself_alone(command: list[str]) -> None:
     """Whatever the libraries that it loads have to say."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RANKPILOT")}

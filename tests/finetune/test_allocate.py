@@ -101,9 +101,7 @@ def test_plain_peft_makes_an_adapter_of_the_plan(llama_config: LlamaConfig, tmp_
 
 
 def test_a_name_is_no_model() -> None:
-    with pytest.raises(
-        ConfigError, match=r"a model that is loaded, .*; got 'gpt2'\. .*the command `rankpilot allocate`"
-    ):
+    with pytest.raises(ConfigError, match=r"a model that is loaded, .*; got 'gpt2'\. .*the command `rankpilot plan`"):
         allocate("gpt2", batches(ROWS))  # type: ignore[arg-type]
 
 

@@ -119,10 +119,10 @@ def test_bounds() -> None:
 def test_a_plan_that_a_person_edited_decides_a_run(
     chats: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`rankpilot allocate --output plan.yaml`, an edit, and `--policy plan.yaml`, and a plan that is too large."""
+    """`rankpilot plan --output plan.yaml`, an edit, and `--policy plan.yaml`, and a plan that is too large."""
     path, run = tmp_path / "plan.yaml", tmp_path / "run"
     small = ["--batch-size=4", "--budget=110%"]
-    assert cli.run(["allocate", *chats, "--policy=signal-mean", *small, "--output", str(path)]) == 0
+    assert cli.run(["plan", *chats, "--policy=signal-mean", *small, "--output", str(path)]) == 0
     assert f"Edit it, and pass --policy {path} to rankpilot finetune" in " ".join(capsys.readouterr().out.split())
     text = path.read_text()
     planned = read_plan(path)

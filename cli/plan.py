@@ -1,4 +1,4 @@
-"""`rankpilot allocate`."""
+"""`rankpilot plan`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Allocate(FinetuneConfig):
+class Plan(FinetuneConfig):
     """Plan the ranks of a LoRA fine-tune before it begins, without training.
 
     A few small steps measure what plans cost and which modules matter; then the policy decides once. The plan is the
@@ -68,9 +68,9 @@ class Allocate(FinetuneConfig):
 def main(arguments: Sequence[str]) -> None:
     """Make the plan, and print or write it."""
     path = peek(arguments, "--config")
-    base = Allocate(model=tyro.MISSING, data=tyro.MISSING)
+    base = Plan(model=tyro.MISSING, data=tyro.MISSING)
     default = with_file_settings(base, read_config_file(path), path)
-    options = tyro.cli(Allocate, args=arguments, default=default, prog="rankpilot allocate")
+    options = tyro.cli(Plan, args=arguments, default=default, prog="rankpilot plan")
     if options.output is not None and options.output.exists():
         raise ConfigError(f"{options.output} exists already. Name a file that does not.")
     if options.log is not None and options.log.exists():

@@ -1,4 +1,4 @@
-"""`rankpilot allocate`: what it prints for each program."""
+"""`rankpilot plan`: what it prints for each program."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from peft import LoraConfig
 from rankpilot.agents.choice import FrontierPlan
 from rankpilot.agents.rules import read_plan
-from rankpilot.cli import allocate as module
+from rankpilot.cli import plan as module
 from rankpilot.errors import ConfigError
 from rankpilot.finetune import experiment
 from rankpilot.finetune.allocate import StaticPlan
@@ -46,7 +46,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
 
 
 def test_options_of_a_training_are_not_taken(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "Unrecognized options: --merge" in usage_error(["allocate", "m", "d", "--merge"], capsys)
+    assert "Unrecognized options: --merge" in usage_error(["plan", "m", "d", "--merge"], capsys)
     (tmp_path / "config.json").write_text('{"merge": true, "budget": "50%"}')
     module.main(["m", "d", "--config", str(tmp_path / "config.json")])
     assert "900 of 1,000 parameters" in capsys.readouterr().out
