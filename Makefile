@@ -33,7 +33,7 @@ docs: $(VENV)/.installed-docs ## make the pages of docs/ in build/docs, where a 
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --nitpicky --quiet -d build/doctrees docs build/docs
 	@echo "The pages are in build/docs/index.html."
 
-DEMO := all-minilm-l6-v2 rotten-tomatoes --steps 160 --max-length 48 --held-out-rows 400 --eval-every 40 --resume
+DEMO := all-minilm-l6-v2 rotten-tomatoes --max-steps 160 --per-device-train-batch-size 16 --max-length 48 --held-out-rows 400 --eval-every 40 --resume
 demo: setup ## train a small policy, fine-tune a model with plain LoRA and under the shipped policy, plan an 8B (goes on where it was interrupted)
 	$(BIN)/rankpilot policy train --preset quick --output runs/demo/policy --resume
 	$(BIN)/rankpilot finetune $(DEMO) --goal bytes --compare-all-linear --output runs/demo/saves

@@ -17,7 +17,7 @@ from ..common.files import write_text
 from ..common.text import cost_text, make_table
 from ..errors import ConfigError
 from ..finetune.options import FinetuneConfig
-from .options import peek, read_config_file, with_file_settings
+from .options import parse, peek, read_config_file, with_file_settings
 from .progress import console
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     path = peek(arguments, "--config")
     base = Plan(model=tyro.MISSING, data=tyro.MISSING)
     default = with_file_settings(base, read_config_file(path), path)
-    options = tyro.cli(Plan, args=arguments, default=default, prog="rankpilot plan")
+    options = parse(Plan, arguments, default, "rankpilot plan")
     if options.output is not None and options.output.exists():
         raise ConfigError(f"{options.output} exists already. Name a file that does not.")
     if options.log is not None and options.log.exists():

@@ -134,7 +134,8 @@ def test_a_run_folder_that_exists(capsys: pytest.CaptureFixture[str], tmp_path: 
 TAUGHT = {
     "policy evaluate": ("bootstrap over tasks", "test split is for the final report"),
     "export": ("--output", "--rank", "{padded,rank-pattern}", "vLLM", "axolotl"),
-    "memory": ("hardly on the rank",),
+    "memory": ("hardly on the rank", "step options"),
+    "finetune": ("plan options", "limit that no training step", "--per-device-train-batch-size INT, --batch-size INT"),
 }
 """What the help of commands says, among other things."""
 
@@ -286,6 +287,18 @@ def test_settings_of_a_fine_tune_from_its_file(seen: list[Any], tmp_path: Path) 
     less = dataclasses.replace(config, budget="50%", train_rows=9)
     other = dataclasses.replace(config, model="other", compare_uniform=False)
     assert_same(FinetuneConfig, seen, config, less, other)
+
+
+def test_settings_have_the_names_of_the_trainer_too(seen: list[Any], tmp_path: Path) -> None:
+    config = FinetuneConfig("m", "d", batch_size=3, accumulation=2, steps=7, eval_every=5, best=True, epochs=2.0)
+    short = "--batch-size 3 --accumulation 2 --steps 7 --eval-every 5 --best --epochs 2"
+    long = "--per-device-train-batch-size 3 --gradient_accumulation_steps 2 --max-steps 7 --eval-steps 5"
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: d\nper_device_train_batch_size: 3\ngradient_accumulation_steps: 2\nmax_steps: 7\n")
+    for given in (short, f"{long} --load-best-model-at-end --num-train-epochs 2"):
+        assert cli.run(["finetune", "m", "d", *given.split()]) == 0
+    assert cli.run(["finetune", "--config", str(path), *["--eval-steps", "5", "--best", "--epochs", "2"]]) == 0
+    assert_same(FinetuneConfig, seen, config, config, config)
 
 
 @pytest.mark.parametrize(
