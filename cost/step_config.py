@@ -58,8 +58,9 @@ class StepConfig:
     exact_savers: bool = True
 
     def __post_init__(self) -> None:
-        if self.batch_size * self.max_length > MOST_TOKENS:
-            asked = f"{self.batch_size} x {self.max_length}"
+        rows, length = self.batch_size or 2, self.max_length or 64
+        if rows * length > MOST_TOKENS:
+            asked = f"{rows} x {length}"
             raise ConfigError(f"batch_size times max_length is at most {MOST_TOKENS:,} tokens; got {asked}.")
         if min(self.batch_size, self.accumulation, self.max_length) < 0 or self.max_length == 1:
             raise ConfigError(

@@ -203,7 +203,7 @@ def test_a_model_without_checkpointing(memory: Memory, models: Path, capsys: pyt
         ("{models}/llama --target-modules 'q_proj, k_porj'", "Unknown target module 'k_porj'. Did you mean: 'k_proj'"),
         ("{models}/bert --rank 100000", "No module has a rank above 64"),
         ("{models}/bert --trainer labl_smoothing_factor=1", "Did you mean: 'label_smoothing_factor'"),
-        ("{models}/bert --trainer max_steps=1", "max_steps is decided by --steps"),
+        ("{models}/bert --trainer max_steps=1", "max_steps is decided by --max-steps"),
     ],
 )
 def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], words: str, told: str) -> None:
@@ -217,8 +217,8 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], words: str, 
         ("--batch-size 100000000000", "at most 16,777,216 tokens; got 100000000000 x 64"),
         ("--seed -1", "seed is a whole number from 0 to 2**32 - 1; got -1"),
         ("--budget lots", "Cannot read the budget"),
-        ("--batch-size 0", "at least 1"),
-        ("--max-length -4", "at least 2; got"),
+        ("--batch-size -1", "at least 1"),
+        ("--max-length -4", "at least 2, and 0 is the usual of each; got"),
     ],
 )
 def test_options_out_of_range(capsys: pytest.CaptureFixture[str], words: str, told: str) -> None:

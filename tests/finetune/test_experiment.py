@@ -204,8 +204,8 @@ def test_beside_plain_lora_as_people_run_it(
     assert set(plain["ranks"].values()) == {8}
     assert plain["budget_bytes"] is None
     assert plain["peak_bytes"] > ours["budget_bytes"] >= ours["peak_bytes"]
-    config, phases = make_config(**BOTH), list[str]()
-    workload = trainer_module.read_workload(config, phases.append)
+    phases = list[str]()
+    config, workload = trainer_module.read_workload(make_config(**BOTH), phases.append)
     trainer = trainer_module.new_trainer(config, workload, trainer_module.new_model(config, workload), tmp_path, [])
     set_seed(config.seed)
     trainer.train()
