@@ -212,7 +212,7 @@ def notes(outlook: Outlook) -> Iterator[str]:
     yield f"The peak with {choice_text(outlook, outlook.main)}, {peak}: {'; '.join([*parts, *margin])}."
     frozen = format_bytes(outlook.step.frozen_bytes)
     if outlook.card is None:
-        yield f"The frozen model, {frozen}, is beside it, and in no budget."
+        yield f"The frozen model, {frozen}, is beside it: a budget of bytes counts it, and one of a step does not."
     else:
         taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
         yield (
@@ -309,7 +309,7 @@ def configuration_text(outlook: Outlook) -> str:
         )
         lines.append(
             f"# {again} run again: attach(trainer) chooses them inside "
-            f"budget='{math.ceil(10 * best.step_bytes / 2**30) / 10:.1f}GiB'"
+            f"budget='{math.ceil(10 * best.step_bytes / 2**30) / 10:.1f}GiB step'"
         )
     return "\n".join(lines)
 

@@ -411,7 +411,7 @@ def test_language_modelling_from_a_text_file(tmp_path: Path, reloads: list[dict[
     ("changes", "error", "words"),
     [
         ({"text_column": "texts"}, UnknownNameError, "'text'"),
-        ({"budget": "1kB"}, BudgetError, "smallest that works"),
+        ({"budget": "1kB step"}, BudgetError, "smallest that works"),
         ({"target_modules": "nothing_like_it"}, UnknownNameError, "nothing_like_it"),
         ({"model": "/no/such/folder"}, AssetError, "/no/such/folder"),
         ({"policy": "signal"}, UnknownNameError, "signal-mean"),
