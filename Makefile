@@ -33,12 +33,12 @@ docs: $(VENV)/.installed-docs ## make the pages of docs/ in build/docs, where a 
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --nitpicky --quiet -d build/doctrees docs build/docs
 	@echo "The pages are in build/docs/index.html."
 
-DEMO := all-minilm-l6-v2 rotten-tomatoes --steps 160 --max-length 48 --held-out-rows 400 --eval-every 40 --resume
+DEMO := all-minilm-l6-v2 rotten-tomatoes --max-steps 160 --per-device-train-batch-size 16 --max-length 48 --held-out-rows 400 --eval-steps 40 --resume
 demo: setup ## train a small policy, fine-tune a model with plain LoRA and under the shipped policy, plan an 8B (goes on where it was interrupted)
-	$(BIN)/rankpilot train --preset quick --output runs/demo/policy --resume
+	$(BIN)/rankpilot policy train --preset quick --output runs/demo/policy --resume
 	$(BIN)/rankpilot finetune $(DEMO) --goal bytes --compare-all-linear --output runs/demo/saves
 	$(BIN)/rankpilot finetune $(DEMO) --budget 40% --output runs/demo/tight
-	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --batch-size 4 --max-length 1024 --output runs/demo/memory
+	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --per-device-train-batch-size 4 --max-length 1024 --output runs/demo/memory
 	$(BIN)/rankpilot study runs/demo/saves runs/demo/tight --output runs/demo/study.html
 
 bench: setup ## measure what a step costs, how its memory and time are predicted, how fast the environment is, how policies do (two hours)

@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .common.quiet import silence_worker
+from .common.quiet import silence_missing_kernels, silence_worker
 from .errors import RankPilotError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .lora.adapter_file import axolotl_yaml, export_padded, export_rank_pattern, rank_pattern_yaml
     from .training.vec_env import GymnasiumVecEnv
 
+silence_missing_kernels()
 silence_worker()
 
 _LAZY = {

@@ -240,7 +240,7 @@ def _document(path: Path) -> Mapping[Any, Any]:
     try:
         content = parse_yaml(read_text(path, MOST_YAML_BYTES))
     except FileNotFoundError as error:
-        raise ConfigError(f"There is no plan {path}. `rankpilot allocate ... --output {path}` writes one.") from error
+        raise ConfigError(f"There is no plan {path}. `rankpilot plan ... --output {path}` writes one.") from error
     except (OSError, DataError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {first_line(error)}.") from error
     if not isinstance(content, Mapping):

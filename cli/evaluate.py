@@ -1,4 +1,4 @@
-"""`rankpilot evaluate`."""
+"""`rankpilot policy evaluate`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Evaluate(EvaluateConfig):
 
 def main(arguments: Sequence[str]) -> None:
     """Compare policies, and show who is better."""
-    options = tyro.cli(Evaluate, args=arguments, prog="rankpilot evaluate")
+    options = tyro.cli(Evaluate, args=arguments, prog="rankpilot policy evaluate")
     from ..training.compare import ROWS, evaluate
 
     if options.split == "test":

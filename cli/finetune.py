@@ -9,7 +9,7 @@ import tyro
 from rich.markup import escape
 
 from ..finetune.options import FinetuneConfig
-from .options import peek, read_config_file, with_file_settings
+from .options import parse, peek, read_config_file, with_file_settings
 from .progress import console
 from .study import write_study
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     path = peek(arguments, "--config")
     base = Finetune(model=tyro.MISSING, data=tyro.MISSING)
     default = with_file_settings(base, read_config_file(path), path)
-    finetune_command(tyro.cli(Finetune, args=arguments, default=default, prog="rankpilot finetune"))
+    finetune_command(parse(Finetune, arguments, default, "rankpilot finetune"))
 
 
 def finetune_command(options: Finetune) -> None:

@@ -18,18 +18,21 @@ from ..errors import RankPilotError, UnknownNameError, first_line
 from .progress import console
 
 COMMANDS = {
-    "train": "train a policy on proxy fine-tunes",
-    "evaluate": "compare policies and rules on the same proxy fine-tunes",
     "finetune": "fine-tune a model under a policy",
+    "plan": "plan ranks before training, for PEFT, axolotl and others",
+    "memory": "show where the bytes of a training step go, and what fits a card",
     "study": "write a page about runs and their decisions, for a browser",
     "replay": "show what another policy would have decided in a run",
     "branch": "run a fine-tune again with another plan from one step on",
-    "allocate": "plan ranks before training, for PEFT or axolotl",
-    "memory": "show where the bytes of a training step go",
     "export": "write an adapter for vLLM, llama.cpp or axolotl",
     "assets": "list or download packaged models and data",
+    "policy train": "train a policy on proxy fine-tunes",
+    "policy evaluate": "compare policies and rules on the same proxy fine-tunes",
 }
-"""What each command does; the module that runs it has its name."""
+"""What each command does; the module that runs it is named after its last word."""
+
+OLD = {"allocate": "plan", "train": "policy train", "evaluate": "policy evaluate"}
+"""Commands of 0.2 that have another name now."""
 
 NO_MEMORY = ("out of memory", "can't allocate memory")
 """What torch's errors say when a device, or the machine, has no memory left."""
@@ -39,17 +42,17 @@ NOT_WRITTEN = ("I/O error", "IoError", "inline_container", "PytorchStreamWriter"
 
 CHECK_PATH = "Check that the path is right, that you may use it, and that the disk has room."
 
-RESUMABLE = ("train", "evaluate", "finetune")
+RESUMABLE = ("policy train", "policy evaluate", "finetune")
 """Commands that SIGTERM ends in order, so that they can go on."""
 
 
 def usage() -> str:
     """The help of `rankpilot` itself, in rich's markup."""
-    commands = "\n".join(f"  [bold]rankpilot {name:<10}[/]{summary}" for name, summary in COMMANDS.items())
+    commands = "\n".join(f"  [bold]rankpilot {name:<16}[/]{summary}" for name, summary in COMMANDS.items())
     return (
         "[bold]rankpilot[/]: a policy decides LoRA ranks, inside a hard budget of memory or time.\n\n"
         f"{commands}\n\n"
-        "Each has its own --help. For train and finetune, --config FILE (a run's\n"
+        "Each has its own --help. For policy train, finetune and plan, --config FILE (a run's\n"
         "config.json) sets the defaults."
     )
 
@@ -60,20 +63,22 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit status: 0, 1 after an error, 2 without a command, 130 if interrupted, 143 after SIGTERM.
     """
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    of_group = arguments[:1] == ["policy"]  # commands of two words
+    first = arguments[of_group : of_group + 1]
+    if not first or first[0] in ("-h", "--help", "help"):
         console.print(usage(), highlight=False, soft_wrap=True)
-        return 0 if arguments else 2
+        return 0 if first else 2
     if arguments[0] == "--version":
         from importlib.metadata import version
 
         console.print(version("rankpilot"))
         return 0
-    command, rest = arguments[0], arguments[1:]
+    command, rest = " ".join(arguments[: 1 + of_group]), arguments[1 + of_group :]
     try:
         if command not in COMMANDS:
-            raise UnknownNameError.of("command", command, COMMANDS)
+            raise UnknownNameError.of("command", command, [OLD[command]] if command in OLD else COMMANDS)
         with on_sigterm() if command in RESUMABLE else nullcontext():
-            status: int | None = import_module(f".{command}", __package__).main(rest)
+            status: int | None = import_module(f".{command.split()[-1]}", __package__).main(rest)
     except BrokenPipeError:  # the reader of a pipe, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the end of the process would complain
         return 1

@@ -14,6 +14,7 @@ from rich.markup import escape
 from ..cost.step_config import Quantization, StepConfig
 from ..errors import ConfigError, UnknownNameError
 from ..study.memory_config import MemoryConfig
+from .options import parse
 from .progress import console
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Memory(MemoryConfig):
 
 def main(arguments: Sequence[str]) -> int:
     """Show where the bytes go, and write the picture; returns the exit status."""
-    options = tyro.cli(Memory, args=arguments, prog="rankpilot memory")
+    options = parse(Memory, arguments, Memory(model=tyro.MISSING), "rankpilot memory")
     if options.config and not options.card:
         raise ConfigError("--config is of a card: give --device or --device-memory with it.")
     from ..common.files import refuse_file

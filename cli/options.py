@@ -1,14 +1,18 @@
-"""What commands share: settings from `--config FILE`, in JSON or YAML, and work on a cluster with `--cluster`."""
+"""What commands share: options in groups, settings from `--config FILE`, and work on a cluster with `--cluster`."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
 
+import tyro
 import yaml
 
 from ..common.files import MOST_YAML_BYTES, from_json, parse_yaml, read_json, read_text
@@ -19,6 +23,81 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     Settings = TypeVar("Settings", bound=DataclassInstance)
+
+
+TRAINER_NAMES = {
+    "batch_size": "per_device_train_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "eval_every": "eval_steps",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "best": "load_best_model_at_end",
+    "alpha": "lora_alpha",
+}
+"""What transformers, TRL and PEFT call a setting that has a shorter name here; options have both."""
+
+GROUPS = {
+    "plan": (
+        "Who decides the ranks, and within what.",
+        "policy budget time goal tolerance bounds exact_savers gradient_checkpointing prefix_cache keep_rate",
+    ),
+    "step": (
+        "What a training step reads, and how it computes.",
+        "batch_size accumulation max_length target_modules optimizer quantization bf16",
+    ),
+    "run": ("How long it trains, and at what rate.", "steps epochs learning_rate alpha scaling seed trainer"),
+    "data": ("Which rows and columns are read.", "task labels text_column label_column train_rows held_out_rows"),
+    "evaluation": (
+        "How often it is evaluated, and beside what.",
+        "eval_every eval_batch_size best early_stopping compare_uniform compare_all_linear",
+    ),
+}
+"""The groups of options in --help, what each is about, and its settings; all other settings come first."""
+
+
+def parse(kind: type[Settings], arguments: Sequence[str], default: Settings, prog: str) -> Settings:
+    """Settings from the command line.
+
+    tyro shows a group for each dataclass inside another one. So the settings are read as such dataclasses.
+
+    Args:
+        kind: their dataclass.
+        arguments: the command line.
+        default: what is not given; `tyro.MISSING` where it must be.
+        prog: the command, as --help has it.
+    """
+    hints, names = get_type_hints(kind, include_extras=True), [each.name for each in fields(kind)]
+    groups: dict[str, Any] = {}
+
+    def option(name: str) -> tuple[str, Any, Any]:
+        hint = hints[name]
+        if other := TRAINER_NAMES.get(name):
+            hint = Annotated[hint, tyro.conf.arg(aliases=[f"--{other.replace('_', '-')}"])]
+        return name, hint, getattr(default, name)
+
+    def flat(parsed: Any) -> Settings:
+        return kind(**{name: getattr(getattr(parsed, groups.get(name, ""), parsed), name) for name in names})
+
+    made = [*map(option, names)]
+    for title, (about, members) in GROUPS.items():
+        inside = [each for each in made if each[0] in members.split()]
+        if inside:
+            group = make_dataclass(title, inside, frozen=True, namespace={"__doc__": f"{about}\n\n{_attributes(kind)}"})
+            groups |= dict.fromkeys((name for name, *_ in inside), f"{title}_options")
+            made.append((f"{title}_options", Annotated[group, tyro.conf.arg(name=title)], group()))
+    about, *_ = (inspect.getdoc(kind) or "").partition("Attributes:")
+    checked = {"__doc__": about + _attributes(kind), "__post_init__": flat}
+    whole = make_dataclass(
+        kind.__name__, [each for each in made if each[0] not in groups], frozen=True, namespace=checked
+    )
+    return flat(tyro.cli(whole, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,)))
+
+
+def _attributes(kind: type) -> str:
+    """What the docstrings of a class and its bases say of attributes, as one section; a subclass has the last word."""
+    docs = [re.search(r"^Attributes:\n((?: .*\n?|\n)+)", inspect.getdoc(base) or "", re.M) for base in kind.mro()[::-1]]
+    return "Attributes:\n" + "".join(f"{found[1].rstrip()}\n" for found in docs if found)
 
 
 def peek(arguments: Sequence[str], option: str) -> str | None:
@@ -75,8 +154,9 @@ def with_file_settings(base: Settings, values: dict[str, Any], path: str | None)
     Raises:
         ConfigError: a setting is unknown, of the wrong type or out of range.
     """
+    own = {other: name for name, other in TRAINER_NAMES.items()}
     try:
-        return from_json(type(base), values, base=base)
+        return from_json(type(base), {own.get(name, name): value for name, value in values.items()}, base=base)
     except ConfigError as error:
         raise ConfigError(f"The config file {path} does not fit: {error}") from error
 

@@ -1,4 +1,4 @@
-"""`rankpilot train`."""
+"""`rankpilot policy train`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Train(TrainConfig):
     pretrained transformers, several episodes of each fresh task, beside one run under signal-mean; from time to time
     the policy is measured on validation tasks, and the best one is kept. In the end the policy is compared on
     validation tasks with signal-mean, top-down and uniform ranks. These tasks chose the policy; for a comparison on
-    others, see rankpilot evaluate --split test.
+    others, see rankpilot policy evaluate --split test.
 
     Attributes:
         output: folder of the run; the policy is written there.
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UnknownNameError.of("preset", str(preset), PRESETS)
     base = Train(**vars(PRESETS[preset]) | {"preset": preset})
     default = with_file_settings(base, values | {"preset": preset}, path)
-    train_command(tyro.cli(Train, args=arguments, default=default, prog="rankpilot train"))
+    train_command(tyro.cli(Train, args=arguments, default=default, prog="rankpilot policy train"))
 
 
 def train_command(options: Train) -> None:

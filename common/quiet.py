@@ -21,11 +21,16 @@ def silence_libraries() -> None:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore", FutureWarning)
+
+
+def silence_missing_kernels() -> None:
+    """Keep libraries from warning at every start of kernels that are not used, unless their user has set a level."""
     for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        if not (found := logging.getLogger(name)).level:
+            found.setLevel(logging.ERROR)
 
 
 def silence_worker() -> None:
-    """Do the same in a worker of a quiet process."""
+    """Quiet the libraries of a worker of a quiet process as `silence_libraries` does."""
     if "RANKPILOT_QUIET" in os.environ:
         silence_libraries()

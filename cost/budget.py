@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ..common.arrays import IntArray
+from ..common.text import cost_text, format_bytes
 from ..errors import BudgetError, ConfigError, first_line, shown
 from ..lora.spec import REFERENCE_RANK
 from .cost import Cost, CostUnit, plan_cost
@@ -28,12 +29,14 @@ for _index, _prefix in enumerate("kmgt", start=1):
     _UNITS |= {f"{_prefix}b": 1000**_index, f"{_prefix}ib": 1024**_index}
 
 _FORMS = (
-    "'6GiB', '350MB', a whole number of bytes from 1024 on, '24GiB total' (the frozen model included), '80%' (of what "
-    "plain LoRA takes, rank 8 on all modules), '300k params' or 'auto'"
+    "'24GiB', '350MB', a whole number of bytes from 1024 on (all that the device holds, the frozen model included), "
+    "'6GiB step' (a step beside the frozen model), '80%' (of what plain LoRA takes, rank 8 on all modules), "
+    "'300k params' or 'auto'"
 )
 
 AUTO_SHARE = 0.9
-"""The share of a device's free memory that "auto" takes. The rest is for fragments, and for workspaces of operators."""
+"""The share of a device's free memory that "auto" takes, and of what bytes in all leave for a step on CUDA. The rest is
+for fragments, and for workspaces of operators."""
 
 MOST_SHARE = 4
 """The highest share that is read: a number with a decimal point above it is refused."""
@@ -63,9 +66,9 @@ class Budget:
     """A budget as its user gave it; `resolve` makes a limit of it.
 
     Attributes:
-        kind: "bytes" at the peak of a training step; "total" bytes of the device, the frozen model included; "share"
-            of what plain LoRA costs (rank 8 on all modules); "parameters" in the adapter, for comparisons with the
-            literature; "auto": a share of the memory that is free on the model's device before training.
+        kind: "total" bytes of the device, the frozen model included; "bytes" at the peak of a training step beside it;
+            "share" of what plain LoRA costs (rank 8 on all modules); "parameters" in the adapter, for comparisons with
+            the literature; "auto": a share of the memory that is free on the model's device before training.
         value: above 0, in the unit of `kind`.
     """
 
@@ -77,9 +80,9 @@ class Budget:
         """Read a budget.
 
         Args:
-            given: "6GiB", "350MB" or a whole number from 1024 on (bytes); "24GiB total"; "80%" or a number with a
-                decimal point up to 4 (share): 1.0 and "1.0" are all that plain LoRA takes, and so is "100%"; "300k
-                params"; "auto". A smaller whole number, such as 1 or "80", is refused: nobody means so few bytes.
+            given: "24GiB", "350MB" or a whole number from 1024 on (bytes of the device); "6GiB step"; "80%" or a number
+                with a decimal point up to 4 (share): 1.0 and "1.0" are all that plain LoRA takes, and so is "100%";
+                "300k params"; "auto". A smaller whole number, such as 1 or "80", is refused: nobody means so few bytes.
 
         Raises:
             BudgetError: it is unreadable, zero, negative, not finite, or a whole number below 1024.
@@ -91,9 +94,9 @@ class Budget:
             return cls("auto", AUTO_SHARE)
         of_bytes = r"bytes|(?:[kmgt]i?)?b"
         match = re.fullmatch(rf"([0-9.]+(?:e[0-9]+)?)\s*(%|{of_bytes}|[kmb]?\s*param(?:eter)?s)?", text)
-        total = re.fullmatch(rf"(.*[0-9.]\s*(?:{of_bytes}))\s+total", text)
-        if total:
-            return cls("total", cls.parse(total.group(1)).value)
+        step = re.fullmatch(rf"(.*[0-9.]\s*(?:{of_bytes}))\s+step", text)
+        if step:
+            return cls("bytes", cls.parse(step.group(1)).value)
         unit = match.group(2) if match else None
         try:
             number = float(match.group(1)) if match else math.nan
@@ -107,7 +110,7 @@ class Budget:
         if unit and unit.endswith(("params", "parameters")):
             return cls("parameters", value)
         if unit:
-            return cls("bytes", value)
+            return cls("total", value)
         return cls._without_unit(given, number, whole=not (isinstance(given, float) or "." in text))
 
     @classmethod
@@ -125,7 +128,7 @@ class Budget:
                 f'The budget {given!r} would be {number:.0f} bytes, which no adapter fits. Did you mean "{meant}"? '
                 f"Allowed: {_FORMS}."
             )
-        return cls("bytes", number)
+        return cls("total", number)
 
     def __str__(self) -> str:
         """The budget in a form that `parse` reads."""
@@ -133,8 +136,31 @@ class Budget:
             return f"{100 * self.value:g}%"
         if self.kind == "auto":
             return "auto"
-        unit = {"parameters": "params", "total": "bytes total"}.get(self.kind, "bytes")
+        unit = {"parameters": "params", "bytes": "bytes step"}.get(self.kind, "bytes")
         return f"{self.value:.0f} {unit}"
+
+    def told(self, limit: Limit, *, kept: bool = False) -> str:
+        """What it allows, in a sentence.
+
+        Args:
+            limit: that it led to.
+            kept: whether adapters are trained already, so that a share may be one of what they take.
+        """
+        allowed = cost_text(limit.value, limit.unit)
+        if self.kind == "parameters":
+            return f"The budget is {allowed} of the adapter."
+        if self.kind == "share":
+            whole = cost_text(limit.value / self.value, limit.unit)
+            what = "plain LoRA or the trained ranks take" if kept else "plain LoRA takes, rank 8 on all modules"
+            return f"The budget is {allowed} for a step beside the frozen model: {self} of {whole}, which {what}."
+        if self.kind == "total":
+            rest = format_bytes(self.value - limit.value, up=True)
+            return (
+                f"The budget is {format_bytes(self.value)} in all: {allowed} for a step, and {rest} for the frozen "
+                "model, the device's context and what the allocator reserves."
+            )
+        free = ", nine tenths of what is free" if self.kind == "auto" else ""
+        return f"The budget is {allowed} for a step beside the frozen model{free}."
 
     @property
     def unit(self) -> CostUnit | None:
@@ -163,7 +189,7 @@ class Budget:
         """
         if self.unit not in (None, cost.unit):
             given = "auto" if self.kind == "auto" else f"{self.value:,.0f} {self.unit}"
-            form = "'300k params'" if cost.unit == "parameters" else "'6GiB', '350MB'"
+            form = "'300k params'" if cost.unit == "parameters" else "'24GiB', '6GiB step'"
             raise BudgetError(
                 f"The budget is {given}, and the cost of a plan counts {cost.unit}. Give a budget of {cost.unit} "
                 f"({form}) or a share ('80%'), or let the cost count {self.unit}."
@@ -192,7 +218,7 @@ def budget_now(given: GivenBudget) -> Budget:
     except Exception as error:
         raise ConfigError(
             f"The function that was given as budget failed with {type(error).__name__}: {first_line(error)}. It takes "
-            "no argument, and returns a budget such as '6GiB'."
+            "no argument, and returns a budget such as '24GiB'."
         ) from error
     try:
         return Budget.parse(found)

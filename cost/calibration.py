@@ -22,7 +22,7 @@ from ..lora.adapters import signal_buffer_bytes
 from ..lora.resize import write_in_place
 from ..lora.targets import TargetModule
 from .breakdown import frozen_bytes
-from .budget import Budget, Limit
+from .budget import AUTO_SHARE, Budget, Limit
 from .cost import ByteCost, ParameterCost, UntimedCost
 from .later_logits import expecting_one
 from .live_storages import device_kind
@@ -365,7 +365,8 @@ def resident_bytes(model: nn.Module) -> int:
 def beside_model(budget: Budget, model: nn.Module) -> Budget:
     """What is left of a budget of "total" bytes beside what lies on the device whatever the plan; any other as it is.
 
-    That is the frozen model and, on CUDA, what contexts and libraries take (`resident_bytes`).
+    That is the frozen model and, on CUDA, what contexts and libraries take (`resident_bytes`), and what torch's
+    allocator reserves beside tensors (`AUTO_SHARE`).
 
     Raises:
         BudgetError: that alone takes all of it.
@@ -375,8 +376,9 @@ def beside_model(budget: Budget, model: nn.Module) -> Budget:
     resident = resident_bytes(model)
     if resident >= budget.value:
         raise BudgetError(
-            f"The budget of {format_bytes(budget.value)} in total is less than the frozen model and the device's "
-            f"context take, {format_bytes(resident, up=True)}. Give more, or load the model in a smaller precision "
-            "(bf16, or quantised)."
+            f"The budget of {format_bytes(budget.value)} in all is less than the frozen model and the device's context "
+            f"take, {format_bytes(resident, up=True)}. Give more, or load the model in a smaller precision (bf16, or "
+            f"quantised). For a step alone, beside the frozen model, write '{format_bytes(budget.value)} step'."
         )
-    return Budget("bytes", budget.value - resident)
+    share = AUTO_SHARE if next(model.parameters()).device.type == "cuda" else 1.0
+    return Budget("bytes", share * (budget.value - resident))

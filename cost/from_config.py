@@ -120,8 +120,7 @@ def from_config(
             config.json, a short name such as "qwen3-8b", a Hugging Face id.
         step: batch, length, target modules, optimiser, quantisation, autocast, checkpointing.
         loaded: how the model is loaded, and on which device; by default on CUDA as it was saved.
-        counted: also count what the step computes, operator by operator, on a small batch of the same length, and price
-            what each exact saver brings.
+        counted: also count what the step computes, operator by operator, and price what each exact saver brings.
         checkpointing_optional: take the step without gradient checkpointing where the model's class has none.
 
     Returns:
@@ -192,6 +191,7 @@ def _recorded(
         model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1
     )
     batch = hollow_batch(base, calibration_shape(config, shape, padded=loaded.padded))
+    asked = hollow_batch(base, shape)
     savers = ExactSavers(model, [name for name in SAVERS if name != CACHE] if step.exact_savers else ())  # it has none
 
     def measured() -> MemoryModel:
@@ -202,13 +202,13 @@ def _recorded(
             lean = savers.with_activations(priced, measured, targets)
             if lean is None:
                 return None
-            work = count_work(model, targets, training.loss, batch)
+            work = count_work(model, targets, training.loss, asked)
             return replace(found, memory=lean.memory, saved=lean.saved, work=work)
 
     with _predictable(config):
         prices = step.exact_savers and counted
         priced = savers.price(measured, targets) if prices else Priced(memory := measured(), memory, ())
-        work = count_work(model, targets, training.loss, batch) if counted else None
+        work = count_work(model, targets, training.loss, asked) if counted else None
     found = ConfiguredStep(
         memory=priced.memory,
         model=model,

@@ -26,10 +26,18 @@ from .breakdown import Breakdown, break_down, frozen_sizes
 from .budget import Limit, reference_seconds
 from .calibration import check_rank, highest_ranks
 from .cost import ParameterCost, plan_cost
-from .from_config import ConfiguredStep, LoadedAs, from_config
+from .from_config import ConfiguredStep, LoadedAs, from_config, usual_class
 from .hollow_device import Attention
 from .model import MemoryModel, fewest_recomputed, holding_layers
-from .published import DeviceRates, DeviceSpec, Precision, device_table, find_configuration, find_device_spec
+from .published import (
+    DeviceRates,
+    DeviceSpec,
+    Precision,
+    device_table,
+    find_configuration,
+    find_device_spec,
+    positions_of,
+)
 from .recording import BatchShape
 from .step_config import StepConfig
 from .step_time import OPERATOR_SECONDS, Rates, StepTime
@@ -509,7 +517,8 @@ def memory_of(
         dtype: of the frozen model: "bf16", "fp16" or "fp32"; by default bf16 where the card has it, else fp16. Steps
             compute under bf16 autocast with bf16.
         padded: whether rows of a batch are padded, which takes other attention kernels.
-        settings: of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation.
+        settings: of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation. The
+            usual sizes are those of `rankpilot finetune` and `rankpilot memory`.
 
     Returns:
         The outlook: `best`, `choices` and `grid`, computed when they are asked for.
@@ -532,8 +541,8 @@ def memory_of(
         if name not in known:
             raise UnknownNameError.of("setting of a step", name, known)
     config = find_configuration(model) if isinstance(model, str) else model
-    defaults = {"batch_size": 4, "max_length": 1024, "bf16": dtype == "bf16"}
-    step = StepConfig(**defaults | settings | {"gradient_checkpointing": True})
+    step = StepConfig(**{"bf16": dtype == "bf16"} | settings | {"gradient_checkpointing": True})
+    step = step.sized(continues=usual_class(config) == "AutoModelForCausalLM", positions=positions_of(config))
     if rank < 1:
         raise ConfigError(f"rank is at least 1; got {rank}.")
     attention: Attention = "auto" if spec.has_flash_attention else "efficient"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import transformers
+from huggingface_hub import constants, get_session
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
@@ -214,7 +215,21 @@ def _short_name(name: str) -> str:
     return ""
 
 
+@cache
+def try_hub_once() -> None:
+    """Ask the hub once whether it answers; if not, what is cached serves, and the rest fails at once.
+
+    Its client would try again for half a minute for each file.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of the library that speaks HTTP, which differs between versions
+        constants.HF_HUB_OFFLINE = True
+
+
 def _read(name: str, place: str | Path) -> PreTrainedConfig:
+    if not Path(place).exists():
+        try_hub_once()
     try:
         return AutoConfig.from_pretrained(place)
     except OSError as error:
@@ -269,14 +284,18 @@ def _main_input(config: PreTrainedConfig) -> str:
     return str(next(filter(None, names), _TOKENS[0]))
 
 
+def positions_of(config: Any) -> int | None:
+    """The positions that a configuration names; None if it names none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def most_positions(model: PreTrainedModel) -> int | None:
     """The most tokens of a row for which the model has positions; None where its class or configuration sets no limit.
 
     Args:
         model: without adapters, or inside them.
     """
-    config: Any = model.config
-    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    most = positions_of(model.config) or 0
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from behind the padding token's number.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

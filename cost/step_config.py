@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from ..errors import ConfigError
 
@@ -24,9 +24,12 @@ class StepConfig:
     """One training step of a LoRA fine-tune.
 
     Attributes:
-        batch_size: rows that the device processes at once.
-        accumulation: how many batches add up their gradients for one optimiser step.
-        max_length: tokens in a row; longer texts are cut, or split for language modelling.
+        batch_size: rows that the device processes at once; 0 stands for 2 where a model continues texts (causal-lm),
+            and for 16 elsewhere.
+        accumulation: how many batches add up their gradients for one optimiser step; 0 stands for 1, and for 8 where a
+            model continues texts in batches of the usual size.
+        max_length: tokens in a row; longer texts are cut, or split for language modelling. 0 stands for 1024 where a
+            model continues texts, or the positions that it has, and for 64 elsewhere.
         target_modules: modules that get an adapter: "all-linear", or names separated by commas, as in
             `peft.LoraConfig`.
         optimizer: the optimiser. It decides what is stored for each weight that trains: adamw two numbers, sgd none,
@@ -44,9 +47,9 @@ class StepConfig:
         ConfigError: a value is out of range.
     """
 
-    batch_size: int = 16
-    accumulation: int = 1
-    max_length: int = 64
+    batch_size: int = 0
+    accumulation: int = 0
+    max_length: int = 0
     target_modules: str = "all-linear"
     optimizer: OptimizerName = "adamw"
     quantization: Quantization = "none"
@@ -55,14 +58,30 @@ class StepConfig:
     exact_savers: bool = True
 
     def __post_init__(self) -> None:
-        if self.batch_size * self.max_length > MOST_TOKENS:
-            asked = f"{self.batch_size} x {self.max_length}"
+        rows, length = self.batch_size or 2, self.max_length or 64
+        if rows * length > MOST_TOKENS:
+            asked = f"{rows} x {length}"
             raise ConfigError(f"batch_size times max_length is at most {MOST_TOKENS:,} tokens; got {asked}.")
-        if min(self.batch_size, self.accumulation) < 1 or self.max_length < 2:
+        if min(self.batch_size, self.accumulation, self.max_length) < 0 or self.max_length == 1:
             raise ConfigError(
-                "batch_size and accumulation are at least 1, max_length at least 2; got "
+                "batch_size and accumulation are at least 1, max_length at least 2, and 0 is the usual of each; got "
                 f"{self.batch_size}, {self.accumulation} and {self.max_length}."
             )
+
+    def sized(self, *, continues: bool, positions: int | None = None) -> Self:
+        """The settings with the usual batch, accumulation and length in place of those that are 0.
+
+        Args:
+            continues: whether the model continues texts.
+            positions: the tokens that it can read in a row; None for any number.
+        """
+        rows, batches, length = (2, 8, 1024) if continues else (16, 1, 64)
+        return replace(
+            self,
+            batch_size=self.batch_size or rows,
+            accumulation=self.accumulation or (1 if self.batch_size else batches),
+            max_length=self.max_length or min(length, positions or length),
+        )
 
 
 def check_seed(seed: object) -> None:

@@ -20,7 +20,7 @@ Instructions become messages where the tokenizer has a chat template, and otherw
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +155,12 @@ def check_no_gaps(part: Dataset, name: str, *, blanks: bool = True) -> None:
         )
 
 
+def check_filled(part: Dataset, name: str, advice: str) -> None:
+    """Raise DataError if all texts of a column are blank; `advice` is a sentence on what to do."""
+    if not any(value.strip() for value in part[name]):
+        raise DataError(f"The column {name!r} is blank in all {len(part)} rows: there is nothing to learn. {advice}")
+
+
 def check_rows(part: Dataset, name: str, flaw: Callable[[Any], str | None], advice: str) -> None:
     """Raise DataError at the first row in which a column holds something wrong.
 
@@ -228,12 +234,14 @@ def check_chats(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> None
     if columns == ("instruction", "output"):
         for name in columns:
             check_rows(part, name, not_text, "Instructions and outputs are texts.")
+        check_filled(part, "output", "Fill it with what the model is to answer.")
         if "input" in part.column_names:
             check_rows(part, "input", lambda value: None if value is None else not_text(value), "Inputs are texts.")
         return
     if columns == ("prompt", "completion") and isinstance(first["prompt"], str):
         for name in columns:
             check_rows(part, name, not_text, "Prompts and completions are both texts, or both lists of messages.")
+        check_filled(part, "completion", "Fill it with what the model is to answer.")
         return
     advice = (
         "A conversation is a list of messages, each with the keys role and content (or from and value), both texts."
@@ -418,20 +426,7 @@ def encoded(rows: Dataset, tokenizer: Any, length: int) -> tuple[Dataset, Datase
     """
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
-        variables = {TOOLS: _tools_of(row.get(TOOLS)) or None} | _variables_of(row.get(VARIABLES))
-        if "messages" in row:
-            ids = _ids(tokenizer, row["messages"], variables)
-            return {"input_ids": ids[:length], "labels": ids[:length]}
-        prompt, completion = row["prompt"], row["completion"]
-        end = tokenizer.eos_token
-        if isinstance(completion, str) and end and not completion.endswith(end):
-            completion += end
-        ids = _ids(tokenizer, prompt + completion, variables)
-        shared = 0
-        for token, other in zip(_ids(tokenizer, prompt, variables, asks=True), ids, strict=False):
-            if token != other:
-                break
-            shared += 1
+        ids, shared = chat_tokens(row, tokenizer)
         return {"input_ids": ids[:length], "labels": ([IGNORED] * shared + ids[shared:])[:length]}
 
     tokens = rows.map(encode, remove_columns=rows.column_names)
@@ -446,6 +441,48 @@ def encoded(rows: Dataset, tokenizer: Any, length: int) -> tuple[Dataset, Datase
             length,
         )
     return rows.select(kept), tokens.select(kept)
+
+
+def chat_tokens(row: dict[str, Any], tokenizer: Any) -> tuple[list[int], int]:
+    """All tokens of a row of `for_trl`, and how many of them are its prompt's."""
+    variables = {TOOLS: _tools_of(row.get(TOOLS)) or None} | _variables_of(row.get(VARIABLES))
+    if "messages" in row:
+        return _ids(tokenizer, row["messages"], variables), 0
+    prompt, completion = row["prompt"], row["completion"]
+    end = tokenizer.eos_token
+    if isinstance(completion, str) and end and not completion.endswith(end):
+        completion += end
+    ids = _ids(tokenizer, prompt + completion, variables)
+    shared = 0
+    for token, other in zip(_ids(tokenizer, prompt, variables, asks=True), ids, strict=False):
+        if token != other:
+            break
+        shared += 1
+    return ids, shared
+
+
+SAMPLED = 1000
+"""Rows whose tokens are counted to tell how much is cut, at most."""
+
+MUCH_CUT = 0.05
+"""The share of the tokens that is told where more are cut off."""
+
+
+def tell_cut(counts: Iterable[int], length: int) -> None:
+    """Tell if a length cuts off much of some rows.
+
+    Args:
+        counts: of the tokens of each, before the cut.
+        length: tokens that are left, at most.
+    """
+    tokens = list(counts)
+    cut = sum(max(count - length, 0) for count in tokens) / max(sum(tokens), 1)
+    if cut > MUCH_CUT:
+        logger.warning(
+            "%.0f %% of the tokens of the texts are cut off: rows have %d at most, and the longest text has %d. "
+            "--max-length %d keeps all, and takes more memory.",
+            *(100 * cut, length, max(tokens), max(tokens)),
+        )
 
 
 def _ids(tokenizer: Any, content: Any, variables: dict[str, Any], *, asks: bool = False) -> list[int]:

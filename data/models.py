@@ -7,7 +7,7 @@ what transformers, PEFT and TRL fine-tune: a folder with fp32 safetensors.
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -16,14 +16,16 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from ..common.devices import find_device
-from ..cost.published import unusable
-from ..cost.step_config import Quantization
+from ..cost.published import positions_of, try_hub_once, unusable
+from ..cost.step_config import Quantization, StepConfig
 from ..cost.training_step import check_installed
 from ..errors import AssetError, ConfigError, UnknownNameError, first_line
 from ..lora.peft_config import fresh_adapters, head_names
 from ..lora.targets import guard_base
 from .assets import ASSETS, fetch_asset
 from .task import KINDS, Task
+
+Settings = TypeVar("Settings", bound=StepConfig)
 
 
 def bitsandbytes_settings(config: Any, task: Task, quantization: Quantization) -> dict[str, Any]:
@@ -102,7 +104,9 @@ def not_found(kind: str, name: str, packaged: Mapping[str, Any], error: Exceptio
 def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
     """What `load` returns for a model's folder or id; UnknownNameError or AssetError if there is no such model."""
     try:
-        return load(resolve_model(name))
+        if not Path(place := resolve_model(name)).exists():
+            try_hub_once()
+        return load(place)
     except AssetError:
         raise
     except StrictDataclassError as error:
@@ -115,6 +119,12 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
 def load_config(name: str) -> Any:
     """A model's configuration; UnknownNameError or AssetError if there is no such model."""
     return _pretrained(name, AutoConfig.from_pretrained)
+
+
+def with_sizes(settings: Settings, model: str, task: Task) -> Settings:
+    """The settings of a step with the sizes that are usual for a task and a model in place of those that are 0."""
+    positions = None if settings.max_length else positions_of(load_config(model))
+    return settings.sized(continues=task == "causal-lm", positions=positions)
 
 
 def load_tokenizer(model: str, **options: Any) -> Any:

@@ -11,13 +11,18 @@ from typing import Any
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset
 
+from ..cost.published import try_hub_once
+from ..cost.step_config import StepConfig
 from ..errors import AssetError, ConfigError, DataError, first_line
 from .batches import IGNORED
 from .columns import (
     LABEL,
+    SAMPLED,
     TEXT,
     Columns,
+    chat_tokens,
     check_chats,
+    check_filled,
     check_no_gaps,
     check_rows,
     encoded,
@@ -28,9 +33,10 @@ from .columns import (
     not_number,
     not_text,
     shorten,
+    tell_cut,
     values_of,
 )
-from .models import class_end_token, load_tokenizer, not_found
+from .models import class_end_token, load_tokenizer, not_found, with_sizes
 from .packaged_data import DATASETS, load_packaged_dataset
 from .task import Task
 
@@ -108,6 +114,7 @@ def check_text(parts: list[Dataset], name: str, option: str) -> None:
     for part in parts:
         check_no_gaps(part, name)
         check_rows(part, name, not_text, f"Set {option} to a column of text, or write its values as text.")
+        check_filled(part, name, f"Set {option} to another column, or fill this one.")
 
 
 def check_numbers(parts: list[Dataset], name: str) -> None:
@@ -212,8 +219,11 @@ def load_splits(name: str) -> DatasetDict:
             loaded = load_dataset(_READERS[path.suffix], data_files=str(path))
         elif path.is_dir() and (path / "dataset_dict.json").exists():
             loaded = DatasetDict.load_from_disk(os.fspath(path))
+        elif path.is_dir():
+            loaded = load_dataset(os.fspath(path))
         else:
-            loaded = load_dataset(os.fspath(path) if path.is_dir() else name)
+            try_hub_once()
+            loaded = load_dataset(name)
     except Exception as error:  # datasets lets through what its many readers raise
         if is_local:
             reason = (_broken_line(path) if path.suffix == ".jsonl" else "") or _root(error)
@@ -328,7 +338,7 @@ def load_workload(
     data: str,
     *,
     task: Task | None = None,
-    max_length: int = 64,
+    max_length: int = 0,
     text_column: str = TEXT,
     label_column: str = LABEL,
     train_rows: int | None = None,
@@ -341,7 +351,7 @@ def load_workload(
         model: name of the model, whose tokenizer is used.
         data: name of the data set, see `load_splits`.
         task: what the model learns; without it, the columns decide, see `find_columns`.
-        max_length: tokens in a row; longer texts are cut, or split for language modelling.
+        max_length: tokens in a row; longer texts are cut, or split for language modelling; 0 for the task's usual.
         text_column: the column with the text, or with the tokens.
         label_column: the column with the class, the number, the tags or the target text.
         train_rows: use at most so many training rows, drawn at random.
@@ -351,8 +361,7 @@ def load_workload(
     Raises:
         UnknownNameError, AssetError, DataError, ConfigError: something is missing, empty or contradictory.
     """
-    if max_length < 2:
-        raise ConfigError(f"max_length is at least 2; got {max_length}.")
+    step = StepConfig(max_length=max_length)
     for name, rows in (("train_rows", train_rows), ("held_out_rows", held_out_rows)):
         if rows is not None and rows < 1:
             raise ConfigError(f"{name} is at least 1; got {rows}. Leave it out for all rows.")
@@ -371,7 +380,8 @@ def load_workload(
         part.shuffle(seed=seed).select(range(min(rows or len(part), len(part))))
         for part, rows in zip(whole, (train_rows, held_out_rows), strict=True)
     ]
-    return _LOADERS[columns.task](_Reading(model, tokenizer, columns, max_length, sources, parts))
+    length = with_sizes(step, model, columns.task).max_length
+    return _LOADERS[columns.task](_Reading(model, tokenizer, columns, length, sources, parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -406,8 +416,15 @@ class _Reading:
         assert self.columns.label is not None
         return self.columns.label
 
-    def workload(self, encode: Encode, collator: Any, labels: tuple[str, ...] = ()) -> Workload:
-        """The workload, tokenised by `encode`."""
+    def workload(
+        self, encode: Encode, collator: Any, labels: tuple[str, ...] = (), cut: tuple[str, ...] = ()
+    ) -> Workload:
+        """The workload, tokenised by `encode`, which cuts what is in the columns `cut`."""
+        sample = self.parts[0][:SAMPLED]
+        for name in cut:
+            words = isinstance(sample[name][0], list)
+            tokens = self.tokenizer(sample[name], is_split_into_words=words, verbose=False)["input_ids"]
+            tell_cut(map(len, tokens), self.length)
         train, held_out = (part.map(encode, batched=True, remove_columns=part.column_names) for part in self.parts)
         return Workload(self.columns.task, self.tokenizer, train, held_out, collator, labels)
 
@@ -415,17 +432,15 @@ class _Reading:
 def _classes(reading: _Reading) -> Workload:
     check_text(reading.sources, reading.text, "--text-column")
     names, numbers = class_names(reading.sources, reading.label)
-    return reading.workload(
-        _labelled(reading, numbers.__getitem__), transformers.DataCollatorWithPadding(reading.tokenizer), names
-    )
+    collator = transformers.DataCollatorWithPadding(reading.tokenizer)
+    return reading.workload(_labelled(reading, numbers.__getitem__), collator, names, cut=(reading.text,))
 
 
 def _numbers(reading: _Reading) -> Workload:
     check_text(reading.sources, reading.text, "--text-column")
     check_numbers(reading.sources, reading.label)
-    return reading.workload(
-        _labelled(reading, float), transformers.DataCollatorWithPadding(reading.tokenizer), ("value",)
-    )
+    collator = transformers.DataCollatorWithPadding(reading.tokenizer)
+    return reading.workload(_labelled(reading, float), collator, ("value",), cut=(reading.text,))
 
 
 def _labelled(reading: _Reading, number: Callable[[Any], Any]) -> Encode:
@@ -439,14 +454,16 @@ def _tags(reading: _Reading) -> Workload:
         # Byte-level tokenizers know words with the space in front of them, which tokens in a list lack.
         reading = replace(reading, tokenizer=load_tokenizer(reading.model, add_prefix_space=True))
     encode = tagged(reading.tokenizer, reading.text, reading.label, numbers, reading.length)
-    return reading.workload(encode, transformers.DataCollatorForTokenClassification(reading.tokenizer), names)
+    collator = transformers.DataCollatorForTokenClassification(reading.tokenizer)
+    return reading.workload(encode, collator, names, cut=(reading.text,))
 
 
 def _pairs(reading: _Reading) -> Workload:
     check_text(reading.sources, reading.text, "--text-column")
     check_text(reading.sources, reading.label, "--label-column")
     encode = translated(reading.tokenizer, reading.text, reading.label, reading.length)
-    return reading.workload(encode, transformers.DataCollatorForSeq2Seq(reading.tokenizer))
+    collator = transformers.DataCollatorForSeq2Seq(reading.tokenizer)
+    return reading.workload(encode, collator, cut=(reading.text, reading.label))
 
 
 def _language(reading: _Reading) -> Workload:
@@ -455,6 +472,8 @@ def _language(reading: _Reading) -> Workload:
         for part in reading.sources:
             check_chats(part, chat, tokenizer)
         rows = [for_trl(part, chat, tokenizer) for part in reading.parts]
+        sample = rows[0].select(range(min(SAMPLED, len(rows[0]))))
+        tell_cut((len(chat_tokens(row, tokenizer)[0]) for row in sample), reading.length)
         (train, train_tokens), (held_out, held_out_tokens) = (encoded(part, tokenizer, reading.length) for part in rows)
         collator = transformers.DataCollatorForSeq2Seq(tokenizer)
         texts = Texts(train, held_out, is_chat=True)

@@ -17,7 +17,7 @@ from transformers import default_data_collator
 
 from ..common.checks import is_count, is_positive
 from ..cost.budget import Budget
-from ..cost.calibration import calibrate
+from ..cost.calibration import beside_model, calibrate
 from ..cost.cost import ParameterCost, UntimedCost
 from ..cost.step_config import check_seed
 from ..data.batches import IGNORED, count_predictions, predicted_share
@@ -55,7 +55,8 @@ class OwnTask:
         steps: optimiser steps of an episode.
         batch_size: rows a step.
         learning_rate: peak of a linear decay.
-        budget: of a training step: "6GiB", "350MB", "80%" of what rank 8 on all modules takes, or "300k params".
+        budget: "24GiB" for all that the device holds, "6GiB step" for a step beside the frozen model, "80%" of what
+            rank 8 on all modules takes, or "300k params".
         collate: makes a batch of rows, a dictionary of tensors, "labels" included; transformers' default, which needs
             rows of one length.
         target_modules: of a plain model, as in `peft.LoraConfig`.
@@ -126,10 +127,10 @@ class OwnTask:
         """Its name and seed."""
         return f"{self.name}/{self.seed}"
 
-    @property
+    @cached_property
     def limit(self) -> Budget:
-        """The budget."""
-        return Budget.parse(self.budget)
+        """The budget; of bytes in all, what is left for a step."""
+        return beside_model(Budget.parse(self.budget), self._adapted[0])
 
     @cached_property
     def known(self) -> dict[Hashable, Any]:

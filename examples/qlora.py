@@ -1,4 +1,4 @@
-"""A base in four bits, and an optimiser in eight: python examples/qlora.py --model Qwen/Qwen2.5-7B --budget 6GiB."""
+"""A base in four bits, and an optimiser in eight: python examples/qlora.py --model Qwen/Qwen2.5-7B --budget 16GiB."""
 
 import argparse
 
@@ -10,7 +10,9 @@ from trl import SFTConfig, SFTTrainer
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="a causal language model")
-parser.add_argument("--budget", default="auto", help="of what training takes beside the loaded, frozen base")
+parser.add_argument(
+    "--budget", default="auto", help="16GiB with the frozen base, 6GiB step beside it, a share, or auto"
+)
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--batch-size", type=int, default=8)
 parser.add_argument("--output", default="runs/qlora")

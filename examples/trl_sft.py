@@ -9,7 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a chat model")
-parser.add_argument("--budget", default="auto", help="bytes, a share, or auto: most of the memory that is free")
+parser.add_argument("--budget", default="60%", help="bytes, a share, or auto: most of the memory that is free")
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--batch-size", type=int, default=8)
 parser.add_argument("--output", default="runs/sft")
@@ -31,6 +31,7 @@ trainer = SFTTrainer(
         per_device_train_batch_size=options.batch_size,
         learning_rate=5e-4,
         max_length=128,
+        gradient_checkpointing=False,  # rankpilot chooses which layers run again
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=1,
     ),

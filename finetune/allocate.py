@@ -209,7 +209,7 @@ def static_plan(
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(
             f"allocate takes a Trainer or a model that is loaded, as `from_pretrained` returns it; got {shown(model)}. "
-            "A model by name is planned by the command `rankpilot allocate`."
+            "A model by name is planned by the command `rankpilot plan`."
         )
     if data is None:
         raise ConfigError("allocate needs the batches of the fine-tune: pass a DataLoader, or a Trainer.")

@@ -21,7 +21,7 @@ from ..agents.policy import Decision
 from ..agents.settings import DecisionSchedule
 from ..common.arrays import IntArray
 from ..common.text import format_bytes
-from ..cost.budget import Budget, TimeBudget, free_bytes
+from ..cost.budget import Budget, Limit, TimeBudget, free_bytes
 from ..cost.calibration import PlanCosts, highest_ranks, measure_memory, plan_costs
 from ..cost.cost import ByteCost
 from ..cost.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
@@ -419,6 +419,21 @@ def prepare(
         time=timed,
     )
     return controller, costs
+
+
+def told_budget(run: TrainingRun, targets: Sequence[TargetModule], budget: Budget, limit: Limit) -> str:
+    """What a run's budget allows, and what the rank of its LoraConfig means, as the first line for people.
+
+    Args:
+        run: the run.
+        targets: the target modules, which are at rank 1 where their adapters are new.
+        budget: as its user gave it.
+        limit: that it led to.
+    """
+    kept = any(map(is_trained, targets))
+    rank = unwrap(run.model).peft_config[targets[0].adapter].r
+    ranks = f" r={rank} of the LoraConfig is no ceiling and no start: bounds limits what the policy gives to modules."
+    return budget.told(limit, kept=kept) + ("" if kept else ranks)
 
 
 def warn_of_other_adapters(run: TrainingRun, targets: Sequence[TargetModule]) -> None:

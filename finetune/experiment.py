@@ -74,7 +74,7 @@ def finetune(
     """
     tell = on_phase or (lambda text: None)
     policy = load_policy(config.policy)
-    workload = read_workload(config, tell)
+    config, workload = read_workload(config, tell)
     check_arguments(new_arguments(config, workload.task, folder))  # so that a setting that does not fit is told now
     rank_bounds_of(config.bounds)
     with files.open_run(folder, files.as_json(FinetuneConfig, config), resume=resume):
@@ -121,7 +121,7 @@ def plan_ahead(
         frontier: also weigh plans of any cost; see `StaticPlan.frontier`.
     """
     tell = on_phase or (lambda text: None)
-    workload = read_workload(config, tell)
+    config, workload = read_workload(config, tell)
     with TemporaryDirectory() as folder:
         trainer = new_trainer(config, workload, new_model(config, workload), Path(folder), [])
         tell(f"planning under {config.policy}")
@@ -404,7 +404,7 @@ def branch(
     checkpoint = _checkpoint(source, at)
     given = GivenPlan(label, dict(plan))
     settings = {**files.as_json(FinetuneConfig, config), "branch": {"at": at, "label": label, "plan": dict(plan)}}
-    workload = read_workload(config, tell or (lambda text: None))
+    config, workload = read_workload(config, tell or (lambda text: None))
     with files.open_run(output, settings, resume=resume):
         if checkpoint is not None and not (output / PILOT).exists():
             _copy(source, output, checkpoint, given)

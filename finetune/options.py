@@ -24,8 +24,9 @@ class PlanOptions:
     """What a plan may take, and what it aims at: the options that the command line has as well.
 
     Attributes:
-        budget: limit that no training step may exceed: "6GiB", "350MB", "80%" of what plain LoRA takes (rank 8 on all
-            modules), "auto" for nine tenths of what is free on the device, or "300k params", which counts the adapter's
+        budget: limit that no training step may exceed: "24GiB" for all that the device holds, the frozen model
+            included; "6GiB step" for a step beside the frozen model; "80%" of what plain LoRA takes (rank 8 on all
+            modules); "auto" for nine tenths of what is free on the device; or "300k params", which counts the adapter's
             parameters alone.
         time: what a step may take in time, beside the budget: "75%" of what plain LoRA takes where no layer runs
             again, or "0.8s". Measured before training.
@@ -95,7 +96,7 @@ class PlanOptions:
             read = Budget.parse(self.prefix_cache)
         except BudgetError:
             read = None
-        if read is None or read.kind != "bytes":
+        if read is None or read.kind != "total":
             raise ConfigError(
                 f'prefix_cache is "auto", "off" or bytes such as "20GiB"; got {shown(self.prefix_cache)}.'
             )
@@ -216,7 +217,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
         model: a packaged model (rankpilot assets lists them), a Hugging Face id or a local folder.
         data: a packaged data set, a Hugging Face id, a local file (csv, json, jsonl, parquet, txt) or a folder.
         policy: who decides the ranks: "default", the policy that ships with rankpilot; the folder of a trained policy;
-            a rule such as signal-mean (rankpilot evaluate --help lists the rules); or a plan that rankpilot allocate
+            a rule such as signal-mean (rankpilot policy evaluate --help lists the rules); or a plan that rankpilot plan
             wrote and you edited (plan.yaml).
         compare_uniform: also run uniform rank in the same budget, which is one rank on as many top layers as can have
             rank 8, and compare.

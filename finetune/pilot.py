@@ -168,6 +168,7 @@ class RankPilot:
                 cache_bytes=self.options.prefix_cache_bytes,
                 progress=self._progress,
             )
+            self.journal.note(before_training.told_budget(run, targets, self.budget, costs.limit))
             self.journal.note_saved(costs.saved, as_set=recomputation is None)
             memory = costs.memory
             self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)

@@ -40,7 +40,7 @@ from ..cost.published import check_length
 from ..cost.step_config import OptimizerName
 from ..cost.training_step import CHECKPOINTING, check_checkpointing, check_installed
 from ..data.batches import IGNORED
-from ..data.models import adapt, load_model
+from ..data.models import adapt, load_model, with_sizes
 from ..data.task import Task
 from ..data.workload import Texts, Workload, load_workload
 from ..errors import ConfigError, NonFiniteError, UnknownNameError, UnsupportedError, first_line
@@ -216,25 +216,14 @@ OPTIMIZERS: dict[OptimizerName, str] = {
 }
 """Optimisers by the Trainer's names."""
 
-DECIDED = {
+_OPTIONS = (
+    "max_steps num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+    "learning_rate bf16 gradient_checkpointing max_length seed eval_steps load_best_model_at_end report_to"
+)
+DECIDED = {name: f"--{name.replace('_', '-')}" for name in _OPTIONS.split()} | {
     "output_dir": "--output",
-    "max_steps": "--steps",
-    "num_train_epochs": "--epochs",
-    "per_device_train_batch_size": "--batch-size",
-    "per_device_eval_batch_size": "--eval-batch-size",
-    "gradient_accumulation_steps": "--accumulation",
-    "learning_rate": "--learning-rate",
-    "bf16": "--bf16",
-    "gradient_checkpointing": "--gradient-checkpointing",
     "activation_checkpointing": "--gradient-checkpointing",
-    "max_length": "--max-length",
-    "seed": "--seed",
-    "eval_strategy": "--eval-every",
-    "eval_steps": "--eval-every",
-    "save_strategy": "--eval-every",
-    "save_steps": "--eval-every",
-    "load_best_model_at_end": "--best",
-    "report_to": "--report-to",
+    **dict.fromkeys(("eval_strategy", "save_strategy", "save_steps"), "--eval-steps"),
 }
 """Arguments that an option of rankpilot decides, and that option."""
 
@@ -256,8 +245,10 @@ def check_possible(config: FinetuneConfig) -> None:
         raise UnsupportedError("This GPU does not compute in bfloat16. Leave --bf16 out.")
 
 
-def read_workload(config: FinetuneConfig, tell: Callable[[str], None]) -> Workload:
-    """The data of a fine-tune; `tell` is called with a few words on what happens next.
+def read_workload(config: FinetuneConfig, tell: Callable[[str], None]) -> tuple[FinetuneConfig, Workload]:
+    """The settings of a fine-tune with the sizes that its task has, and its data.
+
+    `tell` is called with a few words on what happens next.
 
     Raises:
         UnsupportedError: see `check_possible`.
@@ -265,7 +256,7 @@ def read_workload(config: FinetuneConfig, tell: Callable[[str], None]) -> Worklo
     """
     check_possible(config)
     tell(f"loading {config.model} and {config.data}")
-    return load_workload(
+    workload = load_workload(
         config.model,
         config.data,
         task=config.task,
@@ -276,6 +267,7 @@ def read_workload(config: FinetuneConfig, tell: Callable[[str], None]) -> Worklo
         held_out_rows=config.held_out_rows,
         seed=config.seed,
     )
+    return with_sizes(config, config.model, workload.task), workload
 
 
 def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:

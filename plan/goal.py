@@ -85,6 +85,6 @@ def goal_of(goal: str, tolerance: float | None, *, budget_unit: str | None = Non
         raise ConfigError("tolerance counts under goal='time' or goal='bytes' alone: give one, or leave tolerance out.")
     if found.kind == "bytes" and budget_unit == "parameters":
         raise ConfigError(
-            "goal='bytes' does not go with a budget of parameters: give a budget of bytes ('6GiB', '80%')."
+            "goal='bytes' does not go with a budget of parameters: give a budget of bytes ('24GiB', '80%')."
         )
     return found

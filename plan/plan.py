@@ -135,7 +135,8 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray, share: float | None)
             " A smaller per-device batch or shorter sequences lower it, and so does gradient checkpointing where it is "
             "off."
         )
-    return f"{format_bytes(needed, up=True)}{as_share}", f"budget of {format_bytes(problem.limit)}", reason
+    needs = f"'{format_bytes(needed, up=True)} step'{as_share}"
+    return needs, f"budget of {format_bytes(problem.limit)} for a step", reason
 
 
 def _rounded_up(seconds: float) -> str:

@@ -23,8 +23,9 @@ class MemoryConfig(StepConfig):
         task: classification, regression, token-classification, seq2seq or causal-lm; without it, the columns of the
             data decide, or else the model's architecture.
         labels: number of classes or tags, for a classification without data.
-        budget: also show which plans the rules make inside this budget, and what fits it: "6GiB", "350MB", "80%" of
-            what plain LoRA takes (rank 8 on all modules), "300k params" or "auto" (90 % of what is free on the device).
+        budget: also show which plans the rules make inside this budget, and what fits it: "24GiB" for all that the
+            device holds, "6GiB step", "80%" of what plain LoRA takes (rank 8 on all modules), "300k params" or "auto"
+            (90 % of what is free on the device).
         measure: also run real steps, and show measured beside predicted bytes.
         text_column: name of the column with the text, or with the tokens.
         label_column: name of the column with the class, the number, the tags or the target text.

@@ -31,7 +31,7 @@ from ..cost.recording import Batch, BatchShape, reshaped
 from ..cost.savers import SAVERS, ExactSavers, Priced
 from ..cost.step_config import StepConfig
 from ..cost.training_step import switch_checkpointing
-from ..data.models import load_config
+from ..data.models import load_config, with_sizes
 from ..data.task import Task
 from ..data.workload import Texts, Workload
 from ..errors import UnsupportedError
@@ -92,6 +92,7 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
         BudgetError: no plan fits the budget.
     """
     setup = set_up(config, tell)
+    config = setup.config
     priced, limit = _priced(setup, tell)
     asked = priced.memory
     rules = _rules(setup, asked, limit)  # first, since it may raise that no plan fits
@@ -190,11 +191,15 @@ def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
     """
     tune = fine_tune_of(config)
     if config.data is not None:
-        workload = read_workload(tune, tell)
+        tune, workload = read_workload(tune, tell)
+        config = with_sizes(config, config.model, workload.task)
     else:
         check_possible(tune)
         tell(f"loading {config.model}")
-        workload = _random_workload(config)
+        architecture = load_config(config.model)
+        task = config.task or default_task(architecture)
+        config, tune = with_sizes(config, config.model, task), with_sizes(tune, config.model, task)
+        workload = _random_workload(config, architecture, task)
     model = new_model(tune, workload)
     with TemporaryDirectory() as folder:
         trainer = new_trainer(tune, workload, model, Path(folder), [])
@@ -267,10 +272,8 @@ def default_task(config: Any) -> Task:
     return "causal-lm" if reads_one_way else "classification"
 
 
-def _random_workload(config: MemoryConfig) -> Workload:
+def _random_workload(config: MemoryConfig, architecture: Any, task: Task) -> Workload:
     """Full rows of random tokens, as many as a batch has."""
-    architecture = load_config(config.model)
-    task = config.task or default_task(architecture)
     labels = tuple(f"class {number}" for number in range(1 if task == "regression" else config.labels))
     columns = _random_columns(config, architecture, task)
     rows = Dataset.from_dict({name: values.tolist() for name, values in columns.items()})

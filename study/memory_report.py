@@ -61,10 +61,20 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
     return ", ".join(parts)
 
 
+PREPARED = "prepare_model_for_kbit_training, which keeps in fp32 what is not quantised"
+"""How a quantised model is prepared in every prediction."""
+
+
 def verdict_text(outlook: Outlook) -> str:
-    """What came out, in one or two sentences: on a card whether it fits, else where the bytes are."""
-    if outlook.card is None:
-        return _finding(outlook)
+    """What came out, in a few sentences: on a card whether it fits, else where the bytes are."""
+    how = outlook.settings.quantization
+    prepared = "" if how == "none" else f" The model in {how} went through {PREPARED}."
+    return (_finding(outlook) if outlook.card is None else _fit(outlook)) + prepared
+
+
+def _fit(outlook: Outlook) -> str:
+    """Whether the choices fit the card."""
+    assert outlook.card is not None, "there is no card"
     best = outlook.best
     if best is None:
         tight = [choice for choice in outlook.choices if choice.verdict == "tight"]
@@ -202,7 +212,7 @@ def notes(outlook: Outlook) -> Iterator[str]:
     yield f"The peak with {choice_text(outlook, outlook.main)}, {peak}: {'; '.join([*parts, *margin])}."
     frozen = format_bytes(outlook.step.frozen_bytes)
     if outlook.card is None:
-        yield f"The frozen model, {frozen}, is beside it, and in no budget."
+        yield f"The frozen model, {frozen}, is beside it: a budget of bytes counts it, and one of a step does not."
     else:
         taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
         yield (
@@ -275,6 +285,7 @@ def configuration_text(outlook: Outlook) -> str:
     lines = [
         "from peft import LoraConfig",
         "",
+        *([] if settings.quantization == "none" else [f"# The model goes through {PREPARED}."]),
         "lora = LoraConfig(",
         f"    r={best.rank},",
         f"    lora_alpha={2 * REFERENCE_RANK},",
@@ -298,7 +309,7 @@ def configuration_text(outlook: Outlook) -> str:
         )
         lines.append(
             f"# {again} run again: attach(trainer) chooses them inside "
-            f"budget='{math.ceil(10 * best.step_bytes / 2**30) / 10:.1f}GiB'"
+            f"budget='{math.ceil(10 * best.step_bytes / 2**30) / 10:.1f}GiB step'"
         )
     return "\n".join(lines)
 

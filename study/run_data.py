@@ -189,7 +189,7 @@ def read_run(folder: Path) -> RunData:
     if log is None and not summary:
         raise RunFolderError(
             f"{folder} holds no run: there is no decision log, and {missing[0]}. The page is about fine-tunes; what "
-            "`rankpilot evaluate` found is in its summary.json."
+            "`rankpilot policy evaluate` found is in its summary.json."
         )
     metrics = _read_metrics(folder, summary, missing) if of_finetune else _read_trainer_state(folder, missing)
     decisions: list[DecisionRecord] = []

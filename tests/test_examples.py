@@ -126,4 +126,4 @@ def test_several_processes(run: Callable[..., str], bert: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["trl_sft", "trl_dpo", "qlora"])
 def test_trl(run: Callable[..., str], chat_model: Path, name: str) -> None:
-    assert "highest peak" in run(name, "--model", chat_model, "--steps", 3, "--batch-size", 2)
+    assert "highest peak" in run(name, "--model", chat_model, "--steps", 3, "--batch-size", 2, "--budget", "100%")

@@ -205,8 +205,8 @@ def test_the_installed_wheel_works_without_the_checkout(installed: Path, tmp_pat
     model = save("bert", tmp_path / "model")
     rows = [{"text": f"the film was {word}", "label": index % 3} for index, word in enumerate(WORDS * 8)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    options = ["--batch-size", "4", "--max-length", "16", "--steps", "12", "--budget", "80%", "--form", "peft"]
-    allocate = ["rankpilot", "allocate", model, data, *options, "--output", "plan.json", "--log", "log"]
+    options = ["--batch-size", "4", "--max-length", "16", "--steps", "12", "--budget", "80%", "--for", "peft"]
+    allocate = ["rankpilot", "plan", model, data, *options, "--output", "plan.json", "--log", "log"]
     study = ["rankpilot", "study", "log", "--output", "page.html"]
     (tmp_path / "commands.json").write_text(json.dumps([[*memory, "--json"], allocate, study]))
     printed = run(installed, tmp_path, "python", "-c", COMMANDS, "commands.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import rankpilot
+from rankpilot.common.quiet import silence_missing_kernels
 from rankpilot.errors import RankPilotError
 
 from .warm_python import WarmPython
@@ -59,7 +61,7 @@ def test_a_fresh_process_finds_the_environment(warm_python: WarmPython, code: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [["train", "--help"], ["evaluate", "--help"], ["frobnicate"]])
+@pytest.mark.parametrize("command", [["policy", "train", "--help"], ["policy", "evaluate", "--help"], ["frobnicate"]])
 def test_the_command_line_speaks_for_itself_alone(command: list[str]) -> None:
     """Whatever the libraries that it loads have to say."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RANKPILOT")}
@@ -78,6 +80,15 @@ def added_modules(code: str, before: str = "pass") -> set[str]:
     program = f"import sys; {before}; first = set(sys.modules); {code}; print(*set(sys.modules) - first)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return {name.partition(".")[0] for name in done.stdout.split()} - sys.stdlib_module_names
+
+
+def test_missing_kernels_are_told_of_only_where_a_level_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    noisy = logging.getLogger("torchao")
+    assert noisy.level >= logging.ERROR
+    for before, after in ((logging.NOTSET, logging.ERROR), (logging.INFO, logging.INFO)):
+        monkeypatch.setattr(noisy, "level", before)
+        silence_missing_kernels()
+        assert noisy.level == after
 
 
 def test_importing_is_light_and_quiet() -> None:

@@ -1,4 +1,4 @@
-"""Compares policies on the same tasks, seeds and batches, many runs at a time, as `rankpilot evaluate` does.
+"""Compares policies on the same tasks, seeds and batches, many runs at a time, as `rankpilot policy evaluate` does.
 
 The work is cut into chunks of runs that share a base and a batch shape; worker processes take them one after another
 and run each chunk in the slots of one `StackedEpisodes`. What a run gives does not depend on what runs beside it, so
@@ -81,7 +81,7 @@ class Replayed:
     """Runs each task at the final ranks of a logged run.
 
     Attributes:
-        logs: the decision logs of one policy's runs, as `rankpilot evaluate --logs` writes them: a folder for each run.
+        logs: the decision logs of one policy's runs, as `rankpilot policy evaluate --logs` writes them: a folder a run.
         how: `STATIC` or `SHUFFLED`.
     """
 
@@ -106,7 +106,7 @@ class Replayed:
         if len(logs) != 1:
             raise RunFolderError(
                 f"{self.logs} holds {len(logs)} logs of task {task.id} with seed {task.seed}, and one is needed. Run "
-                "`rankpilot evaluate` with --logs on the same tasks and seeds first."
+                "`rankpilot policy evaluate` with --logs on the same tasks and seeds first."
             )
         last = logs[0].read()[-1]
         ranks = shuffled_plan(last, task.seed) if self.how == SHUFFLED else last.plan()

@@ -1,4 +1,4 @@
-"""Settings of `rankpilot train`, with its presets, and of `rankpilot evaluate`."""
+"""Settings of `rankpilot policy train`, with its presets, and of `rankpilot policy evaluate`."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if not self.policies:
             raise ConfigError(
-                "Name at least one policy: the folder of a trained one, or a rule. rankpilot evaluate --help lists the "
-                "rules."
+                "Name at least one policy: the folder of a trained one, or a rule. rankpilot policy evaluate --help "
+                "lists the rules."
             )
         if self.tasks is not None and self.tasks < 2:
             raise ConfigError(f"Intervals need at least 2 tasks; got {self.tasks}.")
@@ -152,4 +152,4 @@ PRESETS: dict[str, TrainConfig] = {
     "default": TrainConfig(iterations=80, warm_tasks=960),
     "full": TrainConfig(iterations=200, warm_tasks=960),
 }
-"""Presets of `rankpilot train`: a few minutes on two cores, and ten and 25 times as many rounds after a warm start."""
+"""Presets of `rankpilot policy train`: minutes on two cores, and ten and 25 times as many rounds after a warm start."""

@@ -105,7 +105,7 @@ def load_policy(given: str | Path | Policy) -> Policy:
         if folder.name == str(given):
             return find_rule(str(given))
         raise UnknownNameError(
-            f"There is no policy folder {folder}. Pass one made by `rankpilot train`, {DEFAULT!r}, or a rule: "
+            f"There is no policy folder {folder}. Pass one made by `rankpilot policy train`, {DEFAULT!r}, or a rule: "
             f"{', '.join(RULES)}."
         )
     if folder.is_file():

@@ -38,8 +38,8 @@ print("Everything is written to", folder)
 # ## Runs with logs
 #
 # A proxy task is a short fine-tune of a small pretrained model; `planted` tasks hide a change in some layers, which the
-# adapters have to find. Eight of them are run by the policy that ships with rankpilot. `rankpilot evaluate default
-# --logs` does the same on the command line.
+# adapters have to find. Eight of them are run by the policy that ships with rankpilot. On the command line
+# `rankpilot policy evaluate default --logs` does the same.
 
 # %%
 policy = load_policy("default")
@@ -169,7 +169,7 @@ print(mine.nsmallest(3, "improvement")[["improvement", "cost_kind", "plan", "exp
 # %% [markdown]
 # ### What another policy would have gained
 #
-# Run it: that takes seconds, on the command line with `rankpilot evaluate`.
+# Run it: that takes seconds, on the command line with `rankpilot policy evaluate`.
 
 # %%
 compare([load_policy("signal-mean")], tasks, schedule, workers=1, file=folder / ROWS)

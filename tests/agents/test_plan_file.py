@@ -97,7 +97,7 @@ def test_files_that_hold_no_plan(path: Path, content: str, message: str) -> None
 
 def test_a_file_that_is_missing_or_too_large(tmp_path: Path) -> None:
     path = tmp_path / "plan.yml"
-    with pytest.raises(ConfigError, match=r"There is no plan .*plan\.yml\. `rankpilot allocate .*` writes one"):
+    with pytest.raises(ConfigError, match=r"There is no plan .*plan\.yml\. `rankpilot plan .*` writes one"):
         load_policy(path)
     with path.open("wb") as stream:
         stream.truncate(2**31)  # sparse: it takes no room

@@ -1,4 +1,4 @@
-"""`rankpilot evaluate`: mistakes in one line, a tiny comparison from end to end, and going on with it."""
+"""`rankpilot policy evaluate`: mistakes in one line, a tiny comparison from end to end, and going on with it."""
 
 from __future__ import annotations
 
@@ -39,14 +39,16 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Pa
         "signal-mean --bases llama": "Unknown proxy base",
         f"{policy} {other}": "different schedules",
     }.items():
-        assert words in failure(f"evaluate {arguments} --output {tmp_path / 'out'}", capsys)
+        assert words in failure(f"policy evaluate {arguments} --output {tmp_path / 'out'}", capsys)
     assert not (tmp_path / "out").exists(), "a mistake leaves no folder behind"
 
 
 def test_an_output_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    assert "notes.txt is a file. Pass" in failure(f"evaluate signal-mean --output {tmp_path / 'notes.txt'}", capsys)
-    line = failure(f"evaluate signal-mean --output {tmp_path / 'notes.txt' / 'out'}", capsys)
+    assert "notes.txt is a file. Pass" in failure(
+        f"policy evaluate signal-mean --output {tmp_path / 'notes.txt'}", capsys
+    )
+    line = failure(f"policy evaluate signal-mean --output {tmp_path / 'notes.txt' / 'out'}", capsys)
     assert "error: Not a directory" in line
     assert str(tmp_path / "notes.txt" / "out") in line
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -54,7 +56,7 @@ def test_an_output_that_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that is read-only even for root")
 def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
-    line = failure("evaluate signal-mean --output /proc/self/rankpilot", capsys)
+    line = failure("policy evaluate signal-mean --output /proc/self/rankpilot", capsys)
     assert "(/proc/self/rankpilot). Check that the path is right" in line
 
 
@@ -79,7 +81,7 @@ def test_a_suite_with_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_comparison_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path, policy: Path) -> None:
     folder = tmp_path / "out"
-    command = ["evaluate", "top-down", str(policy), *TINY, "--output", str(folder)]
+    command = ["policy", "evaluate", "top-down", str(policy), *TINY, "--output", str(folder)]
     assert cli.run(command) == 0
     shown = capsys.readouterr().out
     assert "all tasks (2 tasks)" in shown
@@ -90,16 +92,16 @@ def test_a_comparison_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_pa
     assert {result["policy"] for result in summary["groups"][0]["results"]} == {"top-down", "pilot", "signal-mean"}
 
     assert "exists already" in failure(command, capsys)
-    assert "other settings (split" in failure(["evaluate", *command[1:], "--resume", "--split", "train"], capsys)
+    assert "other settings (split" in failure([*command, "--resume", "--split", "train"], capsys)
     # Rules alone go on with the schedule of the policy that the comparison began with.
-    more = ["evaluate", "uniform", *TINY, "--seeds", "2", "--output", str(folder), "--resume"]
+    more = ["policy", "evaluate", "uniform", *TINY, "--seeds", "2", "--output", str(folder), "--resume"]
     assert cli.run(more) == 0
     longer = read_rows(folder / "rows.jsonl")
     assert len(longer) == 4 + 4 + 2 + 2
     assert set(rows) < set(longer), "what was there is still there"
 
     save_policy(policy, _stirred(), SCHEDULE, {"name": "pilot"})
-    assert "another policy named 'pilot'" in failure(["evaluate", *command[1:], "--resume"], capsys)
+    assert "another policy named 'pilot'" in failure([*command, "--resume"], capsys)
 
 
 def _stirred() -> RankNetwork:
@@ -109,7 +111,7 @@ def _stirred() -> RankNetwork:
 
 
 def test_the_test_split_is_for_reports(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.run(["evaluate", "top-down", *TINY, "--split", "test", "--output", str(tmp_path / "out")]) == 0
+    assert cli.run(["policy", "evaluate", "top-down", *TINY, "--split", "test", "--output", str(tmp_path / "out")]) == 0
     assert "The test split is for final reports" in capsys.readouterr().out
 
 
@@ -164,10 +166,10 @@ def test_assets_fit_the_terminal(
 def test_mistakes_with_a_cluster(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("ray")
     output = f"--output {tmp_path / 'out'}"
-    line = failure(f"evaluate top-down {output} --cluster head", capsys)
+    line = failure(f"policy evaluate top-down {output} --cluster head", capsys)
     assert "--cluster is 'local', 'auto' or HOST:PORT of a Ray cluster" in line
     assert "got 'head'" in line
-    line = failure(f"train {output} --cluster local --device meta", capsys)
+    line = failure(f"policy train {output} --cluster local --device meta", capsys)
     assert "Workers of a cluster train on CPUs, and --device meta is meta. Pass --device cpu." in line
     assert not (tmp_path / "out").exists()
 
@@ -176,7 +178,7 @@ def test_mistakes_with_a_cluster(capsys: pytest.CaptureFixture[str], tmp_path: P
 def test_a_comparison_is_that_of_one_process(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("ray")
     for name, where in (("here", []), ("there", ["--cluster", "local"])):  # where one worker is an actor too
-        command = ["evaluate", "top-down", *TINY, "--logs", *where, "--output", str(tmp_path / name)]
+        command = ["policy", "evaluate", "top-down", *TINY, "--logs", *where, "--output", str(tmp_path / name)]
         assert cli.run(command) == 0
     assert "On the cluster: 1 node with " in capsys.readouterr().out
     rows = [read_rows(tmp_path / name / "rows.jsonl") for name in ("here", "there")]

@@ -76,13 +76,16 @@ NO_PRESET = "Unknown preset 'nope'. Allowed: 'quick', 'default', 'full'"
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("trian", "Unknown command 'trian'. Did you mean: 'train'"),
+        ("finetun", "Unknown command 'finetun'. Did you mean: 'finetune'"),
+        ("policy trian", "Unknown command 'policy trian'. Did you mean: 'policy train'"),
+        ("train", "Unknown command 'train'. Did you mean: 'policy train'"),
+        ("allocate m d", "Unknown command 'allocate'. Allowed: 'plan'"),
         ("[bold]x", "'[bold]x'"),  # rich takes [words] for markup, and a message may well hold some
         ("x[/]", "'x[/]'"),
         ("assets no-such-thing", "Unknown"),
-        ("train --preset nope", NO_PRESET),
-        ("train --preset=nope", NO_PRESET),
-        ("train --config", "--config"),
+        ("policy train --preset nope", NO_PRESET),
+        ("policy train --preset=nope", NO_PRESET),
+        ("policy train --config", "--config"),
     ],
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], seen: list[Any], command: str, words: str) -> None:
@@ -101,8 +104,8 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], seen: list[An
         ("finetune m d --train-rows 0", "at least 1, or None for all rows; got 0"),
         ("finetune m d --held-out-rows -3", "None for all rows; got None and -3"),
         ("finetune m d --seed 100000000000", "seed is a whole number from 0 to 2**32 - 1"),
-        ("train --episodes-per-task 1", "episodes_per_task at least 2"),
-        ("train --schedule.fractions 0.5", "fractions rise"),
+        ("policy train --episodes-per-task 1", "episodes_per_task at least 2"),
+        ("policy train --schedule.fractions 0.5", "fractions rise"),
     ],
 )
 def test_options_out_of_range(capsys: pytest.CaptureFixture[str], seen: list[Any], command: str, words: str) -> None:
@@ -123,15 +126,16 @@ def test_unknown_policy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
 
 def test_a_run_folder_that_exists(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    assert "exists already. Pass --resume" in failure(f"train --output {tmp_path}", capsys)
-    assert "is no run of rankpilot's" in failure(f"train --output {tmp_path} --resume", capsys)
+    assert "exists already. Pass --resume" in failure(f"policy train --output {tmp_path}", capsys)
+    assert "is no run of rankpilot's" in failure(f"policy train --output {tmp_path} --resume", capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 TAUGHT = {
-    "evaluate": ("bootstrap over tasks", "test split is for the final report"),
+    "policy evaluate": ("bootstrap over tasks", "test split is for the final report"),
     "export": ("--output", "--rank", "{padded,rank-pattern}", "vLLM", "axolotl"),
-    "memory": ("hardly on the rank",),
+    "memory": ("hardly on the rank", "step options"),
+    "finetune": ("plan options", "limit that no training step", "--per-device-train-batch-size INT, --batch-size INT"),
 }
 """What the help of commands says, among other things."""
 
@@ -139,7 +143,7 @@ TAUGHT = {
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     try:
-        status: Any = cli.run([command, "--help"])
+        status: Any = cli.run([*command.split(), "--help"])
     except SystemExit as end:
         status = end.code
     assert status == 0
@@ -150,8 +154,14 @@ def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
 
 def test_help_and_mistakes_load_no_learning_library() -> None:
     """So that they take a few tenths of a second."""
-    helps = [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)]
-    mistakes = ["trian", "train --preset nope", "train --episodes-per-task 1", "evaluate", "export"]
+    helps = [["--help"], ["--version"], *([*name.split(), "--help"] for name in cli.COMMANDS)]
+    mistakes = [
+        "trian",
+        "policy train --preset nope",
+        "policy train --episodes-per-task 1",
+        "policy evaluate",
+        "export",
+    ]
     mistakes += ["finetune m d --budget lots", "memory m --optimizer adam"]
     code = f"""
 import contextlib, io, sys, rankpilot.__main__
@@ -169,13 +179,15 @@ print([name for name in heavy if name in sys.modules])
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     assert cli.run([]) == 2
-    assert capsys.readouterr().out.count("rankpilot finetune") == 2
+    assert cli.run(["policy", "--help"]) == 0
+    assert cli.run(["policy"]) == 2
+    assert capsys.readouterr().out.count("rankpilot finetune") == 4
     assert cli.run(["--version"]) == 0
     assert capsys.readouterr().out.strip() == "0.2.0"
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:
-    command = f"{sys.executable} -m rankpilot evaluate --help | head -c 10"
+    command = f"{sys.executable} -m rankpilot policy evaluate --help | head -c 10"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert (done.stdout[:5], done.stderr) == ("usage", "")
 
@@ -195,7 +207,7 @@ def test_what_the_system_refuses_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
 ) -> None:
     monkeypatch.setattr(train, "train_command", Mock(side_effect=error))
-    assert failure(["train"], capsys).startswith(line)
+    assert failure(["policy", "train"], capsys).startswith(line)
 
 
 def test_a_full_disk_is_one_line(
@@ -220,7 +232,7 @@ def test_a_full_disk_is_one_line(
         for write in writers:
             monkeypatch.setattr(train, "train_command", lambda options, write=write: write())
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-            shown = failure(["train"], capsys)
+            shown = failure(["policy", "train"], capsys)
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             assert shown.startswith("error: A file could not be written: ")
             assert shown.endswith("that the disk has room.")
@@ -232,7 +244,7 @@ def test_a_full_disk_is_one_line(
 def test_sigterm_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(train, "train_command", lambda options: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
-    assert cli.run(["train"]) == 143
+    assert cli.run(["policy", "train"]) == 143
     assert capsys.readouterr().err == "Terminated.\n"
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -243,9 +255,9 @@ def assert_same(kind: type, seen: list[Any], *expected: Any) -> None:
 
 
 def test_presets_and_flags(seen: list[Any]) -> None:
-    assert cli.run(["train"]) == 0
-    assert cli.run(["train", "--preset", "default", "--episodes-per-task", "5"]) == 0
-    assert cli.run(["train", "--preset=default"]) == 0
+    assert cli.run(["policy", "train"]) == 0
+    assert cli.run(["policy", "train", "--preset", "default", "--episodes-per-task", "5"]) == 0
+    assert cli.run(["policy", "train", "--preset=default"]) == 0
     changed = dataclasses.replace(PRESETS["default"], episodes_per_task=5)
     assert_same(TrainConfig, seen, PRESETS["quick"], changed, PRESETS["default"])
 
@@ -256,9 +268,9 @@ def test_settings_of_a_training_run_from_its_file(seen: list[Any], tmp_path: Pat
     config = TrainConfig(iterations=3, **tasks, schedule=schedule, network=network, seed=11)
     path = tmp_path / "config.json"
     write_json(path, as_json(TrainConfig, config))
-    assert cli.run(["train", "--config", str(path)]) == 0
+    assert cli.run(["policy", "train", "--config", str(path)]) == 0
     changed = "--episodes-per-task 6 --schedule.probe-steps 8 --output x"
-    assert cli.run(["train", f"--config={path}", *changed.split()]) == 0
+    assert cli.run(["policy", "train", f"--config={path}", *changed.split()]) == 0
     assert seen[0].schedule == config.schedule
     assert seen[1].output == Path("x")
     schedule = dataclasses.replace(schedule, probe_steps=8)
@@ -275,6 +287,18 @@ def test_settings_of_a_fine_tune_from_its_file(seen: list[Any], tmp_path: Path) 
     less = dataclasses.replace(config, budget="50%", train_rows=9)
     other = dataclasses.replace(config, model="other", compare_uniform=False)
     assert_same(FinetuneConfig, seen, config, less, other)
+
+
+def test_settings_have_the_names_of_the_trainer_too(seen: list[Any], tmp_path: Path) -> None:
+    config = FinetuneConfig("m", "d", batch_size=3, accumulation=2, steps=7, eval_every=5, best=True, epochs=2.0)
+    short = "--batch-size 3 --accumulation 2 --steps 7 --eval-every 5 --best --epochs 2"
+    long = "--per-device-train-batch-size 3 --gradient_accumulation_steps 2 --max-steps 7 --eval-steps 5"
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: d\nper_device_train_batch_size: 3\ngradient_accumulation_steps: 2\nmax_steps: 7\n")
+    for given in (short, f"{long} --load-best-model-at-end --num-train-epochs 2"):
+        assert cli.run(["finetune", "m", "d", *given.split()]) == 0
+    assert cli.run(["finetune", "--config", str(path), *["--eval-steps", "5", "--best", "--epochs", "2"]]) == 0
+    assert_same(FinetuneConfig, seen, config, config, config)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +320,7 @@ def test_a_bad_config_file(
     path = tmp_path / "config.json"
     if content is not None:
         path.write_text(content)
-    assert message in failure(["train", "--config", str(path)], capsys)
+    assert message in failure(["policy", "train", "--config", str(path)], capsys)
     assert not seen
 
 
@@ -306,17 +330,17 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train_command", interrupted_run)
-    assert cli.run(["train"]) == 130
+    assert cli.run(["policy", "train"]) == 130
     assert capsys.readouterr().err == "Interrupted. The same command with --resume continues from here.\n"
     monkeypatch.setattr(train, "train_command", Mock(side_effect=KeyboardInterrupt))
-    assert cli.run(["train"]) == 130
+    assert cli.run(["policy", "train"]) == 130
     assert capsys.readouterr().err == "Interrupted.\n", "there is no run yet"
 
 
 def test_other_errors_of_libraries_are_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "train_command", Mock(side_effect=RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        cli.run(["train"])
+        cli.run(["policy", "train"])
 
 
 def test_train_agent_script() -> None:
@@ -325,15 +349,15 @@ def test_train_agent_script() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--iterations" in done.stdout
-    assert "rankpilot train" in done.stdout
+    assert "rankpilot policy train" in done.stdout
 
 
 def test_a_tiny_training_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rankpilot.agents.learned.policy_file import load_policy
 
-    small = "train --iterations 2 --stacks 1 --tasks-per-stack 1 --episodes-per-task 2 --workers 1 --validate-every 1"
+    small = "--iterations 2 --stacks 1 --tasks-per-stack 1 --episodes-per-task 2 --workers 1 --validate-every 1"
     tasks = "--task-steps 8 --suites planted --warm-tasks 1 --validation-tasks 1 --schedule.probe-steps 2"
-    command = f"{small} {tasks}".split()
+    command = f"policy train {small} {tasks}".split()
     folder = tmp_path / "pilot"
     assert cli.run([*command, "--output", str(folder)]) == 0
     assert load_policy(folder).name == "pilot"

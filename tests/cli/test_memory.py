@@ -176,6 +176,7 @@ def test_a_quantised_model(memory: Memory, models: Path, quantization: str, leas
     plain = sum(each.nbytes for each in LlamaForCausalLM.from_pretrained(models / "llama").parameters())
     printed, figures, _ = memory(f"{{models}}/llama --quantization {quantization} --measure")
     assert f"frozen model in {quantization}" in printed
+    assert f"The model in {quantization} went through prepare_model_for_kbit_training" in printed
     assert least * plain < figures["frozen_bytes"] < 0.6 * plain
     assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.005)
 
@@ -197,12 +198,12 @@ def test_a_model_without_checkpointing(memory: Memory, models: Path, capsys: pyt
         ("{models}/bert --max-length 513", "has 512 positions, and max_length is 513"),
         ("{models}/roberta --max-length 66", "has 65 positions"),  # the first ones are those of padding
         ("{models}/bert --output {models}/bert/config.json", "config.json is a file. Pass the name of a folder"),
-        ("{models}/bert --budget 1KiB", "fits no adapter at all. The smallest that works is"),
+        ("{models}/bert --budget '1KiB step'", "fits no adapter at all. The smallest that works is"),
         ("{models}/bert --budget 1%", "a share of"),
         ("{models}/llama --target-modules 'q_proj, k_porj'", "Unknown target module 'k_porj'. Did you mean: 'k_proj'"),
         ("{models}/bert --rank 100000", "No module has a rank above 64"),
         ("{models}/bert --trainer labl_smoothing_factor=1", "Did you mean: 'label_smoothing_factor'"),
-        ("{models}/bert --trainer max_steps=1", "max_steps is decided by --steps"),
+        ("{models}/bert --trainer max_steps=1", "max_steps is decided by --max-steps"),
     ],
 )
 def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], words: str, told: str) -> None:
@@ -216,8 +217,8 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], words: str, 
         ("--batch-size 100000000000", "at most 16,777,216 tokens; got 100000000000 x 64"),
         ("--seed -1", "seed is a whole number from 0 to 2**32 - 1; got -1"),
         ("--budget lots", "Cannot read the budget"),
-        ("--batch-size 0", "at least 1"),
-        ("--max-length -4", "at least 2; got"),
+        ("--batch-size -1", "at least 1"),
+        ("--max-length -4", "at least 2, and 0 is the usual of each; got"),
     ],
 )
 def test_options_out_of_range(capsys: pytest.CaptureFixture[str], words: str, told: str) -> None:

@@ -68,7 +68,7 @@ def test_an_evaluation_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "study.html").write_text("mine")
     line = failure(["study", str(tmp_path)], capsys)
     assert "holds no run: there is no decision log, and the results (" in line
-    assert "what `rankpilot evaluate` found is in its summary.json" in line
+    assert "what `rankpilot policy evaluate` found is in its summary.json" in line
     assert (tmp_path / "study.html").read_text() == "mine"
 
 

@@ -16,13 +16,14 @@ from rankpilot.errors import BudgetError
 @pytest.mark.parametrize(
     ("given", "kind", "value"),
     [
-        ("6GiB", "bytes", 6 * 2**30),
-        ("350MB", "bytes", 350e6),
-        ("1.5 KiB", "bytes", 1536),
-        ("17b", "bytes", 17),
-        (12345, "bytes", 12345),
-        ("12_345", "bytes", 12345),
-        ("1024", "bytes", 1024),
+        ("24GiB", "total", 24 * 2**30),
+        ("350MB", "total", 350e6),
+        (12345, "total", 12345),
+        ("12_345", "total", 12345),
+        ("1024", "total", 1024),
+        ("6GiB step", "bytes", 6 * 2**30),
+        ("1.5 KiB step", "bytes", 1536),
+        ("17b  Step", "bytes", 17),
         ("80%", "share", 0.8),
         ("12.5 %", "share", 0.125),
         (1.0, "share", 1.0),
@@ -47,7 +48,7 @@ def test_every_form_is_read(given, kind, value):
     ["", "lots", "6 GB RAM", -5, 0, "0GB", "0%", "nan", float("inf"), "1.2.3", ".", True, "1e999", "GiB", "5 furlongs"],
 )
 def test_what_cannot_be_read_is_refused_with_the_forms(given):
-    with pytest.raises(BudgetError, match=r"Cannot read the budget .*'6GiB'"):
+    with pytest.raises(BudgetError, match=r"Cannot read the budget .*'24GiB'"):
         Budget.parse(given)
 
 
@@ -83,11 +84,26 @@ BYTES = ByteCost(
         ("50%", PARAMETERS, Limit(420.0, "parameters")),  # rank 8, and 4 where that is the highest
         ("50%", BYTES, Limit(2180.0, "bytes")),
         ("300 params", PARAMETERS, Limit(300.0, "parameters")),
-        ("2KiB", BYTES, Limit(2048.0, "bytes")),
+        ("2KiB step", BYTES, Limit(2048.0, "bytes")),
     ],
 )
 def test_the_limit_is_in_the_unit_of_the_cost(given, cost, limit):
     assert Budget.parse(given).resolve(cost, MAX_RANKS, CPU) == limit
+
+
+@pytest.mark.parametrize(
+    ("given", "limit", "words"),
+    [
+        ("80%", Limit(8 * 2**20, "bytes"), "8 MiB for a step beside the frozen model: 80% of 10 MiB, which plain LoRA"),
+        ("24GiB", Limit(20 * 2**30, "bytes"), "24 GiB in all: 20 GiB for a step, and 4 GiB for the frozen model"),
+        ("6GiB step", Limit(6 * 2**30, "bytes"), "6 GiB for a step beside the frozen model."),
+        ("auto", Limit(9 * 2**30, "bytes"), "9 GiB for a step beside the frozen model, nine tenths of what is free."),
+        ("300k params", Limit(300e3, "parameters"), "300,000 parameters of the adapter."),
+    ],
+)
+def test_what_a_budget_allows_is_told(given, limit, words):
+    assert Budget.parse(given).told(limit).startswith(f"The budget is {words}")
+    assert Budget.parse(str(Budget.parse(given))) == Budget.parse(given)
 
 
 def test_a_share_is_one_of_what_trained_adapters_take_if_that_is_more():
@@ -116,9 +132,9 @@ def test_auto_on_a_gpu_leaves_a_margin():
 @pytest.mark.parametrize(
     ("given", "cost", "advice"),
     [
-        ("6GiB", PARAMETERS, r"is 6,442,450,944 bytes, .* counts parameters\. Give .*'300k params'"),
+        ("6GiB step", PARAMETERS, r"is 6,442,450,944 bytes, .* counts parameters\. Give .*'300k params'"),
         ("auto", PARAMETERS, r"is auto, .* counts parameters\. Give .*'300k params'"),
-        ("300k params", BYTES, r"is 300,000 parameters, .* counts bytes\. Give .*'6GiB'"),
+        ("300k params", BYTES, r"is 300,000 parameters, .* counts bytes\. Give .*'6GiB step'"),
     ],
 )
 def test_a_budget_in_the_wrong_unit_is_refused(given, cost, advice):

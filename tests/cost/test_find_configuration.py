@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
+from rankpilot.cost import published
 from rankpilot.cost.from_config import hollow_base, usual_class
-from rankpilot.cost.published import find_configuration, published_models
+from rankpilot.cost.published import find_configuration, published_models, try_hub_once
 from rankpilot.errors import AssetError, ConfigError, UnknownNameError
 from transformers import AutoConfig, LlamaConfig
 
@@ -78,3 +82,20 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(AssetError, match=r"'someone/Qwen3-8B' could not be read: .*couldn't connect.*network") as error:
         find_configuration("someone/Qwen3-8B")
     assert "\n" not in str(error.value)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """Its client would sleep between its tries; afterwards it opens no connection at all."""
+    session = Mock()
+    session.head.side_effect = ConnectionError("no network")
+    monkeypatch.setattr(published, "get_session", lambda: session)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(time, "sleep", Mock(side_effect=AssertionError("no second try")))
+    try_hub_once.cache_clear()
+    try:
+        for name in ("nobody/nothing", "nobody/else"):
+            with pytest.raises(AssetError, match=r"could not be read: .*couldn't connect"):
+                find_configuration(name)
+        assert session.head.call_count == 1
+    finally:
+        try_hub_once.cache_clear()

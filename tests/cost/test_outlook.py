@@ -10,6 +10,7 @@ import rankpilot
 import transformers as t
 from rankpilot.cost.outlook import Outlook, memory_of, product_rate
 from rankpilot.cost.published import find_device_spec
+from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError, UnknownNameError
 
 LAYERS = 4
@@ -42,6 +43,30 @@ def test_a_wide_card_takes_all_layers_without_recomputation() -> None:
     assert outlook.breakdown(best).total == pytest.approx(best.step_bytes, rel=2e-4)
     assert {choice.rank for choice in outlook.choices} == {1, 8, 16, 64}
     assert all(cell.recomputed == 0 for cell in outlook.grid if cell.shape.rows * cell.shape.length <= 8192)
+
+
+@pytest.mark.parametrize(
+    ("given", "continues", "positions", "sizes"),
+    [
+        ({}, True, None, (2, 8, 1024)),
+        ({}, True, 512, (2, 8, 512)),
+        ({"batch_size": 4}, True, None, (4, 1, 1024)),
+        ({"accumulation": 3, "max_length": 7}, True, 512, (2, 3, 7)),
+        ({}, False, 512, (16, 1, 64)),
+    ],
+)
+def test_usual_sizes(given: dict[str, int], continues: bool, positions: int | None, sizes: tuple[int, ...]) -> None:
+    step = StepConfig(**given).sized(continues=continues, positions=positions)
+    assert (step.batch_size, step.accumulation, step.max_length) == sizes
+
+
+def test_the_time_is_that_of_the_rows_that_were_asked_for() -> None:
+    """A row takes less of the time of plain LoRA's fixed work than four do; a calibration has four at least."""
+    flops = [
+        float(memory_of(t.LlamaConfig(**LLAMA), "24GiB", batch_size=rows, max_length=64).step.work.flops.sum())
+        for rows in (1, 4)
+    ]
+    assert 3 < flops[1] / flops[0] < 4.01
 
 
 def test_a_narrow_card_recomputes_some_layers() -> None:
@@ -105,7 +130,7 @@ def test_models_without_positions_take_rows_of_any_length() -> None:
     assert outlook.step.positions is None
     assert max(cell.shape.length for cell in outlook.grid) == 8192
     mamba = t.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=8)
-    assert memory_of(mamba, "24GiB", max_length=16, target_modules="in_proj").step.positions is None
+    assert memory_of(mamba, "24GiB", batch_size=4, max_length=16, target_modules="in_proj").step.positions is None
 
 
 def test_a_rank_is_no_higher_than_the_widest_module() -> None:

@@ -221,3 +221,9 @@ def test_columns_that_hold_no_conversations(name: str, value: Any, model_folder:
     Dataset.from_dict(rows).to_parquet(str(tmp_path / "rows.parquet"))
     with pytest.raises(DataError, match=rf"Row 1, column '{name}': .* (is a number, not a list|a list that holds)"):
         load_workload(model_folder("llama", chat=True), str(tmp_path / "rows.parquet"))
+
+
+@pytest.mark.parametrize("row", [{"prompt": "good", "completion": ""}, {"instruction": "good", "output": " "}])
+def test_nothing_to_answer_in_any_row(row: dict[str, Any], workload_of: WorkloadOf) -> None:
+    with pytest.raises(DataError, match=rf"'{[*row][1]}' is blank in all 20 rows: there is nothing to learn"):
+        workload_of("llama", [row] * 20)

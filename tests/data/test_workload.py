@@ -56,6 +56,40 @@ def test_classification(model: str, model_folder: ModelFolder, workload_of: Work
     loss(model_folder(model), workload)
 
 
+@pytest.mark.parametrize(
+    ("model", "row", "options"),
+    [
+        ("bert", {"text": " ".join(WORDS), "label": "a"}, {}),
+        ("bert", {"tokens": [*WORDS], "tags": ["a", "b"] * (len(WORDS) // 2)}, {}),
+        ("t5", {"input": WORDS[0], "target": " ".join(WORDS)}, {"task": "seq2seq"}),
+        ("llama", {"prompt": "good", "completion": " ".join(WORDS)}, {}),
+    ],
+)
+def test_what_is_cut_is_told(
+    model: str, row: dict[str, Any], options: Any, workload_of: WorkloadOf, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [row | ({"label": str(number % 2)} if "label" in row else {}) for number in range(20)]
+    workload_of(model, rows, max_length=100, **options)
+    assert "cut off" not in caplog.text
+    workload_of(model, rows, max_length=4, **options)
+    (told,) = [line for line in caplog.messages if "cut off" in line]
+    found = re.match(r"(\d+) % of the tokens of the texts are cut off: rows have 4 .*--max-length (\d+)", told)
+    assert found is not None
+    share, most = found.groups()
+    assert 50 < int(share) < 100
+    caplog.clear()
+    workload_of(model, rows, max_length=int(most), **options)
+    assert "cut off" not in caplog.text
+
+
+def test_usual_lengths(workload_of: WorkloadOf) -> None:
+    texts = [{"text": " ".join(WORDS * 100)}] * 20
+    classes = [row | {"label": str(number % 2)} for number, row in enumerate(texts)]
+    assert max(map(len, workload_of("bert", classes).train["input_ids"])) == 64
+    assert len(workload_of("llama", texts).train["input_ids"][0]) == 64, "as many as the model has positions"
+    assert len(workload_of("t5", texts, task="causal-lm").train["input_ids"][0]) == 1024
+
+
 def test_an_encoder_decoder_that_classifies_has_its_end_token_once(workload_of: WorkloadOf) -> None:
     rows = [{"text": f"{text} [EOS] good", "label": row % 2} for row, text in enumerate(TEXTS)]
     workload = workload_of("t5", rows, max_length=4)
@@ -184,6 +218,8 @@ def test_a_flaw_in_one_row(
         ({"tokens": ["good"], "tags": ["a"]}, None, "single class"),
         ({"input": "good", "target": 3}, "seq2seq", "column 'target': 3 is a number, not text. Set --label-column"),
         ({"text": 7}, None, "Row 1, column 'text': 7 is a number"),
+        ({"text": " ", "label": "a"}, None, "'text' is blank in all 20 rows ... Set --text-column"),
+        ({"input": "good", "target": ""}, "seq2seq", "'target' is blank in all 20 rows ... Set --label-column"),
     ],
 )
 def test_a_flaw_in_every_row(values: dict[str, Any], task: Any, words: str, workload_of: WorkloadOf) -> None:

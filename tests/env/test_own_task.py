@@ -167,7 +167,7 @@ def test_batches_go_through_the_data_in_passes(make_own: Callable[..., OwnTask])
 
 
 @pytest.mark.parametrize(
-    ("budget", "kind"), [("60%", "bytes"), (0.6, "bytes"), ("300KiB", "bytes"), ("2k params", "parameters")]
+    ("budget", "kind"), [("60%", "bytes"), (0.6, "bytes"), ("300KiB step", "bytes"), ("2k params", "parameters")]
 )
 def test_budgets(make_own: Callable[..., OwnTask], quick: DecisionSchedule, budget: Any, kind: str) -> None:
     task = make_own(budget=budget)
@@ -176,7 +176,7 @@ def test_budgets(make_own: Callable[..., OwnTask], quick: DecisionSchedule, budg
     assert task.cost() is cost
     problem = Episode(task, quick).controller.problem()
     share = 0.6 * reference_cost(cost, problem.max_ranks)
-    expected = {"300KiB": 300 * 1024, "2k params": 2000}.get(budget, share)
+    expected = {"300KiB step": 300 * 1024, "2k params": 2000}.get(budget, share)
     assert problem.limit == pytest.approx(expected)
     assert problem.fits(uniform_ranks(problem))
 

@@ -101,9 +101,7 @@ def test_plain_peft_makes_an_adapter_of_the_plan(llama_config: LlamaConfig, tmp_
 
 
 def test_a_name_is_no_model() -> None:
-    with pytest.raises(
-        ConfigError, match=r"a model that is loaded, .*; got 'gpt2'\. .*the command `rankpilot allocate`"
-    ):
+    with pytest.raises(ConfigError, match=r"a model that is loaded, .*; got 'gpt2'\. .*the command `rankpilot plan`"):
         allocate("gpt2", batches(ROWS))  # type: ignore[arg-type]
 
 
@@ -147,7 +145,7 @@ def test_a_budget_that_nothing_fits_changes_nothing(llama_config: LlamaConfig, t
     before = weights(trainer.model)
     hooks = len(trainer.model.get_input_embeddings()._forward_hooks)
     with pytest.raises(BudgetError, match="smallest that works"):
-        allocate(trainer, budget="10KiB", policy="signal-mean", schedule=SCHEDULE)
+        allocate(trainer, budget="10KiB step", policy="signal-mean", schedule=SCHEDULE)
     assert all(torch.equal(value, before[name]) for name, value in weights(trainer.model).items())
     assert len(trainer.model.get_input_embeddings()._forward_hooks) == hooks
 

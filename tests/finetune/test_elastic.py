@@ -71,6 +71,9 @@ def test_a_lower_budget_counts_from_the_next_step_on_and_all_comes_back(
     loop: Callable[..., Loop], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = loop()
+    assert run.told[0].startswith("The budget is ")
+    assert "100% of" in run.told[0]
+    assert "r=8 of the LoraConfig is no ceiling and no start" in run.told[0]
     before, at_first = run.pilot.limit, ranks_of(run.model)
     run.steps(2)
     run.pilot.set_budget("60%")
@@ -120,7 +123,7 @@ def test_a_function_is_asked_before_each_step(loop: Callable[..., Loop]) -> None
         (lambda: 1 / 0, ConfigError, r"failed with ZeroDivisionError: division by zero\. It takes no argument"),
         (lambda: "much", BudgetError, "returned none. Cannot read the budget 'much'"),
         ("300k params", BudgetError, "Give a budget of bytes"),
-        ("1KiB", BudgetError, "The smallest that works is"),
+        ("1KiB step", BudgetError, "The smallest that works is"),
     ],
 )
 def test_budgets_that_cannot_be(loop: Callable[..., Loop], budget: Any, error: type[Exception], message: str) -> None:
@@ -158,7 +161,7 @@ def test_auto_follows_what_another_process_takes_and_gives_back(
 
 
 def test_a_run_for_which_no_memory_is_left_is_saved(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    budgets = chain(["100%"] * 8, repeat("1KiB"))
+    budgets = chain(["100%"] * 8, repeat("1KiB step"))
 
     def trainer(budget: Any) -> Trainer:
         made = Trainer(adapted(llama_config), arguments(tmp_path / "run"), train_dataset=counting())

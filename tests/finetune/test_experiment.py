@@ -204,8 +204,8 @@ def test_beside_plain_lora_as_people_run_it(
     assert set(plain["ranks"].values()) == {8}
     assert plain["budget_bytes"] is None
     assert plain["peak_bytes"] > ours["budget_bytes"] >= ours["peak_bytes"]
-    config, phases = make_config(**BOTH), list[str]()
-    workload = trainer_module.read_workload(config, phases.append)
+    phases = list[str]()
+    config, workload = trainer_module.read_workload(make_config(**BOTH), phases.append)
     trainer = trainer_module.new_trainer(config, workload, trainer_module.new_model(config, workload), tmp_path, [])
     set_seed(config.seed)
     trainer.train()
@@ -411,7 +411,7 @@ def test_language_modelling_from_a_text_file(tmp_path: Path, reloads: list[dict[
     ("changes", "error", "words"),
     [
         ({"text_column": "texts"}, UnknownNameError, "'text'"),
-        ({"budget": "1kB"}, BudgetError, "smallest that works"),
+        ({"budget": "1kB step"}, BudgetError, "smallest that works"),
         ({"target_modules": "nothing_like_it"}, UnknownNameError, "nothing_like_it"),
         ({"model": "/no/such/folder"}, AssetError, "/no/such/folder"),
         ({"policy": "signal"}, UnknownNameError, "signal-mean"),

@@ -293,7 +293,7 @@ def test_a_run_that_is_over_trains_no_step_when_it_resumes(ended: Launch, whole:
 
 def test_another_budget_counts_at_once(ended: Launch, whole: Run, caplog: pytest.LogCaptureFixture) -> None:
     before = whole.pilot.limit
-    for budget, limit in ((int(0.9 * before), int(0.9 * before)), ("65%", before * 65 / 80)):
+    for budget, limit in ((f"{int(0.9 * before)} bytes step", int(0.9 * before)), ("65%", before * 65 / 80)):
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="rankpilot"):
             resumed = ended(budget=budget).train(resume=8)
@@ -336,7 +336,7 @@ def test_other_settings_than_the_budget_are_refused(ended: Launch, changes: dict
 
 @pytest.mark.parametrize(
     ("budget", "other"),
-    first_cases(1, [("80%", "3k params"), ("3k params", "350KB"), ("3k params", "auto")]),
+    first_cases(1, [("80%", "3k params"), ("3k params", "350KB step"), ("3k params", "auto")]),
 )
 def test_a_budget_of_another_unit_is_refused(ended: Launch, budget: str, other: str) -> None:
     name = "run" if budget == "80%" else "other"
@@ -352,7 +352,7 @@ def test_the_budget_may_become_auto(ended: Launch) -> None:
 
 def test_a_budget_that_fits_nothing_is_refused(ended: Launch) -> None:
     with pytest.raises(BudgetError, match=r"The budget or the time was changed\. .*The smallest that works is"):
-        ended(budget="10KiB").train(resume=4)
+        ended(budget="10KiB step").train(resume=4)
 
 
 # Arguments ----------------------------------------------------------------------------------------------------------

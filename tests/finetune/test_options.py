@@ -88,7 +88,7 @@ def test_settings_of_the_trainer(tmp_path: Path, chats: tuple[str, str]) -> None
     [
         ({"trainer": ("warmup_step=3",)}, UnknownNameError, "warmup_steps"),
         ({"trainer": ("warmup_steps",)}, ConfigError, "NAME=VALUE; got 'warmup_steps'"),
-        ({"trainer": ("max_steps=3",)}, ConfigError, "max_steps is decided by --steps"),
+        ({"trainer": ("save_steps=3",)}, ConfigError, "save_steps is decided by --eval-steps"),
         ({"trainer": ("lr_scheduler_type=nope",)}, ConfigError, "The Trainer refuses these settings: .*nope"),
         ({"report_to": ("tensorbord",)}, UnknownNameError, r"tracker 'tensorbord'\. Did you mean: 'tensorboard'"),
         ({"report_to": ("comet_ml",)}, ConfigError, r"tracker 'comet_ml' cannot be used: .*comet"),
@@ -119,10 +119,10 @@ def test_bounds() -> None:
 def test_a_plan_that_a_person_edited_decides_a_run(
     chats: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`rankpilot allocate --output plan.yaml`, an edit, and `--policy plan.yaml`, and a plan that is too large."""
+    """`rankpilot plan --output plan.yaml`, an edit, and `--policy plan.yaml`, and a plan that is too large."""
     path, run = tmp_path / "plan.yaml", tmp_path / "run"
     small = ["--batch-size=4", "--budget=110%"]
-    assert cli.run(["allocate", *chats, "--policy=signal-mean", *small, "--output", str(path)]) == 0
+    assert cli.run(["plan", *chats, "--policy=signal-mean", *small, "--output", str(path)]) == 0
     assert f"Edit it, and pass --policy {path} to rankpilot finetune" in " ".join(capsys.readouterr().out.split())
     text = path.read_text()
     planned = read_plan(path)

@@ -155,16 +155,16 @@ def test_the_cost_of_a_larger_batch_is_known_before_the_model_sees_it(
 
 
 def test_a_larger_batch_that_fits_changes_nothing(launch: Launch, caplog: pytest.LogCaptureFixture) -> None:
-    quiet = launch("90MB", name="quiet")
+    quiet = launch("90MB step", name="quiet")
     with caplog.at_level(logging.WARNING, logger="rankpilot"):
-        run = launch("90MB", data=Growing())
+        run = launch("90MB step", data=Growing())
     assert [m for m in messages_of(caplog) if "The plan still fits." in m]
     assert run.recorder.ranks == quiet.recorder.ranks
 
 
 def test_a_larger_batch_that_fits_no_plan_is_an_error(launch: Launch) -> None:
     with pytest.raises(BudgetError, match="fits no adapter at all"):
-        launch("100KiB", data=Growing())
+        launch("100KiB step", data=Growing())
 
 
 class Texts(torch.utils.data.Dataset[Any]):
@@ -322,7 +322,7 @@ def test_bounds_that_make_no_sense(launch: Launch, bounds: Any, error: type[Exce
 
 def test_bounds_above_the_budget_are_named(launch: Launch) -> None:
     with pytest.raises(BudgetError, match=r"lower bound.*smallest that works is"):
-        launch("150KiB", bounds={"layers.0.self_attn.q_proj": 8})
+        launch("150KiB step", bounds={"layers.0.self_attn.q_proj": 8})
 
 
 def test_auto_takes_most_of_what_is_free(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,7 +182,7 @@ class Broken(Trainer):  # type: ignore[misc]
 
 @pytest.mark.parametrize(
     ("budget", "kind", "error"),
-    first_cases(2, [("60%", Trainer, None), ("2KiB", Trainer, BudgetError), ("60%", Broken, RuntimeError)]),
+    first_cases(2, [("60%", Trainer, None), ("2KiB step", Trainer, BudgetError), ("60%", Broken, RuntimeError)]),
 )
 def test_a_run_leaves_the_layers_and_the_cache_as_they_were(
     tmp_path: Path, budget: str, kind: Any, error: type[Exception] | None
@@ -202,12 +202,12 @@ def test_a_run_leaves_the_layers_and_the_cache_as_they_were(
     assert model.config.use_cache
 
 
-@pytest.mark.parametrize("budget", ["60%", "2KiB"])
+@pytest.mark.parametrize("budget", ["60%", "2KiB step"])
 def test_uniform_ranks_leave_savers_and_layers_as_they_were(
     tmp_path: Path, budget: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Saved, "is_less", lambda *_: True)  # they stay on where they are no help
-    trainer, refused = trainer_of(tmp_path, max_steps=1), budget == "2KiB"
+    trainer, refused = trainer_of(tmp_path, max_steps=1), budget == "2KiB step"
     written = {"forward", "_cast_input_dtype", "_loss_function"}
     UniformRanks(trainer, PilotOptions(budget=budget))
     seen, during = list[bool](), TrainerCallback()
@@ -347,14 +347,14 @@ def test_what_holds_without_layers_run_again_is_not_refused_with_them(tmp_path: 
 
     def least(again: Any) -> float:
         with pytest.raises(BudgetError, match="smallest that works is") as caught:
-            begin("2KiB", again)
-        number, unit = caught.value.args[0].partition("works is ")[2].split()[:2]
+            begin("2KiB step", again)
+        number, unit = caught.value.args[0].partition("works is '")[2].split()[:2]
         assert unit == "KiB"
         return float(number)
 
     assert least("auto") <= least(False), "activations may run again"
     for factor in (1.0, 1.05):
-        begin(f"{factor * least(False)} KiB", "auto")
+        begin(f"{factor * least(False)} KiB step", "auto")
 
 
 # Where it is expected to pay ------------------------------------------------------------------------------------------

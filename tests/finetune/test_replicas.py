@@ -117,7 +117,9 @@ def test_a_plain_loop_trains_as_in_one_process() -> None:
     (one,) = in_processes(1, loop, None)
     first, second = in_processes(2, loop, ddp)
     assert first["digests"] == second["digests"]
-    assert (first["told"], second["told"]) == (DECISIONS + 1, 0), "one process tells; one line is of the rate"
+    assert (first["told"], second["told"]) == (DECISIONS + 2, 0), (
+        "one process tells; a line is of the budget, and one of the rate"
+    )
     assert first["decisions"] == second["decisions"] == DECISIONS
     close(first["weights"], one["weights"])
 
@@ -197,7 +199,7 @@ class Failing:
 @pytest.mark.parametrize(
     ("options", "kind", "text"),
     [
-        ({"budget": "2000 bytes"}, "BudgetError", "The budget of 1.953 KiB fits no adapter at all"),
+        ({"budget": "2000 bytes step"}, "BudgetError", "The budget of 1.953 KiB for a step fits no adapter at all"),
         ({"policy": Failing()}, "ZeroDivisionError", "the policy divides by zero"),
     ],
     ids=["budget", "policy"],

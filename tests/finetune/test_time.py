@@ -130,8 +130,9 @@ def test_a_plan_says_what_time_it_takes(tmp_path: Path) -> None:
     callback._tell = told.append
     callback.pilot.journal.tell = told.append
     trainer.train()
-    assert all(" of " in line and line.endswith(" s") and "a step takes" in line for line in told)
-    assert len(told) == 2
+    assert told[0].startswith("The budget is ")
+    assert all(" of " in line and line.endswith(" s") and "a step takes" in line for line in told[1:])
+    assert len(told) == 3
 
 
 def test_fewer_rows_are_timed_where_the_bytes_hold_no_more(tmp_path: Path, rows_timed: list[int]) -> None:
@@ -252,28 +253,28 @@ def test_a_total_holds_the_frozen_model(tmp_path: Path, ended: Callable[[int], R
     reference = ended(60).callback
     resident, whole = resident_bytes(reference.controller.adapters.model), reference.limit / 4
     total = int(resident + 0.8 * whole)
-    trainer, callback = attached(tmp_path, f"{total} bytes total", None, arguments=SAVED)
+    trainer, callback = attached(tmp_path, f"{total} bytes", None, arguments=SAVED)
     trainer.train()
     assert callback.limit == pytest.approx(0.8 * whole, abs=1)
     assert len(callback.peaks) == STEPS
     assert resident + max(peak for _, peak in callback.peaks) <= total
-    resumed, again = attached(tmp_path, f"{total + 1000} bytes total", None)
+    resumed, again = attached(tmp_path, f"{total + 1000} bytes", None)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert again.limit == callback.limit + 1000
 
 
 def test_a_total_below_the_frozen_model(tmp_path: Path) -> None:
-    trainer, _ = attached(tmp_path, "20KiB total", None)
-    with pytest.raises(BudgetError, match=r"20 KiB in total is less than the frozen model .* take, [0-9.]+ KiB"):
+    trainer, _ = attached(tmp_path, "20KiB", None)
+    with pytest.raises(BudgetError, match=r"20 KiB in all is less than the frozen model .* take, [0-9.]+ KiB"):
         trainer.train()
 
 
 def test_totals_and_times_are_read_at_once() -> None:
-    budget = Budget.parse("24GiB total")
+    budget = Budget.parse("24GiB")
     assert (budget.kind, budget.value, budget.unit) == ("total", 24 * 2**30, "bytes")
     assert Budget.parse(str(budget)) == budget
-    for wrong in ("24 total", "80% total", "300k params total", "total"):
-        with pytest.raises(BudgetError, match="'24GiB total'"):
+    for wrong in ("24 step", "80% step", "300k params step", "step", "24GiB total"):
+        with pytest.raises(BudgetError, match="'6GiB step'"):
             Budget.parse(wrong)
     with pytest.raises(BudgetError, match="The time '3' has no unit"):
         FinetuneConfig("model", "data", time="3")

@@ -51,7 +51,7 @@ class Run:
     @property
     def smallest(self) -> str | None:
         """The smallest budget that works, of the error that refused the run."""
-        match = re.search(r"The smallest that works is ([\d.]+ \w+)", self.refused)
+        match = re.search(r"The smallest that works is '?([\d.]+ \w+(?: step)?)", self.refused)
         return match and match.group(1)
 
     @property
@@ -105,7 +105,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     add("100%")
     # A share between the others is another number of bytes, as the one below is.
     shares = ("40%",) if kind.name in SHORT else ("70%", "40%")
-    for budget in (*shares, "auto", f"{0.85 * results[0].limit:.0f} bytes", "3k params"):
+    for budget in (*shares, "auto", f"{0.85 * results[0].limit:.0f} bytes step", "3k params"):
         add(budget)
         smallest = results[-1].smallest
         if smallest and smallest not in [one.budget for one in results]:

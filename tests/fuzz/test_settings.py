@@ -25,7 +25,7 @@ from .damage import NAMES, Files, damaged, damaged_json, edited, folder_of, odd_
 from .running import fuzz
 
 PARTS = [
-    *"0123456789.,_ eE-+%", "e9", "1e308", "gib", "ib", "mb", "bytes", " total", "k params", "auto", "ms", "min", "٣",
+    *"0123456789.,_ eE-+%", "e9", "1e308", "gib", "ib", "mb", "bytes", " step", "k params", "auto", "ms", "min", "٣",
     "\n",
 ]  # fmt: skip
 

@@ -83,7 +83,7 @@ def test_the_budget_that_the_message_names_works(problem, seed):
     with pytest.raises(BudgetError, match="fits no adapter at all") as caught:
         check_budget(poor, names)
     match = re.search(r"smallest that works is (.+?) \(rank (\d+) on '(module\.\d+)' alone", str(caught.value))
-    named = Budget.parse(match[1].replace("parameters", "params"))
+    named = Budget.parse(match[1].strip("'").replace("parameters", "params"))
     assert named.kind == ("parameters" if isinstance(problem.cost, ParameterCost) else "bytes")
     check_budget(replace(problem, limit=named.value), names)
     one = np.zeros_like(problem.ranks)
@@ -259,7 +259,8 @@ def test_the_message_for_bytes_says_what_takes_them():
     with pytest.raises(BudgetError) as caught:
         check_budget(problem, ["bottom", "top"])
     assert str(caught.value) == (
-        "The budget of 976.6 KiB fits no adapter at all. The smallest that works is 1.917 MiB (rank 1 on 'top' alone). "
+        "The budget of 976.6 KiB for a step fits no adapter at all. The smallest that works is '1.917 MiB step' "
+        "(rank 1 on 'top' alone). "
         "The peak is at the backward pass of layer 1: 7.812 KiB of it goes to what this moment holds even without an "
         "adapter (such as what trains outside it), 1.907 MiB of it goes to what is saved or computed for backward "
         "(activations, logits), 1.205 KiB of it goes to the adapter itself. A smaller per-device batch or shorter "
@@ -278,7 +279,9 @@ def test_a_share_that_fits_nothing_names_the_smallest_that_works():
     )
     whole = plan_cost(cost, np.array([8, 8]))
     problem = AllocationProblem(np.zeros(2, int), np.array([8, 8]), np.array([0, 1]), cost, 0.5 * whole, RankLadder())
-    with pytest.raises(BudgetError, match=r"smallest that works is 8\.679 MiB, a share of 80% \(rank 1 on ") as caught:
+    with pytest.raises(
+        BudgetError, match=r"smallest that works is '8\.679 MiB step', a share of 80% \(rank 1 on "
+    ) as caught:
         check_budget(problem, ["bottom", "top"], 0.5)
     assert "batch" not in str(caught.value)
     check_budget(replace(problem, limit=0.8 * whole), ["bottom", "top"])

@@ -171,7 +171,7 @@ def test_words() -> None:
     told = list(notes(here))
     assert "backward: loss): 60 MiB tensors saved for backward; 12 MiB optimiser state" in told[0]
     assert "signal" not in told[0], "kinds of which there is nothing are left out"
-    assert told[1] == "The frozen model, 90 MiB, is beside it, and in no budget."
+    assert told[1] == "The frozen model, 90 MiB, is beside it: a budget of bytes counts it, and one of a step does not."
     assert told[-1] == "a note"
 
 
@@ -182,7 +182,9 @@ def test_activations_that_run_again_are_told() -> None:
     assert "all layers at rank 8 with activations that run again" in verdict_text(here)
     assert any("So activations run again in every choice" in note for note in notes(here))
     assert cells_of(printed(grid_table(here))) == [["64", "none"], ["128", "0*"]]
-    assert "# activations run again: attach(trainer) chooses them inside budget='0.1GiB'" in configuration_text(here)
+    assert "# activations run again: attach(trainer) chooses them inside budget='0.1GiB step'" in configuration_text(
+        here
+    )
 
 
 def test_layer_titles_stay_different() -> None:

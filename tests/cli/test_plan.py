@@ -1,4 +1,4 @@
-"""`rankpilot allocate`: what it prints for each program."""
+"""`rankpilot plan`: what it prints for each program."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from peft import LoraConfig
 from rankpilot.agents.choice import FrontierPlan
 from rankpilot.agents.rules import read_plan
-from rankpilot.cli import allocate as module
+from rankpilot.cli import plan as module
 from rankpilot.errors import ConfigError
 from rankpilot.finetune import experiment
 from rankpilot.finetune.allocate import StaticPlan
@@ -46,7 +46,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
 
 
 def test_options_of_a_training_are_not_taken(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "Unrecognized options: --merge" in usage_error(["allocate", "m", "d", "--merge"], capsys)
+    assert "Unrecognized options: --merge" in usage_error(["plan", "m", "d", "--merge"], capsys)
     (tmp_path / "config.json").write_text('{"merge": true, "budget": "50%"}')
     module.main(["m", "d", "--config", str(tmp_path / "config.json")])
     assert "900 of 1,000 parameters" in capsys.readouterr().out
@@ -88,14 +88,14 @@ def test_a_plan_to_edit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert "predicted to take 900 parameters; the budget is 1,000 parameters" in text
     assert "--policy mine.yaml" in text
     assert "Edit it, and pass --policy" in capsys.readouterr().out
-    module.main(["m", "d", "--form", "plan"])
+    module.main(["m", "d", "--for", "plan"])
     assert 'or policy="plan.yaml"' in capsys.readouterr().out
-    module.main(["m", "d", "--form", "peft", "--output", str(tmp_path / "peft.yaml")])
+    module.main(["m", "d", "--for", "peft", "--output", str(tmp_path / "peft.yaml")])
     assert LoraConfig(**json.loads((tmp_path / "peft.yaml").read_text())).r == 8
 
 
 def test_lines_for_axolotl(tmp_path: Path) -> None:
-    module.main(["m", "d", "--form", "axolotl", "--output", str(tmp_path / "plan.yaml")])
+    module.main(["m", "d", "--for", "axolotl", "--output", str(tmp_path / "plan.yaml")])
     values = yaml.safe_load((tmp_path / "plan.yaml").read_text())
     assert values["lora_target_modules"] == ["model.layers.0.v_proj", "model.layers.1.q_proj"]
     assert values["lora_rank_pattern"] == {r"^model\.layers\.0\.v_proj": 4, r"^model\.layers\.1\.q_proj": 8}
@@ -105,11 +105,19 @@ def test_lines_for_axolotl(tmp_path: Path) -> None:
 
 
 def test_llama_factory_has_no_pattern(tmp_path: Path) -> None:
-    module.main(["m", "d", "--form", "llama-factory", "--output", str(tmp_path / "plan.yaml")])
+    module.main(["m", "d", "--for", "llama-factory", "--output", str(tmp_path / "plan.yaml")])
     text = (tmp_path / "plan.yaml").read_text()
     assert text.startswith("# LLaMA-Factory has one rank for all modules and takes no rank pattern")
     settings = {"finetuning_type": "lora", "lora_target": "q_proj,v_proj", "lora_rank": 4, "lora_alpha": 16}
     assert yaml.safe_load(text) == settings | {"learning_rate": 0.00143}
+
+
+def test_torchtune_has_no_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+    module.main(["m", "d", "--for", "torchtune"])
+    text = capsys.readouterr().out.partition("Predicted:")[0]
+    assert text.startswith("# torchtune has one rank for all modules")
+    model = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": False, "lora_rank": 4, "lora_alpha": 16}
+    assert yaml.safe_load(text) == {"model": model, "optimizer": {"lr": 0.00143}}
 
 
 def test_settings_in_a_yaml_file(tmp_path: Path, plan: list[FinetuneConfig]) -> None:

@@ -1,4 +1,4 @@
-"""`rankpilot allocate`."""
+"""`rankpilot plan`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..common.files import write_text
 from ..common.text import cost_text, make_table
 from ..errors import ConfigError
 from ..finetune.options import FinetuneConfig
-from .options import peek, read_config_file, with_file_settings
+from .options import parse, peek, read_config_file, with_file_settings
 from .progress import console
 
 if TYPE_CHECKING:
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from ..finetune.allocate import StaticPlan
 
 
+Form = Literal["plan", "peft", "axolotl", "llama-factory", "torchtune"]
+
+
 @dataclass(frozen=True)
-class Allocate(FinetuneConfig):
+class Plan(FinetuneConfig):
     """Plan the ranks of a LoRA fine-tune before it begins, without training.
 
     A few small steps measure what plans cost and which modules matter; then the policy decides once. The plan is the
@@ -36,9 +39,10 @@ class Allocate(FinetuneConfig):
     program, with the memory that a training step is predicted to take.
 
     Attributes:
-        form: plan, a file that you can edit and pass as --policy; peft, lines for LoraConfig; axolotl, lines for its
-            config file; llama-factory, which has one rank for all modules: the nearest that it can express. By default
-            plan if the output is a .yaml file, else peft.
+        form: the program that trains: plan, a file that you can edit and pass as --policy; peft, arguments of
+            LoraConfig, also for FSDP2, DeepSpeed and Unsloth; axolotl, lines for its config file; llama-factory and
+            torchtune, which have one rank for all modules: the nearest that they can express. By default plan if the
+            output is a .yaml file, else peft.
         output: write the lines to this new file; by default they are printed.
         log: a new folder for the log of the decision, which `rankpilot study` explains.
         frontier: also show the plans that are worth their cost: bytes, the time of a step, and the expected loss
@@ -49,7 +53,7 @@ class Allocate(FinetuneConfig):
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    form: Literal["plan", "peft", "axolotl", "llama-factory"] | None = None
+    form: Annotated[Form | None, tyro.conf.arg(name="for")] = None
     output: Path | None = None
     log: Path | None = None
     frontier: bool = False
@@ -68,9 +72,9 @@ class Allocate(FinetuneConfig):
 def main(arguments: Sequence[str]) -> None:
     """Make the plan, and print or write it."""
     path = peek(arguments, "--config")
-    base = Allocate(model=tyro.MISSING, data=tyro.MISSING)
+    base = Plan(model=tyro.MISSING, data=tyro.MISSING)
     default = with_file_settings(base, read_config_file(path), path)
-    options = tyro.cli(Allocate, args=arguments, default=default, prog="rankpilot allocate")
+    options = parse(Plan, arguments, default, "rankpilot plan")
     if options.output is not None and options.output.exists():
         raise ConfigError(f"{options.output} exists already. Name a file that does not.")
     if options.log is not None and options.log.exists():
@@ -87,7 +91,9 @@ def main(arguments: Sequence[str]) -> None:
     if form == "plan":
         text = plan.text(output.name if output else "plan.yaml")
     else:
-        text = {"peft": _peft, "axolotl": _axolotl, "llama-factory": _llama_factory}[form](plan)
+        text = {"peft": _peft, "axolotl": _axolotl, "llama-factory": _llama_factory, "torchtune": _torchtune}[form](
+            plan
+        )
     if output is None:
         console.out(text, end="", highlight=False)
     else:
@@ -137,29 +143,42 @@ def _peft(plan: StaticPlan) -> str:
 def _axolotl(plan: StaticPlan) -> str:
     from ..lora.adapter_file import axolotl_yaml
 
-    return axolotl_yaml(plan.by_name()) + _rate_line(plan)
+    return axolotl_yaml(plan.by_name()) + _rate_line(plan, "learning_rate")
 
 
-def _rate_line(plan: StaticPlan) -> str:
-    """The learning rate as a setting of axolotl and LLaMA-Factory; YAML reads 2e-05 as text."""
+def _rate_line(plan: StaticPlan, name: str) -> str:
+    """The learning rate as a setting of that name; YAML reads 2e-05 as text."""
     rate = plan.learning_rate
-    return "" if rate is None else f"learning_rate: {np.format_float_positional(float(f'{rate:.3g}'))}\n"
+    return "" if rate is None else f"{name}: {np.format_float_positional(float(f'{rate:.3g}'))}\n"
 
 
 def _llama_factory(plan: StaticPlan) -> str:
-    """LLaMA-Factory has no rank pattern: the adapted kinds of modules, at the plan's mean rank."""
+    comment, kinds, rank, alpha = _one_rank(plan, "LLaMA-Factory")
+    settings = f"finetuning_type: lora\nlora_target: {','.join(kinds)}\nlora_rank: {rank}\nlora_alpha: {alpha}\n"
+    return comment + settings + _rate_line(plan, "learning_rate")
+
+
+def _torchtune(plan: StaticPlan) -> str:
+    comment, kinds, rank, alpha = _one_rank(plan, "torchtune")
+    attention = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name in kinds]
+    mlp = any(name in kinds for name in ("gate_proj", "up_proj", "down_proj"))
+    modules = json.dumps(attention).replace("o_proj", "output_proj")
+    settings = f"  lora_attn_modules: {modules}\n  apply_lora_to_mlp: {json.dumps(mlp)}\n"
+    rate = _rate_line(plan, "optimizer:\n  lr")
+    return f"{comment}model:\n{settings}  lora_rank: {rank}\n  lora_alpha: {alpha}\n{rate}"
+
+
+def _one_rank(plan: StaticPlan, program: str) -> tuple[str, list[str], int, int]:
+    """For a program without ranks by module: a comment, the adapted kinds of modules, the mean rank and an alpha."""
     adapted = {name: rank for name, rank in plan.ranks.items() if rank}
     kinds = sorted({name.rpartition(".")[2] for name in adapted})
     rank = max(1, sum(adapted.values()) // len(plan.ranks))
     scales = [plan.alphas[name] / each for name, each in adapted.items()]
     one_alpha = len({plan.alphas[name] for name in adapted}) == 1
     alpha = round(plan.config.lora_alpha if one_alpha else sum(scales) / len(scales) * rank)
-    return (
-        "# LLaMA-Factory has one rank for all modules and takes no rank pattern, so this is not the plan:\n"
+    comment = (
+        f"# {program} has one rank for all modules and takes no rank pattern, so this is not the plan:\n"
         f"# it has the plan's mean rank on every module of the kinds that the plan adapts ({len(adapted)} of\n"
-        f"# {len(plan.ranks)} modules there). For the plan itself use --form peft or axolotl.\n"
-        "finetuning_type: lora\n"
-        f"lora_target: {','.join(kinds)}\n"
-        f"lora_rank: {rank}\n"
-        f"lora_alpha: {alpha}\n" + _rate_line(plan)
+        f"# {len(plan.ranks)} modules there). For the plan itself use --for peft or axolotl.\n"
     )
+    return comment, kinds, rank, alpha
