@@ -274,6 +274,7 @@ def _keep_logits(model: torch.nn.Module, arguments: Any, output: Any) -> None:
 
 PEFT_TYPES = {
     "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForImageTextToText": "CAUSAL_LM",
     "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
     "AutoModelForSequenceClassification": "SEQ_CLS",
     "AutoModelForTokenClassification": "TOKEN_CLS",
@@ -298,6 +299,9 @@ def usual_class(config: PreTrainedConfig) -> str:
                 return name
     if kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return "AutoModelForSeq2SeqLM"
+    sees = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if sees and kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "AutoModelForImageTextToText"
     reads_one_way = (
         kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
     )
