@@ -32,7 +32,7 @@ from ..lora.peft_config import fresh_adapters, head_names
 from ..lora.targets import TargetModule, find_target_modules
 from . import training_step
 from .breakdown import frozen_bytes
-from .calibration import measure_memory
+from .calibration import keeps_state, measure_memory
 from .hollow_device import Attention, HollowDevice, hollow_autocast, hollow_device
 from .live_storages import META_STANDS_FOR, DeviceKind
 from .measured_time import count_work
@@ -191,11 +191,15 @@ def _recorded(
     training = training_step.TrainingStep(
         model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1
     )
-    batch = hollow_batch(base, calibration_shape(config, shape, padded=loaded.padded))
+    calibrated = shape if keeps_state(model) else calibration_shape(config, shape, padded=loaded.padded)
+    batch = hollow_batch(base, calibrated)
     savers = ExactSavers(model, [name for name in SAVERS if name != CACHE] if step.exact_savers else ())  # it has none
 
     def measured() -> MemoryModel:
-        return replace(measure_memory(training, targets, batch, signals=False), shape=shape)
+        memory = measure_memory(training, targets, batch, signals=False)
+        if not memory.predicts(shape):
+            memory = measure_memory(training, targets, hollow_batch(base, shape), signals=False)
+        return replace(memory, shape=shape)
 
     def leaner() -> ConfiguredStep | None:
         with _hollow(device), _predictable(config):
@@ -340,6 +344,10 @@ MASK_ALIGNMENT = 16
 """The memory-efficient kernel copies a mask whose rows are no multiple of this long."""
 
 
+_WINDOWS = ("sliding_window", "local_attention", "attention_window", "attention_chunk_size")
+"""What configurations call the tokens that a token sees at the most."""
+
+
 def calibration_shape(config: PreTrainedConfig, shape: BatchShape, *, padded: bool) -> BatchShape:
     """A shape, at least as large, such that all steps of a calibration on it run the operators that `shape` runs.
 
@@ -347,7 +355,7 @@ def calibration_shape(config: PreTrainedConfig, shape: BatchShape, *, padded: bo
     multiple of `MASK_ALIGNMENT` where there is padding. Without contents larger steps cost nothing.
     """
     text = config.get_text_config()
-    windows = [getattr(text, name, None) or 0 for name in ("sliding_window", "local_attention", "attention_window")]
+    windows = [getattr(text, name, None) or 0 for name in _WINDOWS]
     length = max([shape.length, *(2 * w for w in windows if isinstance(w, int) and 0 < w <= shape.length)])
     if padded:
         length += -length % (2 * MASK_ALIGNMENT)

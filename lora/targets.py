@@ -253,9 +253,9 @@ def _refuse_config(config: LoraConfig) -> None:
         )
     if config.target_parameters:
         raise UnsupportedError(
-            f"target_parameters={sorted(config.target_parameters)}, which PEFT sets by itself for many mixtures of experts, "
-            "stack the pairs of all experts in one tensor, whose rank cannot change. Give LoraConfig "
-            f"target_modules={_module_names(config)} without target_parameters: then experts stay as they are."
+            f"target_parameters={sorted(config.target_parameters)} stack the pairs of all experts in one tensor, whose "
+            "rank cannot change; under target_modules='all-linear' PEFT sets them by itself. Give LoraConfig "
+            f"target_modules={_module_names(config)} alone: then experts stay as they are."
         )
 
 
