@@ -28,7 +28,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..errors import ConfigError, RankPilotError, UnsupportedError, first_line
-from ..lora.peft_config import fresh_adapters, head_names
+from ..lora.peft_config import fresh_adapters, fused_experts, head_names
 from ..lora.targets import TargetModule, find_target_modules
 from . import training_step
 from .breakdown import frozen_bytes
@@ -37,7 +37,15 @@ from .hollow_device import Attention, HollowDevice, hollow_autocast, hollow_devi
 from .live_storages import META_STANDS_FOR, DeviceKind
 from .measured_time import count_work
 from .model import MemoryModel
-from .published import WORKSPACE_BYTES, check_length, check_reads_tokens, find_configuration, most_positions
+from .published import (
+    WORKSPACE_BYTES,
+    check_experts,
+    check_length,
+    check_reads_tokens,
+    find_configuration,
+    most_positions,
+    stored_method,
+)
 from .recording import BatchShape
 from .savers import CACHE, SAVERS, ExactSavers, Priced, Saved
 from .step_config import Quantization, StepConfig
@@ -90,6 +98,7 @@ class ConfiguredStep:
         positions: the most tokens of a row; None if the model sets no limit.
         work: what the step computes; None if it was not counted.
         saved: what a step of plain LoRA takes with each exact saver more, likewise.
+        fused: how many of the parameters are experts in one tensor, which no quantisation of a loaded model reaches.
         leaner: makes the same step with activations that run again; None where that saves nothing, or is not asked for.
     """
 
@@ -102,6 +111,7 @@ class ConfiguredStep:
     positions: int | None
     work: StepWork | None = field(repr=False)
     saved: tuple[Saved, ...] = ()
+    fused: int = 0
     leaner: Callable[[], ConfiguredStep | None] = field(default=lambda: None, repr=False)
 
 
@@ -136,6 +146,8 @@ def from_config(
     """
     config = find_configuration(config) if isinstance(config, str) else copy.deepcopy(config)
     check_reads_tokens(config)
+    check_experts(config)
+    stored_method(config, step.quantization)
     loaded = loaded or LoadedAs()
     auto_class = usual_class(config)
     device = HollowDevice(loaded.device, loaded.attention, loaded.padded)
@@ -160,7 +172,7 @@ def _hollow(device: HollowDevice) -> Iterator[None]:
 
 @contextmanager
 def _predictable(config: PreTrainedConfig) -> Iterator[None]:
-    """Tell what went wrong in a step as an error of the configuration, or of what computes with contents."""
+    """Tell what went wrong in a step as an error of the configuration, or of a step that cannot run without contents."""
     try:
         yield
     except RankPilotError:
@@ -168,9 +180,11 @@ def _predictable(config: PreTrainedConfig) -> Iterator[None]:
     except AttributeError as error:
         raise ConfigError(f"The configuration lacks what its model needs: {first_line(error)}") from error
     except (RuntimeError, NotImplementedError, ValueError, TypeError, ArithmeticError) as error:
+        needs = isinstance(error, NotImplementedError) or "meta tensor" in str(error)
+        why = "because what it computes depends on contents" if needs else "because it failed"
         raise UnsupportedError(
-            f"A step of {config.model_type!r} cannot be predicted from its configuration, because what it computes "
-            f"depends on contents ({first_line(error)[:120]}). Load the model, and measure it with `rankpilot memory`."
+            f"A step of {config.model_type!r} cannot be predicted from its configuration, {why} "
+            f"({first_line(error)[:120]}). Load the model, and measure it with `rankpilot memory`."
         ) from error
 
 
@@ -223,6 +237,7 @@ def _recorded(
         positions=most_positions(base),
         work=work,
         saved=priced.saved,
+        fused=sum(experts.numel() for experts in fused_experts(base)),
     )
     return replace(found, leaner=leaner) if prices and priced.memory.segments else found
 
@@ -318,7 +333,8 @@ def hollow_base(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | 
     Args:
         config: the configuration.
         auto_class: a key of `PEFT_TYPES`.
-        dtype: the precision of weights; by default that of the configuration.
+        dtype: the precision of weights; by default that of the configuration. Attention by flash_attention_2 or 3, flex
+            or a kernel of the hub is that of torch, which holds as much for the backward pass.
 
     Raises:
         ConfigError: the class has no model of this kind.
@@ -327,6 +343,8 @@ def hollow_base(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | 
     config.use_cache = text.use_cache = False
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = None
     try:
         dtype = dtype or config.dtype or torch.float32
         base: PreTrainedModel = getattr(transformers, auto_class).from_config(config, dtype=dtype)

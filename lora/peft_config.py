@@ -61,6 +61,13 @@ def fresh_adapters(
         raise ConfigError(f"Cannot adapt {name!r} with target_modules={target_modules!r}: {error}") from error
 
 
+def fused_experts(module: nn.Module, *, recurse: bool = True) -> Iterator[nn.Parameter]:
+    """The parameters, below a module or its own, that each hold the matrices of several experts."""
+    for part in module.modules() if recurse else (module,):
+        if type(part).__name__.endswith("Experts"):
+            yield from (parameter for parameter in part.parameters(recurse=False) if parameter.dim() == 3)
+
+
 def left_out(base: nn.Module) -> dict[str, str]:
     """Modules that "all-linear" leaves out with all below them, by name, with the reason; empty for most models.
 
@@ -76,7 +83,7 @@ def left_out(base: nn.Module) -> dict[str, str]:
     for name, module in base.named_modules():
         if is_router(name, module):
             found[name] = "routers"
-        elif type(module).__name__.endswith("Experts") and any(p.dim() == 3 for p in module.parameters()):
+        elif next(fused_experts(module, recurse=False), None) is not None:
             found[name] = "experts, which are fused parameters"
         elif hasattr(module, "A_log") and hasattr(module, "D"):
             found |= dict.fromkeys((f"{name}.{each}" for each in _READ_PAST), "of Mamba's layers all but in_proj")

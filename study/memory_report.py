@@ -18,6 +18,7 @@ from ..cost.breakdown import KINDS, Kind
 from ..cost.outlook import USUAL_CARD, Choice, GridCell, Outlook
 from ..cost.savers import ACTIVATIONS
 from ..errors import BudgetError
+from ..lora.peft_config import left_out
 from ..lora.spec import REFERENCE_RANK
 from .memory_config import MemoryConfig
 from .pictures import memory_picture
@@ -100,7 +101,8 @@ def _largest_text(outlook: Outlook) -> str:
     """What to do where the batch that was asked for does not fit."""
     fitting = [cell for cell in outlook.grid if cell.recomputed is not None]
     if not fitting:
-        smaller = "--quantization nf4, " if outlook.settings.quantization != "nf4" else ""
+        linear = 2 * outlook.step.fused < outlook.step.parameters
+        smaller = "--quantization nf4, " if outlook.settings.quantization != "nf4" and linear else ""
         return f" No batch of the grid fits. Take {smaller}a smaller model or a larger card."
     largest = max(fitting, key=lambda cell: (cell.shape.rows * cell.shape.length, cell.shape.length))
     how = _recomputed_text(outlook, largest.recomputed or 0, largest.activations)
@@ -209,6 +211,13 @@ def notes(outlook: Outlook) -> Iterator[str]:
             f"On the card: the frozen model ({frozen}), CUDA's context and workspaces ({taken}), the step, and what "
             "the allocator reserves beside it. Tight: it fits without that."
         )
+        if outlook.step.fused:
+            precision = "in fp32" if outlook.settings.quantization != "none" else f"in {outlook.dtype}"
+            yield (
+                f"{outlook.step.fused / outlook.step.parameters:.0%} of the weights are experts, frozen {precision}, since "
+                "bitsandbytes quantises linear layers alone. Each token takes as many of them as the configuration says; "
+                "the bytes of a step are the same, whichever they are."
+            )
         if not outlook.recomputable:
             name = type(outlook.step.model.get_base_model()).__name__
             yield f"{name} does not support gradient checkpointing: no layer can run again."
@@ -266,6 +275,8 @@ def configuration_text(outlook: Outlook) -> str:
     if best is None:
         raise BudgetError(verdict_text(outlook))
     names = [name.strip() for name in settings.target_modules.split(",")]
+    if names == ["all-linear"] and left_out(outlook.step.model.get_base_model()):
+        names = sorted(outlook.step.model.peft_config["default"].target_modules)
     modules = repr(names[0] if len(names) == 1 else names)
     if best.layers < outlook.blocks:
         modules = repr([target.name for target, rank in zip(outlook.step.targets, best.ranks, strict=True) if rank])
