@@ -28,7 +28,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..errors import ConfigError, RankPilotError, UnsupportedError, first_line
-from ..lora.peft_config import fresh_adapters, fused_experts, head_names
+from ..lora.peft_config import fresh_adapters, fused_experts, head_names, left_out
 from ..lora.targets import TargetModule, find_target_modules
 from . import training_step
 from .breakdown import frozen_bytes
@@ -99,6 +99,7 @@ class ConfiguredStep:
         work: what the step computes; None if it was not counted.
         saved: what a step of plain LoRA takes with each exact saver more, likewise.
         fused: how many of the parameters are experts in one tensor, which no quantisation of a loaded model reaches.
+        named: names of modules to give in place of "all-linear", where that is of others in PEFT; else empty.
         leaner: makes the same step with activations that run again; None where that saves nothing, or is not asked for.
     """
 
@@ -112,6 +113,7 @@ class ConfiguredStep:
     work: StepWork | None = field(repr=False)
     saved: tuple[Saved, ...] = ()
     fused: int = 0
+    named: tuple[str, ...] = ()
     leaner: Callable[[], ConfiguredStep | None] = field(default=lambda: None, repr=False)
 
 
@@ -172,7 +174,7 @@ def _hollow(device: HollowDevice) -> Iterator[None]:
 
 @contextmanager
 def _predictable(config: PreTrainedConfig) -> Iterator[None]:
-    """Tell what went wrong in a step as an error of the configuration, or of a step that cannot run without contents."""
+    """Tell what went wrong in a step as an error of the configuration, or of a step that cannot run like this."""
     try:
         yield
     except RankPilotError:
@@ -238,6 +240,7 @@ def _recorded(
         work=work,
         saved=priced.saved,
         fused=sum(experts.numel() for experts in fused_experts(base)),
+        named=tuple(sorted(model.peft_config["default"].target_modules)) if left_out(base) else (),
     )
     return replace(found, leaner=leaner) if prices and priced.memory.segments else found
 

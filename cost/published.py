@@ -269,8 +269,8 @@ def check_experts(config: PreTrainedConfig) -> None:
     chosen = getattr(text, "num_experts_per_tok", None)
     if experts > 1 and isinstance(chosen, int) and not 1 <= chosen <= experts:
         raise ConfigError(
-            f"The configuration of {config.model_type!r} sends each token to num_experts_per_tok={chosen} of its {experts} "
-            f"experts. Give 1 to {experts}."
+            f"The configuration of {config.model_type!r} sends each token to num_experts_per_tok={chosen} of its "
+            f"{experts} experts. Give 1 to {experts}."
         )
 
 
@@ -285,8 +285,8 @@ def stored_method(config: PreTrainedConfig, quantization: Quantization) -> str:
         ConfigError: it does, and other bits are asked for.
     """
     stored: Any = getattr(config, "quantization_config", None) or {}
-    method: Any = stored.get("quant_method", "") if isinstance(stored, dict) else stored.quant_method
-    method = str(getattr(method, "value", method))
+    given: Any = stored.get("quant_method", "") if isinstance(stored, dict) else stored.quant_method
+    method = str(getattr(given, "value", given))
     if method not in ("", "bitsandbytes") and quantization != "none":
         raise ConfigError(
             f"The weights of this {config.model_type!r} are stored in {method}, which transformers does not turn into "

@@ -111,7 +111,10 @@ def _all_linear(base: nn.Module) -> str | list[str]:
         conversion.convert_peft_config_for_transformers(config, base, None)
     kept = sorted(config.target_modules or ())
     taken = sorted({name.rpartition(".")[2] for name in {*named} - {*kept}})
-    parts = [*dict.fromkeys(reasons.values()), *([f"{', '.join(taken)}, which PEFT takes for experts"] if taken else [])]
+    parts = [
+        *dict.fromkeys(reasons.values()),
+        *([f"{', '.join(taken)}, which PEFT takes for experts"] if taken else []),
+    ]
     logger.warning("target_modules='all-linear' leaves out: %s.", "; ".join(parts))
     return kept
 

@@ -18,7 +18,6 @@ from ..cost.breakdown import KINDS, Kind
 from ..cost.outlook import USUAL_CARD, Choice, GridCell, Outlook
 from ..cost.savers import ACTIVATIONS
 from ..errors import BudgetError
-from ..lora.peft_config import left_out
 from ..lora.spec import REFERENCE_RANK
 from .memory_config import MemoryConfig
 from .pictures import memory_picture
@@ -212,11 +211,9 @@ def notes(outlook: Outlook) -> Iterator[str]:
             "the allocator reserves beside it. Tight: it fits without that."
         )
         if outlook.step.fused:
-            precision = "in fp32" if outlook.settings.quantization != "none" else f"in {outlook.dtype}"
             yield (
-                f"{outlook.step.fused / outlook.step.parameters:.0%} of the weights are experts, frozen {precision}, since "
-                "bitsandbytes quantises linear layers alone. Each token takes as many of them as the configuration says; "
-                "the bytes of a step are the same, whichever they are."
+                f"{outlook.step.fused / outlook.step.parameters:.0%} of the weights are experts in fused parameters, "
+                "which nf4 and int8 store in fp32. Whichever experts take a token, the bytes of a step are the same."
             )
         if not outlook.recomputable:
             name = type(outlook.step.model.get_base_model()).__name__
@@ -275,8 +272,8 @@ def configuration_text(outlook: Outlook) -> str:
     if best is None:
         raise BudgetError(verdict_text(outlook))
     names = [name.strip() for name in settings.target_modules.split(",")]
-    if names == ["all-linear"] and left_out(outlook.step.model.get_base_model()):
-        names = sorted(outlook.step.model.peft_config["default"].target_modules)
+    if names == ["all-linear"] and outlook.step.named:
+        names = list(outlook.step.named)
     modules = repr(names[0] if len(names) == 1 else names)
     if best.layers < outlook.blocks:
         modules = repr([target.name for target, rank in zip(outlook.step.targets, best.ranks, strict=True) if rank])
