@@ -452,7 +452,7 @@ class Outlook:
 
     @cached_property
     def grid(self) -> tuple[GridCell, ...]:
-        """Batches that can be predicted, by rows and tokens, for all layers at the rank asked for; empty without card."""
+        """Batches that can be predicted, for all layers at the rank that was asked for; empty without a card."""
         if self.card is None:
             return ()
         limit = self.step.positions or max(LENGTHS)
