@@ -77,7 +77,17 @@ ARCHITECTURES: dict[str, tuple[type[t.PreTrainedConfig], dict[str, Any]]] = {
         | {"vision_config": _SIGHT | {"depth": 2, "num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [1]}},
     ),
 }
-OTHERS_STAND_FOR = ("qwen2-moe", "llama4", "mamba2", "deepseek-v2", "granite-moe", "olmoe", "bamba", "jamba", "gemma3-vision")
+OTHERS_STAND_FOR = (
+    "qwen2-moe",
+    "llama4",
+    "mamba2",
+    "deepseek-v2",
+    "granite-moe",
+    "olmoe",
+    "bamba",
+    "jamba",
+    "gemma3-vision",
+)
 
 ROWS, LENGTH = 4, 32
 
