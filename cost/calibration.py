@@ -79,7 +79,8 @@ def calibrate(
     outside = trained_outside(model, optimizer)
     with all_training(model, targets, outside), expecting_one(model):
         recorder = _ScaledRecorder(Recorder(model, targets, loss, outside), targets, tiles)
-        batches = [reshaped(batch, other, rows_per_example) for other in _small_shapes(shape, rows_per_example)]
+        shapes = _small_shapes(shape, rows_per_example, cut=not keeps_state(model))
+        batches = [reshaped(batch, other, rows_per_example) for other in shapes]
         small, series = batches[0], _same_series(recorder, batches)
         growth = series and Growth.of(shape, [BatchShape.of(each) for each in batches], series, tiles)
         if series and growth:
@@ -116,13 +117,18 @@ def _same_series(recorder: _ScaledRecorder, batches: Sequence[Batch]) -> list[Re
     return recordings if all(_same_operations(recordings[0], other) for other in recordings[1:]) else None
 
 
-def _small_shapes(shape: BatchShape, rows_per_example: int) -> tuple[BatchShape, BatchShape, BatchShape]:
+def keeps_state(model: nn.Module) -> bool:
+    """Whether layers keep a state (Mamba, Qwen3-Next): these pad rows to whole pieces, or take a step for each."""
+    return any(hasattr(module, "A_log") for module in model.modules())
+
+
+def _small_shapes(shape: BatchShape, rows_per_example: int, *, cut: bool) -> tuple[BatchShape, BatchShape, BatchShape]:
     """Three shapes: small, since a step with every module adapted may exceed the budget; cut; and with one row more."""
-    cut = 2 if shape.length >= 4 else 1
+    parts = 2 if cut and shape.length >= 4 else 1
     examples = shape.rows // rows_per_example
-    few = cut if examples == 1 else 2  # with one row some operators take short cuts
-    length = shape.length if examples >= 4 else -(-shape.length // cut)
-    shorter = -(-length // cut)
+    few = parts if examples == 1 else 2  # with one row some operators take short cuts
+    length = shape.length if examples >= 4 else -(-shape.length // parts)
+    shorter = -(-length // parts)
     sizes = (few, length), (few, shorter), (few + 1, shorter)
     small, short, wide = (BatchShape(count * rows_per_example, tokens) for count, tokens in sizes)
     return small, short, wide

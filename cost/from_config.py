@@ -28,16 +28,24 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..errors import ConfigError, RankPilotError, UnsupportedError, first_line
-from ..lora.peft_config import fresh_adapters, head_names
+from ..lora.peft_config import fresh_adapters, fused_experts, head_names, left_out
 from ..lora.targets import TargetModule, find_target_modules
 from . import training_step
 from .breakdown import frozen_bytes
-from .calibration import measure_memory
+from .calibration import keeps_state, measure_memory
 from .hollow_device import Attention, HollowDevice, hollow_autocast, hollow_device
 from .live_storages import META_STANDS_FOR, DeviceKind
 from .measured_time import count_work
 from .model import MemoryModel
-from .published import WORKSPACE_BYTES, check_length, check_reads_tokens, find_configuration, most_positions
+from .published import (
+    WORKSPACE_BYTES,
+    check_experts,
+    check_length,
+    check_reads_tokens,
+    find_configuration,
+    most_positions,
+    stored_method,
+)
 from .recording import BatchShape
 from .savers import CACHE, SAVERS, ExactSavers, Priced, Saved
 from .step_config import Quantization, StepConfig
@@ -90,6 +98,8 @@ class ConfiguredStep:
         positions: the most tokens of a row; None if the model sets no limit.
         work: what the step computes; None if it was not counted.
         saved: what a step of plain LoRA takes with each exact saver more, likewise.
+        fused: how many of the parameters are experts in one tensor, which no quantisation of a loaded model reaches.
+        named: names of modules to give in place of "all-linear", where that is of others in PEFT; else empty.
         leaner: makes the same step with activations that run again; None where that saves nothing, or is not asked for.
     """
 
@@ -102,6 +112,8 @@ class ConfiguredStep:
     positions: int | None
     work: StepWork | None = field(repr=False)
     saved: tuple[Saved, ...] = ()
+    fused: int = 0
+    named: tuple[str, ...] = ()
     leaner: Callable[[], ConfiguredStep | None] = field(default=lambda: None, repr=False)
 
 
@@ -135,6 +147,8 @@ def from_config(
     """
     config = find_configuration(config) if isinstance(config, str) else copy.deepcopy(config)
     check_reads_tokens(config)
+    check_experts(config)
+    stored_method(config, step.quantization)
     loaded = loaded or LoadedAs()
     auto_class = usual_class(config)
     device = HollowDevice(loaded.device, loaded.attention, loaded.padded)
@@ -159,7 +173,7 @@ def _hollow(device: HollowDevice) -> Iterator[None]:
 
 @contextmanager
 def _predictable(config: PreTrainedConfig) -> Iterator[None]:
-    """Tell what went wrong in a step as an error of the configuration, or of what computes with contents."""
+    """Tell what went wrong in a step as an error of the configuration, or of a step that cannot run like this."""
     try:
         yield
     except RankPilotError:
@@ -167,9 +181,11 @@ def _predictable(config: PreTrainedConfig) -> Iterator[None]:
     except AttributeError as error:
         raise ConfigError(f"The configuration lacks what its model needs: {first_line(error)}") from error
     except (RuntimeError, NotImplementedError, ValueError, TypeError, ArithmeticError) as error:
+        needs = isinstance(error, NotImplementedError) or "meta tensor" in str(error)
+        why = "because what it computes depends on contents" if needs else "because it failed"
         raise UnsupportedError(
-            f"A step of {config.model_type!r} cannot be predicted from its configuration, because what it computes "
-            f"depends on contents ({first_line(error)[:120]}). Load the model, and measure it with `rankpilot memory`."
+            f"A step of {config.model_type!r} cannot be predicted from its configuration, {why} "
+            f"({first_line(error)[:120]}). Load the model, and measure it with `rankpilot memory`."
         ) from error
 
 
@@ -190,12 +206,16 @@ def _recorded(
     training = training_step.TrainingStep(
         model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1
     )
-    batch = hollow_batch(base, calibration_shape(config, shape, padded=loaded.padded))
+    calibrated = shape if keeps_state(model) else calibration_shape(config, shape, padded=loaded.padded)
+    batch = hollow_batch(base, calibrated)
     asked = hollow_batch(base, shape)
     savers = ExactSavers(model, [name for name in SAVERS if name != CACHE] if step.exact_savers else ())  # it has none
 
     def measured() -> MemoryModel:
-        return replace(measure_memory(training, targets, batch, signals=False), shape=shape)
+        memory = measure_memory(training, targets, batch, signals=False)
+        if not memory.predicts(shape):
+            memory = measure_memory(training, targets, hollow_batch(base, shape), signals=False)
+        return replace(memory, shape=shape)
 
     def leaner() -> ConfiguredStep | None:
         with _hollow(device), _predictable(config):
@@ -219,6 +239,8 @@ def _recorded(
         positions=most_positions(base),
         work=work,
         saved=priced.saved,
+        fused=sum(experts.numel() for experts in fused_experts(base)),
+        named=tuple(sorted(model.peft_config["default"].target_modules)) if left_out(base) else (),
     )
     return replace(found, leaner=leaner) if prices and priced.memory.segments else found
 
@@ -274,6 +296,7 @@ def _keep_logits(model: torch.nn.Module, arguments: Any, output: Any) -> None:
 
 PEFT_TYPES = {
     "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForImageTextToText": "CAUSAL_LM",
     "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
     "AutoModelForSequenceClassification": "SEQ_CLS",
     "AutoModelForTokenClassification": "TOKEN_CLS",
@@ -298,6 +321,9 @@ def usual_class(config: PreTrainedConfig) -> str:
                 return name
     if kind in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return "AutoModelForSeq2SeqLM"
+    sees = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if sees and kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "AutoModelForImageTextToText"
     reads_one_way = (
         kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING and kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
     )
@@ -310,7 +336,8 @@ def hollow_base(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | 
     Args:
         config: the configuration.
         auto_class: a key of `PEFT_TYPES`.
-        dtype: the precision of weights; by default that of the configuration.
+        dtype: the precision of weights; by default that of the configuration. Attention by flash_attention_2 or 3, flex
+            or a kernel of the hub is that of torch, which holds as much for the backward pass.
 
     Raises:
         ConfigError: the class has no model of this kind.
@@ -319,6 +346,8 @@ def hollow_base(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | 
     config.use_cache = text.use_cache = False
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = None
     try:
         dtype = dtype or config.dtype or torch.float32
         base: PreTrainedModel = getattr(transformers, auto_class).from_config(config, dtype=dtype)
@@ -336,6 +365,10 @@ MASK_ALIGNMENT = 16
 """The memory-efficient kernel copies a mask whose rows are no multiple of this long."""
 
 
+_WINDOWS = ("sliding_window", "local_attention", "attention_window", "attention_chunk_size")
+"""What configurations call the tokens that a token sees at the most."""
+
+
 def calibration_shape(config: PreTrainedConfig, shape: BatchShape, *, padded: bool) -> BatchShape:
     """A shape, at least as large, such that all steps of a calibration on it run the operators that `shape` runs.
 
@@ -343,7 +376,7 @@ def calibration_shape(config: PreTrainedConfig, shape: BatchShape, *, padded: bo
     multiple of `MASK_ALIGNMENT` where there is padding. Without contents larger steps cost nothing.
     """
     text = config.get_text_config()
-    windows = [getattr(text, name, None) or 0 for name in ("sliding_window", "local_attention", "attention_window")]
+    windows = [getattr(text, name, None) or 0 for name in _WINDOWS]
     length = max([shape.length, *(2 * w for w in windows if isinstance(w, int) and 0 < w <= shape.length)])
     if padded:
         length += -length % (2 * MASK_ALIGNMENT)

@@ -115,11 +115,22 @@ def _equal(device: HollowDevice, one: torch.Tensor, other: torch.Tensor) -> Any:
     return not device.padded if one.is_meta else _below(ATEN.equal.default, one, other)
 
 
+def _grouped_mm(device: HollowDevice, rows: torch.Tensor, weights: torch.Tensor, *rest: Any) -> Any:
+    """Rows times the weights of the expert that each was sent to: of the same size, whichever expert that is.
+
+    The meta device takes bfloat16 alone.
+    """
+    if rows.dtype == torch.bfloat16 or (rows.dim(), weights.dim()) != (2, 3):
+        return _below(ATEN._grouped_mm.default, rows, weights, *rest)
+    return _below(ATEN.mm.default, rows, weights[0])
+
+
 _REPLACED: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": _scaled_dot_product_attention,
     "softmax.int": partial(_softmax, ATEN._softmax.default, ATEN.softmax.int),
     "log_softmax.int": partial(_softmax, ATEN._log_softmax.default, ATEN.log_softmax.int),
     "dropout": _dropout,
+    "_grouped_mm": _grouped_mm,
     "_local_scalar_dense": _read,
     "equal": _equal,
 }
@@ -191,11 +202,13 @@ def attend(
     tensors: tuple[torch.Tensor, ...] = query, key, value
     same_heads = enable_gqa or query.shape[:-2] == key.shape[:-2]
     fused = query.dim() == 4 and same_heads and attention != "math"
-    if kind == "cpu" and fused and not dropout_p and not (mask is not None and mask.requires_grad):
+    same_width = query.shape[-1] == value.shape[-1]  # not so in latent attention (DeepSeek)
+    if kind == "cpu" and fused and same_width and not dropout_p and not (mask is not None and mask.requires_grad):
         output = ATEN._scaled_dot_product_flash_attention_for_cpu(*tensors, 0.0, is_causal, attn_mask=mask, scale=scale)
         return _first(output)
     if kind == "cuda" and fused:
-        if attention == "auto" and mask is None and query.element_size() == 2 and query.shape[-1] <= WIDEST_FLASH:
+        halves = query.element_size() == 2 and query.shape[-1] <= WIDEST_FLASH
+        if attention == "auto" and mask is None and halves and same_width:
             return _flash(tensors, dropout_p, is_causal, scale)
         if attention == "efficient" and grouped:
             repeats, grouped = query.shape[-3] // key.shape[-3], False

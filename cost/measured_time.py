@@ -406,6 +406,8 @@ def _flops(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any], r
     if count is not None:
         return float(count(*arguments, **options, out_val=result))
     name = getattr(packet, "__name__", "")
+    if name == "_grouped_mm":  # each row with the weights of one expert
+        return float(2 * arguments[0].numel() * arguments[1].shape[-1])
     if name == "_scaled_dot_product_flash_attention_for_cpu":
         return float(sdpa_flop_count(*(value.shape for value in arguments[:3])))  # type: ignore[no-untyped-call]
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":

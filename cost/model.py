@@ -64,11 +64,19 @@ class MemoryModel:
 
         Raises:
             UnsupportedError: the model's operations depend on its data, or its loss works in several tiles, so only the
-                shape of calibration is known; or that shape was too short to tell how sizes grow with length.
+                shape of calibration is known; or it was measured at one length, which tells nothing of others.
         """
         factor = self._growth.factor(shape)
         base = np.round(self._base * factor)
         return np.ceil(base / self._block_bytes) * self._block_bytes, np.round(self._slope * factor)
+
+    def predicts(self, shape: BatchShape) -> bool:
+        """Whether batches of a shape can be predicted; see `sizes`."""
+        try:
+            self._growth.factor(shape)
+        except UnsupportedError:
+            return False
+        return True
 
     def cost(self, shape: BatchShape | None = None) -> ByteCost:
         """The cost of plans at a batch shape, that of calibration by default.
@@ -420,8 +428,8 @@ class Growth:
             )
         if self.length_ratio == 1 and shape.length != recorded.length:
             raise UnsupportedError(
-                f"Batches of {shape} cannot be predicted: the model was measured with batches of {recorded}, which "
-                "are too short to tell how memory grows with length. Calibrate with the longer batch."
+                f"Batches of {shape} cannot be predicted: the model was measured with batches of {recorded}, and one "
+                "length does not tell how memory grows with length. Calibrate with the longer batch."
             )
         if self.tile and shape != self.whole and max(map(loss_tokens, (shape, self.whole))) > self.tile:
             raise UnsupportedError(

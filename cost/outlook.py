@@ -460,13 +460,14 @@ class Outlook:
 
     @cached_property
     def grid(self) -> tuple[GridCell, ...]:
-        """Batches by rows and tokens, for all layers at the rank that was asked for; empty without a card."""
+        """Batches that can be predicted, for all layers at the rank that was asked for; empty without a card."""
         if self.card is None:
             return ()
         limit = self.step.positions or max(LENGTHS)
         lengths = sorted({length for length in LENGTHS if length <= limit} | {self.settings.max_length})
         rows = sorted({*ROWS, self.settings.batch_size})
-        return tuple(self._cell(BatchShape(count, length)) for length in lengths for count in rows)
+        shapes = (BatchShape(count, length) for length in lengths for count in rows)
+        return tuple(self._cell(shape) for shape in shapes if self.memory.predicts(shape))
 
     def _cell(self, shape: BatchShape) -> GridCell:
         assert self.card is not None, "there is no card"

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from ..errors import AssetError, BudgetError, ConfigError, UnknownNameError, first_line
 from .budget import Budget
+from .step_config import Quantization
 
 _CARDS = Path(__file__).with_name("devices.json")
 _MIB = 2**20
@@ -274,6 +275,39 @@ def check_reads_tokens(config: PreTrainedConfig, name: str = "") -> None:
     raise ConfigError(
         f"{what} reads no tokens{'' if main in _TOKENS else f' but {main}'}: rankpilot plans and trains models of text."
     )
+
+
+def check_experts(config: PreTrainedConfig) -> None:
+    """Raise ConfigError for a mixture that sends a token to more experts than it has, or to none."""
+    text: Any = config.get_text_config()
+    experts = next((n for name in _EXPERTS if isinstance(n := getattr(text, name, None), int)), 0)
+    chosen = getattr(text, "num_experts_per_tok", None)
+    if experts > 1 and isinstance(chosen, int) and not 1 <= chosen <= experts:
+        raise ConfigError(
+            f"The configuration of {config.model_type!r} sends each token to num_experts_per_tok={chosen} of its "
+            f"{experts} experts. Give 1 to {experts}."
+        )
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What configurations call the number of experts that a router chooses from."""
+
+
+def stored_method(config: PreTrainedConfig, quantization: Quantization) -> str:
+    """How a checkpoint stores its weights in fewer bits, such as "mxfp4"; empty if it does not.
+
+    Raises:
+        ConfigError: it does, and other bits are asked for.
+    """
+    stored: Any = getattr(config, "quantization_config", None) or {}
+    given: Any = stored.get("quant_method", "") if isinstance(stored, dict) else stored.quant_method
+    method = str(getattr(given, "value", given))
+    if method not in ("", "bitsandbytes") and quantization != "none":
+        raise ConfigError(
+            f"The weights of this {config.model_type!r} are stored in {method}, which transformers does not turn into "
+            f"{quantization}. Leave --quantization out, or take a checkpoint in bf16."
+        )
+    return method
 
 
 def _main_input(config: PreTrainedConfig) -> str:

@@ -16,7 +16,7 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from ..common.devices import find_device
-from ..cost.published import positions_of, try_hub_once, unusable
+from ..cost.published import positions_of, stored_method, try_hub_once, unusable
 from ..cost.step_config import Quantization, StepConfig
 from ..cost.training_step import check_installed
 from ..errors import AssetError, ConfigError, UnknownNameError, first_line
@@ -172,13 +172,15 @@ def load_model(
 
     Raises:
         UnknownNameError, AssetError: there is no such model.
-        ConfigError: there is no model of this kind for the task.
+        ConfigError: there is no model of this kind for the task, or its checkpoint has fewer bits already.
         UnsupportedError: bitsandbytes, which quantises, is missing.
     """
     check_installed(quantization=quantization)
     config = load_config(name)
     _check_task(name, config, task)
     options = head_options(task, labels) | loading_options(bitsandbytes_settings(config, task, quantization))
+    if stored_method(config, quantization) == "mxfp4":  # which does not train
+        options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     auto = getattr(transformers, KINDS[task].auto_class)
 
     def load(path: str) -> Any:

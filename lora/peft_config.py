@@ -11,10 +11,12 @@ alpha / r, and alpha / sqrt(r) under `use_rslora` (Kalajdzievski, 2023, arXiv:23
 """
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,7 +29,9 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConfigError, UnknownNameError
 from .resize import is_trained, resize
 from .spec import REFERENCE_RANK, Scaling
-from .targets import CONSTANT_SCALING, TargetModule, find_target_modules, guard_base, unwrap
+from .targets import CONSTANT_SCALING, TargetModule, find_target_modules, guard_base, is_router, unwrap
+
+logger = logging.getLogger(__name__)
 
 
 def fresh_adapters(
@@ -40,20 +44,79 @@ def fresh_adapters(
         name: the model's name, for errors.
         peft_type: PEFT's `task_type`; None for none.
         new_head: whether the model's head is new, and trains whole.
-        target_modules: "all-linear" or names separated by commas.
+        target_modules: "all-linear" or names separated by commas. Where "all-linear" cannot take all, a warning tells
+            what it leaves out.
         options: further arguments of LoraConfig, such as r and lora_alpha.
 
     Raises:
         UnknownNameError: there is no such module.
         ConfigError: a module cannot carry an adapter.
     """
-    modules = target_modules if target_modules == "all-linear" else _existing(base, target_modules)
+    modules = _all_linear(base) if target_modules == "all-linear" else _existing(base, target_modules)
     heads = _trained_heads(base, peft_type) if new_head else {}
     lora = LoraConfig(target_modules=modules, task_type=peft_type, **heads, **options)
     try:
         return get_peft_model(base, lora)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"Cannot adapt {name!r} with target_modules={target_modules!r}: {error}") from error
+
+
+def fused_experts(module: nn.Module, *, recurse: bool = True) -> Iterator[nn.Parameter]:
+    """The parameters, below a module or its own, that each hold the matrices of several experts."""
+    for part in module.modules() if recurse else (module,):
+        if type(part).__name__.endswith("Experts"):
+            yield from (parameter for parameter in part.parameters(recurse=False) if parameter.dim() == 3)
+
+
+def left_out(base: nn.Module) -> dict[str, str]:
+    """Modules that "all-linear" leaves out with all below them, by name, with the reason; empty for most models.
+
+    Args:
+        base: with or without adapters.
+    """
+    found: dict[str, str] = {}
+    config, inside = getattr(base, "config", None), {id(module) for module in base.modules()}
+    if isinstance(base, PreTrainedModel) and (hasattr(config, "vision_config") or hasattr(config, "audio_config")):
+        text: nn.Module = base.get_decoder()
+        heads = [base.get_submodule(name) for name in head_names(base)]
+        inside = {id(module) for part in (text, *heads) for module in part.modules()}
+    for name, module in base.named_modules():
+        if is_router(name, module):
+            found[name] = "routers"
+        elif next(fused_experts(module, recurse=False), None) is not None:
+            found[name] = "experts, which are fused parameters"
+        elif hasattr(module, "A_log") and hasattr(module, "D"):
+            found |= dict.fromkeys((f"{name}.{each}" for each in _READ_PAST), "of Mamba's layers all but in_proj")
+        elif isinstance(module, (nn.Linear, Conv1D)) and id(module) not in inside:
+            found[name] = "what reads no text"
+    return found
+
+
+_READ_PAST = ("x_proj", "dt_proj", "out_proj")
+"""Layers of Mamba whose weights its kernels read, past an adapter."""
+
+
+def _all_linear(base: nn.Module) -> str | list[str]:
+    """What "all-linear" stands for: itself, or names where some layers can have no adapter, which a warning tells."""
+    reasons = left_out(base)
+    if not reasons:
+        return "all-linear"
+    heads = head_names(base) if isinstance(base, PreTrainedModel) else []
+    without = tuple(f"{name}." for name in (*reasons, *heads))
+    linear = (name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+    named = [name for name in linear if not f"{name}.".startswith(without)]
+    config = LoraConfig(target_modules=named)
+    with suppress(ImportError):  # from PEFT 0.19 on, some names stand for experts wherever they are
+        conversion: Any = import_module("peft.utils.transformers_weight_conversion")
+        conversion.convert_peft_config_for_transformers(config, base, None)
+    kept = sorted(config.target_modules or ())
+    taken = sorted({name.rpartition(".")[2] for name in {*named} - {*kept}})
+    parts = [
+        *dict.fromkeys(reasons.values()),
+        *([f"{', '.join(taken)}, which PEFT takes for experts"] if taken else []),
+    ]
+    logger.warning("target_modules='all-linear' leaves out: %s.", "; ".join(parts))
+    return kept
 
 
 _HEADS = ("classifier", "score", "qa_outputs", "classification_head", "projector")

@@ -215,10 +215,17 @@ def _layer_key(name: str) -> str:
     return match.group(1) if match else name.rpartition(".")[0]
 
 
+def is_router(name: str, module: nn.Module) -> bool:
+    """Whether a module chooses which experts a token gets; `name` is its path inside the model."""
+    return "Router" in type(module).__name__ or ".router." in f".{name}."
+
+
 def _refuse(name: str, layer: LoraLayer, adapter: str) -> None:
     variant = layer.lora_variant.get(adapter)
     reason = None
-    if isinstance(layer, (ParamWrapper, MultiheadAttention, LoraParallelLinear)):
+    if is_router(name, layer.get_base_layer()):
+        reason = "it is a router, and an adapter would change which experts a token gets"
+    elif isinstance(layer, (ParamWrapper, MultiheadAttention, LoraParallelLinear)):
         reason = f"adapters of PEFT's layer type {type(layer).__name__} cannot change rank"
     elif variant is not None and not isinstance(variant, (DoraLinearVariant, DoraEmbeddingVariant)):
         reason = f"the LoRA variant {type(variant).__name__} cannot change rank"
@@ -246,10 +253,16 @@ def _refuse_config(config: LoraConfig) -> None:
         )
     if config.target_parameters:
         raise UnsupportedError(
-            f"target_parameters={list(config.target_parameters)} adapts parameters in place of modules, and PEFT "
-            "cannot load those at other ranks. PEFT sets it by itself for a mixture of experts under "
-            "target_modules='all-linear': name modules instead, for example ['q_proj', 'k_proj', 'v_proj', 'o_proj']."
+            f"target_parameters={sorted(config.target_parameters)} stack the pairs of all experts in one tensor, whose "
+            "rank cannot change; under target_modules='all-linear' PEFT sets them by itself. Give LoraConfig "
+            f"target_modules={_module_names(config)} alone: then experts stay as they are."
         )
+
+
+def _module_names(config: LoraConfig) -> list[str]:
+    """The ends of the names of modules that a configuration adapts beside parameters, or those of most models."""
+    named = () if isinstance(config.target_modules, str) else config.target_modules
+    return sorted({name.rpartition(".")[2] for name in named or ()}) or ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def _refuse_shards_and_ties(targets: Sequence[TargetModule]) -> None:

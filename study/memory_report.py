@@ -110,7 +110,8 @@ def _largest_text(outlook: Outlook) -> str:
     """What to do where the batch that was asked for does not fit."""
     fitting = [cell for cell in outlook.grid if cell.recomputed is not None]
     if not fitting:
-        smaller = "--quantization nf4, " if outlook.settings.quantization != "nf4" else ""
+        linear = 2 * outlook.step.fused < outlook.step.parameters
+        smaller = "--quantization nf4, " if outlook.settings.quantization != "nf4" and linear else ""
         return f" No batch of the grid fits. Take {smaller}a smaller model or a larger card."
     largest = max(fitting, key=lambda cell: (cell.shape.rows * cell.shape.length, cell.shape.length))
     how = _recomputed_text(outlook, largest.recomputed or 0, largest.activations)
@@ -219,6 +220,11 @@ def notes(outlook: Outlook) -> Iterator[str]:
             f"On the card: the frozen model ({frozen}), CUDA's context and workspaces ({taken}), the step, and what "
             "the allocator reserves beside it. Tight: it fits without that."
         )
+        if outlook.step.fused:
+            yield (
+                f"{outlook.step.fused / outlook.step.parameters:.0%} of the weights are experts in fused parameters, "
+                "which nf4 and int8 store in fp32. Whichever experts take a token, the bytes of a step are the same."
+            )
         if not outlook.recomputable:
             name = type(outlook.step.model.get_base_model()).__name__
             yield f"{name} does not support gradient checkpointing: no layer can run again."
@@ -276,6 +282,8 @@ def configuration_text(outlook: Outlook) -> str:
     if best is None:
         raise BudgetError(verdict_text(outlook))
     names = [name.strip() for name in settings.target_modules.split(",")]
+    if names == ["all-linear"] and outlook.step.named:
+        names = list(outlook.step.named)
     modules = repr(names[0] if len(names) == 1 else names)
     if best.layers < outlook.blocks:
         modules = repr([target.name for target, rank in zip(outlook.step.targets, best.ranks, strict=True) if rank])

@@ -19,15 +19,16 @@ from torch.nn import functional
 
 
 def attention_of(
-    device: HollowDevice, dtype: torch.dtype, *, mask: bool = False, keys: int = 4, width: int = 16
+    device: HollowDevice, dtype: torch.dtype, *, mask: bool = False, keys: int = 4, width: int = 16, narrower: int = 0
 ) -> str:
     """The name of the kernel that attention's backward pass belongs to."""
     with hollow_device(device):
         query = torch.zeros(2, 4, 8, width, dtype=dtype, requires_grad=True)
         key = torch.zeros(2, keys, 8, width, dtype=dtype)
         seen = torch.ones(2, 1, 8, 8, dtype=torch.bool) if mask else None
-        output = functional.scaled_dot_product_attention(query, key, key, seen, enable_gqa=keys != 4)
-        assert output.shape == (2, 4, 8, width)
+        value = key[..., : width - narrower]
+        output = functional.scaled_dot_product_attention(query, key, value, seen, enable_gqa=keys != 4)
+        assert output.shape == (2, 4, 8, width - narrower)
         return output.grad_fn.name()
 
 
@@ -43,6 +44,7 @@ FLASH, EFFICIENT = "ScaledDotProductFlashAttentionBackward0", "ScaledDotProductE
         (CUDA, torch.bfloat16, {"mask": True}, EFFICIENT),
         (CUDA, torch.float32, {}, EFFICIENT),
         (CUDA, torch.bfloat16, {"width": 320}, EFFICIENT),
+        (CUDA, torch.bfloat16, {"narrower": 8}, EFFICIENT),
         (TURING, torch.float16, {}, EFFICIENT),
         (TURING, torch.float16, {"keys": 2}, EFFICIENT),
         (CPU, torch.float32, {}, "ScaledDotProductFlashAttentionForCpuBackward0"),
@@ -55,6 +57,20 @@ def test_attention_takes_the_kernel_that_the_device_would(device, dtype, options
 
 def test_without_fused_kernels_scores_are_made():
     assert "ScaledDotProduct" not in attention_of(HollowDevice("cuda", "math"), torch.bfloat16)
+
+
+def test_the_cpu_has_no_fused_kernel_for_values_of_another_width():
+    assert "ScaledDotProduct" not in attention_of(CPU, torch.float32, narrower=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_of_experts_have_one_size_whoever_takes_them(dtype):
+    with hollow_device(CUDA):
+        rows = torch.zeros(6, 16, dtype=dtype, requires_grad=True)
+        ends = torch.zeros(4, dtype=torch.int32)
+        output = functional.grouped_mm(rows, torch.zeros(4, 16, 24, dtype=dtype), offs=ends)
+        output.square().sum().backward()
+    assert (output.shape, output.dtype, rows.grad.shape) == ((6, 24), dtype, (6, 16))
 
 
 def test_numbers_are_answered_by_whether_there_is_padding():

@@ -79,7 +79,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         *(choice("rule", 0.5, mixed, label=f"{name} inside 60%") for name in (("a", "b") if budget else ())),
     )
     return SimpleNamespace(
-        step=SimpleNamespace(parameters=30e6, frozen_bytes=90 * MIB, targets=targets, saved=SAVED),
+        step=SimpleNamespace(parameters=30e6, frozen_bytes=90 * MIB, targets=targets, saved=SAVED, fused=0, named=()),
         memory=SimpleNamespace(shape=SHAPE),
         settings=MemoryConfig("some/model"),
         facts={} if card else {"model": "some/model", "task": "classification", "device": "cpu"},
@@ -185,6 +185,17 @@ def test_activations_that_run_again_are_told() -> None:
     assert "# activations run again: attach(trainer) chooses them inside budget='0.1GiB step'" in configuration_text(
         here
     )
+
+
+def test_experts_are_told_and_nf4_is_not_advised_for_them() -> None:
+    here = outlook(card=True)
+    here.best = None
+    assert "Take --quantization nf4, a smaller model" in verdict_text(here)
+    here.step.fused, here.step.named = 27e6, ("k_proj", "q_proj")
+    assert "No batch of the grid fits. Take a smaller model" in verdict_text(here)
+    assert any(note.startswith("90% of the weights are experts in fused parameters") for note in notes(here))
+    here.best = here.choices[0]
+    assert "target_modules=['k_proj', 'q_proj']," in configuration_text(here)
 
 
 def test_layer_titles_stay_different() -> None:
