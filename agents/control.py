@@ -128,7 +128,7 @@ class RunRecord:
             schedule,
             float(self._undone),
         )
-        return np.clip(np.array(values), -MOST_FEATURE, MOST_FEATURE)
+        return np.asarray(np.clip(np.array(values), -MOST_FEATURE, MOST_FEATURE))
 
     def take(self, action: int) -> None:
         """An action is taken; a new window begins."""

@@ -13,7 +13,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,8 @@ def perform(run: Run) -> dict[str, Any]:
         model = adapted_model(task, seed, ranks, lora_alpha=ALPHA, use_rslora=True)
     training = training_run(task, model, USUAL, seed)
     facts: dict[str, Any] = {}
-    pilot, optimizer, telling = None, training.optimizer, nullcontext()
+    pilot, optimizer = None, training.optimizer
+    telling: AbstractContextManager[None] = nullcontext()
     begun = time.process_time()
     if run.side in GOALS:
         pilot = RankPilot(options=pilot_options(run.side, seed), tell=lambda line: None)
@@ -354,7 +355,8 @@ def _report_control(
     rows: Mapping[Run, Mapping[str, Any]], best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Console
 ) -> Figures:
     """Log losses of plain LoRA at wrong rates, left alone and controlled, beside that at its best rate."""
-    figures, table = {}, []
+    figures: Figures = {}
+    table = []
     for factor in WRONG:
         for side in ("plain", "controlled"):
             found = {

@@ -33,19 +33,20 @@ def _adamw(driver: Driver, rate: float) -> torch.optim.Optimizer:
 
 def _loraplus(driver: Driver, rate: float) -> torch.optim.Optimizer:
     """LoRA+ (Hayou, Ghosh and Yu, 2024, arXiv 2402.12354), from PEFT."""
-    return create_loraplus_optimizer(
+    optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
         driver.model,
         torch.optim.AdamW,
         lr=rate * LORAPLUS_RATIO**-0.5,
         loraplus_lr_ratio=LORAPLUS_RATIO,
         weight_decay=0.0,
     )
+    return optimizer
 
 
 def _prodigy(driver: Driver, rate: float) -> torch.optim.Optimizer:
     """Prodigy (Mishchenko and Defazio, 2023, arXiv 2306.06101) with its defaults: it finds the rate itself."""
     try:
-        from prodigyopt import Prodigy
+        from prodigyopt import Prodigy  # type: ignore[import-untyped]
     except ImportError as error:
         raise ConfigError("The rival prodigy needs `pip install prodigyopt` (the extra `bench`).") from error
     optimizer: torch.optim.Optimizer = Prodigy(driver.parameters())

@@ -295,8 +295,8 @@ class RunControlVectorEnv(VectorEnv[FloatArray, NDArray[Any], NDArray[Any]]):
                 f"Actions are {self.num_envs} whole numbers from 0 to {len(CHANGES) - 1}; got {shown(actions)}."
             )
         self._runs.step(dict(enumerate(chosen.tolist())))
-        over, rewards, infos = self._runs.over, np.zeros(self.num_envs), {}
-        seen = self._seen()
+        over, rewards = self._runs.over, np.zeros(self.num_envs)
+        seen, infos = self._seen(), dict[str, Any]()
         if over:
             losses, alone = self._runs.losses(), self.left_alone(self._drawn)
             rewards = np.array([_reward(losses[slot], alone[slot]) for slot in range(self.num_envs)])

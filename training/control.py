@@ -158,7 +158,7 @@ def train_controller(
     envs = {base: RunControlVectorEnv(config.episodes, base=base, lengths=config.lengths) for base in config.bases}
     vectors = {base: GymnasiumVecEnv(env) for base, env in envs.items()}
     model = (_ppo if config.learner == "ppo" else _dqn)(config, next(iter(vectors.values())))
-    generator, found = np.random.default_rng([config.seed, 44]), []
+    generator, found = np.random.default_rng([config.seed, 44]), list[Steps]()
     for number in range(config.warm_rounds):
         env = envs[config.bases[number % len(config.bases)]]
         found += rule_steps(env, CONTROLLERS[config.rule], config.drawn, generator, 1000 * config.seed + number)
