@@ -19,22 +19,37 @@ from rankpilot.finetune.run import TrainingRun
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, Trainer, default_data_collator
 
-from benchmarks.elastic import other_process
+from benchmarks.elastic import Other, other_process
 
 from .tiny_runs import adapted, arguments, counting, ranks_of, take_step
 
-MIB = 2**20
+MIB, CPU = 2**20, torch.device("cpu")
+
+ON_CUDA = """
+import sys, torch
+taken = torch.zeros(1, device="cuda")
+print("here", flush=True)
+for line in iter(sys.stdin.readline, ""):
+    taken = None
+    torch.cuda.empty_cache()
+    taken = torch.empty(int(line) + 1, dtype=torch.uint8, device="cuda")
+    print("taken", flush=True)
+"""
+"""A process that takes as many bytes of the GPU as each line of its input says."""
 
 
 class Loop:
     """A loop of one's own on a Llama of three layers, with its pilot."""
 
-    def __init__(self, config: LlamaConfig, budget: Any, **options: Any) -> None:
+    def __init__(
+        self, config: LlamaConfig, budget: Any, *, rows: int = 8, device: torch.device = CPU, **options: Any
+    ) -> None:
         layers = deepcopy(config)
         layers.num_hidden_layers = 3
-        self.model, self.told = adapted(layers), list[str]()
+        self.model, self.told, self.device = adapted(layers).to(device), list[str](), device
         self.optimizer = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), lr=1e-3)
-        loader = DataLoader(counting(), batch_size=8, collate_fn=default_data_collator)  # type: ignore[arg-type]
+        data = counting(5 * rows)
+        loader = DataLoader(data, batch_size=rows, collate_fn=default_data_collator)  # type: ignore[arg-type]
         self.batches = cycle(list(loader))
         self.pilot = rankpilot.RankPilot(options=None, budget=budget, tell=self.told.append, measure_every=1, **options)
         self.pilot.begin(TrainingRun.of_loader(self.model, self.optimizer, loader, total_steps=100))
@@ -43,9 +58,8 @@ class Loop:
         """Losses of so many steps; each is within the limit of its moment."""
         losses = []
         for _ in range(count):
-            losses.append(
-                take_step(self.pilot, self.optimizer, next(self.batches), lambda batch: self.model(**batch).loss)
-            )
+            batch = {name: values.to(self.device) for name, values in next(self.batches).items()}
+            losses.append(take_step(self.pilot, self.optimizer, batch, lambda batch: self.model(**batch).loss))
             assert self.pilot.peaks[-1][1] <= self.pilot.limit
         return losses
 
@@ -130,31 +144,55 @@ def test_budgets_that_cannot_be(loop: Callable[..., Loop], budget: Any, error: t
         run.steps(1)
 
 
+def check_auto_follows(loop: Callable[..., Loop], other: Other, room: int, **options: Any) -> None:
+    """Another process takes memory in mid-run and gives it back, of a device that leaves a run and it so many bytes."""
+    device, taken = options.get("device", CPU), 0
+    own_before = elastic.held_bytes(device)
+
+    def leave(size: float) -> None:
+        nonlocal taken
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        taken += int(elastic.free_bytes(device) + elastic.held_bytes(device) - own_before - size)
+        other.take(taken)
+
+    leave(room)
+    run = loop("auto", **options)
+    run.steps(3)
+    ranks, cost = ranks_of(run.model), run.pilot.predictions[-1][1]
+    leave(0.6 * cost / 0.9)
+    run.steps(3)
+    assert run.pilot.limit < cost
+    assert run.recomputed > 0 or ranks_of(run.model) != ranks
+    leave(room)
+    run.steps(GOOD_STEPS + 1)
+    assert ranks_of(run.model) == ranks
+    assert run.recomputed == 0
+
+
 def test_auto_follows_what_another_process_takes_and_gives_back(
     loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a device of 64 MiB, which both processes share."""
-    room, device = 64 * MIB, torch.device("cpu")
+    room = 64 * MIB
     with other_process() as other:
-        own_before = elastic.held_bytes(device)
+        own_before = elastic.held_bytes(CPU)
 
         def free(device: torch.device) -> int:
             return room - (elastic.held_bytes(device) - own_before) - other.held()
 
         for module in ("finetune.elastic", "cost.budget", "finetune.before_training"):
             monkeypatch.setattr(f"rankpilot.{module}.free_bytes", free)
+        check_auto_follows(loop, other, room)
 
-        run = loop("auto")
-        run.steps(3)
-        ranks, cost = ranks_of(run.model), run.pilot.predictions[-1][1]
-        other.take(int(room - 0.6 * cost / 0.9))
-        run.steps(3)
-        assert run.pilot.limit < cost
-        assert run.recomputed > 0 or ranks_of(run.model) != ranks
-        other.take(0)
-        run.steps(GOOD_STEPS + 1)
-        assert ranks_of(run.model) == ranks
-        assert run.recomputed == 0
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, of which others leave 6 GiB")
+def test_auto_follows_the_memory_of_a_gpu(loop: Callable[..., Loop]) -> None:
+    """The other process holds all but 4 GiB at first; a step takes about 0.8, so that the allocator's blocks are small."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    with other_process(ON_CUDA) as other:
+        check_auto_follows(loop, other, 4 * 2**30, rows=8192, device=device)
 
 
 def test_a_run_for_which_no_memory_is_left_is_saved(llama_config: LlamaConfig, tmp_path: Path) -> None:
