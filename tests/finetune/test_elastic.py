@@ -189,7 +189,7 @@ def test_auto_follows_what_another_process_takes_and_gives_back(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, of which others leave 6 GiB")
 def test_auto_follows_the_memory_of_a_gpu(loop: Callable[..., Loop]) -> None:
-    """The other process holds all but 4 GiB at first; a step takes about 0.8, so that the allocator's blocks are small."""
+    """The other process leaves 4 GiB at first; a step takes 0.8, so that the allocator's blocks are small beside it."""
     device = torch.device("cuda", torch.cuda.current_device())
     with other_process(ON_CUDA) as other:
         check_auto_follows(loop, other, 4 * 2**30, rows=8192, device=device)
