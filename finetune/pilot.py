@@ -456,7 +456,8 @@ class RankPilot:
         return self._controller.due(self._step) and self._step < self._controller.total_steps
 
     def _settings(self) -> dict[str, Any]:
-        return run_settings(self.options, self.policy, self.schedule)
+        assert self._elastic is not None, "no run has begun"
+        return run_settings(self.options, self._elastic.budget, self.policy, self.schedule)
 
     def _check_begun(self) -> None:
         if self.controller is None:
@@ -535,6 +536,7 @@ class RankPilot:
         self._calls.finish()
         self._prefix = self._savers = self._rate = None
         self._elastic = ElasticBudget(run, self.options.budget)
+        self.budget = self._elastic.budget
         self._followed = b""
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
         self._guard, self._losses = PeakGuard(self.options.measure_every), LossMeter(run.replicas.processes)

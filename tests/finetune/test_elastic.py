@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from itertools import chain, cycle, repeat
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import LlamaConfig, Trainer, default_data_collator
 
 from benchmarks.elastic import Other, other_process
 
-from .tiny_runs import adapted, arguments, counting, ranks_of, take_step
+from .tiny_runs import Recorder, adapted, arguments, counting, ranks_of, take_step
 
 MIB, CPU = 2**20, torch.device("cpu")
 
@@ -195,18 +195,24 @@ def test_auto_follows_the_memory_of_a_gpu(loop: Callable[..., Loop]) -> None:
         check_auto_follows(loop, other, 4 * 2**30, rows=8192, device=device)
 
 
-def test_a_run_for_which_no_memory_is_left_is_saved(llama_config: LlamaConfig, tmp_path: Path) -> None:
-    budgets = chain(["100%"] * 8, repeat("1KiB"))
-
+@pytest.mark.parametrize(
+    ("last", "error", "message"),
+    [(lambda: "1KiB", BudgetError, "room for 1 KiB.*smallest that works"), (lambda: 1 / 0, ConfigError, "by zero")],
+    ids=["no plan fits", "the function fails"],
+)
+def test_a_run_for_which_no_memory_is_left_is_saved(
+    llama_config: LlamaConfig, tmp_path: Path, last: Callable[[], Any], error: type[Exception], message: str
+) -> None:
     def trainer(budget: Any) -> Trainer:
         made = Trainer(adapted(llama_config), arguments(tmp_path / "run"), train_dataset=counting())
         rankpilot.attach(made, budget=budget, prefix_cache="off")
         return made
 
-    short = trainer(lambda: next(budgets))
-    with pytest.raises(BudgetError, match=r"room for 1 KiB.*smallest that works.*Step \d is saved in .*run: resume"):
+    steps: list[int] = []
+    short = trainer(lambda: "100%" if len(steps) < 2 else last())
+    short.add_callback(Recorder(lambda now: steps.append(now)))
+    with pytest.raises(error, match=rf"{message}.*Step 2 is saved in .*run: resume"):
         short.train()
-    assert 0 < short.state.global_step < 4
     again = trainer("100%")
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4
