@@ -111,7 +111,7 @@ class RankPilot:
         self._prefix: PrefixCache | None = None
         self._savers: ExactSavers | None = None
         self._rate: PlanRate | None = None
-        self._elastic: ElasticBudget | None = None
+        self._elastic: ElasticBudget
         self._followed = b""
 
     def draw_from(self, seed: int) -> None:
@@ -197,6 +197,9 @@ class RankPilot:
             controller = RankController.from_state_dict(state["controller"], adapters, schedule, low=low, high=high)
             self._losses.load_state_dict(state["losses"])
             self._guard.load_state_dict(state["guard"])
+            if callable(self.options.budget) and self._elastic.moves:  # what it took can come back
+                settings["budget"] = before["budget"]
+                self._elastic.go_on(Budget.parse(before["budget"]), finite(state["limit"]))
             known, layers = predictions_of(state), frozenset(state["recomputed"])
             names, look = frozenset(state["savers"]), Look(*map(finite, state["look"])) if state["look"] else None
             self._step, self._shown = step, int(state["peaks_shown"])
@@ -236,7 +239,7 @@ class RankPilot:
         self._decide_if_due()
         with self._ends_on_error():
             self._calls.made("before_step")
-        if self._elastic and (self._elastic.given or self._elastic.moves or self._guard.follows):
+        if self._elastic.given or self._elastic.moves or self._guard.follows:
             self._guard.follow(self._elastic.limit(self._controller), self._step)
         self._guard.before_step(self._step, batches)
         self._follow_plan()
@@ -310,7 +313,7 @@ class RankPilot:
         """
         self.options = replace(self.options, budget=budget)
         self.budget = self.options.budget_read
-        if self._elastic:
+        if self.controller:
             self._elastic.give(budget)
 
     def out_of_memory(self, error: torch.OutOfMemoryError | None = None) -> None:
@@ -368,6 +371,7 @@ class RankPilot:
             "signals": controller.adapters.meter.state_dict(),
             "losses": self._losses.state_dict(),
             "guard": self._guard.state_dict(),
+            "limit": self._elastic.now or controller.limit,
             "predictions": self.predictions,
             "peaks_shown": self._shown,
             "recomputed": list(self._guard.recomputed),
@@ -456,7 +460,6 @@ class RankPilot:
         return self._controller.due(self._step) and self._step < self._controller.total_steps
 
     def _settings(self) -> dict[str, Any]:
-        assert self._elastic is not None, "no run has begun"
         return run_settings(self.options, self._elastic.budget, self.policy, self.schedule)
 
     def _check_begun(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from itertools import cycle
 from pathlib import Path
@@ -193,6 +194,31 @@ def test_auto_follows_the_memory_of_a_gpu(loop: Callable[..., Loop]) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     with other_process(ON_CUDA) as other:
         check_auto_follows(loop, other, 4 * 2**30, rows=8192, device=device)
+
+
+def test_what_a_function_took_comes_back_in_a_resumed_run(
+    llama_config: LlamaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rankpilot.finetune.peak_guard.GOOD_STEPS", 1)
+
+    def train(budget: Callable[[int], str], stops_at: int, **options: Any) -> list[int]:
+        made = Trainer(adapted(llama_config), arguments(tmp_path / "run", save_steps=2), train_dataset=counting())
+        sums: list[int] = []
+
+        def ended(step: int) -> None:
+            sums.append(sum(ranks_of(made.model).values()))
+            if step == stops_at:
+                raise KeyboardInterrupt
+
+        rankpilot.attach(made, budget=lambda: budget(len(sums)), prefix_cache="off", gradient_checkpointing=False)
+        made.add_callback(Recorder(ended))
+        with suppress(KeyboardInterrupt):
+            made.train(**options)
+        return sums
+
+    first, second, _ = train(lambda step: "50%" if step else "100%", stops_at=3)
+    assert second < first
+    assert train(lambda step: "100%", stops_at=0, resume_from_checkpoint=True) == [first, first]
 
 
 @pytest.mark.parametrize(
