@@ -29,7 +29,17 @@ from ..errors import BudgetError, UnsupportedError
 from ..lora.adapters import signal_buffer_bytes
 from ..plan.plan import Plan, check_budget, least_cost
 from .journal import Correction, Journal
-from .left_as_found import GOOD_STEPS, MOST_TRIES, STEP_SHARE, Kept, Recomputation, Taken, adapter_bytes, saved_by_a_try
+from .left_as_found import (
+    GOOD_STEPS,
+    MOST_TRIES,
+    STEP_SHARE,
+    Cut,
+    Kept,
+    Recomputation,
+    Taken,
+    adapter_bytes,
+    saved_by_a_try,
+)
 from .run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -37,7 +47,7 @@ logger = logging.getLogger(__name__)
 ROOM = 1.02
 """A plan comes back where the limit is so many times what it takes, or as high as it was."""
 
-_OF_A_STEP = ("shape", "_unchecked", "_underestimate", "_before", "_memory", "_taken")
+_OF_A_STEP = ("shape", "_unchecked", "_underestimate", "_before", "_memory", "_taken", "_cuts")
 """Attributes of a guard that change when a step makes the plan smaller, and are put back with it."""
 
 
@@ -53,6 +63,10 @@ class PeakGuard:
 
     After an out-of-memory error the plan shrinks as `out_of_memory` says. It comes back when there is memory again; if
     smaller plans are no help, all is as it was before the step.
+
+    What such an error, or a limit that falls, cuts from ranks is kept in main memory, and put back beside what the
+    modules have learned since: ranks that come back give the function what it had lost. A decision drops the copy, and
+    so does the end of the run: a checkpoint has none.
 
     Args:
         every_steps: see `PeakMeter`.
@@ -77,6 +91,7 @@ class PeakGuard:
         self._step = 0
         self._recomputation: Recomputation | None = None
         self._taken: Taken | None = None
+        self._cuts: tuple[Cut, ...] = ()
         self._wait = GOOD_STEPS
         self.follows: bool = False
         self._undo: Callable[[], None] | None = None
@@ -292,7 +307,7 @@ class PeakGuard:
             "Step %d ran out of memory. The plan shrinks to %s of its cost, and the step is taken again.", number, share
         )
         try:
-            self._correct("shrunk: out of memory", controller.ranks)
+            self._correct("shrunk: out of memory", controller.ranks, keeps=True)
         except BudgetError:  # adapters that hold NaN cannot shrink
             return False
         return controller.fits()
@@ -335,8 +350,8 @@ class PeakGuard:
         return self.meter.history[-1][1] + more - state_bytes(run.model, run.optimizer) <= free_bytes(run.device)
 
     def _give_back(self, taken: Taken) -> None:
-        """Give the plan its limit, its layers and its ranks of before an error; the function stays the same."""
-        controller, step = self._controller, self._step
+        """Give the plan its limit, its layers, its ranks of before an error, and what was cut from them."""
+        controller, step, cuts, self._cuts = self._controller, self._step, self._cuts, ()
         controller.limit, self._taken, self._wait = taken.limit, None, (2 if taken.times else 1) * self._wait
         if self._recomputation:  # as many layers ran again as these ranks need
             self._recomputation.take(taken.layers)
@@ -353,9 +368,13 @@ class PeakGuard:
             self._measure_next()
             self._journal.note(f"step {step}: there is memory again. {self._recomputation or 'The plan stays'}.")
             return
+        ends = {target: target.rank for target in controller.targets}
         controller.set_plan(ranks, step, self._run.optimizer, decides=False)
+        for cut in reversed(cuts):  # later ones were larger
+            ends[cut.target] = cut.put_back(ends[cut.target])
         plan = Plan(ranks, controller.ranks, plan_cost(observation.problem.cost, controller.ranks))
-        self._changed(Correction(step, "given back: there is memory again", ranks, observation, plan))
+        what = "given back, with what was cut" if cuts else "given back"
+        self._changed(Correction(step, f"{what}: there is memory again", ranks, observation, plan))
 
     def _keep(self) -> None:
         """Note all that a step may change before it has passed; the first call of a step counts."""
@@ -396,31 +415,53 @@ class PeakGuard:
             BudgetError: no plan fits.
         """
         controller, taken, self._step, self.follows = self._controller, self._taken, step, True
-        if plan_cost(controller.cost_now(), controller.ranks) > limit:
+        room = limit - self._copies
+        if plan_cost(controller.cost_now(), controller.ranks) > room:
             self._keep()
             self._taken = replace(taken or self._nothing_taken(), step=step)
-            controller.limit = limit
+            controller.limit = room
             reason = f"At step {step} there is room for {cost_text(limit, controller.cost.unit)}."
             if not self._relieved(reason):
-                self._shrink(reason)
+                self._shrink(reason, limit)
         elif taken is None:
             controller.limit = limit
-        elif step - taken.step >= self._wait and limit > controller.limit:
+        elif step - taken.step >= self._wait and room > controller.limit:
             if (1 + 1e-9) * limit >= min(ROOM * taken.cost, taken.limit):
                 self._give_back(replace(taken, limit=limit))
             else:
-                controller.limit, self._taken = limit, replace(taken, step=step)
+                controller.limit, self._taken = room, replace(taken, step=step)
                 self._relieved("There is more memory.")
 
-    def _shrink(self, reason: str) -> None:
-        """Shrink the plan for a limit that moved; where no plan fits, all is as it was before."""
+    @property
+    def _copies(self) -> int:
+        """Bytes of what was cut away, where the budget is one of main memory."""
+        counts = self._limits_bytes and self._run.device.type != "cuda"
+        return sum(cut.nbytes for cut in self._cuts) if counts else 0
+
+    def _shrink(self, reason: str, limit: float) -> None:
+        """Shrink the plan for a limit that moved; where no plan fits, all is as it was before the step."""
+        controller = self._controller
+        self._drop_copies_without_room(limit)
         try:
             self._check_possible(reason)
         except BudgetError:
             self.put_back()
             raise
         self._warn("%s The plan is shrunk.", reason)
-        self._correct("shrunk: less memory", self._controller.ranks)
+        before: IntArray | None = None
+        while not controller.fits() and not np.array_equal(before, controller.ranks):  # as copies take some of the room
+            before = controller.ranks
+            self._correct("shrunk: less memory", before, keeps=True)
+            self._drop_copies_without_room(limit)
+
+    def _drop_copies_without_room(self, limit: float) -> None:
+        """Set the limit of plans beside what was cut away, which goes where no plan would fit beside it."""
+        self._controller.limit = limit - self._copies
+        if self._copies:
+            try:
+                self._check_possible("")
+            except BudgetError:
+                self._cuts, self._controller.limit = (), limit
 
     def new_limit(self, limit: float, step: int) -> None:
         """Take another limit for a run that is resumed, and shrink the plan if it no longer fits.
@@ -446,6 +487,7 @@ class PeakGuard:
             step: the optimiser steps before it.
         """
         self._before = before if step > 0 else None  # the first plan follows no plan
+        self._cuts = ()
         self._settle()
         if self._limits_bytes:
             self._measure_next()
@@ -583,11 +625,13 @@ class PeakGuard:
         except BudgetError as error:
             raise BudgetError(f"{context} {error}") from error
 
-    def _correct(self, reason: str, wanted: IntArray) -> None:
-        """Bring the ranks within the limit, as near to the wanted ranks as it allows."""
+    def _correct(self, reason: str, wanted: IntArray, *, keeps: bool = False) -> None:
+        """Bring the ranks within the limit, as near to the wanted ranks as it allows; `keeps` what that cuts away."""
         controller, step = self._controller, self._step
         observation = controller.observation_now(step)
+        pairs = [Cut.of(target) for target in controller.targets if target.rank] if keeps else []
         plan = controller.correct(wanted, step, self._run.optimizer)
+        self._cuts += tuple(pair.beyond(pair.target.rank) for pair in pairs if pair.target.rank < len(pair.rows))
         self._changed(Correction(step, reason, wanted, observation, plan))
 
     def _changed(self, correction: Correction) -> None:

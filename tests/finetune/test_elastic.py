@@ -22,7 +22,7 @@ from transformers import LlamaConfig, Trainer, default_data_collator
 
 from benchmarks.elastic import Other, other_process
 
-from .tiny_runs import Recorder, adapted, arguments, counting, ranks_of, take_step
+from .tiny_runs import Recorder, adapted, arguments, counting, logits, ranks_of, take_step
 
 MIB, CPU = 2**20, torch.device("cpu")
 
@@ -112,6 +112,34 @@ def test_ranks_that_fall_for_memory_leave_the_function(loop: Callable[..., Loop]
     other.pilot.set_budget("60%")
     assert other.steps(18)[-1] == pytest.approx(ends[0], rel=0.05)
     assert sum(ranks_of(other.model).values()) < sum(ranks_of(run.model).values())
+
+
+@pytest.mark.parametrize(
+    ("shares", "decides", "lost"),
+    [((0.9,), False, 1e-3), ((0.9, 0.8), False, 0.5), ((0.9,), True, 1.0)],
+    ids=["one fall", "a second moves ranks between modules", "ranks were decided since"],
+)
+def test_what_is_cut_from_ranks_comes_back(
+    loop: Callable[..., Loop], shares: tuple[float, ...], decides: bool, lost: float
+) -> None:
+    """Nothing is learned in between, so that what comes back is what was cut."""
+    run = loop(gradient_checkpointing=False, prefix_cache="off")
+    run.steps(8)
+    learned, limit = logits(run.model.train()), run.pilot.limit
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    for share in shares:
+        run.pilot.set_budget(share)
+        run.steps(1)
+        assert 0.5 * share * limit < run.pilot.limit < share * limit, "the copy takes a part"
+    short = logits(run.model.train())
+    if decides:
+        run.pilot.take(ranks_of(run.model))
+    run.pilot.set_budget("100%")
+    run.steps(GOOD_STEPS + 1)
+    back = logits(run.model.train())
+    assert min(ranks_of(run.model).values()) == 8
+    assert (back - learned).norm() <= (1 + 1e-3) * lost * (short - learned).norm()
+    assert torch.allclose(back, short, atol=1e-5) == decides
 
 
 def test_a_function_is_asked_before_each_step(loop: Callable[..., Loop]) -> None:
