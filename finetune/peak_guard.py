@@ -448,7 +448,7 @@ class PeakGuard:
             self.put_back()
             raise
         self._warn("%s The plan is shrunk.", reason)
-        before: IntArray | None = None
+        before: IntArray = np.array([], dtype=np.int64)
         while not controller.fits() and not np.array_equal(before, controller.ranks):  # as copies take some of the room
             before = controller.ranks
             self._correct("shrunk: less memory", before, keeps=True)
