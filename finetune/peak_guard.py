@@ -64,9 +64,9 @@ class PeakGuard:
     After an out-of-memory error the plan shrinks as `out_of_memory` says. It comes back when there is memory again; if
     smaller plans are no help, all is as it was before the step.
 
-    What such an error, or a limit that falls, cuts from ranks is kept in main memory, and put back beside what the
-    modules have learned since: ranks that come back give the function what it had lost. A decision drops the copy, and
-    so does the end of the run: a checkpoint has none.
+    What a limit that falls in mid-run cuts from ranks is kept in main memory, and put back beside what the modules have
+    learned since: that gives the function what it had lost, so far as ranks have room. A decision drops the copy, and a
+    checkpoint has none: then ranks come back with directions that start at zero, as after an error.
 
     Args:
         every_steps: see `PeakMeter`.
@@ -307,7 +307,7 @@ class PeakGuard:
             "Step %d ran out of memory. The plan shrinks to %s of its cost, and the step is taken again.", number, share
         )
         try:
-            self._correct("shrunk: out of memory", controller.ranks, keeps=True)
+            self._correct("shrunk: out of memory", controller.ranks)
         except BudgetError:  # adapters that hold NaN cannot shrink
             return False
         return controller.fits()
