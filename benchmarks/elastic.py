@@ -89,10 +89,10 @@ class Other:
 
 
 @contextmanager
-def other_process() -> Iterator[Other]:
-    """Another process, until the end of the block."""
+def other_process(code: str = OTHER) -> Iterator[Other]:
+    """Another process, which runs this code until the end of the block."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-    with subprocess.Popen([sys.executable, "-c", OTHER], **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:  # type: ignore[call-overload]
         yield Other(process)
         assert process.stdin is not None
         process.stdin.close()

@@ -301,15 +301,16 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
         Raises:
             BudgetError: no plan fits the batches, or the memory that is left; the run is saved before.
+            ConfigError: the function that is the budget fails; the run is saved before.
         """
         self._loss = 0.0
         try:
             self.pilot.before_step(*self._batches)
-        except BudgetError as error:
+        except (BudgetError, ConfigError) as error:
             if not state.global_step:
                 raise
             self.trainer._save_checkpoint(self.trainer.model, None)
-            raise BudgetError(
+            raise type(error)(
                 f"{error} Step {state.global_step} is saved in {args.output_dir}: resume_from_checkpoint=True goes on "
                 "from it."
             ) from error

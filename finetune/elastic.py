@@ -33,12 +33,13 @@ class ElasticBudget:
     Attributes:
         budget: as it was read last.
         given: whether another one was given since.
+        now: the limit that it sets, which a plan that waits to grow is not at yet; None before the first step.
     """
 
     def __init__(self, run: TrainingRun, budget: GivenBudget) -> None:
         self._run, self._given = run, budget
         self._held = held_bytes(run.device)
-        self._limit: float | None = None
+        self.now: float | None = None
         self.budget: Budget = budget_now(self._given)
         self.given: bool = False
 
@@ -51,6 +52,10 @@ class ElasticBudget:
     def give(self, budget: GivenBudget) -> None:
         """Take another budget from now on; one of another unit is refused by `limit`."""
         self._given, self.given = budget, True
+
+    def go_on(self, budget: Budget, limit: float) -> None:
+        """Go on in a resumed run from the budget and the limit of that time."""
+        self.budget, self.now = budget, limit
 
     def limit(self, controller: RankController[PeftAdapters]) -> float:
         """The limit of plans now, in the unit of the controller's costs.
@@ -66,14 +71,14 @@ class ElasticBudget:
     def _limit_here(self, controller: RankController[PeftAdapters]) -> float:
         """The same, before several processes agree on the lowest."""
         before, self.budget = self.budget, budget_now(self._given)
-        if self._limit is None:
-            self._limit = controller.limit
+        if self.now is None:
+            self.now = controller.limit
         if self.budget.kind == "auto":
             own = max(held_bytes(self._run.device) - self._held, 0)
             return self.budget.value * (free_bytes(self._run.device) / self._run.replicas.on_this_device + own)
         if self.budget != before:
             if self.budget.kind == before.kind == "share":
-                self._limit *= self.budget.value / before.value
+                self.now *= self.budget.value / before.value
             else:
-                self._limit = controller.limit_of(beside_model(self.budget, self._run.model), self._run.device)
-        return self._limit
+                self.now = controller.limit_of(beside_model(self.budget, self._run.model), self._run.device)
+        return self.now

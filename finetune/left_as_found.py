@@ -10,7 +10,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from ..cost.model import MemoryModel, fewest_recomputed, recomputed_cost
 from ..cost.recording import BatchShape
 from ..errors import UnsupportedError
 from ..lora.optimizer_state import kept_state, state_bytes_of
-from ..lora.resize import update_peft_records, write_in_place
+from ..lora.resize import shrink_maps, update_peft_records, write_in_place
+from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, unwrap
 
 MOST_TRIES = 2
@@ -150,6 +151,47 @@ class Kept:
         for name, settings in self._settings.items():
             vars(self._configs[name]).clear()
             vars(self._configs[name]).update(settings)
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Directions of a module's pair in main memory, which are cut away for a while.
+
+    Attributes:
+        target: the module.
+        rows: of A, (directions, d_in).
+        columns: of B, (d_out, directions).
+        scaling: by which their product is multiplied.
+    """
+
+    target: TargetModule
+    rows: torch.Tensor
+    columns: torch.Tensor
+    scaling: float
+
+    @classmethod
+    def of(cls, target: TargetModule) -> Cut:
+        """All directions of a module."""
+        a, b = (weight.detach().to("cpu", copy=True) for weight in (target.weight_a, target.weight_b))
+        return cls(target, a, b, target.scaling)
+
+    def beyond(self, rank: int) -> Cut:
+        """Those that a shrink to this rank takes, the largest first; see `shrink_maps`."""
+        a, b = self.rows.double(), self.columns.double()
+        share = self.scaling / (self.target.scaling_at(REFERENCE_RANK) or 1.0)
+        (p,), (q,), (used,) = shrink_maps([a], [b * share], len(a))
+        rows, columns = q[rank:][used[rank:]] @ a, b @ p[:, rank:][:, used[rank:]]
+        return replace(self, rows=rows.to(self.rows), columns=columns.to(self.columns))
+
+    @torch.no_grad()
+    def put_back(self, at: int) -> int:
+        """Write them into a pair from direction `at` on, as many as it has room for; returns where they end."""
+        target, end = self.target, min(at + len(self.rows), self.target.rank)
+        factor = target.scaling / self.scaling if self.scaling else 1.0
+        rows, columns = self.rows[: end - at], self.columns[:, : end - at]
+        target.weight_a[at:end] = (rows / factor if target.embedding else rows).to(target.weight_a)
+        target.weight_b[:, at:end] = (columns if target.embedding else columns / factor).to(target.weight_b)
+        return end
 
 
 LONG = 10_000

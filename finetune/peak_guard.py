@@ -29,7 +29,17 @@ from ..errors import BudgetError, UnsupportedError
 from ..lora.adapters import signal_buffer_bytes
 from ..plan.plan import Plan, check_budget, least_cost
 from .journal import Correction, Journal
-from .left_as_found import GOOD_STEPS, MOST_TRIES, STEP_SHARE, Kept, Recomputation, Taken, adapter_bytes, saved_by_a_try
+from .left_as_found import (
+    GOOD_STEPS,
+    MOST_TRIES,
+    STEP_SHARE,
+    Cut,
+    Kept,
+    Recomputation,
+    Taken,
+    adapter_bytes,
+    saved_by_a_try,
+)
 from .run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -37,7 +47,7 @@ logger = logging.getLogger(__name__)
 ROOM = 1.02
 """A plan comes back where the limit is so many times what it takes, or as high as it was."""
 
-_OF_A_STEP = ("shape", "_unchecked", "_underestimate", "_before", "_memory", "_taken")
+_OF_A_STEP = ("shape", "_unchecked", "_underestimate", "_before", "_memory", "_taken", "_cuts")
 """Attributes of a guard that change when a step makes the plan smaller, and are put back with it."""
 
 
@@ -53,6 +63,11 @@ class PeakGuard:
 
     After an out-of-memory error the plan shrinks as `out_of_memory` says. It comes back when there is memory again; if
     smaller plans are no help, all is as it was before the step.
+
+    What a limit that falls in mid-run cuts from ranks is kept in main memory, where that is not what the budget counts,
+    and put back beside what the modules have learned since: that gives the function what it had lost, so far as ranks
+    have room. A decision drops the copy, and a checkpoint has none: then ranks come back with directions that start at
+    zero, as after an error.
 
     Args:
         every_steps: see `PeakMeter`.
@@ -77,6 +92,7 @@ class PeakGuard:
         self._step = 0
         self._recomputation: Recomputation | None = None
         self._taken: Taken | None = None
+        self._cuts: tuple[Cut, ...] = ()
         self._wait = GOOD_STEPS
         self.follows: bool = False
         self._undo: Callable[[], None] | None = None
@@ -335,8 +351,8 @@ class PeakGuard:
         return self.meter.history[-1][1] + more - state_bytes(run.model, run.optimizer) <= free_bytes(run.device)
 
     def _give_back(self, taken: Taken) -> None:
-        """Give the plan its limit, its layers and its ranks of before an error; the function stays the same."""
-        controller, step = self._controller, self._step
+        """Give the plan its limit, its layers, its ranks of before an error, and what was cut from them."""
+        controller, step, cuts, self._cuts = self._controller, self._step, self._cuts, ()
         controller.limit, self._taken, self._wait = taken.limit, None, (2 if taken.times else 1) * self._wait
         if self._recomputation:  # as many layers ran again as these ranks need
             self._recomputation.take(taken.layers)
@@ -353,9 +369,13 @@ class PeakGuard:
             self._measure_next()
             self._journal.note(f"step {step}: there is memory again. {self._recomputation or 'The plan stays'}.")
             return
+        ends = {target: target.rank for target in controller.targets}
         controller.set_plan(ranks, step, self._run.optimizer, decides=False)
+        for cut in reversed(cuts):  # later ones were larger
+            ends[cut.target] = cut.put_back(ends[cut.target])
         plan = Plan(ranks, controller.ranks, plan_cost(observation.problem.cost, controller.ranks))
-        self._changed(Correction(step, "given back: there is memory again", ranks, observation, plan))
+        what = "given back, with what was cut" if cuts else "given back"
+        self._changed(Correction(step, f"{what}: there is memory again", ranks, observation, plan))
 
     def _keep(self) -> None:
         """Note all that a step may change before it has passed; the first call of a step counts."""
@@ -412,15 +432,20 @@ class PeakGuard:
                 controller.limit, self._taken = limit, replace(taken, step=step)
                 self._relieved("There is more memory.")
 
+    @property
+    def _keeps_cuts(self) -> bool:
+        """Whether what a fall cuts from ranks waits in main memory; bytes of the budget's would cost more ranks."""
+        return not self._limits_bytes or self._run.device.type == "cuda"
+
     def _shrink(self, reason: str) -> None:
-        """Shrink the plan for a limit that moved; where no plan fits, all is as it was before."""
+        """Shrink the plan for a limit that moved; where no plan fits, all is as it was before the step."""
         try:
             self._check_possible(reason)
         except BudgetError:
             self.put_back()
             raise
         self._warn("%s The plan is shrunk.", reason)
-        self._correct("shrunk: less memory", self._controller.ranks)
+        self._correct("shrunk: less memory", self._controller.ranks, keeps=self._keeps_cuts)
 
     def new_limit(self, limit: float, step: int) -> None:
         """Take another limit for a run that is resumed, and shrink the plan if it no longer fits.
@@ -446,6 +471,7 @@ class PeakGuard:
             step: the optimiser steps before it.
         """
         self._before = before if step > 0 else None  # the first plan follows no plan
+        self._cuts = ()
         self._settle()
         if self._limits_bytes:
             self._measure_next()
@@ -583,11 +609,13 @@ class PeakGuard:
         except BudgetError as error:
             raise BudgetError(f"{context} {error}") from error
 
-    def _correct(self, reason: str, wanted: IntArray) -> None:
-        """Bring the ranks within the limit, as near to the wanted ranks as it allows."""
+    def _correct(self, reason: str, wanted: IntArray, *, keeps: bool = False) -> None:
+        """Bring the ranks within the limit, as near to the wanted ranks as it allows; `keeps` what that cuts away."""
         controller, step = self._controller, self._step
         observation = controller.observation_now(step)
+        pairs = [Cut.of(target) for target in controller.targets if target.rank] if keeps else []
         plan = controller.correct(wanted, step, self._run.optimizer)
+        self._cuts += tuple(pair.beyond(pair.target.rank) for pair in pairs if pair.target.rank < len(pair.rows))
         self._changed(Correction(step, reason, wanted, observation, plan))
 
     def _changed(self, correction: Correction) -> None:

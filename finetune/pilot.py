@@ -117,7 +117,7 @@ class RankPilot:
         self._savers: ExactSavers | None = None
         self._rate: PlanRate | None = None
         self._control: RunControl | None = None
-        self._elastic: ElasticBudget | None = None
+        self._elastic: ElasticBudget
         self._followed = b""
 
     def draw_from(self, seed: int) -> None:
@@ -205,6 +205,9 @@ class RankPilot:
             controller = RankController.from_state_dict(state["controller"], adapters, schedule, low=low, high=high)
             self._losses.load_state_dict(state["losses"])
             self._guard.load_state_dict(state["guard"])
+            if callable(self.options.budget) and self._elastic.moves:  # what it took can come back
+                settings["budget"] = before["budget"]
+                self._elastic.go_on(Budget.parse(before["budget"]), finite(state["limit"]))
             known, layers = predictions_of(state), frozenset(state["recomputed"])
             names, look = frozenset(state["savers"]), Look(*map(finite, state["look"])) if state["look"] else None
             self._step, self._shown = step, int(state["peaks_shown"])
@@ -248,7 +251,7 @@ class RankPilot:
         self._decide_if_due()
         with self._ends_on_error():
             self._calls.made("before_step")
-        if self._elastic and (self._elastic.given or self._elastic.moves or self._guard.follows):
+        if self._elastic.given or self._elastic.moves or self._guard.follows:
             self._guard.follow(self._elastic.limit(self._controller), self._step)
         self._follow_plan()
         if self._control:
@@ -327,7 +330,7 @@ class RankPilot:
         """
         self.options = replace(self.options, budget=budget)
         self.budget = self.options.budget_read
-        if self._elastic:
+        if self.controller:
             self._elastic.give(budget)
 
     def out_of_memory(self, error: torch.OutOfMemoryError | None = None) -> None:
@@ -385,6 +388,7 @@ class RankPilot:
             "signals": controller.adapters.meter.state_dict(),
             "losses": self._losses.state_dict(),
             "guard": self._guard.state_dict(),
+            "limit": self._elastic.now or controller.limit,
             "predictions": self.predictions,
             "peaks_shown": self._shown,
             "recomputed": list(self._guard.recomputed),
@@ -474,7 +478,7 @@ class RankPilot:
         return self._controller.due(self._step) and self._step < self._controller.total_steps
 
     def _settings(self) -> dict[str, Any]:
-        return run_settings(self.options, self.policy, self.schedule)
+        return run_settings(self.options, self._elastic.budget, self.policy, self.schedule)
 
     def _check_begun(self) -> None:
         if self.controller is None:
@@ -562,6 +566,7 @@ class RankPilot:
         self._calls.finish()
         self._prefix = self._savers = self._rate = self._control = None
         self._elastic = ElasticBudget(run, self.options.budget)
+        self.budget = self._elastic.budget
         self._followed = b""
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
         self._guard, self._losses = PeakGuard(self.options.measure_every), LossMeter(run.replicas.processes)

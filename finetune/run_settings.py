@@ -8,6 +8,7 @@ from typing import Any
 from ..agents.policy import Policy
 from ..agents.settings import DecisionSchedule
 from ..common.checks import counted, finite
+from ..cost.budget import Budget
 from ..errors import RankPilotError, RunFolderError, first_line, shown
 from ..lora.peft_config import adapter_ranks
 from ..lora.spec import REFERENCE_RANK
@@ -18,11 +19,11 @@ MAY_CHANGE = ("budget", "time")
 """Settings that a resumed run may have anew; its limits count from then on."""
 
 
-def run_settings(options: PilotOptions, policy: Policy, schedule: DecisionSchedule) -> dict[str, Any]:
-    """What a resumed run is held against, as JSON values."""
+def run_settings(options: PilotOptions, budget: Budget, policy: Policy, schedule: DecisionSchedule) -> dict[str, Any]:
+    """What a resumed run is held against, as JSON values; the budget is the one that was read last."""
     time, bounds = options.time_read, options.bounds or {}
     return {
-        "budget": str(options.budget_read),
+        "budget": str(budget),
         "time": None if time is None else str(time),
         **policy_settings(policy),
         "schedule": repr(schedule),

@@ -383,7 +383,7 @@ def test_each_batch_size_begins_with_the_adapters_as_they_were(make: Launch, pla
 
     run = make("auto_find", lacks=lambda asked: asked.rows > FITTING, prepare=trained, plain=plain)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters() if "lora_" in name}
-    run.pilot.pilot.budget = rankpilot.Budget.parse("3k params")
+    run.pilot.pilot.set_budget("3k params")
 
     def same() -> None:
         for name, value in before.items():
