@@ -55,6 +55,9 @@ SCHEMA = 6
 LINES, ARRAYS = "decisions.jsonl", "decision-*.safetensors"
 """Names of the files of a log, which may lie in a folder with others."""
 
+CONTROL = "control.jsonl"
+"""The file beside them of a run whose learning rate was controlled: a line for each action."""
+
 _METADATA = "rankpilot.features"
 
 _TYPES: dict[tuple[type, ...], tuple[str, ...]] = {
@@ -343,7 +346,7 @@ class DecisionLog:
         numbered = (self.folder.with_name(f"{self.folder.name}-{number}") for number in count(1))
         aside = DecisionLog(next(folder for folder in numbered if not folder.exists()))
         aside.make_folder()
-        for path in (self.folder / LINES, *self.folder.glob(ARRAYS)):
+        for path in (self.folder / LINES, *self.folder.glob(ARRAYS), *self.folder.glob(CONTROL)):
             shutil.move(path, aside.folder / path.name)
         return aside.folder
 

@@ -46,7 +46,7 @@ GROUPS = {
         "What a training step reads, and how it computes.",
         "batch_size accumulation max_length target_modules optimizer quantization bf16",
     ),
-    "run": ("How long it trains, and at what rate.", "steps epochs learning_rate alpha scaling seed trainer"),
+    "run": ("How long it trains, and at what rate.", "steps epochs learning_rate control alpha scaling seed trainer"),
     "data": ("Which rows and columns are read.", "task labels text_column label_column train_rows held_out_rows"),
     "evaluation": (
         "How often it is evaluated, and beside what.",

@@ -247,6 +247,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
         report_to: trackers that get losses, ranks and peaks: tensorboard, wandb, trackio, mlflow ...
         trainer: further settings of transformers' TrainingArguments (TRL's SFTConfig for causal-lm), as NAME=VALUE:
             warmup_steps=0.1 lr_scheduler_type=cosine optim=paged_adamw_8bit assistant_only_loss=true.
+        control: correct the learning rate in the first half of the run by what its steps show (docs/control.md).
 
     Raises:
         ConfigError: a value is out of range.
@@ -277,6 +278,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
     merge: bool = False
     report_to: tuple[str, ...] = ()
     trainer: tuple[str, ...] = ()
+    control: bool = False
     budget: str = field(default="100%", kw_only=True)  # as text, as `time`
     time: str | None = field(default=None, kw_only=True)
 
@@ -290,6 +292,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
         shared = {each.name: getattr(self, each.name) for each in fields(PlanOptions)}
         rate = "auto" if self.learning_rate == "auto" else None
         own = {"bounds": rank_bounds_of(self.bounds), "scaling": self.kept, "learning_rate": rate}
+        own["control"] = self.control
         return PilotOptions(**shared | own | further)
 
     @property

@@ -234,7 +234,7 @@ class RankPilot:
             self._control = self._run_control(targets)
             if self._control and (seen := state.get("control")):
                 with readable_state():
-                    self._control.load_state_dict(seen)
+                    self._control.load_state_dict(seen, step)
             self._follow_plan()
         self._calls.begin(run)
         self._begin_prefix_cache()

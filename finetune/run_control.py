@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from ..agents.control import CHANGES, FEATURES, UNDO, Controller, RunRecord, decision_steps
+from ..agents.log import CONTROL
 from ..common.checks import counted, finite
-from ..common.files import append_json_line
+from ..common.files import append_json_line, read_json_lines, write_json_lines
 from ..errors import ConfigError
 from ..lora.optimizer_state import last_direction
 from ..lora.targets import TargetModule
@@ -19,9 +20,6 @@ from .journal import Journal
 from .left_as_found import Kept
 from .plan_rate import PlanRate, follows_rule
 from .run import TrainingRun
-
-LOG = "control.jsonl"
-"""The file of the decision log's folder in which each action stands, with what was seen."""
 
 
 @torch.no_grad()
@@ -144,14 +142,17 @@ class RunControl:
         log = self._journal.log
         if log is not None and self._run.replicas.processes.first:
             row = {"step": step, "change": CHANGES[action], "undone": undone, "rate": self._rate.rate}
-            append_json_line(log.folder / LOG, {**row, "seen": dict(seen)})
+            append_json_line(log.folder / CONTROL, {**row, "seen": dict(seen)})
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs, as JSON values; the window of steps since the last moment is left out."""
         return asdict(replace(self.record, losses=[], alignments=[]))
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`; nothing can be undone before the next moment."""
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on from `state_dict`, so many optimizer steps done; the copy for undoing is one of now."""
+        log = self._journal.log
+        if log is not None and self._run.replicas.processes.first and (path := log.folder / CONTROL).is_file():
+            write_json_lines(path, [row for row in read_json_lines(path) if row["step"] < step])
         self.record = RunRecord(
             self._run.total_steps,
             moved=finite(state["moved"]),

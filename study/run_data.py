@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..agents.choice import Choice
-from ..agents.log import LINES, DecisionLog, DecisionRecord
+from ..agents.log import CONTROL, LINES, DecisionLog, DecisionRecord
 from ..agents.observation import MODULE_FEATURES
+from ..common.checks import counted, finite
 from ..common.drawing import Points
 from ..common.files import read_json_lines, read_object
 from ..common.text import cost_text
@@ -87,6 +88,7 @@ class RunData:
         metrics: losses and measured peaks by step, for each run of which the folder has them.
         decisions: of the decision log; none without one that can be read.
         missing: what a page has to leave out, and why, a few words each.
+        control: the actions that moved the learning rate, as (step, factor, new rate, whether it went back).
     """
 
     folder: Path
@@ -94,6 +96,7 @@ class RunData:
     metrics: Mapping[str, Rows]
     decisions: Sequence[DecisionRecord]
     missing: tuple[str, ...]
+    control: tuple[tuple[int, float, float, bool], ...] = ()
 
     @property
     def first(self) -> Choice | None:
@@ -200,7 +203,33 @@ def read_run(folder: Path) -> RunData:
             decisions = log.read()
         except RunFolderError as error:
             missing.append(f"all decisions ({error})")
-    return RunData(folder, summary, metrics, decisions, tuple(missing))
+    control = _read_control(log.folder, missing) if log else ()
+    return RunData(folder, summary, metrics, decisions, tuple(missing), control)
+
+
+def _read_control(folder: Path, missing: list[str]) -> tuple[tuple[int, float, float, bool], ...]:
+    """The actions that moved the learning rate; empty where nothing controlled it."""
+    try:
+        rows = read_json_lines(folder / CONTROL)
+        return tuple(
+            (counted(row["step"]), 2 ** finite(row["change"]), finite(row["rate"]), bool(row["undone"]))
+            for row in rows
+            if row["change"]
+        )
+    except (DataError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        missing.append(f"how the learning rate was corrected ({first_line(error)})")
+        return ()
+
+
+def control_sentence(run: RunData) -> str:
+    """How the learning rate was corrected while the run went on; empty where it was not."""
+    if not run.control:
+        return ""
+    moves = [
+        f"x {factor:.2g} at step {step} (to {rate:.2g}{', back to the adapters of before' if undone else ''})"
+        for step, factor, rate, undone in run.control
+    ]
+    return f"The learning rate was corrected by what steps showed: {', '.join(moves)}."
 
 
 def moves_sentence(record: DecisionRecord) -> str:

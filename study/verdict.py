@@ -14,7 +14,7 @@ from ..common.drawing import Points, finite_points
 from ..common.text import byte_unit, cost_text, format_bytes, make_table, part_of
 from ..cost.savers import Saved
 from ..finetune.options import ALL_LINEAR, PILOT, UNIFORM
-from .run_data import RunData, rates_sentence, run_names
+from .run_data import RunData, control_sentence, rates_sentence, run_names
 
 RISE = 0.01
 """A held-out loss that ends this share above its lowest value has risen."""
@@ -43,7 +43,7 @@ def verdict(run: RunData) -> Verdict:
     of_policy = (_misses_goal(run), _unlike(run))
     others = (_against(run, UNIFORM, "uniform ranks"), _against(run, ALL_LINEAR, "rank 8 on all modules"))
     rates = rates_sentence(run.decisions[-1]) if run.decisions else ""
-    results = (_ending(run), *others, _promise(run), rates)
+    results = (_ending(run), *others, _promise(run), rates, control_sentence(run))
     return Verdict(tuple(filter(None, (*warnings, *of_policy))), tuple(filter(None, results)))
 
 

@@ -260,7 +260,10 @@ def test_what_a_function_took_comes_back_in_a_resumed_run(
 
 @pytest.mark.parametrize(
     ("last", "error", "message"),
-    [(lambda: "1KiB step", BudgetError, "room for 1 KiB.*smallest that works"), (lambda: 1 / 0, ConfigError, "by zero")],
+    [
+        (lambda: "1KiB step", BudgetError, "room for 1 KiB.*smallest that works"),
+        (lambda: 1 / 0, ConfigError, "by zero"),
+    ],
     ids=["no plan fits", "the function fails"],
 )
 def test_a_run_for_which_no_memory_is_left_is_saved(

@@ -13,12 +13,15 @@ import pytest
 import rankpilot
 import torch
 from rankpilot.agents.control import CHANGES, CONTROLLERS, FEATURES, KEEP, UNDO, decision_steps
+from rankpilot.agents.log import CONTROL
 from rankpilot.common.files import read_json_lines
 from rankpilot.errors import ConfigError
 from rankpilot.finetune import pilot as pilots
 from rankpilot.finetune.run import TrainingRun
-from rankpilot.finetune.run_control import LOG, alignment
+from rankpilot.finetune.run_control import alignment
 from rankpilot.lora.targets import find_target_modules
+from rankpilot.study.run_data import read_run
+from rankpilot.study.verdict import verdict
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, Trainer, default_data_collator
 
@@ -124,12 +127,17 @@ def test_rates_move_and_what_is_undone_is_as_it_was(
     ]
     assert loop.pilot.rate_factor == pytest.approx(0.25)
     assert "0.001 to 0.002" in next(line for line in loop.told if "learning rate goes" in line)
-    rows = read_json_lines(tmp_path / LOG)
+    rows = read_json_lines(tmp_path / CONTROL)
     assert [(row["step"], row["change"], row["undone"]) for row in rows] == [
         (MOMENTS[0], 1.0, False), (MOMENTS[1], -1.0, False), (MOMENTS[2], -2.0, True),
     ]  # fmt: skip
     assert rows[0]["seen"].keys() == FEATURES.keys()
     assert [seen["undone"] for seen in script.seen] == [0, 0, 0]
+    told = verdict(read_run(tmp_path)).results[-1]
+    assert f"x 2 at step {MOMENTS[0]} (to 0.002)" in told
+    assert f"x 0.25 at step {MOMENTS[2]} (to 0.00025, back to the adapters of before)" in told
+    (tmp_path / CONTROL).write_text('{"step": "one"}\n')
+    assert "how the learning rate was corrected" in read_run(tmp_path).missing[-1]
 
 
 def test_other_ranks_make_a_copy_useless(llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
