@@ -21,6 +21,7 @@ BENCHMARKS = {
     "rates": ("rates", "what the rule for the learning rate costs beside each task's best rate"),
     "loss-runs": ("loss_runs", "fine-tunes from which the rate's rule and the loss of a plan are fitted"),
     "no-sweep": ("no_sweep", "one run of rankpilot at its own rate beside plain LoRA at its best rate"),
+    "control": ("control", "who corrects a wrong learning rate best while a run goes"),
     "elastic": ("elastic", "another process takes memory in the middle of runs, and gives it back"),
     "worth": ("worth", "what a plan is worth: fitted on real fine-tunes, judged on those left out"),
 }

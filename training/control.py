@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..agents.control import CHANGES, CONTROLLERS, Controller, LearnedController
 from ..common.arrays import FloatArray
 from ..common.checks import is_count
 from ..env.run_control import LENGTHS, RunControlVectorEnv
-from ..errors import ConfigError
+from ..errors import ConfigError, UnknownNameError
 from .vec_env import GymnasiumVecEnv
 
 Learner = Literal["ppo", "dqn"]
@@ -47,6 +47,7 @@ class ControlConfig:
 
     Raises:
         ConfigError: a value out of range.
+        UnknownNameError: there is no such learner or rule.
     """
 
     learner: Learner = "ppo"
@@ -67,6 +68,10 @@ class ControlConfig:
                 "rounds, episodes, warm_rounds and width are whole numbers of at least 1, bases at least one, and "
                 f"drawn a share; got {counts}, {self.bases} and {self.drawn}."
             )
+        if self.learner not in get_args(Learner):
+            raise UnknownNameError.of("learner", str(self.learner), get_args(Learner))
+        if self.rule not in CONTROLLERS:
+            raise UnknownNameError.of("rule", str(self.rule), CONTROLLERS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +135,9 @@ def imitate(policy: Any, seen: FloatArray, actions: Any, *, epochs: int = 200) -
 
 def _ppo(config: ControlConfig, env: GymnasiumVecEnv) -> PPO:
     return PPO(
-        "MlpPolicy", env, n_steps=DECISIONS, batch_size=64, n_epochs=6, gamma=1.0, gae_lambda=0.95,
-        learning_rate=5e-4, ent_coef=3e-3, policy_kwargs={"net_arch": [config.width] * 2}, seed=config.seed,
-        device="cpu",
+        "MlpPolicy", env, n_steps=DECISIONS, batch_size=DECISIONS * config.episodes // 2, n_epochs=6, gamma=1.0,
+        gae_lambda=0.95, learning_rate=5e-4, ent_coef=3e-3, policy_kwargs={"net_arch": [config.width] * 2},
+        seed=config.seed, device="cpu",
     )  # fmt: skip
 
 
@@ -210,7 +215,7 @@ def _warm(model: BaseAlgorithm, found: Sequence[Steps]) -> None:
         infos: list[dict[str, Any]] = [{} for _ in steps.taken]
         model.replay_buffer.add(steps.seen, steps.after, steps.taken, steps.rewards, steps.ended, infos)
     model._setup_learn(0)
-    model.train(gradient_steps=2000, batch_size=128)
+    model.train(gradient_steps=2 * sum(len(steps.taken) for steps in found), batch_size=128)
 
 
 def controller_of(model: BaseAlgorithm) -> LearnedController:

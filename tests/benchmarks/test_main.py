@@ -25,6 +25,7 @@ EXPLAINED = {
     "rates": ("--rows", "--json", "published", "sweeps"),
     "loss-runs": ("--models", "--minutes", "--quick", "--json", "drawn plans", "folder of the plan"),
     "no-sweep": ("--output", "--pack", "--quick", "--json", "best rate"),
+    "control": ("--learners", "--seeds", "--quick", "--json", "nobody learned"),
     "elastic": ("--trials", "--quick", "--json", "another process"),
     "worth": ("--rows", "--write", "--json", "left out", "loss-runs"),
 }

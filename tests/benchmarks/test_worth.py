@@ -40,15 +40,32 @@ def rows(losses: dict[tuple[str, float], float | None]) -> dict[Run, Any]:
 
 
 def test_a_sweep_goes_on_where_its_edge_is_best() -> None:
-    known = rows({("plain", 0.5): 2.0, ("plain", 1.0): 1.9, ("plain", 2.0): 1.8})
-    assert Run("french", "plain", 4.0) in no_sweep.next_runs("french", known)
-    known |= rows({("plain", 4.0): None})
-    assert not [run for run in no_sweep.next_runs("french", known) if run.side == "plain"]
+    side = "rslora-64"
+    known = rows({(side, 0.5): 2.0, (side, 1.0): 1.9, (side, 2.0): 1.8})
+    assert Run("french", side, 4.0) in no_sweep.next_runs("french", 0, known)
+    known |= rows({(side, 4.0): None})
+    assert not [run for run in no_sweep.next_runs("french", 0, known) if run.side == side]
+    assert Run("french", side, 1.0, 1) in no_sweep.next_runs("french", 1, known), "another seed is another sweep"
 
 
 def test_the_best_run_of_a_sweep_counts() -> None:
     sides = {(goal, 1.0): 1.95 for goal in no_sweep.GOALS}
     known = rows({("plain", 0.5): 2.0, ("plain", 1.0): 1.9, ("plain", 2.0): 1.8, **sides})
-    best = no_sweep.best_rows(known)["french"]
+    best = no_sweep.best_rows(known)["french", 0]
     assert (best["plain"]["loss"], best["plain, rule"]["loss"], best["bytes"]["loss"]) == (1.8, 1.9, 1.95)
-    assert no_sweep.best_rows(rows({("plain", 1.0): 1.9})) == {}, "a text counts when all goals have run"
+    assert no_sweep.best_rows(rows({("quality", 1.0): 1.9})) == {}, "a text counts when plain LoRA has run"
+
+
+@pytest.mark.parametrize(
+    ("losses", "reason"),
+    [((1.8, 1.82), None), ((1.8, 1.9), "5.4 % between seeds"), ((3.2, 3.21), "loss 3.20, frequencies 3.00")],
+)
+def test_texts_that_teach_nothing_or_differ_by_luck_are_left_out(losses: Any, reason: str | None) -> None:
+    known = {Run("french", "plain", 1.0, seed): {"loss": loss, "frequencies": 3.0} for seed, loss in enumerate(losses)}
+    assert no_sweep.reason_to_leave_out("french", no_sweep.best_rows(known)) == reason
+
+
+def test_the_loss_of_frequencies_is_that_of_a_table() -> None:
+    train, judged = ({"input_ids": [rows]} for rows in ([0, 0, 0, 1], [0, 1, 2]))
+    shares = np.array([4, 2, 1]) / 7
+    assert no_sweep.loss_of_frequencies(train, judged) == pytest.approx(-np.log(shares).mean())  # type: ignore[arg-type]
