@@ -47,6 +47,7 @@ FEATURES = {
     "time": "share of the steps that are done",
     "steps": "log2 of the steps that are done over 5, over 4",
     "schedule": "the schedule's rate now, as a share of its peak",
+    "warm-up": "1 while the schedule's rate rises",
     "undone": "1 if the last action went back",
 }
 """What a controller sees, each from -`MOST_FEATURE` to `MOST_FEATURE`."""
@@ -87,6 +88,7 @@ class RunRecord:
     _first: list[float] = field(default_factory=list)
     _means: list[float] = field(default_factory=list)
     _undone: bool = False
+    _schedule: float = 0.0
 
     def add(self, loss: float, alignment: float) -> None:
         """A step is done.
@@ -126,8 +128,10 @@ class RunRecord:
             self.step / self.total_steps,
             math.log2(max(self.step, 1) / 5) / 4,
             schedule,
+            float(schedule > self._schedule),
             float(self._undone),
         )
+        self._schedule = schedule
         return np.asarray(np.clip(np.array(values), -MOST_FEATURE, MOST_FEATURE))
 
     def take(self, action: int) -> None:
@@ -164,7 +168,8 @@ class AlignmentRule:
     """Raise the rate while steps go on where the last one went, and lower it where they take it back.
 
     Attributes:
-        least: evidence below which nothing is changed, in standard errors.
+        least: evidence below which nothing is changed, in standard errors. To lower the rate, which costs more where it
+            is too high, four fifths of it are enough.
         dead: the same of the mean alignment over its spread.
         gain: log2 of the change for each unit of that ratio, up to a change of 2.
         back: log of the loss over that of the start from which on, with steps that take back, a run is undone.
@@ -188,13 +193,12 @@ class AlignmentRule:
         ratio = seen["alignment"] / max(seen["spread of the alignment"], 0.05)
         if seen["loss"] / 2 > self.back + self.noise * seen["noise"] / 4 and ratio < 0:
             return UNDO
-        if abs(4 * seen["evidence"]) < self.least or abs(ratio) < self.dead:
+        enough = 1.0 if ratio > 0 else 0.8
+        if abs(4 * seen["evidence"]) < enough * self.least or abs(ratio) < enough * self.dead:
             return KEEP
         wanted = float(np.clip(self.gain * ratio, -1.0, 1.0))
-        if wanted > 0:  # of the rate as it is now; the schedule may be on its way up
-            wanted += math.log2(max(seen["schedule"], 0.1))
-            if wanted < 0.25 or 5 * 2 ** (4 * seen["steps"]) < self.first:
-                return KEEP
+        if wanted > 0 and (seen["warm-up"] or 5 * 2 ** (4 * seen["steps"]) < self.first):
+            return KEEP
         return min(range(1, UNDO), key=lambda action: abs(CHANGES[action] - wanted))
 
 

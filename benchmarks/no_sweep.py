@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
+from rankpilot.agents.observation import Observation
+from rankpilot.agents.policy import Decision
 from rankpilot.common.files import read_json_lines, write_text
 from rankpilot.common.text import make_table
 from rankpilot.errors import ConfigError
@@ -164,7 +166,7 @@ def perform(run: Run) -> dict[str, Any]:
     elif run.side != "usual":
         _set_rate(optimizer, run.factor * _rule_of(training, seed))
     if run.side == "controlled":
-        pilot = RankPilot("uniform", CONTROLLED, seed=seed, tell=lambda line: None)
+        pilot = RankPilot(Plain(), CONTROLLED, seed=seed, tell=lambda line: None)
         pilot.begin(training)
     rate = optimizer.param_groups[0]["lr"]
     setup_s = time.process_time() - begun
@@ -181,8 +183,20 @@ def perform(run: Run) -> dict[str, Any]:
     return {"loss": round(loss, 5) if math.isfinite(loss) else None, "rate": rate} | facts | times
 
 
+@dataclass(frozen=True)
+class Plain:
+    """The policy that leaves plain LoRA as it is."""
+
+    name: str = "plain"
+
+    def decide(self, observation: Observation) -> Decision:
+        """Rank 8 on all modules."""
+        modules = len(observation.names)
+        return Decision(np.full(modules, REFERENCE_RANK, dtype=np.int64), np.zeros(modules), exact=True)
+
+
 CONTROLLED = PilotOptions(
-    control=True, keep_rate=True, exact_savers=False, gradient_checkpointing=False, prefix_cache="off"
+    budget="400%", control=True, keep_rate=True, exact_savers=False, gradient_checkpointing=False, prefix_cache="off"
 )
 """Plain LoRA whose rate is controlled, and nothing else."""
 

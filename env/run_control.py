@@ -211,7 +211,7 @@ class RunControlVectorEnv(VectorEnv[FloatArray, NDArray[Any], NDArray[Any]]):
     optimizer's state that were kept when the rate was last kept or raised, and take a quarter of the rate.
 
     ## Observation Space
-    `Box(-3, 3, (12,))`: `rankpilot.agents.control.FEATURES`.
+    `Box(-3, 3, (13,))`: `rankpilot.agents.control.FEATURES`.
 
     ## Rewards
     At the end by how much the log of the held-out loss is below that of the same run left alone, -2 to 2.

@@ -160,5 +160,6 @@ class RunControl:
             _first=[finite(value) for value in state["_first"]],
             _means=[finite(value) for value in state["_means"]],
             _undone=bool(state["_undone"]),
+            _schedule=finite(state["_schedule"]),
         )
         self._rate.moved = 2**self.record.moved

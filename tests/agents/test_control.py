@@ -36,8 +36,9 @@ def record(losses: list[float], alignments: list[float], total: int = 200) -> Ru
 def seen(**values: float) -> Any:
     """An observation; features that are not given are 0, with the whole rate of the schedule after 30 steps."""
     usual = {"schedule": 1.0, "steps": math.log2(30 / 5) / 4, "spread_of_the_alignment": 0.2} | values
-    assert {name.replace("_", " ") for name in usual} <= FEATURES.keys()
-    return np.array([[usual.get(name.replace(" ", "_"), 0.0) for name in FEATURES]])
+    known = [name.replace(" ", "_").replace("-", "_") for name in FEATURES]
+    assert usual.keys() <= {*known}
+    return np.array([[usual.get(name, 0.0) for name in known]])
 
 
 @pytest.mark.parametrize("total", [60, 61, 100, 400, 10_000])
@@ -59,12 +60,15 @@ def test_features_are_those_of_the_window() -> None:
     assert first["alignment"] == pytest.approx(4 * 0.2)
     assert first["loss"] == pytest.approx(2 * (math.log(math.sqrt(8)) - math.log(4)))
     assert first["schedule"] == 0.5
+    assert first["warm-up"] == 1
     assert first["time"] == 4 / 200
     found.take(CHANGES.index(1.0))
     for _ in range(5):
         found.add(1.0, -0.1)
     second = dict(zip(FEATURES, found.observe(1.0), strict=True))
     assert second["moved"] == pytest.approx(1 / 3)
+    assert second["warm-up"] == 1
+    assert dict(zip(FEATURES, found.observe(0.9), strict=True))["warm-up"] == 0
     assert second["alignment"] == pytest.approx(-0.4)
     assert second["change of loss"] == pytest.approx(max(4 * -math.log(3), -3))
     assert second["above the best"] == pytest.approx(second["change of loss"])
@@ -93,7 +97,8 @@ RULES = [
     ({"alignment": 1.0, "evidence": 0.5}, 0.0),
     ({"alignment": -0.4, "evidence": -2.0}, -1.0),
     ({"alignment": -0.12, "evidence": -2.0}, -1.0),
-    ({"alignment": 1.0, "evidence": 2.0, "schedule": 0.5}, 0.0),
+    ({"alignment": 1.0, "evidence": 2.0, "warm_up": 1.0}, 0.0),
+    ({"alignment": -0.4, "evidence": -2.0, "warm_up": 1.0}, -1.0),
     ({"alignment": 1.0, "evidence": 2.0, "steps": 0.0}, 0.0),
     ({"alignment": -0.4, "evidence": -2.0, "steps": 0.0}, -1.0),
 ]
@@ -145,7 +150,7 @@ def test_a_network_takes_the_highest_score_and_survives_its_file(activation: str
         (lambda state: [], "no controller"),
         (lambda state: state | {"schema": 99}, "no controller"),
         (lambda state: state | {"features": ["loss"]}, "no controller"),
-        (lambda state: state | {"layers": state["layers"][:1]}, "maps 12 features to 8 actions"),
+        (lambda state: state | {"layers": state["layers"][:1]}, "maps 13 features to 8 actions"),
         (lambda state: state | {"layers": [{"weight": "x"}]}, "cannot be read"),
         (lambda state: {name: value for name, value in state.items() if name != "layers"}, "cannot be read"),
         (lambda state: state | {"activation": "sine"}, "tanh or relu"),
