@@ -1,0 +1,44 @@
+"""What pages claim of runs without a sweep is what stored rows say."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks import no_sweep
+from benchmarks.harness import Figures
+from benchmarks.no_sweep import Run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def figures() -> Figures:
+    rows = {Run(*run): row for run, row in json.loads(no_sweep.PACKED.read_text(encoding="utf-8"))}
+    best, console = no_sweep.best_rows(rows), Console(file=io.StringIO())
+    return no_sweep._report(best, console) | no_sweep._report_control(rows, best, console)
+
+
+def test_the_readme_claims_what_the_stored_rows_say(figures: Figures) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"on {figures['admitted']} texts" in readme
+    for side in ("quality", "bytes", "plain, rule", "usual"):
+        value, low, high, worst = (figures[f"admitted, {side}: {name}"] for name in ("value", "low", "high", "worst"))
+        size = figures[f"admitted, {side}: bytes"]
+        taken = f"{size:.2f}" if math.isfinite(size) else "1"
+        assert f"| {value:+.2f} % ({low:+.2f} to {high:+.2f}) | {worst:+.1f} % | {taken} |" in readme
+
+
+def test_the_page_of_control_claims_what_the_stored_rows_say(figures: Figures) -> None:
+    page = (ROOT / "docs" / "control.md").read_text(encoding="utf-8")
+    for factor, words in ((0.25, "a quarter of the rule's"), (1.0, "the rule's"), (4.0, "four times the rule's")):
+        alone, corrected = (
+            f"{figures[f'{side} at {factor:g}: value']:+.1f} % (worst {figures[f'{side} at {factor:g}: worst']:.1f})"
+            for side in ("plain", "controlled")
+        )
+        assert f"| {words} | {alone} | {corrected}" in page
