@@ -89,6 +89,7 @@ class RunRecord:
     _means: list[float] = field(default_factory=list)
     _undone: bool = False
     _schedule: float = 0.0
+    _now: float = 0.0
 
     def add(self, loss: float, alignment: float) -> None:
         """A step is done.
@@ -110,9 +111,9 @@ class RunRecord:
         Args:
             schedule: the schedule's rate now, as a share of its peak.
         """
-        losses = np.log(np.maximum(np.nan_to_num(self.losses, nan=1e6, posinf=1e6), 1e-6))
+        losses = np.log(_finite(self.losses))
         aligned = np.array(self.alignments or [0.0])
-        mean, first = float(losses.mean()), float(np.log(np.maximum(np.mean(self._first), 1e-6)))
+        mean, first = float(losses.mean()), math.log(_finite(self._first).mean())
         error = float(aligned.std()) / math.sqrt(len(aligned)) + 1e-3
         before = self._means[-1] if self._means else first
         best = min([first, *self._means])
@@ -131,7 +132,7 @@ class RunRecord:
             float(schedule > self._schedule),
             float(self._undone),
         )
-        self._schedule = schedule
+        self._now = schedule
         return np.asarray(np.clip(np.array(values), -MOST_FEATURE, MOST_FEATURE))
 
     def take(self, action: int) -> None:
@@ -139,8 +140,14 @@ class RunRecord:
         self.moved += CHANGES[action]
         self._undone = action == UNDO
         if not self._undone:
-            self._means.append(float(np.log(np.maximum(np.mean(self.losses), 1e-6))))
+            self._means.append(math.log(_finite(self.losses).mean()))
+        self._schedule = self._now
         self.losses, self.alignments = [], []
+
+
+def _finite(losses: Sequence[float]) -> FloatArray:
+    """Losses as numbers whose logarithm is finite; those that are none count as a million."""
+    return np.asarray(np.maximum(np.nan_to_num(losses, nan=1e6, posinf=1e6), 1e-6))
 
 
 class Controller(Protocol):

@@ -68,6 +68,9 @@ def test_features_are_those_of_the_window() -> None:
     second = dict(zip(FEATURES, found.observe(1.0), strict=True))
     assert second["moved"] == pytest.approx(1 / 3)
     assert second["warm-up"] == 1
+    assert dict(zip(FEATURES, found.observe(1.0), strict=True)) == second, "to look changes nothing"
+    found.take(KEEP)
+    found.add(1.0, 0.1)
     assert dict(zip(FEATURES, found.observe(0.9), strict=True))["warm-up"] == 0
     assert second["alignment"] == pytest.approx(-0.4)
     assert second["change of loss"] == pytest.approx(max(4 * -math.log(3), -3))
