@@ -91,7 +91,7 @@ def test_other_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"tseps": 3}', "other settings .*accumulation: None there, 1 now"),
+        ('{"tseps": 3}', "other settings .*accumulation: None there, 0 now"),
         ("{", "cannot go on with .*Expecting"),
         ("3", "cannot go on with .*no values by name"),
     ],

@@ -449,7 +449,7 @@ def test_a_run_does_what_its_configuration_told() -> None:
     )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     before, lines = attributes(model), list[str]()
-    budget = f"{told.best.step_bytes + 1024:.0f}B"  # costs are whole bytes
+    budget = f"{told.best.step_bytes + 1024:.0f}B step"  # costs are whole bytes
     pilot = rankpilot.RankPilot(RankFour(), budget, tell=lines.append)
     pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, loader, total_steps=4))
     state = pilot.state_dict()
@@ -459,6 +459,6 @@ def test_a_run_does_what_its_configuration_told() -> None:
     memory = pilot._guard._memory
     assert memory is not None
     assert memory.peak(pilot.controller.ranks) == told.best.step_bytes
-    assert lines[0].endswith("with the same losses. Activation functions run again, which takes some time.")
+    assert any(each.endswith("losses. Activation functions run again, which takes some time.") for each in lines)
     pilot.finish()
     assert attributes(model) == before
