@@ -124,7 +124,9 @@ def test_a_time_that_fits_nothing_tells_the_smallest() -> None:
 
 def test_bytes_that_fit_nothing_are_told_in_bytes() -> None:
     limit = TimeLimit(step_time(), 100.0)
-    with pytest.raises(BudgetError, match=r"The budget of 1005 B for a step fits no adapter at all.*1010 B.*peak is at loss"):
+    with pytest.raises(
+        BudgetError, match=r"The budget of 1005 B for a step fits no adapter at all.*1010 B.*peak is at loss"
+    ):
         check_budget(problem_of(limit, 1005.0), ["name"] * MODULES)
 
 
