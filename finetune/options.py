@@ -291,8 +291,8 @@ class FinetuneConfig(StepConfig, PlanOptions):
         """The options of a run under a policy, with further ones by name, which its folder decides."""
         shared = {each.name: getattr(self, each.name) for each in fields(PlanOptions)}
         rate = "auto" if self.learning_rate == "auto" else None
-        own = {"bounds": rank_bounds_of(self.bounds), "scaling": self.kept, "learning_rate": rate}
-        own["control"] = self.control
+        own: dict[str, Any] = {"bounds": rank_bounds_of(self.bounds), "scaling": self.kept}
+        own |= {"learning_rate": rate, "control": self.control}
         return PilotOptions(**shared | own | further)
 
     @property
