@@ -14,7 +14,7 @@ from ..agents.log import CONTROL
 from ..common.checks import counted, finite
 from ..common.files import append_json_line, read_json_lines, write_json_lines
 from ..errors import ConfigError
-from ..lora.optimizer_state import last_direction
+from ..lora.optimizer_state import last_direction, unwrap_optimizer
 from ..lora.targets import TargetModule
 from .journal import Journal
 from .left_as_found import Kept
@@ -70,8 +70,8 @@ class RunControl:
     ) -> None:
         if not follows_rule(run.optimizer):
             raise ConfigError(
-                f"control=True reads the steps of Adam and its kin; {type(run.optimizer).__name__} is none, or chooses "
-                "its rate itself. Leave control out."
+                f"control=True reads the steps of Adam and its kin; {type(unwrap_optimizer(run.optimizer)).__name__} "
+                "is none, or chooses its rate itself. Leave control out."
             )
         self._run, self._targets, self._rate, self._controller, self._journal = run, targets, rate, controller, journal
         self._steps = decision_steps(run.total_steps)
