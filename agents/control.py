@@ -77,6 +77,7 @@ class RunRecord:
         losses: of the steps since the last decision.
         alignments: of the same steps.
         moved: log2 of the rate over that at the start.
+        changed: whether an action has ever moved it.
         step: optimizer steps done.
     """
 
@@ -84,6 +85,7 @@ class RunRecord:
     losses: list[float] = field(default_factory=list)
     alignments: list[float] = field(default_factory=list)
     moved: float = 0.0
+    changed: bool = False
     step: int = 0
     _first: list[float] = field(default_factory=list)
     _means: list[float] = field(default_factory=list)
@@ -138,6 +140,7 @@ class RunRecord:
     def take(self, action: int) -> None:
         """An action is taken; a new window begins."""
         self.moved += CHANGES[action]
+        self.changed |= action != KEEP
         self._undone = action == UNDO
         if not self._undone:
             self._means.append(math.log(_finite(self.losses).mean()))

@@ -368,18 +368,21 @@ def _report(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Conso
 def _report_control(
     rows: Mapping[Run, Mapping[str, Any]], best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Console
 ) -> Figures:
-    """Log losses of plain LoRA at wrong rates, left alone and controlled, beside that at its best rate."""
+    """Log losses of plain LoRA at wrong rates, left alone and controlled, beside that at its best rate; in pairs."""
     figures: Figures = {}
     table = []
     for factor in WRONG:
-        for side in ("plain", "controlled"):
+        cells = [
+            (text, seed)
+            for text, seed in best
+            if {Run(text, side, factor, seed) for side in ("plain", "controlled")} <= rows.keys()
+            and not reason_to_leave_out(text, best)
+        ]
+        for side in ("plain", "controlled") if cells else ():
             found = {
-                (text, seed): 100 * _beside(row, best[text, seed]["plain"])
-                for text, seed in best
-                if (row := rows.get(Run(text, side, factor, seed))) and not reason_to_leave_out(text, best)
+                (text, seed): 100 * _beside(rows[Run(text, side, factor, seed)], best[text, seed]["plain"])
+                for text, seed in cells
             }
-            if not found:
-                continue
             change = estimate(list(found.values()), [text for text, _ in found])
             figures |= {f"{side} at {factor:g}: {name}": value for name, value in vars(change).items()}
             figures[f"{side} at {factor:g}: worst"] = max(found.values())

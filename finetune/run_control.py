@@ -30,15 +30,16 @@ def alignment(optimizer: torch.optim.Optimizer, targets: Sequence[TargetModule])
         optimizer: one of Adam's kin.
         targets: whose adapters hold gradients.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
+    products: list[torch.Tensor] = []
     for parameter in (p for target in targets for p in target.parameters.values()):
         direction = None if parameter.grad is None else last_direction(optimizer, parameter)
         if direction is not None and parameter.grad is not None:
-            gradient = parameter.grad.float()
-            pairs = ((direction, gradient), (direction, direction), (gradient, gradient))
-            products = torch.stack([(one * other).sum() for one, other in pairs])
-            sums = sums.to(products.device) + products.double()
-    return sums[0] / (sums[1] * sums[2]).sqrt()
+            step, gradient = direction.flatten(), parameter.grad.float().flatten()
+            products += [step @ gradient, step @ step, gradient @ gradient]
+    if not products:
+        return torch.tensor(math.nan)
+    dot, steps, gradients = torch.stack(products).double().view(-1, 3).sum(dim=0)
+    return dot / (steps * gradients).sqrt()
 
 
 class RunControl:
@@ -109,6 +110,8 @@ class RunControl:
             return
         if step in self._steps and self._seen:
             self._decide(step)
+        if step == self._steps[-1] and not self.record.changed:
+            self._journal.note(f"step {step}: the learning rate stays as it is: no moment was sure of a change.")
         if step >= self._steps[-1]:
             self._kept = None
         elif self._kept is None:
@@ -156,6 +159,7 @@ class RunControl:
         self.record = RunRecord(
             self._run.total_steps,
             moved=finite(state["moved"]),
+            changed=bool(state["changed"]),
             step=counted(state["step"]),
             _first=[finite(value) for value in state["_first"]],
             _means=[finite(value) for value in state["_means"]],

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 
 from ..agents.control import CHANGES, CONTROLLERS, Controller, LearnedController
@@ -172,36 +173,22 @@ def train_controller(
         vector = vectors[config.bases[number % len(config.bases)]]
         vector.seed(1_000_000 + 1000 * config.seed + number * config.episodes)
         model.set_env(vector)  # which begins new episodes
-        with _Rewards(vector) as rewards:
-            model.learn(DECISIONS * config.episodes, reset_num_timesteps=False)
-        on_round(number, controller_of(model), rewards.mean)
+        rewards = _Rewards()
+        model.learn(DECISIONS * config.episodes, callback=rewards, reset_num_timesteps=False)
+        on_round(number, controller_of(model), float(np.mean(rewards.found)))
     return controller_of(model)
 
 
-class _Rewards:
-    """Notes the rewards of a round."""
+class _Rewards(BaseCallback):
+    """Notes the rewards of the episodes that end."""
 
-    def __init__(self, vector: GymnasiumVecEnv) -> None:
-        self._vector, self._found = vector, [0.0]
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[float] = []
 
-    def __enter__(self) -> _Rewards:
-        plain = self._vector.step_wait
-
-        def noting() -> Any:
-            result = plain()
-            self._found += result[1][result[2]].tolist()
-            return result
-
-        self._vector.step_wait = noting  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self._vector.step_wait
-
-    @property
-    def mean(self) -> float:
-        """Of the episodes that ended."""
-        return float(np.mean(self._found[1:])) if len(self._found) > 1 else 0.0
+    def _on_step(self) -> bool:
+        self.found += np.asarray(self.locals["rewards"])[self.locals["dones"]].tolist()
+        return True
 
 
 def _warm(model: BaseAlgorithm, found: Sequence[Steps]) -> None:

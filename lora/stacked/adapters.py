@@ -419,7 +419,7 @@ class StackedAdapters:
     def copy_runs(self, rows: Sequence[int]) -> tuple[Any, ...]:
         """A copy of the factors and states of some runs, for `put_back_runs`."""
         buffers = (self.weights, self.first, self.second)
-        return (self.layout, self.ages[list(rows)].copy(), *(buffer[list(rows)].clone() for buffer in buffers))
+        return (self.layout, self.ages[list(rows)].copy(), *(buffer[list(rows)] for buffer in buffers))
 
     @torch.no_grad()
     def put_back_runs(self, rows: Sequence[int], copy: tuple[Any, ...]) -> None:

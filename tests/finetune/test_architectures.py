@@ -21,6 +21,7 @@ from rankpilot.lora.targets import find_target_modules
 from torch.utils.data import DataLoader
 
 from ..cost.measured import adamw_run
+from .tiny_runs import take_step
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 256,
@@ -129,13 +130,7 @@ def test_from_the_configuration_to_an_adapter_that_plain_peft_loads(name: str, t
     pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=2))
     assert adapter_ranks(targets) != dict(zip(adapter_ranks(targets), ranks.tolist(), strict=True))
     for batch in loader:
-        pilot.before_step(batch)
-        loss = model(**batch).loss
-        loss.backward()
-        pilot.before_optimizer_step(loss.detach())
-        optimizer.step()
-        optimizer.zero_grad()
-        pilot.after_step()
+        take_step(pilot, optimizer, batch, lambda rows: model(**rows).loss)
     pilot.finish()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(random_base(name), tmp_path)

@@ -239,7 +239,7 @@ class TrainerKind:
 
     name: str
     build: Callable[..., Trainer]
-    typical_error: float = 0.0055  # the margin of checkpointing, .5 % of what else is predicted, as a share of a peak
+    typical_error: float = 0.005  # the margin of checkpointing
     largest_error: float = 0.03
 
 
