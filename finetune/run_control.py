@@ -39,7 +39,8 @@ def alignment(optimizer: torch.optim.Optimizer, targets: Sequence[TargetModule])
     if not products:
         return torch.tensor(math.nan)
     dot, steps, gradients = torch.stack(products).double().view(-1, 3).sum(dim=0)
-    return dot / (steps * gradients).sqrt()
+    cosine: torch.Tensor = dot / (steps * gradients).sqrt()
+    return cosine
 
 
 class RunControl:
