@@ -350,11 +350,6 @@ def adapter_ranks(targets: Sequence[TargetModule]) -> dict[str, int]:
     return {target.name: target.rank for target in targets}
 
 
-_BY_IMPORTANCE = "eva"
-"""PEFT's name of starts whose rows of A are sorted, the most important one first (EVA, arXiv 2410.07170)."""
-
-_DEFAULT = (True, False)
-
 PATTERN = (
     "The rank_pattern of the LoraConfig is where nothing starts, since the policy decides all ranks. "
     "`bounds` pins the rank of a module."
@@ -365,10 +360,12 @@ PATTERN = (
 def start_kept(
     model: torch.nn.Module, targets: Sequence[TargetModule], fresh: bool, note: Callable[[str], None]
 ) -> Iterator[None]:
-    """Let adapters that have not trained keep what EVA chose for them, whatever ranks they get inside.
+    """Let adapters that have not trained keep the directions that they were given, whatever ranks they get inside.
 
-    A module has as many of its rows of A as its new rank allows, and random ones beyond; the function stays. Other
-    starts than PEFT's default give way to it, and a `rank_pattern` to the first plan, which is told.
+    A module has as many of its rows of A as its new rank allows (of EVA's, arXiv 2410.07170, these are the most
+    important ones), and random ones beyond; the function stays. So a run whose plan is that of its LoraConfig begins
+    as it would without rankpilot. A `rank_pattern` gives way to the first plan, which is told, and so do starts in
+    which both factors hold numbers.
 
     Args:
         model: holds the adapters.
@@ -382,16 +379,20 @@ def start_kept(
     begins = fresh or not any(map(is_trained, targets))
     if begins and config.rank_pattern and of_user:
         note(PATTERN)
-    if start in _DEFAULT or not begins:
+    both = any(bool((target.weight_a if target.embedding else target.weight_b).any()) for target in targets)
+    if not begins or fresh or both:
         yield
+        if begins and start is not True:
+            note(f"This run begins with PEFT's default directions, in place of those of init_lora_weights={start!r}.")
         return
-    if fresh or start != _BY_IMPORTANCE:
-        yield
-        note(f"This run begins with PEFT's default directions, in place of those of init_lora_weights={start!r}.")
-        return
-    rows = [target.weight_a.detach().clone() for target in targets]
+    before = [_drawn(target).to("cpu", copy=True) for target in targets]
     yield
     with torch.no_grad():
-        for target, before in zip(targets, rows, strict=True):
-            count = min(target.rank, len(before))
-            target.weight_a[:count] = before[:count]
+        for target, rows in zip(targets, before, strict=True):
+            count = min(target.rank, len(rows))
+            _drawn(target)[:count] = rows[:count]
+
+
+def _drawn(target: TargetModule) -> torch.Tensor:
+    """The factor that a start draws, a row for each rank; the other one is zero."""
+    return target.weight_b.detach().mT if target.embedding else target.weight_a.detach()

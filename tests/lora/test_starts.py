@@ -52,8 +52,9 @@ def kept(model: Any, before: dict[str, torch.Tensor]) -> set[bool]:
 
 
 @pytest.mark.parametrize("rank", [4, 8, 16])
-def test_evas_directions_stay(llama_config: LlamaConfig, rank: int) -> None:
-    model, before, told = begun(llama_config, "eva", bounds=dict.fromkeys(NAMES, rank))
+@pytest.mark.parametrize("start", [True, "gaussian", "eva"])
+def test_directions_that_were_drawn_stay(llama_config: LlamaConfig, start: Any, rank: int) -> None:
+    model, before, told = begun(llama_config, start, bounds=dict.fromkeys(NAMES, rank))
     targets = find_target_modules(model)
     assert {target.rank for target in targets} == {rank}
     assert kept(model, before) == {True}
@@ -67,17 +68,52 @@ def test_they_do_not_where_all_is_to_begin_anew(llama_config: LlamaConfig) -> No
     assert any("in place of those of init_lora_weights='eva'" in line for line in told)
 
 
-@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
-def test_other_starts_give_way_and_this_is_told(llama_config: LlamaConfig, start: str) -> None:
-    model, before, told = begun(llama_config, start)
+def trained(config: LlamaConfig, *, pilots: bool) -> list[torch.Tensor]:
+    """The factors of adapters of rank 8 after an epoch, with rankpilot or without."""
+    set_seed(0)
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules=NAMES))
+    loader: DataLoader[Any] = DataLoader(ROWS, 8, collate_fn=default_data_collator)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    pilot = RankPilot("uniform", "400%", schedule=ONCE, bounds=dict.fromkeys(NAMES, 8), tell=lambda line: None)
+    if pilots:
+        pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=len(loader)))
+    for batch in loader:
+        if pilots:
+            pilot.before_step(batch)
+        loss = model(**batch).loss
+        loss.backward()
+        if pilots:
+            pilot.before_optimizer_step(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        if pilots:
+            pilot.after_step()
+    return [factor for target in find_target_modules(model) for factor in (target.weight_a, target.weight_b)]
+
+
+def test_a_plan_that_is_the_configs_trains_as_without_rankpilot(llama_config: LlamaConfig) -> None:
+    ours, plain = trained(llama_config, pilots=True), trained(llama_config, pilots=False)
+    assert all(bool(factor.any()) for factor in plain)
+    assert all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
+
+
+def test_a_start_in_both_factors_gives_way_and_this_is_told(llama_config: LlamaConfig) -> None:
+    model, before, told = begun(llama_config, "orthogonal")
     assert kept(model, before) == {False}
     assert [line for line in told if "init_lora_weights" in line] == [
-        f"This run begins with PEFT's default directions, in place of those of init_lora_weights='{start}'."
+        "This run begins with PEFT's default directions, in place of those of init_lora_weights='orthogonal'."
     ]
 
 
-def test_the_default_is_not_spoken_of(llama_config: LlamaConfig) -> None:
-    assert not any("default directions" in line for line in begun(llama_config, True)[2])
+def test_embeddings_keep_theirs(llama_config: LlamaConfig) -> None:
+    set_seed(0)
+    model = get_peft_model(LlamaForCausalLM(llama_config), LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]))
+    before = {target.name: target.weight_b.detach().clone() for target in find_target_modules(model)}
+    begin(model, bounds={"embed_tokens": 8, "q_proj": 4})
+    (embedding,) = (target for target in find_target_modules(model) if target.embedding)
+    assert embedding.rank == 8
+    assert torch.equal(embedding.weight_b[:, :4], before[embedding.name])
+    assert not embedding.weight_a.any()
 
 
 def test_that_a_pattern_of_ranks_gives_way_is_told_once(llama_config: LlamaConfig, tmp_path: Path) -> None:
