@@ -44,6 +44,8 @@ FEATURES = {
     "above the best": "log of the mean loss over that of the best window so far, times 4",
     "noise": "standard deviation of the log loss over the window, times 4",
     "moved": "log2 of the rate over the one at the start, over 3",
+    "beside the rule": "log2 of the rate over what the rule of rates says, over 3; 0 where it says nothing",
+    "ruled": "1 where it says something",
     "time": "share of the steps that are done",
     "steps": "log2 of the steps that are done over 5, over 4",
     "schedule": "the schedule's rate now, as a share of its peak",
@@ -74,6 +76,7 @@ class RunRecord:
 
     Attributes:
         total_steps: of the run.
+        beside: log2 of the rate at the start over what the rule of rates says; None where it says nothing.
         losses: of the steps since the last decision.
         alignments: of the same steps.
         moved: log2 of the rate over that at the start.
@@ -82,6 +85,7 @@ class RunRecord:
     """
 
     total_steps: int
+    beside: float | None = None
     losses: list[float] = field(default_factory=list)
     alignments: list[float] = field(default_factory=list)
     moved: float = 0.0
@@ -128,6 +132,8 @@ class RunRecord:
             4 * (mean - best),
             4 * losses.std(),
             self.moved / 3,
+            0.0 if self.beside is None else (self.beside + self.moved) / 3,
+            float(self.beside is not None),
             self.step / self.total_steps,
             math.log2(max(self.step, 1) / 5) / 4,
             schedule,
@@ -177,6 +183,8 @@ class LeaveAlone:
 class AlignmentRule:
     """Raise the rate while steps go on where the last one went, and lower it where they take it back.
 
+    A move towards what the rule of rates says needs less evidence and goes all the way; one away from it needs more.
+
     Attributes:
         least: evidence below which nothing is changed, in standard errors. To lower the rate, which costs more where it
             is too high, four fifths of it are enough.
@@ -185,6 +193,10 @@ class AlignmentRule:
         back: log of the loss over that of the start from which on, with steps that take back, a run is undone.
         noise: that much more for each standard deviation of the log loss.
         first: steps before which the rate is not raised: the first ones go the same way at any rate.
+        towards: share of the evidence that is enough for a move towards the rule's rate.
+        away: the same for one away from it.
+        near: log2 of the distance from the rule's rate within which no move is one towards it.
+        far: log2 of the distance above the rule's rate from which on a return is an undoing as well.
     """
 
     least: float = 2.5
@@ -193,6 +205,10 @@ class AlignmentRule:
     back: float = 0.05
     noise: float = 1.5
     first: int = 9
+    towards: float = 0.5
+    away: float = 2.0
+    near: float = 0.5
+    far: float = 1.5
 
     def act(self, observations: FloatArray) -> Sequence[int]:
         """See `Controller`."""
@@ -200,15 +216,21 @@ class AlignmentRule:
         return [self._one(dict(zip(names, row, strict=True))) for row in observations.tolist()]
 
     def _one(self, seen: dict[str, float]) -> int:
-        ratio = seen["alignment"] / max(seen["spread of the alignment"], 0.05)
+        ratio = seen["alignment"] / max(seen["spread of the alignment"], 0.1)
         if seen["loss"] / 2 > self.back + self.noise * seen["noise"] / 4 and ratio < 0:
             return UNDO
-        enough = 1.0 if ratio > 0 else 0.8
+        enough, distance = 1.0 if ratio > 0 else 0.8, 3 * seen["beside the rule"]
+        wanted = float(np.clip(self.gain * ratio, -1.0, 1.0))
+        if seen["ruled"]:
+            returns = ratio * distance < 0 and abs(distance) >= self.near
+            enough *= self.towards if returns else self.away
+            wanted = -distance if returns else wanted
         if abs(4 * seen["evidence"]) < enough * self.least or abs(ratio) < enough * self.dead:
             return KEEP
-        wanted = float(np.clip(self.gain * ratio, -1.0, 1.0))
         if wanted > 0 and (seen["warm-up"] or 5 * 2 ** (4 * seen["steps"]) < self.first):
             return KEEP
+        if wanted <= -self.far:
+            return UNDO
         return min(range(1, UNDO), key=lambda action: abs(CHANGES[action] - wanted))
 
 
@@ -276,7 +298,7 @@ class LearnedController:
         return cls(layers, state["activation"])
 
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the files of controllers."""
 
 CONTROLLERS: dict[str, Controller] = {

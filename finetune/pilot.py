@@ -151,8 +151,8 @@ class RankPilot:
         ):
             auto = self.options.learning_rate == "auto"
             probes = reads_signals(self.policy)
-            looked = run.look(self.seed) if auto or not probes else None
-            self._rate = self._plan_rate(targets, look_at(run, looked) if auto and looked else None)
+            looked = run.look(self.seed) if auto or self.options.control or not probes else None
+            self._rate = self._plan_rate(targets, look_at(run, looked) if looked else None)
             self.controller, costs = before_training.prepare(
                 run,
                 targets,

@@ -109,7 +109,7 @@ class PlanRate:
         look: at the run.
 
     Attributes:
-        look: what the rule has seen of the run; None where it does not decide.
+        look: at the run; None where nothing was looked at.
         own: the rate that the optimizer begins with or warms up to.
         rule: what the rule says for plain LoRA; None where the optimizer is no Adam, or the width is unknown.
         factor: by which the rate is multiplied now.
@@ -145,7 +145,8 @@ class PlanRate:
         self.own: float = probe_rate(run.model, run.optimizer)
         self._plain = np.array([target.scaling_at(REFERENCE_RANK) for target in targets])
         self.rule: float | None = None
-        self.look: Look | None = (look or TYPICAL) if auto else None
+        self.look: Look | None = look
+        self._decides = auto
         if auto or rule_knows(run):
             self.rule = rate_by_rule(run.model, targets, run.total_steps, look or TYPICAL)
         self._auto = self.rule / self.own if auto and self.rule else 1.0
@@ -179,7 +180,7 @@ class PlanRate:
         lines = []
         if not np.allclose(self._plain, self._plain[0]):
             lines.append("Modules differ in lora_alpha (alpha_pattern): each keeps its own.")
-        if self.look:
+        if self._decides:
             of_plan = "" if self.factor == self._auto * self.moved else f", and {self.rate:.2g} under this plan"
             return " ".join([f"Learning rate by rule: {self.plain:.2g} for plain LoRA{of_plan}.", *lines])
         if abs(self.factor - 1) > 0.01:

@@ -79,7 +79,8 @@ class RunControl:
         self._steps = decision_steps(run.total_steps)
         self._seen: list[tuple[torch.Tensor | float, torch.Tensor]] = []
         self._kept: Kept | None = None
-        self.record: RunRecord = RunRecord(run.total_steps)
+        self._beside = math.log2(rate.plain / rate.rule) if rate.rule and rate.plain else None
+        self.record: RunRecord = RunRecord(run.total_steps, self._beside)
         if not self._steps:
             journal.note(f"The learning rate is not controlled: a run of {run.total_steps} steps shows too little.")
 
@@ -159,6 +160,7 @@ class RunControl:
             write_json_lines(path, [row for row in read_json_lines(path) if row["step"] < step])
         self.record = RunRecord(
             self._run.total_steps,
+            self._beside,
             moved=finite(state["moved"]),
             changed=bool(state["changed"]),
             step=counted(state["step"]),
