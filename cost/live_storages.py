@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import meta_results
+
 DeviceKind = Literal["cpu", "cuda"]
 
 META_STANDS_FOR: ContextVar[DeviceKind] = ContextVar("META_STANDS_FOR", default="cpu")
@@ -72,7 +74,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operator, and report new storages among its results."""
         options = options or {}
-        result = operator(*arguments, **options)
+        result = meta_results.run(operator, arguments, options)
         self.now += 1
         results = (result,) if type(result) is torch.Tensor else tensors_in(result)
         unseen = {each._cdata: each for each in storages(results) if each._cdata not in self._seen}

@@ -24,6 +24,7 @@ from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..lora.resize import write_in_place
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule
+from . import meta_results
 from .calibration import all_training, highest_ranks, prepare
 from .cost import ModuleSet
 from .live_storages import tensors_in
@@ -379,7 +380,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operator, and report its work."""
         options = options or {}
-        result = operator(*arguments, **options)
+        result = meta_results.run(operator, arguments, options)
         if not _is_view(operator):
             moved = sum(_bytes(tensor) for values in (arguments, options, result) for tensor in tensors_in(values))
             self._note(_flops(operator, arguments, options, result), float(moved))

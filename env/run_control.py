@@ -39,7 +39,7 @@ PARTS = ("all", "top half")
 """Where the adapters are: on all modules, or on those of the upper half of the layers."""
 
 RULED = (None, -0.5, 0.0, 0.5)
-"""log2 of what a rule of rates says over `RATE`; None where none is known. Where it says the right thing no text tells."""
+"""log2 of what a rule of rates says over `RATE`; None where it says nothing."""
 
 WARM_UPS = (0.0, 0.1)
 """Shares of the steps in which the rate rises along a line; from then on it falls along one, to 0."""
