@@ -205,7 +205,7 @@ def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str
         tell: gets a line when it begins or ends.
     """
     evaluates = run.evaluations is None or run.evaluations > 1
-    if most_bytes == 0 or is_compiled(run.wrapped) or (run.epochs < 2 and not evaluates):
+    if most_bytes == 0 or run.replicas.sharded or is_compiled(run.wrapped) or (run.epochs < 2 and not evaluates):
         return None  # of a compiled model each way of running layers takes a graph
     folder, tokens = run.folder or Path(tempfile.gettempdir()), 0.0
     if run.epochs >= 2:

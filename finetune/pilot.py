@@ -516,6 +516,8 @@ class RankPilot:
             if options.exact_savers:
                 if self._run.tells_positions:  # without a cache, transformers takes them for those of packed texts
                     savers = [name for name in savers if name != CACHE]
+                if self._run.replicas.sharded:  # the head is whole in its own passes alone
+                    savers = [name for name in savers if name != TILES]
                 if self._stay:  # answers are written with a cache, and read off logits
                     savers = [name for name in savers if name not in (CACHE, TILES)]
                 self._savers = ExactSavers(model, savers, compiled=is_compiled(self._run.wrapped))

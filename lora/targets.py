@@ -18,6 +18,7 @@ from peft.tuners.lora.tp_layer import LoraParallelLinear
 from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError, UnknownNameError, UnsupportedError
 from .spec import ModuleSpec
@@ -92,7 +93,9 @@ def real_weight(layer: LoraLayer) -> torch.Tensor:
         weight = dequantize_bnb_weight(weight, state=getattr(base, "state", None))
     elif weight is not None:
         weight = dequantize_module_weight(base).detach()
-        if type(weight) is not torch.Tensor:  # PEFT does not dequantise quanto's tensors
+        if isinstance(weight, DTensor):  # each process has a part, and all are here
+            weight = weight.full_tensor()
+        elif type(weight) is not torch.Tensor:  # PEFT does not dequantise quanto's tensors
             weight = weight.dequantize()
     if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         stored = "no weight" if weight is None else f"a weight of {weight.dtype}"
@@ -271,8 +274,10 @@ def _refuse_shards_and_ties(targets: Sequence[TargetModule]) -> None:
         for weight in (target.weight_a, target.weight_b):
             if type(weight.data) is not torch.Tensor:
                 raise UnsupportedError(
-                    f"Target module {target.name!r}: its factors are sharded ({type(weight.data).__name__}), as under "
-                    "FSDP or tensor parallelism. Run on one device."
+                    f"Target module {target.name!r}: its factors are sharded ({type(weight.data).__name__}), so their "
+                    "rank cannot change. Leave the adapters whole (fully_shard with ignored_params), or plan first: "
+                    "`rankpilot plan MODEL DATA --budget 70% --output plan.json`, and train with the LoraConfig of its "
+                    "ranks, without rankpilot (docs/train-anywhere.md)."
                 )
             address = weight.data_ptr()  # 0 if the tensor is empty or on the meta device
             if address and names.setdefault(address, target.name) != target.name:
