@@ -29,7 +29,7 @@ from ..common.processes import Processes
 from ..cost.budget import Budget
 from ..cost.recording import Batch, BatchShape
 from ..errors import BudgetError, ProcessError, UnsupportedError
-from ..lora.targets import TargetModule, wrappers_of
+from ..lora.targets import PLAN_FIRST, TargetModule, wrappers_of
 
 STATELESS_HOOKS = ("allreduce_hook", "bf16_compress_hook", "fp16_compress_hook")
 """Communication hooks of torch that know nothing of the shapes of gradients, and so go on with others."""
@@ -38,11 +38,6 @@ _HOOKS = "torch.distributed.algorithms.ddp_comm_hooks.default_hooks"
 """Where they are; a Trainer does not load it."""
 
 WAY_OUT = "Start one process for each device with torchrun, which trains under DistributedDataParallel."
-
-PLAN_FIRST = (
-    "Or plan first, and train anywhere: `rankpilot plan MODEL DATA --budget 70% --output plan.json`, and then "
-    "peft_config=LoraConfig(**json.load(open('plan.json'))), without rankpilot (docs/train-anywhere.md)."
-)
 
 _REASONS = {
     "DataParallel": f"nn.DataParallel makes other copies of adapters in each step, so ranks cannot change. {WAY_OUT}",

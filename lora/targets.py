@@ -268,6 +268,22 @@ def _module_names(config: LoraConfig) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in named or ()}) or ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
+PLAN_FIRST = (
+    "Or plan first, and train anywhere: `rankpilot plan MODEL DATA --budget 70% --output plan.json`, and then "
+    "LoraConfig(**json.load(open('plan.json'))), without rankpilot (docs/train-anywhere.md)."
+)
+
+
+def _refuse_unsloth(base: nn.Module) -> None:
+    for module in base.modules():
+        forward = vars(module).get("forward", type(module).forward)
+        if str(getattr(forward, "__module__", "")).startswith("unsloth"):
+            raise UnsupportedError(
+                f"Unsloth runs {type(module).__name__} with kernels of its own, which compute adapters in one piece with "
+                f"their layers, so what a step takes is not known here. Load the model with transformers. {PLAN_FIRST}"
+            )
+
+
 def _refuse_shards_and_ties(targets: Sequence[TargetModule]) -> None:
     names: dict[int, str] = {}
     for target in targets:
@@ -275,9 +291,7 @@ def _refuse_shards_and_ties(targets: Sequence[TargetModule]) -> None:
             if type(weight.data) is not torch.Tensor:
                 raise UnsupportedError(
                     f"Target module {target.name!r}: its factors are sharded ({type(weight.data).__name__}), so their "
-                    "rank cannot change. Leave the adapters whole (fully_shard with ignored_params), or plan first: "
-                    "`rankpilot plan MODEL DATA --budget 70% --output plan.json`, and train with the LoraConfig of its "
-                    "ranks, without rankpilot (docs/train-anywhere.md)."
+                    f"rank cannot change. Leave the adapters whole (fully_shard with ignored_params). {PLAN_FIRST}"
                 )
             address = weight.data_ptr()  # 0 if the tensor is empty or on the meta device
             if address and names.setdefault(address, target.name) != target.name:
@@ -306,6 +320,7 @@ def find_target_modules(model: nn.Module) -> list[TargetModule]:
     if isinstance(config, LoraConfig):
         _refuse_config(config)
     base = peft_model.get_base_model()
+    _refuse_unsloth(base)
     blocks: dict[str, int] = {}
     targets = []
     for path, layer in base.named_modules():
