@@ -279,8 +279,8 @@ def _refuse_unsloth(base: nn.Module) -> None:
         forward = vars(module).get("forward", type(module).forward)
         if str(getattr(forward, "__module__", "")).startswith("unsloth"):
             raise UnsupportedError(
-                f"Unsloth runs {type(module).__name__} with kernels of its own, which compute adapters in one piece with "
-                f"their layers, so what a step takes is not known here. Load the model with transformers. {PLAN_FIRST}"
+                f"Unsloth runs {type(module).__name__} with kernels of its own, which compute adapters and layers "
+                f"in one piece, so what a step takes is not known here. Load the model with transformers. {PLAN_FIRST}"
             )
 
 
