@@ -309,6 +309,23 @@ class RankController(Generic[AdaptersT]):
         """What `apply` would do, without doing it: the possible plans with pinned modules, and the plan."""
         return self._project(self.problem(), decision, optimizer)
 
+    def stay(self) -> Plan:
+        """Take the ranks as they are for the next decision, also those that are on no ladder.
+
+        Raises:
+            BudgetError: they are above the limit.
+        """
+        ranks = self.ranks
+        cost = unit_cost(self.problem().cost, ranks)
+        if cost > 1.001 * self.limit:  # margins are rounded up, and a share of "100%" is to hold
+            raise BudgetError(
+                f"The ranks of the LoraConfig do not fit the budget, and they stay: they take "
+                f"{part_of(cost, self.limit, self.cost.unit)}. Lower r, raise the budget, or plan the ranks first with "
+                "`rankpilot.allocate`."
+            )
+        self.decision += 1
+        return Plan(ranks, ranks, cost)
+
     def set_plan(
         self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None, *, decides: bool = True
     ) -> None:

@@ -38,7 +38,7 @@ from ..plan.problem import AllocationProblem
 from .log import DecisionRecord
 from .observation import Observation, mean_feature
 from .policy import Decision, Policy, decided_plan, decision_from_plan, decision_from_scores, decision_to_keep, is_first
-from .settings import DecisionSchedule
+from .settings import ONCE, DecisionSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,19 @@ def given_ranks(observation: Observation, ranks: Mapping[str, int], name: str = 
             f"{', '.join(map(str, allowed))}."
         )
     return decision, decided_plan(problem, decision)
+
+
+@dataclass(frozen=True)
+class AsConfigured:
+    """Leaves all ranks as the LoraConfig has them, also those that are on no ladder."""
+
+    reads_signals: ClassVar[bool] = False
+    schedule: ClassVar[DecisionSchedule] = ONCE
+    name: ClassVar[str] = "as-configured"
+
+    def decide(self, observation: Observation) -> Decision:
+        """No change."""
+        return decision_to_keep(observation)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,15 @@ def _of_card(options: Memory, card: str) -> Outlook:
     if not options.bf16:
         del settings["bf16"]  # the card decides
     with console.status(f"reading the step of {options.model} from its configuration ..."):
-        return memory_of(_configured(options.model), card, rank=options.rank, dtype=options.dtype, **settings)
+        return memory_of(
+            _configured(options.model),
+            card,
+            rank=options.rank,
+            dtype=options.dtype,
+            gpus=options.gpus,
+            sharding=options.sharding,
+            **settings,
+        )
 
 
 def _configured(model: str) -> str:

@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import transformers
 from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -31,12 +33,13 @@ from ..errors import ConfigError, RankPilotError, UnsupportedError, first_line
 from ..lora.peft_config import fresh_adapters, fused_experts, head_names, left_out
 from ..lora.targets import TargetModule, find_target_modules
 from . import training_step
-from .breakdown import frozen_bytes
+from .breakdown import frozen_bytes, frozen_sizes
 from .calibration import keeps_state, measure_memory
 from .hollow_device import Attention, HollowDevice, hollow_autocast, hollow_device
 from .live_storages import META_STANDS_FOR, DeviceKind
 from .measured_time import count_work
 from .model import MemoryModel
+from .model_states import with_buckets
 from .published import (
     WORKSPACE_BYTES,
     check_experts,
@@ -504,3 +507,66 @@ def _eight_bit_layer(d_in: int, d_out: int) -> Any:
     layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False)
     layer.state.CB, layer.state.SCB = codes, torch.empty(d_out)
     return layer
+
+
+Sharding = Literal["ddp", "fsdp2", "zero3"]
+
+LIVE_PARAMETERS = 10**9
+"""DeepSpeed's `stage3_max_live_parameters`."""
+
+MOST_GPUS = 2**16
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How many GPUs train together, and what they share; every figure is of one of them, with its own batch.
+
+    * ddp: each holds the whole frozen model, and one copy more of the adapters' gradients, in buckets.
+    * fsdp2: each holds a part of the frozen model, two layers that are gathered, and all that lies outside the layers
+      (embeddings, head), as `fully_shard` of each layer and of the model leaves it.
+    * zero3: each holds a part of the frozen model, and up to `LIVE_PARAMETERS` that are gathered.
+
+    Under fsdp2 and zero3 adapters, their gradients and the optimizer's state are shared too, as Trainers do it.
+
+    Raises:
+        ConfigError: there is no GPU, or one alone is to share something.
+    """
+
+    gpus: int = 1
+    sharding: Sharding = "ddp"
+
+    def __post_init__(self) -> None:
+        if type(self.gpus) is not int or not 1 <= self.gpus <= MOST_GPUS:
+            raise ConfigError(f"gpus is a whole number from 1 to {MOST_GPUS:,}; got {self.gpus!r}.")
+        if self.sharding not in ("ddp", "fsdp2", "zero3"):
+            raise ConfigError(f"sharding is ddp, fsdp2 or zero3; got {self.sharding!r}.")
+        if self.gpus == 1 and self.sharding != "ddp":
+            raise ConfigError(f"sharding {self.sharding} is for several GPUs: give gpus, at least 2, with it.")
+
+    def loaded(self, step: ConfiguredStep) -> list[int]:
+        """Bytes of each storage of the frozen model on one GPU; the last is what is gathered."""
+        sizes = frozen_sizes(step.model)
+        if self.sharding == "ddp":
+            return sizes
+        return [*(-(-size // self.gpus) for size in sizes), min(self._gathered(step), sum(sizes))]
+
+    def _gathered(self, step: ConfiguredStep) -> int:
+        whole = frozen_bytes(step.model)
+        if self.sharding == "zero3":
+            return int(whole * min(LIVE_PARAMETERS / step.parameters, 1.0))
+        modules = step.model.modules()
+        layers = [frozen_bytes(module) for module in modules if isinstance(module, GradientCheckpointingLayer)]
+        return whole - sum(layers) + 2 * max(layers, default=0)
+
+    def of(self, step: ConfiguredStep) -> ConfiguredStep:
+        """The step on one GPU."""
+        if self.gpus == 1:
+            return step
+        states = step.memory.states
+        if self.sharding == "ddp":
+            states = with_buckets(states, step.model, step.targets, 1.0)
+        else:
+            names = ("weights", "optimizer", "fixed", "others", "other_gradients")
+            states = replace(states, **{name: np.ceil(getattr(states, name) / self.gpus) for name in names})
+        memory = replace(step.memory, states=states)
+        return replace(step, memory=memory, frozen_bytes=sum(self.loaded(step)))

@@ -22,11 +22,11 @@ from ..common.arrays import IntArray
 from ..errors import ConfigError, UnknownNameError
 from ..lora.spec import REFERENCE_RANK
 from .allocator import replay
-from .breakdown import Breakdown, break_down, frozen_sizes
+from .breakdown import Breakdown, break_down
 from .budget import Limit, reference_seconds
 from .calibration import check_rank, highest_ranks
 from .cost import ParameterCost, plan_cost
-from .from_config import ConfiguredStep, LoadedAs, from_config, usual_class
+from .from_config import ConfiguredStep, LoadedAs, Sharding, Shards, from_config, usual_class
 from .hollow_device import Attention
 from .model import MemoryModel, fewest_recomputed, holding_layers
 from .published import (
@@ -243,6 +243,7 @@ class Outlook:
         limit: what a step, or an adapter, may take at most; None without a budget.
         measured: a real step, if one was taken.
         facts: what else is known of a model that is here, by name: task and device.
+        shards: how many cards train together.
 
     Attributes:
         blocks: number of layers with target modules.
@@ -261,14 +262,17 @@ class Outlook:
         limit: Limit | None = None,
         measured: MeasuredStep | None = None,
         facts: Mapping[str, str] | None = None,
+        shards: Shards | None = None,
     ) -> None:
-        self._free, self.rank, self.settings, self.card, self.dtype = step, rank, settings, card, dtype
+        self.rank, self.settings, self.card, self.dtype = rank, settings, card, dtype
+        self.shards: Shards = shards or Shards()
+        self._free = self.shards.of(step)
         self.measured, self.facts, self.notes = measured, dict(facts or {}), list[str]()
         self._asked, self._limit, self._others = asked, limit, list[Choice]()
         self._blocks = np.array([target.block for target in step.targets])
         self._highest = highest_ranks(step.targets)
         self._plain = np.minimum(REFERENCE_RANK, self._highest)
-        self._loaded = frozen_sizes(step.model) if card else []
+        self._loaded = self.shards.loaded(step) if card else []
         self.blocks: int = len(np.unique(self._blocks))
 
     @cached_property
@@ -284,7 +288,8 @@ class Outlook:
     @cached_property
     def _lean(self) -> ConfiguredStep | None:
         """The step with activations that run again, which takes a recording more; None where that saves nothing."""
-        return self._free.leaner()
+        lean = self._free.leaner()
+        return lean and self.shards.of(lean)
 
     def _time_of(self, step: ConfiguredStep) -> StepTime | None:
         """The time of any plan, by counted work and the published rates of the card, or of a usual one."""
@@ -507,6 +512,8 @@ def memory_of(
     rank: int = REFERENCE_RANK,
     dtype: str | None = None,
     padded: bool = False,
+    gpus: int = 1,
+    sharding: Sharding = "ddp",
     **settings: Any,
 ) -> Outlook:
     """What a LoRA fine-tune of a model takes on a card, from its configuration alone.
@@ -518,6 +525,8 @@ def memory_of(
         dtype: of the frozen model: "bf16", "fp16" or "fp32"; by default bf16 where the card has it, else fp16. Steps
             compute under bf16 autocast with bf16.
         padded: whether rows of a batch are padded, which takes other attention kernels.
+        gpus: how many such cards train together, each with its own batch; figures are of one.
+        sharding: what they share: "ddp", "fsdp2" or "zero3"; see `Shards`.
         settings: of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation. The
             usual sizes are those of `rankpilot finetune` and `rankpilot memory`.
 
@@ -533,7 +542,7 @@ def memory_of(
     Example:
         >>> rankpilot.memory_of("qwen3-8b", "24GiB", quantization="nf4", batch_size=4).best  # doctest: +SKIP
     """
-    spec = find_device_spec(card)
+    spec, shards = find_device_spec(card), Shards(gpus, sharding)
     dtype = dtype or ("bf16" if spec.has_bf16 else "fp16")
     if dtype not in DTYPES:
         raise UnknownNameError.of("dtype", dtype, DTYPES)
@@ -550,4 +559,4 @@ def memory_of(
     loaded = LoadedAs(dtype=DTYPES[dtype], attention=attention, padded=padded)
     configured = from_config(config, step, loaded, counted=True, checkpointing_optional=True)
     check_rank(rank, configured.targets)
-    return Outlook(configured, rank, step, card=spec, dtype=dtype)
+    return Outlook(configured, rank, step, card=spec, dtype=dtype, shards=shards)

@@ -6,9 +6,10 @@ import ctypes
 import gc
 import re
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -110,6 +111,7 @@ class PeakMeter:
         # before the passes have ended.
         self._rise: Callable[[], int] | None = None
         self._rise_of_passes: int | None = None
+        self._go_on_from: Callable[[int], None] = lambda rise: None
 
     @property
     def measuring(self) -> bool:
@@ -156,13 +158,21 @@ class PeakMeter:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             allocated = torch.cuda.memory_allocated(device)
-            self._rise = lambda: torch.cuda.max_memory_allocated(device) - allocated
+            found = [0]
+
+            def go_on_from(rise: int) -> None:
+                found[0] = rise
+                torch.cuda.reset_peak_memory_stats(device)
+
+            self._rise = lambda: max(found[0], torch.cuda.max_memory_allocated(device) - allocated)
+            self._go_on_from = go_on_from
         else:
             # Under a dispatch mode, torch.compile would stop compiling the code for good.
             self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
             live = self._contexts.enter_context(LivePeak())
             live.hold(gradients)
             self._rise = lambda: live.peak
+            self._go_on_from = partial(setattr, live, "peak")
         if optimizer is not None:
             inner = unwrap_optimizer(optimizer)
             for hook in (
@@ -170,6 +180,14 @@ class PeakMeter:
                 inner.register_step_post_hook(lambda *_: self._stepped()),
             ):
                 self._contexts.callback(hook.remove)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave out what runs inside, in the middle of a step; what it leaves behind counts from then on."""
+        rise = self._rise() if self._rise else None
+        yield
+        if rise is not None and self._rise:
+            self._go_on_from(rise)
 
     def passed(self) -> None:
         """Note the end of the forward and backward passes, if work on gradients comes before the optimiser's step."""

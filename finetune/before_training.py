@@ -45,6 +45,9 @@ from .prefix_cache import PrefixCache, Room
 from .probing import Progress, run_probe, unprobed
 from .run import LOOKED_AT, Looked, TrainingRun
 
+UNSEEN: Looked = (0.0, [(1, 1)])
+"""What stands for a look at a run whose data are yet to be made."""
+
 LEAST_LENGTH = 16
 """Texts are not cut below this many tokens, so that the time of a step is more than that of its overhead."""
 
@@ -202,7 +205,7 @@ def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str
         tell: gets a line when it begins or ends.
     """
     evaluates = run.evaluations is None or run.evaluations > 1
-    if most_bytes == 0 or is_compiled(run.wrapped) or (run.epochs < 2 and not evaluates):
+    if most_bytes == 0 or run.replicas.sharded or is_compiled(run.wrapped) or (run.epochs < 2 and not evaluates):
         return None  # of a compiled model each way of running layers takes a graph
     folder, tokens = run.folder or Path(tempfile.gettempdir()), 0.0
     if run.epochs >= 2:
@@ -343,6 +346,7 @@ def prepare(
     *,
     looked: Looked | None = None,
     fresh: bool = False,
+    stay: bool = False,
     savers: ExactSavers | None = None,
     recomputation: Recomputation | None = None,
     time: TimeBudget | None = None,
@@ -363,6 +367,7 @@ def prepare(
         seed: of the probe and of fresh rows.
         looked: what `TrainingRun.look` saw, for a policy that reads no signals; None to probe the modules.
         fresh: begin with new adapters, even where they are trained.
+        stay: leave the adapters as they are, even where none is trained.
         savers: the exact savers that are on.
         recomputation: chooses the layers that run again in the backward pass; all do now.
         time: the limit of the time of a step as its user gave it.
@@ -381,7 +386,7 @@ def prepare(
     """
     check_trains(targets)
     low, high = rank_bounds(targets, bounds)
-    keeps = not fresh and any(map(is_trained, targets))
+    keeps = stay or (not fresh and any(map(is_trained, targets)))
     parameters = [parameter for target in targets for parameter in target.parameters.values()]
     if keeps:
         drop_foreign_state(run.optimizer, parameters)
@@ -421,7 +426,16 @@ def prepare(
     return controller, costs
 
 
-def told_budget(run: TrainingRun, targets: Sequence[TargetModule], budget: Budget, limit: Limit) -> str:
+STAY = (
+    "Ranks and learning rate stay as they are: under reinforcement learning, ranks that follow gradients lose reward; "
+    "plan them first (`rankpilot.allocate`)."
+)
+ROLLOUTS = "It holds for training steps; the rollouts between them are not counted."
+
+
+def told_budget(
+    run: TrainingRun, targets: Sequence[TargetModule], budget: Budget, limit: Limit, *, stay: bool = False
+) -> str:
     """What a run's budget allows, and what the rank of its LoraConfig means, as the first line for people.
 
     Args:
@@ -429,7 +443,10 @@ def told_budget(run: TrainingRun, targets: Sequence[TargetModule], budget: Budge
         targets: the target modules, which are at rank 1 where their adapters are new.
         budget: as its user gave it.
         limit: that it led to.
+        stay: whether ranks and rate stay, since the run makes its data while it trains.
     """
+    if stay:
+        return f"{STAY} {budget.told(limit, kept=True)} {ROLLOUTS}"
     kept = any(map(is_trained, targets))
     rank = unwrap(run.model).peft_config[targets[0].adapter].r
     ranks = f" r={rank} of the LoraConfig is no ceiling and no start: bounds limits what the policy gives to modules."

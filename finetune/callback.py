@@ -31,6 +31,7 @@ from .checkpoint import chosen_checkpoint, load_state, save_state
 from .options import GivenOptions, PilotOptions
 from .pilot import RankPilot
 from .replicas import check_arguments
+from .rollouts import left_alone, makes_rollouts
 from .trainer_step import TrainerStep, add_before_users
 
 logger = logging.getLogger(__name__)
@@ -210,6 +211,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             raise ConfigError(_WITHOUT_TRAINER)
         self.trainer = trainer
         self._options = PilotOptions.of(options, changes)
+        if makes_rollouts(trainer):
+            policy, self._options = left_alone(trainer, policy, self._options)
         tell, progress = partial(tell_beside_bar, trainer), partial(bar_of_trainer, trainer)
         self.pilot: RankPilot = RankPilot(policy, self._options, tell=tell, progress=progress)
         self._step = TrainerStep(trainer)
@@ -284,8 +287,10 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             lambda: pilot.rate_factor,
             self._save_state,
             self._break_off,
+            pilot.aside,
         )
-        step.follow_evaluations(self._evaluations.run)
+        if not step.rollouts:
+            step.follow_evaluations(self._evaluations.run)
         self._between_steps, self._save_later = True, False
         if state.global_step >= state.max_steps:
             step.take_no_more()
@@ -299,11 +304,18 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Decide if a decision is due, look at the step's batches, and measure the step if it is due.
 
+        Where the batches are made in the step, that waits for them.
+
         Raises:
             BudgetError: no plan fits the batches, or the memory that is left; the run is saved before.
             ConfigError: the function that is the budget fails; the run is saved before.
         """
         self._loss = 0.0
+        if not self._step.rollouts:
+            self._begin_step()
+
+    def _begin_step(self) -> None:
+        args, state = self.trainer.args, self.trainer.state
         try:
             self.pilot.before_step(*self._batches)
         except (BudgetError, ConfigError) as error:
@@ -362,6 +374,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
     def _take_batches(self, batches: list[Batch]) -> None:
         self._batches = batches
+        if self._step.rollouts:
+            self._begin_step()
 
     def _take_loss(self, loss: torch.Tensor) -> None:
         self._loss = self._loss + loss

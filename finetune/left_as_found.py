@@ -256,6 +256,10 @@ class ModelSettings:
             for key in _gradient_hooks(module).keys() - hooks.keys():
                 del module._forward_hooks[key]
             module._forward_hooks.update(hooks)
+        self.put_back_caches()
+
+    def put_back_caches(self) -> None:
+        """Let the model fill caches of keys and values as it did."""
         for config, cache in self._caches:
             config.use_cache = cache
 
@@ -342,6 +346,13 @@ class Recomputation:
         if self._before:
             self._before.put_back()
         self._before = None
+
+    def pause(self) -> None:
+        """Let no layer run again, and have the cache of before; call inside `settings_put_back`."""
+        for layer in self._layers.values():
+            layer.gradient_checkpointing = False
+        if self._before:
+            self._before.put_back_caches()
 
     def all(self) -> None:
         """Let all layers run again."""

@@ -39,6 +39,7 @@ from .left_as_found import (
     Taken,
     adapter_bytes,
     saved_by_a_try,
+    settings_put_back,
 )
 from .run import TrainingRun
 
@@ -187,6 +188,14 @@ class PeakGuard:
             held, signals = self._run.replicas.begin_measuring(), controller.adapters.meter
             # Signal buffers are made in the first step of an interval, and stay.
             self.meter.begin(self._run.model, self._run.optimizer, held, lambda: signals.buffer_bytes)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let what runs inside be no part of a step, such as answers to prompts: no layer runs again there."""
+        with settings_put_back(self._run.model), self.meter.aside():
+            if self._recomputation:
+                self._recomputation.pause()
+            yield
 
     def passed(self) -> None:
         """Note that the forward and backward passes of a step are done: they did not run out of memory."""

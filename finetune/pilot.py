@@ -19,7 +19,7 @@ from ..agents.learned.policy_file import load_policy, policy_schedule
 from ..agents.log import DecisionLog
 from ..agents.observation import Observation
 from ..agents.policy import Decision, Policy, reads_signals
-from ..agents.rules import PlanFile, given_ranks
+from ..agents.rules import AsConfigured, PlanFile, given_ranks
 from ..agents.settings import DecisionSchedule
 from ..common.checks import finite
 from ..common.devices import without_autocast
@@ -27,7 +27,7 @@ from ..common.text import plural
 from ..cost.budget import Budget, GivenBudget, TimeBudget
 from ..cost.calibration import beside_model
 from ..cost.recording import Batch
-from ..cost.savers import CACHE, SAVERS, ExactSavers, is_compiled
+from ..cost.savers import CACHE, SAVERS, TILES, ExactSavers, is_compiled
 from ..errors import ConfigError, NoGradientError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, resizable_targets, start_kept
@@ -143,7 +143,8 @@ class RankPilot:
         if self.budget.kind == "parameters":
             before_training.warn_of_other_adapters(run, targets)
         self.journal.open(name, [], writes=run.replicas.processes.first)
-        kept = start_kept(run.model, targets, self.options.fresh, self.journal.note)
+        stay, fresh = self._stay, self.options.fresh
+        kept = nullcontext() if stay else start_kept(run.model, targets, fresh, self.journal.note)
         with (
             before_training.put_back_on_error(run, targets) as found,
             kept,
@@ -151,8 +152,9 @@ class RankPilot:
         ):
             auto = self.options.learning_rate == "auto"
             probes = reads_signals(self.policy)
-            looked = run.look(self.seed) if auto or self.options.control or not probes else None
-            self._rate = self._plan_rate(targets, look_at(run, looked) if looked else None)
+            looks = auto or self.options.control or not probes
+            looked = before_training.UNSEEN if stay else run.look(self.seed) if looks else None
+            self._rate = self._plan_rate(targets, look_at(run, looked) if looked and not stay else None)
             self.controller, costs = before_training.prepare(
                 run,
                 targets,
@@ -161,14 +163,15 @@ class RankPilot:
                 self.options.bounds or {},
                 self.seed,
                 looked=None if probes else looked,
-                fresh=self.options.fresh,
+                fresh=fresh,
+                stay=stay,
                 savers=savers,
                 recomputation=recomputation,
                 time=self.time or (TimeBudget.unlimited() if self.times_plans else None),
                 cache_bytes=self.options.prefix_cache_bytes,
                 progress=self._progress,
             )
-            self.journal.note(before_training.told_budget(run, targets, self.budget, costs.limit))
+            self.journal.note(before_training.told_budget(run, targets, self.budget, costs.limit, stay=stay))
             self.journal.note_saved(costs.saved, as_set=recomputation is None)
             memory = costs.memory
             self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)
@@ -430,6 +433,10 @@ class RankPilot:
         """The peak of the learning rate for plain LoRA, and under the plan; None before `begin`."""
         return (self._rate.plain, self._rate.rate) if self._rate else None
 
+    def aside(self) -> AbstractContextManager[None]:
+        """Let what runs inside the block be no part of a step, as where the model writes what it learns from."""
+        return self._guard.aside()
+
     def evaluation(self) -> AbstractContextManager[None]:
         """Measure the evaluation that runs inside the block; see `evaluation_share`."""
         self._check_begun()
@@ -474,6 +481,11 @@ class RankPilot:
         return self.controller
 
     @property
+    def _stay(self) -> bool:
+        """Whether ranks stay as the LoraConfig has them."""
+        return isinstance(self.policy, AsConfigured)
+
+    @property
     def _due(self) -> bool:
         return self._controller.due(self._step) and self._step < self._controller.total_steps
 
@@ -505,6 +517,10 @@ class RankPilot:
             if options.exact_savers:
                 if self._run.tells_positions:  # without a cache, transformers takes them for those of packed texts
                     savers = [name for name in savers if name != CACHE]
+                if self._run.replicas.sharded:  # the head is whole in its own passes alone
+                    savers = [name for name in savers if name != TILES]
+                if self._stay:  # answers are written with a cache, and read off logits
+                    savers = [name for name in savers if name not in (CACHE, TILES)]
                 self._savers = ExactSavers(model, savers, compiled=is_compiled(self._run.wrapped))
                 self._put_back.callback(self._savers.put_back)
             wanted = options.chooses_layers and self.budget.kind != "parameters"
@@ -581,14 +597,14 @@ class RankPilot:
         controller, step, loss = self._controller, self._step, self._losses.mean()
         self._guard.deciding()
         by_hand = isinstance(self.policy, PlanFile)  # who wrote the plan may shrink trained adapters
-        keeps = not by_hand and not controller.decision
+        keeps = not by_hand and not self._stay and not controller.decision
         with before_training.learned_kept(self._run, controller, self.journal.note) if keeps else nullcontext():
             observation = controller.observe(step, loss)
             self.decision = decision = self._ask(observation)
             faster = ""
             if self._guard.chooses_layers and not controller.decision:
                 faster = before_training.faster_plan(self._guard, controller, self._ask, decision)
-            plan = controller.apply(decision, step, self._run.optimizer)
+            plan = controller.stay() if self._stay else controller.apply(decision, step, self._run.optimizer)
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
@@ -28,7 +29,7 @@ from ..common.processes import Processes
 from ..cost.budget import Budget
 from ..cost.recording import Batch, BatchShape
 from ..errors import BudgetError, ProcessError, UnsupportedError
-from ..lora.targets import TargetModule, wrappers_of
+from ..lora.targets import PLAN_FIRST, TargetModule, wrappers_of
 
 STATELESS_HOOKS = ("allreduce_hook", "bf16_compress_hook", "fp16_compress_hook")
 """Communication hooks of torch that know nothing of the shapes of gradients, and so go on with others."""
@@ -38,13 +39,12 @@ _HOOKS = "torch.distributed.algorithms.ddp_comm_hooks.default_hooks"
 
 WAY_OUT = "Start one process for each device with torchrun, which trains under DistributedDataParallel."
 
-_FSDP = "FSDP keeps parameters in flat buffers of a fixed size; FSDP2 cannot load checkpoints with other ranks"
-
 _REASONS = {
-    "DataParallel": "nn.DataParallel makes other copies of the adapters in each step",
-    "DeepSpeedEngine": "DeepSpeed keeps parameters in flat buffers of a fixed size",
-    "FullyShardedDataParallel": _FSDP,
-    "FSDPModule": _FSDP,
+    "DataParallel": f"nn.DataParallel makes other copies of adapters in each step, so ranks cannot change. {WAY_OUT}",
+    "DeepSpeedEngine": "DeepSpeed keeps parameters in flat buffers of a fixed size, so ranks cannot change. "
+    f"{WAY_OUT} {PLAN_FIRST}",
+    "FullyShardedDataParallel": "FSDP shards the adapters as well, so ranks cannot change. "
+    f"{WAY_OUT} A loop of your own can shard the frozen base alone (docs/several-processes.md). {PLAN_FIRST}",
 }
 
 
@@ -58,6 +58,7 @@ class Replicas:
     Attributes:
         wrapper: as above, as `processes`.
         processes: as above.
+        sharded: whether each process holds a part of the frozen model (FSDP2), so that all must run it together.
     """
 
     processes: Processes
@@ -66,6 +67,7 @@ class Replicas:
     def __init__(self, wrapper: DistributedDataParallel | None = None, processes: Processes | None = None) -> None:
         self.wrapper, self.processes = wrapper, processes or Processes()
         self._had_rebuilt = False
+        self.sharded: bool = wrapper is not None and any(isinstance(p, DTensor) for p in wrapper.module.parameters())
 
     @classmethod
     def of(cls, model: nn.Module) -> Replicas:
@@ -85,7 +87,8 @@ class Replicas:
             raise UnsupportedError(
                 f"{dist.get_world_size()} processes run, and the model of this one is not wrapped in "
                 "DistributedDataParallel, so each would train alone. Pass the wrapped model to TrainingRun; a Trainer "
-                "on a CPU wraps it with use_cpu=True."
+                "on a CPU wraps it with use_cpu=True. FSDP2 around whole adapters needs it too, since it joins no "
+                "gradients of ignored parameters (docs/several-processes.md)."
             )
 
     def inside(self, model: nn.Module) -> nn.Module:
@@ -254,19 +257,19 @@ def check_arguments(args: TrainingArguments) -> None:
     """
     if args.n_gpu > 1:
         raise UnsupportedError(
-            f"One process would train on {args.n_gpu} GPUs: {_REASONS['DataParallel']}. {WAY_OUT} Or set "
-            "CUDA_VISIBLE_DEVICES to one."
+            f"One process would train on {args.n_gpu} GPUs: {_REASONS['DataParallel']} Or set CUDA_VISIBLE_DEVICES to "
+            "one."
         )
     if args.deepspeed_plugin:
-        raise UnsupportedError(f"{_REASONS['DeepSpeedEngine']}, so ranks cannot change. {WAY_OUT}")
+        raise UnsupportedError(_REASONS["DeepSpeedEngine"])
     if args.fsdp:
-        raise UnsupportedError(f"{_FSDP}, so ranks cannot change. {WAY_OUT}")
+        raise UnsupportedError(_REASONS["FullyShardedDataParallel"])
     for name in ("tp_size", "cp_size", "sp_size", "dp_shard_size"):
         size = getattr(getattr(args, "parallelism_config", None), name, None) or 1
         if size > 1:
             raise UnsupportedError(
                 f"parallelism_config has {name}={size}: ranks can be changed where each process has the whole model "
-                f"and whole texts. {WAY_OUT}"
+                f"and whole texts. {WAY_OUT} {PLAN_FIRST}"
             )
     if getattr(args, "activation_offloading", False):
         raise UnsupportedError(
@@ -288,7 +291,7 @@ def check_wrappers(wrappers: Sequence[nn.Module]) -> None:
     for module in wrappers:
         for kind in type(module).__mro__:
             if kind.__name__ in _REASONS:
-                raise UnsupportedError(f"{_REASONS[kind.__name__]}, so ranks cannot change. {WAY_OUT}")
+                raise UnsupportedError(_REASONS[kind.__name__])
         if isinstance(module, DistributedDataParallel):
             _check_ddp(module)
 

@@ -200,6 +200,9 @@ class TrainingRun:
             ):
                 return work()
 
+        if self.replicas.sharded:  # all take part in each pass, and find the same
+            found = alone()
+            return self.replicas.processes.on_first(lambda: found)
         return self.replicas.processes.on_first(alone)
 
     def look(self, seed: int) -> Looked:

@@ -6,7 +6,7 @@ the model twice (DPO), weigh classes or smooth labels. So the Trainer's `trainin
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from traceback import clear_frames
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..cost.recording import Batch
 from ..errors import UnsupportedError
 from .left_as_found import put_back
+from .rollouts import Rollouts, makes_rollouts, refuse_to_plan
 from .run import TrainingRun, data_of, probe_rate
 
 RESUME = "resume_from_checkpoint"
@@ -38,6 +39,7 @@ class TrainerStep:
         self.trainer = trainer
         self._ours: dict[str, Callable[..., Any]] = {}
         self._before: dict[str, Any] = {}
+        self.rollouts: Rollouts | None = None
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Run the Trainer's step on a batch up to its loss, which is not divided by the accumulated batches.
@@ -54,6 +56,9 @@ class TrainerStep:
         with put_back(trainer), self._unfollowed():
             trainer.current_gradient_accumulation_steps = 1
             trainer.log = lambda *_, **__: None  # what the step logs is no step of the run
+            if self.rollouts:
+                batch = self.rollouts.inputs(batch)
+                trainer._prepare_inputs = lambda inputs: inputs
             accelerator["backward"] = lambda loss, **_: losses.append(loss)
             try:
                 _, count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
@@ -85,6 +90,9 @@ class TrainerStep:
             UnsupportedError: ranks cannot change inside a wrapper of the model.
         """
         dataset, collate, rows = data_of(objects["train_dataloader"], state.train_batch_size)
+        if makes_rollouts(self.trainer):
+            self.rollouts = Rollouts(self.trainer)
+            dataset, collate, rows = self.rollouts.dataset, self.rollouts.collate, self.rollouts.rows
         return TrainingRun(
             model=objects["model"],
             optimizer=objects["optimizer"],
@@ -137,6 +145,7 @@ class TrainerStep:
         rate_factor: Callable[[], float],
         saves: Callable[[Path], bool],
         broken: Callable[[bool], None],
+        aside: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """Follow the real steps.
 
@@ -150,16 +159,25 @@ class TrainerStep:
             saves: called with the folder of a checkpoint before the Trainer writes it. If it returns False, nothing is
                 written.
             broken: called after a step that raised an error, with whether the Trainer begins again with fewer rows.
+            aside: a context for what is no part of a step.
         """
-        trainer = self.trainer
+        trainer, rollouts = self.trainer, self.rollouts
         get_batches, run_step = trainer.get_batch_samples, trainer.training_step
-        write_log, save = trainer.log, trainer._save_checkpoint
+        write_log, save, prepare = trainer.log, trainer._save_checkpoint, trainer._prepare_inputs
         done: list[tuple[Any, ...]] = []
 
         def get_batch_samples(*arguments: Any, **options: Any) -> Any:
             result = get_batches(*arguments, **options)
-            batches(result[0])
             done.clear()
+            if rollouts is None:
+                batches(result[0])
+            return result
+
+        def prepare_inputs(inputs: Any) -> Any:
+            with aside():
+                result = prepare(inputs)
+            if rollouts and trainer.model.training and len(done) == 1:
+                batches(rollouts.of_this_step())
             return result
 
         def training_step(model: Any, inputs: Any, *rest: Any, **options: Any) -> torch.Tensor:
@@ -167,7 +185,7 @@ class TrainerStep:
             begins_again = trainer.args.auto_find_batch_size
             loss: torch.Tensor
             try:
-                if begins_again:
+                if begins_again or rollouts:  # answers are not made twice
                     loss = run_step(model, inputs, *rest, **options)
                 else:
                     loss = _retried(lambda step: run_step(*_copied(step), **options), done, again)
@@ -187,6 +205,8 @@ class TrainerStep:
 
         for function in (get_batch_samples, training_step, log):
             self._replace(function.__name__, function)
+        if rollouts:
+            self._replace("_prepare_inputs", prepare_inputs)
         self._replace("_save_checkpoint", save_checkpoint)
 
     def prepare_new_models(self, prepare: Callable[[Any], Any]) -> None:
@@ -295,6 +315,7 @@ def run_of_trainer(trainer: Trainer) -> TrainingRun:
 
     The Trainer is ready to run steps afterwards, and its own callbacks have heard of nothing.
     """
+    refuse_to_plan(trainer)
     handler, finder = trainer.callback_handler, _Finder(trainer)
     callbacks, handler.callbacks = handler.callbacks, [finder]  # alone, so that no tracker opens a run
     try:

@@ -18,6 +18,7 @@ from peft.tuners.lora.tp_layer import LoraParallelLinear
 from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError, UnknownNameError, UnsupportedError
 from .spec import ModuleSpec
@@ -92,7 +93,9 @@ def real_weight(layer: LoraLayer) -> torch.Tensor:
         weight = dequantize_bnb_weight(weight, state=getattr(base, "state", None))
     elif weight is not None:
         weight = dequantize_module_weight(base).detach()
-        if type(weight) is not torch.Tensor:  # PEFT does not dequantise quanto's tensors
+        if isinstance(weight, DTensor):  # each process has a part, and all are here
+            weight = weight.full_tensor()
+        elif type(weight) is not torch.Tensor:  # PEFT does not dequantise quanto's tensors
             weight = weight.dequantize()
     if weight is None or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         stored = "no weight" if weight is None else f"a weight of {weight.dtype}"
@@ -265,14 +268,30 @@ def _module_names(config: LoraConfig) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in named or ()}) or ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
+PLAN_FIRST = (
+    "Or plan first, and train anywhere: `rankpilot plan MODEL DATA --budget 70% --output plan.json`, and then "
+    "LoraConfig(**json.load(open('plan.json'))), without rankpilot (docs/train-anywhere.md)."
+)
+
+
+def _refuse_unsloth(base: nn.Module) -> None:
+    for module in base.modules():
+        forward = vars(module).get("forward", type(module).forward)
+        if str(getattr(forward, "__module__", "")).startswith("unsloth"):
+            raise UnsupportedError(
+                f"Unsloth runs {type(module).__name__} with kernels of its own, which compute adapters and layers "
+                f"in one piece, so what a step takes is not known here. Load the model with transformers. {PLAN_FIRST}"
+            )
+
+
 def _refuse_shards_and_ties(targets: Sequence[TargetModule]) -> None:
     names: dict[int, str] = {}
     for target in targets:
         for weight in (target.weight_a, target.weight_b):
             if type(weight.data) is not torch.Tensor:
                 raise UnsupportedError(
-                    f"Target module {target.name!r}: its factors are sharded ({type(weight.data).__name__}), as under "
-                    "FSDP or tensor parallelism. Run on one device."
+                    f"Target module {target.name!r}: its factors are sharded ({type(weight.data).__name__}), so their "
+                    f"rank cannot change. Leave the adapters whole (fully_shard with ignored_params). {PLAN_FIRST}"
                 )
             address = weight.data_ptr()  # 0 if the tensor is empty or on the meta device
             if address and names.setdefault(address, target.name) != target.name:
@@ -301,6 +320,7 @@ def find_target_modules(model: nn.Module) -> list[TargetModule]:
     if isinstance(config, LoraConfig):
         _refuse_config(config)
     base = peft_model.get_base_model()
+    _refuse_unsloth(base)
     blocks: dict[str, int] = {}
     targets = []
     for path, layer in base.named_modules():

@@ -36,6 +36,8 @@ class MemoryConfig(StepConfig):
             is downloaded but a configuration that rankpilot does not know. MODEL is then a short name ("qwen3-8b"), a
             Hugging Face id, a folder or a config.json.
         device_memory: the same for a card of which you tell the memory: "24GiB".
+        gpus: so many such cards train together, each with a batch of its own; all figures are per GPU.
+        sharding: what they share: ddp, nothing; fsdp2 and zero3, the frozen model and what trains.
         dtype: precision of the frozen model on that card: bf16, fp16 or fp32; by default bf16 where the card has it.
             With bf16, steps compute under bf16 autocast.
 
@@ -57,6 +59,8 @@ class MemoryConfig(StepConfig):
     trainer: tuple[str, ...] = ()
     device: str | None = None
     device_memory: str | None = None
+    gpus: int = 1
+    sharding: Literal["ddp", "fsdp2", "zero3"] = "ddp"
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
 
     @property
@@ -79,8 +83,9 @@ class MemoryConfig(StepConfig):
                 f"Give either the card ({self.device!r}) or its memory ({self.device_memory!r}): one tells the other."
             )
         if not self.card:
-            if self.dtype:
-                raise ConfigError("dtype is of a card: give --device or --device-memory with it.")
+            for name, given in (("dtype", self.dtype), ("gpus", self.gpus != 1), ("sharding", self.sharding != "ddp")):
+                if given:
+                    raise ConfigError(f"{name} is of a card: give --device or --device-memory with it.")
             return
         wrong = [name for name in ("data", "task", "budget", "measure", "trainer") if getattr(self, name)]
         wrong += ["gradient_checkpointing"] if self.gradient_checkpointing != "auto" else []

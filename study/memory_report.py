@@ -44,7 +44,9 @@ HELD_BACK = 0.05, 8 * 2**20
 def subject(outlook: Outlook, config: MemoryConfig) -> str:
     """What was looked at, in one line."""
     step, settings, shape = outlook.step, outlook.settings, outlook.memory.shape
-    where = outlook.card.name if outlook.card else outlook.facts["device"]
+    where, shards = outlook.card.name if outlook.card else outlook.facts["device"], outlook.shards
+    if shards.gpus > 1:
+        where = f"{shards.gpus} x {where} under {shards.sharding}, all figures per GPU"
     named = any(setting.startswith("optim=") for setting in config.trainer)
     parts = [
         f"{Path(config.model).name}, {outlook.facts['task']}" if outlook.facts else Path(config.model).name,
@@ -342,6 +344,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
     breakdown, shape, card = outlook.breakdown(outlook.main), outlook.memory.shape, outlook.card
     of_card = {} if card is None else {
         "card": card.name,
+        **asdict(outlook.shards),
         "memory_bytes": card.memory_bytes,
         "context_bytes": card.context_bytes,
         "workspace_bytes": card.workspace_bytes,

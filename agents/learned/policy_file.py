@@ -20,7 +20,7 @@ from ...lora.spec import DEFAULT_RANKS
 from ..chooser import DEFAULT, PlanChooser
 from ..observation import MODULE_FEATURES, RUN_FEATURES, Inputs
 from ..policy import Policy
-from ..rules import FILE_SUFFIXES, RULES, PlanFile, find_rule
+from ..rules import FILE_SUFFIXES, RULES, AsConfigured, PlanFile, find_rule
 from ..settings import ONCE, DecisionSchedule, NetworkConfig
 from .networks import RankNetwork
 from .policy import LearnedPolicy
@@ -197,7 +197,7 @@ def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
     if str(given) == DEFAULT or isinstance(given, PlanChooser):
         return ONCE
     policy = load_policy(given) if Path(str(given)).suffix in FILE_SUFFIXES else given
-    if isinstance(policy, PlanFile):
+    if isinstance(policy, PlanFile | AsConfigured):
         return policy.schedule
     if not isinstance(given, str | Path) or not Path(given).is_dir():
         return DecisionSchedule()

@@ -47,6 +47,17 @@ def test_a_verdict_comes_first_and_all_figures_are_written(
     assert (tmp_path / "card/memory.png").stat().st_size > 10_000
 
 
+def test_several_gpus_are_named_in_the_first_line(
+    configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["memory", str(configuration), "--device", "rtx 4090", *BATCH, "--output", str(tmp_path / "card")]
+    assert cli.run([*arguments, "--gpus", "4", "--sharding", "fsdp2"]) == 0
+    first = " ".join(capsys.readouterr().out.split())
+    assert "parameters on 4 x RTX 4090 under fsdp2, all figures per GPU, 8 x 1024 tokens" in first
+    figures = read_json(tmp_path / "card/memory.json")
+    assert (figures["gpus"], figures["sharding"]) == (4, "fsdp2")
+
+
 def test_nothing_fits_and_the_status_says_so(
     configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +144,7 @@ def test_models_that_take_no_such_rows_are_refused(tmp_path: Path, capsys: pytes
     [
         ("--device T4 --device-memory 16GiB", "Give either the card ('T4') or its memory ('16GiB')"),
         ("--dtype bf16", "give --device or --device-memory with it"),
+        ("--gpus 2", "gpus is of a card"),
         ("--device T4 --gradient-checkpointing True", "checkpointing is among the choices that are shown"),
         ("--device T4 --measure", "measure: not with a card"),
         ("--device T4 --rank 0", "rank is at least 1"),
@@ -151,6 +163,7 @@ def test_contradictions_are_refused_as_options(options: str, words: str, capsys:
         ("{model} --device 24G", "Did you mean '24GiB'?"),
         ("{model} --device-memory 400MiB", "would not hold the CUDA context"),
         ("{model} --config", "give --device or --device-memory with it"),
+        ("{model} --device T4 --gpus 0", "gpus is a whole number from 1"),
         ("qwen9-8b --device T4", "qwen3-8b"),
     ],
 )

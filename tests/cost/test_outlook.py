@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import rankpilot
 import transformers as t
+from rankpilot.cost.breakdown import frozen_bytes
+from rankpilot.cost.from_config import Shards
 from rankpilot.cost.outlook import Outlook, memory_of, product_rate
 from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.step_config import StepConfig
@@ -58,6 +60,34 @@ def test_a_wide_card_takes_all_layers_without_recomputation() -> None:
 def test_usual_sizes(given: dict[str, int], continues: bool, positions: int | None, sizes: tuple[int, ...]) -> None:
     step = StepConfig(**given).sized(continues=continues, positions=positions)
     assert (step.batch_size, step.accumulation, step.max_length) == sizes
+
+
+def test_several_gpus_share_what_their_scheme_shares() -> None:
+    step, plan = llama("24GiB")._free, llama("24GiB").plan(LAYERS, 8)
+    whole, layer = step.frozen_bytes, frozen_bytes(step.model.get_base_model().model.layers[0])
+    outside = whole - LAYERS * layer
+    trained = sum(rank * (target.d_in + target.d_out) for rank, target in zip(plan.tolist(), step.targets, strict=True))
+    ddp, fsdp, zero = (Shards(4, sharding).of(step) for sharding in ("ddp", "fsdp2", "zero3"))
+    peak, of_ddp, of_fsdp = (each.memory.recomputing(()).peak(plan) for each in (step, ddp, fsdp))
+    assert Shards().of(step) is step
+    assert ddp.frozen_bytes == whole
+    assert of_ddp - peak == 4 * trained  # its buckets, of fp32
+    assert 0 <= fsdp.frozen_bytes - (whole / 4 + 2 * layer + outside) < 100  # rounded up by tensor
+    assert peak - of_fsdp == pytest.approx(0.75 * 3 * 4 * trained, rel=0.01)  # weights and two moments
+    assert 0 <= zero.frozen_bytes - 1.25 * whole < 100  # a model below a billion parameters is gathered whole
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"gpus": 0}, "gpus is a whole number from 1"),
+        ({"sharding": "fsdp2"}, "sharding fsdp2 is for several GPUs: give gpus"),
+        ({"gpus": 2, "sharding": "tp"}, "sharding is ddp, fsdp2 or zero3; got 'tp'"),
+    ],
+)
+def test_shards_that_cannot_be(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        memory_of(t.LlamaConfig(**LLAMA), "24GiB", **given)
 
 
 def test_the_time_is_that_of_the_rows_that_were_asked_for() -> None:

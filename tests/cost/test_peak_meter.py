@@ -76,6 +76,18 @@ def test_what_runs_after_the_optimisers_step_does_not_count(run):
     assert not run.optimizer._optimizer_step_post_hooks
 
 
+def test_what_runs_aside_does_not_count_and_what_it_leaves_behind_does(run):
+    """Such as answers to prompts that the model writes between the batches of a step."""
+    expected, meter = measured(run, PeakMeter()), PeakMeter()
+    meter.begin(run.model, run.optimizer)
+    run.loss().backward()
+    run.optimizer.zero_grad(set_to_none=True)
+    with meter.aside():
+        kept = torch.zeros(10_000_000)[:0].new_zeros(250)
+    train(run)
+    assert meter.end(0) == expected + kept.nbytes
+
+
 def test_gradients_may_be_cleared_at_the_head_of_a_step(run):
     """As in PyTorch's tutorials: those of the step before are still there when it begins, and after it."""
     train(run)

@@ -6,6 +6,7 @@ import gc
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from peft import PeftModel
 from rankpilot.cost import budget as budget_module
+from rankpilot.cost.calibration import LOOP_BYTES
 from rankpilot.cost.live_storages import LivePeak
 from rankpilot.errors import NonFiniteError, UnsupportedError
 from rankpilot.finetune import before_training
@@ -28,6 +30,8 @@ from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as Ddp
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, DistributedSampler
@@ -97,6 +101,7 @@ def loop(
     pilot.finish()
     weights = [p.detach().clone().numpy() for p in model.parameters() if p.requires_grad]
     found = {"digests": digests, "weights": weights, "told": len(told), "decisions": len(pilot.predictions)}
+    found["checks"] = pilot.checks
     return found | {"losses": losses, "ranks": [target.rank for target in find_target_modules(model)]}
 
 
@@ -122,6 +127,43 @@ def test_a_plain_loop_trains_as_in_one_process() -> None:
     )
     assert first["decisions"] == second["decisions"] == DECISIONS
     close(first["weights"], one["weights"])
+
+
+def in_parts(model: Any, *, frozen_alone: bool = True) -> nn.Module:
+    """The model with its base sharded by FSDP2, layer by layer, and the adapters whole."""
+    adapters = {p for p in model.parameters() if p.requires_grad} if frozen_alone else None
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (*model.get_base_model().model.layers, model):
+        fully_shard(part, mesh=mesh, ignored_params=adapters)
+    return model
+
+
+def ddp_of_parts(model: nn.Module) -> nn.Module:
+    """DDP joins the gradients of the adapters, and leaves alone what FSDP2 has sharded."""
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in model.named_buffers()]
+    Ddp._set_params_and_buffers_to_ignore_for_model(in_parts(model), [*frozen, *buffers])
+    return Ddp(model)
+
+
+def test_a_base_in_parts_trains_as_in_one_process_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    (one,) = in_processes(1, loop, None)
+    whole, _ = in_processes(2, partial(loop, checkpoint=tmp_path / "checkpoint"), ddp_of_parts)
+    assert whole["ranks"] == one["ranks"]
+    close(whole["weights"], one["weights"])
+    resumed, other = in_processes(2, partial(loop, checkpoint=tmp_path / "checkpoint", first=CUT), ddp_of_parts)
+    assert resumed["digests"] == other["digests"] == whole["digests"][CUT:]
+    assert resumed["losses"] == whole["losses"][CUT:]
+
+
+def test_peaks_of_a_base_in_parts_are_predicted() -> None:
+    whole = {"exact_savers": False, "gradient_checkpointing": False}
+    options = {"policy": "top-down", "budget": "75%", "measure_every": 1, "steps": 5} | whole
+    first, second = in_processes(2, partial(loop, **options), ddp_of_parts)
+    assert first["ranks"] == second["ranks"]
+    assert first["checks"] == second["checks"]
+    assert len(first["checks"]) >= 2
+    assert all(abs((measured + LOOP_BYTES) / predicted - 1) <= 0.01 for _, predicted, measured in first["checks"])
 
 
 def test_a_loop_with_accelerate_trains_as_in_one_process() -> None:
@@ -296,6 +338,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def adapters_in_parts(model: nn.Module) -> nn.Module:
+    return in_parts(model, frozen_alone=False)
+
+
 @pytest.mark.parametrize(
     ("wrap", "reason"),
     [
@@ -306,6 +352,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             unwrapped,
             "2 processes run, and the model of this one is not wrapped in DistributedDataParallel, so.*use_cpu=True",
         ),
+        (in_parts, "not wrapped in DistributedDataParallel.*FSDP2 around whole adapters needs it too"),
+        (adapters_in_parts, r"factors are sharded \(DTensor\).*ignored_params.*rankpilot plan .*plan.json"),
     ],
 )
 def test_what_cannot_follow_is_refused(wrap: Wrap, reason: str) -> None:
@@ -315,7 +363,7 @@ def test_what_cannot_follow_is_refused(wrap: Wrap, reason: str) -> None:
     assert re.search(reason, caught.value.texts[1])
 
 
-@pytest.mark.parametrize("name", ["DataParallel", "DeepSpeedEngine", "FullyShardedDataParallel", "FSDPModule"])
+@pytest.mark.parametrize("name", ["DataParallel", "DeepSpeedEngine", "FullyShardedDataParallel"])
 def test_other_wrappers_are_refused(name: str, make_llama: Callable[..., PeftModel]) -> None:
     model = make_llama()
     wrapper = type(name, (nn.Module,), {})()

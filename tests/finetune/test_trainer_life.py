@@ -455,10 +455,13 @@ def test_layers_compiled_one_by_one_are_counted_together(
     ("setting", "reason"),
     [
         ({"n_gpu": 4}, "One process would train on 4 GPUs.*Start one process for each device with torchrun"),
-        ({"deepspeed": "stage3.json", "deepspeed_plugin": object()}, "DeepSpeed keeps parameters in flat buffers"),
+        ({"deepspeed": "stage3.json", "deepspeed_plugin": object()}, "DeepSpeed keeps.* flat buffers.*rankpilot plan"),
         ({"deepspeed_plugin": object()}, "DeepSpeed keeps"),  # from the configuration of accelerate
-        ({"fsdp": True}, "FSDP keeps.*FSDP2 cannot load checkpoints.*Start one process for each device with torchrun"),
-        ({"parallelism_config": SimpleNamespace(tp_size=2)}, "parallelism_config has tp_size=2.*has the whole model"),
+        ({"fsdp": True}, "FSDP shards the adapters.*Start one process.*loop of your own.*plan.json"),
+        (
+            {"parallelism_config": SimpleNamespace(tp_size=2)},
+            "parallelism_config has tp_size=2.*has the whole model.*rankpilot plan",
+        ),
         ({"parallelism_config": SimpleNamespace(cp_size=4)}, "parallelism_config has cp_size=4"),
     ],
     ids=["devices", "deepspeed", "deepspeed by accelerate", "fsdp", "tensor parallel", "context parallel"],

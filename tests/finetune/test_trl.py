@@ -10,12 +10,14 @@ import pytest
 import rankpilot
 import torch
 from peft import PeftModel
-from rankpilot.errors import NoGradientError, UnsupportedError
+from rankpilot.cost.calibration import LOOP_BYTES
+from rankpilot.errors import BudgetError, NoGradientError, UnsupportedError
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from transformers import Trainer
 
-from .trainer_kinds import TEXTS, classification, dpo, grpo, llama, sft, word_tokenizer
+from ..cases import first_cases
+from .trainer_kinds import TEXTS, classification, dpo, llama, rollouts, sft, word_tokenizer
 
 SCHEDULE = rankpilot.DecisionSchedule(probe_steps=2, fractions=(0.0, 0.5))
 
@@ -48,15 +50,73 @@ def test_sft_under_a_share_trains_and_saves_its_adapter(tmp_path: Path, checkpoi
     assert any(adapter_ranks(find_target_modules(reloaded)).values())
 
 
-@pytest.mark.parametrize("budget", ["100%", "3k params"])
-def test_grpo_is_refused_before_training(tmp_path: Path, budget: str) -> None:
-    trainer = grpo(tmp_path)
-    attached(trainer, budget)
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    with pytest.raises(UnsupportedError, match=r"makes its data while it trains.*`rankpilot.allocate`"):
+WHOLE = {"gradient_checkpointing": False}
+PHASES = {"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_iterations": 2, "beta": 0.1}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of a vocabulary as small as the tests' take what they take, and no tile of thousands of words."""
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    ("kind", "budget", "options"),
+    first_cases(
+        2,
+        [
+            ("GRPO", "85%", WHOLE | PHASES),
+            ("RLOO", "100%", {"bf16": True}),
+            ("GRPO", "100%", {"rank": 10, "bf16": True} | WHOLE),
+            ("RLOO", "75%", WHOLE | {"gradient_accumulation_steps": 2, "beta": 0.1}),
+        ],
+    ),
+)
+def test_rollouts_leave_ranks_and_adapters_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, budget: str, options: dict[str, Any]
+) -> None:
+    found = []
+    for attaches in (False, True):
+        trainer = rollouts(kind, tmp_path / str(attaches), **options)
+        pilot = rankpilot.attach(trainer, budget=budget, measure_every=1) if attaches else None
+        trainer.train()
+        found.append({name: value for name, value in trainer.model.named_parameters() if "lora_" in name})
+    assert pilot is not None
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert {target.rank for target in find_target_modules(trainer.model)} == {options.get("rank", 8)}
+    assert max(peak for _, peak in pilot.peaks) <= pilot.limit
+    errors = [(measured + LOOP_BYTES) / predicted - 1 for _, predicted, measured in pilot.pilot.checks]
+    assert errors
+    assert max(map(abs, errors)) <= 0.01
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rankpilot: ")]
+    assert told[0].startswith("rankpilot: Ranks and learning rate stay as they are")
+    assert bool(pilot.pilot.figures().get("recomputed_layers")) == (budget != "100%")
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("small_tiles")
+def test_a_run_with_rollouts_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
+    found = []
+    for resume in (None, tmp_path / "run" / "checkpoint-2"):
+        trainer = rollouts("GRPO", tmp_path / "run", **WHOLE, save_strategy="steps", save_steps=2)
+        rankpilot.attach(trainer, budget="85%")
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        found.append([value.detach().clone() for value in trainer.model.parameters() if value.requires_grad])
+    assert all(map(torch.equal, *found))
+
+
+def test_what_would_move_ranks_under_rollouts_is_refused(tmp_path: Path) -> None:
+    trainer = rollouts("GRPO", tmp_path)
+    with pytest.raises(UnsupportedError, match=r"makes its data while it trains.*leave out policy, bounds.*allocate"):
+        rankpilot.attach(trainer, "signal-mean", budget="80%", bounds={"q_proj": 4})
+    with pytest.raises(UnsupportedError, match=r"makes its data while it trains, so no plan.*allocate"):
+        rankpilot.allocate(trainer, budget="80%")
+    pilot = rankpilot.attach(trainer, budget="3k params")
+    with pytest.raises(BudgetError, match=r"LoraConfig do not fit.*8,192 of 3,000 parameters.*Lower r"):
         trainer.train()
     assert trainer.state.global_step == 0
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert pilot.peaks == []
 
 
 @pytest.mark.parametrize(

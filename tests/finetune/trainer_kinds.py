@@ -147,21 +147,23 @@ def reward(folder: Path, **options: Any) -> Trainer:
     return _trl("Reward", folder, pairs(), options, base, task_type="SEQ_CLS")
 
 
-def grpo(folder: Path, **options: Any) -> Trainer:
-    from trl import GRPOConfig, GRPOTrainer
+def rollouts(kind: str, folder: Path, rank: int = 8, **options: Any) -> Trainer:
+    """TRL's GRPOTrainer or RLOOTrainer, by the beginning of its name, with a reward for few letters."""
+    import trl
 
     def brief(completions: list[str], **_: Any) -> list[float]:
         return [-float(len(text)) for text in completions]
 
-    settings = _settings(num_generations=2, max_completion_length=4) | options
-    return GRPOTrainer(
+    settings = _settings(num_generations=2, max_completion_length=12, bf16=False) | options
+    trainer: Trainer = getattr(trl, f"{kind}Trainer")(
         llama(),
         reward_funcs=brief,
-        args=GRPOConfig(str(folder), **settings),
-        train_dataset=Dataset.from_list([{"prompt": "after the number"}] * 8),
+        args=getattr(trl, f"{kind}Config")(str(folder), **settings),
+        train_dataset=Dataset.from_list([{"prompt": " ".join(TEXTS[number].split()[:-2])} for number in range(8)]),
         processing_class=word_tokenizer(),
-        peft_config=LoraConfig(**LORA),
+        peft_config=LoraConfig(**LORA | {"r": rank}),
     )
+    return trainer
 
 
 # transformers ---------------------------------------------------------------------------------------------------------

@@ -414,6 +414,19 @@ def test_a_model_without_adapters_is_refused(named_family):
     refused(named_family("vit").base(), "ViTForImageClassification is not a PEFT model.*get_peft_model")
 
 
+@pytest.mark.parametrize("whole_class", [True, False])
+def test_a_model_of_unsloth_is_refused_with_the_way_to_plan_first(named_family, monkeypatch, whole_class):
+    """It replaces functions of transformers' classes, or of single modules, by its own."""
+    model = named_family("llama").model()
+    layer = model.get_base_model().model.layers[0].mlp
+    forward = eval("lambda self, x: x", {"__name__": "unsloth.models.llama"})  # noqa: S307
+    if whole_class:
+        monkeypatch.setattr(type(layer), "forward", forward)
+    else:
+        layer.forward = forward.__get__(layer)
+    refused(model, r"Unsloth runs LlamaMLP with kernels of its own.*rankpilot plan .*docs/train-anywhere.md")
+
+
 def test_sharded_factors_are_refused(named_family):
     from torch.distributed import HashStore, destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh

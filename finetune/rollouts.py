@@ -1,0 +1,172 @@
+"""Trainers that make their data while they train, as TRL's GRPOTrainer and RLOOTrainer do.
+
+The model answers prompts (the rollout), its answers are scored, and then it takes training steps on them. Of these
+phases the training steps take gradients, so their memory is what a budget is for. What one takes at most is known
+before: the longest prompt, and an answer of the length at which answers are cut. Batches have the tokens of prompt and
+answer side by side here, so that rows and length tell their shape.
+
+Ranks and learning rate stay as they are. Where ranks moved by gradient under GRPO at equal budgets, the reward fell
+below that of uniform ranks (arXiv 2605.07366), and before the first rollout there is no loss to plan by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from ..agents.chooser import DEFAULT
+from ..agents.policy import Policy
+from ..agents.rules import AsConfigured
+from ..cost.recording import MASK, Batch
+from ..data.batches import MOST_EXAMPLES
+from ..errors import UnsupportedError
+from .options import PilotOptions
+
+TOKENS = "input_ids"
+
+PLAN_FIRST = (
+    "Allocate the ranks on data of the same kind with `rankpilot.allocate`, and train with the LoraConfig that it "
+    "returns."
+)
+
+_DECIDING = ("bounds", "schedule", "fresh", "learning_rate", "control", "time", "goal", "tolerance")
+"""Options that would change ranks or rate."""
+
+
+def makes_rollouts(trainer: Trainer) -> bool:
+    """Whether a Trainer makes its data while it trains, in a way that is known here."""
+    return hasattr(trainer, "_generate_and_score_completions") and hasattr(trainer, "_buffered_inputs")
+
+
+def left_alone(trainer: Trainer, policy: str | Path | Policy, options: PilotOptions) -> tuple[Policy, PilotOptions]:
+    """The policy and the options of a run that makes its data: ranks and rate stay, and no row comes twice.
+
+    Raises:
+        UnsupportedError: something is to decide ranks or rate.
+    """
+    default = PilotOptions()
+    given = [] if policy == DEFAULT else ["policy"]
+    given += [name for name in _DECIDING if getattr(options, name) != getattr(default, name)]
+    if given:
+        raise UnsupportedError(
+            f"{type(trainer).__name__} makes its data while it trains, and ranks and learning rate stay as they are "
+            f"there: leave out {', '.join(given)}. {PLAN_FIRST}"
+        )
+    return AsConfigured(), replace(options, keep_rate=True, prefix_cache="off")
+
+
+def refuse_to_plan(trainer: Trainer) -> None:
+    """Raise UnsupportedError if a Trainer makes its data: there is no loss that a plan could be made by."""
+    if makes_rollouts(trainer):
+        raise UnsupportedError(
+            f"{type(trainer).__name__} makes its data while it trains, so no plan can be made of it. {PLAN_FIRST}"
+        )
+
+
+class Rollouts:
+    """The batches of a Trainer's training phase: the largest ones before it trains, and those that it meets.
+
+    Args:
+        trainer: see `makes_rollouts`.
+
+    Attributes:
+        rows: of a batch.
+        dataset: as many examples as a batch has, of the longest prompts and answers.
+
+    Raises:
+        UnsupportedError: prompts hold images or come from environments, or answers have no greatest length.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, args = trainer, trainer.args
+        kind = type(trainer).__name__
+        columns = getattr(trainer.train_dataset, "column_names", None) or ()
+        if {"image", "images"} & {*columns} or getattr(trainer, "environment_factories", None):
+            raise UnsupportedError(
+                f"{kind} with images or environments: what its steps take is not known. {PLAN_FIRST}"
+            )
+        if not args.max_completion_length:
+            raise UnsupportedError(f"{kind} cuts its answers nowhere: give max_completion_length, such as 256.")
+        self.rows: int = args.per_device_train_batch_size
+        multiple = getattr(args, "pad_to_multiple_of", None) or 1
+        longest = _longest_prompts(trainer, self.rows)
+        answer = _rounded(args.max_completion_length, multiple)
+        self._fill, prompt = int(trainer._tokenizer.pad_token_id), _rounded(len(longest[0]), multiple)
+        self._length, self._share = prompt + answer, answer / (prompt + answer)
+        whole = ([*ids, *[self._fill] * answer] for ids in longest)
+        self.dataset: list[dict[str, list[int]]] = [{TOKENS: ids, MASK: [1] * len(ids)} for ids in whole]
+        self._of_tokens = _made_for_each_token(trainer)
+
+    def collate(self, examples: Sequence[Mapping[str, list[int]]]) -> Batch:
+        """A batch of examples, padded on the left, int64 (rows, tokens)."""
+        length = self._length
+        tokens = torch.full((len(examples), length), self._fill)
+        mask = torch.zeros_like(tokens)
+        for row, example in enumerate(examples):
+            ids = example[TOKENS]
+            tokens[row, length - len(ids) :], mask[row, length - len(ids) :] = torch.tensor(ids), 1
+        return {TOKENS: tokens, MASK: mask}
+
+    def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What the training step reads, of a batch in the form of this class; scores are all one."""
+        tokens, mask = batch[TOKENS], batch[MASK]
+        rows, length = tokens.shape
+        cut = length - min(max(round(self._share * length), 1), length - 1)
+        scores = torch.ones(rows, device=tokens.device)
+        each = dict.fromkeys(self._of_tokens, torch.zeros((rows, length - cut), device=tokens.device))
+        return {
+            "prompt_ids": tokens[:, :cut],
+            "prompt_mask": mask[:, :cut],
+            "completion_ids": tokens[:, cut:],
+            "completion_mask": mask[:, cut:],
+            "advantages": scores,
+            "num_items_in_batch": mask[:, cut:].sum(),
+            "old_logps": torch.zeros_like(scores),
+            **each,
+        }
+
+    def of_this_step(self) -> list[Batch]:
+        """The batches of the optimiser's step that begins, once the first of them has its answers."""
+        trainer: Any = self._trainer
+        made = trainer._buffered_inputs
+        count = trainer.current_gradient_accumulation_steps
+        return [_side_by_side(made[(trainer._step + place) % len(made)]) for place in range(count)]
+
+
+def _side_by_side(inputs: Mapping[str, torch.Tensor]) -> Batch:
+    def joined(*names: str) -> torch.Tensor:
+        return torch.cat([inputs[name] for name in names], dim=1)
+
+    return {TOKENS: joined("prompt_ids", "completion_ids"), MASK: joined("prompt_mask", "completion_mask")}
+
+
+def _made_for_each_token(trainer: Any) -> list[str]:
+    """The numbers for each token of an answer, float32 (rows, tokens), that are made before the training steps."""
+    args = trainer.args
+    corrects = bool(getattr(args, "use_vllm", False) and getattr(args, "vllm_importance_sampling_correction", False))
+    again = args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0
+    made = {
+        "old_per_token_logps": again or corrects,
+        "importance_sampling_ratio": corrects,
+        "ref_per_token_logps": args.beta != 0,
+    }
+    return [name for name, needed in made.items() if needed]
+
+
+def _longest_prompts(trainer: Any, count: int) -> list[list[int]]:
+    """The token ids of the longest prompts, the longest first; some come twice where there are too few."""
+    dataset = trainer.train_dataset
+    apart = -(-len(dataset) // MOST_EXAMPLES) if hasattr(dataset, "__len__") else 1
+    prompts = [row["prompt"] for row in islice(dataset, 0, apart * MOST_EXAMPLES, apart)]
+    longest = sorted(trainer._tokenize_prompts(prompts)[0], key=len, reverse=True)
+    return [list(longest[place % len(longest)]) for place in range(count)]
+
+
+def _rounded(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
