@@ -42,7 +42,7 @@ def run(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> A
 
 @cache
 def _makes_one_tensor(operator: Any) -> bool:
-    """Whether an operator returns one tensor of its own, and changes none that it is given, as far as its schema tells."""
+    """Whether an operator returns one tensor of its own, and changes none of its inputs, going by its schema."""
     schema = operator._schema
     single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
     return single and schema.returns[0].alias_info is None and not schema.is_mutable
