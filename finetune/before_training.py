@@ -252,7 +252,7 @@ def faster_plan(guard: PeakGuard, controller: RankController[Any], ask: Ask, dec
         other = ask(controller.observe(0))
         ranks = controller.propose(other)[1].ranks
     except BudgetError:
-        return "Without layers that run again, no plan fits this budget."
+        return "Without gradient checkpointing, no plan fits this budget."
     finally:
         guard.deciding()
     loss = _expected(other)

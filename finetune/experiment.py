@@ -387,7 +387,7 @@ def branch(
         source: the folder of a `rankpilot finetune` run.
         output: a new folder, of the same kind.
         plan: the rank of each target module, by its full name.
-        at: the optimiser step from which the plan is in place: 0, or that of a checkpoint which `source` still has.
+        at: the optimizer step from which the plan is in place: 0, or that of a checkpoint which `source` still has.
         label: what logs and pages call the plan.
         resume: go on with an interrupted branch.
         tell: called with what is done next.

@@ -214,7 +214,7 @@ OPTIMIZERS: dict[OptimizerName, str] = {
     "adamw8bit": "adamw_bnb_8bit",
     "paged_adamw8bit": "paged_adamw_8bit",
 }
-"""Optimisers by the Trainer's names."""
+"""Optimizers by the Trainer's names."""
 
 _OPTIONS = (
     "max_steps num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
@@ -232,7 +232,7 @@ def check_possible(config: FinetuneConfig) -> None:
     """Refuse settings that this machine cannot run.
 
     Raises:
-        UnsupportedError: there are several processes, the library of the optimiser or of the quantisation is missing,
+        UnsupportedError: there are several processes, the library of the optimizer or of the quantisation is missing,
             or the GPU does not compute in bfloat16.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -33,11 +33,11 @@ from .verdict import ranks_sentence
 KIND_COLORS: dict[Kind, tuple[str, str]] = {
     "saved": (drawing.COLORS[0], "saved for backward"),
     "inputs": (drawing.COLORS[5], "kept inputs"),
-    "recomputed": (drawing.COLORS[3], "segment run again"),
+    "recomputed": (drawing.COLORS[3], "checkpointed layer, in backward"),
     "transient": (drawing.COLORS[4], "momentary"),
     "weights": ("#004d38", "adapter weights"),
     "gradients": (drawing.COLORS[2], "adapter gradients"),
-    "optimizer": ("#8fd3bd", "optimiser state"),
+    "optimizer": ("#8fd3bd", "optimizer state"),
     "signals": (drawing.COLORS[1], "signal buffers"),
     "others": (drawing.FAINT, "outside the adapter"),
 }

@@ -200,7 +200,7 @@ def _of_savers(logged: DecisionRecord) -> str:
     if len(saved) < 2:
         return ""
     peaks = [format_bytes(each.step_bytes) for each in (saved[-1], saved[0])]
-    return f"Exact savers: a step of plain LoRA takes {peaks[0]} in place of {peaks[1]}, with the same losses."
+    return f"Exact savers: a step of plain LoRA takes {peaks[0]} instead of {peaks[1]}, with the same losses."
 
 
 def _of_budget(logged: DecisionRecord) -> list[str]:

@@ -40,7 +40,7 @@ MARKS = {"docs/environment.md": pytest.mark.assets}
 
 PRINTED = {
     "docs/trl.md": r"highest peak [\d,]+ bytes, of a budget of [\d,]+",
-    "docs/memory.md": r"\d+ layers, \d+ of them run again\n[\d.]+ GiB on the card: it fits",
+    "docs/memory.md": r"\d+ layers, \d+ of them checkpointed\n[\d.]+ GiB on the card: it fits",
     "docs/train-anywhere.md": r"\{.*q_proj.*: \d+",
     "docs/decision.md": r"\d+ plans; taken: .+\n.+ rank 8 on all modules",
     "docs/add-a-rule.md": r"\{.*up_proj.*: \d+",

@@ -107,7 +107,7 @@ def test_what_is_expected_is_told_before_the_first_step(
 ROOM = "A larger budget makes room"
 """How the advice begins."""
 
-AGAIN = ", and so do layers that run again in the backward pass, which takes time (gradient_checkpointing)"
+AGAIN = ", and so does gradient checkpointing, which takes time"
 """How it goes on where none may do so yet, and the budget counts bytes."""
 
 

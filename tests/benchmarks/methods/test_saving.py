@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -49,14 +48,9 @@ def test_what_pages_claim_of_rank_and_depth(stored: Results) -> None:
     ):
         found = saving_of(stored, name)
         assert found is not None
-        size, step = short(found.bytes.value, 2), short(found.step.value, 2)
+        size, step = f"{found.bytes.value:.2f}", f"{found.step.value:.2f}"
         assert f"| {words} | {size} | {step} | {100 * found.loss.value:+.1f} % | {found.cells} |" in plans
         if name == "everything-2":
             assert f"rank 2 on all modules takes {found.bytes.value:.0%} of the bytes".replace("%", " %") in memory
         if name == "top-half-8":
             assert f"rank 8 on the top half of the layers {found.bytes.value:.0%}".replace("%", " %") in memory
-
-
-def short(value: float, digits: int) -> str:
-    """A number as pages write it: without the 0 before the point."""
-    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{digits}f}")

@@ -67,7 +67,7 @@ def test_the_lowest_loss(of_choice: Explained) -> None:
         '(+0.6 %), "rank 1 on all modules" (+6.2 %).',
         "Trust it less than usual: it learns labels.",
         "The plan trained at a peak learning rate of 0.002, which is 0.001 for plain LoRA.",
-        "Exact savers: a step of plain LoRA takes 6 MiB in place of 8 MiB, with the same losses.",
+        "Exact savers: a step of plain LoRA takes 6 MiB instead of 8 MiB, with the same losses.",
         "Every module got the rank that the policy asked for.",
     ]
 
