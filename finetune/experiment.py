@@ -478,7 +478,7 @@ def _copy(source: Path, output: Path, checkpoint: Path, plan: GivenPlan) -> None
 NAMED = {
     "final": "the ranks with which the run ended",
     "first": "the ranks of its first plan",
-    "shuffled": "the final ranks, dealt anew among the modules of each kind, or the adapted ones if bytes count",
+    "shuffled": "the final ranks, shuffled among the modules of each kind, or the adapted ones if bytes count",
     "uniform": "one rank on as many top layers as can have rank 8 in the budget, rounded down onto the ladder",
 }
 """Plans by name."""

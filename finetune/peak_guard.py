@@ -544,7 +544,7 @@ class PeakGuard:
         try:
             cost = self._cost_of_shape(shape)
         except UnsupportedError:  # the byte model predicts the shape of its calibration alone
-            logger.debug("Calibrating anew for %s.", shape)
+            logger.debug("Calibrating again for %s.", shape)
             longest = max(batches, key=lambda batch: BatchShape.of(batch).length, default=None)
             self._measure_again(longest, shape)
             cost = self._cost_of_shape(shape)

@@ -370,7 +370,7 @@ def arguments_class(task: Task) -> type[TrainingArguments]:
     if task != "causal-lm":
         return kind
     if find_spec("trl") is None:
-        raise UnsupportedError("Fine-tuning a model that continues a text needs TRL: pip install 'rankpilot[trl]'.")
+        raise UnsupportedError("Fine-tuning a causal language model needs TRL: pip install 'rankpilot[trl]'.")
     from trl import SFTConfig
 
     kind = SFTConfig
@@ -443,7 +443,7 @@ def further_settings(given: tuple[str, ...], kind: type[TrainingArguments]) -> d
         if not equals:
             raise ConfigError(f"A setting of the Trainer has the form NAME=VALUE; got {entry!r}.")
         if name in DECIDED:
-            raise ConfigError(f"{name} is decided by {DECIDED[name]}: use that in place of {entry!r}.")
+            raise ConfigError(f"{name} is decided by {DECIDED[name]}: use that instead of {entry!r}.")
         if name not in names:
             raise UnknownNameError.of(f"setting of {kind.__name__}", name, names)
         try:

@@ -387,7 +387,7 @@ def start_kept(
         return
     if fresh or start != _BY_IMPORTANCE:
         yield
-        note(f"This run begins with PEFT's default directions, in place of those of init_lora_weights={start!r}.")
+        note(f"This run begins with PEFT's default directions, instead of those of init_lora_weights={start!r}.")
         return
     rows = [target.weight_a.detach().clone() for target in targets]
     yield

@@ -218,7 +218,7 @@ def notes(outlook: Outlook) -> Iterator[str]:
         taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
         yield (
             f"On the card: the frozen model ({frozen}), CUDA's context and workspaces ({taken}), the step, and what "
-            "the allocator reserves beside it. Tight: it fits without that."
+            "the allocator reserves beside it. Tight: it fits only without that reserve."
         )
         if outlook.step.fused:
             yield (

@@ -32,9 +32,9 @@ from .verdict import ranks_sentence
 
 KIND_COLORS: dict[Kind, tuple[str, str]] = {
     "saved": (drawing.COLORS[0], "saved for backward"),
-    "inputs": (drawing.COLORS[5], "kept inputs"),
-    "recomputed": (drawing.COLORS[3], "checkpointed layer, in backward"),
-    "transient": (drawing.COLORS[4], "momentary"),
+    "inputs": (drawing.COLORS[5], "checkpointed inputs"),
+    "recomputed": (drawing.COLORS[3], "one checkpointed layer"),
+    "transient": (drawing.COLORS[4], "temporary"),
     "weights": ("#004d38", "adapter weights"),
     "gradients": (drawing.COLORS[2], "adapter gradients"),
     "optimizer": ("#8fd3bd", "optimizer state"),

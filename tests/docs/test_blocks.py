@@ -45,7 +45,7 @@ PRINTED = {
     "docs/decision.md": r"\d+ plans; taken: .+\n.+ rank 8 on all modules",
     "docs/add-a-rule.md": r"\{.*up_proj.*: \d+",
     "docs/environment.md": r"[+-]\d\.\d+ against uniform ranks, \d+\.\d% of the budget used",
-    "docs/train-policy.md": r"^signal-mean$",
+    "docs/train-policy.md": r"^signal-mean\n\{",
     "docs/serve.md": r"lora_rank_pattern:",
 }
 """What the Python of a page prints, among other things."""

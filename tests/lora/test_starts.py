@@ -64,7 +64,7 @@ def test_evas_directions_stay(llama_config: LlamaConfig, rank: int) -> None:
 def test_they_do_not_where_all_is_to_begin_anew(llama_config: LlamaConfig) -> None:
     model, before, told = begun(llama_config, "eva", bounds=dict.fromkeys(NAMES, 8), fresh=True)
     assert kept(model, before) == {False}
-    assert any("in place of those of init_lora_weights='eva'" in line for line in told)
+    assert any("instead of those of init_lora_weights='eva'" in line for line in told)
 
 
 @pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
@@ -72,7 +72,7 @@ def test_other_starts_give_way_and_this_is_told(llama_config: LlamaConfig, start
     model, before, told = begun(llama_config, start)
     assert kept(model, before) == {False}
     assert [line for line in told if "init_lora_weights" in line] == [
-        f"This run begins with PEFT's default directions, in place of those of init_lora_weights='{start}'."
+        f"This run begins with PEFT's default directions, instead of those of init_lora_weights='{start}'."
     ]
 
 
