@@ -39,7 +39,14 @@ def test_docs_saving_is_what_the_stored_rows_say(stored: Results) -> None:
 
 
 def test_what_pages_claim_of_rank_and_depth(stored: Results) -> None:
-    plans, memory = (" ".join((ROOT / "docs" / name).read_text().split()) for name in ("plan-cost.md", "memory.md"))
+    plans, memory, choose = (
+        " ".join((ROOT / "docs" / f"{name}.md").read_text().split()) for name in ("plan-cost", "memory", "choose")
+    )
+    for name, words in (("attention-8", "attention alone loses"), ("mlp-8", "MLPs alone")):
+        found = saving_of(stored, name)
+        assert found is not None
+        low, high = (f"{100 * bound:+.1f}" for bound in (found.loss.low, found.loss.high))
+        assert f"{words} {100 * found.loss.value:+.1f} % ({low} to {high})" in choose
     for name, words in (
         ("everything-2", "rank 2 on all modules"),
         ("top-three-quarters-8", "rank 8 on the top three quarters of the layers"),
@@ -50,7 +57,10 @@ def test_what_pages_claim_of_rank_and_depth(stored: Results) -> None:
         assert found is not None
         size, step = f"{found.bytes.value:.2f}", f"{found.step.value:.2f}"
         assert f"| {words} | {size} | {step} | {100 * found.loss.value:+.1f} % | {found.cells} |" in plans
+        if name == "top-three-quarters-8":
+            assert f"{size} of the bytes and {step} of the time, at {100 * found.loss.value:+.1f} %" in choose
         if name == "everything-2":
             assert f"rank 2 on all modules takes {found.bytes.value:.0%} of the bytes".replace("%", " %") in memory
         if name == "top-half-8":
             assert f"rank 8 on the top half of the layers {found.bytes.value:.0%}".replace("%", " %") in memory
+            assert f"the top half loses {100 * found.loss.value:+.1f} %" in choose
