@@ -260,7 +260,7 @@ def faster_plan(guard: PeakGuard, controller: RankController[Any], ask: Ask, dec
         return ""
     return (
         f"gradient_checkpointing=False would be faster: {np.count_nonzero(ranks)} adapters of mean rank "
-        f"{ranks.mean():.1f}, and a log loss that is expected to be {loss - expected:+.3f} beside this plan's."
+        f"{ranks.mean():.1f}, and a log loss that is expected to be {loss - expected:+.3f} relative to this plan's."
     )
 
 

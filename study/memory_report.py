@@ -213,7 +213,7 @@ def notes(outlook: Outlook) -> Iterator[str]:
     yield f"The peak with {choice_text(outlook, outlook.main)}, {peak}: {'; '.join([*parts, *margin])}."
     frozen = format_bytes(outlook.step.frozen_bytes)
     if outlook.card is None:
-        yield f"The frozen model, {frozen}, is beside it: a budget of bytes counts it, and one of a step does not."
+        yield f"The frozen model ({frozen}) comes on top: a budget of bytes counts it, and one of a step does not."
     else:
         taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
         yield (

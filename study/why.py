@@ -146,7 +146,7 @@ def _against_plain(logged: DecisionRecord, found: Choice) -> str:
     unfit = "" if found.fits[0] else ", which does not fit"
     if not found.goal.saves:
         expected, surely = (percent(float(values[found.taken])) for values in (found.expected, found.surely))
-        return f": its loss is expected to be {expected} beside {PLAIN}{unfit}, surely at most {surely}"
+        return f": its loss is expected to be {expected} versus {PLAIN}{unfit}, surely at most {surely}"
     most = "the least time a step" if found.goal.kind == "time" else "the fewest bytes"
     mine, plain = (_cost(logged, found, plan) for plan in (found.taken, 0))
     return (

@@ -171,7 +171,7 @@ def test_words() -> None:
     told = list(notes(here))
     assert "backward: loss): 60 MiB tensors saved for backward; 12 MiB optimizer state" in told[0]
     assert "signal" not in told[0], "kinds of which there is nothing are left out"
-    assert told[1] == "The frozen model, 90 MiB, is beside it: a budget of bytes counts it, and one of a step does not."
+    assert told[1] == "The frozen model (90 MiB) comes on top: a budget of bytes counts it, and one of a step does not."
     assert told[-1] == "a note"
 
 
