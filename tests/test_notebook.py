@@ -40,6 +40,7 @@ def test_a_run_is_studied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 @pytest.mark.long
 @pytest.mark.assets
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
 def test_an_8b_is_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     told = run("fit_8b.py", tmp_path, monkeypatch, capsys)
     assert re.search(r"llama-3.1-8b on RTX 4090: 32 layers, \d+ of them checkpointed\n[\d.]+ GiB .* it fits", told)
