@@ -11,18 +11,7 @@ import pytest
 
 from .pages import PAGES, ROOT, name_of, prose_of
 
-RECORDS = (
-    "aims",
-    "changelog",
-    "decision",
-    "design",
-    "experiments",
-    "glossary",
-    "policy",
-    "results",
-    "saving",
-    "scaling",
-)
+RECORDS = ("aims", "changelog", "design", "experiments", "glossary", "policy", "results", "saving")
 """Pages of research and of earlier versions, which keep the words of their time; the glossary has no sentences."""
 
 USER_PAGES = [ROOT / "README.md", *(page for page in PAGES if page.stem not in RECORDS and page.parent.name != "api")]
