@@ -4,7 +4,7 @@
     ├── ConfigError        a setting is out of range or contradicts another        (ValueError)
     ├── UnknownNameError   a name that is not among the allowed ones               (LookupError)
     ├── BudgetError        a budget that cannot be read or that no plan fits       (ValueError)
-    ├── UnsupportedError   a model, adapter or optimiser that cannot be handled    (TypeError)
+    ├── UnsupportedError   a model, adapter or optimizer that cannot be handled    (TypeError)
     ├── DataError          a data set that is empty, too short or malformed        (ValueError)
     ├── NonFiniteError     a loss or weight that is NaN or infinite                (ArithmeticError)
     ├── NoGradientError    a run whose adapters receive no gradients               (RuntimeError)
@@ -94,7 +94,7 @@ class BudgetError(RankPilotError, ValueError):
 
 
 class UnsupportedError(RankPilotError, TypeError):
-    """A model, adapter or optimiser whose ranks cannot be changed safely."""
+    """A model, adapter or optimizer whose ranks cannot be changed safely."""
 
 
 class DataError(RankPilotError, ValueError):

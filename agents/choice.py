@@ -123,7 +123,7 @@ class Choice:
             if not self.goal.saves:
                 return f"No plan that fits promises a lower loss than {PLAIN}." if len(self.plans) > 1 else ""
             return f"No cheaper plan surely stays within {percent(self.goal.tolerance)} of the loss of {PLAIN}."
-        return f"Expected beside {PLAIN}{fits}: loss {expected}, surely at most {surely}."
+        return f"Expected versus {PLAIN}{fits}: loss {expected}, surely at most {surely}."
 
     @property
     def lacks_room(self) -> bool:

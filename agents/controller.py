@@ -109,9 +109,9 @@ class RankController(Generic[AdaptersT]):
         cost: what plans cost, signal buffers included.
         limit: the hard budget, in the unit of `cost`.
         schedule: when decisions fall.
-        total_steps: optimiser steps of the run.
+        total_steps: optimizer steps of the run.
         probe_result: from `probe`.
-        rows: of an optimiser step, in all its batches.
+        rows: of an optimizer step, in all its batches.
         low: the least rank of each module, int64 (modules,); 0 by default.
         high: the largest, int64 (modules,); any by default.
         seed: decides fresh rows on growth.
@@ -181,11 +181,11 @@ class RankController(Generic[AdaptersT]):
 
     @property
     def until(self) -> int:
-        """The optimiser step before which the next decision falls, or the end of the run."""
+        """The optimizer step before which the next decision falls, or the end of the run."""
         return self.total_steps if self.finished else self.decision_steps[self.decision]
 
     def due(self, step: int) -> bool:
-        """Whether the next decision falls before optimiser step `step` (counted from 0)."""
+        """Whether the next decision falls before optimizer step `step` (counted from 0)."""
         return not self.finished and step >= self.decision_steps[self.decision]
 
     def problem(self) -> AllocationProblem:
@@ -254,7 +254,7 @@ class RankController(Generic[AdaptersT]):
         """Close the interval that ends before `step` and describe the next decision.
 
         Args:
-            step: optimiser steps done.
+            step: optimizer steps done.
             interval_loss: mean training loss since the last decision, if known.
         """
         if self.decision > 0:
@@ -293,7 +293,7 @@ class RankController(Generic[AdaptersT]):
 
         Args:
             decision: what is wanted.
-            step: optimiser steps done; decides fresh rows together with the seed.
+            step: optimizer steps done; decides fresh rows together with the seed.
             optimizer: its state follows, unless the adapters keep their own.
 
         Returns:
@@ -333,7 +333,7 @@ class RankController(Generic[AdaptersT]):
 
         Args:
             ranks: on the ladder, int64 (modules,). Modules that `propose` pinned keep their ranks of the proposal.
-            step: the optimiser steps before this change.
+            step: the optimizer steps before this change.
             optimizer: its state follows.
             decides: whether they are the next decision; else they come beside the schedule, which stays as it is.
 

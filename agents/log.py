@@ -100,7 +100,7 @@ class DecisionRecord:
         policy: name of the policy or rule that decided.
         policy_sha256: of the policy's weights; None for a rule, or for a policy that was not loaded from a folder.
         number: of the decision in its run, from 0.
-        step: optimiser steps done before it.
+        step: optimizer steps done before it.
         seed: of the run.
         loss: mean training loss since the decision before this one; None before the first step.
         measured_cost: measured since the decision before this one, in the unit of the problem; None if nothing measures
@@ -170,7 +170,7 @@ class DecisionRecord:
             plan: what was applied.
             policy: made the decision.
             number: of the decision in its run, from 0.
-            step: optimiser steps done before it.
+            step: optimizer steps done before it.
             run: name of the run.
             loss: mean training loss since the decision before this one.
             measured_cost: bytes at the highest peak since the decision before this one, or None.

@@ -207,8 +207,8 @@ class RunState:
         reference_cost: what rank 8 on all modules costs, in the unit of the budget.
         first_loss: training loss at the start of the probe, > 0.
         losses: mean training loss of each interval so far; empty at the first decision.
-        total_steps: optimiser steps of the run.
-        rows: of an optimiser step, in all its batches.
+        total_steps: optimizer steps of the run.
+        rows: of an optimizer step, in all its batches.
         probe_fall: see `ProbeResult`.
         predicted: see `ProbeResult`.
     """

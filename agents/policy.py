@@ -132,7 +132,7 @@ def decision_line(step: int, before: IntArray, after: IntArray, cost: float, lim
     """A decision in one line: "step 28: 9 modules moved, 12.1 of 12.3 GiB, mean rank 9.4".
 
     Args:
-        step: optimiser steps done before the decision.
+        step: optimizer steps done before the decision.
         before: ranks before it, int (modules,).
         after: ranks of the plan, int (modules,). Their mean counts modules without an adapter as rank 0.
         cost: predicted cost of the plan.

@@ -61,7 +61,7 @@ class DecisionSchedule:
     """A probe before the run, the first plan at its start, a few changes, and no more changes after them.
 
     Attributes:
-        probe_steps: optimiser steps of the probe; before a short real run it takes fewer.
+        probe_steps: optimizer steps of the probe; before a short real run it takes fewer.
         probe_batch: rows of each batch of the probe; so few that any budget is enough.
         fractions: when decisions are taken, in rising shares of the run's steps, the first at 0. After about half of
             the run a change gains less than it costs (docs/experiments.md).
@@ -89,7 +89,7 @@ class DecisionSchedule:
             raise ConfigError(f"fractions rise from 0 and stay below 1; got {self.fractions}.")
 
     def steps(self, total_steps: int) -> tuple[int, ...]:
-        """The optimiser steps before which a decision is taken in a run of `total_steps`, each once."""
+        """The optimizer steps before which a decision is taken in a run of `total_steps`, each once."""
         return tuple(sorted({int(fraction * total_steps) for fraction in self.fractions}))
 
     def reach(self, decision: int) -> int | None:

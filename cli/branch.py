@@ -28,7 +28,7 @@ class BranchOptions:
         run: the folder of the run.
         plan: final, first, shuffled or uniform; or a file with the rank of each module, as rankpilot plan --output
             plan.yaml writes it.
-        at: the optimiser step from which the plan is in place: 0, or that of a checkpoint which the run still has. A
+        at: the optimizer step from which the plan is in place: 0, or that of a checkpoint which the run still has. A
             run keeps more of them with --trainer save_total_limit=100.
         output: a new folder for the branch; by default it is named after the run, the plan and the step.
         seed: of the shuffled plan.

@@ -31,11 +31,11 @@ class Memory(MemoryConfig):
     A few small steps of the model are enough to predict the peak of a step, by kind of bytes and by layer; the frozen
     model itself is shown apart. Most of the peak is held for the backward pass. It depends on the rows, the tokens and
     how deep the lowest adapter sits, and hardly on the rank. So the command compares other ranks, fewer layers, smaller
-    batches and gradient checkpointing, and runs none of them. It trains nothing, and writes only memory.json and
+    batches and gradient checkpointing, without running them. It trains nothing, and writes only memory.json and
     memory.png.
 
-    With --device or --device-memory the model need not be here: its configuration is enough to tell what fits that
-    card, and what each choice costs. The exit status is 3 where nothing fits.
+    With --device or --device-memory the configuration of the model is enough: no weights are downloaded, and the
+    answer tells what fits that card, and what each choice costs. The exit status is 3 where nothing fits.
 
     Attributes:
         output: folder of the picture and of all figures.

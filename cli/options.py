@@ -49,7 +49,7 @@ GROUPS = {
     "run": ("How long it trains, and at what rate.", "steps epochs learning_rate control alpha scaling seed trainer"),
     "data": ("Which rows and columns are read.", "task labels text_column label_column train_rows held_out_rows"),
     "evaluation": (
-        "How often it is evaluated, and beside what.",
+        "When it is evaluated, and what it is compared with.",
         "eval_every eval_batch_size best early_stopping compare_uniform compare_all_linear",
     ),
 }

@@ -46,8 +46,8 @@ class Plan(FinetuneConfig):
         output: write the lines to this new file; by default they are printed.
         log: a new folder for the log of the decision, which `rankpilot study` explains.
         frontier: also show the plans that are worth their cost: bytes, the time of a step, and the expected loss
-            against rank 8 on all modules, with its interval. The time is measured, so that a policy sees what plans
-            save there too: the plan may be another one.
+            against rank 8 on all modules, with its interval. The time is measured and counts in the decision, so the
+            plan may be another one.
         config: a JSON or YAML file of settings. Options on the command line override it.
     """
 

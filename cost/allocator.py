@@ -6,7 +6,7 @@ Source: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.6 to 2.9, with its defaul
 
 What is replayed is a recording (`cost/recording.py`), of a step in which every module is adapted and no layer runs
 again. Under a plan fewer tensors outlive the forward pass, and those of a checkpointed segment are allocated twice. The
-first step warms up: libraries take their workspaces and the optimiser its state. The second one runs beside these, in
+first step warms up: libraries take their workspaces and the optimizer its state. The second one runs beside these, in
 segments that the first one has cut up.
 """
 
@@ -342,13 +342,13 @@ def replay(
 
 
 def _optimizer_state(memory: MemoryModel, parameters: FloatArray, ranks: IntArray) -> list[float]:
-    """Bytes of the optimiser's tensors: taken to be two of the same size for each factor of an adapter."""
+    """Bytes of the optimizer's tensors: taken to be two of the same size for each factor of an adapter."""
     states = memory.states
     return [*np.repeat(_of_factors(memory, parameters, states.optimizer) / 2, 2), *(states.fixed * (ranks > 0))]
 
 
 def _scratch(memory: MemoryModel, parameters: FloatArray) -> list[float]:
-    """Bytes of what the optimiser takes for the time of its step."""
+    """Bytes of what the optimizer takes for the time of its step."""
     states = memory.states
     return [states.other_gradients, *_of_factors(memory, parameters, states.scratch)]
 
@@ -388,6 +388,6 @@ class _Run:
         self._gradients += [addresses[tensor] for tensor in events.gradients]
 
     def optimizer_step(self, scratch: Iterable[float]) -> None:
-        """The optimiser's step; then gradients are freed."""
+        """The optimizer's step; then gradients are freed."""
         self.release(self.keep(scratch) + self._gradients)
         self._gradients = []

@@ -27,7 +27,7 @@ Kind = Literal["saved", "inputs", "recomputed", "transient", "weights", "gradien
 saved: tensors that autograd saved for the backward pass.
 inputs: inputs of checkpointed segments, kept to run them again.
 recomputed: tensors of a checkpointed segment that runs again.
-transient: short-lived tensors: logits, gradients of activations, the optimiser's copies.
+transient: short-lived tensors: logits, gradients of activations, the optimizer's copies.
 weights, gradients, optimizer, signals: of the adapters, as in `ModelStates`; gradients with their copies in buckets.
 others: weights, gradients and state of what trains outside the adapters, such as a classifier.
 """
@@ -155,7 +155,7 @@ def _kinds(peak: PeakStorages, candidate: PeakCandidate, ranks: IntArray) -> Int
 def _add_states(
     table: FloatArray, memory: MemoryModel, at_optimizer_step: bool, ranks: IntArray, target_rows: IntArray
 ) -> None:
-    """Add the model states to the table; at the optimiser's step, also all gradients and the optimiser's copies."""
+    """Add the model states to the table; at the optimizer's step, also all gradients and the optimizer's copies."""
     states = memory.states
     by_module: dict[Kind, FloatArray] = {
         "weights": states.weights * ranks,

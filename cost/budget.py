@@ -125,7 +125,7 @@ class Budget:
             percent = 100 if number == 1 else number
             meant = f"{percent:.0f}%" if percent <= 100 * MOST_SHARE else f"{number:.0f}MB"
             raise BudgetError(
-                f'The budget {given!r} would be {number:.0f} bytes, which no adapter fits. Did you mean "{meant}"? '
+                f'The budget {given!r} would be {number:.0f} bytes, too few for any adapter. Did you mean "{meant}"? '
                 f"Allowed: {_FORMS}."
             )
         return cls("total", number)
@@ -267,7 +267,7 @@ def reference_cost(cost: Cost, max_ranks: IntArray) -> float:
 
 
 _TIME_FORMS = (
-    "'75%' (of a step of plain LoRA, rank 8 on all target modules, no layer run again), '0.8s' or '800ms' a step"
+    "'75%' (of a step of plain LoRA, rank 8 on all target modules, no checkpointing), '0.8s' or '800ms' a step"
 )
 
 _SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}

@@ -65,7 +65,7 @@ class ByteCost:
     Attributes:
         moments: what each moment is, for people.
         constant: bytes at each moment whatever the plan, shape (moments,).
-        per_rank: bytes of one rank on each module: weights, gradients, optimiser state, rank-wide hidden state, shape
+        per_rank: bytes of one rank on each module: weights, gradients, optimizer state, rank-wide hidden state, shape
             (moments, modules).
         group_bytes: bytes of each group at each moment, shape (moments, groups).
         needs: which modules need each group, bool (groups, modules).

@@ -133,7 +133,7 @@ def from_config(
     Args:
         config: of a transformers model, which is not changed; or what `find_configuration` takes: a folder, a
             config.json, a short name such as "qwen3-8b", a Hugging Face id.
-        step: batch, length, target modules, optimiser, quantisation, autocast, checkpointing.
+        step: batch, length, target modules, optimizer, quantisation, autocast, checkpointing.
         loaded: how the model is loaded, and on which device; by default on CUDA as it was saved.
         counted: also count what the step computes, operator by operator, and price what each exact saver brings.
         checkpointing_optional: take the step without gradient checkpointing where the model's class has none.
@@ -204,7 +204,7 @@ def _recorded(
 ) -> ConfiguredStep:
     """The step of a model; also what exact savers bring and what it computes, if that is counted."""
     config, shape, targets = base.config, BatchShape(step.batch_size, step.max_length), find_target_modules(model)
-    with torch.device("cpu"):  # an 8-bit optimiser makes the table of its codes
+    with torch.device("cpu"):  # an 8-bit optimizer makes the table of its codes
         optimizer = training_step.new_optimizer(step.optimizer, model)
     training = training_step.TrainingStep(
         model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1

@@ -4,7 +4,7 @@
 show all tensors that any plan could hold, the modules that need each, and how its size grows with rows, length and
 rank. The peak of any plan follows without running it, and so do the layers that must run again in the backward pass.
 
-The bytes are those that training takes beside the loaded, frozen model: adapter weights, gradients, optimiser state,
+The bytes are those that training takes beside the loaded, frozen model: adapter weights, gradients, optimizer state,
 signal buffers, tensors saved for the backward pass, and short-lived tensors such as logits and activations' gradients.
 
 A layer that runs again (gradient checkpointing; Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016)
@@ -46,7 +46,7 @@ class MemoryModel:
     Attributes:
         shape: the shape of the batch that was given to `calibrate`.
         accumulates: gradients are kept over several micro-batches.
-        states: bytes that adapters and optimiser hold between steps.
+        states: bytes that adapters and optimizer hold between steps.
         recording: the recorded step.
     """
 
@@ -100,7 +100,7 @@ class MemoryModel:
         totals = moment_costs(cost, ranks)
         highest = int(totals.argmax())
         peak = PeakStorages(cost.moments[highest], float(totals[highest]), None, np.zeros(len(base)), self.recording)
-        if kept[highest] == len(candidates):  # the optimiser's step
+        if kept[highest] == len(candidates):  # the optimizer's step
             return peak
         candidate = candidates[kept[highest]]
         live, group = groups.at(candidate)
@@ -127,7 +127,7 @@ class MemoryModel:
         return find_peak_candidates(recording, base + RANK * slope)
 
     def _full_cost(self, base: FloatArray, slope: FloatArray) -> tuple[ByteCost, list[PeakCandidate], _Groups]:
-        """The cost of plans with every candidate, the optimiser's step last, and without margin."""
+        """The cost of plans with every candidate, the optimizer's step last, and without margin."""
         recording, states = self.recording, self.states
         candidates = self._candidates(base, slope)
         groups = _Groups(recording, len(states.weights))
@@ -175,7 +175,7 @@ class MemoryModel:
         needs = _Needs.of(recording, adapted)
         growing = slope * self._rank_of_each(ranks)
         between_steps = states.others + states.between_steps @ ranks
-        highest = states.other_gradients + (states.weights + states.scratch) @ ranks  # the optimiser's step
+        highest = states.other_gradients + (states.weights + states.scratch) @ ranks  # the optimizer's step
         for candidate in self._candidates(base, slope):
             live, counted = needs.at(candidate)
             serials, modules = self._gradients(candidate)
@@ -551,7 +551,7 @@ def recomputed_cost(
     groups = [np.pad(every.group_bytes, ((0, 0), (0, len(none.needs))))]
     groups.append(np.pad(np.ceil(factor * none.group_bytes), ((0, 0), (len(every.needs), 0))))
     return ByteCost(
-        moments=(*every.moments, *(f"{moment}, with no layer run again" for moment in none.moments)),
+        moments=(*every.moments, *(f"{moment}, without checkpointing" for moment in none.moments)),
         constant=np.concatenate([every.constant, np.ceil(factor * none.constant)]),
         per_rank=np.concatenate([every.per_rank, np.ceil(factor * none.per_rank)]),
         group_bytes=np.concatenate(groups),

@@ -1,4 +1,4 @@
-"""What an adapter and its optimiser hold between steps: weights, gradients, optimiser state, signal buffers."""
+"""What an adapter and its optimizer hold between steps: weights, gradients, optimizer state, signal buffers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,17 +17,17 @@ from .live_storages import device_kind, storages
 
 @dataclass(frozen=True, eq=False)
 class ModelStates:
-    """What an adapter and its optimiser hold between steps.
+    """What an adapter and its optimizer hold between steps.
 
     Attributes:
         weights: bytes of one rank's weights on each module, (modules,); its gradients take as much.
-        optimizer: bytes of one rank's optimiser state on each module, (modules,).
-        scratch: bytes of one rank that the optimiser takes for the time of its step, (modules,).
+        optimizer: bytes of one rank's optimizer state on each module, (modules,).
+        scratch: bytes of one rank that the optimizer takes for the time of its step, (modules,).
         signals: bytes of one rank that `SignalMeter` holds on each module, (modules,).
         fixed: bytes of an adapted module that do not depend on its rank: gradients and state of biases and magnitudes,
             (modules,).
         others: bytes of weights and state of everything else that trains, such as a classifier.
-        other_gradients: bytes of its gradients, and of what the optimiser takes beside them for the time of its step.
+        other_gradients: bytes of its gradients, and of what the optimizer takes beside them for the time of its step.
         buckets: bytes of one rank's further copies of its gradients, which are sent to other processes, (modules,).
             Those of biases and magnitudes are in `fixed`, those of everything else in `others`.
     """
@@ -64,7 +64,7 @@ def with_buckets(states: ModelStates, model: nn.Module, targets: Sequence[Target
 def model_states(
     model: nn.Module, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None, signal_bytes: bool
 ) -> ModelStates:
-    """The bytes that adapters and their optimiser hold between steps; without one, AdamW's two tensors count."""
+    """The bytes that adapters and their optimizer hold between steps; without one, AdamW's two tensors count."""
     weights = np.array(
         [t.d_in * t.weight_a.element_size() + t.d_out * t.weight_b.element_size() for t in targets], dtype=np.float64
     )
@@ -75,7 +75,7 @@ def model_states(
     sizes = [p.nbytes for p in others]
     copies = _steps_with_copies(optimizer, model)
     fused = optimizer is None or unwrap_optimizer(optimizer).defaults.get("fused")
-    # An optimiser that takes one parameter at a time makes up to three temporary copies of it.
+    # An optimizer that takes one parameter at a time makes up to three temporary copies of it.
     copied = sum(sizes) if copies else 0 if fused else 3 * max(sizes, default=0)
     fixed = [sum(p.nbytes + state_bytes_of(optimizer, p.detach()) for p in group) for group in unranked]
     outside = sum(p.nbytes + state_bytes_of(optimizer, p) for p in others) + sum(p.nbytes for g in unranked for p in g)
@@ -91,7 +91,7 @@ def model_states(
 
 
 def _state_line(target: TargetModule, optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
-    """Bytes of optimiser state as a straight line over the rank, nowhere below the true size: slope and start."""
+    """Bytes of optimizer state as a straight line over the rank, nowhere below the true size: slope and start."""
     # Most states grow along such a line. Factored ones start above zero, and small 8-bit states are fp32.
     ranks = [rank for rank in RankLadder().ranks if 0 < rank <= target.max_rank]
     a, b = target.weight_a.detach(), target.weight_b.detach()
@@ -105,7 +105,7 @@ def _state_line(target: TargetModule, optimizer: torch.optim.Optimizer | None) -
 
 
 def excess_of_state(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None) -> float:
-    """Bytes of optimiser state that `model_states` counts at the present ranks and that are not there.
+    """Bytes of optimizer state that `model_states` counts at the present ranks and that are not there.
 
     States are counted along a straight line that is nowhere too low. Low-bit ones do not grow along a line: those of
     fewer than 4096 values are fp32.
@@ -124,7 +124,7 @@ def excess_of_state(targets: Sequence[TargetModule], optimizer: torch.optim.Opti
 
 
 def _steps_with_copies(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> bool:
-    """Whether the optimiser works on all parameters at once, with a temporary copy of each."""
+    """Whether the optimizer works on all parameters at once, with a temporary copy of each."""
     settings = unwrap_optimizer(optimizer).defaults if optimizer else {}
     if "foreach" not in settings or settings.get("fused"):
         return False
@@ -144,7 +144,7 @@ def trained_by(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> lis
 
 
 def trained_outside(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
-    """The parameters that an optimiser trains beside those of a model, such as of a head that the loss applies."""
+    """The parameters that an optimizer trains beside those of a model, such as of a head that the loss applies."""
     return _outside(list(model.parameters()), optimizer)
 
 
@@ -160,7 +160,7 @@ def gradients_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> l
 
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gradients: bool = True) -> int:
-    """Bytes that training holds between steps beside the frozen model: weights, optimiser state and gradients.
+    """Bytes that training holds between steps beside the frozen model: weights, optimizer state and gradients.
 
     Args:
         model: the PEFT model.

@@ -55,7 +55,7 @@ class PeakStorages:
     Attributes:
         label: a description of the peak's time, for people.
         total: bytes at the peak, with model states and margin.
-        candidate: the candidate that is the peak; None for the optimiser's step, when no recorded storage is live.
+        candidate: the candidate that is the peak; None for the optimizer's step, when no recorded storage is live.
         sizes: bytes of each recorded storage, parameters' gradients included; 0 if it is not live, (storages,).
         recording: the recorded step.
     """

@@ -28,7 +28,7 @@ MARGIN = 0.03
 
 @dataclass(frozen=True)
 class StepBatches:
-    """The batches that `before_step` got for one optimiser step.
+    """The batches that `before_step` got for one optimizer step.
 
     Attributes:
         count: how many; 0 if none were passed.
@@ -81,8 +81,8 @@ class PeakMeter:
     On CUDA the allocator's record is read. On other devices every tensor that the step creates is followed, which slows
     that one step by a few percent; a model under torch.compile then runs uncompiled.
 
-    Call `begin` before a step's first forward pass, and `end` after the optimiser's step. What runs between the two
-    last, such as a callback of the user's, does not count. What stays and was created in this step, as the optimiser's
+    Call `begin` before a step's first forward pass, and `end` after the optimizer's step. What runs between the two
+    last, such as a callback of the user's, does not count. What stays and was created in this step, as the optimizer's
     state in the first one, counts as present from the start, as it will be in the next step. Gradients of the step
     before count until they are cleared, wherever in the step that is.
 
@@ -190,12 +190,12 @@ class PeakMeter:
             self._go_on_from(rise)
 
     def passed(self) -> None:
-        """Note the end of the forward and backward passes, if work on gradients comes before the optimiser's step."""
+        """Note the end of the forward and backward passes, if work on gradients comes before the optimizer's step."""
         if self._rise and self._rise_of_passes is None:
             self._rise_of_passes = self._rise()
 
     def _stepped(self) -> None:
-        """Note the end of the optimiser's step: later rises do not count."""
+        """Note the end of the optimizer's step: later rises do not count."""
         rise = self._rise() if self._rise else 0
         self._rise = lambda: rise
 

@@ -29,8 +29,8 @@ from .cost import ByteCost
 from .later_logits import defer_logits, use_tiled_loss
 from .model import MemoryModel
 
-CACHE, COPIES, TILES = "no cache of keys and values", "shared copies of inputs", "loss in tiles"
-ACTIVATIONS = "activations that run again"
+CACHE, COPIES, TILES = "no cache of keys and values", "shared copies of inputs", "tiled loss"
+ACTIVATIONS = "selective checkpointing"
 
 
 def is_compiled(model: nn.Module) -> bool:

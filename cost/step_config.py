@@ -16,7 +16,7 @@ OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw8bit", "paged_adamw8b
 Quantization = Literal["none", "nf4", "int8"]
 
 Checkpointing = Literal["auto", True, False]
-"""Whether layers run again in the backward pass: as few as a plan needs, all, or none."""
+"""Gradient checkpointing: of as few layers as a plan needs, of all, or of none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,24 +24,22 @@ class StepConfig:
     """One training step of a LoRA fine-tune.
 
     Attributes:
-        batch_size: rows that the device processes at once; 0 stands for 2 where a model continues texts (causal-lm),
-            and for 16 elsewhere.
-        accumulation: how many batches add up their gradients for one optimiser step; 0 stands for 1, and for 8 where a
-            model continues texts in batches of the usual size.
-        max_length: tokens in a row; longer texts are cut, or split for language modelling. 0 stands for 1024 where a
-            model continues texts, or the positions that it has, and for 64 elsewhere.
+        batch_size: rows that the device processes at once; 0 stands for 2 in language modelling (causal-lm), and for
+            16 elsewhere.
+        accumulation: batches whose gradients one optimizer step adds up; 0 stands for 1, and for 8 in language
+            modelling with the usual batch.
+        max_length: tokens in a row; longer texts are cut, or split for language modelling. 0 stands for 1024 (or the
+            positions of the model) in language modelling, and for 64 elsewhere.
         target_modules: modules that get an adapter: "all-linear", or names separated by commas, as in
             `peft.LoraConfig`.
-        optimizer: the optimiser. It decides what is stored for each weight that trains: adamw two numbers, sgd none,
+        optimizer: it decides what is stored for each weight that trains: adamw two numbers, sgd none,
             adafactor at most one, adamw8bit two bytes (needs the extra rankpilot[quant]), paged_adamw8bit as many, in
             pages that CUDA may move to the CPU; they count as on the device, where a change of rank puts them.
         quantization: how the frozen weights are stored: none, as they are saved; nf4, four bits each; int8, eight bits.
             Both need the extra rankpilot[quant].
         bf16: compute in bfloat16 under autocast, as the Trainer does with bf16=True.
-        gradient_checkpointing: True lets each layer store only its inputs, and run again in the backward pass; "auto"
-            as few layers as a plan needs, where there is one.
-        exact_savers: run it with what takes fewer bytes at the same losses and gradients, and no more time; see
-            `cost/savers.py`.
+        gradient_checkpointing: of all layers (True), of none (False), or of as few as the plan needs ("auto").
+        exact_savers: lower the bytes of a step at the same losses and gradients, in no more time (docs/savers.md).
 
     Raises:
         ConfigError: a value is out of range.

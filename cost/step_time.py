@@ -311,7 +311,7 @@ class StepWork:
 
         An operator of the frozen model takes the longer of its two times, for its operations and for its bytes (the
         roofline; Williams et al. 2009). Products inside adapters grow with the rank; what they read and write hardly
-        does. So the operations of an adapter count for each rank, and its bytes once. The optimiser moves bytes alone.
+        does. So the operations of an adapter count for each rank, and its bytes once. The optimizer moves bytes alone.
         """
         count, frozen = len(self.widths), self.module < 0
         seconds = np.maximum(self.flops / rates.flops, self.moved / rates.bytes) + rates.operator_seconds

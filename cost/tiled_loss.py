@@ -138,7 +138,7 @@ class TiledCrossEntropy(torch.autograd.Function):
         if not same.is_meta and not bool(same):
             raise UnsupportedError(
                 "The logits were changed between the loss and its backward pass, or the backward pass ran twice. The "
-                "loss in tiles needs them as they were, and writes their gradient in their place. Change a copy of "
+                "tiled loss needs them as they were, and writes their gradient in their place. Change a copy of "
                 "them, or give exact_savers=False."
             )
         return result, None, None, None

@@ -1,4 +1,4 @@
-"""A training step: the loss as a function of the batch, the optimiser, and layers that run again."""
+"""A training step: the loss as a function of the batch, the optimizer, and layers that run again."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ _OF_BITSANDBYTES: dict[str, str] = {"adamw8bit": "AdamW8bit", "paged_adamw8bit":
 
 
 def check_installed(optimizer: OptimizerName = "adamw", quantization: Quantization = "none") -> None:
-    """Raise UnsupportedError if the library that an optimiser or a quantisation needs is missing."""
+    """Raise UnsupportedError if the library that an optimizer or a quantisation needs is missing."""
     needing = [f"optimizer {optimizer}"] if optimizer in _OF_BITSANDBYTES else []
     needing += [f"quantization {quantization}"] if quantization != "none" else []
     if needing and find_spec("bitsandbytes") is None:
@@ -93,7 +93,7 @@ def check_installed(optimizer: OptimizerName = "adamw", quantization: Quantizati
 
 
 def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of that name with the Trainer's settings, over all parameters that train; see `check_installed`."""
+    """The optimizer of that name with the Trainer's settings, over all parameters that train; see `check_installed`."""
     check_installed(name)
     trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "sgd":

@@ -457,7 +457,7 @@ class EpisodeRecord:
         """The controller has applied a decision, and training has gone on to a step.
 
         Args:
-            step: optimiser steps done.
+            step: optimizer steps done.
             loss: mean training loss since the decision; None if it was not finite.
             observation: the next one; at the end the last one again.
         """

@@ -52,7 +52,7 @@ class OwnTask:
         model: a PEFT model with a LoRA adapter, or a plain model, which gets adapters on its linear layers.
         train: rows to train on, at least one batch.
         held_out: rows of the held-out set.
-        steps: optimiser steps of an episode.
+        steps: optimizer steps of an episode.
         batch_size: rows a step.
         learning_rate: peak of a linear decay.
         budget: "24GiB" for all that the device holds, "6GiB step" for a step beside the frozen model, "80%" of what

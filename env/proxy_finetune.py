@@ -304,7 +304,7 @@ class ProxyFineTune:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps."""
+        """Optimizer steps."""
         return self.task.steps
 
     @property

@@ -186,7 +186,7 @@ class FineTune(Hashable, Protocol):
 
     @property
     def steps(self) -> int:
-        """Optimiser steps."""
+        """Optimizer steps."""
 
     @property
     def batch_size(self) -> int:
@@ -253,7 +253,7 @@ class ProxyTask:
         placement: which layers a planted teacher changes; unused otherwise.
         corpus: the text (one of `CORPORA`) that a planted teacher is queried on or a shift leads to, or the labelled
             texts (one of `LABELS`) of a classification.
-        steps: optimiser steps.
+        steps: optimizer steps.
         batch_size: rows a step.
         length: tokens a row.
         eval_rows: rows of the held-out set.

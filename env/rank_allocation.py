@@ -112,7 +112,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     An episode is one fine-tune with real LoRA adapters: of a small pretrained transformer (a `ProxyTask`), or of any
     model, data set and collator of yours (an `OwnTask`). A probe with all modules at rank 1 reads the first signals;
     then ranks are decided before the first step and at the schedule's later points, and training goes on in between.
-    Adapters really change size and the optimiser's state is kept.
+    Adapters really change size and the optimizer's state is kept.
 
     `gym.make_vec(..., vectorization_mode="vector_entry_point")` runs many episodes at once on one frozen base
     (`env.vector.StackedVectorEnv`); it is the same decision process, several times faster.
@@ -167,7 +167,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     | key | meaning |
     |---|---|
     | task | id of the task |
-    | step | optimiser steps done |
+    | step | optimizer steps done |
     | loss | mean training loss of the interval in nats; None at reset and where it is not finite |
     | held_out_loss | at the end, in nats; None before it |
     | uniform_loss | held-out loss of the uniform run, in nats |

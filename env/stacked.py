@@ -66,7 +66,7 @@ class Lane:
     Attributes:
         task: what is trained.
         row: where its adapters lie.
-        step: optimiser steps done.
+        step: optimizer steps done.
         until: train up to this step.
         rate: the learning rate of each step.
         meter: takes in gradients.
@@ -277,7 +277,7 @@ class StackedEpisode:
         observation: what the next decision is made from; at the end what the last one was made from.
         log: where its decisions are written down, if anywhere.
         ranks: after the latest decision, int64 (modules,).
-        step: optimiser steps done.
+        step: optimizer steps done.
         loss: mean training loss of the latest interval; None before the first one, and where it was not finite.
         failed: whether a loss was not finite.
     """

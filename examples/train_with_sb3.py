@@ -11,7 +11,7 @@ from stable_baselines3.common.logger import Logger
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--updates", type=int, default=5, help="updates of the policy, each on 16 episodes")
 parser.add_argument("--base", default="llama-4x32", help="the proxy base that is fine-tuned")
-parser.add_argument("--task-steps", type=int, default=100, help="optimiser steps of an episode")
+parser.add_argument("--task-steps", type=int, default=100, help="optimizer steps of an episode")
 options = parser.parse_args()
 
 envs = rankpilot.GymnasiumVecEnv(

@@ -255,7 +255,7 @@ def faster_plan(guard: PeakGuard, controller: RankController[Any], ask: Ask, dec
         other = ask(controller.observe(0))
         ranks = controller.propose(other)[1].ranks
     except BudgetError:
-        return "Without layers that run again, no plan fits this budget."
+        return "Without gradient checkpointing, no plan fits this budget."
     finally:
         guard.deciding()
     loss = _expected(other)
@@ -263,7 +263,7 @@ def faster_plan(guard: PeakGuard, controller: RankController[Any], ask: Ask, dec
         return ""
     return (
         f"gradient_checkpointing=False would be faster: {np.count_nonzero(ranks)} adapters of mean rank "
-        f"{ranks.mean():.1f}, and a log loss that is expected to be {loss - expected:+.3f} beside this plan's."
+        f"{ranks.mean():.1f}, and a log loss that is expected to be {loss - expected:+.3f} relative to this plan's."
     )
 
 

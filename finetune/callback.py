@@ -144,7 +144,7 @@ def attach(
 
     Before the first step it is measured what plans cost in the Trainer's own training step, on its data, and probed
     which modules matter. Then the policy decides the ranks, and again at later steps if its schedule has any. The
-    adapters really change their size, the optimiser keeps its state, and every checkpoint is an adapter that plain PEFT
+    adapters really change their size, the optimizer keeps its state, and every checkpoint is an adapter that plain PEFT
     loads. Adapters that are trained already are kept. Where nobody handles SIGTERM, it saves a checkpoint and ends the
     process with status 143. `train(resume_from_checkpoint=True)` takes the last checkpoint that is whole.
 

@@ -299,7 +299,7 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
     if other:
         raise RunFolderError(
             f"The checkpoint {folder} is of another model: {len(other)} of the parameters that train are in one of the "
-            f"two alone, such as {other[0]}. Make model, adapters and optimiser as for the run that wrote it."
+            f"two alone, such as {other[0]}. Make model, adapters and optimizer as for the run that wrote it."
         )
     try:
         with torch.no_grad():
@@ -310,7 +310,7 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
         step = counted(state["step"])
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise RunFolderError(
-            f"The checkpoint {folder} does not fit the model or the optimiser: {first_line(error)}. Make them as for "
+            f"The checkpoint {folder} does not fit the model or the optimizer: {first_line(error)}. Make them as for "
             "the run that wrote it."
         ) from error
     pilot.resume(run, state, step=step, name=name)

@@ -387,7 +387,7 @@ def branch(
         source: the folder of a `rankpilot finetune` run.
         output: a new folder, of the same kind.
         plan: the rank of each target module, by its full name.
-        at: the optimiser step from which the plan is in place: 0, or that of a checkpoint which `source` still has.
+        at: the optimizer step from which the plan is in place: 0, or that of a checkpoint which `source` still has.
         label: what logs and pages call the plan.
         resume: go on with an interrupted branch.
         tell: called with what is done next.
@@ -478,7 +478,7 @@ def _copy(source: Path, output: Path, checkpoint: Path, plan: GivenPlan) -> None
 NAMED = {
     "final": "the ranks with which the run ended",
     "first": "the ranks of its first plan",
-    "shuffled": "the final ranks, dealt anew among the modules of each kind, or the adapted ones if bytes count",
+    "shuffled": "the final ranks, shuffled among the modules of each kind, or the adapted ones if bytes count",
     "uniform": "one rank on as many top layers as can have rank 8 in the budget, rounded down onto the ladder",
 }
 """Plans by name."""

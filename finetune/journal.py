@@ -30,7 +30,7 @@ class Correction:
     """A change of ranks that no policy asked for.
 
     Attributes:
-        step: the optimiser steps before it.
+        step: the optimizer steps before it.
         reason: why, for the decision log.
         wanted: ranks of the plan before, the current ones where there was none, int64 (modules,).
         observation: the state of the run before it.
@@ -55,7 +55,7 @@ class Correction:
         return {self.observation.names[module]: self.reason for module in moved.tolist()}
 
 
-RECOMPUTE = ", and so do layers that run again in the backward pass, which takes time (gradient_checkpointing)"
+RECOMPUTE = ", and so does gradient checkpointing, which takes time"
 """What may help beside a larger budget."""
 
 
@@ -102,7 +102,7 @@ class Journal:
             del self.predictions[keep:]
             if self.log is not None and self._writes:
                 self.log.truncate(keep)
-            self.note("The plan of before is back, and with it all adapters and the optimizer.")
+            self.note("The previous plan is back, with all adapters and the optimizer.")
 
     def note(self, line: str) -> None:
         """Tell people a line, if there is one."""
@@ -120,9 +120,9 @@ class Journal:
         peaks = [each.again_bytes if as_set and each.again_bytes else each.step_bytes for each in saved]
         if saved and peaks[-1] < peaks[0]:
             self.note(
-                f"Exact savers: a step of plain LoRA takes {format_bytes(peaks[-1])} in place of "
+                f"Exact savers: a step of plain LoRA takes {format_bytes(peaks[-1])} instead of "
                 f"{format_bytes(peaks[0])}, with the same losses."
-                + (" Activation functions run again, which takes some time." if saved[-1].name == ACTIVATIONS else "")
+                + (" Selective checkpointing is on, which takes some time." if saved[-1].name == ACTIVATIONS else "")
             )
 
     def record(
@@ -147,7 +147,7 @@ class Journal:
             observation: what the decision was made from.
             decision: what was wanted.
             plan: what was applied.
-            step: optimiser steps done before it.
+            step: optimizer steps done before it.
             loss: mean training loss since the decision before this one.
             peak: bytes at the latest peak that was measured.
             notes: by module name, why it has not the rank that was wanted.

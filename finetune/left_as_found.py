@@ -403,7 +403,7 @@ class Recomputation:
         return self.memory.recomputing(self.layers)
 
     def __str__(self) -> str:
-        return f"{len(self.layers)} of {len(self._layers)} layers run again"
+        return f"{len(self.layers)} of {len(self._layers)} layers use gradient checkpointing"
 
 
 def could_recompute(model: nn.Module) -> bool:

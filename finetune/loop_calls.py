@@ -1,6 +1,6 @@
-"""Notices a loop that leaves out one of the calls of a step, or makes them at other times than once an optimiser step.
+"""Notices a loop that leaves out one of the calls of a step, or makes them at other times than once an optimizer step.
 
-Such a loop would train on with less than was asked for. What the optimiser does is seen by a hook on its steps.
+Such a loop would train on with less than was asked for. What the optimizer does is seen by a hook on its steps.
 """
 
 import logging
@@ -23,18 +23,18 @@ _MISSING = {
 
 
 class LoopCalls:
-    """Which calls of the optimiser step that is under way have been made; each may be made more than once."""
+    """Which calls of the optimizer step that is under way have been made; each may be made more than once."""
 
     def __init__(self) -> None:
         self._made: set[str] = set()
         self._called = False  # since the run began
         self._optimizer_steps = 0  # since the latest end of a step
-        self._without = 0  # ends of steps since the optimiser's latest one
-        self._uneven = 0  # steps of the optimiser in a row that had more than one end
+        self._without = 0  # ends of steps since the optimizer's latest one
+        self._uneven = 0  # steps of the optimizer in a row that had more than one end
         self._hook: RemovableHandle | None = None
 
     def begin(self, run: TrainingRun) -> None:
-        """Begin to count the steps of a run's optimiser."""
+        """Begin to count the steps of a run's optimizer."""
         self._total, self._warns = run.total_steps, run.replicas.processes.first
         inner = unwrap_optimizer(run.optimizer)
         self._hook = inner.register_step_post_hook(lambda *_: self._stepped())
@@ -49,7 +49,7 @@ class LoopCalls:
         """Note a call, a key of `_MISSING`.
 
         Raises:
-            ConfigError: the optimiser has made several steps, and none of them was told to have ended.
+            ConfigError: the optimizer has made several steps, and none of them was told to have ended.
         """
         self._called = True
         self._made.add(call)

@@ -28,17 +28,16 @@ class PlanOptions:
             included; "6GiB step" for a step beside the frozen model; "80%" of what plain LoRA takes (rank 8 on all
             modules); "auto" for nine tenths of what is free on the device; or "300k params", which counts the adapter's
             parameters alone.
-        time: what a step may take in time, beside the budget: "75%" of what plain LoRA takes where no layer runs
-            again, or "0.8s". Measured before training.
-        exact_savers: let adapters share copies of their inputs, and compute the loss of a language model in tiles: the
+        time: limit on the time of a step, beside the budget: "75%" of what plain LoRA takes without gradient
+            checkpointing, or "0.8s". Measured before training.
+        exact_savers: let adapters share copies of their inputs, and tile the loss of a language model: the
             same losses and gradients in fewer bytes, at no cost in time.
-        gradient_checkpointing: "auto" runs as few layers again in the backward pass as the plan needs, and all under
-            goal bytes: less memory, more time, the same losses. True runs all of them again, and False none. A model
-            that checkpoints already is left as it is. Under goal time, or where a budget counts parameters, "auto" is
-            False.
-        prefix_cache: let frozen layers below the lowest adapter run once a row, and keep what they return for later
-            epochs and evaluations: "auto" in an eighth of the free main memory and half of the free disk, "20GiB" in so
-            many bytes, "off" not at all.
+        gradient_checkpointing: "auto" checkpoints as few layers as the plan needs, and all under goal bytes: less
+            memory, more time, the same losses. True checkpoints all layers, and False none. A model that checkpoints
+            already stays as it is. Under goal time, or where a budget counts parameters, "auto" is False.
+        prefix_cache: run the frozen layers below the lowest adapter once for each row, and cache their outputs for
+            later epochs and evaluations: "auto" uses up to an eighth of the free main memory and half of the free disk,
+            "20GiB" so many bytes, "off" nothing.
         goal: quality, the lowest loss within the budget; time or bytes, the cheapest plan whose loss is surely within
             the tolerance of rank 8 on all modules.
         tolerance: by how much the log loss may be higher under goal time or bytes: 0.01, the default, is 1 %.
@@ -104,7 +103,7 @@ class PlanOptions:
 
     @property
     def chooses_layers(self) -> bool:
-        """Whether the plan decides which layers run again in the backward pass."""
+        """Whether the plan decides which layers are checkpointed."""
         return self.gradient_checkpointing == "auto" and self.budget_read.kind != "parameters" and self.goal != "time"
 
 
@@ -224,8 +223,8 @@ class FinetuneConfig(StepConfig, PlanOptions):
         compare_all_linear: also run plain LoRA, rank 8 on all modules, without any budget, and compare.
         task: classification, regression, token-classification, seq2seq or causal-lm; without it, the columns of the
             data decide.
-        steps: optimiser steps of the run.
-        epochs: passes over the training rows, in place of steps.
+        steps: optimizer steps of the run.
+        epochs: passes over the training rows, instead of steps.
         learning_rate: of plain LoRA at the first step; it falls to zero along a straight line. auto takes it from a
             rule in the model's width, the length of the run and the loss before training; the plan adds a factor
             (keep_rate).
@@ -237,7 +236,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
         text_column: name of the column with the text, or with the tokens.
         label_column: name of the column with the class, the number, the tags or the target text.
         seed: seed of all random numbers.
-        eval_every: optimiser steps from one evaluation and checkpoint to the next.
+        eval_every: optimizer steps from one evaluation and checkpoint to the next.
         eval_batch_size: rows that an evaluation processes at once; by default the training batch, so that evaluations
             stay within the budget.
         best: end with the checkpoint that had the lowest held-out loss.

@@ -111,7 +111,7 @@ class PeakGuard:
         """Begin to watch.
 
         Args:
-            run: the run; its optimiser's state is mapped to new ranks.
+            run: the run; its optimizer's state is mapped to new ranks.
             controller: changes the ranks.
             memory: predicts the cost of other batch shapes; if it is None, it is made when it is needed.
             journal: forgets corrections that are put back.
@@ -291,7 +291,7 @@ class PeakGuard:
         self.put_back()
         error.add_note(
             f"{tried}. Ranks, adapters and optimizer are as they were before step {number}. Lower the batch size or "
-            "the length, or let layers run again in the backward pass (gradient_checkpointing=True)."
+            "the length, or turn on gradient_checkpointing=True."
         )
         raise error
 
@@ -477,7 +477,7 @@ class PeakGuard:
 
         Args:
             before: the ranks before it, int64 (modules,).
-            step: the optimiser steps before it.
+            step: the optimizer steps before it.
         """
         self._before = before if step > 0 else None  # the first plan follows no plan
         self._cuts = ()
@@ -553,7 +553,7 @@ class PeakGuard:
         try:
             cost = self._cost_of_shape(shape)
         except UnsupportedError:  # the byte model predicts the shape of its calibration alone
-            logger.debug("Calibrating anew for %s.", shape)
+            logger.debug("Calibrating again for %s.", shape)
             longest = max(batches, key=lambda batch: BatchShape.of(batch).length, default=None)
             self._measure_again(longest, shape)
             cost = self._cost_of_shape(shape)

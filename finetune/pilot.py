@@ -610,7 +610,7 @@ class RankPilot:
         self._record(step, loss, observation, decision, plan)
         if faster and (again := self._guard.recomputed):
             count = plural(len(again), "layer")
-            self.journal.note(f"{count} run again in the backward pass, which takes time and changes no loss. {faster}")
+            self.journal.note(f"Gradient checkpointing of {count} takes time and changes no loss. {faster}")
 
     def _ask(self, observation: Observation) -> Decision:
         return self._run.replicas.processes.on_first(lambda: self.policy.decide(observation))

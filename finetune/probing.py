@@ -51,7 +51,7 @@ def run_probe(
     *,
     progress: Progress[Any] | None = None,
 ) -> ProbeResult:
-    """The probe on the data of the run, with a new optimiser. All weights are restored afterwards.
+    """The probe on the data of the run, with a new optimizer. All weights are restored afterwards.
 
     Args:
         run: the run.

@@ -278,13 +278,13 @@ def _check_optimized(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
     ]
     if left:
         text = (
-            f"{len(left)} of {len(targets)} adapters are not in the optimiser and would train nothing, such as that of "
-            f"{left[0].name}. Make the optimiser after the adapters, of all parameters that require gradients; leave "
+            f"{len(left)} of {len(targets)} adapters are not in the optimizer and would train nothing, such as that of "
+            f"{left[0].name}. Make the optimizer after the adapters, of all parameters that require gradients; leave "
             "modules that are to have no adapter out of `target_modules`."
         )
         if any(not target.rank for target in left):
             text += (
-                " An earlier run left some at rank 0, where they require none: make the optimiser of "
+                " An earlier run left some at rank 0, where they require none: make the optimizer of "
                 "`[p for name, p in model.named_parameters() if p.requires_grad or 'lora_' in name]`."
             )
         raise ConfigError(text)

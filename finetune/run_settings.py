@@ -84,7 +84,7 @@ def check_same(now: Mapping[str, Any], state: Mapping[str, Any], targets: Sequen
         raise RunFolderError(
             f"{len(other)} adapters of the model have other ranks than those of the run that is resumed, such as "
             f"{shown(other[0])}: {shown(there.get(other[0]))} there, {ranks.get(other[0])} now. In a loop of your own, "
-            "`rankpilot.save_checkpoint` and `load_checkpoint` keep adapters, optimiser and this state."
+            "`rankpilot.save_checkpoint` and `load_checkpoint` keep adapters, optimizer and this state."
         )
     other = [name for name in scalings if not math.isclose(finite(scaled[name]), scalings[name], rel_tol=1e-6)]
     if other:

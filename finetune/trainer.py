@@ -214,7 +214,7 @@ OPTIMIZERS: dict[OptimizerName, str] = {
     "adamw8bit": "adamw_bnb_8bit",
     "paged_adamw8bit": "paged_adamw_8bit",
 }
-"""Optimisers by the Trainer's names."""
+"""Optimizers by the Trainer's names."""
 
 _OPTIONS = (
     "max_steps num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
@@ -232,7 +232,7 @@ def check_possible(config: FinetuneConfig) -> None:
     """Refuse settings that this machine cannot run.
 
     Raises:
-        UnsupportedError: there are several processes, the library of the optimiser or of the quantisation is missing,
+        UnsupportedError: there are several processes, the library of the optimizer or of the quantisation is missing,
             or the GPU does not compute in bfloat16.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -370,7 +370,7 @@ def arguments_class(task: Task) -> type[TrainingArguments]:
     if task != "causal-lm":
         return kind
     if find_spec("trl") is None:
-        raise UnsupportedError("Fine-tuning a model that continues a text needs TRL: pip install 'rankpilot[trl]'.")
+        raise UnsupportedError("Fine-tuning a causal language model needs TRL: pip install 'rankpilot[trl]'.")
     from trl import SFTConfig
 
     kind = SFTConfig
@@ -443,7 +443,7 @@ def further_settings(given: tuple[str, ...], kind: type[TrainingArguments]) -> d
         if not equals:
             raise ConfigError(f"A setting of the Trainer has the form NAME=VALUE; got {entry!r}.")
         if name in DECIDED:
-            raise ConfigError(f"{name} is decided by {DECIDED[name]}: use that in place of {entry!r}.")
+            raise ConfigError(f"{name} is decided by {DECIDED[name]}: use that instead of {entry!r}.")
         if name not in names:
             raise UnknownNameError.of(f"setting of {kind.__name__}", name, names)
         try:

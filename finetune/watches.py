@@ -19,7 +19,7 @@ labels may be masked."""
 
 
 class LossMeter:
-    """Sums the losses of optimiser steps, without waiting for the device.
+    """Sums the losses of optimizer steps, without waiting for the device.
 
     Args:
         processes: whose losses count; by default those of this one alone.
@@ -35,7 +35,7 @@ class LossMeter:
         self._processes = processes or Processes()
 
     def add(self, loss: torch.Tensor | float) -> None:
-        """Add the mean loss of one optimiser step."""
+        """Add the mean loss of one optimizer step."""
         self.total = self.total + (loss.detach().float().mean() if isinstance(loss, torch.Tensor) else loss)
         self.count += 1
 
@@ -66,7 +66,7 @@ class LossMeter:
 
 
 class GradientWatch:
-    """Looks at the gradients of the adapters before optimiser steps."""
+    """Looks at the gradients of the adapters before optimizer steps."""
 
     def __init__(self) -> None:
         self._zero_looks = 0

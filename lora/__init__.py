@@ -1,1 +1,1 @@
-"""Where a rank changes: target modules, resizing of LoRA pairs, the optimiser's state, signals and adapter files."""
+"""Where a rank changes: target modules, resizing of LoRA pairs, the optimizer's state, signals and adapter files."""

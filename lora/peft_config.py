@@ -311,7 +311,7 @@ class _LoadHook:
                 resize(target, rank)
             if weight_a is None:  # a strict load needs all keys; torch passes a copy of the dictionary, so it may grow
                 state |= {key: value.detach() for key, value in keys.items()}
-        # A Trainer that resumes builds its optimiser now, and expects all parameters of the run that it resumes.
+        # A Trainer that resumes builds its optimizer now, and expects all parameters of the run that it resumes.
         let_train([target for target, _, _ in loads], trains)
         sync_config(module, self.targets)
 
@@ -326,7 +326,7 @@ def _omit_rank_0(
 
 
 def let_train(targets: Sequence[TargetModule], trains: bool = True) -> None:
-    """Let all adapters require gradients, those at rank 0 too, which may get rank: for the optimiser made next.
+    """Let all adapters require gradients, those at rank 0 too, which may get rank: for the optimizer made next.
 
     Args:
         targets: whose adapters.
@@ -383,7 +383,7 @@ def start_kept(
     if not begins or fresh or both:
         yield
         if begins and start is not True:
-            note(f"This run begins with PEFT's default directions, in place of those of init_lora_weights={start!r}.")
+            note(f"This run begins with PEFT's default directions, instead of those of init_lora_weights={start!r}.")
         return
     before = [_drawn(target).to("cpu", copy=True) for target in targets]
     yield

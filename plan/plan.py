@@ -68,15 +68,15 @@ def check_budget(problem: AllocationProblem, names: list[str], share: float | No
     if problem.bottoms.any():
         count = np.count_nonzero(least)
         first = names[int(np.argmax(least > 0))]
-        cause = f"not the lower bounds on the ranks of {count} modules"
+        cause = f"the lower bounds on the ranks of {count} modules"
         where = f"(rank {least.max()} at most, {first!r} among them)"
         if count == 1:
-            cause, where = f"not the lower bound on the rank of {first!r}", f"(rank {least.max()} on it alone)"
+            cause, where = f"the lower bound on the rank of {first!r}", f"(rank {least.max()} on it alone)"
     else:
-        cause, where = "no adapter at all", f"(rank {least.max()} on {names[int(np.argmax(least))]!r} alone)"
+        cause, where = "any adapter", f"(rank {least.max()} on {names[int(np.argmax(least))]!r} alone)"
     if not problem.fits(least):
         needed, given, reason = _shortfall(problem, least, share)
-        raise BudgetError(f"The {given} fits {cause}. The smallest that works is {needed} {where}.{reason}")
+        raise BudgetError(f"The {given} is too small for {cause}. The smallest that works is {needed} {where}.{reason}")
 
 
 def least_ranks(problem: AllocationProblem) -> IntArray:
@@ -467,9 +467,9 @@ class TimeLimit:
 
     def _impossible(self, least: float) -> BudgetError:
         return BudgetError(
-            f"The time of {self.seconds:.3g} s a step fits no plan within the budget. The smallest adapter takes "
-            f"{least:.3g} s, second runs of layers that save bytes included. Raise the time, or the budget, which then "
-            "needs fewer second runs."
+            f"The time of {self.seconds:.3g} s a step is too short for any plan within the budget. The smallest takes "
+            f"{least:.3g} s, with the gradient checkpointing that its bytes need. Raise the time, or the budget, which "
+            "then needs less checkpointing."
         )
 
 

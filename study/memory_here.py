@@ -186,7 +186,7 @@ def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
         UnknownNameError, AssetError, DataError: there is no such model or data, or the data cannot be used.
         ConfigError: the rows are longer than the model's positions, or no module can be adapted.
         UnknownNameError, ConfigError: a setting of the Trainer is unknown, or an option decides it.
-        UnsupportedError: the adapter, the optimiser or gradient checkpointing cannot be handled, or a library is
+        UnsupportedError: the adapter, the optimizer or gradient checkpointing cannot be handled, or a library is
             missing.
     """
     tune = fine_tune_of(config)
@@ -213,7 +213,7 @@ def set_up(config: MemoryConfig, tell: Tell) -> StepSetup:
 
 
 def measure_step(setup: StepSetup) -> MeasuredStep:
-    """Train one step, which makes the optimiser's state, then measure further steps. The adapters change."""
+    """Train one step, which makes the optimizer's state, then measure further steps. The adapters change."""
     _step(setup)
     state = state_bytes(setup.model, setup.run.optimizer, gradients=False)
     if setup.run.device.type == "cuda":

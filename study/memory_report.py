@@ -24,12 +24,12 @@ from .pictures import memory_picture
 
 WORDS: dict[Kind, str] = {
     "saved": "tensors saved for backward",
-    "inputs": "kept inputs of checkpointed segments",
-    "recomputed": "the segment that runs again",
-    "transient": "momentary: logits, activations' gradients",
+    "inputs": "inputs of checkpointed layers",
+    "recomputed": "activations of the checkpointed layer in backward",
+    "transient": "temporary: logits, gradients of activations",
     "weights": "adapter weights",
     "gradients": "adapter gradients",
-    "optimizer": "optimiser state",
+    "optimizer": "optimizer state",
     "signals": "signal buffers",
     "others": "what trains outside the adapter",
 }
@@ -87,7 +87,7 @@ def _fit(outlook: Outlook) -> str:
             )
         least = min((choice.use.total_bytes, index) for index, choice in enumerate(outlook.choices) if choice.use)
         return (
-            f"Does not fit: the least of these, {choice_text(outlook, outlook.choices[least[1]])}, takes "
+            f"Does not fit: the smallest choice, {choice_text(outlook, outlook.choices[least[1]])}, takes "
             f"{format_bytes(least[0], up=True)} of {format_bytes(outlook.card.memory_bytes)}.{_largest_text(outlook)}"
         )
     assert best.use is not None, "choices of a card have a use of it"
@@ -165,7 +165,7 @@ def choice_table(outlook: Outlook) -> Table:
     """All choices: the bytes of a step, and of the card or beside rank 8 on all modules; fits and time, if known."""
     first, card = outlook.choices[0], outlook.card is not None
     unit, size = byte_unit(outlook.limit_bytes or outlook.reference_bytes)
-    columns = ["adapters", "rank", "run again", "step", *(["on card", "spare"] if card else ["of rank 8"])]
+    columns = ["adapters", "rank", "checkpointed", "step", *(["on card", "spare"] if card else ["of rank 8"])]
     columns += [*(["fits"] if first.verdict else []), *(["time"] if first.time is not None else [])]
     budget = f"; budget {outlook.limit_bytes / size:.2f}" if outlook.limit_bytes and not card else ""
     table = make_table(f"What each choice takes, in {unit}{budget}", columns)
@@ -192,7 +192,7 @@ def grid_table(outlook: Outlook) -> Table:
     cells = outlook.grid
     rows = sorted({cell.shape.rows for cell in cells})
     fits = f"so that rank {outlook.rank} on all layers fits"
-    title = f"Layers that must run again {fits}; * activations do too; – does not fit"
+    title = f"Layers to checkpoint {fits}; * with selective checkpointing; – does not fit"
     table = make_table(title, ("tokens", *(f"{count} rows" if count > 1 else "1 row" for count in rows)))
     for length in sorted({cell.shape.length for cell in cells}):
         table.add_row(f"{length:,}", *(_cell_text(cell) for cell in cells if cell.shape.length == length))
@@ -210,17 +210,17 @@ def notes(outlook: Outlook) -> Iterator[str]:
     breakdown = outlook.breakdown(outlook.main)
     kinds = sorted((kind for kind in KINDS if breakdown.of_kind(kind)), key=breakdown.of_kind, reverse=True)
     parts = [f"{format_bytes(breakdown.of_kind(kind))} {WORDS[kind]}" for kind in kinds]
-    margin = [f"{format_bytes(breakdown.margin)} margin, so as not to predict too little"] if breakdown.margin else []
+    margin = [f"{format_bytes(breakdown.margin)} safety margin"] if breakdown.margin else []
     peak = f"{format_bytes(breakdown.total)} ({_moment_text(breakdown.label)})"
     yield f"The peak with {choice_text(outlook, outlook.main)}, {peak}: {'; '.join([*parts, *margin])}."
     frozen = format_bytes(outlook.step.frozen_bytes)
     if outlook.card is None:
-        yield f"The frozen model, {frozen}, is beside it: a budget of bytes counts it, and one of a step does not."
+        yield f"The frozen model ({frozen}) comes on top: a budget of bytes counts it, and one of a step does not."
     else:
         taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
         yield (
             f"On the card: the frozen model ({frozen}), CUDA's context and workspaces ({taken}), the step, and what "
-            "the allocator reserves beside it. Tight: it fits without that."
+            "the allocator reserves beside it. Tight: it fits only without that reserve."
         )
         if outlook.step.fused:
             yield (
@@ -229,16 +229,15 @@ def notes(outlook: Outlook) -> Iterator[str]:
             )
         if not outlook.recomputable:
             name = type(outlook.step.model.get_base_model()).__name__
-            yield f"{name} does not support gradient checkpointing: no layer can run again."
+            yield f"{name} does not support gradient checkpointing."
         whose = "" if outlook.card.rates else f" and the rates of an {USUAL_CARD}"
         yield (
-            "Time: a step's share of plain LoRA's (rank 8 on all modules, no layer runs again), by counted "
-            f"work{whose}."
+            f"Time: a step's share of plain LoRA's (rank 8 on all modules, no checkpointing), by counted work{whose}."
         )
     if _activations(outlook):
         yield (
-            "Plain LoRA does not fit with the savers that are free. So activations run again in every choice, as in a "
-            "run (gradient_checkpointing='auto'): the same losses, in some per cent more time."
+            "Plain LoRA does not fit with the free savers. So every choice has selective checkpointing, as a run has "
+            "(gradient_checkpointing='auto'): the same losses, a few per cent more time."
         )
     yield from _measured(outlook)
     yield from outlook.notes
@@ -313,12 +312,12 @@ def configuration_text(outlook: Outlook) -> str:
     if activations or 0 < len(best.recomputed) < len(outlook.recomputable):
         again = " and ".join(
             [
-                *(["activations"] if activations else []),
-                *([f"{len(best.recomputed)} layers"] if best.recomputed else []),
+                *([ACTIVATIONS] if activations else []),
+                *([f"gradient checkpointing of {len(best.recomputed)} layers"] if best.recomputed else []),
             ]
         )
         lines.append(
-            f"# {again} run again: attach(trainer) chooses them inside "
+            f"# With {again}, which attach(trainer) turns on inside "
             f"budget='{math.ceil(10 * best.step_bytes / 2**30) / 10:.1f}GiB step'"
         )
     return "\n".join(lines)
@@ -417,6 +416,6 @@ def picture_labels(outlook: Outlook) -> list[str]:
     return [
         row_label(outlook, choice)
         + ("" if choice.label else f", rank {choice.rank}")
-        + (f", {len(choice.recomputed)} of {again} again" if choice.recomputed and not choice.label else "")
+        + (f", {len(choice.recomputed)} of {again} checkpointed" if choice.recomputed and not choice.label else "")
         for choice in outlook.choices
     ]

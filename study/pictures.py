@@ -32,12 +32,12 @@ from .verdict import ranks_sentence
 
 KIND_COLORS: dict[Kind, tuple[str, str]] = {
     "saved": (drawing.COLORS[0], "saved for backward"),
-    "inputs": (drawing.COLORS[5], "kept inputs"),
-    "recomputed": (drawing.COLORS[3], "segment run again"),
-    "transient": (drawing.COLORS[4], "momentary"),
+    "inputs": (drawing.COLORS[5], "checkpointed inputs"),
+    "recomputed": (drawing.COLORS[3], "one checkpointed layer"),
+    "transient": (drawing.COLORS[4], "temporary"),
     "weights": ("#004d38", "adapter weights"),
     "gradients": (drawing.COLORS[2], "adapter gradients"),
-    "optimizer": ("#8fd3bd", "optimiser state"),
+    "optimizer": ("#8fd3bd", "optimizer state"),
     "signals": (drawing.COLORS[1], "signal buffers"),
     "others": (drawing.FAINT, "outside the adapter"),
 }

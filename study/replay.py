@@ -191,7 +191,7 @@ class Replay:
             )
             for row in self.agreements
         ]
-        table = make_table(f"{self.run} beside {self.policy}, in the states of the run", columns, rows)
+        table = make_table(f"{self.run} versus {self.policy}, in the states of the run", columns, rows)
         table.caption, table.caption_justify = "\n".join(self.lacking) or None, "left"
         return table
 

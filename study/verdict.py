@@ -259,7 +259,7 @@ def _end(count: int) -> str:
 def saver_rows(saved: Sequence[Saved]) -> list[list[str]]:
     """A head and a row for each step of plain LoRA, without exact savers and with them."""
     unit, size = byte_unit(saved[0].step_bytes)
-    rows = [[f"step, in {unit}", "no layer runs again", "all run again"]]
+    rows = [[f"step, in {unit}", "no checkpointing", "all checkpointed"]]
     for number, each in enumerate(saved):
         peaks = [f"{each.step_bytes / size:.2f}", "–" if each.again_bytes is None else f"{each.again_bytes / size:.2f}"]
         rows.append([f"+ {each.name}" if number else each.name, *peaks])

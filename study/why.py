@@ -146,7 +146,7 @@ def _against_plain(logged: DecisionRecord, found: Choice) -> str:
     unfit = "" if found.fits[0] else ", which does not fit"
     if not found.goal.saves:
         expected, surely = (percent(float(values[found.taken])) for values in (found.expected, found.surely))
-        return f": its loss is expected to be {expected} beside {PLAIN}{unfit}, surely at most {surely}"
+        return f": its loss is expected to be {expected} versus {PLAIN}{unfit}, surely at most {surely}"
     most = "the least time a step" if found.goal.kind == "time" else "the fewest bytes"
     mine, plain = (_cost(logged, found, plan) for plan in (found.taken, 0))
     return (
@@ -200,7 +200,7 @@ def _of_savers(logged: DecisionRecord) -> str:
     if len(saved) < 2:
         return ""
     peaks = [format_bytes(each.step_bytes) for each in (saved[-1], saved[0])]
-    return f"Exact savers: a step of plain LoRA takes {peaks[0]} in place of {peaks[1]}, with the same losses."
+    return f"Exact savers: a step of plain LoRA takes {peaks[0]} instead of {peaks[1]}, with the same losses."
 
 
 def _of_budget(logged: DecisionRecord) -> list[str]:

@@ -36,7 +36,10 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smaller(code: str, chat_model: Path) -> str:
     """The code of a page as it runs in a test: with fewer steps, on a CPU, and with a tiny chat model."""
     code = code.replace("max_steps=100", "max_steps=6").replace("per_device_train_batch_size=16", "use_cpu=True")
-    code = code.replace("max_length=48", "max_length=16").replace(CHAT_MODEL, str(chat_model))
+    for model in (CHAT_MODEL, "meta-llama/Llama-3.1-8B"):
+        code = code.replace(model, str(chat_model))
+    code = code.replace("max_length=48", "max_length=16").replace("gradient_accumulation_steps=8,", "")
+    code = code.replace("bf16=True", "use_cpu=True")
     code = code.replace('budget="40%"', 'budget="100%"')  # so little holds no step of so small a model
     code = code.replace("total_steps=100", "total_steps=6").replace("islice(loader, 100)", "islice(loader, 6)")
     small = f'memory_of("{chat_model}", "RTX 4090", max_length=64'

@@ -23,7 +23,7 @@ class EvaluateConfig:
         bases: use only tasks on these proxy bases; all bases by default.
         tasks: use at most so many tasks, spread evenly over the suites; all of them by default.
         seeds: how often each task is run, each time with another teacher, other data and other adapters.
-        task_steps: optimiser steps of a run; by default as many as the suite sets. With another number, the uniform run
+        task_steps: optimizer steps of a run; by default as many as the suite sets. With another number, the uniform run
             is repeated with it, and the best known allocation counts as unknown: the reward's headroom is then a tenth
             of what the uniform run gained, so that in short runs rewards easily reach their bounds of -3 and 3.
         against: the rule or folder that each policy is compared with, run by run.
@@ -82,7 +82,7 @@ class TrainConfig:
             warm start.
         suites: suites that the tasks come from: "planted", "shift" or both.
         bases: use only tasks on these proxy bases; by default all bases of the training split.
-        task_steps: optimiser steps of an episode; by default as many as the suite sets.
+        task_steps: optimizer steps of an episode; by default as many as the suite sets.
         validation_tasks: at most so many tasks of the validation split, on which the policy is measured during training
             and after it; 0 for none.
         validate_every: iterations from one of these measurements to the next; the best policy is kept.

@@ -33,7 +33,7 @@ class FreshTasks:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of every task.
+        """Optimizer steps of every task.
 
         Raises:
             ConfigError: tasks have several numbers of steps.

@@ -8,7 +8,7 @@ Then, each iteration, all worker processes run a round of episodes on fresh task
 1707.06347) updates the network on them, with advantages relative to the group of each task. The policy that did best on
 the validation tasks is kept.
 
-A checkpoint after the warm start and after each iteration makes the run resumable: weights, optimiser, random state and
+A checkpoint after the warm start and after each iteration makes the run resumable: weights, optimizer, random state and
 tasks go on as if nothing had happened. Checkpoints hold tensors and numbers only, so reading one never unpickles code.
 """
 

@@ -246,7 +246,7 @@ def saving_blocks(results: Results, picture: str) -> list[str]:
         "chosen on one seed of its own, which on labels is a lottery; plain LoRA timed beside itself is off by 1 "
         "to 2 %.",
         markdown_table(columns, rows),
-        f"![Loss of plans against the time of a step and against bytes]({picture})",
+        f"![Version 0.2: loss of plans versus the time of a step and versus bytes]({picture})",
         *([bullets([*lines])] if lines else []),
         *_cell_by_cell(results),
         "## Plans",

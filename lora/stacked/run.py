@@ -27,7 +27,7 @@ class Move:
         row: the run.
         ranks: int64 (modules,).
         seed: decides fresh directions, together with `step` and the module's name.
-        step: optimiser steps done.
+        step: optimizer steps done.
     """
 
     row: int

@@ -103,7 +103,7 @@ function plansPart(run, explanation) {
     { name: "fits", value: (plan) => yes(plan.fits) }, { name: "within tolerance", value: (plan) => yes(plan.within) },
   ].filter((column) => plans.some((plan) => known(column.value(plan))));
   const more = explanation.plans_in_all - plans.length;
-  return part("Plans", el("p", {}, "Losses are beside plain LoRA, rank 8 on all modules; the best plans for the goal come first.",
+  return part("Plans", el("p", {}, "Losses are relative to plain LoRA, rank 8 on all modules; the best plans for the goal come first.",
     more > 0 ? ` ${plural(more, "plan")} further down ${more > 1 ? "are" : "is"} not shown.` : ""), sortable("Plans", columns, plans));
 }
 

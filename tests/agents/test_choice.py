@@ -154,10 +154,10 @@ def test_more_tolerance_never_takes_a_dearer_plan(found: Choice) -> None:
 
 def test_promises() -> None:
     better = choice([-0.02], spread=[0.01])
-    assert better.promise() == "Expected beside rank 8 on all modules: loss -2.0 %, surely at most -0.4 %."
+    assert better.promise() == "Expected versus rank 8 on all modules: loss -2.0 %, surely at most -0.4 %."
     short = choice([0.03], spread=[0.02], plain_fits=False)
     assert short.promise() == (
-        "Expected beside rank 8 on all modules, which does not fit: loss +3.0 %, surely at most +6.5 %."
+        "Expected versus rank 8 on all modules, which does not fit: loss +3.0 %, surely at most +6.5 %."
     )
     assert choice([0.03]).promise() == "No plan that fits promises a lower loss than rank 8 on all modules."
     assert choice([]).promise() == ""
@@ -165,7 +165,7 @@ def test_promises() -> None:
         "No cheaper plan surely stays within +2.0 % of the loss of rank 8 on all modules."
     )
     saves = choice([0.001], goal=Goal("bytes"))
-    assert saves.promise() == "Expected beside rank 8 on all modules: loss +0.1 %, surely at most +0.1 %."
+    assert saves.promise() == "Expected versus rank 8 on all modules: loss +0.1 %, surely at most +0.1 %."
 
 
 def test_much_is_lost_for_lack_of_room() -> None:
@@ -184,7 +184,7 @@ def test_log_losses_as_people_read_them(log_loss: float, text: str) -> None:
 def test_a_promise_tells_of_the_plan_that_is_taken(found: Choice) -> None:
     told = found.promise()
     assert told.startswith("The goal cannot be kept") == found.misses_goal
-    assert ("Expected beside" in told) == (found.taken != 0 and not found.misses_goal)
+    assert ("Expected versus" in told) == (found.taken != 0 and not found.misses_goal)
     if told.startswith("Expected"):
         assert ("which does not fit" in told) == (not found.fits[0])
         assert told.endswith(f"surely at most {percent(found.surely[found.taken])}.")

@@ -24,14 +24,19 @@ def figures() -> Figures:
     return no_sweep._report(best, console) | no_sweep._report_control(rows, best, console)
 
 
-def test_the_readme_claims_what_the_stored_rows_say(figures: Figures) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"on {figures['admitted']} texts" in readme
+@pytest.mark.parametrize("name", ["README.md", "docs/choose.md"])
+def test_pages_claim_what_the_stored_rows_say(figures: Figures, name: str) -> None:
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert f"{figures['admitted']} texts" in page
     for side in ("quality", "bytes", "plain, rule", "usual", "rslora-64"):
         value, low, high, worst = (figures[f"admitted, {side}: {name}"] for name in ("value", "low", "high", "worst"))
         size = figures[f"admitted, {side}: bytes"]
         taken = f"{size:.2f}" if math.isfinite(size) else "1"  # of plain LoRA without savers, and of rank 64 about
-        assert f"| {value:+.2f} % ({low:+.2f} to {high:+.2f}) | {worst:+.1f} % | {taken}" in readme
+        assert f"| {value:+.2f} % ({low:+.2f} to {high:+.2f}) | {worst:+.1f} % | {taken}" in page
+
+
+def test_the_readme_claims_what_control_does(figures: Figures) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     costs = [figures[f"{side} at {at}: value"] for at in ("0.25", "4") for side in ("plain", "controlled")]
     told = "costs {:.1f} % left alone and {:.1f} % corrected, four times the right one {:.1f} % and {:.1f} %;"
     assert told.format(*costs) in " ".join(readme.split())

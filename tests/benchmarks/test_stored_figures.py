@@ -29,14 +29,9 @@ def page(name: str) -> str:
     return " ".join((ROOT / name).read_text(encoding="utf-8").split())
 
 
-def short(value: float) -> str:
-    """A number of two digits after the point, without the 0 before it."""
-    return re.sub(r"^0\.", ".", f"{value:.2f}")
-
-
 def test_published_peaks() -> None:
     found = stored("published")
-    mean, worst = (short(found[f"t4.{name}_percent"]) for name in ("mean", "worst"))
+    mean, worst = (f"{found[f't4.{name}_percent']:.2f}" for name in ("mean", "worst"))
     told = f"fine-tunes that others measured on a T4, the live bytes are {mean} % off in the mean, {worst} % at worst"
     assert f"43 {told}" in page("docs/memory.md")
     mean, most, least = (
@@ -55,7 +50,7 @@ def test_random_plans() -> None:
     plain = [value for key, value in found.items() if re.match(r"accuracy\.no_checkpointing\.\w+_error_", key)]
     assert plain
     assert set(plain) == {0.0}, "exact to the byte"
-    low, high = (short(100 * found[f"accuracy.checkpointing.peak_error_{name}"]) for name in ("under", "over"))
+    low, high = (f"{100 * found[f'accuracy.checkpointing.peak_error_{name}']:.2f}" for name in ("under", "over"))
     told = f"Over {found['accuracy.plans']} random plans of four families the predicted peak is exact to the byte"
     assert f"{told} without gradient checkpointing, and {low} to {high} % too high" in page("docs/memory.md")
 
@@ -82,7 +77,7 @@ def test_what_a_step_costs() -> None:
         cells = []
         for family in ("bert", "llama"):
             ratio = f"{family}.{method}.cycle_ratio"
-            mean, low, high = (f"{found[ratio + end]:.3f}".removeprefix("0") for end in ("", "_low", "_high"))
+            mean, low, high = (f"{found[ratio + end]:.3f}" for end in ("", "_low", "_high"))
             cells.append(f"{mean} ({low} to {high})")
         assert f"| {words} | {' | '.join(cells)} |" in text
     own, usual = (

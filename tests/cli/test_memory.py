@@ -115,7 +115,7 @@ def test_activations_run_again_inside_a_budget(memory: Memory) -> None:
     assert last["name"] == ACTIVATIONS
     assert figures["peak_bytes"] == last["step_bytes"] < before["step_bytes"]
     assert figures["limit_bytes"] < before["step_bytes"]
-    assert "So activations run again in every choice" in printed
+    assert "So every choice has selective checkpointing" in printed
 
 
 def test_settings_of_the_trainer_are_followed(memory: Memory) -> None:
@@ -198,7 +198,7 @@ def test_a_model_without_checkpointing(memory: Memory, models: Path, capsys: pyt
         ("{models}/bert --max-length 513", "has 512 positions, and max_length is 513"),
         ("{models}/roberta --max-length 66", "has 65 positions"),  # the first ones are those of padding
         ("{models}/bert --output {models}/bert/config.json", "config.json is a file. Pass the name of a folder"),
-        ("{models}/bert --budget '1KiB step'", "fits no adapter at all. The smallest that works is"),
+        ("{models}/bert --budget '1KiB step'", "is too small for any adapter. The smallest that works is"),
         ("{models}/bert --budget 1%", "a share of"),
         ("{models}/llama --target-modules 'q_proj, k_porj'", "Unknown target module 'k_porj'. Did you mean: 'k_proj'"),
         ("{models}/bert --rank 100000", "No module has a rank above 64"),

@@ -39,7 +39,7 @@ def test_a_verdict_comes_first_and_all_figures_are_written(
     assert cli.run(arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "parameters on RTX 4090, 8 x 1024 tokens, rank 8 on 21 modules of 3 layers" in printed
-    assert printed.index("Fits with") < printed.index("Layers that must run again")
+    assert printed.index("Fits with") < printed.index("Layers to checkpoint")
     assert "all layers at rank 8 with no checkpointing" in printed
     figures = read_json(tmp_path / "card/memory.json")
     assert figures["fits"]
@@ -65,7 +65,7 @@ def test_nothing_fits_and_the_status_says_so(
     assert cli.run(["memory", str(configuration), *options]) == 3
     figures = json.loads(capsys.readouterr().out)
     assert not figures["fits"]
-    assert figures["verdict"].startswith("Does not fit: the least of these, ")
+    assert figures["verdict"].startswith("Does not fit: the smallest choice, ")
     assert "The largest batch of the grid that fits all layers is " in figures["verdict"]
     assert figures == read_json(tmp_path / "card/memory.json")
 
@@ -123,7 +123,7 @@ def test_a_model_without_checkpointing(
     options = ["--device", "T4", "--max-length", "32", "--output", str(tmp_path / "card")]
     assert cli.run(["memory", str(tmp_path / "albert"), *options]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "AlbertForSequenceClassification does not support gradient checkpointing: no layer can run again" in printed
+    assert "AlbertForSequenceClassification does not support gradient checkpointing." in printed
     assert "with no checkpointing" in printed
     assert cli.run(["memory", str(tmp_path / "albert"), *options, "--config"]) == 0
     assert "gradient_checkpointing=False" in capsys.readouterr().out

@@ -56,7 +56,7 @@ def test_what_exact_savers_bring_stands_on_the_page_and_is_printed(
         assert cli.run(["study", str(run_folder), "--explain", "none"]) == 0
         assert ("The same losses in fewer bytes" in (text := capsys.readouterr().out)) is (rows > 0)
     assert page_data([read_run(run_folder)], [None])["runs"][0]["savers"] == [
-        ["step, in MiB", "no layer runs again", "all run again"],
+        ["step, in MiB", "no checkpointing", "all checkpointed"],
         ["plain LoRA", "8.00", "4.00"],
         [f"+ loss in tiles, {NAME}", "6.00", "–"],
     ]

@@ -294,7 +294,7 @@ def test_an_input_that_is_changed_is_copied_again() -> None:
     assert cast_once(changed, torch.float32) is changed
 
 
-# Activations that run again -----------------------------------------------------------------------------------------
+# Selective checkpointing ----------------------------------------------------------------------------------------------
 
 
 def wide_llama() -> PeftModel:
@@ -459,6 +459,6 @@ def test_a_run_does_what_its_configuration_told() -> None:
     memory = pilot._guard._memory
     assert memory is not None
     assert memory.peak(pilot.controller.ranks) == told.best.step_bytes
-    assert any(each.endswith("losses. Activation functions run again, which takes some time.") for each in lines)
+    assert any(each.endswith("losses. Selective checkpointing is on, which takes some time.") for each in lines)
     pilot.finish()
     assert attributes(model) == before

@@ -40,12 +40,12 @@ MARKS = {"docs/environment.md": pytest.mark.assets}
 
 PRINTED = {
     "docs/trl.md": r"highest peak [\d,]+ bytes, of a budget of [\d,]+",
-    "docs/memory.md": r"\d+ layers, \d+ of them run again\n[\d.]+ GiB on the card: it fits",
+    "docs/memory.md": r"\d+ layers, \d+ of them checkpointed\n[\d.]+ GiB on the card: it fits",
     "docs/train-anywhere.md": r"\{.*q_proj.*: \d+",
     "docs/decision.md": r"\d+ plans; taken: .+\n.+ rank 8 on all modules",
     "docs/add-a-rule.md": r"\{.*up_proj.*: \d+",
     "docs/environment.md": r"[+-]\d\.\d+ against uniform ranks, \d+\.\d% of the budget used",
-    "docs/train-policy.md": r"^signal-mean$",
+    "docs/train-policy.md": r"^signal-mean\n\{",
     "docs/serve.md": r"lora_rank_pattern:",
 }
 """What the Python of a page prints, among other things."""

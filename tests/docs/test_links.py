@@ -79,3 +79,8 @@ def test_pages_that_the_code_names_exist() -> None:
     }
     assert len(named) >= 10
     assert sorted((name, page) for name, page in named if not (ROOT / page).is_file()) == []
+
+
+def test_every_picture_is_shown() -> None:
+    shown = {name for text in TEXTS for name in re.findall(r"images/(\w+\.png)\)", text.read_text(encoding="utf-8"))}
+    assert {picture.name for picture in (ROOT / "docs" / "images").iterdir()} == shown

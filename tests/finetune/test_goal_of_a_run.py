@@ -99,7 +99,7 @@ def test_what_is_expected_is_told_before_the_first_step(
     )
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         trainer.train()
-    expected = "Expected beside rank 8 on all modules, which does not fit: loss +0.0 %, surely at most +0.0 %."
+    expected = "Expected versus rank 8 on all modules, which does not fit: loss +0.0 %, surely at most +0.0 %."
     assert expected in caplog.text
     assert expected in verdict(read_run(tmp_path / "run")).results
 
@@ -107,7 +107,7 @@ def test_what_is_expected_is_told_before_the_first_step(
 ROOM = "A larger budget makes room"
 """How the advice begins."""
 
-AGAIN = ", and so do layers that run again in the backward pass, which takes time (gradient_checkpointing)"
+AGAIN = ", and so does gradient checkpointing, which takes time"
 """How it goes on where none may do so yet, and the budget counts bytes."""
 
 

@@ -90,7 +90,7 @@ def test_another_budget_counts_at_once(whole: Loop, llama_config: LlamaConfig, t
         (lambda folder: (folder / OPTIMIZER).unlink(), "cannot be read: .*Take an earlier one"),
         (lambda folder: (folder / "rankpilot.json").unlink(), "holds no rankpilot.json"),
     ],
-    ids=["weights", "optimiser", "no optimiser", "no state"],
+    ids=["weights", "optimizer", "no optimizer", "no state"],
 )
 def test_a_torn_checkpoint(
     whole: Loop, llama_config: LlamaConfig, tmp_path: Path, damage: Callable[[Path], object], words: str
@@ -101,11 +101,11 @@ def test_a_torn_checkpoint(
         rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
 
 
-def test_an_optimiser_of_another_kind(whole: Loop, llama_config: LlamaConfig, tmp_path: Path) -> None:
+def test_an_optimizer_of_another_kind(whole: Loop, llama_config: LlamaConfig, tmp_path: Path) -> None:
     for state in ([1, 2], {"state": {}}, {"state": {}, "param_groups": []}):
         torch.save(state, tmp_path / "checkpoint" / OPTIMIZER)
         again = Loop(llama_config, tmp_path / "log", budget="40%")
-        with pytest.raises(RunFolderError, match="does not fit the model or the optimiser"):
+        with pytest.raises(RunFolderError, match="does not fit the model or the optimizer"):
             rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
 
 

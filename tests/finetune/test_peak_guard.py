@@ -163,7 +163,7 @@ def test_a_larger_batch_that_fits_changes_nothing(launch: Launch, caplog: pytest
 
 
 def test_a_larger_batch_that_fits_no_plan_is_an_error(launch: Launch) -> None:
-    with pytest.raises(BudgetError, match="fits no adapter at all"):
+    with pytest.raises(BudgetError, match="is too small for any adapter"):
         launch("100KiB step", data=Growing())
 
 

@@ -199,7 +199,7 @@ def test_a_loop_that_makes_more_steps_than_it_said(loop: Loop, caplog: pytest.Lo
 
 @pytest.mark.parametrize("skipped", [False, True])
 def test_a_loop_that_makes_the_calls_once_a_batch(loop: Loop, caplog: pytest.LogCaptureFixture, skipped: bool) -> None:
-    """The optimiser steps at every other batch; or a scaler leaves out one step, of which nothing is said."""
+    """The optimizer steps at every other batch; or a scaler leaves out one step, of which nothing is said."""
     for number, batch in enumerate(islice(loop.batches(), 6)):
         loop.pilot.before_step(batch)
         loop.loss(batch).backward()  # type: ignore[no-untyped-call]
@@ -249,7 +249,7 @@ def test_calls_may_be_made_again_in_a_step(loop: Loop) -> None:
     """As where a step that ran out of memory is taken again, or a scaler of losses leaves a step out."""
     loop.pilot.before_step(loop.batch)
     loop.loss(loop.batch).backward()  # type: ignore[no-untyped-call]
-    loop.pilot.before_optimizer_step(1.0)  # and then neither a step of the optimiser nor `after_step`
+    loop.pilot.before_optimizer_step(1.0)  # and then neither a step of the optimizer nor `after_step`
     loop.train(range(3))
 
 
@@ -331,7 +331,7 @@ def test_options_are_given_whole_alone_or_by_name() -> None:
 
 
 def given(loop: Loop, parameters: list[Any] | None = None, change: Callable[[torch.Tensor], Any] | None = None) -> None:
-    """The run has an optimiser of other parameters, or its loss is something else."""
+    """The run has an optimizer of other parameters, or its loss is something else."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-2) if parameters else loop.optimizer
     loss = (lambda batch: change(loop.loss(batch))) if change else loop.loss
     loop.run = TrainingRun.of_loader(loop.model, optimizer, loop.loader, loss=loss, total_steps=STEPS)
@@ -341,7 +341,7 @@ def first_of(loop: Loop) -> Any:
     return find_target_modules(loop.model)[0]
 
 
-NOT_HELD = r"\d+ of 14 adapters are not in the optimiser and would train nothing"
+NOT_HELD = r"\d+ of 14 adapters are not in the optimizer and would train nothing"
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_what_would_train_nothing_is_refused(
     assert [parameter.requires_grad for parameter in loop.model.parameters()] == trains, "what is frozen stays so"
 
 
-def test_an_optimiser_that_finds_its_own_rate(llama_config: LlamaConfig, tmp_path: Path) -> None:
+def test_an_optimizer_that_finds_its_own_rate(llama_config: LlamaConfig, tmp_path: Path) -> None:
     loop = Loop(llama_config, tmp_path / "log")
     optimizer = Adafactor([p for p in loop.model.parameters() if p.requires_grad])
     assert optimizer.param_groups[0]["lr"] is None

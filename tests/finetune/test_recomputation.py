@@ -305,7 +305,7 @@ def test_more_layers_run_again_for_a_while_before_a_rank_falls(
     assert seen[0] == seen[-1] == 0 < seen[1] < LAYERS
     assert set(callback.controller.ranks) == {4}
     assert len(callback.predictions) == 2, "no correction of ranks was needed"
-    assert "Step 2 ran out of memory, and is taken again. Now 1 of 3 layers run again" in caplog.text
+    assert "Step 2 ran out of memory, and is taken again. Now 1 of 3 layers use gradient checkpointing" in caplog.text
 
 
 def test_layers_are_as_before_where_more_of_them_are_no_help(tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_a_budget_is_kept_by_layers_that_run_again_and_the_faster_plan_is_told(
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         callback, ranks = run(tmp_path / "run", worth, "50%")
     (layers,) = [row.message for row in caplog.records if row.message.startswith("step 0: ")]
-    assert f"0 of {MANY} layers run again" not in layers
+    assert f"0 of {MANY} layers use gradient checkpointing" not in layers
     assert 0 not in ranks.values()
     assert "gradient_checkpointing=False would be faster: " in caplog.text
     logged = DecisionLog(tmp_path / "run" / "decisions").logged(0)
@@ -396,7 +396,7 @@ def test_where_plain_lora_fits_no_layer_runs_again(tmp_path: Path, caplog: pytes
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         run(tmp_path / "may", 0.3, "105%")
     (line,) = [row.message for row in caplog.records if row.message.startswith("step 0: ")]
-    assert f"0 of {MANY} layers run again" in line
+    assert f"0 of {MANY} layers use gradient checkpointing" in line
     assert "would be faster" not in caplog.text
 
 
@@ -405,9 +405,9 @@ def test_where_nothing_fits_without_layers_run_again(tmp_path: Path, caplog: pyt
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         _, ranks = run(tmp_path / "run", 0.0, "45%", bounds={"q_proj": (1, 8)})
     (line,) = [row.message for row in caplog.records if row.message.startswith("step 0: ")]
-    assert f"0 of {MANY} layers run again" not in line
+    assert f"0 of {MANY} layers use gradient checkpointing" not in line
     assert all(rank > 0 for name, rank in ranks.items() if name.endswith("q_proj"))
-    with pytest.raises(BudgetError, match="fits no"):
+    with pytest.raises(BudgetError, match="is too small for"):
         run(tmp_path / "cannot", 0.0, "45%", recompute=False, bounds={"q_proj": (1, 8)})
 
 

@@ -241,7 +241,11 @@ class Failing:
 @pytest.mark.parametrize(
     ("options", "kind", "text"),
     [
-        ({"budget": "2000 bytes step"}, "BudgetError", "The budget of 1.953 KiB for a step fits no adapter at all"),
+        (
+            {"budget": "2000 bytes step"},
+            "BudgetError",
+            "The budget of 1.953 KiB for a step is too small for any adapter",
+        ),
         ({"policy": Failing()}, "ZeroDivisionError", "the policy divides by zero"),
     ],
     ids=["budget", "policy"],

@@ -38,7 +38,7 @@ def new_model(llama_config: LlamaConfig) -> NewModel:
 
 
 def run_of(model: Any, loader: Any = None, *others: Any, **options: Any) -> TrainingRun:
-    """A run of four steps on a loader, whose optimiser may have parameters beside the model's."""
+    """A run of four steps on a loader, whose optimizer may have parameters beside the model's."""
     optimizer = torch.optim.AdamW([*(p for p in model.parameters() if p.requires_grad), *others], 1e-2)
     loader = loader or DataLoader(ROWS, 4, collate_fn=default_data_collator)  # type: ignore[arg-type]
     return TrainingRun.of_loader(model, optimizer, loader, **{"total_steps": 4} | options)
@@ -63,7 +63,7 @@ def test_a_second_trainer_trains_modules_that_the_first_run_dropped(new_model: N
     assert all(id(weight) in there and weight.any() for t in adapted for weight in (t.weight_a, t.weight_b))
 
 
-def test_a_loop_whose_optimiser_lacks_dropped_modules_is_refused(new_model: NewModel) -> None:
+def test_a_loop_whose_optimizer_lacks_dropped_modules_is_refused(new_model: NewModel) -> None:
     model = new_model()
 
     def begin(budget: str, *others: torch.nn.Parameter) -> None:
@@ -72,7 +72,7 @@ def test_a_loop_whose_optimiser_lacks_dropped_modules_is_refused(new_model: NewM
         pilot.finish()
 
     begin("500 params")
-    with pytest.raises(ConfigError, match=r"left some at rank 0, where they require none: make the optimiser of `\[p"):
+    with pytest.raises(ConfigError, match=r"left some at rank 0, where they require none: make the optimizer of `\[p"):
         begin("6k params")
     begin("6k params", *(p for name, p in model.named_parameters() if not p.requires_grad and "lora_" in name))
 
@@ -195,7 +195,7 @@ def test_a_loop_wholly_under_autocast_stays_in_full_precision(new_model: NewMode
 
 
 def test_parameters_beside_the_model_are_left_alone_and_count(new_model: NewModel) -> None:
-    """Such as those of a head that the loss applies, which the same optimiser trains."""
+    """Such as those of a head that the loss applies, which the same optimizer trains."""
     model, head = new_model(), torch.nn.Linear(64, 512)
 
     def loss(batch: Any) -> torch.Tensor:

@@ -209,7 +209,9 @@ def test_where_no_state_is_kept_times_are_those_of_each_step(tmp_path: Path, opt
 
 def test_a_time_that_fits_nothing(tmp_path: Path) -> None:
     trainer, _ = attached(tmp_path, "100%", "10%")
-    with pytest.raises(BudgetError, match=r"time of .* s a step fits no adapter at all. The smallest that works is"):
+    with pytest.raises(
+        BudgetError, match=r"time of .* s a step is too small for any adapter. The smallest that works is"
+    ):
         trainer.train()
 
 

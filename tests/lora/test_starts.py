@@ -65,7 +65,7 @@ def test_directions_that_were_drawn_stay(llama_config: LlamaConfig, start: Any, 
 def test_they_do_not_where_all_is_to_begin_anew(llama_config: LlamaConfig) -> None:
     model, before, told = begun(llama_config, "eva", bounds=dict.fromkeys(NAMES, 8), fresh=True)
     assert kept(model, before) == {False}
-    assert any("in place of those of init_lora_weights='eva'" in line for line in told)
+    assert any("instead of those of init_lora_weights='eva'" in line for line in told)
 
 
 def trained(config: LlamaConfig, *, pilots: bool) -> list[torch.Tensor]:
@@ -101,7 +101,7 @@ def test_a_start_in_both_factors_gives_way_and_this_is_told(llama_config: LlamaC
     model, before, told = begun(llama_config, "orthogonal")
     assert kept(model, before) == {False}
     assert [line for line in told if "init_lora_weights" in line] == [
-        "This run begins with PEFT's default directions, in place of those of init_lora_weights='orthogonal'."
+        "This run begins with PEFT's default directions, instead of those of init_lora_weights='orthogonal'."
     ]
 
 

@@ -80,7 +80,7 @@ def test_whatever_budget_passes_the_check_gives_a_plan(problem, seed, depth_bias
 def test_the_budget_that_the_message_names_works(problem, seed):
     names = [f"module.{i}" for i in range(len(problem.ranks))]
     poor = replace(problem, limit=0.5)
-    with pytest.raises(BudgetError, match="fits no adapter at all") as caught:
+    with pytest.raises(BudgetError, match="is too small for any adapter") as caught:
         check_budget(poor, names)
     match = re.search(r"smallest that works is (.+?) \(rank (\d+) on '(module\.\d+)' alone", str(caught.value))
     named = Budget.parse(match[1].strip("'").replace("parameters", "params"))
@@ -259,7 +259,7 @@ def test_the_message_for_bytes_says_what_takes_them():
     with pytest.raises(BudgetError) as caught:
         check_budget(problem, ["bottom", "top"])
     assert str(caught.value) == (
-        "The budget of 976.6 KiB for a step fits no adapter at all. The smallest that works is '1.917 MiB step' "
+        "The budget of 976.6 KiB for a step is too small for any adapter. The smallest that works is '1.917 MiB step' "
         "(rank 1 on 'top' alone). "
         "The peak is at the backward pass of layer 1: 7.812 KiB of it goes to what this moment holds even without an "
         "adapter (such as what trains outside it), 1.907 MiB of it goes to what is saved or computed for backward "
@@ -356,7 +356,9 @@ def test_bounds_that_make_no_sense(low, high, message):
 
 def test_lower_bounds_above_the_budget():
     problem = bounded(10 * 10, [0, 8, 4, 0], [64, 64, 64, 64])
-    with pytest.raises(BudgetError, match=r"budget of 100 fits not the lower bounds.* of 2 modules.*is 120 parameters"):
+    with pytest.raises(
+        BudgetError, match=r"budget of 100 is too small for the lower bounds.* of 2 modules.*is 120 parameters"
+    ):
         check_budget(problem, list("abcd"))
     assert project(problem, np.zeros(4, dtype=np.int64), np.zeros(4)).ranks.tolist() == [0, 8, 4, 0]
     with pytest.raises(

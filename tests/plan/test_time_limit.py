@@ -115,7 +115,7 @@ def test_a_time_that_fits_nothing_tells_the_smallest() -> None:
     with pytest.raises(BudgetError) as error:
         check_budget(problem_of(limit), [f"module{index}" for index in range(MODULES)])
     text = str(error.value)
-    assert "The time of 5 s a step fits no adapter at all. The smallest that works is 8.11 s" in text
+    assert "The time of 5 s a step is too small for any adapter. The smallest that works is 8.11 s" in text
     assert "(rank 1 on 'module15' alone)" in text
     assert "6 s of it go to what every plan takes" in text
     enough = TimeLimit(step_time(), 8.11)
@@ -125,7 +125,7 @@ def test_a_time_that_fits_nothing_tells_the_smallest() -> None:
 def test_bytes_that_fit_nothing_are_told_in_bytes() -> None:
     limit = TimeLimit(step_time(), 100.0)
     with pytest.raises(
-        BudgetError, match=r"The budget of 1005 B for a step fits no adapter at all.*1010 B.*peak is at loss"
+        BudgetError, match=r"The budget of 1005 B for a step is too small for any adapter.*1010 B.*peak is at loss"
     ):
         check_budget(problem_of(limit, 1005.0), ["name"] * MODULES)
 
@@ -135,7 +135,7 @@ def test_second_runs_that_fit_no_plan() -> None:
         return NAMES
 
     limit = TimeLimit(step_time(), 9.0, everything)
-    with pytest.raises(BudgetError, match=r"9 s a step fits no plan .* takes 9.11 s, second runs"):
+    with pytest.raises(BudgetError, match=r"9 s a step is too short for any plan .* takes 9.11 s, with the gradient"):
         limit.choose(problem_of(limit), uniform_ranks)
     with pytest.raises(BudgetError, match=r"smallest adapter takes 9\.11 s"):
         limit.check(problem_of(limit))

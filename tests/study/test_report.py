@@ -169,9 +169,9 @@ def test_words() -> None:
     assert "67% of the peak" in found
     assert "saves most, all layers at rank 8 with checkpointing, takes 25% of them" in found
     told = list(notes(here))
-    assert "backward: loss): 60 MiB tensors saved for backward; 12 MiB optimiser state" in told[0]
+    assert "backward: loss): 60 MiB tensors saved for backward; 12 MiB optimizer state" in told[0]
     assert "signal" not in told[0], "kinds of which there is nothing are left out"
-    assert told[1] == "The frozen model, 90 MiB, is beside it: a budget of bytes counts it, and one of a step does not."
+    assert told[1] == "The frozen model (90 MiB) comes on top: a budget of bytes counts it, and one of a step does not."
     assert told[-1] == "a note"
 
 
@@ -179,11 +179,12 @@ def test_activations_that_run_again_are_told() -> None:
     here = outlook(card=True)
     here.step.saved = (*SAVED, Saved(ACTIVATIONS, 5 * MIB, MIB))
     here.grid = [GridCell(BatchShape(1, length), again, length > 64, 1.0) for length, again in ((64, 0), (128, 0))]
-    assert "all layers at rank 8 with activations that run again" in verdict_text(here)
-    assert any("So activations run again in every choice" in note for note in notes(here))
+    assert "all layers at rank 8 with selective checkpointing" in verdict_text(here)
+    assert any("So every choice has selective checkpointing" in note for note in notes(here))
     assert cells_of(printed(grid_table(here))) == [["64", "none"], ["128", "0*"]]
-    assert "# activations run again: attach(trainer) chooses them inside budget='0.1GiB step'" in configuration_text(
-        here
+    assert (
+        "# With selective checkpointing, which attach(trainer) turns on inside budget='0.1GiB step'"
+        in configuration_text(here)
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,14 @@ def test_docs_saving_is_what_the_stored_rows_say(stored: Results) -> None:
 
 
 def test_what_pages_claim_of_rank_and_depth(stored: Results) -> None:
-    plans, memory = (" ".join((ROOT / "docs" / name).read_text().split()) for name in ("plan-cost.md", "memory.md"))
+    plans, memory, choose = (
+        " ".join((ROOT / "docs" / f"{name}.md").read_text().split()) for name in ("plan-cost", "memory", "choose")
+    )
+    for name, words in (("attention-8", "attention alone loses"), ("mlp-8", "MLPs alone")):
+        found = saving_of(stored, name)
+        assert found is not None
+        low, high = (f"{100 * bound:+.1f}" for bound in (found.loss.low, found.loss.high))
+        assert f"{words} {100 * found.loss.value:+.1f} % ({low} to {high})" in choose
     for name, words in (
         ("everything-2", "rank 2 on all modules"),
         ("top-three-quarters-8", "rank 8 on the top three quarters of the layers"),
@@ -49,14 +55,12 @@ def test_what_pages_claim_of_rank_and_depth(stored: Results) -> None:
     ):
         found = saving_of(stored, name)
         assert found is not None
-        size, step = short(found.bytes.value, 2), short(found.step.value, 2)
+        size, step = f"{found.bytes.value:.2f}", f"{found.step.value:.2f}"
         assert f"| {words} | {size} | {step} | {100 * found.loss.value:+.1f} % | {found.cells} |" in plans
+        if name == "top-three-quarters-8":
+            assert f"{size} of the bytes and {step} of the time, at {100 * found.loss.value:+.1f} %" in choose
         if name == "everything-2":
             assert f"rank 2 on all modules takes {found.bytes.value:.0%} of the bytes".replace("%", " %") in memory
         if name == "top-half-8":
             assert f"rank 8 on the top half of the layers {found.bytes.value:.0%}".replace("%", " %") in memory
-
-
-def short(value: float, digits: int) -> str:
-    """A number as pages write it: without the 0 before the point."""
-    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{digits}f}")
+            assert f"the top half loses {100 * found.loss.value:+.1f} %" in choose
