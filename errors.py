@@ -100,7 +100,7 @@ class UnsupportedError(RankPilotError, TypeError):
 
 _EXTRAS = {"matplotlib": "A picture needs matplotlib: pip install 'rankpilot[study]'."} | dict.fromkeys(
     ("gymnasium", "stable_baselines3", "scipy"),
-    "Training and comparing policies needs gymnasium and stable-baselines3: pip install 'rankpilot[train]'.",
+    "Policies and their environments need gymnasium and stable-baselines3: pip install 'rankpilot[train]'.",
 )
 """What to do where a package is missing that is installed with an extra."""
 

@@ -61,6 +61,6 @@ def test_memory_plans_and_fine_tunes_need_no_extra(tmp_path: Path) -> None:
 def test_what_needs_an_extra_names_it(tmp_path: Path) -> None:
     done = run_without(NEEDING, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    line = "Training and comparing policies needs gymnasium and stable-baselines3: pip install 'rankpilot[train]'."
+    line = "Policies and their environments need gymnasium and stable-baselines3: pip install 'rankpilot[train]'."
     assert done.stderr.splitlines() == [f"error: {line}", f"error: {line}", line]
     assert not [*tmp_path.iterdir()]
