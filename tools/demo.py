@@ -1,0 +1,111 @@
+"""`python -m tools.demo FOLDER`: what `make demo` has shown, in words, with the figures of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rankpilot.agents.learned.policy_file import read_card
+from rankpilot.common.files import read_json_lines, read_object, read_text
+from rankpilot.common.text import format_bytes
+from rankpilot.errors import DataError
+from rankpilot.finetune.options import ALL_LINEAR, PILOT
+from rich.console import Console
+
+MOST_ERROR_BYTES = 10**5
+
+
+@dataclass(frozen=True)
+class Options:
+    """Say in words what `make demo` has shown.
+
+    Attributes:
+        folder: where its runs are.
+    """
+
+    folder: tyro.conf.Positional[Path] = Path("runs/demo")
+
+
+def seen(folder: Path) -> Iterator[str]:
+    """A sentence or two for each part of the demo.
+
+    Raises:
+        DataError: the budget that is too small was not refused.
+    """
+    yield card_sentence(read_object(folder / "memory" / "memory.json"))
+    yield saves_sentence(read_object(folder / "saves" / "summary.json")["runs"])
+    yield refusal_sentence(read_text(folder / "too-small.txt", MOST_ERROR_BYTES))
+    yield elastic_sentence(read_object(folder / "elastic.json"))
+    rounds = sum("return_mean" in row for row in read_json_lines(folder / "policy" / "progress.jsonl"))
+    yield policy_sentence(read_card(folder / "policy")["validation"], rounds)
+    yield f"The page {folder / 'study.html'} explains each decision of the fine-tune: open it in a browser."
+
+
+def card_sentence(memory: dict[str, Any]) -> str:
+    """What an 8B takes of a card."""
+    size, card = memory["parameters"] / 1e9, format_bytes(memory["memory_bytes"])
+    frozen, plain = format_bytes(memory["frozen_bytes"]), format_bytes(memory["reference_bytes"])
+    return (
+        f"Of a model of {size:.1f}B parameters only the configuration was read. On {card} it leaves no room for plain "
+        f"LoRA, which takes {plain} a step beside {frozen} of weights. With savers: {memory['verdict']}"
+        if memory["frozen_bytes"] + memory["reference_bytes"] > memory["memory_bytes"]
+        else f"Of a model of {size:.1f}B parameters only the configuration was read. On {card}: {memory['verdict']}"
+    )
+
+
+def saves_sentence(runs: dict[str, dict[str, Any]]) -> str:
+    """The fine-tune under goal bytes beside plain LoRA."""
+    ours, plain = runs[PILOT], runs[ALL_LINEAR]
+    losses, steps = ((ours[key], plain[key]) for key in ("held_out_loss", "median_step_s"))
+    peaks = ours["peak_bytes"], plain["peak_bytes"]
+    return (
+        f"The fine-tune with savers ended at a held-out loss of {losses[0]:.4f}, plain LoRA at the same rate of the rule "
+        f"at {losses[1]:.4f} ({losses[0] / losses[1] - 1:+.1%}; one seed). Its steps peaked at {format_bytes(peaks[0])} "
+        f"instead of {format_bytes(peaks[1])} ({peaks[0] / peaks[1]:.0%}) and took {steps[0] / steps[1]:.0%} of the time."
+    )
+
+
+def refusal_sentence(printed: str) -> str:
+    """The error of the budget that is too small."""
+    lines = [line for line in printed.splitlines() if line.startswith("error: The budget of")]
+    if len(lines) != 1:
+        raise DataError(f"A budget that is too small is refused in one line; printed was: {printed[-500:]}")
+    return f"A budget that no plan fits was refused before the first step: {lines[0].removeprefix('error: ')}"
+
+
+def elastic_sentence(figures: dict[str, Any]) -> str:
+    """The run from which another process took memory."""
+    loss = figures["layers run again, loss, mean %"]
+    return (
+        f"Another process took memory in mid-run and gave it back: {figures['went on']} of {figures['trials']} run went "
+        f"on, {figures['steps above the budget']} of its steps were above the budget. Up to "
+        f"{figures['most layers run again']} layers ran again for a while, none any more "
+        f"{figures['back after steps, worst']} steps after the memory was there again. The loss is {loss:+.2f} % of that "
+        "of the run undisturbed."
+    )
+
+
+def policy_sentence(validation: dict[str, dict[str, float]], rounds: int) -> str:
+    """What the policy gained that was trained for two minutes."""
+    learned, rule = (f"{validation[name]['improvement']:+.1%}" for name in ("learned", "signal-mean"))
+    tasks = validation["learned"]["tasks"]
+    return (
+        f"A policy was trained for {rounds} rounds. On {tasks:.0f} other tasks it gains {learned} of what the best known "
+        f"ranks gain over uniform ones, the rule that it started from {rule}. So training works here; how good a policy "
+        "gets takes hours, and docs/train-policy.md tells."
+    )
+
+
+def main() -> None:
+    """Print the sentences."""
+    options, console = tyro.cli(Options), Console()
+    console.rule("what was seen", align="left")
+    for number, sentence in enumerate(seen(options.folder), 1):
+        console.print(f"{number}. {sentence}", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
