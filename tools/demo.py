@@ -94,8 +94,8 @@ def policy_sentence(validation: dict[str, dict[str, float]], rounds: int) -> str
     tasks = validation["learned"]["tasks"]
     return (
         f"A policy was trained for {rounds} rounds. On {tasks:.0f} other tasks it gains {learned} of what the best known "
-        f"ranks gain over uniform ones, the rule that it started from {rule}. So training works here; how good a policy "
-        "gets takes hours, and docs/train-policy.md tells."
+        f"ranks gain over uniform ones, the rule that it started from {rule}. So training works here; how good a "
+        "policy gets takes hours, and docs/train-policy.md tells."
     )
 
 
