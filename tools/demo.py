@@ -46,25 +46,22 @@ def seen(folder: Path) -> Iterator[str]:
 
 def card_sentence(memory: dict[str, Any]) -> str:
     """What an 8B takes of a card."""
-    size, card = memory["parameters"] / 1e9, format_bytes(memory["memory_bytes"])
-    frozen, plain = format_bytes(memory["frozen_bytes"]), format_bytes(memory["reference_bytes"])
+    card, frozen, plain = (format_bytes(memory[f"{name}_bytes"]) for name in ("memory", "frozen", "reference"))
     return (
-        f"Of a model of {size:.1f}B parameters only the configuration was read. On {card} it leaves no room for plain "
-        f"LoRA, which takes {plain} a step beside {frozen} of weights. With savers: {memory['verdict']}"
-        if memory["frozen_bytes"] + memory["reference_bytes"] > memory["memory_bytes"]
-        else f"Of a model of {size:.1f}B parameters only the configuration was read. On {card}: {memory['verdict']}"
+        f"A model of {memory['parameters'] / 1e9:.1f}B parameters was read from its configuration alone. Its weights "
+        f"take {frozen}, and a step of plain LoRA {plain}. On {card} with savers: {memory['verdict']}"
     )
 
 
 def saves_sentence(runs: dict[str, dict[str, Any]]) -> str:
     """The fine-tune under goal bytes beside plain LoRA."""
     ours, plain = runs[PILOT], runs[ALL_LINEAR]
-    losses, steps = ((ours[key], plain[key]) for key in ("held_out_loss", "median_step_s"))
-    peaks = ours["peak_bytes"], plain["peak_bytes"]
+    loss, peak, step = (ours[key] / plain[key] for key in ("held_out_loss", "peak_bytes", "median_step_s"))
     return (
-        f"The fine-tune with savers ended at a held-out loss of {losses[0]:.4f}, plain LoRA at the same rate of the rule "
-        f"at {losses[1]:.4f} ({losses[0] / losses[1] - 1:+.1%}; one seed). Its steps peaked at {format_bytes(peaks[0])} "
-        f"instead of {format_bytes(peaks[1])} ({peaks[0] / peaks[1]:.0%}) and took {steps[0] / steps[1]:.0%} of the time."
+        f"The fine-tune with savers ended at a held-out loss of {ours['held_out_loss']:.4f}, plain LoRA at the rate of "
+        f"the rule at {plain['held_out_loss']:.4f}: {loss - 1:+.1%}, with one seed. Its steps peaked at "
+        f"{format_bytes(ours['peak_bytes'])} in place of {format_bytes(plain['peak_bytes'])} ({peak:.0%}), and took "
+        f"{step:.0%} of the time."
     )
 
 
@@ -78,24 +75,21 @@ def refusal_sentence(printed: str) -> str:
 
 def elastic_sentence(figures: dict[str, Any]) -> str:
     """The run from which another process took memory."""
-    loss = figures["layers run again, loss, mean %"]
     return (
-        f"Another process took memory in mid-run and gave it back: {figures['went on']} of {figures['trials']} run went "
-        f"on, {figures['steps above the budget']} of its steps were above the budget. Up to "
-        f"{figures['most layers run again']} layers ran again for a while, none any more "
-        f"{figures['back after steps, worst']} steps after the memory was there again. The loss is {loss:+.2f} % of that "
-        "of the run undisturbed."
+        f"Another process took memory in mid-run and gave it back. The run went on, with "
+        f"{figures['steps above the budget']} steps above what was left. Up to {figures['most layers run again']} layers "
+        f"ran again for a while, and none {figures['back after steps, worst']} steps after the memory was back. The loss "
+        f"differs by {figures['layers run again, loss, mean %']:+.2f} % from that of the same run undisturbed."
     )
 
 
 def policy_sentence(validation: dict[str, dict[str, float]], rounds: int) -> str:
     """What the policy gained that was trained for two minutes."""
     learned, rule = (f"{validation[name]['improvement']:+.1%}" for name in ("learned", "signal-mean"))
-    tasks = validation["learned"]["tasks"]
     return (
-        f"A policy was trained for {rounds} rounds. On {tasks:.0f} other tasks it gains {learned} of what the best known "
-        f"ranks gain over uniform ones, the rule that it started from {rule}. So training works here; how good a "
-        "policy gets takes hours, and docs/train-policy.md tells."
+        f"A policy was trained for {rounds} rounds. On {validation['learned']['tasks']:.0f} other tasks it gains {learned} "
+        f"of what the best known ranks gain over uniform ones, and the rule that it started from {rule}. That shows that "
+        "training works, not how good a policy gets in hours: docs/train-policy.md tells."
     )
 
 
