@@ -75,21 +75,23 @@ def refusal_sentence(printed: str) -> str:
 
 def elastic_sentence(figures: dict[str, Any]) -> str:
     """The run from which another process took memory."""
+    above, layers = figures["steps above the budget"], figures["most layers run again"]
     return (
-        f"Another process took memory in mid-run and gave it back. The run went on, with "
-        f"{figures['steps above the budget']} steps above what was left. Up to {figures['most layers run again']} layers "
-        f"ran again for a while, and none {figures['back after steps, worst']} steps after the memory was back. The loss "
-        f"differs by {figures['layers run again, loss, mean %']:+.2f} % from that of the same run undisturbed."
+        f"Another process took memory in mid-run and gave it back. The run went on, with {above} steps above what was "
+        f"left. Up to {layers} layers ran again for a while, and none {figures['back after steps, worst']} steps after "
+        f"the memory was back. The loss differs by {figures['layers run again, loss, mean %']:+.2f} % from that of the "
+        "same run undisturbed."
     )
 
 
 def policy_sentence(validation: dict[str, dict[str, float]], rounds: int) -> str:
     """What the policy gained that was trained for two minutes."""
     learned, rule = (f"{validation[name]['improvement']:+.1%}" for name in ("learned", "signal-mean"))
+    tasks = validation["learned"]["tasks"]
     return (
-        f"A policy was trained for {rounds} rounds. On {validation['learned']['tasks']:.0f} other tasks it gains {learned} "
-        f"of what the best known ranks gain over uniform ones, and the rule that it started from {rule}. That shows that "
-        "training works, not how good a policy gets in hours: docs/train-policy.md tells."
+        f"A policy was trained for {rounds} rounds. On {tasks:.0f} other tasks it gains {learned} of what the best "
+        f"known ranks gain over uniform ones, and the rule that it started from {rule}. That shows that training "
+        "works, not how good a policy gets in hours: docs/train-policy.md tells."
     )
 
 
