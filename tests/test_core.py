@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,16 @@ import sys
 for name in ("gymnasium", "stable_baselines3", "scipy", "matplotlib", "optuna", "ray", "trl"):
     sys.modules[name] = None  # so that importing it fails
 import rankpilot
+from rankpilot.__main__ import silence_libraries
+
+silence_libraries()
 from rankpilot.cli.main import run
 """
 
 COMMANDS = """
 model, data = sys.argv[1:]
 small = ["--batch-size", "4", "--max-length", "16"]
-assert run(["memory", "bert-base-uncased", "--device-memory", "24GiB", *small, "--output", "memory"]) == 0
+assert run(["memory", model, "--device-memory", "24GiB", *small, "--output", "memory"]) == 0
 assert run(["plan", model, data, *small, "--steps", "8", "--budget", "80%", "--output", "plan.json"]) == 0
 steps = ["--steps", "4", "--eval-every", "4", "--held-out-rows", "8"]
 assert run(["finetune", model, data, *small, *steps, "--budget", "80%", "--output", "run"]) == 0
@@ -50,6 +54,7 @@ def test_memory_plans_and_fine_tunes_need_no_extra(tmp_path: Path) -> None:
     rows = [{"text": f"the film was {word}", "label": index % 3} for index, word in enumerate(WORDS * 4)]
     done = run_without(COMMANDS, tmp_path, save("bert", tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", rows))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not re.search("warning|loading weights", done.stderr, re.IGNORECASE), done.stderr
     told = " ".join(done.stdout.split())
     assert told.count("needs matplotlib: pip install 'rankpilot[study]'") == 2, "of memory and of the run"
     assert (tmp_path / "memory" / "memory.json").is_file()
