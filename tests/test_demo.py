@@ -40,5 +40,5 @@ def test_the_last_words_hold_the_figures_of_the_runs() -> None:
     assert "no plan fits" in demo.refusal_sentence("loading\nerror: The budget of 1 MiB is too small.\n")
     with pytest.raises(DataError, match="is refused in one line"):
         demo.refusal_sentence("trained as if nothing were asked")
-    gains = {name: {"improvement": 0.2, "tasks": 4.0} for name in ("learned", "signal-mean")}
-    assert "for 3 rounds. On 4 other tasks it gains +20.0%" in demo.policy_sentence(gains, 3)
+    wins = {name: {"wins": won, "tasks": 4.0} for name, won in (("learned", 3.0), ("signal-mean", 2.0))}
+    assert "3 rounds. It is better than uniform ranks on 3 of 4 other tasks" in demo.policy_sentence(wins, 3)

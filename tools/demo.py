@@ -86,12 +86,15 @@ def elastic_sentence(figures: dict[str, Any]) -> str:
 
 def policy_sentence(validation: dict[str, dict[str, float]], rounds: int) -> str:
     """What the policy gained that was trained for two minutes."""
-    learned, rule = (f"{validation[name]['improvement']:+.1%}" for name in ("learned", "signal-mean"))
-    tasks = validation["learned"]["tasks"]
+    learned, rule, tasks = (
+        validation["learned"]["wins"],
+        validation["signal-mean"]["wins"],
+        validation["learned"]["tasks"],
+    )
     return (
-        f"A policy was trained for {rounds} rounds. On {tasks:.0f} other tasks it gains {learned} of what the best "
-        f"known ranks gain over uniform ones, and the rule that it started from {rule}. That shows that training "
-        "works, not how good a policy gets in hours: docs/train-policy.md tells."
+        f"A policy was trained for {rounds} rounds. It is better than uniform ranks on {learned:.0f} of {tasks:.0f} other "
+        f"tasks, and the rule that it started from on {rule:.0f}. That shows that training works, not how good a policy "
+        "gets in hours: docs/train-policy.md tells."
     )
 
 
