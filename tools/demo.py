@@ -70,7 +70,8 @@ def refusal_sentence(printed: str) -> str:
     lines = [line for line in printed.splitlines() if line.startswith("error: The budget of")]
     if len(lines) != 1:
         raise DataError(f"A budget that is too small is refused in one line; printed was: {printed[-500:]}")
-    return f"A budget that no plan fits was refused before the first step: {lines[0].removeprefix('error: ')}"
+    refused, *_ = lines[0].removeprefix("error: ").partition(" The peak is at ")
+    return f"A budget that no plan fits was refused before the first step: {refused}"
 
 
 def elastic_sentence(figures: dict[str, Any]) -> str:
@@ -85,16 +86,13 @@ def elastic_sentence(figures: dict[str, Any]) -> str:
 
 
 def policy_sentence(validation: dict[str, dict[str, float]], rounds: int) -> str:
-    """What the policy gained that was trained for two minutes."""
-    learned, rule, tasks = (
-        validation["learned"]["wins"],
-        validation["signal-mean"]["wins"],
-        validation["learned"]["tasks"],
-    )
+    """How often the policy was better that was trained for two minutes."""
+    learned, rule = (validation[name]["wins"] for name in ("learned", "signal-mean"))
+    tasks = validation["learned"]["tasks"]
     return (
-        f"A policy was trained for {rounds} rounds. It is better than uniform ranks on {learned:.0f} of {tasks:.0f} other "
-        f"tasks, and the rule that it started from on {rule:.0f}. That shows that training works, not how good a policy "
-        "gets in hours: docs/train-policy.md tells."
+        f"A policy was trained for {rounds} rounds. It is better than uniform ranks on {learned:.0f} of {tasks:.0f} "
+        f"other tasks, and the rule that it started from on {rule:.0f}. That shows that training works, not how good a "
+        "policy gets in hours: docs/train-policy.md tells."
     )
 
 
