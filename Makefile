@@ -33,13 +33,16 @@ docs: $(VENV)/.installed-docs ## make the pages of docs/ in build/docs, where a 
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --nitpicky --quiet -d build/doctrees docs build/docs
 	@echo "The pages are in build/docs/index.html."
 
-DEMO := all-minilm-l6-v2 rotten-tomatoes --max-steps 160 --per-device-train-batch-size 16 --max-length 48 --held-out-rows 400 --eval-steps 40 --resume
-demo: setup ## train a small policy, fine-tune a model with plain LoRA and under the shipped policy, plan an 8B (goes on where it was interrupted)
-	$(BIN)/rankpilot policy train --preset quick --output runs/demo/policy --resume
-	$(BIN)/rankpilot finetune $(DEMO) --goal bytes --compare-all-linear --output runs/demo/saves
-	$(BIN)/rankpilot finetune $(DEMO) --budget 40% --output runs/demo/tight
-	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --per-device-train-batch-size 4 --max-length 1024 --output runs/demo/memory
-	$(BIN)/rankpilot study runs/demo/saves runs/demo/tight --output runs/demo/study.html
+SEEN := runs/demo
+DEMO := all-minilm-l6-v2 rotten-tomatoes --max-steps 100 --per-device-train-batch-size 16 --max-length 48 --held-out-rows 400 --eval-steps 50 --resume
+demo: $(VENV)/.installed-demo ## an 8B on a card, a fine-tune beside plain LoRA, memory that is taken away, a policy trained (goes on where it was interrupted)
+	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --output $(SEEN)/memory
+	$(BIN)/rankpilot finetune $(DEMO) --goal bytes --compare-all-linear --output $(SEEN)/saves
+	$(BIN)/rankpilot finetune $(DEMO) --budget "1MB step" --output $(SEEN)/small 2>&1 | tee $(SEEN)/too-small.txt
+	$(BIN)/python -m benchmarks elastic --quick --json $(SEEN)/elastic.json
+	$(BIN)/rankpilot policy train --preset quick --iterations 4 --validation-tasks 4 --output $(SEEN)/policy --resume
+	$(BIN)/rankpilot study $(SEEN)/saves --output $(SEEN)/study.html
+	$(BIN)/python -m tools.demo $(SEEN)
 
 bench: setup ## measure what a step costs, how its memory and time are predicted, how fast the environment is, how policies do (two hours)
 	$(BIN)/python -m benchmarks overhead --json runs/bench/overhead.json

@@ -1,15 +1,18 @@
 """rankpilot: a policy decides which modules of a model get LoRA rank, inside a hard budget of memory or time.
 
 The names below are loaded when first used, so that `import rankpilot` loads no other library. The Gymnasium
-environment is registered when `ENV_ID` is read, and at once if gymnasium is imported already.
+environments are registered where gymnasium is imported, before or after rankpilot.
 """
 
 import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .common.quiet import silence_missing_kernels, silence_worker
-from .errors import RankPilotError
+from .errors import RankPilotError, naming_extras
 
 if TYPE_CHECKING:
     from .agents.learned.policy_file import load_policy
@@ -110,8 +113,29 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'rankpilot' has no attribute {name!r}")
     module, _, there = _LAZY[name].partition(":")
-    return getattr(import_module(module, __name__), there or name)
+    with naming_extras():
+        return getattr(import_module(module, __name__), there or name)
 
 
-if "gymnasium" in sys.modules:
+class _Registration:
+    """A finder of modules that finds gymnasium alone, once, and has the environments registered when it is loaded."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name != "gymnasium":
+            return None
+        sys.meta_path.remove(self)
+        if (spec := find_spec(name)) and spec.loader:
+            load = spec.loader.exec_module
+
+            def load_and_register(module: ModuleType) -> None:
+                load(module)
+                import_module(".env.registration", __name__)
+
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if sys.modules.get("gymnasium"):
     import_module(".env.registration", __name__)
+else:
+    sys.meta_path.insert(0, _Registration())

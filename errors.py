@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 MOST_NAME = 200
 """Characters of a name for which others like it are looked up; a longer one is no slip of a pen."""
@@ -95,6 +96,29 @@ class BudgetError(RankPilotError, ValueError):
 
 class UnsupportedError(RankPilotError, TypeError):
     """A model, adapter or optimizer whose ranks cannot be changed safely."""
+
+
+_EXTRAS = {"matplotlib": "A picture needs matplotlib: pip install 'rankpilot[study]'."} | dict.fromkeys(
+    ("gymnasium", "stable_baselines3", "scipy"),
+    "Policies and their environments need gymnasium and stable-baselines3: pip install 'rankpilot[train]'.",
+)
+"""What to do where a package is missing that is installed with an extra."""
+
+
+@contextmanager
+def naming_extras() -> Iterator[None]:
+    """Where a package of an extra is missing, let the error name the extra.
+
+    Raises:
+        UnsupportedError: gymnasium, Stable-Baselines3, scipy or matplotlib is imported in the block and not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        raise UnsupportedError(_EXTRAS[package]) from error
 
 
 class DataError(RankPilotError, ValueError):

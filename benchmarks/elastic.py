@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import torch
 from datasets import concatenate_datasets
+from rankpilot.common.text import format_bytes
 from rankpilot.finetune.left_as_found import GOOD_STEPS
 from rankpilot.finetune.pilot import RankPilot
 from rich.console import Console
@@ -56,7 +57,7 @@ class Options:
 
     Attributes:
         trials: runs with another text, and other moments.
-        quick: one trial.
+        quick: one trial, told as it goes.
         json: also write figures to this file.
     """
 
@@ -98,12 +99,13 @@ def other_process(code: str = OTHER) -> Iterator[Other]:
         process.stdin.close()
 
 
-def trial(number: int, other: Other | None) -> dict[str, float]:
+def trial(number: int, other: Other | None, tell: Callable[[str], None]) -> dict[str, float]:
     """One run; without another process nothing disturbs it.
 
     Args:
         number: decides text, model and moments.
         other: takes memory, and gives it back.
+        tell: gets a line for each thing that happens.
     """
     generator = np.random.default_rng([44, number])
     text = ("language-de", "language-fi", "package-email", "tales")[number % 4]
@@ -117,7 +119,7 @@ def trial(number: int, other: Other | None) -> dict[str, float]:
         prefix_cache="off",
         gradient_checkpointing=checkpointing,
         measure_every=1,
-        tell=lambda line: None,
+        tell=tell,
     )
     pilot.begin(run)
     room = int(ROOM * pilot.predictions[0][1])
@@ -127,7 +129,11 @@ def trial(number: int, other: Other | None) -> dict[str, float]:
     sizes, steps, above, returned = [], 0, 0, math.inf
     for step, batch in enumerate(new_loader(task, data, number)):
         if other and step in (at, back):
-            other.take(int(TAKEN * room) if step == at else 0)
+            taken = int(TAKEN * room) if step == at else 0
+            other.take(taken)
+            tell(
+                f"another process {f'takes {format_bytes(taken)}' if taken else 'gives it back'} before step {step + 1}"
+            )
         for group in run.optimizer.param_groups:
             group["lr"] = RATE * factor_at(step, STEPS)
         pilot.before_step(batch)
@@ -154,10 +160,15 @@ def benchmark(options: Options, console: Console) -> Figures:
     """Run the trials."""
     numbers = range(1 if options.quick else options.trials)
     disturbed, alone = [], []
+
+    def tell(line: str) -> None:
+        if options.quick:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     with other_process() as other:
         for number in track(numbers, "trials", console=console, transient=True):
-            disturbed.append(trial(number, other))
-            alone.append(trial(number, None))
+            disturbed.append(trial(number, other, tell))
+            alone.append(trial(number, None, lambda line: None))
     figures: dict[str, Any] = {
         "trials": len(disturbed),
         "went on": sum(one["steps"] == STEPS for one in disturbed),

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..common.termination import STATUS, Terminated, on_sigterm
-from ..errors import RankPilotError, UnknownNameError, first_line
+from ..errors import RankPilotError, UnknownNameError, first_line, naming_extras
 from .progress import console
 
 COMMANDS = {
@@ -77,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         if command not in COMMANDS:
             raise UnknownNameError.of("command", command, [OLD[command]] if command in OLD else COMMANDS)
-        with on_sigterm() if command in RESUMABLE else nullcontext():
+        with naming_extras(), on_sigterm() if command in RESUMABLE else nullcontext():
             status: int | None = import_module(f".{command.split()[-1]}", __package__).main(rest)
     except BrokenPipeError:  # the reader of a pipe, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the end of the process would complain

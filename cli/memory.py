@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
             console.print(saver_table(outlook.step.saved))
     elif options.config:
         console.out(report.configuration_text(outlook), highlight=False)
-    report.write_memory_report(outlook, options, options.output)
+    written = report.write_memory_report(outlook, options, options.output)
     if options.json:
         console.out(json.dumps(report.figures(outlook), indent=2), highlight=False)
     if told:
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
             console.print(report.grid_table(outlook))
         for note in report.notes(outlook):
             console.print(note, markup=False, highlight=False)
-        console.print(f"Picture and all figures: {options.output}", soft_wrap=True, markup=False)
+        console.print(written, soft_wrap=True, markup=False)
     return NOTHING_FITS if options.card and not outlook.best else 0
 
 

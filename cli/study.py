@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
-from ..errors import ConfigError, RunFolderError
+from ..errors import ConfigError, RunFolderError, UnsupportedError
 from .progress import console
 
 if TYPE_CHECKING:
@@ -84,7 +84,11 @@ def write_study(
     runs, data = _read(folders, explain, policy)
     path = output or folders[0] / PAGE
     write_page(data, path)
-    picture = write_rank_picture(runs[0]) if output is None else None
+    try:
+        picture = write_rank_picture(runs[0]) if output is None else None
+        drawn = [f"Picture of the ranks: {picture}"] if picture else []
+    except UnsupportedError as error:
+        drawn = [str(error)]
     if finished := [run for run in runs if run.results]:
         console.print(summary_table(*finished))
     for run, shown in zip(runs, data["runs"], strict=True):
@@ -95,7 +99,7 @@ def write_study(
         _tell(*shown["results"], *(f"Left out of the page: {part}." for part in shown["left_out"]))
         if run.adapter:
             _tell(f"Adapter (the page says how to load, merge and export it): {run.adapter}")
-    _tell(f"Page: {path}", *([f"Picture of the ranks: {picture}"] if picture else []))
+    _tell(f"Page: {path}", *drawn)
     return path
 
 

@@ -4,20 +4,21 @@ The scale of the heat map is fixed, so that a colour means the same rank in each
 equally. Rank 0 is grey, and hatched where there is room. Colours suit colour-blind readers (viridis).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.collections import PatchCollection
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import Rectangle
 
+from ..errors import naming_extras
 from .arrays import FloatArray, IntArray
 from .files import atomic_path
+
+if TYPE_CHECKING:  # a run and its page need colours of ranks from here, and no matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Points = Sequence[tuple[float, float]]
 
@@ -44,7 +45,14 @@ def new_figure(height: float, title: str, note: str = "") -> Figure:
         height: inches, title included.
         title: the finding, one line; set smaller if it is long.
         note: how to read the picture, in small grey type; smaller if it is long.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
     """
+    with naming_extras():
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     top = 0.36 + 0.22 * bool(note)
     room = (0.005, 0.005, 0.99, 1 - top / height - 0.005)
     figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(rect=room, w_pad=0.06))
@@ -98,15 +106,17 @@ RUNGS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Ranks whose colours are equally far apart: the default ladder. Ranks above the last look like it."""
 NO_ADAPTER = "#e9e9e9"
 _GREY = int(NO_ADAPTER[1:3], 16) / 255
+_VIRIDIS = "e5e419 addc30 75d054 46c06f 27ad81 1f998a 25848e 2d718e 375b8d 414287 482979 460b5e"
+"""Of each rung: matplotlib's viridis, 12 places evenly from light to dark, without its ends."""
+_CHANNELS = np.array([list(bytes.fromhex(color)) for color in _VIRIDIS.split()]).T / 255
 
 
 def rank_colors(ranks: IntArray | FloatArray) -> FloatArray:
     """RGB of ranks in an array, (..., 3): grey for 0, white where there is no module, else from light to dark."""
-    place = np.interp(ranks, RUNGS, np.linspace(0, 1, len(RUNGS)))
-    colors = colormaps["viridis_r"](0.04 + 0.93 * place)[..., :3]
+    colors = np.stack([np.interp(ranks, RUNGS, channel) for channel in _CHANNELS], axis=-1)
     colors[ranks == 0] = _GREY
     colors[ranks == ABSENT] = 1.0
-    return np.asarray(colors, dtype=np.float64)
+    return colors
 
 
 def draw_cells(axes: Axes, ranks: IntArray | FloatArray, edges: Sequence[float], *, gap: float, hatched: bool) -> None:
@@ -119,6 +129,9 @@ def draw_cells(axes: Axes, ranks: IntArray | FloatArray, edges: Sequence[float],
         gap: width of the lines, points; 0 for none.
         hatched: hatch the cells of rank 0.
     """
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
     rows = len(ranks)
     axes.pcolormesh(edges, np.arange(rows + 1), rank_colors(ranks), zorder=1)
     if hatched:

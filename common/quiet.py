@@ -11,6 +11,7 @@ _SETTINGS = {
     "HF_HUB_VERBOSITY": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore::FutureWarning",
+    "TQDM_DELAY": "1",  # no bar for what is done in a second, such as loading the weights of a small model
 }
 _NOISY = ("torchao", "torch.utils._pytree", "bitsandbytes")
 """Loggers that warn of missing kernels when PEFT imports torchao and bitsandbytes; nothing here uses these kernels."""

@@ -17,7 +17,7 @@ from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.breakdown import KINDS, Kind
 from ..cost.outlook import USUAL_CARD, Choice, GridCell, Outlook
 from ..cost.savers import ACTIVATIONS
-from ..errors import BudgetError
+from ..errors import BudgetError, UnsupportedError
 from ..lora.spec import REFERENCE_RANK
 from .memory_config import MemoryConfig
 from .pictures import memory_picture
@@ -404,10 +404,14 @@ def figures(outlook: Outlook) -> dict[str, Any]:
     }
 
 
-def write_memory_report(outlook: Outlook, config: MemoryConfig, folder: Path) -> None:
-    """Write memory.json and memory.png; existing ones are replaced."""
+def write_memory_report(outlook: Outlook, config: MemoryConfig, folder: Path) -> str:
+    """Write memory.json and, with matplotlib, memory.png; existing ones are replaced. Returns a line about them."""
     write_json(folder / "memory.json", figures(outlook))
-    save_figure(memory_picture(outlook, picture_labels(outlook), subject(outlook, config)), folder / "memory.png")
+    try:
+        save_figure(memory_picture(outlook, picture_labels(outlook), subject(outlook, config)), folder / "memory.png")
+    except UnsupportedError as error:
+        return f"All figures: {folder}. {error}"
+    return f"Picture and all figures: {folder}"
 
 
 def picture_labels(outlook: Outlook) -> list[str]:

@@ -7,19 +7,17 @@ All are drawn with the object interface on the Agg canvas: no display, no global
 README, colours (Okabe and Ito 2008; viridis) suit colour-blind readers, and titles state the result.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..common import drawing
 from ..common.arrays import FloatArray, IntArray
@@ -29,6 +27,10 @@ from ..cost.outlook import Outlook
 from ..lora.spec import DEFAULT_RANKS
 from .run_data import RunData
 from .verdict import ranks_sentence
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 KIND_COLORS: dict[Kind, tuple[str, str]] = {
     "saved": (drawing.COLORS[0], "saved for backward"),
@@ -73,6 +75,8 @@ def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure
     saved = sum(shown.of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
     title = f"A training step peaks at {format_bytes(total)}; {saved / total:.0%} is held for backward"
     figure = drawing.new_figure(1.15 + sum(heights), title, note)
+    from matplotlib.patches import Patch
+
     grid = figure.add_gridspec(2, 1, height_ratios=heights)
     top = figure.add_subplot(grid[0])
     _draw_layers(top, shown)
@@ -136,6 +140,8 @@ def _stack(axes: Axes, rows: IntArray, sizes: Mapping[Kind, FloatArray]) -> Floa
 
 
 def _clean_bars(axes: Axes, rows: int, title: str, pad: float = 6) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     drawing.clean_axes(axes, title, pad)
     axes.set_ylim(-0.6, rows - 0.4)
     axes.grid(visible=False, axis="y")
@@ -169,6 +175,8 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
     returns = [row for row in rows if "return_mean" in row]
     note = "Gains are in shares of a task's headroom: what the best known allocation gains over uniform ranks."
     figure = drawing.new_figure(4.1, _learning_title(returns, checks["over_start"]), note)
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
     measured = len(checks["over_start"]) > 0
     panels = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
     _draw_returns(drawing.clean_axes(panels[0], "Training, on new tasks each time"), returns)

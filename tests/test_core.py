@@ -1,0 +1,71 @@
+"""The core works without the packages of the extras `train` and `study`, and names the extra where one is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from .data.small_models import WORDS, save, write_rows
+
+ABSENT = """
+import sys
+
+for name in ("gymnasium", "stable_baselines3", "scipy", "matplotlib", "optuna", "ray", "trl"):
+    sys.modules[name] = None  # so that importing it fails
+import rankpilot
+from rankpilot.__main__ import silence_libraries
+
+silence_libraries()
+from rankpilot.cli.main import run
+"""
+
+COMMANDS = """
+model, data = sys.argv[1:]
+small = ["--batch-size", "4", "--max-length", "16"]
+assert run(["memory", model, "--device-memory", "24GiB", *small, "--output", "memory"]) == 0
+assert run(["plan", model, data, *small, "--steps", "8", "--budget", "80%", "--output", "plan.json"]) == 0
+steps = ["--steps", "4", "--eval-every", "4", "--held-out-rows", "8"]
+assert run(["finetune", model, data, *small, *steps, "--budget", "80%", "--output", "run"]) == 0
+assert run(["policy", "train", "--help"]) == 0
+"""
+
+NEEDING = """
+assert run(["policy", "train", "--output", "policy"]) == 1
+assert run(["policy", "evaluate", "uniform"]) == 1
+assert rankpilot.attach and rankpilot.allocate and rankpilot.OwnTask
+try:
+    rankpilot.ENV_ID
+except rankpilot.RankPilotError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+def run_without(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", ABSENT + code, *arguments],
+        cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_memory_plans_and_fine_tunes_need_no_extra(tmp_path: Path) -> None:
+    rows = [{"text": f"the film was {word}", "label": index % 3} for index, word in enumerate(WORDS * 4)]
+    done = run_without(COMMANDS, tmp_path, save("bert", tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", rows))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not re.search("warning|loading weights", done.stderr, re.IGNORECASE), done.stderr
+    told = " ".join(done.stdout.split())
+    assert told.count("needs matplotlib: pip install 'rankpilot[study]'") == 2, "of memory and of the run"
+    assert (tmp_path / "memory" / "memory.json").is_file()
+    assert (tmp_path / "plan.json").is_file()
+    assert (tmp_path / "run" / "study.html").is_file()
+    assert not [*tmp_path.rglob("*.png")]
+
+
+def test_what_needs_an_extra_names_it(tmp_path: Path) -> None:
+    done = run_without(NEEDING, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = "Policies and their environments need gymnasium and stable-baselines3: pip install 'rankpilot[train]'."
+    assert done.stderr.splitlines() == [f"error: {line}", f"error: {line}", line]
+    assert not [*tmp_path.iterdir()]

@@ -1,0 +1,44 @@
+"""`make demo`: its programs read their command lines, and its last words are those of its runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from rankpilot.errors import DataError
+
+from tools import demo
+
+from .docs.test_blocks import PROGRAMS
+from .docs.test_blocks import reads_only as reads_only
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.usefixtures("reads_only")
+def test_each_command_of_the_demo_is_read() -> None:
+    done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    commands = [re.split(r" 2>&1 ", line)[0] for line in done.stdout.splitlines() if " runs/demo" in line]
+    names = [shlex.split(line)[1] for line in commands]
+    assert names == ["memory", "finetune", "finetune", "-m", "policy", "study", "-m"]
+    for program, *words in map(shlex.split, commands[:-1]):
+        PROGRAMS[Path(program).name](words)
+
+
+def test_the_last_words_hold_the_figures_of_the_runs() -> None:
+    gib = 2**30
+    card = {"parameters": 8e9, "memory_bytes": 24 * gib, "frozen_bytes": 15 * gib, "reference_bytes": 16 * gib,
+            "verdict": "Fits."}  # fmt: skip
+    assert "15 GiB, and a step of plain LoRA 16 GiB. On 24 GiB with savers: Fits." in demo.card_sentence(card)
+    plain = {"held_out_loss": 0.5, "peak_bytes": 100 * 2**20, "median_step_s": 0.5}
+    runs = {"all-linear": plain, "rankpilot": {"held_out_loss": 0.51, "peak_bytes": 25 * 2**20, "median_step_s": 0.4}}
+    told = demo.saves_sentence(runs)
+    assert all(figure in told for figure in ("0.5100", "0.5000", "+2.0%", "25 MiB", "100 MiB", "25%", "80%"))
+    assert "no plan fits" in demo.refusal_sentence("loading\nerror: The budget of 1 MiB is too small.\n")
+    with pytest.raises(DataError, match="is refused in one line"):
+        demo.refusal_sentence("trained as if nothing were asked")
+    wins = {name: {"wins": won, "tasks": 4.0} for name, won in (("learned", 3.0), ("signal-mean", 2.0))}
+    assert "3 rounds. It is better than uniform ranks on 3 of 4 other tasks" in demo.policy_sentence(wins, 3)

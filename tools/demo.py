@@ -1,0 +1,108 @@
+"""`python -m tools.demo FOLDER`: what `make demo` has shown, in words, with the figures of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rankpilot.agents.learned.policy_file import read_card
+from rankpilot.common.files import read_json_lines, read_object, read_text
+from rankpilot.common.text import format_bytes
+from rankpilot.errors import DataError
+from rankpilot.finetune.options import ALL_LINEAR, PILOT
+from rich.console import Console
+
+MOST_ERROR_BYTES = 10**5
+
+
+@dataclass(frozen=True)
+class Options:
+    """Say in words what `make demo` has shown.
+
+    Attributes:
+        folder: where its runs are.
+    """
+
+    folder: tyro.conf.Positional[Path] = Path("runs/demo")
+
+
+def seen(folder: Path) -> Iterator[str]:
+    """A sentence or two for each part of the demo.
+
+    Raises:
+        DataError: the budget that is too small was not refused.
+    """
+    yield card_sentence(read_object(folder / "memory" / "memory.json"))
+    yield saves_sentence(read_object(folder / "saves" / "summary.json")["runs"])
+    yield refusal_sentence(read_text(folder / "too-small.txt", MOST_ERROR_BYTES))
+    yield elastic_sentence(read_object(folder / "elastic.json"))
+    rounds = sum("return_mean" in row for row in read_json_lines(folder / "policy" / "progress.jsonl"))
+    yield policy_sentence(read_card(folder / "policy")["validation"], rounds)
+    yield f"The page {folder / 'study.html'} explains each decision of the fine-tune: open it in a browser."
+
+
+def card_sentence(memory: dict[str, Any]) -> str:
+    """What an 8B takes of a card."""
+    card, frozen, plain = (format_bytes(memory[f"{name}_bytes"]) for name in ("memory", "frozen", "reference"))
+    return (
+        f"A model of {memory['parameters'] / 1e9:.1f}B parameters was read from its configuration alone. Its weights "
+        f"take {frozen}, and a step of plain LoRA {plain}. On {card} with savers: {memory['verdict']}"
+    )
+
+
+def saves_sentence(runs: dict[str, dict[str, Any]]) -> str:
+    """The fine-tune under goal bytes beside plain LoRA."""
+    ours, plain = runs[PILOT], runs[ALL_LINEAR]
+    loss, peak, step = (ours[key] / plain[key] for key in ("held_out_loss", "peak_bytes", "median_step_s"))
+    return (
+        f"The fine-tune with savers ended at a held-out loss of {ours['held_out_loss']:.4f}, plain LoRA at the rate of "
+        f"the rule at {plain['held_out_loss']:.4f}: {loss - 1:+.1%}, with one seed. Its steps peaked at "
+        f"{format_bytes(ours['peak_bytes'])} in place of {format_bytes(plain['peak_bytes'])} ({peak:.0%}), and took "
+        f"{step:.0%} of the time."
+    )
+
+
+def refusal_sentence(printed: str) -> str:
+    """The error of the budget that is too small."""
+    lines = [line for line in printed.splitlines() if line.startswith("error: The budget of")]
+    if len(lines) != 1:
+        raise DataError(f"A budget that is too small is refused in one line; printed was: {printed[-500:]}")
+    refused, *_ = lines[0].removeprefix("error: ").partition(" The peak is at ")
+    return f"A budget that no plan fits was refused before the first step: {refused}"
+
+
+def elastic_sentence(figures: dict[str, Any]) -> str:
+    """The run from which another process took memory."""
+    above, layers = figures["steps above the budget"], figures["most layers run again"]
+    return (
+        f"Another process took memory in mid-run and gave it back. The run went on, with {above} steps above what was "
+        f"left. Up to {layers} layers ran again for a while, and none {figures['back after steps, worst']} steps after "
+        f"the memory was back. The loss differs by {figures['layers run again, loss, mean %']:+.2f} % from that of the "
+        "same run undisturbed."
+    )
+
+
+def policy_sentence(validation: dict[str, dict[str, float]], rounds: int) -> str:
+    """How often the policy was better that was trained for two minutes."""
+    learned, rule = (validation[name]["wins"] for name in ("learned", "signal-mean"))
+    tasks = validation["learned"]["tasks"]
+    return (
+        f"A policy was trained for {rounds} rounds. It is better than uniform ranks on {learned:.0f} of {tasks:.0f} "
+        f"other tasks, and the rule that it started from on {rule:.0f}. That shows that training works, not how good a "
+        "policy gets in hours: docs/train-policy.md tells."
+    )
+
+
+def main() -> None:
+    """Print the sentences."""
+    options, console = tyro.cli(Options), Console()
+    console.rule("what was seen", align="left")
+    for number, sentence in enumerate(seen(options.folder), 1):
+        console.print(f"{number}. {sentence}", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
