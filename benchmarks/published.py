@@ -118,7 +118,7 @@ def t4_rows() -> list[T4Row]:
 def compare_t4(row: T4Row) -> Compared:
     """Predict a step on a T4."""
     step = t4_step(row.model, row.attention, row.quantization)
-    predicted = _total(step, BatchShape(row.rows, row.length), row.rank)
+    predicted = total_mib(step, BatchShape(row.rows, row.length), row.rank)
     weights = float(step.memory.states.weights.sum()) * row.rank
     return Compared(row.name, predicted, row.measured, row.resident - (step.frozen_bytes + weights) / MIB)
 
@@ -155,7 +155,7 @@ def compare_peft() -> list[Compared]:
     steps = [peft_step(tuple(row["target_modules"]), row.get("use_dora", False)) for row in rows]
 
     def predicted(index: int, length: int) -> float:
-        return _total(steps[index], BatchShape(4, length), rows[index]["r"])
+        return total_mib(steps[index], BatchShape(4, length), rows[index]["r"])
 
     length = min(LENGTHS, key=lambda length: abs(predicted(0, length) - rows[0]["reserved_mib"]))
     return [Compared(row["name"], predicted(i, length), row["reserved_mib"]) for i, row in enumerate(rows)]
@@ -169,7 +169,7 @@ def peft_step(targets: tuple[str, ...], dora: bool) -> ConfiguredStep:
     return from_config("llama-3.2-3b", step, loaded)
 
 
-def _total(step: ConfiguredStep, shape: BatchShape, rank: int) -> float:
+def total_mib(step: ConfiguredStep, shape: BatchShape, rank: int) -> float:
     """MiB on the card with one rank on all target modules."""
     ranks = np.full(len(step.targets), rank)
     peak = float(moment_costs(step.memory.cost(shape), ranks).max())

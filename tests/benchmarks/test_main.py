@@ -27,6 +27,7 @@ EXPLAINED = {
     "no-sweep": ("--output", "--pack", "--quick", "--json", "best rate"),
     "control": ("--learners", "--seeds", "--quick", "--json", "nobody learned"),
     "elastic": ("--trials", "--quick", "--json", "another process"),
+    "gpu-evidence": ("--dry-run", "--only", "--json", "24 gib", "exit status is 1"),
     "worth": ("--rows", "--write", "--json", "left out", "loss-runs"),
 }
 
