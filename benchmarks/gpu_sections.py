@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 import numpy as np
 import rankpilot
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.files import write_json
 from rankpilot.cost.breakdown import frozen_bytes, frozen_sizes
@@ -248,21 +248,20 @@ AT = 3
 class ShortOfMemory(Trainer):  # type: ignore[misc]
     """May take 97 % of the peak so far in one step; without CUDA, fails once in it."""
 
-    errors = 0
+    errors, most = 0, 0
 
     def training_step(self, *given: Any, **options: Any) -> torch.Tensor:
         """The Trainer's step, with less memory in step `AT`."""
-        if self.state.global_step != AT:
-            loss: torch.Tensor = super().training_step(*given, **options)
-            return loss
         try:
+            if self.state.global_step != AT:
+                return self._taken(*given, **options)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-                share = 0.97 * torch.cuda.max_memory_allocated() / torch.cuda.mem_get_info()[1]
+                share = 0.97 * self.most / torch.cuda.mem_get_info()[1]
                 torch.cuda.set_per_process_memory_fraction(share)
             elif not self.errors:
                 raise torch.OutOfMemoryError("a dry run pretends that it is out of memory")
-            return super().training_step(*given, **options)
+            return self._taken(*given, **options)
         except torch.OutOfMemoryError:
             self.errors += 1
             raise
@@ -270,11 +269,17 @@ class ShortOfMemory(Trainer):  # type: ignore[misc]
             if torch.cuda.is_available():
                 torch.cuda.set_per_process_memory_fraction(1.0)
 
+    def _taken(self, *given: Any, **options: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*given, **options)
+        if torch.cuda.is_available() and self.state.global_step != AT:
+            self.most = max(self.most, torch.cuda.max_memory_allocated())
+        return loss
+
 
 def _trained(machine: Machine, kind: type[Trainer], steps: int, **options: Any) -> tuple[Trainer, Any]:
     """A Trainer that has made so many steps, and its callback."""
     size = machine.size(8, 512)
-    rows = list(random_loader("llama", size, 0).dataset)
+    rows = random_loader("llama", size, 0).dataset
     model = get_peft_model(machine.base(MODELS[1]), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     with TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
@@ -362,9 +367,10 @@ def quantised_reload(machine: Machine) -> list[Row]:
         machine.base(MODELS[1]).save_pretrained(f"{folder}/base")
 
         def loaded() -> Any:
-            return AutoModelForCausalLM.from_pretrained(
+            base = AutoModelForCausalLM.from_pretrained(
                 f"{folder}/base", quantization_config=settings, dtype=torch.bfloat16, device_map={"": 0}
             )
+            return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
 
         learner = Learner(loaded(), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
         set_ranks(learner.targets, {t.name: (4, 8, 16)[i % 3] for i, t in enumerate(learner.targets)}, None)
