@@ -361,7 +361,8 @@ def libraries_of_2024() -> Iterator[None]:
     """
 
     def loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
-        shifted = logits.float()[..., :-1, :].contiguous().view(-1, vocab_size)
+        whole = logits.float()  # kept until the loss is there, as theirs was
+        shifted = whole[..., :-1, :].contiguous().view(-1, vocab_size)
         return torch.nn.functional.cross_entropy(shifted, labels[..., 1:].contiguous().view(-1))
 
     def prepared(model: Any, **options: Any) -> Any:

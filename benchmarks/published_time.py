@@ -94,16 +94,21 @@ def time_rows() -> list[TimeRow]:
     return rows
 
 
+FEW = 2
+"""All layers are alike, so that two and three of them tell what any number takes."""
+
+
 @cache
-def step_of(row: TimeRow) -> ConfiguredStep:
-    """The counted step of a row: bf16, flash attention, all layers run again."""
+def step_of(row: TimeRow, layers: int) -> ConfiguredStep:
+    """The counted step of a row with so many layers: bf16, flash attention, all layers run again."""
     targets, rank = "all-linear", 64
     if row.name in QWEN:
-        sizes = QWEN[row.name]
-        config: Any = Qwen2Config(vocab_size=151936, num_key_value_heads=sizes["num_attention_heads"], **sizes)
+        sizes = QWEN[row.name] | {"vocab_size": 151936, "num_hidden_layers": layers}
+        config: Any = Qwen2Config(num_key_value_heads=sizes["num_attention_heads"], **sizes)
     else:
         config, targets, rank = find_configuration("mistral-7b-v0.1"), "q_proj,k_proj,v_proj,o_proj", 16
         config.sliding_window = None
+        config.num_hidden_layers = layers
     step = StepConfig(
         batch_size=row.rows,
         max_length=row.length,
@@ -124,13 +129,19 @@ def predicted(row: TimeRow, constants: FloatArray) -> float:
         row: as published.
         constants: the reached shares of the rates of products and of memory, and microseconds of an operator.
     """
-    step, rates = step_of(row), device_table()[CARD].rates
-    assert step.work is not None
+    rates = device_table()[CARD].rates
     assert rates is not None
     products, memory, operator = constants.tolist()
-    time = step.work.time(Rates(products * rates.flops_per_s["bf16"], memory * rates.bytes_per_s, 1e-6 * operator))
-    rank = 16 if row.name.startswith("Mistral") else 64
-    return row.batches * time.seconds(np.full(len(step.targets), rank))
+    reached = Rates(products * rates.flops_per_s["bf16"], memory * rates.bytes_per_s, 1e-6 * operator)
+    rank, layers = (64, QWEN[row.name]["num_hidden_layers"]) if row.name in QWEN else (16, 32)
+
+    def seconds(count: int) -> float:
+        step = step_of(row, count)
+        assert step.work is not None
+        return step.work.time(reached).seconds(np.full(len(step.targets), rank))
+
+    few = seconds(FEW)
+    return row.batches * (few + (layers - FEW) * (seconds(FEW + 1) - few))
 
 
 def fit(rows: Sequence[TimeRow]) -> FloatArray:
@@ -151,7 +162,7 @@ def benchmark(options: Options, console: Console) -> Figures:
     for kind in ("none", "nf4"):
         rows = [row for row in time_rows() if row.quantization == kind]
         for row in with_progress(rows, "steps"):
-            step_of(row)
+            predicted(row, np.ones(3))
         constants = fit(rows[::2])
         times = np.array([predicted(row, constants) for row in rows])
         measured = np.array([row.seconds for row in rows])

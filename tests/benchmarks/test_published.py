@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rankpilot.common.files import read_json, read_object
 
@@ -19,6 +20,7 @@ from benchmarks.published import (
     summary,
     t4_rows,
 )
+from benchmarks.published_time import judged, time_rows
 
 from ..cases import first_cases
 
@@ -83,3 +85,14 @@ def test_a_bar_that_is_missed_is_told():
     assert "**no**" not in published_page.page(rows)
     rows[0]["predicted"] *= 0.9
     assert published_page.page(rows).count("**no**") == 1
+
+
+def test_times_are_judged_by_seconds_and_by_shares():
+    found = judged(np.array([1.1, 2.2, 2.0]), np.array([1.0, 2.0, 4.0]))
+    assert found["median_error"] == pytest.approx(0.1)
+    assert found["worst_error"] == pytest.approx(0.5)
+    assert found["order_right"] == pytest.approx(2 / 3)
+    assert found["median_share_error"] == pytest.approx(1 - 2.0 / 1.1 / 4)
+    lengths = {(row.quantization, row.name): row for row in time_rows()}
+    assert len(time_rows()) == 40
+    assert lengths["nf4", "Mistral-7B"].seconds == pytest.approx(8 * 4096 / 2987.456)
