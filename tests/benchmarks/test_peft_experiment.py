@@ -35,7 +35,8 @@ def test_an_experiment_is_read_by_plain_peft(tmp_path: Path) -> None:
     with torch.device("meta"):
         base = LlamaForCausalLM(LlamaConfig(vocab_size=16, num_hidden_layers=LAYERS, **sizes))
         targets = find_target_modules(get_peft_model(base, config))
-    assert {target.block for target in targets} == set(range(LAYERS - 12, LAYERS))
+    layers = {int(re.findall(r"layers\.(\d+)\.", target.name)[0]) for target in targets}
+    assert layers == set(range(LAYERS - 12, LAYERS))
     assert {target.name.rpartition(".")[2] for target in targets} == {"gate_proj", "up_proj", "down_proj"}
 
 
@@ -44,6 +45,8 @@ def test_the_stored_experiment_keeps_the_limits() -> None:
     gib, seconds = re.findall(r"\| ([\d.]+) GiB \||\| (\d+) s \|", told)
     assert float(gib[0]) <= MOST_GIB
     assert float(seconds[1]) <= MOST_SECONDS
+    pages = (STORED.parents[2] / "docs" / "train-anywhere.md").read_text(encoding="utf-8")
+    assert f"{gib[0]} GiB and {seconds[1]} s on an L40S" in pages
     config = PeftConfig.from_pretrained(str(STORED))
     layers = config.layers_to_transform
     assert f"rank {config.r} on " in told
