@@ -151,8 +151,9 @@ def page(plan: Plan, length: int) -> str:
     return f"""# An experiment for PEFT's comparison
 
 Llama-3.2-3B on MetaMathQA: {what}.
-A plain `LoraConfig`: no gradient checkpointing, nothing of rankpilot at run time. `python -m benchmarks peft-experiment` makes this folder; copy it into
-`method_comparison/MetaMathQA/experiments/lora/` and run `python run.py -v experiments/lora/NAME` there.
+A plain `LoraConfig`: no gradient checkpointing, nothing of rankpilot at run time. `python -m benchmarks
+peft-experiment` makes this folder; copy it into `method_comparison/MetaMathQA/experiments/lora/` and run
+`python run.py -v experiments/lora/NAME` there.
 
 | on an L40S | this experiment, predicted | LoRA, rank 32 on q and v, published |
 |---|---:|---:|
