@@ -71,7 +71,7 @@ GROUPS = {
         (
             "The same runs: memory in use by `nvidia-smi`, against what is predicted to be reserved and a context "
             "of 500 MiB. Not known: what the driver kept for itself, which it counts. All rows are under by .8 to "
-            "1.2 GiB.",
+            "1.3 GiB.",
         ),
     ),
     "a100_today": Group(
