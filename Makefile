@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-long test-oldest fuzz check docs demo bench clean
+.PHONY: help setup test test-long test-oldest fuzz check docs demo bench gpu-evidence clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ bench: setup ## measure what a step costs, how its memory and time are predicted
 	$(BIN)/python -m benchmarks env-speed --json runs/bench/env_speed.json
 	$(BIN)/python -m benchmarks methods --suite quick --output runs/bench/methods
 	$(BIN)/python -m benchmarks methods-report --suite quick --rows runs/bench/methods --output runs/bench/methods/report
+
+gpu-evidence: setup ## on a CUDA card of 24 GiB: predict and measure peaks, times and more, in 40 minutes at most (DRY=--dry-run: on the CPU)
+	$(BIN)/python -m benchmarks gpu-evidence $(DRY)
 
 clean: ## remove .venv, build output and caches (keeps runs/)
 	rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -15,6 +15,8 @@ BENCHMARKS = {
     "memory": ("memory", "predicted bytes of a training step, and measured"),
     "savers": ("savers", "the same losses in fewer bytes and seconds, on a language model"),
     "published": ("published", "peaks that others measured on GPUs, and predicted"),
+    "published-time": ("published_time", "seconds of steps that others measured on a GPU, and predicted"),
+    "peft-experiment": ("peft_experiment", "a plan for PEFT's own comparison, and what its row should show"),
     "env-speed": ("env_speed", "speed of stacked episodes, beside PEFT"),
     "methods": ("methods.run", "adaptive and static ranks side by side, on real models, each tuned alike"),
     "methods-report": ("methods.report", "tables, figures and answers from the stored rows of methods"),
@@ -23,6 +25,7 @@ BENCHMARKS = {
     "no-sweep": ("no_sweep", "one run of rankpilot at its own rate beside plain LoRA at its best rate"),
     "control": ("control", "who corrects a wrong learning rate best while a run goes"),
     "elastic": ("elastic", "another process takes memory in the middle of runs, and gives it back"),
+    "gpu-evidence": ("gpu_evidence", "what is claimed of CUDA, predicted and measured on the card that is here"),
     "worth": ("worth", "what a plan is worth: fitted on real fine-tunes, judged on those left out"),
 }
 """The module of each benchmark and what it measures; a module has `Options` and `benchmark(options, console)`."""

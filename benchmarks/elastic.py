@@ -50,6 +50,18 @@ for line in iter(sys.stdin.readline, ""):
 """
 """A process that takes as many bytes as each line of its input says."""
 
+ON_CUDA = """
+import sys, torch
+taken = torch.zeros(1, device="cuda")
+print("here", flush=True)
+for line in iter(sys.stdin.readline, ""):
+    taken = None
+    torch.cuda.empty_cache()
+    taken = torch.empty(int(line) + 1, dtype=torch.uint8, device="cuda")
+    print("taken", flush=True)
+"""
+"""A process that takes as many bytes of the GPU as each line of its input says."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:

@@ -152,7 +152,9 @@ class Learner:
             self.model = get_peft_model(base, config).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         # Fused, without decay: the Trainer's defaults.
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            self.parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True
+        )
         # A hook, so that the meter of a step counts it.
         self.optimizer.register_step_post_hook(lambda *_: self._own(self.on_optimizer_step))
         self.steps: int = 0

@@ -6,14 +6,18 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from peft import prepare_model_for_kbit_training
+from rankpilot.common.files import write_json, write_text
 from rankpilot.common.text import make_table
 from rankpilot.cost.breakdown import frozen_sizes
 from rankpilot.cost.cost import moment_costs
@@ -22,8 +26,11 @@ from rankpilot.cost.outlook import CardUse, card_use
 from rankpilot.cost.published import find_configuration, find_device_spec
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
+from rankpilot.errors import ConfigError
 from rich.console import Console
+from transformers.loss.loss_utils import LOSS_MAPPING
 
+from . import published_page
 from .harness import Figures, with_progress
 
 FOLDER = Path(__file__).with_name("published_peaks")
@@ -118,7 +125,7 @@ def t4_rows() -> list[T4Row]:
 def compare_t4(row: T4Row) -> Compared:
     """Predict a step on a T4."""
     step = t4_step(row.model, row.attention, row.quantization)
-    predicted = _total(step, BatchShape(row.rows, row.length), row.rank)
+    predicted = total_mib(step, BatchShape(row.rows, row.length), row.rank)
     weights = float(step.memory.states.weights.sum()) * row.rank
     return Compared(row.name, predicted, row.measured, row.resident - (step.frozen_bytes + weights) / MIB)
 
@@ -149,27 +156,23 @@ def t4_step(model: str, attention: str, quantization: Any) -> ConfiguredStep:
     )
 
 
-def compare_peft() -> list[Compared]:
-    """Predict the runs of PEFT's benchmark; the length of their longest batch is fitted on the first."""
-    rows = json.loads((FOLDER / "peft_llama32_3b.json").read_text())["rows"]
-    steps = [peft_step(tuple(row["target_modules"]), row.get("use_dora", False)) for row in rows]
-
-    def predicted(index: int, length: int) -> float:
-        return _total(steps[index], BatchShape(4, length), rows[index]["r"])
-
-    length = min(LENGTHS, key=lambda length: abs(predicted(0, length) - rows[0]["reserved_mib"]))
-    return [Compared(row["name"], predicted(i, length), row["reserved_mib"]) for i, row in enumerate(rows)]
-
-
 @cache
-def peft_step(targets: tuple[str, ...], dora: bool) -> ConfiguredStep:
+def peft_step(
+    targets: tuple[str, ...], dora: bool, length: int = LENGTHS.stop, *, counted: bool = False
+) -> ConfiguredStep:
     """The training step of a run of PEFT's benchmark."""
-    step = StepConfig(batch_size=4, max_length=LENGTHS.stop, target_modules=",".join(targets), exact_savers=False)
+    step = StepConfig(
+        batch_size=4,
+        max_length=length,
+        target_modules=",".join(targets),
+        gradient_checkpointing=False,
+        exact_savers=False,
+    )
     loaded = LoadedAs(padded=True, keeps_output=True, adapter={"use_dora": True} if dora else {})
-    return from_config("llama-3.2-3b", step, loaded)
+    return from_config("llama-3.2-3b", step, loaded, counted=counted)
 
 
-def _total(step: ConfiguredStep, shape: BatchShape, rank: int) -> float:
+def total_mib(step: ConfiguredStep, shape: BatchShape, rank: int) -> float:
     """MiB on the card with one rank on all target modules."""
     ranks = np.full(len(step.targets), rank)
     peak = float(moment_costs(step.memory.cost(shape), ranks).max())
@@ -229,6 +232,12 @@ class Reserved:
         )
         return replace(self.use, device=device).verdict == measured.verdict
 
+    def is_clear(self, card_mib: float) -> bool:
+        """Whether the published figures leave no doubt about a card of this size."""
+        context = self.use.context_bytes / MIB
+        taken = (self.row.reserved + context, self.row.measured + context)
+        return all(abs(size / card_mib - 1) >= CLEAR for size in taken)
+
 
 def reserve_on_t4(row: T4Row) -> Reserved:
     """Predict what a step on a T4 takes; torch's AdamW with its defaults copies all adapters for a while."""
@@ -240,14 +249,24 @@ def reserve_on_t4(row: T4Row) -> Reserved:
     return Reserved(row, card_use(memory, ranks, _loaded(step), find_device_spec("T4"), shape=shape))
 
 
-def right_verdicts(rows: Sequence[Reserved]) -> tuple[int, int]:
-    """Right verdicts, and all verdicts, over `SMALLER_CARDS_MIB`."""
-    right = [row.verdict_is_right(size) for row in rows for size in SMALLER_CARDS_MIB]
-    return sum(right), len(right)
+CLEAR = 0.03
+"""From this share of a card on, its distance from what a step takes lets a verdict be judged."""
 
 
-def reserve_of_peft() -> list[Compared]:
-    """Predict the runs of PEFT's benchmark; the length of their longest batch is fitted on the first."""
+def right_verdicts(rows: Sequence[Reserved], *, clear: bool = False) -> tuple[int, int]:
+    """Right verdicts, and all verdicts, over `SMALLER_CARDS_MIB`.
+
+    Args:
+        rows: the steps.
+        clear: only those of cards from which the published figures, with and without what is reserved, are a share of
+            `CLEAR` or more away.
+    """
+    pairs = [(row, size) for row in rows for size in SMALLER_CARDS_MIB if not clear or row.is_clear(size)]
+    return sum(row.verdict_is_right(size) for row, size in pairs), len(pairs)
+
+
+def reserve_of_peft() -> tuple[int, list[Compared]]:
+    """Predict the runs of PEFT's benchmark, with the length of their longest batch, which is fitted on the first."""
     rows = json.loads((FOLDER / "peft_llama32_3b.json").read_text())["rows"]
 
     def predicted(row: dict[str, Any], length: int) -> float:
@@ -257,7 +276,104 @@ def reserve_of_peft() -> list[Compared]:
         return use.reserved_bytes / MIB
 
     length = min(LENGTHS, key=lambda length: abs(predicted(rows[0], length) - rows[0]["reserved_mib"]))
-    return [Compared(row["name"], predicted(row, length), row["reserved_mib"]) for row in rows]
+    return length, [Compared(row["name"], predicted(row, length), row["reserved_mib"]) for row in rows]
+
+
+@dataclass(frozen=True)
+class A100Row:
+    """One run of Mistral-7B on an A100 of 80 GB, rows of 4,096 tokens; bytes in MiB.
+
+    Attributes:
+        quantization: none or nf4.
+        rows: of the batch.
+        measured: the peak of what was allocated.
+        in_use: of the card as `nvidia-smi` tells, CUDA context included.
+    """
+
+    quantization: str
+    rows: int
+    measured: float
+    in_use: float
+
+    @property
+    def name(self) -> str:
+        """Model and setting, for people."""
+        return f"Mistral-7B-v0.1 {self.quantization} {self.rows} x {A100_LENGTH}"
+
+
+A100_LENGTH, A100_RANK = 4096, 16
+
+
+def a100_rows() -> list[A100Row]:
+    """All published runs on an A100."""
+    with (FOLDER / "a100_peaks.csv").open() as file:
+        return [
+            A100Row(
+                quantization=row["quant"] or "none",
+                rows=int(row["batch"]),
+                measured=1024 * float(row["peak_gib_alloc"]),
+                in_use=1024 * float(row["peak_gib_reserved"]),
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def compare_a100(row: A100Row, *, then: bool = True) -> tuple[Compared, Compared]:
+    """Predict what a run allocates, and what it takes of the card.
+
+    Args:
+        row: as published.
+        then: as the libraries of 2024 ran it; else as today's do.
+    """
+    step = a100_step(row.quantization, then)
+    ranks, shape = np.full(len(step.targets), A100_RANK), BatchShape(row.rows, A100_LENGTH)
+    use = card_use(step.memory, ranks, _loaded(step), find_device_spec("A100 80GB"), shape=shape)
+    in_use = (use.reserved_bytes + use.context_bytes) / MIB
+    allocated = Compared(row.name, total_mib(step, shape, A100_RANK), row.measured)
+    return allocated, Compared(row.name, in_use, row.in_use)
+
+
+@cache
+def a100_step(quantization: Any, then: bool) -> ConfiguredStep:
+    """The training step of a setting."""
+    config = find_configuration("mistral-7b-v0.1")
+    config.sliding_window = None  # as long as the rows, so that flash attention needs no mask
+    step = StepConfig(
+        batch_size=8,
+        max_length=A100_LENGTH,
+        target_modules="q_proj,k_proj,v_proj,o_proj",
+        quantization=quantization,
+        gradient_checkpointing=True,
+        exact_savers=False,
+        bf16=True,
+    )
+    loaded = LoadedAs(dtype=torch.bfloat16, adapter={"lora_dropout": 0.1})
+    with libraries_of_2024() if then else nullcontext():
+        return from_config(config, step, loaded)
+
+
+@contextmanager
+def libraries_of_2024() -> Iterator[None]:
+    """Let steps run as transformers 4.46 to 4.49 and TRL 0.11 ran them.
+
+    The loss copied all logits but the last in fp32, while those in half precision were still there; and TRL cast
+    embeddings and output layer back to bf16 after PEFT had prepared a model in four bits.
+    """
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
+        whole = logits.float()  # kept until the loss is there, as theirs was
+        shifted = whole[..., :-1, :].contiguous().view(-1, vocab_size)
+        return torch.nn.functional.cross_entropy(shifted, labels[..., 1:].contiguous().view(-1))
+
+    def prepared(model: Any, **options: Any) -> Any:
+        model = prepare_model_for_kbit_training(model, **options)
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            part.to(torch.bfloat16)
+        return model
+
+    name = "rankpilot.cost.from_config.prepare_model_for_kbit_training"
+    with patch.dict(LOSS_MAPPING, ForCausalLM=loss), patch(name, prepared):
+        yield
 
 
 @cache
@@ -282,31 +398,52 @@ print(json.dumps([time.process_time() - before, resource.getrusage(resource.RUSA
 class Options:
     """Predict published peaks of LoRA fine-tunes from configurations alone, without a GPU.
 
-    The peaks are of 43 steps on a Tesla T4 (fitcheck-llm, MIT licence) and of PEFT's benchmark of Llama-3.2-3B on an
-    L40S, where the length of the longest batch is fitted on the first run. Two more models are timed: CPU seconds and
-    resident memory of a fresh process.
+    The peaks are of 43 steps on a Tesla T4 (fitcheck-llm, MIT licence), of PEFT's benchmark of Llama-3.2-3B on an
+    L40S, where the length of the longest batch is fitted on the first run, and of four runs of Mistral-7B on an A100
+    (fms-acceleration, Apache-2.0). Two more models are timed: CPU seconds and resident memory of a fresh process.
 
     Attributes:
         quick: under a minute: a few small models.
         json: also write the figures to this file, as flat JSON with names like "t4.mean_percent".
+        page: also store all rows, and write the page that is made of them to this file.
     """
 
     quick: bool = False
     json: Path | None = None
+    page: Path | None = None
 
 
 def benchmark(options: Options, console: Console) -> Figures:
-    """Predict, print the tables, and return all figures."""
-    rows = quick_rows(t4_rows()) if options.quick else t4_rows()
-    on_t4 = [compare_t4(row) for row in with_progress(rows, "steps on a T4")]
+    """Predict, print the tables, and return all figures.
+
+    Raises:
+        ConfigError: a page of a few rows is asked for.
+    """
+    if options.quick and options.page:
+        raise ConfigError("--page is made of all rows: leave out --quick.")
+    t4 = quick_rows(t4_rows()) if options.quick else t4_rows()
+    on_t4 = [compare_t4(row) for row in with_progress(t4, "steps on a T4")]
     figures = _report("t4", "Steps on a T4, MiB allocated", on_t4, console)
     _, _, under = summary(run.error_with_left for run in on_t4)
     console.print(f"With what loading left, none is under by more than {max(-under, 0):.2f} %.", highlight=False)
     figures["t4.under_with_left_percent"] = under
-    figures |= _report_reserve([reserve_on_t4(row) for row in rows], console)
+    reserved = [reserve_on_t4(row) for row in t4]
+    figures |= _report_reserve(reserved, console)
     if not options.quick:
-        figures |= _report("peft", "PEFT's Llama-3.2-3B on an L40S, MiB allocated", compare_peft(), console)
-        figures |= _report("peft_reserved", "The same, MiB reserved", reserve_of_peft(), console)
+        length, on_l40s = reserve_of_peft()
+        title = f"PEFT's Llama-3.2-3B on an L40S, MiB reserved; {length} tokens were fitted on the first"
+        figures |= _report("peft_reserved", title, on_l40s, console) | {"peft_reserved.fitted_tokens": length}
+        a100 = [compare_a100(row) for row in a100_rows()]
+        today = [compare_a100(row, then=False)[0] for row in a100_rows()]
+        figures |= _report("a100", "Mistral-7B on an A100, MiB allocated", [one for one, _ in a100], console)
+        figures |= _report("a100_in_use", "The same, MiB of the card in use", [two for _, two in a100], console)
+        figures |= _report("a100_today", "The same, MiB allocated by today's libraries", today, console)
+    if options.page:
+        rows = [*_stored("t4", on_t4), *_stored_reserves(reserved), *_stored(f"l40s_reserved {length}", on_l40s)]
+        rows += [*_stored("a100", [one for one, _ in a100]), *_stored("a100_in_use", [two for _, two in a100])]
+        rows += _stored("a100_today", today)
+        write_json(published_page.ROWS, rows)
+        write_text(options.page, published_page.page(rows))
     for model in TIMED[:1] if options.quick else TIMED:
         seconds, gib = timed(model)
         console.print(f"{model}: {seconds:.1f} s of CPU, {gib:.2f} GiB resident", highlight=False)
@@ -314,7 +451,24 @@ def benchmark(options: Options, console: Console) -> Figures:
     return figures
 
 
-def _report(key: str, title: str, runs: list[Compared], console: Console) -> Figures:
+def _stored(group: str, runs: Sequence[Compared]) -> list[published_page.StoredRow]:
+    return [
+        {"group": group, "name": run.name, "predicted": round(run.predicted, 1), "measured": run.measured}
+        for run in runs
+    ]
+
+
+def _stored_reserves(runs: Sequence[Reserved]) -> list[published_page.StoredRow]:
+    """The same of reserves on a T4, each with its right verdicts and all, and those of clear cases."""
+    rows = []
+    for run in runs:
+        (row,) = _stored(f"t4_reserved {run.row.quantization}", [run.compared])
+        row["verdicts"] = [*right_verdicts([run]), *right_verdicts([run], clear=True)]
+        rows.append(row)
+    return rows
+
+
+def _report(key: str, title: str, runs: Sequence[Compared], console: Console) -> Figures:
     lines = [(run.name, f"{run.predicted:.0f}", f"{run.measured:.0f}", f"{100 * run.error:+.2f}") for run in runs]
     console.print(make_table(title, ("run", "predicted", "measured", "error, %"), lines))
     mean, worst, under = summary(run.error for run in runs)
@@ -329,12 +483,14 @@ def _report_reserve(runs: list[Reserved], console: Console) -> Figures:
         of_kind = [run.compared for run in runs if run.kind == kind]
         figures |= _report(f"t4_reserved.{kind.replace(' ', '_')}", f"MiB reserved: {kind}", of_kind, console)
     right = sum(run.verdict_is_right(CARD_MIB) for run in runs)
-    on_smaller, of = right_verdicts(runs)
+    (on_smaller, of), (clear, of_clear) = right_verdicts(runs), right_verdicts(runs, clear=True)
     console.print(
-        f"verdicts for {CARD_MIB:,} MiB: {right} of {len(runs)} right; for smaller cards {on_smaller} of {of}",
+        f"verdicts for {CARD_MIB:,} MiB: {right} of {len(runs)} right; for smaller cards {on_smaller} of {of}, "
+        f"{clear} of the {of_clear} whose figures are {100 * CLEAR:.0f} % or more from the card",
         highlight=False,
     )
-    return figures | {"t4_verdicts.wrong": len(runs) - right, "t4_verdicts.smaller_right_share": on_smaller / of}
+    shares = {"t4_verdicts.smaller_right_share": on_smaller / of, "t4_verdicts.clear_right_share": clear / of_clear}
+    return figures | {"t4_verdicts.wrong": len(runs) - right} | shares
 
 
 def timed(model: str) -> tuple[float, float]:

@@ -60,13 +60,14 @@ class Options:
     json: Path | None = None
 
 
-class _Timed:
+class TimedModel:
     """A model whose step can be timed under any plan, and the prediction of its time."""
 
     def __init__(self, family: Family, size: Size, base: PreTrainedModel, seed: int, *, recompute: bool) -> None:
         base.config.use_cache = False
         self.learner = Learner(base, LoraConfig(**LORA[family]))
-        self.batch = next(iter(random_loader(family, size, seed, batches=1)))
+        batch = next(iter(random_loader(family, size, seed, batches=1)))
+        self.batch = {name: values.to(base.device) for name, values in batch.items()}
         self.targets = self.learner.targets
         self.recomputation = Recomputation(self.learner.model) if recompute else None
         take = self.recomputation.take if self.recomputation else None
@@ -139,7 +140,7 @@ def accuracy(predicted: FloatArray, measured: FloatArray) -> Figures:
     }
 
 
-def predicted_and_measured(case: _Timed, plans: int, rounds: int) -> Figures:
+def predicted_and_measured(case: TimedModel, plans: int, rounds: int) -> Figures:
     """How well random plans of one model are predicted, in seconds and as shares of a step of plain LoRA.
 
     Shares do not depend on the machine's pace, which changes between the timed steps that predict and those that judge.
@@ -154,7 +155,7 @@ def predicted_and_measured(case: _Timed, plans: int, rounds: int) -> Figures:
     return accuracy(predicted[:-1], measured[:-1]) | {"median_share_error": shares["median_error"]}
 
 
-def kept(case: _Timed, rounds: int, generator: np.random.Generator) -> Figures:
+def kept(case: TimedModel, rounds: int, generator: np.random.Generator) -> Figures:
     """The time of a plan under the budget as a share of plain LoRA's, predicted and measured."""
     first = TimeLimit(case.time, TimeBudget.parse(BUDGET).resolve(case.time, case.most))
     cost = ParameterCost.of(case.targets)
@@ -177,7 +178,7 @@ def kept(case: _Timed, rounds: int, generator: np.random.Generator) -> Figures:
     return {"share": share, "predicted_share": guess, "modules": int((ranks > 0).sum()), "mean_rank": ranks.mean()}
 
 
-def _random_case(index: int, quick: bool) -> tuple[str, _Timed]:
+def _random_case(index: int, quick: bool) -> tuple[str, TimedModel]:
     """A random model of a random size, and what it is, for people."""
     generator = np.random.default_rng(index)
     family = FAMILIES[index % len(FAMILIES)]
@@ -186,17 +187,19 @@ def _random_case(index: int, quick: bool) -> tuple[str, _Timed]:
     size = Size(4, 128, 512, 4, 64) if quick else Size(layers, width, 2048, rows, length)
     base = random_model(family, size, index)
     name = f"{family} {size.layers} x {size.width}, batch {size.rows} x {size.length}"
-    return name, _Timed(family, size, base, index, recompute=False)
+    return name, TimedModel(family, size, base, index, recompute=False)
 
 
-def _cases(quick: bool) -> dict[str, Callable[[], _Timed]]:
+def _cases(quick: bool) -> dict[str, Callable[[], TimedModel]]:
     if quick:
         size = Size(layers=6, width=128, vocabulary=1024, rows=4)
-        return {"llama-6x128": lambda: _Timed("llama", size, random_model("llama", size, 0), 0, recompute=True)}
+        return {"llama-6x128": lambda: TimedModel("llama", size, random_model("llama", size, 0), 0, recompute=True)}
     deep, wide = Size(layers=30, width=256), Size(vocabulary=30_000)
     return {
-        LLAMA: lambda: _Timed("llama", deep, random_model("llama", deep, 0), 0, recompute=True),
-        MINILM: lambda: _Timed("bert", wide, load_model(MINILM, "classification", ("0", "1"), None), 0, recompute=True),
+        LLAMA: lambda: TimedModel("llama", deep, random_model("llama", deep, 0), 0, recompute=True),
+        MINILM: lambda: TimedModel(
+            "bert", wide, load_model(MINILM, "classification", ("0", "1"), None), 0, recompute=True
+        ),
     }
 
 

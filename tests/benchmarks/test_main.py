@@ -18,7 +18,9 @@ EXPLAINED = {
     "step-time": ("--plans", "--models", "--quick", "--json", "minilm", "cpu time"),
     "memory": ("--quick", "--json", "--device", "--seed", "checkpointing", "guard"),
     "savers": ("--rounds", "--batches", "--bf16", "--json", "saver", "cache"),
-    "published": ("--quick", "--json", "t4", "fitcheck", "configurations"),
+    "published": ("--quick", "--json", "--page", "t4", "fitcheck", "configurations"),
+    "published-time": ("--json", "a100", "held rows", "every second row"),
+    "peft-experiment": ("--output", "--json", "16 gib", "row should show"),
     "env-speed": ("--quick", "--json", "stacked", "cpu time", "peft"),
     "methods": ("--suite", "--workers", "--pack", "--json", "paired seeds", "tuning seeds"),
     "methods-report": ("--suite", "--rows", "--json", "stored rows", "bootstrap"),
@@ -27,6 +29,7 @@ EXPLAINED = {
     "no-sweep": ("--output", "--pack", "--quick", "--json", "best rate"),
     "control": ("--learners", "--seeds", "--quick", "--json", "nobody learned"),
     "elastic": ("--trials", "--quick", "--json", "another process"),
+    "gpu-evidence": ("--dry-run", "--only", "--json", "24 gib", "exit status is 1"),
     "worth": ("--rows", "--write", "--json", "left out", "loss-runs"),
 }
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import numpy as np
+import pytest
+from rankpilot.common.files import read_json, read_object
+
+from benchmarks import published_page
 from benchmarks.published import (
     CARD_MIB,
+    a100_rows,
+    compare_a100,
     compare_t4,
     quick_rows,
     reserve_on_t4,
@@ -13,6 +20,7 @@ from benchmarks.published import (
     summary,
     t4_rows,
 )
+from benchmarks.published_time import judged, time_rows
 
 from ..cases import first_cases
 
@@ -42,3 +50,49 @@ def test_published_reserves_and_verdicts_are_predicted(model, setting):
     assert run.verdict_is_right(CARD_MIB)
     right, of = right_verdicts([run])
     assert right / of >= 0.9
+
+
+@pytest.mark.long
+def test_published_runs_on_an_a100_are_predicted_as_the_libraries_of_their_time_ran_them():
+    rows = a100_rows()
+    assert [(row.quantization, row.rows) for row in rows] == [("none", 4), ("none", 8), ("nf4", 4), ("nf4", 8)]
+    for row in rows:
+        allocated, in_use = compare_a100(row)
+        assert 0 < allocated.error <= 0.01
+        assert -0.06 <= in_use.error < 0
+
+
+ROOT = Path(__file__).parents[2]
+STORED = read_json(published_page.ROWS)
+
+
+def test_the_page_is_made_of_stored_rows():
+    assert published_page.page(STORED) == (ROOT / "docs" / "published-memory.md").read_text(encoding="utf-8")
+
+
+def test_stored_rows_and_stored_figures_are_of_one_run():
+    found = read_object(ROOT / "benchmarks" / "results" / "published.json")
+    for group in ("t4", "a100", "a100_in_use", "a100_today", f"l40s_reserved {found['peft_reserved.fitted_tokens']}"):
+        rows = [row for row in STORED if row["group"] == group]
+        key = "peft_reserved" if group.startswith("l40s") else group
+        mean, worst, _ = summary(row["predicted"] / row["measured"] - 1 for row in rows)
+        assert mean == pytest.approx(found[f"{key}.mean_percent"], abs=0.01)
+        assert worst == pytest.approx(found[f"{key}.worst_percent"], abs=0.01)
+
+
+def test_a_bar_that_is_missed_is_told():
+    rows = [{**row, "predicted": row["measured"]} for row in STORED]
+    assert "**no**" not in published_page.page(rows)
+    rows[0]["predicted"] *= 0.9
+    assert published_page.page(rows).count("**no**") == 1  # it is under by more than the bar of its kind
+
+
+def test_times_are_judged_by_seconds_and_by_shares():
+    found = judged(np.array([1.1, 2.2, 2.0]), np.array([1.0, 2.0, 4.0]))
+    assert found["median_error"] == pytest.approx(0.1)
+    assert found["worst_error"] == pytest.approx(0.5)
+    assert found["order_right"] == pytest.approx(2 / 3)
+    assert found["median_share_error"] == pytest.approx(1.2)  # of 0, 1.2 and 1.2
+    lengths = {(row.quantization, row.name): row for row in time_rows()}
+    assert len(time_rows()) == 40
+    assert lengths["nf4", "Mistral-7B"].seconds == pytest.approx(8 * 4096 / 2987.456)

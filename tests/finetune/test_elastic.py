@@ -21,23 +21,11 @@ from rankpilot.finetune.run import TrainingRun
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, Trainer, default_data_collator
 
-from benchmarks.elastic import Other, other_process
+from benchmarks.elastic import ON_CUDA, Other, other_process
 
 from .tiny_runs import Recorder, adapted, arguments, counting, logits, ranks_of, take_step
 
 MIB, CPU = 2**20, torch.device("cpu")
-
-ON_CUDA = """
-import sys, torch
-taken = torch.zeros(1, device="cuda")
-print("here", flush=True)
-for line in iter(sys.stdin.readline, ""):
-    taken = None
-    torch.cuda.empty_cache()
-    taken = torch.empty(int(line) + 1, dtype=torch.uint8, device="cuda")
-    print("taken", flush=True)
-"""
-"""A process that takes as many bytes of the GPU as each line of its input says."""
 
 
 class Loop:
