@@ -21,10 +21,9 @@ from typing import Any, Literal
 
 import torch
 from torch.nn import functional
-from torch.utils._pytree import tree_map
 
 from ..common.devices import META_AUTOCAST
-from .live_storages import META_STANDS_FOR, DeviceKind
+from .live_storages import META_STANDS_FOR, DeviceKind, tensors_in
 
 ATEN = torch.ops.aten
 
@@ -333,10 +332,15 @@ class Autocast:
     def _all_to(
         self, given: tuple[tuple[Any, ...], dict[str, Any]], dtype: torch.dtype
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        result: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(
-            lambda value: self._to(value, dtype) if _castable(value) else value, given
-        )
-        return result
+        arguments, options = given
+        cast = partial(self._cast, dtype=dtype)
+        return tuple(map(cast, arguments)), {name: cast(value) for name, value in options.items()}
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        """An argument of an operator: a tensor, a list of some, or something else, which stays."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._cast(each, dtype) for each in value)
+        return self._to(value, dtype) if _castable(value) else value
 
     def _to(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The tensor in another precision; a parameter that trains is cast once in each forward pass."""
@@ -356,9 +360,9 @@ def _castable(value: Any) -> bool:
 
 def _widest(given: tuple[tuple[Any, ...], dict[str, Any]]) -> torch.dtype | None:
     """fp32 if a tensor among the arguments has it."""
-    dtypes: set[torch.dtype] = set()
-    tree_map(lambda value: dtypes.add(value.dtype) if _castable(value) else None, given)
-    return torch.float32 if torch.float32 in dtypes else None
+    arguments, options = given
+    tensors = filter(_castable, tensors_in([*arguments, *options.values()]))
+    return torch.float32 if any(tensor.dtype == torch.float32 for tensor in tensors) else None
 
 
 @cache
