@@ -35,9 +35,14 @@ def test_pages_claim_what_the_stored_rows_say(figures: Figures, name: str) -> No
         assert f"| {value:+.2f} % ({low:+.2f} to {high:+.2f}) | {worst:+.1f} % | {taken}" in page
 
 
+def _rounded(value: float) -> float:
+    """To one digit, without a negative zero."""
+    return round(value, 1) + 0.0
+
+
 def test_the_readme_claims_what_control_does(figures: Figures) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    costs = [figures[f"{side} at {at}: value"] for at in ("0.25", "4") for side in ("plain", "controlled")]
+    costs = [_rounded(figures[f"{side} at {at}: value"]) for at in ("0.25", "4") for side in ("plain", "controlled")]
     told = "costs {:.1f} % left alone and {:.1f} % corrected, four times the right one {:.1f} % and {:.1f} %;"
     assert told.format(*costs) in " ".join(readme.split())
     assert f"the right one itself loses {figures['controlled at 1: value']:.1f} %" in readme
@@ -47,7 +52,7 @@ def test_the_page_of_control_claims_what_the_stored_rows_say(figures: Figures) -
     page = (ROOT / "docs" / "control.md").read_text(encoding="utf-8")
     for factor, words in ((0.25, "a quarter of the rule's"), (1.0, "the rule's"), (4.0, "four times the rule's")):
         alone, corrected = (
-            f"{figures[f'{side} at {factor:g}: value']:+.1f} % (worst {figures[f'{side} at {factor:g}: worst']:.1f})"
+            f"{_rounded(figures[f'{side} at {factor:g}: value']):+.1f} % (worst {figures[f'{side} at {factor:g}: worst']:.1f})"
             for side in ("plain", "controlled")
         )
         assert f"| {words} | {alone} | {corrected}" in page
