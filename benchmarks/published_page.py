@@ -44,7 +44,7 @@ _RESERVED = (
 )
 _A100 = (
     "Source: the reference figures of fms-acceleration (Apache-2.0), without its fused kernels. LoRA of rank 16 on "
-    "q, k, v and o, dropout .1, bf16 or nf4, packed rows of 4,096 tokens, flash attention, gradient checkpointing; "
+    "q, k, v and o, dropout 0.1, bf16 or nf4, packed rows of 4,096 tokens, flash attention, gradient checkpointing; "
     "torch 2.4.",
     "Fitted: no number, but two habits of the libraries of that time were looked for with these rows and found in "
     "their sources. The loss of transformers 4.46 to 4.49 copies all logits but the last in fp32 while those in "
@@ -70,7 +70,7 @@ GROUPS = {
         "A100 80 GB, in use",
         (
             "The same runs: memory in use by `nvidia-smi`, against what is predicted to be reserved and a context "
-            "of 500 MiB. Not known: what the driver kept for itself, which it counts. All rows are under by .8 to "
+            "of 500 MiB. Not known: what the driver kept for itself, which it counts. All rows are under by 0.8 to "
             "1.3 GiB.",
         ),
     ),
