@@ -29,7 +29,7 @@ def test_rankpilot_changes_real_ranks_in_the_budget_of_rank_eight(family: Family
         trained = sum(p.numel() for p in method.model.parameters() if p.requires_grad)
         assert trained <= sum(p.numel() for p in plain.parameters)
     changed = [step for step in range(1, 36) if history[step] != history[step - 1]]
-    assert changed
+    assert {*history} != {(8,) * len(history[0])}, "no decision has moved a rank"
     assert set(changed) <= {10, 20, 30}
     assert method.controller.decision == 4
     assert method.setup_seconds > 0

@@ -360,7 +360,7 @@ def test_what_is_expected_before_training(tmp_path: Path) -> None:
 
 def run_of(folder: Path, model: nn.Module) -> Any:
     """A run of two epochs that begins."""
-    replicas = SimpleNamespace(processes=SimpleNamespace(count=1))
+    replicas = SimpleNamespace(processes=SimpleNamespace(count=1), sharded=False)
     run = SimpleNamespace(evaluations=None, epochs=2.0, folder=folder, dataset=[0], model=model, wrapped=model)
     run.replicas = replicas
     run.small_batches, run.measured = None, lambda work: [5]

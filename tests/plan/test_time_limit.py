@@ -137,7 +137,7 @@ def test_second_runs_that_fit_no_plan() -> None:
     limit = TimeLimit(step_time(), 9.0, everything)
     with pytest.raises(BudgetError, match=r"9 s a step is too short for any plan .* takes 9.11 s, with the gradient"):
         limit.choose(problem_of(limit), uniform_ranks)
-    with pytest.raises(BudgetError, match=r"smallest adapter takes 9\.11 s"):
+    with pytest.raises(BudgetError, match=r"The smallest takes 9\.11 s"):
         limit.check(problem_of(limit))
     TimeLimit(step_time(), 9.2, everything).check(problem_of(limit))
 

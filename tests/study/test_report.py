@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rankpilot.common.files import read_json
 from rankpilot.common.text import layer_titles
 from rankpilot.cost.breakdown import KINDS, LOSS, Breakdown
+from rankpilot.cost.from_config import Shards
 from rankpilot.cost.outlook import CardUse, Choice, GridCell, MeasuredStep
 from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.recording import BatchShape
@@ -81,6 +82,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
     return SimpleNamespace(
         step=SimpleNamespace(parameters=30e6, frozen_bytes=90 * MIB, targets=targets, saved=SAVED, fused=0, named=()),
         memory=SimpleNamespace(shape=SHAPE),
+        shards=Shards(),
         settings=MemoryConfig("some/model"),
         facts={} if card else {"model": "some/model", "task": "classification", "device": "cpu"},
         card=CARD if card else None,
