@@ -480,7 +480,12 @@ class Outlook:
         taken = self.card.memory_bytes - self.room
         plain = self._free.memory.recomputing(()).peak(self._plain, shape)
         step = self._free if plain <= room else self._lean or self._free
-        chosen = fewest_recomputed(step.memory, ranks, room, shape)
+        asked = shape == self.memory.shape  # as it is priced above, with the allocator's reserve for this very choice
+        chosen = (
+            self.fitting(self.blocks, self.rank).recomputed
+            if asked
+            else fewest_recomputed(step.memory, ranks, room, shape)
+        )
         peak = step.memory.recomputing(chosen).peak(ranks, shape)
         total = (peak + taken) * (1 + self._reserve_share)
         return GridCell(shape, len(chosen) if peak <= room else None, step is not self._free, total)

@@ -111,6 +111,8 @@ def test_a_narrow_card_recomputes_some_layers() -> None:
     assert best.use.total_bytes <= outlook.card.memory_bytes < none.use.total_bytes
     fewer = outlook.choice(LAYERS, 8, best.recomputed[:-1])
     assert fewer.use.verdict != "fits", "one layer less is too much"
+    (asked,) = (cell for cell in outlook.grid if cell.shape == outlook.memory.shape)
+    assert asked.recomputed == len(best.recomputed), "the table of batches says the same"
 
 
 def test_nothing_fits_a_card_that_the_model_fills() -> None:
