@@ -34,7 +34,7 @@ docs: $(VENV)/.installed-docs ## make the pages of docs/ in build/docs, where a 
 	@echo "The pages are in build/docs/index.html."
 
 SEEN := runs/demo
-DEMO := all-minilm-l6-v2 rotten-tomatoes --max-steps 100 --per-device-train-batch-size 16 --max-length 48 --held-out-rows 400 --eval-steps 50 --resume
+DEMO := all-minilm-l6-v2 rotten-tomatoes --max-steps 60 --per-device-train-batch-size 16 --max-length 48 --held-out-rows 400 --eval-steps 20 --resume
 demo: $(VENV)/.installed-demo ## an 8B on a card, a fine-tune beside plain LoRA, memory that is taken away, a policy trained (goes on where it was interrupted)
 	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --output $(SEEN)/memory
 	$(BIN)/rankpilot finetune $(DEMO) --goal bytes --compare-all-linear --output $(SEEN)/saves

@@ -60,7 +60,7 @@ def saves_sentence(runs: dict[str, dict[str, Any]]) -> str:
     return (
         f"The fine-tune with savers ended at a held-out loss of {ours['held_out_loss']:.4f}, plain LoRA at the rate of "
         f"the rule at {plain['held_out_loss']:.4f}: {loss - 1:+.1%}, with one seed. Its steps peaked at "
-        f"{format_bytes(ours['peak_bytes'])} in place of {format_bytes(plain['peak_bytes'])} ({peak:.0%}), and took "
+        f"{format_bytes(ours['peak_bytes'])} instead of {format_bytes(plain['peak_bytes'])} ({peak:.0%}), and took "
         f"{step:.0%} of the time."
     )
 
@@ -79,7 +79,7 @@ def elastic_sentence(figures: dict[str, Any]) -> str:
     above, layers = figures["steps above the budget"], figures["most layers run again"]
     return (
         f"Another process took memory in mid-run and gave it back. The run went on, with {above} steps above what was "
-        f"left. Up to {layers} layers ran again for a while, and none {figures['back after steps, worst']} steps after "
+        f"left. Up to {layers} layers used gradient checkpointing for a while, and none {figures['back after steps, worst']} steps after "
         f"the memory was back. The loss differs by {figures['layers run again, loss, mean %']:+.2f} % from that of the "
         "same run undisturbed."
     )
