@@ -267,7 +267,10 @@ Cell = tuple[str, int]
 
 
 def best_rows(rows: Mapping[Run, Mapping[str, Any]]) -> dict[Cell, dict[str, Mapping[str, Any]]]:
-    """By cell and side the row that counts: of a sweep the best one, and as "plain, rule" plain LoRA at the rule's."""
+    """By cell and side the row that counts: of a sweep the best one, and as "plain, rule" plain LoRA at the rule's.
+
+    A cell counts once plain LoRA has trained at all rates of `SWEPT`.
+    """
     found: dict[Cell, dict[str, Mapping[str, Any]]] = defaultdict(dict)
     for run, row in rows.items():
         of_cell = found[run.text, run.seed]
@@ -275,7 +278,8 @@ def best_rows(rows: Mapping[Run, Mapping[str, Any]]) -> dict[Cell, dict[str, Map
             of_cell[run.side] = row
         if (run.side, run.factor) == ("plain", 1.0):
             of_cell["plain, rule"] = row
-    return {cell: sides for cell, sides in found.items() if "plain" in sides}
+    swept = {cell: {Run(cell[0], "plain", factor, cell[1]) for factor in SWEPT} for cell in found}
+    return {cell: sides for cell, sides in found.items() if swept[cell] <= rows.keys()}
 
 
 def reason_to_leave_out(text: str, best: Mapping[Cell, Mapping[str, Mapping[str, Any]]]) -> str | None:

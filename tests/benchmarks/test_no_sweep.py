@@ -35,6 +35,16 @@ def test_pages_claim_what_the_stored_rows_say(figures: Figures, name: str) -> No
         assert f"| {value:+.2f} % ({low:+.2f} to {high:+.2f}) | {worst:+.1f} % | {taken}" in page
 
 
+def test_the_readme_tells_what_smollm2_gains() -> None:
+    rows = {Run(*run): row for run, row in json.loads(no_sweep.PACKED.read_text(encoding="utf-8"))}
+    changes = []
+    for text in no_sweep.WHOLE:
+        best = min(row["loss"] for run, row in rows.items() if (run.text, run.side) == (text, "plain"))
+        changes.append(f"{100 * math.log(rows[Run(text, 'quality')]['loss'] / best):+.1f}")
+    first, second, third = changes
+    assert f"at {first}, {second} and {third} % on three texts" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def _rounded(value: float) -> float:
     """To one digit, without a negative zero."""
     return round(value, 1) + 0.0
