@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rankpilot.agents.control import KEEP, SHORTEST
 from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.text import make_table
 from rankpilot.common.workers import isolated
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.env.rank_allocation import TOP, RankAllocationEnv
+from rankpilot.env.run_control import RunControlVectorEnv
 from rankpilot.env.vector import StackedVectorEnv
 from rich.console import Console
 
@@ -57,7 +59,8 @@ class Options:
     episode of each, with a Llama of 4 layers x 64, four decisions and no change of rank asked for. An episode is
     training, signals, plans, rank changes, observations and the held-out loss; the probe and the uniform run, which
     are the same for all episodes of a task, are off the clock. It is measured with 5 train steps between decisions,
-    where decisions weigh most, and with 25, as in the suites that policies train on.
+    where decisions weigh most, and with 25, as in the suites that policies train on. Episodes whose learning rate is
+    controlled come last: stacked ones beside one at a time, as a process for each environment would run them.
 
     Time is CPU time, which depends little on what else runs. Rates are medians over rounds; a ratio is the median over
     pairs of the same round, with a 95 % interval (bootstrap). The full run takes about three minutes on two cores.
@@ -107,6 +110,24 @@ def measure(load: Load, steps: int) -> tuple[dict[str, int], dict[str, FloatArra
     return dict(zip(work, [steps, *(steps * runs for runs in load.runs)], strict=True)), seconds
 
 
+def measure_control(load: Load) -> tuple[dict[str, int], dict[str, FloatArray]]:
+    """As `measure`, of episodes whose learning rate is controlled, and left as it is; "n1" is one at a time."""
+    work, counts = {}, {}
+    for runs in (1, *load.runs):
+        env = RunControlVectorEnv(runs, base=load.base, lengths=(SHORTEST,))
+
+        def run(turn: int, env: RunControlVectorEnv = env) -> None:
+            env.reset(seed=0)  # the same runs each time, of which those left alone are known after the first
+            ended = np.zeros(1)
+            while not ended.any():
+                ended = env.step(np.full(env.num_envs, KEEP))[2]
+
+        work[f"n{runs}"], counts[f"n{runs}"] = run, SHORTEST * runs
+    cpu = torch.device("cpu")
+    interleave(work, 1, cpu)  # to warm up
+    return counts, interleave(work, load.rounds, cpu, clock=time.process_time)
+
+
 def benchmark(options: Options, console: Console) -> Figures:
     """Measure all lengths of episodes, print the table, and return the figures."""
     load = QUICK if options.quick else FULL
@@ -126,6 +147,16 @@ def benchmark(options: Options, console: Console) -> Figures:
             figures[f"{prefix}.train_steps_per_cpu_s"] = rate
             if name != "peft":
                 figures |= estimate_figures(f"{prefix}.over_peft", ratio)
+    with isolated():
+        counts, seconds = measure_control(load)
+    each = {name: seconds[name] / counts[name] for name in counts}
+    for name, count in counts.items():
+        ratio, rate = usual_ratio(each["n1"], each[name]), 1 / float(np.median(each[name]))
+        title = f"controlled, {SHORTEST} steps, {count // SHORTEST} at once"
+        rows.append((title, f"{rate:.1f}", f"{1e3 / rate:.2f} ms", f"{ratio:.2f}"))
+        figures[f"control.{name}.train_steps_per_cpu_s"] = rate
+        if name != "n1":
+            figures |= estimate_figures(f"control.{name}.over_one", ratio)
     title = f"{load.base}, {load.rows} x {load.length} tokens, four decisions; medians of {load.rounds} rounds"
-    console.print(make_table(title, ("episodes of", "train steps/CPU s", "CPU of one", "over PEFT"), rows))
+    console.print(make_table(title, ("episodes of", "train steps/CPU s", "CPU of one", "over single"), rows))
     return figures

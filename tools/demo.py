@@ -77,11 +77,12 @@ def refusal_sentence(printed: str) -> str:
 def elastic_sentence(figures: dict[str, Any]) -> str:
     """The run from which another process took memory."""
     above, layers = figures["steps above the budget"], figures["most layers run again"]
+    back = figures["back after steps, worst"]
     return (
         f"Another process took memory in mid-run and gave it back. The run went on, with {above} steps above what was "
-        f"left. Up to {layers} layers used gradient checkpointing for a while, and none {figures['back after steps, worst']} steps after "
-        f"the memory was back. The loss differs by {figures['layers run again, loss, mean %']:+.2f} % from that of the "
-        "same run undisturbed."
+        f"left. Up to {layers} layers used gradient checkpointing for a while, and none {back} steps after the memory "
+        f"was back. The loss differs by {figures['layers run again, loss, mean %']:+.2f} % from that of the same run "
+        "undisturbed."
     )
 
 

@@ -88,6 +88,8 @@ def test_the_speed_of_a_tiny_environment(tmp_path: Path, monkeypatch: pytest.Mon
     assert (figures["quick"], figures["threads"], figures["rounds"]) == (True, 1, 1)
     rates = [figures[f"steps_4.{name}.train_steps_per_cpu_s"] for name in ("peft", "n2")]
     assert figures["steps_4.n2.over_peft"] == pytest.approx(rates[1] / rates[0])
+    one, two = (figures[f"control.{name}.train_steps_per_cpu_s"] for name in ("n1", "n2"))
+    assert figures["control.n2.over_one"] == pytest.approx(two / one)
 
 
 # What they share ------------------------------------------------------------------------------------------------------
