@@ -62,7 +62,7 @@ def test_the_page_of_control_claims_what_the_stored_rows_say(figures: Figures) -
     page = (ROOT / "docs" / "control.md").read_text(encoding="utf-8")
     for factor, words in ((0.25, "a quarter of the rule's"), (1.0, "the rule's"), (4.0, "four times the rule's")):
         alone, corrected = (
-            f"{_rounded(figures[f'{side} at {factor:g}: value']):+.1f} % (worst {figures[f'{side} at {factor:g}: worst']:.1f})"
-            for side in ("plain", "controlled")
+            f"{_rounded(figures[f'{name}: value']):+.1f} % (worst {figures[f'{name}: worst']:.1f})"
+            for name in (f"plain at {factor:g}", f"controlled at {factor:g}")
         )
         assert f"| {words} | {alone} | {corrected}" in page
