@@ -32,7 +32,7 @@ def run(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> A
         size, strides, dtype = _RESULTS[key]
         return torch.empty_strided(size, strides, dtype=dtype, device="meta")
     result = operator(*arguments, **options)
-    if type(result) is torch.Tensor and result.is_meta and not _shares(result, arguments):
+    if type(result) is torch.Tensor and result.is_meta and not _shares(result, (*arguments, *options.values())):
         made = result.shape, result.stride(), result.dtype
         plain = torch.empty_strided(*made[:2], dtype=made[2], device="meta")
         if plain.untyped_storage().nbytes() == result.untyped_storage().nbytes():
@@ -51,7 +51,8 @@ def _makes_one_tensor(operator: Any) -> bool:
 def _shares(result: torch.Tensor, arguments: tuple[Any, ...]) -> bool:
     """Whether a result lies in the memory of an argument, whatever the schema says (`_unsafe_view`)."""
     own = result.untyped_storage()._cdata
-    return any(isinstance(each, torch.Tensor) and each.untyped_storage()._cdata == own for each in arguments)
+    flat = (each for value in arguments for each in (value if isinstance(value, (list, tuple)) else (value,)))
+    return any(isinstance(each, torch.Tensor) and each.untyped_storage()._cdata == own for each in flat)
 
 
 def _key(value: Any) -> Any:
