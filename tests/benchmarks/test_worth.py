@@ -61,7 +61,11 @@ def test_the_best_run_of_a_sweep_counts() -> None:
     [((1.8, 1.82), None), ((1.8, 1.9), "5.4 % between seeds"), ((3.2, 3.21), "loss 3.20, frequencies 3.00")],
 )
 def test_texts_that_teach_nothing_or_differ_by_luck_are_left_out(losses: Any, reason: str | None) -> None:
-    known = {Run("french", "plain", 1.0, seed): {"loss": loss, "frequencies": 3.0} for seed, loss in enumerate(losses)}
+    known = {
+        Run("french", "plain", factor, seed): {"loss": loss, "frequencies": 3.0}
+        for seed, loss in enumerate(losses)
+        for factor in no_sweep.SWEPT
+    }
     assert no_sweep.reason_to_leave_out("french", no_sweep.best_rows(known)) == reason
 
 
