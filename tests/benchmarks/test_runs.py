@@ -38,6 +38,7 @@ CPU = torch.device("cpu")
 METHODS = ("plain", "plain_again", "adalora", "rankpilot")
 
 
+@pytest.mark.long
 def test_the_overhead_of_tiny_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, found = tmp_path / "new" / "figures.json", {}
 
@@ -79,6 +80,7 @@ def test_one_setting_of_memory_is_predicted_as_measured() -> None:
     assert 0 <= figures["accuracy.llama.not_reentrant.peak_error_over"] <= 0.006
 
 
+@pytest.mark.long
 def test_the_speed_of_a_tiny_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Load(steps=(4,), runs=(2,), rounds=1, base="llama-4x32", rows=2, length=8, eval_rows=4)
     monkeypatch.setattr(env_speed, "QUICK", tiny)

@@ -62,6 +62,7 @@ def signals() -> list[Any]:
     return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
+@pytest.mark.long
 def test_pieces_and_objects_on_two_nodes(nodes: Nodes) -> None:
     before = signals()
     with on(nodes) as lines:
@@ -154,6 +155,7 @@ def test_a_node_with_other_bits_is_left_out(nodes: Nodes) -> None:
         nodes.settle()
 
 
+@pytest.mark.long
 def test_no_node_can_take_part(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ODD_BITS", "odd here")
     with pytest.raises(ConfigError, match=r"No node of the cluster at .* can take part"), on(nodes):

@@ -93,6 +93,7 @@ def test_weights_and_losses_are_those_of_one_process(name: str, count: int, tmp_
     assert several[0]["losses"] == pytest.approx(one["losses"], rel=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", first_cases(1, list(KINDS)))
 def test_peaks_are_predicted_with_buckets(name: str, tmp_path: Path) -> None:
     """Each step is measured; those of several processes keep the budget, as those of one do."""

@@ -153,6 +153,7 @@ def test_a_step_has_all_its_batches(tmp_path: Path, ended: Callable[[int], Run])
     assert callback.controller.time.seconds == pytest.approx(2 * ended(60).callback.controller.time.seconds)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("budget", "time"),
     first_cases(1, [("60%", "80%"), ("55%", "115%"), ("50%", "65%")]),
