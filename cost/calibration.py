@@ -27,7 +27,7 @@ from .cost import ByteCost, ParameterCost, UntimedCost
 from .later_logits import expecting_one
 from .live_storages import device_kind
 from .model import RANK, Growth, MemoryModel, recomputed_cost
-from .model_states import model_states, trained_outside, with_buckets
+from .model_states import ModelStates, model_states, trained_outside, with_buckets
 from .published import HOPPER_WORKSPACE_BYTES
 from .recorder import Recorder
 from .recording import Batch, BatchShape, Recording, reshaped
@@ -278,8 +278,14 @@ def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: B
         signal_bytes=signals,
         accumulates=step.accumulates,
     )
-    states = replace(memory.states, others=memory.states.others + LOOP_BYTES)
-    return replace(memory, states=with_buckets(states, step.model, targets, step.bucket_copies))
+    return replace(memory, states=step_states(step, targets, signals=signals))
+
+
+def step_states(step: TrainingStep, targets: Sequence[TargetModule], *, signals: bool) -> ModelStates:
+    """What a training loop holds between steps, with its scalars and buckets; see `measure_memory`."""
+    states = model_states(step.model, targets, step.optimizer, signals)
+    states = replace(states, others=states.others + LOOP_BYTES)
+    return with_buckets(states, step.model, targets, step.bucket_copies)
 
 
 def plan_costs(

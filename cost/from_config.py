@@ -34,7 +34,7 @@ from ..lora.peft_config import fresh_adapters, fused_experts, head_names, left_o
 from ..lora.targets import TargetModule, find_target_modules
 from . import training_step
 from .breakdown import frozen_bytes, frozen_sizes
-from .calibration import keeps_state, measure_memory
+from .calibration import keeps_state, measure_memory, step_states
 from .hollow_device import Attention, HollowDevice, hollow_autocast, hollow_device
 from .live_storages import META_STANDS_FOR, DeviceKind
 from .measured_time import count_work
@@ -49,7 +49,8 @@ from .published import (
     most_positions,
     stored_method,
 )
-from .recording import BatchShape
+from .recording import Batch, BatchShape
+from .repeated_layers import RepeatedLayers
 from .savers import CACHE, SAVERS, ExactSavers, Priced, Saved
 from .step_config import Quantization, StepConfig
 from .step_time import StepWork
@@ -214,8 +215,15 @@ def _recorded(
     asked = hollow_batch(base, shape)
     savers = ExactSavers(model, [name for name in SAVERS if name != CACHE] if step.exact_savers else ())  # it has none
 
+    ways = RepeatedLayers.of(model, targets)
+
     def measured() -> MemoryModel:
-        memory = measure_memory(training, targets, batch, signals=False)
+        memory = None
+        while ways and memory is None:
+            memory = _of_few_layers(training, targets, batch, ways[0])
+            if memory is None:
+                ways.pop(0)
+        memory = memory or measure_memory(training, targets, batch, signals=False)
         if not memory.predicts(shape):
             memory = measure_memory(training, targets, hollow_batch(base, shape), signals=False)
         return replace(memory, shape=shape)
@@ -246,6 +254,15 @@ def _recorded(
         named=tuple(sorted(model.peft_config["default"].target_modules)) if left_out(base) else (),
     )
     return replace(found, leaner=leaner) if prices and priced.memory.segments else found
+
+
+def _of_few_layers(
+    training: training_step.TrainingStep, targets: list[TargetModule], batch: Batch, layers: RepeatedLayers
+) -> MemoryModel | None:
+    """The byte model of a step, measured with a few of its layers; None if these do not tell."""
+    with layers.cut():
+        memory = measure_memory(training, find_target_modules(training.model), batch, signals=False)
+    return layers.repeated(memory, training.model, targets, step_states(training, targets, signals=False))
 
 
 def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PreTrainedModel:

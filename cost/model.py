@@ -27,7 +27,7 @@ from ..errors import UnsupportedError
 from ..lora.spec import REFERENCE_RANK
 from .cost import ByteCost, ModuleSet, moment_costs, plan_cost
 from .model_states import ModelStates
-from .peak_candidates import PeakCandidate, PeakStorages, find_peak_candidates, keep_candidates, needed_candidates
+from .peak_candidates import PeakCandidate, PeakFinder, PeakStorages, keep_candidates, needed_candidates
 from .recording import BatchShape, Recording, Segment, adapted_modules
 from .tiled_loss import LossTiles, TileTokens, loss_tokens
 
@@ -122,14 +122,14 @@ class MemoryModel:
         live = self.accumulates | (self.recording.created[serials] <= candidate.time)
         return serials[live], modules[live]
 
-    def _candidates(self, base: FloatArray, slope: FloatArray) -> list[PeakCandidate]:
+    def _finder(self, base: FloatArray, slope: FloatArray) -> PeakFinder:
         recording = self.recording.accumulating() if self.accumulates else self.recording
-        return find_peak_candidates(recording, base + RANK * slope)
+        return PeakFinder(recording, base + RANK * slope)
 
     def _full_cost(self, base: FloatArray, slope: FloatArray) -> tuple[ByteCost, list[PeakCandidate], _Groups]:
         """The cost of plans with every candidate, the optimizer's step last, and without margin."""
         recording, states = self.recording, self.states
-        candidates = self._candidates(base, slope)
+        candidates = self._finder(base, slope).candidates()
         groups = _Groups(recording, len(states.weights))
         rows = [self._bytes_at(candidate, base, slope, groups) for candidate in candidates]
         optimizer_step = states.between_steps + states.weights + states.scratch
@@ -176,12 +176,20 @@ class MemoryModel:
         growing = slope * self._rank_of_each(ranks)
         between_steps = states.others + states.between_steps @ ranks
         highest = states.other_gradients + (states.weights + states.scratch) @ ranks  # the optimizer's step
-        for candidate in self._candidates(base, slope):
-            live, counted = needs.at(candidate)
-            serials, modules = self._gradients(candidate)
-            gradients = np.where(modules < 0, base[serials], slope[serials] * ranks[modules]).sum()
-            held = base[counted].sum() + base[counted & candidate.copied].sum() + growing[live].sum()
-            highest = max(highest, held + gradients)
+        finder = self._finder(base, slope)
+        parts = finder.parts()
+        serials, modules = self._all_gradients
+        bounds = finder.bounds(parts, base + growing)
+        bounds += np.where(modules < 0, base[serials], slope[serials] * ranks[modules]).sum()
+        for part in np.argsort(-bounds, kind="stable"):
+            if bounds[part] < highest:
+                break
+            for candidate in parts[part].candidates():
+                live, counted = needs.at(candidate)
+                serials, modules = self._gradients(candidate)
+                gradients = np.where(modules < 0, base[serials], slope[serials] * ranks[modules]).sum()
+                held = base[counted].sum() + base[counted & candidate.copied].sum() + growing[live].sum()
+                highest = max(highest, held + gradients)
         return float(np.ceil((between_steps + highest + states.fixed @ adapted) * (1 + self.margin)))
 
     @property

@@ -6,8 +6,9 @@ gradients take more than what was saved. That leaves a handful of the thousands 
 checkpointing, a handful for each segment. On batches of some 16 tokens others can be higher by a few per cent.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -67,12 +68,33 @@ class PeakStorages:
     recording: Recording
 
 
-def find_peak_candidates(recording: Recording, sizes: FloatArray) -> list[PeakCandidate]:
-    """The candidates for the peak of a recorded step; `sizes` are bytes at the batch shape in question, (storages,)."""
-    return [*_Finder(recording, sizes).candidates()]
+@dataclass(frozen=True)
+class PartOfStep:
+    """A part of a step, and its candidates.
+
+    Attributes:
+        start: the first time in it.
+        end: the last one; for the second run of a segment both are the time before which it runs.
+        segment: the segment that runs, -1 for none.
+        second: whether it is a second run of that segment.
+        candidates: makes the candidates.
+    """
+
+    start: int
+    end: int
+    segment: int
+    second: bool
+    candidates: Callable[[], Iterator[PeakCandidate]]
 
 
-class _Finder:
+class PeakFinder:
+    """Finds the candidates for the peak of a recorded step.
+
+    Args:
+        recording: the step.
+        sizes: bytes of each storage at the batch shape in question, (storages,).
+    """
+
     def __init__(self, recording: Recording, sizes: FloatArray) -> None:
         self._recording, self._sizes = recording, sizes
         serials = np.arange(len(recording.sizes))
@@ -90,12 +112,63 @@ class _Finder:
         for serial, phases in recording.needed_later.items():
             self._phase_ends[: len(phases), serial] = [time for time, _ in phases]
 
-    def candidates(self) -> Iterator[PeakCandidate]:
-        """In the order of forward pass, backward pass and second runs of segments."""
-        yield from self._in_forward_pass()
-        yield from self._in_backward_pass()
-        for index in range(len(self._recording.segments)):
-            yield from self._in_second_run(index)
+    def parts(self) -> list[PartOfStep]:
+        """The forward pass, the backward pass outside of segments and in each, and the second run of each."""
+        recording, parts = (
+            self._recording,
+            [PartOfStep(0, self._recording.forward_end, -1, False, self._in_forward_pass)],
+        )
+        backward = ~self._forward & ~self._gradient
+        for index in np.unique(recording.segment_index[backward]).tolist():
+            own = backward & (recording.segment_index == index)
+            times = recording.created[own]
+            candidates = partial(self._in_backward_pass, own, index)
+            parts.append(PartOfStep(int(times.min()), int(times.max()), index, False, candidates))
+        for index, start in enumerate(self._second_starts.tolist()):
+            if start >= 0:
+                parts.append(PartOfStep(start, start, index, True, partial(self._in_second_run, index)))
+        return parts
+
+    def candidates(self) -> list[PeakCandidate]:
+        """Those of all parts."""
+        return [candidate for part in self.parts() for candidate in part.candidates()]
+
+    def bounds(self, parts: Sequence[PartOfStep], sizes: FloatArray) -> FloatArray:
+        """What the candidates of each part can hold at the most, beside parameters' gradients, in bytes, (parts,).
+
+        Args:
+            parts: of `parts`.
+            sizes: what each storage takes at the most, (storages,).
+        """
+        recording, segments = self._recording, self._recording.segments
+        if any(segment.reentrant for segment in segments):
+            return np.full(len(parts), np.inf)
+        last = int(recording.created.max())
+        # A segment that does not run holds its inputs alone of what it brings back.
+        back_again = self._forward & ~self._needed & (self._saved_in_segment | self._is_input)
+        live = self._level(~back_again & ~self._gradient, np.minimum(recording.freed, last), sizes)
+        inside = self._forward & (recording.segment_index >= 0)
+        ends = np.array([segment.end for segment in segments] + [0])[recording.segment_index]
+        running = self._level(inside, np.minimum(recording.freed_if_unsaved, ends), sizes)
+        saved = inside & self._saved_in_segment
+        twice = 2 * np.bincount(recording.segment_index[saved], sizes[saved], minlength=len(segments))
+        found = np.full(len(parts), np.inf)
+        for number, part in enumerate(parts[1:], start=1):
+            found[number] = live[part.start : part.end + 1].max() + sizes[self._is_input].sum()
+            if part.segment >= 0:
+                found[number] += twice[part.segment]
+            if part.second:
+                segment = segments[part.segment]
+                found[number] += running[segment.start : segment.end + 1].max()
+        return found
+
+    def _level(self, among: BoolArray, freed: IntArray, sizes: FloatArray) -> FloatArray:
+        """Bytes of storages at each time, if they are freed at these times, (times,)."""
+        created, until = self._recording.created[among], freed[among]
+        count = int(max(created.max(initial=0), until.max(initial=0))) + 2
+        change = np.bincount(created, sizes[among], minlength=count)
+        change -= np.bincount(until + 1, sizes[among], minlength=count)
+        return np.cumsum(change)
 
     def _in_forward_pass(self) -> Iterator[PeakCandidate]:
         recording = self._recording
@@ -108,17 +181,14 @@ class _Finder:
             phases, none = self._in_phases(needed, time), self._none
             yield PeakCandidate(self._label("forward", time), always, phases, none, inputs, none, time)
 
-    def _in_backward_pass(self) -> Iterator[PeakCandidate]:
+    def _in_backward_pass(self, own: BoolArray, index: int) -> Iterator[PeakCandidate]:
         recording = self._recording
-        backward = ~self._forward & ~self._gradient
-        for index in np.unique(recording.segment_index[backward]).tolist():
-            own = backward & (recording.segment_index == index)
-            soonest = np.minimum(recording.freed, self._phase_ends[0])  # as under the plans that free gradients early
-            times: set[int] = set()
-            for freed in (recording.freed, soonest):
-                times.update(self._highest(own, freed, latest=False), self._highest(own, freed))
-            for time in sorted(times):
-                yield self._during_backward(self._label("backward", time), index, time)
+        soonest = np.minimum(recording.freed, self._phase_ends[0])  # as under the plans that free gradients early
+        times: set[int] = set()
+        for freed in (recording.freed, soonest):
+            times.update(self._highest(own, freed, latest=False), self._highest(own, freed))
+        for time in sorted(times):
+            yield self._during_backward(self._label("backward", time), index, time)
 
     def _during_backward(self, label: str, index: int, time: int, *, after: bool = False) -> PeakCandidate:
         """The candidate while gradients flow through a segment (-1: none), during an operator or `after` it."""
@@ -149,23 +219,28 @@ class _Finder:
 
     def _yet_to_run(self, time: int) -> BoolArray:
         """Storages that are inputs of segments which have not run again by `time`, bool (storages,)."""
-        starts = [self._recording.second_run_start(index) for index in range(len(self._recording.segments))]
-        waits = np.append(np.array(starts, dtype=np.int64) >= time, False)
-        waiting: BoolArray = waits[np.minimum(self._first_segment, len(starts))]
+        waits = np.append(self._second_starts >= time, False)
+        waiting: BoolArray = waits[np.minimum(self._first_segment, len(waits) - 1)]
         return waiting
+
+    @cached_property
+    def _second_starts(self) -> IntArray:
+        """When each segment runs again, -1 if it does not, (segments,)."""
+        segments = range(len(self._recording.segments))
+        return np.array([self._recording.second_run_start(index) for index in segments], dtype=np.int64)
 
     def _incoming_gradients(self, index: int) -> BoolArray:
         """The gradients with which a reentrant segment's backward pass begins; it holds them to its end."""
         recording = self._recording
-        start = recording.second_run_start(index)
+        start = int(self._second_starts[index])
         live = (recording.created <= start) & (recording.freed > start)
         return ~self._forward & ~self._gradient & live
 
     def _in_second_run(self, index: int) -> Iterator[PeakCandidate]:
         recording, segment = self._recording, self._recording.segments[index]
         saved = self._saved_in_segment & (recording.segment_index == index)
-        start = recording.second_run_start(index)
-        if start < 0 or not saved.any():
+        start = int(self._second_starts[index])
+        if not saved.any():
             return
         before = self._during_backward("", index, start, after=True)
         within = self._forward & (recording.segment_index == index)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers as t
-from rankpilot.cost.cost import plan_cost
+from rankpilot.cost.cost import moment_costs, plan_cost
+from rankpilot.cost.recording import BatchShape
 
 from ..cases import first_cases
 from ..families import FAMILIES
@@ -47,3 +48,19 @@ def test_inputs_of_segments_that_are_yet_to_run_again_are_there_at_the_loss(name
     for ranks in random_plans(run.targets, np.random.default_rng(0), 2):
         error = plan_cost(cost, ranks) / run.peak(ranks) - 1
         assert 0 <= error <= memory.margin + 0.002
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_peak_of_a_plan_is_the_highest_of_all_candidates(share: float) -> None:
+    """Parts of a step that cannot hold the peak are left out by bounds."""
+    family = replace(ROWS["llama"], build=lambda: deep("llama"))
+    model = family_model(family, "bf16", False)
+    run = adamw_run(model, family_batch(family, model, 8, 16), "bf16")
+    memory = run.calibrated()
+    layers = [segment.name for segment in memory.segments]
+    memory = memory.recomputing(layers[: round(share * len(layers))])
+    for shape in (memory.shape, BatchShape(3, 64)):
+        every, _, _ = memory._full_cost(*memory.sizes(shape))
+        for ranks in random_plans(run.targets, np.random.default_rng(1), 8):
+            highest = moment_costs(every, ranks).max() * (1 + memory.margin)
+            assert memory.peak(ranks, shape) == pytest.approx(highest, abs=2)

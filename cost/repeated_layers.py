@@ -1,0 +1,443 @@
+"""Records a model by a few of its layers, where they are alike.
+
+The layers of a large model are alike, or alternate between few kinds. What a layer between two others of its kind
+creates, saves and frees is then what any such layer does. So a model is recorded with its first few layers alone, and
+the recording of the whole one is made by repeating the operators of a layer, or of a period of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property, partial
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..common.arrays import BoolArray, IntArray
+from ..lora.targets import TargetModule
+from .cost import ModuleSet
+from .model import Growth, MemoryModel
+from .model_states import ModelStates
+from .recording import NEVER, Recording, Segment
+from .training_step import CHECKPOINT
+
+_PEFT = "base_model.model."
+"""What the names of the base's modules begin with in a PEFT model; those of target modules do not."""
+
+WORTH_IT = 0.7
+"""The largest share of the layers that is recorded for all."""
+
+PERIODS = 3
+"""How many periods are recorded: the one that is repeated has another one below and above."""
+
+
+@dataclass(frozen=True, eq=False)
+class RepeatedLayers:
+    """The layers of a model that stand for all.
+
+    Attributes:
+        owner: the module that has the layers.
+        name: of the list of layers in its owner.
+        prefix: of the names of the layers in the base model, with the dot.
+        period: after how many layers their kinds repeat.
+        first: how many layers come before the first whole period.
+        count: the layers of the whole model.
+    """
+
+    owner: nn.Module
+    name: str
+    prefix: str
+    period: int
+    first: int
+    count: int
+
+    @property
+    def kept(self) -> int:
+        """How many layers are recorded, from the first on."""
+        return self.first + PERIODS * self.period
+
+    @property
+    def more(self) -> int:
+        """How often the period is repeated."""
+        return (self.count - self.kept) // self.period
+
+    @classmethod
+    def of(cls, model: nn.Module, targets: Sequence[TargetModule]) -> list[RepeatedLayers]:
+        """How a model's layers can be cut, the best way first.
+
+        None, where not all target modules in layers that can run again are in one list of them.
+        """
+        marked = {name for name, module in model.named_modules() if CHECKPOINT in vars(module)}
+        adapted = [f"{_PEFT}{target.name}." for target in targets]
+        lists = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and f"{name}.0" in marked
+            and any(target.startswith(f"{name}.") for target in adapted)
+        }
+        if len(lists) != 1:
+            return []
+        [(name, layers)] = lists.items()
+        kinds = [_kind(layer, index, model) for index, layer in enumerate(layers)]
+        owner, _, own = name.rpartition(".")
+        found = [
+            cls(model.get_submodule(owner), own, f"{name.removeprefix(_PEFT)}.", period, first, len(kinds))
+            for period in range(1, len(kinds) // (PERIODS + 1) + 1)
+            for first in (_before(kinds, period), _before(kinds, period) + period)
+        ]
+        return sorted((each for each in found if each.kept <= WORTH_IT * each.count), key=lambda each: each.kept)[:2]
+
+    @contextmanager
+    def cut(self) -> Iterator[None]:
+        """The model with the layers that are recorded alone."""
+        whole = getattr(self.owner, self.name)
+        setattr(self.owner, self.name, nn.ModuleList(whole[: self.kept]))
+        try:
+            yield
+        finally:
+            setattr(self.owner, self.name, whole)
+
+    def period_of(self, name: str) -> int | None:
+        """The number of the period in which a module is, below 0 for layers before the first; None outside of them."""
+        number = self.number(name)
+        return None if number is None else (number - self.first) // self.period
+
+    def number(self, name: str) -> int | None:
+        """The number of the layer in which a module is; None outside of the layers."""
+        parts = self._parts(name)
+        return parts and parts[1]
+
+    def moved(self, name: str, periods: int) -> str:
+        """The name of the same module in a layer that lies some periods above."""
+        parts = self._parts(name)
+        return name if parts is None else f"{parts[0]}{parts[1] + periods * self.period}{parts[2]}"
+
+    def _parts(self, name: str) -> tuple[str, int, str] | None:
+        before, found, after = name.partition(self.prefix)
+        number, dot, rest = after.partition(".")
+        if not found or before not in ("", _PEFT):
+            return None
+        return before + found, int(number), dot + rest
+
+    def repeated(
+        self, memory: MemoryModel, model: nn.Module, targets: Sequence[TargetModule], states: ModelStates
+    ) -> MemoryModel | None:
+        """The byte model of the whole model, from that of the cut one.
+
+        Args:
+            memory: of the cut model, all of whose layers run again.
+            model: the whole model.
+            targets: its target modules.
+            states: what its adapters and optimizer hold.
+
+        Returns:
+            The byte model; None if the layers turn out not to be alike.
+        """
+        recording = memory.recording
+        if [self.number(segment.name) for segment in recording.segments] != [*range(self.kept)]:
+            return None
+        tiling = _Tiling.of(recording, self)
+        if tiling is None or not tiling.is_regular():
+            return None
+        names, origin = [name for name, _ in model.named_modules()], tiling.copies[0]
+        growth: dict[str, Any] = {
+            each.name: value[origin]
+            for each in fields(Growth)
+            if isinstance(value := getattr(memory._growth, each.name), np.ndarray)
+        }
+        return replace(
+            memory,
+            states=states,
+            recording=_Whole(tiling, names, [target.name for target in targets]).recording(),
+            _base=memory._base[origin],
+            _slope=memory._slope[origin],
+            _growth=replace(memory._growth, **growth),
+        )
+
+
+def _kind(layer: nn.Module, index: int, model: nn.Module) -> Any:
+    """All that decides what a layer computes, going by its modules, parameters, settings and the configuration."""
+    modules = [(name, type(module), _settings(module)) for name, module in layer.named_modules()]
+    parameters = [(name, each.shape, each.dtype, each.requires_grad) for name, each in layer.named_parameters()]
+    configs = {id(each): each for module in model.modules() if (each := vars(module).get("config")) is not None}
+    types = [getattr(each, "layer_types", None) for each in configs.values()]
+    return modules, parameters, [each[index] for each in types if each and index < len(each)]
+
+
+_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx")
+"""What the number of a layer is called in it."""
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    plain = (bool, int, float, str, tuple, type(None))
+    return [(name, value) for name, value in vars(module).items() if isinstance(value, plain) and name not in _NUMBERS]
+
+
+def _before(kinds: Sequence[Any], period: int) -> int:
+    """How many layers come before whole periods of equal kinds that reach to the last layer; at least one does."""
+    first = len(kinds) - period
+    while first > 1 and kinds[first - 1] == kinds[first - 1 + period]:
+        first -= 1
+    return first + (len(kinds) - first) % period
+
+
+@dataclass(frozen=True, eq=False)
+class _Tiling:
+    """How a recording is made longer, by copies of one period.
+
+    They run in turn in the forward pass, and the other way round in the backward pass. Copy 0 is the recorded period.
+    What is not repeated counts as copy -1 where it is before all copies in the forward pass, or behind them in the
+    backward pass, and as a copy above the highest between the two. Times of a span are above its start and up to its
+    end.
+
+    Attributes:
+        recorded: the recording of the cut model.
+        layers: how the model was cut.
+        forward: the span of the period in the forward pass.
+        backward: in the backward pass.
+    """
+
+    recorded: Recording
+    layers: RepeatedLayers
+    forward: tuple[int, int]
+    backward: tuple[int, int]
+
+    @classmethod
+    def of(cls, recorded: Recording, layers: RepeatedLayers) -> _Tiling | None:
+        """The tiling of a recording; None if a layer of the period, or the one below it, has no backward pass."""
+        bottom = layers.first + layers.period
+        back = recorded.created > recorded.forward_end
+        begun = [
+            recorded.created[back & (recorded.segment_index == i)] for i in (bottom + layers.period - 1, bottom - 1)
+        ]
+        if not all(map(len, begun)):
+            return None
+        forward = recorded.segments[bottom].start, recorded.segments[bottom + layers.period].start
+        return cls(recorded, layers, forward, (int(begun[0].min()) - 1, int(begun[1].min()) - 1))
+
+    @cached_property
+    def ahead(self) -> int:
+        return self.forward[1] - self.forward[0]
+
+    @cached_property
+    def back(self) -> int:
+        return self.backward[1] - self.backward[0]
+
+    def is_regular(self) -> bool:
+        """Whether the period below creates and frees just what the period does."""
+        for start, shift in ((self.forward[0], self.ahead), (self.backward[0], -self.back)):
+            end = start + abs(shift)
+            own, below = self.within(start, end), self.within(start - shift, end - shift)
+            if len(own) != len(below) or not np.array_equal(self._known_of(own, 0), self._known_of(below, 1)):
+                return False
+        return True
+
+    def within(self, start: int, end: int) -> IntArray:
+        created = self.recorded.created
+        return np.flatnonzero((created > start) & (created <= end))
+
+    def _known_of(self, serials: IntArray, below: int) -> IntArray:
+        """Sizes and times of storages that were created in a period so far below.
+
+        Times are those of the repeated period where they are near that period's.
+        """
+        recorded = self.recorded
+        ends = [self._seen_from(times[serials], below) for times in (recorded.created, recorded.freed)]
+        return np.stack([recorded.sizes[serials], recorded.uses_saved[serials], *ends])
+
+    def _seen_from(self, times: IntArray, below: int) -> IntArray:
+        ahead, back = self._near(times, below)
+        return np.where(ahead, times + below * self.ahead, np.where(back, times - below * self.back, times))
+
+    def _near(self, times: IntArray, below: int = 0) -> tuple[BoolArray, BoolArray]:
+        """Which times are near those of a period so far below: in its forward pass, and in its backward pass.
+
+        The forward pass of the period above, and the backward passes of those beside it, are near as well.
+        """
+        ahead = times - (self.forward[0] - below * self.ahead)
+        back = times - (self.backward[0] + below * self.back)
+        return (ahead > 0) & (ahead <= 2 * self.ahead), (back > -self.back) & (back <= 2 * self.back)
+
+    @cached_property
+    def copies(self) -> tuple[IntArray, IntArray, IntArray]:
+        """Of each storage of the whole recording: the recorded one, its copy, and when it is created."""
+        created = self.recorded.created
+        serials = np.arange(len(created))
+        repeated = np.zeros(len(created), dtype=np.bool_)
+        repeated[self.within(*self.forward)] = repeated[self.within(*self.backward)] = True
+        above = ~repeated & (created > self.forward[1]) & (created <= self.backward[0])
+        parts = [serials[~repeated & ~above], *[serials[repeated]] * (self.layers.more + 1), serials[above]]
+        origin = np.concatenate(parts)
+        copies = np.repeat(np.arange(-1, self.layers.more + 2), [*map(len, parts)])
+        times = self.times(created[origin], origin, copies)
+        order = np.lexsort((origin, times))
+        return origin[order], copies[order], times[order]
+
+    def times(self, times: IntArray, origin: IntArray, copies: IntArray) -> IntArray:
+        """When what happens to recorded storages at these times happens to copies of them; all (storages,)."""
+        more = self.layers.more
+        later, last = more * self.ahead, more * self.back
+        from_above = self.recorded.created[origin] > self.forward[1]
+        moved = times + np.where(times > self.forward[1], later, 0)
+        moved = moved + np.where(times > self.backward[1], last, 0)
+        moved += np.where((times > self.backward[0]) & (times <= self.backward[1]) & ~from_above, last, 0)
+        ahead, back = self._near(times)
+        of_copy = np.where(ahead, times + copies * self.ahead, moved)
+        of_copy = np.where(back, times + later + (more - copies) * self.back, of_copy)
+        return np.where(times == NEVER, NEVER, np.where((copies < 0) | (copies > more), moved, of_copy))
+
+
+class _Whole:
+    """Makes the recording of a whole model.
+
+    Args:
+        tiling: of the recording of the cut model.
+        names: of all modules of the whole model.
+        targets: of its target modules.
+    """
+
+    def __init__(self, tiling: _Tiling, names: Sequence[str], targets: Sequence[str]) -> None:
+        self._tiling, self._layers, self._recorded = tiling, tiling.layers, tiling.recorded
+        self._names, self._targets = tuple(names), tuple(targets)
+        self._target_numbers = {name: number for number, name in enumerate(targets)}
+        self._kept = [name for name in targets if (self._layers.period_of(name) or 0) < PERIODS]
+        self._periods = [self._layers.period_of(name) for name in self._kept]
+        self._above: int = self._layers.more + 1  # the copy of what is above
+        self._origin, self._copies, self._created = tiling.copies
+        count = len(self._recorded.created)
+        # By copy (the last row is -1) and recorded storage, the storage of the whole recording.
+        self._serials = np.full((self._above + 2, count), -1)
+        self._serials[self._copies, self._origin] = np.arange(len(self._origin))
+        single = np.maximum(self._serials[-1], self._serials[self._above])
+        self._serials = np.where(single < 0, self._serials, single)
+        self._serials[self._above] = np.where(single < 0, self._serials[self._layers.more], single)
+        self._is_repeated = single < 0
+        self._in_period = len(tiling.within(*tiling.forward))
+        self._set = cache(self._new_set)
+        self._bits, self._lower = cache(self._new_bits), cache(self._lower_copies)
+
+    def recording(self) -> Recording:
+        """The recording."""
+        recorded, origin = self._recorded, self._origin
+        moved = partial(self._tiling.times, origin=origin, copies=self._copies)
+        layers = [f"{self._layers.prefix}{number}" for number in range(self._layers.count)]
+        names, segments = self._numbers(recorded.names, self._names), self._numbers(layers[: self._layers.kept], layers)
+        targets = self._numbers(self._kept, self._targets)
+        return Recording(
+            sizes=recorded.sizes[origin],
+            created=self._created,
+            freed=moved(recorded.freed[origin]),
+            freed_if_unsaved=moved(recorded.freed_if_unsaved[origin]),
+            name_index=names[self._copies, recorded.name_index[origin]],
+            target_index=targets[self._copies, recorded.target_index[origin]],
+            segment_index=segments[self._copies, recorded.segment_index[origin]],
+            needed={new: self._set(modules, copy) for new, _, copy, modules in self._each(recorded.needed)},
+            needed_later={
+                new: tuple((self._time(time, old, copy), self._set(modules, copy)) for time, modules in phases)
+                for new, old, copy, phases in self._each(recorded.needed_later)
+            },
+            on_context_until={
+                new: self._time(time, old, copy) for new, old, copy, time in self._each(recorded.on_context_until)
+            },
+            uses_saved=recorded.uses_saved[origin],
+            gradients={new: int(targets[copy, target]) for new, _, copy, target in self._each(recorded.gradients)},
+            added_at={new: self._time(time, old, copy) for new, old, copy, time in self._each(recorded.added_at)},
+            names=self._names,
+            forward_end=recorded.forward_end + self._layers.more * self._tiling.ahead,
+            segments=tuple(self._segments()),
+        )
+
+    def _each(self, recorded: Mapping[int, Any]) -> Iterator[tuple[int, int, int, Any]]:
+        """Of values by recorded storage: the new storage, the recorded one, its copy, and the value."""
+        for serial, value in recorded.items():
+            if self._is_repeated[serial]:
+                for copy in range(self._above):
+                    yield int(self._serials[copy, serial]), serial, copy, value
+            else:
+                new = int(self._serials[-1, serial])
+                yield new, serial, int(self._copies[new]), value
+
+    def _time(self, time: int, serial: int, copy: int) -> int:
+        return int(self._tiling.times(*(np.array([value]) for value in (time, serial, copy)))[0])
+
+    def _numbers(self, recorded: Sequence[str], whole: Sequence[str]) -> IntArray:
+        """By copy and number of a recorded name, the number in the whole model.
+
+        The last row is for copy -1, and the last column is -1, for none.
+        """
+        numbers = {name: number for number, name in enumerate(whole)}
+        copies = (*range(self._above + 1), -1)
+        rows = [[numbers[self._name(name, copy)] for name in recorded] + [-1] for copy in copies]
+        return np.array(rows, dtype=np.int64)
+
+    def _name(self, name: str, copy: int) -> str:
+        """The name of a recorded module as a copy of the period sees it."""
+        period = self._layers.period_of(name)
+        if period is None or period < 1:
+            return name
+        return self._layers.moved(name, min(max(copy, 0), self._layers.more) if period == 1 else self._layers.more)
+
+    def _new_set(self, modules: ModuleSet, copy: int) -> ModuleSet:
+        """The modules of the whole model, from those that a recorded storage or segment names.
+
+        What depends on a module of a layer depends on all below that, since a layer's output is its input and more.
+        """
+        if copy < 0 and modules & self._up_to(PERIODS) & ~self._up_to(1):
+            copy = self._above  # what all layers use, such as a mask
+        found, bits = 0, self._bits(copy)
+        for number in range(modules.bit_length()):
+            if modules >> number & 1:
+                found |= bits[number]
+        return found | self._lower(copy) if modules & self._up_to(2 if copy == self._above else 1) else found
+
+    def _up_to(self, end: int) -> ModuleSet:
+        """The recorded target modules in layers below a period."""
+        return sum(1 << i for i, period in enumerate(self._periods) if period is not None and period < end)
+
+    def _new_bits(self, copy: int) -> list[ModuleSet]:
+        """For each recorded target module, and for all that always trains, the bit for it in a copy's view."""
+        found = []
+        for name, period in zip(self._kept, self._periods, strict=True):
+            near = period == 0 and 0 <= copy < self._above
+            found.append(self._bit(self._layers.moved(name, copy) if near else self._name(name, copy)))
+        return [*found, 1 << len(self._targets)]
+
+    def _lower_copies(self, copy: int) -> ModuleSet:
+        """All target modules of the periods from the one below the copies to the second below a copy."""
+        below = [name for name, period in zip(self._kept, self._periods, strict=True) if period == 0]
+        return sum(self._bit(self._layers.moved(name, each)) for name in below for each in range(copy))
+
+    def _bit(self, name: str) -> ModuleSet:
+        return 1 << self._target_numbers[name]
+
+    def _segments(self) -> Iterator[Segment]:
+        segments, bottom = self._recorded.segments, self._layers.first + self._layers.period
+        top = bottom + self._layers.period
+        yield from (self._segment(each, -1) for each in segments[:bottom])
+        for copy in range(self._above):
+            yield from (self._segment(each, copy) for each in segments[bottom:top])
+        yield from (self._segment(each, self._above) for each in segments[top:])
+
+    def _segment(self, segment: Segment, copy: int) -> Segment:
+        later = self._tiling.ahead * min(max(copy, 0), self._layers.more)
+        serials = partial(self._serial_for, copy=copy)
+        return replace(
+            segment,
+            start=segment.start + later,
+            end=segment.end + later,
+            inputs=tuple(map(serials, segment.inputs)),
+            outputs=tuple(map(serials, segment.outputs)),
+            name=self._name(segment.name, copy),
+            saved={serials(serial): self._set(modules, copy) for serial, modules in segment.saved.items()},
+        )
+
+    def _serial_for(self, serial: int, copy: int) -> int:
+        """The storage that a copy of a segment means by a recorded one: of the period below, that of the copy below."""
+        start, created = self._tiling.forward[0], self._recorded.created[serial]
+        if 0 < copy < self._above and start - self._tiling.ahead < created <= start:
+            return int(self._serials[copy - 1, serial + self._in_period])
+        return int(self._serials[copy, serial])

@@ -1,0 +1,105 @@
+"""What a few layers tell of all is what all tell, storage by storage."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.cost import from_config as module
+from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
+from rankpilot.cost.step_config import StepConfig
+from torch import nn
+from transformers import AutoConfig
+
+from ..cases import first_cases
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 120,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": _SIZES | {"num_hidden_layers": 7},
+    "gemma2": _SIZES | {"num_hidden_layers": 12, "sliding_window": 16},
+    "mamba2": {"hidden_size": 32, "num_hidden_layers": 8, "vocab_size": 120, "state_size": 8, "num_heads": 8}
+    | {"head_dim": 8, "n_groups": 1, "chunk_size": 16},
+    "qwen3_moe": _SIZES | _EXPERTS | {"num_hidden_layers": 9, "mlp_only_layers": [0]},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_layer": 6, "vocab_size": 120},
+}
+RECORDED = {"gemma2": (8, 12), "mamba2": (5, 8), "qwen3_moe": (5, 9), "gpt2": (4, 6)}
+"""How many layers are recorded at last, of how many."""
+
+
+def recorded(name: str, monkeypatch: pytest.MonkeyPatch, **loaded: Any) -> tuple[ConfiguredStep, list[tuple[int, int]]]:
+    """The step of a model, and how many layers were recorded of how many; no such pair where all were."""
+    seen: list[tuple[int, int]] = []
+    few = module._of_few_layers
+
+    def of_few(training: Any, targets: Any, batch: Any, layers: Any) -> Any:
+        memory = few(training, targets, batch, layers)
+        if memory:
+            seen.append((layers.kept, layers.count))
+        return memory
+
+    monkeypatch.setattr(module, "_of_few_layers", of_few)
+    config = AutoConfig.for_model(name, **MODELS[name])
+    step = StepConfig(batch_size=2, max_length=32, gradient_checkpointing=True)
+    return from_config(config, step, LoadedAs(**loaded)), seen
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Two recordings or byte models have equal values; autograd's numbers of segments serve their recording alone."""
+    for field in fields(one):
+        mine, its = getattr(one, field.name), getattr(other, field.name)
+        if field.name == "segments":
+            assert len(mine) == len(its)
+            for here, there in zip(mine, its, strict=True):
+                assert_same(here, there)
+        elif is_dataclass(mine):
+            assert_same(mine, its)
+        elif isinstance(mine, np.ndarray):
+            np.testing.assert_array_equal(mine, its, err_msg=field.name)
+        elif field.name != "sequences":
+            assert mine == its, field.name
+
+
+@pytest.mark.parametrize(
+    ("name", "reentrant"), first_cases(3, [("gemma2", False), ("mamba2", False), ("gpt2", True), ("qwen3_moe", False)])
+)
+def test_repeated_layers_are_those_of_the_whole_model(
+    name: str, reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, seen = recorded(name, monkeypatch, reentrant=reentrant)
+    assert seen == [RECORDED[name]]
+    monkeypatch.setattr(module.RepeatedLayers, "of", lambda *arguments: [])
+    whole, none = recorded(name, monkeypatch, reentrant=reentrant)
+    assert not none
+    assert_same(few.memory, whole.memory)
+
+
+@pytest.mark.parametrize("change", ["odd settings", "an odd layer", "too few"])
+def test_layers_that_differ_are_all_recorded(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = module.hollow_base
+
+    def changed(*arguments: Any) -> Any:
+        base = build(*arguments)
+        layers = base.model.layers
+        if change == "odd settings":
+            for number, layer in enumerate(layers):
+                layer.self_attn.scaling = 1 / (number + 1)
+        elif change == "an odd layer":
+            layers[6].post_attention_layernorm = nn.Identity()
+        else:
+            base.model.layers = layers[:2]
+        return base
+
+    monkeypatch.setattr(module, "hollow_base", changed)
+    step, seen = recorded("llama", monkeypatch)
+    assert not seen
+    assert len(step.memory.segments) == (2 if change == "too few" else 7)
