@@ -273,7 +273,10 @@ class BatchShape:
         return f"{self.rows} x {self.length}"
 
 
-MASK = "attention_mask"
+MASK, PLACES = "attention_mask", "position_ids"
+
+LIMITS, LONGEST = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
+"""Where the texts of a row without padding begin and end, int32 (texts + 1,), and the tokens of the longest one."""
 
 
 def _has_tokens(tensor: torch.Tensor, rows: int) -> bool:
@@ -310,6 +313,25 @@ def padded(batch: Batch) -> Batch:
     return {**batch, MASK: mask}
 
 
+def in_texts(batch: Batch) -> Batch:
+    """The same batch with its last token as a text of its own, because models skip work if each row is one text."""
+    if not _tells_places(batch) or _holds_texts(batch):
+        return batch
+    places = batch[PLACES].clone()
+    places[-1, -1] = 0
+    return {**batch, PLACES: places}
+
+
+def _tells_places(batch: Batch) -> bool:
+    places = batch.get(PLACES) if isinstance(batch, Mapping) else None
+    return isinstance(places, torch.Tensor) and places.dim() == 2 and places.shape[1] > 1
+
+
+def _holds_texts(batch: Batch) -> bool:
+    """Whether a row holds several texts, at each of which positions begin again."""
+    return _tells_places(batch) and bool((batch[PLACES].diff() != 1).any())
+
+
 def has_no_padding(batch: Batch) -> bool:
     """Whether a batch has a mask that masks nothing; models may skip work then."""
     mask = _mask(batch)
@@ -325,7 +347,7 @@ def reshaped(batch: Batch, shape: BatchShape, rows_per_example: int = 1) -> Batc
     """The batch cut or repeated to a shape.
 
     A tensor shorter than the longest (labels of an encoder-decoder) changes in proportion. If the batch has padding,
-    so does the result.
+    so does the result, and if a row holds several texts, one does in the result.
 
     Args:
         batch: the batch.
@@ -348,8 +370,22 @@ def reshaped(batch: Batch, shape: BatchShape, rows_per_example: int = 1) -> Batc
         return tensor
 
     result = _with_ends(map_tensors(batch, change), batch)
+    result = _with_limits(result, shape.rows * shape.length, old.rows * old.length)
+    result = in_texts(result) if _holds_texts(batch) else result
     mask = _mask(batch)
     return result if mask is None or bool(mask.all()) else padded(result)
+
+
+def _with_limits(result: Batch, tokens: int, before: int) -> Batch:
+    """A batch of so many tokens, and of others before, whose texts in one row have their limits beside it.
+
+    Flash attention reads up to the last limit without a check, so all limits move alike, and as many texts are left.
+    """
+    if not isinstance(result, Mapping):
+        return result
+    moved = {name: (result[name].long() * tokens // before).int() for name in LIMITS if result.get(name) is not None}
+    longest = {name: -(-result[name] * tokens // before) for name in LONGEST if result.get(name) is not None}
+    return {**result, **moved, **longest}
 
 
 def _with_ends(result: Batch, batch: Batch) -> Batch:

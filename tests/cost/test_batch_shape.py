@@ -22,3 +22,17 @@ def test_every_row_keeps_its_end_token(shape: tuple[int, int], has_mask: bool) -
     assert tuple(result.shape) == shape
     assert (result == END).sum(dim=1).tolist() == [1] * shape[0]
     assert result[:, 0].tolist() == [5] * shape[0]
+
+
+@pytest.mark.parametrize("shape", [(2, 16), (2, 8), (3, 8), (1, 50)])
+def test_texts_in_one_row_end_where_the_batch_does(shape: tuple[int, int]) -> None:
+    """Flash attention reads as far as the last limit, whether or not there are so many tokens."""
+    limits = torch.tensor([0, 5, 13, 32], dtype=torch.int32)
+    tokens = torch.arange(32)[None]
+    batch = {"input_ids": tokens, "cu_seq_lens_q": limits, "cu_seq_lens_k": limits, "max_length_q": 19}
+    found = reshaped(batch, BatchShape(*shape))
+    assert found["cu_seq_lens_q"].dtype == torch.int32
+    assert found["cu_seq_lens_k"].tolist()[-1] == found["input_ids"].numel() == shape[0] * shape[1]
+    assert found["cu_seq_lens_q"].diff().min() >= 0
+    assert found["cu_seq_lens_q"].diff().max() <= found["max_length_q"]
+    assert len(found["cu_seq_lens_q"]) == len(limits), "as many texts"
