@@ -260,6 +260,27 @@ def test_a_killed_process_is_started_again_and_nothing_changes(tmp_path: Path) -
     assert logs[0].drop(columns="run").equals(logs[1].drop(columns="run"))
 
 
+def launched(count: int, setting: Setting) -> list[Outcome]:
+    """What processes return that torchrun starts, each with CUDA of its own."""
+    settings = LaunchConfig(1, 1, nproc_per_node=count, start_method="spawn", rdzv_backend="c10d", max_restarts=0)
+    results: dict[int, Outcome] = elastic_launch(settings, train)(setting)
+    return [results[rank] for rank in range(count)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_cards_train_as_one(tmp_path: Path) -> None:
+    on_cards = {"use_cpu": False, "ddp_backend": "nccl"}
+    one, *several = [
+        outcome
+        for count in (1, 2)
+        for outcome in launched(count, Setting(tmp_path / str(count), 10, arguments=on_cards))
+    ]
+    check_equal_copies(several, 10)
+    assert len(set(one["digests"].values())) == 10
+    assert several[0]["losses"] == pytest.approx(one["losses"], rel=1e-4)
+
+
 # Other Trainers -------------------------------------------------------------------------------------------------------
 
 
