@@ -303,14 +303,14 @@ def map_tensors(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 def padded(batch: Batch) -> Batch:
-    """The same batch with its last token masked, because models skip work if a mask masks nothing."""
-    mask = _mask(batch)
-    if mask is None or mask.dim() != 2:
-        return batch
-    mask = mask.clone()
-    # Padding is on the left if the first column has any.
-    mask[-1, 0 if mask.shape[1] > 1 and not mask[:, 0].all() else -1] = 0
-    return {**batch, MASK: mask}
+    """The same batch with its last token masked, because models skip work if a mask masks nothing.
+
+    So is that of each part of it that has a mask of its own, such as the "chosen_attention_mask" of pairs of answers.
+    """
+    masks = {name: mask.clone() for name, mask in _masks(batch).items() if mask.dim() == 2}
+    for mask in masks.values():  # padding is on the left if the first column has any
+        mask[-1, 0 if mask.shape[1] > 1 and not mask[:, 0].all() else -1] = 0
+    return {**batch, **masks} if masks else batch
 
 
 def in_texts(batch: Batch) -> Batch:
@@ -334,13 +334,14 @@ def _holds_texts(batch: Batch) -> bool:
 
 def has_no_padding(batch: Batch) -> bool:
     """Whether a batch has a mask that masks nothing; models may skip work then."""
-    mask = _mask(batch)
-    return mask is not None and bool(mask.all())
+    masks = _masks(batch)
+    return bool(masks) and all(bool(mask.all()) for mask in masks.values())
 
 
-def _mask(batch: Batch) -> torch.Tensor | None:
-    mask = batch.get(MASK) if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, torch.Tensor) else None
+def _masks(batch: Batch) -> dict[str, torch.Tensor]:
+    """The masks of a batch by their names."""
+    named = batch.items() if isinstance(batch, Mapping) else ()
+    return {name: part for name, part in named if str(name).endswith(MASK) and isinstance(part, torch.Tensor)}
 
 
 def reshaped(batch: Batch, shape: BatchShape, rows_per_example: int = 1) -> Batch:
@@ -372,8 +373,7 @@ def reshaped(batch: Batch, shape: BatchShape, rows_per_example: int = 1) -> Batc
     result = _with_ends(map_tensors(batch, change), batch)
     result = _with_limits(result, shape.rows * shape.length, old.rows * old.length)
     result = in_texts(result) if _holds_texts(batch) else result
-    mask = _mask(batch)
-    return result if mask is None or bool(mask.all()) else padded(result)
+    return result if all(bool(mask.all()) for mask in _masks(batch).values()) else padded(result)
 
 
 def _with_limits(result: Batch, tokens: int, before: int) -> Batch:
@@ -399,7 +399,7 @@ def _with_ends(result: Batch, batch: Batch) -> Batch:
     tokens = result["input_ids"].clone()
     length, before = tokens.shape[1], whole.shape[1]
     rows = _cycled(len(tokens), len(whole), whole)
-    mask = _mask(batch)
+    mask = _masks(batch).get(MASK)
     if length > before:
         tokens[:, before:] = whole[rows, :1]
     elif length < before and (mask is None or mask.shape == whole.shape):

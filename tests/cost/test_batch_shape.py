@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rankpilot.cost.recording import BatchShape, reshaped
+from rankpilot.cost.recording import BatchShape, padded, reshaped
 
 END = 2
 
@@ -36,3 +36,12 @@ def test_texts_in_one_row_end_where_the_batch_does(shape: tuple[int, int]) -> No
     assert found["cu_seq_lens_q"].diff().min() >= 0
     assert found["cu_seq_lens_q"].diff().max() <= found["max_length_q"]
     assert len(found["cu_seq_lens_q"]) == len(limits), "as many texts"
+
+
+def test_each_part_of_a_batch_may_have_padding() -> None:
+    """As in pairs of answers, whose longest rows may need none."""
+    whole = {f"{part}_attention_mask": torch.ones(2, 4, dtype=torch.long) for part in ("chosen", "rejected")}
+    found = padded(whole)
+    assert [mask.sum().item() for mask in found.values()] == [7, 7]
+    assert all(mask.all() for mask in whole.values())
+    assert not any(mask.all() for mask in reshaped(found, BatchShape(2, 2)).values())
