@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from traceback import walk_tb
 from typing import Any, Literal
 
 import numpy as np
@@ -187,6 +188,13 @@ def _predictable(config: PreTrainedConfig) -> Iterator[None]:
     except (RuntimeError, NotImplementedError, ValueError, TypeError, ArithmeticError) as error:
         needs = isinstance(error, NotImplementedError) or "meta tensor" in str(error)
         why = "because what it computes depends on contents" if needs else "because it failed"
+        if any(
+            str(frame.f_globals.get("__name__")).startswith("liger_kernel") for frame, _ in walk_tb(error.__traceback__)
+        ):
+            raise UnsupportedError(
+                f"Liger has replaced parts of {config.model_type!r} in this process, and its kernels need a GPU's "
+                "numbers: predict the step before that, or in another process (`rankpilot memory`)."
+            ) from error
         raise UnsupportedError(
             f"A step of {config.model_type!r} cannot be predicted from its configuration, {why} "
             f"({first_line(error)[:120]}). Load the model, and measure it with `rankpilot memory`."

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
@@ -117,7 +118,30 @@ def expecting_one(model: nn.Module) -> Iterator[None]:
 def _forward(head: nn.Linear, expected: Expected, hidden: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling() or type(hidden) is not torch.Tensor or hidden.dim() < 2:
         return functional.linear(hidden, head.weight, head.bias)
-    return LaterLogits(hidden, Product(head, expected, autocast_dtype(hidden)))
+    return later(hidden, Product(head, expected, autocast_dtype(hidden)))
+
+
+def later(hidden: torch.Tensor, product: Product) -> torch.Tensor:
+    """`LaterLogits`; if an autograd function takes them, such as a kernel's loss, its gradient reaches `hidden`."""
+    logits: torch.Tensor = _Later.apply(hidden, product)  # type: ignore[no-untyped-call]
+    return logits
+
+
+class _Later(torch.autograd.Function):
+    """Makes the logits in the backward pass too, which runs if their gradient comes from outside of this file."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, product: Product) -> torch.Tensor:
+        ctx.hidden, ctx.product = hidden, product
+        return LaterLogits(hidden, product)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        rows = ctx.hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = ctx.product.of(rows, ctx.product.weight())
+        return torch.autograd.grad(logits, rows, gradient)[0], None
 
 
 class LaterLogits(torch.Tensor):
@@ -162,6 +186,10 @@ class LaterLogits(torch.Tensor):
             self._made[with_graph] = self._product.of(self._hidden, self._product.weight())
         return self._made[with_graph]
 
+    def _may_be_written(self) -> bool:
+        """Whether this runs inside an autograd function, which may write its gradient over the logits."""
+        return self._hidden.requires_grad and not torch.is_grad_enabled()
+
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
@@ -172,9 +200,9 @@ class LaterLogits(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*arguments, **options)
         first = arguments[0] if arguments else None
-        if function is _REQUIRES_GRAD and isinstance(first, LaterLogits):
-            return first._hidden.requires_grad
-        if isinstance(first, LaterLogits) and not first._made:
+        if function in (_REQUIRES_GRAD, _GRAD_FN) and isinstance(first, LaterLogits):
+            return first._hidden.requires_grad if function == _REQUIRES_GRAD else None
+        if isinstance(first, LaterLogits) and not first._made and not first._may_be_written():
             if function is functional.cross_entropy:
                 loss = _cross_entropy(*arguments, **options)
                 if loss is not None:
@@ -182,10 +210,10 @@ class LaterLogits(torch.Tensor):
             elif function in _ROWS:
                 rows = _ROWS[function](first, *arguments[1:], **options)
                 if rows is not None:
-                    return LaterLogits(rows, first._product)
+                    return later(rows, first._product)
             elif _is_of_each_number(function, arguments[1:], options):
                 step = partial(_applied, function, arguments[1:], options)
-                return LaterLogits(first._hidden, first._product.then(step))
+                return later(first._hidden, first._product.then(step))
         made = partial(tree_map, lambda value: value.made() if isinstance(value, LaterLogits) else value)
         return function(*made(arguments), **made(options))
 
@@ -203,12 +231,11 @@ def _applied(function: Any, rest: Sequence[Any], options: dict[str, Any], tensor
     return result
 
 
-_GRAD_FN = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]
+_GRAD_FN = torch.Tensor.grad_fn.__get__  # type: ignore[union-attr]  # wrappers of models ask: none as yet
 _REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _OF_THE_OUTSIDE = {
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")),
     *(getattr(torch.Tensor, name).__get__ for name in ("is_meta", "is_sparse", "is_quantized", "is_nested")),
-    _GRAD_FN,  # they have none yet, and wrappers of models ask
     torch.Tensor.size,
     torch.Tensor.dim,
     torch.Tensor.numel,

@@ -273,7 +273,10 @@ class BatchShape:
         return f"{self.rows} x {self.length}"
 
 
-MASK = "attention_mask"
+MASK, PLACES = "attention_mask", "position_ids"
+
+LIMITS, LONGEST = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
+"""Where the texts of a row without padding begin and end, int32 (texts + 1,), and the tokens of the longest one."""
 
 
 def _has_tokens(tensor: torch.Tensor, rows: int) -> bool:
@@ -300,32 +303,52 @@ def map_tensors(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 def padded(batch: Batch) -> Batch:
-    """The same batch with its last token masked, because models skip work if a mask masks nothing."""
-    mask = _mask(batch)
-    if mask is None or mask.dim() != 2:
+    """The same batch with its last token masked, because models skip work if a mask masks nothing.
+
+    So is that of each part of it that has a mask of its own, such as the "chosen_attention_mask" of pairs of answers.
+    """
+    masks = {name: mask.clone() for name, mask in _masks(batch).items() if mask.dim() == 2}
+    for mask in masks.values():  # padding is on the left if the first column has any
+        mask[-1, 0 if mask.shape[1] > 1 and not mask[:, 0].all() else -1] = 0
+    return {**batch, **masks} if masks else batch
+
+
+def in_texts(batch: Batch) -> Batch:
+    """The same batch with its last token as a text of its own, because models skip work if each row is one text."""
+    if not _tells_places(batch) or _holds_texts(batch):
         return batch
-    mask = mask.clone()
-    # Padding is on the left if the first column has any.
-    mask[-1, 0 if mask.shape[1] > 1 and not mask[:, 0].all() else -1] = 0
-    return {**batch, MASK: mask}
+    places = batch[PLACES].clone()
+    places[-1, -1] = 0
+    return {**batch, PLACES: places}
+
+
+def _tells_places(batch: Batch) -> bool:
+    places = batch.get(PLACES) if isinstance(batch, Mapping) else None
+    return isinstance(places, torch.Tensor) and places.dim() == 2 and places.shape[1] > 1
+
+
+def _holds_texts(batch: Batch) -> bool:
+    """Whether a row holds several texts, at each of which positions begin again."""
+    return _tells_places(batch) and bool((batch[PLACES].diff() != 1).any())
 
 
 def has_no_padding(batch: Batch) -> bool:
     """Whether a batch has a mask that masks nothing; models may skip work then."""
-    mask = _mask(batch)
-    return mask is not None and bool(mask.all())
+    masks = _masks(batch)
+    return bool(masks) and all(bool(mask.all()) for mask in masks.values())
 
 
-def _mask(batch: Batch) -> torch.Tensor | None:
-    mask = batch.get(MASK) if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, torch.Tensor) else None
+def _masks(batch: Batch) -> dict[str, torch.Tensor]:
+    """The masks of a batch by their names."""
+    named = batch.items() if isinstance(batch, Mapping) else ()
+    return {name: part for name, part in named if str(name).endswith(MASK) and isinstance(part, torch.Tensor)}
 
 
 def reshaped(batch: Batch, shape: BatchShape, rows_per_example: int = 1) -> Batch:
     """The batch cut or repeated to a shape.
 
     A tensor shorter than the longest (labels of an encoder-decoder) changes in proportion. If the batch has padding,
-    so does the result.
+    so does the result, and if a row holds several texts, one does in the result.
 
     Args:
         batch: the batch.
@@ -348,8 +371,21 @@ def reshaped(batch: Batch, shape: BatchShape, rows_per_example: int = 1) -> Batc
         return tensor
 
     result = _with_ends(map_tensors(batch, change), batch)
-    mask = _mask(batch)
-    return result if mask is None or bool(mask.all()) else padded(result)
+    result = _with_limits(result, shape.rows * shape.length, old.rows * old.length)
+    result = in_texts(result) if _holds_texts(batch) else result
+    return result if all(bool(mask.all()) for mask in _masks(batch).values()) else padded(result)
+
+
+def _with_limits(result: Batch, tokens: int, before: int) -> Batch:
+    """A batch of so many tokens, and of others before, whose texts in one row have their limits beside it.
+
+    Flash attention reads up to the last limit without a check, so all limits move alike, and as many texts are left.
+    """
+    if not isinstance(result, Mapping):
+        return result
+    moved = {name: (result[name].long() * tokens // before).int() for name in LIMITS if result.get(name) is not None}
+    longest = {name: -(-result[name] * tokens // before) for name in LONGEST if result.get(name) is not None}
+    return {**result, **moved, **longest}
 
 
 def _with_ends(result: Batch, batch: Batch) -> Batch:
@@ -363,7 +399,7 @@ def _with_ends(result: Batch, batch: Batch) -> Batch:
     tokens = result["input_ids"].clone()
     length, before = tokens.shape[1], whole.shape[1]
     rows = _cycled(len(tokens), len(whole), whole)
-    mask = _mask(batch)
+    mask = _masks(batch).get(MASK)
     if length > before:
         tokens[:, before:] = whole[rows, :1]
     elif length < before and (mask is None or mask.shape == whole.shape):

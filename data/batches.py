@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..cost.recording import MASK, Batch, BatchShape, padded
+from ..cost.recording import MASK, PLACES, Batch, BatchShape, in_texts, padded
 from ..errors import DataError
 
 _EMPTY = "The training set is empty. Check its path, split and filters."
@@ -57,7 +57,10 @@ def largest_batch(dataset: Any, collate: Collate, rows: int) -> Batch:
     # The longest rows may need no padding while others do. Rows of one length without a mask never need any.
     alike = lengths is not None and len(lengths) == len(dataset) and len(np.unique(lengths)) == 1
     never = alike and MASK not in names
-    return batch if never else padded(batch)
+    batch = batch if never else padded(batch)
+    first = examples[0]
+    packed = isinstance(first, Mapping) and not {PLACES, "seq_lengths"}.isdisjoint(first)
+    return in_texts(batch) if packed else batch  # the longest rows may hold one text each, and others several
 
 
 def _check_repeats(dataset: Any) -> None:

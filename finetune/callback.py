@@ -136,6 +136,8 @@ _WITHOUT_TRAINER = (
     'then call `rankpilot.attach(trainer, "default", budget="80%")`, with the arguments that the callback had.'
 )
 
+WITH_LIGER = "Steps are measured with Liger's kernels; exact savers that bring nothing beside its fused loss are off."
+
 
 def attach(
     trainer: Trainer, policy: str | Path | Policy = DEFAULT, options: GivenOptions = None, **changes: Any
@@ -279,6 +281,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             pilot.resume(run, load_state(folder), step=state.global_step, name=name)
         else:
             pilot.begin(run, name=name)
+        if args.use_liger_kernel:
+            pilot.journal.note(WITH_LIGER)
         step.follow(
             self._take_batches,
             self._take_loss,

@@ -41,7 +41,8 @@ _DECIDING = ("bounds", "schedule", "fresh", "learning_rate", "control", "time", 
 
 def makes_rollouts(trainer: Trainer) -> bool:
     """Whether a Trainer makes its data while it trains, in a way that is known here."""
-    return hasattr(trainer, "_generate_and_score_completions") and hasattr(trainer, "_buffered_inputs")
+    own = hasattr(trainer, "_generate_and_score_completions") and hasattr(trainer, "_buffered_inputs")
+    return own and hasattr(trainer.args, "num_generations")  # and no distillation, whose steps read a teacher
 
 
 def left_alone(trainer: Trainer, policy: str | Path | Policy, options: PilotOptions) -> tuple[Policy, PilotOptions]:
@@ -67,6 +68,14 @@ def refuse_to_plan(trainer: Trainer) -> None:
         raise UnsupportedError(
             f"{type(trainer).__name__} makes its data while it trains, so no plan can be made of it. {PLAN_FIRST}"
         )
+
+
+def refuse_answers(trainer: Trainer, *_: Any, **__: Any) -> None:
+    """Raise UnsupportedError in place of answers that a training step has the model write (TRL's GKDTrainer)."""
+    raise UnsupportedError(
+        f"{type(trainer).__name__} makes its data while it trains, in its training step, so what a step takes cannot "
+        f"be measured before. {PLAN_FIRST}"
+    )
 
 
 class Rollouts:

@@ -7,6 +7,7 @@ the model twice (DPO), weigh classes or smooth labels. So the Trainer's `trainin
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from traceback import clear_frames
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..cost.recording import Batch
 from ..errors import UnsupportedError
 from .left_as_found import put_back
-from .rollouts import Rollouts, makes_rollouts, refuse_to_plan
+from .rollouts import Rollouts, makes_rollouts, refuse_answers, refuse_to_plan
 from .run import TrainingRun, data_of, probe_rate
 
 RESUME = "resume_from_checkpoint"
@@ -50,21 +51,20 @@ class TrainerStep:
             UnsupportedError: the step makes no loss of the batch.
         """
         trainer, losses = self.trainer, []
-        accelerator: dict[str, Any] = vars(trainer.accelerator)
-        before = accelerator.get("backward", _ABSENT)
         batch = dict(batch) if isinstance(batch, Mapping) else batch  # a step may take out what it has read
-        with put_back(trainer), self._unfollowed():
+        with (
+            put_back(trainer),
+            self._unfollowed(),
+            _standing(trainer.accelerator, "backward", lambda loss, **_: losses.append(loss)),
+            _standing(trainer.model, "generate", partial(refuse_answers, trainer)),
+        ):
             trainer.current_gradient_accumulation_steps = 1
             trainer.log = lambda *_, **__: None  # what the step logs is no step of the run
             if self.rollouts:
                 batch = self.rollouts.inputs(batch)
                 trainer._prepare_inputs = lambda inputs: inputs
-            accelerator["backward"] = lambda loss, **_: losses.append(loss)
-            try:
-                _, count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-                trainer.training_step(trainer.model_wrapped, batch, count)
-            finally:
-                _put_back(accelerator, "backward", before)
+            _, count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+            trainer.training_step(trainer.model_wrapped, batch, count)
         if len(losses) != 1 or not losses[0].requires_grad:
             problem = (
                 f"called `accelerator.backward` {len(losses)} times" if len(losses) != 1 else "has a constant loss"
@@ -263,6 +263,17 @@ def _evaluations(args: TrainingArguments, state: TrainerState) -> int:
     every = {"steps": state.eval_steps, "epoch": state.max_steps / max(state.num_train_epochs, 1)}
     each = every.get(str(getattr(args.eval_strategy, "value", args.eval_strategy)))
     return int(state.max_steps / each) if each else 0
+
+
+@contextmanager
+def _standing(thing: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Let a function stand for one of an object's."""
+    attributes = vars(thing)
+    before, attributes[name] = attributes.get(name, _ABSENT), function
+    try:
+        yield
+    finally:
+        _put_back(attributes, name, before)
 
 
 def _put_back(attributes: dict[str, Any], name: str, before: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rankpilot.cost.recording import BatchShape, reshaped
+from rankpilot.cost.recording import BatchShape, padded, reshaped
 
 END = 2
 
@@ -22,3 +22,26 @@ def test_every_row_keeps_its_end_token(shape: tuple[int, int], has_mask: bool) -
     assert tuple(result.shape) == shape
     assert (result == END).sum(dim=1).tolist() == [1] * shape[0]
     assert result[:, 0].tolist() == [5] * shape[0]
+
+
+@pytest.mark.parametrize("shape", [(2, 16), (2, 8), (3, 8), (1, 50)])
+def test_texts_in_one_row_end_where_the_batch_does(shape: tuple[int, int]) -> None:
+    """Flash attention reads as far as the last limit, whether or not there are so many tokens."""
+    limits = torch.tensor([0, 5, 13, 32], dtype=torch.int32)
+    tokens = torch.arange(32)[None]
+    batch = {"input_ids": tokens, "cu_seq_lens_q": limits, "cu_seq_lens_k": limits, "max_length_q": 19}
+    found = reshaped(batch, BatchShape(*shape))
+    assert found["cu_seq_lens_q"].dtype == torch.int32
+    assert found["cu_seq_lens_k"].tolist()[-1] == found["input_ids"].numel() == shape[0] * shape[1]
+    assert found["cu_seq_lens_q"].diff().min() >= 0
+    assert found["cu_seq_lens_q"].diff().max() <= found["max_length_q"]
+    assert len(found["cu_seq_lens_q"]) == len(limits), "as many texts"
+
+
+def test_each_part_of_a_batch_may_have_padding() -> None:
+    """As in pairs of answers, whose longest rows may need none."""
+    whole = {f"{part}_attention_mask": torch.ones(2, 4, dtype=torch.long) for part in ("chosen", "rejected")}
+    found = padded(whole)
+    assert [mask.sum().item() for mask in found.values()] == [7, 7]
+    assert all(mask.all() for mask in whole.values())
+    assert not any(mask.all() for mask in reshaped(found, BatchShape(2, 2)).values())

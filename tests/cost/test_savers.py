@@ -253,6 +253,35 @@ def test_a_loss_of_the_users_own(pair: tuple[PeftModel, PeftModel], options: dic
     assert (results[1][2] < 0.8 * results[0][2]) is in_tiles
 
 
+class KernelsLoss(torch.autograd.Function):
+    """A mean loss as kernels compute it (Liger's, flash-attention's): its gradient is written over the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        values, index = torch.log_softmax(logits.detach(), 1), (torch.arange(len(target)), target)
+        gradient = values.exp()
+        gradient[index] -= 1
+        logits.detach().copy_(gradient / len(target))
+        ctx.save_for_backward(logits)
+        return -values[index].mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.saved_tensors[0].detach() * gradient, None
+
+
+def test_a_loss_of_kernels(pair: tuple[PeftModel, PeftModel]) -> None:
+    """Autograd's functions take logits without a word to Python; what they find and give back is right all the same."""
+    ids, results = batch_of("llama")["input_ids"], []
+    for model in pair:
+        model.zero_grad()
+        logits = model(input_ids=ids).logits
+        loss: Any = KernelsLoss.apply(logits[:, :-1].reshape(-1, WORDS), ids[:, 1:].reshape(-1))
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    assert_same(*results)
+
+
 def test_generation_and_evaluation(pair: tuple[PeftModel, PeftModel]) -> None:
     ids = batch_of("llama")["input_ids"][:, :6]
     texts = [model.eval().generate(input_ids=ids, max_new_tokens=5, do_sample=False) for model in pair]

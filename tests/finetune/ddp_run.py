@@ -166,7 +166,7 @@ def train(setting: Setting) -> dict[str, Any]:
     for name, value in setting.handler.items():
         setattr(trainer.accelerator.ddp_handler, name, value)
     trainer.train(resume_from_checkpoint=setting.resume)
-    weights = {name: p.detach().clone().numpy() for name, p in model.named_parameters() if p.requires_grad}
+    weights = {name: p.detach().cpu().clone().numpy() for name, p in model.named_parameters() if p.requires_grad}
     return {
         "losses": watch.losses,
         "digests": watch.digests,

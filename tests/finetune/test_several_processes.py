@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from ..cases import first_cases
 from .ddp_run import DECISIONS, SCHEDULE, Setting, Watch, train
 from .several import ProcessFailed, in_processes, loaded_once
-from .trainer_kinds import dpo, sft
+from .trainer_kinds import dpo, rollouts, sft
 
 Outcome = dict[str, Any]
 
@@ -261,6 +261,27 @@ def test_a_killed_process_is_started_again_and_nothing_changes(tmp_path: Path) -
     assert logs[0].drop(columns="run").equals(logs[1].drop(columns="run"))
 
 
+def launched(count: int, setting: Setting) -> list[Outcome]:
+    """What processes return that torchrun starts, each with CUDA of its own."""
+    settings = LaunchConfig(1, 1, nproc_per_node=count, start_method="spawn", rdzv_backend="c10d", max_restarts=0)
+    results: dict[int, Outcome] = elastic_launch(settings, train)(setting)
+    return [results[rank] for rank in range(count)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_cards_train_as_one(tmp_path: Path) -> None:
+    on_cards = {"use_cpu": False, "ddp_backend": "nccl"}
+    one, *several = [
+        outcome
+        for count in (1, 2)
+        for outcome in launched(count, Setting(tmp_path / str(count), 10, arguments=on_cards))
+    ]
+    check_equal_copies(several, 10)
+    assert len(set(one["digests"].values())) == 10
+    assert several[0]["losses"] == pytest.approx(one["losses"], rel=1e-4)
+
+
 # Other Trainers -------------------------------------------------------------------------------------------------------
 
 
@@ -290,3 +311,24 @@ def test_trainers_of_trl(kind: str, tmp_path: Path) -> None:
     assert len(set(one["digests"].values())) == 6
     assert several[0]["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert largest_difference(several[0], one) < 1e-5
+
+
+def with_rollouts(folder: Path, attaches: bool) -> Outcome:
+    """TRL's GRPOTrainer, as each of the processes trains it."""
+    torch.set_num_threads(1)
+    trainer = rollouts("GRPO", folder, ddp_backend="gloo", gradient_checkpointing=False, max_steps=3)
+    pilot = attach(trainer, budget="85%", measure_every=1) if attaches else None
+    trainer.train()
+    weights = {name: p.detach().clone().numpy() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {"weights": weights, "within": bool(pilot and max(peak for _, peak in pilot.peaks) <= pilot.limit)}
+
+
+def test_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget holds in both processes, and the adapters are those of a run without rankpilot."""
+    pytest.importorskip("trl")
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    plain, *_ = in_processes(2, with_rollouts, tmp_path, False)
+    first, second = in_processes(2, with_rollouts, tmp_path, True)
+    assert first["within"]
+    assert second["within"]
+    assert largest_difference(first, second) == largest_difference(first, plain) == 0

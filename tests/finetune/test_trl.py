@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import rankpilot
 import torch
-from peft import PeftModel
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
 from rankpilot.cost.calibration import LOOP_BYTES
 from rankpilot.errors import BudgetError, NoGradientError, UnsupportedError
 from rankpilot.lora.peft_config import adapter_ranks
@@ -17,7 +19,7 @@ from rankpilot.lora.targets import find_target_modules
 from transformers import Trainer
 
 from ..cases import first_cases
-from .trainer_kinds import TEXTS, classification, dpo, llama, rollouts, sft, word_tokenizer
+from .trainer_kinds import TEXTS, classification, conversations, dpo, llama, rollouts, sft, word_tokenizer
 
 SCHEDULE = rankpilot.DecisionSchedule(probe_steps=2, fractions=(0.0, 0.5))
 
@@ -117,6 +119,28 @@ def test_what_would_move_ranks_under_rollouts_is_refused(tmp_path: Path) -> None
         trainer.train()
     assert trainer.state.global_step == 0
     assert pilot.peaks == []
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("experimental.gkd", "GKD"), ("trainer", "Distillation"), ("experimental.online_dpo", "OnlineDPO")],
+)
+def test_other_trainers_that_make_their_data_are_refused(tmp_path: Path, place: str, name: str) -> None:
+    """Their models write answers inside the training step, or before it from prompts alone."""
+    module = import_module(f"trl.{place}")
+    more = {"reward_funcs": len} if name == "OnlineDPO" else {"teacher_model": llama()}
+    trainer = getattr(module, f"{name}Trainer")(
+        llama(),
+        args=getattr(module, f"{name}Config")(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, bf16=False),
+        train_dataset=conversations() if name == "GKD" else Dataset.from_list([{"prompt": text} for text in TEXTS]),
+        processing_class=word_tokenizer(),
+        peft_config=LoraConfig(target_modules="all-linear"),
+        **more,
+    )
+    rankpilot.attach(trainer, budget="80%")
+    with pytest.raises(UnsupportedError, match=r"makes its data while it trains.*`rankpilot\.allocate`"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(
