@@ -157,7 +157,7 @@ peft-experiment` makes this folder; copy it into `method_comparison/MetaMathQA/e
 
 | on an L40S | this experiment, predicted | LoRA, rank 32 on q and v, published |
 |---|---:|---:|
-| `accelerator_memory_reserved_max` | {plan.gib:.2f} GiB | {KNOWN_GIB} GiB |
+| `accelerator_memory_max` | {plan.gib:.2f} GiB | {KNOWN_GIB} GiB |
 | `train_time` | {plan.seconds:.0f} s | {KNOWN_SECONDS:.0f} s |
 
 * Bytes follow from the configuration and the longest batch. Its length is not published: {length} tokens were fitted
