@@ -15,7 +15,7 @@ soon as it runs again, on top of all that the layers below it hold: so layers ar
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -512,11 +512,19 @@ def fewest_recomputed(
     def peak(count: int) -> float:
         return memory.recomputing(layers[:count]).peak(ranks, shape)
 
-    if not layers or (none := peak(0)) <= limit:
+    low, high = 0, len(layers)
+    if not layers or (above := peak(low)) <= limit:
         return ()
-    if (every := peak(len(layers))) > limit:
-        return layers if every < none else ()
-    return layers[: bisect_left(range(len(layers)), True, lo=1, key=lambda count: peak(count) <= limit)]
+    if (within := peak(high)) > limit:
+        return layers if within < above else ()
+    while high - low > 1:  # layers are much alike, so peaks fall nearly along a line
+        part = math.ceil((above - limit) / (above - within) * (high - low))
+        count = low + min(max(part, 1), high - low - 1)
+        if (found := peak(count)) <= limit:
+            high, within = count, found
+        else:
+            low, above = count, found
+    return layers[:high]
 
 
 def recomputed_cost(
