@@ -179,17 +179,18 @@ class MemoryModel:
         finder = self._finder(base, slope)
         parts = finder.parts()
         serials, modules = self._all_gradients
-        bounds = finder.bounds(parts, base + growing)
-        bounds += np.where(modules < 0, base[serials], slope[serials] * ranks[modules]).sum()
+        gradients = np.zeros(len(base))
+        gradients[serials] = np.where(modules < 0, base[serials], slope[serials] * ranks[modules])
+        bounds = finder.bounds(parts, base + growing, gradients)
+        bounds += self.accumulates * gradients.sum()
         for part in np.argsort(-bounds, kind="stable"):
             if bounds[part] < highest:
                 break
             for candidate in parts[part].candidates():
                 live, counted = needs.at(candidate)
-                serials, modules = self._gradients(candidate)
-                gradients = np.where(modules < 0, base[serials], slope[serials] * ranks[modules]).sum()
+                there = gradients[self._gradients(candidate)[0]].sum()
                 held = base[counted].sum() + base[counted & candidate.copied].sum() + growing[live].sum()
-                highest = max(highest, held + gradients)
+                highest = max(highest, held + there)
         return float(np.ceil((between_steps + highest + states.fixed @ adapted) * (1 + self.margin)))
 
     @property

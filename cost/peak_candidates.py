@@ -133,12 +133,13 @@ class PeakFinder:
         """Those of all parts."""
         return [candidate for part in self.parts() for candidate in part.candidates()]
 
-    def bounds(self, parts: Sequence[PartOfStep], sizes: FloatArray) -> FloatArray:
-        """What the candidates of each part can hold at the most, beside parameters' gradients, in bytes, (parts,).
+    def bounds(self, parts: Sequence[PartOfStep], sizes: FloatArray, gradients: FloatArray) -> FloatArray:
+        """What the candidates of each part can hold at the most, in bytes, (parts,).
 
         Args:
             parts: of `parts`.
             sizes: what each storage takes at the most, (storages,).
+            gradients: what it takes as a parameter's gradient, 0 if it is none, (storages,).
         """
         recording, segments = self._recording, self._recording.segments
         if any(segment.reentrant for segment in segments):
@@ -147,16 +148,22 @@ class PeakFinder:
         # A segment that does not run holds its inputs alone of what it brings back.
         back_again = self._forward & ~self._needed & (self._saved_in_segment | self._is_input)
         live = self._level(~back_again & ~self._gradient, np.minimum(recording.freed, last), sizes)
+        live += np.cumsum(np.bincount(recording.created, gradients, minlength=len(live)))
         inside = self._forward & (recording.segment_index >= 0)
         ends = np.array([segment.end for segment in segments] + [0])[recording.segment_index]
         running = self._level(inside, np.minimum(recording.freed_if_unsaved, ends), sizes)
-        saved = inside & self._saved_in_segment
-        twice = 2 * np.bincount(recording.segment_index[saved], sizes[saved], minlength=len(segments))
+        saved, count = inside & self._saved_in_segment, len(segments)
+        own = np.bincount(recording.segment_index[saved], sizes[saved], minlength=count)
+        copied = saved & self._on_context & self._needed
+        own += np.bincount(recording.segment_index[copied], sizes[copied], minlength=count)
+        inputs = np.bincount(self._first_segment[self._is_input], sizes[self._is_input], minlength=count).cumsum()
         found = np.full(len(parts), np.inf)
         for number, part in enumerate(parts[1:], start=1):
-            found[number] = live[part.start : part.end + 1].max() + sizes[self._is_input].sum()
+            found[number] = live[part.start : part.end + 1].max()
+            if count:
+                found[number] += inputs[part.segment]  # of all segments, where none runs
             if part.segment >= 0:
-                found[number] += twice[part.segment]
+                found[number] += own[part.segment]
             if part.second:
                 segment = segments[part.segment]
                 found[number] += running[segment.start : segment.end + 1].max()
