@@ -372,26 +372,29 @@ def _report(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Conso
 def _report_control(
     rows: Mapping[Run, Mapping[str, Any]], best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Console
 ) -> Figures:
-    """Log losses of plain LoRA at wrong rates, left alone and controlled, beside that at its best rate; in pairs."""
+    """Log losses of plain LoRA at wrong rates, left alone and controlled, beside that at its best rate.
+
+    Figures of byte models have no prefix, and are of pairs; those of SmolLM2 have its name.
+    """
     figures: Figures = {}
     table = []
     for factor in WRONG:
-        cells = [
-            (text, seed)
-            for text, seed in best
-            if {Run(text, side, factor, seed) for side in ("plain", "controlled")} <= rows.keys()
-            and not reason_to_leave_out(text, best)
-        ]
-        for side in ("plain", "controlled") if cells else ():
-            found = {
-                (text, seed): 100 * _beside(rows[Run(text, side, factor, seed)], best[text, seed]["plain"])
-                for text, seed in cells
-            }
-            change = estimate(list(found.values()), [text for text, _ in found])
-            figures |= {f"{side} at {factor:g}: {name}": value for name, value in vars(change).items()}
-            figures[f"{side} at {factor:g}: worst"] = max(found.values())
-            named = "left alone" if side == "plain" else side
-            table.append((f"{factor:g}", named, str(len(found)), f"{change:+.2f}", f"{max(found.values()):+.1f}"))
+        for side in ("plain", "controlled"):
+            losses: dict[bool, dict[Cell, float]] = {False: {}, True: {}}
+            for text, seed in best:
+                runs = {name: Run(text, name, factor, seed) for name in ("plain", "controlled")}
+                paired = text in WHOLE or all(run in rows for run in runs.values())
+                if runs[side] in rows and paired and not reason_to_leave_out(text, best):
+                    losses[text in WHOLE][text, seed] = 100 * _beside(rows[runs[side]], best[text, seed]["plain"])
+            for is_whole, found in losses.items():
+                if not found:
+                    continue
+                prefix = "SmolLM2-135M, " if is_whole else ""
+                change = estimate(list(found.values()), [text for text, _ in found])
+                figures |= {f"{prefix}{side} at {factor:g}: {name}": value for name, value in vars(change).items()}
+                figures[f"{prefix}{side} at {factor:g}: worst"] = max(found.values())
+                named = prefix + ("left alone" if side == "plain" else side)
+                table.append((f"{factor:g}", named, str(len(found)), f"{change:+.2f}", f"{max(found.values()):+.1f}"))
     if table:
         columns = ("rate over the rule's", "", "cells", "log loss, %", "worst")
         console.print(make_table("Plain LoRA beside itself at its best rate; admitted texts", columns, table))

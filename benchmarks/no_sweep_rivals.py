@@ -87,7 +87,31 @@ class Rival:
         return driver, self.optimizer(driver, plain_rate * RULE.factor(ranks, scale, scale))
 
 
+FROZEN_FROM = 0.7
+"""The share of the steps after which the lower half of the layers is frozen."""
+
+
+class HalfFrozen(Driver):
+    """Plain LoRA whose lower half stays as it is from `FROZEN_FROM` on, so that the backward pass ends above it."""
+
+    def __init__(self, work: Work) -> None:
+        plain = plain_lora(work)
+        super().__init__(plain.model, plain.ranks())
+        self._last = round(FROZEN_FROM * work.task.steps)
+
+    def stepped(self, step: int) -> None:
+        """Freeze at the step that is the last one for the lower half."""
+        targets = find_target_modules(self.model)
+        blocks = sorted({target.block for target in targets})
+        for target in targets if step == self._last else ():
+            if target.block in blocks[: len(blocks) // 2]:
+                for parameter in target.parameters.values():
+                    parameter.requires_grad_(False)
+                    parameter.grad = None
+
+
 RIVALS = {
+    "half frozen": Rival(driver=HalfFrozen),
     "MLPs": Rival(mlp),
     "top 3/4": Rival(top(0.75)),
     "LoRA+": Rival(optimizer=_loraplus),
