@@ -66,3 +66,7 @@ def test_the_page_of_control_claims_what_the_stored_rows_say(figures: Figures) -
             for name in (f"plain at {factor:g}", f"controlled at {factor:g}")
         )
         assert f"| {words} | {alone} | {corrected}" in page
+    told = " ".join(page.split())
+    for factor, words in ((0.25, "from a quarter of the rule's rate"), (4.0, "from four times the rate")):
+        value, worst = (figures[f"SmolLM2-135M, controlled at {factor:g}: {name}"] for name in ("value", "worst"))
+        assert f"{_rounded(value):+.1f} % (worst {worst:.1f}) {words}" in told
