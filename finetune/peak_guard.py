@@ -66,9 +66,9 @@ class PeakGuard:
     smaller plans are no help, all is as it was before the step.
 
     What a limit that falls during the run cuts from ranks is kept in main memory, where that is not what the budget
-    counts, and put back beside what the modules have learned since: that gives the function what it had lost, so far as ranks
-    have room. A decision drops the copy, and a checkpoint has none: then ranks come back with directions that start at
-    zero, as after an error.
+    counts, and put back beside what the modules have learned since: that gives the function what it had lost, so far as
+    ranks have room. A decision drops the copy, and a checkpoint has none: then ranks come back with directions that
+    start at zero, as after an error.
 
     Args:
         every_steps: see `PeakMeter`.
