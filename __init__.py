@@ -1,4 +1,4 @@
-"""rankpilot: a policy decides which modules of a model get LoRA rank, inside a hard budget of memory or time.
+"""rankpilot plans the memory and time of a LoRA fine-tune before its first step, and keeps it inside a budget.
 
 The names below are loaded when first used, so that `import rankpilot` loads no other library. The Gymnasium
 environments are registered where gymnasium is imported, before or after rankpilot.

@@ -81,7 +81,7 @@ class UnknownNameError(RankPilotError, LookupError):
             hint: a sentence about what else is possible.
         """
         names = list(allowed)
-        near = difflib.get_close_matches(given, names, n=3, cutoff=0.4) if len(given) <= MOST_NAME else []
+        near = difflib.get_close_matches(given, names, n=3, cutoff=0.5) if len(given) <= MOST_NAME else []
         listed = near or names[:8]
         lead = "Did you mean" if near else "Allowed"
         more = "" if near or len(names) <= 8 else f" and {len(names) - 8} more"

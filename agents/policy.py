@@ -141,4 +141,6 @@ def decision_line(step: int, before: IntArray, after: IntArray, cost: float, lim
     """
     count = int(np.count_nonzero(np.asarray(before) != np.asarray(after)))
     moved = f"{plural(count, 'module')} moved" if count else "no module moved"
+    if step == 0:  # what came before it are ranks that only measured
+        moved = f"{np.count_nonzero(after)} of {len(after)} modules adapted"
     return f"step {step}: {moved}, {part_of(cost, limit, unit)}, mean rank {np.mean(after):.1f}"

@@ -451,6 +451,6 @@ def find_rule(name: str) -> Policy:
     """The rule of that name; UnknownNameError if there is none."""
     if name not in RULES:
         raise UnknownNameError.of(
-            "rule", name, RULES, "A trained policy is given by its folder, a plan by its .yaml file."
+            "rule", name, RULES, "'default' is the policy that ships; others are a folder, or a plan's .yaml file."
         )
     return RULES[name]

@@ -18,7 +18,7 @@ from ..errors import RankPilotError, UnknownNameError, first_line, naming_extras
 from .progress import console
 
 COMMANDS = {
-    "finetune": "fine-tune a model under a policy",
+    "finetune": "fine-tune a model inside a budget",
     "plan": "plan ranks before training, for PEFT, axolotl and others",
     "memory": "show where the bytes of a training step go, and what fits a card",
     "study": "write a page about runs and their decisions, for a browser",
@@ -50,7 +50,7 @@ def usage() -> str:
     """The help of `rankpilot` itself, in rich's markup."""
     commands = "\n".join(f"  [bold]rankpilot {name:<16}[/]{summary}" for name, summary in COMMANDS.items())
     return (
-        "[bold]rankpilot[/]: a policy decides LoRA ranks, inside a hard budget of memory or time.\n\n"
+        "[bold]rankpilot[/] plans the memory and time of a LoRA fine-tune, and keeps it inside a budget.\n\n"
         f"{commands}\n\n"
         "Each has its own --help. For policy train, finetune and plan, --config FILE (a run's\n"
         "config.json) sets the defaults."

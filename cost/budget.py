@@ -123,9 +123,9 @@ class Budget:
             )
         if number < LEAST_BYTES:
             percent = 100 if number == 1 else number
-            meant = f"{percent:.0f}%" if percent <= 100 * MOST_SHARE else f"{number:.0f}MB"
+            meant = f'"{percent:.0f}%" or "{number:.0f}GiB"' if percent <= 100 * MOST_SHARE else f'"{number:.0f}MB"'
             raise BudgetError(
-                f'The budget {given!r} would be {number:.0f} bytes, too few for any adapter. Did you mean "{meant}"? '
+                f"The budget {given!r} would be {number:.0f} bytes, too few for any adapter. Did you mean {meant}? "
                 f"Allowed: {_FORMS}."
             )
         return cls("total", number)

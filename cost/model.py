@@ -85,7 +85,7 @@ class MemoryModel:
             UnsupportedError: see `sizes`.
         """
         cost, _, _ = self._full_cost(*self.sizes(shape or self.shape))
-        return _with_margin(keep_candidates(cost, needed_candidates(cost, np.random.default_rng(0))), self.margin)
+        return self._with_margin(keep_candidates(cost, needed_candidates(cost, np.random.default_rng(0))))
 
     def at_peak(self, ranks: IntArray, shape: BatchShape | None = None) -> PeakStorages:
         """The bytes of each storage at the peak of a plan, (modules,); the shape of calibration is the default.
@@ -96,7 +96,7 @@ class MemoryModel:
         base, slope = self.sizes(shape or self.shape)
         cost, candidates, groups = self._full_cost(base, slope)
         kept = needed_candidates(cost, np.random.default_rng(0))
-        cost = _with_margin(keep_candidates(cost, kept), self.margin)
+        cost = self._with_margin(keep_candidates(cost, kept))
         totals = moment_costs(cost, ranks)
         highest = int(totals.argmax())
         peak = PeakStorages(cost.moments[highest], float(totals[highest]), None, np.zeros(len(base)), self.recording)
@@ -174,7 +174,7 @@ class MemoryModel:
         recording, states, adapted = self.recording, self.states, ranks > 0
         needs = _Needs.of(recording, adapted)
         growing = slope * self._rank_of_each(ranks)
-        between_steps = states.others + states.between_steps @ ranks
+        between_steps = states.others + (states.between_steps - states.signals) @ ranks
         highest = states.other_gradients + (states.weights + states.scratch) @ ranks  # the optimizer's step
         finder = self._finder(base, slope)
         parts = finder.parts()
@@ -191,13 +191,24 @@ class MemoryModel:
                 there = gradients[self._gradients(candidate)[0]].sum()
                 held = base[counted].sum() + base[counted & candidate.copied].sum() + growing[live].sum()
                 highest = max(highest, held + there)
-        return float(np.ceil((between_steps + highest + states.fixed @ adapted) * (1 + self.margin)))
+        predicted = np.ceil((between_steps + highest + states.fixed @ adapted) * (1 + self.margin))
+        return float(predicted + states.signals @ ranks)
 
     @property
     def margin(self) -> float:
-        """The share of the peak by which predictions are raised, so that none is too low."""
+        """The share of the peak, but for signal buffers, by which predictions are raised, so that none is too low."""
         segments = self.segments
         return CHECKPOINTING_MARGIN[any(segment.reentrant for segment in segments)] if segments else 0.0
+
+    def _with_margin(self, cost: ByteCost) -> ByteCost:
+        """A cost with the margin. Signal buffers have none: without them a plan costs what it costs in plain LoRA."""
+        raised, exact = 1 + self.margin, self.states.signals
+        return replace(
+            cost,
+            constant=np.ceil(cost.constant * raised),
+            per_rank=np.ceil((cost.per_rank - exact) * raised) + exact,
+            group_bytes=np.ceil(cost.group_bytes * raised),
+        )
 
     def saved(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
         """Bytes that autograd saves for backward outside of checkpointed segments; `ranks` has shape (modules,)."""
@@ -226,11 +237,6 @@ class MemoryModel:
         per_rank += np.bincount(modules[of_module], slope[serials[of_module]], minlength=len(per_rank))
         sums = np.bincount(group[live & ~always], (copies * base)[live & ~always])
         return constant, dict(enumerate(sums.tolist())), per_rank
-
-
-def _with_margin(cost: ByteCost, margin: float) -> ByteCost:
-    higher = {name: np.ceil(getattr(cost, name) * (1 + margin)) for name in ("constant", "per_rank", "group_bytes")}
-    return replace(cost, **higher)
 
 
 @dataclass(frozen=True, eq=False)

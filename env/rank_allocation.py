@@ -6,9 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 
 from ..agents.observation import (
@@ -23,7 +21,7 @@ from ..agents.observation import (
 from ..agents.policy import Decision, decision_from_scores
 from ..agents.settings import DecisionSchedule
 from ..common.checks import is_count
-from ..errors import ConfigError, NonFiniteError, UnknownNameError, shown
+from ..errors import ConfigError, NonFiniteError, UnknownNameError, naming_extras, shown
 from ..lora.spec import DEFAULT_RANKS
 from ..plan.plan import PLACEMENT, SCORE_BOUND
 from .bases import adapted_base
@@ -42,6 +40,10 @@ from .episode import (
 from .proxy_finetune import fine_tune_of
 from .proxy_task import FineTune, ProxyTask, Reference, TaskStream, check_task, find_tasks
 from .suite_names import SPLITS, SUITES
+
+with naming_extras():
+    import gymnasium as gym
+    from gymnasium import spaces
 
 Actions = Literal["deltas", "scores"]
 ACTIONS: tuple[Actions, ...] = get_args(Actions)

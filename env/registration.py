@@ -1,6 +1,9 @@
 """The names under which Gymnasium knows the environments; importing this module registers them."""
 
-import gymnasium as gym
+from ..errors import naming_extras
+
+with naming_extras():
+    import gymnasium as gym
 
 ENV_ID = "rankpilot/RankAllocation-v4"
 CONTROL_ENV_ID = "rankpilot/RunControl-v0"

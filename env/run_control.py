@@ -7,24 +7,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium import spaces
-from gymnasium.utils import seeding
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ..agents.control import CHANGES, FEATURES, KEEP, MOST_FEATURE, SHORTEST, UNDO, RunRecord, decision_steps
 from ..common.arrays import FloatArray, IntArray
 from ..common.checks import is_count
-from ..errors import ConfigError, UnknownNameError, shown
+from ..errors import ConfigError, UnknownNameError, naming_extras, shown
 from ..lora.spec import REFERENCE_RANK
 from ..lora.stacked.run import Move, reset_runs, set_stacked_ranks
 from .proxy_finetune import known_of
 from .proxy_task import ProxyTask, find_tasks
 from .stacked import Lane, StackTrainer
+
+with naming_extras():
+    import gymnasium as gym
+    from gymnasium import spaces
+    from gymnasium.utils import seeding
+    from gymnasium.vector import AutoresetMode, VectorEnv
+    from gymnasium.vector.utils import batch_space
 
 LENGTHS = (60, 100, 160, 250, 400)
 """Optimizer steps of episodes."""

@@ -8,19 +8,21 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
-from gymnasium.utils import seeding
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ..agents.settings import DecisionSchedule
 from ..common.checks import is_count
-from ..errors import ConfigError, UnknownNameError, shown
+from ..errors import ConfigError, UnknownNameError, naming_extras, shown
 from .episode import UNIFORM, Comparison, EpisodeRecord, rule_to_compare_with
 from .proxy_task import ProxyTask, TaskStream
 from .rank_allocation import Actions, action_space, environment_tasks, observation_space, read_action
 from .stacked import StackedEpisodes
 from .suite_names import SUITES
+
+with naming_extras():
+    from gymnasium.utils import seeding
+    from gymnasium.vector import AutoresetMode, VectorEnv
+    from gymnasium.vector.utils import batch_space
 
 
 @dataclass(frozen=True)

@@ -58,17 +58,17 @@ class PeakGuard:
     A step is measured after each change of ranks, and every `every_steps` steps. A peak above the budget corrects the
     prediction by the error. Then the last change is rolled back, as far as the plan before it fits the corrected
     prediction; if there is no plan before it, the plan shrinks. The cost of a batch that is larger than all batches
-    before it is predicted before the model sees it. Where layers may run again in the backward pass, more of them do
-    before the plan changes. A plan without any adapter is never the result: where nothing else fits, the run stops with
-    `BudgetError`.
+    before it is predicted before the model sees it. Where gradient checkpointing may be used, more layers are
+    checkpointed before the plan changes. A plan without any adapter is never the result: where nothing else fits, the
+    run stops with `BudgetError`.
 
     After an out-of-memory error the plan shrinks as `out_of_memory` says. It comes back when there is memory again; if
     smaller plans are no help, all is as it was before the step.
 
-    What a limit that falls in mid-run cuts from ranks is kept in main memory, where that is not what the budget counts,
-    and put back beside what the modules have learned since: that gives the function what it had lost, so far as ranks
-    have room. A decision drops the copy, and a checkpoint has none: then ranks come back with directions that start at
-    zero, as after an error.
+    What a limit that falls during the run cuts from ranks is kept in main memory, where that is not what the budget
+    counts, and put back beside what the modules have learned since: that gives the function what it had lost, so far as
+    ranks have room. A decision drops the copy, and a checkpoint has none: then ranks come back with directions that
+    start at zero, as after an error.
 
     Args:
         every_steps: see `PeakMeter`.
@@ -116,7 +116,7 @@ class PeakGuard:
             memory: predicts the cost of other batch shapes; if it is None, it is made when it is needed.
             journal: forgets corrections that are put back.
             corrected: called with each correction.
-            recomputation: chooses the layers that run again; `memory` is of the step in which all do.
+            recomputation: chooses the layers to checkpoint; `memory` is of the step in which all are.
         """
         self._run, self._controller, self._memory, self._corrected = run, controller, memory, corrected
         self._journal, self._recomputation, self.meter.highest = journal, recomputation, run.replicas.highest
@@ -129,16 +129,16 @@ class PeakGuard:
 
     @property
     def recomputed(self) -> tuple[str, ...]:
-        """Names of the layers that were chosen to run again."""
+        """Names of the layers that were chosen for gradient checkpointing."""
         return self._recomputation.layers if self._recomputation else ()
 
     @property
     def chooses_layers(self) -> bool:
-        """Whether plans decide which layers run again."""
+        """Whether plans decide which layers are checkpointed."""
         return self._recomputation is not None
 
     def layers_of(self, ranks: IntArray) -> tuple[str, ...]:
-        """Names of the layers that a plan of these ranks, int64 (modules,), needs to run again."""
+        """Names of the layers that a plan of these ranks, int64 (modules,), needs to checkpoint."""
         return self._fewest(ranks) if self._recomputation else ()
 
     def finish(self) -> None:
@@ -148,13 +148,13 @@ class PeakGuard:
             self._recomputation.put_back()
 
     def remark(self) -> str:
-        """How many layers run again and what a step takes in time, for people; nothing where neither is limited."""
+        """How many layers are checkpointed and the time of a step, for people; nothing where neither is limited."""
         time, ranks = self._controller.time, self._controller.ranks
         parts = [str(self._recomputation or ""), time.text(ranks) if time else ""]
         return ", ".join(filter(None, parts))
 
     def deciding(self, *, recomputing: bool = True) -> None:
-        """Price plans for a decision, where layers may run again; see `recomputed_cost`.
+        """Price plans for a decision, where layers may be checkpointed; see `recomputed_cost`.
 
         Args:
             recomputing: whether they may in this decision.
@@ -191,7 +191,7 @@ class PeakGuard:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Let what runs inside be no part of a step, such as answers to prompts: no layer runs again there."""
+        """Let what runs inside be no part of a step, such as answers to prompts: no layer is checkpointed there."""
         with settings_put_back(self._run.model), self.meter.aside():
             if self._recomputation:
                 self._recomputation.pause()
@@ -331,7 +331,7 @@ class PeakGuard:
             whole = float(costs.max())
             reducible = float(cost.per_rank[costs.argmax()] @ ranks)
             if self._recomputation and self._recomputation.memory:
-                every = self._cost_of_shape(self.shape, self._recomputation.memory)  # all layers run again
+                every = self._cost_of_shape(self.shape, self._recomputation.memory)  # all checkpointed
                 reducible += whole - plan_cost(controller.cost_now(every), ranks)
         else:
             reducible = plan_cost(cost, ranks)
@@ -418,8 +418,8 @@ class PeakGuard:
     def follow(self, limit: float, step: int) -> None:
         """Take the limit of the moment, before a step.
 
-        A plan that no longer fits shrinks, layers that run again first. What that took comes back after `GOOD_STEPS`
-        steps at least: all of it where there is room for it, and else as many layers as the limit allows.
+        A plan that no longer fits shrinks, after more layers are checkpointed. What that took comes back after
+        `GOOD_STEPS` steps at least: all of it where there is room for it, and else as many layers as the limit allows.
 
         Raises:
             BudgetError: no plan fits.
@@ -584,7 +584,7 @@ class PeakGuard:
             self._settle()
 
     def _settle(self) -> bool:
-        """Let the fewest layers run again with which the plan fits; whether it does now."""
+        """Checkpoint the fewest layers with which the plan fits; whether it does now."""
         controller = self._controller
         if self._recomputation:
             self._recomputation.take(self._fewest(controller.ranks))
@@ -593,7 +593,7 @@ class PeakGuard:
         return controller.fits()
 
     def _fewest(self, ranks: IntArray) -> tuple[str, ...]:
-        """The layers that must run again under a plan."""
+        """The layers that must be checkpointed under a plan."""
         assert self._recomputation
         controller = self._controller
         # After the last decision signals take nothing, and the byte model counts them still.
@@ -602,7 +602,7 @@ class PeakGuard:
         return self._recomputation.fewest(ranks, room, self.shape)
 
     def _relieved(self, reason: str) -> bool:
-        """Whether the plan fits, because other layers run again from now on."""
+        """Whether the plan fits, because other layers are checkpointed from now on."""
         before = self.recomputed
         if self._recomputation is None or not self._settle():
             return False

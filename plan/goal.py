@@ -49,8 +49,8 @@ class Goal:
         number = isinstance(self.tolerance, int | float) and not isinstance(self.tolerance, bool)
         if not number or not 0 <= self.tolerance <= 1:
             raise ConfigError(
-                "tolerance is how much the log loss may be above that of rank 8 on all modules, from 0 to 1, such as "
-                f"0.01 for 1 %; got {self.tolerance!r}."
+                "tolerance, by which the log loss may be above that of rank 8 on all modules, is a number from 0 to 1, "
+                f"such as 0.01 for 1 %; got {self.tolerance!r}."
             )
 
     @property

@@ -129,7 +129,7 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray, share: float | None)
         (adapter[peak], "to the adapter itself"),
     )
     shares = [f"{format_bytes(size)} of it goes {use}" for size, use in parts if size > 0]
-    reason = f" The peak is at {cost.moments[peak]}: {', '.join(shares)}."
+    reason = f" The peak is at {cost.moments[peak]}. {', '.join(shares)}."
     if share is None:
         reason += (
             " A smaller per-device batch or shorter sequences lower it, and so does gradient checkpointing where it is "

@@ -47,7 +47,9 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
     for name, bound in bounds.items():
         chosen = [i for i, module in enumerate(modules) if module.name == name or module.name.endswith(f".{name}")]
         if not chosen:
-            raise UnknownNameError.of("target module", name, [module.name for module in modules])
+            names = [module.name for module in modules]
+            ends = [full.rpartition(".")[2] for full in names]
+            raise UnknownNameError.of("target module", name, dict.fromkeys([*ends, *names]))
         least, most = _pair(name, bound)
         if not any(least <= rank <= most for rank in DEFAULT_RANKS):
             raise ConfigError(

@@ -44,13 +44,14 @@ HELD_BACK = 0.05, 8 * 2**20
 def subject(outlook: Outlook, config: MemoryConfig) -> str:
     """What was looked at, in one line."""
     step, settings, shape = outlook.step, outlook.settings, outlook.memory.shape
+    billions = step.parameters / 1e9
     where, shards = outlook.card.name if outlook.card else outlook.facts["device"], outlook.shards
     if shards.gpus > 1:
         where = f"{shards.gpus} x {where} under {shards.sharding}, all figures per GPU"
     named = any(setting.startswith("optim=") for setting in config.trainer)
     parts = [
         f"{Path(config.model).name}, {outlook.facts['task']}" if outlook.facts else Path(config.model).name,
-        f"{step.parameters / 1e9:.3g}B parameters on {where}",
+        f"{f'{billions:.3g}B' if billions >= 1 else f'{1e3 * billions:.3g}M'} parameters on {where}",
         f"{shape.rows} x {shape.length} tokens",
         f"rank {outlook.rank} on {len(step.targets)} modules of {outlook.blocks} layers",
         *([] if named else [settings.optimizer]),

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from .data.small_models import WORDS, save, write_rows
@@ -42,6 +43,19 @@ except rankpilot.RankPilotError as error:
     print(error, file=sys.stderr)
 """
 
+DEEP = """
+from importlib import import_module
+
+for module in sys.argv[1:]:
+    try:
+        import_module(module)
+    except rankpilot.RankPilotError as error:
+        print(module, error)
+"""
+
+ROOT = Path(__file__).parents[1]
+LINE = "Policies and their environments need gymnasium and stable-baselines3: pip install 'rankpilot[train]'."
+
 
 def run_without(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -66,6 +80,17 @@ def test_memory_plans_and_fine_tunes_need_no_extra(tmp_path: Path) -> None:
 def test_what_needs_an_extra_names_it(tmp_path: Path) -> None:
     done = run_without(NEEDING, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    line = "Policies and their environments need gymnasium and stable-baselines3: pip install 'rankpilot[train]'."
-    assert done.stderr.splitlines() == [f"error: {line}", f"error: {line}", line]
+    assert done.stderr.splitlines() == [f"error: {LINE}", f"error: {LINE}", LINE]
     assert not [*tmp_path.iterdir()]
+
+
+def test_each_module_is_imported_or_names_the_extra(tmp_path: Path) -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {package: ROOT.joinpath(*package.split(".")[1:]) for package in packages if package != "rankpilot"}
+    modules = [f"{package}.{path.stem}" for package, folder in folders.items() for path in folder.glob("[!_]*.py")]
+    done = run_without(DEEP, tmp_path, *modules)
+    assert done.returncode == 0, done.stderr[-3000:]
+    refused = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert set(refused.values()) == {LINE}
+    assert {"rankpilot.env.rank_allocation", "rankpilot.training.train"} <= {*refused}
+    assert all(name.startswith(("rankpilot.env.", "rankpilot.training.")) for name in refused)

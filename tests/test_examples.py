@@ -67,7 +67,7 @@ def test_a_plan_for_axolotl(run: Callable[..., str], chat_model: Path, tmp_path:
     lines = yaml.safe_load((tmp_path / "out").read_text())
     assert lines["lora_rank_pattern"]
     assert len(lines["lora_target_modules"]) == len(lines["lora_rank_pattern"])
-    assert "modules moved" in printed
+    assert "modules adapted" in printed
     assert not (tmp_path / "runs" / "plan" / "decisions").exists()
 
 

@@ -12,17 +12,19 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from stable_baselines3 import DQN, PPO
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 
 from ..agents.control import CHANGES, CONTROLLERS, Controller, LearnedController
 from ..common.arrays import FloatArray
 from ..common.checks import is_count
 from ..env.run_control import LENGTHS, RunControlVectorEnv
-from ..errors import ConfigError, UnknownNameError
+from ..errors import ConfigError, UnknownNameError, naming_extras
 from .vec_env import GymnasiumVecEnv
+
+with naming_extras():
+    from stable_baselines3 import DQN, PPO
+    from stable_baselines3.common.base_class import BaseAlgorithm
+    from stable_baselines3.common.callbacks import BaseCallback
 
 Learner = Literal["ppo", "dqn"]
 

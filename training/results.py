@@ -21,13 +21,15 @@ from types import NoneType
 from typing import Any, get_type_hints
 
 import numpy as np
-from scipy.special import ndtr, stdtrit
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.files import append_json_line, read_json_lines, write_json_lines
 from ..env.episode import Comparison
 from ..env.proxy_task import ProxyTask, Reference, find_base
-from ..errors import RunFolderError, first_line, shown
+from ..errors import RunFolderError, first_line, naming_extras, shown
+
+with naming_extras():
+    from scipy.special import ndtr, stdtrit
 
 DRAWS = 4000
 """Bootstrap draws."""

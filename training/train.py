@@ -23,10 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
-from stable_baselines3.common.utils import LinearSchedule
 
 from ..agents.learned.networks import RankNetwork
 from ..agents.learned.policy import LearnedPolicy
@@ -39,10 +35,16 @@ from ..env.episode import Comparison
 from ..env.proxy_finetune import check_texts
 from ..env.proxy_task import VERSION, ProxyTask
 from ..env.vector import StackedConfig
-from ..errors import DataError, RunFolderError, first_line
+from ..errors import DataError, RunFolderError, first_line, naming_extras
 from .config import TrainConfig
 from .task_sampling import FreshTasks, fresh_tasks, validation_tasks, warm_draws
 from .vec_env import GroupRolloutBuffer, ProxyVecEnv, RankPolicy
+
+with naming_extras():
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+    from stable_baselines3.common.utils import LinearSchedule
 
 PROGRESS, CHECKPOINT = "progress.jsonl", "checkpoint.pt"
 

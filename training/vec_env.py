@@ -17,14 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
-from stable_baselines3.common.buffers import DictRolloutBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from ..agents.learned.networks import CorrelatedGaussian, RankNetwork
 from ..agents.observation import MODULE_FEATURES
@@ -36,8 +29,17 @@ from ..env.proxy_finetune import CACHED_TASKS, utilities
 from ..env.proxy_task import ProxyTask
 from ..env.rank_allocation import action_space, observation_space
 from ..env.vector import StackedConfig, StackedVectorEnv
-from ..errors import ConfigError
+from ..errors import ConfigError, naming_extras
 from .task_sampling import FreshTasks
+
+with naming_extras():
+    from gymnasium import spaces
+    from gymnasium.vector import AutoresetMode, VectorEnv
+    from stable_baselines3.common.buffers import DictRolloutBuffer
+    from stable_baselines3.common.policies import ActorCriticPolicy
+    from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+    from stable_baselines3.common.vec_env import VecEnv
+    from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 
 class RankPolicy(ActorCriticPolicy):

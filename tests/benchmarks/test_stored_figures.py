@@ -1,4 +1,6 @@
-"""What the pages say of predicted memory and of the cost of a step is what stored figures say, which benchmarks wrote:
+"""What the pages say of predicted memory, of the cost of a step and of SmolLM2 is what stored figures say.
+
+The command on the page of SmolLM2 printed its figures and wrote them into `summary.json`. Benchmarks wrote the others:
 
 python -m benchmarks published --json benchmarks/results/published.json
 python -m benchmarks memory --json benchmarks/results/memory.json
@@ -87,3 +89,18 @@ def test_what_a_step_costs() -> None:
     )
     assert f"take {own:.1f} % of ten steps" in text
     assert f"and {usual:.1f} % of a step between two decisions" in text
+
+
+def test_a_run_of_smollm2() -> None:
+    found, text = stored("smollm2"), page("docs/smollm2.md")
+    first, *others = found["told"]
+    for line in (first.partition(" r=8 of the LoraConfig")[0], *others):
+        assert line in text, "what is told before the first step"
+    ours, plain = (found["runs"][name] for name in ("rankpilot", "all-linear"))
+    assert ours["held_out_loss"] == plain["held_out_loss"]
+    assert f"in {100 * ours['peak_bytes'] / plain['peak_bytes']:.0f} % of the bytes" in text
+    for name, form in (("held_out_loss", "{:.4f}"), ("adapter_parameters", "{:,}")):
+        assert f"| {form.format(ours[name])} | {form.format(plain[name])} |" in text
+    peaks = [f"{run['peak_bytes'] / 2**20:.1f} MiB" for run in (ours, plain)]
+    assert f"| peak memory of a step | {peaks[0]} | {peaks[1]} |" in text
+    assert f"| budget | {ours['budget_bytes'] / 2**20:.1f} MiB | none |" in text

@@ -67,7 +67,7 @@ def test_so_few_bytes_are_refused_with_what_was_meant(given, meant):
         Budget.parse(given)
     message = str(caught.value)
     assert f"The budget {given!r} would be {int(given)} bytes" in message
-    assert f'Did you mean "{meant}"?' in message
+    assert f'Did you mean "{meant}"' in message
     assert Budget.parse(meant).value > 0
 
 

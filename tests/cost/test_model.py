@@ -164,6 +164,15 @@ def test_checkpointed_peaks_are_the_real_ones_and_the_margin(reentrant):
         assert plan_cost(memory.cost(), ranks) == pytest.approx(run.peak(ranks) * (1 + memory.margin), rel=2e-4)
 
 
+def test_signal_buffers_have_no_margin():
+    """So without them "100%" holds plain LoRA, also where the model checkpoints all its layers."""
+    memory, ranks = run_of("bert", "fp32", False).calibrated(), np.full(12, 8)
+    signals = np.arange(12.0) + 1000
+    measured = replace(memory, states=replace(memory.states, signals=signals))
+    assert plan_cost(measured.cost(), ranks) - signals @ ranks == plan_cost(memory.cost(), ranks)
+    assert measured.peak(ranks) - signals @ ranks == memory.peak(ranks)
+
+
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpointed", "reentrant"])
 def test_an_unadapted_embedding_passes_on_gradients_that_were_asked_for(reentrant):
     """With `enable_input_require_grads`, autograd saves everything above the embedding under every plan."""

@@ -17,7 +17,7 @@ RECORDS = ("aims", "changelog", "design", "experiments", "glossary", "policy", "
 USER_PAGES = [ROOT / "README.md", *(page for page in PAGES if page.stem not in RECORDS and page.parent.name != "api")]
 
 PRIVATE = {
-    r"\b(?:layers?|activations?|segments?|functions|all)(?: \w+){0,2} runs? again": "gradient checkpointing",
+    r"\b(?:layers?|activations?|segments?|functions|all)(?: \w+){0,2} run(?:s|ning)? again": "gradient checkpointing",
     r"\bsecond runs?\b": "gradient checkpointing",
     r"\brecomput": "gradient checkpointing",
     r"\b[Oo]ptimiser": "optimizer",

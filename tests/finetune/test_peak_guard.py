@@ -306,7 +306,7 @@ def test_bounds_hold_at_every_step(launch: Launch) -> None:
     first_cases(
         2,
         [
-            ({"q_prj": 4}, UnknownNameError, "q_prj"),
+            ({"q_prj": 4}, UnknownNameError, "'q_prj'. Did you mean: 'q_proj'"),
             ({"q_proj": (4, 2)}, ConfigError, "from low to high"),
             ({"q_proj": -1}, ConfigError, "from low to high"),
             ({"q_proj": (3, 3)}, ConfigError, "bounds of 'q_proj' leave it no rank: no rank of"),

@@ -164,9 +164,9 @@ def test_measured_beside_predicted() -> None:
 def test_words() -> None:
     here, config = outlook(), MemoryConfig("some/model")
     assert subject(here, config) == (
-        "model, classification, 0.03B parameters on cpu, 16 x 64 tokens, rank 8 on 12 modules of 6 layers, adamw"
+        "model, classification, 30M parameters on cpu, 16 x 64 tokens, rank 8 on 12 modules of 6 layers, adamw"
     )
-    assert subject(outlook(card=True), config).startswith("model, 0.03B parameters on RTX 4090, 16 x 64 tokens")
+    assert subject(outlook(card=True), config).startswith("model, 30M parameters on RTX 4090, 16 x 64 tokens")
     found = verdict_text(here)
     assert "67% of the peak" in found
     assert "saves most, all layers at rank 8 with checkpointing, takes 25% of them" in found
