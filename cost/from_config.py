@@ -35,7 +35,7 @@ from ..lora.peft_config import fresh_adapters, fused_experts, head_names, left_o
 from ..lora.targets import TargetModule, find_target_modules
 from . import training_step
 from .breakdown import frozen_bytes, frozen_sizes
-from .calibration import keeps_state, measure_memory, step_states
+from .calibration import CUT_FAILS, keeps_state, measure_memory, step_states
 from .hollow_device import Attention, HollowDevice, hollow_autocast, hollow_device
 from .live_storages import META_STANDS_FOR, DeviceKind
 from .measured_time import count_work
@@ -268,9 +268,12 @@ def _of_few_layers(
     training: training_step.TrainingStep, targets: list[TargetModule], batch: Batch, layers: RepeatedLayers
 ) -> MemoryModel | None:
     """The byte model of a step, measured with a few of its layers; None if these do not tell."""
-    with layers.cut():
-        memory = measure_memory(training, find_target_modules(training.model), batch, signals=False)
-    return layers.repeated(memory, training.model, targets, step_states(training, targets, signals=False))
+    try:
+        with layers.cut():
+            memory = measure_memory(training, find_target_modules(training.model), batch, signals=False)
+        return layers.repeated(memory, training.model, targets, step_states(training, targets, signals=False))
+    except (RankPilotError, AttributeError, *CUT_FAILS):  # such as where a model counts its layers
+        return None
 
 
 def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PreTrainedModel:

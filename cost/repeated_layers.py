@@ -82,7 +82,9 @@ class RepeatedLayers:
         if len(lists) != 1:
             return []
         [(name, layers)] = lists.items()
-        kinds = [_kind(layer, index, model) for index, layer in enumerate(layers)]
+        configs = {id(each): each for module in model.modules() if (each := vars(module).get("config")) is not None}
+        types = [each for config in configs.values() if (each := getattr(config, "layer_types", None))]
+        kinds = [(_kind(layer), [each[i] for each in types if i < len(each)]) for i, layer in enumerate(layers)]
         owner, _, own = name.rpartition(".")
         found = [
             cls(model.get_submodule(owner), own, f"{name.removeprefix(_PEFT)}.", period, first, len(kinds))
@@ -159,13 +161,10 @@ class RepeatedLayers:
         )
 
 
-def _kind(layer: nn.Module, index: int, model: nn.Module) -> Any:
-    """All that decides what a layer computes, going by its modules, parameters, settings and the configuration."""
+def _kind(layer: nn.Module) -> Any:
+    """All that decides what a layer computes, going by its modules, parameters and settings."""
     modules = [(name, type(module), _settings(module)) for name, module in layer.named_modules()]
-    parameters = [(name, each.shape, each.dtype, each.requires_grad) for name, each in layer.named_parameters()]
-    configs = {id(each): each for module in model.modules() if (each := vars(module).get("config")) is not None}
-    types = [getattr(each, "layer_types", None) for each in configs.values()]
-    return modules, parameters, [each[index] for each in types if each and index < len(each)]
+    return modules, [(name, each.shape, each.dtype, each.requires_grad) for name, each in layer.named_parameters()]
 
 
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number", "idx")

@@ -83,7 +83,7 @@ def test_repeated_layers_are_those_of_the_whole_model(
     assert_same(few.memory, whole.memory)
 
 
-@pytest.mark.parametrize("change", ["odd settings", "an odd layer", "too few"])
+@pytest.mark.parametrize("change", ["odd settings", "an odd layer", "too few", "counted layers"])
 def test_layers_that_differ_are_all_recorded(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build = module.hollow_base
 
@@ -95,6 +95,12 @@ def test_layers_that_differ_are_all_recorded(change: str, monkeypatch: pytest.Mo
                 layer.self_attn.scaling = 1 / (number + 1)
         elif change == "an odd layer":
             layers[6].post_attention_layernorm = nn.Identity()
+        elif change == "counted layers":
+
+            def counts(model: Any, *_: Any) -> None:
+                _ = model.layers[6]
+
+            base.model.register_forward_pre_hook(counts)
         else:
             base.model.layers = layers[:2]
         return base
