@@ -59,7 +59,8 @@ ARCHITECTURES: dict[str, tuple[type[t.PreTrainedConfig], dict[str, Any]]] = {
     "llama4": (t.Llama4TextConfig, _HEAD | {"num_local_experts": 4, "attention_chunk_size": 16}),
     "gemma3n": (
         t.Gemma3nTextConfig,
-        _HEAD | {"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 2, "sliding_window": 8, "laurel_rank": 8}
+        _HEAD
+        | {"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 2, "sliding_window": 8, "laurel_rank": 8}
         | {"vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 16},
     ),
     "mamba2": (
