@@ -7,8 +7,8 @@ tokens at all, and how many of them a row can have.
 
 A card's memory is what CUDA reports to a program, less than the size on the box: `torch.cuda.mem_get_info` tells it,
 and torch's "out of memory" errors do. Newer drivers keep more for themselves, so the lowest figure seen counts. The
-bytes of a CUDA context are those that such errors show as held by the process beside torch's allocator. Rates are those
-of data sheets for dense products with sums in fp32.
+bytes of a CUDA context are those that such errors show as held by the process beside torch's allocator; a card of which
+none was seen has `UNKNOWN_CONTEXT_BYTES`. Rates are those of data sheets for dense products with sums in fp32.
 """
 
 import json
@@ -33,7 +33,7 @@ _MIB = 2**20
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 
 UNKNOWN_CONTEXT_BYTES = 500 * _MIB
-"""Bytes of the CUDA context of a card of which only the memory is known."""
+"""Bytes of the CUDA context of a card of which no error has shown them."""
 
 WORKSPACE_BYTES = 8_519_680
 """What cuBLAS takes through the allocator for each thread that calls it (its default `:4096:2:16:8`)."""
@@ -42,7 +42,9 @@ HOPPER_WORKSPACE_BYTES = 32 * _MIB
 """The same on data centres' cards from Hopper on, compute capability 9 and 10."""
 
 _BRANDS = {"nvidia", "geforce", "tesla", "gpu"}
-_FORMS = {"pcie", "sxm", "sxm2", "sxm3", "sxm4", "sxm5", "hbm2", "hbm2e", "hbm3", "hbm3e"}
+_FORMS = {"pcie", "sxm", "sxm2", "sxm3", "sxm4", "sxm5", "hbm2", "hbm2e", "hbm3", "hbm3e"} | {
+    *("generation", "blackwell", "workstation", "server", "edition"),
+}
 """Words of the driver's names that say how a card is built; they count only where a card of the table has them."""
 
 

@@ -87,6 +87,8 @@ def left_out(base: nn.Module) -> dict[str, str]:
             found[name] = "experts, which are fused parameters"
         elif hasattr(module, "A_log") and hasattr(module, "D"):
             found |= dict.fromkeys((f"{name}.{each}" for each in _READ_PAST), "of Mamba's layers all but in_proj")
+        elif name.endswith(".altup.correction_coefs"):  # in training, its clamped weight is read past an adapter
+            found[name] = "AltUp's correction_coefs"
         elif isinstance(module, (nn.Linear, Conv1D)) and id(module) not in inside:
             found[name] = "what reads no text"
     return found

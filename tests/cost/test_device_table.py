@@ -11,11 +11,11 @@ from rankpilot.errors import UnknownNameError
 def test_cards_of_the_table_are_found_and_their_figures_are_possible(name):
     spec = find_device_spec(name)
     assert spec.name == name
-    assert 14 * 2**30 < spec.memory_bytes < 151 * 10**9
-    assert 100 * 2**20 <= spec.context_bytes <= 600 * 2**20
+    assert 11 * 2**30 < spec.memory_bytes < 192 * 10**9
+    assert 100 * 2**20 <= spec.context_bytes <= 710 * 2**20
     assert spec.capability is not None
     assert spec.rates is not None
-    assert 3e11 <= spec.rates.bytes_per_s <= 5e12
+    assert 3e11 <= spec.rates.bytes_per_s <= 8e12
     flops = spec.rates.flops_per_s
     assert flops["fp16"] > 1.5 * flops["fp32"] > 1e13
     assert spec.has_bf16 == ("bf16" in flops) == ("tf32" in flops) == spec.has_flash_attention
@@ -34,6 +34,10 @@ def test_cards_of_the_table_are_found_and_their_figures_are_possible(name):
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("Tesla V100-SXM2-16GB", "V100 16GB"),
+        ("NVIDIA GeForce RTX 4070 Ti", "RTX 4070 Ti"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000"),
     ],
 )
 def test_names_of_people_and_of_the_driver_are_understood(given, name):
@@ -43,9 +47,11 @@ def test_names_of_people_and_of_the_driver_are_understood(given, name):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ("rtx 4080", "Did you mean: .*'RTX 4090'"),
+        ("rtx 4095", "Did you mean: .*'RTX 4090'"),
         ("RTX 4090 Laptop GPU", "Unknown device"),
-        ("RTX 3090 Ti", "Unknown device"),
+        ("RTX 3080 Ti", "Unknown device"),
+        ("rtx 6000", "several cards: 'RTX 6000 Ada', 'RTX PRO 6000'"),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "Unknown device"),
         ("a100", "several cards: 'A100 40GB', 'A100 80GB'"),
         ("T4 80GB", "Unknown device"),
         ("", "Unknown device ''.* '24GiB'"),

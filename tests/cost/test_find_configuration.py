@@ -39,6 +39,8 @@ def test_models_of_the_table_have_their_published_number_of_parameters(name):
         ("google/gemma-3-4b-it", "gemma-3-4b"),
         ("microsoft/Phi-3.5-mini-instruct", "phi-3.5-mini"),
         ("google/flan-t5-xl", "flan-t5-xl"),
+        ("moonshotai/Kimi-K2-Instruct", "kimi-k2"),
+        ("google/gemma-4-E4B-it", "gemma-4-e4b"),
         ("QWEN3-8B", "qwen3-8b"),
     ],
 )

@@ -57,6 +57,12 @@ ARCHITECTURES: dict[str, tuple[type[t.PreTrainedConfig], dict[str, Any]]] = {
     "granite-moe": (t.GraniteMoeConfig, _TEXT | {"num_local_experts": 8}),
     "olmoe": (t.OlmoeConfig, _TEXT | {"num_experts": 8, "num_experts_per_tok": 2}),
     "llama4": (t.Llama4TextConfig, _HEAD | {"num_local_experts": 4, "attention_chunk_size": 16}),
+    "gemma3n": (
+        t.Gemma3nTextConfig,
+        _HEAD
+        | {"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 2, "sliding_window": 8, "laurel_rank": 8}
+        | {"vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 16},
+    ),
     "mamba2": (
         t.Mamba2Config,
         {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, "num_heads": 8, "head_dim": 16}
