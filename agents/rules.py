@@ -450,7 +450,8 @@ RULES: dict[str, Policy] = {rule.name: rule for rule in _RULES}
 def find_rule(name: str) -> Policy:
     """The rule of that name; UnknownNameError if there is none."""
     if name not in RULES:
-        raise UnknownNameError.of(
-            "rule", name, RULES, "'default' is the policy that ships; others are a folder, or a plan's .yaml file."
-        )
+        hint = "'default' is the policy that ships; others are a folder, or a plan's .yaml file."
+        if name[:1].isdigit():
+            hint = f'It reads as a budget: pass budget="{name}", after the policy.'
+        raise UnknownNameError.of("rule", name, RULES, hint)
     return RULES[name]

@@ -78,7 +78,7 @@ class StepSetup:
             how: the step is taken, in words.
             batch: another batch than the largest one.
         """
-        tell(f"calibrating on a few small steps {how}".rstrip())
+        tell(f"measuring a few small steps {how}".rstrip())
         return run_memory(self.run, self.targets, self.batch if batch is None else batch)
 
 
@@ -150,10 +150,11 @@ def _other_batches(setup: StepSetup, memory: MemoryModel, tell: Tell) -> Iterato
 def _priced(setup: StepSetup, tell: Tell) -> tuple[Priced, Limit | None]:
     """The step with the exact savers that a run inside the budget has, and the budget's limit."""
     config, targets = setup.config, setup.targets
-    how = "with gradient checkpointing" if config.gradient_checkpointing is True else ""
+    checkpointed = ", with gradient checkpointing" if config.gradient_checkpointing is True else ""
+    tell(f"measuring a few small steps, without and with each exact saver{checkpointed}")
 
     def measured() -> MemoryModel:
-        return setup.measure_memory(tell, how)
+        return setup.measure_memory(lambda _: None)
 
     savers = ExactSavers(setup.model, tuple(SAVERS) if config.exact_savers else ())
     priced = savers.price(measured, targets)
