@@ -300,7 +300,7 @@ def trainer(llama_config: LlamaConfig, tmp_path_factory: pytest.TempPathFactory)
         ({"seed": True}, "seed is a whole number from 0 to"),
         ({"goal": "speed"}, "goal is one of quality, time, bytes; got 'speed'"),
         ({"goal": "time"}, "signal-mean expects nothing of plans, so goal='time' needs policy='default'"),
-        ({"goal": "time", "tolerance": 2}, "tolerance is how much"),
+        ({"goal": "time", "tolerance": 2}, "is a number from 0 to 1"),
         ({"tolerance": 0.02}, "tolerance counts under goal='time' or goal='bytes' alone"),
         ({"goal": "bytes", "budget": "3k params"}, "give a budget of bytes"),
         ({"budget": 80}, 'Did you mean "80%"'),
