@@ -156,6 +156,7 @@ def test_data_makes_the_batch(memory: Memory, tmp_path: Path) -> None:
     assert peaks["half the length (4 x 4)"] < 0.9 * figures["peak_bytes"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("task", first_cases(1, ["seq2seq", "classification", "regression", "token-classification"]))
 def test_every_task_of_an_encoder_decoder(memory: Memory, task: str) -> None:
     _, figures, _ = memory(f"{{models}}/t5 --task {task} --measure")
@@ -163,6 +164,7 @@ def test_every_task_of_an_encoder_decoder(memory: Memory, task: str) -> None:
     assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.005)
 
 
+@pytest.mark.long
 def test_a_classifier_that_reads_its_end_token(memory: Memory, tmp_path: Path) -> None:
     rows = [{"text": "good film " * (1 + row % 9), "label": row % 2} for row in range(40)]
     data = write_rows(tmp_path / "rows.jsonl", rows)

@@ -81,6 +81,7 @@ def check_separate(parts: dict[tuple[str, str], Any]) -> None:
 # What is defined ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @needs_bases
 def test_definitions_are_separate_and_spread(defined: dict[tuple[str, str], list[ProxyTask]]) -> None:
     check_separate(defined)

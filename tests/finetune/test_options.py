@@ -116,6 +116,7 @@ def test_bounds() -> None:
         FinetuneConfig("m", "d", goal="bytes", budget="3k params")
 
 
+@pytest.mark.long
 def test_a_plan_that_a_person_edited_decides_a_run(
     chats: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

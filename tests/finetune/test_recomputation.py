@@ -334,6 +334,7 @@ def test_what_cannot_recompute_is_refused() -> None:
     assert not PilotOptions(budget="300k params").chooses_layers
 
 
+@pytest.mark.long
 def test_what_holds_without_layers_run_again_is_not_refused_with_them(tmp_path: Path) -> None:
     """One layer that runs again is there as a whole in the backward pass, beside its input."""
 

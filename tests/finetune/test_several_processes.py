@@ -110,6 +110,7 @@ def test_peaks_are_predicted_with_buckets(name: str, tmp_path: Path) -> None:
     assert several[0]["limit"] != one["limit"]
 
 
+@pytest.mark.long
 def test_texts_of_different_lengths_under_a_budget_of_bytes(tmp_path: Path) -> None:
     """Each process has other lengths: all plan for the longest of all."""
     setting = Setting(tmp_path, 8, lengths=True, policy="signal-mean", budget="90%", callback={"measure_every": 1})

@@ -226,6 +226,7 @@ def test_a_resumed_run_keeps_its_time(tmp_path: Path, ended: Callable[[int], Run
     assert again.controller.time.seconds == callback.controller.time.seconds
 
 
+@pytest.mark.long
 def test_a_resumed_run_may_have_another_time(tmp_path: Path, rows_timed: list[int]) -> None:
     trainer, callback = attached(tmp_path, "400%", None, arguments=SAVED)
     trainer.train()

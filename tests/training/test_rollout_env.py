@@ -316,6 +316,7 @@ def test_rounds_in_this_process_leave_it_alone() -> None:
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_processes_decide_nothing_and_what_they_raise_arrives() -> None:
     """Nor does it matter when one of them dies, in the middle of a round or of whole tasks."""

@@ -75,6 +75,7 @@ def test_targets_by_hand() -> None:
 # Learning -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_worth_is_learned_and_what_is_not_known_stays_with_the_rule(
     envs: ProxyVecEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
