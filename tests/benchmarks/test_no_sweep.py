@@ -35,6 +35,13 @@ def test_pages_claim_what_the_stored_rows_say(figures: Figures, name: str) -> No
         assert f"| {value:+.2f} % ({low:+.2f} to {high:+.2f}) | {worst:+.1f} % | {taken}" in page
 
 
+def test_the_page_on_choices_tells_what_rivals_reach(figures: Figures) -> None:
+    page = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
+    for side in ("MLPs", "top 3/4", "LoRA+", "Prodigy", "AdaLoRA", "EVA"):
+        value, low, high, worst = (figures[f"admitted, {side}: {name}"] for name in ("value", "low", "high", "worst"))
+        assert f"| {value:+.2f} % ({low:+.2f} to {high:+.2f}) | {worst:+.1f} % |" in page
+
+
 def test_the_readme_tells_what_smollm2_gains() -> None:
     rows = {Run(*run): row for run, row in json.loads(no_sweep.PACKED.read_text(encoding="utf-8"))}
     changes = []
