@@ -9,6 +9,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from .data.small_models import WORDS, save, write_rows
 
 ABSENT = """
@@ -77,6 +79,7 @@ def test_memory_plans_and_fine_tunes_need_no_extra(tmp_path: Path) -> None:
     assert not [*tmp_path.rglob("*.png")]
 
 
+@pytest.mark.long
 def test_what_needs_an_extra_names_it(tmp_path: Path) -> None:
     done = run_without(NEEDING, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

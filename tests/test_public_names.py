@@ -99,6 +99,7 @@ def test_importing_is_light_and_quiet() -> None:
     assert added_modules("import rankpilot") == {"rankpilot"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_callback_loads_no_library_that_a_trainer_does_not_load() -> None:
     """Nor any of these, which a Trainer does not load either."""

@@ -288,6 +288,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     """In the middle of a piece of work, too: nobody would read its result."""
     script = tmp_path / "script.py"

@@ -243,6 +243,7 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(counting(60, LENGTH))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("data", [Stream(), counting(2)], ids=["without a length", "smaller than a batch"])
 def test_other_data_sets(launch: Launch, data: Any) -> None:
     run = launch(data=data, max_steps=4)

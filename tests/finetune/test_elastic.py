@@ -23,6 +23,7 @@ from transformers import LlamaConfig, Trainer, default_data_collator
 
 from benchmarks.elastic import ON_CUDA, Other, other_process
 
+from ..cases import first_cases
 from .tiny_runs import Recorder, adapted, arguments, counting, logits, ranks_of, take_step
 
 MIB, CPU = 2**20, torch.device("cpu")
@@ -108,7 +109,7 @@ def test_ranks_that_fall_for_memory_leave_the_function(loop: Callable[..., Loop]
 
 @pytest.mark.parametrize(
     ("shares", "decides", "lost"),
-    [((0.9,), False, 1e-3), ((0.9, 0.8), False, 0.5), ((0.9,), True, 1.0)],
+    first_cases(1, [((0.9,), False, 1e-3), ((0.9, 0.8), False, 0.5), ((0.9,), True, 1.0)]),
     ids=["one fall", "a second moves ranks between modules", "ranks were decided since"],
 )
 def test_what_is_cut_from_ranks_comes_back(

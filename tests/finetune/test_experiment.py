@@ -514,6 +514,7 @@ def test_a_branch_whose_copy_was_interrupted_resumes(
     assert summary["runs"]["rankpilot"]["ranks"] == ranks
 
 
+@pytest.mark.long
 def test_branches_that_cannot_be(compared: Path, tmp_path: Path) -> None:
     ranks = final_ranks(compared)
     source = tmp_path / "source"

@@ -103,6 +103,7 @@ def test_the_probe_writes_nothing_into_the_history(new_model: Callable[..., Peft
     assert sum("mine" in entry for entry in trainer.state.log_history) == 4
 
 
+@pytest.mark.long
 def test_models_that_are_made_for_each_run(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
     """`model_init`: a run that resumes, and a search, whose model is gone between its trials."""
 
@@ -123,6 +124,7 @@ def test_models_that_are_made_for_each_run(new_model: Callable[..., PeftModel], 
     assert len(set(ranks_of(again.model).values())) > 1
 
 
+@pytest.mark.long
 def test_the_trials_of_a_search_keep_a_log_each(new_model: Callable[..., PeftModel], tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     settings = arguments(tmp_path / "run")

@@ -86,6 +86,7 @@ def test_an_error_before_the_first_step_leaves_the_optimisers_state(llama_config
     loop.step()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", first_cases(2, ["adamw_torch_fused", "rmsprop", "adamw_torch"]))
 def test_training_again_after_a_checkpoint_of_other_ranks_was_loaded(
     llama_config: LlamaConfig, tmp_path: Path, name: str

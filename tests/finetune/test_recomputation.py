@@ -401,6 +401,7 @@ def test_where_plain_lora_fits_no_layer_runs_again(tmp_path: Path, caplog: pytes
     assert "would be faster" not in caplog.text
 
 
+@pytest.mark.long
 def test_where_nothing_fits_without_layers_run_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Bounds ask for adapters in all layers, though nothing is expected of them."""
     with caplog.at_level(logging.INFO, logger="rankpilot"):

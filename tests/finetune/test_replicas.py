@@ -476,6 +476,7 @@ def larger_peak(excess: int) -> list[str]:
     return plans
 
 
+@pytest.mark.long
 def test_a_peak_above_the_budget_in_one_process_corrects_all() -> None:
     first, second = in_processes(2, larger_peak, 60_000)
     assert first == second

@@ -369,6 +369,7 @@ class Wraps:
         return self.data_collator(rows)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["plain", "wrapped", "method", "partial", "batches"])
 def test_buffers_and_random_numbers_of_users_are_as_before(new_model: NewModel, form: str) -> None:
     masks, expected = Masks(), Masks()

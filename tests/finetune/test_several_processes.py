@@ -119,6 +119,7 @@ def test_texts_of_different_lengths_under_a_budget_of_bytes(tmp_path: Path) -> N
     assert max(peak for _, peak in several[0]["peaks"]) <= several[0]["limit"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("policy", "options"),
     first_cases(

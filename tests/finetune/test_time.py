@@ -93,7 +93,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
     return run
 
 
-@pytest.mark.parametrize("share", first_cases(2, [60, 90, 75]))
+@pytest.mark.parametrize("share", first_cases(1, [60, 90, 75]))
 def test_a_run_keeps_its_time(ended: Callable[[int], Run], share: int) -> None:
     run = ended(share)
     callback, controller = run.callback, run.callback.controller

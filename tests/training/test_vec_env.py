@@ -119,6 +119,7 @@ def test_vectors_that_reset_late_are_refused() -> None:
         GymnasiumVecEnv(late)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("pool")
 def test_the_example_trains(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
