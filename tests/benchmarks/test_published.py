@@ -41,7 +41,7 @@ def test_published_steps_are_predicted_within_the_bars():
 
 
 @pytest.mark.parametrize(
-    ("model", "setting"), first_cases(2, [(model, kind) for model in ("TinyLlama", "SmolLM2") for kind in BARS])
+    ("model", "setting"), first_cases(1, [(model, kind) for model in ("TinyLlama", "SmolLM2") for kind in BARS])
 )
 def test_published_reserves_and_verdicts_are_predicted(model, setting):
     rows = [row for row in quick_rows(t4_rows()) if model in row.model]

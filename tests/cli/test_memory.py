@@ -87,6 +87,7 @@ def test_a_step_is_predicted_and_measured(memory: Memory, name: str, task: str) 
     assert peaks["the top 1 layers at rank 8 with no checkpointing"] < figures["peak_bytes"]
 
 
+@pytest.mark.long
 def test_settings_are_followed(memory: Memory) -> None:
     options = "--gradient-checkpointing True --rank 4 --optimizer sgd --bf16 --measure --budget 90%"
     printed, figures, _ = memory(f"{{models}}/llama --task classification {options}")

@@ -70,7 +70,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reentrant"), first_cases(3, [("gemma2", False), ("mamba2", False), ("gpt2", True), ("qwen3_moe", False)])
+    ("name", "reentrant"), first_cases(2, [("gemma2", False), ("mamba2", False), ("gpt2", True), ("qwen3_moe", False)])
 )
 def test_repeated_layers_are_those_of_the_whole_model(
     name: str, reentrant: bool, monkeypatch: pytest.MonkeyPatch

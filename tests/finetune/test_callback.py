@@ -273,6 +273,7 @@ def test_a_model_without_an_adapter(tmp_path: Path, llama_config: LlamaConfig) -
         attach(trainer, "signal-mean", "80%")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("budget", "words"), [("10KiB step", "smallest that works is "), ("5%", "a share of ")])
 def test_the_smallest_budget_is_named_and_works(launch: Launch, budget: str, words: str) -> None:
     with pytest.raises(BudgetError, match=words) as caught:

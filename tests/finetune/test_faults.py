@@ -59,6 +59,7 @@ def sigterm_at(step: int) -> Callable[[int], None]:
     return lambda at: signal.raise_signal(signal.SIGTERM) if at == step else None
 
 
+@pytest.mark.long
 def test_sigterm_saves_a_checkpoint_and_ends_the_process(
     make: Launch, whole: Run, caplog: pytest.LogCaptureFixture
 ) -> None:

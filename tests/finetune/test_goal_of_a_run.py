@@ -111,6 +111,7 @@ AGAIN = ", and so does gradient checkpointing, which takes time"
 """How it goes on where none may do so yet, and the budget counts bytes."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "words"),
     [

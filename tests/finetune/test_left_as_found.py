@@ -137,6 +137,7 @@ def test_the_trials_of_a_search_keep_a_log_each(new_model: Callable[..., PeftMod
     assert not (tmp_path / "run" / "decisions").exists()
 
 
+@pytest.mark.long
 def test_a_second_adapter_of_the_same_name(
     new_model: Callable[..., PeftModel], llama_config: LlamaConfig, tmp_path: Path
 ) -> None:
@@ -232,6 +233,7 @@ class Samples(TrainerCallback):
             model(input_ids=torch.arange(64).repeat(64, 1))
 
 
+@pytest.mark.long
 def test_what_another_callback_computes_after_a_step_is_not_the_steps(
     new_model: Callable[..., PeftModel], tmp_path: Path
 ) -> None:

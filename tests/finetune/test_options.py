@@ -147,6 +147,7 @@ def test_a_plan_that_a_person_edited_decides_a_run(
     )
 
 
+@pytest.mark.long
 def test_a_plan_ahead_is_the_first_of_the_run(chats: tuple[str, str], tmp_path: Path) -> None:
     config = settings(chats, policy="signal-mean", budget="110%", steps=1, bounds=("q_proj=0:2",))
     plan = plan_ahead(config)

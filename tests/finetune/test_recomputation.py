@@ -413,6 +413,7 @@ def test_where_nothing_fits_without_layers_run_again(tmp_path: Path, caplog: pyt
         run(tmp_path / "cannot", 0.0, "45%", recompute=False, bounds={"q_proj": (1, 8)})
 
 
+@pytest.mark.long
 def test_the_fewest_bytes_need_all_layers_run_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The budget is the same share of plain LoRA's bytes; losses stay, and the line tells what is given for it."""
     costs = {}

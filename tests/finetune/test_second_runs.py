@@ -77,6 +77,7 @@ def test_a_loop_whose_optimizer_lacks_dropped_modules_is_refused(new_model: NewM
     begin("6k params", *(p for name, p in model.named_parameters() if not p.requires_grad and "lora_" in name))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("budget", ["60%", "1KiB step"])
 def test_functions_set_on_a_trainer_run_and_stay(new_model: NewModel, tmp_path: Path, budget: str) -> None:
     trainer = Trainer(new_model(), arguments(tmp_path), train_dataset=ROWS, eval_dataset=ROWS[:8])

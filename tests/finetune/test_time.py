@@ -253,6 +253,7 @@ def test_a_budget_of_parameters_and_a_time(tmp_path: Path) -> None:
     assert callback.predictions[-1][1] == sum(t.rank * (t.d_in + t.d_out) for t in controller.targets) <= 10_000
 
 
+@pytest.mark.long
 def test_a_total_holds_the_frozen_model(tmp_path: Path, ended: Callable[[int], Run]) -> None:
     reference = ended(60).callback
     resident, whole = resident_bytes(reference.controller.adapters.model), reference.limit / 4

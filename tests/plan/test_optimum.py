@@ -108,7 +108,7 @@ def test_larger_models_get_at_least_what_scores_would_get(seed):
     assert worth(problem, utility, ranks) >= packed * (1 - GAP)
 
 
-@pytest.mark.parametrize("seed", first_cases(10, range(30)))
+@pytest.mark.parametrize("seed", first_cases(9, range(30)))
 def test_the_best_plan_keeps_to_the_bounds_and_spends_the_budget(seed):
     generator = np.random.default_rng(seed)
     problem = utility_problem(generator, RankLadder(), 14)

@@ -133,6 +133,7 @@ def check_way_there(problem, plan):
     assert (ranks == plan.ranks).all()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_cost", "largest", "plans"),

@@ -372,6 +372,7 @@ def test_non_finite_gradients_are_left_out_of_the_signals(make_tiny: MakeTiny, v
 # Independence ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", first_cases(2, ["llama", "bert", "gpt2"]))
 def test_a_run_is_the_same_bit_for_bit_in_any_company(make_tiny: MakeTiny, name: str) -> None:
     """A run alone, and in two rows among four others of far larger ranks.
