@@ -226,12 +226,7 @@ def _recorded(
     ways = RepeatedLayers.of(model, targets)
 
     def measured() -> MemoryModel:
-        memory = None
-        while ways and memory is None:
-            memory = _of_few_layers(training, targets, batch, ways[0])
-            if memory is None:
-                ways.pop(0)
-        memory = memory or measure_memory(training, targets, batch, signals=False)
+        memory = _by_layers(training, targets, batch, ways)
         if not memory.predicts(shape):
             memory = measure_memory(training, targets, hollow_batch(base, shape), signals=False)
         return replace(memory, shape=shape)
@@ -262,6 +257,17 @@ def _recorded(
         named=tuple(sorted(model.peft_config["default"].target_modules)) if left_out(base) else (),
     )
     return replace(found, leaner=leaner) if prices and priced.memory.segments else found
+
+
+def _by_layers(
+    training: training_step.TrainingStep, targets: list[TargetModule], batch: Batch, ways: list[RepeatedLayers]
+) -> MemoryModel:
+    """The byte model of a step by the first way to cut its layers that tells; ways that do not are taken out."""
+    while ways:
+        if memory := _of_few_layers(training, targets, batch, ways[0]):
+            return memory
+        ways.pop(0)
+    return measure_memory(training, targets, batch, signals=False)
 
 
 def _of_few_layers(

@@ -114,10 +114,8 @@ class PeakFinder:
 
     def parts(self) -> list[PartOfStep]:
         """The forward pass, the backward pass outside of segments and in each, and the second run of each."""
-        recording, parts = (
-            self._recording,
-            [PartOfStep(0, self._recording.forward_end, -1, False, self._in_forward_pass)],
-        )
+        recording = self._recording
+        parts = [PartOfStep(0, recording.forward_end, -1, False, self._in_forward_pass)]
         backward = ~self._forward & ~self._gradient
         for index in np.unique(recording.segment_index[backward]).tolist():
             own = backward & (recording.segment_index == index)
@@ -144,10 +142,9 @@ class PeakFinder:
         recording, segments = self._recording, self._recording.segments
         if any(segment.reentrant for segment in segments):
             return np.full(len(parts), np.inf)
-        last = int(recording.created.max())
         # A segment that does not run holds its inputs alone of what it brings back.
         back_again = self._forward & ~self._needed & (self._saved_in_segment | self._is_input)
-        live = self._level(~back_again & ~self._gradient, np.minimum(recording.freed, last), sizes)
+        live = self._level(~back_again & ~self._gradient, recording.freed, sizes)
         live += np.cumsum(np.bincount(recording.created, gradients, minlength=len(live)))
         inside = self._forward & (recording.segment_index >= 0)
         ends = np.array([segment.end for segment in segments] + [0])[recording.segment_index]
@@ -171,10 +168,9 @@ class PeakFinder:
 
     def _level(self, among: BoolArray, freed: IntArray, sizes: FloatArray) -> FloatArray:
         """Bytes of storages at each time, if they are freed at these times, (times,)."""
-        created, until = self._recording.created[among], freed[among]
-        count = int(max(created.max(initial=0), until.max(initial=0))) + 2
-        change = np.bincount(created, sizes[among], minlength=count)
-        change -= np.bincount(until + 1, sizes[among], minlength=count)
+        created, last = self._recording.created, int(self._recording.created.max())
+        change = np.bincount(created[among], sizes[among], minlength=last + 2)
+        change -= np.bincount(np.minimum(freed[among], last) + 1, sizes[among], minlength=last + 2)
         return np.cumsum(change)
 
     def _in_forward_pass(self) -> Iterator[PeakCandidate]:
