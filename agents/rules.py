@@ -451,7 +451,7 @@ def find_rule(name: str) -> Policy:
     """The rule of that name; UnknownNameError if there is none."""
     if name not in RULES:
         hint = "'default' is the policy that ships; others are a folder, or a plan's .yaml file."
-        if name[:1].isdigit():
+        if name.endswith(("%", "iB", "MB", "GB")):
             hint = f'It reads as a budget: pass budget="{name}", after the policy.'
         raise UnknownNameError.of("rule", name, RULES, hint)
     return RULES[name]
