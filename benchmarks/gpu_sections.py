@@ -30,12 +30,11 @@ from rankpilot.common.files import write_json
 from rankpilot.cost.breakdown import frozen_bytes, frozen_sizes
 from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
 from rankpilot.cost.measured_time import TimedPlan, count_work
-from rankpilot.cost.outlook import card_use, product_rate
+from rankpilot.cost.outlook import card_rates, card_use
 from rankpilot.cost.published import UNKNOWN_CONTEXT_BYTES, DeviceSpec, find_device_spec, published_models
 from rankpilot.cost.recording import Batch, BatchShape
 from rankpilot.cost.savers import ACTIVATIONS, CACHE, SAVERS, ExactSavers
 from rankpilot.cost.step_config import StepConfig
-from rankpilot.cost.step_time import OPERATOR_SECONDS, Rates
 from rankpilot.cost.training_step import new_optimizer, switch_checkpointing
 from rankpilot.errors import UnknownNameError, first_line
 from rankpilot.finetune.left_as_found import GOOD_STEPS
@@ -208,7 +207,7 @@ def step_times(machine: Machine) -> list[Row]:
     counted = None
     if rates:
         work = count_work(case.learner.model, case.targets, case.step.loss, case.batch)
-        counted = work.time(Rates(product_rate(rates, "bf16"), rates.bytes_per_s, OPERATOR_SECONDS))
+        counted = work.time(card_rates(rates, "bf16"))
     rows = [row("plain LoRA, by timed steps", case.time.seconds(*plain), measured[0], "s")]
     for number, (name, plan) in enumerate(plans.items()):
         share = measured[number] / measured[0]

@@ -30,7 +30,7 @@ from .cost import ModuleSet
 from .live_storages import tensors_in
 from .model import RANK
 from .recording import Batch, flow_from
-from .step_time import OPERATOR_SECONDS, Rates, StepTime, StepWork, fitted
+from .step_time import LAUNCH_SECONDS, OPERATOR_SECONDS, Rates, StepTime, StepWork, fitted
 from .training_step import CHECKPOINT, LossFunction, TrainingStep, segments_marked
 
 ROUNDS, SHORT_ROUNDS = 3, 5
@@ -184,7 +184,8 @@ def measured_rates(device: torch.device) -> Rates:
     matrix, long = torch.ones(512, 512, device=device), torch.ones(2**20, device=device)
     product = _median_seconds(device, lambda: matrix @ matrix)
     copy = _median_seconds(device, partial(torch.empty_like(long).copy_, long))
-    return Rates(2 * 512**3 / product, 2 * long.nbytes / copy, OPERATOR_SECONDS)
+    beside = {"launch_seconds": LAUNCH_SECONDS} if device.type == "cuda" else {"operator_seconds": OPERATOR_SECONDS}
+    return Rates(2 * 512**3 / product, 2 * long.nbytes / copy, **beside)
 
 
 def _median_seconds(device: torch.device, work: Callable[[], object]) -> float:
@@ -403,15 +404,24 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def _flops(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> float:
     packet = getattr(operator, "overloadpacket", None)
-    count = flop_registry.get(packet)
+    count, name = flop_registry.get(packet), getattr(packet, "__name__", "")
     if count is not None:
-        return float(count(*arguments, **options, out_val=result))
-    name = getattr(packet, "__name__", "")
+        return float(count(*arguments, **options, out_val=result)) * _attended(operator, arguments, options)
     if name == "_grouped_mm":  # each row with the weights of one expert
         return float(2 * arguments[0].numel() * arguments[1].shape[-1])
     if name == "_scaled_dot_product_flash_attention_for_cpu":
-        return float(sdpa_flop_count(*(value.shape for value in arguments[:3])))  # type: ignore[no-untyped-call]
+        flops = sdpa_flop_count(*(value.shape for value in arguments[:3]))  # type: ignore[no-untyped-call]
+        return float(flops) * _attended(operator, arguments, options)
     if name == "_scaled_dot_product_flash_attention_for_cpu_backward":
-        shapes = (value.shape for value in arguments[:4])
-        return float(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
+        flops = sdpa_backward_flop_count(*(value.shape for value in arguments[:4]))  # type: ignore[no-untyped-call]
+        return float(flops) * _attended(operator, arguments, options)
     return 0.0
+
+
+def _attended(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> float:
+    """The share of the pairs of tokens that attention computes: kernels leave out what a causal mask hides."""
+    names = [argument.name for argument in operator._schema.arguments]
+    if "is_causal" not in names:
+        return 1.0
+    place = names.index("is_causal")
+    return 0.5 if (arguments[place] if place < len(arguments) else options.get("is_causal")) else 1.0

@@ -40,7 +40,7 @@ from .published import (
 )
 from .recording import BatchShape
 from .step_config import StepConfig
-from .step_time import OPERATOR_SECONDS, Rates, StepTime
+from .step_time import LAUNCH_SECONDS, Rates, StepTime
 
 Verdict = Literal["fits", "tight", "does not fit"]
 """fits: what the allocator reserves and the context fit the card. tight: only tensors and the context do, so training
@@ -297,7 +297,7 @@ class Outlook:
             return None
         rates = self.card.rates or device_table()[USUAL_CARD].rates
         assert rates is not None, "cards of the table have rates"
-        return step.work.time(Rates(product_rate(rates, self.dtype), rates.bytes_per_s, OPERATOR_SECONDS))
+        return step.work.time(card_rates(rates, self.dtype))
 
     @cached_property
     def _time(self) -> StepTime | None:
@@ -375,7 +375,7 @@ class Outlook:
         ranks, shape = self.plan(layers, rank) if ranks is None else ranks, shape or memory.shape
         step_bytes = memory.peak(ranks, shape) if self.card else plan_cost(memory.cost(shape), ranks)
         use = self._use(memory, ranks, shape) if self.card else None
-        time = self._time.seconds(ranks, recomputed) / self._plain_seconds if self._time else None
+        time = self._time.seconds(ranks, recomputed) / self.plain_seconds if self._time else None
         verdict: Verdict | None = use.verdict if use else None
         if self._limit:
             cost = step_bytes if self._limit.unit == "bytes" else plan_cost(ParameterCost.of(self.step.targets), ranks)
@@ -390,8 +390,8 @@ class Outlook:
         return card_use(memory, ranks, self._loaded, self.card, shape=shape, evaluation=shape)
 
     @cached_property
-    def _plain_seconds(self) -> float:
-        """Of plain LoRA without activations that run again."""
+    def plain_seconds(self) -> float:
+        """Of a batch under plain LoRA, rank 8 on all modules, without gradient checkpointing."""
         time = self._time_of(self._free)
         assert time is not None, "the step was made without its work"
         return reference_seconds(time, self._highest)
@@ -504,10 +504,16 @@ class Outlook:
         return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
 
 
-def product_rate(rates: DeviceRates, dtype: str) -> float:
-    """The operations per second of products with a frozen model of this dtype; fp32's where a card lacks its own."""
+REACHED_BYTES = 0.41
+"""The share of a card's published rate of bytes that the operators of a step reach, where products reach theirs (20
+steps on an A100: `python -m benchmarks published-time`)."""
+
+
+def card_rates(rates: DeviceRates, dtype: str) -> Rates:
+    """What a card does in a second with a frozen model of this dtype; products at fp32's rate if it lacks theirs."""
     own: dict[str, Precision] = {"bf16": "bf16", "fp16": "fp16", "fp32": "tf32"}
-    return rates.flops_per_s.get(own[dtype], rates.flops_per_s["fp32"])
+    products = rates.flops_per_s.get(own[dtype], rates.flops_per_s["fp32"])
+    return Rates(products, REACHED_BYTES * rates.bytes_per_s, launch_seconds=LAUNCH_SECONDS)
 
 
 def memory_of(

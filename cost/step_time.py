@@ -256,7 +256,10 @@ PARAMETER_BYTES = 44
 weight and both moments are read and written once each, and gradients are made and freed."""
 
 OPERATOR_SECONDS = 5e-6
-"""What an operator takes on a GPU beside its work, where nothing was measured; measured times correct it."""
+"""What an operator takes on a CPU beside its work, where nothing was measured; measured times correct it."""
+
+LAUNCH_SECONDS = 22e-6
+"""What the host of a GPU takes to launch an operator (20 steps on an A100: `python -m benchmarks published-time`)."""
 
 
 @dataclass(frozen=True)
@@ -266,15 +269,17 @@ class Rates:
     Attributes:
         flops: floating-point operations of large products; a product and a sum count as two.
         bytes: bytes of memory read and written.
-        operator_seconds: what an operator takes beside its work.
+        operator_seconds: what an operator takes beside its work, where each waits for the one before.
+        launch_seconds: what the host takes to launch an operator while the device works on earlier ones.
     """
 
     flops: float
     bytes: float
     operator_seconds: float = 0.0
+    launch_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.flops > 0 and self.bytes > 0 and self.operator_seconds >= 0):
+        if not (self.flops > 0 and self.bytes > 0 and self.operator_seconds >= 0 and self.launch_seconds >= 0):
             raise ConfigError(f"Rates are above 0, and operators take no less than 0 seconds; got {self}.")
 
 
@@ -312,7 +317,16 @@ class StepWork:
         An operator of the frozen model takes the longer of its two times, for its operations and for its bytes (the
         roofline; Williams et al. 2009). Products inside adapters grow with the rank; what they read and write hardly
         does. So the operations of an adapter count for each rank, and its bytes once. The optimizer moves bytes alone.
+
+        A step takes no less than all its launches. Where those take longer than all work while every module is
+        adapted, they alone are the time of any plan.
         """
+        plan, work = np.full(len(self.widths), self.rank), self._time(rates)
+        launches = self._time(Rates(math.inf, math.inf, rates.launch_seconds))
+        return max(work, launches, key=lambda time: time.seconds(plan))
+
+    def _time(self, rates: Rates) -> StepTime:
+        """The seconds of any plan, without launches."""
         count, frozen = len(self.widths), self.module < 0
         seconds = np.maximum(self.flops / rates.flops, self.moved / rates.bytes) + rates.operator_seconds
         fixed = self.moved / rates.bytes + rates.operator_seconds

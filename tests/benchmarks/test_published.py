@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rankpilot.common.files import read_json, read_object
+from rankpilot.cost.outlook import card_rates
+from rankpilot.cost.published import DeviceRates
+from rankpilot.cost.step_time import Rates
 
 from benchmarks import published_page
 from benchmarks.published import (
@@ -20,7 +24,7 @@ from benchmarks.published import (
     summary,
     t4_rows,
 )
-from benchmarks.published_time import judged, time_rows
+from benchmarks.published_time import KINDS, judged, time_rows
 
 from ..cases import first_cases
 
@@ -85,6 +89,20 @@ def test_a_bar_that_is_missed_is_told():
     assert "**no**" not in published_page.page(rows)
     rows[0]["predicted"] *= 0.9
     assert published_page.page(rows).count("**no**") == 1  # it is under by more than the bar of its kind
+
+
+def test_the_packaged_constants_and_the_words_about_time_are_of_the_stored_fit():
+    found = read_object(ROOT / "benchmarks" / "results" / "published_time.json")
+    rates = DeviceRates(1e12, {"bf16": 1e14, "fp32": 1e13})
+    packaged = Rates(1e14, round(found["bytes"], 2) * 1e12, launch_seconds=1e-6 * round(found["launch_us"]))
+    assert card_rates(rates, "bf16") == packaged
+    assert found["products"] == 1.0
+    words = " ".join((ROOT / "docs" / "memory.md").read_text(encoding="utf-8").split())
+    for name in ("median_error", "median_share_error", "order_right"):
+        told = [f"{100 * found[f'{kind}.{name}']:.1f}" for kind in KINDS]
+        bf16 = told[0] if name != "order_right" else f"{100 * found[f'none.{name}']:.0f}"
+        assert re.search(rf"{re.escape(bf16)} %[a-z0-9 ]* and {re.escape(told[1])} %", words), name
+    assert found["none.held"] == found["four bits.held"] == 10, "half of 40 rows"
 
 
 def test_times_are_judged_by_seconds_and_by_shares():

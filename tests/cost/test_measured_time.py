@@ -26,6 +26,20 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_attention_leaves_out_what_a_causal_mask_hides(device: str) -> None:
+    def flops(causal: bool) -> float:
+        counted: list[float] = []
+        query, key, value = (torch.ones(1, 2, 16, 8, device=device, requires_grad=True) for _ in range(3))
+        with measured_time._Operators(lambda flops, moved: counted.append(flops)):
+            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            attend(query, key, value, 0.0, causal)[0].sum().backward()
+        return sum(counted)
+
+    assert flops(False) > 0
+    assert flops(True) == flops(False) / 2
+
+
 def test_the_plans_tell_the_parts_apart(make_llama: Any) -> None:
     targets = find_target_modules(make_llama())
     plans = timed_plans(targets, ("a", "b"))

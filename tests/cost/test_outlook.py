@@ -10,7 +10,7 @@ import rankpilot
 import transformers as t
 from rankpilot.cost.breakdown import frozen_bytes
 from rankpilot.cost.from_config import Shards
-from rankpilot.cost.outlook import Outlook, memory_of, product_rate
+from rankpilot.cost.outlook import Outlook, card_rates, memory_of
 from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError, UnknownNameError
@@ -202,7 +202,7 @@ def test_models_of_pictures_and_sound_are_refused(config: t.PreTrainedConfig, wo
 def test_products_go_at_the_rate_of_their_precision(card: str, dtype: str, precision: Any) -> None:
     rates = find_device_spec(card).rates
     assert rates is not None
-    assert product_rate(rates, dtype) == rates.flops_per_s[precision]
+    assert card_rates(rates, dtype).flops == rates.flops_per_s[precision]
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def test_products_of_the_frozen_model(make_llama: Any) -> None:
     work, targets = counted(model)
     config = model.get_base_model().config
     head = config.vocab_size * config.hidden_size
-    attention = 2 * config.hidden_size * LENGTH  # scores and their sums, for each token and layer
+    attention = config.hidden_size * LENGTH  # scores and their sums, for each token and layer, half of them hidden
     forward = (work.module < 0) & ~work.backward
     expected = weights(targets).sum() + head + config.num_hidden_layers * attention
     assert work.flops[forward].sum() == 2 * TOKENS * expected
@@ -224,13 +224,13 @@ def test_gradients_reach_down_to_the_lowest_adapter(make_llama: Any) -> None:
     work, targets = counted(make_llama())
     time = work.time(Rates(1.0, 1e30))  # seconds are operations
     size, hidden = weights(targets), targets[0].d_in
-    config_head = time.constant - 2 * TOKENS * (size.sum() + 2 * 2 * hidden * LENGTH)
+    config_head = time.constant - 2 * TOKENS * (size.sum() + 2 * hidden * LENGTH)
     only_last = np.array([2 * (index == len(targets) - 1) for index in range(len(targets))])
     assert time.parts(only_last)[1] == config_head, "the head alone has a gradient to pass on"
     lowest = [index for index, target in enumerate(targets) if target.name.endswith("layers.0.mlp.down_proj")]
     ranks = np.where(np.arange(len(targets)) == lowest[0], 2, 0)
     upper = size[[".layers.1." in target.name for target in targets]].sum()
-    assert time.parts(ranks)[1] == config_head + 2 * TOKENS * (upper + 5 * hidden * LENGTH)
+    assert time.parts(ranks)[1] == config_head + 2 * TOKENS * (upper + 2.5 * hidden * LENGTH)
 
 
 def test_an_adapter_grows_with_its_rank(make_llama: Any) -> None:
@@ -263,6 +263,16 @@ def test_operators_take_time_by_their_number(make_llama: Any) -> None:
     assert some.seconds(ranks) - none.seconds(ranks) == pytest.approx(1e-3 * len(work.flops))
 
 
+def test_a_step_takes_the_longer_of_all_work_and_all_launches(make_llama: Any) -> None:
+    work, targets = counted(make_llama())
+    ranks, one = np.full(len(targets), 8), np.eye(len(targets), dtype=np.int64)[-1]
+    device = work.time(Rates(1e12, 1e10))
+    for launch, longer in ((1e-9, device), (1e-2, work.time(Rates(1e30, 1e30, 1e-2)))):
+        time = work.time(Rates(1e12, 1e10, launch_seconds=launch))
+        assert [time.seconds(plan) for plan in (ranks, one)] == pytest.approx([longer.seconds(p) for p in (ranks, one)])
+    assert device.seconds(one) / device.seconds(ranks) < time.seconds(one) / time.seconds(ranks), "launches cost alike"
+
+
 def test_layers_that_run_again_are_counted_once(make_llama: Any) -> None:
     plain, _ = counted(make_llama())
     model = make_llama()
@@ -279,7 +289,7 @@ def test_layers_that_run_again_are_counted_once(make_llama: Any) -> None:
     assert time.seconds(upper) - time.seconds(upper, ()) == pytest.approx(first / 2), "the lower layer holds nothing"
 
 
-@pytest.mark.parametrize("rates", [(0, 1, 0), (1, -1, 0), (1, 1, -1), (float("nan"), 1, 0)])
-def test_rates_are_above_zero(rates: tuple[float, float, float]) -> None:
+@pytest.mark.parametrize("rates", [(0, 1, 0), (1, -1, 0), (1, 1, -1), (float("nan"), 1, 0), (1, 1, 0, -1)])
+def test_rates_are_above_zero(rates: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="Rates are above 0"):
         Rates(*rates)
