@@ -235,7 +235,7 @@ class RankController(Generic[AdaptersT]):
             budget: the budget.
             device: of the model.
             was: the budget so far. What a share of it was is known; costs may since be those of a larger batch, or of a
-                step in which layers run again.
+                step with checkpointed layers.
 
         Raises:
             BudgetError: the budget counts another unit than the costs.

@@ -155,7 +155,7 @@ def frontier(
 ) -> list[FrontierPlan]:
     """The plans that are worth their cost, before training: bytes, the time of a step, and the expected loss.
 
-    No layer runs again in them because a plan needs it, while a run may begin with a plan that does so.
+    No layer is checkpointed in them because a plan needs it, while a run may begin with a plan that does so.
 
     Args:
         model: see `allocate`, as the other arguments.
@@ -190,8 +190,8 @@ def static_plan(
         data: batches of the fine-tune.
         policy: who decides.
         options: all options, or the budget alone.
-        frontier: also fill `StaticPlan.frontier`. The time of steps is then measured as well, and no layer runs again
-            because a plan needs it.
+        frontier: also fill `StaticPlan.frontier`. The time of steps is then measured as well, and no layer is
+            checkpointed because a plan needs it.
         changes: see `allocate`.
 
     Raises:
@@ -277,7 +277,7 @@ def _plan_of_model(
 
 def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) -> StaticPlan:
     """The plan that a run begins with, and if asked for the frontier of the decision that led to it."""
-    if frontier:  # plans of any cost are compared by their time, which depends on layers that run again
+    if frontier:  # plans of any cost are compared by their time, which depends on checkpointed layers
         pilot.options = replace(pilot.options, gradient_checkpointing=pilot.options.gradient_checkpointing is True)
         pilot.times_plans = True
     pilot.options = replace(pilot.options, prefix_cache="off")  # no row is read twice here

@@ -66,9 +66,9 @@ class StepTimer:
     Attributes:
         run: the run.
         targets: the target modules of its model.
-        memory: predicts bytes, where the budget counts them; with all layers running again under `recomputation`.
+        memory: predicts bytes, where the budget counts them; with all layers checkpointed under `recomputation`.
         limit: of bytes, if `memory` is given.
-        recomputation: chooses the layers that run again; all do while a method runs, and afterwards.
+        recomputation: chooses the checkpointed layers; all are while a method runs, and afterwards.
         cache_bytes: what the prefix cache may take, see `prefix_cache`; 0 for none.
     """
 
@@ -138,7 +138,7 @@ class StepTimer:
 
     def _limit(self, budget: TimeBudget, time: StepTime, layers: FewestLayers | None, left_out: float) -> TimeLimit:
         most, mean = highest_ranks(self.targets), time.with_left_out(left_out)
-        plain = np.minimum(REFERENCE_RANK, most)  # beside it with the layers that the user's step runs again
+        plain = np.minimum(REFERENCE_RANK, most)  # beside it with the layers that the user's step checkpoints
         beside = mean.seconds(plain) if budget == TimeBudget.unlimited() else None
         return TimeLimit(time, budget.resolve(mean, most), layers, beside, left_out)
 
@@ -232,7 +232,7 @@ SAMPLED_ROWS = 32
 
 
 def faster_plan(guard: PeakGuard, controller: RankController[Any], ask: Ask, decision: Decision) -> str:
-    """What a first plan would be without layers that run again, in words; empty where it needs none, or none is known.
+    """What a first plan would be without checkpointed layers, in words; empty where it needs none, or none is known.
 
     Plans are priced afterwards as they were for the decision.
 
@@ -297,11 +297,11 @@ def run_costs(
         targets: the target modules of its model.
         budget: the limit as its user gave it.
         signals: whether plans pay for signal buffers.
-        least: what the least possible plan takes under a cost, where layers may run again in the backward pass; see
+        least: what the least possible plan takes under a cost, where layers may be checkpointed; see
             `plan_costs`.
         savers: the exact savers that are on.
         kept: ranks of adapters that are trained already; see `Budget.resolve`.
-        whole: all layers run again; see `recomputed_cost`.
+        whole: all layers are checkpointed; see `recomputed_cost`.
     """
     budget = within_all(run, budget)
     costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept, whole=whole)
@@ -369,7 +369,7 @@ def prepare(
         fresh: begin with new adapters, even where they are trained.
         stay: leave the adapters as they are, even where none is trained.
         savers: the exact savers that are on.
-        recomputation: chooses the layers that run again in the backward pass; all do now.
+        recomputation: chooses the checkpointed layers; all are now.
         time: the limit of the time of a step as its user gave it.
         cache_bytes: what the prefix cache may take; see `prefix_cache`.
         progress: shows how far the probe has come.

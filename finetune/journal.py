@@ -114,7 +114,7 @@ class Journal:
 
         Args:
             saved: what a step of plain LoRA takes without and with them.
-            as_set: with the layers that run again in the model as it is; else with none.
+            as_set: with the layers checkpointed that are in the model as it is; else with none.
         """
         self._saved = tuple(saved)
         peaks = [each.again_bytes if as_set and each.again_bytes else each.step_bytes for each in saved]

@@ -1,4 +1,4 @@
-"""What a run changes in a user's model and Trainer beside the ranks: layers that run again, and all that is put back.
+"""What a run changes in a user's model and Trainer beside the ranks: checkpointed layers, and all that is put back.
 
 A smaller plan is tried at most twice, and only where the prediction says that it takes noticeably fewer bytes. If the
 step passes, the plan comes back later; if it does not, all is as it was before the step.
@@ -36,8 +36,8 @@ STEP_SHARE = 0.1
 """The share of the whole step's bytes by which each try is smaller than the one before."""
 
 PLAN_SHARE = 0.25
-"""The share of what adapters, and layers that can run again, take by which each try is smaller at most. So two tries
-leave half of the rank."""
+"""The share of what adapters, and layers that can be checkpointed, take by which each try is smaller at most. So
+two tries leave half of the rank."""
 
 LEAST_SHARE = 0.01
 """The share of the whole step's bytes below which a smaller plan is no help."""
@@ -52,7 +52,7 @@ class Taken:
 
     Attributes:
         ranks: of the plan before the first, int64 (modules,).
-        layers: that ran again under it.
+        layers: that were checkpointed under it.
         limit: of its cost at that time.
         cost: of that plan, in the unit of the limit.
         saved: what each smaller plan takes less than the one before, in that unit; 0 where none would be a help.
@@ -101,7 +101,7 @@ def saved_by_a_try(whole: float | None, reducible: float) -> float:
 
     Args:
         whole: what the step takes in all, in the unit of costs; None where it is not known.
-        reducible: what adapters, and layers that can run again, take of it.
+        reducible: what adapters, and layers that can be checkpointed, take of it.
     """
     if whole is None:
         return PLAN_SHARE * reducible
@@ -199,7 +199,7 @@ LONG = 10_000
 
 
 _SWITCHES = ("gradient_checkpointing", training_step.CHECKPOINT)
-"""Attributes of a module that say whether it runs again in the backward pass, and how."""
+"""Attributes of a module that say whether it is checkpointed, and how."""
 
 
 @contextmanager
@@ -232,7 +232,7 @@ def _note(value: Any, containers: dict[int, tuple[Any, Any]]) -> None:
 
 
 class ModelSettings:
-    """Which layers of a transformers model run again, which outputs require gradients, and its cache.
+    """Which layers of a transformers model are checkpointed, which outputs require gradients, and its cache.
 
     Args:
         model: the model, as it is now.
@@ -312,18 +312,18 @@ def _gradient_hooks(module: nn.Module) -> dict[int, Any]:
 
 
 class Recomputation:
-    """Lets single layers of a transformers model run again in the backward pass. Losses stay the same.
+    """Checkpoints single layers of a transformers model. Losses stay the same.
 
     Args:
-        model: the PEFT model. All its layers run again from now on, so that the step can be measured, until `put_back`.
-        whole: let all run again that hold something, whatever the limit: for the fewest bytes.
+        model: the PEFT model. All its layers are checkpointed until `put_back`, so that the step can be measured.
+        whole: checkpoint all that hold something, whatever the limit: for the fewest bytes.
 
     Attributes:
-        layers: the names of the layers that run again.
-        memory: the byte model of the step in which all do; None until it is known.
+        layers: the names of the checkpointed layers.
+        memory: the byte model of the step in which all are; None until it is known.
 
     Raises:
-        UnsupportedError: the model has no layers that can run again one by one.
+        UnsupportedError: the model has no layers that can be checkpointed one by one.
     """
 
     def __init__(self, model: nn.Module, *, whole: bool = False) -> None:
@@ -337,35 +337,35 @@ class Recomputation:
             )
         self._before: ModelSettings | None = ModelSettings(model)
         training_step.switch_checkpointing(base, True)
-        base.config.use_cache = False  # a layer that runs again would fill the cache twice
+        base.config.use_cache = False  # a checkpointed layer would fill the cache twice
         self.layers: tuple[str, ...] = tuple(self._layers)
         self.memory: MemoryModel | None = None
 
     def put_back(self) -> None:
-        """Let the layers run again that did so before, and set the model's cache as it was; the first call does so."""
+        """Checkpoint the layers that were so before, and set the model's cache as it was; the first call does so."""
         if self._before:
             self._before.put_back()
         self._before = None
 
     def pause(self) -> None:
-        """Let no layer run again, and have the cache of before; call inside `settings_put_back`."""
+        """Checkpoint no layer, and have the cache of before; call inside `settings_put_back`."""
         for layer in self._layers.values():
             layer.gradient_checkpointing = False
         if self._before:
             self._before.put_back_caches()
 
     def all(self) -> None:
-        """Let all layers run again."""
+        """Checkpoint all layers."""
         self.take(self._layers)
 
     def take(self, layers: Collection[str]) -> None:
-        """Let these layers run again, and no other."""
+        """Checkpoint these layers, and no other."""
         self.layers = tuple(name for name in self._layers if name in layers)
         for name, layer in self._layers.items():
             layer.gradient_checkpointing = name in layers
 
     def fewest(self, ranks: IntArray, limit: float, shape: BatchShape | None = None) -> tuple[str, ...]:
-        """The fewest layers that must run again so that a plan fits, or all that hold something.
+        """The fewest layers that must be checkpointed so that a plan fits, or all that hold something.
 
         Args:
             ranks: the plan, int64 (modules,).
@@ -383,14 +383,14 @@ class Recomputation:
         ranks: IntArray,
         least: Callable[[ByteCost], float] | None,
     ) -> ByteCost:
-        """What plans cost, where layers may run again or may not; see `recomputed_cost`.
+        """What plans cost, where layers may be checkpointed or may not; see `recomputed_cost`.
 
         Args:
             max_ranks: the highest rank of each module, int64 (modules,).
             limit: bytes that the step may take.
             shape: of the batch.
             ranks: those in place, int64 (modules,).
-            least: what the least possible plan takes under a cost; None where no layer may run again.
+            least: what the least possible plan takes under a cost; None where no layer may be checkpointed.
         """
         assert self.memory is not None, "the step has not been measured"
         if least:
@@ -398,7 +398,7 @@ class Recomputation:
         return self.memory.recomputing(()).cost(shape)
 
     def memory_now(self) -> MemoryModel:
-        """The byte model of the step in which the layers run again that do now."""
+        """The byte model of the step in which the layers are checkpointed that are now."""
         assert self.memory is not None, "the step has not been measured"
         return self.memory.recomputing(self.layers)
 
@@ -407,14 +407,14 @@ class Recomputation:
 
 
 def could_recompute(model: nn.Module) -> bool:
-    """Whether a model has layers that can run again one by one, and none that does."""
+    """Whether a model has layers that can be checkpointed one by one, and none that is."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     switched = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     return training_step.has_checkpointing(unwrap(model)) and bool(layers) and not switched
 
 
 def all_running_again(model: nn.Module) -> Callable[[], None]:
-    """Let all layers of a model run again in the backward pass; returns what undoes it.
+    """Checkpoint all layers of a model; returns what undoes it.
 
     Raises:
         UnsupportedError: the model has no gradient checkpointing.

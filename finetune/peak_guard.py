@@ -363,7 +363,7 @@ class PeakGuard:
         """Give the plan its limit, its layers, its ranks of before an error, and what was cut from them."""
         controller, step, cuts, self._cuts = self._controller, self._step, self._cuts, ()
         controller.limit, self._taken, self._wait = taken.limit, None, (2 if taken.times else 1) * self._wait
-        if self._recomputation:  # as many layers ran again as these ranks need
+        if self._recomputation:  # as many layers were checkpointed as these ranks need
             self._recomputation.take(taken.layers)
             self._memory = self._recomputation.memory_now()
             controller.reprice(self._cost_of_shape(self.shape))

@@ -326,7 +326,7 @@ class RankPilot:
     def set_budget(self, budget: GivenBudget) -> None:
         """Give the run another budget from its next step on, or a function that is asked before each step.
 
-        A lower one shrinks the plan, layers that run again first; a higher one gives back what was taken before.
+        A lower one checkpoints more layers first, and then shrinks the plan; a higher one gives back what was taken.
 
         Raises:
             BudgetError, ConfigError: it cannot be read.
@@ -353,7 +353,7 @@ class RankPilot:
         self._guard.out_of_memory(error or torch.OutOfMemoryError("A training step ran out of memory."))
 
     def finish(self) -> None:
-        """Stop measuring, put back which layers run again, and write the ranks to PEFT's configuration for saving.
+        """Stop measuring, checkpoint the layers of before, and write the ranks to PEFT's configuration for saving.
 
         Raises:
             ProcessError: the processes do not hold the same adapters.

@@ -353,7 +353,7 @@ class PrefixCache:
         return True
 
     def end(self, why: str = "") -> None:
-        """Let all layers run again, and forget all rows; a reason is told."""
+        """Compute all layers anew, and forget all rows; a reason is told."""
         for handle in self._handles:
             handle.remove()
         for layer in self._left:

@@ -97,7 +97,7 @@ class _Cast(torch.autograd.Function):
         return gradient.to(ctx.dtype), None
 
 
-# Activations that run again -------------------------------------------------------------------------------------------
+# Selective checkpointing ----------------------------------------------------------------------------------------------
 
 ACTIVATIONS = frozenset(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
 """The activation functions of transformers' models."""

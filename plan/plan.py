@@ -12,7 +12,7 @@ Both change one rung at a time in the order of log(rank) - score, so equal score
 
 Some plans read no signal: one rank, or nearly one, on the top layers, such as `uniform_ranks`. Without gradient
 checkpointing, adapting the top layers at a useful rank was better than any other plan with the same bytes
-(docs/design.md). `TimeLimit` keeps the time of a step within its limit, where layers that run again take time as well.
+(docs/design.md). `TimeLimit` keeps the time of a step within its limit, where checkpointed layers take time as well.
 """
 
 from __future__ import annotations
@@ -329,7 +329,7 @@ SETTLED = 0.02
 """The error of a predicted time, as a share, that is left alone."""
 
 FewestLayers = Callable[[IntArray], tuple[str, ...]]
-"""The layers that must run again under a plan, so that it keeps its limit of bytes."""
+"""The layers that must be checkpointed under a plan, so that it keeps its limit of bytes."""
 
 
 @dataclass(eq=False)
@@ -339,7 +339,7 @@ class TimeLimit:
     Attributes:
         time: of a step under any plan.
         seconds: what a step may take, > 0.
-        layers: chooses the layers that run again under each plan; None where those that the step was measured with do.
+        layers: chooses the checkpointed layers of each plan; None where they are those that the step was measured with.
         beside: where the user set no limit, the seconds of plain LoRA, beside which plans are told; no plan reaches
             `seconds` then.
         left_out: the share of the run's steps that run without the layers below the lowest adapted module, from 0 to

@@ -145,12 +145,12 @@ def choice_text(outlook: Outlook, choice: Choice) -> str:
 
 
 def _activations(outlook: Outlook) -> bool:
-    """Whether activations run again under every choice."""
+    """Whether every choice has selective checkpointing."""
     return any(each.name == ACTIVATIONS for each in outlook.step.saved)
 
 
 def _recomputed_text(outlook: Outlook, count: int, activations: bool) -> str:
-    """What runs again, in words: how many layers, and whether activations do."""
+    """What is checkpointed, in words: how many layers, and whether activations are."""
     every = len(outlook.recomputable)
     layers = [] if not count else ["checkpointing" if count == every else f"{count} of {every} layers checkpointed"]
     return " and ".join([*layers, *([ACTIVATIONS] if activations else [])]) or "no checkpointing"
@@ -294,7 +294,7 @@ def configuration_text(outlook: Outlook) -> str:
     modules = repr(names[0] if len(names) == 1 else names)
     if best.layers < outlook.blocks:
         modules = repr([target.name for target, rank in zip(outlook.step.targets, best.ranks, strict=True) if rank])
-    activations = _activations(outlook)  # which run again only where a run chooses what does
+    activations = _activations(outlook)  # which are checkpointed only where a run chooses what is
     checkpointed = not activations and 0 < len(best.recomputed) == len(outlook.recomputable)
     narrow = _narrow_ranks(outlook, best)
     lines = [
