@@ -33,7 +33,7 @@ ROWS = [{"input_ids": ids, "labels": ids} for ids in STRIDES] * 2
 """Counting in strides, of different lengths, padded to one."""
 
 USUAL: dict[str, Any] = {"schedule": DecisionSchedule(probe_steps=4), "max_steps": STEPS, "measure_every": 1}
-USUAL |= {"save_steps": 3, "data": ROWS}
+USUAL |= {"save_steps": 3, "data": ROWS, "exact_savers": True}
 
 Launch = Callable[..., Run]
 

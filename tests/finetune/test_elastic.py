@@ -24,7 +24,7 @@ from transformers import LlamaConfig, Trainer, default_data_collator
 from benchmarks.elastic import ON_CUDA, Other, other_process
 
 from ..cases import first_cases
-from .tiny_runs import Recorder, adapted, arguments, counting, logits, ranks_of, take_step
+from .tiny_runs import PLAIN, Recorder, adapted, arguments, counting, logits, ranks_of, take_step
 
 MIB, CPU = 2**20, torch.device("cpu")
 
@@ -42,7 +42,8 @@ class Loop:
         data = counting(5 * rows)
         loader = DataLoader(data, batch_size=rows, collate_fn=default_data_collator)  # type: ignore[arg-type]
         self.batches = cycle(list(loader))
-        self.pilot = rankpilot.RankPilot(options=None, budget=budget, tell=self.told.append, measure_every=1, **options)
+        options = {"budget": budget, "measure_every": 1, "exact_savers": False} | options
+        self.pilot = rankpilot.RankPilot(tell=self.told.append, **options)
         self.pilot.begin(TrainingRun.of_loader(self.model, self.optimizer, loader, total_steps=100))
 
     def steps(self, count: int) -> list[float]:
@@ -236,7 +237,7 @@ def test_what_a_function_took_comes_back_in_a_resumed_run(
             if step == stops_at:
                 raise KeyboardInterrupt
 
-        rankpilot.attach(made, budget=lambda: budget(len(sums)), prefix_cache="off", gradient_checkpointing=False)
+        rankpilot.attach(made, budget=lambda: budget(len(sums)), prefix_cache="off", **PLAIN)
         made.add_callback(Recorder(ended))
         with suppress(KeyboardInterrupt):
             made.train(**options)
@@ -260,7 +261,7 @@ def test_a_run_for_which_no_memory_is_left_is_saved(
 ) -> None:
     def trainer(budget: Any) -> Trainer:
         made = Trainer(adapted(llama_config), arguments(tmp_path / "run"), train_dataset=counting())
-        rankpilot.attach(made, budget=budget, prefix_cache="off")
+        rankpilot.attach(made, budget=budget, prefix_cache="off", exact_savers=False)
         return made
 
     steps: list[int] = []

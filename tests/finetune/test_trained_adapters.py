@@ -45,7 +45,7 @@ def go_on(
     model = PeftModel.from_pretrained(new_base(config), str(stage_1), is_trainable=True)
     schedule = DecisionSchedule(probe_steps=3, fractions=options.pop("fractions", (0.0, 0.5)))
     trainer = trainer_of(model, folder / "run", **options)
-    callback = attach(trainer, "signal-mean", budget, schedule=schedule, fresh=fresh)
+    callback = attach(trainer, "signal-mean", budget, schedule=schedule, fresh=fresh, exact_savers=False)
     trainer.train()
     return model, callback, trainer
 
@@ -97,7 +97,7 @@ def test_all_of_an_adapter_above_rank_8_fits_the_whole_of_it(
     before = logits(model)
     trainer = trainer_of(model, tmp_path / "second")
     schedule = DecisionSchedule(probe_steps=3, fractions=(0.0,))
-    callback = attach(trainer, "signal-mean", "100%", schedule=schedule)
+    callback = attach(trainer, "signal-mean", "100%", schedule=schedule, exact_savers=False)
     trainer.train()
     assert callback.controller is not None
     assert callback.controller.ranks.tolist() == [kept] * 2
@@ -111,7 +111,8 @@ def test_bounds_of_the_user_count_more(stage_1: Path, llama_config: LlamaConfig,
     set_ranks(targets, {target.name: 5 for target in targets})
     bounds = {"q_proj": 2, "k_proj": (0, 1)}
     trainer = trainer_of(model, tmp_path / "run")
-    attach(trainer, "signal-mean", "150%", schedule=DecisionSchedule(probe_steps=3), bounds=bounds)
+    schedule = DecisionSchedule(probe_steps=3)
+    attach(trainer, "signal-mean", "150%", schedule=schedule, bounds=bounds, exact_savers=False)
     trainer.train()
     for target in targets:
         bound = {"q_proj": (2, 2), "k_proj": (1, 1)}.get(target.name.rsplit(".", 1)[1], (8, 256))
