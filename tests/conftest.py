@@ -60,6 +60,12 @@ Batch = dict[str, torch.Tensor]
 MakeModel = Callable[..., PeftModel]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """What a module's imports and those of the modules before have made is out of garbage collections as well."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

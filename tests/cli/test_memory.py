@@ -121,7 +121,7 @@ def test_activations_run_again_inside_a_budget(memory: Memory) -> None:
 
 def test_settings_of_the_trainer_are_followed(memory: Memory) -> None:
     _, plain, _ = memory("{models}/bert --measure")
-    printed, figures, _ = memory("{models}/bert --measure --trainer optim=sgd label_smoothing_factor=0.1")
+    printed, figures, _ = memory("{models}/bert --measure --no-exact-savers --trainer optim=sgd label_smoothing_factor=0.1")
     assert "layers, optim=sgd, label_smoothing_factor=0.1" in printed
     assert figures["kinds"]["optimizer"] == 0 < plain["kinds"]["optimizer"]
     assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.005)
@@ -129,7 +129,9 @@ def test_settings_of_the_trainer_are_followed(memory: Memory) -> None:
 
 @pytest.mark.parametrize("optimizer", first_cases(1, ["adamw8bit", "adafactor"]))
 def test_optimizers(memory: Memory, optimizer: str) -> None:
-    _, figures, _ = memory(f"{{models}}/llama --target-modules 'q_proj, v_proj' --optimizer {optimizer}")
+    _, figures, _ = memory(
+        f"{{models}}/llama --no-exact-savers --target-modules 'q_proj, v_proj' --optimizer {optimizer}"
+    )
     assert 0 < figures["kinds"]["optimizer"] <= 2 * figures["kinds"]["weights"]
     assert set(figures["choices"][0]["ranks"]) == {
         f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qv"
@@ -148,7 +150,7 @@ def test_data_makes_the_batch(memory: Memory, tmp_path: Path) -> None:
     # Shorter rows are padded: with a mask the model runs other operations than without.
     lines = [f"{'good ' * (5 if number % 20 else 7)},{number % 3}" for number in range(40)]
     (tmp_path / "reviews.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
-    printed, figures, _ = memory(f"{{models}}/bert {tmp_path / 'reviews.csv'}")
+    printed, figures, _ = memory(f"{{models}}/bert --no-exact-savers {tmp_path / 'reviews.csv'}")
     assert (figures["rows"], figures["length"]) == (4, 7)
     assert "classification" in printed
     assert "4 x 7 tokens" in printed
@@ -177,7 +179,7 @@ def test_a_classifier_that_reads_its_end_token(memory: Memory, tmp_path: Path) -
 def test_a_quantised_model(memory: Memory, models: Path, quantization: str, least: float) -> None:
     pytest.importorskip("bitsandbytes")
     plain = sum(each.nbytes for each in LlamaForCausalLM.from_pretrained(models / "llama").parameters())
-    printed, figures, _ = memory(f"{{models}}/llama --quantization {quantization} --measure")
+    printed, figures, _ = memory(f"{{models}}/llama --no-exact-savers --quantization {quantization} --measure")
     assert f"frozen model in {quantization}" in printed
     assert f"The model in {quantization} went through prepare_model_for_kbit_training" in printed
     assert least * plain < figures["frozen_bytes"] < 0.6 * plain
@@ -185,7 +187,7 @@ def test_a_quantised_model(memory: Memory, models: Path, quantization: str, leas
 
 
 def test_a_model_without_checkpointing(memory: Memory, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    printed, figures, _ = memory("{models}/xlnet")
+    printed, figures, _ = memory("{models}/xlnet --no-exact-savers")
     assert "does not support gradient checkpointing" in printed
     assert len(figures["notes"]) == 1
     assert not [choice for choice in figures["choices"] if choice["recomputed"]]
@@ -250,7 +252,7 @@ def test_tasks_follow_the_architecture(config: Any, architecture: str | None, ta
 def test_a_packaged_model_here_and_on_a_card(memory: Memory) -> None:
     printed, *_ = memory("all-minilm-l6-v2 --device-memory 24GiB")
     assert "fits" in printed
-    _, figures, _ = memory("all-minilm-l6-v2")
+    _, figures, _ = memory("all-minilm-l6-v2 --no-exact-savers")
     assert figures["blocks"] == 7, "six layers, and what lies above them"
     assert "bert.encoder.layer.5" in {row["layer"] for row in figures["layers"]}
     assert len(figures["choices"][0]["ranks"]) == 37
