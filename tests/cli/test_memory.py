@@ -121,7 +121,7 @@ def test_activations_run_again_inside_a_budget(memory: Memory) -> None:
 
 def test_settings_of_the_trainer_are_followed(memory: Memory) -> None:
     _, plain, _ = memory("{models}/bert --measure")
-    printed, figures, _ = memory("{models}/bert --measure --no-exact-savers --trainer optim=sgd label_smoothing_factor=0.1")
+    printed, figures, _ = memory("{models}/bert --measure --trainer optim=sgd label_smoothing_factor=0.1")
     assert "layers, optim=sgd, label_smoothing_factor=0.1" in printed
     assert figures["kinds"]["optimizer"] == 0 < plain["kinds"]["optimizer"]
     assert figures["measured"]["peak_bytes"] == pytest.approx(figures["peak_bytes"], rel=0.005)
@@ -129,9 +129,7 @@ def test_settings_of_the_trainer_are_followed(memory: Memory) -> None:
 
 @pytest.mark.parametrize("optimizer", first_cases(1, ["adamw8bit", "adafactor"]))
 def test_optimizers(memory: Memory, optimizer: str) -> None:
-    _, figures, _ = memory(
-        f"{{models}}/llama --no-exact-savers --target-modules 'q_proj, v_proj' --optimizer {optimizer}"
-    )
+    _, figures, _ = memory(f"{{models}}/llama --target-modules 'q_proj, v_proj' --optimizer {optimizer}")
     assert 0 < figures["kinds"]["optimizer"] <= 2 * figures["kinds"]["weights"]
     assert set(figures["choices"][0]["ranks"]) == {
         f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qv"

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json
 from rankpilot.cost import outlook
-from rankpilot.cost.from_config import ConfiguredStep, from_config
 from rankpilot.cost.outlook import Outlook, memory_of
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.study.memory_report import configuration_text
@@ -22,22 +20,6 @@ from transformers import AlbertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM
 from .mistakes import failure, usage_error
 
 BATCH = ["--batch-size", "8", "--max-length", "1024"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _recorded_once() -> Iterator[None]:
-    """The step of a model is recorded once for all cards."""
-    steps: dict[str, ConfiguredStep] = {}
-
-    def recorded(*asked: Any, **options: Any) -> ConfiguredStep:
-        key = repr((asked, options))
-        if key not in steps:
-            steps[key] = from_config(*asked, **options)
-        return steps[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outlook, "from_config", recorded)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +114,10 @@ def test_the_configuration_builds_the_ranks_that_were_priced(narrow_keys: Outloo
     assert set(built.values()) == {16, 32}
 
 
-def test_a_model_without_checkpointing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_checkpointing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outlook, "memory_of", cache(memory_of))  # both commands show the same
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "embedding_size": 16}
     AlbertConfig(vocab_size=64, num_hidden_layers=2, **sizes).save_pretrained(tmp_path / "albert")
     options = ["--device", "T4", "--max-length", "32", "--output", str(tmp_path / "card")]

@@ -47,8 +47,9 @@ class Loop:
             total_steps=STEPS,
             accumulation=accumulation,
         )
-        options = {"schedule": SCHEDULE, "measure_every": 1, "exact_savers": False}
-        self.pilot = RankPilot("signal-mean", budget, log=folder, **options)
+        self.pilot = RankPilot(
+            "signal-mean", budget, log=folder, schedule=SCHEDULE, measure_every=1, exact_savers=False
+        )
         self.losses: list[float] = []
 
     def loss(self, batch: tuple[torch.Tensor]) -> torch.Tensor:

@@ -67,11 +67,15 @@ def test_growing_leaves_the_function_as_it_is(
     grown: tuple[PeftModel, Any, Path], stage_1: Path, llama_config: LlamaConfig
 ) -> None:
     first = logits(PeftModel.from_pretrained(new_base(llama_config), str(stage_1)))
-    model, callback, _ = grown
+    model, callback, folder = grown
     assert (callback.controller.ranks >= 4).all()
     assert (callback.controller.ranks > 4).any()
     assert (first - logits(new_base(llama_config))).abs().max() > 0.1, "the first stage changed the model"
     assert (logits(model) - first).abs().max() <= 1e-5
+    table = DecisionLog(folder / "decisions").to_pandas()
+    read = table.iloc[: len(table) // 2]
+    assert set(read["rank_before"].tolist()) == {4}, "signals are read at the ranks that are there"
+    assert not np.isnan(read["feature.snr"].to_numpy()).any()
 
 
 def test_nothing_is_lost_where_the_ranks_fit(
@@ -111,8 +115,7 @@ def test_bounds_of_the_user_count_more(stage_1: Path, llama_config: LlamaConfig,
     set_ranks(targets, {target.name: 5 for target in targets})
     bounds = {"q_proj": 2, "k_proj": (0, 1)}
     trainer = trainer_of(model, tmp_path / "run")
-    schedule = DecisionSchedule(probe_steps=3)
-    attach(trainer, "signal-mean", "150%", schedule=schedule, bounds=bounds, exact_savers=False)
+    attach(trainer, "signal-mean", "150%", schedule=DecisionSchedule(probe_steps=3), bounds=bounds)
     trainer.train()
     for target in targets:
         bound = {"q_proj": (2, 2), "k_proj": (1, 1)}.get(target.name.rsplit(".", 1)[1], (8, 256))
@@ -143,13 +146,6 @@ def test_shrinking_keeps_most_of_it(continued: Callable[..., Any], stage_1: Path
         assert (before[target.name] - left).norm() == pytest.approx(float(expected), abs=1e-5), target.name
     assert any(target.rank < 4 for target in find_target_modules(model))
     assert callback.limit == 1500
-
-
-def test_signals_are_read_at_the_ranks_that_are_there(grown: tuple[PeftModel, Any, Path]) -> None:
-    table = DecisionLog(grown[2] / "decisions").to_pandas()
-    first = table.iloc[: len(table) // 2]
-    assert set(first["rank_before"].tolist()) == {4}
-    assert not np.isnan(first["feature.snr"].to_numpy()).any()
 
 
 def test_a_second_call_of_train_goes_on(continued: Callable[..., Any], llama_config: LlamaConfig) -> None:

@@ -74,8 +74,7 @@ def trained(config: LlamaConfig, *, pilots: bool) -> list[torch.Tensor]:
     model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules=NAMES))
     loader: DataLoader[Any] = DataLoader(ROWS, 8, collate_fn=default_data_collator)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    options = {"bounds": dict.fromkeys(NAMES, 8), "exact_savers": False, "tell": lambda line: None}
-    pilot = RankPilot("uniform", "400%", schedule=ONCE, **options)
+    pilot = RankPilot("uniform", "400%", schedule=ONCE, bounds=dict.fromkeys(NAMES, 8), tell=lambda line: None)
     if pilots:
         pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=len(loader)))
     for batch in loader:
