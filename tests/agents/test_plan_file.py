@@ -204,7 +204,6 @@ def test_a_later_decision(path: Path, observation: Observation, caplog: pytest.L
 ROWS = Dataset.from_list(
     [{"input_ids": ids, "labels": ids} for ids in [[i * j % 64 for i in range(8)] for j in range(16)]]
 )
-LESS: dict[str, Any] = {"budget": "60%", "exact_savers": False}
 
 
 @pytest.fixture
@@ -236,7 +235,7 @@ class Person(TrainerCallback):  # type: ignore[misc]
 def test_a_person_decides_before_a_run_and_within_it(
     make_trainer: Callable[..., Trainer], llama_config: LlamaConfig, tmp_path: Path, path: Path
 ) -> None:
-    config = rankpilot.allocate(make_trainer(), policy="signal-mean", output=path, **LESS)
+    config = rankpilot.allocate(make_trainer(), policy="signal-mean", budget="60%", exact_savers=False, output=path)
     planned = read_plan(path)
     assert config.rank_pattern
     assert max(planned.values()) > 4
@@ -248,7 +247,7 @@ def test_a_person_decides_before_a_run_and_within_it(
     second = first | {most: 0}
     write(path, first, read_at=[0, 0.5])
     trainer = make_trainer(Person(path, second))
-    callback = rankpilot.attach(trainer, path, **LESS)
+    callback = rankpilot.attach(trainer, path, budget="60%", exact_savers=False)
     trainer.train()
     log = rankpilot.DecisionLog(tmp_path / "out" / "decisions")
     assert [log.logged(number).plan() for number in range(len(log))] == [first, second]

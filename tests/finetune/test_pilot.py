@@ -35,7 +35,7 @@ STRIDES = torch.tensor([[stride * i % 64 for i in range(LENGTH)] for stride in r
 class Loop:
     """A loop of the user's own, over tuples of tensors, with a loss of its own."""
 
-    def __init__(self, config: LlamaConfig, folder: Path, *, accumulation: int = 1, budget: str = "80%") -> None:
+    def __init__(self, config: LlamaConfig, log: Path, *, accumulation: int = 1, budget: str = "80%") -> None:
         self.model = adapted(config).train()
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
         self.loader: DataLoader[Any] = DataLoader(TensorDataset(STRIDES), batch_size=4)
@@ -47,9 +47,7 @@ class Loop:
             total_steps=STEPS,
             accumulation=accumulation,
         )
-        self.pilot = RankPilot(
-            "signal-mean", budget, log=folder, schedule=SCHEDULE, measure_every=1, exact_savers=False
-        )
+        self.pilot = RankPilot("signal-mean", budget, log=log, schedule=SCHEDULE, measure_every=1, exact_savers=False)
         self.losses: list[float] = []
 
     def loss(self, batch: tuple[torch.Tensor]) -> torch.Tensor:
