@@ -25,7 +25,8 @@ def run(operator: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> A
         arguments: its arguments.
         options: those given by name.
     """
-    key = _key((operator, arguments, options)) if _makes_one_tensor(operator) else None
+    real = arguments and isinstance(arguments[0], torch.Tensor) and not arguments[0].is_meta
+    key = None if real or not _makes_one_tensor(operator) else _key((operator, arguments, options))
     if key is None:
         return operator(*arguments, **options)
     if key in _RESULTS:

@@ -109,7 +109,7 @@ class Recorder:
         Raises:
             UnsupportedError: the model returns no loss.
         """
-        return _Run(self, batch).record(save=False)
+        return _Run(self, batch, sizes_alone=True).record(save=False)
 
     def lifetimes(self, recording: Recording, batch: Batch) -> Recording:
         """Fill in `freed_if_unsaved`, by a forward pass of the same batch in which autograd saves nothing.

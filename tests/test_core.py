@@ -26,13 +26,12 @@ from rankpilot.cli.main import run
 """
 
 COMMANDS = """
-model, data = sys.argv[1:]
+model, data, *modules = sys.argv[1:]
 small = ["--batch-size", "4", "--max-length", "16"]
 assert run(["memory", model, "--device-memory", "24GiB", *small, "--output", "memory"]) == 0
 assert run(["plan", model, data, *small, "--steps", "8", "--budget", "80%", "--output", "plan.json"]) == 0
 steps = ["--steps", "4", "--eval-every", "4", "--held-out-rows", "8"]
 assert run(["finetune", model, data, *small, *steps, "--budget", "80%", "--output", "run"]) == 0
-assert run(["policy", "train", "--help"]) == 0
 """
 
 NEEDING = """
@@ -48,11 +47,14 @@ except rankpilot.RankPilotError as error:
 DEEP = """
 from importlib import import_module
 
-for module in sys.argv[1:]:
+print("MODULES")
+for module in modules:
     try:
         import_module(module)
     except rankpilot.RankPilotError as error:
         print(module, error)
+print("MODULES")
+run(["policy", "train", "--help"])  # this ends the process
 """
 
 ROOT = Path(__file__).parents[1]
@@ -66,17 +68,26 @@ def run_without(code: str, folder: Path, *arguments: str) -> subprocess.Complete
     )  # fmt: skip
 
 
-def test_memory_plans_and_fine_tunes_need_no_extra(tmp_path: Path) -> None:
+def test_memory_plans_and_fine_tunes_need_no_extra_and_each_module_names_its_own(tmp_path: Path) -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {package: ROOT.joinpath(*package.split(".")[1:]) for package in packages if package != "rankpilot"}
+    modules = [f"{package}.{path.stem}" for package, folder in folders.items() for path in folder.glob("[!_]*.py")]
     rows = [{"text": f"the film was {word}", "label": index % 3} for index, word in enumerate(WORDS * 4)]
-    done = run_without(COMMANDS, tmp_path, save("bert", tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", rows))
+    files = save("bert", tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", rows)
+    done = run_without(COMMANDS + DEEP, tmp_path, *files, *modules)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not re.search("warning|loading weights", done.stderr, re.IGNORECASE), done.stderr
-    told = " ".join(done.stdout.split())
+    commands, imported, _ = done.stdout.split("MODULES\n")
+    told = " ".join(commands.split())
     assert told.count("needs matplotlib: pip install 'rankpilot[study]'") == 2, "of memory and of the run"
     assert (tmp_path / "memory" / "memory.json").is_file()
     assert (tmp_path / "plan.json").is_file()
     assert (tmp_path / "run" / "study.html").is_file()
     assert not [*tmp_path.rglob("*.png")]
+    refused = dict(line.split(" ", 1) for line in imported.splitlines())
+    assert set(refused.values()) == {LINE}
+    assert {"rankpilot.env.rank_allocation", "rankpilot.training.train"} <= {*refused}
+    assert all(name.startswith(("rankpilot.env.", "rankpilot.training.")) for name in refused)
 
 
 @pytest.mark.long
@@ -85,15 +96,3 @@ def test_what_needs_an_extra_names_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.splitlines() == [f"error: {LINE}", f"error: {LINE}", LINE]
     assert not [*tmp_path.iterdir()]
-
-
-def test_each_module_is_imported_or_names_the_extra(tmp_path: Path) -> None:
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {package: ROOT.joinpath(*package.split(".")[1:]) for package in packages if package != "rankpilot"}
-    modules = [f"{package}.{path.stem}" for package, folder in folders.items() for path in folder.glob("[!_]*.py")]
-    done = run_without(DEEP, tmp_path, *modules)
-    assert done.returncode == 0, done.stderr[-3000:]
-    refused = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    assert set(refused.values()) == {LINE}
-    assert {"rankpilot.env.rank_allocation", "rankpilot.training.train"} <= {*refused}
-    assert all(name.startswith(("rankpilot.env.", "rankpilot.training.")) for name in refused)

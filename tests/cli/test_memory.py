@@ -148,7 +148,7 @@ def test_data_makes_the_batch(memory: Memory, tmp_path: Path) -> None:
     # Shorter rows are padded: with a mask the model runs other operations than without.
     lines = [f"{'good ' * (5 if number % 20 else 7)},{number % 3}" for number in range(40)]
     (tmp_path / "reviews.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
-    printed, figures, _ = memory(f"{{models}}/bert {tmp_path / 'reviews.csv'}")
+    printed, figures, _ = memory(f"{{models}}/bert --no-exact-savers {tmp_path / 'reviews.csv'}")
     assert (figures["rows"], figures["length"]) == (4, 7)
     assert "classification" in printed
     assert "4 x 7 tokens" in printed
@@ -177,7 +177,7 @@ def test_a_classifier_that_reads_its_end_token(memory: Memory, tmp_path: Path) -
 def test_a_quantised_model(memory: Memory, models: Path, quantization: str, least: float) -> None:
     pytest.importorskip("bitsandbytes")
     plain = sum(each.nbytes for each in LlamaForCausalLM.from_pretrained(models / "llama").parameters())
-    printed, figures, _ = memory(f"{{models}}/llama --quantization {quantization} --measure")
+    printed, figures, _ = memory(f"{{models}}/llama --no-exact-savers --quantization {quantization} --measure")
     assert f"frozen model in {quantization}" in printed
     assert f"The model in {quantization} went through prepare_model_for_kbit_training" in printed
     assert least * plain < figures["frozen_bytes"] < 0.6 * plain
@@ -185,7 +185,7 @@ def test_a_quantised_model(memory: Memory, models: Path, quantization: str, leas
 
 
 def test_a_model_without_checkpointing(memory: Memory, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    printed, figures, _ = memory("{models}/xlnet")
+    printed, figures, _ = memory("{models}/xlnet --no-exact-savers")
     assert "does not support gradient checkpointing" in printed
     assert len(figures["notes"]) == 1
     assert not [choice for choice in figures["choices"] if choice["recomputed"]]
@@ -250,7 +250,7 @@ def test_tasks_follow_the_architecture(config: Any, architecture: str | None, ta
 def test_a_packaged_model_here_and_on_a_card(memory: Memory) -> None:
     printed, *_ = memory("all-minilm-l6-v2 --device-memory 24GiB")
     assert "fits" in printed
-    _, figures, _ = memory("all-minilm-l6-v2")
+    _, figures, _ = memory("all-minilm-l6-v2 --no-exact-savers")
     assert figures["blocks"] == 7, "six layers, and what lies above them"
     assert "bert.encoder.layer.5" in {row["layer"] for row in figures["layers"]}
     assert len(figures["choices"][0]["ranks"]) == 37

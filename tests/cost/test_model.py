@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.cost import moment_costs, plan_cost
+from rankpilot.cost.model import MemoryModel
 from rankpilot.cost.peak_meter import PeakMeter
 from rankpilot.cost.recording import BatchShape
 from rankpilot.errors import UnsupportedError
@@ -43,6 +45,13 @@ def run_of(name: str, precision: str = "fp32", checkpointing: bool | None = None
     return adamw_run(model, family_batch(ROWS[name], model, *CALIBRATED), precision)
 
 
+@cache
+def calibrated(name: str, precision: str = "fp32", checkpointing: bool | None = None) -> tuple[Run, MemoryModel]:
+    """A run and its memory model, for tests that look at both; plans and steps leave what is predicted."""
+    run = run_of(name, precision, checkpointing)
+    return run, run.calibrated()
+
+
 def errors_of(
     name: str,
     precision: str,
@@ -53,8 +62,7 @@ def errors_of(
     saved: bool = False,
 ) -> np.ndarray:
     """Relative errors of the predicted peak of a step, or of the bytes that autograd saves, for plans at each shape."""
-    run = run_of(name, precision, checkpointing)
-    memory = run.calibrated()
+    run, memory = calibrated(name, precision, checkpointing)
     errors = []
     generator = np.random.default_rng(1)
     for seed, (rows, length) in enumerate(shapes):
@@ -87,9 +95,9 @@ def test_saved_bytes_are_exact_for_the_rest_of_the_matrix(name, precision):
 
 def test_a_plan_of_no_ranks_saves_only_what_trains_beside_the_adapters():
     for name, trains_more in (("bert", True), ("llama", False)):
-        run = run_of(name)
+        run, memory = calibrated(name)
         none = np.zeros(len(run.targets), dtype=np.int64)
-        assert run.calibrated().saved(none) == run.saved(none)
+        assert memory.saved(none) == run.saved(none)
         assert bool(run.saved(none)) is trains_more
 
 
@@ -157,8 +165,7 @@ def test_checkpointed_peaks_are_within_three_percent_and_not_too_low(name, reent
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpointed", "reentrant"])
 def test_checkpointed_peaks_are_the_real_ones_and_the_margin(reentrant):
-    run = run_of("bert", "fp32", reentrant)
-    memory = run.calibrated()
+    run, memory = calibrated("bert", "fp32", reentrant)
     assert 0 < memory.margin <= 0.03
     for ranks in random_plans(run.targets, np.random.default_rng(2), 6):
         assert plan_cost(memory.cost(), ranks) == pytest.approx(run.peak(ranks) * (1 + memory.margin), rel=2e-4)
@@ -166,7 +173,7 @@ def test_checkpointed_peaks_are_the_real_ones_and_the_margin(reentrant):
 
 def test_signal_buffers_have_no_margin():
     """So without them "100%" holds plain LoRA, also where the model checkpoints all its layers."""
-    memory, ranks = run_of("bert", "fp32", False).calibrated(), np.full(12, 8)
+    memory, ranks = calibrated("bert", "fp32", False)[1], np.full(12, 8)
     signals = np.arange(12.0) + 1000
     measured = replace(memory, states=replace(memory.states, signals=signals))
     assert plan_cost(measured.cost(), ranks) - signals @ ranks == plan_cost(memory.cost(), ranks)
@@ -199,8 +206,7 @@ def test_doras_norms_in_a_second_pass_are_known_to_a_few_percent():
 )
 def test_one_calibration_predicts_fewer_and_more_rows_and_tokens(name, every):
     """With one row, a causal model shifts labels without a copy, so their padding stays: 8 bytes."""
-    run = run_of(name)
-    memory = run.calibrated()
+    run, memory = calibrated(name)
     ranks = np.minimum(3, [target.max_rank for target in run.targets])
     for rows, length in itertools.product(every, (5, 16)):
         batch = family_batch(ROWS[name], run.model, rows, length)
@@ -230,8 +236,7 @@ def test_batches_of_three_tokens_are_too_short_to_tell_of_others():
 
 
 def test_a_mixture_of_experts_is_known_at_the_calibrated_shape_only():
-    run = run_of("mixtral")
-    memory = run.calibrated()
+    run, memory = calibrated("mixtral")
     for ranks in random_plans(run.targets, np.random.default_rng(0), 5):
         assert memory.saved(ranks) == pytest.approx(run.saved(ranks), rel=0.03)
         assert plan_cost(memory.cost(), ranks) == pytest.approx(run.peak(ranks), rel=0.01)  # routes follow the adapters

@@ -33,7 +33,7 @@ ROWS = [{"input_ids": ids, "labels": ids} for ids in STRIDES] * 2
 """Counting in strides, of different lengths, padded to one."""
 
 USUAL: dict[str, Any] = {"schedule": DecisionSchedule(probe_steps=4), "max_steps": STEPS, "measure_every": 1}
-USUAL |= {"save_steps": 3, "data": ROWS}
+USUAL |= {"save_steps": 3, "data": ROWS, "exact_savers": True}
 
 Launch = Callable[..., Run]
 
@@ -174,12 +174,6 @@ def test_no_decision_follows_the_last_step(launch: Launch) -> None:
         assert ranks_of(run.model) == run.recorder.ranks[-1]
 
 
-def test_the_same_seed_gives_the_same_run(whole: Run, launch: Launch) -> None:
-    again = launch(measure_every=10, save_strategy="no")  # measuring must not disturb
-    assert again.recorder.losses == whole.recorder.losses
-    assert again.recorder.ranks == whole.recorder.ranks
-
-
 class Watching(Trainer):
     """Keeps each step's batch and the state of every generator."""
 
@@ -204,15 +198,17 @@ def test_batches_and_random_states_are_those_of_a_plain_run(
     assert piloted.recorder.losses != plain.recorder.losses
 
 
-def test_a_resumed_run_logs_each_peak_once(launch: Launch) -> None:
-    whole = launch("whole", measure_every=5)
-    resumed = launch("whole", measure_every=5, resume=6)
+def test_the_same_seed_gives_the_same_run_and_a_resumed_one_logs_each_peak_once(whole: Run, launch: Launch) -> None:
+    again = launch(measure_every=5)  # measuring must not disturb
+    assert again.recorder.losses == whole.recorder.losses
+    assert again.recorder.ranks == whole.recorder.ranks
+    resumed = launch(measure_every=5, resume=6)
     shown = [
         [(row["step"], row.get("peak_bytes")) for row in run.trainer.state.log_history if "loss" in row]
-        for run in (whole, resumed)
+        for run in (again, resumed)
     ]
     assert shown[0] == shown[1]
-    assert sum(peak is not None for _, peak in shown[0]) == len(whole.pilot.peaks)
+    assert sum(peak is not None for _, peak in shown[0]) == len(again.pilot.peaks)
 
 
 def test_a_budget_of_parameters(launch: Launch) -> None:

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, Trainer, default_data_collator
 from benchmarks.elastic import ON_CUDA, Other, other_process
 
 from ..cases import first_cases
-from .tiny_runs import Recorder, adapted, arguments, counting, logits, ranks_of, take_step
+from .tiny_runs import PLAIN, Recorder, adapted, arguments, counting, logits, ranks_of, take_step
 
 MIB, CPU = 2**20, torch.device("cpu")
 
@@ -42,7 +42,8 @@ class Loop:
         data = counting(5 * rows)
         loader = DataLoader(data, batch_size=rows, collate_fn=default_data_collator)  # type: ignore[arg-type]
         self.batches = cycle(list(loader))
-        self.pilot = rankpilot.RankPilot(options=None, budget=budget, tell=self.told.append, measure_every=1, **options)
+        options |= {"budget": budget, "tell": self.told.append, "measure_every": 1, "exact_savers": False}
+        self.pilot = rankpilot.RankPilot(**options)
         self.pilot.begin(TrainingRun.of_loader(self.model, self.optimizer, loader, total_steps=100))
 
     def steps(self, count: int) -> list[float]:
@@ -95,7 +96,6 @@ def test_a_lower_budget_counts_from_the_next_step_on_and_all_comes_back(
     run.steps(GOOD_STEPS + 1)
     assert ranks_of(run.model) == at_first
     assert run.recomputed == 0
-    assert any("given back" in line or "memory again" in line for line in run.told) or run.pilot.predictions
 
 
 def test_ranks_that_fall_for_memory_leave_the_function(loop: Callable[..., Loop]) -> None:
@@ -236,7 +236,7 @@ def test_what_a_function_took_comes_back_in_a_resumed_run(
             if step == stops_at:
                 raise KeyboardInterrupt
 
-        rankpilot.attach(made, budget=lambda: budget(len(sums)), prefix_cache="off", gradient_checkpointing=False)
+        rankpilot.attach(made, budget=lambda: budget(len(sums)), prefix_cache="off", **PLAIN)
         made.add_callback(Recorder(ended))
         with suppress(KeyboardInterrupt):
             made.train(**options)
@@ -260,7 +260,7 @@ def test_a_run_for_which_no_memory_is_left_is_saved(
 ) -> None:
     def trainer(budget: Any) -> Trainer:
         made = Trainer(adapted(llama_config), arguments(tmp_path / "run"), train_dataset=counting())
-        rankpilot.attach(made, budget=budget, prefix_cache="off")
+        rankpilot.attach(made, budget=budget, prefix_cache="off", exact_savers=False)
         return made
 
     steps: list[int] = []

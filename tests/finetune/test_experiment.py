@@ -82,6 +82,7 @@ def make_config(bert_folder: Path, reviews: str) -> Callable[..., FinetuneConfig
             learning_rate=5e-3,
             budget="90%",
             policy="signal-mean",  # decides four times
+            exact_savers=False,
         )
         return replace(base, **changes)
 
@@ -107,7 +108,8 @@ def recorded() -> Iterator[list[Any]]:
         yield Recorded.trainers
 
 
-BOTH: dict[str, Any] = {"compare_uniform": True, "compare_all_linear": True, "trainer": ("save_total_limit=10",)}
+BOTH: dict[str, Any] = {"compare_uniform": True, "compare_all_linear": True, "exact_savers": True}
+BOTH["trainer"] = ("save_total_limit=10",)
 """Settings of `comparison`."""
 
 
@@ -256,7 +258,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[str], o
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     make_config: Callable[..., FinetuneConfig], compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, whole = make_config(), read_json(compared / "summary.json")
+    config, whole = make_config(exact_savers=True), read_json(compared / "summary.json")
 
     def killed(folder: str) -> None:
         raise KeyboardInterrupt
@@ -378,7 +380,7 @@ def test_sigterm_saves_a_checkpoint(
     name: str,
 ) -> None:
     """Step 6 is no step at which a checkpoint is due; it falls into the run under the policy, or into the other."""
-    config, folder = make_config(compare_uniform=True), tmp_path / "run"
+    config, folder = make_config(compare_uniform=True, exact_savers=True), tmp_path / "run"
     before = signal.getsignal(signal.SIGTERM)
     interrupt(monkeypatch, 6, lambda run: signal.raise_signal(signal.SIGTERM) if run == name else None)
     with pytest.raises(Terminated) as caught:

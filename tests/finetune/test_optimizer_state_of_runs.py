@@ -52,6 +52,10 @@ class Loop:
         }
 
 
+def pilot_of(budget: str = "60%", policy: Any = "signal-mean", **options: Any) -> rankpilot.RankPilot:
+    return rankpilot.RankPilot(policy, budget, **{"schedule": ONCE, "exact_savers": False} | options)
+
+
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -81,7 +85,7 @@ def test_an_error_before_the_first_step_leaves_the_optimisers_state(llama_config
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        rankpilot.RankPilot(Stops(), "60%", fresh=True).begin(loop.run)
+        pilot_of(policy=Stops(), fresh=True).begin(loop.run)
     assert_same(loop.states(), before)
     loop.step()
 
@@ -112,7 +116,7 @@ def test_training_again_after_a_checkpoint_of_other_ranks_was_loaded(
 
 def test_one_lora_config_serves_several_models(llama_config: LlamaConfig) -> None:
     loop = Loop(llama_config)
-    pilot = rankpilot.RankPilot("signal-mean", "60%", schedule=ONCE)
+    pilot = pilot_of()
     pilot.begin(loop.run)
     pilot.finish()
     assert set(ranks_of(loop.model).values()) != {8}
@@ -125,17 +129,13 @@ def test_one_lora_config_serves_several_models(llama_config: LlamaConfig) -> Non
 def test_another_share_on_resuming_is_one_of_the_same_whole(
     llama_config: LlamaConfig, tmp_path: Path, recompute: bool
 ) -> None:
-    def pilot(budget: str) -> rankpilot.RankPilot:
-        return rankpilot.RankPilot(
-            "signal-mean", budget, schedule=ONCE, gradient_checkpointing="auto" if recompute else False
-        )
-
+    checkpointing = "auto" if recompute else False
     first = Loop(llama_config)
-    whole = pilot("80%")
+    whole = pilot_of("80%", gradient_checkpointing=checkpointing)
     whole.begin(first.run)
     rankpilot.save_checkpoint(whole, first.run, tmp_path / "checkpoint")
     second = Loop(llama_config)
-    resumed = pilot("90%")
+    resumed = pilot_of("90%", gradient_checkpointing=checkpointing)
     rankpilot.load_checkpoint(resumed, second.run, tmp_path / "checkpoint")
     assert resumed.limit == pytest.approx(whole.limit * 90 / 80)
 
@@ -161,14 +161,14 @@ def test_parts_in_evaluation_mode_stay_so(llama_config: LlamaConfig) -> None:
     loop = Loop(llama_config)
     layer = loop.model.get_base_model().model.layers[0].eval()
     before = {name: module.training for name, module in loop.model.named_modules()}
-    rankpilot.RankPilot("signal-mean", "60%", schedule=ONCE).begin(loop.run)
+    pilot_of().begin(loop.run)
     assert {name: module.training for name, module in loop.model.named_modules()} == before
     assert not layer.training
 
 
 def test_frozen_adapters_stay_frozen_when_weights_are_loaded(llama_config: LlamaConfig) -> None:
     loop = Loop(llama_config)
-    pilot = rankpilot.RankPilot("signal-mean", "60%", schedule=DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5)))
+    pilot = pilot_of(schedule=DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5)))
     pilot.begin(loop.run)
     pilot.finish()
     state = loop.model.state_dict()
@@ -185,12 +185,11 @@ def test_parameters_beside_the_model_are_part_of_a_checkpoint(llama_config: Llam
         loop.optimizer.add_param_group({"params": list(head.parameters())})
         return loop, head, loop.run
 
-    first, head, run = made(1)
-    pilot = rankpilot.RankPilot("signal-mean", "80%", schedule=ONCE)
+    _, head, run = made(1)
+    pilot = pilot_of("80%")
     pilot.begin(run)
     rankpilot.save_checkpoint(pilot, run, tmp_path / "checkpoint")
     _, other, again = made(2)
     assert not torch.equal(other.weight, head.weight)
-    rankpilot.load_checkpoint(rankpilot.RankPilot("signal-mean", "80%", schedule=ONCE), again, tmp_path / "checkpoint")
+    rankpilot.load_checkpoint(pilot_of("80%"), again, tmp_path / "checkpoint")
     assert torch.equal(other.weight, head.weight)
-    assert first.model is not None

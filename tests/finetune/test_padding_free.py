@@ -51,7 +51,7 @@ def test_texts_in_one_row(attention: str, llama_config: LlamaConfig, tmp_path: P
     AttentionInterface.register("of_limits", of_limits)
     config = LlamaConfig(**llama_config.to_dict() | {"attn_implementation": attention, "num_hidden_layers": 1})
     plain = LlamaConfig(**llama_config.to_dict() | {"num_hidden_layers": 1})
-    common: dict[str, Any] = {"data": texts(*LENGTHS)}
+    common: dict[str, Any] = {"data": texts(*LENGTHS), "plain": True}
     padded = Run(tmp_path / "padded", plain, budget=None, collate=with_padding, **common).train()
     collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     run = Run(tmp_path / "run", config, collate=collate, schedule=SCHEDULE, measure_every=1, **common).train()

@@ -203,7 +203,7 @@ def test_parameters_beside_the_model_are_left_alone_and_count(new_model: NewMode
         output = model(**batch)
         return output.loss + head(output.logits).square().mean()
 
-    pilot = rankpilot.RankPilot("signal-mean", "100%", schedule=ONCE, measure_every=1)
+    pilot = rankpilot.RankPilot("signal-mean", "100%", schedule=ONCE, measure_every=1, exact_savers=False)
     run = run_of(model, None, *head.parameters(), loss=loss)
     pilot.begin(run)
     assert head.weight.grad is None
@@ -240,7 +240,7 @@ def test_data_sets_of_ready_batches(new_model: NewModel, tmp_path: Path) -> None
 def test_loaders_that_tell_too_little_are_refused(new_model: NewModel, tmp_path: Path) -> None:
     trainer = Loads(new_model(), arguments(tmp_path), train_dataset=ROWS)
     trainer.loader = [default_data_collator(ROWS[:4])] * 4
-    rankpilot.attach(trainer, "signal-mean", budget="60%", schedule=ONCE)
+    rankpilot.attach(trainer, "signal-mean", budget="60%", schedule=ONCE, exact_savers=False)
     with pytest.raises(ConfigError, match="which tells data set, batch size and collator; got list"):
         trainer.train()
 

@@ -232,7 +232,7 @@ class TestEveryOptimiser:
     def test_growing_and_dropping_the_new_columns_is_as_if_nothing_happened(self, row, rank):
         """At rank 17 some sizes are not multiples of a block, for which some libraries have no low-bit form."""
         plain, resized = Run(row.make), Run(row.make)
-        assert plain.train(4) == resized.train(4)
+        assert plain.train(2) == resized.train(2)
         resized.set_ranks(rank)
         check_form(resized, row)
         resized.drop_newest(16)
@@ -243,9 +243,9 @@ class TestEveryOptimiser:
             if not row.rounding and "Adafactor" not in row.name:
                 for key, value in moments(plain, old).items():
                     assert torch.equal(value, moments(resized, new)[key]), key
-        before, after = plain.train(5), resized.train(5)
+        before, after = plain.train(3), resized.train(3)
         assert before == pytest.approx(after, abs=row.tolerance, rel=0)
-        assert len(set(before)) == 5
+        assert len(set(before)) == 3
 
     def test_shrinking_to_half_goes_on(self, row):
         run = Run(row.make)
@@ -293,10 +293,10 @@ class TestEveryOptimiser:
         again.optimizer.load_state_dict(torch.load(file, weights_only=True))
         again.count = run.count
         check_form(again, row)
-        assert again.train(4) == run.train(4)
+        assert again.train(2) == run.train(2)
         again.set_ranks(16)
         run.set_ranks(16)
-        assert again.train(4) == run.train(4)
+        assert again.train(2) == run.train(2)
 
     def test_state_follows_a_parameter_that_is_divided(self, row):
         """The gradient grows by the factor: first moments by it, second ones by its square, changes shrink by it."""

@@ -29,7 +29,7 @@ def rows(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("name", "data", "settings"),
     [
-        ("bert", "classes", {"trainer": ("label_smoothing_factor=0.1", "optim=sgd")}),
+        ("bert", "classes", {"trainer": ("label_smoothing_factor=0.1", "optim=sgd"), "exact_savers": False}),
         ("llama", "text", {"gradient_checkpointing": True, "accumulation": 2, "optimizer": "adafactor"}),
         ("llama", "chats", {"trainer": ("packing=true",)}),
     ],

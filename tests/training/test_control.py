@@ -48,7 +48,7 @@ def test_rounds_of_the_rule_hold_what_was_seen_and_done() -> None:
         assert (earlier.rewards == 0).all()
         assert (earlier.taken == earlier.ruled).all()
     assert found[-1].ended.all()
-    drawn = list(rule_steps(env, CONTROLLERS["leave alone"], 1.0, np.random.default_rng(0), 3))
+    drawn = rule_steps(env, CONTROLLERS["leave alone"], 1.0, np.random.default_rng(0), 3)
     assert any((each.taken != each.ruled).any() for each in drawn)
 
 
