@@ -181,7 +181,8 @@ class MemoryModel:
         serials, modules = self._all_gradients
         gradients = np.zeros(len(base))
         gradients[serials] = np.where(modules < 0, base[serials], slope[serials] * ranks[modules])
-        bounds = finder.bounds(parts, base + growing, gradients)
+        added = np.zeros(len(base)) if self.accumulates else gradients
+        bounds = finder.bounds(parts, base, growing, (needs.met | ~needs.known)[[0, -2, -1]], added)
         bounds += self.accumulates * gradients.sum()
         for part in np.argsort(-bounds, kind="stable"):
             if bounds[part] < highest:

@@ -73,15 +73,13 @@ class PartOfStep:
     """A part of a step, and its candidates.
 
     Attributes:
-        start: the first time in it.
-        end: the last one; for the second run of a segment both are the time before which it runs.
+        times: at which its candidates can be; for the second run of a segment the one before which it runs.
         segment: the segment that runs, -1 for none.
         second: whether it is a second run of that segment.
         candidates: makes the candidates.
     """
 
-    start: int
-    end: int
+    times: IntArray
     segment: int
     second: bool
     candidates: Callable[[], Iterator[PeakCandidate]]
@@ -115,60 +113,75 @@ class PeakFinder:
     def parts(self) -> list[PartOfStep]:
         """The forward pass, the backward pass outside of segments and in each, and the second run of each."""
         recording = self._recording
-        parts = [PartOfStep(0, recording.forward_end, -1, False, self._in_forward_pass)]
+        parts = [PartOfStep(recording.created[self._forward], -1, False, self._in_forward_pass)]
         backward = ~self._forward & ~self._gradient
         for index in np.unique(recording.segment_index[backward]).tolist():
             own = backward & (recording.segment_index == index)
-            times = recording.created[own]
             candidates = partial(self._in_backward_pass, own, index)
-            parts.append(PartOfStep(int(times.min()), int(times.max()), index, False, candidates))
+            parts.append(PartOfStep(recording.created[own], index, False, candidates))
         for index, start in enumerate(self._second_starts.tolist()):
             if start >= 0:
-                parts.append(PartOfStep(start, start, index, True, partial(self._in_second_run, index)))
+                parts.append(PartOfStep(np.array([start]), index, True, partial(self._in_second_run, index)))
         return parts
 
     def candidates(self) -> list[PeakCandidate]:
         """Those of all parts."""
         return [candidate for part in self.parts() for candidate in part.candidates()]
 
-    def bounds(self, parts: Sequence[PartOfStep], sizes: FloatArray, gradients: FloatArray) -> FloatArray:
+    def bounds(
+        self, parts: Sequence[PartOfStep], base: FloatArray, growing: FloatArray, held: BoolArray, gradients: FloatArray
+    ) -> FloatArray:
         """What the candidates of each part can hold at the most, in bytes, (parts,).
 
         Args:
             parts: of `parts`.
-            sizes: what each storage takes at the most, (storages,).
+            base: what each storage takes if it is held, (storages,).
+            growing: what it takes beside that if it is live at all, (storages,).
+            held: whether it is where it is needed, saved in a segment that runs, or such a segment's input,
+                (3, storages).
             gradients: what it takes as a parameter's gradient, 0 if it is none, (storages,).
         """
         recording, segments = self._recording, self._recording.segments
         if any(segment.reentrant for segment in segments):
             return np.full(len(parts), np.inf)
+        where_needed, where_saved, as_input = np.where(held, base, 0.0) + growing
+        created, freed = recording.created, recording.freed
         # A segment that does not run holds its inputs alone of what it brings back.
         back_again = self._forward & ~self._needed & (self._saved_in_segment | self._is_input)
-        live = self._level(~back_again & ~self._gradient, recording.freed, sizes)
-        live += np.cumsum(np.bincount(recording.created, gradients, minlength=len(live)))
-        inside = self._forward & (recording.segment_index >= 0)
-        ends = np.array([segment.end for segment in segments] + [0])[recording.segment_index]
-        running = self._level(inside, np.minimum(recording.freed_if_unsaved, ends), sizes)
-        saved, count = inside & self._saved_in_segment, len(segments)
-        own = np.bincount(recording.segment_index[saved], sizes[saved], minlength=count)
-        copied = saved & self._on_context & self._needed
-        own += np.bincount(recording.segment_index[copied], sizes[copied], minlength=count)
-        inputs = np.bincount(self._first_segment[self._is_input], sizes[self._is_input], minlength=count).cumsum()
+        live = self._level(~back_again & ~self._gradient, created, freed, where_needed)
+        live += np.cumsum(np.bincount(created, gradients, minlength=len(live)))
+        inside, count = self._forward & (recording.segment_index >= 0), len(segments)
+        starts, ends, begins = np.full((3, count + 1), NEVER)
+        starts[:-1], ends[:-1] = self._second_starts, [segment.end for segment in segments]
+        for part in parts[1:]:
+            if not part.second:
+                begins[part.segment] = part.times.min()
+        starts, ends, begins = (times[recording.segment_index] for times in (starts, ends, begins))
+        saved, copied = inside & self._saved_in_segment, inside & self._needed & self._on_context
+        back = saved & (begins < NEVER) & (freed >= begins)
+        returned = live + self._level(back & ~self._needed, begins, freed, where_saved)
+        returned += self._level(back & copied, begins, freed, base)
+        # What is needed outside of its segment as well is in `live`; only a copy of it comes on top.
+        others = inside & ~(self._needed & held[0] & (freed > starts))
+        soon = np.minimum(recording.freed_if_unsaved, ends)
+        running = self._level(others, created, soon, base + growing)
+        running += self._level(others & saved & (soon < ends), soon + 1, ends, where_saved)
+        running += self._level(copied, created, ends, base)
+        inputs = np.bincount(self._first_segment[self._is_input], as_input[self._is_input], minlength=count).cumsum()
         found = np.full(len(parts), np.inf)
         for number, part in enumerate(parts[1:], start=1):
-            found[number] = live[part.start : part.end + 1].max()
+            within = live if part.second or part.segment < 0 else returned
+            found[number] = within[part.times].max()
             if count:
                 found[number] += inputs[part.segment]  # of all segments, where none runs
-            if part.segment >= 0:
-                found[number] += own[part.segment]
             if part.second:
                 segment = segments[part.segment]
                 found[number] += running[segment.start : segment.end + 1].max()
         return found
 
-    def _level(self, among: BoolArray, freed: IntArray, sizes: FloatArray) -> FloatArray:
-        """Bytes of storages at each time, if they are freed at these times, (times,)."""
-        created, last = self._recording.created, int(self._recording.created.max())
+    def _level(self, among: BoolArray, created: IntArray, freed: IntArray, sizes: FloatArray) -> FloatArray:
+        """Bytes of storages at each time, if they are created and freed at these times, (times,)."""
+        last = int(self._recording.created.max())
         change = np.bincount(created[among], sizes[among], minlength=last + 2)
         change -= np.bincount(np.minimum(freed[among], last) + 1, sizes[among], minlength=last + 2)
         return np.cumsum(change)
