@@ -6,7 +6,7 @@ gradients take more than what was saved. That leaves a handful of the thousands 
 checkpointing, a handful for each segment. On batches of some 16 tokens others can be higher by a few per cent.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -76,25 +76,20 @@ class PartOfStep:
         times: at which its candidates can be; for the second run of a segment the one before which it runs.
         segment: the segment that runs, -1 for none.
         second: whether it is a second run of that segment.
-        candidates: makes the candidates.
+        candidates: makes the candidates, from what each storage takes.
     """
 
     times: IntArray
     segment: int
     second: bool
-    candidates: Callable[[], Iterator[PeakCandidate]]
+    candidates: Callable[[FloatArray], Iterator[PeakCandidate]]
 
 
 class PeakFinder:
-    """Finds the candidates for the peak of a recorded step.
+    """Finds the candidates for the peak of a recorded step. Sizes are bytes of each storage at a shape, (storages,)."""
 
-    Args:
-        recording: the step.
-        sizes: bytes of each storage at the batch shape in question, (storages,).
-    """
-
-    def __init__(self, recording: Recording, sizes: FloatArray) -> None:
-        self._recording, self._sizes = recording, sizes
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
         serials = np.arange(len(recording.sizes))
         self._forward = recording.created <= recording.forward_end
         self._needed = self._forward & np.isin(serials, list(recording.needed))
@@ -110,6 +105,7 @@ class PeakFinder:
         for serial, phases in recording.needed_later.items():
             self._phase_ends[: len(phases), serial] = [time for time, _ in phases]
 
+    @cached_property
     def parts(self) -> list[PartOfStep]:
         """The forward pass, the backward pass outside of segments and in each, and the second run of each."""
         recording = self._recording
@@ -124,24 +120,21 @@ class PeakFinder:
                 parts.append(PartOfStep(np.array([start]), index, True, partial(self._in_second_run, index)))
         return parts
 
-    def candidates(self) -> list[PeakCandidate]:
+    def candidates(self, sizes: FloatArray) -> list[PeakCandidate]:
         """Those of all parts."""
-        return [candidate for part in self.parts() for candidate in part.candidates()]
+        return [candidate for part in self.parts for candidate in part.candidates(sizes)]
 
-    def bounds(
-        self, parts: Sequence[PartOfStep], base: FloatArray, growing: FloatArray, held: BoolArray, gradients: FloatArray
-    ) -> FloatArray:
-        """What the candidates of each part can hold at the most, in bytes, (parts,).
+    def bounds(self, base: FloatArray, growing: FloatArray, held: BoolArray, gradients: FloatArray) -> FloatArray:
+        """What the candidates of each of `parts` can hold at the most, in bytes, (parts,).
 
         Args:
-            parts: of `parts`.
             base: what each storage takes if it is held, (storages,).
             growing: what it takes beside that if it is live at all, (storages,).
             held: whether it is where it is needed, saved in a segment that runs, or such a segment's input,
                 (3, storages).
             gradients: what it takes as a parameter's gradient, 0 if it is none, (storages,).
         """
-        recording, segments = self._recording, self._recording.segments
+        recording, segments, parts = self._recording, self._recording.segments, self.parts
         if any(segment.reentrant for segment in segments):
             return np.full(len(parts), np.inf)
         where_needed, where_saved, as_input = np.where(held, base, 0.0) + growing
@@ -186,9 +179,9 @@ class PeakFinder:
         change -= np.bincount(np.minimum(freed[among], last) + 1, sizes[among], minlength=last + 2)
         return np.cumsum(change)
 
-    def _in_forward_pass(self) -> Iterator[PeakCandidate]:
+    def _in_forward_pass(self, sizes: FloatArray) -> Iterator[PeakCandidate]:
         recording = self._recording
-        for time in self._highest(self._forward, recording.freed_if_unsaved)[::-1]:
+        for time in self._highest(sizes, self._forward, recording.freed_if_unsaved)[::-1]:
             created = self._forward & (recording.created <= time)
             always = created & (recording.freed_if_unsaved >= time)
             rest = created & ~always
@@ -197,12 +190,12 @@ class PeakFinder:
             phases, none = self._in_phases(needed, time), self._none
             yield PeakCandidate(self._label("forward", time), always, phases, none, inputs, none, time)
 
-    def _in_backward_pass(self, own: BoolArray, index: int) -> Iterator[PeakCandidate]:
+    def _in_backward_pass(self, own: BoolArray, index: int, sizes: FloatArray) -> Iterator[PeakCandidate]:
         recording = self._recording
         soonest = np.minimum(recording.freed, self._phase_ends[0])  # as under the plans that free gradients early
         times: set[int] = set()
         for freed in (recording.freed, soonest):
-            times.update(self._highest(own, freed, latest=False), self._highest(own, freed))
+            times.update(self._highest(sizes, own, freed, latest=False), self._highest(sizes, own, freed))
         for time in sorted(times):
             yield self._during_backward(self._label("backward", time), index, time)
 
@@ -252,7 +245,7 @@ class PeakFinder:
         live = (recording.created <= start) & (recording.freed > start)
         return ~self._forward & ~self._gradient & live
 
-    def _in_second_run(self, index: int) -> Iterator[PeakCandidate]:
+    def _in_second_run(self, index: int, sizes: FloatArray) -> Iterator[PeakCandidate]:
         recording, segment = self._recording, self._recording.segments[index]
         saved = self._saved_in_segment & (recording.segment_index == index)
         start = int(self._second_starts[index])
@@ -262,7 +255,7 @@ class PeakFinder:
         within = self._forward & (recording.segment_index == index)
         last = segment.end if segment.reentrant else int(recording.created[saved].max())
         recomputed = within & (recording.created <= last)
-        for time in self._highest(recomputed, np.minimum(recording.freed_if_unsaved, segment.end))[::-1]:
+        for time in self._highest(sizes, recomputed, np.minimum(recording.freed_if_unsaved, segment.end))[::-1]:
             created = recomputed & (recording.created <= time)
             always = created & (recording.freed_if_unsaved >= time)
             saved_now = created & ~always & self._saved_in_segment & (recording.freed >= time)
@@ -272,15 +265,15 @@ class PeakFinder:
                 before, label=label, always=outside | always, saved_in_segment=saved_now, copied=copied, time=start
             )
 
-    def _highest(self, among: BoolArray, freed: IntArray, *, latest: bool = True) -> list[int]:
+    def _highest(self, sizes: FloatArray, among: BoolArray, freed: IntArray, *, latest: bool = True) -> list[int]:
         """The times at which these storages take more bytes than at any later (if not `latest`, any earlier) time."""
         created = self._recording.created[among]
         if not len(created):
             return []
         end = int(created.max()) + 1
         change = np.zeros(end + 2)
-        np.add.at(change, created, self._sizes[among])
-        np.add.at(change, np.minimum(freed[among], end) + 1, -self._sizes[among])
+        np.add.at(change, created, sizes[among])
+        np.add.at(change, np.minimum(freed[among], end) + 1, -sizes[among])
         level = np.cumsum(change)
         times = np.unique(created)[:: -1 if latest else 1]
         levels = level[times]

@@ -64,11 +64,13 @@ def test_the_peak_of_a_plan_is_the_highest_of_all_candidates(share: float, token
     layers = [segment.name for segment in memory.segments]
     memory = replace(memory.recomputing(layers[: round(share * len(layers))]), accumulates=accumulates)
     for shape in (memory.shape, BatchShape(3, 64)):
-        every, _, _ = memory._full_cost(*memory.sizes(shape))
+        base, slope = memory.sizes(shape)
+        every, _ = memory._full_cost(memory._finder.candidates(base + 2 * slope), base, slope)
         for ranks in random_plans(run.targets, np.random.default_rng(1), 8):
             buffers = memory.states.signals @ ranks
             highest = (moment_costs(every, ranks).max() - buffers) * (1 + memory.margin) + buffers
             assert memory.peak(ranks, shape) == pytest.approx(highest, abs=2)
+            assert memory.at_peak(ranks, shape).label == every.moments[moment_costs(every, ranks).argmax()]
 
 
 @pytest.mark.parametrize("accumulates", [False, True])
@@ -81,12 +83,12 @@ def test_no_part_of_a_step_holds_more_than_its_bound(accumulates: bool, monkeypa
     def peak_of(ranks: Any, part: int) -> float:
         """The peak of one part alone; that of the optimizer's step, for none."""
 
-        def of_part(self: PeakFinder, parts: Any, *rest: Any) -> Any:
-            found[:] = [bounds(self, parts, *rest)]
-            return np.where(np.arange(len(parts)) == part, np.inf, -np.inf)
+        def of_part(self: PeakFinder, *sizes: Any) -> Any:
+            found[:] = [bounds(self, *sizes)]
+            return np.where(np.arange(len(self.parts)) == part, np.inf, -np.inf)
 
         monkeypatch.setattr(PeakFinder, "bounds", of_part)
-        return memory.peak(ranks)
+        return replace(memory).peak(ranks)
 
     for ranks in random_plans(run.targets, np.random.default_rng(2), 6):
         states, least = memory.states, peak_of(ranks, -1)
