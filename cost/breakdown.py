@@ -1,6 +1,6 @@
 """Breaks the peak of one plan down by layer and by kind of bytes.
 
-Every byte that `MemoryModel.cost` counts at the peak has one layer and one kind. Their sum and the margin are the
+Every byte that `MemoryModel.peak` counts at the peak has one layer and one kind. Their sum and the margin are the
 predicted peak.
 """
 
@@ -61,7 +61,7 @@ class Breakdown:
 
     @property
     def total(self) -> float:
-        """The predicted peak in bytes, equal to `plan_cost`."""
+        """The predicted peak in bytes: that of `MemoryModel.peak`, with each part of the margin rounded up."""
         return float(self.bytes.sum()) + self.margin
 
     def of_kind(self, kind: Kind) -> float:

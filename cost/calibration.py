@@ -107,13 +107,17 @@ def calibrate(
 
 def _same_series(recorder: _ScaledRecorder, batches: Sequence[Batch]) -> list[Recording] | None:
     """The recordings of these batches; None if they are not of the same operations."""
+    found: dict[BatchShape, Recording] = {}
     try:
         recorder.warm_up(batches[1])
-        recordings = [recorder.step(batch, sizes_alone=number > 0) for number, batch in enumerate(batches)]
+        for batch in batches:
+            if (shape := BatchShape.of(batch)) not in found:  # a batch that cannot be cut is as small as the first
+                found[shape] = recorder.step(batch, sizes_alone=bool(found))
     except (RankPilotError, torch.OutOfMemoryError):
         raise
     except CUT_FAILS:  # the loss takes whole batches alone, such as packed rows with their limits beside them
         return None
+    recordings = [found[BatchShape.of(batch)] for batch in batches]
     return recordings if all(_same_operations(recordings[0], other) for other in recordings[1:]) else None
 
 

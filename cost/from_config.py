@@ -12,7 +12,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from traceback import walk_tb
@@ -231,18 +231,20 @@ def _recorded(
             memory = measure_memory(training, targets, hollow_batch(base, shape), signals=False)
         return replace(memory, shape=shape)
 
+    def counted_work() -> StepWork:
+        return _work_by_layers(training, targets, asked, ways)
+
     def leaner() -> ConfiguredStep | None:
         with _hollow(device), _predictable(config):
             lean = savers.with_activations(priced, measured, targets)
             if lean is None:
                 return None
-            work = count_work(model, targets, training.loss, asked)
-            return replace(found, memory=lean.memory, saved=lean.saved, work=work)
+            return replace(found, memory=lean.memory, saved=lean.saved, work=counted_work())
 
     with _predictable(config):
         prices = step.exact_savers and counted
         priced = savers.price(measured, targets) if prices else Priced(memory := measured(), memory, ())
-        work = count_work(model, targets, training.loss, asked) if counted else None
+        work = counted_work() if counted else None
     found = ConfiguredStep(
         memory=priced.memory,
         model=model,
@@ -274,12 +276,25 @@ def _of_few_layers(
     training: training_step.TrainingStep, targets: list[TargetModule], batch: Batch, layers: RepeatedLayers
 ) -> MemoryModel | None:
     """The byte model of a step, measured with a few of its layers; None if these do not tell."""
-    try:
+    with suppress(RankPilotError, AttributeError, *CUT_FAILS):  # such as where a model counts its layers
         with layers.cut():
             memory = measure_memory(training, find_target_modules(training.model), batch, signals=False)
         return layers.repeated(memory, training.model, targets, step_states(training, targets, signals=False))
-    except (RankPilotError, AttributeError, *CUT_FAILS):  # such as where a model counts its layers
-        return None
+    return None
+
+
+def _work_by_layers(
+    training: training_step.TrainingStep, targets: list[TargetModule], batch: Batch, ways: list[RepeatedLayers]
+) -> StepWork:
+    """What a step computes, counted with a few of its layers where the first way to cut them tells."""
+    model, loss = training.model, training.loss
+    for layers in ways[:1]:
+        with suppress(RankPilotError, AttributeError, *CUT_FAILS):
+            with layers.cut():
+                work = count_work(model, find_target_modules(model), loss, batch)
+            if whole := layers.repeated_work(work, model, targets):
+                return whole
+    return count_work(model, targets, loss, batch)
 
 
 def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PreTrainedModel:

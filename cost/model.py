@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -84,7 +85,8 @@ class MemoryModel:
         Raises:
             UnsupportedError: see `sizes`.
         """
-        cost, _, _ = self._full_cost(*self.sizes(shape or self.shape))
+        base, slope = self.sizes(shape or self.shape)
+        cost, _ = self._full_cost(self._finder.candidates(base + RANK * slope), base, slope)
         return self._with_margin(keep_candidates(cost, needed_candidates(cost, np.random.default_rng(0))))
 
     def at_peak(self, ranks: IntArray, shape: BatchShape | None = None) -> PeakStorages:
@@ -94,22 +96,19 @@ class MemoryModel:
             UnsupportedError: see `sizes`.
         """
         base, slope = self.sizes(shape or self.shape)
-        cost, candidates, groups = self._full_cost(base, slope)
-        kept = needed_candidates(cost, np.random.default_rng(0))
-        cost = self._with_margin(keep_candidates(cost, kept))
-        totals = moment_costs(cost, ranks)
-        highest = int(totals.argmax())
-        peak = PeakStorages(cost.moments[highest], float(totals[highest]), None, np.zeros(len(base)), self.recording)
-        if kept[highest] == len(candidates):  # the optimizer's step
+        _, candidate = self._highest(ranks, shape or self.shape)
+        cost, groups = self._full_cost([candidate] if candidate else [], base, slope)
+        total = float(moment_costs(self._with_margin(cost), ranks)[0])
+        peak = PeakStorages(cost.moments[0], total, candidate, np.zeros(len(base)), self.recording)
+        if candidate is None:  # the optimizer's step
             return peak
-        candidate = candidates[kept[highest]]
         live, group = groups.at(candidate)
         needed = np.append(groups.needs()[:, ranks > 0].any(axis=1), True)[group]
         copies = 1 + candidate.copied
         sizes = np.where(live & needed, copies * base, 0) + np.where(live, slope * self._rank_of_each(ranks), 0)
         serials, modules = self._gradients(candidate)
         sizes[serials] += np.where(modules < 0, base[serials], slope[serials] * ranks[modules])
-        return replace(peak, candidate=candidate, sizes=sizes)
+        return replace(peak, sizes=sizes)
 
     @cached_property
     def _all_gradients(self) -> IntArray:
@@ -122,15 +121,25 @@ class MemoryModel:
         live = self.accumulates | (self.recording.created[serials] <= candidate.time)
         return serials[live], modules[live]
 
-    def _finder(self, base: FloatArray, slope: FloatArray) -> PeakFinder:
-        recording = self.recording.accumulating() if self.accumulates else self.recording
-        return PeakFinder(recording, base + RANK * slope)
+    @cached_property
+    def _finder(self) -> PeakFinder:
+        return PeakFinder(self.recording.accumulating() if self.accumulates else self.recording)
 
-    def _full_cost(self, base: FloatArray, slope: FloatArray) -> tuple[ByteCost, list[PeakCandidate], _Groups]:
-        """The cost of plans with every candidate, the optimizer's step last, and without margin."""
-        recording, states = self.recording, self.states
-        candidates = self._finder(base, slope).candidates()
-        groups = _Groups(recording, len(states.weights))
+    @cached_property
+    def _reasons(self) -> _Reasons:
+        return _Reasons(self.recording)
+
+    @cached_property
+    def _known(self) -> dict[Any, Any]:
+        """What was found before, by what it was found for."""
+        return {}
+
+    def _full_cost(
+        self, candidates: Sequence[PeakCandidate], base: FloatArray, slope: FloatArray
+    ) -> tuple[ByteCost, _Groups]:
+        """The cost of plans with these candidates, the optimizer's step last, and without margin."""
+        states = self.states
+        groups = _Groups(self._reasons, len(states.weights))
         rows = [self._bytes_at(candidate, base, slope, groups) for candidate in candidates]
         optimizer_step = states.between_steps + states.weights + states.scratch
         rows.append((states.others + states.other_gradients, {}, optimizer_step))
@@ -145,7 +154,7 @@ class MemoryModel:
             group_bytes=np.concatenate([by_group, fixed], axis=1),
             needs=np.concatenate([groups.needs(), np.eye(len(states.weights), dtype=np.bool_)]),
         )
-        return cost, candidates, groups
+        return cost, groups
 
     def sizes_under(self, ranks: IntArray, shape: BatchShape | None = None) -> FloatArray:
         """Bytes of each recorded storage under a plan, if it is live at all, (storages,); see `sizes`.
@@ -166,33 +175,44 @@ class MemoryModel:
 
     def recomputing(self, layers: Collection[str]) -> MemoryModel:
         """The byte model of the same step in which only these layers run again; see `Recording.recomputing`."""
-        return replace(self, recording=self.recording.recomputing(layers))
+        if (key := frozenset(layers)) not in self._known:
+            self._known[key] = replace(self, recording=self.recording.recomputing(key))
+        found: MemoryModel = self._known[key]
+        return found
 
     def peak(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
         """Bytes at the peak of one plan; quicker than `cost`, which serves for many. See `cost` for its errors."""
-        base, slope = self.sizes(shape or self.shape)
-        recording, states, adapted = self.recording, self.states, ranks > 0
-        needs = _Needs.of(recording, adapted)
+        shape, states = shape or self.shape, self.states
+        if (key := (shape, tuple(ranks.tolist()))) not in self._known:
+            highest, _ = self._highest(ranks, shape)
+            between_steps = states.others + (states.between_steps - states.signals) @ ranks
+            predicted = np.ceil((between_steps + highest + states.fixed @ (ranks > 0)) * (1 + self.margin))
+            self._known[key] = float(predicted + states.signals @ ranks)
+        return float(self._known[key])
+
+    def _highest(self, ranks: IntArray, shape: BatchShape) -> tuple[float, PeakCandidate | None]:
+        """Bytes at the peak of one plan beside what is there between steps, and when; None: the optimizer's step."""
+        base, slope = self.sizes(shape)
+        states, finder, needs = self.states, self._finder, _Needs.of(self._reasons, ranks > 0)
         growing = slope * self._rank_of_each(ranks)
-        between_steps = states.others + (states.between_steps - states.signals) @ ranks
-        highest = states.other_gradients + (states.weights + states.scratch) @ ranks  # the optimizer's step
-        finder = self._finder(base, slope)
-        parts = finder.parts()
+        highest, found = states.other_gradients + (states.weights + states.scratch) @ ranks, None
+        first = len(finder.parts)  # the part of what was found; the first of equal ones counts
         serials, modules = self._all_gradients
         gradients = np.zeros(len(base))
         gradients[serials] = np.where(modules < 0, base[serials], slope[serials] * ranks[modules])
-        bounds = finder.bounds(parts, base + growing, gradients)
+        added = np.zeros(len(base)) if self.accumulates else gradients
+        bounds = finder.bounds(base, growing, (needs.met | ~needs.known)[[0, -2, -1]], added)
         bounds += self.accumulates * gradients.sum()
-        for part in np.argsort(-bounds, kind="stable"):
+        for part in np.argsort(-bounds, kind="stable").tolist():
             if bounds[part] < highest:
                 break
-            for candidate in parts[part].candidates():
+            for candidate in finder.parts[part].candidates(base + RANK * slope):
                 live, counted = needs.at(candidate)
                 there = gradients[self._gradients(candidate)[0]].sum()
-                held = base[counted].sum() + base[counted & candidate.copied].sum() + growing[live].sum()
-                highest = max(highest, held + there)
-        predicted = np.ceil((between_steps + highest + states.fixed @ adapted) * (1 + self.margin))
-        return float(predicted + states.signals @ ranks)
+                held = base[counted].sum() + base[counted & candidate.copied].sum() + growing[live].sum() + there
+                if held > highest or (held == highest and part < first):
+                    highest, found, first = held, candidate, part
+        return float(highest), found
 
     @property
     def margin(self) -> float:
@@ -252,15 +272,11 @@ class _Needs:
     met: BoolArray
 
     @classmethod
-    def of(cls, recording: Recording, adapted: BoolArray) -> _Needs:
+    def of(cls, reasons: _Reasons, adapted: BoolArray) -> _Needs:
         """The needs of a plan; `adapted` is bool (modules,)."""
         chosen = adapted_modules(adapted)
-        reasons = reasons_to_hold(recording)
-        known, met = np.zeros((2, len(reasons), len(recording.sizes)), dtype=np.bool_)
-        for row, needs in enumerate(reasons):
-            for serial, modules in needs.items():
-                known[row, serial], met[row, serial] = bool(modules), bool(modules & chosen)
-        return cls(known, met)
+        known, met = np.array([(bool(modules), bool(modules & chosen)) for modules in reasons.sets]).T
+        return cls(known[reasons.columns], met[reasons.columns])
 
     def at(self, candidate: PeakCandidate) -> tuple[BoolArray, BoolArray]:
         """Whether each storage can be live at a candidate, and whether the plan holds it; both (storages,)."""
@@ -283,15 +299,38 @@ def reasons_to_hold(recording: Recording) -> tuple[dict[int, ModuleSet], ...]:
     return *recording.needed_in_phases, recording.saved_in_segment, inputs
 
 
+class _Reasons:
+    """The modules for which storages are held.
+
+    Attributes:
+        sets: of modules, the first of which is empty.
+        columns: the index of each storage's set for each of `reasons_to_hold`, int64 (reasons, storages).
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        self.sets: list[ModuleSet] = [0]
+        reasons = reasons_to_hold(recording)
+        self.columns: IntArray = np.stack([self._column(by_serial, len(recording.sizes)) for by_serial in reasons])
+
+    def _column(self, by_serial: dict[int, ModuleSet], count: int) -> IntArray:
+        """The index into `_sets` of each storage's module set, (storages,)."""
+        column = np.zeros(count, dtype=np.int64)
+        indices: dict[ModuleSet, int] = {}
+        for serial, modules in by_serial.items():
+            if modules not in indices:
+                indices[modules] = len(self.sets)
+                self.sets.append(modules)
+            column[serial] = indices[modules]
+        return column
+
+
 class _Groups:
     """The groups of a recording: storages that are live if one of the same set of the `count` modules is adapted."""
 
-    def __init__(self, recording: Recording, count: int) -> None:
+    def __init__(self, reasons: _Reasons, count: int) -> None:
         self._count = count
         self._numbers: dict[ModuleSet, int] = {}
-        self._sets: list[ModuleSet] = [0]
-        reasons = reasons_to_hold(recording)
-        self._columns = np.stack([self._column(by_serial, len(recording.sizes)) for by_serial in reasons])
+        self._sets, self._columns = reasons.sets, reasons.columns
 
     @property
     def modules(self) -> list[ModuleSet]:
@@ -325,17 +364,6 @@ class _Groups:
         if not modules or modules >> self._count:
             return -1
         return self._numbers.setdefault(modules, len(self._numbers))
-
-    def _column(self, by_serial: dict[int, ModuleSet], count: int) -> IntArray:
-        """The index into `_sets` of each storage's module set, (storages,)."""
-        column = np.zeros(count, dtype=np.int64)
-        indices: dict[ModuleSet, int] = {}
-        for serial, modules in by_serial.items():
-            if modules not in indices:
-                indices[modules] = len(self._sets)
-                self._sets.append(modules)
-            column[serial] = indices[modules]
-        return column
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ follows from everything that the card must hold, added up (`card_use`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -269,6 +269,7 @@ class Outlook:
         self._free = self.shards.of(step)
         self.measured, self.facts, self.notes = measured, dict(facts or {}), list[str]()
         self._asked, self._limit, self._others = asked, limit, list[Choice]()
+        self._found: dict[tuple[int, int, tuple[str, ...]], Choice] = {}
         self._blocks = np.array([target.block for target in step.targets])
         self._highest = highest_ranks(step.targets)
         self._plain = np.minimum(REFERENCE_RANK, self._highest)
@@ -345,7 +346,9 @@ class Outlook:
 
     def choice(self, layers: int, rank: int, recomputed: tuple[str, ...], kind: ChoiceKind = "depth") -> Choice:
         """What one choice takes; the batch is the one that was asked for."""
-        return self._priced(kind, layers, rank, recomputed, self.memory.recomputing(recomputed))
+        if (key := (layers, rank, recomputed)) not in self._found:
+            self._found[key] = self._priced(kind, layers, rank, recomputed, self.memory.recomputing(recomputed))
+        return replace(self._found[key], kind=kind)
 
     def add(self, kind: ChoiceKind, label: str, memory: MemoryModel, shape: BatchShape, ranks: IntArray) -> None:
         """Show one choice more, which its numbers do not tell: another batch, or the plan of a rule.

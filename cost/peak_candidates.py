@@ -6,7 +6,7 @@ gradients take more than what was saved. That leaves a handful of the thousands 
 checkpointing, a handful for each segment. On batches of some 16 tokens others can be higher by a few per cent.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -73,30 +73,23 @@ class PartOfStep:
     """A part of a step, and its candidates.
 
     Attributes:
-        start: the first time in it.
-        end: the last one; for the second run of a segment both are the time before which it runs.
+        times: at which its candidates can be; for the second run of a segment the one before which it runs.
         segment: the segment that runs, -1 for none.
         second: whether it is a second run of that segment.
-        candidates: makes the candidates.
+        candidates: makes the candidates, from what each storage takes.
     """
 
-    start: int
-    end: int
+    times: IntArray
     segment: int
     second: bool
-    candidates: Callable[[], Iterator[PeakCandidate]]
+    candidates: Callable[[FloatArray], Iterator[PeakCandidate]]
 
 
 class PeakFinder:
-    """Finds the candidates for the peak of a recorded step.
+    """Finds the candidates for the peak of a recorded step. Sizes are bytes of each storage at a shape, (storages,)."""
 
-    Args:
-        recording: the step.
-        sizes: bytes of each storage at the batch shape in question, (storages,).
-    """
-
-    def __init__(self, recording: Recording, sizes: FloatArray) -> None:
-        self._recording, self._sizes = recording, sizes
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
         serials = np.arange(len(recording.sizes))
         self._forward = recording.created <= recording.forward_end
         self._needed = self._forward & np.isin(serials, list(recording.needed))
@@ -112,70 +105,83 @@ class PeakFinder:
         for serial, phases in recording.needed_later.items():
             self._phase_ends[: len(phases), serial] = [time for time, _ in phases]
 
+    @cached_property
     def parts(self) -> list[PartOfStep]:
         """The forward pass, the backward pass outside of segments and in each, and the second run of each."""
         recording = self._recording
-        parts = [PartOfStep(0, recording.forward_end, -1, False, self._in_forward_pass)]
+        parts = [PartOfStep(recording.created[self._forward], -1, False, self._in_forward_pass)]
         backward = ~self._forward & ~self._gradient
         for index in np.unique(recording.segment_index[backward]).tolist():
             own = backward & (recording.segment_index == index)
-            times = recording.created[own]
             candidates = partial(self._in_backward_pass, own, index)
-            parts.append(PartOfStep(int(times.min()), int(times.max()), index, False, candidates))
+            parts.append(PartOfStep(recording.created[own], index, False, candidates))
         for index, start in enumerate(self._second_starts.tolist()):
             if start >= 0:
-                parts.append(PartOfStep(start, start, index, True, partial(self._in_second_run, index)))
+                parts.append(PartOfStep(np.array([start]), index, True, partial(self._in_second_run, index)))
         return parts
 
-    def candidates(self) -> list[PeakCandidate]:
+    def candidates(self, sizes: FloatArray) -> list[PeakCandidate]:
         """Those of all parts."""
-        return [candidate for part in self.parts() for candidate in part.candidates()]
+        return [candidate for part in self.parts for candidate in part.candidates(sizes)]
 
-    def bounds(self, parts: Sequence[PartOfStep], sizes: FloatArray, gradients: FloatArray) -> FloatArray:
-        """What the candidates of each part can hold at the most, in bytes, (parts,).
+    def bounds(self, base: FloatArray, growing: FloatArray, held: BoolArray, gradients: FloatArray) -> FloatArray:
+        """What the candidates of each of `parts` can hold at the most, in bytes, (parts,).
 
         Args:
-            parts: of `parts`.
-            sizes: what each storage takes at the most, (storages,).
+            base: what each storage takes if it is held, (storages,).
+            growing: what it takes beside that if it is live at all, (storages,).
+            held: whether it is where it is needed, saved in a segment that runs, or such a segment's input,
+                (3, storages).
             gradients: what it takes as a parameter's gradient, 0 if it is none, (storages,).
         """
-        recording, segments = self._recording, self._recording.segments
+        recording, segments, parts = self._recording, self._recording.segments, self.parts
         if any(segment.reentrant for segment in segments):
             return np.full(len(parts), np.inf)
+        where_needed, where_saved, as_input = np.where(held, base, 0.0) + growing
+        created, freed = recording.created, recording.freed
         # A segment that does not run holds its inputs alone of what it brings back.
         back_again = self._forward & ~self._needed & (self._saved_in_segment | self._is_input)
-        live = self._level(~back_again & ~self._gradient, recording.freed, sizes)
-        live += np.cumsum(np.bincount(recording.created, gradients, minlength=len(live)))
-        inside = self._forward & (recording.segment_index >= 0)
-        ends = np.array([segment.end for segment in segments] + [0])[recording.segment_index]
-        running = self._level(inside, np.minimum(recording.freed_if_unsaved, ends), sizes)
-        saved, count = inside & self._saved_in_segment, len(segments)
-        own = np.bincount(recording.segment_index[saved], sizes[saved], minlength=count)
-        copied = saved & self._on_context & self._needed
-        own += np.bincount(recording.segment_index[copied], sizes[copied], minlength=count)
-        inputs = np.bincount(self._first_segment[self._is_input], sizes[self._is_input], minlength=count).cumsum()
+        live = self._level(~back_again & ~self._gradient, created, freed, where_needed)
+        live += np.cumsum(np.bincount(created, gradients, minlength=len(live)))
+        inside, count = self._forward & (recording.segment_index >= 0), len(segments)
+        starts, ends, begins = np.full((3, count + 1), NEVER)
+        starts[:-1], ends[:-1] = self._second_starts, [segment.end for segment in segments]
+        for part in parts[1:]:
+            if not part.second:
+                begins[part.segment] = part.times.min()
+        starts, ends, begins = (times[recording.segment_index] for times in (starts, ends, begins))
+        saved, copied = inside & self._saved_in_segment, inside & self._needed & self._on_context
+        back = saved & (begins < NEVER) & (freed >= begins)
+        returned = live + self._level(back & ~self._needed, begins, freed, where_saved)
+        returned += self._level(back & copied, begins, freed, base)
+        # What is needed outside of its segment as well is in `live`; only a copy of it comes on top.
+        others = inside & ~(self._needed & held[0] & (freed > starts))
+        soon = np.minimum(recording.freed_if_unsaved, ends)
+        running = self._level(others, created, soon, base + growing)
+        running += self._level(others & saved & (soon < ends), soon + 1, ends, where_saved)
+        running += self._level(copied, created, ends, base)
+        inputs = np.bincount(self._first_segment[self._is_input], as_input[self._is_input], minlength=count).cumsum()
         found = np.full(len(parts), np.inf)
         for number, part in enumerate(parts[1:], start=1):
-            found[number] = live[part.start : part.end + 1].max()
+            within = live if part.second or part.segment < 0 else returned
+            found[number] = within[part.times].max()
             if count:
                 found[number] += inputs[part.segment]  # of all segments, where none runs
-            if part.segment >= 0:
-                found[number] += own[part.segment]
             if part.second:
                 segment = segments[part.segment]
                 found[number] += running[segment.start : segment.end + 1].max()
         return found
 
-    def _level(self, among: BoolArray, freed: IntArray, sizes: FloatArray) -> FloatArray:
-        """Bytes of storages at each time, if they are freed at these times, (times,)."""
-        created, last = self._recording.created, int(self._recording.created.max())
+    def _level(self, among: BoolArray, created: IntArray, freed: IntArray, sizes: FloatArray) -> FloatArray:
+        """Bytes of storages at each time, if they are created and freed at these times, (times,)."""
+        last = int(self._recording.created.max())
         change = np.bincount(created[among], sizes[among], minlength=last + 2)
         change -= np.bincount(np.minimum(freed[among], last) + 1, sizes[among], minlength=last + 2)
         return np.cumsum(change)
 
-    def _in_forward_pass(self) -> Iterator[PeakCandidate]:
+    def _in_forward_pass(self, sizes: FloatArray) -> Iterator[PeakCandidate]:
         recording = self._recording
-        for time in self._highest(self._forward, recording.freed_if_unsaved)[::-1]:
+        for time in self._highest(sizes, self._forward, recording.freed_if_unsaved)[::-1]:
             created = self._forward & (recording.created <= time)
             always = created & (recording.freed_if_unsaved >= time)
             rest = created & ~always
@@ -184,12 +190,12 @@ class PeakFinder:
             phases, none = self._in_phases(needed, time), self._none
             yield PeakCandidate(self._label("forward", time), always, phases, none, inputs, none, time)
 
-    def _in_backward_pass(self, own: BoolArray, index: int) -> Iterator[PeakCandidate]:
+    def _in_backward_pass(self, own: BoolArray, index: int, sizes: FloatArray) -> Iterator[PeakCandidate]:
         recording = self._recording
         soonest = np.minimum(recording.freed, self._phase_ends[0])  # as under the plans that free gradients early
         times: set[int] = set()
         for freed in (recording.freed, soonest):
-            times.update(self._highest(own, freed, latest=False), self._highest(own, freed))
+            times.update(self._highest(sizes, own, freed, latest=False), self._highest(sizes, own, freed))
         for time in sorted(times):
             yield self._during_backward(self._label("backward", time), index, time)
 
@@ -239,7 +245,7 @@ class PeakFinder:
         live = (recording.created <= start) & (recording.freed > start)
         return ~self._forward & ~self._gradient & live
 
-    def _in_second_run(self, index: int) -> Iterator[PeakCandidate]:
+    def _in_second_run(self, index: int, sizes: FloatArray) -> Iterator[PeakCandidate]:
         recording, segment = self._recording, self._recording.segments[index]
         saved = self._saved_in_segment & (recording.segment_index == index)
         start = int(self._second_starts[index])
@@ -249,7 +255,7 @@ class PeakFinder:
         within = self._forward & (recording.segment_index == index)
         last = segment.end if segment.reentrant else int(recording.created[saved].max())
         recomputed = within & (recording.created <= last)
-        for time in self._highest(recomputed, np.minimum(recording.freed_if_unsaved, segment.end))[::-1]:
+        for time in self._highest(sizes, recomputed, np.minimum(recording.freed_if_unsaved, segment.end))[::-1]:
             created = recomputed & (recording.created <= time)
             always = created & (recording.freed_if_unsaved >= time)
             saved_now = created & ~always & self._saved_in_segment & (recording.freed >= time)
@@ -259,15 +265,15 @@ class PeakFinder:
                 before, label=label, always=outside | always, saved_in_segment=saved_now, copied=copied, time=start
             )
 
-    def _highest(self, among: BoolArray, freed: IntArray, *, latest: bool = True) -> list[int]:
+    def _highest(self, sizes: FloatArray, among: BoolArray, freed: IntArray, *, latest: bool = True) -> list[int]:
         """The times at which these storages take more bytes than at any later (if not `latest`, any earlier) time."""
         created = self._recording.created[among]
         if not len(created):
             return []
         end = int(created.max()) + 1
         change = np.zeros(end + 2)
-        np.add.at(change, created, self._sizes[among])
-        np.add.at(change, np.minimum(freed[among], end) + 1, -self._sizes[among])
+        np.add.at(change, created, sizes[among])
+        np.add.at(change, np.minimum(freed[among], end) + 1, -sizes[among])
         level = np.cumsum(change)
         times = np.unique(created)[:: -1 if latest else 1]
         levels = level[times]

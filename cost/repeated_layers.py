@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..common.arrays import BoolArray, IntArray
 from ..lora.targets import TargetModule
@@ -22,6 +23,7 @@ from .cost import ModuleSet
 from .model import Growth, MemoryModel
 from .model_states import ModelStates
 from .recording import NEVER, Recording, Segment
+from .step_time import StepWork
 from .training_step import CHECKPOINT
 
 _PEFT = "base_model.model."
@@ -160,6 +162,14 @@ class RepeatedLayers:
             _growth=replace(memory._growth, **growth),
         )
 
+    def repeated_work(self, work: StepWork, model: nn.Module, targets: Sequence[TargetModule]) -> StepWork | None:
+        """What a step of the whole model computes, from what one of the cut model does; see `repeated`."""
+        if [self.number(name) for name in work.running_again] != [*range(self.kept)]:
+            return None
+        layers = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+        widths = np.array([target.d_in + target.d_out for target in targets], dtype=np.int64)
+        return _Copies(self, [target.name for target in targets]).work(work, layers, widths)
+
 
 def _kind(layer: nn.Module) -> Any:
     """All that decides what a layer computes, going by its modules, parameters and settings."""
@@ -290,78 +300,22 @@ class _Tiling:
         return np.where(times == NEVER, NEVER, np.where((copies < 0) | (copies > more), moved, of_copy))
 
 
-class _Whole:
-    """Makes the recording of a whole model.
+class _Copies:
+    """Tells what modules of the cut model, and sets of them, are as copies of the period see them.
 
     Args:
-        tiling: of the recording of the cut model.
-        names: of all modules of the whole model.
-        targets: of its target modules.
+        layers: how the model was cut.
+        targets: names of the target modules of the whole model.
     """
 
-    def __init__(self, tiling: _Tiling, names: Sequence[str], targets: Sequence[str]) -> None:
-        self._tiling, self._layers, self._recorded = tiling, tiling.layers, tiling.recorded
-        self._names, self._targets = tuple(names), tuple(targets)
+    def __init__(self, layers: RepeatedLayers, targets: Sequence[str]) -> None:
+        self._layers, self._targets = layers, tuple(targets)
         self._target_numbers = {name: number for number, name in enumerate(targets)}
-        self._kept = [name for name in targets if (self._layers.period_of(name) or 0) < PERIODS]
-        self._periods = [self._layers.period_of(name) for name in self._kept]
-        self._above: int = self._layers.more + 1  # the copy of what is above
-        self._origin, self._copies, self._created = tiling.copies
-        count = len(self._recorded.created)
-        # By copy (the last row is -1) and recorded storage, the storage of the whole recording.
-        self._serials = np.full((self._above + 2, count), -1)
-        self._serials[self._copies, self._origin] = np.arange(len(self._origin))
-        single = np.maximum(self._serials[-1], self._serials[self._above])
-        self._serials = np.where(single < 0, self._serials, single)
-        self._serials[self._above] = np.where(single < 0, self._serials[self._layers.more], single)
-        self._is_repeated = single < 0
-        self._in_period = len(tiling.within(*tiling.forward))
+        self._kept = [name for name in targets if (layers.period_of(name) or 0) < PERIODS]
+        self._periods = [layers.period_of(name) for name in self._kept]
+        self._above: int = layers.more + 1  # the copy of what is above
         self._set = cache(self._new_set)
         self._bits, self._lower = cache(self._new_bits), cache(self._lower_copies)
-
-    def recording(self) -> Recording:
-        """The recording."""
-        recorded, origin = self._recorded, self._origin
-        moved = partial(self._tiling.times, origin=origin, copies=self._copies)
-        layers = [f"{self._layers.prefix}{number}" for number in range(self._layers.count)]
-        names, segments = self._numbers(recorded.names, self._names), self._numbers(layers[: self._layers.kept], layers)
-        targets = self._numbers(self._kept, self._targets)
-        return Recording(
-            sizes=recorded.sizes[origin],
-            created=self._created,
-            freed=moved(recorded.freed[origin]),
-            freed_if_unsaved=moved(recorded.freed_if_unsaved[origin]),
-            name_index=names[self._copies, recorded.name_index[origin]],
-            target_index=targets[self._copies, recorded.target_index[origin]],
-            segment_index=segments[self._copies, recorded.segment_index[origin]],
-            needed={new: self._set(modules, copy) for new, _, copy, modules in self._each(recorded.needed)},
-            needed_later={
-                new: tuple((self._time(time, old, copy), self._set(modules, copy)) for time, modules in phases)
-                for new, old, copy, phases in self._each(recorded.needed_later)
-            },
-            on_context_until={
-                new: self._time(time, old, copy) for new, old, copy, time in self._each(recorded.on_context_until)
-            },
-            uses_saved=recorded.uses_saved[origin],
-            gradients={new: int(targets[copy, target]) for new, _, copy, target in self._each(recorded.gradients)},
-            added_at={new: self._time(time, old, copy) for new, old, copy, time in self._each(recorded.added_at)},
-            names=self._names,
-            forward_end=recorded.forward_end + self._layers.more * self._tiling.ahead,
-            segments=tuple(self._segments()),
-        )
-
-    def _each(self, recorded: Mapping[int, Any]) -> Iterator[tuple[int, int, int, Any]]:
-        """Of values by recorded storage: the new storage, the recorded one, its copy, and the value."""
-        for serial, value in recorded.items():
-            if self._is_repeated[serial]:
-                for copy in range(self._above):
-                    yield int(self._serials[copy, serial]), serial, copy, value
-            else:
-                new = int(self._serials[-1, serial])
-                yield new, serial, int(self._copies[new]), value
-
-    def _time(self, time: int, serial: int, copy: int) -> int:
-        return int(self._tiling.times(*(np.array([value]) for value in (time, serial, copy)))[0])
 
     def _numbers(self, recorded: Sequence[str], whole: Sequence[str]) -> IntArray:
         """By copy and number of a recorded name, the number in the whole model.
@@ -412,6 +366,117 @@ class _Whole:
 
     def _bit(self, name: str) -> ModuleSet:
         return 1 << self._target_numbers[name]
+
+    def work(self, work: StepWork, layers: Sequence[str], widths: IntArray) -> StepWork | None:
+        """What the whole model computes, operator by operator; None if the period below computes something else.
+
+        Args:
+            work: of the cut model.
+            layers: `StepWork.layers` of the whole model.
+            widths: its `StepWork.widths`.
+        """
+        cut, bottom = self._layers, self._layers.first + self._layers.period
+        top = bottom + cut.period
+        numbers = [-1 if (number := cut.number(name)) is None else number for name in work.layers]
+        of_row = np.array([*numbers, -1])[work.layer]
+        known = np.stack([work.flops, work.moved, np.where(of_row < 0, -1, (of_row - cut.first) % cut.period)])
+
+        def begin(layer: int, backward: bool) -> int:
+            return int(np.flatnonzero((of_row == layer) & (work.backward == backward))[0])
+
+        ahead, back = (begin(bottom, False), begin(top, False)), (begin(top - 1, True), begin(bottom - 1, True))
+        for (start, end), below in ((ahead, ahead[0] - ahead[1]), (back, back[1] - back[0])):
+            if not np.array_equal(known[:, start:end], known[:, start + below : end + below]):
+                return None
+        rows, often = np.arange(len(of_row)), self._above
+        parts = [rows[: ahead[0]], *[rows[slice(*ahead)]] * often, rows[ahead[1] : back[0]]]
+        parts += [*[rows[slice(*back)]] * often, rows[back[1] :]]
+        copies = np.repeat([-1, *range(often), often, *range(often)[::-1], -1], [*map(len, parts)])
+        origin, again = np.concatenate(parts), work.running_again
+        return replace(
+            work,
+            **{name: getattr(work, name)[origin] for name in ("flops", "moved", "backward")},
+            module=self._numbers(self._kept, self._targets)[copies, work.module[origin]],
+            layer=self._numbers(work.layers, layers)[copies, work.layer[origin]],
+            needed=tuple(
+                self._set(work.needed[row], copy) for row, copy in zip(origin.tolist(), copies.tolist(), strict=True)
+            ),
+            widths=widths,
+            layers=tuple(layers),
+            running_again=(
+                *again[:bottom],
+                *(self._name(name, copy) for copy in range(often) for name in again[bottom:top]),
+                *(self._name(name, often) for name in again[top:]),
+            ),
+        )
+
+
+class _Whole(_Copies):
+    """Makes the recording of a whole model.
+
+    Args:
+        tiling: of the recording of the cut model.
+        names: of all modules of the whole model.
+        targets: of its target modules.
+    """
+
+    def __init__(self, tiling: _Tiling, names: Sequence[str], targets: Sequence[str]) -> None:
+        super().__init__(tiling.layers, targets)
+        self._tiling, self._recorded, self._names = tiling, tiling.recorded, tuple(names)
+        self._origin, self._copies, self._created = tiling.copies
+        count = len(self._recorded.created)
+        # By copy (the last row is -1) and recorded storage, the storage of the whole recording.
+        self._serials = np.full((self._above + 2, count), -1)
+        self._serials[self._copies, self._origin] = np.arange(len(self._origin))
+        single = np.maximum(self._serials[-1], self._serials[self._above])
+        self._serials = np.where(single < 0, self._serials, single)
+        self._serials[self._above] = np.where(single < 0, self._serials[self._layers.more], single)
+        self._is_repeated = single < 0
+        self._in_period = len(tiling.within(*tiling.forward))
+
+    def recording(self) -> Recording:
+        """The recording."""
+        recorded, origin = self._recorded, self._origin
+        moved = partial(self._tiling.times, origin=origin, copies=self._copies)
+        layers = [f"{self._layers.prefix}{number}" for number in range(self._layers.count)]
+        names, segments = self._numbers(recorded.names, self._names), self._numbers(layers[: self._layers.kept], layers)
+        targets = self._numbers(self._kept, self._targets)
+        return Recording(
+            sizes=recorded.sizes[origin],
+            created=self._created,
+            freed=moved(recorded.freed[origin]),
+            freed_if_unsaved=moved(recorded.freed_if_unsaved[origin]),
+            name_index=names[self._copies, recorded.name_index[origin]],
+            target_index=targets[self._copies, recorded.target_index[origin]],
+            segment_index=segments[self._copies, recorded.segment_index[origin]],
+            needed={new: self._set(modules, copy) for new, _, copy, modules in self._each(recorded.needed)},
+            needed_later={
+                new: tuple((self._time(time, old, copy), self._set(modules, copy)) for time, modules in phases)
+                for new, old, copy, phases in self._each(recorded.needed_later)
+            },
+            on_context_until={
+                new: self._time(time, old, copy) for new, old, copy, time in self._each(recorded.on_context_until)
+            },
+            uses_saved=recorded.uses_saved[origin],
+            gradients={new: int(targets[copy, target]) for new, _, copy, target in self._each(recorded.gradients)},
+            added_at={new: self._time(time, old, copy) for new, old, copy, time in self._each(recorded.added_at)},
+            names=self._names,
+            forward_end=recorded.forward_end + self._layers.more * self._tiling.ahead,
+            segments=tuple(self._segments()),
+        )
+
+    def _each(self, recorded: Mapping[int, Any]) -> Iterator[tuple[int, int, int, Any]]:
+        """Of values by recorded storage: the new storage, the recorded one, its copy, and the value."""
+        for serial, value in recorded.items():
+            if self._is_repeated[serial]:
+                for copy in range(self._above):
+                    yield int(self._serials[copy, serial]), serial, copy, value
+            else:
+                new = int(self._serials[-1, serial])
+                yield new, serial, int(self._copies[new]), value
+
+    def _time(self, time: int, serial: int, copy: int) -> int:
+        return int(self._tiling.times(*(np.array([value]) for value in (time, serial, copy)))[0])
 
     def _segments(self) -> Iterator[Segment]:
         segments, bottom = self._recorded.segments, self._layers.first + self._layers.period

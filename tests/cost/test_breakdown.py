@@ -41,13 +41,15 @@ def check_sums(memory: MemoryModel, targets: list[TargetModule], shape: BatchSha
     cost = memory.cost(shape)
     for ranks in plans(len(targets)):
         breakdown = break_down(memory, targets, ranks, shape)
-        assert breakdown.total == plan_cost(cost, ranks)
-        assert breakdown.label in cost.moments
+        if ranks.max() <= 64:  # the cost leaves out what is the peak under higher ranks alone
+            assert breakdown.total == plan_cost(cost, ranks)
+            assert breakdown.label in cost.moments
         assert breakdown.bytes.shape == (len(breakdown.layers), len(KINDS))
         assert (breakdown.bytes >= 0).all()
         assert breakdown.bytes.any(axis=1).all()
         rounded = ranks.sum() + len(cost.needs) + 1  # the cost of each rank and group is rounded up
         assert 0 <= breakdown.margin - memory.margin * breakdown.bytes.sum() <= rounded
+        assert 0 <= breakdown.total - memory.peak(ranks, shape) <= rounded
 
 
 @pytest.mark.parametrize("segments", REENTRANT)

@@ -49,8 +49,8 @@ def recorded(name: str, monkeypatch: pytest.MonkeyPatch, **loaded: Any) -> tuple
 
     monkeypatch.setattr(module, "_of_few_layers", of_few)
     config = AutoConfig.for_model(name, **MODELS[name])
-    step = StepConfig(batch_size=2, max_length=32, gradient_checkpointing=True)
-    return from_config(config, step, LoadedAs(**loaded)), seen
+    step = StepConfig(batch_size=2, max_length=32, gradient_checkpointing=True, exact_savers=False)
+    return from_config(config, step, LoadedAs(**loaded), counted=True), seen
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -75,12 +75,22 @@ def assert_same(one: Any, other: Any) -> None:
 def test_repeated_layers_are_those_of_the_whole_model(
     name: str, reentrant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    count, counted = module.count_work, list[int]()
+
+    def noted(model: Any, targets: Any, *rest: Any) -> Any:
+        counted.append(len(targets))
+        return count(model, targets, *rest)
+
+    monkeypatch.setattr(module, "count_work", noted)
     few, seen = recorded(name, monkeypatch, reentrant=reentrant)
     assert seen == [RECORDED[name]]
     monkeypatch.setattr(module.RepeatedLayers, "of", lambda *arguments: [])
     whole, none = recorded(name, monkeypatch, reentrant=reentrant)
     assert not none
     assert_same(few.memory, whole.memory)
+    assert_same(few.work, whole.work)
+    assert len(counted) == 2
+    assert counted[0] < counted[1] == len(whole.targets)
 
 
 @pytest.mark.parametrize("change", ["odd settings", "an odd layer", "too few", "counted layers"])
