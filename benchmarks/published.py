@@ -32,6 +32,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from . import published_page
 from .harness import Figures, with_progress
+from .published_contexts import contexts, longest
 
 FOLDER = Path(__file__).with_name("published_peaks")
 MIB = 2**20
@@ -400,7 +401,8 @@ class Options:
 
     The peaks are of 43 steps on a Tesla T4 (fitcheck-llm, MIT licence), of PEFT's benchmark of Llama-3.2-3B on an
     L40S, where the length of the longest batch is fitted on the first run, and of four runs of Mistral-7B on an A100
-    (fms-acceleration, Apache-2.0). Two more models are timed: CPU seconds and resident memory of a fresh process.
+    (fms-acceleration, Apache-2.0). Beside them: the longest rows that others trained on cards of 8 to 80 GB (Unsloth's
+    page of benchmarks). Two more models are timed: CPU seconds and resident memory of a fresh process.
 
     Attributes:
         quick: under a minute: a few small models.
@@ -438,10 +440,13 @@ def benchmark(options: Options, console: Console) -> Figures:
         figures |= _report("a100", "Mistral-7B on an A100, MiB allocated", [one for one, _ in a100], console)
         figures |= _report("a100_in_use", "The same, MiB of the card in use", [two for _, two in a100], console)
         figures |= _report("a100_today", "The same, MiB allocated by today's libraries", today, console)
+        on_cards = [Compared(each.name, longest(each), each.tokens) for each in with_progress(contexts(), "contexts")]
+        trained = [each for each in on_cards if each.measured]
+        figures |= _report("contexts", "The longest row on a card, tokens", trained, console)
     if options.page:
         rows = [*_stored("t4", on_t4), *_stored_reserves(reserved), *_stored(f"l40s_reserved {length}", on_l40s)]
         rows += [*_stored("a100", [one for one, _ in a100]), *_stored("a100_in_use", [two for _, two in a100])]
-        rows += _stored("a100_today", today)
+        rows += [*_stored("a100_today", today), *_stored("contexts", on_cards)]
         write_json(published_page.ROWS, rows)
         write_text(options.page, published_page.page(rows))
     for model in TIMED[:1] if options.quick else TIMED:
