@@ -305,6 +305,7 @@ def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: 
         step.quantization,
         double_quantization=loaded.double_quantization,
         kept=head_names(base) if kind in _NEW_HEADS else None,
+        prepare=step.prepare_kbit,
     )
 
 
@@ -473,6 +474,7 @@ def quantise(
     *,
     double_quantization: bool = True,
     kept: list[str] | None = None,
+    prepare: bool = True,
 ) -> PreTrainedModel:
     """A hollow model as transformers loads it in fewer bits and PEFT prepares it for training.
 
@@ -482,6 +484,7 @@ def quantise(
         double_quantization: whether nf4's scales are stored in eight bits.
         kept: names of modules that are not quantised; by default those that transformers chooses, such as the output
             layer.
+        prepare: see `StepConfig.prepare_kbit`.
 
     Raises:
         UnsupportedError: bitsandbytes is missing.
@@ -504,8 +507,8 @@ def quantise(
             model.set_submodule(name, layer)
     setattr(model, f"is_{loaded.replace('load', 'loaded')}", True)
     model.is_quantized = True
-    prepared: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return prepared
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False) if prepare else model
+    return model.requires_grad_(False)
 
 
 def _four_bit_layer(d_in: int, d_out: int, compute_dtype: torch.dtype, double: bool, dtype: torch.dtype) -> Any:

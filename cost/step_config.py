@@ -37,6 +37,8 @@ class StepConfig:
             pages that CUDA may move to the CPU; they count as on the device, where a change of rank puts them.
         quantization: how the frozen weights are stored: none, as they are saved; nf4, four bits each; int8, eight bits.
             Both need the extra rankpilot[quant].
+        prepare_kbit: call prepare_model_for_kbit_training, which keeps in fp32 what is not quantised. TRL's SFTTrainer
+            trains without it, in fewer bytes.
         bf16: compute in bfloat16 under autocast, as the Trainer does with bf16=True.
         gradient_checkpointing: of all layers (True), of none (False), or of as few as the plan needs ("auto").
         exact_savers: lower the bytes of a step at the same losses and gradients, in no more time (docs/savers.md).
@@ -51,6 +53,7 @@ class StepConfig:
     target_modules: str = "all-linear"
     optimizer: OptimizerName = "adamw"
     quantization: Quantization = "none"
+    prepare_kbit: bool = True
     bf16: bool = False
     gradient_checkpointing: Checkpointing = "auto"
     exact_savers: bool = True

@@ -61,16 +61,6 @@ def loading_options(settings: dict[str, Any]) -> dict[str, Any]:
     return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": find_device()}}
 
 
-def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a quantised model fit for training: what is not quantised in fp32, and no repacking on the CPU.
-
-    Gradient checkpointing stays off, since it is a choice of its own.
-    """
-    guard_base(model)
-    prepared: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return prepared
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -157,7 +147,12 @@ def class_end_token(model: str) -> int | None:
 
 
 def load_model(
-    name: str, task: Task, labels: tuple[str, ...], tokenizer: Any, quantization: Quantization = "none"
+    name: str,
+    task: Task,
+    labels: tuple[str, ...],
+    tokenizer: Any,
+    quantization: Quantization = "none",
+    prepare_kbit: bool = True,
 ) -> PreTrainedModel:
     """The model with the head that the task needs, in the dtype in which it was saved.
 
@@ -168,7 +163,8 @@ def load_model(
         task: decides the head.
         labels: names of the classes or tags; one name for regression; none for models that write text.
         tokenizer: its padding token is set in a model that has none; without a tokenizer, token 0 is.
-        quantization: how the frozen weights are stored; what is not quantised is then in fp32.
+        quantization: how the frozen weights are stored.
+        prepare_kbit: whether what is not quantised is then in fp32.
 
     Raises:
         UnknownNameError, AssetError: there is no such model.
@@ -189,7 +185,8 @@ def load_model(
     model, info = _pretrained(name, load)
     _report_new_head(name, model, info["mismatched_keys"])
     if quantization != "none":
-        model = prepare(model)
+        guard_base(model)  # from being packed anew on the CPU
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False) if prepare_kbit else model
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id if tokenizer else 0
     return model

@@ -278,7 +278,8 @@ def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:
         UnsupportedError: gradient checkpointing is asked for, and the model has none.
     """
     set_seed(config.seed)
-    base = load_model(config.model, workload.task, workload.labels, workload.tokenizer, config.quantization)
+    kind = workload.task, workload.labels, workload.tokenizer
+    base = load_model(config.model, *kind, config.quantization, config.prepare_kbit)
     check_length(config.max_length, base)
     if config.gradient_checkpointing is True:
         check_checkpointing(base)

@@ -64,14 +64,17 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
     return ", ".join(parts)
 
 
-PREPARED = "prepare_model_for_kbit_training, which keeps in fp32 what is not quantised"
-"""How a quantised model is prepared in every prediction."""
+def _prepared(prepares: bool) -> str:
+    """How a quantised model is prepared."""
+    how = "after" if prepares else "without"
+    return f"{how} prepare_model_for_kbit_training, which keeps in fp32 what is not quantised"
 
 
 def verdict_text(outlook: Outlook) -> str:
     """What came out, in a few sentences: on a card whether it fits, else where the bytes are."""
-    how = outlook.settings.quantization
-    prepared = "" if how == "none" else f" The model in {how} went through {PREPARED}."
+    how, prepares = outlook.settings.quantization, outlook.settings.prepare_kbit
+    other = "less with --no-prepare-kbit, as under TRL's SFTTrainer" if prepares else "more with --prepare-kbit"
+    prepared = "" if how == "none" else f" The model in {how} trains {_prepared(prepares)} ({other})."
     return (_finding(outlook) if outlook.card is None else _fit(outlook)) + prepared
 
 
@@ -231,15 +234,13 @@ def notes(outlook: Outlook) -> Iterator[str]:
         if not outlook.recomputable:
             name = type(outlook.step.model.get_base_model()).__name__
             yield f"{name} does not support gradient checkpointing."
-        share = "Time: a step's share of plain LoRA's (rank 8 on all modules, no checkpointing), by counted work"
+        seconds, shape = f" and the rates of an {USUAL_CARD}.", outlook.memory.shape
         if outlook.card.rates:
-            shape = outlook.memory.shape
-            yield (
-                f"{share}. That takes about {outlook.plain_seconds:.2g} s for {shape.rows} x {shape.length} tokens, if "
-                "the card reaches as much of its rates as an A100 did."
+            seconds = (
+                f". That takes about {outlook.plain_seconds:.2g} s for {shape.rows} x {shape.length} tokens, if the "
             )
-        else:
-            yield f"{share} and the rates of an {USUAL_CARD}."
+            seconds += "card reaches as much of its rates as an A100 did."
+        yield f"Time: a step's share of plain LoRA's (rank 8 on all modules, no checkpointing), by counted work{seconds}"
     if _activations(outlook):
         yield (
             "Plain LoRA does not fit with the free savers. So every choice has selective checkpointing, as a run has "
@@ -300,7 +301,7 @@ def configuration_text(outlook: Outlook) -> str:
     lines = [
         "from peft import LoraConfig",
         "",
-        *([] if settings.quantization == "none" else [f"# The model goes through {PREPARED}."]),
+        *([] if settings.quantization == "none" else [f"# The model trains {_prepared(settings.prepare_kbit)}."]),
         "lora = LoraConfig(",
         f"    r={best.rank},",
         f"    lora_alpha={2 * REFERENCE_RANK},",

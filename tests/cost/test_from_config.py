@@ -183,7 +183,7 @@ def test_the_peak_of_real_steps_is_the_price_from_the_configuration():
 # Quantised bases ---------------------------------------------------------------------------------------------------
 
 
-def quantised(folder: Path, name: str, **settings: Any) -> PreTrainedModel:
+def quantised(folder: Path, name: str, prepare: bool = True, **settings: Any) -> PreTrainedModel:
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(CONFIGURATIONS[name]).to(torch.bfloat16).save_pretrained(folder)
@@ -192,22 +192,27 @@ def quantised(folder: Path, name: str, **settings: Any) -> PreTrainedModel:
         folder, quantization_config=quantization, device_map="cpu", dtype=torch.bfloat16
     )
     guard_base(base)
-    prepared: PreTrainedModel = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    prepared = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False) if prepare else base
     prepared.config.use_cache = False
-    return prepared
+    return prepared  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
-    ("name", "quantization", "double"),
-    [("llama", "nf4", True), ("qwen2", "nf4", False), ("qwen2", "int8", False)],
+    ("name", "quantization", "double", "prepare"),
+    [
+        ("llama", "nf4", True, True),
+        ("llama", "nf4", True, False),
+        ("qwen2", "nf4", False, True),
+        ("qwen2", "int8", False, True),
+    ],
 )
-def test_quantised_bases_take_the_bytes_of_real_ones(name, quantization, double, tmp_path):
+def test_quantised_bases_take_the_bytes_of_real_ones(name, quantization, double, prepare, tmp_path):
     settings: dict[str, Any] = {"load_in_8bit": True}
     if quantization == "nf4":
         options = {"quant_type": "nf4", "use_double_quant": double, "compute_dtype": torch.bfloat16}
         settings = {"load_in_4bit": True} | {f"bnb_4bit_{key}": value for key, value in options.items()}
-    base = quantised(tmp_path, name, **settings)
-    step = StepConfig(**STEP, quantization=quantization)
+    base = quantised(tmp_path, name, prepare, **settings)
+    step = StepConfig(**STEP, quantization=quantization, prepare_kbit=prepare)
     loaded = LoadedAs(device="cpu", dtype=torch.bfloat16, double_quantization=double)
     memory, model, _ = real_memory(CONFIGURATIONS[name], step, loaded, base)
     hollow = from_config(CONFIGURATIONS[name], step, loaded)

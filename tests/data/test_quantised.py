@@ -98,6 +98,13 @@ def test_the_bytes_of_a_quantised_model(quantization: Quantization, model_folder
     assert frozen_bytes(base) == before
 
 
+def test_what_is_not_quantised_is_in_fp32_if_it_is_prepared(model_folder: ModelFolder, tmp_path: Path) -> None:
+    load("llama", model_folder("llama"), "causal-lm", "none").to(torch.bfloat16).save_pretrained(tmp_path)
+    for prepares, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        model = load_model(str(tmp_path), "causal-lm", (), None, "nf4", prepare_kbit=prepares)
+        assert {model.lm_head.weight.dtype, model.model.norm.weight.dtype} == {dtype}
+
+
 def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, model_folder: ModelFolder) -> None:
     monkeypatch.setattr("rankpilot.cost.training_step.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"The quantization nf4 needs bitsandbytes: pip install"):
