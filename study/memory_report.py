@@ -238,7 +238,7 @@ def notes(outlook: Outlook) -> Iterator[str]:
         if outlook.card.rates:
             seconds = f". That takes about {outlook.plain_seconds:.2g} s for {shape.rows} x {shape.length} tokens, "
             seconds += "if the card reaches as much of its rates as an A100 did."
-        yield f"Time: shares of a step of plain LoRA (rank 8 on all modules, no checkpointing), by counted work{seconds}"
+        yield f"Time: as shares of plain LoRA's (rank 8 on all modules, no checkpointing), by counted work{seconds}"
     if _activations(outlook):
         yield (
             "Plain LoRA does not fit with the free savers. So every choice has selective checkpointing, as a run has "
