@@ -84,7 +84,9 @@ def test_the_words_about_the_longest_rows_are_of_the_stored_ones():
     ]
     for page in ("README.md", "docs/memory.md"):
         words = (ROOT / page).read_text(encoding="utf-8")
-        assert f"predicted {np.mean(short):.1f} % too short in the mean, {min(short):.1f} to {max(short):.1f} %" in words
+        assert (
+            f"predicted {np.mean(short):.1f} % too short in the mean, {min(short):.1f} to {max(short):.1f} %" in words
+        )
 
 
 def test_the_page_is_made_of_stored_rows():
