@@ -278,7 +278,7 @@ class TimeBudget:
     """The limit of a step's time as its user gave it; `resolve` makes seconds of it.
 
     Attributes:
-        kind: "share" of what a step takes with rank 8 on all target modules where no layer runs again; "seconds".
+        kind: "share" of what a step takes with rank 8 on all target modules where no layer is checkpointed; "seconds".
         value: above 0.
     """
 
@@ -325,5 +325,5 @@ class TimeBudget:
 
 
 def reference_seconds(time: StepTime, max_ranks: IntArray) -> float:
-    """The seconds of plain LoRA: rank 8 on every module, or its highest in `max_ranks`, and no layer runs again."""
+    """The seconds of plain LoRA: rank 8 on every module, or its highest in `max_ranks`, and no checkpointing."""
     return time.seconds(np.minimum(REFERENCE_RANK, max_ranks), ())

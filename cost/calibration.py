@@ -307,9 +307,9 @@ def plan_costs(
     """What plans cost in this step, on its largest batch, and the limit that a budget sets them.
 
     A share is a share of what *plain* LoRA takes, rank 8 on all modules, without signal buffers and without `savers`,
-    the exact savers that are on. With `least`, layers may run again in the backward pass, as all do in the step as
+    the exact savers that are on. With `least`, layers may be checkpointed, as all are in the step as
     it is set: plans cost what `recomputed_cost` says, and a share is one of what plain LoRA takes where none does.
-    Where plain LoRA does not fit, activations run again first; see `ExactSavers.within`.
+    Where plain LoRA does not fit, activations are checkpointed first; see `ExactSavers.within`.
     Under a budget of parameters nothing is measured. See `Budget.resolve` for `kept`, `recomputed_cost` for `whole`,
     and `measure_memory` for the other arguments.
     """

@@ -105,7 +105,7 @@ class ConfiguredStep:
         saved: what a step of plain LoRA takes with each exact saver more, likewise.
         fused: how many of the parameters are experts in one tensor, which no quantisation of a loaded model reaches.
         named: names of modules to give in place of "all-linear", where that is of others in PEFT; else empty.
-        leaner: makes the same step with activations that run again; None where that saves nothing, or is not asked for.
+        leaner: makes the same step with selective checkpointing; None where that saves nothing, or is not asked for.
     """
 
     memory: MemoryModel

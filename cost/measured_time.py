@@ -54,10 +54,10 @@ LEAST_GROWTH = 0.75
 rate of a large product (three models; docs/experiments.md)."""
 
 TimedPlan = tuple[IntArray, tuple[str, ...]]
-"""Ranks (modules,), and the names of the layers that run again."""
+"""Ranks (modules,), and the names of the checkpointed layers."""
 
 Take = Callable[[Collection[str]], object]
-"""Lets the layers of these names run again in the backward pass, and no other."""
+"""Checkpoints the layers of these names, and no other."""
 
 
 def measure_step_time(
@@ -79,7 +79,7 @@ def measure_step_time(
         step: the step as the loop takes it.
         targets: the target modules of its model.
         batch: on the device, of the shape that is asked about.
-        take: sets the layers that run again, where they can be set one by one; all of them do now, and afterwards.
+        take: sets the checkpointed layers, where they can be set one by one; all are now, and afterwards.
         rounds: how often each plan is timed, at least 1; by default `ROUNDS` or `SHORT_ROUNDS`.
 
     Raises:
@@ -126,7 +126,7 @@ def measured_share(
         batch: on the device.
         plan: is timed.
         reference: what it is compared with.
-        take: sets the layers that run again, which afterwards are those of the reference; None to leave them.
+        take: sets the checkpointed layers, which afterwards are those of the reference; None to leave them.
     """
 
     def seconds(timed: TimedPlan) -> float:
@@ -160,12 +160,12 @@ def timed_plans(
     They are: every module at rank 8 (of which a share is a share), and at rank 32; the uppermost module alone, whose
     step is nearly the forward pass; the lowest layer alone, whose backward pass is nearly the whole one, with few
     adapters; the upper half, and the upper half at rank 64, as a limit of time leaves it; and every module at rank 8
-    while all layers run again.
+    while all layers are checkpointed.
 
     Args:
         targets: the target modules.
-        layers: those that can be set to run again one by one.
-        always: those that run again under every plan.
+        layers: those that can be checkpointed one by one.
+        always: those that are checkpointed under every plan.
     """
     blocks = np.array([target.block for target in targets])
     most = highest_ranks(targets)
@@ -250,7 +250,7 @@ def count_work(model: nn.Module, targets: Sequence[TargetModule], loss: LossFunc
     """Count what a step computes, operator by operator.
 
     One step runs in which every module has a small rank; afterwards weights, gradients, ranks and random state are as
-    they were. Layers that run again in the backward pass are counted once.
+    they were. Checkpointed layers are counted once.
 
     Args:
         model: the PEFT model, in the mode in which it trains.
@@ -265,7 +265,7 @@ def count_work(model: nn.Module, targets: Sequence[TargetModule], loss: LossFunc
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an operator belongs: a module, the target module whose adapter it is in, the layer that can run again."""
+    """Where an operator belongs: a module, the target module whose adapter it is in, the layer."""
 
     name: str = ""
     target: int = -1
@@ -360,7 +360,7 @@ class _Count:
         self._sequences.append(int(torch._C._autograd._get_sequence_nr()))
 
     def _segment(self, reentrant: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run a checkpointed segment without checkpointing, as a layer that can run again."""
+        """Run a checkpointed segment without checkpointing, as a layer that can be checkpointed."""
         before = self._place
         self._again.append(before.name)
         self._go(replace(before, layer=self._layers.setdefault(before.name, len(self._layers))))

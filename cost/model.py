@@ -2,12 +2,12 @@
 
 `cost/calibration.py` records four small steps of the user's model and batch in which every module is adapted. They
 show all tensors that any plan could hold, the modules that need each, and how its size grows with rows, length and
-rank. The peak of any plan follows without running it, and so do the layers that must run again in the backward pass.
+rank. The peak of any plan follows without running it, and so do the layers that must be checkpointed.
 
 The bytes are those that training takes beside the loaded, frozen model: adapter weights, gradients, optimizer state,
 signal buffers, tensors saved for the backward pass, and short-lived tensors such as logits and activations' gradients.
 
-A layer that runs again (gradient checkpointing; Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016)
+A checkpointed layer (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016)
 holds its inputs alone, and takes the time of its forward pass twice. What the lowest layers hold is there until the
 end of the backward pass, so recomputing them lowers memory at every moment. What an upper layer would hold is back as
 soon as it runs again, on top of all that the layers below it hold: so layers are taken from the lowest upwards.
@@ -174,7 +174,7 @@ class MemoryModel:
         return self.recording.segments
 
     def recomputing(self, layers: Collection[str]) -> MemoryModel:
-        """The byte model of the same step in which only these layers run again; see `Recording.recomputing`."""
+        """The byte model of the same step in which only these layers are checkpointed; see `Recording.recomputing`."""
         if (key := frozenset(layers)) not in self._known:
             self._known[key] = replace(self, recording=self.recording.recomputing(key))
         found: MemoryModel = self._known[key]
@@ -530,10 +530,10 @@ def _missing_tokens(larger: IntArray, smaller: IntArray, length: int, shorter: i
 def fewest_recomputed(
     memory: MemoryModel, ranks: IntArray, limit: float, shape: BatchShape | None = None
 ) -> tuple[str, ...]:
-    """The fewest layers that must run again so that a plan fits.
+    """The fewest layers that must be checkpointed so that a plan fits.
 
     Args:
-        memory: the byte model of a step in which every layer runs again.
+        memory: the byte model of a step in which every layer is checkpointed.
         ranks: the plan, int64 (modules,).
         limit: bytes that the step may take.
         shape: of the batch; by default that of calibration.
@@ -572,21 +572,21 @@ def recomputed_cost(
     least: Callable[[ByteCost], float],
     whole: bool = False,
 ) -> ByteCost:
-    """What plans cost where layers may run again: a budget buys less recomputation before it buys more rank.
+    """What plans cost where layers may be checkpointed: a budget buys less recomputation before it buys more rank.
 
-    Where plain LoRA fits without, rank 8 on all modules or the ranks that are to stay, no layer runs again. Below, a
-    plan must fit with all layers running again, and may take what plain LoRA takes without: else every plan would spend
-    all that recomputation saves on ranks, and every layer would run again. Where that saves nothing, as where logits
-    take most, or where plans fit without it alone, no layer runs again either.
+    Where plain LoRA fits without, rank 8 on all modules or the ranks that are to stay, none is checkpointed. Below, a
+    plan must fit with all layers checkpointed, and may take what plain LoRA takes without: else every plan would spend
+    all that recomputation saves on ranks, and every layer would be one. Where that saves nothing, as where logits
+    take most, or where plans fit without it alone, no layer is checkpointed either.
 
     Args:
-        memory: the byte model of a step in which every layer runs again.
+        memory: the byte model of a step in which every layer is checkpointed.
         max_ranks: the highest rank of each module, int64 (modules,).
         limit: bytes that the step may take. Costs without recomputation are scaled, so that it limits them too.
         shape: of the batch; by default that of calibration.
         kept: ranks that are to stay where they are above 8, int64 (modules,).
         least: what the least possible plan takes under a cost, in bytes.
-        whole: all layers run again, whatever the limit, unless plain LoRA takes less without.
+        whole: all layers are checkpointed, whatever the limit, unless plain LoRA takes less without.
     """
     none = memory.recomputing(()).cost(shape)
     ranks = np.full(len(max_ranks), REFERENCE_RANK) if kept is None else np.maximum(REFERENCE_RANK, kept)

@@ -1,7 +1,7 @@
 """What a training step takes, what other choices would take, and what fits: a card, or a budget.
 
-Every choice follows from one recording in which every layer runs again: the peak of any ranks, any depth, any set of
-recomputed layers and any batch. Where plain LoRA does not fit a card, it is one in which activations run again too, as
+Every choice follows from one recording in which every layer is checkpointed: the peak of any ranks, depth, set of
+checkpointed layers and batch. Where plain LoRA does not fit a card, it is one with selective checkpointing too, as
 in a run (`cost/savers.py`). The recording is made on the meta device for a model that is known from its
 configuration (`memory_of`), or on the device for one that is here (`study/memory_here.py`). Whether a plan fits a card
 follows from everything that the card must hold, added up (`card_use`).
@@ -109,7 +109,7 @@ def card_use(
     """What a plan takes of a card.
 
     Args:
-        memory: the byte model of its training step; layers that run again are those that it says.
+        memory: the byte model of its training step; checkpointed layers are those that it says.
         ranks: the plan, (modules,).
         loaded: bytes of each storage of the frozen model, as `breakdown.frozen_sizes` tells.
         device: the card.
@@ -164,15 +164,15 @@ class Choice:
     """One way to train.
 
     Attributes:
-        kind: what is changed: nothing ("asked"), the layers that have adapters or run again ("depth"), the rank of all
-            modules, the batch, or the whole plan, by a rule.
+        kind: what is changed: nothing ("asked"), which layers have adapters or are checkpointed ("depth"), the rank of
+            all modules, the batch, or the whole plan, by a rule.
         rank: of every adapted module, or the most that it can have; under a rule the highest.
         layers: how many layers have adapters, from the top.
-        recomputed: names of the layers that run again in the backward pass.
+        recomputed: names of the checkpointed layers.
         ranks: the plan, int64 (modules,).
         step_bytes: predicted peak of a step, beside the frozen model.
         use: what the card sees; None without a card.
-        time: of a step, as a share of plain LoRA's: rank 8 on all modules, no layer runs again; None where work was not
+        time: of a step, as a share of plain LoRA's: rank 8 on all modules, no checkpointing; None where work was not
             counted.
         verdict: whether it fits; None where nothing limits it.
         shape: of the batch.
@@ -199,8 +199,8 @@ class GridCell:
 
     Attributes:
         shape: rows and tokens.
-        recomputed: how many layers must run again so that it fits; None if it does not fit even then.
-        activations: whether activations run again first, since plain LoRA does not fit without.
+        recomputed: how many layers must be checkpointed so that it fits; None if it does not fit even then.
+        activations: whether activations are checkpointed first, since plain LoRA does not fit without.
         bytes: on the card, with these layers, or with all; the allocator's reserve is taken to be the share that it is
             for the batch that was asked for.
     """
@@ -232,7 +232,7 @@ class Outlook:
     """What a training step takes, and what fits.
 
     Args:
-        step: the step without activations that run again, with all layers checkpointed, or with none where the model's
+        step: the step without selective checkpointing, with all layers checkpointed, or with none where the model's
             class has no gradient checkpointing.
         rank: on all modules, or the most that one can have.
         settings: rows, tokens and further settings of the step.
@@ -278,7 +278,7 @@ class Outlook:
 
     @cached_property
     def step(self) -> ConfiguredStep:
-        """The step of a run: on a card, activations run again where plain LoRA does not fit without."""
+        """The step of a run: on a card, activations are checkpointed where plain LoRA does not fit without."""
         plain = self._free.memory.recomputing(())
         if self.card is None or self._use(plain, self._plain).verdict == "fits" or self._lean is None:
             return self._free
@@ -288,7 +288,7 @@ class Outlook:
 
     @cached_property
     def _lean(self) -> ConfiguredStep | None:
-        """The step with activations that run again, which takes a recording more; None where that saves nothing."""
+        """The step with selective checkpointing, which takes a recording more; None where that saves nothing."""
         lean = self._free.leaner()
         return lean and self.shards.of(lean)
 
@@ -306,7 +306,7 @@ class Outlook:
 
     @property
     def memory(self) -> MemoryModel:
-        """The byte model of a step in which all layers that can run again do."""
+        """The byte model of a step in which all layers are checkpointed that can be."""
         return self.step.memory
 
     @property
@@ -318,7 +318,7 @@ class Outlook:
 
     @cached_property
     def reference_bytes(self) -> float:
-        """The peak with rank 8 on all modules as asked for, without exact savers; on a card, no layer runs again."""
+        """The peak with rank 8 on all modules as asked for, without exact savers; on a card, no checkpointing."""
         if self.step.saved:
             first = self.step.saved[0]
             again = first.again_bytes if self._asked and self._asked.segments else None
@@ -336,7 +336,7 @@ class Outlook:
 
     @cached_property
     def recomputable(self) -> tuple[str, ...]:
-        """Names of the layers that can run again; none where the model's class has no gradient checkpointing."""
+        """Names of the layers that can be checkpointed; none where the model's class has no gradient checkpointing."""
         return tuple(dict.fromkeys(segment.name for segment in self.memory.segments))
 
     def plan(self, layers: int, rank: int) -> IntArray:
@@ -501,7 +501,7 @@ class Outlook:
 
     @cached_property
     def _reserve_share(self) -> float:
-        """The allocator's reserve as a share of all tensors, where all layers run again on the batch asked for."""
+        """The allocator's reserve as a share of all tensors, all layers checkpointed on the batch asked for."""
         use = self.choice(self.blocks, self.rank, self.recomputable).use
         assert use is not None, "there is no card"
         return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)

@@ -70,7 +70,7 @@ class RepeatedLayers:
     def of(cls, model: nn.Module, targets: Sequence[TargetModule]) -> list[RepeatedLayers]:
         """How a model's layers can be cut, the best way first.
 
-        None, where not all target modules in layers that can run again are in one list of them.
+        None, where not all target modules in layers that can be checkpointed are in one list of them.
         """
         marked = {name for name, module in model.named_modules() if CHECKPOINT in vars(module)}
         adapted = [f"{_PEFT}{target.name}." for target in targets]
@@ -133,7 +133,7 @@ class RepeatedLayers:
         """The byte model of the whole model, from that of the cut one.
 
         Args:
-            memory: of the cut model, all of whose layers run again.
+            memory: of the cut model, all of whose layers are checkpointed.
             model: the whole model.
             targets: its target modules.
             states: what its adapters and optimizer hold.

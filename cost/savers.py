@@ -3,10 +3,10 @@
 * No cache of keys and values: a model that is asked for a loss fills one that nobody reads.
 * Copies of inputs: adapters that read one input share its copy in their precision (`lora/input_copies.py`).
 * Loss in tiles: the logits of a batch are never there as a whole (`cost/later_logits.py`).
-* Activations that run again: their readers hold what they are made of (`lora/input_copies.py`).
+* Selective checkpointing: readers of activations hold what they are made of (`lora/input_copies.py`).
 
 The first three take no more time. The last one takes some per cent, so it is for budgets that do not fit without.
-Layers that run again (`cost/model.py`) are exact too, but take more time for each byte, so they come last, and a plan
+Checkpointed layers (`cost/model.py`) are exact too, but take more time for each byte, so they come last, and a plan
 has as few of them as it needs.
 """
 
@@ -73,8 +73,8 @@ _SWITCHES = SAVERS | {ACTIVATIONS: run_activations_again}
 
 
 MOST_MORE = 1.01
-"""By what factor the bytes of a step whose layers all run again may rise, where a saver lowers those of one in which
-none does."""
+"""By what factor bytes of a step whose layers are all checkpointed may rise, where a saver lowers those of one in which
+none is."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Saved:
 
     Attributes:
         name: of the saver, or of several that were switched on together; "plain LoRA" for the first, which has none.
-        step_bytes: at the peak, where no layer runs again.
+        step_bytes: at the peak, where no layer is checkpointed.
         again_bytes: the same where all do; None where none can.
     """
 
@@ -107,7 +107,7 @@ class Saved:
         return cls(name, finite(state["step_bytes"]), None if again is None else finite(again))
 
     def is_less(self, other: Saved) -> bool:
-        """Whether a step takes less than another one: where no layer runs again, or at least where all do."""
+        """Whether a step takes less than another one: where no layer is checkpointed, or at least where all are."""
         again, others = self.again_bytes or 0.0, other.again_bytes or 0.0
         if self.step_bytes == other.step_bytes:
             return again < others
@@ -201,7 +201,7 @@ class ExactSavers:
         targets: Sequence[TargetModule],
         least: Callable[[ByteCost], float],
     ) -> Priced:
-        """Let activations run again from now on where plain LoRA does not fit a limit, if it takes less with them.
+        """Checkpoint activations from now on where plain LoRA does not fit a limit, if it takes less with them.
 
         Plans of few modules may take more with them, so that some plan must fit with them.
 
@@ -223,7 +223,7 @@ class ExactSavers:
     def with_activations(
         self, priced: Priced, measure: Callable[[], MemoryModel], targets: Sequence[TargetModule]
     ) -> Priced | None:
-        """Let activations run again from now on; None, with the savers of before, where plain LoRA takes no less."""
+        """Checkpoint activations from now on; None, with the savers of before, where plain LoRA takes no less."""
         names = self.names
         self.take([*names, ACTIVATIONS])
         memory = measure()

@@ -1,4 +1,4 @@
-"""The seconds of a training step under any plan: ranks, depth, and the layers that run again.
+"""The seconds of a training step under any plan: ranks, depth, and the checkpointed layers.
 
 A step takes the forward pass, whatever the plan; the backward pass down to the lowest adapted module; the work of the
 adapters, a part of which grows with their rank; and the second run of layers that gradient checkpointing runs again. As
@@ -86,7 +86,7 @@ class StepTime:
         adapters: seconds of each adapter whatever its rank, (modules,).
         groups: seconds of parts of the frozen model's backward pass, (groups,).
         needs: which modules need each of them: it is there if any of them is adapted, bool (groups, modules).
-        layers: names of the layers that can run again, in forward order.
+        layers: names of the layers that can be checkpointed, in forward order.
         running_again: names of those that do in the step as it was set.
         forward: seconds of each layer's forward pass, a part of `constant`, (layers,).
         layer_seconds: seconds of each layer's second run, its adapters left out, (layers,).
@@ -111,7 +111,7 @@ class StepTime:
     again_per_rank: FloatArray
 
     def row(self, layers: Collection[str] | None = None) -> SecondsRow:
-        """What plans take if these layers run again; by default those that do in the step as it was set."""
+        """What plans take if these layers are checkpointed; by default those that are in the step as it was set."""
         runs = self._runs(layers)
         modules = np.eye(len(self.per_rank), dtype=np.bool_)
         needs = np.concatenate([self.needs, modules, self.layer_needs[runs]])
@@ -181,7 +181,7 @@ class StepTime:
         return cls(**values | {"constant": float(state["constant"])})
 
     def _amounts(self, runs: BoolArray) -> tuple[FloatArray, FloatArray]:
-        """Seconds of one rank of each module, (modules,), and of each group of `row`, if these layers run again."""
+        """Seconds of one rank of each module, (modules,), and of each group of `row`, with these checkpointed."""
         inside = np.append(runs, False)[self.layer_of]  # the last is for modules of no layer, whose index is -1
         adapters = self.adapters + np.where(inside, self.again, 0.0)
         return (
@@ -208,7 +208,7 @@ def fitted(
 
     Args:
         nominal: for the proportions within each part.
-        plans: ranks (modules,), and names of the layers that ran again.
+        plans: ranks (modules,), and names of the checkpointed layers.
         seconds: measured under each, > 0, (plans,).
         least_growth: the least factor of what grows with ranks, at least 0. It is a small part of most steps, so that
             noise can hide it, and then high ranks would look free.
@@ -221,7 +221,7 @@ def fitted(
     parts = np.stack([nominal.parts(ranks, layers) for ranks, layers in plans])
     again = {layers for _, layers in plans}
     tied = len(again) == 1 and again != {()}
-    if tied:  # the same layers run again under every plan, so their second run counts as the first one does
+    if tied:  # the same layers are checkpointed under every plan, so their second run counts as the first one does
         parts[:, 0] += parts[:, -1]
         parts[:, -1] = 0.0
     scale = float(np.median(seconds / parts.sum(axis=1)))
@@ -292,11 +292,11 @@ class StepWork:
         moved: bytes that it reads and writes, (operators,).
         backward: whether it belongs to the backward pass, bool (operators,).
         module: the target module whose adapter it belongs to, -1 for the frozen model, int64 (operators,).
-        layer: the layer that can run again in whose forward or backward pass it is, -1 for none, int64 (operators,).
+        layer: the layer (one that can be checkpointed) in whose passes it is, -1 for none, int64 (operators,).
         needed: of the frozen model in the backward pass: bits of the modules of which one must be adapted.
         rank: of every module.
         widths: d_in + d_out of each module, int64 (modules,).
-        layers: names of the layers that can run again.
+        layers: names of the layers that can be checkpointed.
         running_again: names of those that do in the step as it was set.
     """
 
@@ -366,7 +366,7 @@ class StepWork:
         return np.array(list(sums.values())), needs
 
     def _layers(self) -> tuple[IntArray, BoolArray]:
-        """The layer of each module, and the modules of which one must be adapted for each layer to run again."""
+        """The layer of each module, and the modules of which one must be adapted for each layer to run twice."""
         layer_of = np.full(len(self.widths), -1)
         sets = [0] * len(self.layers)
         for index in np.flatnonzero(self.layer >= 0).tolist():

@@ -1,4 +1,4 @@
-"""A training step: the loss as a function of the batch, the optimizer, and layers that run again."""
+"""A training step: the loss as a function of the batch, the optimizer, and checkpointed layers."""
 
 from __future__ import annotations
 
