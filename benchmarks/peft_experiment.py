@@ -18,10 +18,10 @@ from rankpilot.common.files import read_object, write_json, write_text
 from rankpilot.common.text import make_table
 from rankpilot.cost.breakdown import frozen_sizes
 from rankpilot.cost.from_config import ConfiguredStep
-from rankpilot.cost.outlook import card_use
+from rankpilot.cost.outlook import REACHED_BYTES, card_use
 from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.step_time import Rates
+from rankpilot.cost.step_time import LAUNCH_SECONDS, Rates
 from rankpilot.plan.worth import Modules, packaged_worth
 from rich.console import Console
 
@@ -41,9 +41,8 @@ MOST_GIB, MOST_SECONDS = 16.0, 800.0
 KNOWN_GIB, KNOWN_SECONDS = 20.76, 942.0
 """The row of LoRA with rank 32 on q and v, of which seconds are shares."""
 
-PACES = ((1.0, 1.0, 5e-6), (0.5, 0.7, 1e-5), (0.5, 0.7, 2e-5))
-"""Shares of the card's rates of products and of memory, and seconds of an operator: the slowest share of the known row
-counts."""
+PACES = ((1.0, REACHED_BYTES), (0.8, 0.5), (0.5, 0.7))
+"""Shares of the card's rates of products and of bytes: the slowest share of the known row counts."""
 
 STORED = Path(__file__).parent / "results" / "published.json"
 
@@ -121,8 +120,8 @@ def _shares(step: ConfiguredStep, ranks: IntArray, ends: np.ndarray) -> FloatArr
     assert work is not None
     known = np.where(np.isin(ends, KINDS["q and v"]), 32, 0)
     times = [
-        work.time(Rates(products * rates.flops_per_s["bf16"], memory * rates.bytes_per_s, operator))
-        for products, memory, operator in PACES
+        work.time(Rates(products * rates.flops_per_s["bf16"], memory * rates.bytes_per_s, 0.0, LAUNCH_SECONDS))
+        for products, memory in PACES
     ]
     return np.array([time.seconds(ranks) / time.seconds(known) for time in times])
 
