@@ -92,7 +92,8 @@ def test_a_trainer_with_liger(
     plain = Run(tmp_path / "plain", config, budget=None, **common).train()
     tiled: list[bool] = []
     common |= {"at_step": lambda step: tiled.append("forward" in vars(run.model.get_base_model().lm_head))}
-    run = Run(tmp_path / "run", config, policy="uniform", budget="90%", use_liger_kernel=True, **common)
+    options = {"policy": "uniform", "budget": "90%", "exact_savers": True, "use_liger_kernel": True}
+    run = Run(tmp_path / "run", config, **options, **common)
     run.train()
     for (_, cost), (_, peak) in zip(run.pilot.predictions, run.pilot.peaks, strict=True):
         assert 1 <= cost / peak <= most

@@ -83,7 +83,7 @@ def checkpointed(*, reentrant: bool) -> dict[str, Any]:
         [
             ({}, 0.0),
             (checkpointed(reentrant=False), 0.005),
-            ({"plain": False, "budget": "55%"}, 0.005),
+            ({"plain": False, "exact_savers": True, "budget": "55%"}, 0.005),
             (checkpointed(reentrant=True), 0.02),
         ],
     ),

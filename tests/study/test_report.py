@@ -86,6 +86,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         settings=MemoryConfig("some/model"),
         facts={} if card else {"model": "some/model", "task": "classification", "device": "cpu"},
         card=CARD if card else None,
+        plain_seconds=0.5,
         rank=8,
         blocks=layers,
         recomputable=tuple(f"layer.{number}" for number in range(layers)),
