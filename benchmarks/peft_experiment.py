@@ -18,7 +18,7 @@ from rankpilot.common.files import read_object, write_json, write_text
 from rankpilot.common.text import make_table
 from rankpilot.cost.breakdown import frozen_sizes
 from rankpilot.cost.from_config import ConfiguredStep
-from rankpilot.cost.outlook import REACHED_BYTES, card_use
+from rankpilot.cost.outlook import REACHED_SHARE, card_use
 from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_time import LAUNCH_SECONDS, Rates
@@ -41,7 +41,7 @@ MOST_GIB, MOST_SECONDS = 16.0, 800.0
 KNOWN_GIB, KNOWN_SECONDS = 20.76, 942.0
 """The row of LoRA with rank 32 on q and v, of which seconds are shares."""
 
-PACES = ((1.0, REACHED_BYTES), (0.8, 0.5), (0.5, 0.7))
+PACES = ((1.0, REACHED_SHARE), (0.8, 0.5), (0.5, 0.7))
 """Shares of the card's rates of products and of bytes: the slowest share of the known row counts."""
 
 STORED = Path(__file__).parent / "results" / "published.json"

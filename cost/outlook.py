@@ -507,16 +507,17 @@ class Outlook:
         return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
 
 
-REACHED_BYTES = 0.41
-"""The share of a card's published rate of bytes that the operators of a step reach, where products reach theirs (20
-steps on an A100: `python -m benchmarks published-time`)."""
+REACHED_BYTES, REACHED_SHARE = 0.83e12, 0.41
+"""Bytes in a second that the operators of a step reach on any card whose published rate allows it, and the share of
+that rate that they reach at least, where products reach theirs (docs/experiments.md)."""
 
 
 def card_rates(rates: DeviceRates, dtype: str) -> Rates:
     """What a card does in a second with a frozen model of this dtype; products at fp32's rate if it lacks theirs."""
     own: dict[str, Precision] = {"bf16": "bf16", "fp16": "fp16", "fp32": "tf32"}
     products = rates.flops_per_s.get(own[dtype], rates.flops_per_s["fp32"])
-    return Rates(products, REACHED_BYTES * rates.bytes_per_s, launch_seconds=LAUNCH_SECONDS)
+    moved = max(REACHED_SHARE * rates.bytes_per_s, min(rates.bytes_per_s, REACHED_BYTES))
+    return Rates(products, moved, launch_seconds=LAUNCH_SECONDS)
 
 
 def memory_of(

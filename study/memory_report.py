@@ -237,7 +237,7 @@ def notes(outlook: Outlook) -> Iterator[str]:
         seconds, shape = f" and the rates of an {USUAL_CARD}.", outlook.memory.shape
         if outlook.card.rates:
             seconds = f". That takes about {outlook.plain_seconds:.2g} s for {shape.rows} x {shape.length} tokens, "
-            seconds += "if the card reaches as much of its rates as an A100 did."
+            seconds += "if the card reaches what an A100 or an L40S did."
         yield f"Time: as shares of plain LoRA's (rank 8 on all modules, no checkpointing), by counted work{seconds}"
     if _activations(outlook):
         yield (

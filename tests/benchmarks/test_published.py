@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rankpilot.common.files import read_json, read_object
 from rankpilot.cost.outlook import card_rates
-from rankpilot.cost.published import DeviceRates
-from rankpilot.cost.step_time import Rates
+from rankpilot.cost.published import device_table
 
 from benchmarks import published_page
 from benchmarks.published import (
@@ -119,9 +119,11 @@ def test_a_bar_that_is_missed_is_told():
 
 def test_the_packaged_constants_and_the_words_about_time_are_of_the_stored_fit():
     found = read_object(ROOT / "benchmarks" / "results" / "published_time.json")
-    rates = DeviceRates(1e12, {"bf16": 1e14, "fp32": 1e13})
-    packaged = Rates(1e14, round(found["bytes"], 2) * 1e12, launch_seconds=1e-6 * round(found["launch_us"]))
-    assert card_rates(rates, "bf16") == packaged
+    rates = device_table()["A100 80GB"].rates
+    assert card_rates(rates, "bf16").launch_seconds == pytest.approx(1e-6 * found["launch_us"], rel=0.01)
+    known = (rates.bytes_per_s, found["bytes"] * rates.bytes_per_s)
+    for rate, reached in (known, (3e11, 3e11), (1e12, 0.83e12), (8e12, 0.41 * 8e12)):
+        assert card_rates(replace(rates, bytes_per_s=rate), "bf16").bytes == pytest.approx(reached, rel=0.01)
     assert found["products"] == 1.0
     words = " ".join((ROOT / "docs" / "memory.md").read_text(encoding="utf-8").split())
     for name in ("median_error", "median_share_error", "order_right"):
