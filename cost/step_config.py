@@ -63,6 +63,8 @@ class StepConfig:
         if rows * length > MOST_TOKENS:
             asked = f"{rows} x {length}"
             raise ConfigError(f"batch_size times max_length is at most {MOST_TOKENS:,} tokens; got {asked}.")
+        if not self.prepare_kbit and self.quantization == "none":
+            raise ConfigError("prepare_kbit is of a quantised model: give a quantization with it, nf4 or int8.")
         if min(self.batch_size, self.accumulation, self.max_length) < 0 or self.max_length == 1:
             raise ConfigError(
                 "batch_size and accumulation are at least 1, max_length at least 2, and 0 is the usual of each; got "

@@ -220,8 +220,8 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], words: str, 
         ("--batch-size 100000000000", "at most 16,777,216 tokens; got 100000000000 x 64"),
         ("--seed -1", "seed is a whole number from 0 to 2**32 - 1; got -1"),
         ("--budget lots", "Cannot read the budget"),
-        ("--batch-size -1", "at least 1"),
-        ("--max-length -4", "at least 2, and 0 is the usual of each; got"),
+        ("--batch-size -1 --max-length -4", "at least 2, and 0 is the usual of each; got -1, 0 and -4"),
+        ("--no-prepare-kbit", "prepare_kbit is of a quantised model: give a quantization with it"),
     ],
 )
 def test_options_out_of_range(capsys: pytest.CaptureFixture[str], words: str, told: str) -> None:
