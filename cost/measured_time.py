@@ -30,7 +30,7 @@ from .cost import ModuleSet
 from .live_storages import tensors_in
 from .model import RANK
 from .recording import Batch, flow_from
-from .step_time import LAUNCH_SECONDS, OPERATOR_SECONDS, Rates, StepTime, StepWork, fitted
+from .step_time import OPERATOR_SECONDS, Rates, StepTime, StepWork, fitted
 from .training_step import CHECKPOINT, LossFunction, TrainingStep, segments_marked
 
 ROUNDS, SHORT_ROUNDS = 3, 5
@@ -184,8 +184,7 @@ def measured_rates(device: torch.device) -> Rates:
     matrix, long = torch.ones(512, 512, device=device), torch.ones(2**20, device=device)
     product = _median_seconds(device, lambda: matrix @ matrix)
     copy = _median_seconds(device, partial(torch.empty_like(long).copy_, long))
-    beside = {"launch_seconds": LAUNCH_SECONDS} if device.type == "cuda" else {"operator_seconds": OPERATOR_SECONDS}
-    return Rates(2 * 512**3 / product, 2 * long.nbytes / copy, **beside)
+    return Rates(2 * 512**3 / product, 2 * long.nbytes / copy, OPERATOR_SECONDS)
 
 
 def _median_seconds(device: torch.device, work: Callable[[], object]) -> float:

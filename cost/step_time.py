@@ -256,7 +256,7 @@ PARAMETER_BYTES = 44
 weight and both moments are read and written once each, and gradients are made and freed."""
 
 OPERATOR_SECONDS = 5e-6
-"""What an operator takes on a CPU beside its work, where nothing was measured; measured times correct it."""
+"""What an operator takes beside its work where plans are timed: it tells proportions, and their times correct it."""
 
 LAUNCH_SECONDS = 22e-6
 """What the host of a GPU takes to launch an operator (20 steps on an A100: `python -m benchmarks published-time`)."""
