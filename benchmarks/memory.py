@@ -17,12 +17,12 @@ from rankpilot.common.arrays import IntArray
 from rankpilot.common.devices import find_device
 from rankpilot.common.text import format_bytes, make_table
 from rankpilot.cost.cost import Cost, plan_cost
-from rankpilot.cost.peak_meter import can_reset_peak
+from rankpilot.cost.peak_meter import restart_resident_peak
 from rankpilot.cost.recording import Batch, BatchShape
 from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import TargetModule
-from rankpilot.plan.plan import top_down, top_layers
+from rankpilot.plan.plan import top_down
 from rankpilot.plan.problem import AllocationProblem
 from rankpilot.training.results import Estimate
 from rich.console import Console
@@ -244,11 +244,10 @@ def named_plans(targets: Sequence[TargetModule], cost: Cost, layers: int) -> dic
     """
     everything = AllocationProblem.of(targets, cost, float("inf"))
     reference = everything.uniform(REFERENCE_RANK)
-    above = int(everything.blocks.max()) + 1 - layers
     half_budget = AllocationProblem.of(targets, cost, 0.5 * plan_cost(cost, reference))
     return {
         REFERENCE: reference,
-        TOP_HALF: top_layers(everything, round(layers / 2) + above, 16),
+        TOP_HALF: everything.uniform(16, layers - round(layers / 2)),
         HALF_BUDGET: top_down(half_budget),
     }
 
@@ -261,7 +260,7 @@ def outside_view(
     Returns:
         By plan "predicted" bytes, and those of `resident.observe`; no plan where nothing can be read.
     """
-    if device.type != "cuda" and not can_reset_peak():
+    if device.type != "cuda" and restart_resident_peak() is None:
         return {}
     learner, batch = large_learner(family, size, device, seed)
     learner.step(batch)

@@ -150,7 +150,9 @@ def _run(name: str, operator: Any, *arguments: Any, **options: Any) -> Any:
             arguments, options = device.autocast.cast(name, arguments, options)
     if name in _REPLACED:
         return _REPLACED[name](device, *arguments, **options)
-    return _below(operator, *arguments, **options)
+    of_parts = device.autocast is not None and name not in operators(device.kind)  # autocast sees its parts, if any
+    found = operator.decompose(*arguments, **options) if of_parts else NotImplemented
+    return _below(operator, *arguments, **options) if found is NotImplemented else found
 
 
 @cache

@@ -230,11 +230,6 @@ _OWN_STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
-def can_reset_peak() -> bool:
-    """Whether this system keeps a record of the peak that can be reset."""
-    return _CLEAR.exists()
-
-
 def restart_resident_peak() -> int | None:
     """Free unused memory, reset the record of the peak, and return bytes resident now; None if it cannot be reset."""
     gc.collect()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UnsupportedError
 from .step_config import OptimizerName, Quantization
@@ -135,9 +136,17 @@ def switch_checkpointing(base: Any, wanted: bool, *, reentrant: bool = False) ->
     name = "activation_checkpointing" if hasattr(base, "activation_checkpointing_enable") else "gradient_checkpointing"
     if wanted:
         getattr(base, f"{name}_enable")(CHECKPOINTING | {"use_reentrant": reentrant})
+        for layer in inner_layers(base):  # it runs again with the layer around it
+            layer.gradient_checkpointing = False
         release_inputs(base)
     else:
         getattr(base, f"{name}_disable")()
+
+
+def inner_layers(model: nn.Module) -> set[GradientCheckpointingLayer]:
+    """Layers that can be checkpointed and lie inside of another one, as in Zamba 2."""
+    layers = {module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
+    return {inner for layer in layers for inner in layers & set(layer.modules()) - {layer}}
 
 
 def is_reentrant(function: Any) -> bool:

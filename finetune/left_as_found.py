@@ -329,7 +329,9 @@ class Recomputation:
     def __init__(self, model: nn.Module, *, whole: bool = False) -> None:
         base, self.whole = unwrap(model), whole
         training_step.check_checkpointing(base)
-        self._layers = {name: m for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
+        inner = training_step.inner_layers(model)
+        found = {name: m for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)}
+        self._layers = {name: layer for name, layer in found.items() if layer not in inner}
         if not self._layers:
             raise UnsupportedError(
                 f"{type(base).__name__} checkpoints all its layers together or none, so a plan cannot choose them one "

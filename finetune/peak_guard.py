@@ -125,7 +125,7 @@ class PeakGuard:
             if recomputation:
                 recomputation.memory, self._memory = memory, memory.recomputing(recomputation.layers)
                 if controller.time:
-                    controller.time.layers = self._fewest
+                    controller.time.layers = self.layers_of
 
     @property
     def recomputed(self) -> tuple[str, ...]:
@@ -136,10 +136,6 @@ class PeakGuard:
     def chooses_layers(self) -> bool:
         """Whether plans decide which layers are checkpointed."""
         return self._recomputation is not None
-
-    def layers_of(self, ranks: IntArray) -> tuple[str, ...]:
-        """Names of the layers that a plan of these ranks, int64 (modules,), needs to checkpoint."""
-        return self._fewest(ranks) if self._recomputation else ()
 
     def finish(self) -> None:
         """Stop measuring, and set the model's layers as they were."""
@@ -587,14 +583,15 @@ class PeakGuard:
         """Checkpoint the fewest layers with which the plan fits; whether it does now."""
         controller = self._controller
         if self._recomputation:
-            self._recomputation.take(self._fewest(controller.ranks))
+            self._recomputation.take(self.layers_of(controller.ranks))
             self._memory = self._recomputation.memory_now()
             controller.reprice(self._cost_of_shape(self.shape))
         return controller.fits()
 
-    def _fewest(self, ranks: IntArray) -> tuple[str, ...]:
-        """The layers that must be checkpointed under a plan."""
-        assert self._recomputation
+    def layers_of(self, ranks: IntArray) -> tuple[str, ...]:
+        """Names of the layers that a plan of these ranks, int64 (modules,), needs to checkpoint."""
+        if self._recomputation is None:
+            return ()
         controller = self._controller
         # After the last decision signals take nothing, and the byte model counts them still.
         buffers = signal_buffer_bytes(controller.targets) @ ranks if controller.finished else 0.0

@@ -30,7 +30,7 @@ from ..common.arrays import FloatArray, IntArray
 from ..common.text import format_bytes
 from ..cost.cost import Cost, FixedCost, ParameterCost, TimedCost, UntimedCost, moment_costs, plan_cost
 from ..cost.step_time import PARTS, StepTime, exact_unit
-from ..errors import BudgetError, ConfigError
+from ..errors import BudgetError
 from ..lora.spec import REFERENCE_RANK, ModuleSpec
 from .problem import AllocationProblem, PlanBuilder
 
@@ -260,24 +260,6 @@ def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray, *,
 RANK_FLOOR = 16.0
 """The rank that every adapted module should be able to have: about a quarter of the width of the models on which it was
 measured."""
-
-
-def top_layers(problem: AllocationProblem, layers: int, rank: int) -> IntArray:
-    """One rank on all modules of the top layers, within their bounds, int64 (modules,); the budget plays no part.
-
-    Args:
-        problem: the modules and their bounds.
-        layers: the number of layers, 0 or more.
-        rank: any rank of at least 0; a module that cannot have it gets the most that it can.
-
-    Raises:
-        ConfigError: the model has fewer layers, or a number is negative.
-    """
-    numbers = np.unique(problem.blocks)
-    if not 0 <= layers <= len(numbers) or rank < 0:
-        raise ConfigError(f"layers lies from 0 to {len(numbers)} and rank is at least 0; got {layers} and {rank}.")
-    lowest = numbers[len(numbers) - layers] if layers else numbers[-1] + 1
-    return problem.uniform(rank, int(lowest))
 
 
 def top_down(problem: AllocationProblem) -> IntArray:

@@ -108,6 +108,7 @@ def test_autocast_follows_the_lists_of_the_device():
                 assert hidden.dtype == torch.bfloat16
                 assert hidden.softmax(-1).dtype == softmax
                 assert functional.mse_loss(hidden, hidden).dtype == torch.float32
+                assert torch.einsum("ij,kj->ik", torch.zeros(2, 4), torch.zeros(2, 4)).dtype == torch.bfloat16
             assert layer(torch.zeros(2, 4)).dtype == torch.float32
 
 

@@ -69,6 +69,12 @@ ARCHITECTURES: dict[str, tuple[type[t.PreTrainedConfig], dict[str, Any]]] = {
         | {"n_groups": 2, "chunk_size": 16},
     ),
     "bamba": (t.BambaConfig, _TEXT | _MAMBA | {"mamba_chunk_size": 16, "attn_layer_indices": [1]}),
+    "zamba2": (
+        t.Zamba2Config,
+        _TEXT
+        | {"mamba_d_state": 16, "n_mamba_heads": 8, "mamba_headdim": 16, "chunk_size": 16, "num_mem_blocks": 1}
+        | {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "num_key_value_heads": 4},
+    ),
     "jamba": (
         t.JambaConfig,
         _TEXT | {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
@@ -138,6 +144,7 @@ def test_from_the_configuration_to_an_adapter_that_plain_peft_loads(name: str, t
     for batch in loader:
         take_step(pilot, optimizer, batch, lambda rows: model(**rows).loss)
     pilot.finish()
+    assert all(measured <= predicted for _, predicted, measured in pilot.checks)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(random_base(name), tmp_path)
     with torch.no_grad():

@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rankpilot.cost.cost import ByteCost, ParameterCost, plan_cost
-from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import RankLadder
-from rankpilot.plan.plan import pack, top_down, top_layers, uniform_ranks
+from rankpilot.plan.plan import pack, top_down, uniform_ranks
 from rankpilot.plan.problem import AllocationProblem
 
 from .synthetic_costs import transformer_cost
@@ -35,20 +34,6 @@ def in_bytes(cost, per_layer):
     """The same prices of ranks, and bytes for each layer with an adapter."""
     needs = np.repeat(np.eye(3) > 0, 2, axis=1)
     return ByteCost(("peak",), np.zeros(1), cost.per_rank, np.full((1, 3), per_layer), needs)
-
-
-def test_top_layers():
-    problem = simple_problem(0)
-    assert top_layers(problem, 0, 5).tolist() == [0, 0, 0, 0, 0, 0]
-    assert top_layers(problem, 2, 5).tolist() == [0, 0, 5, 5, 5, 5]
-    assert top_layers(replace(problem, max_ranks=np.array([9, 9, 9, 9, 9, 2])), 3, 5).tolist() == [5, 5, 5, 5, 5, 2]
-    assert top_layers(replace(problem, blocks=problem.blocks * 7), 1, 5).tolist() == [0, 0, 0, 0, 5, 5]
-
-
-@pytest.mark.parametrize(("layers", "rank"), [(4, 1), (-1, 1), (1, -1)])
-def test_layers_that_are_not_there(layers, rank):
-    with pytest.raises(ConfigError, match="layers lies from 0 to 3 and rank is at least 0"):
-        top_layers(simple_problem(0), layers, rank)
 
 
 def test_uniform_takes_the_most_layers_that_can_have_a_rank_and_then_the_largest_rank():
@@ -96,10 +81,10 @@ def test_rules_keep_to_the_budget_and_the_bounds(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_uniform_is_the_one_that_a_full_search_finds(seed):
     problem = transformer_problem(seed)
-    fitting_layers = [k for k in range(1, 6) if problem.fits(top_layers(problem, k, 8))]
+    fitting_layers = [k for k in range(1, 6) if problem.fits(problem.uniform(8, 5 - k))]
     layers = max(fitting_layers, default=1)
-    fitting = [r for r in range(1, problem.ladder.ranks[-1] + 1) if problem.fits(top_layers(problem, layers, r))]
-    expected = top_layers(problem, layers, fitting[-1]) if fitting else pack(problem, np.zeros(35), 1.0)
+    fitting = [r for r in range(1, problem.ladder.ranks[-1] + 1) if problem.fits(problem.uniform(r, 5 - layers))]
+    expected = problem.uniform(fitting[-1], 5 - layers) if fitting else pack(problem, np.zeros(35), 1.0)
     assert uniform_ranks(problem).tolist() == expected.tolist()
 
 
