@@ -9,14 +9,16 @@ The frontier has the plans that are worth their cost: no plan that costs less is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from ..common.arrays import BoolArray, FloatArray, IntArray
+from ..common.arrays import Arrays, BoolArray, FloatArray, IntArray
 from ..plan.goal import CAUTION, SURE, Goal
+from ..plan.worth import FEATURES
 
 PLAIN = "rank 8 on all modules"
 """Plain LoRA, with which plans are compared, in words; the first plan of every choice. Modules that cannot have rank 8
@@ -30,6 +32,9 @@ LEAST_GAIN = 0.005
 
 MUCH = 0.01
 """A loss that is expected to be higher by so much is worth a word on what helps."""
+
+MOST_LOG_LOSS = 20.0
+"""What a feature adds to a log loss is less, by far."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +139,42 @@ class Choice:
 def percent(log_loss: float) -> str:
     """A difference of log losses as a change of the loss, such as "+1.2 %"."""
     return f"{100 * math.expm1(log_loss):+z.1f} %"
+
+
+def read_choice(scalars: Mapping[str, Any] | None, arrays: Arrays, modules: int) -> Choice | None:
+    """A choice from its part of a line of the decision log and of the arrays there; None of None.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: they are not of one choice between plans of so many modules.
+    """
+    if scalars is None:
+        return None
+    names, caveats, taken, count = scalars["names"], scalars["caveats"], scalars["taken"], len(scalars["names"])
+    if any(type(words) is not list or not all(isinstance(each, str) for each in words) for words in (names, caveats)):
+        raise ValueError("names and caveats are no texts")
+    if type(taken) is not int or not 0 <= taken < count:
+        raise ValueError(f"plan {taken} of {count}")
+    kinds: dict[str, tuple[tuple[int, ...], type]] = {
+        "plans": ((count, modules), np.uint16),
+        "parts": ((count, len(FEATURES)), np.float64),
+        "fits": ((count,), np.bool_),
+        **dict.fromkeys(("spread", "costs", "seconds"), ((count,), np.float64)),
+    }
+    for name, (shape, kind) in kinds.items():
+        array = arrays.get(name) if name == "seconds" else arrays[name]
+        if array is not None and (array.shape != shape or array.dtype != kind or not np.isfinite(array).all()):
+            raise ValueError(f"{name} holds no finite numbers of shape {shape} and type {kind.__name__}")
+        if name in ("parts", "spread") and np.abs(arrays[name]).max() > MOST_LOG_LOSS:
+            raise ValueError(f"{name} holds log losses above {MOST_LOG_LOSS:g}")
+    return Choice(
+        names=tuple(names),
+        plans=arrays["plans"].astype(np.int64),
+        seconds=arrays.get("seconds"),
+        **{name: arrays[name] for name in ("parts", "spread", "costs", "fits")},
+        goal=Goal(**scalars["goal"]),
+        taken=taken,
+        caveats=tuple(caveats),
+    )
 
 
 @dataclass(frozen=True, eq=False)

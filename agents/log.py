@@ -36,11 +36,9 @@ from ..cost.cost import check_cost, cost_from_state, cost_state
 from ..cost.savers import Saved
 from ..errors import ConfigError, DataError, RunFolderError, first_line, shown
 from ..lora.spec import RankLadder
-from ..plan.goal import Goal
 from ..plan.plan import Plan
 from ..plan.problem import AllocationProblem
-from ..plan.worth import FEATURES
-from .choice import Choice
+from .choice import Choice, read_choice
 from .observation import FEATURE_PREFIX, MODULE_FEATURES, RUN_FEATURES, RUN_PREFIX, Observation
 from .policy import Decision, Policy, decision_line, keeps
 
@@ -84,9 +82,6 @@ _WANTED = ("rank_floor", "depth_bias")
 
 _CHOICE = "choice."
 """How the names of arrays of a choice begin."""
-
-MOST_LOG_LOSS = 20.0
-"""What a feature adds to a log loss is less, by far."""
 
 _RANKS = ("rank_before", "rank_wanted", "rank_clipped", "rank_after", "max_ranks", "blocks")
 
@@ -572,7 +567,7 @@ def _record_of(line: Mapping[str, Any], arrays: Arrays) -> DecisionRecord:
         ranks=arrays["rank_wanted"],
         scores=arrays["score"],
         exact=line["exact"],
-        choice=_choice_of(line["choice"], _part(arrays, _CHOICE), size),
+        choice=read_choice(line["choice"], _part(arrays, _CHOICE), size),
         **{name: line[name] for name in _WANTED},
     )
     return DecisionRecord(
@@ -594,38 +589,6 @@ def _rates_of(given: Any) -> tuple[float, float] | None:
         return None
     plain, of_plan = map(finite, given)
     return plain, of_plan
-
-
-def _choice_of(scalars: Mapping[str, Any] | None, arrays: Arrays, modules: int) -> Choice | None:
-    """What a decision was chosen from, from its part of a line and of the arrays."""
-    if scalars is None:
-        return None
-    names, caveats, taken, count = scalars["names"], scalars["caveats"], scalars["taken"], len(scalars["names"])
-    if any(type(words) is not list or not all(isinstance(each, str) for each in words) for words in (names, caveats)):
-        raise ValueError("names and caveats are no texts")
-    if type(taken) is not int or not 0 <= taken < count:
-        raise ValueError(f"plan {taken} of {count}")
-    kinds: dict[str, tuple[tuple[int, ...], type]] = {
-        "plans": ((count, modules), np.uint16),
-        "parts": ((count, len(FEATURES)), np.float64),
-        "fits": ((count,), np.bool_),
-        **dict.fromkeys(("spread", "costs", "seconds"), ((count,), np.float64)),
-    }
-    for name, (shape, kind) in kinds.items():
-        array = arrays.get(name) if name == "seconds" else arrays[name]
-        if array is not None and (array.shape != shape or array.dtype != kind or not np.isfinite(array).all()):
-            raise ValueError(f"{name} holds no finite numbers of shape {shape} and type {kind.__name__}")
-        if name in ("parts", "spread") and np.abs(arrays[name]).max() > MOST_LOG_LOSS:
-            raise ValueError(f"{name} holds log losses above {MOST_LOG_LOSS:g}")
-    return Choice(
-        names=tuple(names),
-        plans=arrays["plans"].astype(np.int64),
-        seconds=arrays.get("seconds"),
-        **{name: arrays[name] for name in ("parts", "spread", "costs", "fits")},
-        goal=Goal(**scalars["goal"]),
-        taken=taken,
-        caveats=tuple(caveats),
-    )
 
 
 def _part(arrays: Arrays, prefix: str) -> Arrays:

@@ -12,7 +12,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from traceback import walk_tb
@@ -35,10 +35,9 @@ from ..lora.peft_config import fresh_adapters, fused_experts, head_names, left_o
 from ..lora.targets import TargetModule, find_target_modules
 from . import training_step
 from .breakdown import frozen_bytes, frozen_sizes
-from .calibration import CUT_FAILS, keeps_state, measure_memory, step_states
+from .calibration import keeps_state, measure_memory
 from .hollow_device import Attention, HollowDevice, hollow_autocast, hollow_device
 from .live_storages import META_STANDS_FOR, DeviceKind
-from .measured_time import count_work
 from .model import MemoryModel
 from .model_states import with_buckets
 from .published import (
@@ -50,8 +49,8 @@ from .published import (
     most_positions,
     stored_method,
 )
-from .recording import Batch, BatchShape
-from .repeated_layers import RepeatedLayers
+from .recording import BatchShape
+from .repeated_layers import RepeatedLayers, measure_by_layers, work_by_layers
 from .savers import CACHE, SAVERS, ExactSavers, Priced, Saved
 from .step_config import Quantization, StepConfig
 from .step_time import StepWork
@@ -226,13 +225,13 @@ def _recorded(
     ways = RepeatedLayers.of(model, targets)
 
     def measured() -> MemoryModel:
-        memory = _by_layers(training, targets, batch, ways)
+        memory = measure_by_layers(training, targets, batch, ways)
         if not memory.predicts(shape):
             memory = measure_memory(training, targets, hollow_batch(base, shape), signals=False)
         return replace(memory, shape=shape)
 
     def counted_work() -> StepWork:
-        return _work_by_layers(training, targets, asked, ways)
+        return work_by_layers(training, targets, asked, ways)
 
     def leaner() -> ConfiguredStep | None:
         with _hollow(device), _predictable(config):
@@ -259,42 +258,6 @@ def _recorded(
         named=tuple(sorted(model.peft_config["default"].target_modules)) if left_out(base) else (),
     )
     return replace(found, leaner=leaner) if prices and priced.memory.segments else found
-
-
-def _by_layers(
-    training: training_step.TrainingStep, targets: list[TargetModule], batch: Batch, ways: list[RepeatedLayers]
-) -> MemoryModel:
-    """The byte model of a step by the first way to cut its layers that tells; ways that do not are taken out."""
-    while ways:
-        if memory := _of_few_layers(training, targets, batch, ways[0]):
-            return memory
-        ways.pop(0)
-    return measure_memory(training, targets, batch, signals=False)
-
-
-def _of_few_layers(
-    training: training_step.TrainingStep, targets: list[TargetModule], batch: Batch, layers: RepeatedLayers
-) -> MemoryModel | None:
-    """The byte model of a step, measured with a few of its layers; None if these do not tell."""
-    with suppress(RankPilotError, AttributeError, *CUT_FAILS):  # such as where a model counts its layers
-        with layers.cut():
-            memory = measure_memory(training, find_target_modules(training.model), batch, signals=False)
-        return layers.repeated(memory, training.model, targets, step_states(training, targets, signals=False))
-    return None
-
-
-def _work_by_layers(
-    training: training_step.TrainingStep, targets: list[TargetModule], batch: Batch, ways: list[RepeatedLayers]
-) -> StepWork:
-    """What a step computes, counted with a few of its layers where the first way to cut them tells."""
-    model, loss = training.model, training.loss
-    for layers in ways[:1]:
-        with suppress(RankPilotError, AttributeError, *CUT_FAILS):
-            with layers.cut():
-                work = count_work(model, find_target_modules(model), loss, batch)
-            if whole := layers.repeated_work(work, model, targets):
-                return whole
-    return count_work(model, targets, loss, batch)
 
 
 def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PreTrainedModel:

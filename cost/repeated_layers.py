@@ -8,7 +8,7 @@ the recording of the whole one is made by repeating the operators of a layer, or
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property, partial
 from typing import Any
@@ -18,13 +18,16 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..common.arrays import BoolArray, IntArray
-from ..lora.targets import TargetModule
+from ..errors import RankPilotError
+from ..lora.targets import TargetModule, find_target_modules
+from .calibration import CUT_FAILS, measure_memory, step_states
 from .cost import ModuleSet
+from .measured_time import count_work
 from .model import Growth, MemoryModel
 from .model_states import ModelStates
-from .recording import NEVER, Recording, Segment
+from .recording import NEVER, Batch, Recording, Segment
 from .step_time import StepWork
-from .training_step import CHECKPOINT
+from .training_step import CHECKPOINT, TrainingStep
 
 _PEFT = "base_model.model."
 """What the names of the base's modules begin with in a PEFT model; those of target modules do not."""
@@ -505,3 +508,39 @@ class _Whole(_Copies):
         if 0 < copy < self._above and start - self._tiling.ahead < created <= start:
             return int(self._serials[copy - 1, serial + self._in_period])
         return int(self._serials[copy, serial])
+
+
+def measure_by_layers(
+    training: TrainingStep, targets: list[TargetModule], batch: Batch, ways: list[RepeatedLayers]
+) -> MemoryModel:
+    """The byte model of a step by the first way to cut its layers that tells; ways that do not are taken out."""
+    while ways:
+        if memory := _of_few_layers(training, targets, batch, ways[0]):
+            return memory
+        ways.pop(0)
+    return measure_memory(training, targets, batch, signals=False)
+
+
+def _of_few_layers(
+    training: TrainingStep, targets: list[TargetModule], batch: Batch, layers: RepeatedLayers
+) -> MemoryModel | None:
+    """The byte model of a step, measured with a few of its layers; None if these do not tell."""
+    with suppress(RankPilotError, AttributeError, *CUT_FAILS):  # such as where a model counts its layers
+        with layers.cut():
+            memory = measure_memory(training, find_target_modules(training.model), batch, signals=False)
+        return layers.repeated(memory, training.model, targets, step_states(training, targets, signals=False))
+    return None
+
+
+def work_by_layers(
+    training: TrainingStep, targets: list[TargetModule], batch: Batch, ways: list[RepeatedLayers]
+) -> StepWork:
+    """What a step computes, counted with a few of its layers where the first way to cut them tells."""
+    model, loss = training.model, training.loss
+    for layers in ways[:1]:
+        with suppress(RankPilotError, AttributeError, *CUT_FAILS):
+            with layers.cut():
+                work = count_work(model, find_target_modules(model), loss, batch)
+            if whole := layers.repeated_work(work, model, targets):
+                return whole
+    return count_work(model, targets, loss, batch)

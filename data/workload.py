@@ -260,11 +260,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def training_split(splits: DatasetDict) -> Dataset:
-    """The split to train on."""
-    return splits["train"] if "train" in splits else next(iter(splits.values()))
-
-
 def held_out_split(splits: DatasetDict, train: Dataset, label: str | None) -> Dataset | None:
     """The split that training never sees; None if there is none with labels.
 
@@ -367,7 +362,7 @@ def load_workload(
             raise ConfigError(f"{name} is at least 1; got {rows}. Leave it out for all rows.")
     tokenizer = load_tokenizer(model)
     splits = load_splits(data)
-    source = training_split(splits)
+    source = splits["train"] if "train" in splits else next(iter(splits.values()))
     reads_chats = bool(getattr(tokenizer, "chat_template", None))
     columns = find_columns(source, task, text_column, label_column, reads_chats=reads_chats)
     held_out = held_out_split(splits, source, columns.label)

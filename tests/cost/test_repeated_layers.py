@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.cost import from_config as module
+from rankpilot.cost import from_config as from_config_module
+from rankpilot.cost import repeated_layers as module
 from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
 from rankpilot.cost.step_config import StepConfig
 from torch import nn
@@ -95,7 +96,7 @@ def test_repeated_layers_are_those_of_the_whole_model(
 
 @pytest.mark.parametrize("change", ["odd settings", "an odd layer", "too few", "counted layers"])
 def test_layers_that_differ_are_all_recorded(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = module.hollow_base
+    build = from_config_module.hollow_base
 
     def changed(*arguments: Any) -> Any:
         base = build(*arguments)
@@ -115,7 +116,7 @@ def test_layers_that_differ_are_all_recorded(change: str, monkeypatch: pytest.Mo
             base.model.layers = layers[:2]
         return base
 
-    monkeypatch.setattr(module, "hollow_base", changed)
+    monkeypatch.setattr(from_config_module, "hollow_base", changed)
     step, seen = recorded("llama", monkeypatch)
     assert not seen
     assert len(step.memory.segments) == (2 if change == "too few" else 7)
