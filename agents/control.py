@@ -12,13 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from ..common.arrays import FloatArray
-from ..errors import DataError, first_line, shown
 
 SHARES = (0.02, 0.04, 0.07, 0.11, 0.17, 0.25, 0.35, 0.5)
 """When a run is controlled, in shares of its steps. Later a change gains less than it risks."""
@@ -249,57 +247,6 @@ class Plateau:
         place = list(FEATURES).index("above the best")
         return [CHANGES.index(-1.0) if value > 4 * self.above else KEEP for value in observations[:, place]]
 
-
-@dataclass(frozen=True, eq=False)
-class LearnedController:
-    """A small network that scores actions: a policy's preferences, or the values of a value method.
-
-    Attributes:
-        layers: weight (outputs, inputs) and bias (outputs,) of each, from the features to the actions.
-        activation: between them, "tanh" or "relu".
-    """
-
-    layers: tuple[tuple[FloatArray, FloatArray], ...]
-    activation: str = "tanh"
-
-    def act(self, observations: FloatArray) -> Sequence[int]:
-        """See `Controller`; the action of the highest score."""
-        values = np.asarray(observations, dtype=np.float64)
-        for number, (weight, bias) in enumerate(self.layers):
-            values = values @ weight.T + bias
-            if number < len(self.layers) - 1:
-                values = np.tanh(values) if self.activation == "tanh" else np.maximum(values, 0)
-        return [int(action) for action in values.argmax(axis=1)]
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as JSON values."""
-        layers = [{"weight": weight.tolist(), "bias": bias.tolist()} for weight, bias in self.layers]
-        return {"schema": SCHEMA, "features": list(FEATURES), "activation": self.activation, "layers": layers}
-
-    @classmethod
-    def from_json(cls, state: Any) -> LearnedController:
-        """What `to_json` gave.
-
-        Raises:
-            DataError: it is no controller, or one of another version.
-        """
-        if not isinstance(state, dict) or state.get("schema") != SCHEMA or state.get("features") != list(FEATURES):
-            raise DataError(f"This is no controller of schema {SCHEMA} with this version's features.")
-        try:
-            layers = tuple((np.array(e["weight"], float), np.array(e["bias"], float)) for e in state["layers"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"The layers of this controller cannot be read: {first_line(error)}.") from error
-        sizes = [len(FEATURES), *(len(bias) for _, bias in layers)]
-        shapes = [(out, into) for into, out in pairwise(sizes)]
-        if sizes[-1] != len(CHANGES) or [weight.shape for weight, _ in layers] != shapes:
-            raise DataError(f"A controller maps {len(FEATURES)} features to {len(CHANGES)} actions; got {sizes}.")
-        if state.get("activation") not in ("tanh", "relu"):
-            raise DataError(f"The activation of a controller is tanh or relu; got {shown(state.get('activation'))}.")
-        return cls(layers, state["activation"])
-
-
-SCHEMA = 2
-"""Version of the files of controllers."""
 
 CONTROLLERS: dict[str, Controller] = {
     "leave alone": LeaveAlone(),

@@ -228,20 +228,16 @@ class RankController(Generic[AdaptersT]):
             ranks=self.ranks,
         )
 
-    def limit_of(self, budget: Budget, device: torch.device, was: str | None = None) -> float:
+    def limit_of(self, budget: Budget, device: torch.device) -> float:
         """The limit that another budget sets on the plans of this run; a share is one of plain LoRA, as ever.
 
         Args:
             budget: the budget.
             device: of the model.
-            was: the budget so far. What a share of it was is known; costs may since be those of a larger batch, or of a
-                step with checkpointed layers.
 
         Raises:
             BudgetError: the budget counts another unit than the costs.
         """
-        if was and budget.kind == (before := Budget.parse(was)).kind == "share":
-            return self.limit * budget.value / before.value
         highest = np.array([target.max_rank for target in self.targets], dtype=np.int64)
         return budget.resolve(self._without_buffers(self.cost), highest, device).value
 

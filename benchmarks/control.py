@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rankpilot.agents.control import CONTROLLERS, Controller, LearnedController
+from rankpilot.agents.control import CONTROLLERS, Controller
 from rankpilot.common.files import read_json, write_json
 from rankpilot.common.text import make_table
 from rankpilot.env.run_control import ControlledRuns, ControlTask, control_tasks
 from rankpilot.errors import ConfigError
-from rankpilot.training.control import ControlConfig, Learner, train_controller
 from rankpilot.training.results import Estimate, estimate
 from rich.console import Console
 from rich.progress import Progress, track
 
 from .harness import Figures, machine_facts
+from .learned_control import ControlConfig, LearnedController, Learner, train_controller
 
 BASES = ("gpt2-4x64", "llama-8x64")
 """Bases of the test split: a family that no controller was trained on, and a deeper model."""

@@ -84,12 +84,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    replaced = scratch / "replaced"
     try:
         temporary = scratch / path.name
         yield temporary
         if temporary.is_dir() and path.is_dir():
-            path.rename(scratch / "replaced")
+            path.rename(replaced)
         temporary.replace(path)
+    except BaseException:
+        if replaced.is_dir() and not path.exists():
+            replaced.rename(path)
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from ..agents.controller import RankController
+from ..common.checks import finite
 from ..cost.budget import Budget, GivenBudget, budget_now, free_bytes
 from ..cost.calibration import beside_model
 from ..lora.adapters import PeftAdapters
@@ -33,13 +37,14 @@ class ElasticBudget:
     Attributes:
         budget: as it was read last.
         given: whether another one was given since.
-        now: the limit that it sets, which a plan that waits to grow is not at yet; None before the first step.
+        now: the limit that it sets, which a plan that waits to grow is not at yet.
     """
 
     def __init__(self, run: TrainingRun, budget: GivenBudget) -> None:
         self._run, self._given = run, budget
-        self._held = held_bytes(run.device)
-        self.now: float | None = None
+        self._held: float = held_bytes(run.device)
+        self.now: float = 0.0
+        self._whole: float | None = None
         self.budget: Budget = budget_now(self._given)
         self.given: bool = False
 
@@ -53,9 +58,23 @@ class ElasticBudget:
         """Take another budget from now on; one of another unit is refused by `limit`."""
         self._given, self.given = budget, True
 
-    def go_on(self, budget: Budget, limit: float) -> None:
-        """Go on in a resumed run from the budget and the limit of that time."""
-        self.budget, self.now = budget, limit
+    def begin(self, limit: float) -> None:
+        """Note the limit that the budget sets on the first plan."""
+        self.now = limit
+        if self.budget.kind == "share":
+            self._whole = limit / self.budget.value
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `go_on` needs, as JSON values."""
+        return {"limit": self.now, "whole": self._whole, "own": held_bytes(self._run.device) - self._held}
+
+    def go_on(self, budget: str, state: Mapping[str, Any]) -> None:
+        """Go on in a resumed run, which has loaded what it held, from the budget and the state of that time."""
+        if budget != str(self.budget):
+            self.budget = Budget.parse(budget)
+        self.now = finite(state["limit"])
+        self._whole = None if state["whole"] is None else finite(state["whole"])
+        self._held -= finite(state["own"])
 
     def limit(self, controller: RankController[PeftAdapters]) -> float:
         """The limit of plans now, in the unit of the controller's costs.
@@ -71,14 +90,12 @@ class ElasticBudget:
     def _limit_here(self, controller: RankController[PeftAdapters]) -> float:
         """The same, before several processes agree on the lowest."""
         before, self.budget = self.budget, budget_now(self._given)
-        if self.now is None:
-            self.now = controller.limit
         if self.budget.kind == "auto":
             own = max(held_bytes(self._run.device) - self._held, 0)
             return self.budget.value * (free_bytes(self._run.device) / self._run.replicas.on_this_device + own)
         if self.budget != before:
-            if self.budget.kind == before.kind == "share":
-                self.now *= self.budget.value / before.value
+            if self.budget.kind == "share" and self._whole:  # costs may since be those of checkpointed layers
+                self.now = self.budget.value * self._whole
             else:
                 self.now = controller.limit_of(beside_model(self.budget, self._run.model), self._run.device)
         return self.now

@@ -251,7 +251,7 @@ def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
     budget = config.budget_read
     if budget.kind != "auto":
         return budget
-    return Budget("bytes", files.read_object(folder / f"result-{PILOT}.json")["budget_bytes"])
+    return Budget("bytes", DecisionLog(folder / "decisions").logged(0).problem.limit)
 
 
 class UniformRanks(TrainerCallback):  # type: ignore[misc]

@@ -428,7 +428,7 @@ class PeakGuard:
             reason = f"At step {step} there is room for {cost_text(limit, controller.cost.unit)}."
             if not self._relieved(reason):
                 self._shrink(reason)
-        elif taken is None:
+        elif taken is None or limit < controller.limit:
             controller.limit = limit
         elif step - taken.step >= self._wait and limit > controller.limit:
             if (1 + 1e-9) * limit >= min(ROOM * taken.cost, taken.limit):
@@ -468,15 +468,19 @@ class PeakGuard:
             self._check_possible("The budget or the time was changed.")
             self._correct("shrunk: another budget or time", controller.ranks)
 
-    def decided(self, before: IntArray, step: int) -> None:
-        """Note that a decision has changed the ranks.
+    def decided(self, before: IntArray, step: int, *, by_hand: bool = False) -> None:
+        """Note that a decision has changed the ranks; those that it changed do not come back with memory.
 
         Args:
             before: the ranks before it, int64 (modules,).
             step: the optimizer steps before it.
+            by_hand: whether a person has given all ranks.
         """
+        ranks = self._controller.ranks
         self._before = before if step > 0 else None  # the first plan follows no plan
         self._cuts = ()
+        if self._taken:
+            self._taken = replace(self._taken, ranks=np.where(by_hand | (ranks != before), ranks, self._taken.ranks))
         self._settle()
         if self._limits_bytes:
             self._measure_next()

@@ -25,7 +25,6 @@ from ..common.checks import finite
 from ..common.devices import without_autocast
 from ..common.text import plural
 from ..cost.budget import Budget, GivenBudget, TimeBudget
-from ..cost.calibration import beside_model
 from ..cost.recording import Batch
 from ..cost.savers import CACHE, SAVERS, TILES, ExactSavers, is_compiled
 from ..errors import ConfigError, NoGradientError
@@ -174,6 +173,7 @@ class RankPilot:
             self.journal.note(before_training.told_budget(run, targets, self.budget, costs.limit, stay=stay))
             self.journal.note_saved(costs.saved, as_set=recomputation is None)
             memory = costs.memory
+            self._elastic.begin(self.controller.limit)
             self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)
             if self.time:
                 timer = before_training.StepTimer(run, targets, memory, self.controller.limit, recomputation)
@@ -210,34 +210,34 @@ class RankPilot:
             self._guard.load_state_dict(state["guard"])
             if callable(self.options.budget) and self._elastic.moves:  # what it took can come back
                 settings["budget"] = before["budget"]
-                self._elastic.go_on(Budget.parse(before["budget"]), finite(state["limit"]))
+            self._elastic.go_on(before["budget"], state["elastic"])
             known, layers = predictions_of(state), frozenset(state["recomputed"])
             names, look = frozenset(state["savers"]), Look(*map(finite, state["look"])) if state["look"] else None
+            own = finite(state["own_rate"])
             self._step, self._shown = step, int(state["peaks_shown"])
         self.controller, limit = controller, controller.limit
         finish_load(run.model, targets)
         self.journal.open(name, known, writes=run.replicas.processes.first)
         with self._as_wanted(run.model, names) as (_, recomputation):
-            self._rate = self._plan_rate(targets, look)
+            self._rate = self._plan_rate(targets, look, own)
             memory = before_training.run_memory(run, targets, signals=True) if recomputation else None
             if recomputation:
                 recomputation.take(layers)
-            if (was := before.get("budget")) != settings["budget"]:
-                budget, on_first = before_training.within_all(run, self.budget), run.replicas.processes.on_first
-                limit = on_first(lambda: controller.limit_of(beside_model(budget, run.model), run.device, was))
+            if before.get("budget") != settings["budget"]:
+                limit = self._elastic.limit(controller)
             if before.get("time") != settings["time"]:
                 cache_bytes = self.options.prefix_cache_bytes
                 timer = before_training.StepTimer(run, targets, memory, limit, recomputation, cache_bytes)
                 controller.time = timer.other_limit(controller.time, self.time)
             self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)
             run.replicas.changed(targets, step)
-            if changed := changes(settings, before):
-                self.journal.note(f"step {step}: {changed}")
-                self._guard.new_limit(limit, step)
             self._control = self._run_control(targets)
             if self._control and (seen := state.get("control")):
                 with readable_state():
                     self._control.load_state_dict(seen, step)
+            if changed := changes(settings, before):
+                self.journal.note(f"step {step}: {changed}")
+                self._guard.new_limit(limit, step)
             self._follow_plan()
         self._calls.begin(run)
         self._begin_prefix_cache()
@@ -320,7 +320,7 @@ class RankPilot:
         decision, plan = given_ranks(observation, ranks)
         controller.set_plan(decision.ranks, step, self._run.optimizer, decides=self._due)
         self._losses.restart()
-        self._guard.decided(observation.problem.ranks, step)
+        self._guard.decided(observation.problem.ranks, step, by_hand=True)
         self._record(step, loss, observation, decision, plan, correction=True)
 
     def set_budget(self, budget: GivenBudget) -> None:
@@ -391,11 +391,12 @@ class RankPilot:
             "signals": controller.adapters.meter.state_dict(),
             "losses": self._losses.state_dict(),
             "guard": self._guard.state_dict(),
-            "limit": self._elastic.now or controller.limit,
+            "elastic": self._elastic.state_dict(),
             "predictions": self.predictions,
             "peaks_shown": self._shown,
             "recomputed": list(self._guard.recomputed),
             "savers": list(self._savers.names) if self._savers else [],
+            "own_rate": self._rate.own if self._rate else None,
             "look": list(astuple(self._rate.look)) if self._rate and self._rate.look else None,
             "control": self._control.state_dict() if self._control else None,
             "settings": self._settings(),
@@ -538,10 +539,10 @@ class RankPilot:
             self._followed = b""
             self._follow_plan()
 
-    def _plan_rate(self, targets: Sequence[TargetModule], look: Look | None) -> PlanRate:
+    def _plan_rate(self, targets: Sequence[TargetModule], look: Look | None, own: float | None = None) -> PlanRate:
         """Have the learning rate follow the plan until the run ends."""
         auto = self.options.learning_rate == "auto"
-        rate = PlanRate(self._run, targets, auto=auto, keep=self.options.keep_rate, look=look)
+        rate = PlanRate(self._run, targets, auto=auto, keep=self.options.keep_rate, look=look, own=own)
         self._put_back.callback(rate.end)
         return rate
 

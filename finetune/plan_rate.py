@@ -107,6 +107,7 @@ class PlanRate:
         auto: let the rule decide the rate of plain LoRA; else it is the optimizer's own.
         keep: leave the rate as it is, whatever the plan.
         look: at the run.
+        own: of the attributes, where the run goes on; the optimizer's rate may be anywhere on its schedule then.
 
     Attributes:
         look: at the run; None where nothing was looked at.
@@ -120,7 +121,14 @@ class PlanRate:
     """
 
     def __init__(
-        self, run: TrainingRun, targets: Sequence[TargetModule], *, auto: bool, keep: bool, look: Look | None = None
+        self,
+        run: TrainingRun,
+        targets: Sequence[TargetModule],
+        *,
+        auto: bool,
+        keep: bool,
+        look: Look | None = None,
+        own: float | None = None,
     ) -> None:
         self._targets, self._keep = targets, keep
         self._adapters = {id(weight) for target in targets for weight in target.parameters.values()}
@@ -142,7 +150,7 @@ class PlanRate:
                 "learning_rate='auto' multiplies the rate of the optimizer, which is 0: make the optimizer with any "
                 "rate above 0 (TrainingArguments.learning_rate)."
             )
-        self.own: float = probe_rate(run.model, run.optimizer)
+        self.own: float = own or probe_rate(run.model, run.optimizer)
         self._plain = np.array([target.scaling_at(REFERENCE_RANK) for target in targets])
         self.rule: float | None = None
         self.look: Look | None = look

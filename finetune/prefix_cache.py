@@ -118,7 +118,8 @@ def rows_of(inputs: Mapping[str, Any], *, padding_counts: bool, precision: str) 
         for start, stop in _stretches(ids[index], place, None if mask is None else mask[index], padding_counts):
             parts = [ids[index, start:stop], np.array([start]) if place is None else place[start:stop]]
             parts += [] if kind is None else [kind[start:stop]]
-            parts += [mask[index]] if mask is not None and padding_counts else []
+            if mask is not None and (padding_counts or not mask[index, start:stop].all()):
+                parts.append(mask[index])
             whole = b"|".join([precision.encode(), *(np.ascontiguousarray(part).tobytes() for part in parts)])
             key = hashlib.blake2b(whole, digest_size=16)
             rows.append(Row(index, start, stop, key.digest()))

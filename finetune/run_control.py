@@ -110,7 +110,7 @@ class RunControl:
         """
         if not self._steps or step > self._steps[-1]:
             return
-        if step in self._steps and self._seen:
+        if step in self._steps and (self._seen or self.record.losses):
             self._decide(step)
         if step == self._steps[-1] and not self.record.changed:
             self._journal.note(f"step {step}: the learning rate stays as it is: no moment was sure of a change.")
@@ -119,10 +119,14 @@ class RunControl:
         elif self._kept is None:
             self._keep()
 
-    def _decide(self, step: int) -> None:
+    def _read(self) -> None:
         for loss, aligned in self._seen:
             self.record.add(float(loss), float(aligned))
-        self._seen, self.record.step = [], step
+        self._seen = []
+
+    def _decide(self, step: int) -> None:
+        self._read()
+        self.record.step = step
         peak = self._rate.own
         now = max((group["lr"] for group in self._run.optimizer.param_groups), default=peak)
         seen = self.record.observe(min(float(now) / peak, 1.0) if peak else 1.0)
@@ -150,8 +154,9 @@ class RunControl:
             append_json_line(log.folder / CONTROL, {**row, "seen": dict(seen)})
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs, as JSON values; the window of steps since the last moment is left out."""
-        return asdict(replace(self.record, losses=[], alignments=[]))
+        """What `load_state_dict` needs, as JSON values."""
+        self._read()
+        return asdict(replace(self.record, losses=[loss for loss in self.record.losses if math.isfinite(loss)]))
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Go on from `state_dict`, so many optimizer steps done; the copy for undoing is one of now."""
@@ -161,6 +166,8 @@ class RunControl:
         self.record = RunRecord(
             self._run.total_steps,
             self._beside,
+            losses=[finite(value) for value in state["losses"]],
+            alignments=[finite(value) for value in state["alignments"]],
             moved=finite(state["moved"]),
             changed=bool(state["changed"]),
             step=counted(state["step"]),

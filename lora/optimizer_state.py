@@ -419,7 +419,8 @@ def kept_state(
 def _in_main_memory(value: Any, parameter: nn.Parameter, copies: bool) -> tuple[Any, torch.device | None]:
     """A value of the state, and the device to which it belongs if it was moved from there."""
     if type(value) is torch.Tensor and value.numel() == parameter.numel():
-        return value.to("cpu", copy=copies), value.device
+        paged = getattr(value, "is_paged", False)  # bitsandbytes' memory of both, which says that it is the CPU's
+        return value.to("cpu", copy=copies), parameter.device if paged else value.device
     return copy.deepcopy(value) if copies else value, None
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,13 +15,11 @@ from rankpilot.agents.control import (
     SHARES,
     UNDO,
     AlignmentRule,
-    LearnedController,
     LeaveAlone,
     Plateau,
     RunRecord,
     decision_steps,
 )
-from rankpilot.errors import DataError
 
 
 def record(losses: list[float], alignments: list[float], total: int = 200) -> RunRecord:
@@ -149,39 +145,3 @@ def test_other_rules() -> None:
     observations = np.concatenate([seen(above_the_best=0.1), seen()])
     assert LeaveAlone().act(observations) == [KEEP, KEEP]
     assert [CHANGES[action] for action in Plateau().act(observations)] == [-1.0, 0.0]
-
-
-def network(activation: str = "tanh") -> LearnedController:
-    generator = np.random.default_rng(0)
-    sizes = [len(FEATURES), 5, len(CHANGES)]
-    layers = tuple((generator.normal(size=(out, into)), generator.normal(size=out)) for into, out in pairwise(sizes))
-    return LearnedController(layers, activation)
-
-
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
-def test_a_network_takes_the_highest_score_and_survives_its_file(activation: str) -> None:
-    own = network(activation)
-    observations = np.random.default_rng(1).normal(size=(20, len(FEATURES)))
-    (first, bias), (second, other) = own.layers
-    inner = observations @ first.T + bias
-    inner = np.tanh(inner) if activation == "tanh" else np.maximum(inner, 0)
-    assert own.act(observations) == (inner @ second.T + other).argmax(axis=1).tolist()
-    again = LearnedController.from_json(json.loads(json.dumps(own.to_json())))
-    assert again.act(observations) == own.act(observations)
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (lambda state: [], "no controller"),
-        (lambda state: state | {"schema": 99}, "no controller"),
-        (lambda state: state | {"features": ["loss"]}, "no controller"),
-        (lambda state: state | {"layers": state["layers"][:1]}, "maps 15 features to 8 actions"),
-        (lambda state: state | {"layers": [{"weight": "x"}]}, "cannot be read"),
-        (lambda state: {name: value for name, value in state.items() if name != "layers"}, "cannot be read"),
-        (lambda state: state | {"activation": "sine"}, "tanh or relu"),
-    ],
-)
-def test_files_of_others_are_refused(change: Any, match: str) -> None:
-    with pytest.raises(DataError, match=match):
-        LearnedController.from_json(change(network().to_json()))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +13,8 @@ from rankpilot.cost.recording import BatchShape
 from rankpilot.errors import ConfigError
 from rich.console import Console
 
-from benchmarks import env_speed, memory, overhead
+from benchmarks import memory
 from benchmarks.__main__ import run as run_benchmark
-from benchmarks.env_speed import Load
 from benchmarks.harness import (
     Figures,
     check_output,
@@ -31,41 +26,8 @@ from benchmarks.harness import (
     whole_cycle,
 )
 from benchmarks.memory import CALIBRATED, Setting, compare_plans
-from benchmarks.models import Size
-from benchmarks.overhead import Course, Result, run
 
 CPU = torch.device("cpu")
-METHODS = ("plain", "plain_again", "adalora", "rankpilot")
-
-
-@pytest.mark.long
-def test_the_overhead_of_tiny_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, found = tmp_path / "new" / "figures.json", {}
-
-    def noted(family: Any, *given: Any, **options: Any) -> dict[str, Result]:
-        found[family] = run(family, *given, **options)
-        return found[family]
-
-    tiny = Size(layers=2, width=32, vocabulary=64, rows=4, length=8)
-    monkeypatch.setattr(overhead, "QUICK", (tiny, Course(cycles=2)))
-    monkeypatch.setattr(overhead, "run", noted)
-    with redirect_stdout(StringIO()) as printed:
-        assert run_benchmark(["overhead", "--quick", "--device", "cpu", "--seed", "1", "--json", str(path)]) == 0
-    assert "Bar 1.01: not for a quick run" in printed.getvalue()
-    assert [item.name for item in path.parent.iterdir()] == ["figures.json"]
-    figures = json.loads(path.read_text())
-    assert figures["torch"] == version("torch")
-    assert (figures["quick"], figures["seed"], figures["layers"], figures["cycles"]) == (True, 1, 2, 2)
-    for name in (f"{family}.{method}" for family in ("bert", "llama") for method in METHODS[1:]):
-        for kind in ("step_ratio", "cycle_ratio"):
-            low, value, high = (figures[f"{name}.{kind}{end}"] for end in ("_low", "", "_high"))
-            assert low <= value <= high
-    for results in found.values():
-        assert tuple(results) == METHODS
-        plain, again, adalora, ours = (results[name] for name in METHODS)
-        assert (plain.rank_changes, again.rank_changes) == (0, 0)
-        assert adalora.rank_changes > 0
-        assert plain.adapter_bytes == again.adapter_bytes < ours.adapter_bytes < adalora.adapter_bytes
 
 
 def test_one_setting_of_memory_is_predicted_as_measured() -> None:
@@ -78,20 +40,6 @@ def test_one_setting_of_memory_is_predicted_as_measured() -> None:
         figures = memory.accuracy({setting: result}, console)
     assert figures["accuracy.plans"] == 4
     assert 0 <= figures["accuracy.llama.not_reentrant.peak_error_over"] <= 0.006
-
-
-@pytest.mark.long
-def test_the_speed_of_a_tiny_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = Load(steps=(4,), runs=(2,), rounds=1, base="llama-4x32", rows=2, length=8, eval_rows=4)
-    monkeypatch.setattr(env_speed, "QUICK", tiny)
-    path = tmp_path / "figures.json"
-    assert run_benchmark(["env-speed", "--quick", "--json", str(path)]) == 0
-    figures = json.loads(path.read_text())
-    assert (figures["quick"], figures["threads"], figures["rounds"]) == (True, 1, 1)
-    rates = [figures[f"steps_4.{name}.train_steps_per_cpu_s"] for name in ("peft", "n2")]
-    assert figures["steps_4.n2.over_peft"] == pytest.approx(rates[1] / rates[0])
-    one, two = (figures[f"control.{name}.train_steps_per_cpu_s"] for name in ("n1", "n2"))
-    assert figures["control.n2.over_one"] == pytest.approx(two / one)
 
 
 # What they share ------------------------------------------------------------------------------------------------------

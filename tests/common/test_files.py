@@ -57,6 +57,19 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+
+    def stopped(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "replace", stopped)
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:
+        temporary.mkdir()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_json_there_and_back_but_none_that_others_could_not_read(tmp_path):
     path, value = tmp_path / "value.json", {"a": [1, 2.5, None], "b": "ü"}
     write_json(path, value)

@@ -179,6 +179,27 @@ def test_the_trainer_logs_the_real_rate_and_goes_on_with_it(
         other.train(2)
 
 
+def test_a_resumed_loop_that_sets_its_rates_goes_on_at_the_same_factor(
+    llama_config: LlamaConfig, tmp_path: Path
+) -> None:
+    factors = []
+    for resumes in (False, True):
+        loop = Loop(llama_config)
+        for group in loop.optimizer.param_groups:  # as a loop without a scheduler has them
+            group.pop("initial_lr")
+        pilot = RankPilot(Gives(1), "400%", schedule=ONCE, learning_rate="auto")
+        run = TrainingRun.of_loader(loop.model, loop.optimizer, loop.loader, total_steps=9)
+        if resumes:
+            rankpilot.load_checkpoint(pilot, run, tmp_path / "checkpoint")
+        else:
+            pilot.begin(run)
+            loop.optimizer.param_groups[0]["lr"] = RATE / 10
+            rankpilot.save_checkpoint(pilot, run, tmp_path / "checkpoint")
+        factors.append(pilot.rate_factor)
+        pilot.finish()
+    assert factors[0] == factors[1] != 1
+
+
 def test_losses_that_compare_answers_need_a_rate_of_their_own(tmp_path: Path) -> None:
     trainer = dpo(tmp_path, max_steps=1)
     rankpilot.attach(trainer, Gives(1), budget="400%", schedule=ONCE, learning_rate="auto")

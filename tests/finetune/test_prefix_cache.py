@@ -461,6 +461,14 @@ def rows(batch: dict[str, Any], *, padding_counts: bool = False) -> list[tuple[i
     return None if found is None else [(row.row, row.start, row.stop) for row in found]
 
 
+def test_rows_whose_masks_have_holes_are_told_apart() -> None:
+    ids, masks = torch.tensor([[5, 6, 7, 8]] * 3), torch.tensor([[1, 0, 1, 1], [1, 1, 0, 1], [1, 0, 1, 1]])
+    found = rows_of({"input_ids": ids, "attention_mask": masks}, padding_counts=False, precision="")
+    assert found is not None
+    first, second, third = (row.key for row in found)
+    assert first == third != second
+
+
 def test_rows_of_batches() -> None:
     batch = padded(texts(3))
     lengths = [len(row["input_ids"]) for row in texts(3)]

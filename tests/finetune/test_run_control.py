@@ -174,6 +174,24 @@ def test_a_resumed_run_goes_on_at_the_corrected_rate(
     assert script.seen[0]["time"] == pytest.approx(MOMENTS[1] / STEPS)
 
 
+@pytest.mark.parametrize("after", [MOMENTS[1] - 1, MOMENTS[1] + 1])
+def test_a_resumed_run_sees_what_the_whole_one_sees_also_with_a_smaller_budget(
+    llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: int
+) -> None:
+    script = scripted(monkeypatch, CHANGES.index(1.0))
+    whole = Loop(llama_config, 1e-3, budget="20k params").begin().steps(after)
+    rankpilot.save_checkpoint(whole.pilot, whole.run, tmp_path / "checkpoint")
+    whole.steps(MOMENTS[2] + 1 - after)
+    for budget in ("20k params", "2k params"):
+        again, now = Loop(llama_config, 1e-3, budget=budget), scripted(monkeypatch)
+        again.batches = cycle([next(again.batches) for _ in range(after + len(again.loader))][after:])
+        rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
+        assert again.pilot.rate_factor == pytest.approx(2)
+        if budget == "20k params":
+            again.steps(MOMENTS[2] + 1 - after)
+            assert now.seen == script.seen[-len(now.seen) :]
+
+
 def test_the_trainer_logs_the_corrected_rate(
     llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

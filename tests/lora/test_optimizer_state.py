@@ -17,6 +17,7 @@ from rankpilot.errors import UnsupportedError
 from rankpilot.lora.optimizer_state import (
     StateMap,
     check_optimizer,
+    kept_state,
     map_state,
     reset_state,
     scale_state,
@@ -445,6 +446,17 @@ def test_paged_state_on_a_gpu_goes_on(name):
     losses = train_run(resized, 5)
     assert all(map(math.isfinite, losses))
     assert losses[-1] < losses[0]
+
+
+def test_paged_state_comes_back_to_where_its_weight_is():
+    """It lies in memory of both, and says that it is the CPU's."""
+    weight = torch.nn.Parameter(torch.empty(4, 3, device="meta"))
+    optimizer = torch.optim.AdamW([weight])
+    paged = torch.zeros(4, 3)
+    paged.is_paged = True
+    optimizer.state[weight] = {"state1": paged}
+    kept_state(optimizer, [weight], steps=True)()
+    assert optimizer.state[weight]["state1"].device == weight.device
 
 
 def test_centred_rmsprop_is_refused():

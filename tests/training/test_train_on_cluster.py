@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rankpilot.agents.learned.policy_file import WEIGHTS
-from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
+from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.cluster import running_on_cluster
 from rankpilot.env.stacked import rounding_digest
 from rankpilot.training.config import TrainConfig
@@ -17,24 +17,12 @@ from rankpilot.training.train import OnStage, Stage, finish, train
 from rankpilot.training.vec_env import ProxyVecEnv
 
 from ..ray_nodes import Nodes
+from .test_train import CONFIG
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-TINY = TrainConfig(
-    iterations=2,
-    stacks=2,
-    tasks_per_stack=1,
-    episodes_per_task=2,
-    workers=1,
-    warm_tasks=2,
-    suites=("planted",),
-    bases=("llama-4x32",),
-    task_steps=6,
-    validation_tasks=2,
-    validate_every=1,
-    schedule=DecisionSchedule(probe_steps=2, fractions=(0.0, 0.4)),
-    network=NetworkConfig(width=8),
-)
+SCHEDULE = DecisionSchedule(probe_steps=2, fractions=(0.0, 0.4))
+TINY = replace(CONFIG, iterations=2, stacks=2, task_steps=6, validate_every=1, schedule=SCHEDULE)
 
 
 @pytest.fixture(scope="module")

@@ -8,28 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from rankpilot.agents.control import CHANGES, CONTROLLERS, FEATURES, Controller
+from rankpilot.common.arrays import FloatArray
+from rankpilot.env.run_control import LENGTHS, RunControlVectorEnv
+from rankpilot.errors import DataError
+from rankpilot.training.vec_env import GymnasiumVecEnv
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import ConstantSchedule
 from torch import nn
-
-from ..agents.control import CHANGES, CONTROLLERS, Controller, LearnedController
-from ..common.arrays import FloatArray
-from ..common.checks import is_count
-from ..env.run_control import LENGTHS, RunControlVectorEnv
-from ..errors import ConfigError, UnknownNameError, naming_extras
-from .vec_env import GymnasiumVecEnv
-
-with naming_extras():
-    from stable_baselines3 import DQN, PPO
-    from stable_baselines3.common.base_class import BaseAlgorithm
-    from stable_baselines3.common.callbacks import BaseCallback
 
 Learner = Literal["ppo", "dqn"]
 
+SCHEMA = 2
+"""Version of the files of controllers."""
+
 DECISIONS = 8
 """Decisions of an episode."""
+
+EXPLORED = (0.3, 0.05), (0.0, 0.6)
+"""Share of DQN's actions that are drawn, falling evenly between these shares of the rounds."""
+
+SYNCS = 32
+"""How often the target network of DQN follows while it learns from the rule's runs: a value is told on decision by
+decision, from the last one to the first."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,6 @@ class ControlConfig:
         drawn: share of the actions of the rule's rounds that are drawn, so that others are seen too.
         width: of the two hidden layers.
         seed: of tasks, actions and weights.
-
-    Raises:
-        ConfigError: a value out of range.
-        UnknownNameError: there is no such learner or rule.
     """
 
     learner: Learner = "ppo"
@@ -64,17 +67,44 @@ class ControlConfig:
     width: int = 32
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        counts = (self.rounds, self.episodes, self.warm_rounds, self.width)
-        if not all(map(is_count, counts)) or not self.bases or not 0 <= self.drawn <= 1:
-            raise ConfigError(
-                "rounds, episodes, warm_rounds and width are whole numbers of at least 1, bases at least one, and "
-                f"drawn a share; got {counts}, {self.bases} and {self.drawn}."
-            )
-        if self.learner not in get_args(Learner):
-            raise UnknownNameError.of("learner", str(self.learner), get_args(Learner))
-        if self.rule not in CONTROLLERS:
-            raise UnknownNameError.of("rule", str(self.rule), CONTROLLERS)
+
+@dataclass(frozen=True, eq=False)
+class LearnedController:
+    """A small network that scores actions: a policy's preferences, or the values of a value method.
+
+    Attributes:
+        layers: weight (outputs, inputs) and bias (outputs,) of each, from the features to the actions.
+        activation: between them, "tanh" or "relu".
+    """
+
+    layers: tuple[tuple[FloatArray, FloatArray], ...]
+    activation: str = "tanh"
+
+    def act(self, observations: FloatArray) -> Sequence[int]:
+        """See `Controller`; the action of the highest score."""
+        values = np.asarray(observations, dtype=np.float64)
+        for number, (weight, bias) in enumerate(self.layers):
+            values = values @ weight.T + bias
+            if number < len(self.layers) - 1:
+                values = np.tanh(values) if self.activation == "tanh" else np.maximum(values, 0)
+        return [int(action) for action in values.argmax(axis=1)]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        layers = [{"weight": weight.tolist(), "bias": bias.tolist()} for weight, bias in self.layers]
+        return {"schema": SCHEMA, "features": list(FEATURES), "activation": self.activation, "layers": layers}
+
+    @classmethod
+    def from_json(cls, state: Any) -> LearnedController:
+        """What `to_json` gave.
+
+        Raises:
+            DataError: it is one of another version.
+        """
+        if (state["schema"], state["features"]) != (SCHEMA, list(FEATURES)):
+            raise DataError(f"This is no controller of schema {SCHEMA} with this version's features.")
+        layers = ((np.array(each["weight"], float), np.array(each["bias"], float)) for each in state["layers"])
+        return cls(tuple(layers), state["activation"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,9 +177,8 @@ def _ppo(config: ControlConfig, env: GymnasiumVecEnv) -> PPO:
 def _dqn(config: ControlConfig, env: GymnasiumVecEnv) -> DQN:
     return DQN(
         "MlpPolicy", env, gamma=1.0, learning_rate=1e-3, buffer_size=50_000, learning_starts=0, batch_size=128,
-        train_freq=1, gradient_steps=8, target_update_interval=16 * config.episodes, exploration_fraction=0.6,
-        exploration_initial_eps=0.3, exploration_final_eps=0.05, policy_kwargs={"net_arch": [config.width] * 2},
-        seed=config.seed, device="cpu",
+        train_freq=1, gradient_steps=8, target_update_interval=16 * config.episodes,
+        policy_kwargs={"net_arch": [config.width] * 2}, seed=config.seed, device="cpu",
     )  # fmt: skip
 
 
@@ -169,12 +198,16 @@ def train_controller(
     generator, found = np.random.default_rng([config.seed, 44]), list[Steps]()
     for number in range(config.warm_rounds):
         env = envs[config.bases[number % len(config.bases)]]
-        found += rule_steps(env, CONTROLLERS[config.rule], config.drawn, generator, 1000 * config.seed + number)
+        found += rule_steps(
+            env, CONTROLLERS[config.rule], config.drawn, generator, 1000 * config.seed + number * config.episodes
+        )
     _warm(model, found)
     for number in range(config.rounds):
         vector = vectors[config.bases[number % len(config.bases)]]
         vector.seed(1_000_000 + 1000 * config.seed + number * config.episodes)
         model.set_env(vector)  # which begins new episodes
+        if isinstance(model, DQN):  # whose own schedule ends with each call of `learn`
+            model.exploration_schedule = ConstantSchedule(np.interp(number / config.rounds, EXPLORED[1], EXPLORED[0]))
         rewards = _Rewards()
         model.learn(DECISIONS * config.episodes, callback=rewards, reset_num_timesteps=False)
         on_round(number, controller_of(model), float(np.mean(rewards.found)))
@@ -204,7 +237,9 @@ def _warm(model: BaseAlgorithm, found: Sequence[Steps]) -> None:
         infos: list[dict[str, Any]] = [{} for _ in steps.taken]
         model.replay_buffer.add(steps.seen, steps.after, steps.taken, steps.rewards, steps.ended, infos)
     model._setup_learn(0)
-    model.train(gradient_steps=2 * sum(len(steps.taken) for steps in found), batch_size=128)
+    for _ in range(SYNCS):
+        model.train(gradient_steps=max(1, 2 * sum(len(steps.taken) for steps in found) // SYNCS), batch_size=128)
+        model.q_net_target.load_state_dict(model.q_net.state_dict())
 
 
 def controller_of(model: BaseAlgorithm) -> LearnedController:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from typing import Any
 
@@ -10,10 +11,20 @@ import pytest
 import torch
 from rankpilot.agents.control import CHANGES, CONTROLLERS, FEATURES
 from rankpilot.env.run_control import RunControlVectorEnv
-from rankpilot.errors import RankPilotError
-from rankpilot.training import control
-from rankpilot.training.control import DECISIONS, ControlConfig, controller_of, imitate, rule_steps, train_controller
+from rankpilot.errors import DataError
 from rankpilot.training.vec_env import GymnasiumVecEnv
+
+from benchmarks import learned_control as control
+from benchmarks.learned_control import (
+    DECISIONS,
+    ControlConfig,
+    LearnedController,
+    Steps,
+    controller_of,
+    imitate,
+    rule_steps,
+    train_controller,
+)
 
 SMALL: dict[str, Any] = {"bases": ("llama-4x32",), "rounds": 1, "episodes": 2, "warm_rounds": 1, "lengths": (60,)}
 
@@ -52,6 +63,28 @@ def test_rounds_of_the_rule_hold_what_was_seen_and_done() -> None:
     assert any((each.taken != each.ruled).any() for each in drawn)
 
 
+def test_values_reach_the_first_decision_before_training(vector: GymnasiumVecEnv) -> None:
+    """Runs of eight decisions that end with 1 are worth 1 from the first decision on."""
+    model, size = control._dqn(ControlConfig(**SMALL), vector), len(FEATURES)
+    seen = np.eye(DECISIONS + 1, size).repeat(2, axis=0).reshape(-1, 2, size) * 3
+    taken, last = np.zeros(2, dtype=int), DECISIONS - 1
+    steps = [
+        Steps(seen[n], seen[n + 1], taken, taken, np.full(2, float(n == last)), np.full(2, n == last))
+        for n in range(DECISIONS)
+    ]
+    control._warm(model, steps * 64)
+    values = model.q_net(torch.as_tensor(seen[:DECISIONS, 0], dtype=torch.float32))[:, 0]
+    np.testing.assert_allclose(values.detach().numpy(), 1, atol=0.1)
+
+
+def test_rounds_of_the_rule_are_of_other_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(control, "rule_steps", lambda *arguments: seeds.append(arguments[-1]) or [])
+    monkeypatch.setattr(control, "_warm", lambda model, found: None)
+    train_controller(ControlConfig(**SMALL | {"rounds": 0, "warm_rounds": 3, "seed": 1}))
+    assert seeds == [1000, 1002, 1004]
+
+
 @pytest.mark.parametrize("learner", ["ppo", pytest.param("dqn", marks=pytest.mark.long)])
 def test_training_ends_with_a_controller(learner: Any) -> None:
     rounds: list[tuple[int, float]] = []
@@ -61,18 +94,25 @@ def test_training_ends_with_a_controller(learner: Any) -> None:
     assert found.layers[-1][0].shape == (len(CHANGES), 32)
 
 
-@pytest.mark.long
-def test_training_is_the_same_again() -> None:
-    torch.manual_seed(5)  # which counts for nothing
-    first, second = (train_controller(ControlConfig(**SMALL)) for _ in range(2))
-    for (weight, bias), (other, beside) in zip(first.layers, second.layers, strict=True):
-        assert weight.tolist() == other.tolist()
-        assert bias.tolist() == beside.tolist()
+def network(activation: str = "tanh") -> LearnedController:
+    generator = np.random.default_rng(0)
+    sizes = [len(FEATURES), 5, len(CHANGES)]
+    layers = tuple((generator.normal(size=(out, into)), generator.normal(size=out)) for into, out in pairwise(sizes))
+    return LearnedController(layers, activation)
 
 
-@pytest.mark.parametrize(
-    "change", [{"rounds": 0}, {"episodes": 1.5}, {"bases": ()}, {"drawn": 2.0}, {"learner": "a2c"}, {"rule": "mine"}]
-)
-def test_bad_settings(change: dict[str, Any]) -> None:
-    with pytest.raises(RankPilotError):
-        ControlConfig(**SMALL | change)
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_a_network_takes_the_highest_score_and_survives_its_file(activation: str) -> None:
+    own = network(activation)
+    observations = np.random.default_rng(1).normal(size=(20, len(FEATURES)))
+    (first, bias), (second, other) = own.layers
+    inner = observations @ first.T + bias
+    inner = np.tanh(inner) if activation == "tanh" else np.maximum(inner, 0)
+    assert own.act(observations) == (inner @ second.T + other).argmax(axis=1).tolist()
+    again = LearnedController.from_json(json.loads(json.dumps(own.to_json())))
+    assert again.act(observations) == own.act(observations)
+
+
+def test_a_controller_of_another_version_is_refused() -> None:
+    with pytest.raises(DataError, match="no controller of schema"):
+        LearnedController.from_json(network().to_json() | {"schema": 99})
