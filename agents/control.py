@@ -103,6 +103,7 @@ class RunRecord:
             alignment: of the step before it with its gradient; NaN where there is none.
         """
         self.step += 1
+        (loss,) = _finite([loss]).tolist()
         if len(self._first) < FIRST:
             self._first.append(loss)
         self.losses.append(loss)
@@ -115,9 +116,9 @@ class RunRecord:
         Args:
             schedule: the schedule's rate now, as a share of its peak.
         """
-        losses = np.log(_finite(self.losses))
+        losses = np.log(self.losses)
         aligned = np.array(self.alignments or [0.0])
-        mean, first = float(losses.mean()), math.log(_finite(self._first).mean())
+        mean, first = float(losses.mean()), math.log(np.mean(self._first))
         error = float(aligned.std()) / math.sqrt(len(aligned)) + 1e-3
         before = self._means[-1] if self._means else first
         best = min([first, *self._means])
@@ -147,7 +148,7 @@ class RunRecord:
         self.changed |= action != KEEP
         self._undone = action == UNDO
         if not self._undone:
-            self._means.append(math.log(_finite(self.losses).mean()))
+            self._means.append(math.log(np.mean(self.losses)))
         self._schedule = self._now
         self.losses, self.alignments = [], []
 

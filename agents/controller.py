@@ -20,7 +20,7 @@ from torch import nn
 from ..common.arrays import FloatArray, IntArray
 from ..common.checks import counted, finite
 from ..common.text import part_of
-from ..cost.budget import Budget, reference_cost
+from ..cost.budget import reference_cost
 from ..cost.cost import ByteCost, TimedCost, UntimedCost, check_cost, cost_from_state, cost_state, unit_cost
 from ..errors import BudgetError, NonFiniteError
 from ..lora.adapters import Adapters, SignalMeter, signal_buffer_bytes
@@ -227,19 +227,6 @@ class RankController(Generic[AdaptersT]):
             high=self.high,
             ranks=self.ranks,
         )
-
-    def limit_of(self, budget: Budget, device: torch.device) -> float:
-        """The limit that another budget sets on the plans of this run; a share is one of plain LoRA, as ever.
-
-        Args:
-            budget: the budget.
-            device: of the model.
-
-        Raises:
-            BudgetError: the budget counts another unit than the costs.
-        """
-        highest = np.array([target.max_rank for target in self.targets], dtype=np.int64)
-        return budget.resolve(self._without_buffers(self.cost), highest, device).value
 
     def _without_buffers(self, cost: UntimedCost) -> UntimedCost:
         if not isinstance(cost, ByteCost):

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     options = tyro.cli(Assets, args=arguments, prog="rankpilot assets")
     from ..data.assets import ASSETS, asset_table, cache_folder, fetch_asset
 
-    for name in ASSETS if options.all else options.names:
+    for name in dict.fromkeys([*(ASSETS if options.all else ()), *options.names]):
         console.print(f"{name}: {fetch_asset(name)}", markup=False, soft_wrap=True)
     rows = asset_table()
     for kind in dict.fromkeys(row["kind"] for row in rows):

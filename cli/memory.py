@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
 
     refuse_file(options.output)  # now, and not after minutes of work
     outlook = _of_card(options, options.card) if options.card else _here(options)
-    told = not (options.json or options.config)
+    told = not (options.json or (options.config and outlook.best))
     if told:  # what is asked for first, and then what takes seconds more
         console.print(f"[bold]{escape(report.subject(outlook, options))}[/]", highlight=False)
         console.print(report.verdict_text(outlook), markup=False, highlight=False)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import tyro
+from rich.console import Console
 from rich.markup import escape
 
 from ..common.files import write_text
@@ -82,10 +83,12 @@ def main(arguments: Sequence[str]) -> None:
     from ..agents.rules import FILE_SUFFIXES
     from ..finetune.experiment import plan_ahead
 
-    tell = partial(console.rule, align="left")
+    # What is printed without --output can go on into a file or a program.
+    notes = Console(stderr=True) if options.output is None else console
+    tell = partial(notes.rule, align="left")
     plan = plan_ahead(options, lambda text: tell(escape(text)), options.log, frontier=options.frontier)
     if plan.frontier is not None:
-        console.print(_frontier(plan))
+        notes.print(_frontier(plan))
     output = options.output
     form = options.form or ("plan" if output and output.suffix in FILE_SUFFIXES else "peft")
     if form == "plan":
@@ -100,9 +103,9 @@ def main(arguments: Sequence[str]) -> None:
         write_text(output, text)
         use = f" Edit it, and pass --policy {output} to rankpilot finetune." if form == "plan" else ""
         console.print(f"{output} holds the plan.{use}", soft_wrap=True, markup=False)
-    console.print(f"Predicted: {plan.line()}", soft_wrap=True, markup=False, highlight=False)
+    notes.print(f"Predicted: {plan.line()}", soft_wrap=True, markup=False, highlight=False)
     if plan.learning_rate is not None:
-        console.print(f"Learning rate for it: {plan.learning_rate:.3g}", markup=False, highlight=False)
+        notes.print(f"Learning rate for it: {plan.learning_rate:.3g}", markup=False, highlight=False)
 
 
 def _frontier(plan: StaticPlan) -> Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -55,10 +55,12 @@ class Limit:
     Attributes:
         value: the limit, > 0, in `unit`.
         unit: the unit of the cost that it limits.
+        whole: what a share of 1 would be.
     """
 
     value: float
     unit: CostUnit
+    whole: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,11 @@ class Budget:
                 f"The budget is {given}, and the cost of a plan counts {cost.unit}. Give a budget of {cost.unit} "
                 f"({form}) or a share ('80%'), or let the cost count {self.unit}."
             )
-        if self.kind == "share":
-            whole = reference_cost(cost, max_ranks)
-            return Limit(self.value * (whole if kept is None else max(whole, plan_cost(cost, kept))), cost.unit)
-        return Limit(self.value * free_bytes(device) if self.kind == "auto" else self.value, cost.unit)
+        whole = reference_cost(cost, max_ranks)
+        if kept is not None:
+            whole = max(whole, plan_cost(cost, kept))
+        of = whole if self.kind == "share" else free_bytes(device) if self.kind == "auto" else 1
+        return Limit(self.value * of, cost.unit, whole)
 
 
 GivenBudget = str | float | Budget | Callable[[], str | float | Budget]

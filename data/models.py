@@ -13,6 +13,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, prepare_model_for_kbit_training
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from ..common.devices import find_device
@@ -101,7 +102,7 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
         raise
     except StrictDataclassError as error:
         raise unusable(name, error) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # of a damaged file, too
         models = {key: asset for key, asset in ASSETS.items() if asset.kind == "model"}
         raise not_found("model", name, models, error) from error
 

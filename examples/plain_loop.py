@@ -21,7 +21,7 @@ data = load_packaged_dataset("rotten-tomatoes")["train"].rename_column("label", 
 data = data.map(lambda row: tokenizer(row["text"], truncation=True, max_length=48), remove_columns="text")
 loader = torch.utils.data.DataLoader(data, 16, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
 model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
-model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"))
+model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")).train()
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
 run = TrainingRun.of_loader(model, optimizer, loader, total_steps=options.steps)
 pilot, checkpoint = RankPilot("default", options.budget, tell=print), f"{options.output}/checkpoint"

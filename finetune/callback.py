@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sized
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -319,12 +319,19 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             self._begin_step()
 
     def _begin_step(self) -> None:
+        with self._saved_on_error():
+            self.pilot.before_step(*self._batches)
+
+    @contextmanager
+    def _saved_on_error(self) -> Iterator[None]:
+        """Save the run where it ends because no plan fits any more, or no budget can be told."""
         args, state = self.trainer.args, self.trainer.state
         try:
-            self.pilot.before_step(*self._batches)
+            yield
         except (BudgetError, ConfigError) as error:
             if not state.global_step:
                 raise
+            self._between_steps = True  # adapters and optimizer are those of a whole step
             self.trainer._save_checkpoint(self.trainer.model, None)
             raise type(error)(
                 f"{error} Step {state.global_step} is saved in {args.output_dir}: resume_from_checkpoint=True goes on "
@@ -341,8 +348,13 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Compare the peak with the budget. A decision that is due is made when the next step begins, if one does."""
-        self.pilot.after_step(decide=False)
+        """Compare the peak with the budget. A decision that is due is made when the next step begins, if one does.
+
+        Raises:
+            BudgetError: the step was above the budget, and no plan fits; the run is saved before.
+        """
+        with self._saved_on_error():
+            self.pilot.after_step(decide=False)
         self._between_steps = True
         if self._save_later:
             control.should_save, self._save_later = True, False

@@ -9,8 +9,8 @@ import torch
 
 from ..agents.controller import RankController
 from ..common.checks import finite
-from ..cost.budget import Budget, GivenBudget, budget_now, free_bytes
-from ..cost.calibration import beside_model
+from ..cost.budget import Budget, GivenBudget, Limit, budget_now, free_bytes
+from ..cost.calibration import beside_model, highest_ranks
 from ..lora.adapters import PeftAdapters
 from .run import TrainingRun
 
@@ -44,7 +44,7 @@ class ElasticBudget:
         self._run, self._given = run, budget
         self._held: float = held_bytes(run.device)
         self.now: float = 0.0
-        self._whole: float | None = None
+        self._whole: float = 0.0
         self.budget: Budget = budget_now(self._given)
         self.given: bool = False
 
@@ -54,15 +54,19 @@ class ElasticBudget:
         alone = self._run.replicas.processes.count == 1
         return alone and (callable(self._given) or self.budget.kind == "auto")
 
-    def give(self, budget: GivenBudget) -> None:
-        """Take another budget from now on; one of another unit is refused by `limit`."""
+    def give(self, budget: GivenBudget, controller: RankController[PeftAdapters]) -> None:
+        """Take another budget from the next step on.
+
+        Raises:
+            BudgetError: it counts another unit than the run's.
+        """
+        if not callable(budget):
+            Budget.parse(budget).resolve(controller.cost, highest_ranks(controller.targets), self._run.device)
         self._given, self.given = budget, True
 
-    def begin(self, limit: float) -> None:
-        """Note the limit that the budget sets on the first plan."""
-        self.now = limit
-        if self.budget.kind == "share":
-            self._whole = limit / self.budget.value
+    def begin(self, limit: Limit) -> None:
+        """Note the limit that the budget sets on the first plan, and what all shares are of."""
+        self.now, self._whole = limit.value, limit.whole
 
     def state_dict(self) -> dict[str, Any]:
         """What `go_on` needs, as JSON values."""
@@ -72,8 +76,7 @@ class ElasticBudget:
         """Go on in a resumed run, which has loaded what it held, from the budget and the state of that time."""
         if budget != str(self.budget):
             self.budget = Budget.parse(budget)
-        self.now = finite(state["limit"])
-        self._whole = None if state["whole"] is None else finite(state["whole"])
+        self.now, self._whole = finite(state["limit"]), finite(state["whole"])
         self._held -= finite(state["own"])
 
     def limit(self, controller: RankController[PeftAdapters]) -> float:
@@ -93,9 +96,9 @@ class ElasticBudget:
         if self.budget.kind == "auto":
             own = max(held_bytes(self._run.device) - self._held, 0)
             return self.budget.value * (free_bytes(self._run.device) / self._run.replicas.on_this_device + own)
-        if self.budget != before:
-            if self.budget.kind == "share" and self._whole:  # costs may since be those of checkpointed layers
-                self.now = self.budget.value * self._whole
-            else:
-                self.now = controller.limit_of(beside_model(self.budget, self._run.model), self._run.device)
+        if self.budget.kind == "share":  # costs may since be those of checkpointed layers
+            self.now = self.budget.value * self._whole
+        elif self.budget != before:
+            budget, highest = beside_model(self.budget, self._run.model), highest_ranks(controller.targets)
+            self.now = budget.resolve(controller.cost, highest, self._run.device).value
         return self.now

@@ -347,7 +347,14 @@ class Recomputation:
         """Checkpoint the layers that were so before, and set the model's cache as it was; the first call does so."""
         if self._before:
             self._before.put_back()
+            for layer in self._layers.values():  # as what is in them: see `before_step`
+                layer.training = next(layer.children(), layer).training
         self._before = None
+
+    def before_step(self) -> None:
+        """Let the chosen layers be in training mode, since transformers checkpoints no other; what is in them stays."""
+        for name in self.layers:
+            self._layers[name].training = True
 
     def pause(self) -> None:
         """Checkpoint no layer, and have the cache of before; call inside `settings_put_back`."""

@@ -28,6 +28,7 @@ class LoopCalls:
     def __init__(self) -> None:
         self._made: set[str] = set()
         self._called = False  # since the run began
+        self._over = False
         self._optimizer_steps = 0  # since the latest end of a step
         self._without = 0  # ends of steps since the optimizer's latest one
         self._uneven = 0  # steps of the optimizer in a row that had more than one end
@@ -43,14 +44,20 @@ class LoopCalls:
         """Stop counting them."""
         if self._hook:
             self._hook.remove()
+            self._over = True
         self._hook = None
 
     def made(self, call: str) -> None:
         """Note a call, a key of `_MISSING`.
 
         Raises:
-            ConfigError: the optimizer has made several steps, and none of them was told to have ended.
+            ConfigError: the run is over, or the optimizer has made several steps, and none was told to have ended.
         """
+        if self._over:
+            raise ConfigError(
+                f"`pilot.{call}` was called after the run's `finish`, from which on nothing is measured: call `begin` "
+                "again, or `rankpilot.load_checkpoint`, and `finish` after the last step."
+            )
         self._called = True
         self._made.add(call)
         if self._optimizer_steps > 1:

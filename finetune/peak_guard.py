@@ -121,7 +121,8 @@ class PeakGuard:
         self._run, self._controller, self._memory, self._corrected = run, controller, memory, corrected
         self._journal, self._recomputation, self.meter.highest = journal, recomputation, run.replicas.highest
         if memory:
-            self.shape = self.shape.joined(memory.shape)
+            if not self.shape.rows:  # else of a run that goes on: a larger batch is met before its step
+                self.shape = memory.shape
             if recomputation:
                 recomputation.memory, self._memory = memory, memory.recomputing(recomputation.layers)
                 if controller.time:
@@ -172,6 +173,10 @@ class PeakGuard:
         self._step_shape = self._run.replicas.largest_shape(batches)
         if self._unchecked:
             self._batches = StepBatches.of(batches)
+        if self._limits_bytes and not self._run.step.accumulates and self._gradients_stay():
+            self._count_gradients()
+        if self._recomputation:
+            self._recomputation.before_step()
         larger = self.shape.joined(self._step_shape)
         if larger != self.shape:
             if self._limits_bytes:
@@ -235,6 +240,9 @@ class PeakGuard:
             f"{format_bytes(controller.limit)}"
         )
         text = f"{text}, {cause}" if cause else f"{text}."
+        if step == controller.total_steps:
+            self._warn("%s It was the last step: the plan stays.", text)
+            return
         if self._relieved(text):
             return
         self._check_possible(f"{text} With the prediction corrected by that, no adapter fits.")
@@ -559,12 +567,35 @@ class PeakGuard:
             cost = self._cost_of_shape(shape)
         controller.reprice(cost)
         text = f"A batch of {shape} came, larger than the memory was planned for."
-        if controller.fits():
+        self._fit(text, f"batch of {shape}", unknown_lengths(self._run.dataset))
+
+    def _fit(self, text: str, cause: str, hint: str = "") -> None:
+        """Make the plan fit the costs of now, which are higher for a cause, and tell it."""
+        if self._controller.fits():
             self._warn("%s The plan still fits.", text)
         elif not self._relieved(text):
-            self._check_possible(text + unknown_lengths(self._run.dataset))
+            self._check_possible(text + hint)
             self._warn("%s The plan is shrunk.", text)
-            self._correct(f"shrunk: batch of {shape}", controller.ranks)
+            self._correct(f"shrunk: {cause}", self._controller.ranks)
+
+    def _gradients_stay(self) -> bool:
+        """Whether the adapters hold gradients between two steps."""
+        return any(p.grad is not None for target in self._controller.targets for p in target.parameters.values())
+
+    def _count_gradients(self) -> None:
+        """Count gradients all the time from now on, since the loop keeps them."""
+        run, recomputation = self._run, self._recomputation
+        self._keep()
+        run.keep_gradients()
+        if recomputation and recomputation.memory:
+            recomputation.memory = replace(recomputation.memory, accumulates=True)
+        if self._memory:
+            self._memory = replace(self._memory, accumulates=True)
+            self._controller.reprice(self._cost_of_shape(self.shape))
+        else:
+            self._measure_again(None, self.shape)
+        text = "Gradients stay between steps, where optimizer.zero_grad(set_to_none=True) would free their bytes."
+        self._fit(text, "gradients stay")
 
     def _measure_again(self, batch: Batch | None, shape: BatchShape) -> None:
         run, targets = self._run, self._controller.targets

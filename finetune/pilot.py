@@ -173,7 +173,7 @@ class RankPilot:
             self.journal.note(before_training.told_budget(run, targets, self.budget, costs.limit, stay=stay))
             self.journal.note_saved(costs.saved, as_set=recomputation is None)
             memory = costs.memory
-            self._elastic.begin(self.controller.limit)
+            self._elastic.begin(costs.limit)
             self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)
             if self.time:
                 timer = before_training.StepTimer(run, targets, memory, self.controller.limit, recomputation)
@@ -331,10 +331,10 @@ class RankPilot:
         Raises:
             BudgetError, ConfigError: it cannot be read.
         """
-        self.options = replace(self.options, budget=budget)
-        self.budget = self.options.budget_read
+        options = replace(self.options, budget=budget)
         if self.controller:
-            self._elastic.give(budget)
+            self._elastic.give(budget, self.controller)
+        self.options, self.budget = options, options.budget_read
 
     def out_of_memory(self, error: torch.OutOfMemoryError | None = None) -> None:
         """Shrink the plan after a step that ran out of memory; afterwards take the step again, from its first batch.

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from ..cost.training_step import LossFunction, TrainingStep, checked_loss, model
 from ..data.batches import Collate, count_predictions, first_example, largest_batch, small_batches
 from ..errors import ConfigError, UnsupportedError
 from ..lora.optimizer_state import check_optimizer
-from ..lora.targets import TargetModule, check_unmerged, unwrap
+from ..lora.targets import TargetModule, check_trains, check_unmerged, unwrap
 from .left_as_found import put_back
 from .prefix_cache import paused
 from .replicas import Replicas, check_one_device
@@ -165,6 +165,10 @@ class TrainingRun:
             bucket_copies=replicas.bucket_copies,
         )
 
+    def keep_gradients(self) -> None:
+        """Measure steps from now on as those of a loop that keeps its gradients."""
+        vars(self)["step"] = replace(self.step, accumulates=True)
+
     @property
     def tells_positions(self) -> bool:
         """Whether batches hold the positions of their tokens."""
@@ -253,6 +257,8 @@ def check_run(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
     if run.total_steps < 1:
         raise ConfigError(f"A run has at least one step; this one has {run.total_steps}. Raise max_steps.")
     check_unmerged(targets)
+    if not any(parameter.requires_grad for parameter in run.model.parameters()):
+        check_trains(targets)
     _check_optimized(run, targets)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -156,7 +156,7 @@ class RunControl:
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs, as JSON values."""
         self._read()
-        return asdict(replace(self.record, losses=[loss for loss in self.record.losses if math.isfinite(loss)]))
+        return asdict(self.record)
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Go on from `state_dict`, so many optimizer steps done; the copy for undoing is one of now."""

@@ -25,19 +25,20 @@ class LossMeter:
         processes: whose losses count; by default those of this one alone.
 
     Attributes:
-        total: the sum of the losses in this process, a float or a scalar tensor.
-        count: the number of losses.
+        total: the sum of the finite losses in this process, a float or a scalar tensor.
+        count: their number.
     """
 
     def __init__(self, processes: Processes | None = None) -> None:
         self.total: torch.Tensor | float = 0.0
-        self.count: int = 0
+        self.count: torch.Tensor | int = 0
         self._processes = processes or Processes()
 
     def add(self, loss: torch.Tensor | float) -> None:
-        """Add the mean loss of one optimizer step."""
-        self.total = self.total + (loss.detach().float().mean() if isinstance(loss, torch.Tensor) else loss)
-        self.count += 1
+        """Add the mean loss of one optimizer step; a loss that is NaN, as where all labels are masked, is none."""
+        mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else torch.tensor(loss)
+        self.total = self.total + mean.nan_to_num(0.0, 0.0, 0.0)
+        self.count = self.count + mean.isfinite()
 
     def restart(self) -> None:
         """Begin a new interval."""
@@ -45,13 +46,13 @@ class LossMeter:
 
     def mean(self) -> float | None:
         """The mean loss of the interval over all processes, all of which call this; None if no loss was added."""
-        sums = self._processes.of_each((float(self.total), self.count))
+        sums = self._processes.of_each((float(self.total), int(self.count)))
         count = sum(count for _, count in sums)
         return sum(total for total, _ in sums) / count if count else None
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to continue within an interval, as JSON values; all processes call this."""
-        sums = self._processes.of_each((float(self.total), self.count))
+        sums = self._processes.of_each((float(self.total), int(self.count)))
         whole = {"total": sum(total for total, _ in sums), "count": sum(count for _, count in sums)}
         return whole | ({"of_each": sums} if len(sums) > 1 else {})
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import rankpilot
 import torch
+from rankpilot.cost.peak_meter import PeakMeter
 from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune import elastic
 from rankpilot.finetune.left_as_found import GOOD_STEPS
@@ -156,6 +157,10 @@ def test_shares_are_those_of_the_first_plan_whatever_came_between(loop: Callable
     run.pilot.set_budget("90%")
     run.steps(2 * GOOD_STEPS + 2)
     assert run.pilot.limit == pytest.approx(0.9 * first)
+    of_bytes = loop("1MiB step")
+    of_bytes.pilot.set_budget("90%")
+    of_bytes.steps(1)
+    assert of_bytes.pilot.limit == pytest.approx(0.9 * first)
 
 
 def test_a_lower_limit_under_which_the_plan_fits_counts(loop: Callable[..., Loop]) -> None:
@@ -299,6 +304,17 @@ def test_what_a_function_took_comes_back_in_a_resumed_run(
     first, second, _ = train(lambda step: "50%" if step else "100%", stops_at=3)
     assert second < first
     assert train(lambda step: "100%", stops_at=0, resume_from_checkpoint=True) == [first, first]
+
+
+def test_a_run_whose_step_leaves_no_plan_is_saved(
+    llama_config: LlamaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PeakMeter, "end", lambda self, step: 2**40 if step == 2 else None)
+    made = Trainer(adapted(llama_config), arguments(tmp_path / "run"), train_dataset=counting())
+    rankpilot.attach(made, budget="100%")
+    with pytest.raises(BudgetError, match=r"no adapter fits.*Step 2 is saved in .*run: resume"):
+        made.train()
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from ...cases import first_cases
 from .made_up import TASK as SHORT
 
 TASK = replace(SHORT, data="french", steps=16, rows=4, length=24, held_out=16)
-LLAMA = replace(TASK, model="llama-4x32")
 PLAN = "0x8 4x8"
 TIMES = ("curve", "setup_s", "train_s", "step_s", "cpu_s", "energy_j")
 
@@ -61,35 +60,6 @@ def test_every_way_to_train(trainer: str, arguments: dict[str, Any]) -> None:
     if trainer == "pilot":
         assert row["measured"] <= row["limit"]
         assert row["breaches"] == 0
-
-
-def test_miss_trains() -> None:
-    row = perform(Work.of("train", LLAMA, trainer="miss", rate=4e-3, seed=1, plan="0x14 16x14"))
-    assert row["loss"] < row["untrained_loss"]
-
-
-def test_a_plan_and_its_step() -> None:
-    plan = perform(Work.of("plan", TASK, budget="60%", rate=4e-3, seed=1, **identity("top-down")))
-    assert plan["predicted"] <= plan["limit"]
-    costs = perform(Work.of("costs", TASK))
-    assert plan["limit"] == pytest.approx(0.6 * costs["reference"])
-    step = perform(Work.of("step", TASK, trainer="lora", plan=plan["plan"], seed=0))
-    assert step["measured"] <= plan["predicted"]
-    assert step["measured_reference"] <= costs["reference"]
-    assert 0 < step["step_ratio"] < 1.5
-
-
-def test_checkpointing_makes_a_plan_fit() -> None:
-    row = perform(Work.of("recompute", LLAMA, plan="8x28", budget="70%"))
-    assert 0 < row["layers"] <= 4
-    assert row["measured"] <= row["predicted"] <= row["limit"]
-
-
-def test_the_search_stays_within_the_budget() -> None:
-    pytest.importorskip("optuna")
-    found = perform(Work.of("search", TASK, budget="60%", trials=2, seeds="101"))
-    assert len(found["tried"]) == 2
-    assert found["plan"] in [trial["plan"] for trial in found["tried"]]
 
 
 def test_rows_for_tuning_are_no_rows_of_results() -> None:

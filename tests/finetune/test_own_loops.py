@@ -1,0 +1,90 @@
+"""Loops of one's own that are no model ones: they keep the budget, and what they leave out is told."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import rankpilot
+import torch
+from rankpilot.agents.control import RunRecord
+from rankpilot.errors import ConfigError
+from rankpilot.finetune.watches import LossMeter
+from transformers import LlamaConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .test_elastic import Loop
+from .test_elastic import loop as loop
+from .tiny_runs import messages_of, ranks_of
+
+
+def test_layers_in_evaluation_mode_are_checkpointed_all_the_same(loop: Callable[..., Loop]) -> None:
+    """As `from_pretrained` leaves them, where nobody calls `model.train()`."""
+    run = loop("60%")
+    assert run.recomputed > 0
+    run.model.base_model.eval()
+    assert run.model.training
+    run.steps(2)
+    run.pilot.finish()
+    layers = [module for module in run.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert not any(module.training for layer in layers for module in layer.modules())
+
+
+@pytest.mark.parametrize("checkpoints", [False, "auto"])
+def test_gradients_that_stay_are_counted(
+    loop: Callable[..., Loop], caplog: pytest.LogCaptureFixture, checkpoints: bool | str
+) -> None:
+    run = loop("35%", gradient_checkpointing=checkpoints)
+    run.optimizer.zero_grad = partial(run.optimizer.zero_grad, set_to_none=False)  # type: ignore[method-assign]
+    run.steps(4)
+    assert len(messages_of(caplog, "Gradients stay between steps")) == 1
+
+
+def test_a_larger_batch_after_a_restart_is_met_before_its_step(
+    llama_config: LlamaConfig, loop: Callable[..., Loop], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = loop("60%")
+    run.steps(2)
+    rankpilot.save_checkpoint(run.pilot, run.run, tmp_path / "checkpoint")
+    again = loop("60%", rows=16)
+    rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
+    again.steps(2)
+    assert messages_of(caplog, "A batch of 16 x 12 came, larger")
+
+
+def test_nothing_is_taken_after_the_last_step(
+    loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = loop()
+    run.steps(1)
+    ranks = ranks_of(run.model)
+    monkeypatch.setattr(run.pilot.controller, "total_steps", 2)
+    monkeypatch.setattr(run.pilot._guard.meter, "end", lambda step: 2**40)
+    run.steps(1)
+    assert ranks_of(run.model) == ranks
+    assert messages_of(caplog, "It was the last step: the plan stays")
+
+
+def test_calls_after_the_end_are_told(loop: Callable[..., Loop]) -> None:
+    run = loop()
+    run.steps(1)
+    run.pilot.finish()
+    with pytest.raises(ConfigError, match=r"`pilot.before_step` was called after the run's `finish`"):
+        run.steps(1)
+
+
+def test_losses_that_are_no_numbers_do_not_count() -> None:
+    """As of a batch whose labels are all masked; they would be in every checkpoint after it."""
+    meter, record = LossMeter(), RunRecord(100)
+    for loss in (torch.tensor(math.nan), 2.0, torch.tensor(4.0), math.inf):
+        meter.add(loss)
+        record.add(float(loss), 0.1)
+    assert meter.mean() == 3
+    again = LossMeter()
+    again.load_state_dict(json.loads(json.dumps(meter.state_dict(), allow_nan=False)))
+    assert again.mean() == 3
+    assert all(map(math.isfinite, [*record.losses, *record.observe(1.0)]))
