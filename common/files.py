@@ -29,7 +29,7 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from ..errors import ConfigError, DataError, RunFolderError, first_line, shown
+from ..errors import ConfigError, DataError, RankPilotError, RunFolderError, first_line, shown
 from .arrays import Arrays
 from .termination import Terminated
 
@@ -355,7 +355,12 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
             _check(folder, config, resume)  # once more: another process may have been faster
         else:
             write_json(folder / CONFIG, config)
-        yield
+        try:
+            yield
+        except RankPilotError:
+            if {path.name for path in folder.iterdir()} <= {CONFIG, LOCK}:  # nothing is done: the name is free again
+                (folder / CONFIG).unlink(missing_ok=True)
+            raise
     except (KeyboardInterrupt, Terminated) as end:
         end.add_note("The same command with --resume continues from here.")
         raise

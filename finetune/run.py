@@ -21,7 +21,7 @@ from ..cost.model_states import trained_outside
 from ..cost.recording import Batch, BatchShape, map_tensors, tensors_of
 from ..cost.training_step import LossFunction, TrainingStep, checked_loss, model_loss, release_inputs
 from ..data.batches import Collate, count_predictions, first_example, largest_batch, small_batches
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError, UnsupportedError, shown
 from ..lora.optimizer_state import check_optimizer
 from ..lora.targets import TargetModule, check_trains, check_unmerged, unwrap
 from .left_as_found import put_back
@@ -121,7 +121,8 @@ class TrainingRun:
                 raise ConfigError(f"{name} is a whole number, at least 1; got {count!r}.")
         dataset, collate, rows = data_of(loader)
         rate = probe_rate(model, optimizer) if learning_rate is None else learning_rate
-        loss = loss or model_loss(model)
+        if not callable(loss := loss or model_loss(model)):
+            raise ConfigError(f"loss is a function of a batch, which returns a scalar tensor; got {shown(loss)}.")
         return cls(model, optimizer, loss, dataset, collate, rows, total_steps, accumulation, float(rate))
 
     @property

@@ -94,13 +94,6 @@ def test_a_command_that_fails_writes_no_figures(tmp_path: Path) -> None:
         check_output(tmp_path / "file" / "figures.json")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["overhead", "--quick", "--seed", "-1"], "--seed"),
-        (["step-time", "--plans", "2"], "--plans is at least 3"),
-    ],
-)
-def test_wrong_options_are_named(arguments: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        run_benchmark(arguments)
+def test_wrong_options_are_named() -> None:
+    with pytest.raises(ConfigError, match="--plans is at least 3"):
+        run_benchmark(["step-time", "--plans", "2"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 from rankpilot.common.files import CONFIG, LOCK, as_json, open_run, read_json, write_json
-from rankpilot.errors import RunFolderError
+from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.finetune.options import FinetuneConfig
 
 SETTINGS = {"steps": 3}
@@ -67,7 +67,9 @@ def test_a_run_that_fails_frees_its_folder(tmp_path: Path) -> None:
     (tmp_path / LOCK).touch()
     with pytest.raises(ZeroDivisionError), open_run(tmp_path, SETTINGS, resume=False):
         _ = 1 / 0
-    with open_run(tmp_path, SETTINGS, resume=True):
+    with pytest.raises(ConfigError), open_run(tmp_path, SETTINGS, resume=True):
+        raise ConfigError("There is no such plan.")
+    with open_run(tmp_path, SETTINGS, resume=False):
         assert read_json(tmp_path / CONFIG) == SETTINGS
 
 
