@@ -24,9 +24,10 @@ from ..lora.targets import TargetModule
 from .breakdown import frozen_bytes
 from .budget import AUTO_SHARE, Budget, Limit
 from .cost import ByteCost, ParameterCost, UntimedCost
+from .growth import Growth
 from .later_logits import expecting_one
 from .live_storages import device_kind
-from .model import RANK, Growth, MemoryModel, recomputed_cost
+from .model import RANK, MemoryModel, recomputed_cost
 from .model_states import ModelStates, model_states, trained_outside, with_buckets
 from .published import HOPPER_WORKSPACE_BYTES
 from .recorder import Recorder

@@ -22,8 +22,9 @@ from ..errors import RankPilotError
 from ..lora.targets import TargetModule, find_target_modules
 from .calibration import CUT_FAILS, measure_memory, step_states
 from .cost import ModuleSet
+from .growth import Growth
 from .measured_time import count_work
-from .model import Growth, MemoryModel
+from .model import MemoryModel
 from .model_states import ModelStates
 from .recording import NEVER, Batch, Recording, Segment
 from .step_time import StepWork

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.cost.model import Growth
+from rankpilot.cost.growth import Growth
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.tiled_loss import LossTiles
 from rankpilot.errors import UnsupportedError
