@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from rankpilot.agents.control import CONTROLLERS, Controller
 from rankpilot.common.files import read_json, write_json
@@ -33,6 +34,13 @@ TOGETHER = 13
 
 GROUPS = {"far too low": (-3.0, -2.0), "right": (-0.5, 0.5), "far too high": (2.0, 3.0)}
 """Offsets of the rate, in powers of 2: from, to."""
+
+
+RULE = "alignment"
+"""The rule with which learners are compared, and from which they learn."""
+
+Changes = Mapping[tuple[str, str, float], float]
+"""Log losses beside the same run left alone, in per cent, by text, base and offset of the rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +112,9 @@ def benchmark(options: Options, console: Console) -> Figures:
         tasks = {base: tasks[base][:TOGETHER]}
     alone = {base: held_out(base, each, CONTROLLERS["leave alone"]) for base, each in tasks.items()}
     figures: Figures = {}
-    table = []
+    table, found = [], dict[str, Changes]()
     for name, controller in track(controllers.items(), "controllers", console=console):
-        changes = {
+        changes = found[name] = {
             (each.task.corpus, base, each.offset): 100 * math.log(loss / left)
             for base, of_base in tasks.items()
             for each, loss, left in zip(of_base, held_out(base, of_base, controller), alone[base], strict=True)
@@ -116,10 +124,15 @@ def benchmark(options: Options, console: Console) -> Figures:
         for group, (cell, worst) in cells.items():
             figures |= {f"{name}, {group}": cell.value, f"{name}, {group}, worst": worst}
     console.print(make_table("Log loss beside the same run left alone, %", ("", *GROUPS), table))
+    for learner in options.learners:
+        own = [changes for name, changes in found.items() if name.startswith(f"{learner}, ")]
+        beside = {key: float(np.mean([each[key] for each in own])) - change for key, change in found[RULE].items()}
+        row = [f"{cell:+.1f}" for cell, _ in _cells(beside).values()]
+        console.print(f"{learner}, mean of {len(own)} seeds, beside {RULE}, %: {', '.join(row)}.", markup=False)
     return {**machine_facts(torch.device("cpu")), **figures}
 
 
-def _cells(changes: Mapping[tuple[str, str, float], float]) -> dict[str, tuple[Estimate, float]]:
+def _cells(changes: Changes) -> dict[str, tuple[Estimate, float]]:
     """By group of `GROUPS` the mean change with its interval over texts and bases, and the worst change."""
     found = {}
     for group, (low, high) in GROUPS.items():

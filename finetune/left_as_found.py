@@ -27,7 +27,7 @@ from ..errors import UnsupportedError
 from ..lora.optimizer_state import kept_state, state_bytes_of
 from ..lora.resize import shrink_maps, update_peft_records, write_in_place
 from ..lora.spec import REFERENCE_RANK
-from ..lora.targets import TargetModule, unwrap
+from ..lora.targets import TargetModule, other_trainable, unwrap
 
 MOST_TRIES = 2
 """A step that ran out of memory is taken again so many times at most."""
@@ -122,7 +122,7 @@ class Kept:
         model: the PEFT model.
         targets: its target modules.
         optimizer: its own; None for none.
-        steps: whether it steps before `put_back`.
+        steps: whether it steps before `put_back`. Then a head that trains beside the adapters is kept, too.
     """
 
     def __init__(
@@ -135,6 +135,7 @@ class Kept:
     ) -> None:
         self._targets, self._configs = targets, unwrap(model).peft_config
         parameters = [parameter for target in targets for parameter in target.parameters.values()]
+        parameters += other_trainable(model, targets) if steps else []
         self._values = [(p, p.detach().to("cpu", copy=True), p.requires_grad) for p in parameters]
         self._settings = {name: copy.deepcopy(vars(config)) for name, config in self._configs.items()}
         self._put_back_state = kept_state(optimizer, parameters, steps=steps)

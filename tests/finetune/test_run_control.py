@@ -48,7 +48,7 @@ class Loop:
     """A loop of one's own at a constant rate."""
 
     def __init__(self, config: LlamaConfig, rate: float, **options: Any) -> None:
-        self.model, self.told = adapted(config), list[str]()
+        self.model, self.told = adapted(config, modules_to_save=["lm_head"]), list[str]()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
         self.loader = DataLoader(counting(), 8, collate_fn=default_data_collator)  # type: ignore[arg-type]
