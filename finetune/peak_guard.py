@@ -24,6 +24,7 @@ from ..cost.model import MemoryModel
 from ..cost.model_states import excess_of_state, state_bytes, trained_outside
 from ..cost.peak_meter import PeakMeter, StepBatches, likely_cause
 from ..cost.recording import Batch, BatchShape, reshaped
+from ..cost.savers import is_compiled
 from ..data.batches import unknown_lengths
 from ..errors import BudgetError, UnsupportedError
 from ..lora.adapters import signal_buffer_bytes
@@ -98,6 +99,7 @@ class PeakGuard:
         self.follows: bool = False
         self._undo: Callable[[], None] | None = None
         self._tried: list[str] = []
+        self._keeps_gradients: bool | None = None  # through the forward pass; None until one was seen
 
     def attach(
         self,
@@ -173,8 +175,8 @@ class PeakGuard:
         self._step_shape = self._run.replicas.largest_shape(batches)
         if self._unchecked:
             self._batches = StepBatches.of(batches)
-        if self._limits_bytes and not self._run.step.accumulates and self._gradients_stay():
-            self._count_gradients()
+        if self._keeps_gradients is None and self._limits_bytes and self._gradients_stay():
+            self._watch_gradients()
         if self._recomputation:
             self._recomputation.before_step()
         larger = self.shape.joined(self._step_shape)
@@ -213,6 +215,9 @@ class PeakGuard:
             BudgetError: the peak is above the budget, and no plan with an adapter fits the corrected prediction.
         """
         self._step = step
+        if self._keeps_gradients and not self._run.step.accumulates:
+            self.meter.end(step)
+            self._count_gradients()
         self._check_peak(step)
         taken = self._taken
         if taken and self._wait <= step - taken.step and step < self._controller.total_steps and self._has_room(taken):
@@ -579,13 +584,24 @@ class PeakGuard:
             self._correct(f"shrunk: {cause}", self._controller.ranks)
 
     def _gradients_stay(self) -> bool:
-        """Whether the adapters hold gradients between two steps."""
+        """Whether the adapters hold gradients now."""
         return any(p.grad is not None for target in self._controller.targets for p in target.parameters.values())
+
+    def _watch_gradients(self) -> None:
+        """See whether gradients of the last step are there in the next forward pass, or are cleared before it."""
+        run = self._run
+        if run.step.accumulates or is_compiled(run.wrapped):  # they are counted, or hooks would be compiled
+            return
+
+        def seen(*_: Any) -> None:
+            handle.remove()
+            self._keeps_gradients = self._gradients_stay()
+
+        handle = run.wrapped.register_forward_pre_hook(seen)
 
     def _count_gradients(self) -> None:
         """Count gradients all the time from now on, since the loop keeps them."""
         run, recomputation = self._run, self._recomputation
-        self._keep()
         run.keep_gradients()
         if recomputation and recomputation.memory:
             recomputation.memory = replace(recomputation.memory, accumulates=True)
@@ -594,7 +610,7 @@ class PeakGuard:
             self._controller.reprice(self._cost_of_shape(self.shape))
         else:
             self._measure_again(None, self.shape)
-        text = "Gradients stay between steps, where optimizer.zero_grad(set_to_none=True) would free their bytes."
+        text = "Gradients stay while the next step runs forward: optimizer.zero_grad() before that frees their bytes."
         self._fit(text, "gradients stay")
 
     def _measure_again(self, batch: Batch | None, shape: BatchShape) -> None:

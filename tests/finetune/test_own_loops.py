@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .test_elastic import Loop
 from .test_elastic import loop as loop
-from .tiny_runs import messages_of, ranks_of
+from .tiny_runs import messages_of, ranks_of, take_step
 
 
 def test_layers_in_evaluation_mode_are_checkpointed_all_the_same(loop: Callable[..., Loop]) -> None:
@@ -27,7 +27,6 @@ def test_layers_in_evaluation_mode_are_checkpointed_all_the_same(loop: Callable[
     run = loop("60%")
     assert run.recomputed > 0
     run.model.base_model.eval()
-    assert run.model.training
     run.steps(2)
     run.pilot.finish()
     layers = [module for module in run.model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -35,13 +34,19 @@ def test_layers_in_evaluation_mode_are_checkpointed_all_the_same(loop: Callable[
 
 
 @pytest.mark.parametrize("checkpoints", [False, "auto"])
+@pytest.mark.parametrize("stay", [True, False], ids=["set_to_none=False", "cleared before the forward pass"])
 def test_gradients_that_stay_are_counted(
-    loop: Callable[..., Loop], caplog: pytest.LogCaptureFixture, checkpoints: bool | str
+    loop: Callable[..., Loop], caplog: pytest.LogCaptureFixture, checkpoints: bool | str, stay: bool
 ) -> None:
     run = loop("35%", gradient_checkpointing=checkpoints)
-    run.optimizer.zero_grad = partial(run.optimizer.zero_grad, set_to_none=False)  # type: ignore[method-assign]
-    run.steps(4)
-    assert len(messages_of(caplog, "Gradients stay between steps")) == 1
+    clear = run.optimizer.zero_grad
+    run.optimizer.zero_grad = partial(clear, set_to_none=False) if stay else lambda: None  # type: ignore
+    if not stay:
+        run.model.register_forward_pre_hook(lambda *_: clear())
+    for _ in range(5):
+        take_step(run.pilot, run.optimizer, next(run.batches), lambda batch: run.model(**batch).loss)
+    assert len(messages_of(caplog, "Gradients stay")) == stay
+    assert max(peak for step, peak in run.pilot.peaks if step > 2) <= run.pilot.limit
 
 
 def test_a_larger_batch_after_a_restart_is_met_before_its_step(
