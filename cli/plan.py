@@ -165,6 +165,8 @@ def _torchtune(plan: StaticPlan) -> str:
     comment, kinds, rank, alpha = _one_rank(plan, "torchtune")
     attention = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name in kinds]
     mlp = any(name in kinds for name in ("gate_proj", "up_proj", "down_proj"))
+    if not attention and not mlp:
+        raise ConfigError(f"torchtune names no module of this model: it has {', '.join(kinds)}. Take --for peft.")
     modules = json.dumps(attention).replace("o_proj", "output_proj")
     settings = f"  lora_attn_modules: {modules}\n  apply_lora_to_mlp: {json.dumps(mlp)}\n"
     rate = _rate_line(plan, "optimizer:\n  lr")
@@ -175,7 +177,7 @@ def _one_rank(plan: StaticPlan, program: str) -> tuple[str, list[str], int, int]
     """For a program without ranks by module: a comment, the adapted kinds of modules, the mean rank and an alpha."""
     adapted = {name: rank for name, rank in plan.ranks.items() if rank}
     kinds = sorted({name.rpartition(".")[2] for name in adapted})
-    rank = max(1, sum(adapted.values()) // len(plan.ranks))
+    rank = max(1, sum(adapted.values()) // sum(name.rpartition(".")[2] in kinds for name in plan.ranks))
     scales = [plan.alphas[name] / each for name, each in adapted.items()]
     one_alpha = len({plan.alphas[name] for name in adapted}) == 1
     alpha = round(plan.config.lora_alpha if one_alpha else sum(scales) / len(scales) * rank)

@@ -321,8 +321,8 @@ def replay(
     run = _Run(CachingAllocator())
     run.keep(loaded)
     parameters = sizes[list(memory.recording.gradients)]
-    run.keep(parameters)
     states = memory.states
+    run.keep(_of_factors(memory, parameters, states.weights * ranks, parameters))
     run.keep([states.others, *((states.signals + states.buckets) * ranks)])
     recordings = [memory.recording, *([memory.recording.accumulating()] if memory.accumulates else [])]
     batches = [step_events(recording, sizes, ranks) for recording in recordings]
@@ -332,7 +332,7 @@ def replay(
             run.play(events)
         if step == 0:
             run.keep(_optimizer_state(memory, parameters, ranks))
-        run.optimizer_step(_scratch(memory, parameters))
+        run.optimizer_step(_scratch(memory, parameters, ranks))
     allocated = run.allocator.restart_peak()
     run.allocator.empty_cache()  # as the allocator does by itself before it runs out of memory
     if evaluation:
@@ -344,19 +344,26 @@ def replay(
 def _optimizer_state(memory: MemoryModel, parameters: FloatArray, ranks: IntArray) -> list[float]:
     """Bytes of the optimizer's tensors: taken to be two of the same size for each factor of an adapter."""
     states = memory.states
-    return [*np.repeat(_of_factors(memory, parameters, states.optimizer) / 2, 2), *(states.fixed * (ranks > 0))]
+    state = _of_factors(memory, parameters, states.optimizer * ranks)
+    return [*np.repeat(state / 2, 2), *(states.fixed * (ranks > 0))]
 
 
-def _scratch(memory: MemoryModel, parameters: FloatArray) -> list[float]:
+def _scratch(memory: MemoryModel, parameters: FloatArray, ranks: IntArray) -> list[float]:
     """Bytes of what the optimizer takes for the time of its step."""
     states = memory.states
-    return [states.other_gradients, *_of_factors(memory, parameters, states.scratch)]
+    return [states.other_gradients, *_of_factors(memory, parameters, states.scratch * ranks)]
 
 
-def _of_factors(memory: MemoryModel, parameters: FloatArray, per_rank: FloatArray) -> FloatArray:
-    """Bytes of each module's rank, (modules,), shared out among its factors as their weights are, (parameters,)."""
+def _of_factors(
+    memory: MemoryModel, parameters: FloatArray, of_modules: FloatArray, others: FloatArray | float = 0.0
+) -> FloatArray:
+    """Bytes of modules, (modules,), shared out among their factors as weights are, (parameters,).
+
+    Parameters of no module have `others`.
+    """
     modules = np.array(list(memory.recording.gradients.values()), dtype=np.int64)
-    return np.where(modules >= 0, parameters * (per_rank / memory.states.weights)[modules], 0.0)
+    whole = np.bincount(modules + 1, parameters, len(of_modules) + 1)[1:]
+    return np.where(modules >= 0, parameters * (of_modules / np.maximum(whole, 1))[modules], others)
 
 
 class _Run:

@@ -194,7 +194,7 @@ def find_configuration(name: str) -> PreTrainedConfig:
     """
     path = Path(name).expanduser()
     if path.exists():
-        return _read(name, path.parent if path.is_file() else path)
+        return _read(name, path)
     if name.startswith((".", "/", "~")) or name.endswith(".json"):
         raise AssetError(f"There is no configuration at {path}. Give a folder with a config.json, or the file itself.")
     short = _short_name(name)

@@ -93,6 +93,10 @@ class Product:
         return replace(self, steps=(*self.steps, step))
 
 
+_NONE = -100
+"""The target of tokens that do not count, among places of one class: whatever number the loss ignores may be 0."""
+
+
 class TiledCrossEntropy(torch.autograd.Function):
     """The cross entropy of rows of logits, float32 (tokens, vocabulary), and targets, int64 (tokens,)."""
 
@@ -106,11 +110,11 @@ class TiledCrossEntropy(torch.autograd.Function):
         for tile in _tiles(len(target)):
             picked = _picked(torch.log_softmax(tile.of(logits), 1), tile.of(place))
             tile.of(found).copy_(picked)
-        zero = torch.where(target == ignore_index, target, 0)
+        zero = torch.where(target == ignore_index, _NONE, 0)
         # `data` holds the values alone, so that it can be told whether anyone else does.
         ctx.logits, ctx.target, ctx.place, ctx.found = logits.data, target, place, found
         ctx.settings = ignore_index, reduction
-        return nn.functional.nll_loss(found[:, None], zero, ignore_index=ignore_index, reduction=reduction)
+        return nn.functional.nll_loss(found[:, None], zero, ignore_index=_NONE, reduction=reduction)
 
     @staticmethod
     @once_differentiable
@@ -225,8 +229,8 @@ class TiledHeadLoss(torch.autograd.Function):
         found, ctx.result = loss.run(hidden, ctx.expected)
         if loss.with_gradient:
             ctx.save_for_backward(hidden)
-        zero = torch.where(loss.target == loss.ignore_index, loss.target, 0)
-        value = nn.functional.nll_loss(found[:, None], zero, ignore_index=loss.ignore_index, reduction=loss.reduction)
+        zero = torch.where(loss.target == loss.ignore_index, _NONE, 0)
+        value = nn.functional.nll_loss(found[:, None], zero, ignore_index=_NONE, reduction=loss.reduction)
         return value if loss.divisor is None else value / loss.divisor
 
     @staticmethod

@@ -83,7 +83,8 @@ def tag_names(parts: list[Dataset], text: str, label: str) -> tuple[tuple[str, .
                 if bad is not None or None in values:
                     raise DataError(f"Row {row}, column {name!r}: {shorten(bad)} is {wrong(bad)}.")
     lists = chain.from_iterable(values_of(part, label) for part in parts)
-    return _numbered(getattr(parts[0].features[label], "feature", None), chain.from_iterable(lists), label)
+    tags = (tag for tag in chain.from_iterable(lists) if tag != IGNORED)
+    return _numbered(getattr(parts[0].features[label], "feature", None), tags, label)
 
 
 def _not_tag(value: Any) -> str | None:
@@ -93,7 +94,7 @@ def _not_tag(value: Any) -> str | None:
 
 def _numbered(feature: Any, values: Iterable[Any], label: str) -> tuple[tuple[str, ...], dict[Any, int]]:
     """Names and numbers of the values; a class feature has its own names, and numbers for values."""
-    distinct = set(values) - {IGNORED}
+    distinct = set(values)
     kinds = sorted({"numbers" if isinstance(value, (int, float)) else "text" for value in distinct})
     if len(kinds) > 1:
         examples = shorten(sorted(map(str, distinct)))
@@ -188,7 +189,8 @@ def blocks(tokenizer: Any, text: str, length: int) -> Encode:
     def encode(rows: Rows) -> dict[str, Any]:
         stream = [token for ids in tokenizer(rows[text])["input_ids"] for token in (*ids, *end)]
         starts = range(0, len(stream) - length + 1, length)
-        return {"input_ids": [stream[start : start + length] for start in starts]}
+        rows_of_tokens = [stream[start : start + length] for start in starts]
+        return {"input_ids": rows_of_tokens, "labels": rows_of_tokens}  # also where the end token is that of padding
 
     return encode
 
@@ -284,10 +286,13 @@ def halves(part: Dataset, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def _hides_labels(part: Dataset, label: str | None) -> bool:
-    """Whether every label is -1: contests keep those of the test split secret."""
-    if label not in part.column_names or "int" not in str(getattr(part.features[label], "dtype", "")):
+    """Whether no row has a label, or each has -1: contests keep those of the test split secret."""
+    if label is None or label not in part.column_names:
+        return label is not None
+    if not hasattr(part.features[label], "dtype"):  # lists
         return False
-    return set(part.unique(label)) == {-1}
+    values = set(part.unique(label))
+    return bool(values) and values <= {-1, None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -475,7 +480,7 @@ def _language(reading: _Reading) -> Workload:
         return Workload("causal-lm", tokenizer, train_tokens, held_out_tokens, collator, (), texts)
     check_text(reading.sources, reading.text, "--text-column")
     encode = blocks(tokenizer, reading.text, reading.length)
-    workload = reading.workload(encode, transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False))
+    workload = reading.workload(encode, transformers.DataCollatorForSeq2Seq(tokenizer))
     if 0 in (len(workload.train), len(workload.held_out)):
         raise DataError(f"The text is shorter than one row of {reading.length} tokens. Lower --max-length.")
     plain = [part.select_columns([text]) for part in reading.parts]

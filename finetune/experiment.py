@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -26,7 +27,7 @@ from ..cost.budget import Budget
 from ..cost.peak_meter import PeakMeter
 from ..cost.savers import ExactSavers
 from ..data.workload import Workload
-from ..errors import BudgetError, ConfigError, DataError, RunFolderError
+from ..errors import BudgetError, ConfigError, DataError, NonFiniteError, RunFolderError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import adapter_ranks, finish_load, make_resizable
 from ..lora.spec import REFERENCE_RANK
@@ -190,6 +191,11 @@ def run_one(
             files.append_json_line(metrics_path, {"step": step, "peak_bytes": peak})
     targets = find_target_modules(model)
     _save_adapter(model, workload, folder / name)
+    if not math.isfinite(held_out["eval_loss"]):
+        raise NonFiniteError(
+            f"The held-out loss is {held_out['eval_loss']}: training diverged, or no row that is held out has a label "
+            f"that counts. The adapter is in {folder / name / 'adapter'}."
+        )
     result = {
         "held_out_loss": held_out["eval_loss"],
         "held_out_accuracy": held_out.get("eval_accuracy"),

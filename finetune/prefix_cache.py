@@ -69,8 +69,11 @@ WHOLE = 2**31
 """The end of a row whose length in tokens its input does not tell, such as an image."""
 
 _MAIN_INPUTS = ("input_ids", "pixel_values", "input_values", "input_features")
-_OTHER_INPUTS = ("inputs_embeds", "past_key_values", "cache", "head_mask", "encoder_hidden_states", "bool_masked_pos")
-"""Inputs by name: those that rows are known by, and those under which all layers run."""
+_BESIDE_INPUTS = ("position_ids", "token_type_ids", "attention_mask")
+_FOLLOW_INPUTS = ("labels", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+_OTHER_INPUTS = ("past_key_values", "cache", "head_mask")
+"""Inputs by name: those that rows are known by, what is read beside them, what follows from these, and those under
+which all layers run. So they do where a model reads any other tensor, such as the boxes of words; a number is none."""
 
 _OF_EACH_LAYER = ("output_hidden_states", "output_attentions", "output_router_logits")
 """Options and settings of a model under which it returns something of each layer, or has a loss of it."""
@@ -101,12 +104,14 @@ def rows_of(inputs: Mapping[str, Any], *, padding_counts: bool, precision: str) 
         padding_counts: whether hidden states of padding may be read. Then a row is one with its padding.
         precision: of the forward pass, in which hidden states of a row differ.
     """
-    if any(inputs.get(name) is not None for name in _OTHER_INPUTS):
+    known = {*_MAIN_INPUTS, *_BESIDE_INPUTS, *_FOLLOW_INPUTS}
+    others = (isinstance(value, torch.Tensor) and value.dim() and name not in known for name, value in inputs.items())
+    if any(inputs.get(name) is not None for name in _OTHER_INPUTS) or any(others):
         return None
     main = next((inputs[name] for name in _MAIN_INPUTS if inputs.get(name) is not None), None)
     if main is None or main.dim() < 2:
         return None
-    beside = [inputs.get(name) for name in ("position_ids", "token_type_ids", "attention_mask")]
+    beside = [inputs.get(name) for name in _BESIDE_INPUTS]
     if any(each is not None and (each.dim() != 2 or each.shape[-1] != main.shape[-1]) for each in beside):
         return None
     ids = main.detach().cpu().numpy()

@@ -59,7 +59,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 """Types of settings that are read or passed on; each may be missing or None."""
 
-_REPEAT = re.compile(r"(?<!\\)(?:[*+]|\{\d*,\d*\})")
+_REPEAT = re.compile(r"(?<!\\)(?:[*+]|\{\d*,\d*\}|(?<!\()\?)")
 _REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{)")
 
 PAIR_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])(\.weight|\.bias)?")
@@ -164,7 +164,7 @@ def _check_patterns(path: Path, name: str, patterns: object) -> None:
     if not isinstance(patterns, dict):
         raise RunFolderError(f"{path} is corrupt or foreign: {name} is {shown(patterns)}, no values by module.")
     for pattern in patterns:
-        repeats = len(_REPEAT.findall(pattern))
+        repeats = len(_REPEAT.findall(pattern)) + (pattern.count("(") if "|" in pattern else 0)
         if len(pattern) > MOST_PATTERN or repeats > MOST_REPEATS or _REPEATED_GROUP.search(pattern):
             raise RunFolderError(
                 f"{path} has the {name} {shown(pattern)}, which may take very long to match. Write out the names of "

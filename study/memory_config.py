@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from ..cost.budget import Budget
 from ..cost.step_config import StepConfig, check_seed
 from ..data.task import Task
 from ..errors import ConfigError
+
+_OF_DATA = ("labels", "text_column", "label_column", "seed")
+"""Settings that a card's answer, of full rows and the model's own head, does not read."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,9 @@ class MemoryConfig(StepConfig):
                     raise ConfigError(f"{name} is of a card: give --device or --device-memory with it.")
             return
         wrong = [name for name in ("data", "task", "budget", "measure", "trainer") if getattr(self, name)]
+        wrong += [
+            each.name for each in fields(self) if each.name in _OF_DATA and getattr(self, each.name) != each.default
+        ]
         wrong += ["gradient_checkpointing"] if self.gradient_checkpointing != "auto" else []
         if wrong:
             raise ConfigError(

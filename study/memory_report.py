@@ -295,7 +295,7 @@ def configuration_text(outlook: Outlook) -> str:
         modules = repr([target.name for target, rank in zip(outlook.step.targets, best.ranks, strict=True) if rank])
     activations = _activations(outlook)  # which are checkpointed only where a run chooses what is
     checkpointed = not activations and 0 < len(best.recomputed) == len(outlook.recomputable)
-    narrow = _narrow_ranks(outlook, best)
+    narrow, lora = _narrow_ranks(outlook, best), outlook.step.model.peft_config["default"]
     lines = [
         "from peft import LoraConfig",
         "",
@@ -305,6 +305,7 @@ def configuration_text(outlook: Outlook) -> str:
         f"    lora_alpha={2 * REFERENCE_RANK},",
         f"    target_modules={modules},",
         *([f"    rank_pattern={narrow},  # modules that are narrower than {best.rank}"] if narrow else []),
+        *(f"    {name}={getattr(lora, name)!r}," for name in ("task_type", "modules_to_save") if lora.modules_to_save),
         ")",
         "arguments = dict(",
         f"    per_device_train_batch_size={settings.batch_size},",

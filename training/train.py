@@ -83,12 +83,17 @@ def greedy(policy: RankPolicy) -> Callable[[Arrays], Any]:
 class Validation:
     """Measures the policy on validation tasks, and keeps the best one.
 
+    Args:
+        tasks: that it runs.
+        envs: that run them.
+        of_suite: whether runs have the suite's steps, after which the losses of uniform ranks are known.
+
     Attributes:
         best: state of the best network so far, and its score.
     """
 
-    def __init__(self, tasks: Sequence[ProxyTask], envs: ProxyVecEnv) -> None:
-        self._tasks, self._envs = tasks, envs
+    def __init__(self, tasks: Sequence[ProxyTask], envs: ProxyVecEnv, *, of_suite: bool = True) -> None:
+        self._tasks, self._envs, self._of_suite = tasks, envs, of_suite
         self._start: list[float] = []
         self.best: tuple[float, dict[str, torch.Tensor]] | None = None
 
@@ -99,7 +104,8 @@ class Validation:
         headrooms = [task.reference.headroom for task in self._tasks if task.reference]
         uniform = [task.reference.uniform for task in self._tasks if task.reference]
         row = {}
-        for name, baseline in (("over_start", self._start), ("over_uniform", uniform)):
+        baselines = {"over_start": self._start} | ({"over_uniform": uniform} if self._of_suite else {})
+        for name, baseline in baselines.items():
             comparisons = [Comparison(*each) for each in zip(baseline, headrooms, strict=True)]
             shares = [other.improvement(loss, BOUND) for other, loss in zip(comparisons, losses, strict=True)]
             row[name] = float(np.mean(shares))
@@ -191,7 +197,8 @@ class PPOProgress(BaseCallback):
         shares = self._validation.measure(self.model.policy)
         for key, value in shares.items():
             self.logger.record(f"validation/{key}", value)
-        self.logger.record("validation/regret", 1 - shares["over_uniform"])
+        if "over_uniform" in shares:
+            self.logger.record("validation/regret", 1 - shares["over_uniform"])
         return {f"validation_{key}": value for key, value in shares.items()}
 
 
@@ -419,7 +426,7 @@ def _train(
         ending.callback(envs.close)
         model = _new_model(config, envs, folder)
         ending.callback(model.logger.close)  # TensorBoard's file and its thread
-        measured = Validation(validation, envs)
+        measured = Validation(validation, envs, of_suite=config.task_steps is None)
         progress = PPOProgress(folder, config, measured, report)
         begun = (folder / CHECKPOINT).exists()
         if begun:

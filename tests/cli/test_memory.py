@@ -217,6 +217,7 @@ def test_mistakes(models: Path, capsys: pytest.CaptureFixture[str], words: str, 
     ("words", "told"),
     [
         ("--device T4 --trainer packing=true", "trainer: not with a card"),
+        ("--device T4 --labels 5", "labels: not with a card"),
         ("--batch-size 100000000000", "at most 16,777,216 tokens; got 100000000000 x 64"),
         ("--seed -1", "seed is a whole number from 0 to 2**32 - 1; got -1"),
         ("--budget lots", "Cannot read the budget"),

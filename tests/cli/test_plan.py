@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,15 @@ def test_lines_for_axolotl(tmp_path: Path) -> None:
     assert values["lora_alpha"] == 16
     assert "lora_alpha_pattern" not in values, "one alpha for all"
     assert values["learning_rate"] == 0.00143
+
+
+def test_one_rank_is_the_mean_of_the_kinds_that_are_adapted() -> None:
+    ranks = {f"layers.{layer}.{kind}": 32 * (kind != "up") for layer in range(4) for kind in ("q", "v", "up")}
+    config = SimpleNamespace(lora_alpha=16)
+    plan: Any = SimpleNamespace(ranks=ranks, alphas=dict.fromkeys(ranks, 16), config=config, learning_rate=None)
+    assert module._one_rank(plan, "x")[1:3] == (["q", "v"], 32)
+    with pytest.raises(ConfigError, match="torchtune names no module of this model: it has q, v"):
+        module._torchtune(plan)
 
 
 def test_llama_factory_has_no_pattern(tmp_path: Path) -> None:

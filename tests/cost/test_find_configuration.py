@@ -53,6 +53,8 @@ def test_a_folder_and_its_file_are_read(tmp_path):
     config.save_pretrained(tmp_path)
     for place in (tmp_path, tmp_path / "config.json"):
         assert find_configuration(str(place)).vocab_size == 96
+    LlamaConfig(vocab_size=97).to_json_file(tmp_path / "other.json")
+    assert find_configuration(str(tmp_path / "other.json")).vocab_size == 97
 
 
 def test_a_t5_whose_file_says_that_it_is_not_tied_has_an_output_layer(tmp_path):

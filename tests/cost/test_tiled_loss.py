@@ -52,6 +52,13 @@ def test_the_same_bits(rows: int, length: int, kind: torch.dtype, items: Any, he
     assert all(map(torch.equal, found, expected)), "logits that are held are as they were, too"
 
 
+def test_a_loss_that_ignores_the_number_of_a_class() -> None:
+    """As where the padding token has number 0."""
+    logits, labels = torch.randn(3, 5, 7), torch.tensor([[0, 1, 2, 0, 3]] * 3)
+    given = {"logits": logits, "labels": labels, "vocab_size": 7, "ignore_index": 0}
+    assert torch.equal(tiled_causal_lm_loss(**given), ForCausalLMLoss(**given))
+
+
 def test_nothing_but_padding() -> None:
     logits = torch.randn(1, 4, 5, requires_grad=True)
     values = [

@@ -13,7 +13,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from rankpilot.data.batches import IGNORED
 from rankpilot.data.models import adapt, load_model
-from rankpilot.data.workload import Workload, load_workload
+from rankpilot.data.workload import Workload, held_out_split, load_workload
 from rankpilot.errors import AssetError, ConfigError, DataError, UnknownNameError
 from rankpilot.lora.targets import find_target_modules
 from tokenizers import ByteLevelBPETokenizer
@@ -258,6 +258,21 @@ def test_a_broken_file(name: str, content: str, words: str, model_folder: ModelF
     ) as caught:
         load_workload(model_folder("bert"), str(tmp_path / name))
     assert "network" not in str(caught.value)
+
+
+def test_texts_teach_the_end_token_where_it_is_that_of_padding(workload_of: WorkloadOf) -> None:
+    workload = workload_of("llama", [{"text": "good film"}] * 40, task="causal-lm", max_length=6)
+    workload.tokenizer.pad_token = workload.tokenizer.eos_token
+    batch = workload.collator([workload.train[0]])
+    assert workload.tokenizer.eos_token_id in batch["labels"]
+    assert batch["labels"].tolist() == batch["input_ids"].tolist()
+
+
+def test_a_test_split_without_labels_is_none_to_hold_out() -> None:
+    train, valid = (Dataset.from_dict({"text": ["a"] * 3, "label": [0, 1, 0]}) for _ in range(2))
+    for hidden in ({"text": ["a"]}, {"text": ["a"], "label": [None]}, {"text": ["a"], "label": [-1]}):
+        splits = DatasetDict(train=train, test=Dataset.from_dict(hidden), validation=valid)
+        assert held_out_split(splits, train, "label") is valid
 
 
 @pytest.mark.parametrize("name", ["missing.csv", "./missing", "missing/rows.jsonl"])

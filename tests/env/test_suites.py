@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,7 @@ from rankpilot.plan.problem import AllocationProblem
 from rankpilot.training.results import mean_and_interval
 
 from tools import make_suites
-from tools.make_suites import BUDGETS, LARGE_BATCH, RATES, MakeConfig, budget_range, definitions
+from tools.make_suites import LARGE_BATCH, RATES, MakeConfig, budget_range, definitions
 
 MakeTask = Callable[..., ProxyTask]
 PARTS = [(suite, split) for suite in SUITES for split in SPLITS]
@@ -79,34 +78,6 @@ def check_separate(parts: dict[tuple[str, str], Any]) -> None:
 
 
 # What is defined ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.long
-@needs_bases
-def test_definitions_are_separate_and_spread(defined: dict[tuple[str, str], list[ProxyTask]]) -> None:
-    check_separate(defined)
-    for (suite, split), every in defined.items():
-        tasks = every[: sum(BUDGETS[suite, split].values())]
-        bases = Counter(task.base for task in tasks)
-        assert set(bases) == set(make_suites.BASES[split])
-        assert max(bases.values()) - min(bases.values()) <= 1
-        places = Counter(task.placement if suite == "planted" else (task.kind, task.corpus) for task in tasks)
-        kinds = {task.kind for task in tasks}
-        if suite == "planted":
-            assert kinds == {"planted"}
-            assert set(places) == set(PLACEMENTS)
-        else:
-            assert kinds == {"shift", "classify"}
-            shifts = {("shift", corpus) for corpus in make_suites.CORPORA[split]}
-            assert set(places) == {*shifts, ("classify", make_suites.LABELLED[split])}
-        assert max(places.values()) - min(places.values()) <= 2
-        counted = BUDGETS[suite, split]
-        assert sum(task.unit == "parameters" for task in tasks) == counted["parameters"]
-        assert sum(task.checkpointing for task in tasks) == counted["checkpointed"]
-        plain = [task for task in tasks if task.unit == "bytes" and not task.checkpointing]
-        low = [task for task in plain if task.budget < max(0.3, 1.2 * 1.02 * budget_range(task)[0])]
-        assert len(low) == pytest.approx(counted["low"], abs=1)
-        assert sum(task.budget > 1.0 for task in plain) == pytest.approx(counted["high"], abs=1)
 
 
 @needs_bases

@@ -467,6 +467,8 @@ def test_rows_whose_masks_have_holes_are_told_apart() -> None:
     assert found is not None
     first, second, third = (row.key for row in found)
     assert first == third != second
+    boxes = {"input_ids": ids, "attention_mask": masks, "bbox": torch.zeros(3, 4, 4)}
+    assert rows_of(boxes, padding_counts=False, precision="") is None, "what else a model reads tells rows apart, too"
 
 
 def test_rows_of_batches() -> None:

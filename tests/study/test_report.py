@@ -80,7 +80,15 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         *(choice("rule", 0.5, mixed, label=f"{name} inside 60%") for name in (("a", "b") if budget else ())),
     )
     return SimpleNamespace(
-        step=SimpleNamespace(parameters=30e6, frozen_bytes=90 * MIB, targets=targets, saved=SAVED, fused=0, named=()),
+        step=SimpleNamespace(
+            parameters=30e6,
+            frozen_bytes=90 * MIB,
+            targets=targets,
+            saved=SAVED,
+            fused=0,
+            named=(),
+            model=SimpleNamespace(peft_config={"default": SimpleNamespace(modules_to_save=None)}),
+        ),
         memory=SimpleNamespace(shape=SHAPE),
         shards=Shards(),
         settings=MemoryConfig("some/model"),

@@ -12,8 +12,6 @@ from benchmarks.methods.saving import (
     saving_blocks,
     saving_of,
 )
-from benchmarks.methods.tasks import NEW_FAMILY
-from tools import make_suites
 
 ROOT = Path(__file__).parents[3]
 
@@ -22,14 +20,6 @@ ROOT = Path(__file__).parents[3]
 def stored() -> Results:
     """What the rows in the repository say of the suite."""
     return report.read_results(report.Options(suite="saving"))
-
-
-def test_no_proxy_is_of_the_new_family() -> None:
-    models = {task.model.partition("-")[0] for task in NEW_FAMILY}
-    proxies = {base.partition("-")[0] for base in set().union(*make_suites.BASES.values())}
-    assert models == {"neox"}
-    assert {"llama", "bert"} <= proxies
-    assert not models & proxies
 
 
 def test_docs_saving_is_what_the_stored_rows_say(stored: Results) -> None:

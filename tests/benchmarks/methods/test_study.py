@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rankpilot.errors import ConfigError, UnknownNameError
 
 from benchmarks.methods import run
-from benchmarks.methods.registry import METHODS, find_method
+from benchmarks.methods.registry import METHODS
 from benchmarks.methods.rows import RowStore, Work
 from benchmarks.methods.study import DoesNotFitError, Study
-from benchmarks.methods.tasks import SUITES, Cell, MethodTask, Suite, find_suite
+from benchmarks.methods.tasks import SUITES, Cell
 
 from .made_up import SUITE, TASK, new_study, row_of
 
@@ -74,18 +73,3 @@ def test_test_cells_and_validation_cells_share_no_data() -> None:
     assert len(SUITES["standard"].cells) >= 12
     assert len(SUITES["standard"].seeds) >= 5
     assert {cell.name for cell in SUITES["standard"].cells} <= {cell.name for cell in SUITES["full"].cells}
-
-
-def test_bad_settings() -> None:
-    with pytest.raises(ConfigError, match="none in common"):
-        Suite(SUITE.cells, (1,), (1,), 2)
-    with pytest.raises(ConfigError, match="is a share"):
-        Cell(TASK, "6GiB")
-    with pytest.raises(ConfigError, match="at least 1"):
-        MethodTask(**{**vars(TASK), "steps": 0})
-    with pytest.raises(UnknownNameError, match="standard"):
-        find_suite("standart")
-    with pytest.raises(UnknownNameError, match="adalora-peak"):
-        find_method("adalora-pak")
-    with pytest.raises(UnknownNameError, match="gpt2"):
-        run.chosen_cells(SUITES["quick"], ["bert"])
