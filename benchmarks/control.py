@@ -36,6 +36,9 @@ GROUPS = {"far too low": (-3.0, -2.0), "right": (-0.5, 0.5), "far too high": (2.
 """Offsets of the rate, in powers of 2: from, to."""
 
 
+MOST = 2.0
+"""The log of a loss over that left alone counts as this at most, as in rewards: of runs that diverge."""
+
 RULE = "alignment"
 """The rule with which learners are compared, and from which they learn."""
 
@@ -115,7 +118,7 @@ def benchmark(options: Options, console: Console) -> Figures:
     table, found = [], dict[str, Changes]()
     for name, controller in track(controllers.items(), "controllers", console=console):
         changes = found[name] = {
-            (each.task.corpus, base, each.offset): 100 * math.log(loss / left)
+            (each.task.corpus, base, each.offset): 100 * min(math.log(loss / left), MOST)
             for base, of_base in tasks.items()
             for each, loss, left in zip(of_base, held_out(base, of_base, controller), alone[base], strict=True)
         }
