@@ -378,9 +378,10 @@ def for_trl(part: Dataset, columns: tuple[str, ...], tokenizer: Any) -> Dataset:
         return made
 
     features = None
+    more_keys = any(message.get(key) for name in columns for row in part[name] for message in row for key in _CALLS)
     if (has_calls or has_variables) and hasattr(datasets, "Json"):  # a table would give all rows the same keys
         text = datasets.Value("string")
-        message = datasets.Json() if has_calls else {"role": text, "content": text}
+        message = datasets.Json() if more_keys else {"role": text, "content": text}
         kinds = {name: [message] for name in names.values()}
         more = {TOOLS: text} if has_tools else {}
         features = datasets.Features(kinds | more | ({VARIABLES: datasets.Json()} if has_variables else {}))

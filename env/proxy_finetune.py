@@ -89,7 +89,7 @@ def label_terms(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def label_mean(terms: torch.Tensor, labels: torch.Tensor, groups: int = 1) -> torch.Tensor:
     """The mean of `label_terms` over the predictions of each group, (groups,)."""
     counts = (labels != IGNORED).view(groups, -1).sum(dim=1)
-    return terms.view(groups, -1).sum(dim=1) / counts
+    return terms.view(groups, -1).sum(dim=1) / counts.clamp_min(1)  # 0 where nothing is asked
 
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor, groups: int = 1) -> torch.Tensor:

@@ -50,7 +50,7 @@ class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
     def __init__(self, processes: Processes | None = None) -> None:
         self.stopped: bool = False
         self._processes = processes or Processes()
-        self._stepping = False
+        self._stepping = self._asked = False
 
     def stop(self) -> None:
         """Ask for the end.
@@ -58,9 +58,9 @@ class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
         Raises:
             Terminated: no step runs, so there is nothing to save; or this is the second call.
         """
-        if self.stopped or not self._stepping:
+        if self._asked or not self._stepping:  # `stopped` may be another process's wish
             terminate()
-        self.stopped = True
+        self._asked = self.stopped = True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -101,8 +101,17 @@ class StopOnSigterm(StopWithCheckpoint):
 
     @classmethod
     def unless_handled(cls, trainer: Trainer, processes: Processes) -> StopOnSigterm | None:
-        """Handle SIGTERM for this Trainer; None if somebody does, such as its just-in-time checkpoint."""
-        return cls(trainer, processes) if is_unhandled() else None
+        """Handle SIGTERM for this Trainer; None if somebody does in any process, as its just-in-time checkpoint."""
+        return cls(trainer, processes) if processes.least(is_unhandled())[0] else None
+
+    def came_late(self) -> bool:
+        """Whether it came after the last step, as in an evaluation, and no checkpoint follows; all processes ask."""
+        args, state = self._trainer.args, self._trainer.state
+        self.stopped = bool(self._processes.most(self.stopped)[0])
+        return (
+            self.stopped
+            and not (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "trainer_state.json").is_file()
+        )
 
     def release(self) -> None:
         """Handle SIGTERM no more."""
@@ -363,6 +372,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Stop measuring, and write the ranks to PEFT's configuration: the best checkpoint may have been loaded."""
+        if self._stop and self._stop.came_late():
+            self.trainer._save_checkpoint(self.trainer.model, None)
         self._step.release()
         self._evaluations.put_back()
         self.pilot.finish()

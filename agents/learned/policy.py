@@ -10,6 +10,7 @@ from ...common.arrays import FloatArray
 from ...common.devices import without_autocast
 from ..observation import Observation
 from ..policy import Decision, decision_from_scores
+from ..settings import DecisionSchedule
 from .networks import RankNetwork
 
 
@@ -21,11 +22,13 @@ class LearnedPolicy:
         name: the name in logs and tables.
         network: on the CPU and in evaluation mode.
         sha256: of the file of weights; None for a policy that was not loaded from a file.
+        schedule: when it was trained to decide; None where nothing tells.
     """
 
     name: str
     network: RankNetwork
     sha256: str | None = None
+    schedule: DecisionSchedule | None = None
 
     @torch.no_grad()
     def act(self, observation: Observation) -> tuple[FloatArray, FloatArray]:

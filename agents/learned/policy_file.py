@@ -22,7 +22,7 @@ from ..observation import MODULE_FEATURES, RUN_FEATURES, Inputs
 from ..policy import Policy
 from ..rules import FILE_SUFFIXES, RULES, AsConfigured, PlanFile, find_rule
 from ..settings import ONCE, DecisionSchedule, NetworkConfig
-from .networks import RankNetwork
+from .networks import DIRECTIONS, RankNetwork
 from .policy import LearnedPolicy
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def load_policy(given: str | Path | Policy) -> Policy:
     with torch.random.fork_rng(devices=[]):  # networks draw weights, which the file replaces
         network = RankNetwork(config, inputs)
     network.load_state_dict(weights)
-    return LearnedPolicy(_name(folder, card), network.eval(), sha256=card["sha256"])
+    return LearnedPolicy(_name(folder, card), network.eval(), card["sha256"], _schedule(folder, card))
 
 
 def _name(folder: Path, card: dict[str, Any]) -> str:
@@ -184,6 +184,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     for key, value in expected.items():
         given = card.get(key)
         earlier = key in features and isinstance(given, list) and bool(given) and value[: len(given)] == given
+        if earlier and key == "module_features":  # networks of all versions read up to this one
+            earlier = DIRECTIONS[-2] in list(given or ())
         if given != value and not earlier:
             raise PolicyFileError(
                 f"The policy in {folder} has {key} {shown(card.get(key))}; this version of rankpilot reads {value!r}. "
@@ -199,13 +201,18 @@ def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
     policy = load_policy(given) if Path(str(given)).suffix in FILE_SUFFIXES else given
     if isinstance(policy, PlanFile | AsConfigured):
         return policy.schedule
+    if isinstance(policy, LearnedPolicy) and policy.schedule:
+        return policy.schedule
     if not isinstance(given, str | Path) or not Path(given).is_dir():
         return DecisionSchedule()
-    card = read_card(Path(given))
+    return _schedule(Path(given), read_card(Path(given)))
+
+
+def _schedule(folder: Path, card: dict[str, Any]) -> DecisionSchedule:
     try:
         return from_json(DecisionSchedule, card.get("schedule"), complete=True)
     except ConfigError as error:
-        raise PolicyFileError(f"The card in {given} does not describe the schedule: {error}") from error
+        raise PolicyFileError(f"The card in {folder} does not describe the schedule: {error}") from error
 
 
 def _read_weights(folder: Path, card: dict[str, Any]) -> Weights:

@@ -156,6 +156,9 @@ def test_variables_that_are_no_dictionary(workload_of: WorkloadOf) -> None:
             workload_of("llama", [{"messages": [USER, ASSISTANT], "chat_template_kwargs": value}] * 20, chat=True)
     nothing = workload_of("llama", [{"messages": [USER, ASSISTANT], "chat_template_kwargs": {}}] * 20, chat=True)
     assert nothing.texts.train.column_names == ["messages"]
+    named = {"messages": [USER | {"name": "bob"}, ASSISTANT], "chat_template_kwargs": {"x": 1}}
+    texts = workload_of("llama", [named, named | {"messages": [USER, ASSISTANT]}] * 10, chat=True).texts
+    assert {message.get("name") for row in texts.train["messages"] for message in row} == {"bob", None}
 
 
 def test_instructions_without_a_chat_template_stand_under_headings(workload_of: WorkloadOf) -> None:

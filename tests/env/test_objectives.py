@@ -67,6 +67,7 @@ def test_a_class_is_asked_for_at_the_end(windows: torch.Tensor, name: str, quest
         logits = model(input_ids=inputs).logits
     expected = -torch.log_softmax(logits[:, -1], dim=-1)[torch.arange(6), labels[:, -1]].mean()
     assert float(label_loss(logits, labels)) == pytest.approx(float(expected), abs=1e-6)
+    assert float(label_loss(logits, torch.full_like(labels, IGNORED))) == 0, "nothing is asked"
 
 
 def test_runs_that_share_a_batch_have_the_losses_that_they_have_alone() -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ import torch
 from peft import PeftModel
 from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.settings import ONCE, DecisionSchedule
+from rankpilot.common.termination import Terminated
 from rankpilot.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
-from rankpilot.finetune.callback import RankPilotCallback, StopOnSigterm
+from rankpilot.finetune.callback import RankPilotCallback, StopOnSigterm, StopWithCheckpoint
 from rankpilot.finetune.checkpoint import STATE
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, Trainer, TrainerCallback
@@ -78,6 +80,25 @@ def test_sigterm_saves_a_checkpoint_and_ends_the_process(
     assert resumed.recorder.losses == whole.recorder.losses[6:]
     resumed.assert_same_adapter(whole)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_after_the_last_step_saves_a_checkpoint_too(make: Launch) -> None:
+    run, late = make(max_steps=2, save_strategy="no", budget="3k params"), TrainerCallback()
+    late.on_log = lambda *_, logs, **__: signal.raise_signal(signal.SIGTERM) if "train_runtime" in logs else None
+    run.trainer.add_callback(late)
+    with pytest.raises(SystemExit):
+        run.train()
+    assert (run.checkpoint(2) / "trainer_state.json").is_file()
+
+
+def test_another_process_s_wish_is_no_first_call_of_one_s_own() -> None:
+    stop, objects = StopWithCheckpoint(SimpleNamespace(most=lambda value: [1])), [SimpleNamespace()] * 3  # type: ignore
+    stop.on_step_begin(*objects)
+    stop.on_step_end(*objects)
+    assert stop.stopped
+    stop.stop()
+    with pytest.raises(Terminated):
+        stop.stop()
 
 
 def test_a_handler_of_the_user_stays_in_charge(make: Launch) -> None:

@@ -86,7 +86,7 @@ def test_round_trip(folder: Path, network: RankNetwork, make_observation: Callab
         a, b = (vars(policy.decide(make_observation(11, seed, max_step=step))) for policy in (loaded, before))
         for name in b:
             np.testing.assert_array_equal(a[name], b[name])
-    assert policy_schedule(folder) == SCHEDULE
+    assert policy_schedule(folder) == policy_schedule(load_policy(folder)) == SCHEDULE
     card = json.loads((folder / CARD).read_text())
     assert (card["note"], card["schema"], card["network"]["width"]) == ([1, 2], 5, 12)
     assert {path.name for path in folder.iterdir()} == {WEIGHTS, CARD}
