@@ -93,12 +93,12 @@ class ElasticBudget:
     def _limit_here(self, controller: RankController[PeftAdapters]) -> float:
         """The same, before several processes agree on the lowest."""
         before, self.budget = self.budget, budget_now(self._given)
+        if self.budget != before:  # one of another unit is refused
+            budget, highest = beside_model(self.budget, self._run.model), highest_ranks(controller.targets)
+            self.now = budget.resolve(controller.cost, highest, self._run.device).value
         if self.budget.kind == "auto":
             own = max(held_bytes(self._run.device) - self._held, 0)
             return self.budget.value * (free_bytes(self._run.device) / self._run.replicas.on_this_device + own)
         if self.budget.kind == "share":  # costs may since be those of checkpointed layers
             self.now = self.budget.value * self._whole
-        elif self.budget != before:
-            budget, highest = beside_model(self.budget, self._run.model), highest_ranks(controller.targets)
-            self.now = budget.resolve(controller.cost, highest, self._run.device).value
         return self.now
