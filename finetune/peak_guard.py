@@ -99,7 +99,7 @@ class PeakGuard:
         self.follows: bool = False
         self._undo: Callable[[], None] | None = None
         self._tried: list[str] = []
-        self._keeps_gradients: bool | None = None  # through the forward pass; None until one was seen
+        self._keeps_gradients: bool | None = None  # through the forward pass; None until it was looked
 
     def attach(
         self,
@@ -589,7 +589,7 @@ class PeakGuard:
 
     def _watch_gradients(self) -> None:
         """See whether gradients of the last step are there in the next forward pass, or are cleared before it."""
-        run = self._run
+        run, self._keeps_gradients = self._run, False
         if run.step.accumulates or is_compiled(run.wrapped):  # they are counted, or hooks would be compiled
             return
 
