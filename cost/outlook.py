@@ -32,7 +32,6 @@ from .model import MemoryModel, fewest_recomputed, holding_layers
 from .published import (
     DeviceRates,
     DeviceSpec,
-    Precision,
     device_table,
     find_configuration,
     find_device_spec,
@@ -514,8 +513,7 @@ that rate that they reach at least, where products reach theirs (docs/experiment
 
 def card_rates(rates: DeviceRates, dtype: str) -> Rates:
     """What a card does in a second with a frozen model of this dtype; products at fp32's rate if it lacks theirs."""
-    own: dict[str, Precision] = {"bf16": "bf16", "fp16": "fp16"}  # torch has TF32 off
-    products = rates.flops_per_s.get(own.get(dtype, "fp32"), rates.flops_per_s["fp32"])
+    products = rates.flops_per_s.get(dtype, rates.flops_per_s["fp32"])  # torch leaves TF32 off
     moved = max(REACHED_SHARE * rates.bytes_per_s, min(rates.bytes_per_s, REACHED_BYTES))
     return Rates(products, moved, launch_seconds=LAUNCH_SECONDS)
 

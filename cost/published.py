@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import transformers
 from huggingface_hub import constants, get_session
@@ -29,8 +29,6 @@ from .step_config import Quantization
 
 _CARDS = Path(__file__).with_name("devices.json")
 _MIB = 2**20
-
-Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 
 UNKNOWN_CONTEXT_BYTES = 500 * _MIB
 """Bytes of the CUDA context of a card of which no error has shown them."""
@@ -54,12 +52,12 @@ class DeviceRates:
 
     Attributes:
         bytes_per_s: reads and writes of its memory.
-        flops_per_s: by precision, floating-point operations of dense products; a product and a sum count as two. A
+        flops_per_s: by dtype, as in "bf16", floating-point operations of dense products, two for product and sum. A
             precision that the card has no units for is missing.
     """
 
     bytes_per_s: float
-    flops_per_s: dict[Precision, float]
+    flops_per_s: dict[str, float]
 
 
 @dataclass(frozen=True)
