@@ -47,7 +47,7 @@ from .run import TrainingRun
 logger = logging.getLogger(__name__)
 
 ROOM = 1.02
-"""A plan comes back where the limit is so many times what it takes, or as high as it was."""
+"""A plan comes back where the limit is so many times what it takes, or as high as it was; a part of it as well."""
 
 _OF_A_STEP = ("shape", "_unchecked", "_underestimate", "_before", "_memory", "_taken", "_cuts")
 """Attributes of a guard that change when a step makes the plan smaller, and are put back with it."""
@@ -221,7 +221,7 @@ class PeakGuard:
         self._check_peak(step)
         taken = self._taken
         if taken and self._wait <= step - taken.step and step < self._controller.total_steps and self._has_room(taken):
-            self._give_back(taken)
+            self._give_back(taken, taken.limit)
 
     def _check_peak(self, step: int) -> None:
         peak = self.meter.end(step)
@@ -368,10 +368,19 @@ class PeakGuard:
             more *= adapter_bytes(controller.targets, run.optimizer) / plan_cost(controller.cost, controller.ranks)
         return self.meter.history[-1][1] + more - state_bytes(run.model, run.optimizer) <= free_bytes(run.device)
 
-    def _give_back(self, taken: Taken) -> None:
-        """Give the plan its limit, its layers, its ranks of before an error, and what was cut from them."""
-        controller, step, cuts, self._cuts = self._controller, self._step, self._cuts, ()
-        controller.limit, self._taken, self._wait = taken.limit, None, (2 if taken.times else 1) * self._wait
+    def _give_back(self, taken: Taken, limit: float, *, whole: bool = True) -> None:
+        """Give the plan this limit, its layers, its ranks of before an error, and what was cut from them.
+
+        Args:
+            taken: the plan to go back to.
+            limit: of the plan from now on.
+            whole: whether there is room for all of it; else modules get their ranks back while there is room, and the
+                others later.
+        """
+        controller, step = self._controller, self._step
+        controller.limit = limit
+        if whole:
+            self._taken, self._wait = None, (2 if taken.times else 1) * self._wait
         if self._recomputation:  # as many layers were checkpointed as these ranks need
             self._recomputation.take(taken.layers)
             self._memory = self._recomputation.memory_now()
@@ -384,15 +393,18 @@ class PeakGuard:
                 ranks = more
         if np.array_equal(ranks, controller.ranks):
             self._settle()
-            self._measure_next()
-            self._journal.note(f"step {step}: there is memory again. {self._recomputation or 'The plan stays'}.")
+            if whole:
+                self._measure_next()
+                self._journal.note(f"step {step}: there is memory again. {self._recomputation or 'The plan stays'}.")
             return
         ends = {target: target.rank for target in controller.targets}
         controller.set_plan(ranks, step, self._run.optimizer, decides=False)
-        for cut in reversed(cuts):  # later ones were larger
+        back = [cut for cut in self._cuts if cut.target.rank > ends[cut.target]]
+        self._cuts = () if whole else tuple(cut for cut in self._cuts if cut not in back)
+        for cut in reversed(back):  # later ones were larger
             ends[cut.target] = cut.put_back(ends[cut.target])
         plan = Plan(ranks, controller.ranks, plan_cost(observation.problem.cost, controller.ranks))
-        what = "given back, with what was cut" if cuts else "given back"
+        what = f"given back{'' if whole else ' in part'}{', with what was cut' if back else ''}"
         self._changed(Correction(step, f"{what}: there is memory again", ranks, observation, plan))
 
     def _keep(self) -> None:
@@ -428,7 +440,8 @@ class PeakGuard:
         """Take the limit of the moment, before a step.
 
         A plan that no longer fits shrinks, after more layers are checkpointed. What that took comes back after
-        `GOOD_STEPS` steps at least: all of it where there is room for it, and else as many layers as the limit allows.
+        `GOOD_STEPS` steps at least: all of it where there is room for it, and else layers, then ranks, as far as the
+        limit allows.
 
         Raises:
             BudgetError: no plan fits.
@@ -445,10 +458,13 @@ class PeakGuard:
             controller.limit = limit
         elif step - taken.step >= self._wait and limit > controller.limit:
             if (1 + 1e-9) * limit >= min(ROOM * taken.cost, taken.limit):
-                self._give_back(replace(taken, limit=limit))
+                self._give_back(taken, limit)
             else:
                 controller.limit, self._taken = limit, replace(taken, step=step)
                 self._relieved("There is more memory.")
+                if len(self.recomputed) <= len(taken.layers):
+                    self._give_back(taken, limit / ROOM, whole=False)
+                    controller.limit = limit
 
     @property
     def _keeps_cuts(self) -> bool:

@@ -133,8 +133,6 @@ def bert_config() -> BertConfig:
         num_attention_heads=4,
         max_position_embeddings=32,
         num_labels=3,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
     )
 
 
