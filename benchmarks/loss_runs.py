@@ -12,7 +12,8 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rankpilot.cost.cost import ParameterCost
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import find_target_modules
+from rankpilot.plan.rate import LEAST_SHARE, RULE, Look
 from rich.console import Console
 from torch import nn
 
@@ -78,6 +80,9 @@ POWERS = (0.0, 0.5, 1.0)
 
 SPREAD = 0.7
 """Standard deviation of a drawn plan's log rate around the prior."""
+
+NEAR = 0.3
+"""The same of plans of SmolLM2 whole around the rule's rate."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,14 @@ class Options:
     json: Path | None = None
 
 
+_HARD = {
+    **{"language-uk": 3.0, "code": 2.0, "group-sci.med": 3.0, "language-pt": 4.0, "package-email": 2.0, "reviews": 3.5},
+    **{"language-sv": 4.5, "tables": 2.0, "group-comp.graphics": 3.0, "language-tr": 4.5, "package-xml": 2.0},
+    **{"tales": 3.0, "language-it": 4.5, "group-misc.forsale": 3.5, "package-asyncio": 2.0},
+}
+"""Texts that SmolLM2 whole learns, with about the loss of each before training, in nats a token."""
+
+
 def prior_rate(width: int, share: float) -> float:
     """The rate around which rates are drawn: a published formula in width (lora-without-regret), and a share's root."""
     return float(5e-4 * (2000 / width) ** 0.781 * share**-0.5)
@@ -150,19 +163,44 @@ def width_of(model: str) -> int:
 def drawn_runs() -> Iterator[LossRun]:
     """All runs, task after task; the same on each machine."""
     generator = np.random.default_rng(43)
+    yield from _whole_models()
     small = ("gpt2-8x64", "llama-8x64", "gpt2-4x64", "llama-4x64")
     yield from _sweeps()
     for number, text in enumerate(LEARNED):
         # Models of one round read different texts, so that a prefix of the list holds many.
         others = [LEARNED[(number + shift) % len(LEARNED)] for shift in (11, 20, 5, 14)]
         if number < 21:
-            yield from _of_task("smollm2-135m", text, 50 if number % 3 else 100, 4, generator)
+            whole = [*_of_task("smollm2-135m", text, 50 if number % 3 else 100, 4, generator)]
+            yield from whole if number < 2 else ()  # those of the others were too far off the rule to be judged
         yield from _of_task("smollm2-8", others[0], (60, 100, 200)[number % 3], 5, generator)
         if number < 14:
             yield from _of_task("smollm2-15", others[1], 100 if number % 2 else 60, 4, generator)
         for turn in range(2):
             steps = (60, 150, 400)[(number + turn) % 3]
             yield from _of_task(small[(number + 2 * turn) % 4], others[2 + turn], steps, 9, generator)
+
+
+def _whole_models() -> Iterator[LossRun]:
+    """SmolLM2 whole: plain LoRA at three rates, and five plans near the rates that the rule says, at one alpha."""
+    generator, model, rows = np.random.default_rng(44), "smollm2-135m", 4
+    for number, (text, loss) in enumerate(_HARD.items()):
+        steps = 50 if number % 5 else 100
+        look = Look(loss, 47 * rows)
+        rate = RULE.plain(width_of(model), steps, look=look)
+        for factor in (1.0, 0.5, 2.0):
+            yield LossRun(model, text, steps, rows, "all", REFERENCE_RANK, 1.0, _rounded(factor * rate))
+        for _ in range(5):
+            part, rank = _drawn_plan(generator, max(RANKS))
+            off = math.exp(generator.normal(0, NEAR))
+            factor = (rank / REFERENCE_RANK) ** (RULE.of_rank - RULE.of_scale)
+            factor *= max(_SHARES.get(part, 1), LEAST_SHARE) ** RULE.of_share
+            yield LossRun(model, text, steps, rows, part, rank, 1.0, _rounded(off * factor * rate))
+
+
+def _drawn_plan(generator: np.random.Generator, highest: int) -> tuple[str, int]:
+    """A part and a rank."""
+    part = str(generator.choice(list(PARTS), p=_WEIGHTS / _WEIGHTS.sum()))
+    return part, int(generator.choice([rank for rank in RANKS if rank <= highest]))
 
 
 def _sweeps() -> Iterator[LossRun]:
@@ -188,8 +226,7 @@ def _of_task(model: str, text: str, steps: int, plans: int, generator: np.random
     width, rows = width_of(model), 4 if model.startswith("smollm2") else 8
     yield from _plain(model, text, steps, rows, (1.0, 0.5, 2.0))
     for _ in range(plans):
-        part = str(generator.choice(list(PARTS), p=_WEIGHTS / _WEIGHTS.sum()))
-        rank = int(generator.choice([rank for rank in RANKS if rank <= width]))
+        part, rank = _drawn_plan(generator, width)
         power = float(generator.choice(POWERS))
         off = math.exp(float(np.clip(generator.normal(0, SPREAD), -1.4, 1.4)))
         rate = _rounded(off * prior_rate(width, _SHARES.get(part, 1)))
@@ -222,6 +259,15 @@ def ranks_of(run: LossRun, model: PeftModel) -> dict[str, int]:
     return {spec.name: min(run.rank, spec.max_rank) for spec, adapted in zip(specs, chosen, strict=True) if adapted}
 
 
+@cache
+def _untrained(task: MethodTask) -> float:
+    """The loss before training, which is that of the base model."""
+    data = load_data(task)
+    return float(
+        evaluate(adapted_model(task, 0), concatenate_datasets([data.tuning, data.held_out]), data, task)["loss"]
+    )
+
+
 def perform(run: LossRun) -> dict[str, Any]:
     """Train a run to its end; figures as JSON values, `loss` None if it diverged."""
     begun, task = time.process_time(), run.task
@@ -234,7 +280,7 @@ def perform(run: LossRun) -> dict[str, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=run.rate, weight_decay=0.0)
     judged = concatenate_datasets([data.tuning, data.held_out])
-    untrained, losses, norms = evaluate(model, judged, data, task)["loss"], [], []
+    losses, norms = [], []
     for step, batch in enumerate(new_loader(task, data, seed)):
         for group in optimizer.param_groups:
             group["lr"] = run.rate * factor_at(step, task.steps)
@@ -247,7 +293,7 @@ def perform(run: LossRun) -> dict[str, Any]:
     loss = evaluate(model, judged, data, task)["loss"]
     return {
         "loss": loss if math.isfinite(loss) else None,
-        "untrained": untrained,
+        "untrained": _untrained(replace(task, steps=1, rate=1.0)),
         "adapted": len(ranks),
         "train_losses": losses,
         "norms": norms,
