@@ -184,7 +184,7 @@ def _whole_models() -> Iterator[LossRun]:
     """SmolLM2 whole: plain LoRA at three rates, and five plans near the rates that the rule says, at one alpha."""
     generator, model, rows = np.random.default_rng(44), "smollm2-135m", 4
     for number, (text, loss) in enumerate(_HARD.items()):
-        steps = 50 if number % 5 else 100
+        steps = 50 if number else 100
         look = Look(loss, 47 * rows)
         rate = RULE.plain(width_of(model), steps, look=look)
         for factor in (1.0, 0.5, 2.0):
