@@ -44,6 +44,7 @@ from .loss_runs import JUDGED
 from .methods.tasks import MethodTask
 from .methods.texts import load_data
 from .methods.training import ALPHA, CLIP, adapted_model, evaluate, factor_at, new_loader, training_run
+from .no_sweep_rates import CORRECTIONS
 from .no_sweep_rivals import RIVALS, steps_of
 
 PACKED = Path(__file__).parent / "results" / "no_sweep.json"
@@ -77,8 +78,8 @@ class Run:
 
     Attributes:
         text: of `JUDGED`.
-        side: "plain" LoRA of rank 8, "controlled" for that under control of its rate, "rslora-64" on all modules,
-            "usual" for plain LoRA at `USUAL`, a goal, or a rival.
+        side: "plain" LoRA of rank 8, "controlled" for that under control of its rate or another of `CORRECTIONS`,
+            "rslora-64" on all modules, "usual" for plain LoRA at `USUAL`, a goal, or a rival.
         factor: of the rate over the rule's, for sides with a sweep.
         seed: of adapters and batches; one of `SEEDS`.
     """
@@ -123,7 +124,8 @@ class Options:
 def next_runs(text: str, seed: int, rows: Mapping[Run, Mapping[str, Any]]) -> Iterator[Run]:
     """The runs of a text that are missing, as far as the rows so far tell."""
     once = [Run(text, side, seed=seed) for side in (*GOALS, "usual", *RIVALS)]
-    once += [Run(text, side, factor, seed) for side in ("plain", "controlled") for factor in WRONG]
+    corrected = ("controlled", *(CORRECTIONS if text not in WHOLE and not seed else ()))
+    once += [Run(text, side, factor, seed) for side in ("plain", *corrected) for factor in WRONG]
     yield from (run for run in once if run not in rows)
     for side in ("plain", "rslora-64"):
         wanted = [Run(text, side, factor, seed) for factor in SWEPT]
@@ -171,7 +173,10 @@ def perform(run: Run) -> dict[str, Any]:
     rate = optimizer.param_groups[0]["lr"]
     setup_s = time.process_time() - begun
     with telling:
-        _train(task, model, optimizer, new_loader(task, data, seed), pilot)
+        if run.side in CORRECTIONS:
+            CORRECTIONS[run.side](task, model, optimizer, new_loader(task, data, seed))
+        else:
+            _train(task, model, optimizer, new_loader(task, data, seed), pilot)
     spent = time.process_time() - begun
     judged = concatenate_datasets([data.tuning, data.held_out])
     loss = evaluate(model, judged, data, task)["loss"]
@@ -379,10 +384,10 @@ def _report_control(
     figures: Figures = {}
     table = []
     for factor in WRONG:
-        for side in ("plain", "controlled"):
+        for side in ("plain", "controlled", *CORRECTIONS):
             losses: dict[bool, dict[Cell, float]] = {False: {}, True: {}}
             for text, seed in best:
-                runs = {name: Run(text, name, factor, seed) for name in ("plain", "controlled")}
+                runs = {name: Run(text, name, factor, seed) for name in ("plain", "controlled", side)}
                 paired = text in WHOLE or all(run in rows for run in runs.values())
                 if runs[side] in rows and paired and not reason_to_leave_out(text, best):
                     losses[text in WHOLE][text, seed] = 100 * _beside(rows[runs[side]], best[text, seed]["plain"])

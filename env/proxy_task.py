@@ -379,9 +379,7 @@ def find_tasks(
             f"No task of the {split} split of {tuple(suites)} is on {tuple(bases or ())}. Suites are {SUITES}; bases "
             f"are {tuple(PROXY_BASES)}, of which each split has some."
         )
-    if overrides:
-        tasks = _overridden(tasks, overrides)
-    return tuple(tasks)
+    return tuple(_overridden(tasks, overrides) if overrides else tasks)
 
 
 def _overridden(tasks: Sequence[ProxyTask], overrides: dict[str, Any]) -> list[ProxyTask]:

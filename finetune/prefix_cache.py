@@ -140,8 +140,7 @@ def _stretches(ids: Any, positions: Any, mask: Any, padding_counts: bool) -> lis
         if len(real) and real[-1] - real[0] + 1 == len(real):
             return [(int(real[0]), int(real[-1]) + 1)]
     elif positions is not None and not padding_counts:
-        begins = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(ids)]
-        return [*pairwise(begins)]
+        return [*pairwise([0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(ids)])]
     return [(0, len(ids))]
 
 

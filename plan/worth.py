@@ -37,6 +37,7 @@ FEATURES = {
     "other ranks than 8": "mean of abs(log2(rank / plain LoRA's)) over all modules",
     "rank in a wide model": "mean of log2(rank / plain LoRA's) times log2(width / 512), over 4",
     "lower layers of a wide model": "share of the lower half without adapter, times log2(width / 512), over 4",
+    "layers at the bottom of a wide model": "relative depth of the lowest adapted module, times the same",
 }
 """The numbers that describe a plan, with their meanings."""
 
@@ -75,6 +76,7 @@ class Modules:
             np.abs(levels).mean(axis=1),
             levels.mean(axis=1) * width,
             _mean(missing, lower) * width,
+            lowest * width,
         ]
         return np.stack(columns, axis=1)
 

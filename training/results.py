@@ -117,8 +117,7 @@ def _tail(tasks: int) -> float:
     """The share of the draws that an interval leaves out on either side; half of them for a single task."""
     if tasks < 2:
         return 0.5
-    quantile = stdtrit(tasks - 1, 0.975) * np.sqrt(tasks / (tasks - 1))
-    return float(ndtr(-quantile))
+    return float(ndtr(-stdtrit(tasks - 1, 0.975) * np.sqrt(tasks / (tasks - 1))))
 
 
 def ratio_estimate(numerators: FloatArray, denominators: FloatArray, tasks: Sequence[str | int]) -> Estimate:

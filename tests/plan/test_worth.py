@@ -76,6 +76,7 @@ def test_features_by_hand() -> None:
             "other ranks than 8": (2 + 2 + 2) / 8,
             "rank in a wide model": (2 + 2 - 2) / 8 * (2 / 4),
             "lower layers of a wide model": 1 / 2 * (2 / 4),
+            "layers at the bottom of a wide model": 1 / 3 * (2 / 4),
         }
     ), "the ranks 32 and 2 of MLPs cancel"
     half = model().features(np.full((1, 8), 16))
