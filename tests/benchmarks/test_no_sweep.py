@@ -68,11 +68,10 @@ def test_the_readme_claims_what_control_does(figures: Figures) -> None:
 def test_the_page_of_control_claims_what_the_stored_rows_say(figures: Figures) -> None:
     page = (ROOT / "docs" / "control.md").read_text(encoding="utf-8")
     for factor, words in ((0.25, "a quarter of the rule's"), (1.0, "the rule's"), (4.0, "four times the rule's")):
-        alone, corrected = (
-            f"{_rounded(figures[f'{name}: value']):+.1f} % (worst {figures[f'{name}: worst']:.1f})"
-            for name in (f"plain at {factor:g}", f"controlled at {factor:g}")
-        )
-        assert f"| {words} | {alone} | {corrected}" in page
+        sides = ("plain", "controlled", "forks", "hypergradient, .1", "reduced on a plateau")
+        found = ([figures[f"{side} at {factor:g}: {name}"] for name in ("value", "worst")] for side in sides)
+        cells = (f"{_rounded(value):+.1f} % (worst {worst:.1f})" for value, worst in found)
+        assert f"| {words} | {' | '.join(cells)} |" in page
     told = " ".join(page.split())
     for factor, words in ((0.25, "from a quarter of the rule's rate"), (4.0, "from four times the rate")):
         value, worst = (figures[f"SmolLM2-135M, controlled at {factor:g}: {name}"] for name in ("value", "worst"))
