@@ -181,6 +181,7 @@ CORRECTIONS: dict[str, Callable[[MethodTask, PeftModel, torch.optim.Optimizer, B
     "reduced on a plateau": followed(Plateau),
     "hypergradient, .02": followed(lambda: Hypergradient(0.02)),
     "hypergradient, .1": followed(lambda: Hypergradient(0.1)),
+    "hypergradient, .3": followed(lambda: Hypergradient(0.3)),
     "forks": forked,
 }
-"""Ways by name; hypergradients of two strengths, since no one is advised for adapters."""
+"""Ways by name; hypergradients of three strengths, since no one is advised for adapters."""

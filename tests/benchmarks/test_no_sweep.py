@@ -68,7 +68,7 @@ def test_the_readme_claims_what_control_does(figures: Figures) -> None:
 def test_the_page_of_control_claims_what_the_stored_rows_say(figures: Figures) -> None:
     page = (ROOT / "docs" / "control.md").read_text(encoding="utf-8")
     for factor, words in ((0.25, "a quarter of the rule's"), (1.0, "the rule's"), (4.0, "four times the rule's")):
-        sides = ("plain", "controlled", "forks", "hypergradient, .1", "reduced on a plateau")
+        sides = ("plain", "controlled", "forks", "hypergradient, .3", "reduced on a plateau")
         found = ([figures[f"{side} at {factor:g}: {name}"] for name in ("value", "worst")] for side in sides)
         cells = (f"{_rounded(value):+.1f} % (worst {worst:.1f})" for value, worst in found)
         assert f"| {words} | {' | '.join(cells)} |" in page

@@ -28,7 +28,7 @@ ROWS = np.arange(LAYERS)[:, None] >= BLOCKS[None]
 COST = ByteCost(("backward",), np.array([1000.0]), np.full((1, MODULES), 10.0), np.full((1, LAYERS), 700.0), ROWS)
 SECONDS = SecondsRow(0.01, np.full(MODULES, 1e-6), np.full(MODULES, 0.001), np.eye(MODULES, dtype=np.bool_))
 
-EFFECTS = np.array([0.02, 0.02, 0.01, 0.01, 0.01, 0.0, -0.01, -0.005, 0.004, 0.0, 0.0])
+EFFECTS = np.pad([0.02, 0.02, 0.01, 0.01, 0.01, 0.0, -0.01, -0.005, 0.004], (0, len(FEATURES) - 9))
 WORTH = PlanWorth(EFFECTS, 1e-5 * np.eye(len(FEATURES)), 0.002)
 """Modules without adapter and low ranks are expected to lose some per cent."""
 
