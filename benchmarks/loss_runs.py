@@ -139,7 +139,7 @@ class Options:
     json: Path | None = None
 
 
-_HARD = {
+HARD = {
     **{"language-uk": 3.0, "code": 2.0, "group-sci.med": 3.0, "language-pt": 4.0, "package-email": 2.0, "reviews": 3.5},
     **{"language-sv": 4.5, "tables": 2.0, "group-comp.graphics": 3.0, "language-tr": 4.5, "package-xml": 2.0},
     **{"tales": 3.0, "language-it": 4.5, "group-misc.forsale": 3.5, "package-asyncio": 2.0},
@@ -183,7 +183,7 @@ def drawn_runs() -> Iterator[LossRun]:
 def _whole_models() -> Iterator[LossRun]:
     """SmolLM2 whole: plain LoRA at three rates, and five plans near the rates that the rule says, at one alpha."""
     generator, model, rows = np.random.default_rng(44), "smollm2-135m", 4
-    for number, (text, loss) in enumerate(_HARD.items()):
+    for number, (text, loss) in enumerate(HARD.items()):
         steps = 50 if number else 100
         look = Look(loss, 47 * rows)
         rate = RULE.plain(width_of(model), steps, look=look)

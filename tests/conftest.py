@@ -203,11 +203,7 @@ def llama_batch(make_tokens: Callable[..., torch.Tensor]) -> Batch:
 def bert_batch(make_tokens: Callable[..., torch.Tensor]) -> Batch:
     """A batch of four rows for a classifier."""
     tokens = make_tokens()
-    return {
-        "input_ids": tokens,
-        "attention_mask": torch.ones_like(tokens),
-        "labels": torch.arange(len(tokens)) % 3,
-    }
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": torch.arange(len(tokens)) % 3}
 
 
 @pytest.fixture(scope="session")

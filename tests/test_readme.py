@@ -54,13 +54,7 @@ def run_shell(python: WarmPython, line: str, folder: Path) -> str:
         assert words[1:] == ["install", "-e", ".[trl]"]
     else:
         assert words[0] == "rankpilot"
-        command = [
-            sys.executable,
-            "-m",
-            "rankpilot",
-            *words[1:],
-            *SMALLER[words[1]].split(),
-        ]
+        command = [sys.executable, "-m", "rankpilot", *words[1:], *SMALLER[words[1]].split()]
         run, where = python.run, folder
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = run(command, cwd=where, env=environment, capture_output=True, text=True, check=False)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import no_sweep
+from benchmarks import no_sweep, worth
 from benchmarks.harness import Figures
+from benchmarks.loss_runs import HARD
 from benchmarks.no_sweep import Run
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +43,19 @@ def test_the_page_on_choices_tells_what_rivals_reach(figures: Figures) -> None:
     for side in ("MLPs", "top 3/4", "LoRA+", "Prodigy", "AdaLoRA", "EVA"):
         value, low, high, worst = (figures[f"admitted, {side}: {name}"] for name in ("value", "low", "high", "worst"))
         assert f"| {value:+.2f} % ({low:+.2f} to {high:+.2f}) | {worst:+.1f} % |" in page
+
+
+def test_the_page_on_choices_tells_what_parts_of_smollm2_cost() -> None:
+    page, found = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8"), defaultdict(list)
+    for packed in json.loads(worth.PACKED.read_text(encoding="utf-8")):
+        if packed["task"][0] == "smollm2-135m" and packed["task"][1] in HARD:
+            best = min(run[4] for run in packed["runs"] if run[:3] == ["all", 8, 1.0])
+            for part, rank, *_, loss in packed["runs"]:
+                found[part, rank > 8 or part != "all"].append(100 * math.log(loss / best))
+    for part in ("all", "mlp", "every-other", "top-3/4", "attention", "top-1/2", "top-1/4"):
+        values = found[part, True]
+        low, mean, high = (f"{value:+.1f}" for value in (min(values), np.mean(values), max(values)))
+        assert f"| {len(values)} | {mean} % | {low} to {high} |" in page
 
 
 def test_the_readme_tells_what_smollm2_gains() -> None:
