@@ -108,7 +108,10 @@ def followed(make: Callable[[], RateFactor]) -> Callable[[MethodTask, PeftModel,
 
 
 FORKS = (1.0, 0.5, 2.0)
+"""What multiplies the rate of each copy."""
+
 ROUNDS = 2
+"""How often copies are made."""
 
 
 def forked(task: MethodTask, model: PeftModel, optimizer: torch.optim.Optimizer, batches: Batches) -> None:

@@ -378,7 +378,7 @@ class PeakGuard:
                 others later.
         """
         controller, step = self._controller, self._step
-        controller.limit = limit
+        controller.limit = limit if whole else limit / ROOM
         if whole:
             self._taken, self._wait = None, (2 if taken.times else 1) * self._wait
         if self._recomputation:  # as many layers were checkpointed as these ranks need
@@ -391,6 +391,7 @@ class PeakGuard:
             more = np.where(np.arange(len(ranks)) == module, taken.ranks, ranks)
             if controller.could_take(more):
                 ranks = more
+        controller.limit = limit
         if np.array_equal(ranks, controller.ranks):
             self._settle()
             if whole:
@@ -463,8 +464,7 @@ class PeakGuard:
                 controller.limit, self._taken = limit, replace(taken, step=step)
                 self._relieved("There is more memory.")
                 if len(self.recomputed) <= len(taken.layers):
-                    self._give_back(taken, limit / ROOM, whole=False)
-                    controller.limit = limit
+                    self._give_back(taken, limit, whole=False)
 
     @property
     def _keeps_cuts(self) -> bool:
