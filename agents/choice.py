@@ -24,6 +24,9 @@ PLAIN = "rank 8 on all modules"
 """Plain LoRA, with which plans are compared, in words; the first plan of every choice. Modules that cannot have rank 8
 have their highest."""
 
+PLAIN_WITHIN = f"{PLAIN}, as far as bounds allow"
+"""Plain LoRA where it is not within the bounds, in words."""
+
 COST_TIE = 0.01
 """Plans whose costs differ by less, as a share, are tied under a goal of cost."""
 
@@ -105,9 +108,14 @@ class Choice:
         """The plan that the goal asks for.
 
         Under quality, and where a goal of cost cannot be kept, that is the one whose loss is the lowest with some
-        caution, which plain LoRA does not need. Under a goal of cost it is the cheapest within the tolerance, and
-        of those that cost the same the one that is expected to lose the least.
+        caution, which plain LoRA does not need; where a caveat stands it is plain LoRA if that fits. Under a goal of
+        cost it is the cheapest within the tolerance, and of those that cost the same the one that is expected to lose
+        the least.
         """
+        if not self.goal.saves and self.caveats:
+            for name in (PLAIN, PLAIN_WITHIN):
+                if name in self.names and self.fits[self.names.index(name)]:
+                    return self.names.index(name)
         if not self.goal.saves or self.misses_goal:
             return int(np.argmin(np.where(self.fits, self.cautious, np.inf)))
         costs = np.where(self.within_tolerance, self.goal_costs, np.inf)
@@ -126,6 +134,8 @@ class Choice:
             )
         if self.taken == 0:
             if not self.goal.saves:
+                if self.caveats:
+                    return f"This run is unlike those that expectations come from, so {PLAIN} stays."
                 return f"No plan that fits promises a lower loss than {PLAIN}." if len(self.plans) > 1 else ""
             return f"No cheaper plan surely stays within {percent(self.goal.tolerance)} of the loss of {PLAIN}."
         return f"Expected versus {PLAIN}{fits}: loss {expected}, surely at most {surely}."

@@ -22,7 +22,7 @@ from ..plan.goal import Goal
 from ..plan.plan import top_down
 from ..plan.problem import AllocationProblem
 from ..plan.worth import Modules, PlanWorth, packaged_worth
-from .choice import PLAIN, Choice
+from .choice import PLAIN, PLAIN_WITHIN, Choice
 from .observation import RUN_FEATURES, Observation, learns_labels, module_feature
 from .policy import Decision, Policy, decision_to_keep, is_first
 
@@ -41,14 +41,12 @@ MOST_WINDOWS = 32
 NEW_RANK = 1
 """The rank of new adapters at the first decision; trained ones have those of an earlier run."""
 
-LABELS_SPREAD = 3.0
-"""Expectations were learned on texts. On labels the spread is so many times as large (docs/experiments.md)."""
+STRANGE_SPREAD = 3.0
+"""By how much the spread grows where a run is unlike those that expectations were learned from: where a caveat stands. It
+was measured on labels (docs/experiments.md), and nothing is known that would make it less for other widths."""
 
 KNOWN = {"width": (32, 576), "steps": (50, 800)}
 """The runs from which expectations were learned: widths of models, and optimizer steps."""
-
-PLAIN_WITHIN = f"{PLAIN}, as far as bounds allow"
-"""Plain LoRA where it is not within the bounds, in words."""
 
 KINDS = {"MLP": True, "attention": False}
 """Kinds of modules, by whether they have the wide inner side of their layer."""
@@ -81,12 +79,13 @@ def candidates(observation: Observation) -> Iterator[tuple[str, IntArray]]:
     """Plans by name: plain LoRA as it is, then others within the bounds, int64 (modules,); the limit plays no part."""
     problem = observation.problem
     yield PLAIN, plain_lora(problem)
+    yield PLAIN_WITHIN, _within(problem, plain_lora(problem))
     wide = module_feature(observation, "wide") > 0.5
     yield "as much as fits, from the top down", top_down(problem)
     for name, part in parts(observation).items():
         for rank in RANKS:
-            named = f"rank {rank} on {name}"
-            yield PLAIN_WITHIN if named == PLAIN else named, _within(problem, np.where(part, rank, 0))
+            if (named := f"rank {rank} on {name}") != PLAIN:
+                yield named, _within(problem, np.where(part, rank, 0))
     for more, less in PAIRS:
         for kind, is_wide in KINDS.items():
             ranks = np.where(wide == is_wide, more, less)
@@ -146,24 +145,24 @@ class PlanChooser:
         names, plans, fits, costs = _that_fit(observation)
         timed = isinstance(cost, TimedCost)
         features = modules_of(observation).features(plans)
-        labels = learns_labels(observation.run.tolist())
+        caveats = tuple(_caveats(observation))
         found = Choice(
             names=names,
             plans=plans,
             parts=worth.parts(features),
-            spread=worth.spread(features) * (LABELS_SPREAD if labels else 1.0),
+            spread=worth.spread(features) * (STRANGE_SPREAD if caveats else 1.0),
             costs=costs[:, : -1 if timed else None].max(axis=1),
             seconds=costs[:, -1] / cost.unit_per_second if isinstance(cost, TimedCost) else None,
             fits=fits,
             goal=self.goal,
-            caveats=tuple(_caveats(observation, labels)),
+            caveats=caveats,
         )
         return replace(found, taken=found.best)
 
 
-def _caveats(observation: Observation, labels: bool) -> Iterator[str]:
+def _caveats(observation: Observation) -> Iterator[str]:
     """In what a run is unlike those that expectations were learned from, in words."""
-    if labels:
+    if learns_labels(observation.run.tolist()):
         yield "it learns labels, not texts"
     if (observation.problem.ranks > NEW_RANK).any():
         yield "its adapters are trained already"

@@ -42,8 +42,6 @@ FEATURES = {
     "above the best": "log of the mean loss over that of the best window so far, times 4",
     "noise": "standard deviation of the log loss over the window, times 4",
     "moved": "log2 of the rate over the one at the start, over 3",
-    "beside the rule": "log2 of the rate over what the rule of rates says, over 3; 0 where it says nothing",
-    "ruled": "1 where it says something",
     "time": "share of the steps that are done",
     "steps": "log2 of the steps that are done over 5, over 4",
     "schedule": "the schedule's rate now, as a share of its peak",
@@ -74,7 +72,6 @@ class RunRecord:
 
     Attributes:
         total_steps: of the run.
-        beside: log2 of the rate at the start over what the rule of rates says; None where it says nothing.
         losses: of the steps since the last decision.
         alignments: of the same steps.
         moved: log2 of the rate over that at the start.
@@ -83,7 +80,6 @@ class RunRecord:
     """
 
     total_steps: int
-    beside: float | None = None
     losses: list[float] = field(default_factory=list)
     alignments: list[float] = field(default_factory=list)
     moved: float = 0.0
@@ -131,8 +127,6 @@ class RunRecord:
             4 * (mean - best),
             4 * losses.std(),
             self.moved / 3,
-            0.0 if self.beside is None else (self.beside + self.moved) / 3,
-            float(self.beside is not None),
             self.step / self.total_steps,
             math.log2(max(self.step, 1) / 5) / 4,
             schedule,
@@ -182,32 +176,27 @@ class LeaveAlone:
 class AlignmentRule:
     """Raise the rate while steps go on where the last one went, and lower it where they take it back.
 
-    A move towards what the rule of rates says needs less evidence and goes all the way; one away from it needs more.
+    What a rule of rates says plays no part: steps are right on models on which that rule is not.
 
     Attributes:
-        least: evidence below which nothing is changed, in standard errors. To lower the rate, which costs more where it
-            is too high, four fifths of it are enough.
-        dead: the same of the mean alignment over its spread.
-        gain: log2 of the change for each unit of that ratio, up to a change of 2.
-        back: log of the loss over that of the start from which on, with steps that take back, a run is undone.
-        noise: that much more for each standard deviation of the log loss.
-        first: steps before which the rate is not raised: the first ones go the same way at any rate.
-        towards: share of the evidence that is enough for a move towards the rule's rate.
-        away: the same for one away from it.
-        near: log2 of the distance from the rule's rate within which no move is one towards it.
-        far: log2 of the distance above the rule's rate from which on a return is an undoing as well.
+        least_evidence: change nothing while the mean alignment is within so many of its standard errors of 0. To lower
+            the rate, which costs more where it is too high, four fifths of it are enough.
+        least_ratio: change nothing while the mean alignment over its spread is smaller, in absolute terms. Four fifths
+            of it are enough to lower the rate.
+        least_alignment: raise nothing while the mean alignment, a cosine, is below this.
+        gain: log2 of the change of the rate for each unit of that ratio; a change is at most a factor of 2.
+        undo_threshold: undo when log(loss / initial loss) exceeds this and the alignment is negative.
+        undo_noise: by how much that threshold rises for each standard deviation of the log loss.
+        first_raise: optimizer steps before which the rate is not raised: the first ones agree at any rate.
     """
 
-    least: float = 2.5
-    dead: float = 0.4
+    least_evidence: float = 2.5
+    least_ratio: float = 0.4
+    least_alignment: float = 0.02
     gain: float = 1.5
-    back: float = 0.05
-    noise: float = 1.5
-    first: int = 9
-    towards: float = 0.5
-    away: float = 2.0
-    near: float = 0.5
-    far: float = 1.5
+    undo_threshold: float = 0.05
+    undo_noise: float = 1.5
+    first_raise: int = 9
 
     def act(self, observations: FloatArray) -> Sequence[int]:
         """See `Controller`."""
@@ -216,20 +205,15 @@ class AlignmentRule:
 
     def _one(self, seen: dict[str, float]) -> int:
         ratio = seen["alignment"] / max(seen["spread of the alignment"], 0.1)
-        if seen["loss"] / 2 > self.back + self.noise * seen["noise"] / 4 and ratio < 0:
+        if seen["loss"] / 2 > self.undo_threshold + self.undo_noise * seen["noise"] / 4 and ratio < 0:
             return UNDO
-        enough, distance = 1.0 if ratio > 0 else 0.8, 3 * seen["beside the rule"]
+        enough = 1.0 if ratio > 0 else 0.8
+        if abs(4 * seen["evidence"]) < enough * self.least_evidence or abs(ratio) < enough * self.least_ratio:
+            return KEEP
+        early = seen["warm-up"] or 5 * 2 ** (4 * seen["steps"]) < self.first_raise
+        if ratio > 0 and (early or seen["alignment"] / 4 < self.least_alignment):
+            return KEEP
         wanted = float(np.clip(self.gain * ratio, -1.0, 1.0))
-        if seen["ruled"]:
-            returns = ratio * distance < 0 and abs(distance) >= self.near
-            enough *= self.towards if returns else self.away
-            wanted = -distance if returns else wanted
-        if abs(4 * seen["evidence"]) < enough * self.least or abs(ratio) < enough * self.dead:
-            return KEEP
-        if wanted > 0 and (seen["warm-up"] or 5 * 2 ** (4 * seen["steps"]) < self.first):
-            return KEEP
-        if wanted <= -self.far:
-            return UNDO
         return min(range(1, UNDO), key=lambda action: abs(CHANGES[action] - wanted))
 
 

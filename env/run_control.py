@@ -1,4 +1,4 @@
-"""The Gymnasium environment `rankpilot/RunControl-v0`: the learning rate of a fine-tune, corrected while it goes."""
+"""The Gymnasium environment `rankpilot/RunControl-v1`: the learning rate of a fine-tune, corrected while it goes."""
 
 from __future__ import annotations
 
@@ -40,9 +40,6 @@ OFFSETS = tuple(half / 2 for half in range(-6, 7))
 PARTS = ("all", "top half")
 """Where the adapters are: on all modules, or on those of the upper half of the layers."""
 
-RULED = (None, -0.5, 0.0, 0.5)
-"""log2 of what a rule of rates says over `RATE`; None where it says nothing."""
-
 WARM_UPS = (0.0, 0.1)
 """Shares of the steps in which the rate rises along a line; from then on it falls along one, to 0."""
 
@@ -59,19 +56,12 @@ class ControlTask:
         part: a name of `PARTS`.
         offset: log2 of the rate at the start over that of the task.
         warm_up: share of the steps.
-        ruled: log2 of what the rule of rates says over the rate of the task; None where it says nothing.
     """
 
     task: ProxyTask
     part: str = "all"
     offset: float = 0.0
     warm_up: float = 0.0
-    ruled: float | None = None
-
-    @property
-    def record(self) -> RunRecord:
-        """What has been seen of the run before it begins."""
-        return RunRecord(self.task.steps, None if self.ruled is None else self.offset - self.ruled)
 
     def schedule(self, step: int) -> float:
         """The rate of a step as a share of its peak."""
@@ -100,7 +90,7 @@ class ControlledRuns:
     def begin(self, tasks: Mapping[int, ControlTask]) -> None:
         """Begin runs, and train them to their first decision; earlier ones are forgotten."""
         self._tasks, self._turn = dict(tasks), 0
-        self._records = {slot: each.record for slot, each in tasks.items()}
+        self._records = {slot: RunRecord(each.task.steps) for slot, each in tasks.items()}
         self._failed = dict.fromkeys(tasks, False)
         reset_runs(self._adapters, {slot: each.task.seed for slot, each in tasks.items()})
         set_stacked_ranks(
@@ -204,7 +194,6 @@ def control_tasks(base: str, split: str = "train", lengths: Sequence[int] = LENG
             PARTS[(turn + number) % 3 // 2],
             offset,
             WARM_UPS[(turn // 2 + number) % 2],
-            RULED[(turn // 4 + turn + number) % 4],
         )
         for number, task in enumerate(texts.values())
         for turn, offset in enumerate(OFFSETS)
@@ -224,7 +213,7 @@ class RunControlVectorEnv(VectorEnv[FloatArray, NDArray[Any], NDArray[Any]]):
     optimizer's state that were kept when the rate was last kept or raised, and take a quarter of the rate.
 
     ## Observation Space
-    `Box(-3, 3, (15,))`: `rankpilot.agents.control.FEATURES`.
+    `Box(-3, 3, (13,))`: `rankpilot.agents.control.FEATURES`.
 
     ## Rewards
     At the end by how much the log of the held-out loss is below that of the same run left alone, -2 to 2.

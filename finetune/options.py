@@ -127,10 +127,12 @@ class PilotOptions(PlanOptions):
         seed: of the probe and of fresh rows; by default `TrainingArguments.seed` under a Trainer, and 0 in a loop.
         measure_every: measure the real peak every so many steps, and after each change of ranks.
         log: the folder of the decision log. By default `decisions` in a Trainer's output folder, and none in a loop.
-        learning_rate: "auto" trains at the rate that a rule says for the model, the length of the run and the plan, in
-            place of the optimizer's. It is for Adam and its kin.
+        learning_rate: "auto" begins at a quarter of the rate that a rule says for the model, the length of the run and
+            the plan, in place of the optimizer's, and lets control raise it; at half of it without control. It is for
+            Adam and its kin.
         control: correct the learning rate in the first half of the run by what its steps show, and take back damage
-            that too high a rate has done (docs/control.md). For Adam and its kin, and runs of 60 steps or more.
+            that too high a rate has done (docs/control.md). For Adam and its kin, and runs of 60 steps or more. By
+            default it is on under learning_rate="auto", and off for a rate of your own.
 
     Example:
         >>> options = PilotOptions(budget="80%", time="75%", bounds={"q_proj": 8})
@@ -145,7 +147,7 @@ class PilotOptions(PlanOptions):
     measure_every: int = 100
     log: str | Path | None = None
     learning_rate: Literal["auto"] | None = None
-    control: bool = False
+    control: bool | None = None
 
     @property
     def budget_read(self) -> Budget:
@@ -167,7 +169,8 @@ class PilotOptions(PlanOptions):
             check_seed(self.seed)
         check_scaling(self.scaling)
         _check_switch("fresh", self.fresh)
-        _check_switch("control", self.control)
+        if self.control is not None:
+            _check_switch("control", self.control)
         if self.bounds is not None and not isinstance(self.bounds, Mapping):
             raise ConfigError(f"bounds are a dictionary from module names to ranks; got {self.bounds!r}.")
 
@@ -225,9 +228,9 @@ class FinetuneConfig(StepConfig, PlanOptions):
             data decide.
         steps: optimizer steps of the run.
         epochs: passes over the training rows, instead of steps.
-        learning_rate: of plain LoRA at the first step; it falls to zero along a straight line. auto takes it from a
-            rule in the model's width, the length of the run and the loss before training; the plan adds a factor
-            (keep_rate).
+        learning_rate: of plain LoRA at the first step; it falls to zero along a straight line. auto begins at a quarter
+            of what a rule says from the model's width, the length of the run and the loss before training, and
+            corrects it by what steps show; the plan adds a factor (keep_rate).
         alpha: lora_alpha of every adapter.
         scaling: the factor in front of an adapter's output at rank r: alpha, alpha / r; rslora, alpha / sqrt(r);
             constant, alpha / 8 at every rank. Under alpha one learning rate fits all ranks.
@@ -246,7 +249,8 @@ class FinetuneConfig(StepConfig, PlanOptions):
         report_to: trackers that get losses, ranks and peaks: tensorboard, wandb, trackio, mlflow ...
         trainer: further settings of transformers' TrainingArguments (TRL's SFTConfig for causal-lm), as NAME=VALUE:
             warmup_steps=0.1 lr_scheduler_type=cosine optim=paged_adamw_8bit assistant_only_loss=true.
-        control: correct the learning rate in the first half of the run by what its steps show (docs/control.md).
+        control: correct a learning rate of your own, too, in the first half of the run by what its steps show
+            (docs/control.md).
 
     Raises:
         ConfigError: a value is out of range.
@@ -291,7 +295,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
         shared = {each.name: getattr(self, each.name) for each in fields(PlanOptions)}
         rate = "auto" if self.learning_rate == "auto" else None
         own: dict[str, Any] = {"bounds": rank_bounds_of(self.bounds), "scaling": self.kept}
-        own |= {"learning_rate": rate, "control": self.control}
+        own |= {"learning_rate": rate, "control": self.control or None}
         return PilotOptions(**shared | own | further)
 
     @property

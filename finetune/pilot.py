@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..agents.chooser import DEFAULT, with_goal
-from ..agents.control import CONTROLLERS
+from ..agents.control import CONTROLLERS, SHORTEST
 from ..agents.controller import RankController
 from ..agents.learned.policy_file import load_policy, policy_schedule
 from ..agents.log import DecisionLog
@@ -151,7 +151,7 @@ class RankPilot:
         ):
             auto = self.options.learning_rate == "auto"
             probes = reads_signals(self.policy)
-            looks = auto or self.options.control or not probes
+            looks = auto or not probes
             looked = before_training.UNSEEN if stay else run.look(self.seed) if looks else None
             self._rate = self._plan_rate(targets, look_at(run, looked) if looked and not stay else None)
             self.controller, costs = before_training.prepare(
@@ -542,13 +542,21 @@ class RankPilot:
     def _plan_rate(self, targets: Sequence[TargetModule], look: Look | None, own: float | None = None) -> PlanRate:
         """Have the learning rate follow the plan until the run ends."""
         auto = self.options.learning_rate == "auto"
-        rate = PlanRate(self._run, targets, auto=auto, keep=self.options.keep_rate, look=look, own=own)
+        keep, controlled = self.options.keep_rate, self._controls
+        rate = PlanRate(self._run, targets, auto=auto, controlled=controlled, keep=keep, look=look, own=own)
         self._put_back.callback(rate.end)
         return rate
 
+    @property
+    def _controls(self) -> bool:
+        """Whether steps correct the learning rate: as it is asked for, and by default under "auto" in a long run."""
+        if self.options.control is None:
+            return self.options.learning_rate == "auto" and self._run.total_steps >= SHORTEST
+        return self.options.control
+
     def _run_control(self, targets: Sequence[TargetModule]) -> RunControl | None:
         """What corrects the learning rate while the run goes, if it is wanted."""
-        if not self.options.control:
+        if not self._controls:
             return None
         assert self._rate is not None
         return RunControl(self._run, targets, self._rate, CONTROLLERS[CONTROLLER], self.journal)

@@ -25,6 +25,10 @@ from .run import LOOKED_AT, Looked, TrainingRun, own_rate, probe_rate
 FAR = 4.0
 """A rate so many times above or below the rule's is told."""
 
+START, ALONE = 0.25, 0.5
+"""The shares of the rule's rate that "auto" begins with: where the run's own steps raise it, and where nothing does. On
+models that it was not fitted on the rule is up to three times too high, and too high costs far more than too low."""
+
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 """Names of the hidden width in configurations of models."""
 
@@ -104,7 +108,8 @@ class PlanRate:
     Args:
         run: whose optimizer steps.
         targets: its adapters. Groups of the optimizer that hold none keep their rate.
-        auto: let the rule decide the rate of plain LoRA; else it is the optimizer's own.
+        auto: begin with a share of what the rule says for plain LoRA; else with the optimizer's own rate.
+        controlled: whether the run's steps correct the rate; see `START`.
         keep: leave the rate as it is, whatever the plan.
         look: at the run.
         own: of the attributes, where the run goes on; the optimizer's rate may be anywhere on its schedule then.
@@ -126,6 +131,7 @@ class PlanRate:
         targets: Sequence[TargetModule],
         *,
         auto: bool,
+        controlled: bool = False,
         keep: bool,
         look: Look | None = None,
         own: float | None = None,
@@ -157,7 +163,8 @@ class PlanRate:
         self._decides = auto
         if auto or rule_knows(run):
             self.rule = rate_by_rule(run.model, targets, run.total_steps, look or TYPICAL)
-        self._auto = self.rule / self.own if auto and self.rule else 1.0
+        self._share = START if controlled else ALONE
+        self._auto = self._share * self.rule / self.own if auto and self.rule else 1.0
         self.factor: float = 1.0
         self.moved: float = 1.0
         self._before: list[tuple[dict[str, Any], Any]] = []
@@ -168,8 +175,8 @@ class PlanRate:
 
     @property
     def plain(self) -> float:
-        """The peak of the learning rate of plain LoRA."""
-        return self.own * self._auto
+        """The peak of the learning rate of plain LoRA, as far as control of the run has moved it."""
+        return self.own * self._auto * self.moved
 
     @property
     def rate(self) -> float:
@@ -178,7 +185,7 @@ class PlanRate:
 
     def follow(self) -> None:
         """Take the factor of the plan that is in place."""
-        self.factor = self._auto * self.moved
+        self.factor = self.plain / self.own
         if not self._keep and self._follows:
             ranks = np.array([target.rank for target in self._targets], dtype=np.int64)
             self.factor *= RULE.factor(ranks, np.array([target.scaling for target in self._targets]), self._plain)
@@ -189,8 +196,15 @@ class PlanRate:
         if not np.allclose(self._plain, self._plain[0]):
             lines.append("Modules differ in lora_alpha (alpha_pattern): each keeps its own.")
         if self._decides:
-            of_plan = "" if self.factor == self._auto * self.moved else f", and {self.rate:.2g} under this plan"
-            return " ".join([f"Learning rate by rule: {self.plain:.2g} for plain LoRA{of_plan}.", *lines])
+            begins = "; steps of the run raise it" if self._share == START else ", since no steps correct it here"
+            of_plan = "" if self.rate == self.plain else f", {self.rate:.2g} under this plan"
+            return " ".join(
+                [
+                    f"The rule says a learning rate of {self.rule:.2g} for plain LoRA. The run begins at "
+                    f"{self._share:g} of it{of_plan}{begins}.",
+                    *lines,
+                ]
+            )
         if abs(self.factor - 1) > 0.01:
             lines.append(
                 f"The learning rate of {self.own:.3g} is read as that of plain LoRA; this plan trains at "
@@ -200,7 +214,7 @@ class PlanRate:
             times = max(self.own / self.rule, self.rule / self.own)
             lines.append(
                 f"{self.own:.2g} is {times:.0f} times {'above' if self.own > self.rule else 'below'} what the rule "
-                f"says for plain LoRA here, {self.rule:.2g}; learning_rate='auto' takes that."
+                f"says for plain LoRA here, {self.rule:.2g}; learning_rate='auto' begins below that and looks."
             )
         return " ".join(lines)
 

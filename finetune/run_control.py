@@ -79,8 +79,7 @@ class RunControl:
         self._steps = decision_steps(run.total_steps)
         self._seen: list[tuple[torch.Tensor | float, torch.Tensor]] = []
         self._kept: Kept | None = None
-        self._beside = math.log2(rate.plain / rate.rule) if rate.rule and rate.plain else None
-        self.record: RunRecord = RunRecord(run.total_steps, self._beside)
+        self.record: RunRecord = RunRecord(run.total_steps)
         if not self._steps:
             journal.note(f"The learning rate is not controlled: a run of {run.total_steps} steps shows too little.")
 
@@ -165,7 +164,6 @@ class RunControl:
             write_json_lines(path, [row for row in read_json_lines(path) if row["step"] < step])
         self.record = RunRecord(
             self._run.total_steps,
-            self._beside,
             losses=[finite(value) for value in state["losses"]],
             alignments=[finite(value) for value in state["alignments"]],
             moved=finite(state["moved"]),

@@ -44,7 +44,7 @@ def test_the_environment_is_registered() -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "import rankpilot, gymnasium; gymnasium.spec('rankpilot/RunControl-v0')",
+        "import rankpilot, gymnasium; gymnasium.spec('rankpilot/RunControl-v1')",
         "import gymnasium, rankpilot; gymnasium.spec('rankpilot/RankAllocation-v4')",
         pytest.param(
             "import gymnasium; gymnasium.make('rankpilot.env.registration:rankpilot/RankAllocation-v4')",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
+from rankpilot.agents.control import SHORTEST
 from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.observation import Observation
 from rankpilot.agents.policy import Decision
@@ -18,7 +19,7 @@ from rankpilot.agents.settings import ONCE
 from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.finetune import plan_rate
 from rankpilot.finetune.pilot import RankPilot
-from rankpilot.finetune.plan_rate import hidden_width, rate_by_rule
+from rankpilot.finetune.plan_rate import ALONE, START, hidden_width, rate_by_rule
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.plan.rate import RULE, Look
@@ -122,9 +123,28 @@ def test_the_rule_decides_where_it_is_asked_to(llama_config: LlamaConfig) -> Non
     assert look.tokens == 4 * 12
     rule = rate_by_rule(loop.model, find_target_modules(loop.model), 3, look)
     assert hidden_width(loop.model) == llama_config.hidden_size
-    assert pilot.rates == pytest.approx((rule, rule))
-    assert real_rates(loop)[0] == pytest.approx([rule, 3e-3])
-    assert any(f"{rule:.2g}" in line for line in told)
+    begins = ALONE * rule, "since no steps correct it here"
+    assert pilot.rates == pytest.approx((begins[0], begins[0])), "a run of three steps cannot be controlled"
+    assert real_rates(loop)[0] == pytest.approx([begins[0], 3e-3])
+    assert any(f"{rule:.2g}" in line and begins[1] in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("options", "share", "controls"),
+    [({}, START, True), ({"control": True}, START, True), ({"control": False}, ALONE, False)],
+)
+def test_a_rate_by_rule_begins_low_and_is_controlled(
+    llama_config: LlamaConfig, options: dict[str, Any], share: float, controls: bool
+) -> None:
+    loop, told = Loop(llama_config), list[str]()
+    pilot = RankPilot(Gives(), "400%", schedule=ONCE, learning_rate="auto", tell=told.append, **options)
+    pilot.begin(TrainingRun.of_loader(loop.model, loop.optimizer, loop.loader, total_steps=SHORTEST))
+    assert pilot._rate is not None
+    assert pilot._rate.rule is not None
+    assert pilot.rates == pytest.approx((share * pilot._rate.rule,) * 2)
+    assert (pilot._control is not None) is controls
+    assert any("steps of the run raise it" in line for line in told) is controls
+    pilot.finish()
 
 
 def test_a_rate_far_from_the_rule_is_told(llama_config: LlamaConfig) -> None:
@@ -213,7 +233,7 @@ def test_a_plan_ahead_tells_its_rate(llama_config: LlamaConfig) -> None:
     plan = rankpilot.static_plan(model, loader, Gives(1), budget="400%", schedule=ONCE, total_steps=200)
     look = Look(math.log(llama_config.vocab_size), 4 * 12)
     rule = rate_by_rule(model, find_target_modules(model), 200, look)
-    assert plan.learning_rate == pytest.approx(rule * QUARTER, rel=0.03)
+    assert plan.learning_rate == pytest.approx(ALONE * rule * QUARTER, rel=0.03), "nothing corrects it"
     options: dict[str, Any] = {"budget": "400%", "schedule": ONCE}
     given = rankpilot.static_plan(model, loader, Gives(1), learning_rate=1, **options)
     assert given.learning_rate == pytest.approx(QUARTER)
