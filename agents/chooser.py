@@ -42,8 +42,8 @@ NEW_RANK = 1
 """The rank of new adapters at the first decision; trained ones have those of an earlier run."""
 
 STRANGE_SPREAD = 3.0
-"""By how much the spread grows where a run is unlike those that expectations were learned from: where a caveat stands. It
-was measured on labels (docs/experiments.md), and nothing is known that would make it less for other widths."""
+"""By how much the spread grows where a run is unlike those that expectations were learned from: where a caveat stands.
+It was measured on labels (docs/experiments.md), and nothing is known that would make it less for other widths."""
 
 KNOWN = {"width": (32, 576), "steps": (50, 800)}
 """The runs from which expectations were learned: widths of models, and optimizer steps."""
