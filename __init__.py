@@ -1,14 +1,10 @@
 """rankpilot plans the memory and time of a LoRA fine-tune before its first step, and keeps it inside a budget.
 
-The names below are loaded when first used, so that `import rankpilot` loads no other library. The Gymnasium
-environments are registered where gymnasium is imported, before or after rankpilot.
+The names below are loaded when first used, so that `import rankpilot` loads no other library. `import rankpilot.env`
+registers the Gymnasium environments, and so does the first use of `ENV_ID` or `CONTROL_ENV_ID`.
 """
 
-import sys
 from importlib import import_module
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .common.quiet import silence_missing_kernels, silence_worker
@@ -115,27 +111,3 @@ def __getattr__(name: str) -> Any:
     module, _, there = _LAZY[name].partition(":")
     with naming_extras():
         return getattr(import_module(module, __name__), there or name)
-
-
-class _Registration:
-    """A finder of modules that finds gymnasium alone, once, and has the environments registered when it is loaded."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name != "gymnasium":
-            return None
-        sys.meta_path.remove(self)
-        if (spec := find_spec(name)) and spec.loader:
-            load = spec.loader.exec_module
-
-            def load_and_register(module: ModuleType) -> None:
-                load(module)
-                import_module(".env.registration", __name__)
-
-            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
-        return spec
-
-
-if sys.modules.get("gymnasium"):
-    import_module(".env.registration", __name__)
-else:
-    sys.meta_path.insert(0, _Registration())

@@ -1,1 +1,5 @@
-"""The decision problem: proxy tasks, episodes on them, and the Gymnasium environments."""
+"""The decision problem: proxy tasks, episodes on them, and the Gymnasium environments, which importing this registers."""
+
+from .registration import CONTROL_ENV_ID, ENV_ID
+
+__all__ = ["CONTROL_ENV_ID", "ENV_ID"]

@@ -36,8 +36,8 @@ from ..common.files import read_json
 from ..cost.budget import Budget
 from ..cost.cost import UntimedCost
 from ..cost.step_config import check_seed
+from ..data.task import SPLITS, SUITES
 from ..errors import ConfigError, UnknownNameError, first_line, shown
-from .suite_names import SPLITS, SUITES
 
 if TYPE_CHECKING:
     import torch

@@ -21,6 +21,7 @@ from ..agents.observation import (
 from ..agents.policy import Decision, decision_from_scores
 from ..agents.settings import DecisionSchedule
 from ..common.checks import is_count
+from ..data.task import SPLITS, SUITES
 from ..errors import ConfigError, NonFiniteError, UnknownNameError, naming_extras, shown
 from ..lora.spec import DEFAULT_RANKS
 from ..plan.plan import PLACEMENT, SCORE_BOUND
@@ -39,7 +40,6 @@ from .episode import (
 )
 from .proxy_finetune import fine_tune_of
 from .proxy_task import FineTune, ProxyTask, Reference, TaskStream, check_task, find_tasks
-from .suite_names import SPLITS, SUITES
 
 with naming_extras():
     import gymnasium as gym

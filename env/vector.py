@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from ..agents.settings import DecisionSchedule
 from ..common.checks import is_count
+from ..data.task import SUITES
 from ..errors import ConfigError, UnknownNameError, naming_extras, shown
 from .episode import UNIFORM, Comparison, EpisodeRecord, rule_to_compare_with
 from .proxy_task import ProxyTask, TaskStream
 from .rank_allocation import Actions, action_space, environment_tasks, observation_space, read_action
 from .stacked import StackedEpisodes
-from .suite_names import SUITES
 
 with naming_extras():
     from gymnasium.utils import seeding

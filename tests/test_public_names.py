@@ -6,8 +6,6 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import gymnasium as gym
 import pytest
@@ -44,19 +42,23 @@ def test_the_environment_is_registered() -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "import rankpilot, gymnasium; gymnasium.spec('rankpilot/RunControl-v1')",
-        "import gymnasium, rankpilot; gymnasium.spec('rankpilot/RankAllocation-v4')",
+        "import gymnasium, rankpilot; gymnasium.spec(rankpilot.ENV_ID)",
+        "import gymnasium, rankpilot.env; gymnasium.spec('rankpilot/RunControl-v1')",
         pytest.param(
-            "import gymnasium; gymnasium.make('rankpilot.env.registration:rankpilot/RankAllocation-v4')",
-            marks=pytest.mark.slow,
+            "import gymnasium; gymnasium.make('rankpilot.env:rankpilot/RankAllocation-v4')", marks=pytest.mark.slow
         ),
     ],
-    ids=["imported before gymnasium", "imported after gymnasium", "without import"],
+    ids=["by its name", "by an import", "by the id alone"],
 )
 def test_a_fresh_process_finds_the_environment(warm_python: WarmPython, code: str) -> None:
-    """The first of them imports rankpilot before gymnasium, in a process that has loaded neither."""
-    run: Callable[..., Any] = subprocess.run if code.startswith("import rankpilot") else warm_python.run
-    done = run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = warm_python.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_looks_after_no_import() -> None:
+    """It once patched the loader of gymnasium."""
+    code = "import sys; before = [*sys.meta_path]; import rankpilot; assert sys.meta_path == before"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

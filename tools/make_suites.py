@@ -19,11 +19,11 @@ from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.files import append_json_line, read_json_lines, write_json
 from rankpilot.cost.budget import reference_cost
 from rankpilot.cost.cost import plan_cost
+from rankpilot.data.task import SPLITS, SUITES
 from rankpilot.env.bases import adapted_base
 from rankpilot.env.proxy_finetune import ProxyFineTune, oracle_plan
 from rankpilot.env.proxy_task import FOLDER, PLACEMENTS, VERSION, ProxyTask, Reference, find_base
 from rankpilot.env.stacked import StackedEpisodes
-from rankpilot.env.suite_names import SPLITS, SUITES
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.plan.plan import uniform_ranks
 from rankpilot.plan.problem import AllocationProblem

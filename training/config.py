@@ -8,7 +8,7 @@ from typing import Any
 
 from ..agents.settings import ONCE, DecisionSchedule, NetworkConfig
 from ..cost.step_config import check_seed
-from ..env.suite_names import SUITES, Split
+from ..data.task import SUITES, Split
 from ..errors import ConfigError
 
 

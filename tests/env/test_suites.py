@@ -19,6 +19,7 @@ from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.files import append_json_line
 from rankpilot.cost.cost import plan_cost
 from rankpilot.data.corpora import CORPORA
+from rankpilot.data.task import SPLITS, SUITES
 from rankpilot.env import proxy_task as suites
 from rankpilot.env.bases import BASES_FOLDER, adapted_base
 from rankpilot.env.episode import Episode, reference_of
@@ -35,7 +36,6 @@ from rankpilot.env.proxy_task import (
     load_suite,
 )
 from rankpilot.env.rank_allocation import RankAllocationEnv
-from rankpilot.env.suite_names import SPLITS, SUITES
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.plan.plan import check_budget, uniform_ranks
 from rankpilot.plan.problem import AllocationProblem

@@ -14,10 +14,10 @@ from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.policy import Policy
 from rankpilot.agents.rules import RULES, SignalRule
 from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.data.task import SPLITS, SUITES
 from rankpilot.env.episode import Comparison, Episode
 from rankpilot.env.proxy_finetune import ProxyFineTune
 from rankpilot.env.proxy_task import ProxyTask, Reference, load_suite
-from rankpilot.env.suite_names import SPLITS, SUITES
 from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.study.replay import redecide
 from rankpilot.training import compare as evaluation
