@@ -1,4 +1,4 @@
-"""What a model is fine-tuned for, and the names of the suites of proxy tasks, which settings need before a task is read."""
+"""What a model is fine-tuned for, and the names of suites of proxy tasks, which settings need before any is read."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args

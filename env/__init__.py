@@ -1,4 +1,4 @@
-"""The decision problem: proxy tasks, episodes on them, and the Gymnasium environments, which importing this registers."""
+"""The decision problem: proxy tasks, episodes on them, and the Gymnasium environments, which an import registers."""
 
 from .registration import CONTROL_ENV_ID, ENV_ID
 
