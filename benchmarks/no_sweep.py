@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from peft import PeftModel
 from rankpilot.agents.observation import Observation
 from rankpilot.agents.policy import Decision
@@ -41,11 +41,10 @@ from torch.utils.data import DataLoader
 
 from .harness import Figures, collect_rows, machine_facts
 from .loss_runs import JUDGED
-from .methods.tasks import MethodTask
-from .methods.texts import load_data
-from .methods.training import ALPHA, CLIP, adapted_model, evaluate, factor_at, new_loader, training_run
 from .no_sweep_rates import CORRECTIONS
-from .no_sweep_rivals import RIVALS, steps_of
+from .no_sweep_rivals import RIVALS, each_step
+from .text_runs import ALPHA, CLIP, adapted_model, factor_at, held_out_loss, new_loader, training_run
+from .texts import TextTask, load_data
 
 PACKED = Path(__file__).parent / "results" / "no_sweep.json"
 
@@ -90,11 +89,11 @@ class Run:
     seed: int = 0
 
     @property
-    def task(self) -> MethodTask:
+    def task(self) -> TextTask:
         """What is trained."""
         model = WHOLE.get(self.text) or SMALL[JUDGED.index(self.text) % len(SMALL)]
         steps, rows, held_out, train = (100, 4, 48, 600) if self.text in WHOLE else (200, 8, 192, 4000)
-        return MethodTask(model, self.text, "causal-lm", steps, rows, 48, USUAL, held_out, train, curve=1)
+        return TextTask(model, self.text, steps, rows, held_out, train)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +162,9 @@ def perform(run: Run) -> dict[str, Any]:
         pilot.begin(training)
         facts = _facts(pilot)
     elif run.side in RIVALS:
-        driver, optimizer = RIVALS[run.side].ready(task, seed, _rule_of(training, seed))
-        model, telling = driver.model, steps_of(driver, optimizer)
+        rival = RIVALS[run.side]
+        model, optimizer = rival.ready(task, seed, _rule_of(training, seed))
+        telling = each_step(optimizer, lambda step: rival.stepped(model, task, step))
     elif run.side != "usual":
         _set_rate(optimizer, run.factor * _rule_of(training, seed))
     if run.side == "controlled":
@@ -178,10 +178,9 @@ def perform(run: Run) -> dict[str, Any]:
         else:
             _train(task, model, optimizer, new_loader(task, data, seed), pilot)
     spent = time.process_time() - begun
-    judged = concatenate_datasets([data.tuning, data.held_out])
-    loss = evaluate(model, judged, data, task)["loss"]
+    loss = held_out_loss(model, data, task)
     if run.side == "plain":
-        facts["frequencies"] = round(loss_of_frequencies(data.train, judged), 5)
+        facts["frequencies"] = round(loss_of_frequencies(data.train, data.held_out), 5)
     if pilot:
         pilot.finish()
     times = {"setup_s": round(setup_s, 2), "all_s": round(spent, 2)}
@@ -243,7 +242,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def _train(
-    task: MethodTask,
+    task: TextTask,
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
     loader: DataLoader[Any],
