@@ -119,7 +119,7 @@ def trial(number: int, other: Other | None, tell: Callable[[str], None]) -> dict
     """
     generator = np.random.default_rng([44, number])
     text = ("language-de", "language-fi", "package-email", "tales")[number % 4]
-    task = TextTask("llama-8x64", text, STEPS, 16)
+    task = TextTask("llama-8x32", text, STEPS, 16)
     data, model = load_data(task), adapted_model(task, number)
     run = training_run(task, model, RATE, number)
     checkpointing = False if number % 2 else "auto"
