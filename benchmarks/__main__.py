@@ -24,6 +24,7 @@ BENCHMARKS = {
     "control": ("control", "who corrects a wrong learning rate best while a run goes"),
     "elastic": ("elastic", "another process takes memory in the middle of runs, and gives it back"),
     "gpu-evidence": ("gpu_evidence", "what is claimed of CUDA, predicted and measured on the card that is here"),
+    "pages": ("pages", "figures of the documentation, written again from stored rows"),
     "worth": ("worth", "what a plan is worth: fitted on real fine-tunes, judged on those left out"),
 }
 """The module of each benchmark and what it measures; a module has `Options` and `benchmark(options, console)`."""

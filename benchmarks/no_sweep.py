@@ -312,9 +312,8 @@ def benchmark(options: Options, console: Console) -> Figures:
     """
     if options.workers < 0 or (options.minutes is not None and options.minutes < 0):
         raise ConfigError(f"--workers and --minutes are at least 0; got {options.workers} and {options.minutes}.")
-    path, rows = options.output / "rows.jsonl", {}
-    if options.minutes == 0 and not path.is_file():
-        rows = {Run(*run): row for run, row in json.loads(PACKED.read_text(encoding="utf-8"))}
+    path = options.output / "rows.jsonl"
+    rows = stored_rows() if options.minutes == 0 and not path.is_file() else {}
     for line in read_json_lines(path) if path.is_file() else []:
         rows[Run(**line["run"])] = line["row"]
     texts = [text for text in JUDGED if options.whole or text not in WHOLE][: 1 if options.quick else None]
@@ -336,12 +335,21 @@ def benchmark(options: Options, console: Console) -> Figures:
             for run, row in rows.items()
         ]
         write_text(PACKED, "[\n" + ",\n".join(lines) + "\n]\n")
+    return {**machine_facts(torch.device("cpu")), **report(rows, console)}
+
+
+def stored_rows() -> dict[Run, Any]:
+    """The rows of the repository."""
+    return {Run(*run): row for run, row in json.loads(PACKED.read_text(encoding="utf-8"))}
+
+
+def report(rows: Mapping[Run, Mapping[str, Any]], console: Console) -> Figures:
+    """Print tables of all sides and of control, and return their figures."""
     best = best_rows(rows)
-    figures = _report(best, console) | _report_control(rows, best, console)
-    return {**machine_facts(torch.device("cpu")), **figures}
+    return _report_sides(best, console) | _report_control(rows, best, console)
 
 
-def _report(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Console) -> Figures:
+def _report_sides(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Console) -> Figures:
     """Log losses beside plain LoRA's at its best rate, bytes and CPU time beside plain LoRA's, over texts."""
     reasons = {text: reason_to_leave_out(text, best) for text, _ in best}
     admitted = {text for text, reason in reasons.items() if reason is None}
@@ -387,7 +395,7 @@ def _report_control(
             losses: dict[bool, dict[Cell, float]] = {False: {}, True: {}}
             for text, seed in best:
                 runs = {name: Run(text, name, factor, seed) for name in ("plain", "controlled", side)}
-                paired = text in WHOLE or all(run in rows for run in runs.values())
+                paired = runs["controlled"] in rows and (text in WHOLE or runs["plain"] in rows)
                 if runs[side] in rows and paired and not reason_to_leave_out(text, best):
                     losses[text in WHOLE][text, seed] = 100 * _beside(rows[runs[side]], best[text, seed]["plain"])
             for is_whole, found in losses.items():
@@ -396,7 +404,8 @@ def _report_control(
                 prefix = "SmolLM2-135M, " if is_whole else ""
                 change = estimate(list(found.values()), [text for text, _ in found])
                 figures |= {f"{prefix}{side} at {factor:g}: {name}": value for name, value in vars(change).items()}
-                figures[f"{prefix}{side} at {factor:g}: worst"] = max(found.values())
+                figures |= {f"{prefix}{side} at {factor:g}: worst": max(found.values())}
+                figures |= {f"{prefix}{side} at {factor:g}: cells": len(found)}
                 named = prefix + ("left alone" if side == "plain" else side)
                 table.append((f"{factor:g}", named, str(len(found)), f"{change:+.2f}", f"{max(found.values()):+.1f}"))
     if table:
