@@ -371,7 +371,7 @@ def _report_sides(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console:
             spent = float(np.median([best[cell][side]["all_s"] / best[cell]["plain"]["all_s"] for cell in found]))
             figures |= {f"{part}, {side}: {name}": value for name, value in vars(change).items()}
             figures |= {f"{part}, {side}: worst": 100 * max(losses), f"{part}, {side}: bytes": size}
-            figures |= {f"{part}, {side}: time": spent}
+            figures |= {f"{part}, {side}: time": spent, f"{part}, {side}: texts": len({text for text, _ in found})}
             shares = [f"{value:.2f}" if math.isfinite(value) else "-" for value in (size, spent)]
             table.append((part, side, str(len(found)), f"{change:+.2f}", f"{100 * max(losses):+.1f}", *shares))
     columns = ("", "side", "cells", "log loss, %", "worst", "bytes", "CPU time")
@@ -405,7 +405,7 @@ def _report_control(
                 change = estimate(list(found.values()), [text for text, _ in found])
                 figures |= {f"{prefix}{side} at {factor:g}: {name}": value for name, value in vars(change).items()}
                 figures |= {f"{prefix}{side} at {factor:g}: worst": max(found.values())}
-                figures |= {f"{prefix}{side} at {factor:g}: cells": len(found)}
+                figures |= {f"{prefix}{side} at {factor:g}: texts": len({text for text, _ in found})}
                 named = prefix + ("left alone" if side == "plain" else side)
                 table.append((f"{factor:g}", named, str(len(found)), f"{change:+.2f}", f"{max(found.values()):+.1f}"))
     if table:

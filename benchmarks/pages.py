@@ -98,22 +98,26 @@ def one_run() -> str:
     for side, words in SIDES.items():
         size = figures[f"admitted, {side}: bytes"]
         known = f"{size:.2f}" if math.isfinite(size) else "more" if side == "rslora-64" else "1"
-        rows.append((words, ranged(figures, f"admitted, {side}"), signed(figures[f"admitted, {side}: worst"]), known))
-    return table(("", "loss", "worst text", "bytes of a step"), rows)
+        key = f"admitted, {side}"
+        rows.append(
+            (words, ranged(figures, key), signed(figures[f"{key}: worst"]), known, f"{figures[f'{key}: texts']}")
+        )
+    return table(("", "loss", "worst text", "bytes of a step", "texts"), rows)
 
 
 def rivals() -> str:
     """Other ways to fine-tune at the rate of the rule."""
     figures = without_a_sweep()
     rows = [
-        (words, ranged(figures, f"admitted, {side}"), signed(figures[f"admitted, {side}: worst"]))
+        (words, ranged(figures, key), signed(figures[f"{key}: worst"]), f"{figures[f'{key}: texts']}")
         for side, words in RIVALS.items()
+        for key in [f"admitted, {side}"]
     ]
-    return table(("", "loss", "worst text"), rows)
+    return table(("", "loss", "worst text", "texts"), rows)
 
 
 def control() -> str:
-    """Ways to correct a learning rate during the run, and the two that SmolLM2 was trained with."""
+    """Ways to correct a learning rate during the run; SmolLM2 was trained with two of them."""
     figures, lines = without_a_sweep(), []
     sides = ("plain", "controlled", "forks", "hypergradient, .3", "reduced on a plateau")
     words = {0.25: "a quarter of the rule's", 1.0: "the rule's", 4.0: "four times the rule's"}
@@ -125,9 +129,8 @@ def control() -> str:
                 value, worst = figures.get(f"{key}: value"), figures.get(f"{key}: worst")
                 cells.append("" if value is None else f"{signed(value)} (worst {worst:.1f})")
             if any(cells):
-                texts = figures[f"{prefix}controlled at {factor:g}: cells"]
-                lines.append((f"SmolLM2-135M, {texts} texts, {told}" if prefix else told, *cells))
-    columns = ("rate at the start", "left alone", "controlled", "forks", "hypergradient", "ReduceLROnPlateau")
+                lines.append((prefix + told, f"{figures[f'{prefix}controlled at {factor:g}: texts']}", *cells))
+    columns = ("rate at the start", "texts", "left alone", "controlled", "forks", "hypergradient", "ReduceLROnPlateau")
     return table(columns, lines)
 
 
