@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from rankpilot.cost.later_logits import tiled_causal_lm_loss, use_tiled_loss
 from rankpilot.cost.recording import BatchShape, reshaped
 from rankpilot.cost.savers import ExactSavers
-from rankpilot.cost.tiled_loss import TILES, loss_tokens
+from rankpilot.cost.loss_tiles import loss_tokens
+from rankpilot.cost.tiled_loss import TILES
 from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.before_training import run_memory
 from rankpilot.finetune.left_as_found import Recomputation
