@@ -24,8 +24,8 @@ class Growth:
         length_power: the power of the length, from two lengths.
         length_ratio: the shorter of these lengths over the other; 1 if there was only one.
         missing: tokens by which the length is too high where a storage is proportional to the rest, else 0.
-        tiles: whether it is a tile of the loss, bool.
-        tile_tokens: how many tokens these have; None without them.
+        tiles: the tokens of the tile of the loss that it was recorded as; 0 for others.
+        tile_tokens: how many tokens a tile has in a step; None without tiles.
     """
 
     whole: BatchShape
@@ -34,7 +34,7 @@ class Growth:
     length_power: FloatArray
     length_ratio: float
     missing: FloatArray
-    tiles: BoolArray
+    tiles: IntArray
     tile_tokens: TileTokens | None
 
     @classmethod
@@ -48,7 +48,7 @@ class Growth:
             length_power=zeros,
             length_ratio=1.0,
             missing=zeros,
-            tiles=zeros > 0,
+            tiles=np.zeros(storages, dtype=np.int64),
             tile_tokens=None,
         )
 
@@ -68,15 +68,15 @@ class Growth:
         row_ratio = wider.rows / shorter.rows
         row_power = _power(wide, short, row_ratio)
         irregular = np.abs(row_power - np.round(row_power)) > 0.1
-        of_tiles, tokens = np.zeros(len(base), dtype=np.bool_), tiles.tokens(shapes)
+        recorded, tokens = np.zeros(len(base), dtype=np.int64), tiles.tokens(shapes)
         if tokens:
-            parts = [tiles.tile(shape) for shape in shapes]
+            parts, divided = [tiles.tile(shape) for shape in shapes], [tiles.divided[shape] for shape in shapes]
             if len(set(parts)) == 1:  # a tile looks like what does not grow
                 return None
-            # Where tiles are not rounded, both are the same.
-            divided = [tiles.divided[shape] for shape in shapes]
-            of_tiles = _proportional((base, short, wide), parts) & ~_proportional((base, short, wide), divided)
-            irregular &= ~of_tiles
+            others = _proportional((base, short, wide), divided)  # where tiles are not rounded, both are the same
+            for sizes in ([tiles.last(shape) for shape in shapes], parts):
+                recorded[_proportional((base, short, wide), sizes) & ~others] = sizes[0]
+            irregular &= recorded == 0
         if wide[irregular].sum() > 0.01 * wide.sum():  # as a mixture of experts', whose sizes follow the data
             return None
         length_ratio = shorter.length / small.length
@@ -88,7 +88,7 @@ class Growth:
             length_power=_power(base, short, 1 / length_ratio),
             length_ratio=length_ratio,
             missing=np.zeros(len(base)) if length_ratio == 1 else missing,
-            tiles=of_tiles,
+            tiles=recorded,
             tile_tokens=tokens,
         )
 
@@ -113,8 +113,7 @@ class Growth:
         if shape != recorded:
             factor = (shape.rows / recorded.rows) ** self.row_power * self._length_factor(shape.length)
         if self.tile_tokens:
-            recorded_tile = self.tile_tokens.tile(recorded, recorded=recorded != self.whole)
-            factor = np.where(self.tiles, self.tile_tokens.tile(shape) / recorded_tile, factor)
+            factor = np.where(self.tiles > 0, self.tile_tokens.tile(shape) / np.maximum(self.tiles, 1), factor)
         return factor
 
     def _length_factor(self, length: int) -> FloatArray:

@@ -96,10 +96,9 @@ class TileTokens:
     of_row: float
     size: TileSize
 
-    def tile(self, shape: BatchShape, *, recorded: bool = False) -> int:
-        """The tokens of a tile with a batch of this shape; `recorded` for those of a small step that is recorded."""
-        tokens = round(shape.rows * (self.of_token * shape.length + self.of_row))
-        return recorded_tile(tokens) if recorded else self.size.of(tokens)
+    def tile(self, shape: BatchShape) -> int:
+        """The tokens of a tile with a batch of this shape."""
+        return self.size.of(round(shape.rows * (self.of_token * shape.length + self.of_row)))
 
 
 class LossTiles:
@@ -124,6 +123,10 @@ class LossTiles:
         """The tokens of a tile in the step of this shape that was recorded."""
         tokens = self.divided[shape]
         return self.size.of(tokens) if shape == self._whole else recorded_tile(tokens)
+
+    def last(self, shape: BatchShape) -> int:
+        """The same of the last tile, if tiles do not overlap."""
+        return self.divided[shape] % self.tile(shape) or self.tile(shape)
 
     @contextmanager
     def scaled(self, shape: BatchShape) -> Iterator[None]:

@@ -8,8 +8,8 @@ logits are never there as a whole, and the gradient of the last hidden states is
 Else the logits are there once, and their gradient takes their place in the backward pass. A product of fewer rows may
 round otherwise than one of all rows.
 
-A step has `TILES` tiles of at least `LEAST_TOKENS`. A small step that is recorded has two, so that a tile is told from
-what grows with all tokens (`cost/loss_tiles.py`, where TRL's own tiles are as well).
+A step has `TILES` tiles of at least `LEAST_TOKENS`. A small step that is recorded has `RECORDED_TILES`
+(`cost/loss_tiles.py`, where TRL's own tiles are as well).
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ TILES, LEAST_TOKENS = 16, 128
 """Into how many tiles the tokens of a batch are divided, and the tokens that a tile has at least: a product with fewer
 rows takes more time for each, since it reads the whole weight."""
 
-RECORDED_TILES = 2
-"""Tiles of a small step that is recorded: the second one shows what is left of the first."""
+RECORDED_TILES = 3
+"""Tiles of a small step that is recorded. The second shows what is left of the first; with three, and a token more in
+each, no two of the small batches have tiles in the ratio of their tokens, so that a tile is told from what has a share
+of all tokens."""
 
 RECORDING: ContextVar[bool] = ContextVar("RECORDING", default=False)
 """Whether a small step is recorded, which has `RECORDED_TILES` tiles however few its tokens are."""
@@ -281,7 +283,7 @@ class TileSize:
 
 
 def recorded_tile(tokens: int) -> int:
-    """The same while a small step is recorded: a token more than a share, as other storages have shares of tokens."""
+    """The same while a small step is recorded; see `RECORDED_TILES`."""
     return max(min(-(-tokens // RECORDED_TILES) + 1, tokens), 1)
 
 
