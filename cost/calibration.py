@@ -27,13 +27,13 @@ from .cost import ByteCost, ParameterCost, UntimedCost
 from .growth import Growth
 from .later_logits import expecting_one
 from .live_storages import device_kind
+from .loss_tiles import LossTiles
 from .model import RANK, MemoryModel, recomputed_cost
 from .model_states import ModelStates, model_states, trained_outside, with_buckets
 from .published import HOPPER_WORKSPACE_BYTES
 from .recorder import Recorder
 from .recording import Batch, BatchShape, Recording, reshaped
 from .savers import ExactSavers, Saved
-from .tiled_loss import LossTiles
 from .training_step import LossFunction, TrainingStep
 
 CUT_FAILS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)

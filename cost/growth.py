@@ -9,8 +9,8 @@ import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import UnsupportedError
+from .loss_tiles import LossTiles, TileTokens
 from .recording import BatchShape, Recording
-from .tiled_loss import LossTiles, TileTokens, loss_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +24,8 @@ class Growth:
         length_power: the power of the length, from two lengths.
         length_ratio: the shorter of these lengths over the other; 1 if there was only one.
         missing: tokens by which the length is too high where a storage is proportional to the rest, else 0.
-        tile: tokens of a tile of the loss; None if it has no tiles.
-        tile_factor: by how much a tile of the whole batch is larger; 0 for storages that are no tiles.
-        own_tiles: whether it is one of our own tiles, bool.
-        own_tokens: how many tokens these have; None without them.
+        tiles: the tokens of the tile of the loss that it was recorded as; 0 for others.
+        tile_tokens: how many tokens a tile has in a step; None without tiles.
     """
 
     whole: BatchShape
@@ -36,10 +34,8 @@ class Growth:
     length_power: FloatArray
     length_ratio: float
     missing: FloatArray
-    tile: int | None
-    tile_factor: FloatArray
-    own_tiles: BoolArray
-    own_tokens: TileTokens | None
+    tiles: IntArray
+    tile_tokens: TileTokens | None
 
     @classmethod
     def unknown(cls, shape: BatchShape, storages: int) -> Growth:
@@ -52,10 +48,8 @@ class Growth:
             length_power=zeros,
             length_ratio=1.0,
             missing=zeros,
-            tile=None,
-            tile_factor=zeros,
-            own_tiles=zeros > 0,
-            own_tokens=None,
+            tiles=np.zeros(storages, dtype=np.int64),
+            tile_tokens=None,
         )
 
     @classmethod
@@ -72,21 +66,17 @@ class Growth:
         """
         (small, shorter, wider), (base, short, wide) = shapes, (recording.sizes for recording in recordings)
         row_ratio = wider.rows / shorter.rows
-        none = np.zeros(len(base), dtype=np.bool_)
-        of_tiles = _proportional((base, short, wide), [*map(tiles.tokens, shapes)]) if tiles.count > 1 else none
         row_power = _power(wide, short, row_ratio)
-        irregular = (np.abs(row_power - np.round(row_power)) > 0.1) & ~of_tiles
-        own_tiles, own_tokens = none, tiles.own_tokens(shapes)
-        if own_tokens:
-            tokens, parts = (
-                [tiles.own[shape] for shape in shapes],
-                [own_tokens.tile(shape, recorded=shape != whole) for shape in shapes],
-            )
+        irregular = np.abs(row_power - np.round(row_power)) > 0.1
+        recorded, tokens = np.zeros(len(base), dtype=np.int64), tiles.tokens(shapes)
+        if tokens:
+            parts, divided = [tiles.tile(shape) for shape in shapes], [tiles.divided[shape] for shape in shapes]
             if len(set(parts)) == 1:  # a tile looks like what does not grow
                 return None
-            # Where tiles are not rounded, both are the same.
-            own_tiles = _proportional((base, short, wide), parts) & ~_proportional((base, short, wide), tokens)
-            irregular &= ~own_tiles
+            others = _proportional((base, short, wide), divided)  # where tiles are not rounded, both are the same
+            for sizes in ([tiles.last(shape) for shape in shapes], parts):
+                recorded[_proportional((base, short, wide), sizes) & ~others] = sizes[0]
+            irregular &= recorded == 0
         if wide[irregular].sum() > 0.01 * wide.sum():  # as a mixture of experts', whose sizes follow the data
             return None
         length_ratio = shorter.length / small.length
@@ -98,10 +88,8 @@ class Growth:
             length_power=_power(base, short, 1 / length_ratio),
             length_ratio=length_ratio,
             missing=np.zeros(len(base)) if length_ratio == 1 else missing,
-            tile=tiles.size,
-            tile_factor=np.where(of_tiles, (tiles.size or 0) / tiles.tokens(small), 0.0),
-            own_tiles=own_tiles,
-            own_tokens=own_tokens,
+            tiles=recorded,
+            tile_tokens=tokens,
         )
 
     def factor(self, shape: BatchShape) -> FloatArray:
@@ -121,18 +109,12 @@ class Growth:
                 f"Batches of {shape} cannot be predicted: the model was measured with batches of {recorded}, and one "
                 "length does not tell how memory grows with length. Calibrate with the longer batch."
             )
-        if self.tile and shape != self.whole and max(map(loss_tokens, (shape, self.whole))) > self.tile:
-            raise UnsupportedError(
-                f"Batches of {shape} cannot be predicted: TRL's fused loss works in tiles of {self.tile} tokens, and "
-                f"the model was measured with batches of {self.whole}. Calibrate with such a batch."
-            )
         factor = np.ones(len(self.row_power))
         if shape != recorded:
             factor = (shape.rows / recorded.rows) ** self.row_power * self._length_factor(shape.length)
-        if self.own_tokens:
-            larger = self.own_tokens.tile(shape) / self.own_tokens.tile(recorded, recorded=recorded != self.whole)
-            factor = np.where(self.own_tiles, larger, factor)
-        return factor if shape == recorded else np.where(self.tile_factor > 0, self.tile_factor, factor)
+        if self.tile_tokens:
+            factor = np.where(self.tiles > 0, self.tile_tokens.tile(shape) / np.maximum(self.tiles, 1), factor)
+        return factor
 
     def _length_factor(self, length: int) -> FloatArray:
         """The factor by which each storage grows with the length."""

@@ -2,7 +2,8 @@
 
 * No cache of keys and values: a model that is asked for a loss fills one that nobody reads.
 * Copies of inputs: adapters that read one input share its copy in their precision (`lora/input_copies.py`).
-* Loss in tiles: the logits of a batch are never there as a whole (`cost/later_logits.py`).
+* Loss in tiles: the logits of a batch are never there as a whole (`cost/later_logits.py`), nor are large tiles of TRL's
+  own loss (`cost/loss_tiles.py`).
 * Selective checkpointing: readers of activations hold what they are made of (`lora/input_copies.py`).
 
 The first three take no more time. The last one takes some per cent, so it is for budgets that do not fit without.
@@ -27,6 +28,7 @@ from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule
 from .cost import ByteCost
 from .later_logits import defer_logits, use_tiled_loss
+from .loss_tiles import use_own_tiles
 from .model import MemoryModel
 
 CACHE, COPIES, TILES = "no cache of keys and values", "shared copies of inputs", "tiled loss"
@@ -39,7 +41,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def _tiled(model: nn.Module) -> Callable[[], None]:
-    undo = use_tiled_loss(model), defer_logits(model)
+    undo = use_tiled_loss(model), defer_logits(model), use_own_tiles(model)
 
     def put_back() -> None:
         for each in undo:

@@ -8,18 +8,15 @@ logits are never there as a whole, and the gradient of the last hidden states is
 Else the logits are there once, and their gradient takes their place in the backward pass. A product of fewer rows may
 round otherwise than one of all rows.
 
-TRL has tiles too: `trl.kernels.chunked_logprob` multiplies the last hidden states with the head in tiles of at most
-`TOKEN_CHUNK_SIZE` tokens. A small recorded step would fill one of them in part, and the batch of the run fills several:
-a tile would be predicted as large as all of them. So while a small step is recorded, its tiles are as many as those of
-the whole batch. A recorded step has `TILES` of our own tiles, and a real one as many of at least `LEAST_TOKENS`.
+A step has `TILES` tiles of at least `LEAST_TOKENS`. A small step that is recorded has `RECORDED_TILES`
+(`cost/loss_tiles.py`, where TRL's own tiles are as well).
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,14 +29,18 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..common.devices import autocast_dtype
 from ..errors import UnsupportedError
-from .recording import BatchShape
 
 TILES, LEAST_TOKENS = 16, 128
 """Into how many tiles the tokens of a batch are divided, and the tokens that a tile has at least: a product with fewer
 rows takes more time for each, since it reads the whole weight."""
 
-_RECORDING: ContextVar[bool] = ContextVar("_RECORDING", default=False)
-"""Whether a small step is recorded, which has `TILES` tiles however few its tokens are."""
+RECORDED_TILES = 3
+"""Tiles of a small step that is recorded. The second shows what is left of the first; with three, and a token more in
+each, no two of the small batches have tiles in the ratio of their tokens, so that a tile is told from what has a share
+of all tokens."""
+
+RECORDING: ContextVar[bool] = ContextVar("RECORDING", default=False)
+"""Whether a small step is recorded, which has `RECORDED_TILES` tiles however few its tokens are."""
 
 _REDUCTIONS = {"mean": 1, "sum": 2}
 
@@ -261,16 +262,29 @@ def _autocast_kind(tensor: torch.Tensor) -> str:
     return "cpu" if tensor.is_meta else tensor.device.type
 
 
-def tile_size(tokens: int, *, recorded: bool = False) -> int:
-    """The tokens of a tile of so many tokens. All tiles have as many, so the last ones may overlap.
+@dataclass(frozen=True)
+class TileSize:
+    """How many tokens a tile has.
 
-    Args:
-        tokens: of the batch.
-        recorded: where a small step is recorded. Its tiles have a token more, so that they are told from what has a
-            share of all tokens.
+    Attributes:
+        parts: tiles of a large batch.
+        least: tokens of a tile, unless the batch has fewer.
+        most: tokens of a tile; None for no limit.
     """
-    size = -(-tokens // TILES)
-    return min(size + 1 if recorded else max(size, LEAST_TOKENS), tokens)
+
+    parts: int = TILES
+    least: int = LEAST_TOKENS
+    most: int | None = None
+
+    def of(self, tokens: int) -> int:
+        """The tokens of a tile of so many tokens."""
+        wanted = max(-(-tokens // self.parts), self.least)
+        return max(min(wanted, tokens, self.most or tokens), 1)
+
+
+def recorded_tile(tokens: int) -> int:
+    """The same while a small step is recorded; see `RECORDED_TILES`."""
+    return max(min(-(-tokens // RECORDED_TILES) + 1, tokens), 1)
 
 
 @dataclass(frozen=True)
@@ -294,10 +308,10 @@ class _Tile:
 
 
 def _tiles(tokens: int) -> Iterator[_Tile]:
-    """All tiles of so many tokens; with few of them, the last of a recorded step have nothing fresh."""
-    recorded = _RECORDING.get()
-    size = tile_size(tokens, recorded=recorded)
-    for number in range(TILES if recorded else -(-tokens // size)):
+    """All tiles of so many tokens, of equal size, so that the last ones may overlap or have nothing fresh."""
+    recorded = RECORDING.get()
+    size = recorded_tile(tokens) if recorded else TileSize().of(tokens)
+    for number in range(RECORDED_TILES if recorded else -(-tokens // size)):
         start = min(number * size, tokens - size)
         yield _Tile(start, size, min(number * size - start, size))
 
@@ -309,122 +323,3 @@ def _picked(logarithms: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 def _held_once(tensor: torch.Tensor) -> bool:
     """Whether no other tensor has the same storage; it and the object that asks count."""
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)) <= 2
-
-
-MODULE, FUNCTION, TILE = "trl.kernels.chunked_logprob", "ChunkedLogProbFunction", "TOKEN_CHUNK_SIZE"
-
-
-@dataclass(frozen=True)
-class TileTokens:
-    """How many tokens of a batch have a loss in our own tiles: for each row, `of_token` of each token and `of_row`."""
-
-    of_token: float
-    of_row: float
-
-    def tile(self, shape: BatchShape, *, recorded: bool = False) -> int:
-        """The tokens of a tile with a batch of this shape; see `tile_size`."""
-        tokens = round(shape.rows * (self.of_token * shape.length + self.of_row))
-        return tile_size(tokens, recorded=recorded)
-
-
-class LossTiles:
-    """Scales the tiles of TRL's fused loss while steps of a batch are recorded.
-
-    Args:
-        whole: the shape of the whole batch.
-
-    Attributes:
-        used: whether a step has run the fused loss.
-        own: by the shape of a batch, the tokens that its step has given to our own tiles.
-    """
-
-    used: bool
-    own: dict[BatchShape, int]
-
-    def __init__(self, whole: BatchShape) -> None:
-        self.used, self.own = False, {}
-        self._whole, self._module = whole, sys.modules.get(MODULE)
-        self._size: int | None = getattr(self._module, TILE, None)
-
-    @property
-    def size(self) -> int | None:
-        """Tokens of a tile; None if no step has run the fused loss."""
-        return self._size if self.used else None
-
-    @property
-    def count(self) -> int:
-        """Tiles of the whole batch; 1 without the fused loss."""
-        return -(-loss_tokens(self._whole) // self._size) if self.used and self._size else 1
-
-    def tokens(self, shape: BatchShape) -> int:
-        """Tokens of a tile while a batch of this shape is recorded; 1 without the fused loss."""
-        return tile_tokens(loss_tokens(shape), loss_tokens(self._whole), self._size) if self._size else 1
-
-    @contextmanager
-    def scaled(self, shape: BatchShape) -> Iterator[None]:
-        """Inside the context a batch of this shape has as many tiles as the whole batch; our own are `TILES`."""
-        token = _RECORDING.set(shape != self._whole)
-        function = getattr(self._module, FUNCTION, None)
-
-        def note_own(context: Any, rows: torch.Tensor, *rest: Any) -> None:
-            self.own[shape] = max(self.own.get(shape, 0), len(rows))
-
-        with _noted(TiledCrossEntropy, note_own), _noted(TiledHeadLoss, note_own), _noted(function, self._note):
-            if function is not None and self._size is not None:
-                setattr(self._module, TILE, self.tokens(shape))
-            try:
-                yield
-            finally:
-                _RECORDING.reset(token)
-                if function is not None and self._size is not None:
-                    setattr(self._module, TILE, self._size)
-
-    def _note(self, *arguments: Any) -> None:
-        self.used = True
-
-    def own_tokens(self, shapes: Sequence[BatchShape]) -> TileTokens | None:
-        """How the tokens of our own tiles follow from the shape of a batch; None if a step has none.
-
-        Args:
-            shapes: of three batches that were recorded: small, shorter, and with one row more than that.
-        """
-        if any(shape not in self.own for shape in shapes):
-            return None
-        (small, shorter, _), (each, fewer, _) = shapes, [self.own[shape] / shape.rows for shape in shapes]
-        if small.length == shorter.length:
-            return TileTokens(each / small.length, 0.0)
-        slope = (each - fewer) / (small.length - shorter.length)
-        return TileTokens(slope, each - slope * small.length)
-
-
-@contextmanager
-def _noted(function: Any, note: Callable[..., None]) -> Iterator[None]:
-    """Inside the context it is noted when an autograd function runs; None for one that is not there."""
-    if function is None:
-        yield
-        return
-    forward = function.forward
-
-    def noted(*arguments: Any, **options: Any) -> Any:
-        note(*arguments)
-        return forward(*arguments, **options)
-
-    function.forward = staticmethod(noted)
-    try:
-        yield
-    finally:
-        function.forward = staticmethod(forward)
-
-
-def loss_tokens(shape: BatchShape) -> int:
-    """The tokens of a batch that have a next one, for which there is a loss."""
-    return shape.rows * max(shape.length - 1, 1)
-
-
-def tile_tokens(small: int, whole: int, size: int) -> int:
-    """The tile of a small batch that is to it what a tile is to the whole batch; all in tokens."""
-    tiles = -(-whole // size)
-    if tiles == 1:
-        return size
-    scaled = -(-size * small // whole)
-    return max(1, min(scaled, -(-small // (tiles - 1)) - 1))  # rounding must not save a tile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.cost.later_logits import tiled_causal_lm_loss, use_tiled_loss
 from rankpilot.cost.recording import BatchShape, reshaped
+from rankpilot.cost.savers import TILES as TILED
 from rankpilot.cost.savers import ExactSavers
-from rankpilot.cost.tiled_loss import TILES, loss_tokens
+from rankpilot.cost.tiled_loss import LEAST_TOKENS, TILES
 from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.before_training import run_memory
 from rankpilot.finetune.left_as_found import Recomputation
@@ -85,11 +87,15 @@ def test_logits_that_were_changed_are_refused() -> None:
         loss.backward()
 
 
-def large_head(layers: int = 3) -> Any:
+def large_base(layers: int = 3) -> LlamaForCausalLM:
     """A Llama whose logits take most of the bytes."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=2048, num_hidden_layers=layers, **sizes))
-    return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).train()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=2048, num_hidden_layers=layers, pad_token_id=0, **sizes))
+
+
+def large_head(layers: int = 3) -> Any:
+    """The same with adapters."""
+    return get_peft_model(large_base(layers), LoraConfig(r=4, target_modules="all-linear")).train()
 
 
 def batch_of(rows: int, length: int) -> dict[str, torch.Tensor]:
@@ -137,36 +143,83 @@ def test_a_loss_of_the_users_own_stays() -> None:
     assert model.get_base_model().loss_function is torch.nn.functional.cross_entropy
 
 
-SIZE = 64
+# TRL's tiles ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """TRL's loss, with small tiles."""
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """TRL's loss, with tiles of so many tokens; it has 4,096 of itself."""
     module = pytest.importorskip("trl.kernels.chunked_logprob")
-    monkeypatch.setattr(module, "TOKEN_CHUNK_SIZE", SIZE)
+    size = getattr(request, "param", 64)
+    monkeypatch.setattr(module, "TOKEN_CHUNK_SIZE", size)
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 4096)
-    return SimpleNamespace(module=module, forward=module.ChunkedLogProbFunction.forward)
+    function = module.ChunkedLogProbFunction
+    return SimpleNamespace(module=module, size=size, kept=(function.forward, function.backward))
 
 
 def step_of(model: str, rows: int, length: int) -> StepSetup:
     return set_up(MemoryConfig(model, batch_size=rows, max_length=length, optimizer="sgd"), lambda text: None)
 
 
-@pytest.mark.parametrize(("rows", "length"), first_cases(2, [(8, 17), (9, 17), (2, 64), (4, 17), (16, 17)]))
-def test_the_peak_of_a_step(tmp_path: Path, fused: SimpleNamespace, rows: int, length: int) -> None:
-    setup = step_of(save("llama", tmp_path / "llama"), rows, length)
+@pytest.mark.parametrize(("fused", "savers"), [(64, ()), (4096, ()), (4096, (TILED,))], indirect=["fused"])
+@pytest.mark.parametrize(("rows", "length"), first_cases(2, [(9, 17), (3, 64), (2, 64), (4, 17)]))
+def test_the_peak_of_a_step(tmp_path: Path, fused: SimpleNamespace, savers: Any, rows: int, length: int) -> None:
+    folder = save("llama", tmp_path / "llama")
+    large_base().save_pretrained(folder)
+    setup = step_of(folder, rows, length)
+    switched = ExactSavers(setup.model, savers)
     memory = setup.measure_memory(lambda text: None)
-    assert fused.module.TOKEN_CHUNK_SIZE == SIZE
-    assert fused.module.ChunkedLogProbFunction.forward is fused.forward
-    predicted = memory.at_peak(np.array([target.rank for target in setup.targets])).total
-    assert 0.97 * predicted <= measure_step(setup).peak_bytes <= predicted
-    for shape in (BatchShape(rows // 2, length), BatchShape(2 * rows, length)):
-        if max(loss_tokens(shape), loss_tokens(memory.shape)) <= SIZE:
-            assert memory.sizes(shape)
-        else:
-            with pytest.raises(UnsupportedError, match=f"cannot be predicted: .*tiles of {SIZE}|cannot be .* its data"):
-                memory.sizes(shape)
+    ranks, batch = np.array([target.rank for target in setup.targets]), setup.batch
+    for shape in (memory.shape, BatchShape(rows // 2, length), BatchShape(rows, length // 2)):
+        setup = replace(setup, batch=reshaped(batch, shape))
+        predicted = memory.at_peak(ranks, shape).total
+        assert 0.97 * predicted <= measure_step(setup).peak_bytes <= predicted, shape
+    switched.put_back()
+    function = fused.module.ChunkedLogProbFunction
+    assert (function.forward, function.backward) == fused.kept
+    assert fused.size == fused.module.TOKEN_CHUNK_SIZE
+
+
+def fused_model() -> Any:
+    """A model with TRL's fused loss, adapted."""
+    trl = pytest.importorskip("trl.trainer.utils")
+    model = large_base()
+    trl.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+
+
+def fused_step(model: Any, kind: torch.dtype) -> list[torch.Tensor]:
+    """What the loss gives for each token, and all gradients."""
+    batch = batch_of(10, 61)
+    batch["labels"] = batch["labels"].where(batch["labels"] >= 20, -100)
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
+        out = model(**batch, fused_lm_head=True)
+    out.loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    return [out.loss.detach(), out.log_probs.detach(), out.entropy.detach(), *gradients]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_our_tiles_give_the_same_bits_as_those_of_trl(monkeypatch: pytest.MonkeyPatch, kind: torch.dtype) -> None:
+    model, seen = fused_model(), []
+    plain, linear = fused_step(model, kind), torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda rows, *rest, **options: seen.append(len(rows)) or linear(rows, *rest, **options)
+    )
+    first, second = ExactSavers(model, [TILED]), ExactSavers(fused_model(), [TILED])
+    second.put_back()  # another run ends, in any order
+    assert all(map(torch.equal, fused_step(model, kind), plain))
+    assert max(seen) == LEAST_TOKENS
+    seen.clear()
+    model.get_output_embeddings().weight.requires_grad_(True)
+    fused_step(model, kind)
+    assert max(seen) == 600, "the sums of a layer that trains go over all tokens of a tile"
+    seen.clear()
+    model.get_output_embeddings().weight.requires_grad_(False)
+    first.put_back()
+    assert all(map(torch.equal, fused_step(model, kind), plain))
+    assert max(seen) == 600
 
 
 def test_other_losses_have_no_tiles(tmp_path: Path, fused: SimpleNamespace) -> None:
