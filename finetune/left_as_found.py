@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..common.arrays import IntArray
+from ..common.arrays import FloatArray, IntArray
 from ..common.checks import counted, finite
 from ..cost import training_step
 from ..cost.cost import ByteCost
@@ -392,6 +392,7 @@ class Recomputation:
         shape: BatchShape,
         ranks: IntArray,
         least: Callable[[ByteCost], float] | None,
+        unpaid: FloatArray,
     ) -> ByteCost:
         """What plans cost, where layers may be checkpointed or may not; see `recomputed_cost`.
 
@@ -401,10 +402,14 @@ class Recomputation:
             shape: of the batch.
             ranks: those in place, int64 (modules,).
             least: what the least possible plan takes under a cost; None where no layer may be checkpointed.
+            unpaid: bytes for each rank that are in the cost and that the plans do not take, (modules,).
         """
         assert self.memory is not None, "the step has not been measured"
         if least:
-            return recomputed_cost(self.memory, max_ranks, limit, shape, ranks, least=least, whole=self.whole)
+            cost = recomputed_cost(
+                self.memory, max_ranks, limit, shape, ranks, least=least, whole=self.whole, unpaid=unpaid
+            )
+            return replace(cost, per_rank=cost.per_rank + unpaid)
         return self.memory.recomputing(()).cost(shape)
 
     def memory_now(self) -> MemoryModel:

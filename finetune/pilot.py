@@ -9,6 +9,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -205,7 +206,10 @@ class RankPilot:
         with readable_state():
             before = check_same(settings := self._settings(), state, targets)
             adapters.meter.load_state_dict(state["signals"])
-            controller = RankController.from_state_dict(state["controller"], adapters, schedule, low=low, high=high)
+            reads = reads_signals(self.policy)
+            controller = RankController.from_state_dict(
+                state["controller"], adapters, schedule, low=low, high=high, reads=reads
+            )
             self._losses.load_state_dict(state["losses"])
             self._guard.load_state_dict(state["guard"])
             if callable(self.options.budget) and self._elastic.moves:  # what it took can come back
@@ -284,7 +288,7 @@ class RankPilot:
         self._losses.add(loss)
         if self._control:
             self._control.look(loss, self._step)
-        if not controller.finished:
+        if controller.measures:
             controller.adapters.meter.accumulate()
 
     def after_step(self, *, decide: bool = True) -> None:
@@ -609,6 +613,11 @@ class RankPilot:
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan)
+        if decision.exact and (others := int(np.count_nonzero(plan.ranks != decision.ranks))):
+            self.journal.note(
+                f"step {step}: {plural(others, 'module')} could not have exactly the rank that was decided, within the "
+                "budget, the bounds and how far a rank may move; the nearest plan stands."
+            )
         if faster and (again := self._guard.recomputed):
             count = plural(len(again), "layer")
             self.journal.note(f"Gradient checkpointing of {count} takes time and changes no loss. {faster}")
