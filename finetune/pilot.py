@@ -48,7 +48,7 @@ from .probing import Progress
 from .run import TrainingRun, check_run
 from .run_control import RunControl
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
-from .watches import GradientWatch, LossMeter
+from .watches import FiniteWatch, GradientWatch, LossMeter
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,7 @@ class RankPilot:
         self._savers: ExactSavers | None = None
         self._rate: PlanRate | None = None
         self._control: RunControl | None = None
+        self._finite: FiniteWatch | None = None
         self._elastic: ElasticBudget
         self._followed = b""
 
@@ -185,6 +186,7 @@ class RankPilot:
             self._control = self._run_control(targets)
         self._found = found
         self._calls.begin(run)
+        self._finite = FiniteWatch(run, self.journal, self._control)
         self._begin_prefix_cache()
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
@@ -222,6 +224,7 @@ class RankPilot:
         self.controller, limit = controller, controller.limit
         finish_load(run.model, targets)
         self.journal.open(name, known, writes=run.replicas.processes.first)
+        self.journal.forget_control(step)
         with self._as_wanted(run.model, names) as (_, recomputation):
             self._rate = self._plan_rate(targets, look, own)
             memory = before_training.run_memory(run, targets, signals=True) if recomputation else None
@@ -238,13 +241,19 @@ class RankPilot:
             self._control = self._run_control(targets)
             if self._control and (seen := state.get("control")):
                 with readable_state():
-                    self._control.load_state_dict(seen, step)
+                    self._control.load_state_dict(seen)
             if changed := changes(settings, before):
                 self.journal.note(f"step {step}: {changed}")
                 self._guard.new_limit(limit, step)
             self._follow_plan()
         self._calls.begin(run)
+        self._finite = FiniteWatch(run, self.journal, self._control)
         self._begin_prefix_cache()
+        if self._prefix and self._prefix.layers:
+            self.journal.note(
+                "What frozen layers returned before is computed anew: beside other padding it may differ in its last "
+                "bits from a run without a break. prefix_cache='off' goes on bit for bit."
+            )
 
     def before_step(self, *batches: Batch) -> None:
         """Look at the batches of the step that begins, before the model sees them, and measure it if it is due.
@@ -286,6 +295,8 @@ class RankPilot:
             self._guard.meter.close()
             raise
         self._losses.add(loss)
+        if self._finite:
+            self._finite.look(loss)
         if self._control:
             self._control.look(loss, self._step)
         if controller.measures:
@@ -300,12 +311,15 @@ class RankPilot:
         Raises:
             ConfigError: the step had no `before_step`, or no `before_optimizer_step`.
             BudgetError: the step was above the budget, and no plan fits.
+            NonFiniteError: what trains is not finite any more, and control of the run cannot undo that.
         """
         self._check_begun()
         with self._ends_on_error():
             self._calls.end_step(self._step + 1)
         self._step += 1
         self._guard.after_step(self._step)
+        if self._finite:
+            self._finite.after_step(self._step)
         if decide:
             self._decide_if_due()
 
@@ -361,9 +375,12 @@ class RankPilot:
 
         Raises:
             ProcessError: the processes do not hold the same adapters.
+            NonFiniteError: what was trained is not finite.
         """
         self._end()
         if self.controller:
+            if self._finite:
+                self._finite.check(self._step)
             self._run.replicas.compare(self.controller.targets, self._step)
 
     def break_off(self, *, as_found: bool = False) -> None:
@@ -384,8 +401,11 @@ class RankPilot:
 
         Raises:
             ProcessError: the processes do not hold the same adapters.
+            NonFiniteError: what trains is not finite, so that no checkpoint is to hold it.
         """
         controller = self._controller
+        if self._finite:
+            self._finite.check(self._step)
         self._run.replicas.compare(controller.targets, self._step)
         return {
             "processes": self._run.replicas.processes.count,
@@ -585,7 +605,7 @@ class RankPilot:
         self._guard.finish()  # of an earlier run that did not end
         self._put_back.close()
         self._calls.finish()
-        self._prefix = self._savers = self._rate = self._control = None
+        self._prefix = self._savers = self._rate = self._control = self._finite = None
         self._elastic = ElasticBudget(run, self.options.budget)
         self.budget = self._elastic.budget
         self._followed = b""
