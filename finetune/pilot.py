@@ -117,7 +117,7 @@ class RankPilot:
         self._savers: ExactSavers | None = None
         self._rate: PlanRate | None = None
         self._control: RunControl | None = None
-        self._finite: FiniteWatch | None = None
+        self._finite: FiniteWatch
         self._elastic: ElasticBudget
         self._followed = b""
 
@@ -186,7 +186,6 @@ class RankPilot:
             self._control = self._run_control(targets)
         self._found = found
         self._calls.begin(run)
-        self._finite = FiniteWatch(run, self.journal, self._control)
         self._begin_prefix_cache()
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
@@ -247,7 +246,6 @@ class RankPilot:
                 self._guard.new_limit(limit, step)
             self._follow_plan()
         self._calls.begin(run)
-        self._finite = FiniteWatch(run, self.journal, self._control)
         self._begin_prefix_cache()
         if self._prefix and self._prefix.layers:
             self.journal.note(
@@ -295,8 +293,7 @@ class RankPilot:
             self._guard.meter.close()
             raise
         self._losses.add(loss)
-        if self._finite:
-            self._finite.look(loss)
+        self._finite.look(loss)
         if self._control:
             self._control.look(loss, self._step)
         if controller.measures:
@@ -318,8 +315,7 @@ class RankPilot:
             self._calls.end_step(self._step + 1)
         self._step += 1
         self._guard.after_step(self._step)
-        if self._finite:
-            self._finite.after_step(self._step)
+        self._finite.after_step(self._step)
         if decide:
             self._decide_if_due()
 
@@ -379,8 +375,7 @@ class RankPilot:
         """
         self._end()
         if self.controller:
-            if self._finite:
-                self._finite.check(self._step)
+            self._finite.check(self._step)
             self._run.replicas.compare(self.controller.targets, self._step)
 
     def break_off(self, *, as_found: bool = False) -> None:
@@ -404,8 +399,7 @@ class RankPilot:
             NonFiniteError: what trains is not finite, so that no checkpoint is to hold it.
         """
         controller = self._controller
-        if self._finite:
-            self._finite.check(self._step)
+        self._finite.check(self._step)
         self._run.replicas.compare(controller.targets, self._step)
         return {
             "processes": self._run.replicas.processes.count,
@@ -575,7 +569,9 @@ class RankPilot:
         if not self.options.control:
             return None
         assert self._rate is not None
-        return RunControl(self._run, targets, self._rate, CONTROLLERS[CONTROLLER], self.journal)
+        control = RunControl(self._run, targets, self._rate, CONTROLLERS[CONTROLLER], self.journal)
+        self._finite.control = control
+        return control
 
     def _follow_plan(self) -> None:
         """Let the learning rate, its control and the prefix cache know of other ranks."""
@@ -605,11 +601,12 @@ class RankPilot:
         self._guard.finish()  # of an earlier run that did not end
         self._put_back.close()
         self._calls.finish()
-        self._prefix = self._savers = self._rate = self._control = self._finite = None
+        self._prefix = self._savers = self._rate = self._control = None
         self._elastic = ElasticBudget(run, self.options.budget)
         self.budget = self._elastic.budget
         self._followed = b""
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
+        self._finite = FiniteWatch(run, self.journal)
         self._guard, self._losses = PeakGuard(self.options.measure_every), LossMeter(run.replicas.processes)
         return targets
 

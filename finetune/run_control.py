@@ -188,7 +188,12 @@ class RunControl:
         """What `load_state_dict` needs, as tensors and JSON values; the copy is part of it."""
         self._read()
         kept = self._kept.state_dict() if self._kept else None
-        return {**asdict(self.record), "kept": kept, "kept_at": self._kept_at, "broken": list(self._broken)}
+        return {
+            **asdict(self.record),
+            "kept": kept,
+            "kept_at": self._kept_at if self._kept else None,
+            "broken": list(self._broken),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`; without a copy in it, the next step makes one."""
@@ -196,6 +201,8 @@ class RunControl:
             self._keep(counted(state["kept_at"]))
             assert self._kept is not None
             self._kept.load_state_dict(state["kept"])
+        elif state.get("kept_at") is not None:
+            self._journal.note("The checkpoint could not hold the copy for undoing: an undo goes back to this step.")
         last, row = state.get("broken", self._broken)
         self._broken = int(last), counted(row)
         self.record = RunRecord(

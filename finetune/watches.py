@@ -104,11 +104,14 @@ class FiniteWatch:
     Args:
         run: that it watches.
         journal: is told.
+
+    Attributes:
         control: undoes a step that leaves something which is not finite; None where nothing controls the run.
     """
 
-    def __init__(self, run: TrainingRun, journal: Journal, control: RunControl | None) -> None:
-        self._run, self._journal, self._control, self._told = run, journal, control, False
+    def __init__(self, run: TrainingRun, journal: Journal) -> None:
+        self._run, self._journal, self._told = run, journal, False
+        self.control: RunControl | None = None
         self._restart()
 
     def _restart(self) -> None:
@@ -117,7 +120,7 @@ class FiniteWatch:
     def look(self, loss: torch.Tensor | float) -> None:
         """Look at the mean loss of a step; in a run under control at the gradients as well, up to `LARGEST`."""
         mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else torch.tensor(float(loss))
-        weights = [weight for group in self._run.optimizer.param_groups if self._control for weight in group["params"]]
+        weights = [weight for group in self._run.optimizer.param_groups if self.control for weight in group["params"]]
         sound = all_finite((weight.grad for weight in weights if weight.grad is not None), LARGEST)
         device = sound.device if sound.is_cuda else mean.device
         self._found = self._found.to(device) | ~torch.stack([mean.isfinite().to(device), sound.to(device)])
@@ -138,7 +141,7 @@ class FiniteWatch:
         Raises:
             NonFiniteError: what trains is not finite, and nothing undoes that.
         """
-        control, processes = self._control, self._run.replicas.processes
+        control, processes = self.control, self._run.replicas.processes
         loss, gradient = processes.most(*map(float, (self._found if control else self._host).tolist()))
         if not loss and not gradient:
             return
@@ -146,7 +149,7 @@ class FiniteWatch:
         if processes.least(trains_finite(self._run.optimizer, moments=control is not None))[0]:
             if loss and not self._told:
                 self._told = True
-                self._journal.note(f"step {step}: the loss was not finite. What trains is: the run goes on.")
+                self._journal.note(f"step {step}: the loss was not finite. All that trains is, so the run goes on.")
         elif not (control and control.undo_broken(step)):
             raise self._diverged(step)
 
@@ -164,7 +167,7 @@ class FiniteWatch:
         self._journal.log_control({"step": step, "change": 0.0, "undone": False, "not_finite": True})
         last = last_checkpoint(self._run.folder, tell=logger.debug) if self._run.folder else None
         saved = f"The last checkpoint is {last}." if last else "No checkpoint is replaced."
-        helps = "" if self._control else " With control=True a run undoes such a step."
+        helps = "" if self.control else " With control=True a run undoes such a step."
         return NonFiniteError(
             f"After step {step} what trains holds NaN or infinity: the run has diverged, and nothing of that is saved. "
             f"{saved} Lower the learning rate, clip gradients, or look at the data.{helps}"

@@ -125,7 +125,7 @@ def test_steps_that_break_nothing_are_no_event(llama_config: LlamaConfig, contro
     loop.breaks({0, 3}, one_inf, 5, skips=True)
     assert loop.about == []
     loop.breaks({0, 3}, all_nan, 5, skips=True)
-    assert loop.about == ["step 6: the loss was not finite. What trains is: the run goes on."]
+    assert loop.about == ["step 6: the loss was not finite. All that trains is, so the run goes on."]
     assert loop.pilot.rate_factor == 1
     loop.pilot.finish()
 
