@@ -136,11 +136,11 @@ class RunRecord:
         self._now = schedule
         return np.asarray(np.clip(np.array(values), -MOST_FEATURE, MOST_FEATURE))
 
-    def take(self, action: int) -> None:
-        """An action is taken; a new window begins."""
+    def take(self, action: int, *, undone: bool = False) -> None:
+        """An action is taken, of which `UNDO` goes back, others only where the run was `undone`; a window begins."""
         self.moved += CHANGES[action]
         self.changed |= action != KEEP
-        self._undone = action == UNDO
+        self._undone = undone or action == UNDO
         if not self._undone:
             self._means.append(math.log(np.mean(self.losses)))
         self._schedule = self._now

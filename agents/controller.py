@@ -116,6 +116,7 @@ class RankController(Generic[AdaptersT]):
         high: the largest, int64 (modules,); any by default.
         seed: decides fresh rows on growth.
         time: the limit of the time of a step; None for none.
+        reads: whether who decides reads signals. Else none are measured, and no plan pays for their buffers.
 
     Attributes:
         notes: why a module was left out of the latest plan, by name.
@@ -144,6 +145,7 @@ class RankController(Generic[AdaptersT]):
         high: IntArray | None = None,
         seed: int = 0,
         time: TimeLimit | None = None,
+        reads: bool = True,
     ) -> None:
         self.adapters = adapters
         self.targets: list[TargetModule] = list(adapters.targets)
@@ -155,6 +157,7 @@ class RankController(Generic[AdaptersT]):
         self.decision_steps: tuple[int, ...] = schedule.steps(total_steps)
         self.low, self.high = low, high
         self.seed = seed
+        self._reads = reads
         adapters.meter.values = probe_result.signals.copy()
         self.first_loss, self.probe_fall = probe_result.first_loss, probe_result.fall
         self.predicted = probe_result.predicted
@@ -180,6 +183,16 @@ class RankController(Generic[AdaptersT]):
         return self.decision >= len(self.decision_steps)
 
     @property
+    def measures(self) -> bool:
+        """Whether signals are measured until the next decision."""
+        return self._reads and not self.finished
+
+    @property
+    def will_measure(self) -> bool:
+        """Whether signals are measured after the next decision; the last one may spend what their buffers took."""
+        return self._reads and self.decision < len(self.decision_steps) - 1
+
+    @property
     def until(self) -> int:
         """The optimizer step before which the next decision falls, or the end of the run."""
         return self.total_steps if self.finished else self.decision_steps[self.decision]
@@ -189,15 +202,12 @@ class RankController(Generic[AdaptersT]):
         return not self.finished and step >= self.decision_steps[self.decision]
 
     def problem(self) -> AllocationProblem:
-        """The plans that are possible at the next decision.
-
-        The last one may spend what signal buffers took: no more signals are read after it.
-        """
-        return self._problem(buffers=self.decision < len(self.decision_steps) - 1)
+        """The plans that are possible at the next decision."""
+        return self._problem(buffers=self.will_measure)
 
     def problem_now(self) -> AllocationProblem:
         """The plans that are possible until the next decision."""
-        return self._problem(buffers=not self.finished)
+        return self._problem(buffers=self.measures)
 
     def cost_now(self, cost: UntimedCost | None = None) -> UntimedCost:
         """What plans cost until the next decision, without time.
@@ -206,7 +216,7 @@ class RankController(Generic[AdaptersT]):
             cost: what plans cost, signal buffers included, if not what they cost in this run.
         """
         cost = cost or self.cost
-        return self._without_buffers(cost) if self.finished else cost
+        return cost if self.measures else self._without_buffers(cost)
 
     def fits(self) -> bool:
         """Whether the current plan is within the limits, until the next decision."""
@@ -398,6 +408,7 @@ class RankController(Generic[AdaptersT]):
         *,
         low: IntArray | None = None,
         high: IntArray | None = None,
+        reads: bool = True,
     ) -> RankController[AdaptersT]:
         """Continue from `state_dict`.
 
@@ -407,6 +418,7 @@ class RankController(Generic[AdaptersT]):
             schedule: see the class, as `low` and `high`.
             low: the least rank of each module.
             high: the largest rank of each module.
+            reads: see the class.
 
         Raises:
             LookupError, TypeError, ValueError: it is no such state, or of another model.
@@ -428,6 +440,7 @@ class RankController(Generic[AdaptersT]):
             high=high,
             seed=counted(state["seed"]),
             time=TimeLimit.from_state(state["time"]) if state["time"] else None,
+            reads=reads,
         )
         controller._reference_cost = finite(state["reference_cost"])
         controller.interval_losses = [finite(loss) for loss in state["interval_losses"]]

@@ -410,10 +410,11 @@ def recomputed_cost(
     *,
     least: Callable[[ByteCost], float],
     whole: bool = False,
+    unpaid: FloatArray | float = 0.0,
 ) -> ByteCost:
     """What plans cost where layers may be checkpointed: a budget buys less recomputation before it buys more rank.
 
-    Where plain LoRA fits without, rank 8 on all modules or the ranks that are to stay, none is checkpointed. Below, a
+    Where plain LoRA fits without, rank 8 on all modules, and ranks that are to stay do, none is checkpointed. Below, a
     plan must fit with all layers checkpointed, and may take what plain LoRA takes without: else every plan would spend
     all that recomputation saves on ranks, and every layer would be one. Where that saves nothing, as where logits
     take most, or where plans fit without it alone, no layer is checkpointed either.
@@ -421,29 +422,37 @@ def recomputed_cost(
     Args:
         memory: the byte model of a step in which every layer is checkpointed.
         max_ranks: the highest rank of each module, int64 (modules,).
-        limit: bytes that the step may take. Costs without recomputation are scaled, so that it limits them too.
+        limit: bytes that the step may take. Costs without recomputation are scaled, so that it limits them too. They
+            are rounded down: plain LoRA itself is within it.
         shape: of the batch; by default that of calibration.
-        kept: ranks that are to stay where they are above 8, int64 (modules,).
+        kept: ranks that are to stay, int64 (modules,); they stand for plain LoRA where they take more.
         least: what the least possible plan takes under a cost, in bytes.
         whole: all layers are checkpointed, whatever the limit, unless plain LoRA takes less without.
+        unpaid: bytes for each rank that the memory counts and that these plans do not take, (modules,); the costs come
+            without them.
     """
-    none = memory.recomputing(()).cost(shape)
-    ranks = np.full(len(max_ranks), REFERENCE_RANK) if kept is None else np.maximum(REFERENCE_RANK, kept)
-    plain = plan_cost(none, ranks := np.minimum(ranks, max_ranks))
+
+    def priced(model: MemoryModel) -> ByteCost:
+        cost = model.cost(shape)
+        return replace(cost, per_rank=cost.per_rank - unpaid)
+
+    none = priced(memory.recomputing(()))
+    stay = [np.minimum(REFERENCE_RANK, max_ranks)] + ([] if kept is None else [kept])
+    plain, ranks = max(((plan_cost(none, ranks), ranks) for ranks in stay), key=lambda pair: pair[0])
     if whole:
-        return every if plan_cost(every := memory.cost(shape), ranks) < plain else none
+        return every if plan_cost(every := priced(memory), ranks) < plain else none
     if plain <= limit:
         return none
-    every = memory.cost(shape)
+    every = priced(memory)
     if least(none) <= least(every) and (plan_cost(every, ranks) >= plain or least(every) > limit):
         return none
     factor = limit / plain
     groups = [np.pad(every.group_bytes, ((0, 0), (0, len(none.needs))))]
-    groups.append(np.pad(np.ceil(factor * none.group_bytes), ((0, 0), (len(every.needs), 0))))
+    groups.append(np.pad(np.floor(factor * none.group_bytes), ((0, 0), (len(every.needs), 0))))
     return ByteCost(
         moments=(*every.moments, *(f"{moment}, without checkpointing" for moment in none.moments)),
-        constant=np.concatenate([every.constant, np.ceil(factor * none.constant)]),
-        per_rank=np.concatenate([every.per_rank, np.ceil(factor * none.per_rank)]),
+        constant=np.concatenate([every.constant, np.floor(factor * none.constant)]),
+        per_rank=np.concatenate([every.per_rank, np.floor(factor * none.per_rank)]),
         group_bytes=np.concatenate(groups),
         needs=np.concatenate([every.needs, none.needs]),
     )

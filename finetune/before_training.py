@@ -422,6 +422,7 @@ def prepare(
         high=high,
         seed=seed,
         time=timed,
+        reads=looked is None,
     )
     return controller, costs
 

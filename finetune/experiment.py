@@ -46,6 +46,7 @@ from .replicas import check_arguments
 from .run_settings import policy_settings
 from .trainer import RunMetrics, hardware_facts, new_arguments, new_model, new_trainer, read_workload
 from .trainer_step import TrainerStep, add_before_users
+from .watches import all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,11 @@ def run_one(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped:
         raise Terminated
+    if not all_finite(p for p in model.parameters() if p.requires_grad):
+        raise NonFiniteError(
+            f"The run {name} ends with weights that are NaN or infinite, and they are not saved. Its last checkpoint "
+            f"is {last_checkpoint(folder / name, piloted=piloted, tell=tell)}. Lower the learning rate."
+        )
     held_out = trainer.evaluate()
     if isinstance(decides, RankPilotCallback):
         for step, peak in decides.peaks:

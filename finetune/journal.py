@@ -12,10 +12,11 @@ from torch import nn
 
 from ..agents.choice import Choice
 from ..agents.controller import RankController
-from ..agents.log import DecisionLog, DecisionRecord
+from ..agents.log import CONTROL, DecisionLog, DecisionRecord
 from ..agents.observation import Observation
 from ..agents.policy import Decision, Policy, decision_from_plan
 from ..common.arrays import IntArray
+from ..common.files import append_json_line, read_json_lines, write_json_lines
 from ..common.text import format_bytes
 from ..cost.cost import TimedCost, plan_cost
 from ..cost.savers import ACTIVATIONS, Saved
@@ -103,6 +104,17 @@ class Journal:
             if self.log is not None and self._writes:
                 self.log.truncate(keep)
             self.note("The previous plan is back, with all adapters and the optimizer.")
+
+    def log_control(self, row: Mapping[str, Any]) -> None:
+        """Log how the learning rate was controlled at a step, or that the step left something that is not finite."""
+        if self.log is not None and self._writes:
+            append_json_line(self.log.folder / CONTROL, row)
+
+    def forget_control(self, step: int) -> None:
+        """Forget what was logged so after a checkpoint of this step, from which the run goes on."""
+        if self.log is not None and self._writes and (path := self.log.folder / CONTROL).is_file():
+            rows = [row for row in read_json_lines(path) if row["step"] < step + bool(row.get("not_finite"))]
+            write_json_lines(path, rows)
 
     def note(self, line: str) -> None:
         """Tell people a line, if there is one."""

@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..common.arrays import IntArray
+from ..common.arrays import FloatArray, IntArray
 from ..common.checks import counted, finite
 from ..cost import training_step
 from ..cost.cost import ByteCost
 from ..cost.model import MemoryModel, fewest_recomputed, recomputed_cost
 from ..cost.recording import BatchShape
 from ..errors import UnsupportedError
-from ..lora.optimizer_state import kept_state, state_bytes_of
+from ..lora.optimizer_state import KeptState, state_bytes_of
 from ..lora.resize import shrink_maps, update_peft_records, write_in_place
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, other_trainable, unwrap
@@ -138,11 +138,36 @@ class Kept:
         parameters += other_trainable(model, targets) if steps else []
         self._values = [(p, p.detach().to("cpu", copy=True), p.requires_grad) for p in parameters]
         self._settings = {name: copy.deepcopy(vars(config)) for name, config in self._configs.items()}
-        self._put_back_state = kept_state(optimizer, parameters, steps=steps)
+        self._state = KeptState(optimizer, parameters, steps=steps)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the parameters have the shapes that they had, so that no rank has changed."""
+        return all(parameter.shape == value.shape for parameter, value, _ in self._values)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What `load_state_dict` needs, as tensors and JSON values; None where the optimizer's state is no such."""
+        state = self._state.state_dict()
+        values = {str(i): value for i, (_, value, _) in enumerate(self._values)}
+        return None if state is None else {"values": values, "state": state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Keep what `state_dict` told instead of what is there now, at the same ranks.
+
+        Raises:
+            LookupError, TypeError, ValueError: it is of other modules or ranks.
+        """
+        kept = []
+        for index, (parameter, now, trains) in enumerate(self._values):
+            if (value := state["values"][str(index)]).shape != now.shape or value.dtype != now.dtype:
+                raise ValueError(f"a copy of shape {tuple(value.shape)} and {value.dtype}, not {tuple(now.shape)}")
+            kept.append((parameter, value, trains))
+        self._values = kept
+        self._state.load_state_dict(state["state"])
 
     def put_back(self) -> None:
         """Give all of it back, after any changes of rank; this can be done once."""
-        self._put_back_state()
+        self._state.put_back()
         for parameter, value, _ in self._values:
             write_in_place(parameter, value.to(parameter.device))
         for target in self._targets:
@@ -392,6 +417,7 @@ class Recomputation:
         shape: BatchShape,
         ranks: IntArray,
         least: Callable[[ByteCost], float] | None,
+        unpaid: FloatArray,
     ) -> ByteCost:
         """What plans cost, where layers may be checkpointed or may not; see `recomputed_cost`.
 
@@ -401,10 +427,14 @@ class Recomputation:
             shape: of the batch.
             ranks: those in place, int64 (modules,).
             least: what the least possible plan takes under a cost; None where no layer may be checkpointed.
+            unpaid: bytes for each rank that are in the cost and that the plans do not take, (modules,).
         """
         assert self.memory is not None, "the step has not been measured"
         if least:
-            return recomputed_cost(self.memory, max_ranks, limit, shape, ranks, least=least, whole=self.whole)
+            cost = recomputed_cost(
+                self.memory, max_ranks, limit, shape, ranks, least=least, whole=self.whole, unpaid=unpaid
+            )
+            return replace(cost, per_rank=cost.per_rank + unpaid)
         return self.memory.recomputing(()).cost(shape)
 
     def memory_now(self) -> MemoryModel:

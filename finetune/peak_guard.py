@@ -162,7 +162,8 @@ class PeakGuard:
             controller, targets = self._controller, self._controller.targets
             least = partial(least_cost, targets, controller.low, controller.high) if recomputing else None
             room = controller.limit - self._underestimate
-            cost = self._recomputation.cost(highest_ranks(targets), room, self.shape, controller.ranks, least)
+            unpaid = signal_buffer_bytes(targets) * (not controller.will_measure)
+            cost = self._recomputation.cost(highest_ranks(targets), room, self.shape, controller.ranks, least, unpaid)
             controller.reprice(replace(cost, constant=cost.constant + self._underestimate))
 
     @property
@@ -660,8 +661,8 @@ class PeakGuard:
         if self._recomputation is None:
             return ()
         controller = self._controller
-        # After the last decision signals take nothing, and the byte model counts them still.
-        buffers = signal_buffer_bytes(controller.targets) @ ranks if controller.finished else 0.0
+        # Where no signals are measured they take nothing, and the byte model counts them still.
+        buffers = 0.0 if controller.measures else signal_buffer_bytes(controller.targets) @ ranks
         room = controller.limit - self._underestimate + float(buffers)
         return self._recomputation.fewest(ranks, room, self.shape)
 

@@ -9,6 +9,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -47,7 +48,7 @@ from .probing import Progress
 from .run import TrainingRun, check_run
 from .run_control import RunControl
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
-from .watches import GradientWatch, LossMeter
+from .watches import FiniteWatch, GradientWatch, LossMeter
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ class RankPilot:
         self._savers: ExactSavers | None = None
         self._rate: PlanRate | None = None
         self._control: RunControl | None = None
+        self._finite: FiniteWatch
         self._elastic: ElasticBudget
         self._followed = b""
 
@@ -205,7 +207,10 @@ class RankPilot:
         with readable_state():
             before = check_same(settings := self._settings(), state, targets)
             adapters.meter.load_state_dict(state["signals"])
-            controller = RankController.from_state_dict(state["controller"], adapters, schedule, low=low, high=high)
+            reads = reads_signals(self.policy)
+            controller = RankController.from_state_dict(
+                state["controller"], adapters, schedule, low=low, high=high, reads=reads
+            )
             self._losses.load_state_dict(state["losses"])
             self._guard.load_state_dict(state["guard"])
             if callable(self.options.budget) and self._elastic.moves:  # what it took can come back
@@ -218,6 +223,7 @@ class RankPilot:
         self.controller, limit = controller, controller.limit
         finish_load(run.model, targets)
         self.journal.open(name, known, writes=run.replicas.processes.first)
+        self.journal.forget_control(step)
         with self._as_wanted(run.model, names) as (_, recomputation):
             self._rate = self._plan_rate(targets, look, own)
             memory = before_training.run_memory(run, targets, signals=True) if recomputation else None
@@ -234,13 +240,18 @@ class RankPilot:
             self._control = self._run_control(targets)
             if self._control and (seen := state.get("control")):
                 with readable_state():
-                    self._control.load_state_dict(seen, step)
+                    self._control.load_state_dict(seen)
             if changed := changes(settings, before):
                 self.journal.note(f"step {step}: {changed}")
                 self._guard.new_limit(limit, step)
             self._follow_plan()
         self._calls.begin(run)
         self._begin_prefix_cache()
+        if self._prefix and self._prefix.layers:
+            self.journal.note(
+                "What frozen layers returned before is computed anew: beside other padding it may differ in its last "
+                "bits from a run without a break. prefix_cache='off' goes on bit for bit."
+            )
 
     def before_step(self, *batches: Batch) -> None:
         """Look at the batches of the step that begins, before the model sees them, and measure it if it is due.
@@ -282,9 +293,10 @@ class RankPilot:
             self._guard.meter.close()
             raise
         self._losses.add(loss)
+        self._finite.look(loss)
         if self._control:
             self._control.look(loss, self._step)
-        if not controller.finished:
+        if controller.measures:
             controller.adapters.meter.accumulate()
 
     def after_step(self, *, decide: bool = True) -> None:
@@ -296,12 +308,14 @@ class RankPilot:
         Raises:
             ConfigError: the step had no `before_step`, or no `before_optimizer_step`.
             BudgetError: the step was above the budget, and no plan fits.
+            NonFiniteError: what trains is not finite any more, and control of the run cannot undo that.
         """
         self._check_begun()
         with self._ends_on_error():
             self._calls.end_step(self._step + 1)
         self._step += 1
         self._guard.after_step(self._step)
+        self._finite.after_step(self._step)
         if decide:
             self._decide_if_due()
 
@@ -357,9 +371,11 @@ class RankPilot:
 
         Raises:
             ProcessError: the processes do not hold the same adapters.
+            NonFiniteError: what was trained is not finite.
         """
         self._end()
         if self.controller:
+            self._finite.check(self._step)
             self._run.replicas.compare(self.controller.targets, self._step)
 
     def break_off(self, *, as_found: bool = False) -> None:
@@ -380,8 +396,10 @@ class RankPilot:
 
         Raises:
             ProcessError: the processes do not hold the same adapters.
+            NonFiniteError: what trains is not finite, so that no checkpoint is to hold it.
         """
         controller = self._controller
+        self._finite.check(self._step)
         self._run.replicas.compare(controller.targets, self._step)
         return {
             "processes": self._run.replicas.processes.count,
@@ -559,7 +577,9 @@ class RankPilot:
         if not self._controls:
             return None
         assert self._rate is not None
-        return RunControl(self._run, targets, self._rate, CONTROLLERS[CONTROLLER], self.journal)
+        control = RunControl(self._run, targets, self._rate, CONTROLLERS[CONTROLLER], self.journal)
+        self._finite.control = control
+        return control
 
     def _follow_plan(self) -> None:
         """Let the learning rate, its control and the prefix cache know of other ranks."""
@@ -594,6 +614,7 @@ class RankPilot:
         self.budget = self._elastic.budget
         self._followed = b""
         self._step, self._shown, self._gradients, self._calls = 0, 0, GradientWatch(), LoopCalls()
+        self._finite = FiniteWatch(run, self.journal)
         self._guard, self._losses = PeakGuard(self.options.measure_every), LossMeter(run.replicas.processes)
         return targets
 
@@ -617,6 +638,11 @@ class RankPilot:
         self._losses.restart()
         self._guard.decided(observation.problem.ranks, step)
         self._record(step, loss, observation, decision, plan)
+        if decision.exact and (others := int(np.count_nonzero(plan.ranks != decision.ranks))):
+            self.journal.note(
+                f"step {step}: {plural(others, 'module')} could not have exactly the rank that was decided, within the "
+                "budget, the bounds and how far a rank may move; the nearest plan stands."
+            )
         if faster and (again := self._guard.recomputed):
             count = plural(len(again), "layer")
             self.journal.note(f"Gradient checkpointing of {count} takes time and changes no loss. {faster}")

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 
 from ..agents.control import CHANGES, FEATURES, UNDO, Controller, RunRecord, decision_steps
-from ..agents.log import CONTROL
 from ..common.checks import counted, finite
-from ..common.files import append_json_line, read_json_lines, write_json_lines
 from ..errors import ConfigError
 from ..lora.optimizer_state import last_direction, unwrap_optimizer
 from ..lora.targets import TargetModule
@@ -20,6 +18,12 @@ from .journal import Journal
 from .left_as_found import Kept
 from .plan_rate import PlanRate, follows_rule
 from .run import TrainingRun
+
+HALVE = CHANGES.index(-1.0)
+"""What is done where a step has left something that is not finite: its cause may be one batch, and not the rate."""
+
+PATIENCE = 3
+"""Steps in a row that leave something that is not finite, with which a run ends: its copy is no help."""
 
 
 @torch.no_grad()
@@ -47,6 +51,8 @@ class RunControl:
     """Reads the steps of a run and corrects its learning rate at a few moments.
 
     Copies for undoing lie in main memory. A change of ranks makes them useless: another is made before the next step.
+    A step that leaves weights or moments which are not finite is undone at once, also after the last moment: from there
+    on, and in a run that is too short for control, a copy is made at each tenth of the run.
 
     Args:
         run: that begins.
@@ -78,17 +84,22 @@ class RunControl:
         self._run, self._targets, self._rate, self._controller, self._journal = run, targets, rate, controller, journal
         self._steps = decision_steps(run.total_steps)
         self._seen: list[tuple[torch.Tensor | float, torch.Tensor]] = []
+        last = self._steps[-1] if self._steps else 0
+        self._copies = {at for tenth in range(1, 10) if (at := round(tenth * run.total_steps / 10)) > last}
         self._kept: Kept | None = None
+        self._kept_at = 0
+        self._broken = (-1, 0)  # the last step that left something not finite, and how many did before it in a row
         self.record: RunRecord = RunRecord(run.total_steps)
         if not self._steps:
             journal.note(f"The learning rate is not controlled: a run of {run.total_steps} steps shows too little.")
 
-    def _keep(self) -> None:
-        self._kept = Kept(self._run.model, self._targets, self._run.optimizer, steps=True)
+    def _keep(self, step: int) -> None:
+        self._kept, self._kept_at = Kept(self._run.model, self._targets, self._run.optimizer, steps=True), step
 
     def ranks_changed(self) -> None:
         """A copy of other ranks is of no use."""
-        self._kept = None
+        if self._kept and not self._kept.fits:
+            self._kept = None
 
     def look(self, loss: torch.Tensor | float, step: int) -> None:
         """Read the gradients of a step, which are complete.
@@ -107,20 +118,36 @@ class RunControl:
         Args:
             step: optimizer steps done.
         """
-        if not self._steps or step > self._steps[-1]:
-            return
         if step in self._steps and (self._seen or self.record.losses):
             self._decide(step)
-        if step == self._steps[-1] and not self.record.changed:
+        if self._steps and step == self._steps[-1] and not self.record.changed:
             self._journal.note(f"step {step}: the learning rate stays as it is: no moment was sure of a change.")
-        if step >= self._steps[-1]:
-            self._kept = None
-        elif self._kept is None:
-            self._keep()
+        if self._kept is None or step in self._copies:
+            self._keep(step)
+
+    def undo_broken(self, step: int) -> bool:
+        """Go back to the copy at once, and halve the rate, since a step has left something that is not finite.
+
+        Args:
+            step: optimizer steps done, with that one.
+
+        Returns:
+            Whether that is of any use: not without a copy, nor where it was none for `PATIENCE` steps in a row.
+        """
+        last, before = self._broken
+        self._broken = step, before + 1 if step == last + 1 else 1
+        if self._kept is None:
+            return False
+        at, self._seen = self._kept_at, []
+        self.record.losses, self.record.alignments = [], []
+        said = f"It left weights or moments that are not finite. Adapters and optimizer are back at step {at}."
+        self._take(HALVE, step, said, {"not_finite": True}, back=True)
+        return self._broken[1] < PATIENCE
 
     def _read(self) -> None:
         for loss, aligned in self._seen:
-            self.record.add(float(loss), float(aligned))
+            if math.isfinite(loss):  # else the step has changed nothing, as one that a scaler leaves out
+                self.record.add(float(loss), float(aligned))
         self._seen = []
 
     def _decide(self, step: int) -> None:
@@ -130,38 +157,53 @@ class RunControl:
         now = max((group["lr"] for group in self._run.optimizer.param_groups), default=peak)
         seen = self.record.observe(min(float(now) / peak, 1.0) if peak else 1.0)
         action = self._run.replicas.processes.on_first(lambda: int(self._controller.act(seen[None])[0]))
-        self._take(action, step, dict(zip(FEATURES, seen.round(4).tolist(), strict=True)))
+        named = dict(zip(FEATURES, seen.round(4).tolist(), strict=True))
+        said = (
+            f"Alignment of the last steps {named['alignment'] / 4:+.2f}, loss {math.exp(named['loss'] / 2):.2f} of the "
+            "first."
+        )
+        if back := action == UNDO and self._kept is not None:
+            said += " Adapters and optimizer are back where the rate was last kept or raised."
+        self._take(action, step, said, {"seen": named}, back=back)
 
-    def _take(self, action: int, step: int, seen: Mapping[str, float]) -> None:
-        undone = action == UNDO and self._kept is not None
-        if undone and self._kept:
+    def _take(self, action: int, step: int, said: str, row: Mapping[str, Any], *, back: bool) -> None:
+        """Take an action, go back if that belongs to it, tell it with some words, and log it with a row."""
+        if back and self._kept:
             self._kept.put_back()
-        if undone or CHANGES[action] >= 0:
-            self._keep()
-        self.record.take(action)
+        if back or CHANGES[action] >= 0:
+            self._keep(self._kept_at if back else step)
+        self.record.take(action, undone=back)
         before, self._rate.moved = self._rate.rate, 2**self.record.moved
         self._rate.follow()
         if CHANGES[action]:
             self._journal.note(
-                f"step {step}: the learning rate goes from {before:.2g} to {self._rate.rate:.2g}. Alignment of the "
-                f"last steps {seen['alignment'] / 4:+.2f}, loss {math.exp(seen['loss'] / 2):.2f} of the first."
-                + (" Adapters and optimizer are back where the rate was last kept or raised." if undone else "")
+                f"step {step}: the learning rate goes from {before:.2g} to {self._rate.rate:.2g}. {said}"
             )
-        log = self._journal.log
-        if log is not None and self._run.replicas.processes.first:
-            row = {"step": step, "change": CHANGES[action], "undone": undone, "rate": self._rate.rate}
-            append_json_line(log.folder / CONTROL, {**row, "seen": dict(seen)})
+        self._journal.log_control(
+            {"step": step, "change": CHANGES[action], "undone": back, "rate": self._rate.rate, **row}
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs, as JSON values."""
+        """What `load_state_dict` needs, as tensors and JSON values; the copy is part of it."""
         self._read()
-        return asdict(self.record)
+        kept = self._kept.state_dict() if self._kept else None
+        return {
+            **asdict(self.record),
+            "kept": kept,
+            "kept_at": self._kept_at if self._kept else None,
+            "broken": list(self._broken),
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on from `state_dict`, so many optimizer steps done; the copy for undoing is one of now."""
-        log = self._journal.log
-        if log is not None and self._run.replicas.processes.first and (path := log.folder / CONTROL).is_file():
-            write_json_lines(path, [row for row in read_json_lines(path) if row["step"] < step])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`; without a copy in it, the next step makes one."""
+        if state.get("kept"):
+            self._keep(counted(state["kept_at"]))
+            assert self._kept is not None
+            self._kept.load_state_dict(state["kept"])
+        elif state.get("kept_at") is not None:
+            self._journal.note("The checkpoint could not hold the copy for undoing: an undo goes back to this step.")
+        last, row = state.get("broken", self._broken)
+        self._broken = int(last), counted(row)
         self.record = RunRecord(
             self._run.total_steps,
             losses=[finite(value) for value in state["losses"]],
@@ -173,5 +215,6 @@ class RunControl:
             _means=[finite(value) for value in state["_means"]],
             _undone=bool(state["_undone"]),
             _schedule=finite(state["_schedule"]),
+            _now=finite(state["_now"]),
         )
         self._rate.moved = 2**self.record.moved

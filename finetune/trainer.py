@@ -135,8 +135,8 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
             NonFiniteError: the gradient is NaN or infinite, and none is expected to be.
         """
         norm = (logs or {}).get("grad_norm", 0.0)
-        # In float16 the scaler leaves such steps out, and lowers its factor.
-        if not math.isfinite(float(norm)) and not args.fp16:
+        # In float16 the scaler leaves such steps out, and lowers its factor; RankPilotCallback looks itself.
+        if self.meter and not math.isfinite(float(norm)) and not args.fp16:
             raise NonFiniteError(
                 f"The gradient norm is {norm} at step {state.global_step}: training diverged. Lower --learning-rate."
             )

@@ -1,17 +1,28 @@
-"""What a run watches in each step: the losses since the last decision, and whether its adapters train."""
+"""What a run watches in each step: losses since the last decision, whether adapters train, and all is finite."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..common.checks import counted
 from ..common.processes import Processes
-from ..errors import NoGradientError
+from ..errors import NoGradientError, NonFiniteError
+from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.resize import norms_of
 from ..lora.targets import TargetModule
+from .checkpoint import last_checkpoint
+from .journal import Journal
+from .run import TrainingRun
+
+if TYPE_CHECKING:
+    from .run_control import RunControl
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = 3
 """Looks in a row at which all gradients are zero, after which the run is stopped. One batch may have none: all of its
@@ -64,6 +75,103 @@ class LossMeter:
             sums = whole + [(0.0, 0)] * (self._processes.count - 1)
         total, count = sums[self._processes.rank]
         self.total, self.count = float(total), counted(count)
+
+
+LARGEST = 1e18
+"""A gradient above it has a square, which Adam keeps a mean of, that is not finite in float32."""
+
+
+def all_finite(tensors: Iterable[torch.Tensor], below: float = math.inf) -> torch.Tensor:
+    """Whether all numbers are finite, and their sizes below a bound, as a bool tensor on the device of the first."""
+    found = [each.detach() for each in tensors if each.is_floating_point() and each.numel()]
+    most = torch._foreach_norm(found, math.inf) if found else [torch.zeros(())]
+    return (torch.stack([each.float().to(most[0].device) for each in most]) < below).all()
+
+
+def trains_finite(optimizer: torch.optim.Optimizer, *, moments: bool = False) -> bool:
+    """Whether all that an optimizer trains is finite, with its state if the `moments` count as well."""
+    inner = unwrap_optimizer(optimizer)
+    weights: list[torch.Tensor] = [weight for group in inner.param_groups for weight in group["params"]]
+    states = (value for weight in weights if moments for value in inner.state.get(weight, {}).values())
+    return bool(all_finite([*weights, *(value for value in states if type(value) is torch.Tensor)]))
+
+
+class FiniteWatch:
+    """Notices where a loss or a gradient was not finite, and sees to it that nothing of that is saved.
+
+    On a GPU it does not wait for the device where nothing controls the run; then it may notice some steps later.
+
+    Args:
+        run: that it watches.
+        journal: is told.
+
+    Attributes:
+        control: undoes a step that leaves something which is not finite; None where nothing controls the run.
+    """
+
+    def __init__(self, run: TrainingRun, journal: Journal) -> None:
+        self._run, self._journal, self._told = run, journal, False
+        self.control: RunControl | None = None
+        self._restart()
+
+    def _restart(self) -> None:
+        self._found = self._host = torch.zeros(2, dtype=torch.bool)  # of losses, and of gradients
+
+    def look(self, loss: torch.Tensor | float) -> None:
+        """Look at the mean loss of a step; in a run under control at the gradients as well, up to `LARGEST`."""
+        mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else torch.tensor(float(loss))
+        weights = [weight for group in self._run.optimizer.param_groups if self.control for weight in group["params"]]
+        sound = all_finite((weight.grad for weight in weights if weight.grad is not None), LARGEST)
+        device = sound.device if sound.is_cuda else mean.device
+        self._found = self._found.to(device) | ~torch.stack([mean.isfinite().to(device), sound.to(device)])
+        if device.type == "cuda":
+            self._host = self._host if self._host.is_pinned() else self._host.pin_memory()
+            self._host.copy_(self._found, non_blocking=True)
+        else:
+            self._host = self._found
+
+    def after_step(self, step: int) -> None:
+        """Undo a step that left something which is not finite, end the run, or tell that nothing is broken.
+
+        An overflow in float16, for which a scaler leaves the step out, breaks nothing, nor does a batch without labels.
+
+        Args:
+            step: optimizer steps done.
+
+        Raises:
+            NonFiniteError: what trains is not finite, and nothing undoes that.
+        """
+        control, processes = self.control, self._run.replicas.processes
+        loss, gradient = processes.most(*map(float, (self._found if control else self._host).tolist()))
+        if not loss and not gradient:
+            return
+        self._restart()
+        if processes.least(trains_finite(self._run.optimizer, moments=control is not None))[0]:
+            if loss and not self._told:
+                self._told = True
+                self._journal.note(f"step {step}: the loss was not finite. All that trains is, so the run goes on.")
+        elif not (control and control.undo_broken(step)):
+            raise self._diverged(step)
+
+    def check(self, step: int) -> None:
+        """See that what trains is finite, before it is saved or handed back; all processes call this.
+
+        Raises:
+            NonFiniteError: it is not.
+        """
+        if not self._run.replicas.processes.least(trains_finite(self._run.optimizer))[0]:
+            raise self._diverged(step)
+
+    def _diverged(self, step: int) -> NonFiniteError:
+        """The error of a run that has diverged, of which the log gets a row."""
+        self._journal.log_control({"step": step, "change": 0.0, "undone": False, "not_finite": True})
+        last = last_checkpoint(self._run.folder, tell=logger.debug) if self._run.folder else None
+        saved = f"The last checkpoint is {last}." if last else "No checkpoint is replaced."
+        helps = "" if self.control else " With control=True a run undoes such a step."
+        return NonFiniteError(
+            f"After step {step} what trains holds NaN or infinity: the run has diverged, and nothing of that is saved. "
+            f"{saved} Lower the learning rate, clip gradients, or look at the data.{helps}"
+        )
 
 
 class GradientWatch:

@@ -387,10 +387,8 @@ def drop_foreign_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn
             del inner.state[parameter]
 
 
-def kept_state(
-    optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter], *, steps: bool = False
-) -> Callable[[], None]:
-    """A function that gives parameters back the state that they have now, after any changes of rank.
+class KeptState:
+    """The state that parameters have now, which can be given back to them after any changes of rank.
 
     Tensors as large as the parameter wait in main memory, so that a smaller plan frees their bytes on the device.
 
@@ -399,21 +397,41 @@ def kept_state(
         parameters: whose state is kept.
         steps: whether the optimizer steps in between, which writes into its state; changes of rank replace tensors.
     """
-    state = unwrap_optimizer(optimizer).state if optimizer is not None else {}
-    before: dict[nn.Parameter, dict[str, tuple[Any, torch.device | None]] | None] = {}
-    for parameter in parameters:
-        values = state.get(parameter)
-        before[parameter] = (
-            None if values is None else {k: _in_main_memory(v, parameter, steps) for k, v in values.items()}
-        )
 
-    def put_back() -> None:
-        for parameter, values in before.items():
-            state.pop(parameter, None)
+    def __init__(
+        self, optimizer: torch.optim.Optimizer | None, parameters: Iterable[nn.Parameter], *, steps: bool = False
+    ) -> None:
+        self._state: Any = unwrap_optimizer(optimizer).state if optimizer is not None else {}
+        self._before: dict[nn.Parameter, dict[str, tuple[Any, torch.device | None]] | None] = {}
+        for parameter in parameters:
+            values = self._state.get(parameter)
+            self._before[parameter] = (
+                None if values is None else {k: _in_main_memory(v, parameter, steps) for k, v in values.items()}
+            )
+
+    def put_back(self) -> None:
+        """Give it back; this can be done once."""
+        for parameter, values in self._before.items():
+            self._state.pop(parameter, None)
             if values is not None:
-                state[parameter] = {k: v if device is None else v.to(device) for k, (v, device) in values.items()}
+                self._state[parameter] = {k: v if at is None else v.to(at) for k, (v, at) in values.items()}
 
-    return put_back
+    def state_dict(self) -> dict[str, Any] | None:
+        """What `load_state_dict` needs, as tensors and JSON values; None where the optimizer keeps something else."""
+        every = {
+            str(i): values and {k: v for k, (v, _) in values.items()} for i, values in enumerate(self._before.values())
+        }
+        plain = (torch.Tensor, int, float, type(None))
+        return every if all(type(v) in plain for values in every.values() for v in (values or {}).values()) else None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Keep what `state_dict` told instead, on the devices on which such state lies now."""
+        for index, (parameter, now) in enumerate(self._before.items()):
+            values = state[str(index)]
+            places = {k: at or getattr(v, "device", None) for k, (v, at) in (now or {}).items()}
+            self._before[parameter] = values and {
+                k: (v, places.get(k) if isinstance(v, torch.Tensor) else None) for k, v in values.items()
+            }
 
 
 def _in_main_memory(value: Any, parameter: nn.Parameter, copies: bool) -> tuple[Any, torch.device | None]:

@@ -235,7 +235,7 @@ def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray, *,
         wanted: wanted ranks, int (modules,). They are rounded down onto the ladder and clipped to `max_step` and the
             bounds.
         scores: modules with low scores are lowered first, those with high scores are raised first, float (modules,).
-        fill: raise ranks until nothing more fits. Without it, that is done only where some had to be lowered.
+        fill: raise ranks until nothing more fits. Without it, no rank rises above the wanted one.
 
     Returns:
         The plan. Only if nothing else fits, it goes further down than `max_step` allows and drops pinned modules. If
@@ -253,7 +253,7 @@ def project(problem: AllocationProblem, wanted: IntArray, scores: FloatArray, *,
         droppable = pinned & (problem.bottoms == 0)
         draft.drop(np.flatnonzero(droppable & (clipped > 0)))
         upper = np.where(droppable, 0, upper)
-    draft.fill(upper)
+    draft.fill(upper if fill else np.minimum(upper, clipped))
     return Plan(problem.ladder.array[clipped], draft.ranks, float(draft.costs.max()))
 
 

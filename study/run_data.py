@@ -89,6 +89,7 @@ class RunData:
         decisions: of the decision log; none without one that can be read.
         missing: what a page has to leave out, and why, a few words each.
         control: the actions that moved the learning rate, as (step, factor, new rate, whether it went back).
+        broken: the steps that left something which is not finite, and whether each was undone.
     """
 
     folder: Path
@@ -97,6 +98,7 @@ class RunData:
     decisions: Sequence[DecisionRecord]
     missing: tuple[str, ...]
     control: tuple[tuple[int, float, float, bool], ...] = ()
+    broken: tuple[tuple[int, bool], ...] = ()
 
     @property
     def first(self) -> Choice | None:
@@ -203,22 +205,24 @@ def read_run(folder: Path) -> RunData:
             decisions = log.read()
         except RunFolderError as error:
             missing.append(f"all decisions ({error})")
-    control = _read_control(log.folder, missing) if log else ()
-    return RunData(folder, summary, metrics, decisions, tuple(missing), control)
+    control = _read_control(log.folder, missing) if log else {}
+    return RunData(folder, summary, metrics, decisions, tuple(missing), **control)
 
 
-def _read_control(folder: Path, missing: list[str]) -> tuple[tuple[int, float, float, bool], ...]:
-    """The actions that moved the learning rate; empty where nothing controlled it."""
+def _read_control(folder: Path, missing: list[str]) -> dict[str, Any]:
+    """`control` and `broken` of a run by name; empty where nothing controlled it and nothing broke."""
     try:
         rows = read_json_lines(folder / CONTROL)
-        return tuple(
+        moves = tuple(
             (counted(row["step"]), 2 ** finite(row["change"]), finite(row["rate"]), bool(row["undone"]))
             for row in rows
             if row["change"]
         )
+        broken = tuple((counted(row["step"]), bool(row["undone"])) for row in rows if row.get("not_finite"))
+        return {"control": moves, "broken": broken}
     except (DataError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         missing.append(f"how the learning rate was corrected ({first_line(error)})")
-        return ()
+        return {}
 
 
 def control_sentence(run: RunData) -> str:
@@ -229,7 +233,9 @@ def control_sentence(run: RunData) -> str:
         f"x {factor:.2g} at step {step} (to {rate:.2g}{', back to the adapters of before' if undone else ''})"
         for step, factor, rate, undone in run.control
     ]
-    return f"The learning rate was corrected by what steps showed: {', '.join(moves)}."
+    steps = [str(step) for step, undone in run.broken if undone]
+    undone = f" What was not finite after step {', '.join(steps)} was undone." if steps else ""
+    return f"The learning rate was corrected by what steps showed: {', '.join(moves)}.{undone}"
 
 
 def moves_sentence(record: DecisionRecord) -> str:

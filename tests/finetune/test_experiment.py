@@ -37,6 +37,7 @@ from rankpilot.finetune.options import FinetuneConfig
 from rankpilot.study.page import page_data
 from rankpilot.study.pictures import write_rank_picture
 from rankpilot.study.run_data import read_run
+from rankpilot.study.verdict import verdict
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, set_seed
 
@@ -451,6 +452,8 @@ def test_a_split_without_labels_is_passed_over(bert_folder: Path, tmp_path: Path
 def test_a_run_that_diverges_says_so(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"learning.rate"):
         finetune(make_config(learning_rate=1e30, steps=40), tmp_path / "run")
+    assert not (tmp_path / "run" / "rankpilot" / "adapter").exists()
+    assert "The run diverged" in verdict(read_run(tmp_path / "run")).warnings[0]
 
 
 # Branches -------------------------------------------------------------------------------------------------------------

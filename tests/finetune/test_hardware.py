@@ -13,6 +13,7 @@ import pytest
 import torch
 from rankpilot.common.devices import EnergyCounter
 from rankpilot.common.files import read_json, read_json_lines, write_json
+from rankpilot.cost.peak_meter import PeakMeter
 from rankpilot.errors import NonFiniteError
 from rankpilot.finetune import trainer as metrics_module
 from rankpilot.finetune.trainer import RunMetrics, hardware_facts
@@ -74,7 +75,7 @@ def test_energy_of_a_run_that_was_interrupted(tmp_path: Path) -> None:
 
 def test_a_gradient_that_is_not_finite_ends_a_run_but_in_float16(tmp_path: Path) -> None:
     """There the scaler leaves such steps out, and its factor falls."""
-    arguments, metrics = TrainingArguments(str(tmp_path)), RunMetrics(tmp_path / "metrics.jsonl")
+    arguments, metrics = TrainingArguments(str(tmp_path)), RunMetrics(tmp_path / "metrics.jsonl", PeakMeter(1))
     given: Any = (arguments, TrainerState(), None)
     logs = {"loss": 1.0, "grad_norm": float("inf")}
     with pytest.raises(NonFiniteError, match="The gradient norm is inf at step 0"):

@@ -17,6 +17,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.agents.chooser import PlanChooser
 from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.observation import Observation
+from rankpilot.agents.policy import Decision
 from rankpilot.cost.savers import Saved
 from rankpilot.errors import BudgetError, UnsupportedError
 from rankpilot.finetune.experiment import UniformRanks
@@ -394,6 +396,58 @@ def test_where_plain_lora_fits_no_layer_runs_again(tmp_path: Path, caplog: pytes
     (line,) = [row.message for row in caplog.records if row.message.startswith("step 0: ")]
     assert f"0 of {MANY} layers use gradient checkpointing" in line
     assert "would be faster" not in caplog.text
+
+
+class Exactly:
+    """Wants one rank on all modules, no more and no less, at each decision."""
+
+    name = "exactly"
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def decide(self, observation: Observation) -> Decision:
+        count = len(observation.names)
+        return Decision(np.full(count, self.rank), np.zeros(count), exact=True)
+
+
+def told_of(folder: Path, policy: Any, budget: str, **options: Any) -> tuple[Any, list[str]]:
+    """A run of `STEPS` steps, and what it told of its decisions."""
+    trainer, told = trainer_of(folder, **options), list[str]()
+    callback = rankpilot.attach(trainer, policy, budget, exact_savers=False, schedule=SCHEDULE)
+    callback.pilot.journal.tell = told.append
+    trainer.train()
+    return callback, told
+
+
+@pytest.mark.parametrize(("layers", "budget"), first_cases(2, [(4, "100%"), (2, "75%"), (2, "102%"), (3, "130%")]))
+def test_an_exact_decision_that_fits_is_taken_as_it_is(tmp_path: Path, layers: int, budget: str) -> None:
+    callback, told = told_of(tmp_path, Exactly(8), budget, layers=layers)
+    assert all(set(record.rank_after.tolist()) == {8} for record in DecisionLog(tmp_path / "decisions").read())
+    assert callback.predictions[-1][1] <= callback.limit
+    assert not any("could not have exactly" in line for line in told)
+
+
+def test_an_exact_decision_that_does_not_fit_is_only_lowered_and_told(tmp_path: Path) -> None:
+    _, told = told_of(tmp_path, Exactly(24), "100%", layers=2)
+    records = DecisionLog(tmp_path / "decisions").read()
+    assert all(0 < record.rank_after.max() <= 24 for record in records)
+    lowered = [int((record.rank_after < 24).sum()) for record in records]
+    assert all(lowered)
+    assert [line for line in told if "could not have exactly" in line] == [
+        f"step {record.step}: {count} modules could not have exactly the rank that was decided, within the budget, the "
+        "bounds and how far a rank may move; the nearest plan stands."
+        for record, count in zip(records, lowered, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("rule", ["uniform", "top-down"])
+def test_rules_that_read_no_signals_leave_layers_alone_where_plain_lora_fits(tmp_path: Path, rule: str) -> None:
+    callback, told = told_of(tmp_path, rule, "100%")
+    lines = [line for line in told if "use gradient checkpointing" in line]
+    assert len(lines) == len(SCHEDULE.fractions)
+    assert all(f"0 of {LAYERS} layers use gradient checkpointing" in line for line in lines)
+    assert callback.controller.adapters.meter.age.min() > 0, "no signal is measured"
 
 
 @pytest.mark.long

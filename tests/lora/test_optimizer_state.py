@@ -15,9 +15,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.optimizer_state import (
+    KeptState,
     StateMap,
     check_optimizer,
-    kept_state,
     map_state,
     reset_state,
     scale_state,
@@ -455,7 +455,7 @@ def test_paged_state_comes_back_to_where_its_weight_is():
     paged = torch.zeros(4, 3)
     paged.is_paged = True
     optimizer.state[weight] = {"state1": paged}
-    kept_state(optimizer, [weight], steps=True)()
+    KeptState(optimizer, [weight], steps=True).put_back()
     assert optimizer.state[weight]["state1"].device == weight.device
 
 
