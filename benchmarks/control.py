@@ -29,6 +29,9 @@ from .learned_control import ControlConfig, LearnedController, Learner, train_co
 BASES = ("gpt2-4x64", "llama-8x64")
 """Bases of the test split: a family that no controller was trained on, and a deeper model."""
 
+QUICK = "gpt2-4x32"
+"""A base of the test split whose weights are in a checkout."""
+
 TOGETHER = 13
 """Runs that are trained together."""
 
@@ -109,10 +112,8 @@ def benchmark(options: Options, console: Console) -> Figures:
             for learner in options.learners
             for seed in range(options.seeds)
         }
-    tasks = {base: control_tasks(base, "test", (options.length,)) for base in BASES}
-    if options.quick:
-        base = BASES[0]
-        tasks = {base: tasks[base][:TOGETHER]}
+    bases, most = ((QUICK,), TOGETHER) if options.quick else (BASES, None)
+    tasks = {base: control_tasks(base, "test", (options.length,))[:most] for base in bases}
     alone = {base: held_out(base, each, CONTROLLERS["leave alone"]) for base, each in tasks.items()}
     figures: Figures = {}
     table, found = [], dict[str, Changes]()
