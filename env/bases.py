@@ -41,7 +41,7 @@ def weights_file(name: str) -> Path:
     if not path.is_file():
         raise AssetError(
             f"The weights of proxy base {name!r} are missing ({path}). The wheel has those of training and validation "
-            f"alone. In a checkout, `git checkout evidence-0.3 -- env/weights/{name}` brings the ones that suites were "
+            f"alone. In a checkout, `git checkout a1dc0e36 -- env/weights/{name}` brings the ones that suites were "
             f"measured on, and `python -m tools.pretrain {name}` makes new ones."
         )
     return path

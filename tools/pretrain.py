@@ -2,7 +2,7 @@
 
 Pretrains on Python's documentation (byte level) and writes `env/weights/NAME/model.safetensors` in fp16, with a
 card of how it came about. The bases of training and validation ship with the package; those of the test split and of
-benchmarks are at the git tag evidence-0.3, or made here.
+benchmarks are at commit a1dc0e36 (tag evidence-0.3), or made here.
 """
 
 from __future__ import annotations

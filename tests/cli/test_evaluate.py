@@ -122,7 +122,7 @@ def test_a_base_that_is_missing_is_told_before_the_first_run(
     monkeypatch.setattr(bases, "BASES_FOLDER", tmp_path)
     out = tmp_path / "out"
     assert cli.run(["policy", "evaluate", "top-down", *TINY, "--output", str(out)]) != 0
-    assert "git checkout evidence-0.3 -- env/weights/llama-4x32" in " ".join(capsys.readouterr().err.split())
+    assert "git checkout a1dc0e36 -- env/weights/llama-4x32" in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
 
 
