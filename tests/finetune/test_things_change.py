@@ -1,0 +1,70 @@
+"""Equal means equal, also while things change: each saver in runs in which something happens in the middle."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from .changing_runs import CHANGES, SAVERS, Outcome, plain, train
+
+FAMILIES = {
+    "cache": ("llama", "gpt2", "bert"),
+    "tiled loss": ("llama", "gpt2"),
+    "input copies": ("llama", "bert"),
+    "selective": ("llama", "gpt2"),
+    "whole layers": ("llama", "bert"),
+}
+EXACT = {"input copies", "selective", "whole layers"}
+"""Those that promise the same bits; kernels round otherwise beside padding, and where two parts of a loss are added."""
+
+TOLERANCE = 2e-5
+"""Of numbers of some steps, as a share of the largest."""
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@cache
+def plain_run(family: str, dtype: torch.dtype, change: str) -> Outcome:
+    return train(family, dtype, CHANGES[change], plain, Path(), resumed=False)
+
+
+def assert_same(one: torch.Tensor, other: torch.Tensor, tolerance: float, what: str) -> None:
+    if tolerance:
+        assert float((one - other).abs().max()) <= tolerance * float(other.abs().max()) + 1e-7, what
+    else:
+        assert torch.equal(one, other), what
+
+
+CELLS = [(saver, family) for saver, families in FAMILIES.items() for family in families]
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["fresh", "resumed"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("saver", "family"), CELLS)
+def test_a_run_equals_the_plain_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saver: str, family: str, change: str, resumed: bool
+) -> None:
+    """The cache compares nothing here, so that it has to see each change by itself."""
+    monkeypatch.setattr("rankpilot.finetune.prefix_cache.CHECKED_FIRST", 0)
+    monkeypatch.setattr("rankpilot.finetune.prefix_cache.CHECK_EVERY", (10**6, 10**6))
+    dtype = torch.bfloat16 if saver == "input copies" else torch.float32
+    expected = plain_run(family, dtype, change)
+    found = train(family, dtype, CHANGES[change], SAVERS[saver], tmp_path, resumed=resumed)
+    if saver == "cache":
+        assert found.left_out > 0
+        assert any(CHANGES[change].told in line for line in found.lines), found.lines
+        if CHANGES[change].differs:
+            return
+    tolerance = 0.0 if saver in EXACT else TOLERANCE
+    for step, (one, other) in enumerate(zip(found.losses, expected.losses, strict=True)):
+        assert_same(one, other, tolerance, f"loss {step}")
+    for step, (one, other) in enumerate(zip(found.gradients, expected.gradients, strict=True)):
+        assert one.keys() == other.keys(), f"step {step}"
+        for name in one:
+            assert_same(one[name], other[name], tolerance, f"gradient of {name} in step {step}")
+    assert found.weights.keys() == expected.weights.keys()
+    for name, weight in found.weights.items():
+        assert_same(weight, expected.weights[name], tolerance, name)
