@@ -198,14 +198,18 @@ def layers_in_order(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     return body, lists[0]
 
 
+def drops_itself(module: nn.Module) -> bool:
+    """Whether a module has a share of numbers to drop that no module of dropout inside of it tells."""
+    return any(isinstance(share, float) and share > 0 and "drop" in name for name, share in vars(module).items())
+
+
 def random_parts(body: nn.Module, above: Sequence[nn.Module]) -> str:
     """What makes the layers below some others return something else each time in training; empty for nothing."""
     later = {id(module) for layer in above for module in layer.modules()}
     below = [module for module in body.modules() if id(module) not in later]
     if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in below):
         return "they drop some numbers at random (dropout)"
-    own = (item for module in below for item in vars(module).items())
-    if any(isinstance(share, float) and share > 0 and "drop" in name for name, share in own):
+    if any(map(drops_itself, below)):
         return "they drop some numbers at random (dropout)"
     config = vars(getattr(body, "config", body))
     shares = (config.get(name) for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"))

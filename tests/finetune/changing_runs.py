@@ -70,10 +70,11 @@ def mlp_of(layer: Any) -> list[nn.Module]:
     return [each for one in inside for each in one.modules() if getattr(each, "weight", None) is not None]
 
 
-def new_model(family: str, dtype: torch.dtype) -> PeftModel:
-    """A model whose upper layers have adapters that do something already."""
+def new_model(family: str, dtype: torch.dtype, *, everywhere: bool = False) -> PeftModel:
+    """A model whose upper layers, or all, have adapters that do something already."""
     torch.manual_seed(0)
-    model = get_peft_model(MODELS[family]().to(dtype), LoraConfig(r=2, lora_alpha=8, target_modules=ADAPTED[family]))
+    modules = (EVERYWHERE if everywhere else ADAPTED)[family]
+    model = get_peft_model(MODELS[family]().to(dtype), LoraConfig(r=2, lora_alpha=8, target_modules=modules))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
