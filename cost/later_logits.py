@@ -116,7 +116,8 @@ def expecting_one(model: nn.Module) -> Iterator[None]:
 
 
 def _forward(head: nn.Linear, expected: Expected, hidden: torch.Tensor) -> torch.Tensor:
-    if torch.compiler.is_compiling() or type(hidden) is not torch.Tensor or hidden.dim() < 2:
+    trains = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)  # by now
+    if trains or torch.compiler.is_compiling() or type(hidden) is not torch.Tensor or hidden.dim() < 2:
         return functional.linear(hidden, head.weight, head.bias)
     return later(hidden, Product(head, expected, autocast_dtype(hidden)))
 

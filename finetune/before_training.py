@@ -220,7 +220,10 @@ def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str
                 f"prefix_cache is {format_bytes(most_bytes)}, and takes {format_bytes(count * room.whole)} at most: an "
                 "eighth of the main memory and half of the disk that are free."
             )
-        return PrefixCache(run.model, room, epochs=run.epochs, tokens=tokens, evaluates=evaluates, tell=tell)
+        passes = run.total_steps * run.accumulation
+        return PrefixCache(
+            run.model, room, epochs=run.epochs, passes=passes, tokens=tokens, evaluates=evaluates, tell=tell
+        )
     except (LookupError, OSError) as error:  # a folder that cannot be written is no reason to end the run
         if run.epochs >= 2:
             tell(f"Frozen layers run for every row: {first_line(error)}.")

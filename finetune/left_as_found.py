@@ -28,6 +28,7 @@ from ..lora.optimizer_state import KeptState, state_bytes_of
 from ..lora.resize import shrink_maps, update_peft_records, write_in_place
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, other_trainable, unwrap
+from .frozen_state import drops_itself
 
 MOST_TRIES = 2
 """A step that ran out of memory is taken again so many times at most."""
@@ -378,9 +379,12 @@ class Recomputation:
         self._before = None
 
     def before_step(self) -> None:
-        """Let the chosen layers be in training mode, since transformers checkpoints no other; what is in them stays."""
-        for name in self.layers:
-            self._layers[name].training = True
+        """Let the chosen layers be in training mode, since transformers checkpoints no other; what is in them stays.
+
+        Layers that drop numbers themselves stay as they are, as without rankpilot.
+        """
+        for layer in map(self._layers.__getitem__, self.layers):
+            layer.training = layer.training or not drops_itself(layer)
 
     def pause(self) -> None:
         """Checkpoint no layer, and have the cache of before; call inside `settings_put_back`."""

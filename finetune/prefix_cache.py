@@ -5,18 +5,23 @@ the same in every epoch. They are kept by the row's tokens, its positions and th
 without padding, in main memory as far as there is room and then in a file of the run's folder, which the system deletes
 when the process ends, however it ends.
 
-What is kept is compared with what the layers return on the first batches that could do without them, and again on every
-hundredth. Where they differ, the layers run as they did, and a line says why.
+Before each pass it is looked at whether anything has changed on which that depends (`frozen_state.py`); then all that
+is kept is forgotten. It is also compared with what the layers return, on the first batches that could do without them
+and at shares of the run. Where they differ, the layers run as they did. A line says why.
+
+Hidden states of padding are left out where labels count none of it and no gradient of the loss has reached it. They are
+kept with their row where the loss reads them, or may: in evaluations, which read the same batches each time.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -27,20 +32,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..common.devices import autocast_dtype
-from ..common.text import format_bytes, plural
+from ..common.text import format_bytes
 from ..cost.budget import free_bytes
 from ..data.batches import IGNORED
 from ..errors import first_line
-from ..lora.targets import unwrap
+from .frozen_state import FrozenState, adapted, adapters_in_use, heard_by, layers_in_order, random_parts
 
 CHECKED_FIRST = 2
 """So many batches are compared before the layers are left out, of each kind: in training, and in evaluation."""
 
-CHECK_EVERY = 100
-"""And afterwards one of so many."""
+CHECK_SHARE, CHECK_EVERY = 0.05, (10, 100)
+"""And afterwards one in this share of the run's passes, within these bounds."""
+
+MOST_CHANGES = 3
+"""After so many changes below the lowest layer that trains, without a pass that was served, all layers run."""
 
 MOST_DIFFERENCE = 1e-5
 """By how much hidden states may differ at most, as a share of the largest: kernels round otherwise beside padding. In
@@ -123,7 +130,7 @@ def rows_of(inputs: Mapping[str, Any], *, padding_counts: bool, precision: str) 
         for start, stop in _stretches(ids[index], place, None if mask is None else mask[index], padding_counts):
             parts = [ids[index, start:stop], np.array([start]) if place is None else place[start:stop]]
             parts += [] if kind is None else [kind[start:stop]]
-            if mask is not None and (padding_counts or not mask[index, start:stop].all()):
+            if mask is not None and (padding_counts or (mask[index, start:stop] != 1).any()):
                 parts.append(mask[index])
             whole = b"|".join([precision.encode(), *(np.ascontiguousarray(part).tobytes() for part in parts)])
             key = hashlib.blake2b(whole, digest_size=16)
@@ -249,6 +256,7 @@ class PrefixCache:
         model: the PEFT model, with layers of transformers.
         room: for what is kept.
         epochs: how often training reads each row.
+        passes: forward passes of training in the whole run, roughly.
         tokens: of all rows of training, roughly.
         evaluates: keep rows of evaluations.
         tell: gets a line when the cache begins or ends.
@@ -273,41 +281,74 @@ class PrefixCache:
         tokens: float,
         evaluates: bool,
         tell: Callable[[str], None],
+        passes: float = math.inf,
     ) -> None:
         self._model, self._tell, self._tokens, self._epochs = model, tell, tokens, epochs
         self._body, self._layers = layers_in_order(model)
+        self._arguments = [*inspect.signature(self._body.forward).parameters]
+        least, most = CHECK_EVERY
+        self._check_every = int(max(least, min(most, CHECK_SHARE * passes)))
         self._room, self._store = room, Store(room)
         self._evaluates, self._wanted = evaluates, {True: False, False: False}
         self.layers = self.left_out = self._followed = 0
+        self._changes = 0
         self._handles: list[Any] = []
-        self._left: list[nn.Module] = []
+        self._left: list[tuple[nn.Module, Any]] = []
         self._seen: dict[bool, int] = {}
         self._missed: dict[bool, list[bool]] = {}
         self._pass: _Pass | None = None
         self._padding_counts = True
+        self._reads_padding: bool | None = None  # not known before the first backward pass
+        self._padding: torch.Tensor | None = None  # that this pass may leave out, bool (rows, length)
+        self._heard: list[torch.Tensor] = []
+        self._uses: dict[Any, int] = {}
         self._dtypes: dict[str, torch.dtype] = {}  # of what is kept, by the precision of the pass
 
     def follow(self) -> None:
         """Leave out all layers below the lowest that trains, as it is now; rows are forgotten if it is another one."""
         count = self._frozen()
-        if count == self._followed:
-            return
+        if count != self._followed:
+            self._begin(count)
+
+    def _begin(self, count: int, change: str = "") -> None:
+        """Leave out so many layers from now on, and tell it, after what has changed below them."""
         self.end()
-        self._followed = count
-        if not count:
+        self._followed, self._seen, self._missed = count, {True: 0, False: 0}, {True: [], False: []}
+        self._wanted, line = self._worth_it(count)
+        wanted = any(self._wanted.values())
+        if change:
+            rest = "Evaluations keep it anew." if wanted else "All layers run for every row from now on."
+            line = f"{change}, so what frozen layers returned is forgotten. {line or rest}"
+        if line:
+            self._tell(line)
+        if not wanted:
             return
-        self._wanted = {True: self._worth_it(count), False: self._evaluates}
-        if not any(self._wanted.values()):
-            return
-        self.layers, self._seen, self._missed = count, {True: 0, False: 0}, {True: [], False: []}
+        self.layers = count
         self._handles = [
             self._model.register_forward_pre_hook(self._see_labels, with_kwargs=True),
             self._body.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self._body.register_forward_hook(self._leave),
             self._layers[count].register_forward_pre_hook(self._keep, with_kwargs=True),
         ]
         for index, layer in enumerate(self._layers[:count]):
-            layer.forward = self._of_layer(index, layer.forward)
-        self._left = self._layers[:count]
+            forward = self._of_layer(index, layer.forward)
+            layer.forward = forward
+            self._left.append((layer, forward))
+        later = {id(module) for layer in self._layers[count:] for module in layer.modules()}
+        self._below = {name: each for name, each in self._body.named_modules() if id(each) not in later}
+        self._random = bool(random_parts(self._body, self._layers[count:]))
+        self._look_below()
+
+    def _look_below(self) -> None:
+        self._state, self._adapted = FrozenState(self._below, getattr(self._body, "config", None)), adapted(self._below)
+
+    def _changed(self, change: str) -> None:
+        """Begin anew after a change below the lowest layer that trains, unless it changes again and again."""
+        self._changes += 1
+        if self._changes > MOST_CHANGES:
+            self.end(f"{change}, and that was not the first change")
+        else:
+            self._begin(self._frozen(), change)
 
     def _frozen(self) -> int:
         """How many layers from the lowest do not train; 0 if the embeddings do."""
@@ -336,33 +377,42 @@ class PrefixCache:
         width = getattr(getattr(self._body, "config", None), "hidden_size", weight.shape[-1])
         return self._tokens * width * (weight.element_size() if weight.is_floating_point() else 2)
 
-    def _worth_it(self, count: int) -> bool:
-        """Whether rows of training are kept, which is told."""
+    def _worth_it(self, count: int) -> tuple[dict[bool, bool], str]:
+        """Whether rows of training and of evaluations are kept, and a line on that."""
+        below, skipped = f"The {count} lowest of {len(self._layers)} layers train nothing", self._layers[:count]
+        neither, evaluations = {True: False, False: False}, {True: False, False: self._evaluates}
+        if not count or (self._epochs < 2 and not self._evaluates):
+            return neither, ""
+        inside = {
+            f"{i}.{name}".rstrip("."): each for i, one in enumerate(skipped) for name, each in one.named_modules()
+        }
+        if hooked := heard_by(inside):
+            return neither, f"{below}, but run for every row: {hooked} of them has a hook, which hears of each pass."
+        if any("forward" in vars(layer) for layer in skipped):
+            return neither, f"{below}, but run for every row: something has replaced their forward pass."
         if self._epochs < 2:
-            return False
-        below = f"The {count} lowest of {len(self._layers)} layers train nothing"
+            return evaluations, ""
         if random := random_parts(self._body, self._layers[count:]):
-            self._tell(f"{below}, but run for every row of training: {random}.")
-            return False
+            return evaluations, f"{below}, but run for every row of training: {random}."
         size = self._size
         if size > self._room.whole:
-            self._tell(
+            return evaluations, (
                 f"{below}. What they return would take {format_bytes(size)}, and there is room for "
                 f"{format_bytes(self._room.whole)} (prefix_cache), so they run in every epoch."
             )
-            return False
-        self._tell(
+        return {True: True, False: self._evaluates}, (
             f"{below}, so they run once a row: later epochs take what they return from {format_bytes(size)} of memory "
             f"and disk, and leave about {100 * count / len(self._layers):.0f} % of the forward pass out."
         )
-        return True
 
     def end(self, why: str = "") -> None:
         """Compute all layers anew, and forget all rows; a reason is told."""
+        self._hear()
         for handle in self._handles:
             handle.remove()
-        for layer in self._left:
-            del layer.forward
+        for layer, forward in self._left:
+            if vars(layer).get("forward") is forward:  # else somebody has wrapped it
+                del layer.forward
         if why and self.layers:
             self._tell(f"All layers run for every row from now on: {why}.")
         self._store.clear()
@@ -381,25 +431,33 @@ class PrefixCache:
         if _PAUSED.get():
             return
         counts, self._padding_counts = self._padding_counts, True
-        self._pass = None
+        self._pass = self._padding = None
+        self._hear()
         training = body.training
-        config = getattr(body, "config", None)
-        asks = any(options.get(name) or getattr(config, name, False) for name in _OF_EACH_LAYER)
-        if not self._wanted[training] or asks or torch.compiler.is_compiling():
+        if not self._wanted[training] or self._runs_whole(options):
             return
-        given = {**options, **dict(zip(_MAIN_INPUTS[:1], arguments, strict=False))}
-        weight = next(body.parameters())
-        precision = f"{weight.dtype}, {autocast_dtype(weight)}"
+        if change := self._state.change():
+            self._changed(change)
+            return
+        given = {**options, **dict(zip(self._arguments, arguments, strict=False))}
+        mask = given.get("attention_mask")
+        padding = mask == 0 if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        if padding is not None and bool(padding.any()) and not counts:
+            # An evaluation reads the same batches each time. What it does with logits is not known.
+            counts = bool(self._reads_padding) or not (training and torch.is_grad_enabled())
+            self._padding = None if counts else padding
+        precision = self._precision(next(body.parameters()), options)
         rows = rows_of(given, padding_counts=counts, precision=precision)
         if rows is None:
             return
         known = all(row.key in self._store for row in rows)
+        known = known and (self._padding is None or self._reads_padding is not None)
         self._seen[training] += known
-        if self._changes(training, known):
+        if self._are_others(training, known):
             self.end("the rows are others than in the epoch before")
             return
         seen = self._seen[training]
-        checks = known and (seen <= CHECKED_FIRST or seen % CHECK_EVERY == 0)
+        checks = known and (seen <= CHECKED_FIRST or seen % self._check_every == 0)
         self._pass = _Pass(rows, precision, known=known, checks=checks)
         if known:
             try:
@@ -407,7 +465,41 @@ class PrefixCache:
             except OSError as error:
                 self.end(f"what was kept cannot be read ({first_line(error)})")
 
-    def _changes(self, training: bool, known: bool) -> bool:
+    def _runs_whole(self, options: dict[str, Any]) -> bool:
+        """Whether all layers run in a pass, since somebody sees each of them, or some drop numbers in an evaluation."""
+        config = getattr(self._body, "config", None)
+        asks = any(options.get(name) or getattr(config, name, False) for name in _OF_EACH_LAYER)
+        hooks = torch.nn.modules.module
+        heard = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
+        drops = self._random and any(each.training for each in self._below.values())
+        return bool(asks or heard or drops or torch.compiler.is_compiling())
+
+    def _precision(self, weight: torch.Tensor, options: dict[str, Any]) -> str:
+        """What a pass is computed in: numbers, adapters, and what is switched by its arguments."""
+        use = adapters_in_use(self._adapted)
+        switches = sorted((name, value) for name, value in options.items() if isinstance(value, bool | str))
+        return f"{weight.dtype}, {autocast_dtype(weight)}, {self._uses.setdefault(use, len(self._uses))}, {switches}"
+
+    def _leave(self, body: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        """Hear in the backward pass whether the loss reads the padding that was left out, or may be."""
+        padding, self._padding = self._padding, None
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        if padding is not None and hidden.requires_grad:
+            heard = self._heard
+            hidden.register_hook(lambda gradient: heard.append((gradient.any(-1) & padding).any()))
+
+    def _hear(self) -> None:
+        """Take in what the backward passes since the last pass told of padding."""
+        heard = [*self._heard]
+        self._heard.clear()  # hooks of passes to come hold this list
+        if heard and not self._reads_padding:
+            before, self._reads_padding = self._reads_padding, any(map(bool, heard))
+            if self._reads_padding:
+                late = "" if before is None else ", and the pass before may have left it out"
+                self._tell(f"The loss reads padding{late}. Rows are kept with their padding from now on.")
+                self._store.clear()
+
+    def _are_others(self, training: bool, known: bool) -> bool:
         """Whether rows are others than before, once some of them have come back."""
         missed = self._missed[training]
         if self._seen[training]:
@@ -429,6 +521,7 @@ class PrefixCache:
             if index < self.layers - 1:
                 return hidden
             self.left_out += 1
+            self._changes = 0
             return self._whole(hidden, now)
 
         return forward
@@ -458,6 +551,8 @@ class PrefixCache:
                     "or texts that read one another)"
                 )
         else:
+            if not self._store.size:  # the first pass may note something in modules
+                self._look_below()
             self._dtypes[now.precision] = hidden.dtype
             for row in now.rows:
                 if row.key not in self._store and not self._store.full:
@@ -499,39 +594,3 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """The largest difference of two tensors as a share of the largest number."""
     scale = other.abs().max().clamp(min=1e-30)
     return float((one - other).abs().max() / scale)
-
-
-def layers_in_order(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
-    """The part of a transformers model below its head, and its layers.
-
-    Raises:
-        LookupError: they cannot be found, and why.
-    """
-    base = unwrap(model)
-    body = getattr(getattr(base, "base_model", base), "model", base)
-    body = getattr(body, "base_model", body)
-    lists = [
-        [*module]
-        for module in body.modules()
-        if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], GradientCheckpointingLayer)
-    ]
-    if len(lists) != 1:
-        raise LookupError(f"{type(body).__name__} has {plural(len(lists), 'stack')} of layers, not one")
-    if any("forward" in vars(layer) for layer in lists[0]):
-        raise LookupError(f"something has replaced the forward pass of layers of {type(body).__name__}")
-    return body, lists[0]
-
-
-def random_parts(body: nn.Module, above: Sequence[nn.Module]) -> str:
-    """What makes the layers below some others return something else each time in training; empty for nothing."""
-    later = {id(module) for layer in above for module in layer.modules()}
-    below = [module for module in body.modules() if id(module) not in later]
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in below):
-        return "they drop some numbers at random (dropout)"
-    config = vars(getattr(body, "config", body))
-    shares = (config.get(name) for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"))
-    if any(isinstance(share, float) and share > 0 for share in shares):
-        return "their attention drops some numbers at random (dropout)"
-    if any(getattr(module, "neftune_noise_alpha", None) for module in below):
-        return "their embeddings get noise (NEFTune)"
-    return ""

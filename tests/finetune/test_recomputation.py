@@ -30,6 +30,8 @@ from rankpilot.study.replay import redecide
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Trainer,
     TrainerCallback,
     XLNetConfig,
@@ -318,6 +320,17 @@ def test_layers_are_as_before_where_more_of_them_are_no_help(tmp_path: Path) -> 
     assert [callback.limit] == limit
     assert [step for step, _ in callback.predictions] == [0]
     assert "Ranks, adapters and optimizer are as they were before step 2." in caught.value.__notes__[0]
+
+
+def test_a_layer_that_drops_numbers_itself_does_not_in_a_loop_in_evaluation_mode() -> None:
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "ffn_dim": 32}
+    base = OPTForCausalLM(OPTConfig(**sizes, vocab_size=64, word_embed_proj_dim=16, dropout=0.5, use_cache=False))
+    model, ids = get_peft_model(base, LoraConfig(target_modules=["q_proj"])).eval(), torch.arange(8)[None]
+    plain = model(input_ids=ids, labels=ids).loss
+    recomputation = Recomputation(model)
+    recomputation.before_step()
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, plain)
+    recomputation.put_back()
 
 
 def test_what_cannot_recompute_is_refused() -> None:

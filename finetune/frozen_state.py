@@ -1,0 +1,220 @@
+"""What frozen layers return depends on more than their inputs: weights, hooks, modes, settings. Has any of it changed?
+
+That is asked before every forward pass, so all of it is read from flat lists that are made once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..common.text import plural
+from ..cost.training_step import CHECKPOINT
+from ..lora.resize import freeze_dropped
+from ..lora.targets import unwrap
+
+Modules = Mapping[str, nn.Module]
+"""Modules by name, each with those inside of it."""
+
+SAMPLED, WHOLE = 4, 4096
+"""How many numbers of a tensor are compared, and how many a buffer has at most for all of them to be."""
+
+_CONTENTS = {"_modules", "_parameters", "_buffers"}
+_HOOKS = {"_forward_hooks", "_forward_pre_hooks"}
+_UNREAD = vars(nn.Module()).keys() | {"gradient_checkpointing", CHECKPOINT, "warnings_issued"}
+_UNREAD |= {"_active_adapter", "_disable_adapters"}
+"""Attributes of modules that are no settings of theirs; `adapters_in_use` tells of the last two."""
+
+_READ_SETTINGS = ("attn", "attention", "drop", "window", "causal")
+"""What is in the names of settings that a model reads in its forward pass."""
+
+_QUIET = ("transformers.", "rankpilot.")
+"""Whose hooks may be left out with their layer: they collect outputs that are asked for, or keep rank 0 frozen."""
+
+
+class FrozenState:
+    """Modules that do not train, as they are now.
+
+    Weights are known by object, address, version and a few numbers: a change of `weight.data` raises no version, and
+    processes that send their buffers in each pass raise theirs.
+
+    Args:
+        modules: all that inputs pass through.
+        config: the settings of their model.
+    """
+
+    def __init__(self, modules: Modules, config: object) -> None:
+        self._modules = [*modules.values()]
+        held: list[tuple[str, Any]] = []
+        for name, own in ((name, vars(module)) for name, module in modules.items()):
+            held += [(name, own), *((name, own[kind]) for kind in _CONTENTS)]
+            held += [(_path(name, kind), own[kind]) for kind in _HOOKS]
+            held += [(_path(name, key), each) for key, each in own.items() if _is_list(each) and key not in _UNREAD]
+        self._owners, self._holders = [name for name, _ in held], [holder for _, holder in held]
+        places = [(name, holder, key) for name, holder in held if isinstance(holder, dict) for key in holder]
+        settings = getattr(config, "__dict__", {})
+        read = [key for key in settings if any(part in key for part in _READ_SETTINGS) and "output" not in key]
+        places = [each for each in places if each[2] not in _UNREAD] + [("config", settings, key) for key in read]
+        self._names = [_path(name, str(key)) for name, _, key in places]
+        self._places = [(holder, key) for _, holder, key in places]
+        self._sizes, self._values = [*map(len, self._holders)], [holder.get(key) for holder, key in self._places]
+        every = {id(each): (name, each) for name, each in zip(self._names, self._values, strict=True)}
+        tensors = [(name, each) for name, each in every.values() if _is_plain(each)]
+        weights = [(name, each) for name, each in tensors if isinstance(each, nn.Parameter)]
+        self._parameters = [(name, each) for name, each in every.values() if isinstance(each, nn.Parameter)]
+        self._trainable = [each for _, each in self._parameters]
+        self._tensor_names, self._tensors = [name for name, _ in tensors], [each for _, each in tensors]
+        self._weight_names, self._weights = [name for name, _ in weights], [each for _, each in weights]
+        samples: dict[Hashable, list[tuple[str, torch.Tensor]]] = defaultdict(list)
+        for name, each in tensors:
+            samples[each.device, each.dtype].append((name, _sample(each)))
+        self._samples = [([name for name, _ in group], [view for _, view in group]) for group in samples.values()]
+        self._marks, self._numbers = self._marks_now(), [torch.cat(views) for _, views in self._samples]
+
+    def change(self) -> str:
+        """What has changed since this was made, in words; empty for nothing."""
+        return self._training() or self._parts() or self._written()
+
+    def _training(self) -> str:
+        if True not in [each.requires_grad for each in self._trainable]:
+            return ""
+        freeze_dropped(self._modules)
+        return next((f"{name} trains now" for name, each in self._parameters if each.requires_grad), "")
+
+    def _parts(self) -> str:
+        sizes, values = [*map(len, self._holders)], [holder.get(key) for holder, key in self._places]
+        if sizes == self._sizes and all(map(is_, values, self._values)):
+            return ""
+        changed = _first(self._owners, sizes, self._sizes) or _first(self._names, values, self._values)
+        self._values = values  # some are other objects of the same value
+        return f"{changed} changed" if changed else ""
+
+    def _marks_now(self) -> tuple[list[int], list[int]]:
+        return [each.data_ptr() for each in self._tensors], [each._version for each in self._weights]
+
+    def _written(self) -> str:
+        marks = self._marks_now()
+        if marks != self._marks:
+            each = zip((self._tensor_names, self._weight_names), marks, self._marks, strict=True)
+            return next(f"{name} changed" for names, now, then in each if (name := _first(names, now, then)))
+        for (names, views), then in zip(self._samples, self._numbers, strict=True):
+            if not _same_bits(torch.cat(views), then):
+                before = then.split([len(view) for view in views])
+                pairs = zip(names, views, before, strict=True)
+                return next(f"{name} changed" for name, now, then in pairs if not _same_bits(now, then))
+        return ""
+
+
+def adapted(modules: Modules) -> list[BaseTunerLayer]:
+    """The layers of PEFT among some modules that hold numbers of any adapter."""
+    return [
+        each
+        for each in modules.values()
+        if isinstance(each, BaseTunerLayer)
+        and any(p.numel() for name in each.adapter_layer_names for p in getattr(each, name).parameters())
+    ]
+
+
+def adapters_in_use(layers: Sequence[BaseTunerLayer]) -> Hashable:
+    """Which adapters layers of PEFT use now."""
+    return tuple((layer._disable_adapters, str(layer._active_adapter)) for layer in layers)
+
+
+def heard_by(modules: Modules) -> str:
+    """The name of a module with a hook of a user, who sees each of its passes; empty if there is none."""
+    for name, module in modules.items():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if not str(getattr(hook, "__module__", "")).startswith(_QUIET):
+                return name
+    return ""
+
+
+def _path(name: str, key: str) -> str:
+    return f"{name}.{key}".lstrip(".")
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, dict | list | set)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether something is a tensor whose address, version and numbers can be read."""
+    return (
+        isinstance(value, torch.Tensor)
+        and type(value.data) is torch.Tensor
+        and not (value.is_meta or value.is_inference())
+    )
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of some numbers of a tensor, or of all if it is a small buffer."""
+    if not tensor.is_contiguous():
+        return tensor.data.reshape(-1)[:0]
+    whole = not isinstance(tensor, nn.Parameter) and tensor.numel() <= WHOLE
+    return tensor.data.view(-1)[:: 1 if whole else max(1, -(-tensor.numel() // SAMPLED))]
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.view(torch.uint8))
+
+
+def _first(names: Sequence[str], now: Sequence[Any], then: Sequence[Any]) -> str:
+    """The name of the first that is another; empty for none."""
+    return next((name for name, one, other in zip(names, now, then, strict=True) if not _equal(one, other)), "")
+
+
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except (RuntimeError, ValueError):  # tensors of several numbers do not tell
+        return False
+
+
+def layers_in_order(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """The part of a transformers model below its head, and its layers.
+
+    Raises:
+        LookupError: they cannot be found, and why.
+    """
+    base = unwrap(model)
+    body = getattr(getattr(base, "base_model", base), "model", base)
+    body = getattr(body, "base_model", body)
+    lists = [
+        [*module]
+        for module in body.modules()
+        if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], GradientCheckpointingLayer)
+    ]
+    if len(lists) != 1:
+        raise LookupError(f"{type(body).__name__} has {plural(len(lists), 'stack')} of layers, not one")
+    if any("forward" in vars(layer) for layer in lists[0]):
+        raise LookupError(f"something has replaced the forward pass of layers of {type(body).__name__}")
+    return body, lists[0]
+
+
+def drops_itself(module: nn.Module) -> bool:
+    """Whether a module has a share of numbers to drop that no module of dropout inside of it tells."""
+    return any(isinstance(share, float) and share > 0 and "drop" in name for name, share in vars(module).items())
+
+
+def random_parts(body: nn.Module, above: Sequence[nn.Module]) -> str:
+    """What makes the layers below some others return something else each time in training; empty for nothing."""
+    later = {id(module) for layer in above for module in layer.modules()}
+    below = [module for module in body.modules() if id(module) not in later]
+    if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in below):
+        return "they drop some numbers at random (dropout)"
+    if any(map(drops_itself, below)):
+        return "they drop some numbers at random (dropout)"
+    config = vars(getattr(body, "config", body))
+    shares = (config.get(name) for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"))
+    if any(isinstance(share, float) and share > 0 for share in shares):
+        return "their attention drops some numbers at random (dropout)"
+    if any(getattr(module, "neftune_noise_alpha", None) for module in below):
+        return "their embeddings get noise (NEFTune)"
+    return ""
