@@ -23,7 +23,7 @@ from huggingface_hub import constants, get_session
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from ..errors import AssetError, BudgetError, ConfigError, UnknownNameError, first_line
+from ..errors import AssetError, BudgetError, ConfigError, UnknownNameError, first_line, shown
 from .budget import Budget
 from .step_config import Quantization
 
@@ -232,28 +232,55 @@ def _read(name: str, place: str | Path) -> PreTrainedConfig:
     if not Path(place).exists():
         try_hub_once()
     try:
-        return AutoConfig.from_pretrained(place)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
     except OSError as error:
         raise AssetError(
             f"The configuration of {name!r} could not be read: {first_line(error)} Check the id or path and the "
             f"network; without one, a local config.json works, or one of {', '.join(list(published_models())[:5])}, ..."
         ) from error
-    except StrictDataclassError as error:
+    except (*UNUSABLE, ValueError) as error:
         raise unusable(name, error) from error
-    except ArithmeticError as error:
-        raise ConfigError(
-            f"The configuration of {name!r} holds a number that makes no model: {first_line(error)}"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"The configuration of {name!r} names no model that transformers knows: {first_line(error)}"
-        ) from error
 
 
-def unusable(name: str, error: StrictDataclassError) -> ConfigError:
-    """The error for a configuration whose fields do not fit one another."""
-    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    return ConfigError(f"The configuration of {name!r} cannot be used: {first_line(cause)}")
+UNUSABLE = (StrictDataclassError, ArithmeticError, AttributeError, KeyError, TypeError, RecursionError)
+"""What reading a configuration ends with where its fields make no model, besides ValueError."""
+
+
+def unusable(name: str, error: Exception) -> ConfigError:
+    """The error for a configuration that makes no model, or only with code that comes with it."""
+    if needs_code(error):
+        return ConfigError(
+            f"The model {name!r} needs Python code that comes with it (`auto_map`), and rankpilot never runs such "
+            "code. Take a model whose class is part of transformers."
+        )
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
+    said = first_line(cause if isinstance(cause, Exception) else error)
+    if isinstance(error, ValueError | KeyError | TypeError):
+        return ConfigError(f"The configuration of {name!r} names no model that transformers knows: {said}")
+    return ConfigError(f"The configuration of {name!r} cannot be used: {said}")
+
+
+def needs_code(error: Exception) -> bool:
+    """Whether transformers has refused to run what a model brings."""
+    return "trust_remote_code" in str(error)
+
+
+_MOST_SIZES = {
+    **{"vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**24, "num_hidden_layers": 2**10},
+    **{"num_attention_heads": 2**16, "num_key_value_heads": 2**16},
+}
+"""The largest sizes that are taken, far above those of any model: with more, no answer would come."""
+
+
+def check_sizes(config: PreTrainedConfig) -> None:
+    """Raise ConfigError for a size that no model has."""
+    for name, most in _MOST_SIZES.items():
+        size = getattr(config.get_text_config(), name, None)
+        if isinstance(size, int) and not 1 <= size <= most:
+            raise ConfigError(
+                f"The configuration of {config.name_or_path or config.model_type!r} has {name}={shown(size)}. "
+                f"Give a whole number from 1 to {most:,}."
+            )
 
 
 _TOKENS = ("input_ids", "inputs")

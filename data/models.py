@@ -11,13 +11,20 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from ..common.devices import find_device
-from ..cost.published import positions_of, stored_method, try_hub_once, unusable
+from ..cost.published import (
+    UNUSABLE,
+    check_sizes,
+    needs_code,
+    positions_of,
+    stored_method,
+    try_hub_once,
+    unusable,
+)
 from ..cost.step_config import Quantization, StepConfig
 from ..cost.training_step import check_installed
 from ..errors import AssetError, ConfigError, UnknownNameError, first_line
@@ -51,7 +58,7 @@ def bitsandbytes_settings(config: Any, task: Task, quantization: Quantization) -
 def _head_names(config: Any, task: Task) -> list[str]:
     """The names of the modules beside the base model, from a model without weights."""
     with torch.device("meta"):
-        model = getattr(transformers, KINDS[task].auto_class).from_config(config)
+        model = getattr(transformers, KINDS[task].auto_class).from_config(config, trust_remote_code=False)
     return head_names(model)
 
 
@@ -100,16 +107,20 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
         return load(place)
     except AssetError:
         raise
-    except StrictDataclassError as error:
+    except UNUSABLE as error:
         raise unusable(name, error) from error
     except (OSError, ValueError, SafetensorError) as error:  # of a damaged file, too
+        if needs_code(error):
+            raise unusable(name, error) from error
         models = {key: asset for key, asset in ASSETS.items() if asset.kind == "model"}
         raise not_found("model", name, models, error) from error
 
 
 def load_config(name: str) -> Any:
     """A model's configuration; UnknownNameError or AssetError if there is no such model."""
-    return _pretrained(name, AutoConfig.from_pretrained)
+    config = _pretrained(name, lambda path: AutoConfig.from_pretrained(path, trust_remote_code=False))
+    check_sizes(config)
+    return config
 
 
 def with_sizes(settings: Settings, model: str, task: Task) -> Settings:
@@ -125,7 +136,7 @@ def load_tokenizer(model: str, **options: Any) -> Any:
         model: packaged name, Hugging Face id or local folder.
         options: of `AutoTokenizer.from_pretrained`.
     """
-    tokenizer = _pretrained(model, lambda path: AutoTokenizer.from_pretrained(path, **options))
+    tokenizer = _pretrained(model, lambda path: AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -181,7 +192,7 @@ def load_model(
     auto = getattr(transformers, KINDS[task].auto_class)
 
     def load(path: str) -> Any:
-        return auto.from_pretrained(path, output_loading_info=True, **options)
+        return auto.from_pretrained(path, output_loading_info=True, trust_remote_code=False, **options)
 
     model, info = _pretrained(name, load)
     _report_new_head(name, model, info["mismatched_keys"])
