@@ -56,6 +56,9 @@ LINES, ARRAYS = "decisions.jsonl", "decision-*.safetensors"
 CONTROL = "control.jsonl"
 """The file beside them of a run whose learning rate was controlled: a line for each action."""
 
+POLICY = "policy"
+"""The folder beside them with a copy of the policy that decided, if one was trained: its weights and its card."""
+
 _METADATA = "rankpilot.features"
 
 _TYPES: dict[tuple[type, ...], tuple[str, ...]] = {
@@ -341,7 +344,12 @@ class DecisionLog:
         numbered = (self.folder.with_name(f"{self.folder.name}-{number}") for number in count(1))
         aside = DecisionLog(next(folder for folder in numbered if not folder.exists()))
         aside.make_folder()
-        for path in (self.folder / LINES, *self.folder.glob(ARRAYS), *self.folder.glob(CONTROL)):
+        for path in (
+            self.folder / LINES,
+            *self.folder.glob(ARRAYS),
+            *self.folder.glob(CONTROL),
+            *self.folder.glob(POLICY),
+        ):
             shutil.move(path, aside.folder / path.name)
         return aside.folder
 

@@ -21,7 +21,7 @@ from ..agents.observation import (
 from ..agents.policy import Decision, decision_from_scores
 from ..agents.settings import DecisionSchedule
 from ..common.checks import is_count
-from ..errors import ConfigError, NonFiniteError, UnknownNameError, naming_extras, shown
+from ..errors import ConfigError, NonFiniteError, UnknownNameError, UnsupportedError, naming_extras, shown
 from ..lora.spec import DEFAULT_RANKS
 from ..plan.plan import PLACEMENT, SCORE_BOUND
 from .bases import adapted_base
@@ -215,6 +215,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
         ConfigError: an argument out of range or of another type, or one that contradicts `task`; an action of the wrong
             shape or range, or a step after the end; a held-out loss that is not finite before training.
         UnknownNameError: a name that is not among the allowed ones.
+        UnsupportedError: a render mode that is not among them.
         RunFolderError: no folder can be made in `logs`.
     """
 
@@ -243,7 +244,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
             task, suites, split, bases, task_overrides, fresh_seeds=fresh_seeds, against=against
         )
         if render_mode not in (None, *self.metadata["render_modes"]):
-            raise UnknownNameError.of("render mode", str(render_mode), self.metadata["render_modes"])
+            raise unknown_render_mode(render_mode, self.metadata["render_modes"])
         if schedule is not None and not isinstance(schedule, DecisionSchedule):
             raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {schedule!r}.")
         if logs is not None and not isinstance(logs, str | Path):
@@ -341,6 +342,16 @@ for _placeholder, _features in (("module_features", MODULE_FEATURE_TABLE), ("run
     # Without a docstring (python -OO) there is nothing to fill in.
     RankAllocationEnv.__doc__ = (RankAllocationEnv.__doc__ or "").replace(
         f"{{{_placeholder}}}", feature_table(_features)
+    )
+
+
+def unknown_render_mode(given: object, allowed: Sequence[str]) -> UnsupportedError:
+    """The error for a way to render that an environment does not have.
+
+    It is a TypeError. At that, Stable-Baselines3, which asks for pictures first, makes the environment without.
+    """
+    return UnsupportedError(
+        f"There is no render mode {shown(given)}; allowed: {', '.join(map(repr, (*allowed, None)))}."
     )
 
 

@@ -23,6 +23,9 @@ DIVERGED = 0.05
 BLOWN_UP = 10
 """A held-out loss that is so many times the first training loss is that of a run that diverged."""
 
+ONE_RUN_EACH = "That is one run of each: how much of it is luck, further seeds tell (--seed 1, --seed 2, ...)."
+"""What belongs to a difference between the losses of two runs."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -41,9 +44,10 @@ def verdict(run: RunData) -> Verdict:
     """What is wrong with a run, and what came out of it."""
     warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run))
     of_policy = (_misses_goal(run), _unlike(run))
-    others = (_against(run, UNIFORM, "uniform ranks"), _against(run, ALL_LINEAR, "rank 8 on all modules"))
+    others = (_against(run, UNIFORM, _uniform(run)), _against(run, ALL_LINEAR, "rank 8 on all modules"))
     rates = rates_sentence(run.decisions[-1]) if run.decisions else ""
-    results = (_ending(run), *others, _promise(run), rates, control_sentence(run))
+    luck = ONE_RUN_EACH if any(others) else ""
+    results = (_ending(run), *others, luck, _promise(run), rates, control_sentence(run))
     return Verdict(tuple(filter(None, (*warnings, *of_policy))), tuple(filter(None, results)))
 
 
@@ -146,6 +150,13 @@ def _ending(run: RunData) -> str:
     if run.results or not points:
         return ""
     return f"The latest held-out loss is {points[-1][1]:.4f}, at step {points[-1][0]:g}."
+
+
+def _uniform(run: RunData) -> str:
+    """What uniform ranks are in the budget: seldom one of all modules."""
+    ranks = run.results.get(UNIFORM, {}).get("ranks") or {}
+    adapted = [rank for rank in ranks.values() if rank]
+    return "uniform ranks" + (f" (rank {max(adapted)} on {len(adapted)} of {len(ranks)} modules)" if adapted else "")
 
 
 def _against(run: RunData, name: str, what: str) -> str:

@@ -20,7 +20,7 @@ from rankpilot.finetune.callback import attach
 from rankpilot.study.page import page_data
 from rankpilot.study.pictures import write_rank_picture
 from rankpilot.study.run_data import read_run, standing_out
-from rankpilot.study.verdict import summary_table
+from rankpilot.study.verdict import ONE_RUN_EACH, summary_table
 from rich.console import Console
 from safetensors.numpy import save_file
 from transformers import Trainer, TrainingArguments
@@ -69,7 +69,10 @@ def test_the_better_run_is_marked_whichever_it_is(run_folder: Path) -> None:
     page = page_of(run_folder)
     assert table_rows(page)["held-out loss"] == ["0.3841", "*0.2000*"]
     assert table_rows(page)["held-out accuracy"] == ["86.10%", "*99.00%*"]
-    assert page["results"] == ["rankpilot's held-out loss is 92.0% higher than that of uniform ranks."]
+    assert page["results"] == [
+        "rankpilot's held-out loss is 92.0% higher than that of uniform ranks (rank 16 on 17 of 36 modules).",
+        ONE_RUN_EACH,
+    ]
 
 
 def test_the_picture_of_the_ranks_can_be_made_again(run_folder: Path) -> None:

@@ -15,7 +15,7 @@ from rankpilot.agents.choice import Choice
 from rankpilot.common.files import append_json_line, read_json, write_json
 from rankpilot.plan.goal import Goal
 from rankpilot.study.run_data import RunData, read_run
-from rankpilot.study.verdict import comparison_rows, cost_sentence, loss_sentence, rise_of, verdict
+from rankpilot.study.verdict import ONE_RUN_EACH, comparison_rows, cost_sentence, loss_sentence, rise_of, verdict
 
 from .conftest import MIB, four_plans
 
@@ -54,7 +54,10 @@ def test_a_held_out_loss_that_rises_is_said_even_if_it_beats_uniform(with_metric
         "The held-out loss rose during the run: from 0.675 at step 50 to 0.715 at step 200. Train fewer steps, or "
         "lower the learning rate.",
     )
-    assert found.results == ("rankpilot's held-out loss is 0.4% lower than that of uniform ranks.",)
+    assert found.results == (
+        "rankpilot's held-out loss is 0.4% lower than that of uniform ranks (rank 16 on 17 of 36 modules).",
+        ONE_RUN_EACH,
+    )
     assert verdict(read_run(with_metrics({50: {"eval_loss": 0.675}, 200: {"eval_loss": 0.680}}))).warnings == ()
 
 
@@ -66,6 +69,7 @@ def test_what_a_run_saves_beside_plain_lora(run_folder: Path) -> None:
     assert verdict(read_run(run_folder)).results == (
         "rankpilot's held-out loss is 1.1% higher than that of rank 8 on all modules, with 50% of its bytes and 80% of "
         "its time a step.",
+        ONE_RUN_EACH,
     )
 
 
@@ -104,7 +108,7 @@ def that_chose(folder: Path, found: Choice, **changes: Any) -> RunData:
 def test_what_a_choice_adds(run_folder: Path) -> None:
     found = verdict(that_chose(run_folder, four_plans(caveats=("it learns labels",)), rates=(1e-3, 2e-3)))
     assert found.warnings == ("Expectations come from other runs, so trust them less: it learns labels.",)
-    assert found.results[1:] == (
+    assert found.results[2:] == (
         "Expected versus rank 8 on all modules: loss -2.0 %, surely at most -0.4 %.",
         "The plan trained at a peak learning rate of 0.002, which is 0.001 for plain LoRA.",
     )
