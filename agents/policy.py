@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -65,6 +65,40 @@ def decision_from_plan(ranks: IntArray) -> Decision:
     if values.ndim != 1 or values.dtype.kind not in "iuf" or not np.all((values >= 0) & (values == np.floor(values))):
         raise ConfigError(f"Ranks are whole numbers from 0 on, one for each module; got {shown(ranks)}.")
     return Decision(values.astype(np.int64), np.zeros(len(values)))
+
+
+def asked(policy: Policy, observation: Observation) -> Decision:
+    """What a policy decides.
+
+    Raises:
+        ConfigError: it is no decision, or its ranks are none for these modules, or all 0.
+    """
+    decision = policy.decide(observation)
+    if not isinstance(decision, Decision):
+        raise ConfigError(
+            f"The policy {policy.name!r} decides by returning a rankpilot Decision; got {shown(decision)}."
+        )
+    try:
+        ranks = decision_from_plan(decision.ranks).ranks
+    except ConfigError as error:
+        raise ConfigError(f"The policy {policy.name!r} wants what no ranks are. {error}") from error
+    if ranks.shape != observation.problem.ranks.shape or not ranks.any():
+        modules = len(observation.names)
+        raise ConfigError(
+            f"The policy {policy.name!r} wants {shown(ranks.tolist())}. Give each of {modules} modules a rank, and at "
+            "least one of them a rank above 0, or nothing would train."
+        )
+    return replace(decision, ranks=ranks)
+
+
+def rounding(policy: Policy, observation: Observation, decision: Decision) -> str:
+    """What is to be told of wanted ranks between two of the ladder; nothing of those that a module has."""
+    ladder, wanted = observation.problem.ladder, decision.ranks
+    between = (ladder.array[ladder.rung(wanted)] != wanted) & (wanted != observation.problem.ranks)
+    if not between.any():
+        return ""
+    ranks, rungs = (", ".join(map(str, each)) for each in (np.unique(wanted[between])[:3], ladder.ranks))
+    return f"{policy.name} wants rank {ranks}, which is rounded down onto the ladder {rungs}."
 
 
 def decision_to_keep(observation: Observation) -> Decision:

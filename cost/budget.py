@@ -226,7 +226,7 @@ def budget_now(given: GivenBudget) -> Budget:
     try:
         return Budget.parse(found)
     except BudgetError as error:
-        raise BudgetError(f"The function that was given as budget returned none. {error}") from error
+        raise BudgetError(f"The function that was given as budget returned {shown(found)}. {error}") from error
 
 
 def budget_text(given: object) -> str:

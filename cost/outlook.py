@@ -19,7 +19,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..common.arrays import IntArray
-from ..errors import ConfigError, UnknownNameError
+from ..common.checks import is_count
+from ..errors import ConfigError, UnknownNameError, shown
 from ..lora.spec import REFERENCE_RANK
 from .allocator import replay
 from .breakdown import Breakdown, break_down
@@ -564,10 +565,12 @@ def memory_of(
         if name not in known:
             raise UnknownNameError.of("setting of a step", name, known)
     config = find_configuration(model) if isinstance(model, str) else model
+    if not isinstance(config, PreTrainedConfig):
+        raise ConfigError(f"model is a name, a path or a transformers configuration; got {shown(model)}.")
     step = StepConfig(**{"bf16": dtype == "bf16"} | settings | {"gradient_checkpointing": True})
     step = step.sized(continues=usual_class(config) == "AutoModelForCausalLM", positions=positions_of(config))
-    if rank < 1:
-        raise ConfigError(f"rank is at least 1; got {rank}.")
+    if not is_count(rank):
+        raise ConfigError(f"rank is a whole number, at least 1; got {shown(rank)}.")
     attention: Attention = "auto" if spec.has_flash_attention else "efficient"
     loaded = LoadedAs(dtype=DTYPES[dtype], attention=attention, padded=padded)
     configured = from_config(config, step, loaded, counted=True, checkpointing_optional=True)

@@ -111,6 +111,8 @@ def find_device_spec(name: str) -> DeviceSpec:
     Raises:
         UnknownNameError: no card of the table has this name, or several have.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"A card is its name or its memory ('RTX 4090', '24GiB'); got {shown(name)}.")
     if re.match(r"\s*[0-9.,_]+\s*[kmgt]i?b\s*$", name, re.IGNORECASE):
         return _of_memory(name)
     words = set(re.findall(r"[a-z0-9]+", re.sub(r"(\d)\s+(gi?b)\b", r"\1\2", name.lower()).replace("gib", "gb")))

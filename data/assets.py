@@ -280,7 +280,7 @@ def fetch_asset(name: str) -> Path:
         AssetError: it is not cached and cannot be downloaded, its checksum is wrong, or the cache
             cannot be written.
     """
-    if name not in ASSETS:
+    if not isinstance(name, str) or name not in ASSETS:
         hint = "Anything else: pass a Hugging Face id or a local folder where one is accepted."
         raise UnknownNameError.of("asset", name, ASSETS, hint)
     asset = ASSETS[name]
