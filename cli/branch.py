@@ -77,8 +77,8 @@ def _compare(run: Path, output: Path, label: str) -> None:
         from ..study.verdict import ONE_RUN_EACH
 
         console.print(
-            f"Held-out loss {after['held_out_loss']:.4f} with the plan {label}, {before['held_out_loss']:.4f} in the "
-            f"run: {differs}. {ONE_RUN_EACH}",
+            f"{ONE_RUN_EACH}: held-out loss {after['held_out_loss']:.4f} with the plan {label}, "
+            f"{before['held_out_loss']:.4f} in the run: {differs}.",
             markup=False,
             highlight=False,
             soft_wrap=True,

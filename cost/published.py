@@ -11,21 +11,24 @@ bytes of a CUDA context are those that such errors show as held by the process b
 none was seen has `UNKNOWN_CONTEXT_BYTES`. Rates are those of data sheets for dense products with sums in fp32.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import transformers
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ..errors import AssetError, BudgetError, ConfigError, UnknownNameError, first_line, shown
 from .budget import Budget
 from .step_config import Quantization
+
+if TYPE_CHECKING:  # which loads torch: names are refused before that
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _CARDS = Path(__file__).with_name("devices.json")
 _MIB = 2**20
@@ -180,6 +183,18 @@ def published_models() -> dict[str, dict[str, Any]]:
     return table
 
 
+def check_known(name: str) -> None:
+    """Raise UnknownNameError or AssetError for a model whose configuration is neither known nor a path or an id."""
+    if Path(name).expanduser().exists():
+        return
+    if name.startswith((".", "/", "~")) or name.endswith(".json"):
+        path = Path(name).expanduser()
+        raise AssetError(f"There is no configuration at {path}. Give a folder with a config.json, or the file itself.")
+    if "/" not in name and not _short_name(name):
+        hint = "A folder with a config.json or a Hugging Face id works too."
+        raise UnknownNameError.of("model", name, published_models(), hint)
+
+
 def find_configuration(name: str) -> PreTrainedConfig:
     """A model's configuration.
 
@@ -192,19 +207,14 @@ def find_configuration(name: str) -> PreTrainedConfig:
         AssetError: a path that does not exist, or an id that cannot be read, as without a network.
         ConfigError: the configuration names no model that transformers knows.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return _read(name, path)
-    if name.startswith((".", "/", "~")) or name.endswith(".json"):
-        raise AssetError(f"There is no configuration at {path}. Give a folder with a config.json, or the file itself.")
-    short = _short_name(name)
-    if short in published_models():
+    check_known(name)
+    path, short = Path(name).expanduser(), _short_name(name)
+    if not path.exists() and short:
+        from transformers import AutoConfig
+
         fields = dict(published_models()[short]["config"])
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    if "/" not in name:
-        hint = "A folder with a config.json or a Hugging Face id works too."
-        raise UnknownNameError.of("model", name, published_models(), hint)
-    return _read(name, name)
+    return _read(name, path if path.exists() else name)
 
 
 def _short_name(name: str) -> str:
@@ -231,6 +241,8 @@ def try_hub_once() -> None:
 
 
 def _read(name: str, place: str | Path) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
     if not Path(place).exists():
         try_hub_once()
     try:
@@ -341,8 +353,10 @@ def stored_method(config: PreTrainedConfig, quantization: Quantization) -> str:
 
 def _main_input(config: PreTrainedConfig) -> str:
     """The name of the main input of the model's own class, or of its base where the configuration names no class."""
+    import transformers
+
     kinds = [getattr(transformers, architecture, None) for architecture in config.architectures or ()]
-    kinds.append(AutoModel._model_mapping.get(type(config), None))
+    kinds.append(transformers.AutoModel._model_mapping.get(type(config), None))
     names: list[Any] = [getattr(kind, "main_input_name", None) for kind in kinds]
     return str(next(filter(None, names), _TOKENS[0]))
 

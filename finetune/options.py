@@ -315,8 +315,8 @@ class FinetuneConfig(StepConfig, PlanOptions):
         numbers = all(isinstance(rate, int | float) and 0 < rate < math.inf for rate in rates)
         if not (1 <= self.steps <= MOST_STEPS and 1 <= self.eval_every <= MOST_STEPS) or not numbers:
             raise ConfigError(
-                f"steps and eval_every are at least 1 and at most {MOST_STEPS:,}, learning_rate (or auto) and alpha above 0; "
-                f"got {shown(self.steps)}, {shown(self.eval_every)}, {shown(given)} and {self.alpha}."
+                f"steps and eval_every are at least 1 and at most {MOST_STEPS:,}, learning_rate (or auto) and alpha "
+                f"above 0; got {shown(self.steps)}, {shown(self.eval_every)}, {shown(given)} and {self.alpha}."
             )
         if given == "auto" and "adamw" not in self.optimizer:
             raise ConfigError(

@@ -23,7 +23,7 @@ DIVERGED = 0.05
 BLOWN_UP = 10
 """A held-out loss that is so many times the first training loss is that of a run that diverged."""
 
-ONE_RUN_EACH = "That is one run of each: how much of it is luck, further seeds tell (--seed 1, --seed 2, ...)."
+ONE_RUN_EACH = "One run each, so luck counts too"
 """What belongs to a difference between the losses of two runs."""
 
 
@@ -44,10 +44,9 @@ def verdict(run: RunData) -> Verdict:
     """What is wrong with a run, and what came out of it."""
     warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run))
     of_policy = (_misses_goal(run), _unlike(run))
-    others = (_against(run, UNIFORM, _uniform(run)), _against(run, ALL_LINEAR, "rank 8 on all modules"))
+    others = (_against(run, UNIFORM, "uniform ranks"), _against(run, ALL_LINEAR, "rank 8 on all modules"))
     rates = rates_sentence(run.decisions[-1]) if run.decisions else ""
-    luck = ONE_RUN_EACH if any(others) else ""
-    results = (_ending(run), *others, luck, _promise(run), rates, control_sentence(run))
+    results = (_ending(run), *others, _promise(run), rates, control_sentence(run))
     return Verdict(tuple(filter(None, (*warnings, *of_policy))), tuple(filter(None, results)))
 
 
@@ -152,13 +151,6 @@ def _ending(run: RunData) -> str:
     return f"The latest held-out loss is {points[-1][1]:.4f}, at step {points[-1][0]:g}."
 
 
-def _uniform(run: RunData) -> str:
-    """What uniform ranks are in the budget: seldom one of all modules."""
-    ranks = run.results.get(UNIFORM, {}).get("ranks") or {}
-    adapted = [rank for rank in ranks.values() if rank]
-    return "uniform ranks" + (f" (rank {max(adapted)} on {len(adapted)} of {len(ranks)} modules)" if adapted else "")
-
-
 def _against(run: RunData, name: str, what: str) -> str:
     """How the losses of the run and of another one in its folder compare, and what the run took beside it.
 
@@ -174,7 +166,9 @@ def _against(run: RunData, name: str, what: str) -> str:
     change = loss / reference - 1
     word = "lower" if change < 0 else "higher"
     differs = f"{abs(change):.1%} {word} than" if abs(change) >= 0.0005 else "the same as"
-    sentence = f"rankpilot's held-out loss is {differs} that of {what}"
+    sentence = f"{ONE_RUN_EACH}: rankpilot's held-out loss is {differs} that of {what}"
+    if name == UNIFORM and (ranks := [rank for rank in other.get("ranks", {}).values() if rank]):
+        sentence += f", rank {max(ranks)} on {len(ranks)} of {len(other['ranks'])} modules"
     shares = [
         f"{mine[key] / other[key]:.0%} of its {unit}"
         for key, unit in (("peak_bytes", "bytes"), ("median_step_s", "time a step"))
@@ -198,7 +192,8 @@ def loss_sentence(lasts: Mapping[str, float]) -> str:
     if abs(change) < 0.0005:
         return f"{run} and {other} end level at a held-out loss of {value:.3f}"
     word = "below" if change < 0 else "above"
-    return f"{run} ends {abs(change):.1%} {word} {other} on held-out data: {value:.3f} against {reference:.3f}"
+    differs = f"{abs(change):.1%} {word} {other}"
+    return f"{run} ends {differs} on held-out data, one run each: {value:.3f} against {reference:.3f}"
 
 
 def cost_sentence(run: RunData) -> str:

@@ -30,7 +30,6 @@ from rankpilot.study.page import (
     write_page,
 )  # fmt: skip
 from rankpilot.study.run_data import read_run, run_names
-from rankpilot.study.verdict import ONE_RUN_EACH
 
 from .conftest import MIB, MODULES, PLANS, STEPS, explanation, plans, write_decisions
 
@@ -41,8 +40,8 @@ def test_a_run_as_it_is_shown(run_folder: Path) -> None:
     (run,) = data["runs"]
     assert (run["name"], run["subject"], run["unit"], run["steps"]) == ("demo", "MiniLM on sst2", "bytes", 200)
     assert run["results"] == [
-        "rankpilot's held-out loss is 4.9% lower than that of uniform ranks (rank 16 on 17 of 36 modules).",
-        ONE_RUN_EACH,
+        "One run each, so luck counts too: "
+        "rankpilot's held-out loss is 4.9% lower than that of uniform ranks, rank 16 on 17 of 36 modules."
     ]
     assert run["settings"]["budget"] == "100MiB"
     assert [module["name"] for module in run["modules"]] == list(MODULES)
