@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -61,10 +61,16 @@ def decision_from_plan(ranks: IntArray) -> Decision:
     Raises:
         ConfigError: they are something else.
     """
-    values = np.asarray(ranks)
-    if values.ndim != 1 or values.dtype.kind not in "iuf" or not np.all((values >= 0) & (values == np.floor(values))):
+    if not are_ranks(ranks):
         raise ConfigError(f"Ranks are whole numbers from 0 on, one for each module; got {shown(ranks)}.")
-    return Decision(values.astype(np.int64), np.zeros(len(values)))
+    return Decision(np.asarray(ranks).astype(np.int64), np.zeros(len(ranks)))
+
+
+def are_ranks(given: Any) -> bool:
+    """Whether they are whole numbers from 0 on, (modules,)."""
+    values = np.asarray(given)
+    numbers = values.ndim == 1 and values.dtype.kind in "iuf"
+    return numbers and bool(np.all((values >= 0) & (values == np.floor(values))))
 
 
 def asked(policy: Policy, observation: Observation) -> Decision:
@@ -73,22 +79,14 @@ def asked(policy: Policy, observation: Observation) -> Decision:
     Raises:
         ConfigError: it is no decision, or its ranks are none for these modules, or all 0.
     """
-    decision = policy.decide(observation)
-    if not isinstance(decision, Decision):
+    decision, names = policy.decide(observation), observation.names
+    wanted = decision.ranks if isinstance(decision, Decision) else decision
+    if not isinstance(decision, Decision) or not are_ranks(wanted) or len(wanted) != len(names) or not np.any(wanted):
         raise ConfigError(
-            f"The policy {policy.name!r} decides by returning a rankpilot Decision; got {shown(decision)}."
+            f"The policy {policy.name!r} decided {shown(wanted)}. A rankpilot Decision has whole numbers from 0 on as "
+            f"ranks, one for each of {len(names)} modules, and one of them is above 0, or nothing would train."
         )
-    try:
-        ranks = decision_from_plan(decision.ranks).ranks
-    except ConfigError as error:
-        raise ConfigError(f"The policy {policy.name!r} wants what no ranks are. {error}") from error
-    if ranks.shape != observation.problem.ranks.shape or not ranks.any():
-        modules = len(observation.names)
-        raise ConfigError(
-            f"The policy {policy.name!r} wants {shown(ranks.tolist())}. Give each of {modules} modules a rank, and at "
-            "least one of them a rank above 0, or nothing would train."
-        )
-    return replace(decision, ranks=ranks)
+    return replace(decision, ranks=np.asarray(wanted).astype(np.int64))
 
 
 def rounding(policy: Policy, observation: Observation, decision: Decision) -> str:

@@ -9,7 +9,7 @@ import tyro
 from rich.markup import escape
 
 from ..finetune.options import FinetuneConfig
-from .options import check_model, parse, peek, read_config_file, with_file_settings
+from .options import parse, peek, read_config_file, with_file_settings
 from .progress import console
 from .study import write_study
 
@@ -45,6 +45,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def finetune_command(options: Finetune) -> None:
     """Fine-tune, compare, and write the page of the run."""
+    from ..data.assets import check_model
+
     check_model(options.model)
     from ..finetune.experiment import finetune
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from ..cost.step_config import Quantization, StepConfig
 from ..errors import ConfigError, UnknownNameError
 from ..study.memory_config import MemoryConfig
-from .options import check_model, parse
+from .options import parse
 from .progress import console
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(Memory, arguments, Memory(model=tyro.MISSING), "rankpilot memory")
     if options.config and not options.card:
         raise ConfigError("--config is of a card: give --device or --device-memory with it.")
+    from ..data.assets import check_model
+
     check_model(options.model, options.card)
     from ..common.files import refuse_file
     from ..study import memory_report as report

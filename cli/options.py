@@ -161,24 +161,6 @@ def with_file_settings(base: Settings, values: dict[str, Any], path: str | None)
         raise ConfigError(f"The config file {path} does not fit: {error}") from error
 
 
-def check_model(name: str, card: str | None = None) -> None:
-    """Raise for a model or a card that does not exist, before seconds are spent on loading torch.
-
-    Args:
-        name: of the model.
-        card: for which only its configuration is needed; None if it is needed itself.
-    """
-    from ..cost.published import check_known, find_device_spec
-    from ..data.assets import MODELS, check_model_name
-
-    if card:
-        find_device_spec(card)
-        if name not in MODELS:
-            check_known(name)
-    else:
-        check_model_name(name)
-
-
 def on_cluster(address: str | None, device: str = "cpu") -> AbstractContextManager[None]:
     """Let workers be processes of a cluster inside the block; without an address, they are this machine's.
 

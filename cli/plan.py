@@ -18,7 +18,7 @@ from ..common.files import write_text
 from ..common.text import cost_text, make_table
 from ..errors import ConfigError
 from ..finetune.options import FinetuneConfig
-from .options import check_model, parse, peek, read_config_file, with_file_settings
+from .options import parse, peek, read_config_file, with_file_settings
 from .progress import console
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{options.output} exists already. Name a file that does not.")
     if options.log is not None and options.log.exists():
         raise ConfigError(f"{options.log} exists already. Name a folder that does not.")
+    from ..data.assets import check_model
+
     check_model(options.model)
     from ..agents.rules import FILE_SUFFIXES
     from ..finetune.experiment import plan_ahead

@@ -368,9 +368,8 @@ def hollow_base(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | 
         config._attn_implementation = None
     try:
         dtype = dtype or config.dtype or torch.float32
-        base: PreTrainedModel = getattr(transformers, auto_class).from_config(
-            config, dtype=dtype, trust_remote_code=False
-        )
+        kind = getattr(transformers, auto_class)
+        base: PreTrainedModel = kind.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ConfigError(
             f"No {auto_class} can be made from this configuration of {config.model_type!r}: {first_line(error)}"

@@ -280,12 +280,7 @@ class Outlook:
     def step(self) -> ConfiguredStep:
         """The step of a run: on a card, activations are checkpointed where plain LoRA does not fit without."""
         plain = self._free.memory.recomputing(())
-        if (
-            self.card is None
-            or self._set is not None
-            or self._use(plain, self._plain).verdict == "fits"
-            or self._lean is None
-        ):
+        if self.card is None or self._use(plain, self._plain).verdict == "fits" or self._lean is None:
             return self._free
         memory, top = self._lean.memory, self.plan(1, 1)
         fits = min(memory.peak(top), memory.recomputing(()).peak(top)) <= self.room  # see `ExactSavers.within`
@@ -293,8 +288,8 @@ class Outlook:
 
     @cached_property
     def _lean(self) -> ConfiguredStep | None:
-        """The step with selective checkpointing, which takes a recording more; None where that saves nothing."""
-        lean = self._free.leaner()
+        """The step with selective checkpointing, which takes a recording more; None where that is of no use."""
+        lean = self._free.leaner() if self._set is None else None
         return lean and self.shards.of(lean)
 
     def _time_of(self, step: ConfiguredStep) -> StepTime | None:
@@ -499,7 +494,7 @@ class Outlook:
         ranks, room = self.plan(self.blocks, self.rank), self._room_for_tensors
         taken = self.card.memory_bytes - self.room
         plain = self._free.memory.recomputing(()).peak(self._plain, shape)
-        step = self._free if plain <= room or self._set is not None else self._lean or self._free
+        step = self._free if plain <= room else self._lean or self._free
         asked = shape == self.memory.shape  # as it is priced above, with the allocator's reserve for this very choice
         chosen = (
             self.fitting(self.blocks, self.rank).recomputed

@@ -269,8 +269,6 @@ def unusable(name: str, error: Exception) -> ConfigError:
         )
     cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
     said = first_line(cause if isinstance(cause, Exception) else error)
-    if isinstance(error, ValueError | KeyError | TypeError):
-        return ConfigError(f"The configuration of {name!r} names no model that transformers knows: {said}")
     return ConfigError(f"The configuration of {name!r} cannot be used: {said}")
 
 
@@ -279,10 +277,8 @@ def needs_code(error: Exception) -> bool:
     return "trust_remote_code" in str(error)
 
 
-_MOST_SIZES = {
-    **{"vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**24, "num_hidden_layers": 2**10},
-    **{"num_attention_heads": 2**16, "num_key_value_heads": 2**16},
-}
+_WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+_MOST_SIZES = dict.fromkeys(_WIDTHS, 2**24) | {"num_hidden_layers": 2**10}
 """The largest sizes that are taken, far above those of any model: with more, no answer would come."""
 
 

@@ -285,14 +285,23 @@ def not_found(kind: str, name: str, packaged: Mapping[str, Any], error: Exceptio
     )
 
 
-def check_model_name(name: str) -> None:
-    """Raise UnknownNameError for a model that is neither packaged nor a path nor on the hub; it loads no torch."""
-    if name in MODELS or "/" in name or Path(name).expanduser().exists():
-        return
+def check_model(name: str, card: str | None = None) -> None:
+    """Raise UnknownNameError for a model or a card that does not exist, before seconds are spent on loading torch.
+
+    Args:
+        name: of the model.
+        card: for which its configuration alone is needed.
+    """
     from huggingface_hub import hf_hub_download
 
-    from ..cost.published import try_hub_once
+    from ..cost.published import check_known, find_device_spec, try_hub_once
 
+    if card:
+        find_device_spec(card)
+    if name in MODELS or "/" in name or Path(name).expanduser().exists():
+        return
+    if card:
+        return check_known(name)
     try_hub_once()
     try:
         hf_hub_download(name, "config.json")

@@ -16,15 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from ..common.devices import find_device
-from ..cost.published import (
-    UNUSABLE,
-    check_sizes,
-    needs_code,
-    positions_of,
-    stored_method,
-    try_hub_once,
-    unusable,
-)
+from ..cost.published import UNUSABLE, check_sizes, needs_code, positions_of, stored_method, try_hub_once, unusable
 from ..cost.step_config import Quantization, StepConfig
 from ..cost.training_step import check_installed
 from ..errors import AssetError, ConfigError
@@ -96,12 +88,9 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
         return load(place)
     except AssetError:
         raise
-    except UNUSABLE as error:
-        raise unusable(name, error) from error
-    except (OSError, ValueError, SafetensorError) as error:  # of a damaged file, too
-        if needs_code(error):
-            raise unusable(name, error) from error
-        raise not_found("model", name, MODELS, error) from error
+    except (*UNUSABLE, OSError, ValueError, SafetensorError) as error:  # of a damaged file, too
+        of_config = isinstance(error, UNUSABLE) or needs_code(error)
+        raise (unusable(name, error) if of_config else not_found("model", name, MODELS, error)) from error
 
 
 def load_config(name: str) -> Any:

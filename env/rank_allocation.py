@@ -244,7 +244,8 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
             task, suites, split, bases, task_overrides, fresh_seeds=fresh_seeds, against=against
         )
         if render_mode not in (None, *self.metadata["render_modes"]):
-            raise unknown_render_mode(render_mode, self.metadata["render_modes"])
+            # A TypeError: at it, Stable-Baselines3, which asks for pictures first, makes the environment without.
+            raise UnsupportedError(f"There is no render mode {shown(render_mode)}; allowed: 'ansi', None.")
         if schedule is not None and not isinstance(schedule, DecisionSchedule):
             raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {schedule!r}.")
         if logs is not None and not isinstance(logs, str | Path):
@@ -342,16 +343,6 @@ for _placeholder, _features in (("module_features", MODULE_FEATURE_TABLE), ("run
     # Without a docstring (python -OO) there is nothing to fill in.
     RankAllocationEnv.__doc__ = (RankAllocationEnv.__doc__ or "").replace(
         f"{{{_placeholder}}}", feature_table(_features)
-    )
-
-
-def unknown_render_mode(given: object, allowed: Sequence[str]) -> UnsupportedError:
-    """The error for a way to render that an environment does not have.
-
-    It is a TypeError. At that, Stable-Baselines3, which asks for pictures first, makes the environment without.
-    """
-    return UnsupportedError(
-        f"There is no render mode {shown(given)}; allowed: {', '.join(map(repr, (*allowed, None)))}."
     )
 
 

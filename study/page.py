@@ -26,16 +26,7 @@ from ..cost.budget import TimeBudget
 from ..errors import BudgetError, DataError
 from ..finetune.options import PILOT
 from .pictures import module_kinds
-from .run_data import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    RunData,
-    is_number,
-    measures,
-    moves_sentence,
-    run_names,
-    standing_out,
-)
+from .run_data import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunData, is_number, moves_sentence, run_names, standing_out
 from .verdict import comparison_rows, cost_sentence, loss_sentence, ranks_sentence, saver_rows, verdict
 
 Explanations = Sequence[Mapping[str, Any] | None]
@@ -250,7 +241,7 @@ def _decision(record: DecisionRecord, modules: Modules, slots: IntArray) -> dict
         "moved": int(np.count_nonzero(record.rank_before != record.rank_after)),
         "changed": int(np.count_nonzero(record.rank_clipped != record.rank_after)),
         **{name: plain(facts[name]) for name in FACTS},
-        "measures": measures(record),
+        "measures": record.measures,
         "before": modules.means(record.rank_before, slots),
         "asked": modules.means(record.rank_wanted, slots),
         "clipped": modules.means(record.rank_clipped, slots),

@@ -232,17 +232,12 @@ def control_sentence(run: RunData) -> str:
     return f"The learning rate was corrected by what steps showed: {', '.join(moves)}."
 
 
-def measures(record: DecisionRecord) -> bool:
-    """Whether the ranks before a decision were there to measure alone: rank 1 everywhere, before the first step."""
-    return record.step == 0 and bool((record.rank_before == 1).all())
-
-
 def moves_sentence(record: DecisionRecord) -> str:
     """How many modules moved at a decision, what its plan costs, and how many ranks the budget changed."""
     before, after, unit = record.rank_before, record.rank_after, record.problem.cost.unit
     up, down = int((after > before).sum()), int((after < before).sum())
     moved = f"{up} up, {down} down, {len(after) - up - down} unchanged"
-    if measures(record):
+    if record.measures:
         moved = f"{np.count_nonzero(after)} of {len(after)} modules adapted"
     plan = f"{cost_text(record.predicted_cost, unit)} of {cost_text(record.problem.limit, unit)}"
     measured = record.measured_cost

@@ -167,7 +167,7 @@ def _against(run: RunData, name: str, what: str) -> str:
     word = "lower" if change < 0 else "higher"
     differs = f"{abs(change):.1%} {word} than" if abs(change) >= 0.0005 else "the same as"
     sentence = f"{ONE_RUN_EACH}: rankpilot's held-out loss is {differs} that of {what}"
-    if name == UNIFORM and (ranks := [rank for rank in other.get("ranks", {}).values() if rank]):
+    if name == UNIFORM and (ranks := [rank for rank in (other.get("ranks") or {}).values() if rank]):
         sentence += f", rank {max(ranks)} on {len(ranks)} of {len(other['ranks'])} modules"
     shares = [
         f"{mine[key] / other[key]:.0%} of its {unit}"

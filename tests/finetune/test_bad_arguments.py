@@ -51,6 +51,9 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "a name of no text": (lambda: PilotOptions(bounds={5: 8}), "Bounds are .* by the name of a module .*; got 5: 8"),
     "a bound of a truth": (lambda: PilotOptions(bounds={"q_proj": True}), "Bounds are .*; got 'q_proj': True"),
     "a bound below 0": (lambda: PilotOptions(bounds={"q_proj": -1}), "Bounds are .*; got 'q_proj': -1"),
+    "a bound of text": (lambda: PilotOptions(bounds={"q_proj": "8"}), "Bounds are .*; got 'q_proj': '8'"),
+    "a bound that falls": (lambda: PilotOptions(bounds={"q_proj": (4, 2)}), r"Bounds are .*; got 'q_proj': \(4, 2\)"),
+    "a bound of three": (lambda: PilotOptions(bounds={"v": (1, 2, 3)}), r"Bounds are .*; got 'v': \(1, 2, 3\)"),
     "a log of a number": (lambda: PilotOptions(log=5), "log is the path of a folder, or None; got 5"),
     "a log without a name": (lambda: PilotOptions(log=""), "log is the path of a folder, or None; got ''"),
     "measured at a truth": (lambda: PilotOptions(measure_every=True), "measure_every is .*; got True"),
@@ -108,19 +111,19 @@ def wants(*ranks: Any) -> SimpleNamespace:
     return SimpleNamespace(name="mine", decide=decide)
 
 
-NO_RANKS = "'mine' wants what no ranks are. Ranks are whole numbers .*; got .*"
+NO_RANKS = "'mine' decided .*"
 
 
 @pytest.mark.parametrize(
     ("policy", "told"),
     [
-        (wants(0), r"'mine' wants \[0, 0, .*at least one of them a rank above 0, or nothing would train"),
+        (wants(0), "'mine' decided .* and one of them is above 0, or nothing would train"),
         (wants(8, -1), NO_RANKS + "-1"),
         (wants(8.5), NO_RANKS + r"8\.5"),
         (wants(math.nan), NO_RANKS + "nan"),
         (wants(True), NO_RANKS + "True"),
-        (SimpleNamespace(name="mine", decide=lambda seen: 8), "'mine' decides .* a rankpilot Decision; got 8"),
-        (SimpleNamespace(name="mine", decide=lambda seen: decision_from_plan(np.ones(2))), "Give each of 8 modules"),
+        (SimpleNamespace(name="mine", decide=lambda seen: 8), "'mine' decided 8. A rankpilot Decision has"),
+        (SimpleNamespace(name="mine", decide=lambda seen: decision_from_plan(np.ones(2))), "one for each of 8 modules"),
     ],
 )
 def test_ranks_that_no_policy_can_want(make_observation: Callable[..., Any], policy: Any, told: str) -> None:
@@ -131,7 +134,7 @@ def test_ranks_that_no_policy_can_want(make_observation: Callable[..., Any], pol
 def test_a_plan_of_zeros_changes_nothing(llama_config: LlamaConfig, tmp_path: Path) -> None:
     loop = Loop(llama_config, tmp_path / "log")
     before = loop.ranks
-    with pytest.raises(ConfigError, match="at least one of them a rank above 0"):
+    with pytest.raises(ConfigError, match="one of them is above 0"):
         RankPilot(GivenPlan("mine", dict.fromkeys(before, 0)), "80%", schedule=SCHEDULE).begin(loop.run)
     assert loop.ranks == before
 
