@@ -48,6 +48,17 @@ def first_line(error: Exception) -> str:
     return lines[0] if len(lines[0]) <= MOST_LINE else f"{lines[0][:MOST_LINE]} ..."
 
 
+NOT_WRITTEN = ("I/O error", "IoError", "inline_container", "PytorchStreamWriter", "os error ")
+"""What the errors of safetensors, tokenizers and `torch.save` say when a disk is full; they are no OSErrors."""
+
+CHECK_PATH = "Check that the path is right, that you may use it, and that the disk has room."
+
+
+def not_written(error: Exception) -> bool:
+    """Whether the system has refused to write a file."""
+    return isinstance(error, OSError) or any(words in str(error) for words in NOT_WRITTEN)
+
+
 def shown(value: object) -> str:
     """A value as errors show it: long texts, lists and deep ones are cut, so that it is short whatever was given."""
     return _SHORT.repr(value)
@@ -71,7 +82,7 @@ class UnknownNameError(RankPilotError, LookupError):
     """A name that is not among the allowed ones."""
 
     @classmethod
-    def of(cls, kind: str, given: str, allowed: Iterable[str], hint: str = "") -> UnknownNameError:
+    def of(cls, kind: str, given: object, allowed: Iterable[str], hint: str = "") -> UnknownNameError:
         """Build the error with the nearest allowed names.
 
         Args:
@@ -81,11 +92,12 @@ class UnknownNameError(RankPilotError, LookupError):
             hint: a sentence about what else is possible.
         """
         names = list(allowed)
-        near = difflib.get_close_matches(given, names, n=3, cutoff=0.5) if len(given) <= MOST_NAME else []
+        short = isinstance(given, str) and len(given) <= MOST_NAME
+        near = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5) if short else []
         listed = near or names[:8]
         lead = "Did you mean" if near else "Allowed"
         more = "" if near or len(names) <= 8 else f" and {len(names) - 8} more"
-        name = repr(given) if len(given) <= MOST_NAME else shown(given)
+        name = repr(given) if short else shown(given)
         text = f"Unknown {kind} {name}. {lead}: {', '.join(map(repr, listed))}{more}."
         return cls(f"{text} {hint}".strip())
 

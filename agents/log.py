@@ -56,6 +56,9 @@ LINES, ARRAYS = "decisions.jsonl", "decision-*.safetensors"
 CONTROL = "control.jsonl"
 """The file beside them of a run whose learning rate was controlled: a line for each action."""
 
+POLICY = "policy"
+"""The folder beside them with a copy of the policy that decided, if one was trained: its weights and its card."""
+
 _METADATA = "rankpilot.features"
 
 _TYPES: dict[tuple[type, ...], tuple[str, ...]] = {
@@ -234,6 +237,11 @@ class DecisionRecord:
         return self.decision.choice
 
     @property
+    def measures(self) -> bool:
+        """Whether the ranks before it were there to measure alone: rank 1 everywhere, before the first step."""
+        return self.step == 0 and bool((self.rank_before == 1).all())
+
+    @property
     def rank_before(self) -> IntArray:
         """Ranks before the decision, int64 (L,)."""
         return self.observation.problem.ranks
@@ -341,7 +349,7 @@ class DecisionLog:
         numbered = (self.folder.with_name(f"{self.folder.name}-{number}") for number in count(1))
         aside = DecisionLog(next(folder for folder in numbered if not folder.exists()))
         aside.make_folder()
-        for path in (self.folder / LINES, *self.folder.glob(ARRAYS), *self.folder.glob(CONTROL)):
+        for path in [path for name in (LINES, ARRAYS, CONTROL, POLICY) for path in self.folder.glob(name)]:
             shutil.move(path, aside.folder / path.name)
         return aside.folder
 

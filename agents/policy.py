@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -61,10 +61,42 @@ def decision_from_plan(ranks: IntArray) -> Decision:
     Raises:
         ConfigError: they are something else.
     """
-    values = np.asarray(ranks)
-    if values.ndim != 1 or values.dtype.kind not in "iuf" or not np.all((values >= 0) & (values == np.floor(values))):
+    if not are_ranks(ranks):
         raise ConfigError(f"Ranks are whole numbers from 0 on, one for each module; got {shown(ranks)}.")
-    return Decision(values.astype(np.int64), np.zeros(len(values)))
+    return Decision(np.asarray(ranks).astype(np.int64), np.zeros(len(ranks)))
+
+
+def are_ranks(given: Any) -> bool:
+    """Whether they are whole numbers from 0 on, (modules,)."""
+    values = np.asarray(given)
+    numbers = values.ndim == 1 and values.dtype.kind in "iuf"
+    return numbers and bool(np.all((values >= 0) & (values == np.floor(values))))
+
+
+def asked(policy: Policy, observation: Observation) -> Decision:
+    """What a policy decides.
+
+    Raises:
+        ConfigError: it is no decision, or its ranks are none for these modules, or all 0.
+    """
+    decision, names = policy.decide(observation), observation.names
+    wanted = decision.ranks if isinstance(decision, Decision) else decision
+    if not isinstance(decision, Decision) or not are_ranks(wanted) or len(wanted) != len(names) or not np.any(wanted):
+        raise ConfigError(
+            f"The policy {policy.name!r} decided {shown(wanted)}. A rankpilot Decision has whole numbers from 0 on as "
+            f"ranks, one for each of {len(names)} modules, and one of them is above 0, or nothing would train."
+        )
+    return replace(decision, ranks=np.asarray(wanted).astype(np.int64))
+
+
+def rounding(policy: Policy, observation: Observation, decision: Decision) -> str:
+    """What is to be told of wanted ranks between two of the ladder; nothing of those that a module has."""
+    ladder, wanted = observation.problem.ladder, decision.ranks
+    between = (ladder.array[ladder.rung(wanted)] != wanted) & (wanted != observation.problem.ranks)
+    if not between.any():
+        return ""
+    ranks, rungs = (", ".join(map(str, each)) for each in (np.unique(wanted[between])[:3], ladder.ranks))
+    return f"{policy.name} wants rank {ranks}, which is rounded down onto the ladder {rungs}."
 
 
 def decision_to_keep(observation: Observation) -> Decision:

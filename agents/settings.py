@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..common.checks import is_count, is_real
 from ..errors import ConfigError, shown
 
 MOST_WIDTH, MOST_NETWORKS = 8192, 256
@@ -77,16 +78,21 @@ class DecisionSchedule:
     max_step: int = 2
 
     def __post_init__(self) -> None:
-        if not all(1 <= value <= MOST for value in (self.probe_steps, self.probe_batch, self.max_step)):
+        counts = (self.probe_steps, self.probe_batch, self.max_step)
+        if not all(is_count(value) and value <= MOST for value in counts):
             raise ConfigError(
-                f"probe_steps, probe_batch and max_step are from 1 to {MOST:,}; got {shown(self.probe_steps)}, "
-                f"{shown(self.probe_batch)} and {shown(self.max_step)}."
+                f"probe_steps, probe_batch and max_step are whole numbers from 1 to {MOST:,}; got "
+                f"{', '.join(map(shown, counts))}."
+            )
+        if not isinstance(self.fractions, tuple | list) or not all(map(is_real, self.fractions)):
+            raise ConfigError(
+                f"fractions are a tuple of shares of the run, as (0.0, 0.5); got {shown(self.fractions)}."
             )
         if len(self.fractions) > MOST_DECISIONS:
             raise ConfigError(f"fractions are at most {MOST_DECISIONS} in number; got {len(self.fractions)}.")
         rising = all(a < b for a, b in zip(self.fractions, self.fractions[1:], strict=False))
         if not self.fractions or self.fractions[0] != 0 or not rising or self.fractions[-1] >= 1:
-            raise ConfigError(f"fractions rise from 0 and stay below 1; got {self.fractions}.")
+            raise ConfigError(f"fractions rise from 0 and stay below 1; got {shown(self.fractions)}.")
 
     def steps(self, total_steps: int) -> tuple[int, ...]:
         """The optimizer steps before which a decision is taken in a run of `total_steps`, each once."""

@@ -74,9 +74,11 @@ def _compare(run: Path, output: Path, label: str) -> None:
     if before and after:
         ratio = after["held_out_loss"] / before["held_out_loss"] - 1
         differs = f"{abs(ratio):.1%} {'higher' if ratio > 0 else 'lower'}" if abs(ratio) >= 0.0005 else "the same"
+        from ..study.verdict import ONE_RUN_EACH
+
         console.print(
-            f"Held-out loss {after['held_out_loss']:.4f} with the plan {label}, {before['held_out_loss']:.4f} in the "
-            f"run: {differs}.",
+            f"{ONE_RUN_EACH}: held-out loss {after['held_out_loss']:.4f} with the plan {label}, "
+            f"{before['held_out_loss']:.4f} in the run: {differs}.",
             markup=False,
             highlight=False,
             soft_wrap=True,

@@ -45,6 +45,9 @@ def main(arguments: Sequence[str]) -> None:
 
 def finetune_command(options: Finetune) -> None:
     """Fine-tune, compare, and write the page of the run."""
+    from ..data.assets import check_model
+
+    check_model(options.model)
     from ..finetune.experiment import finetune
 
     finetune(

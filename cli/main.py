@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..common.termination import STATUS, Terminated, on_sigterm
-from ..errors import RankPilotError, UnknownNameError, first_line, naming_extras
+from ..errors import CHECK_PATH, RankPilotError, UnknownNameError, first_line, naming_extras, not_written
 from .progress import console
 
 COMMANDS = {
@@ -36,11 +36,6 @@ OLD = {"allocate": "plan", "train": "policy train", "evaluate": "policy evaluate
 
 NO_MEMORY = ("out of memory", "can't allocate memory")
 """What torch's errors say when a device, or the machine, has no memory left."""
-
-NOT_WRITTEN = ("I/O error", "IoError", "inline_container", "PytorchStreamWriter", "os error ")
-"""What the errors of safetensors, tokenizers and `torch.save` say when a disk is full; they are no OSErrors."""
-
-CHECK_PATH = "Check that the path is right, that you may use it, and that the disk has room."
 
 RESUMABLE = ("policy train", "policy evaluate", "finetune")
 """Commands that SIGTERM ends in order, so that they can go on."""
@@ -88,7 +83,7 @@ def run(arguments: Sequence[str]) -> int:
         place = f" ({error.filename})" if error.filename else ""
         return _fail(f"{error.strerror or first_line(error)}{place}. {CHECK_PATH}")
     except Exception as error:
-        if any(words in str(error) for words in NOT_WRITTEN):
+        if not_written(error):
             return _fail(f"A file could not be written: {first_line(error)}. {CHECK_PATH}")
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
             raise

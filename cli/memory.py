@@ -31,14 +31,15 @@ class Memory(MemoryConfig):
     A few small steps of the model are enough to predict the peak of a step, by kind of bytes and by layer; the frozen
     model itself is shown apart. Most of the peak is held for the backward pass. It depends on the rows, the tokens and
     how deep the lowest adapter sits, and hardly on the rank. So the command compares other ranks, fewer layers, smaller
-    batches and gradient checkpointing, without running them. It trains nothing, and writes only memory.json and
-    memory.png.
+    batches and gradient checkpointing, without running them (--details). It trains nothing, and writes memory.json and
+    memory.png only into a folder that you name (--output).
 
     With --device or --device-memory the configuration of the model is enough: no weights are downloaded, and the
     answer tells what fits that card, and what each choice costs. The exit status is 3 where nothing fits.
 
     Attributes:
-        output: folder of the picture and of all figures.
+        output: folder for the picture and all figures; without one, nothing is written.
+        details: print every choice, the batches that fit, and where the bytes are.
         json: print all figures as JSON, and nothing else.
         config: print the LoraConfig and the training arguments of the best choice; for a card.
     """
@@ -46,7 +47,8 @@ class Memory(MemoryConfig):
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
     quantization: Annotated[Quantization, tyro.conf.arg(aliases=["--quantize"])] = field(default="none", kw_only=True)
-    output: Path = Path("runs/memory")
+    output: Path | None = None
+    details: bool = False
     json: bool = False
     config: bool = False
 
@@ -61,29 +63,35 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(Memory, arguments, Memory(model=tyro.MISSING), "rankpilot memory")
     if options.config and not options.card:
         raise ConfigError("--config is of a card: give --device or --device-memory with it.")
+    from ..data.assets import check_model
+
+    check_model(options.model, options.card)
     from ..common.files import refuse_file
     from ..study import memory_report as report
     from ..study.verdict import saver_table
 
-    refuse_file(options.output)  # now, and not after minutes of work
+    if options.output:
+        refuse_file(options.output)  # now, and not after minutes of work
     outlook = _of_card(options, options.card) if options.card else _here(options)
     told = not (options.json or (options.config and outlook.best))
     if told:  # what is asked for first, and then what takes seconds more
         console.print(f"[bold]{escape(report.subject(outlook, options))}[/]", highlight=False)
         console.print(report.verdict_text(outlook), markup=False, highlight=False)
-        console.print(report.choice_table(outlook))
+        if options.details or options.budget:
+            console.print(report.choice_table(outlook))
         if len(outlook.step.saved) > 1:
             console.print(saver_table(outlook.step.saved))
     elif options.config:
         console.out(report.configuration_text(outlook), highlight=False)
-    written = report.write_memory_report(outlook, options, options.output)
     if options.json:
         console.out(json.dumps(report.figures(outlook), indent=2), highlight=False)
     if told:
-        if outlook.grid:
+        if options.details and outlook.grid:
             console.print(report.grid_table(outlook))
-        for note in report.notes(outlook):
+        for note in [*(report.notes(outlook) if options.details else ()), *report.remarks(outlook)]:
             console.print(note, markup=False, highlight=False)
+    written = report.write_memory_report(outlook, options, options.output) if options.output else ""
+    if told and written:
         console.print(written, soft_wrap=True, markup=False)
     return NOTHING_FITS if options.card and not outlook.best else 0
 

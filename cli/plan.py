@@ -80,6 +80,9 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{options.output} exists already. Name a file that does not.")
     if options.log is not None and options.log.exists():
         raise ConfigError(f"{options.log} exists already. Name a folder that does not.")
+    from ..data.assets import check_model
+
+    check_model(options.model)
     from ..agents.rules import FILE_SUFFIXES
     from ..finetune.experiment import plan_ahead
 

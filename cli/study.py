@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import webbrowser
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
-from ..errors import ConfigError, RunFolderError, UnsupportedError
+from ..errors import ConfigError, PolicyFileError, RunFolderError, UnsupportedError
 from .progress import console
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class StudyOptions:
         open: open the page in a browser.
         explain: how much to say of each decision: plans, what was expected of each plan and why; all, also what would
             have changed the decision; none. By default all for up to 12 decisions, plans for up to 200.
-        policy: the folder of the policy that decided, if it is not the one that ships with rankpilot.
+        policy: the folder of the policy that decided, if neither the decision log has a copy of it nor rankpilot.
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
@@ -155,9 +156,13 @@ def _explanations(run: RunData, depth: Depth, given: Path | None) -> Explanation
     if depth == "none":
         return None
     from ..agents.learned.policy_file import load_policy
+    from ..agents.log import POLICY
     from ..study.why import explanations
 
     policy = None if given is None else load_policy(given)
+    if policy is None and (log.folder / POLICY).is_dir():
+        with suppress(PolicyFileError):  # it may be damaged; then the page says that the policy is not at hand
+            policy = load_policy(log.folder / POLICY)
     # On standard error, since standard output may be the data; nothing where nobody looks.
     with tqdm(desc="explaining decisions", total=len(log), disable=None, leave=False) as bar:
         return explanations(log, policy, what_ifs=depth == "all", on_progress=lambda *_: bar.update())

@@ -29,7 +29,7 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from ..errors import ConfigError, DataError, RankPilotError, RunFolderError, first_line, shown
+from ..errors import CHECK_PATH, ConfigError, DataError, RankPilotError, RunFolderError, first_line, not_written, shown
 from .arrays import Arrays
 from .termination import Terminated
 
@@ -81,7 +81,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     It works for a file and for a folder; an existing file or folder of that name is replaced. A reader sees either the
     old content or the new one, never a part of it. While a folder is replaced, there is none for a moment.
+
+    Raises:
+        RunFolderError: the system refuses to write it, as on a full disk.
     """
+    try:
+        with _whole(path) as temporary:
+            yield temporary
+    except Exception as error:
+        if isinstance(error, RankPilotError) or not not_written(error):
+            raise
+        raise RunFolderError(f"{path} cannot be written: {first_line(error)}. {CHECK_PATH}") from error
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     replaced = scratch / "replaced"

@@ -121,6 +121,17 @@ def format_bytes(count: float, *, up: bool = False) -> str:
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.4g} {unit}"
 
 
+def given_bytes(count: float) -> str:
+    """A byte count that a person gave, also in decimal units if it is round in these: 10**6 -> '1 MB (976.6 KiB)'."""
+    binary, (_, size) = format_bytes(count), byte_unit(count)
+    for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
+        if count >= 10**power:
+            decimal = f"{count / 10**power:.4g}"
+            both = float(decimal) * 10**power == count != float(f"{count / size:.4g}") * size
+            return f"{decimal} {unit} ({binary})" if both else binary
+    return binary
+
+
 def byte_unit(count: float) -> tuple[str, int]:
     """The binary unit in which people write a byte count, and its bytes: 3000 -> ('KiB', 1024)."""
     power = sum(abs(count) >= 1024**step for step in range(1, len(_UNITS)))

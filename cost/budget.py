@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ..common.arrays import IntArray
-from ..common.text import cost_text, format_bytes
+from ..common.text import cost_text, format_bytes, given_bytes
 from ..errors import BudgetError, ConfigError, first_line, shown
 from ..lora.spec import REFERENCE_RANK
 from .cost import Cost, CostUnit, plan_cost
@@ -148,7 +148,7 @@ class Budget:
             limit: that it led to.
             kept: whether adapters are trained already, so that a share may be one of what they take.
         """
-        allowed = cost_text(limit.value, limit.unit)
+        allowed = given_bytes(limit.value) if self.kind == "bytes" else cost_text(limit.value, limit.unit)
         if self.kind == "parameters":
             return f"The budget is {allowed} of the adapter."
         if self.kind == "share":
@@ -158,7 +158,7 @@ class Budget:
         if self.kind == "total":
             rest = format_bytes(self.value - limit.value, up=True)
             return (
-                f"The budget is {format_bytes(self.value)} in all: {allowed} for a step, and {rest} for the frozen "
+                f"The budget is {given_bytes(self.value)} in all: {allowed} for a step, and {rest} for the frozen "
                 "model, the device's context and what the allocator reserves."
             )
         free = ", nine tenths of what is free" if self.kind == "auto" else ""
@@ -226,7 +226,7 @@ def budget_now(given: GivenBudget) -> Budget:
     try:
         return Budget.parse(found)
     except BudgetError as error:
-        raise BudgetError(f"The function that was given as budget returned none. {error}") from error
+        raise BudgetError(f"The function that was given as budget returned {shown(found)}. {error}") from error
 
 
 def budget_text(given: object) -> str:
@@ -256,12 +256,29 @@ def free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + cached)
     free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
+    limit, used = _of_group("memory.max"), _of_group("memory.current")
+    return free if math.isinf(limit + used) else int(min(free, max(limit - used, 0)))
+
+
+def _of_group(name: str) -> float:
+    """Bytes that the control group of this process tells; infinite where there is none, or no limit ("max")."""
     try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no control group, or no limit ("max")
-        return free
-    return min(free, max(limit - used, 0))
+        return int((Path("/sys/fs/cgroup") / name).read_text())
+    except (OSError, ValueError):
+        return math.inf
+
+
+def beyond_device(budget: Budget, device: torch.device) -> str:
+    """What is to be told of a budget of more bytes than the device has; empty otherwise."""
+    import psutil
+    import torch
+
+    cuda = device.type == "cuda"
+    there = torch.cuda.mem_get_info(device)[1] if cuda else min(psutil.virtual_memory().total, _of_group("memory.max"))
+    if budget.kind not in ("bytes", "total") or budget.value <= there:
+        return ""
+    what = "card" if cuda else "machine"
+    return f"The budget is more than this {what} has, {format_bytes(there)}: a step inside it may run out of memory."
 
 
 def reference_cost(cost: Cost, max_ranks: IntArray) -> float:

@@ -45,6 +45,7 @@ from .published import (
     check_experts,
     check_length,
     check_reads_tokens,
+    check_sizes,
     find_configuration,
     most_positions,
     stored_method,
@@ -151,6 +152,7 @@ def from_config(
     """
     config = find_configuration(config) if isinstance(config, str) else copy.deepcopy(config)
     check_reads_tokens(config)
+    check_sizes(config)
     check_experts(config)
     stored_method(config, step.quantization)
     loaded = loaded or LoadedAs()
@@ -366,8 +368,9 @@ def hollow_base(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | 
         config._attn_implementation = None
     try:
         dtype = dtype or config.dtype or torch.float32
-        base: PreTrainedModel = getattr(transformers, auto_class).from_config(config, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        kind = getattr(transformers, auto_class)
+        base: PreTrainedModel = kind.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ConfigError(
             f"No {auto_class} can be made from this configuration of {config.model_type!r}: {first_line(error)}"
         ) from error

@@ -19,7 +19,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..common.arrays import IntArray
-from ..errors import ConfigError, UnknownNameError
+from ..common.checks import is_count
+from ..errors import ConfigError, UnknownNameError, shown
 from ..lora.spec import REFERENCE_RANK
 from .allocator import replay
 from .breakdown import Breakdown, break_down
@@ -287,8 +288,8 @@ class Outlook:
 
     @cached_property
     def _lean(self) -> ConfiguredStep | None:
-        """The step with selective checkpointing, which takes a recording more; None where that saves nothing."""
-        lean = self._free.leaner()
+        """The step with selective checkpointing, which takes a recording more; None where that is of no use."""
+        lean = self._free.leaner() if self._set is None else None
         return lean and self.shards.of(lean)
 
     def _time_of(self, step: ConfiguredStep) -> StepTime | None:
@@ -337,6 +338,13 @@ class Outlook:
     def recomputable(self) -> tuple[str, ...]:
         """Names of the layers that can be checkpointed; none where the model's class has no gradient checkpointing."""
         return tuple(dict.fromkeys(segment.name for segment in self.memory.segments))
+
+    @property
+    def _set(self) -> tuple[str, ...] | None:
+        """The layers that every choice checkpoints on a card where that was set; None where a choice decides."""
+        wanted = self.settings.gradient_checkpointing if self.card else "auto"
+        segments = self._free.memory.segments if wanted else ()
+        return None if wanted == "auto" else tuple(dict.fromkeys(segment.name for segment in segments))
 
     def plan(self, layers: int, rank: int) -> IntArray:
         """The ranks of so many layers from the top, int64 (modules,)."""
@@ -404,6 +412,8 @@ class Outlook:
 
     def fitting(self, layers: int, rank: int, kind: ChoiceKind = "depth") -> Choice:
         """The same with as few recomputed layers as fit the card, the allocator's reserve included if possible."""
+        if self._set is not None:
+            return self.choice(layers, rank, self._set, kind)
         ranks = self.plan(layers, rank)
         chosen = fewest_recomputed(self.memory, ranks, self._room_for_tensors)
         choice, holding = self.choice(layers, rank, chosen, kind), holding_layers(self.memory, ranks)
@@ -427,6 +437,9 @@ class Outlook:
             as_asked = self.recomputable if self._asked.segments else ()
             yield self._priced("asked", self.blocks, self.rank, as_asked, self._asked)
         for layers in self.depths:
+            if self._set is not None:
+                yield self.fitting(layers, self.rank)
+                continue
             none = self.choice(layers, self.rank, ())
             holding = holding_layers(self.memory, none.ranks)
             if as_asked != () or layers < self.blocks:
@@ -485,7 +498,7 @@ class Outlook:
         asked = shape == self.memory.shape  # as it is priced above, with the allocator's reserve for this very choice
         chosen = (
             self.fitting(self.blocks, self.rank).recomputed
-            if asked
+            if asked or self._set is not None
             else fewest_recomputed(step.memory, ranks, room, shape)
         )
         peak = step.memory.recomputing(chosen).peak(ranks, shape)
@@ -540,8 +553,9 @@ def memory_of(
         padded: whether rows of a batch are padded, which takes other attention kernels.
         gpus: how many such cards train together, each with its own batch; figures are of one.
         sharding: what they share: "ddp", "fsdp2" or "zero3"; see `Shards`.
-        settings: of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation. The
-            usual sizes are those of `rankpilot finetune` and `rankpilot memory`.
+        settings: of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation,
+            gradient_checkpointing (of all layers, of none, or "auto": as few as fit). The usual sizes are those of
+            `rankpilot finetune` and `rankpilot memory`.
 
     Returns:
         The outlook: `best`, `choices` and `grid`, computed when they are asked for.
@@ -564,12 +578,15 @@ def memory_of(
         if name not in known:
             raise UnknownNameError.of("setting of a step", name, known)
     config = find_configuration(model) if isinstance(model, str) else model
-    step = StepConfig(**{"bf16": dtype == "bf16"} | settings | {"gradient_checkpointing": True})
+    if not isinstance(config, PreTrainedConfig):
+        raise ConfigError(f"model is a name, a path or a transformers configuration; got {shown(model)}.")
+    step = StepConfig(**{"bf16": dtype == "bf16"} | settings)
     step = step.sized(continues=usual_class(config) == "AutoModelForCausalLM", positions=positions_of(config))
-    if rank < 1:
-        raise ConfigError(f"rank is at least 1; got {rank}.")
+    if not is_count(rank):
+        raise ConfigError(f"rank is at least 1, a whole number; got {shown(rank)}.")
     attention: Attention = "auto" if spec.has_flash_attention else "efficient"
     loaded = LoadedAs(dtype=DTYPES[dtype], attention=attention, padded=padded)
-    configured = from_config(config, step, loaded, counted=True, checkpointing_optional=True)
+    recorded, optional = replace(step, gradient_checkpointing=True), step.gradient_checkpointing is not True
+    configured = from_config(config, recorded, loaded, counted=True, checkpointing_optional=optional)
     check_rank(rank, configured.targets)
     return Outlook(configured, rank, step, card=spec, dtype=dtype, shards=shards)

@@ -11,21 +11,24 @@ bytes of a CUDA context are those that such errors show as held by the process b
 none was seen has `UNKNOWN_CONTEXT_BYTES`. Rates are those of data sheets for dense products with sums in fp32.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import transformers
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from ..errors import AssetError, BudgetError, ConfigError, UnknownNameError, first_line
+from ..errors import AssetError, BudgetError, ConfigError, UnknownNameError, first_line, shown
 from .budget import Budget
 from .step_config import Quantization
+
+if TYPE_CHECKING:  # which loads torch: names are refused before that
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _CARDS = Path(__file__).with_name("devices.json")
 _MIB = 2**20
@@ -111,6 +114,8 @@ def find_device_spec(name: str) -> DeviceSpec:
     Raises:
         UnknownNameError: no card of the table has this name, or several have.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"A card is its name or its memory ('RTX 4090', '24GiB'); got {shown(name)}.")
     if re.match(r"\s*[0-9.,_]+\s*[kmgt]i?b\s*$", name, re.IGNORECASE):
         return _of_memory(name)
     words = set(re.findall(r"[a-z0-9]+", re.sub(r"(\d)\s+(gi?b)\b", r"\1\2", name.lower()).replace("gib", "gb")))
@@ -178,6 +183,18 @@ def published_models() -> dict[str, dict[str, Any]]:
     return table
 
 
+def check_known(name: str) -> None:
+    """Raise UnknownNameError or AssetError for a model whose configuration is neither known nor a path or an id."""
+    if Path(name).expanduser().exists():
+        return
+    if name.startswith((".", "/", "~")) or name.endswith(".json"):
+        path = Path(name).expanduser()
+        raise AssetError(f"There is no configuration at {path}. Give a folder with a config.json, or the file itself.")
+    if "/" not in name and not _short_name(name):
+        hint = "A folder with a config.json or a Hugging Face id works too."
+        raise UnknownNameError.of("model", name, published_models(), hint)
+
+
 def find_configuration(name: str) -> PreTrainedConfig:
     """A model's configuration.
 
@@ -190,19 +207,14 @@ def find_configuration(name: str) -> PreTrainedConfig:
         AssetError: a path that does not exist, or an id that cannot be read, as without a network.
         ConfigError: the configuration names no model that transformers knows.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return _read(name, path)
-    if name.startswith((".", "/", "~")) or name.endswith(".json"):
-        raise AssetError(f"There is no configuration at {path}. Give a folder with a config.json, or the file itself.")
-    short = _short_name(name)
-    if short in published_models():
+    check_known(name)
+    path, short = Path(name).expanduser(), _short_name(name)
+    if not path.exists() and short:
+        from transformers import AutoConfig
+
         fields = dict(published_models()[short]["config"])
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    if "/" not in name:
-        hint = "A folder with a config.json or a Hugging Face id works too."
-        raise UnknownNameError.of("model", name, published_models(), hint)
-    return _read(name, name)
+    return _read(name, path if path.exists() else name)
 
 
 def _short_name(name: str) -> str:
@@ -229,31 +241,56 @@ def try_hub_once() -> None:
 
 
 def _read(name: str, place: str | Path) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
     if not Path(place).exists():
         try_hub_once()
     try:
-        return AutoConfig.from_pretrained(place)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
     except OSError as error:
         raise AssetError(
             f"The configuration of {name!r} could not be read: {first_line(error)} Check the id or path and the "
             f"network; without one, a local config.json works, or one of {', '.join(list(published_models())[:5])}, ..."
         ) from error
-    except StrictDataclassError as error:
+    except (*UNUSABLE, ValueError) as error:
         raise unusable(name, error) from error
-    except ArithmeticError as error:
-        raise ConfigError(
-            f"The configuration of {name!r} holds a number that makes no model: {first_line(error)}"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"The configuration of {name!r} names no model that transformers knows: {first_line(error)}"
-        ) from error
 
 
-def unusable(name: str, error: StrictDataclassError) -> ConfigError:
-    """The error for a configuration whose fields do not fit one another."""
-    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    return ConfigError(f"The configuration of {name!r} cannot be used: {first_line(cause)}")
+UNUSABLE = (StrictDataclassError, ArithmeticError, AttributeError, KeyError, TypeError, RecursionError)
+"""What reading a configuration ends with where its fields make no model, besides ValueError."""
+
+
+def unusable(name: str, error: Exception) -> ConfigError:
+    """The error for a configuration that makes no model, or only with code that comes with it."""
+    if needs_code(error):
+        return ConfigError(
+            f"The model {name!r} needs Python code that comes with it (`auto_map`), and rankpilot never runs such "
+            "code. Take a model whose class is part of transformers."
+        )
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
+    said = first_line(cause if isinstance(cause, Exception) else error)
+    return ConfigError(f"The configuration of {name!r} cannot be used: {said}")
+
+
+def needs_code(error: Exception) -> bool:
+    """Whether transformers has refused to run what a model brings."""
+    return "trust_remote_code" in str(error)
+
+
+_WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+_MOST_SIZES = dict.fromkeys(_WIDTHS, 2**24) | {"num_hidden_layers": 2**10}
+"""The largest sizes that are taken, far above those of any model: with more, no answer would come."""
+
+
+def check_sizes(config: PreTrainedConfig) -> None:
+    """Raise ConfigError for a size that no model has."""
+    for name, most in _MOST_SIZES.items():
+        size = getattr(config.get_text_config(), name, None)
+        if isinstance(size, int) and not 1 <= size <= most:
+            raise ConfigError(
+                f"The configuration of {config.name_or_path or config.model_type!r} has {name}={shown(size)}. "
+                f"Give a whole number from 1 to {most:,}."
+            )
 
 
 _TOKENS = ("input_ids", "inputs")
@@ -312,8 +349,10 @@ def stored_method(config: PreTrainedConfig, quantization: Quantization) -> str:
 
 def _main_input(config: PreTrainedConfig) -> str:
     """The name of the main input of the model's own class, or of its base where the configuration names no class."""
+    import transformers
+
     kinds = [getattr(transformers, architecture, None) for architecture in config.architectures or ()]
-    kinds.append(AutoModel._model_mapping.get(type(config), None))
+    kinds.append(transformers.AutoModel._model_mapping.get(type(config), None))
     names: list[Any] = [getattr(kind, "main_input_name", None) for kind in kinds]
     return str(next(filter(None, names), _TOKENS[0]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 
 MOST_TOKENS = 2**24
 """The largest batch, in tokens, far beyond what any device holds."""
@@ -65,10 +65,11 @@ class StepConfig:
             raise ConfigError(f"batch_size times max_length is at most {MOST_TOKENS:,} tokens; got {asked}.")
         if not self.prepare_kbit and self.quantization == "none":
             raise ConfigError("prepare_kbit is of a quantised model: give a quantization with it, nf4 or int8.")
-        if min(self.batch_size, self.accumulation, self.max_length) < 0 or self.max_length == 1:
+        least = min(self.batch_size, self.accumulation, self.max_length)
+        if least < 0 or self.max_length == 1 or self.accumulation > MOST_TOKENS:
             raise ConfigError(
-                "batch_size and accumulation are at least 1, max_length at least 2, and 0 is the usual of each; got "
-                f"{self.batch_size}, {self.accumulation} and {self.max_length}."
+                f"batch_size is at least 1, accumulation 1 to {MOST_TOKENS:,}, max_length at least 2, and 0 is the "
+                f"usual of each; got {self.batch_size}, {shown(self.accumulation)} and {self.max_length}."
             )
 
     def sized(self, *, continues: bool, positions: int | None = None) -> Self:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -28,7 +29,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from ..common.files import read_json, sha256, write_json
-from ..errors import AssetError, UnknownNameError
+from ..errors import AssetError, UnknownNameError, first_line
 
 CACHE_VARIABLE = "RANKPILOT_CACHE"
 """Environment variable that moves the cache folder."""
@@ -269,6 +270,45 @@ def _belongs(filename: str, asset: Asset) -> bool:
     return inside != filename and any(fnmatchcase(inside, pattern) for pattern in asset.patterns)
 
 
+MODELS = {name: asset for name, asset in ASSETS.items() if asset.kind == "model"}
+"""The packaged models."""
+
+
+def not_found(kind: str, name: str, packaged: Mapping[str, Any], error: Exception) -> Exception:
+    """The error for a name that stands for nothing: no packaged one, no folder, no id of a hub that answers."""
+    if "/" not in name and not Path(name).exists():
+        hint = f"A Hugging Face id or a local path works too, but neither was found ({first_line(error)})."
+        return UnknownNameError.of(kind, name, packaged, hint)
+    return AssetError(
+        f"The {kind} {name!r} could not be loaded: {first_line(error)} Check the id or path and the network; "
+        f"packaged ones: {', '.join(packaged)}."
+    )
+
+
+def check_model(name: str, card: str | None = None) -> None:
+    """Raise UnknownNameError for a model or a card that does not exist, before seconds are spent on loading torch.
+
+    Args:
+        name: of the model.
+        card: for which its configuration alone is needed.
+    """
+    from huggingface_hub import hf_hub_download
+
+    from ..cost.published import check_known, find_device_spec, try_hub_once
+
+    if card:
+        find_device_spec(card)
+    if name in MODELS or "/" in name or Path(name).expanduser().exists():
+        return
+    if card:
+        return check_known(name)
+    try_hub_once()
+    try:
+        hf_hub_download(name, "config.json")
+    except (OSError, ValueError) as error:
+        raise not_found("model", name, MODELS, error) from error
+
+
 def fetch_asset(name: str) -> Path:
     """The unzipped folder or file of an asset of `ASSETS`.
 
@@ -280,7 +320,7 @@ def fetch_asset(name: str) -> Path:
         AssetError: it is not cached and cannot be downloaded, its checksum is wrong, or the cache
             cannot be written.
     """
-    if name not in ASSETS:
+    if not isinstance(name, str) or name not in ASSETS:
         hint = "Anything else: pass a Hugging Face id or a local folder where one is accepted."
         raise UnknownNameError.of("asset", name, ASSETS, hint)
     asset = ASSETS[name]
@@ -393,7 +433,9 @@ def convert_gguf(file: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
     # A model that was read from GGUF passes for a quantised one, which may not be trained.
     config = type(read.config).from_dict(read.config.to_dict())
     vars(config).pop("quantization_config", None)
@@ -404,7 +446,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict(), assign=True)
     model.tie_weights()
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)
 
 
 def _convert(asset: Asset, folder: Path) -> None:

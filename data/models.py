@@ -5,25 +5,24 @@ what transformers, PEFT and TRL fine-tune: a folder with fp32 safetensors.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from ..common.devices import find_device
-from ..cost.published import positions_of, stored_method, try_hub_once, unusable
+from ..cost.published import UNUSABLE, check_sizes, needs_code, positions_of, stored_method, try_hub_once, unusable
 from ..cost.step_config import Quantization, StepConfig
 from ..cost.training_step import check_installed
-from ..errors import AssetError, ConfigError, UnknownNameError, first_line
+from ..errors import AssetError, ConfigError
 from ..lora.peft_config import fresh_adapters, head_names
 from ..lora.targets import guard_base
-from .assets import ASSETS, fetch_asset
+from .assets import ASSETS, MODELS, fetch_asset, not_found
 from .task import KINDS, Task
 
 Settings = TypeVar("Settings", bound=StepConfig)
@@ -51,7 +50,7 @@ def bitsandbytes_settings(config: Any, task: Task, quantization: Quantization) -
 def _head_names(config: Any, task: Task) -> list[str]:
     """The names of the modules beside the base model, from a model without weights."""
     with torch.device("meta"):
-        model = getattr(transformers, KINDS[task].auto_class).from_config(config)
+        model = getattr(transformers, KINDS[task].auto_class).from_config(config, trust_remote_code=False)
     return head_names(model)
 
 
@@ -81,17 +80,6 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def not_found(kind: str, name: str, packaged: Mapping[str, Any], error: Exception) -> Exception:
-    """The error for a name that stands for nothing: no packaged one, no folder, no id of a hub that answers."""
-    if "/" not in name and not Path(name).exists():
-        hint = f"A Hugging Face id or a local path works too, but neither was found ({first_line(error)})."
-        return UnknownNameError.of(kind, name, packaged, hint)
-    return AssetError(
-        f"The {kind} {name!r} could not be loaded: {first_line(error)} Check the id or path and the network; "
-        f"packaged ones: {', '.join(packaged)}."
-    )
-
-
 def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
     """What `load` returns for a model's folder or id; UnknownNameError or AssetError if there is no such model."""
     try:
@@ -100,16 +88,16 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
         return load(place)
     except AssetError:
         raise
-    except StrictDataclassError as error:
-        raise unusable(name, error) from error
-    except (OSError, ValueError, SafetensorError) as error:  # of a damaged file, too
-        models = {key: asset for key, asset in ASSETS.items() if asset.kind == "model"}
-        raise not_found("model", name, models, error) from error
+    except (*UNUSABLE, OSError, ValueError, SafetensorError) as error:  # of a damaged file, too
+        of_config = isinstance(error, UNUSABLE) or needs_code(error)
+        raise (unusable(name, error) if of_config else not_found("model", name, MODELS, error)) from error
 
 
 def load_config(name: str) -> Any:
     """A model's configuration; UnknownNameError or AssetError if there is no such model."""
-    return _pretrained(name, AutoConfig.from_pretrained)
+    config = _pretrained(name, lambda path: AutoConfig.from_pretrained(path, trust_remote_code=False))
+    check_sizes(config)
+    return config
 
 
 def with_sizes(settings: Settings, model: str, task: Task) -> Settings:
@@ -125,7 +113,7 @@ def load_tokenizer(model: str, **options: Any) -> Any:
         model: packaged name, Hugging Face id or local folder.
         options: of `AutoTokenizer.from_pretrained`.
     """
-    tokenizer = _pretrained(model, lambda path: AutoTokenizer.from_pretrained(path, **options))
+    tokenizer = _pretrained(model, lambda path: AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -181,7 +169,7 @@ def load_model(
     auto = getattr(transformers, KINDS[task].auto_class)
 
     def load(path: str) -> Any:
-        return auto.from_pretrained(path, output_loading_info=True, **options)
+        return auto.from_pretrained(path, output_loading_info=True, trust_remote_code=False, **options)
 
     model, info = _pretrained(name, load)
     _report_new_head(name, model, info["mismatched_keys"])

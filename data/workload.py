@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from ..cost.published import try_hub_once
 from ..cost.step_config import StepConfig
 from ..errors import AssetError, ConfigError, DataError, first_line
+from .assets import not_found
 from .batches import IGNORED
 from .columns import (
     LABEL,
@@ -36,7 +37,7 @@ from .columns import (
     tell_cut,
     values_of,
 )
-from .models import class_end_token, load_tokenizer, not_found, with_sizes
+from .models import class_end_token, load_tokenizer, with_sizes
 from .packaged_data import DATASETS, load_packaged_dataset
 from .task import Task
 

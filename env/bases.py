@@ -31,7 +31,7 @@ def new_base_model(base: ProxyBase, *, causal: bool = False) -> PreTrainedModel:
     if base.masked:
         config.is_decoder = causal
     kind = AutoModelForMaskedLM if base.masked and not causal else AutoModelForCausalLM
-    model: PreTrainedModel = kind.from_config(config)
+    model: PreTrainedModel = kind.from_config(config, trust_remote_code=False)
     return model
 
 

@@ -22,7 +22,7 @@ from ..agents.policy import Decision, decision_from_scores
 from ..agents.settings import DecisionSchedule
 from ..common.checks import is_count
 from ..data.task import SPLITS, SUITES
-from ..errors import ConfigError, NonFiniteError, UnknownNameError, naming_extras, shown
+from ..errors import ConfigError, NonFiniteError, UnknownNameError, UnsupportedError, naming_extras, shown
 from ..lora.spec import DEFAULT_RANKS
 from ..plan.plan import PLACEMENT, SCORE_BOUND
 from .bases import adapted_base
@@ -215,6 +215,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
         ConfigError: an argument out of range or of another type, or one that contradicts `task`; an action of the wrong
             shape or range, or a step after the end; a held-out loss that is not finite before training.
         UnknownNameError: a name that is not among the allowed ones.
+        UnsupportedError: a render mode that is not among them.
         RunFolderError: no folder can be made in `logs`.
     """
 
@@ -243,7 +244,8 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
             task, suites, split, bases, task_overrides, fresh_seeds=fresh_seeds, against=against
         )
         if render_mode not in (None, *self.metadata["render_modes"]):
-            raise UnknownNameError.of("render mode", str(render_mode), self.metadata["render_modes"])
+            # A TypeError: at it, Stable-Baselines3, which asks for pictures first, makes the environment without.
+            raise UnsupportedError(f"There is no render mode {shown(render_mode)}; allowed: 'ansi', None.")
         if schedule is not None and not isinstance(schedule, DecisionSchedule):
             raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {schedule!r}.")
         if logs is not None and not isinstance(logs, str | Path):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..agents.control import CHANGES, FEATURES, KEEP, MOST_FEATURE, SHORTEST, UNDO, RunRecord, decision_steps
 from ..common.arrays import FloatArray, IntArray
 from ..common.checks import is_count
-from ..errors import ConfigError, UnknownNameError, naming_extras, shown
+from ..errors import ConfigError, UnsupportedError, naming_extras, shown
 from ..lora.spec import REFERENCE_RANK
 from ..lora.stacked.run import Move, reset_runs, set_stacked_ranks
 from .proxy_finetune import known_of
@@ -326,7 +326,7 @@ class RunControlEnv(gym.Env[NDArray[np.float32], int], gym.utils.EzPickle):
     def __init__(self, render_mode: str | None = None, **settings: Any) -> None:
         gym.utils.EzPickle.__init__(self, render_mode, **settings)
         if render_mode is not None:
-            raise UnknownNameError.of("render mode", str(render_mode), ())
+            raise UnsupportedError(f"There is no render mode {shown(render_mode)}; allowed: None.")
         self._vector = RunControlVectorEnv(1, **settings)
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space

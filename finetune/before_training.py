@@ -21,7 +21,7 @@ from ..agents.policy import Decision
 from ..agents.settings import DecisionSchedule
 from ..common.arrays import IntArray
 from ..common.text import format_bytes
-from ..cost.budget import Budget, Limit, TimeBudget, free_bytes
+from ..cost.budget import Budget, Limit, TimeBudget, beyond_device, free_bytes
 from ..cost.calibration import PlanCosts, highest_ranks, measure_memory, plan_costs
 from ..cost.cost import ByteCost
 from ..cost.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
@@ -451,10 +451,11 @@ def told_budget(
     """
     if stay:
         return f"{STAY} {budget.told(limit, kept=True)} {ROLLOUTS}"
-    kept = any(map(is_trained, targets))
+    kept, device = any(map(is_trained, targets)), targets[0].weight_a.device
     rank = unwrap(run.model).peft_config[targets[0].adapter].r
     ranks = f" r={rank} of the LoraConfig is no ceiling and no start: bounds limits what the policy gives to modules."
-    return budget.told(limit, kept=kept) + ("" if kept else ranks)
+    beyond = beyond_device(budget, device)
+    return budget.told(limit, kept=kept) + (beyond and f" {beyond}") + ("" if kept else ranks)
 
 
 def warn_of_other_adapters(run: TrainingRun, targets: Sequence[TargetModule]) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from ..common import files
 from ..common.checks import counted
 from ..cost.model_states import trained_outside
-from ..errors import DataError, RunFolderError, first_line, shown
+from ..errors import ConfigError, DataError, RunFolderError, first_line, shown
 from ..lora.peft_config import resizable_targets
 from ..lora.targets import TargetModule
 
@@ -68,9 +68,14 @@ def last_checkpoint(
         piloted: whether the run is under a policy, whose state is part of the checkpoint.
         tell: called with a line for each checkpoint that is passed over.
 
+    Raises:
+        ConfigError: the folder is no path.
+
     Example:
         >>> trainer.train(resume_from_checkpoint=rankpilot.last_checkpoint("output"))  # doctest: +SKIP
     """
+    if not isinstance(folder, str | Path):
+        raise ConfigError(f"The output folder of a Trainer is a path; got {shown(folder)}.")
     numbered = {path: path.name.rpartition("-")[2] for path in Path(folder).glob("checkpoint-*")}
     found = [path for path, number in numbered.items() if number.isdecimal() and path.is_dir()]
     for path in sorted(found, key=lambda path: -int(numbered[path])):

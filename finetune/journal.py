@@ -3,6 +3,7 @@
 Changes of rank that no policy asked for, such as a plan that shrinks, are written down as a `Correction`.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,8 @@ from torch import nn
 
 from ..agents.choice import Choice
 from ..agents.controller import RankController
-from ..agents.log import CONTROL, DecisionLog, DecisionRecord
+from ..agents.learned.policy_file import CARD, WEIGHTS
+from ..agents.log import CONTROL, POLICY, DecisionLog, DecisionRecord
 from ..agents.observation import Observation
 from ..agents.policy import Decision, Policy, decision_from_plan
 from ..common.arrays import IntArray
@@ -96,6 +98,10 @@ class Journal:
             if not predictions and (aside := self.log.put_aside()):
                 self.tell(f"{self.log.folder} held the decision log of an earlier run, which is in {aside} now.")
             self.log.truncate(len(predictions))
+            if folder := getattr(self._policy, "folder", None):  # of a trained one, for the study of the run
+                (self.log.folder / POLICY).mkdir(exist_ok=True)
+                for name in (CARD, WEIGHTS):
+                    shutil.copyfile(folder / name, self.log.folder / POLICY / name)
 
     def forget(self, keep: int) -> None:
         """Forget all but so many decisions and corrections, since the later ones were put back."""

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..agents.settings import DecisionSchedule
+from ..common.checks import is_count
 from ..cost.budget import Budget, GivenBudget, TimeBudget, budget_now
 from ..cost.step_config import Checkpointing, StepConfig, check_seed
 from ..data.task import Task
 from ..errors import BudgetError, ConfigError, UnknownNameError, shown
 from ..lora.spec import Scaling, check_scaling
 from ..plan.goal import Goal, GoalKind, goal_of
-from ..plan.problem import Bounds
+from ..plan.problem import Bounds, bound_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +164,10 @@ class PilotOptions(PlanOptions):
             )
         if self.schedule is not None and not isinstance(self.schedule, DecisionSchedule):
             raise ConfigError(f"schedule is a rankpilot.DecisionSchedule or None; got {self.schedule!r}.")
-        if not isinstance(self.measure_every, int) or self.measure_every < 1:
-            raise ConfigError(f"measure_every is a number of steps, at least 1; got {self.measure_every!r}.")
+        if not is_count(self.measure_every):
+            raise ConfigError(f"measure_every is a number of steps, at least 1; got {shown(self.measure_every)}.")
+        if self.log is not None and not (isinstance(self.log, str | Path) and str(self.log)):
+            raise ConfigError(f"log is the path of a folder, or None; got {shown(self.log)}.")
         if self.seed is not None:
             check_seed(self.seed)
         check_scaling(self.scaling)
@@ -172,7 +175,9 @@ class PilotOptions(PlanOptions):
         if self.control is not None:
             _check_switch("control", self.control)
         if self.bounds is not None and not isinstance(self.bounds, Mapping):
-            raise ConfigError(f"bounds are a dictionary from module names to ranks; got {self.bounds!r}.")
+            raise ConfigError(f"bounds are a dictionary from module names to ranks; got {shown(self.bounds)}.")
+        for name, bound in (self.bounds or {}).items():
+            bound_of(name, bound)
 
     @classmethod
     def of(cls, options: GivenOptions, changes: Mapping[str, Any]) -> PilotOptions:
@@ -206,6 +211,9 @@ def _check_switch(name: str, switch: object) -> None:
 
 
 _RANK = re.compile(r"[0-9]{1,10}")
+
+MOST_STEPS = 10**9
+"""The most steps, epochs and rows that an option takes."""
 
 PILOT, UNIFORM, ALL_LINEAR = RUNS = ("rankpilot", "uniform", "all-linear")
 """The run under a policy, and those that it may be compared with: names of folders, and in what is written."""
@@ -309,19 +317,22 @@ class FinetuneConfig(StepConfig, PlanOptions):
         given = self.learning_rate
         rates = (self.alpha,) if given == "auto" else (given, self.alpha)
         numbers = all(isinstance(rate, int | float) and 0 < rate < math.inf for rate in rates)
-        if min(self.steps, self.eval_every) < 1 or not numbers:
+        if not (1 <= self.steps <= MOST_STEPS and 1 <= self.eval_every <= MOST_STEPS) or not numbers:
             raise ConfigError(
-                "steps and eval_every are at least 1, learning_rate (or auto) and alpha above 0; got "
-                f"{self.steps}, {self.eval_every}, {shown(given)} and {self.alpha}."
+                f"steps and eval_every are at least 1 and at most {MOST_STEPS:,}, learning_rate (or auto) and alpha "
+                f"above 0; got {shown(self.steps)}, {shown(self.eval_every)}, {shown(given)} and {self.alpha}."
             )
         if given == "auto" and "adamw" not in self.optimizer:
             raise ConfigError(
                 f"learning_rate auto is a rule for adamw and its kin; with {self.optimizer} give a rate, such as 1e-3."
             )
         counts = {name: getattr(self, name) for name in ("epochs", "eval_batch_size", "early_stopping")}
-        wrong = {name: value for name, value in counts.items() if value is not None and not 0 < value < math.inf}
+        wrong = {name: value for name, value in counts.items() if value is not None and not 0 < value <= MOST_STEPS}
         if wrong:
-            raise ConfigError(f"{', '.join(wrong)}: a number above 0, or left out; got {list(wrong.values())}.")
+            raise ConfigError(
+                f"{', '.join(wrong)}: a number above 0, up to {MOST_STEPS:,}, or left out; got "
+                f"{', '.join(map(shown, wrong.values()))}."
+            )
         check_seed(self.seed)
         if min(rows for rows in (self.train_rows, self.held_out_rows, 1) if rows is not None) < 1:
             raise ConfigError(

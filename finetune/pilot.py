@@ -19,7 +19,7 @@ from ..agents.controller import RankController
 from ..agents.learned.policy_file import load_policy, policy_schedule
 from ..agents.log import DecisionLog
 from ..agents.observation import Observation
-from ..agents.policy import Decision, Policy, reads_signals
+from ..agents.policy import Decision, Policy, asked, reads_signals, rounding
 from ..agents.rules import AsConfigured, PlanFile, given_ranks
 from ..agents.settings import DecisionSchedule
 from ..common.checks import finite
@@ -631,6 +631,7 @@ class RankPilot:
         with before_training.learned_kept(self._run, controller, self.journal.note) if keeps else nullcontext():
             observation = controller.observe(step, loss)
             self.decision = decision = self._ask(observation)
+            self.journal.note(rounding(self.policy, observation, decision))
             faster = ""
             if self._guard.chooses_layers and not controller.decision:
                 faster = before_training.faster_plan(self._guard, controller, self._ask, decision)
@@ -648,7 +649,7 @@ class RankPilot:
             self.journal.note(f"Gradient checkpointing of {count} takes time and changes no loss. {faster}")
 
     def _ask(self, observation: Observation) -> Decision:
-        return self._run.replicas.processes.on_first(lambda: self.policy.decide(observation))
+        return self._run.replicas.processes.on_first(lambda: asked(self.policy, observation))
 
     def _corrected(self, correction: Correction) -> None:
         """Record a change of ranks by the guard like a decision."""

@@ -119,6 +119,10 @@ class TrainingRun:
         for name, count in (("total_steps", total_steps), ("accumulation", accumulation)):
             if type(count) is not int or count < 1:
                 raise ConfigError(f"{name} is a whole number, at least 1; got {count!r}.")
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"The model of a run is a torch.nn.Module; got {shown(model)}.")
+        if not hasattr(optimizer, "param_groups"):
+            raise ConfigError(f"The optimizer of a run is a torch.optim.Optimizer; got {shown(optimizer)}.")
         dataset, collate, rows = data_of(loader)
         rate = probe_rate(model, optimizer) if learning_rate is None else learning_rate
         if not callable(loss := loss or model_loss(model)):

@@ -43,7 +43,7 @@ from ..data.batches import IGNORED
 from ..data.models import adapt, load_model, with_sizes
 from ..data.task import Task
 from ..data.workload import Texts, Workload, load_workload
-from ..errors import ConfigError, NonFiniteError, UnknownNameError, UnsupportedError, first_line
+from ..errors import ConfigError, NonFiniteError, UnknownNameError, UnsupportedError, first_line, shown
 from ..lora.peft_config import choose_scaling
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import find_target_modules
@@ -437,7 +437,7 @@ def further_settings(given: tuple[str, ...], kind: type[TrainingArguments]) -> d
     Raises:
         UnknownNameError, ConfigError: a name is unknown or belongs to an option of rankpilot, or there is no value.
     """
-    names = [field.name for field in fields(kind)]
+    usual = {field.name: field.default for field in fields(kind)}
     values: dict[str, Any] = {}
     for entry in given:
         name, equals, text = entry.partition("=")
@@ -445,12 +445,14 @@ def further_settings(given: tuple[str, ...], kind: type[TrainingArguments]) -> d
             raise ConfigError(f"A setting of the Trainer has the form NAME=VALUE; got {entry!r}.")
         if name in DECIDED:
             raise ConfigError(f"{name} is decided by {DECIDED[name]}: use that instead of {entry!r}.")
-        if name not in names:
-            raise UnknownNameError.of(f"setting of {kind.__name__}", name, names)
+        if name not in usual:
+            raise UnknownNameError.of(f"setting of {kind.__name__}", name, usual)
         try:
             values[name] = parse_json(text)
         except ValueError:
             values[name] = text
+        if isinstance(usual[name], int | float) and isinstance(values[name], str | list | dict):
+            raise ConfigError(f"{name} is a number, true or false; got {shown(entry)}.")
     return values
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..common.checks import counted
+from ..common.checks import counted, is_real
 from ..common.processes import Processes
-from ..errors import NoGradientError, NonFiniteError
+from ..errors import ConfigError, NoGradientError, NonFiniteError, shown
 from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.resize import norms_of
 from ..lora.targets import TargetModule
@@ -47,6 +47,8 @@ class LossMeter:
 
     def add(self, loss: torch.Tensor | float) -> None:
         """Add the mean loss of one optimizer step; a loss that is NaN, as where all labels are masked, is none."""
+        if not (isinstance(loss, torch.Tensor) or is_real(loss)):
+            raise ConfigError(f"The loss of a step is a number or a tensor; got {shown(loss)}.")
         mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else torch.tensor(loss)
         self.total = self.total + mean.nan_to_num(0.0, 0.0, 0.0)
         self.count = self.count + mean.isfinite()

@@ -259,12 +259,9 @@ def export_padded(adapter_folder: str | Path, output_folder: str | Path, rank: i
     config = replace(adapter.config, r=width, lora_alpha=width, rank_pattern={}, alpha_pattern={}, use_rslora=False)
     # Trained weights need no initialisation, and 'orthogonal' fails at an odd rank.
     config = replace(config, init_lora_weights=True, eva_config=None)
-    try:
-        with atomic_path(output.resolve()) as temporary:
-            config.save_pretrained(str(temporary))
-            save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    except OSError as error:
-        raise RunFolderError(f"Cannot write {output}: {error}") from error
+    with atomic_path(output.resolve()) as temporary:
+        config.save_pretrained(str(temporary))
+        save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     settings = adapter.settings(("modules_to_save", "trainable_token_indices", "lora_bias"))
     if adapter.config.bias != "none":
         settings["bias"] = adapter.config.bias

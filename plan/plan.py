@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
-from ..common.text import format_bytes
+from ..common.text import format_bytes, given_bytes
 from ..cost.cost import Cost, FixedCost, ParameterCost, TimedCost, UntimedCost, moment_costs, plan_cost
 from ..cost.step_time import PARTS, StepTime, exact_unit
 from ..errors import BudgetError
@@ -136,7 +136,7 @@ def _shortfall(problem: AllocationProblem, ranks: IntArray, share: float | None)
             "off."
         )
     needs = f"'{format_bytes(needed, up=True)} step'{as_share}"
-    return needs, f"budget of {format_bytes(problem.limit)} for a step", reason
+    return needs, f"budget of {given_bytes(problem.limit)} for a step", reason
 
 
 def _rounded_up(seconds: float) -> str:

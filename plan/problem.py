@@ -50,7 +50,7 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
             names = [module.name for module in modules]
             ends = [full.rpartition(".")[2] for full in names]
             raise UnknownNameError.of("target module", name, dict.fromkeys([*ends, *names]))
-        least, most = _pair(name, bound)
+        least, most = bound_of(name, bound)
         if not any(least <= rank <= most for rank in DEFAULT_RANKS):
             raise ConfigError(
                 f"The bounds of {name!r} leave it no rank: no rank of {DEFAULT_RANKS} is from {least} to {most}."
@@ -59,14 +59,18 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
     return low, high
 
 
-def _pair(name: str, bound: object) -> tuple[int, int]:
-    match bound:
+def bound_of(name: object, bound: object) -> tuple[int, int]:
+    """The least and the largest rank of a bound; ConfigError if it or the module's name is none."""
+    match bound if isinstance(name, str) else None:
+        case bool() | (bool(), _) | (_, bool()):
+            pass
         case int(rank) if 0 <= rank <= MOST_RANK:
             return rank, rank
         case (int(least), int(most)) if 0 <= least <= most <= MOST_RANK:
             return least, most
     raise ConfigError(
-        f"The bounds of {name!r} are a rank or a pair from low to high, from 0 to {MOST_RANK:,}; got {shown(bound)}."
+        "Bounds are a rank or a pair from low to high by the name of a module or its end, as in {'q_proj': (0, 16)}, "
+        f"from 0 to {MOST_RANK:,}; got {shown(name)}: {shown(bound)}."
     )
 
 

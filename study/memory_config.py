@@ -94,9 +94,8 @@ class MemoryConfig(StepConfig):
         wrong += [
             each.name for each in fields(self) if each.name in _OF_DATA and getattr(self, each.name) != each.default
         ]
-        wrong += ["gradient_checkpointing"] if self.gradient_checkpointing != "auto" else []
         if wrong:
             raise ConfigError(
                 f"{', '.join(wrong)}: not with a card that is only asked about. Its batches are full rows of "
-                "--max-length tokens, and checkpointing is among the choices that are shown."
+                "--max-length tokens."
             )

@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from ..common.arrays import IntArray
 from ..cost.breakdown import frozen_bytes
-from ..cost.budget import Budget, Limit
+from ..cost.budget import Budget, Limit, beyond_device
 from ..cost.calibration import beside_model, check_rank, highest_ranks, limited_cost
 from ..cost.cost import ParameterCost
 from ..cost.from_config import ConfiguredStep
@@ -122,7 +122,8 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
     )
     facts = {"model": config.model, "task": setup.task, "device": setup.run.device.type}
     outlook = Outlook(step, config.rank, config, asked=asked, limit=limit, measured=measured, facts=facts)
-    outlook.notes += notes
+    budget = Budget.parse(config.budget) if config.budget else None
+    outlook.notes += filter(None, [*notes, budget and beyond_device(budget, setup.run.device)])
     ranks = np.minimum(config.rank, highest_ranks(setup.targets))
     for label, shape, memory in batches:
         outlook.add("batch", label, memory, shape, ranks)

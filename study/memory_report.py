@@ -231,9 +231,6 @@ def notes(outlook: Outlook) -> Iterator[str]:
                 f"{outlook.step.fused / outlook.step.parameters:.0%} of the weights are experts in fused parameters, "
                 "which nf4 and int8 store in fp32. Whichever experts take a token, the bytes of a step are the same."
             )
-        if not outlook.recomputable:
-            name = type(outlook.step.model.get_base_model()).__name__
-            yield f"{name} does not support gradient checkpointing."
         seconds, shape = f" and the rates of an {USUAL_CARD}.", outlook.memory.shape
         if outlook.card.rates:
             seconds = f". That takes about {outlook.plain_seconds:.2g} s for {shape.rows} x {shape.length} tokens, "
@@ -244,6 +241,12 @@ def notes(outlook: Outlook) -> Iterator[str]:
             "Plain LoRA does not fit with the free savers. So every choice has selective checkpointing, as a run has "
             "(gradient_checkpointing='auto'): the same losses, a few per cent more time."
         )
+
+
+def remarks(outlook: Outlook) -> Iterator[str]:
+    """What a real step took, and what could not be shown."""
+    if outlook.card and not outlook.recomputable:
+        yield f"{type(outlook.step.model.get_base_model()).__name__} does not support gradient checkpointing."
     yield from _measured(outlook)
     yield from outlook.notes
 

@@ -241,6 +241,7 @@ def _decision(record: DecisionRecord, modules: Modules, slots: IntArray) -> dict
         "moved": int(np.count_nonzero(record.rank_before != record.rank_after)),
         "changed": int(np.count_nonzero(record.rank_clipped != record.rank_after)),
         **{name: plain(facts[name]) for name in FACTS},
+        "measures": record.measures,
         "before": modules.means(record.rank_before, slots),
         "asked": modules.means(record.rank_wanted, slots),
         "clipped": modules.means(record.rank_clipped, slots),

@@ -243,6 +243,8 @@ def moves_sentence(record: DecisionRecord) -> str:
     before, after, unit = record.rank_before, record.rank_after, record.problem.cost.unit
     up, down = int((after > before).sum()), int((after < before).sum())
     moved = f"{up} up, {down} down, {len(after) - up - down} unchanged"
+    if record.measures:
+        moved = f"{np.count_nonzero(after)} of {len(after)} modules adapted"
     plan = f"{cost_text(record.predicted_cost, unit)} of {cost_text(record.problem.limit, unit)}"
     measured = record.measured_cost
     seen = f" (measured before it: {cost_text(measured, unit)})" if measured is not None else ""

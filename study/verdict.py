@@ -23,6 +23,9 @@ DIVERGED = 0.05
 BLOWN_UP = 10
 """A held-out loss that is so many times the first training loss is that of a run that diverged."""
 
+ONE_RUN_EACH = "One run each, so luck counts too"
+"""What belongs to a difference between the losses of two runs."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -169,7 +172,9 @@ def _against(run: RunData, name: str, what: str) -> str:
     change = loss / reference - 1
     word = "lower" if change < 0 else "higher"
     differs = f"{abs(change):.1%} {word} than" if abs(change) >= 0.0005 else "the same as"
-    sentence = f"rankpilot's held-out loss is {differs} that of {what}"
+    sentence = f"{ONE_RUN_EACH}: rankpilot's held-out loss is {differs} that of {what}"
+    if name == UNIFORM and (ranks := [rank for rank in (other.get("ranks") or {}).values() if rank]):
+        sentence += f", rank {max(ranks)} on {len(ranks)} of {len(other['ranks'])} modules"
     shares = [
         f"{mine[key] / other[key]:.0%} of its {unit}"
         for key, unit in (("peak_bytes", "bytes"), ("median_step_s", "time a step"))
@@ -193,7 +198,8 @@ def loss_sentence(lasts: Mapping[str, float]) -> str:
     if abs(change) < 0.0005:
         return f"{run} and {other} end level at a held-out loss of {value:.3f}"
     word = "below" if change < 0 else "above"
-    return f"{run} ends {abs(change):.1%} {word} {other} on held-out data: {value:.3f} against {reference:.3f}"
+    differs = f"{abs(change):.1%} {word} {other}"
+    return f"{run} ends {differs} on held-out data, one run each: {value:.3f} against {reference:.3f}"
 
 
 def cost_sentence(run: RunData) -> str:

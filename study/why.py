@@ -121,7 +121,8 @@ def explain(logged: DecisionRecord, policy: Policy | None = None, what_ifs: bool
     if not what_ifs or logged.kept:
         return found
     given = policy or (PlanChooser() if logged.choice else RULES.get(logged.policy))
-    if given is None or (given.name, getattr(given, "sha256", None)) != (logged.policy, logged.policy_sha256):
+    same_weights = (sha256 := getattr(given, "sha256", None)) == logged.policy_sha256
+    if given is None or not same_weights or (sha256 is None and given.name != logged.policy):
         return replace(found, notes=(f"The policy {logged.policy} is not at hand, so there are no what-ifs.",))
     case = redecide(logged, given)
     if differences := ", ".join(name for name in case.differences if name != "rank_after"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -23,12 +24,14 @@ class LearnedPolicy:
         network: on the CPU and in evaluation mode.
         sha256: of the file of weights; None for a policy that was not loaded from a file.
         schedule: when it was trained to decide; None where nothing tells.
+        folder: from which it was loaded; None for one that was not.
     """
 
     name: str
     network: RankNetwork
     sha256: str | None = None
     schedule: DecisionSchedule | None = None
+    folder: Path | None = None
 
     @torch.no_grad()
     def act(self, observation: Observation) -> tuple[FloatArray, FloatArray]:

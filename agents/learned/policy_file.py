@@ -125,7 +125,7 @@ def load_policy(given: str | Path | Policy) -> Policy:
     with torch.random.fork_rng(devices=[]):  # networks draw weights, which the file replaces
         network = RankNetwork(config, inputs)
     network.load_state_dict(weights)
-    return LearnedPolicy(_name(folder, card), network.eval(), card["sha256"], _schedule(folder, card))
+    return LearnedPolicy(_name(folder, card), network.eval(), card["sha256"], _schedule(folder, card), folder)
 
 
 def _name(folder: Path, card: dict[str, Any]) -> str:

@@ -145,7 +145,7 @@ function mapPart(run, decision) {
       const inside = at(row, group);
       if (!inside.length) return `${rows[row]}, ${groups[group]}: no module`;
       const before = rankText(mean(decision.before, inside)), after = rankText(mean(decision.after, inside));
-      return `${cellName(run, inside, rows[row], groups[group])}: ${before === after ? `rank ${after}, unchanged` : `rank ${before} → ${after}`}`;
+      return `${cellName(run, inside, rows[row], groups[group])}: ${decision.measures ? `rank ${after}` : before === after ? `rank ${after}, unchanged` : `rank ${before} → ${after}`}`;
     },
   });
   return part("Ranks after it", el("p", { class: "note" }, "Framed: moved by this decision. The network's output is at the top."), map);
@@ -159,7 +159,7 @@ function modulePart(run, decision) {
   const rows = run.modules.map((module, index) => ({ module, index })).filter(({ index }) => known(decision.after[index]));
   const columns = [
     { name: "module", value: ({ module }) => module.label, title: ({ module }) => module.name, order: ({ index }) => index },
-    { name: "before", value: ({ index }) => decision.before[index], text: rankText }, { name: "asked", value: ({ index }) => decision.asked[index], text: rankText },
+    { name: "before", value: ({ index }) => (decision.measures ? null : decision.before[index]), text: rankText }, { name: "asked", value: ({ index }) => decision.asked[index], text: rankText },
     { name: "got", value: ({ index }) => decision.after[index], text: rankText, strong: ({ index }) => decision.after[index] !== decision.before[index] },
     { name: "score", value: ({ index }) => (decision.score.some(Boolean) ? decision.score[index] : null), text: fixed },
     { name: "stands out by", value: ({ index }) => (decision.reasons ? reasonText(run, decision.reasons[index]) : null), wide: true },

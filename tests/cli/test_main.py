@@ -120,7 +120,7 @@ def test_unknown_policy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         "runs/none": "There is no policy folder",
         str(tmp_path / "empty"): "card.json is missing",
     }.items():
-        assert words in failure(f"finetune m d --policy {policy} --output {tmp_path / 'run'}", capsys)
+        assert words in failure(f"finetune a/m d --policy {policy} --output {tmp_path / 'run'}", capsys)
     assert not (tmp_path / "run").exists()
 
 

@@ -61,7 +61,8 @@ def memory(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Memory:
     def run(words: str) -> tuple[str, Any, Path]:
         output = tmp_path_factory.mktemp("run") / "memory"
         with redirect_stdout(io.StringIO()) as shown:
-            assert cli.run(shlex.split(f"memory {words.format(models=models)} {SMALL} --output {output}")) == 0
+            options = f"{SMALL} --details --output {output}"
+            assert cli.run(shlex.split(f"memory {words.format(models=models)} {options}")) == 0
         return " ".join(shown.getvalue().split()), read_json(output / "memory.json"), output
 
     return run

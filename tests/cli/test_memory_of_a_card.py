@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -36,7 +39,7 @@ def test_a_verdict_comes_first_and_all_figures_are_written(
     configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["memory", str(configuration), "--device", "rtx 4090", *BATCH, "--output", str(tmp_path / "card")]
-    assert cli.run(arguments) == 0
+    assert cli.run([*arguments, "--details"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "parameters on RTX 4090, 8 x 1024 tokens, rank 8 on 21 modules of 3 layers" in printed
     assert printed.index("Fits with") < printed.index("Layers to checkpoint")
@@ -45,6 +48,44 @@ def test_a_verdict_comes_first_and_all_figures_are_written(
     assert figures["fits"]
     assert figures["memory_bytes"] < 24 * 2**30
     assert (tmp_path / "card/memory.png").stat().st_size > 10_000
+
+
+def test_a_short_answer_that_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    NARROW_KEYS.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["memory", "model", "--device", "rtx 4090", "--batch-size", "2", "--max-length", "32"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert len(lines) <= 16
+    assert "to spare" in " ".join(lines)
+    assert not any("What each choice takes" in line or "Layers to checkpoint" in line for line in lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(("wanted", "count"), [("True", 3), ("False", 0)])
+def test_checkpointing_that_is_set_is_that_of_every_choice(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, wanted: str, count: int
+) -> None:
+    NARROW_KEYS.save_pretrained(tmp_path)
+    options = ["--device", "T4", "--batch-size", "2", "--max-length", "32", "--gradient-checkpointing", wanted]
+    assert cli.run(["memory", str(tmp_path), *options, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert {choice["recomputed"] for choice in figures["choices"]} == {count}
+    assert {cell["recomputed"] for cell in figures["grid"]} <= {count, None}
+    built = memory_of(NARROW_KEYS, "T4", gradient_checkpointing=wanted == "True", batch_size=2, max_length=32)
+    assert f"gradient_checkpointing={wanted}" in configuration_text(built)
+
+
+def test_names_of_models_and_cards_are_refused_before_torch_is_loaded() -> None:
+    of_card = ["memory lama-3 --device T4", "memory qwen3-8b --device T44"]
+    given = [*of_card, "memory lama-3", "finetune lama-3 x", "plan lama-3 x"]
+    run = f"print([run(each.split()) for each in {given}], 'torch' in sys.modules)"
+    code = f"import sys\nfrom rankpilot.cli.main import run\n{run}"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[1, 1, 1, 1, 1] False"
+    assert done.stderr.count("error: Unknown model 'lama-3'. ") == 4
 
 
 def test_several_gpus_are_named_in_the_first_line(
@@ -145,7 +186,6 @@ def test_models_that_take_no_such_rows_are_refused(tmp_path: Path, capsys: pytes
         ("--device T4 --device-memory 16GiB", "Give either the card ('T4') or its memory ('16GiB')"),
         ("--dtype bf16", "give --device or --device-memory with it"),
         ("--gpus 2", "gpus is of a card"),
-        ("--device T4 --gradient-checkpointing True", "checkpointing is among the choices that are shown"),
         ("--device T4 --measure", "measure: not with a card"),
         ("--device T4 --rank 0", "rank is at least 1"),
         ("--device T4 --json --config", "--json and --config each print one thing"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rankpilot.common.text import format_bytes
 from rankpilot.cost import budget as budget_module
-from rankpilot.cost.budget import Budget, Limit, TimeBudget, reference_seconds
+from rankpilot.cost.budget import Budget, Limit, TimeBudget, beyond_device, reference_seconds
 from rankpilot.cost.cost import ByteCost, ParameterCost
 from rankpilot.cost.step_time import StepTime
 from rankpilot.errors import BudgetError
@@ -96,6 +96,8 @@ def test_the_limit_is_in_the_unit_of_the_cost(given, cost, limit):
     [
         ("80%", Limit(8 * 2**20, "bytes"), "8 MiB for a step beside the frozen model: 80% of 10 MiB, which plain LoRA"),
         ("24GiB", Limit(20 * 2**30, "bytes"), "24 GiB in all: 20 GiB for a step, and 4 GiB for the frozen model"),
+        ("1MB step", Limit(1e6, "bytes"), "1 MB (976.6 KiB) for a step beside the frozen model."),
+        ("1.5GB", Limit(2**20, "bytes"), "1.5 GB (1.397 GiB) in all: 1 MiB for a step"),
         ("6GiB step", Limit(6 * 2**30, "bytes"), "6 GiB for a step beside the frozen model."),
         ("auto", Limit(9 * 2**30, "bytes"), "9 GiB for a step beside the frozen model, nine tenths of what is free."),
         ("300k params", Limit(300e3, "parameters"), "300,000 parameters of the adapter."),
@@ -104,6 +106,12 @@ def test_the_limit_is_in_the_unit_of_the_cost(given, cost, limit):
 def test_what_a_budget_allows_is_told(given, limit, words):
     assert Budget.parse(given).told(limit).startswith(f"The budget is {words}")
     assert Budget.parse(str(Budget.parse(given))) == Budget.parse(given)
+
+
+def test_a_budget_of_more_than_the_device_has_is_told():
+    for given, told in (("9999TiB", True), ("9999TiB step", True), ("1GiB", False), ("900%", False)):
+        said = beyond_device(Budget("share", 9.0) if "%" in given else Budget.parse(given), CPU)
+        assert said.startswith("The budget is more than this machine has, ") is told
 
 
 def test_a_share_is_one_of_what_trained_adapters_take_if_that_is_more():

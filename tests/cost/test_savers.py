@@ -466,10 +466,11 @@ def test_a_run_does_what_its_configuration_told() -> None:
 
     step = from_config(config, asked, LoadedAs(device="cpu"), counted=True)
     free, lean = in_a_run(step), in_a_run(step.leaner())
-    wide = Outlook(lean, 4, asked, card=find_device_spec("24GiB"))
+    auto = replace(asked, gradient_checkpointing="auto")
+    wide = Outlook(lean, 4, auto, card=find_device_spec("24GiB"))
     totals = [wide.choice(2, 4, layers).use for layers in ((), wide.recomputable)]
     card = find_device_spec(f"{sum(use.total_bytes for use in totals if use) / 2**21:.0f}MiB")
-    told = Outlook(replace(free, leaner=lambda: lean), 4, asked, card=card)
+    told = Outlook(replace(free, leaner=lambda: lean), 4, auto, card=card)
     assert told.step is lean
     assert told.best is not None
     assert len(told.best.recomputed) == 1

@@ -25,11 +25,12 @@ from rankpilot.env.episode import Comparison, Episode, reference_of, rule_losses
 from rankpilot.env.proxy_finetune import ProxyFineTune, TaskData, known_of, load_task
 from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference
 from rankpilot.env.rank_allocation import TOP, RankAllocationEnv
-from rankpilot.errors import BudgetError, ConfigError, RunFolderError, UnknownNameError
+from rankpilot.errors import BudgetError, ConfigError, RunFolderError, UnknownNameError, UnsupportedError
 from rankpilot.lora.spec import DEFAULT_RANKS
 from rankpilot.plan.plan import uniform_ranks
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check
+from stable_baselines3.common.env_util import make_vec_env
 
 from .short_tasks import make_task as make_task
 from .short_tasks import schedule as schedule
@@ -81,6 +82,20 @@ def test_checks_of_gymnasium_and_sb3_have_nothing_to_complain_of(
             warnings.filterwarnings("ignore", message=".*symmetric and normalized.*")
         gymnasium_check(env.unwrapped, skip_render_check=False)
         sb3_check(env, warn=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*The environment is being initialised with render_mode='rgb_array'")
+def test_stable_baselines3_makes_and_trains_either_environment_by_its_name(
+    make_task: MakeTask, schedule: DecisionSchedule
+) -> None:
+    """It asks each for pictures, and does without where that ends in a TypeError."""
+    small = {"n_steps": 4, "batch_size": 4, "n_epochs": 1, "device": "cpu"}
+    options = {"task": make_task(), "schedule": schedule}
+    runs = {"base": "llama-4x32", "lengths": (60,)}
+    PPO("MultiInputPolicy", rankpilot.ENV_ID, **small)
+    PPO("MlpPolicy", rankpilot.CONTROL_ENV_ID, **small)
+    PPO("MultiInputPolicy", make_vec_env(rankpilot.ENV_ID, 1, env_kwargs=options), **small).learn(4)
+    PPO("MlpPolicy", make_vec_env(rankpilot.CONTROL_ENV_ID, 1, env_kwargs=runs), **small).learn(4)
 
 
 def test_same_seed_same_run_even_with_nothing_remembered(
@@ -439,7 +454,7 @@ def test_a_budget_that_fits_nothing_is_refused(make_env: MakeEnv, make_task: Mak
         ({"task": "x"}, "task is a ProxyTask or an OwnTask; got 'x'"),
         ({"schedule": "x"}, r"schedule is a rankpilot\.DecisionSchedule or None; got 'x'"),
         ({"actions": "moves"}, "form of actions 'moves'"),
-        ({"render_mode": "human"}, "render mode 'human'"),
+        ({"render_mode": "human"}, "no render mode 'human'; allowed: 'ansi', None"),
         ({"task_overrides": {"foo": 1}}, "field of ProxyTask 'foo'"),
         ({"task_overrides": {"base": []}}, "task_overrides hold a value of a wrong type"),
         ({"task_overrides": {"steps": "a"}}, "are whole numbers of at least 1, .* got 'a'"),
@@ -447,7 +462,7 @@ def test_a_budget_that_fits_nothing_is_refused(make_env: MakeEnv, make_task: Mak
     ],
 )
 def test_wrong_arguments(schedule: DecisionSchedule, options: dict[str, Any], words: str) -> None:
-    with pytest.raises((ConfigError, UnknownNameError), match=words):
+    with pytest.raises((ConfigError, UnknownNameError, UnsupportedError), match=words):
         RankAllocationEnv(**{"schedule": schedule, **options})
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +17,8 @@ import torch
 from rankpilot.agents.learned.networks import RankNetwork
 from rankpilot.agents.learned.policy_file import save_policy
 from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.agents.settings import ONCE, DecisionSchedule, NetworkConfig
+from rankpilot.cli import main as cli
 from rankpilot.errors import BudgetError, NonFiniteError, RankPilotError, UnsupportedError
 from rankpilot.finetune.callback import attach
 from rankpilot.lora.targets import find_target_modules
@@ -227,11 +230,26 @@ def test_a_budget_of_parameters(launch: Launch) -> None:
 
 def test_a_trained_policy_flies_by_its_own_schedule(tmp_path: Path, launch: Launch) -> None:
     schedule = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
-    save_policy(tmp_path / "pilot", RankNetwork(), schedule, {"name": "mine"})
+    save_policy(tmp_path / "pilot", RankNetwork(NetworkConfig(width=8)), schedule, {})
     run = launch(policy=tmp_path / "pilot", schedule=None, max_steps=4)
     assert run.decided == [0, 2]
-    assert set(run.log["policy"].tolist()) == {"mine"}
+    assert set(run.log["policy"].tolist()) == {"pilot"}
     assert run.highest <= run.pilot.limit
+
+
+def test_the_study_of_a_run_finds_its_trained_policy_wherever_that_has_gone(
+    tmp_path: Path, launch: Launch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = save_policy(tmp_path / "pilot", RankNetwork(NetworkConfig(width=8)), ONCE, {})
+    kept = launch(policy=policy, schedule=None, max_steps=2).pilot.pilot.journal.log.folder / "policy"
+    shutil.rmtree(policy)
+    capsys.readouterr()
+    assert cli.run(["study", str(kept.parent), "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["decisions"][0]["explanation"]["what_ifs"]
+    (kept / "policy.safetensors").write_bytes(b"damaged")
+    assert cli.run(["study", str(kept.parent), "--json"]) == 0
+    assert "The policy pilot is not at hand, so there are no what-ifs." in capsys.readouterr().out
 
 
 class Stream(torch.utils.data.IterableDataset):

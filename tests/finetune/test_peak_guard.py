@@ -303,17 +303,10 @@ def test_bounds_hold_at_every_step(launch: Launch) -> None:
 
 @pytest.mark.parametrize(
     ("bounds", "error", "message"),
-    first_cases(
-        2,
-        [
-            ({"q_prj": 4}, UnknownNameError, "'q_prj'. Did you mean: 'q_proj'"),
-            ({"q_proj": (4, 2)}, ConfigError, "from low to high"),
-            ({"q_proj": -1}, ConfigError, "from low to high"),
-            ({"q_proj": (3, 3)}, ConfigError, "bounds of 'q_proj' leave it no rank: no rank of"),
-            ({"q_proj": "8"}, ConfigError, "got '8'"),
-            ({"q_proj": (1, 2, 3)}, ConfigError, "from low to high"),
-        ],
-    ),
+    [
+        ({"q_prj": 4}, UnknownNameError, "'q_prj'. Did you mean: 'q_proj'"),
+        ({"q_proj": (3, 3)}, ConfigError, "bounds of 'q_proj' leave it no rank: no rank of"),
+    ],
 )
 def test_bounds_that_make_no_sense(launch: Launch, bounds: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

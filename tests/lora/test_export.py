@@ -335,7 +335,7 @@ def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for taken in (tmp_path / "used", plain, tmp_path / "used" / "notes.txt"):
         with pytest.raises(RunFolderError, match="exists already"):
             export_padded(plain, taken)
-    with pytest.raises(RunFolderError, match="Cannot write"):
+    with pytest.raises(RunFolderError, match="cannot be written"):
         export_padded(plain, tmp_path / "used" / "notes.txt" / "deeper")
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
     (tmp_path / "empty").mkdir()

@@ -259,8 +259,8 @@ def test_the_message_for_bytes_says_what_takes_them():
     with pytest.raises(BudgetError) as caught:
         check_budget(problem, ["bottom", "top"])
     assert str(caught.value) == (
-        "The budget of 976.6 KiB for a step is too small for any adapter. The smallest that works is '1.917 MiB step' "
-        "(rank 1 on 'top' alone). "
+        "The budget of 1 MB (976.6 KiB) for a step is too small for any adapter. The smallest that works is "
+        "'1.917 MiB step' (rank 1 on 'top' alone). "
         "The peak is at the backward pass of layer 1. 7.812 KiB of it goes to what this moment holds even without an "
         "adapter (such as what trains outside it), 1.907 MiB of it goes to what is saved or computed for backward "
         "(activations, logits), 1.205 KiB of it goes to the adapter itself. A smaller per-device batch or shorter "

@@ -27,6 +27,7 @@ from rankpilot.study.memory_report import (
     grid_table,
     notes,
     picture_labels,
+    remarks,
     subject,
     verdict_text,
     write_memory_report,
@@ -155,19 +156,19 @@ def test_choices_on_a_card() -> None:
 
 
 def test_measured_beside_predicted() -> None:
-    told = " ".join(notes(outlook(measured=MeasuredStep(90 * MIB, 99 * MIB, 700 * MIB))))
+    told = " ".join(remarks(outlook(measured=MeasuredStep(90 * MIB, 99 * MIB, 700 * MIB))))
     assert "A real step took 90 MiB of live tensors, 100.0% of predicted" in told
     assert "the resident memory rose by 99 MiB, 110.0% of predicted" in told
     assert "the process took 700 MiB at its peak" in told
     assert "MALLOC_MMAP_THRESHOLD_" in told
-    calm = " ".join(notes(outlook(measured=MeasuredStep(90 * MIB, 91 * MIB, 700 * MIB))))
+    calm = " ".join(remarks(outlook(measured=MeasuredStep(90 * MIB, 91 * MIB, 700 * MIB))))
     assert "MALLOC_MMAP_THRESHOLD_" not in calm
     cuda = outlook(measured=MeasuredStep(90 * MIB, reserved_bytes=200 * MIB))
     cuda.facts["device"] = "cuda"
-    told = " ".join(notes(cuda))
+    told = " ".join(remarks(cuda))
     assert "90 MiB allocated by CUDA's allocator" in told
     assert "reserved 200 MiB, the model included" in told
-    assert "A real step" not in " ".join(notes(outlook()))
+    assert "A real step" not in " ".join(remarks(outlook()))
 
 
 def test_words() -> None:
@@ -183,7 +184,7 @@ def test_words() -> None:
     assert "backward: loss): 60 MiB tensors saved for backward; 12 MiB optimizer state" in told[0]
     assert "signal" not in told[0], "kinds of which there is nothing are left out"
     assert told[1] == "The frozen model (90 MiB) comes on top: a budget of bytes counts it, and one of a step does not."
-    assert told[-1] == "a note"
+    assert list(remarks(here)) == ["a note"]
 
 
 def test_activations_that_run_again_are_told() -> None:

@@ -69,7 +69,10 @@ def test_the_better_run_is_marked_whichever_it_is(run_folder: Path) -> None:
     page = page_of(run_folder)
     assert table_rows(page)["held-out loss"] == ["0.3841", "*0.2000*"]
     assert table_rows(page)["held-out accuracy"] == ["86.10%", "*99.00%*"]
-    assert page["results"] == ["rankpilot's held-out loss is 92.0% higher than that of uniform ranks."]
+    assert page["results"] == [
+        "One run each, so luck counts too: "
+        "rankpilot's held-out loss is 92.0% higher than that of uniform ranks, rank 16 on 17 of 36 modules."
+    ]
 
 
 def test_the_picture_of_the_ranks_can_be_made_again(run_folder: Path) -> None:
@@ -88,7 +91,8 @@ def test_decisions_in_words_and_in_a_line_each(run_folder: Path) -> None:
         "what was asked for 3 modules."
     )
     assert third["line"] == "step 68: 2 modules moved, 94 of 100 MiB, mean rank 2.3"
-    assert "measured" not in first["summary"]
+    assert first["summary"].startswith("18 of 36 modules adapted; "), "all were at rank 1 only to be measured"
+    assert (first["measures"], third["measures"]) == (True, False)
 
 
 def test_flags_and_constants_do_not_stand_out(run_folder: Path) -> None:

@@ -54,7 +54,10 @@ def test_a_held_out_loss_that_rises_is_said_even_if_it_beats_uniform(with_metric
         "The held-out loss rose during the run: from 0.675 at step 50 to 0.715 at step 200. Train fewer steps, or "
         "lower the learning rate.",
     )
-    assert found.results == ("rankpilot's held-out loss is 0.4% lower than that of uniform ranks.",)
+    assert found.results == (
+        "One run each, so luck counts too: "
+        "rankpilot's held-out loss is 0.4% lower than that of uniform ranks, rank 16 on 17 of 36 modules.",
+    )
     assert verdict(read_run(with_metrics({50: {"eval_loss": 0.675}, 200: {"eval_loss": 0.680}}))).warnings == ()
 
 
@@ -64,6 +67,7 @@ def test_what_a_run_saves_beside_plain_lora(run_folder: Path) -> None:
     summary["runs"]["all-linear"] = plain
     write_json(run_folder / "summary.json", summary)
     assert verdict(read_run(run_folder)).results == (
+        "One run each, so luck counts too: "
         "rankpilot's held-out loss is 1.1% higher than that of rank 8 on all modules, with 50% of its bytes and 80% of "
         "its time a step.",
     )
@@ -196,7 +200,7 @@ def test_a_budget_that_changed_is_that_of_its_time() -> None:
 
 def test_losses_in_words() -> None:
     both = loss_sentence({"rankpilot": 0.9, "uniform": 1.0})
-    assert both == "rankpilot ends 10.0% below uniform on held-out data: 0.900 against 1.000"
+    assert both == "rankpilot ends 10.0% below uniform on held-out data, one run each: 0.900 against 1.000"
     assert "end level" in loss_sentence({"rankpilot": 1.0, "uniform": 1.0001})
     assert loss_sentence({"rankpilot": 0.5}) == "rankpilot ends at a held-out loss of 0.500"
     assert "no held-out" in loss_sentence({})
