@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,9 +19,12 @@ from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.live_storages import LivePeak
 from rankpilot.cost.savers import ACTIVATIONS, SAVERS, ExactSavers
 from rankpilot.data.models import load_model, load_tokenizer
+from rankpilot.finetune.frozen_state import FrozenState, layers_in_order, modules_below
 from rankpilot.finetune.prefix_cache import PrefixCache, Room
+from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from .harness import Figures, estimate_figures, interleave, usual_ratio
 
@@ -58,7 +62,7 @@ def benchmark(options: Options, console: Console) -> Figures:
     figures = _steps(options, console)
     if options.batches:
         figures |= _runs(options, console)
-    return figures
+    return figures | _checks(options, console)
 
 
 def _model(options: Options, share: float, rank: int) -> Any:
@@ -188,5 +192,36 @@ def _runs(options: Options, console: Console) -> Figures:
         table.add_row(name, f"{whole:.3f}", f"{later:.3f}", f"{last[name]:.6f}")
         key = name.replace(" ", "_").replace(",", "")
         figures |= {f"{key}.run": whole, f"{key}.later_epoch": later, f"{key}.loss": last[name]}
+    console.print(table)
+    return figures
+
+
+NARROW: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4}
+CHECKED_STEPS = 20
+
+
+def _checks(options: Options, console: Console) -> Figures:
+    """What it takes to look, before a pass, whether frozen layers have changed: CPU time over that of a plain step.
+
+    The lower half of the layers has adapters of rank 0, as after a plan, so that as much is looked at as there can be.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(**NARROW, num_hidden_layers=4, vocab_size=1000, use_cache=False)
+    narrow = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules="all-linear")).train()
+    columns = "model", "a look", "of a plain step"
+    table, figures = make_table("Before each pass: is all below the lowest adapter as it was?", columns), Figures()
+    for name, model in {options.model: _model(options, 1.0, 8), "a Llama of width 64": narrow}.items():
+        (body, layers), targets = layers_in_order(model), find_target_modules(model)
+        half = len(layers) // 2
+        set_ranks(targets, {target.name: 0 for target in targets if target.block < half})
+        (batch,), optimizer = _batches(replace(options, vocabulary=1000), 1), _optimizer(model)
+        state = FrozenState(modules_below(body, layers[half:]), body.config)
+        step_of = partial(_step, model, optimizer, batch, options)
+        work = {"step": lambda turn, run=step_of: run(), "look": lambda turn, run=state.change: run()}
+        seconds = interleave(work, CHECKED_STEPS, torch.device("cpu"), clock=time.process_time)
+        look, step = (float(np.median(seconds[key])) for key in ("look", "step"))
+        table.add_row(name, f"{1e6 * look:.0f} us", f"{look / step:.3%}")
+        key = name.replace(" ", "_")
+        figures |= {f"look.{key}.seconds": look, f"look.{key}.share": look / step}
     console.print(table)
     return figures

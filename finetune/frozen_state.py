@@ -17,13 +17,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..common.text import plural
 from ..cost.training_step import CHECKPOINT
-from ..lora.resize import freeze_dropped
 from ..lora.targets import unwrap
 
 Modules = Mapping[str, nn.Module]
 """Modules by name, each with those inside of it."""
 
-SAMPLED, WHOLE = 4, 4096
+SAMPLED, WHOLE = 2, 4096
 """How many numbers of a tensor are compared, and how many a buffer has at most for all of them to be."""
 
 _CONTENTS = {"_modules", "_parameters", "_buffers"}
@@ -51,7 +50,6 @@ class FrozenState:
     """
 
     def __init__(self, modules: Modules, config: object) -> None:
-        self._modules = [*modules.values()]
         held: list[tuple[str, Any]] = []
         for name, own in ((name, vars(module)) for name, module in modules.items()):
             held += [(name, own), *((name, own[kind]) for kind in _CONTENTS)]
@@ -61,7 +59,7 @@ class FrozenState:
         places = [(name, holder, key) for name, holder in held if isinstance(holder, dict) for key in holder]
         settings = getattr(config, "__dict__", {})
         read = [key for key in settings if any(part in key for part in _READ_SETTINGS) and "output" not in key]
-        places = [each for each in places if each[2] not in _UNREAD] + [("config", settings, key) for key in read]
+        places = [place for place in places if not _is_fixed(*place[1:])] + [("config", settings, key) for key in read]
         self._names = [_path(name, str(key)) for name, _, key in places]
         self._places = [(holder, key) for _, holder, key in places]
         self._sizes, self._values = [*map(len, self._holders)], [holder.get(key) for holder, key in self._places]
@@ -85,7 +83,6 @@ class FrozenState:
     def _training(self) -> str:
         if True not in [each.requires_grad for each in self._trainable]:
             return ""
-        freeze_dropped(self._modules)
         return next((f"{name} trains now" for name, each in self._parameters if each.requires_grad), "")
 
     def _parts(self) -> str:
@@ -112,14 +109,23 @@ class FrozenState:
         return ""
 
 
+def modules_below(body: nn.Module, above: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """The modules of a model without some layers, and without adapters that hold no numbers: those add nothing."""
+    others = [*above]
+    for layer in body.modules():
+        if isinstance(layer, BaseTunerLayer) and not _holds_numbers(layer):
+            others += [child for name, child in layer.named_children() if name != "base_layer"]
+    left = {id(module) for other in others for module in other.modules()}
+    return {name: module for name, module in body.named_modules() if id(module) not in left}
+
+
+def _holds_numbers(layer: BaseTunerLayer) -> bool:
+    return any(p.numel() for name in layer.adapter_layer_names for p in getattr(layer, name).parameters())
+
+
 def adapted(modules: Modules) -> list[BaseTunerLayer]:
-    """The layers of PEFT among some modules that hold numbers of any adapter."""
-    return [
-        each
-        for each in modules.values()
-        if isinstance(each, BaseTunerLayer)
-        and any(p.numel() for name in each.adapter_layer_names for p in getattr(each, name).parameters())
-    ]
+    """The layers of PEFT among some modules that have an adapter with numbers."""
+    return [each for each in modules.values() if isinstance(each, BaseTunerLayer) and _holds_numbers(each)]
 
 
 def adapters_in_use(layers: Sequence[BaseTunerLayer]) -> Hashable:
@@ -138,6 +144,11 @@ def heard_by(modules: Modules) -> str:
 
 def _path(name: str, key: str) -> str:
     return f"{name}.{key}".lstrip(".")
+
+
+def _is_fixed(holder: Mapping[str, Any], key: str) -> bool:
+    """Whether something is no setting, or a size, which the forward pass does not read or nobody changes."""
+    return key in _UNREAD or (type(holder[key]) is int and "drop" not in key)
 
 
 def _is_list(value: object) -> bool:
@@ -209,12 +220,12 @@ def random_parts(body: nn.Module, above: Sequence[nn.Module]) -> str:
     below = [module for module in body.modules() if id(module) not in later]
     if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in below):
         return "they drop some numbers at random (dropout)"
-    if any(map(drops_itself, below)):
-        return "they drop some numbers at random (dropout)"
     config = vars(getattr(body, "config", body))
     shares = (config.get(name) for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"))
     if any(isinstance(share, float) and share > 0 for share in shares):
         return "their attention drops some numbers at random (dropout)"
+    if any(map(drops_itself, below)):
+        return "they drop some numbers at random (dropout)"
     if any(getattr(module, "neftune_noise_alpha", None) for module in below):
         return "their embeddings get noise (NEFTune)"
     return ""

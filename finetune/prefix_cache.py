@@ -38,7 +38,7 @@ from ..common.text import format_bytes
 from ..cost.budget import free_bytes
 from ..data.batches import IGNORED
 from ..errors import first_line
-from .frozen_state import FrozenState, adapted, adapters_in_use, heard_by, layers_in_order, random_parts
+from .frozen_state import FrozenState, adapted, adapters_in_use, heard_by, layers_in_order, modules_below, random_parts
 
 CHECKED_FIRST = 2
 """So many batches are compared before the layers are left out, of each kind: in training, and in evaluation."""
@@ -334,8 +334,7 @@ class PrefixCache:
             forward = self._of_layer(index, layer.forward)
             layer.forward = forward
             self._left.append((layer, forward))
-        later = {id(module) for layer in self._layers[count:] for module in layer.modules()}
-        self._below = {name: each for name, each in self._body.named_modules() if id(each) not in later}
+        self._below = modules_below(self._body, self._layers[count:])
         self._random = bool(random_parts(self._body, self._layers[count:]))
         self._look_below()
 
@@ -572,7 +571,8 @@ def _reads_padding(labels: torch.Tensor, mask: torch.Tensor) -> bool:
 
 
 def _trains(parameters: Iterable[nn.Parameter]) -> bool:
-    return any(parameter.requires_grad for parameter in parameters)
+    """Whether any number trains: at the end of `disable_adapter`, PEFT lets pairs of rank 0 require gradients."""
+    return any(parameter.requires_grad and parameter.numel() for parameter in parameters)
 
 
 @dataclass

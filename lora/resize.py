@@ -13,7 +13,7 @@ For a pair A (r, d_in), B (d_out, r) with delta W = s B A:
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -282,13 +282,6 @@ class _KeepFrozen:
         if self.target.exists and self.target.rank == 0 and self.target.weight_a.requires_grad:
             for parameter in self.target.parameters.values():
                 parameter.requires_grad_(False)
-
-
-def freeze_dropped(layers: Iterable[nn.Module]) -> None:
-    """Freeze dropped modules that PEFT has made trainable, where their forward pass may be left out."""
-    for hook in (hook for layer in layers for hook in layer._forward_pre_hooks.values()):
-        if isinstance(hook, _KeepFrozen):
-            hook()
 
 
 def _shrink(

@@ -136,6 +136,15 @@ def all_logits_later(model: Any, batch: Batch, step: int) -> torch.Tensor:
     return (all_logits if step >= CHANGE else own_loss)(model, batch, step)
 
 
+def hidden_states(model: Any, batch: Batch, step: int) -> torch.Tensor:
+    """From one step on, the loss reads what each layer returns."""
+    if step < CHANGE:
+        return own_loss(model, batch, step)
+    output = model(**batch, output_hidden_states=True)
+    loss: torch.Tensor = output.loss + 0.1 * torch.stack(output.hidden_states).float().pow(2).mean()
+    return loss
+
+
 def near_the_base(model: Any, batch: Batch, step: int) -> torch.Tensor:
     """The distance to the model without adapters, over all tokens."""
     output = model(**batch)
@@ -232,6 +241,10 @@ def add_adapter(model: PeftModel) -> None:
     model.add_adapter("other", LoraConfig(r=2, target_modules=EVERYWHERE[family], init_lora_weights=False))
 
 
+def attend_otherwise(model: PeftModel) -> None:
+    model.get_base_model().set_attn_implementation("eager")
+
+
 def nothing(model: PeftModel) -> None:
     pass
 
@@ -270,10 +283,12 @@ CHANGES = {
     "another module": Change(replace_a_module, told="changed, so"),
     "another forward": Change(replace_a_forward, told="changed, so"),
     "a second adapter": Change(add_adapter, near_another_adapter, shuffled=False, told="changed, so"),
+    "other attention": Change(attend_otherwise, told="changed, so"),
     "masks and labels": Change(loss=other_masks),
     "two passes": Change(loss=two_passes, shuffled=False),
     "z-loss": Change(loss=all_logits, shuffled=False, told="The loss reads padding. Rows"),
     "z-loss later": Change(loss=all_logits_later, told="reads padding, and the pass before", differs=True),
+    "hidden states": Change(loss=hidden_states),
     "KL to the base": Change(loss=near_the_base, shuffled=False, told="The loss reads padding. Rows"),
     "embeddings": Change(loss=embedded, shuffled=False),
     "accumulation": Change(micro=2),
