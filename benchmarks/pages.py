@@ -58,9 +58,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def signed(value: float, digits: int = 1) -> str:
+def signed(value: float | str, digits: int = 1) -> str:
     """A difference in per cent with its sign; 0 has that of a gain."""
-    return f"{round(value, digits) + 0.0:+.{digits}f} %"
+    return f"{round(float(value), digits) + 0.0:+.{digits}f} %"
 
 
 def ranged(figures: Figures, key: str) -> str:
@@ -97,7 +97,7 @@ def one_run() -> str:
     figures, rows = without_a_sweep(), []
     for side, words in SIDES.items():
         size = figures[f"admitted, {side}: bytes"]
-        known = f"{size:.2f}" if math.isfinite(size) else "more" if side == "rslora-64" else "1"
+        known = f"{size:.2f}" if math.isfinite(float(size)) else "more" if side == "rslora-64" else "1"
         key = f"admitted, {side}"
         rows.append(
             (words, ranged(figures, key), signed(figures[f"{key}: worst"]), known, f"{figures[f'{key}: texts']}")

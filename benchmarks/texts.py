@@ -88,18 +88,19 @@ def load_data(task: TextTask) -> TaskData:
     sizes = (task.train_rows, 2 * task.held_out)
     if task.text == "docstrings":
         tokenizer = load_tokenizer(PACKAGED)
-        parts = [
+        train, held_out = (
             encoded(Dataset.from_list(rows[:size]), tokenizer, LENGTH)[1]
             for rows, size in zip(_instructions(), sizes, strict=True)
-        ]
-        return TaskData(*parts, DataCollatorForSeq2Seq(tokenizer))
+        )
+        return TaskData(train, held_out, DataCollatorForSeq2Seq(tokenizer))
     halves = load_text(task.text)
     if reads_bytes(task.model):
-        return TaskData(*map(_windows, halves, sizes), _collate_bytes)
+        train, held_out = map(_windows, halves, sizes)
+        return TaskData(train, held_out, _collate_bytes)
     tokenizer = load_tokenizer(PACKAGED)
     encode = tokens.blocks(tokenizer, "text", LENGTH)
-    parts = [_blocks(half, size, encode) for half, size in zip(halves, sizes, strict=True)]
-    return TaskData(*parts, DataCollatorForLanguageModeling(tokenizer, mlm=False))
+    train, held_out = (_blocks(half, size, encode) for half, size in zip(halves, sizes, strict=True))
+    return TaskData(train, held_out, DataCollatorForLanguageModeling(tokenizer, mlm=False))
 
 
 def load_text(name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from operator import is_
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -103,7 +103,7 @@ class FrozenState:
             return next(f"{name} changed" for names, now, then in each if (name := _first(names, now, then)))
         for (names, views), then in zip(self._samples, self._numbers, strict=True):
             if not _same_bits(torch.cat(views), then):
-                before = then.split([len(view) for view in views])
+                before = torch.split(then, [len(view) for view in views])
                 pairs = zip(names, views, before, strict=True)
                 return next(f"{name} changed" for name, now, then in pairs if not _same_bits(now, then))
         return ""
@@ -155,7 +155,7 @@ def _is_list(value: object) -> bool:
     return isinstance(value, dict | list | set)
 
 
-def _is_plain(value: object) -> bool:
+def _is_plain(value: object) -> TypeGuard[torch.Tensor]:
     """Whether something is a tensor whose address, version and numbers can be read."""
     return (
         isinstance(value, torch.Tensor)

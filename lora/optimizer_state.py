@@ -421,7 +421,7 @@ class KeptState:
         every = {
             str(i): values and {k: v for k, (v, _) in values.items()} for i, values in enumerate(self._before.values())
         }
-        plain = (torch.Tensor, int, float, type(None))
+        plain: tuple[type[Any], ...] = (torch.Tensor, int, float, type(None))
         return every if all(type(v) in plain for values in every.values() for v in (values or {}).values()) else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

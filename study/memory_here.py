@@ -123,7 +123,7 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
     facts = {"model": config.model, "task": setup.task, "device": setup.run.device.type}
     outlook = Outlook(step, config.rank, config, asked=asked, limit=limit, measured=measured, facts=facts)
     budget = Budget.parse(config.budget) if config.budget else None
-    outlook.notes += filter(None, [*notes, budget and beyond_device(budget, setup.run.device)])
+    outlook.notes += filter(None, [*notes, beyond_device(budget, setup.run.device) if budget else ""])
     ranks = np.minimum(config.rank, highest_ranks(setup.targets))
     for label, shape, memory in batches:
         outlook.add("batch", label, memory, shape, ranks)

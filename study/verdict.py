@@ -64,9 +64,9 @@ def _diverged(run: RunData) -> str:
         values += [(name, step, value) for step, value in run.points(PILOT, key)]
     if held_out is not None:
         values.append(("held-out loss", run.steps, held_out))
-    for name, step, value in sorted(values, key=lambda row: row[1]):
+    for name, at, value in sorted(values, key=lambda row: row[1]):
         if not math.isfinite(value):
-            return f"The run diverged: the {name} is {value} at step {step:g}. Lower the learning rate."
+            return f"The run diverged: the {name} is {value} at step {at:g}. Lower the learning rate."
     losses = run.points(PILOT, "loss")
     if held_out is not None and losses and held_out > BLOWN_UP * losses[0][1] > 0:
         return (

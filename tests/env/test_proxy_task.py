@@ -323,9 +323,7 @@ def test_bases_are_small_and_tell_what_is_missing(tmp_path: Any, monkeypatch: py
     assert sum(path.stat().st_size for path in BASES_FOLDER.rglob("*") if path.is_file()) <= 5_000_000
     monkeypatch.setattr(bases, "BASES_FOLDER", tmp_path)
     bases._weights.cache_clear()
-    with pytest.raises(
-        AssetError, match=r"'llama-4x32' are missing .*git checkout a1dc0e36 -- env/weights/llama-4x32"
-    ):
+    with pytest.raises(AssetError, match=r"'llama-4x32' are missing .*git checkout a1dc0e36 -- env/weights/llama-4x32"):
         load_base_model("llama-4x32")
 
 
