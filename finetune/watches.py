@@ -83,11 +83,14 @@ LARGEST = 1e18
 """A gradient above it has a square, which Adam keeps a mean of, that is not finite in float32."""
 
 
+@torch.no_grad()
 def all_finite(tensors: Iterable[torch.Tensor], below: float = math.inf) -> torch.Tensor:
     """Whether all numbers are finite, and their sizes below a bound, as a bool tensor on the device of the first."""
-    found = [each.detach() for each in tensors if each.is_floating_point() and each.numel()]
+    found = [each for each in tensors if each.is_floating_point() and each.numel()]
     most = torch._foreach_norm(found, math.inf) if found else [torch.zeros(())]
-    return (torch.stack([each.float().to(most[0].device) for each in most]) < below).all()
+    if len({(each.dtype, each.device) for each in most}) > 1:
+        most = [each.float().to(most[0].device) for each in most]
+    return (torch.stack(most) < below).all()
 
 
 def trains_finite(optimizer: torch.optim.Optimizer, *, moments: bool = False) -> bool:

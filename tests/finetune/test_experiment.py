@@ -449,11 +449,14 @@ def test_a_split_without_labels_is_passed_over(bert_folder: Path, tmp_path: Path
     assert (len(workload.train), len(workload.held_out)) == (16, 6)
 
 
-def test_a_run_that_diverges_says_so(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["signal-mean", "uniform"])
+def test_a_run_that_diverges_says_so(make_config: Callable[..., FinetuneConfig], tmp_path: Path, policy: str) -> None:
+    """In the probe, or where there is none in training, of which a page is made."""
     with pytest.raises(NonFiniteError, match=r"learning.rate"):
-        finetune(make_config(learning_rate=1e30, steps=40), tmp_path / "run")
+        finetune(make_config(learning_rate=1e30, steps=40, policy=policy), tmp_path / "run")
     assert not (tmp_path / "run" / "rankpilot" / "adapter").exists()
-    assert "The run diverged" in verdict(read_run(tmp_path / "run")).warnings[0]
+    if policy == "uniform":
+        assert verdict(read_run(tmp_path / "run")).warnings[0].startswith("The run diverged: losses, gradients or")
 
 
 # Branches -------------------------------------------------------------------------------------------------------------
