@@ -82,7 +82,7 @@ def candidates(observation: Observation) -> Iterator[tuple[str, IntArray]]:
     problem = observation.problem
     yield PLAIN, plain_lora(problem)
     wide = module_feature(observation, "wide") > 0.5
-    yield "as much as fits, from the top down", top_down(problem)
+    yield "as much rank as fits", top_down(problem)
     for name, part in parts(observation).items():
         for rank in RANKS:
             named = f"rank {rank} on {name}"
