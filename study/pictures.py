@@ -21,7 +21,7 @@ import numpy as np
 
 from ..common import drawing
 from ..common.arrays import FloatArray, IntArray
-from ..common.text import ShortName, format_bytes, layer_titles, short_names, shortest_ends
+from ..common.text import ShortName, format_bytes, layer_titles, plural, short_names, shortest_ends
 from ..cost.breakdown import Breakdown, Kind
 from ..cost.outlook import Outlook
 from ..lora.spec import DEFAULT_RANKS
@@ -183,26 +183,22 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Returns of episodes over the iterations of policy training, and what the policy gains on validation tasks.
 
     Args:
-        rows: progress of a training. That of iteration 0 holds validation_over_start and validation_over_uniform, if it
-            was measured, and the same with warm_ in front after a warm start; later ones episodes, return_mean,
-            return_p10 and return_p90 over the rule, and now and then those of validation.
+        rows: progress of a training. That of iteration 0 holds validation_over_start, if it was measured, and
+            warm_validation_over_start after a warm start; later ones episodes, return_mean, return_p10 and return_p90
+            over the rule, and now and then validation_over_start.
     """
-    checks = {}
-    for name in ("over_start", "over_uniform"):  # the untrained policy first, the one after the warm start second
-        keys = (f"validation_{name}", f"warm_validation_{name}")
-        checks[name] = drawing.finite_points(
-            [(row["iteration"], row[key]) for row in rows for key in keys if key in row]
-        )
-    returns = [row for row in rows if "return_mean" in row]
-    note = "Gains are in shares of a task's headroom: what the best known allocation gains over uniform ranks."
-    figure = drawing.new_figure(4.1, _learning_title(returns, checks["over_start"]), note)
+    checks, returns = _checks(rows), [row for row in rows if "return_mean" in row]
+    note = (
+        "Gains over the rule that it starts from, in shares of a task's headroom, of which a task counts 100% at most."
+    )
+    figure = drawing.new_figure(4.1, learning_sentence(rows), note)
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    measured = len(checks["over_start"]) > 0
+    measured = len(checks) > 0
     panels = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
     _draw_returns(drawing.clean_axes(panels[0], "Training, on new tasks each time"), returns)
     if measured:
-        _draw_validation(drawing.clean_axes(panels[1], "Validation tasks"), checks)
+        _draw_validation(drawing.clean_axes(panels[1], "Validation tasks, which choose what is kept"), checks)
     last = max((float(row["iteration"]) for row in rows), default=0) or 1.0
     for axes in panels:
         axes.set_xlim(-0.02 * last, 1.02 * last)
@@ -211,6 +207,28 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+def _checks(rows: Sequence[Mapping[str, Any]]) -> FloatArray:
+    """(iteration, gain on validation tasks): the untrained policy first, the one after the warm start second."""
+    keys = ("validation_over_start", "warm_validation_over_start")
+    return drawing.finite_points([(row["iteration"], row[key]) for row in rows for key in keys if key in row])
+
+
+def learning_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a training of a policy brought; see `learning_curve`.
+
+    No claim about the trend of returns: each iteration draws other tasks, so they are not comparable.
+    """
+    checks, rounds = _checks(rows), sum("return_mean" in row for row in rows)
+    if not len(checks):
+        return f"Return over the rule in {rounds} iterations, each on newly drawn tasks"
+    iteration, gain = checks[int(np.argmax(checks[:, 1]))]
+    told = f"{gain:+.1%} over the rule on validation tasks".replace("-", "−")
+    if iteration:
+        return f"The policy of iteration {iteration:.0f} is kept: {told}"
+    kept = f"that of the warm start is kept, {told}" if gain else "the rule that it starts from is kept"
+    return f"PPO improved nothing in {plural(rounds, 'round')}: {kept}"
 
 
 def _draw_returns(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -230,32 +248,14 @@ def _draw_returns(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     drawing.draw_legend(axes)
 
 
-def _draw_validation(axes: Axes, checks: Mapping[str, FloatArray]) -> None:
+def _draw_validation(axes: Axes, points: FloatArray) -> None:
     """Draw what the policy gains on tasks that stay the same; on them alone iterations can be compared."""
-    labels = "over the rule it starts from", "over uniform ranks"
-    for points, color, label in zip(checks.values(), drawing.COLORS[1:3], labels, strict=True):
-        if len(points):
-            axes.plot(*points.T, "o-", color=color, markersize=5, linewidth=1.5, label=label)
-    points = checks["over_start"]
+    orange = drawing.COLORS[1]
+    axes.plot(*points.T, "o-", color=orange, markersize=5, linewidth=1.5)
     if len(points) > 1 and points[1, 0] == points[0, 0]:
-        style: dict[str, Any] = {
-            "textcoords": "offset points",
-            "xytext": (2, 7),
-            "fontsize": 9,
-            "color": drawing.COLORS[1],
-        }
+        style: dict[str, Any] = {"textcoords": "offset points", "xytext": (2, 7), "fontsize": 9, "color": orange}
         axes.annotate("warm start", points[1], **style)
-    axes.set(xlabel="PPO iteration", ylabel="gain")
-    drawing.draw_legend(axes)
-
-
-def _learning_title(rows: Sequence[Mapping[str, Any]], checks: FloatArray) -> str:
-    """No claim about the trend of returns: each iteration draws other tasks, so they are not comparable."""
-    if not len(checks):
-        return f"Return over the rule in {len(rows)} iterations, each on newly drawn tasks"
-    best = checks[int(np.argmax(checks[:, 1]))]
-    where = f"after {best[0]:.0f} iterations" if best[0] else "before PPO"
-    return f"Best on validation tasks {where}: {best[1]:+.1%} over the rule".replace("-", "−")
+    axes.set(xlabel="PPO iteration", ylabel="gain over the rule")
 
 
 PICTURE = "ranks.png"
