@@ -44,13 +44,11 @@ demo: $(VENV)/.installed-demo ## an 8B on a card, a fine-tune beside plain LoRA,
 	$(BIN)/rankpilot study $(SEEN)/saves --output $(SEEN)/study.html
 	$(BIN)/python -m tools.demo $(SEEN)
 
-bench: setup ## measure what a step costs, how its memory and time are predicted, how fast the environment is, how policies do (two hours)
+bench: setup ## measure what a step costs, how its memory and time are predicted, how fast the environment is
 	$(BIN)/python -m benchmarks overhead --json runs/bench/overhead.json
 	$(BIN)/python -m benchmarks step-time --json runs/bench/step_time.json
 	$(BIN)/python -m benchmarks memory --json runs/bench/memory.json
 	$(BIN)/python -m benchmarks env-speed --json runs/bench/env_speed.json
-	$(BIN)/python -m benchmarks methods --suite quick --output runs/bench/methods
-	$(BIN)/python -m benchmarks methods-report --suite quick --rows runs/bench/methods --output runs/bench/methods/report
 
 gpu-evidence: setup ## on a CUDA card of 24 GiB: predict and measure peaks, times and more, in 40 minutes at most (DRY=--dry-run: on the CPU)
 	$(BIN)/python -m benchmarks gpu-evidence $(DRY)

@@ -18,14 +18,13 @@ BENCHMARKS = {
     "published-time": ("published_time", "seconds of steps that others measured on a GPU, and predicted"),
     "peft-experiment": ("peft_experiment", "a plan for PEFT's own comparison, and what its row should show"),
     "env-speed": ("env_speed", "speed of stacked episodes, beside PEFT"),
-    "methods": ("methods.run", "adaptive and static ranks side by side, on real models, each tuned alike"),
-    "methods-report": ("methods.report", "tables, figures and answers from the stored rows of methods"),
     "rates": ("rates", "what the rule for the learning rate costs beside each task's best rate"),
     "loss-runs": ("loss_runs", "fine-tunes from which the rate's rule and the loss of a plan are fitted"),
     "no-sweep": ("no_sweep", "one run of rankpilot at its own rate beside plain LoRA at its best rate"),
     "control": ("control", "who corrects a wrong learning rate best while a run goes"),
     "elastic": ("elastic", "another process takes memory in the middle of runs, and gives it back"),
     "gpu-evidence": ("gpu_evidence", "what is claimed of CUDA, predicted and measured on the card that is here"),
+    "pages": ("pages", "figures of the documentation, written again from stored rows"),
     "worth": ("worth", "what a plan is worth: fitted on real fine-tunes, judged on those left out"),
 }
 """The module of each benchmark and what it measures; a module has `Options` and `benchmark(options, console)`."""
@@ -43,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, BENCHMARKS))
         lines = [f"  [bold]python -m benchmarks {name:{width}}[/]  {told}" for name, (_, told) in BENCHMARKS.items()]
-        first = "Measure again what docs/experiments.md reports.\n"
+        first = "Measure again what the pages claim.\n"
         last = "\nEach has its own --help and --json FILE (the figures), and nearly all have --quick (under a minute)."
         Console().print("\n".join([first, *lines, last]), highlight=False, soft_wrap=True)
         return 0 if arguments else 2

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from datasets import concatenate_datasets
 from rankpilot.common.text import format_bytes
 from rankpilot.finetune.left_as_found import GOOD_STEPS
 from rankpilot.finetune.pilot import RankPilot
@@ -27,9 +26,8 @@ from rich.console import Console
 from rich.progress import track
 
 from .harness import Figures, machine_facts
-from .methods.tasks import MethodTask
-from .methods.texts import load_data
-from .methods.training import adapted_model, evaluate, factor_at, new_loader, training_run
+from .text_runs import adapted_model, factor_at, held_out_loss, new_loader, training_run
+from .texts import TextTask, load_data
 
 STEPS, RATE = 70, 8e-3
 
@@ -121,7 +119,7 @@ def trial(number: int, other: Other | None, tell: Callable[[str], None]) -> dict
     """
     generator = np.random.default_rng([44, number])
     text = ("language-de", "language-fi", "package-email", "tales")[number % 4]
-    task = MethodTask("llama-8x64", text, "causal-lm", STEPS, 16, 48, RATE, 192, 4000, curve=1)
+    task = TextTask("llama-8x32", text, STEPS, 16)
     data, model = load_data(task), adapted_model(task, number)
     run = training_run(task, model, RATE, number)
     checkpointing = False if number % 2 else "auto"
@@ -162,7 +160,7 @@ def trial(number: int, other: Other | None, tell: Callable[[str], None]) -> dict
         if step >= back and sizes[-1] == sizes[0]:
             returned = min(returned, step - back + 1)
     pilot.finish()
-    found = evaluate(model, concatenate_datasets([data.tuning, data.held_out]), data, task)["loss"]
+    found = held_out_loss(model, data, task)
     layers, ranks = zip(*sizes, strict=True)
     lost = 1 - min(ranks) / ranks[0]
     return {"loss": found, "steps": steps, "above": above, "layers": max(layers), "lost": lost, "returned": returned}

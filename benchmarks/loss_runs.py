@@ -19,10 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import concatenate_datasets
 from peft import PeftModel
 from rankpilot.common.files import atomic_path, read_json_lines
-from rankpilot.cost.cost import ParameterCost
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import find_target_modules
@@ -31,11 +29,24 @@ from rich.console import Console
 from torch import nn
 
 from .harness import Figures, collect_rows, machine_facts
-from .methods.plans import Part, attention, both, ending, every_other_layer, everything, mlp, top
-from .methods.study import Modules
-from .methods.tasks import MethodTask
-from .methods.texts import load_data
-from .methods.training import ALPHA, CLIP, adapted_model, evaluate, factor_at, new_loader
+from .text_runs import (
+    ALPHA,
+    CLIP,
+    Part,
+    adapted_model,
+    attention,
+    both,
+    ending,
+    every_other_layer,
+    everything,
+    factor_at,
+    held_out_loss,
+    mlp,
+    new_loader,
+    ranks_at,
+    top,
+)
+from .texts import TextTask, load_data
 
 LEARNED = (
     *(f"language-{name}" for name in ("de", "fi", "uk", "pt", "sv", "es", "tr")),
@@ -66,7 +77,7 @@ PARTS: dict[str, Part] = {
     "attention-top-1/2": both(attention, top(0.5)),
     "mlp-top-3/4": both(mlp, top(0.75)),
     "mlp-top-1/2": both(mlp, top(0.5)),
-    "out": lambda modules: ending(modules, ("o_proj", "down_proj", "attn.c_proj", "mlp.c_proj")),
+    "out": ending("o_proj", "down_proj", "attn.c_proj", "mlp.c_proj"),
 }
 """Which modules are adapted, by name; "out" is what writes into the residual stream."""
 
@@ -110,12 +121,10 @@ class LossRun:
     rate: float
 
     @property
-    def task(self) -> MethodTask:
+    def task(self) -> TextTask:
         """What is trained."""
         held_out, train = (48, 600) if self.model.startswith("smollm2") else (192, 4000)
-        return MethodTask(
-            self.model, self.text, "causal-lm", self.steps, self.rows, 48, self.rate, held_out, train, curve=1
-        )
+        return TextTask(self.model, self.text, self.steps, self.rows, held_out, train)
 
 
 @dataclass(frozen=True)
@@ -254,18 +263,14 @@ def _rounded(rate: float) -> float:
 
 def ranks_of(run: LossRun, model: PeftModel) -> dict[str, int]:
     """The rank of each adapted module, by name."""
-    specs = tuple(find_target_modules(model))
-    chosen = PARTS[run.part](Modules(specs, ParameterCost.of(specs), 0.0))
-    return {spec.name: min(run.rank, spec.max_rank) for spec, adapted in zip(specs, chosen, strict=True) if adapted}
+    modules = find_target_modules(model)
+    return ranks_at(modules, PARTS[run.part](modules), run.rank)
 
 
 @cache
-def _untrained(task: MethodTask) -> float:
+def _untrained(task: TextTask) -> float:
     """The loss before training, which is that of the base model."""
-    data = load_data(task)
-    return float(
-        evaluate(adapted_model(task, 0), concatenate_datasets([data.tuning, data.held_out]), data, task)["loss"]
-    )
+    return held_out_loss(adapted_model(task, 0), load_data(task), task)
 
 
 def perform(run: LossRun) -> dict[str, Any]:
@@ -279,7 +284,6 @@ def perform(run: LossRun) -> dict[str, Any]:
         target.layer.scaling[target.adapter] = ALPHA / REFERENCE_RANK * (REFERENCE_RANK / rank) ** run.power
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=run.rate, weight_decay=0.0)
-    judged = concatenate_datasets([data.tuning, data.held_out])
     losses, norms = [], []
     for step, batch in enumerate(new_loader(task, data, seed)):
         for group in optimizer.param_groups:
@@ -290,10 +294,10 @@ def perform(run: LossRun) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(round(loss.item(), 5))
-    loss = evaluate(model, judged, data, task)["loss"]
+    loss = held_out_loss(model, data, task)
     return {
         "loss": loss if math.isfinite(loss) else None,
-        "untrained": _untrained(replace(task, steps=1, rate=1.0)),
+        "untrained": _untrained(replace(task, steps=1)),
         "adapted": len(ranks),
         "train_losses": losses,
         "norms": norms,

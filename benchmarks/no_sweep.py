@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from peft import PeftModel
 from rankpilot.agents.observation import Observation
 from rankpilot.agents.policy import Decision
@@ -41,11 +41,10 @@ from torch.utils.data import DataLoader
 
 from .harness import Figures, collect_rows, machine_facts
 from .loss_runs import JUDGED
-from .methods.tasks import MethodTask
-from .methods.texts import load_data
-from .methods.training import ALPHA, CLIP, adapted_model, evaluate, factor_at, new_loader, training_run
 from .no_sweep_rates import CORRECTIONS
-from .no_sweep_rivals import RIVALS, steps_of
+from .no_sweep_rivals import RIVALS, each_step
+from .text_runs import ALPHA, CLIP, adapted_model, factor_at, held_out_loss, new_loader, training_run
+from .texts import TextTask, load_data
 
 PACKED = Path(__file__).parent / "results" / "no_sweep.json"
 
@@ -90,11 +89,11 @@ class Run:
     seed: int = 0
 
     @property
-    def task(self) -> MethodTask:
+    def task(self) -> TextTask:
         """What is trained."""
         model = WHOLE.get(self.text) or SMALL[JUDGED.index(self.text) % len(SMALL)]
         steps, rows, held_out, train = (100, 4, 48, 600) if self.text in WHOLE else (200, 8, 192, 4000)
-        return MethodTask(model, self.text, "causal-lm", steps, rows, 48, USUAL, held_out, train, curve=1)
+        return TextTask(model, self.text, steps, rows, held_out, train)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +162,9 @@ def perform(run: Run) -> dict[str, Any]:
         pilot.begin(training)
         facts = _facts(pilot)
     elif run.side in RIVALS:
-        driver, optimizer = RIVALS[run.side].ready(task, seed, _rule_of(training, seed))
-        model, telling = driver.model, steps_of(driver, optimizer)
+        rival = RIVALS[run.side]
+        model, optimizer = rival.ready(task, seed, _rule_of(training, seed))
+        telling = each_step(optimizer, lambda step: rival.stepped(model, task, step))
     elif run.side != "usual":
         _set_rate(optimizer, run.factor * _rule_of(training, seed))
     if run.side == "controlled":
@@ -178,10 +178,9 @@ def perform(run: Run) -> dict[str, Any]:
         else:
             _train(task, model, optimizer, new_loader(task, data, seed), pilot)
     spent = time.process_time() - begun
-    judged = concatenate_datasets([data.tuning, data.held_out])
-    loss = evaluate(model, judged, data, task)["loss"]
+    loss = held_out_loss(model, data, task)
     if run.side == "plain":
-        facts["frequencies"] = round(loss_of_frequencies(data.train, judged), 5)
+        facts["frequencies"] = round(loss_of_frequencies(data.train, data.held_out), 5)
     if pilot:
         pilot.finish()
     times = {"setup_s": round(setup_s, 2), "all_s": round(spent, 2)}
@@ -243,7 +242,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def _train(
-    task: MethodTask,
+    task: TextTask,
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
     loader: DataLoader[Any],
@@ -313,9 +312,8 @@ def benchmark(options: Options, console: Console) -> Figures:
     """
     if options.workers < 0 or (options.minutes is not None and options.minutes < 0):
         raise ConfigError(f"--workers and --minutes are at least 0; got {options.workers} and {options.minutes}.")
-    path, rows = options.output / "rows.jsonl", {}
-    if options.minutes == 0 and not path.is_file():
-        rows = {Run(*run): row for run, row in json.loads(PACKED.read_text(encoding="utf-8"))}
+    path = options.output / "rows.jsonl"
+    rows = stored_rows() if options.minutes == 0 and not path.is_file() else {}
     for line in read_json_lines(path) if path.is_file() else []:
         rows[Run(**line["run"])] = line["row"]
     texts = [text for text in JUDGED if options.whole or text not in WHOLE][: 1 if options.quick else None]
@@ -337,12 +335,21 @@ def benchmark(options: Options, console: Console) -> Figures:
             for run, row in rows.items()
         ]
         write_text(PACKED, "[\n" + ",\n".join(lines) + "\n]\n")
+    return {**machine_facts(torch.device("cpu")), **report(rows, console)}
+
+
+def stored_rows() -> dict[Run, Any]:
+    """The rows of the repository."""
+    return {Run(*run): row for run, row in json.loads(PACKED.read_text(encoding="utf-8"))}
+
+
+def report(rows: Mapping[Run, Mapping[str, Any]], console: Console) -> Figures:
+    """Print tables of all sides and of control, and return their figures."""
     best = best_rows(rows)
-    figures = _report(best, console) | _report_control(rows, best, console)
-    return {**machine_facts(torch.device("cpu")), **figures}
+    return _report_sides(best, console) | _report_control(rows, best, console)
 
 
-def _report(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Console) -> Figures:
+def _report_sides(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Console) -> Figures:
     """Log losses beside plain LoRA's at its best rate, bytes and CPU time beside plain LoRA's, over texts."""
     reasons = {text: reason_to_leave_out(text, best) for text, _ in best}
     admitted = {text for text, reason in reasons.items() if reason is None}
@@ -364,7 +371,7 @@ def _report(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Conso
             spent = float(np.median([best[cell][side]["all_s"] / best[cell]["plain"]["all_s"] for cell in found]))
             figures |= {f"{part}, {side}: {name}": value for name, value in vars(change).items()}
             figures |= {f"{part}, {side}: worst": 100 * max(losses), f"{part}, {side}: bytes": size}
-            figures |= {f"{part}, {side}: time": spent}
+            figures |= {f"{part}, {side}: time": spent, f"{part}, {side}: texts": len({text for text, _ in found})}
             shares = [f"{value:.2f}" if math.isfinite(value) else "-" for value in (size, spent)]
             table.append((part, side, str(len(found)), f"{change:+.2f}", f"{100 * max(losses):+.1f}", *shares))
     columns = ("", "side", "cells", "log loss, %", "worst", "bytes", "CPU time")
@@ -388,7 +395,7 @@ def _report_control(
             losses: dict[bool, dict[Cell, float]] = {False: {}, True: {}}
             for text, seed in best:
                 runs = {name: Run(text, name, factor, seed) for name in ("plain", "controlled", side)}
-                paired = text in WHOLE or all(run in rows for run in runs.values())
+                paired = runs["controlled"] in rows and (text in WHOLE or runs["plain"] in rows)
                 if runs[side] in rows and paired and not reason_to_leave_out(text, best):
                     losses[text in WHOLE][text, seed] = 100 * _beside(rows[runs[side]], best[text, seed]["plain"])
             for is_whole, found in losses.items():
@@ -397,7 +404,8 @@ def _report_control(
                 prefix = "SmolLM2-135M, " if is_whole else ""
                 change = estimate(list(found.values()), [text for text, _ in found])
                 figures |= {f"{prefix}{side} at {factor:g}: {name}": value for name, value in vars(change).items()}
-                figures[f"{prefix}{side} at {factor:g}: worst"] = max(found.values())
+                figures |= {f"{prefix}{side} at {factor:g}: worst": max(found.values())}
+                figures |= {f"{prefix}{side} at {factor:g}: texts": len({text for text, _ in found})}
                 named = prefix + ("left alone" if side == "plain" else side)
                 table.append((f"{factor:g}", named, str(len(found)), f"{change:+.2f}", f"{max(found.values()):+.1f}"))
     if table:

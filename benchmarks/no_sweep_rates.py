@@ -20,8 +20,8 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from .methods.tasks import MethodTask
-from .methods.training import CLIP, factor_at
+from .text_runs import CLIP, factor_at
+from .texts import TextTask
 
 Batches = DataLoader[Any]
 
@@ -96,10 +96,10 @@ def _flat(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     return torch.cat([each.detach().flatten() for each in parameters if each.grad is not None])
 
 
-def followed(make: Callable[[], RateFactor]) -> Callable[[MethodTask, PeftModel, torch.optim.Optimizer, Batches], None]:
+def followed(make: Callable[[], RateFactor]) -> Callable[[TextTask, PeftModel, torch.optim.Optimizer, Batches], None]:
     """A way that follows a run's steps."""
 
-    def train(task: MethodTask, model: PeftModel, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
+    def train(task: TextTask, model: PeftModel, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
         factor, peak = make(), optimizer.param_groups[0]["lr"]
         for step, batch in enumerate(batches):
             _step(model, optimizer, batch, peak * factor_at(step, task.steps), factor)
@@ -114,7 +114,7 @@ ROUNDS = 2
 """How often copies are made."""
 
 
-def forked(task: MethodTask, model: PeftModel, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
+def forked(task: TextTask, model: PeftModel, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
     """Successive halving: when the rate has risen, twice, three copies go on for a twentieth of the run at their rates.
 
     The one whose losses are lowest in the second half of that stays. All steps of all copies count.
@@ -180,7 +180,7 @@ def _step(
     return float(loss.detach())
 
 
-CORRECTIONS: dict[str, Callable[[MethodTask, PeftModel, torch.optim.Optimizer, Batches], None]] = {
+CORRECTIONS: dict[str, Callable[[TextTask, PeftModel, torch.optim.Optimizer, Batches], None]] = {
     "reduced on a plateau": followed(Plateau),
     "hypergradient, .02": followed(lambda: Hypergradient(0.02)),
     "hypergradient, .1": followed(lambda: Hypergradient(0.1)),

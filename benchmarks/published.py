@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from peft import prepare_model_for_kbit_training
-from rankpilot.common.files import write_json, write_text
+from rankpilot.common.files import write_json
 from rankpilot.common.text import make_table
 from rankpilot.cost.breakdown import frozen_sizes
 from rankpilot.cost.cost import moment_costs
@@ -408,22 +408,22 @@ class Options:
     Attributes:
         quick: under a minute: a few small models.
         json: also write the figures to this file, as flat JSON with names like "t4.mean_percent".
-        page: also store all rows, and write the page that is made of them to this file.
+        pack: put all rows into the repository's file, of which `python -m benchmarks pages` makes a page.
     """
 
     quick: bool = False
     json: Path | None = None
-    page: Path | None = None
+    pack: bool = False
 
 
 def benchmark(options: Options, console: Console) -> Figures:
     """Predict, print the tables, and return all figures.
 
     Raises:
-        ConfigError: a page of a few rows is asked for.
+        ConfigError: a file of a few rows is asked for.
     """
-    if options.quick and options.page:
-        raise ConfigError("--page is made of all rows: leave out --quick.")
+    if options.quick and options.pack:
+        raise ConfigError("--pack stores all rows: leave out --quick.")
     t4 = quick_rows(t4_rows()) if options.quick else t4_rows()
     on_t4 = [compare_t4(row) for row in with_progress(t4, "steps on a T4")]
     figures = _report("t4", "Steps on a T4, MiB allocated", on_t4, console)
@@ -444,12 +444,11 @@ def benchmark(options: Options, console: Console) -> Figures:
         on_cards = [Compared(each.name, longest(each), each.tokens) for each in with_progress(contexts(), "contexts")]
         trained = [each for each in on_cards if each.measured]
         figures |= _report("contexts", "The longest row on a card, tokens", trained, console)
-    if options.page:
+    if options.pack:
         rows = [*_stored("t4", on_t4), *_stored_reserves(reserved), *_stored(f"l40s_reserved {length}", on_l40s)]
         rows += [*_stored("a100", [one for one, _ in a100]), *_stored("a100_in_use", [two for _, two in a100])]
         rows += [*_stored("a100_today", today), *_stored("contexts", on_cards)]
         write_json(published_page.ROWS, rows)
-        write_text(options.page, published_page.page(rows))
     for model in TIMED[:1] if options.quick else TIMED:
         seconds, gib = timed(model)
         console.print(f"{model}: {seconds:.1f} s of CPU, {gib:.2f} GiB resident", highlight=False)

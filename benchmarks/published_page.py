@@ -1,4 +1,4 @@
-"""docs/published-memory.md, made of stored rows: what others measured, and what configurations alone predict."""
+"""What others measured, and what configurations alone predict: tables of docs/published-memory.md, of stored rows."""
 
 from __future__ import annotations
 
@@ -116,15 +116,9 @@ NOT_PREDICTED = (
 
 
 def page(rows: Sequence[StoredRow]) -> str:
-    """The page."""
+    """The tables, with their sources."""
     groups = {key: [row for row in rows if _key(row) == key] for key in GROUPS}
     lines = [
-        "# Published memory",
-        "",
-        "Peaks that others measured on GPUs, and what [rankpilot memory](memory.md) predicts from configurations "
-        "alone. `python -m benchmarks published --page docs/published-memory.md` makes this page; figures are MiB, "
-        "and tokens in the last table.",
-        "",
         "| what | rows | mean error, % | worst | lowest | bars: mean, worst, under | met |",
         "|---|---:|---:|---:|---:|---|---|",
     ]
@@ -145,7 +139,7 @@ def page(rows: Sequence[StoredRow]) -> str:
         ]
     lines += ["", "## Not compared", "", "| what | why |", "|---|---|"]
     lines += [f"| {what} | {why} |" for what, why in NOT_PREDICTED]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _key(row: StoredRow) -> str:

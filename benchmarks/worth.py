@@ -20,7 +20,6 @@ from rankpilot.agents.observation import ModuleShapes
 from rankpilot.common.arrays import BoolArray, FloatArray
 from rankpilot.common.files import read_json_lines, write_json, write_text
 from rankpilot.common.text import make_table
-from rankpilot.cost.cost import ParameterCost
 from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import REFERENCE_RANK, ModuleSpec
 from rankpilot.plan.goal import CAUTION, SURE
@@ -31,7 +30,6 @@ from scipy.stats import spearmanr
 
 from .harness import Figures
 from .loss_runs import PARTS, LossRun, width_of
-from .methods import study
 from .rates import published
 
 PACKED = Path(__file__).parent / "results" / "loss_runs.json"
@@ -129,11 +127,10 @@ def loss_runs() -> Iterator[FineTune]:
         model, text, steps, rows = packed["task"]
         specs = specs_of(model)
         modules, highest = _modules(specs, width_of(model)), np.array([spec.max_rank for spec in specs])
-        known = study.Modules(specs, ParameterCost.of(specs), 0.0)
         ranks, scales, off, losses = [], [], [], []
         plain = RULE.plain(width_of(model), steps, look=Look(packed["untrained"], 47 * rows))
         for part, rank, power, rate, loss in packed["runs"]:
-            found = np.where(PARTS[part](known), np.minimum(rank, highest), 0)
+            found = np.where(PARTS[part](specs), np.minimum(rank, highest), 0)
             extra = (np.maximum(found, 1) / REFERENCE_RANK) ** (1 - power)
             alpha = 2.0 * REFERENCE_RANK / np.maximum(found, 1) * extra
             factor = RULE.factor(found, alpha, np.full(len(specs), 2.0))

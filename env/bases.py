@@ -35,28 +35,29 @@ def new_base_model(base: ProxyBase, *, causal: bool = False) -> PreTrainedModel:
     return model
 
 
-@lru_cache(maxsize=1)
-def _weights(name: str) -> dict[str, Any]:
+def weights_file(name: str) -> Path:
+    """The file of a proxy base's weights; AssetError if it is not there."""
     path = BASES_FOLDER / name / "model.safetensors"
     if not path.is_file():
         raise AssetError(
-            f"The weights of proxy base {name!r} are missing ({path}). Bases of the test split are in a "
-            "checkout of the repository and not in the wheel: install rankpilot from one (pip install -e .)."
+            f"The weights of proxy base {name!r} are missing ({path}). The wheel has those of training and validation "
+            f"alone. In a checkout, `git checkout evidence-0.3 -- env/weights/{name}` brings the ones that suites were "
+            f"measured on, and `python -m tools.pretrain {name}` makes new ones."
         )
-    return load_file(path)
+    return path
+
+
+@lru_cache(maxsize=1)
+def _weights(name: str) -> dict[str, Any]:
+    return load_file(weights_file(name))
 
 
 def load_base_model(name: str) -> PreTrainedModel:
     """A fresh copy of a pretrained proxy base, frozen, in evaluation mode, fp32."""
-    return with_weights(find_base(name), _weights(name))
-
-
-def with_weights(base: ProxyBase, weights: dict[str, Any]) -> PreTrainedModel:
-    """A model of an architecture with these weights, frozen, in evaluation mode, fp32."""
-    model = new_base_model(base)
+    model, weights = new_base_model(find_base(name)), _weights(name)
     _, unexpected = model.load_state_dict({key: value.float() for key, value in weights.items()}, strict=False)
     if unexpected:
-        raise AssetError(f"The weights of proxy base {base.name!r} do not fit its architecture: {unexpected[:3]}.")
+        raise AssetError(f"The weights of proxy base {name!r} do not fit its architecture: {unexpected[:3]}.")
     model.tie_weights()
     model.requires_grad_(False)
     return model.eval()

@@ -85,7 +85,3 @@ def test_every_block_of_the_readme_runs(warm_python: WarmPython, tmp_path: Path,
     assert (tmp_path / "runs/finetune/study.html").is_file()
     assert (tmp_path / "runs/served/adapter_model.safetensors").is_file()
     assert any((tmp_path / "runs/sft/decisions").iterdir())
-
-
-def test_it_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120

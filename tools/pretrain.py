@@ -1,7 +1,8 @@
 """Make proxy bases: `python -m tools.pretrain llama-4x64 bert-4x64`.
 
 Pretrains on Python's documentation (byte level) and writes `env/weights/NAME/model.safetensors` in fp16, with a
-card of how it came about. Users never need this: the bases ship with the package.
+card of how it came about. The bases of training and validation ship with the package; those of the test split and of
+benchmarks are at the git tag evidence-0.3, or made here.
 """
 
 from __future__ import annotations

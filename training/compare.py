@@ -29,6 +29,7 @@ from ..agents.rules import RULES, FixedPlan, GivenPlan, shuffled_plan
 from ..agents.settings import DecisionSchedule
 from ..common.files import CONFIG, as_json, as_plain, from_json, open_run, read_object, write_json
 from ..common.workers import count_workers, worker_pool
+from ..env.bases import weights_file
 from ..env.episode import EpisodeLog
 from ..env.proxy_finetune import check_texts, oracle_plan
 from ..env.proxy_task import ProxyTask, Reference, evenly, find_tasks
@@ -365,12 +366,14 @@ def evaluate(
     Raises:
         UnknownNameError, PolicyFileError, ConfigError: a competitor or task that cannot be.
         RunFolderError: the folder holds something else.
-        AssetError: a text is not at hand.
+        AssetError: a text or the weights of a proxy base are not at hand.
     """
     tasks = evaluation_tasks(config)
     schedule = _common_schedule(config.names, folder if resume else None)
     competitors = {name: find_competitor(name) for name in config.names}
     check_texts(tasks)
+    for base in sorted({task.base for task in tasks}):
+        weights_file(base)
     settings = {name: getattr(config, name) for name in _FIXED} | {"schedule": asdict(schedule)}
     with open_run(folder, as_plain(settings), resume=resume):
         check_weights(folder, {competitors[name].name: name for name in config.names})

@@ -9,7 +9,6 @@ bootstrap: neighbours in time are alike, so it draws whole cycles of steps.
 Plain quantiles of the draws are too narrow where tasks are few: of six tasks they hold the truth in 85 % of the cases.
 `estimate` goes further out, as far as Student's t does beyond the normal distribution (the expanded percentile
 interval of Hesterberg, 2015, "What teachers should know about the bootstrap", The American Statistician 69).
-`ratio_estimate` gives a studentised interval where few tasks carry most of the weight.
 """
 
 import math
@@ -33,9 +32,6 @@ with naming_extras():
 
 DRAWS = 4000
 """Bootstrap draws."""
-
-ROUNDING = 1e-12
-"""Of squares that cancel each other, a smaller share is rounding."""
 
 Statistic = Callable[[FloatArray, IntArray], FloatArray]
 """A figure of each draw, (draws,), from values, (runs,), and how often each run is in each draw, (draws, runs)."""
@@ -118,50 +114,6 @@ def _tail(tasks: int) -> float:
     if tasks < 2:
         return 0.5
     return float(ndtr(-stdtrit(tasks - 1, 0.975) * np.sqrt(tasks / (tasks - 1))))
-
-
-def ratio_estimate(numerators: FloatArray, denominators: FloatArray, tasks: Sequence[str | int]) -> Estimate:
-    """A ratio of sums over runs, with a symmetric studentised interval of a bootstrap over tasks.
-
-    Of each draw it takes the distance from the ratio in standard errors of the draw (of the linearised ratio). The
-    interval reaches as many standard errors to either side as 95 % of the draws stay within (Hall, 1988, "On symmetric
-    bootstrap confidence intervals", JRSS B 50). It is wider than that of `estimate`, and holds the truth more often
-    where runs differ much in weight.
-
-    Args:
-        numerators: one a run, (runs,); of a mean the values, of a weighted mean weight times value.
-        denominators: one a run, at least 0 and not all 0, (runs,); of a mean ones, of a weighted mean the weights.
-        tasks: the task of each run.
-    """
-    _, task_of = np.unique(np.asarray(tasks), return_inverse=True)
-    count = int(task_of.max()) + 1
-    above, below = (np.bincount(task_of, values, minlength=count) for values in (numerators, denominators))
-    ratio = float(above.sum() / below.sum())
-    rest = above - ratio * below
-    sums = np.stack([rest, below, rest**2, rest * below, below**2], axis=1)
-    _, error = _ratios(sums.sum(axis=0, keepdims=True))
-    distances, errors = _ratios(_task_draws(count) @ sums)
-    known = errors > 0  # not where all tasks of a draw have one ratio
-    studentised = np.where(known, np.abs(distances) / np.where(known, errors, 1), 0)
-    half = float(np.quantile(studentised, 0.95) * error[0])
-    return Estimate(ratio, ratio - half, ratio + half)
-
-
-def _ratios(sums: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Ratio of each draw, and its standard error but for a factor that all draws share; both (draws,).
-
-    Both are 0 in a draw of tasks without weight, the error where all are alike.
-
-    Args:
-        sums: of a, b, a a, a b and b b over the tasks of each draw, (draws, 5).
-    """
-    above, below, above_above, above_below, below_below = sums.T
-    divisor = np.where(below > 0, below, np.inf)
-    ratios = above / divisor
-    whole = above_above + ratios**2 * below_below
-    squares = whole - 2 * ratios * above_below
-    squares = np.where(squares > ROUNDING * whole, squares, 0)
-    return ratios, np.sqrt(squares) / divisor
 
 
 def _draws(tasks: Sequence[str | int]) -> IntArray:

@@ -45,8 +45,6 @@ def test_the_stored_experiment_keeps_the_limits() -> None:
     gib, seconds = re.findall(r"\| ([\d.]+) GiB \||\| (\d+) s \|", told)
     assert float(gib[0]) <= MOST_GIB
     assert float(seconds[1]) <= MOST_SECONDS
-    pages = (STORED.parents[2] / "docs" / "train-anywhere.md").read_text(encoding="utf-8")
-    assert f"{gib[0]} GiB and {seconds[1]} s on an L40S" in pages
     config = PeftConfig.from_pretrained(str(STORED))
     layers = config.layers_to_transform
     assert f"rank {config.r} on " in told

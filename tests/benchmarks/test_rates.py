@@ -15,7 +15,6 @@ from rich.console import Console
 from benchmarks.loss_runs import JUDGED, LEARNED, PARTS, LossRun, drawn_runs
 from benchmarks.rates import Options, Sweep, benchmark, packed, published
 
-ROOT = Path(__file__).parents[2]
 SWEEP = Sweep("family", "name", 64, 100, 8, 2.0, 1.0, 400, {1e-3: 2.0, 1e-2: 1.0, 1e-1: 4.0})
 
 
@@ -30,18 +29,9 @@ def test_the_rule_is_near_the_best_rate_of_published_sweeps() -> None:
     sweeps = [*published()]
     assert len({sweep.name for sweep in sweeps}) == 41
     rule, usual, low = (
-        f"{np.mean([sweep.regret(rate or sweep.rate(RULE)) for sweep in sweeps]):.{digits}f} %"
-        for rate, digits in ((None, 2), (3e-4, 2), (1e-4, 1))
+        np.mean([sweep.regret(rate or sweep.rate(RULE)) for sweep in sweeps]) for rate in (None, 3e-4, 1e-4)
     )
-    page, choice = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("learning-rate.md", "choose.md"))
-    assert f"On 41 published sweeps the rule's loss is {rule} above" in page
-    assert f"3e-4 for all is {usual} above it, and 1e-4 {low}" in " ".join(page.split())
-    for row in (
-        f"| [the rule](learning-rate.md) | {rule} |",
-        f"| 3e-4 for all | {usual} |",
-        f"| 1e-4 for all | {low} |",
-    ):
-        assert row in choice
+    assert rule < 0.25 < usual < low
     assert all(math.isfinite(sweep.regret(sweep.rate(RULE))) for sweep in packed())
 
 

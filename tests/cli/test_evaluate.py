@@ -12,6 +12,7 @@ from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.cli import main as cli
 from rankpilot.cli.evaluate import comparison_table
+from rankpilot.env import bases
 from rankpilot.errors import ConfigError
 from rankpilot.training.config import EvaluateConfig
 from rankpilot.training.results import Estimate, Group, PairedComparison, PolicyResult, read_rows
@@ -113,6 +114,16 @@ def _stirred() -> RankNetwork:
 def test_the_test_split_is_for_reports(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.run(["policy", "evaluate", "top-down", *TINY, "--split", "test", "--output", str(tmp_path / "out")]) == 0
     assert "The test split is for final reports" in capsys.readouterr().out
+
+
+def test_a_base_that_is_missing_is_told_before_the_first_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bases, "BASES_FOLDER", tmp_path)
+    out = tmp_path / "out"
+    assert cli.run(["policy", "evaluate", "top-down", *TINY, "--output", str(out)]) != 0
+    assert "git checkout evidence-0.3 -- env/weights/llama-4x32" in " ".join(capsys.readouterr().err.split())
+    assert not out.exists()
 
 
 # Tables: what they print of names, and how wide they are --------------------------------------------------------------

@@ -11,7 +11,6 @@ from rankpilot.training.results import (
     interquartile_means,
     mean_and_interval,
     means,
-    ratio_estimate,
 )
 
 from benchmarks.harness import medians, rank_correlation
@@ -38,9 +37,6 @@ def test_repetitions_of_a_task_are_no_new_tasks() -> None:
     groups = np.repeat(alone(20), 5).tolist()
     once, often = estimate(values, alone(20)), estimate(np.repeat(values, 5), groups)
     assert (often.value, often.low, often.high) == pytest.approx((once.value, once.low, once.high))
-    ratio = ratio_estimate(values, np.ones(20), alone(20))
-    ratios = ratio_estimate(np.repeat(values, 5), np.ones(100), groups)
-    assert (ratios.value, ratios.low, ratios.high) == pytest.approx((ratio.value, ratio.low, ratio.high))
     pretended = estimate(np.repeat(values, 5), alone(100))
     assert pretended.high - pretended.low < 0.6 * (often.high - often.low)
 
@@ -104,55 +100,6 @@ def test_the_chance_of_being_better_is_a_binomial_share() -> None:
     assert result.better.high - result.better.low == pytest.approx(2 * half, rel=0.1)
     sure = compare_pairs(np.ones(5), np.zeros(5), alone(5)).better
     assert (sure.value, sure.low, sure.high) == (1, 1, 1)
-
-
-# Ratios, and ranks ----------------------------------------------------------------------------------------------------
-
-
-def test_the_interval_of_a_ratio_is_that_of_a_mean_where_weights_are_equal() -> None:
-    values = np.random.default_rng(0).normal(1.0, 2.0, size=400)
-    result, plain = ratio_estimate(values, np.ones(400), alone(400)), estimate(values, alone(400))
-    assert result.value == pytest.approx(plain.value)
-    assert (result.low, result.high) == pytest.approx((plain.low, plain.high), abs=0.03)
-    assert result.high - result.value == pytest.approx(result.value - result.low), "as far to either side"
-    assert ratio_estimate(values, np.ones(400), alone(400)) == result, "the same draws each time"
-
-
-def test_a_weighted_mean_by_hand() -> None:
-    values, weights = np.array([1.0, 5.0, 2.0, 7.0]), np.array([2.0, 0.0, 1.0, 1.0])
-    result = ratio_estimate(weights * values, weights, alone(4))
-    assert result.value == (2 * 1 + 2 + 7) / 4
-    twice = ratio_estimate(2 * weights * values, 2 * weights, alone(4))
-    assert (twice.value, twice.low, twice.high) == pytest.approx((result.value, result.low, result.high))
-    moved = ratio_estimate(weights * (values + 1e6), weights, alone(4))
-    assert (moved.low, moved.high) == pytest.approx((1e6 + result.low, 1e6 + result.high))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_draws_of_tasks_with_one_ratio_do_not_widen_the_interval_by_their_rounding(seed: int) -> None:
-    result = ratio_estimate(np.full(9, 0.3), np.ones(9), alone(9))
-    assert (result.low, result.high) == pytest.approx((0.3, 0.3))
-    assert ratio_estimate(np.array([2.0]), np.array([4.0]), ["a"]) == Estimate(0.5, 0.5, 0.5)
-    generator = np.random.default_rng(seed)
-    gains, weights = np.zeros(12), generator.uniform(0.1, 2, size=12)
-    gains[0] = 1.0  # a third of the draws are without this task
-    result = ratio_estimate(weights * (gains + 0.3), weights, alone(12))
-    assert 0 < result.high - result.low < 1
-    twice = ratio_estimate(2 * weights * (gains + 0.3), 2 * weights, alone(12))
-    assert (twice.low, twice.high) == pytest.approx((result.low, result.high)), "rounding decides nothing"
-
-
-def test_studentised_intervals_hold_the_truth_more_often_where_few_weights_count() -> None:
-    """Thirty values times weights that are mostly 0, as of importance sampling; the truth is 1."""
-    held = {"plain": 0, "studentised": 0}
-    for seed in range(200):
-        generator = np.random.default_rng(seed)
-        values = generator.normal(1, 0.5, size=30) * 5 * (generator.random(30) < 0.2)
-        plain, studentised = estimate(values, alone(30)), ratio_estimate(values, np.ones(30), alone(30))
-        held["plain"] += plain.low <= 1 <= plain.high
-        held["studentised"] += studentised.low <= 1 <= studentised.high
-    assert held["studentised"] >= 0.93 * 200
-    assert held["studentised"] > held["plain"]
 
 
 def test_rank_correlation_by_hand() -> None:

@@ -324,7 +324,7 @@ def test_bases_are_small_and_tell_what_is_missing(tmp_path: Any, monkeypatch: py
     monkeypatch.setattr(bases, "BASES_FOLDER", tmp_path)
     bases._weights.cache_clear()
     with pytest.raises(
-        AssetError, match=r"weights of proxy base 'llama-4x32' are missing .* checkout of the repository"
+        AssetError, match=r"'llama-4x32' are missing .*git checkout evidence-0.3 -- env/weights/llama-4x32"
     ):
         load_base_model("llama-4x32")
 

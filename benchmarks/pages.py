@@ -1,0 +1,369 @@
+"""`python -m benchmarks pages`: figures in the documentation, written again from the stored rows of benchmarks.
+
+A page has a block between two comments, `<!-- generated: NAME -->` and `<!-- end -->`. What stands between them is made
+by the function of that name in `BLOCKS`; the rest of a page belongs to its writers, who quote no figures of rows.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rankpilot.common.files import read_json, read_object, write_text
+from rankpilot.errors import DataError, UnknownNameError
+from rankpilot.plan.rate import RULE
+from rich.console import Console
+
+from . import no_sweep, published_page, rates, worth
+from .harness import Figures
+from .loss_runs import HARD
+from .published_time import KINDS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+BLOCK = re.compile(r"^<!-- generated: (.+?) -->\n(.*?)^<!-- end -->$", re.M | re.S)
+"""A block with its name and its content."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write the figures of the documentation again, from the stored rows of benchmarks.
+
+    Attributes:
+        check: write nothing; the exit status is 2 where a page is out of date.
+        json: also write the names of the pages that were out of date to this file.
+    """
+
+    check: bool = False
+    json: Path | None = None
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table in Markdown whose first `left` columns are words; the others are figures, to the right."""
+    lines = [columns, ["---" if index < left else "---:" for index in range(len(columns))], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """A difference in per cent with its sign; 0 has that of a gain."""
+    return f"{round(value, digits) + 0.0:+.{digits}f} %"
+
+
+def ranged(figures: Figures, key: str) -> str:
+    """An estimate in per cent with its interval."""
+    value, low, high = (figures[f"{key}: {name}"] for name in ("value", "low", "high"))
+    return f"{signed(value, 2)} ({low:+.2f} to {high:+.2f})"
+
+
+@cache
+def without_a_sweep() -> Figures:
+    """What the rows of `no-sweep` tell."""
+    return no_sweep.report(no_sweep.stored_rows(), Console(file=io.StringIO()))
+
+
+SIDES = {
+    "quality": '`goal="quality"`: the lowest loss in the bytes of plain LoRA',
+    "bytes": '`goal="bytes"`: the fewest bytes at the same loss',
+    "plain, rule": "plain LoRA at the rate of the rule",
+    "rslora-64": "plain LoRA of rank 64 (rsLoRA) at the best of its rates",
+    "usual": "plain LoRA at 3e-4",
+}
+RIVALS = {
+    "top 3/4": "adapters on the top three quarters of the layers",
+    "EVA": "EVA",
+    "MLPs": "adapters on MLPs alone",
+    "LoRA+": "LoRA+, ratio 16",
+    "AdaLoRA": "AdaLoRA, 12 to 8 components",
+    "Prodigy": "Prodigy, which finds its own rate",
+}
+
+
+def one_run() -> str:
+    """One run of rankpilot versus plain LoRA at the best of its rates."""
+    figures, rows = without_a_sweep(), []
+    for side, words in SIDES.items():
+        size = figures[f"admitted, {side}: bytes"]
+        known = f"{size:.2f}" if math.isfinite(size) else "more" if side == "rslora-64" else "1"
+        key = f"admitted, {side}"
+        rows.append(
+            (words, ranged(figures, key), signed(figures[f"{key}: worst"]), known, f"{figures[f'{key}: texts']}")
+        )
+    return table(("", "loss", "worst text", "bytes of a step", "texts"), rows)
+
+
+def rivals() -> str:
+    """Other ways to fine-tune at the rate of the rule."""
+    figures = without_a_sweep()
+    rows = [
+        (words, ranged(figures, key), signed(figures[f"{key}: worst"]), f"{figures[f'{key}: texts']}")
+        for side, words in RIVALS.items()
+        for key in [f"admitted, {side}"]
+    ]
+    return table(("", "loss", "worst text", "texts"), rows)
+
+
+def control() -> str:
+    """Ways to correct a learning rate during the run; SmolLM2 was trained with two of them."""
+    figures, lines = without_a_sweep(), []
+    sides = ("plain", "controlled", "forks", "hypergradient, .3", "reduced on a plateau")
+    words = {0.25: "a quarter of the rule's", 1.0: "the rule's", 4.0: "four times the rule's"}
+    for prefix in ("", "SmolLM2-135M, "):
+        for factor, told in words.items():
+            cells = []
+            for side in sides:
+                key = f"{prefix}{side} at {factor:g}"
+                value, worst = figures.get(f"{key}: value"), figures.get(f"{key}: worst")
+                cells.append("" if value is None else f"{signed(value)} (worst {worst:.1f})")
+            if any(cells):
+                lines.append((prefix + told, f"{figures[f'{prefix}controlled at {factor:g}: texts']}", *cells))
+    columns = ("rate at the start", "texts", "left alone", "controlled", "forks", "hypergradient", "ReduceLROnPlateau")
+    return table(columns, lines)
+
+
+PARTS = {
+    "all": "all modules",
+    "mlp": "MLPs",
+    "every-other": "every other layer",
+    "top-3/4": "the top three quarters of the layers",
+    "attention": "attention",
+    "top-1/2": "the top half",
+    "top-1/4": "the top quarter",
+}
+
+
+def parts() -> str:
+    """What adapters on a part of SmolLM2-135M lose versus plain LoRA at the best of three rates."""
+    found: dict[tuple[str, bool], list[tuple[int, float]]] = defaultdict(list)
+    for packed in json.loads(worth.PACKED.read_text(encoding="utf-8")):
+        if packed["task"][0] == "smollm2-135m" and packed["task"][1] in HARD:
+            best = min(run[4] for run in packed["runs"] if run[:3] == ["all", 8, 1.0])
+            for part, rank, *_, loss in packed["runs"]:
+                if part in PARTS and (part, rank) != ("all", 8):
+                    found[part, part == "all" and rank == 4].append((rank, 100 * math.log(loss / best)))
+    rows = []
+    for (part, _), runs in sorted(found.items(), key=lambda item: np.mean([loss for _, loss in item[1]])):
+        ranks, losses = zip(*runs, strict=True)
+        told = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"{ranks[0]}"
+        least_to_most = f"{min(losses):+.1f} to {max(losses):+.1f}"
+        rows.append((PARTS[part], told, f"{len(runs)}", signed(float(np.mean(losses))), least_to_most))
+    return table(("adapters on", "ranks", "plans", "loss", "least to most"), rows, left=2)
+
+
+def published_rates() -> str:
+    """The loss above that of the best rate, over published sweeps."""
+    sweeps = [*rates.published()]
+
+    def regret(rate: float | None) -> float:
+        return float(np.mean([sweep.regret(rate or sweep.rate(RULE)) for sweep in sweeps]))
+
+    rows = (("the rule", None), ("3e-4 for all", 3e-4), ("1e-4 for all", 1e-4))
+    return table(("rate", "loss above the best"), [(words, f"{regret(rate):.2f} %") for words, rate in rows])
+
+
+FIXED = {
+    "everything-2": "rank 2 on all modules",
+    "top-three-quarters-8": "rank 8 on the top three quarters of the layers",
+    "top-half-8": "rank 8 on the top half",
+    "top-quarter-8": "rank 8 on the top quarter",
+    "mlp-8": "rank 8 on MLPs alone",
+    "attention-8": "rank 8 on attention alone",
+    "adalora-final": "AdaLoRA, 12 to 8 components",
+    "eva": "EVA",
+}
+
+
+def fixed_plans() -> str:
+    """What plans take and lose versus rank 8 on all modules."""
+    stored = {row["plan"]: row for row in _list("fixed_plans")}
+    rows = [
+        (
+            words,
+            f"{row['bytes']:.2f}",
+            f"{row['step']:.2f}",
+            f"{signed(row['loss'])} ({row['low']:+.1f} to {row['high']:+.1f})",
+            f"{row['fine-tunes']}",
+        )
+        for name, words in FIXED.items()
+        for row in [stored[name]]
+    ]
+    return table(("plan", "bytes", "time of a step", "loss", "fine-tunes"), rows)
+
+
+def step_cost() -> str:
+    """The time of ten steps with a decision among them, over that of plain LoRA."""
+    found = _figures("overhead")
+    rows = []
+    for method, words in {
+        "plain_again": "plain LoRA once more",
+        "adalora": "AdaLoRA, 12 to 8",
+        "rankpilot": "rankpilot, signal-mean",
+    }.items():
+        keys = [f"{family}.{method}.cycle_ratio" for family in ("bert", "llama")]
+        rows.append((words, *(f"{found[k]:.3f} ({found[f'{k}_low']:.3f} to {found[f'{k}_high']:.3f})" for k in keys)))
+    for share, words in (("own_share", "of these steps"), ("own_share_of_a_step", "of a step between two decisions")):
+        cells = [f"{100 * found[f'{family}.rankpilot.{share}']:.1f} %" for family in ("bert", "llama")]
+        rows.append((f"signals, decisions and resizes themselves, {words}", *cells))
+    return table(("versus plain LoRA", "BERT", "Llama"), rows)
+
+
+def memory_accuracy() -> str:
+    """Predicted bytes, held against our own steps and against those that others measured."""
+    ours, found = _figures("memory"), _figures("published")
+    under, over = (100 * ours[f"accuracy.checkpointing.peak_error_{name}"] for name in ("under", "over"))
+    exact = 100 * max(
+        abs(ours[f"accuracy.no_checkpointing.peak_error_{name}"]) for name in ("under", "median", "high", "over")
+    )
+    plans = f"{ours['accuracy.plans']} random plans, four families"
+    rows = [
+        (f"peak of a step, {plans}, no checkpointing", "CPU", f"{exact:.2f} %", f"{exact:.2f} %"),
+        ("the same with checkpointing, safety margin included", "CPU", f"{max(-under, 0):.2f} %", f"{over:.2f} %"),
+    ]
+    groups = {key: [row for row in _list("published_rows") if row["group"] == key] for key in published_page.GROUPS}
+    of_t4, quantised = groups["t4"], groups["t4_reserved nf4"]
+    for words, card, group in (
+        (f"live bytes, {len(of_t4)} fine-tunes that others measured", "T4", of_t4),
+        ("what the allocator reserves, fp16", "T4", groups["t4_reserved none"]),
+        ("what the allocator reserves, nf4", "T4", quantised),
+        ("the longest row of QLoRA, tokens", "8 to 80 GB", groups["contexts"]),
+    ):
+        errors = [100 * (row["predicted"] / row["measured"] - 1) for row in group if row["measured"]]
+        low, high = max(-min(errors), 0.0), max(max(errors), 0.0)
+        rows.append((words, card, f"{low:.2f} %", f"{high:.2f} %"))
+    every, clear = (100 * found[f"t4_verdicts.{name}_right_share"] for name in ("smaller", "clear"))
+    told = (
+        f"Verdicts for cards of 2 to 13 GiB, on which many of the T4's steps do not fit, are right in {every:.1f} %, "
+        f"and in {clear:.1f} % where the published figures are 3 % or more from the card."
+    )
+    columns = ("predicted", "on", "too low, at most", "too high, at most")
+    return f"{table(columns, rows, left=2)}\n\n{textwrap.fill(told, 140)}"
+
+
+def time_accuracy() -> str:
+    """Predicted seconds, held against those of others on an A100."""
+    found = _figures("published_time")
+    rows = [
+        (words, *(f"{100 * found[f'{kind}.{key}']:.1f} %" for kind in KINDS))
+        for words, key in (
+            ("seconds of a step, median error", "median_error"),
+            ("seconds of a step, largest error", "worst_error"),
+            ("the share of one step in another, median error", "median_share_error"),
+            ("the longer of two is told right", "order_right"),
+        )
+    ]
+    return table(("20 held-out steps on an A100", "bf16", "four bits"), rows)
+
+
+def smollm2_told() -> str:
+    """The lines before the first step of the run on the page of SmolLM2."""
+    lines = read_object(RESULTS / "smollm2.json")["told"]
+    return "```text\n" + "\n".join(textwrap.fill(line, 125) for line in lines) + "\n```"
+
+
+def smollm2_came() -> str:
+    """What came of that run."""
+    runs = read_object(RESULTS / "smollm2.json")["runs"]
+    ours, plain = runs["rankpilot"], runs["all-linear"]
+
+    def mib(value: float) -> str:
+        return f"{value / 2**20:.1f} MiB"
+
+    rows = [
+        ("held-out loss", *(f"{run['held_out_loss']:.4f}" for run in (ours, plain))),
+        ("peak memory of a step", *(mib(run["peak_bytes"]) for run in (ours, plain))),
+        ("budget", mib(ours["budget_bytes"]), "none"),
+        ("adapter parameters", *(f"{run['adapter_parameters']:,}" for run in (ours, plain))),
+    ]
+    return table(("", "rankpilot", "plain LoRA"), rows)
+
+
+def _figures(name: str) -> dict[str, Any]:
+    """The stored figures of a benchmark, by their flat names."""
+    return read_object(RESULTS / f"{name}.json")
+
+
+def _list(name: str) -> list[Any]:
+    """The stored rows of a benchmark."""
+    rows = read_json(RESULTS / f"{name}.json")
+    assert isinstance(rows, list)
+    return rows
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "one run": one_run,
+    "rivals": rivals,
+    "parts of SmolLM2": parts,
+    "rates": published_rates,
+    "control": control,
+    "fixed plans": fixed_plans,
+    "step cost": step_cost,
+    "memory accuracy": memory_accuracy,
+    "time accuracy": time_accuracy,
+    "SmolLM2 tells": smollm2_told,
+    "SmolLM2 came to": smollm2_came,
+    "published memory": lambda: published_page.page(_list("published_rows")),
+}
+"""What each block is made by."""
+
+
+# Pages ----------------------------------------------------------------------------------------------------------------
+
+
+def pages() -> list[Path]:
+    """All pages that may have blocks."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def made_again(text: str) -> str:
+    """The text of a page with all its blocks made again.
+
+    Raises:
+        UnknownNameError: nothing makes a block of that name.
+        DataError: a block has no end.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in BLOCKS:
+            raise UnknownNameError.of("generated block", name, BLOCKS)
+        return f"<!-- generated: {name} -->\n\n{BLOCKS[name]()}\n\n<!-- end -->"
+
+    if text.count("<!-- generated: ") != len(BLOCK.findall(text)):
+        raise DataError("A block is between `<!-- generated: NAME -->` and `<!-- end -->`, each on a line of its own.")
+    return BLOCK.sub(block, text)
+
+
+def outdated() -> dict[Path, str]:
+    """The pages that stored rows would have otherwise, and how."""
+    texts = {page: page.read_text(encoding="utf-8") for page in pages()}
+    made = {page: made_again(text) for page, text in texts.items()}
+    return {page: text for page, text in made.items() if text != texts[page]}
+
+
+def benchmark(options: Options, console: Console) -> Figures:
+    """Write what is out of date.
+
+    Raises:
+        DataError: with `check`, a page is out of date.
+    """
+    found = outdated()
+    names = [page.relative_to(ROOT).as_posix() for page in found]
+    if options.check and names:
+        raise DataError(f"Out of date: {', '.join(names)}. `python -m benchmarks pages` writes their figures again.")
+    for page, text in found.items():
+        write_text(page, text)
+    console.print(f"Written: {', '.join(names)}." if names else "All pages are up to date.", markup=False)
+    return {"written": ", ".join(names)}
