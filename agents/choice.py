@@ -126,7 +126,7 @@ class Choice:
             )
         if self.taken == 0:
             if not self.goal.saves:
-                return f"No plan that fits promises a lower loss than {PLAIN}." if len(self.plans) > 1 else ""
+                return f"No plan that fits is clearly better than {PLAIN}." if len(self.plans) > 1 else ""
             return f"No cheaper plan surely stays within {percent(self.goal.tolerance)} of the loss of {PLAIN}."
         return f"Expected versus {PLAIN}{fits}: loss {expected}, surely at most {surely}."
 

@@ -128,9 +128,9 @@ class PilotOptions(PlanOptions):
         measure_every: measure the real peak every so many steps, and after each change of ranks.
         log: the folder of the decision log. By default `decisions` in a Trainer's output folder, and none in a loop.
         learning_rate: "auto" trains at the rate that a rule says for the model, the length of the run and the plan, in
-            place of the optimizer's. It is for Adam and its kin.
+            place of the optimizer's. It is for Adam and its variants.
         control: correct the learning rate in the first half of the run by what its steps show, and take back damage
-            that too high a rate has done (docs/control.md). For Adam and its kin, and runs of 60 steps or more.
+            that too high a rate has done (docs/control.md). For Adam and its variants, and runs of 60 steps or more.
 
     Example:
         >>> options = PilotOptions(budget="80%", time="75%", bounds={"q_proj": 8})
@@ -312,7 +312,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
             )
         if given == "auto" and "adamw" not in self.optimizer:
             raise ConfigError(
-                f"learning_rate auto is a rule for adamw and its kin; with {self.optimizer} give a rate, such as 1e-3."
+                f"learning_rate auto is for Adam and its variants; with {self.optimizer} give a rate, such as 1e-3."
             )
         counts = {name: getattr(self, name) for name in ("epochs", "eval_batch_size", "early_stopping")}
         wrong = {name: value for name, value in counts.items() if value is not None and not 0 < value < math.inf}

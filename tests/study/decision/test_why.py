@@ -93,7 +93,7 @@ FEWEST = (
         ({"goal": Goal("bytes", 0.002), "costs": np.array([1.0, 2, 3, 4])}, f"{PLAIN_KEPT} cheaper plan surely stays"),
         ({"goal": Goal("bytes"), "fits": np.arange(4) == 3}, UNKEPT),
         ({"fits": np.arange(4) == 1}, "to be +0.4 % versus rank 8 on all modules, which does not fit, surely at most"),
-        ({"spread": np.array([0, 0.1, 0.1, 0.1])}, f"{PLAIN_KEPT} plan that fits promises a lower loss than"),
+        ({"spread": np.array([0, 0.1, 0.1, 0.1])}, f"{PLAIN_KEPT} plan that fits is clearly better than"),
     ],
 )
 def test_verdicts(of_choice: Explained, changes: dict[str, Any], words: str) -> None:
