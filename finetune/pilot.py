@@ -173,7 +173,7 @@ class RankPilot:
                 progress=self._progress,
             )
             self.journal.note(before_training.told_budget(run, targets, self.budget, costs.limit, stay=stay))
-            self.journal.note_saved(costs.saved, as_set=recomputation is None)
+            self.journal.note_saved(costs.saved)
             memory = costs.memory
             self._elastic.begin(costs.limit)
             self._guard.attach(run, self._controller, memory, self.journal, self._corrected, recomputation)

@@ -142,8 +142,8 @@ class PlanRate:
         self._follows = follows_rule(optimizer)
         if auto and not self._follows:
             raise ConfigError(
-                f"learning_rate='auto' is for Adam and its kin; {type(optimizer).__name__} is none, or chooses its "
-                "rate itself. Leave learning_rate out, and give the optimizer the rate that it needs."
+                f"learning_rate='auto' is for Adam and its variants; {type(optimizer).__name__} is none, or chooses "
+                "its rate itself. Leave learning_rate out, and give the optimizer the rate that it needs."
             )
         if auto and run.learns_preferences:
             raise ConfigError(

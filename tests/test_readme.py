@@ -73,7 +73,7 @@ def run_python(python: WarmPython, code: str, folder: Path, chat_model: Path) ->
 @pytest.mark.assets
 @pytest.mark.slow
 def test_every_block_of_the_readme_runs(warm_python: WarmPython, tmp_path: Path, chat_model: Path) -> None:
-    assert len(BLOCKS) >= 4
+    assert len(BLOCKS) >= 3
     printed = ""
     for kind, code in BLOCKS:
         if kind == "python":
@@ -81,7 +81,6 @@ def test_every_block_of_the_readme_runs(warm_python: WarmPython, tmp_path: Path,
         else:
             for line in code.strip().splitlines():
                 printed += run_shell(warm_python, line, tmp_path)
-    assert (tmp_path / "runs/finetune/ranks.png").is_file()
     assert (tmp_path / "runs/finetune/study.html").is_file()
     assert (tmp_path / "runs/served/adapter_model.safetensors").is_file()
     assert any((tmp_path / "runs/sft/decisions").iterdir())
