@@ -63,11 +63,11 @@ def test_unknown_data(capsys: pytest.CaptureFixture[str], offline: Path, monkeyp
 
     monkeypatch.setattr(workload, "load_tokenizer", lambda model: None)
     name = next(iter(workload.DATASETS))
-    line = failure(f"finetune m {name}x", capsys)
+    line = failure(f"finetune a/m {name}x", capsys)
     assert f"Unknown data set '{name}x'. Did you mean: '{name}'" in line
     assert "no network" in line
     (offline / "data.xls").write_text("")
-    assert "its suffix is not one of" in failure("finetune m data.xls", capsys)
+    assert "its suffix is not one of" in failure("finetune a/m data.xls", capsys)
 
 
 NO_PRESET = "Unknown preset 'nope'. Allowed: 'quick', 'default', 'full'"
