@@ -56,12 +56,11 @@ def verdict(run: RunData) -> Verdict:
 
 def _diverged(run: RunData) -> str:
     """Whether a loss or gradient is not finite, or the training loss ends above its start."""
-    for step, undone in run.broken:
-        if not undone:
-            return (
-                f"The run diverged: losses, gradients or weights were not finite up to step {step}, where it ended. "
-                "Lower the learning rate."
-            )
+    if ended := [at for at, undone in run.broken if not undone]:
+        return (
+            f"The run diverged: losses, gradients or weights were not finite up to step {ended[0]}, where it ended. "
+            "Lower the learning rate."
+        )
     held_out = run.results.get(PILOT, {}).get("held_out_loss")
     values: list[tuple[str, float, float]] = []
     for key, name in (("loss", "training loss"), ("eval_loss", "held-out loss"), ("grad_norm", "gradient norm")):
