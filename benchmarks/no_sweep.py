@@ -31,7 +31,7 @@ from rankpilot.errors import ConfigError
 from rankpilot.finetune.before_training import run_memory
 from rankpilot.finetune.options import PilotOptions
 from rankpilot.finetune.pilot import RankPilot
-from rankpilot.finetune.plan_rate import hidden_width, look_at
+from rankpilot.finetune.plan_rate import START, hidden_width, look_at
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import find_target_modules
@@ -295,6 +295,8 @@ Cell = tuple[str, int]
 def best_rows(rows: Mapping[Run, Mapping[str, Any]]) -> dict[Cell, dict[str, Mapping[str, Any]]]:
     """By cell and side the row that counts: of a sweep the best one, and as "plain, rule" plain LoRA at the rule's.
 
+    As "plain, auto" it is plain LoRA that begins at `START` of the rule's rate and is controlled.
+
     A cell counts once plain LoRA has trained at all rates of `SWEPT`.
     """
     found: dict[Cell, dict[str, Mapping[str, Any]]] = defaultdict(dict)
@@ -304,6 +306,8 @@ def best_rows(rows: Mapping[Run, Mapping[str, Any]]) -> dict[Cell, dict[str, Map
             of_cell[run.side] = row
         if (run.side, run.factor) == ("plain", 1.0):
             of_cell["plain, rule"] = row
+        if (run.side, run.factor) == ("controlled", START):
+            of_cell["plain, auto"] = row
     swept = {cell: {Run(cell[0], "plain", factor, cell[1]) for factor in SWEPT} for cell in found}
     return {cell: sides for cell, sides in found.items() if swept[cell] <= rows.keys()}
 
@@ -383,7 +387,7 @@ def _report_sides(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console:
         ("byte models, admitted", admitted - set(WHOLE)),
         ("SmolLM2-135M, admitted", admitted & set(WHOLE)),
     ):
-        for side in (*GOALS, "plain, rule", "usual", "rslora-64", *RIVALS):
+        for side in (*GOALS, "plain, auto", "plain, rule", "usual", "rslora-64", *RIVALS):
             found = [cell for cell in best if cell[0] in texts and side in best[cell]]
             if not found:
                 continue
@@ -408,7 +412,7 @@ def _report_sides(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console:
 def _bytes(side: str, sides: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
     """Bytes of a step beside plain LoRA's, and beside those with all its layers checkpointed; NaN if unknown."""
     plain = sides["plain, rule"] if "plain, rule" in sides else sides["plain"]
-    own = 1.0 if side in ("plain, rule", "usual") else plain.get(side, math.nan)
+    own = 1.0 if side in ("plain, auto", "plain, rule", "usual") else plain.get(side, math.nan)
     size = float(sides[side].get("bytes", own))
     return size, size / plain.get("checkpointed", math.nan)
 

@@ -78,7 +78,8 @@ def without_a_sweep() -> Figures:
 SIDES = {
     "quality": '`goal="quality"`: the lowest loss in the bytes of plain LoRA',
     "bytes": '`goal="bytes"`: the fewest bytes at the same loss',
-    "plain, rule": "plain LoRA at the rate of the rule",
+    "plain, auto": 'plain LoRA, `learning_rate="auto"`',
+    "plain, rule": "plain LoRA at the rate of the rule, left alone",
     "rslora-64": "plain LoRA of rank 64 (rsLoRA) at the best of its rates",
     "usual": "plain LoRA at 3e-4",
 }
