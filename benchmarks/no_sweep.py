@@ -192,9 +192,9 @@ def perform(run: Run) -> dict[str, Any]:
 
 def plain_bytes(task: TextTask) -> dict[str, float]:
     """What steps take beside one of plain LoRA without checkpointing: with all layers checkpointed, and of rank 64."""
-    training = training_run(task, adapted_model(task, 0), USUAL, 0)
-    targets = find_target_modules(training.model)
-    switch_checkpointing(training.model.get_base_model(), True)
+    model = adapted_model(task, 0)
+    training, targets = training_run(task, model, USUAL, 0), find_target_modules(model)
+    switch_checkpointing(model.get_base_model(), True)
     memory = run_memory(training, targets, signals=False)
     plain, wide = (np.minimum(rank, [target.max_rank for target in targets]) for rank in (REFERENCE_RANK, 64))
     whole = memory.recomputing(()).peak(plain)
