@@ -335,14 +335,10 @@ def configuration_text(outlook: Outlook) -> str:
                 *([f"gradient checkpointing of {len(best.recomputed)} layers"] if best.recomputed else []),
             ]
         )
-        lines.append(f"# With {again}, which attach(trainer) turns on inside budget='{_budget_mib(best)}MiB step'")
+        room = best.step_bytes + (best.use.spare_bytes if best.use else 0)
+        budget = min(math.ceil(best.step_bytes / 2**20), int(room / 2**20))  # in MiB, no more than the card has
+        lines.append(f"# With {again}, which attach(trainer) turns on inside budget='{budget}MiB step'")
     return "\n".join(lines)
-
-
-def _budget_mib(best: Choice) -> int:
-    """What the step of a choice takes, in MiB, rounded up where the card has that much."""
-    needed = math.ceil(best.step_bytes / 2**20)
-    return min(needed, int((best.step_bytes + best.use.spare_bytes) / 2**20)) if best.use else needed
 
 
 def _narrow_ranks(outlook: Outlook, choice: Choice) -> dict[str, int]:

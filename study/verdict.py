@@ -51,7 +51,11 @@ def verdict(run: RunData) -> Verdict:
     warnings = (_diverged(run), *losses, _guesses(run), _rose(run), _exceeded(run), _misses_goal(run))
     rates = rates_sentence(run.decisions[-1]) if run.decisions else ""
     results = (_ending(run), *gains, _promise(run), rates, control_sentence(run))
-    return Verdict(*(tuple(filter(None, told)) for told in (warnings, [_unlike(run)], results)))
+    return Verdict(
+        warnings=tuple(filter(None, warnings)),
+        caveats=tuple(filter(None, [_unlike(run)])),
+        results=tuple(filter(None, results)),
+    )
 
 
 def _diverged(run: RunData) -> str:
