@@ -27,7 +27,7 @@ FAR = 4.0
 
 START, ALONE = 0.25, 0.5
 """The shares of the rule's rate that "auto" begins with: where the run's own steps raise it, and where nothing does. On
-models that it was not fitted on the rule is up to three times too high, and too high costs far more than too low."""
+a model that it was not fitted on the rule may be far too high, and too high costs far more than too low."""
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 """Names of the hidden width in configurations of models."""

@@ -332,7 +332,6 @@ def test_labels_widen_the_spread_and_are_told() -> None:
 
 
 def test_quality_stays_at_plain_lora_where_a_caveat_stands() -> None:
-    """Expectations that come from other runs were 23.6 % wrong on a whole model that was kept apart."""
     free = 1e9
     known, strange = (chosen(seen(limit=free, predicted=predicted)) for predicted in (TEXTS, LABELLED))
     assert known.names[known.taken] != PLAIN, "or the test shows nothing"
