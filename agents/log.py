@@ -1,10 +1,7 @@
 """The decision log: what a policy saw, wanted and got, in files that any tool opens.
 
-A log is a folder with a line of JSON for each decision, and beside it the arrays of each:
-
-    decisions/decisions.jsonl
-    decisions/decision-000000.safetensors
-    decisions/decision-000001.safetensors
+A log is a folder with a line of JSON for each decision (decisions.jsonl), and beside it the arrays of each
+(decision-000000.safetensors and so on).
 
 A decision's arrays are written first, under another name that is then changed, and its line last. So a crash leaves
 whole decisions only, and at worst half of a last line, which is not read.

@@ -28,9 +28,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.files import write_json
 from rankpilot.cost.breakdown import frozen_bytes, frozen_sizes
+from rankpilot.cost.card_use import card_use
 from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
 from rankpilot.cost.measured_time import TimedPlan, count_work
-from rankpilot.cost.outlook import card_rates, card_use
+from rankpilot.cost.outlook import card_rates
 from rankpilot.cost.published import UNKNOWN_CONTEXT_BYTES, DeviceSpec, find_device_spec, published_models
 from rankpilot.cost.recording import Batch, BatchShape
 from rankpilot.cost.savers import ACTIVATIONS, CACHE, SAVERS, ExactSavers

@@ -17,8 +17,9 @@ from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.files import read_object, write_json, write_text
 from rankpilot.common.text import make_table
 from rankpilot.cost.breakdown import frozen_sizes
+from rankpilot.cost.card_use import card_use
 from rankpilot.cost.from_config import ConfiguredStep
-from rankpilot.cost.outlook import REACHED_SHARE, card_use
+from rankpilot.cost.outlook import REACHED_SHARE
 from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_time import LAUNCH_SECONDS, Rates

@@ -20,9 +20,9 @@ from peft import prepare_model_for_kbit_training
 from rankpilot.common.files import write_json
 from rankpilot.common.text import make_table
 from rankpilot.cost.breakdown import frozen_sizes
+from rankpilot.cost.card_use import SLACK, CardUse, card_use
 from rankpilot.cost.cost import moment_costs
 from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
-from rankpilot.cost.outlook import SLACK, CardUse, card_use
 from rankpilot.cost.published import find_configuration, find_device_spec
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from rankpilot.cost.breakdown import frozen_sizes
+from rankpilot.cost.card_use import card_use
 from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
-from rankpilot.cost.outlook import card_use
 from rankpilot.cost.published import find_configuration, find_device_spec
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig

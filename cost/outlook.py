@@ -4,12 +4,12 @@ Every choice follows from one recording in which every layer is checkpointed: th
 checkpointed layers and batch. Where plain LoRA does not fit a card, it is one with selective checkpointing too, as
 in a run (`cost/savers.py`). The recording is made on the meta device for a model that is known from its
 configuration (`memory_of`), or on the device for one that is here (`study/memory_here.py`). Whether a plan fits a card
-follows from everything that the card must hold, added up (`card_use`).
+is told by `cost/card_use.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -22,10 +22,10 @@ from ..common.arrays import IntArray
 from ..common.checks import is_count
 from ..errors import ConfigError, UnknownNameError, shown
 from ..lora.spec import REFERENCE_RANK
-from .allocator import replay
 from .breakdown import Breakdown, break_down
 from .budget import Limit, reference_seconds
 from .calibration import check_rank, highest_ranks
+from .card_use import SLACK, CardUse, Verdict, card_use
 from .cost import ParameterCost, plan_cost
 from .from_config import ConfiguredStep, LoadedAs, Sharding, Shards, from_config, usual_class
 from .hollow_device import Attention
@@ -41,110 +41,6 @@ from .published import (
 from .recording import BatchShape
 from .step_config import StepConfig
 from .step_time import LAUNCH_SECONDS, Rates, StepTime
-
-Verdict = Literal["fits", "tight", "does not fit"]
-"""fits: what the allocator reserves and the context fit the card, and `SLACK` of it is to spare. tight: they fit with
-less to spare, or only tensors and the context do: then training needs `expandable_segments:True`, or the luck that
-memory is not cut up. does not fit: not even these do."""
-
-SLACK = 0.03
-"""The share of a card within which predictions err. 99.2 % of the verdicts on published runs are right where the card
-is farther from what they took, and 73 % where it is nearer (docs/published-memory.md)."""
-
-
-@dataclass(frozen=True)
-class CardUse:
-    """What a plan takes of a card, in bytes.
-
-    Attributes:
-        device: the card.
-        base_bytes: the frozen model.
-        step_bytes: tensors at the peak of a training step beside the frozen model, workspaces of libraries included.
-        evaluation_bytes: the same at the peak of evaluation; 0 if none is asked for.
-        reserve_bytes: what the allocator holds beyond tensors at the most.
-        context_bytes: the CUDA context.
-        margin_bytes: the byte model's margin, so that nothing is predicted too low.
-    """
-
-    device: DeviceSpec
-    base_bytes: int
-    step_bytes: int
-    evaluation_bytes: int
-    reserve_bytes: int
-    context_bytes: int
-    margin_bytes: int
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Tensors at the peak."""
-        return self.base_bytes + max(self.step_bytes, self.evaluation_bytes)
-
-    @property
-    def reserved_bytes(self) -> int:
-        """What the allocator holds at the most."""
-        return self.allocated_bytes + self.reserve_bytes
-
-    @property
-    def total_bytes(self) -> int:
-        """What the card must hold so that the plan fits."""
-        return self.reserved_bytes + self.context_bytes + self.margin_bytes
-
-    @property
-    def spare_bytes(self) -> int:
-        """Bytes of the card that `total_bytes` leaves; below 0, those that are missing."""
-        return self.device.memory_bytes - self.total_bytes
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether the plan fits."""
-        if self.spare_bytes >= SLACK * self.device.memory_bytes:
-            return "fits"
-        return "tight" if self.spare_bytes + self.reserve_bytes >= 0 else "does not fit"
-
-
-def card_use(
-    memory: MemoryModel,
-    ranks: IntArray,
-    loaded: Sequence[int],
-    device: DeviceSpec,
-    *,
-    shape: BatchShape | None = None,
-    evaluation: BatchShape | None = None,
-) -> CardUse:
-    """What a plan takes of a card.
-
-    Args:
-        memory: the byte model of its training step; checkpointed layers are those that it says.
-        ranks: the plan, (modules,).
-        loaded: bytes of each storage of the frozen model, as `breakdown.frozen_sizes` tells.
-        device: the card.
-        shape: of the batches; by default that of calibration.
-        evaluation: the shape of batches of evaluation; None for none. It is the recorded forward pass with nothing
-            saved for a backward pass: all logits, and the widest layer.
-
-    Raises:
-        UnsupportedError: see `MemoryModel.sizes`.
-    """
-    replayed = replay(
-        memory,
-        ranks,
-        loaded,
-        shape=shape,
-        evaluation=evaluation,
-        workspace_bytes=device.workspace_bytes,
-    )
-    base = sum(loaded)
-    step = replayed.allocated - base
-    return CardUse(
-        device=device,
-        base_bytes=base,
-        step_bytes=step,
-        evaluation_bytes=max(replayed.evaluation - base, 0),
-        reserve_bytes=replayed.reserved - max(replayed.allocated, replayed.evaluation),
-        context_bytes=device.context_bytes,
-        margin_bytes=int(memory.margin * step),
-    )
-
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Precisions in which a frozen model can be loaded."""
@@ -297,17 +193,9 @@ class Outlook:
         lean = self._free.leaner() if self._set is None else None
         return lean and self.shards.of(lean)
 
-    def _time_of(self, step: ConfiguredStep) -> StepTime | None:
-        """The time of any plan, by counted work and the published rates of the card, or of a usual one."""
-        if step.work is None or self.card is None:
-            return None
-        rates = self.card.rates or device_table()[USUAL_CARD].rates
-        assert rates is not None, "cards of the table have rates"
-        return step.work.time(card_rates(rates, self.dtype))
-
     @cached_property
     def _time(self) -> StepTime | None:
-        return self._time_of(self.step)
+        return _time_of(self.step, self.card, self.dtype)
 
     @property
     def memory(self) -> MemoryModel:
@@ -413,7 +301,7 @@ class Outlook:
     @cached_property
     def plain_seconds(self) -> float:
         """Of a batch under plain LoRA, rank 8 on all modules, without gradient checkpointing."""
-        time = self._time_of(self._free)
+        time = _time_of(self._free, self.card, self.dtype)
         assert time is not None, "the step was made without its work"
         return reference_seconds(time, self._highest)
 
@@ -435,44 +323,7 @@ class Outlook:
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
         """What was asked for; fewer layers, none, as few as fit or all of them recomputed; ranks; what was added."""
-        return (*self._depths(), *self._ranks(), *self._others)
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """How many layers from the top have adapters, in the choices that are shown."""
-        return tuple(dict.fromkeys(max(1, round(share * self.blocks)) for share in (1.0, *SHARES)))
-
-    def _depths(self) -> Iterator[Choice]:
-        as_asked: tuple[str, ...] | None = None
-        if self._asked:
-            as_asked = self.recomputable if self._asked.segments else ()
-            yield self._priced("asked", self.blocks, self.rank, as_asked, self._asked)
-        for layers in self.depths:
-            if self._set is not None:
-                yield self.fitting(layers, self.rank)
-                continue
-            none = self.choice(layers, self.rank, ())
-            holding = holding_layers(self.memory, none.ranks)
-            if as_asked != () or layers < self.blocks:
-                yield none
-            if not holding or (as_asked and layers == self.blocks):
-                continue
-            every = self.choice(layers, self.rank, holding)
-            if self.card and none.verdict != "fits" and every.verdict != "does not fit":
-                fitting = self.fitting(layers, self.rank)
-                if fitting.recomputed != every.recomputed:
-                    yield fitting
-            yield every
-
-    def _ranks(self) -> Iterator[Choice]:
-        for rank in RANKS:
-            if rank == self.rank or rank > self._highest.max():
-                continue
-            if self._asked:
-                recomputed = self.recomputable if self._asked.segments else ()
-                yield self._priced("rank", self.blocks, rank, recomputed, self._asked)
-            else:
-                yield self.fitting(self.blocks, rank, "rank")
+        return (*_depth_choices(self), *_rank_choices(self), *self._others)
 
     @property
     def best(self) -> Choice | None:
@@ -501,23 +352,7 @@ class Outlook:
         lengths = sorted({length for length in LENGTHS if length <= limit} | {self.settings.max_length})
         rows = sorted({*ROWS, self.settings.batch_size})
         shapes = (BatchShape(count, length) for length in lengths for count in rows)
-        return tuple(self._cell(shape) for shape in shapes if self.memory.predicts(shape))
-
-    def _cell(self, shape: BatchShape) -> GridCell:
-        assert self.card is not None, "there is no card"
-        ranks, room = self.plan(self.blocks, self.rank), self._room_for_tensors
-        taken = self.card.memory_bytes - self.room
-        plain = self._free.memory.recomputing(()).peak(self._plain, shape)
-        step = self._free if plain <= room else self._lean or self._free
-        asked = shape == self.memory.shape  # as it is priced above, with the allocator's reserve for this very choice
-        chosen = (
-            self.fitting(self.blocks, self.rank).recomputed
-            if asked or self._set is not None
-            else fewest_recomputed(step.memory, ranks, room, shape)
-        )
-        peak = step.memory.recomputing(chosen).peak(ranks, shape)
-        total = (peak + taken) * (1 + self._reserve_share)
-        return GridCell(shape, len(chosen) if peak <= room else None, step is not self._free, total)
+        return tuple(_cell(self, shape) for shape in shapes if self.memory.predicts(shape))
 
     @property
     def _room_for_tensors(self) -> float:
@@ -531,6 +366,66 @@ class Outlook:
         use = self.choice(self.blocks, self.rank, self.recomputable).use
         assert use is not None, "there is no card"
         return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
+
+
+def _depth_choices(outlook: Outlook) -> Iterator[Choice]:
+    as_asked: tuple[str, ...] | None = None
+    if outlook._asked:
+        as_asked = outlook.recomputable if outlook._asked.segments else ()
+        yield outlook._priced("asked", outlook.blocks, outlook.rank, as_asked, outlook._asked)
+    for layers in dict.fromkeys(max(1, round(share * outlook.blocks)) for share in (1.0, *SHARES)):
+        if outlook._set is not None:
+            yield outlook.fitting(layers, outlook.rank)
+            continue
+        none = outlook.choice(layers, outlook.rank, ())
+        holding = holding_layers(outlook.memory, none.ranks)
+        if as_asked != () or layers < outlook.blocks:
+            yield none
+        if not holding or (as_asked and layers == outlook.blocks):
+            continue
+        every = outlook.choice(layers, outlook.rank, holding)
+        if outlook.card and none.verdict != "fits" and every.verdict != "does not fit":
+            fitting = outlook.fitting(layers, outlook.rank)
+            if fitting.recomputed != every.recomputed:
+                yield fitting
+        yield every
+
+
+def _rank_choices(outlook: Outlook) -> Iterator[Choice]:
+    for rank in RANKS:
+        if rank == outlook.rank or rank > outlook._highest.max():
+            continue
+        if outlook._asked:
+            recomputed = outlook.recomputable if outlook._asked.segments else ()
+            yield outlook._priced("rank", outlook.blocks, rank, recomputed, outlook._asked)
+        else:
+            yield outlook.fitting(outlook.blocks, rank, "rank")
+
+
+def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
+    assert outlook.card is not None, "there is no card"
+    ranks, room = outlook.plan(outlook.blocks, outlook.rank), outlook._room_for_tensors
+    taken = outlook.card.memory_bytes - outlook.room
+    plain = outlook._free.memory.recomputing(()).peak(outlook._plain, shape)
+    step = outlook._free if plain <= room else outlook._lean or outlook._free
+    asked = shape == outlook.memory.shape  # as it is priced above, with the allocator's reserve for this very choice
+    chosen = (
+        outlook.fitting(outlook.blocks, outlook.rank).recomputed
+        if asked or outlook._set is not None
+        else fewest_recomputed(step.memory, ranks, room, shape)
+    )
+    peak = step.memory.recomputing(chosen).peak(ranks, shape)
+    total = (peak + taken) * (1 + outlook._reserve_share)
+    return GridCell(shape, len(chosen) if peak <= room else None, step is not outlook._free, total)
+
+
+def _time_of(step: ConfiguredStep, card: DeviceSpec | None, dtype: str) -> StepTime | None:
+    """The time of any plan, by counted work and the published rates of the card, or of a usual one."""
+    if step.work is None or card is None:
+        return None
+    rates = card.rates or device_table()[USUAL_CARD].rates
+    assert rates is not None, "cards of the table have rates"
+    return step.work.time(card_rates(rates, dtype))
 
 
 REACHED_BYTES, REACHED_SHARE = 0.83e12, 0.41

@@ -15,7 +15,8 @@ from ..common.drawing import save_figure
 from ..common.files import write_json
 from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.breakdown import KINDS, Kind
-from ..cost.outlook import SLACK, USUAL_CARD, Choice, GridCell, Outlook
+from ..cost.card_use import SLACK
+from ..cost.outlook import USUAL_CARD, Choice, GridCell, Outlook
 from ..cost.savers import ACTIVATIONS
 from ..errors import BudgetError, UnsupportedError
 from ..lora.spec import REFERENCE_RANK
@@ -389,25 +390,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
             {"layer": layer, **dict(zip(KINDS, row, strict=True))}
             for layer, row in zip(breakdown.layers, breakdown.bytes.tolist(), strict=True)
         ],
-        "choices": [
-            {
-                "kind": choice.kind,
-                "label": choice_text(outlook, choice),
-                "layers": choice.layers,
-                "rank": choice.rank,
-                "recomputed": len(choice.recomputed),
-                "step_bytes": choice.step_bytes,
-                "share": choice.step_bytes / outlook.reference_bytes,
-                "total_bytes": choice.use and choice.use.total_bytes,
-                "spare_bytes": choice.use and choice.use.spare_bytes,
-                "verdict": choice.verdict,
-                "time": choice.time,
-                "ranks": {
-                    target.name: rank for target, rank in zip(outlook.step.targets, choice.ranks.tolist(), strict=True)
-                },
-            }
-            for choice in outlook.choices
-        ],
+        "choices": [_figures_of(outlook, choice) for choice in outlook.choices],
         "grid": [
             {
                 "rows": cell.shape.rows,
@@ -420,6 +403,24 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         ],
         "measured": asdict(outlook.measured) if outlook.measured else None,
         "notes": outlook.notes,
+    }
+
+
+def _figures_of(outlook: Outlook, choice: Choice) -> dict[str, Any]:
+    """The figures of one choice."""
+    return {
+        "kind": choice.kind,
+        "label": choice_text(outlook, choice),
+        "layers": choice.layers,
+        "rank": choice.rank,
+        "recomputed": len(choice.recomputed),
+        "step_bytes": choice.step_bytes,
+        "share": choice.step_bytes / outlook.reference_bytes,
+        "total_bytes": choice.use and choice.use.total_bytes,
+        "spare_bytes": choice.use and choice.use.spare_bytes,
+        "verdict": choice.verdict,
+        "time": choice.time,
+        "ranks": {target.name: rank for target, rank in zip(outlook.step.targets, choice.ranks.tolist(), strict=True)},
     }
 
 

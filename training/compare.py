@@ -136,12 +136,7 @@ def compare(
     Raises:
         ConfigError: two competitors have one name, or seeds or workers are below 1.
     """
-    names = [competitor.name for competitor in competitors]
-    if len(set(names)) < len(names) or min(seeds, workers) < 1:
-        raise ConfigError(
-            f"Competitors have different names, and seeds and workers are at least 1; got {', '.join(names)}, {seeds} "
-            f"and {workers}."
-        )
+    _check(competitors, seeds, workers)
     known = {row.key: row for row in read_rows(file)} if file else {}
     pairs = [(task, repetition(task, number)) for task in tasks for number in range(seeds)]
     jobs = [Job(competitor, *pair) for competitor in competitors for pair in pairs]
@@ -160,18 +155,32 @@ def compare(
         run = partial(_run, schedule, logs is not None)
         for chunk, (rows, records) in pool.spread(run, _chunks(missing, workers), _name):
             known |= {row.key: row for row in rows}
-            for key, decisions in records.items():
-                assert logs is not None
-                log = DecisionLog(log_folder(logs, key))
-                log.truncate(0)
-                for record in decisions:
-                    log.append(record)
+            if logs:
+                _write_logs(logs, records)
             if file:
                 append_rows(file, rows)
             done += len(chunk)
             if on_progress:
                 on_progress(done, total)
     return [known[job.key] for job in jobs if job.key in known]
+
+
+def _check(competitors: Sequence[Competitor], seeds: int, workers: int) -> None:
+    names = [competitor.name for competitor in competitors]
+    if len(set(names)) < len(names) or min(seeds, workers) < 1:
+        raise ConfigError(
+            f"Competitors have different names, and seeds and workers are at least 1; got {', '.join(names)}, {seeds} "
+            f"and {workers}."
+        )
+
+
+def _write_logs(folder: Path, records: Mapping[Key, Sequence[DecisionRecord]]) -> None:
+    """Write down the decisions of runs, in place of what earlier ones of the same keys have left."""
+    for key, decisions in records.items():
+        log = DecisionLog(log_folder(folder, key))
+        log.truncate(0)
+        for record in decisions:
+            log.append(record)
 
 
 def _name(chunk: Sequence[Job]) -> str:

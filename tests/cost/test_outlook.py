@@ -12,8 +12,9 @@ import transformers as t
 from rankpilot.common.text import format_bytes
 from rankpilot.cost.allocator import replay
 from rankpilot.cost.breakdown import frozen_bytes
+from rankpilot.cost.card_use import SLACK
 from rankpilot.cost.from_config import Shards
-from rankpilot.cost.outlook import SLACK, Outlook, card_rates, memory_of
+from rankpilot.cost.outlook import Outlook, card_rates, memory_of
 from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError, UnknownNameError

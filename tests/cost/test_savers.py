@@ -14,11 +14,12 @@ import rankpilot
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot import Decision, Observation
+from rankpilot.cost.card_use import SLACK
 from rankpilot.cost.cost import ByteCost
 from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
 from rankpilot.cost.later_logits import LaterLogits
 from rankpilot.cost.live_storages import LivePeak
-from rankpilot.cost.outlook import SLACK, Outlook
+from rankpilot.cost.outlook import Outlook
 from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.savers import ACTIVATIONS, CACHE, COPIES, SAVERS, TILES, ExactSavers
 from rankpilot.cost.step_config import StepConfig

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from rankpilot.cost.allocator import replay
 from rankpilot.cost.breakdown import frozen_sizes
+from rankpilot.cost.card_use import SLACK, CardUse, card_use
 from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
-from rankpilot.cost.outlook import SLACK, CardUse, card_use
 from rankpilot.cost.published import DeviceSpec, find_device_spec
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from rankpilot.common.files import read_json
 from rankpilot.common.text import layer_titles
 from rankpilot.cost.breakdown import KINDS, LOSS, Breakdown
+from rankpilot.cost.card_use import CardUse
 from rankpilot.cost.from_config import Shards
-from rankpilot.cost.outlook import CardUse, Choice, GridCell, MeasuredStep
+from rankpilot.cost.outlook import Choice, GridCell, MeasuredStep
 from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers import ACTIVATIONS, Saved
