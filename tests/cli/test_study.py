@@ -151,7 +151,7 @@ def test_a_finished_run_with_a_torn_decision_is_resumed(
         return read_json(output / "summary.json")
 
     monkeypatch.setattr("rankpilot.finetune.experiment.finetune", finished)
-    finetune.finetune_command(finetune.Finetune("m", "d", output=folder, resume=True))
+    finetune.finetune_command(finetune.Finetune("a/m", "d", output=folder, resume=True))
     out = capsys.readouterr().out
     assert f"loading {NAME}" in out
     assert "decision-000002.safetensors is missing, damaged" in out
