@@ -135,7 +135,7 @@ def test_seeds_that_no_task_can_have(seed: Any) -> None:
     ],
 )
 def test_bad_schedules_are_refused(options: dict[str, Any]) -> None:
-    words = "fractions rise from 0" if "fractions" in options else "are from 1 to 10,000; got"
+    words = "fractions rise from 0" if "fractions" in options else "are whole numbers from 1 to 10,000; got"
     with pytest.raises(ConfigError, match=words):
         DecisionSchedule(**options)
 
