@@ -326,7 +326,7 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         self._put_back.callback(rate.end)
         if state.global_step > 0:
             finish_load(model, targets)
-            rate.follow()
+            rate.ranks_changed()
             if recomputation:
                 recomputation.take(recomputation.fewest(adapters.ranks, self.limit))
             if state.global_step >= state.max_steps:
@@ -343,7 +343,7 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         check_budget(problem, [target.name for target in targets], options.budget_read.share)
         ranks = uniform_ranks(timed.choose(problem, uniform_ranks) if timed else problem)
         adapters.set_ranks(ranks, optimizer, seed=options.seed or 0, step=0)
-        rate.follow()
+        rate.ranks_changed()
         if recomputation:
             recomputation.take(recomputation.fewest(ranks, self.limit))
 

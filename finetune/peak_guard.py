@@ -42,7 +42,7 @@ from .left_as_found import (
     saved_by_a_try,
     settings_put_back,
 )
-from .run import TrainingRun
+from .run import Participant, TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ _OF_A_STEP = ("shape", "_unchecked", "_underestimate", "_before", "_memory", "_t
 """Attributes of a guard that change when a step makes the plan smaller, and are put back with it."""
 
 
-class PeakGuard:
+class PeakGuard(Participant):
     """Watches one run. Under a budget of bytes it also corrects the plan.
 
     A step is measured after each change of ranks, and every `every_steps` steps. A peak above the budget corrects the
@@ -120,7 +120,7 @@ class PeakGuard:
             corrected: called with each correction.
             recomputation: chooses the layers to checkpoint; `memory` is of the step in which all are.
         """
-        self._run, self._controller, self._memory, self._corrected = run, controller, memory, corrected
+        self._run, self.controller, self._memory, self._corrected = run, controller, memory, corrected
         self._journal, self._recomputation, self.meter.highest = journal, recomputation, run.replicas.highest
         if memory:
             if not self.shape.rows:  # else of a run that goes on: a larger batch is met before its step
@@ -140,7 +140,7 @@ class PeakGuard:
         """Whether plans decide which layers are checkpointed."""
         return self._recomputation is not None
 
-    def finish(self) -> None:
+    def end(self) -> None:
         """Stop measuring, and set the model's layers as they were."""
         self.meter.close()
         if self._recomputation:
@@ -148,7 +148,7 @@ class PeakGuard:
 
     def remark(self) -> str:
         """How many layers are checkpointed and the time of a step, for people; nothing where neither is limited."""
-        time, ranks = self._controller.time, self._controller.ranks
+        time, ranks = self.controller.time, self.controller.ranks
         parts = [str(self._recomputation or ""), time.text(ranks) if time else ""]
         return ", ".join(filter(None, parts))
 
@@ -159,7 +159,7 @@ class PeakGuard:
             recomputing: whether they may in this decision.
         """
         if self._recomputation and self._recomputation.memory:
-            controller, targets = self._controller, self._controller.targets
+            controller, targets = self.controller, self.controller.targets
             least = partial(least_cost, targets, controller.low, controller.high) if recomputing else None
             room = controller.limit - self._underestimate
             unpaid = signal_buffer_bytes(targets) * (not controller.will_measure)
@@ -168,7 +168,7 @@ class PeakGuard:
 
     @property
     def _limits_bytes(self) -> bool:
-        return isinstance(self._controller.cost, ByteCost)
+        return isinstance(self.controller.cost, ByteCost)
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
         """Look at the batches of the step that begins, and measure it if it is due."""
@@ -187,7 +187,7 @@ class PeakGuard:
             self.shape = larger
             if self._limits_bytes:
                 self._larger_batch(batches, larger)
-        controller = self._controller
+        controller = self.controller
         if self.meter.due(step):
             held, signals = self._run.replicas.begin_measuring(), controller.adapters.meter
             # Signal buffers are made in the first step of an interval, and stay.
@@ -201,7 +201,7 @@ class PeakGuard:
                 self._recomputation.pause()
             yield
 
-    def passed(self) -> None:
+    def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
         """Note that the forward and backward passes of a step are done: they did not run out of memory."""
         self.meter.passed()
         self._undo = None
@@ -221,14 +221,14 @@ class PeakGuard:
             self._count_gradients()
         self._check_peak(step)
         taken = self._taken
-        if taken and self._wait <= step - taken.step and step < self._controller.total_steps and self._has_room(taken):
+        if taken and self._wait <= step - taken.step and step < self.controller.total_steps and self._has_room(taken):
             self._give_back(taken, taken.limit)
 
     def _check_peak(self, step: int) -> None:
         peak = self.meter.end(step)
         if peak is None or not self._limits_bytes:
             return
-        controller = self._controller
+        controller = self.controller
         ranks = controller.ranks
         cause = self._check(step, peak, ranks) if self._unchecked else ""
         if peak <= controller.limit:
@@ -267,7 +267,7 @@ class PeakGuard:
             raise
         peak = self.meter.end_other()
         if peak is not None:
-            self.evaluation_share = peak / self._controller.limit
+            self.evaluation_share = peak / self.controller.limit
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> None:
         """Shrink the plan after a step that ran out of memory, so that the step can be taken again.
@@ -282,7 +282,7 @@ class PeakGuard:
             torch.OutOfMemoryError: this error. Smaller plans are no help, and all is as it was before the step.
             BudgetError: other processes are in the middle of the step.
         """
-        controller, run, number = self._controller, self._run, self._step + 1
+        controller, run, number = self.controller, self._run, self._step + 1
         self.meter.close()
         traceback.clear_frames(error.__traceback__)
         for parameter in [*run.model.parameters(), *trained_outside(run.model, run.optimizer)]:
@@ -307,7 +307,7 @@ class PeakGuard:
 
     def _try_again(self, number: int) -> bool:
         """Prepare the step of this number, from 1, to be taken again; whether that may be a help."""
-        controller, taken = self._controller, self._taken
+        controller, taken = self.controller, self._taken
         if taken and not self._tried:
             self._warn("Step %d ran out of memory, and is taken again: this plan has passed steps before.", number)
             self._tried.append("the plan of the steps before")
@@ -334,7 +334,7 @@ class PeakGuard:
 
     def _nothing_taken(self) -> Taken:
         """The plan as it is now, from which errors may take."""
-        controller, ranks = self._controller, self._controller.ranks
+        controller, ranks = self.controller, self.controller.ranks
         cost, whole = controller.cost_now(), None
         if isinstance(cost, ByteCost):
             costs = moment_costs(cost, ranks)
@@ -359,7 +359,7 @@ class PeakGuard:
 
     def _has_room(self, taken: Taken) -> bool:
         """Whether the device has the memory for the plan of before an error; without CUDA good steps tell."""
-        run, controller = self._run, self._controller
+        run, controller = self._run, self.controller
         if self.follows:  # it gives back before a step, by the limit of the moment
             return False
         if run.device.type != "cuda" or not self.meter.history:
@@ -378,7 +378,7 @@ class PeakGuard:
             whole: whether there is room for all of it; else modules get their ranks back while there is room, and the
                 others later.
         """
-        controller, step = self._controller, self._step
+        controller, step = self.controller, self._step
         controller.limit = limit if whole else limit / ROOM
         if whole:
             self._taken, self._wait = None, (2 if taken.times else 1) * self._wait
@@ -413,7 +413,7 @@ class PeakGuard:
         """Note all that a step may change before it has passed; the first call of a step counts."""
         if self._undo:
             return
-        controller, recomputation, journal = self._controller, self._recomputation, self._journal
+        controller, recomputation, journal = self.controller, self._recomputation, self._journal
         adapters = Kept(self._run.model, controller.targets, self._run.optimizer)
         signals, decisions = controller.adapters.meter.state_dict(), len(journal.predictions)
         own, limit, cost = {name: vars(self)[name] for name in _OF_A_STEP}, controller.limit, controller.cost
@@ -448,7 +448,7 @@ class PeakGuard:
         Raises:
             BudgetError: no plan fits.
         """
-        controller, taken, self._step, self.follows = self._controller, self._taken, step, True
+        controller, taken, self._step, self.follows = self.controller, self._taken, step, True
         if plan_cost(controller.cost_now(), controller.ranks) > limit:
             self._keep()
             self._taken = replace(taken or self._nothing_taken(), step=step)
@@ -480,7 +480,7 @@ class PeakGuard:
             self.put_back()
             raise
         self._warn("%s The plan is shrunk.", reason)
-        self._correct("shrunk: less memory", self._controller.ranks, keeps=self._keeps_cuts)
+        self._correct("shrunk: less memory", self.controller.ranks, keeps=self._keeps_cuts)
 
     def new_limit(self, limit: float, step: int) -> None:
         """Take another limit for a run that is resumed, and shrink the plan if it no longer fits.
@@ -488,7 +488,7 @@ class PeakGuard:
         Raises:
             BudgetError: no plan fits.
         """
-        controller = self._controller
+        controller = self.controller
         if limit != controller.limit:
             self._taken = None
         controller.limit, self._step = limit, step
@@ -506,7 +506,7 @@ class PeakGuard:
             step: the optimizer steps before it.
             by_hand: whether a person has given all ranks.
         """
-        ranks = self._controller.ranks
+        ranks = self.controller.ranks
         self._before = before if step > 0 else None  # the first plan follows no plan
         self._cuts = ()
         if self._taken:
@@ -515,10 +515,10 @@ class PeakGuard:
         if self._limits_bytes:
             self._measure_next()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to continue, as tensors and JSON values."""
+    def state(self) -> dict[str, Any]:
+        """What `begin` needs to go on, as tensors and JSON values."""
         before = {} if self._before is None else {"before": torch.from_numpy(self._before.copy())}
-        return {
+        own = {
             "rows": self.shape.rows,
             "length": self.shape.length,
             "underestimate": self._underestimate,
@@ -529,9 +529,13 @@ class PeakGuard:
             **({"taken": self._taken.state()} if self._taken else {}),
             **before,
         }
+        return {"guard": own, "recomputed": list(self.recomputed)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`; call this before `attach`."""
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Go on in a run that is resumed; call this before `attach`."""
+        if state is None:
+            return
+        state = state["guard"]
         self.shape = BatchShape(counted(state["rows"]), counted(state["length"]))
         self._underestimate = finite(state["underestimate"])
         self.meter.history = [(counted(step), counted(peak)) for step, peak in state["peaks"]]
@@ -556,7 +560,7 @@ class PeakGuard:
             The prediction and the likely cause if they differ by more than the margin, else nothing.
         """
         self._unchecked = False
-        controller = self._controller
+        controller = self.controller
         cost = controller.cost
         if self._step_shape != self.shape:  # a smaller batch than the plan was made for
             try:
@@ -578,7 +582,7 @@ class PeakGuard:
 
     def _larger_batch(self, batches: Sequence[Batch], shape: BatchShape) -> None:
         """Predict the cost of the new shape, and shrink the plan if it no longer fits, before the model runs."""
-        controller = self._controller
+        controller = self.controller
         self._measure_next()
         try:
             cost = self._cost_of_shape(shape)
@@ -593,16 +597,16 @@ class PeakGuard:
 
     def _fit(self, text: str, cause: str, hint: str = "") -> None:
         """Make the plan fit the costs of now, which are higher for a cause, and tell it."""
-        if self._controller.fits():
+        if self.controller.fits():
             self._warn("%s The plan still fits.", text)
         elif not self._relieved(text):
             self._check_possible(text + hint)
             self._warn("%s The plan is shrunk.", text)
-            self._correct(f"shrunk: {cause}", self._controller.ranks)
+            self._correct(f"shrunk: {cause}", self.controller.ranks)
 
     def _gradients_stay(self) -> bool:
         """Whether the adapters hold gradients now."""
-        return any(p.grad is not None for target in self._controller.targets for p in target.parameters.values())
+        return any(p.grad is not None for target in self.controller.targets for p in target.parameters.values())
 
     def _watch_gradients(self) -> None:
         """See whether gradients of the last step are there in the next forward pass, or are cleared before it."""
@@ -624,14 +628,14 @@ class PeakGuard:
             recomputation.memory = replace(recomputation.memory, accumulates=True)
         if self._memory:
             self._memory = replace(self._memory, accumulates=True)
-            self._controller.reprice(self._cost_of_shape(self.shape))
+            self.controller.reprice(self._cost_of_shape(self.shape))
         else:
             self._measure_again(None, self.shape)
         text = "Gradients stay while the next step runs forward: optimizer.zero_grad() before that frees their bytes."
         self._fit(text, "gradients stay")
 
     def _measure_again(self, batch: Batch | None, shape: BatchShape) -> None:
-        run, targets = self._run, self._controller.targets
+        run, targets = self._run, self.controller.targets
         if self._recomputation:
             self._recomputation.all()
 
@@ -649,7 +653,7 @@ class PeakGuard:
 
     def _settle(self) -> bool:
         """Checkpoint the fewest layers with which the plan fits; whether it does now."""
-        controller = self._controller
+        controller = self.controller
         if self._recomputation:
             self._recomputation.take(self.layers_of(controller.ranks))
             self._memory = self._recomputation.memory_now()
@@ -660,7 +664,7 @@ class PeakGuard:
         """Names of the layers that a plan of these ranks, int64 (modules,), needs to checkpoint."""
         if self._recomputation is None:
             return ()
-        controller = self._controller
+        controller = self.controller
         # Where no signals are measured they take nothing, and the byte model counts them still.
         buffers = 0.0 if controller.measures else signal_buffer_bytes(controller.targets) @ ranks
         room = controller.limit - self._underestimate + float(buffers)
@@ -679,13 +683,13 @@ class PeakGuard:
     def _check_possible(self, context: str) -> None:
         """Raise BudgetError, with its context, if no plan with an adapter fits."""
         try:
-            check_budget(self._controller.problem_now(), list(self._controller.names))
+            check_budget(self.controller.problem_now(), list(self.controller.names))
         except BudgetError as error:
             raise BudgetError(f"{context} {error}") from error
 
     def _correct(self, reason: str, wanted: IntArray, *, keeps: bool = False) -> None:
         """Bring the ranks within the limit, as near to the wanted ranks as it allows; `keeps` what that cuts away."""
-        controller, step = self._controller, self._step
+        controller, step = self.controller, self._step
         observation = controller.observation_now(step)
         pairs = [Cut.of(target) for target in controller.targets if target.rank] if keeps else []
         plan = controller.correct(wanted, step, self._run.optimizer)

@@ -66,11 +66,11 @@ def test_meters_go_on_from_their_state(tmp_path: Path) -> None:
     guard.meter.history = [(1, 1000)]
     guard._before = np.array([1, 2])
     guard._taken = Taken(np.array([3, 4]), ("layers.0",), limit=9.0, cost=8.0, saved=1.0, times=1, step=5)
-    save_state(tmp_path, {"losses": losses.state_dict(), "guard": guard.state_dict()})
+    save_state(tmp_path, losses.state() | guard.state())
     state = load_state(tmp_path)
     other_losses, other_guard = LossMeter(), PeakGuard(10)
-    other_losses.load_state_dict(state["losses"])
-    other_guard.load_state_dict(state["guard"])
+    other_losses.begin(state)
+    other_guard.begin(state)
     assert other_losses.mean() == 1.25
     assert other_guard.meter.history == [(1, 1000)]
     assert np.array_equal(other_guard._before, [1, 2])  # type: ignore[arg-type]

@@ -214,7 +214,7 @@ def test_a_batch_that_grows_after_a_restart_is_measured_without_a_trace(launch: 
 
 def test_the_largest_rows_and_length_of_two_batches_count_together(launch: Launch) -> None:
     run = launch(max_steps=2)
-    guard = run.pilot.pilot._guard
+    guard = run.pilot.pilot._piloted.guard
     few = {name: torch.ones(1, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
     guard._measure_again(few, BatchShape(ROWS, LONG))
     cost = guard._cost_of_shape(BatchShape(ROWS, LONG))

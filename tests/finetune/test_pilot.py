@@ -100,7 +100,7 @@ def loop(llama_config: LlamaConfig, tmp_path: Path) -> Loop:
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What is said of the calls that a loop makes."""
-    return [record.getMessage() for record in caplog.records if record.name.endswith("loop_calls")]
+    return [record.getMessage() for record in caplog.records if record.name.endswith("watches")]
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
