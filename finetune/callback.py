@@ -62,9 +62,7 @@ class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
             terminate()
         self._asked = self.stopped = True
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_step_begin(self, *event: Any, **objects: Any) -> None:
         """From now on there are steps that a checkpoint can keep."""
         self._stepping = True
 
@@ -76,9 +74,7 @@ class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
         if self.stopped:
             control.should_log = control.should_save = control.should_training_stop = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_train_end(self, *event: Any, **objects: Any) -> None:
         """All steps are done and saved."""
         self._stepping = False
 
@@ -237,7 +233,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         if trainer.model_init is not None:
             self._step.prepare_new_models(lambda model: resizable_targets(model, self._options.scaling))
         self._step.around_training(
-            lambda: self in trainer.callback_handler.callbacks, self._before_training, self._break_off
+            lambda: self in trainer.callback_handler.callbacks, self._before_training, self.break_off
         )
 
     @property
@@ -292,16 +288,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             pilot.begin(run, name=name)
         if args.use_liger_kernel:
             pilot.journal.note(WITH_LIGER)
-        step.follow(
-            self._take_batches,
-            self._take_loss,
-            pilot.out_of_memory,
-            pilot.figures,
-            lambda: pilot.rate_factor,
-            self._save_state,
-            self._break_off,
-            pilot.aside,
-        )
+        step.follow(self)
         if not step.rollouts:
             step.follow_evaluations(self._evaluations.run)
         self._between_steps, self._save_later = True, False
@@ -312,9 +299,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             self._stop.release()
         self._stop = StopOnSigterm.unless_handled(self.trainer, run.replicas.processes)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_step_begin(self, *event: Any, **objects: Any) -> None:
         """Decide if a decision is due, look at the step's batches, and measure the step if it is due.
 
         Where the batches are made in the step, that waits for them.
@@ -347,9 +332,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
                 "from it."
             ) from error
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *event: Any, **objects: Any) -> None:
         """Read the gradients, which are complete now."""
         self._between_steps = False
         self.pilot.before_optimizer_step(self._loss)
@@ -368,9 +351,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         if self._save_later:
             control.should_save, self._save_later = True, False
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_train_end(self, *event: Any, **objects: Any) -> None:
         """Stop measuring, and write the ranks to PEFT's configuration: the best checkpoint may have been loaded."""
         if self._stop and self._stop.came_late():
             self.trainer._save_checkpoint(self.trainer.model, None)
@@ -384,7 +365,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer  # the trials of a search have a folder each
         return DecisionLog(Path(trainer._get_output_dir(getattr(trainer, "_trial", None))) / "decisions")
 
-    def _break_off(self, begins_again: bool = False) -> None:
+    def break_off(self, begins_again: bool = False) -> None:
         """Stop measuring, following the Trainer and handling SIGTERM, since the run ends with an error.
 
         Args:
@@ -399,15 +380,17 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             if self._stop:
                 self._stop.release()
 
-    def _take_batches(self, batches: list[Batch]) -> None:
+    def take_batches(self, batches: list[Batch]) -> None:
+        """Take the batches of the optimiser step that begins, before the first is run."""
         self._batches = batches
         if self._step.rollouts:
             self._begin_step()
 
-    def _take_loss(self, loss: torch.Tensor) -> None:
+    def take_loss(self, loss: torch.Tensor) -> None:
+        """Add the loss of a batch to that of its optimiser step."""
         self._loss = self._loss + loss
 
-    def _save_state(self, checkpoint: Path) -> bool:
+    def save_state(self, checkpoint: Path) -> bool:
         """Write the state of this callback into a checkpoint, before the Trainer writes its files.
 
         So the checkpoint is complete when the Trainer deletes older ones. Other callbacks may ask for one while this

@@ -298,9 +298,7 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
             self._put_back.close()
             raise
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_train_end(self, *event: Any, **objects: Any) -> None:
         """Put back how a step ran before."""
         self._put_back.close()
 
