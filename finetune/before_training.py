@@ -40,7 +40,7 @@ from ..lora.targets import TargetModule, check_trains, other_trainable, unwrap
 from ..plan.plan import FewestLayers, TimeLimit, check_budget, least_cost
 from ..plan.problem import AllocationProblem, Bounds, rank_bounds
 from .left_as_found import Kept, Recomputation
-from .peak_guard import PeakGuard
+from .plan_keeper import PlanKeeper
 from .prefix_cache import PrefixCache, Room
 from .probing import Progress, run_probe, unprobed
 from .run import LOOKED_AT, Looked, TrainingRun
@@ -234,25 +234,25 @@ SAMPLED_ROWS = 32
 """Rows whose tokens are counted to tell how many all rows have."""
 
 
-def faster_plan(guard: PeakGuard, controller: RankController[Any], ask: Ask, decision: Decision) -> str:
+def faster_plan(keeper: PlanKeeper, controller: RankController[Any], ask: Ask, decision: Decision) -> str:
     """What a first plan would be without checkpointed layers, in words; empty where it needs none, or none is known.
 
     Plans are priced afterwards as they were for the decision.
 
     Args:
-        guard: has priced plans for this decision.
+        keeper: has priced plans for this decision.
         controller: of the run.
         ask: the policy.
         decision: the first one, which is yet to be applied.
     """
     expected, found = _expected(decision), decision.choice
-    if not guard.layers_of(controller.propose(decision)[1].ranks):
+    if not keeper.layers_of(controller.propose(decision)[1].ranks):
         return ""
     if found and found.goal.kind == "bytes":
         return "gradient_checkpointing=False takes less time, and more bytes."
     if expected is None:
         return ""
-    guard.deciding(recomputing=False)
+    keeper.deciding(recomputing=False)
     try:
         check_budget(controller.problem(), list(controller.names))
         other = ask(controller.observe(0))
@@ -260,7 +260,7 @@ def faster_plan(guard: PeakGuard, controller: RankController[Any], ask: Ask, dec
     except BudgetError:
         return "Without gradient checkpointing, no plan fits this budget."
     finally:
-        guard.deciding()
+        keeper.deciding()
     loss = _expected(other)
     if loss is None:
         return ""

@@ -83,8 +83,9 @@ class ElasticBudget(Participant):
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
         """Bring the plan within the limit of the moment, if the limit may have moved."""
-        if self.given or self.moves or self._guard.follows:
-            self._guard.follow(self.limit(self._guard.controller), step)
+        shortage = self._guard.shortage
+        if self.given or self.moves or shortage.follows:
+            shortage.follow(self.limit(self._guard.plan.controller), step)
 
     def state(self) -> dict[str, Any]:
         """The limit, what shares are shares of, and the bytes that the run holds itself, as JSON values."""

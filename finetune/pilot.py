@@ -195,7 +195,7 @@ class RankPilot:
                 and decision log are as they were before the step.
             BudgetError: other processes are in the middle of the step.
         """
-        self._begun.guard.out_of_memory(error or torch.OutOfMemoryError("A training step ran out of memory."))
+        self._begun.guard.shortage.out_of_memory(error or torch.OutOfMemoryError("A training step ran out of memory."))
 
     def finish(self) -> None:
         """Stop measuring, checkpoint the layers of before, and write the ranks to PEFT's configuration for saving.
@@ -291,7 +291,7 @@ class RankPilot:
         """
         piloted = self._begun
         fresh, piloted.shown = self.peaks[piloted.shown :], len(self.peaks)
-        controller, guard, predictions = piloted.controller, piloted.guard, self.predictions
+        controller, keeper, predictions = piloted.controller, piloted.guard.plan, self.predictions
         ranks, unit = controller.ranks, controller.cost.unit
         figures = {
             "rank_mean": float(ranks.mean()),
@@ -300,8 +300,8 @@ class RankPilot:
             f"budget_{unit}": float(controller.limit),
             "rank_decisions": float(len(predictions)),
         }
-        if guard.chooses_layers:
-            figures["recomputed_layers"] = float(len(guard.recomputed))
+        if keeper.recomputation:
+            figures["recomputed_layers"] = float(len(keeper.recomputed))
         if controller.time:
             figures["plan_seconds"] = controller.time.of(ranks)
             if controller.time.beside is None:

@@ -24,12 +24,11 @@ from ..cost.savers import CACHE, SAVERS, TILES, ExactSavers, is_compiled
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, start_kept
 from ..lora.targets import TargetModule
-from ..plan.plan import Plan
 from ..plan.problem import rank_bounds
 from ..plan.rate import Look
 from . import before_training
 from .elastic import ElasticBudget
-from .journal import Correction, Journal
+from .journal import Journal, PlanChange
 from .left_as_found import Kept, Recomputation, all_running_again, recomputing
 from .options import PilotOptions
 from .peak_guard import PeakGuard
@@ -163,7 +162,7 @@ class PilotedRun:
             journal.note(before_training.told_budget(run, targets, budget, costs.limit, stay=stay))
             journal.note_saved(costs.saved, as_set=recomputation is None)
             self.elastic.first_limit(costs.limit)
-            self.guard.attach(run, self.controller, costs.memory, journal, self._corrected, recomputation)
+            self.guard.plan.attach(run, self.controller, costs.memory, journal, self._corrected, recomputation)
             if time:
                 timer = before_training.StepTimer(run, targets, costs.memory, self.controller.limit, recomputation)
                 timer.settle(self.controller, self._ask)
@@ -209,12 +208,12 @@ class PilotedRun:
                 cache_bytes = self.options.prefix_cache_bytes
                 timer = before_training.StepTimer(run, targets, memory, limit, recomputation, cache_bytes)
                 controller.time = timer.other_limit(controller.time, self.options.time_read)
-            self.guard.attach(run, controller, memory, journal, self._corrected, recomputation)
+            self.guard.plan.attach(run, controller, memory, journal, self._corrected, recomputation)
             run.replicas.changed(targets, step)
             self._have_control(state)
             if changed := changes(settings, before):
                 journal.note(f"step {step}: {changed}")
-                self.guard.new_limit(limit, step)
+                self.guard.plan.new_limit(limit, step)
             self._ranks_changed()
         self._have_prefix_cache(state)
 
@@ -298,7 +297,7 @@ class PilotedRun:
 
     def break_off(self, *, as_found: bool = False) -> None:
         """Finish after an error: what the step has changed is put back, and the first plan as well if `as_found`."""
-        self.guard.put_back()
+        self.guard.shortage.put_back()
         if as_found and self._found:
             self._found.put_back()
         self.finish()
@@ -348,8 +347,8 @@ class PilotedRun:
     @without_autocast()
     def _decide(self) -> None:
         """Ask the policy, apply what it wants as far as the budget allows, and write it down."""
-        controller, step, loss, guard = self.controller, self.step, self._losses.mean(), self.guard
-        guard.deciding()
+        controller, step, loss, keeper = self.controller, self.step, self._losses.mean(), self.guard.plan
+        keeper.deciding()
         by_hand = isinstance(self._policy, PlanFile)  # who wrote the plan may shrink trained adapters
         keeps = not by_hand and not self._stays and not controller.decision
         with before_training.learned_kept(self.run, controller, self.journal.note) if keeps else nullcontext():
@@ -357,18 +356,18 @@ class PilotedRun:
             self.decision = decision = self._ask(observation)
             self.journal.note(rounding(self._policy, observation, decision))
             faster = ""
-            if guard.chooses_layers and not controller.decision:
-                faster = before_training.faster_plan(guard, controller, self._ask, decision)
+            if keeper.recomputation and not controller.decision:
+                faster = before_training.faster_plan(keeper, controller, self._ask, decision)
             plan = controller.stay() if self._stays else controller.apply(decision, step, self.run.optimizer)
         self._losses.restart()
-        guard.decided(observation.problem.ranks, step)
-        self._record(step, loss, observation, decision, plan)
+        keeper.decided(observation.problem.ranks, step)
+        self._record(PlanChange(step, observation, decision, plan), loss)
         if decision.exact and (others := int(np.count_nonzero(plan.ranks != decision.ranks))):
             self.journal.note(
                 f"step {step}: {plural(others, 'module')} could not have exactly the rank that was decided, within the "
                 "budget, the bounds and how far a rank may move; the nearest plan stands."
             )
-        if faster and (again := guard.recomputed):
+        if faster and (again := keeper.recomputed):
             count = plural(len(again), "layer")
             self.journal.note(f"Gradient checkpointing of {count} takes time and changes no loss. {faster}")
 
@@ -378,54 +377,32 @@ class PilotedRun:
     def take(self, ranks: Mapping[str, int]) -> None:
         """Give the modules these ranks, by full name, in place of a decision that is due, or beside the schedule."""
         controller, step, loss = self.controller, self.step, self._losses.mean()
-        self.guard.deciding()
+        self.guard.plan.deciding()
         observation = controller.observation_now(step)
         decision, plan = given_ranks(observation, ranks)
         controller.set_plan(decision.ranks, step, self.run.optimizer, decides=self.due)
         self._losses.restart()
-        self.guard.decided(observation.problem.ranks, step, by_hand=True)
-        self._record(step, loss, observation, decision, plan, correction=True)
+        self.guard.plan.decided(observation.problem.ranks, step, by_hand=True)
+        self._record(PlanChange(step, observation, decision, plan, corrects=True), loss)
 
-    def _corrected(self, correction: Correction) -> None:
-        """Record a change of ranks by the guard like a decision."""
-        self._record(
-            correction.step,
-            self._losses.mean(),
-            correction.observation,
-            correction.decision,
-            correction.plan,
-            correction.notes,
-            correction=True,
-        )
+    def _corrected(self, change: PlanChange) -> None:
+        """Write down a change of ranks by the guard like a decision."""
+        self._record(change, self._losses.mean())
 
-    def _record(
-        self,
-        step: int,
-        loss: float | None,
-        observation: Observation,
-        decision: Decision,
-        plan: Plan,
-        notes: dict[str, str] | None = None,
-        *,
-        correction: bool = False,
-    ) -> None:
+    def _record(self, change: PlanChange, loss: float | None) -> None:
         """Let all hear of other ranks, and write down why they are there."""
         self._ranks_changed()
-        history = self.guard.meter.history
+        history, time, recomputation = self.guard.meter.history, self.controller.time, self.guard.plan.recomputation
+        remarks = str(recomputation or ""), time.text(self.controller.ranks) if time else ""
         self.journal.record(
             self.controller,
-            observation,
-            decision,
-            plan,
-            step=step,
+            change,
             loss=loss,
             peak=history[-1][1] if history else None,
-            notes=notes,
             rates=self.rates,
-            remark=self.guard.remark(),
-            correction=correction,
+            remark=", ".join(filter(None, remarks)),
         )
-        self.run.replicas.changed(self._targets, step)
+        self.run.replicas.changed(self._targets, change.step)
 
     # What a checkpoint holds ------------------------------------------------------------------------------------------
 

@@ -165,13 +165,13 @@ def test_recomputation_keeps_bytes_and_time(tmp_path: Path, budget: str, time: s
     trainer, callback = attached(tmp_path, budget, time, gradient_checkpointing="auto")
     trainer.train()
     controller = callback.controller
-    names = callback.pilot._piloted.guard.recomputed
+    names = callback.pilot._piloted.guard.plan.recomputed
     assert controller.time.time.seconds(controller.ranks, names) <= controller.time.seconds
     assert max(peak for _, peak in callback.peaks) <= callback.limit
     assert sum(recomputed(trainer)) == len(names)
     unlimited, other = attached(tmp_path / "unlimited", budget, None, gradient_checkpointing="auto", arguments=SHORT)
     unlimited.train()
-    assert len(names) <= len(other.pilot._piloted.guard.recomputed) <= LAYERS
+    assert len(names) <= len(other.pilot._piloted.guard.plan.recomputed) <= LAYERS
 
 
 def begun(folder: Path, epochs: int = 3, policy: Any = "signal-mean", **options: Any) -> tuple[Any, list[str]]:
