@@ -66,9 +66,7 @@ class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
         """From now on there are steps that a checkpoint can keep."""
         self._stepping = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **objects: Any) -> None:
         """Let the Trainer save and end, if asked."""
         self.stopped = bool(self._processes.most(self.stopped)[0])
         if self.stopped:
@@ -115,9 +113,7 @@ class StopOnSigterm(StopWithCheckpoint):
         callbacks = self._trainer.callback_handler.callbacks
         callbacks[:] = [one for one in callbacks if one is not self]
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **objects: Any) -> None:
         """End the process, if asked.
 
         Raises:
@@ -337,9 +333,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self._between_steps = False
         self.pilot.before_optimizer_step(self._loss)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **objects: Any) -> None:
         """Compare the peak with the budget. A decision that is due is made when the next step begins, if one does.
 
         Raises:

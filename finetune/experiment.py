@@ -352,9 +352,7 @@ class _TakesPlan(TrainerCallback):  # type: ignore[misc]
     def __init__(self, pilot: RankPilot, plan: GivenPlan, at: int) -> None:
         self._pilot, self._plan, self._at = pilot, plan, at
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **objects: Any) -> None:
         """Take the plan where the run goes on at its step; the pilot has heard of the event before.
 
         Raises:

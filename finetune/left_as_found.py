@@ -235,13 +235,23 @@ def switches_put_back(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapters_put_back(
-    model: Any, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None
-) -> Iterator[None]:
-    """Give the adapters their values, ranks, PEFT's configuration and the optimiser's state back afterwards."""
+    model: Any, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None, *, after_errors: bool = False
+) -> Iterator[Kept]:
+    """Give the adapters their values, ranks, PEFT's configuration and the optimiser's state back afterwards.
+
+    Args:
+        model: the PEFT model.
+        targets: its target modules.
+        optimizer: its own; None for none.
+        after_errors: do so only after an error inside, such as Ctrl-C in the probe.
+    """
     kept = Kept(model, targets, optimizer)
     try:
-        yield
-    finally:
+        yield kept
+    except BaseException:
+        kept.put_back()
+        raise
+    if not after_errors:
         kept.put_back()
 
 
@@ -383,15 +393,3 @@ def all_running_again(model: nn.Module) -> Callable[[], None]:
     training_step.switch_checkpointing(base, True)
     base.config.use_cache = False
     return before.put_back
-
-
-@contextmanager
-def recomputing(model: nn.Module, wanted: bool, *, whole: bool = False) -> Iterator[Recomputation | None]:
-    """What chooses the layers of a run that begins, if it is wanted and can be; put back if an error ends the run."""
-    recomputation = Recomputation(model, whole=whole) if wanted and could_recompute(model) else None
-    try:
-        yield recomputation
-    except BaseException:
-        if recomputation:
-            recomputation.put_back()
-        raise

@@ -67,10 +67,8 @@ class PeakGuard(Participant):
         return {"guard": own, "recomputed": list(self.plan.recomputed)}
 
     def end(self) -> None:
-        """Stop measuring, and set the model's layers as they were."""
+        """Stop measuring."""
         self.meter.close()
-        if self.plan.recomputation:
-            self.plan.recomputation.put_back()
 
     # A step -----------------------------------------------------------------------------------------------------------
 

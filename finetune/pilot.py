@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,8 @@ class RankPilot:
             DataError, NonFiniteError: the training set is empty, or the loss is NaN or infinite.
             ProcessError: the first of several processes failed, or they no longer hold the same adapters.
         """
-        piloted = self._take_over(run)
-        piloted.begin(self.seed, name=name, times_plans=self.times_plans, progress=self._progress)
+        with self._taking_over(run) as piloted:
+            piloted.begin(self.seed, name=name, times_plans=self.times_plans, progress=self._progress)
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
         """Go on from `state_dict`, with the adapters and the optimiser then. Another budget or time counts at once.
@@ -118,7 +118,8 @@ class RankPilot:
             RunFolderError: policy, schedule, bounds or the model's ranks are others than those of that time.
             BudgetError: no plan fits another budget.
         """
-        self._take_over(run).resume(state, step, name=name)
+        with self._taking_over(run) as piloted:
+            piloted.resume(state, step, name=name)
 
     def before_step(self, *batches: Batch) -> None:
         """Look at the batches of the step that begins, before the model sees them, and measure it if it is due.
@@ -321,12 +322,17 @@ class RankPilot:
             raise ConfigError("The run has not begun: call `begin` first, or `rankpilot.load_checkpoint`.")
         return self._piloted
 
-    def _take_over(self, run: TrainingRun) -> PilotedRun:
-        """Take a run that can be trained in the place of an earlier one, which ends if it did not."""
+    @contextmanager
+    def _taking_over(self, run: TrainingRun) -> Iterator[PilotedRun]:
+        """Begin a run in the place of an earlier one, which ends if it did not; after an error inside, end it."""
         targets = resizable_targets(run.model, self.options.scaling)
         check_run(run, targets)
         if self._piloted:
             self._piloted.stop()
         self._piloted = PilotedRun(run, targets, self.journal, self.policy, self.schedule, self.options)
         self.budget = self._piloted.elastic.budget
-        return self._piloted
+        try:
+            yield self._piloted
+        except BaseException:
+            self._piloted.stop()
+            raise

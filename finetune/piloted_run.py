@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..agents.control import CONTROLLERS, SHORTEST
-from ..agents.controller import RankController
+from ..agents.controller import ProbeResult, RankController
 from ..agents.observation import Observation
 from ..agents.policy import Decision, Policy, asked, reads_signals, rounding
 from ..agents.rules import AsConfigured, PlanFile, given_ranks
@@ -19,23 +20,26 @@ from ..common.checks import finite
 from ..common.devices import without_autocast
 from ..common.text import plural
 from ..cost.budget import TimeBudget
+from ..cost.calibration import PlanCosts
 from ..cost.recording import Batch
 from ..cost.savers import CACHE, SAVERS, TILES, ExactSavers, is_compiled
 from ..lora.adapters import PeftAdapters
-from ..lora.peft_config import finish_load, start_kept
-from ..lora.targets import TargetModule
+from ..lora.peft_config import finish_load, reference_scaling, start_kept
+from ..lora.resize import is_trained, reset_adapters
+from ..lora.targets import TargetModule, check_trains
+from ..plan.plan import least_cost
 from ..plan.problem import rank_bounds
 from ..plan.rate import Look
 from . import before_training
 from .elastic import ElasticBudget
 from .journal import Journal, PlanChange
-from .left_as_found import Kept, Recomputation, all_running_again, recomputing
+from .left_as_found import Kept, Recomputation, adapters_put_back, all_running_again, could_recompute
 from .options import PilotOptions
 from .peak_guard import PeakGuard
 from .plan_rate import PlanRate, look_at
 from .prefix_cache import PrefixCache
-from .probing import Progress
-from .run import Participant, TrainingRun
+from .probing import Progress, run_probe, unprobed
+from .run import Looked, Participant, TrainingRun
 from .run_control import RunControl
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .watches import FiniteWatch, GradientWatch, LoopCalls, LossMeter
@@ -94,6 +98,7 @@ class PilotedRun:
         self._losses = LossMeter(run.replicas.processes)
         self._watches = LoopCalls(run, self.break_off), GradientWatch(targets, self.guard.meter)
         self._savers: ExactSavers | None = None
+        self._recomputation: Recomputation | None = None
         self._found: Kept | None = None  # until a step has passed
         self._switches, self._heard = ExitStack(), b""
 
@@ -131,34 +136,17 @@ class PilotedRun:
         if budget.kind == "parameters":
             before_training.warn_of_other_adapters(run, targets)
         journal.open(name, [], writes=run.replicas.processes.first)
-        self._hear_begin(None)
+        for part in self.participants:  # what is made later begins when it is made
+            part.begin(None)
         kept = nullcontext() if stay else start_kept(run.model, targets, options.fresh, journal.note)
-        with (
-            before_training.put_back_on_error(run, targets) as found,
-            kept,
-            self._switched() as recomputation,
-        ):
+        with adapters_put_back(run.model, targets, run.optimizer, after_errors=True) as found, kept:
+            self._switch()
             probes = reads_signals(self._policy)
             looks = options.learning_rate == "auto" or not probes
             looked = before_training.UNSEEN if stay else run.look(seed) if looks else None
             self._have_rate(look_at(run, looked) if looked and not stay else None)
-            self.controller, costs = before_training.prepare(
-                run,
-                targets,
-                budget,
-                self._schedule,
-                options.bounds or {},
-                seed,
-                looked=None if probes else looked,
-                fresh=options.fresh,
-                stay=stay,
-                savers=self._savers,
-                recomputation=recomputation,
-                time=time or (TimeBudget.unlimited() if times_plans else None),
-                cache_bytes=options.prefix_cache_bytes,
-                progress=progress,
-            )
-            self.begun = True
+            timed, recomputation = time or (TimeBudget.unlimited() if times_plans else None), self._recomputation
+            costs = self._prepare(seed, None if probes else looked, timed, progress)
             journal.note(before_training.told_budget(run, targets, budget, costs.limit, stay=stay))
             journal.note_saved(costs.saved, as_set=recomputation is None)
             self.elastic.first_limit(costs.limit)
@@ -173,6 +161,72 @@ class PilotedRun:
             self._have_control(None)
         self._found = found
         self._have_prefix_cache(None)
+
+    def _prepare(
+        self,
+        seed: int,
+        looked: Looked | None,
+        time: TimeBudget | None,
+        progress: Progress[Any] | None,
+    ) -> PlanCosts:
+        """Measure what plans cost, and make the controller, after a probe where the policy reads signals.
+
+        Afterwards adapters that are trained are as they were before. Where none is, or with `fresh`, all are new, at
+        rank 1.
+        """
+        run, targets, options, budget = self.run, self._targets, self.options, self.elastic.budget
+        check_trains(targets)
+        recomputation = self._recomputation
+        low, high = rank_bounds(targets, options.bounds or {})
+        keeps = self._stays or (not options.fresh and any(map(is_trained, targets)))
+        before_training.new_state(run, targets, keeps=keeps)
+        costs = before_training.run_costs(
+            run,
+            targets,
+            budget,
+            signals=True,
+            least=partial(least_cost, targets, low, high) if recomputation else None,
+            savers=self._savers,
+            kept=before_training.ranks_that_hold(targets) if keeps else None,
+            whole=recomputation is not None and recomputation.whole,
+        )
+        limit, cache_bytes = costs.limit.value, options.prefix_cache_bytes
+        timer = before_training.StepTimer(run, targets, costs.memory, limit, recomputation, cache_bytes)
+        timed = timer.time_limit(time) if time else None
+        before_training.check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
+        result = self._first_signals(seed, looked, keeps, progress)
+        self.controller = RankController(
+            PeftAdapters(run.model, targets),
+            costs.cost,
+            limit,
+            self._schedule,
+            run.total_steps,
+            result,
+            rows=run.rows * run.accumulation,
+            low=low,
+            high=high,
+            seed=seed,
+            time=timed,
+            reads=looked is None,
+        )
+        self.begun = True
+        return costs
+
+    def _first_signals(
+        self, seed: int, looked: Looked | None, keeps: bool, progress: Progress[Any] | None
+    ) -> ProbeResult:
+        """Probe the modules, unless the run was looked at instead; afterwards adapters that are not kept are new."""
+        run, targets = self.run, self._targets
+        if not keeps:
+            reset_adapters(targets, 1, seed)
+        with nullcontext() if keeps else reference_scaling(targets):
+            if looked is None:
+                result = run.measured(lambda: run_probe(run, targets, self._schedule, seed, progress=progress))
+            else:
+                result = unprobed(looked, len(targets))
+        if not keeps:
+            reset_adapters(targets, 1, seed)
+        return result
 
     def resume(self, state: Mapping[str, Any], step: int, *, name: str) -> None:
         """Go on from `state`, with the adapters and the optimiser of that time.
@@ -191,40 +245,33 @@ class PilotedRun:
             known, layers, names = predictions_of(state), frozenset(state["recomputed"]), frozenset(state["savers"])
             look, own = Look(*map(finite, state["look"])) if state["look"] else None, finite(state["own_rate"])
             self.step, self.shown = step, int(state["peaks_shown"])
-            self._hear_begin(state)
+            for part in self.participants:
+                part.begin(state)
         self.begun = True
         finish_load(run.model, targets)
         journal.open(name, known, writes=run.replicas.processes.first)
         journal.forget_control(step)
-        with self._switched(names) as recomputation:
-            self._have_rate(look, own)
-            memory = before_training.run_memory(run, targets, signals=True) if recomputation else None
-            if recomputation:
-                recomputation.take(layers)
-            controller, limit = self.controller, self.controller.limit
-            if before.get("budget") != settings["budget"]:
-                limit = self.elastic.limit(controller)
-            if before.get("time") != settings["time"]:
-                cache_bytes = self.options.prefix_cache_bytes
-                timer = before_training.StepTimer(run, targets, memory, limit, recomputation, cache_bytes)
-                controller.time = timer.other_limit(controller.time, self.options.time_read)
-            self.guard.plan.attach(run, controller, memory, journal, self._corrected, recomputation)
-            run.replicas.changed(targets, step)
-            self._have_control(state)
-            if changed := changes(settings, before):
-                journal.note(f"step {step}: {changed}")
-                self.guard.plan.new_limit(limit, step)
-            self._ranks_changed()
+        self._switch(names)
+        recomputation = self._recomputation
+        self._have_rate(look, own)
+        memory = before_training.run_memory(run, targets, signals=True) if recomputation else None
+        if recomputation:
+            recomputation.take(layers)
+        controller, limit = self.controller, self.controller.limit
+        if before.get("budget") != settings["budget"]:
+            limit = self.elastic.limit(controller)
+        if before.get("time") != settings["time"]:
+            cache_bytes = self.options.prefix_cache_bytes
+            timer = before_training.StepTimer(run, targets, memory, limit, recomputation, cache_bytes)
+            controller.time = timer.other_limit(controller.time, self.options.time_read)
+        self.guard.plan.attach(run, controller, memory, journal, self._corrected, recomputation)
+        run.replicas.changed(targets, step)
+        self._have_control(state)
+        if changed := changes(settings, before):
+            journal.note(f"step {step}: {changed}")
+            self.guard.plan.new_limit(limit, step)
+        self._ranks_changed()
         self._have_prefix_cache(state)
-
-    def _hear_begin(self, state: Mapping[str, Any] | None) -> None:
-        """Let what takes part from the first moment begin; what is made later begins when it is made."""
-        try:
-            for part in self.participants:
-                part.begin(state)
-        except BaseException:
-            self.stop()
-            raise
 
     def _controller_of(self, state: Mapping[str, Any]) -> RankController[PeftAdapters]:
         """The controller of a run that is resumed."""
@@ -236,30 +283,21 @@ class PilotedRun:
             state["controller"], adapters, self._schedule, low=low, high=high, reads=reads
         )
 
-    @contextmanager
-    def _switched(self, savers: Collection[str] = tuple(SAVERS)) -> Iterator[Recomputation | None]:
-        """Switch on what the options say of how a step runs, until the run ends, or an error in this block."""
+    def _switch(self, savers: Collection[str] = tuple(SAVERS)) -> None:
+        """Have steps run as the options say until the run ends."""
         run, options = self.run, self.options
-        try:
-            if options.gradient_checkpointing is True:
-                self._switches.callback(all_running_again(run.model))
-            if options.exact_savers:
-                left_out = set[str]()
-                if run.tells_positions:  # without a cache, transformers takes them for those of packed texts
-                    left_out |= {CACHE}
-                if run.replicas.sharded:  # the head is whole in its own passes alone
-                    left_out |= {TILES}
-                if self._stays:  # answers are written with a cache, and read off logits
-                    left_out |= {CACHE, TILES}
-                names = [name for name in savers if name not in left_out]
-                self._savers = ExactSavers(run.model, names, compiled=is_compiled(run.wrapped))
-                self._switches.callback(self._savers.put_back)
-            wanted = options.chooses_layers and self.elastic.budget.kind != "parameters"
-            with recomputing(run.model, wanted, whole=options.goal == "bytes") as recomputation:
-                yield recomputation
-        except BaseException:
-            self.stop()
-            raise
+        if options.gradient_checkpointing is True:
+            self._switches.callback(all_running_again(run.model))
+        if options.exact_savers:
+            # Where ranks stay, answers are written with a cache, and read off logits. Without a cache, transformers
+            # takes positions for those of packed texts. A sharded head is whole in its own passes alone.
+            left_out = {CACHE: self._stays or run.tells_positions, TILES: self._stays or run.replicas.sharded}
+            names = [name for name in savers if not left_out.get(name)]
+            self._savers = ExactSavers(run.model, names, compiled=is_compiled(run.wrapped))
+            self._switches.callback(self._savers.put_back)
+        if options.chooses_layers and self.elastic.budget.kind != "parameters" and could_recompute(run.model):
+            self._recomputation = Recomputation(run.model, whole=options.goal == "bytes")
+            self._switches.callback(self._recomputation.put_back)
 
     def _have_rate(self, look: Look | None, own: float | None = None) -> None:
         """Have the learning rate follow the plan until the run ends."""

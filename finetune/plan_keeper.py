@@ -170,7 +170,7 @@ class PlanKeeper:
             room = controller.limit - now.underestimate
             unpaid = signal_buffer_bytes(targets) * (not controller.will_measure)
             cost = self.recomputation.cost(highest_ranks(targets), room, now.shape, controller.ranks, least, unpaid)
-            controller.reprice(replace(cost, constant=cost.constant + now.underestimate))
+            controller.cost = replace(cost, constant=cost.constant + now.underestimate)
 
     def decided(self, before: IntArray, step: int, *, by_hand: bool = False) -> None:
         """Note that a decision has changed the ranks; those that it changed do not come back with memory.
@@ -209,7 +209,7 @@ class PlanKeeper:
             longest = max(batches, key=lambda batch: BatchShape.of(batch).length, default=None)
             self.measure_again(longest, shape)
             cost = self.cost_of_shape(shape)
-        self.controller.reprice(cost)
+        self.controller.cost = cost
         text = f"A batch of {shape} came, larger than the memory was planned for."
         self._fit(text, f"batch of {shape}", unknown_lengths(self.run.dataset))
 
@@ -221,7 +221,7 @@ class PlanKeeper:
             recomputation.memory = replace(recomputation.memory, accumulates=True)
         if memory:
             self.now = replace(self.now, memory=replace(memory, accumulates=True))
-            self.controller.reprice(self.cost_of_shape(self.now.shape))
+            self.controller.cost = self.cost_of_shape(self.now.shape)
         else:
             self.measure_again(None, self.now.shape)
         text = "Gradients stay while the next step runs forward: optimizer.zero_grad() before that frees their bytes."
@@ -241,7 +241,7 @@ class PlanKeeper:
         error = max(peak - plan_cost(controller.cost_now(), ranks), 0.0)
         self.now = replace(now, underestimate=now.underestimate + error)
         assert isinstance(cost, ByteCost)
-        controller.reprice(replace(cost, constant=cost.constant + error))
+        controller.cost = replace(cost, constant=cost.constant + error)
         before = ranks if now.before is None else now.before
         back = not np.array_equal(before, ranks)
         text = (
@@ -386,4 +386,4 @@ class PlanKeeper:
         if self.recomputation:
             self.recomputation.take(layers)
             self.now = replace(self.now, memory=self.recomputation.memory_now())
-            self.controller.reprice(self.cost_of_shape(self.now.shape))
+            self.controller.cost = self.cost_of_shape(self.now.shape)

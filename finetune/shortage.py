@@ -330,12 +330,9 @@ class Shortage:
         """Give back what an out-of-memory error has taken, once enough steps have passed and there is memory again."""
         plan, run, controller = self._plan, self._plan.run, self._plan.controller
         taken, history = plan.now.taken, plan.meter.history
-        if (
-            self.follows
-            or taken is None
-            or plan.step - taken.step < plan.now.wait
-            or plan.step >= controller.total_steps
-        ):
+        if self.follows or taken is None or plan.step >= controller.total_steps:
+            return
+        if plan.step - taken.step < plan.now.wait:
             return
         if run.device.type == "cuda" and history:  # without CUDA good steps tell
             more = taken.cost - plan_cost(controller.cost_now(), controller.ranks)
@@ -363,7 +360,7 @@ class Shortage:
         ranks = controller.ranks
         for module in np.flatnonzero(taken.ranks > ranks):
             more = np.where(np.arange(len(ranks)) == module, taken.ranks, ranks)
-            if controller.could_take(more):
+            if controller.fits(more):
                 ranks = more
         controller.limit = limit
         if np.array_equal(ranks, controller.ranks):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..cost.recording import Batch
 from ..errors import UnsupportedError
@@ -346,8 +346,6 @@ class _Finder(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: Trainer) -> None:
         self._step = TrainerStep(trainer)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **objects: Any) -> None:
         self.run = self._step.run(args, state, objects)
         raise _FoundError

@@ -169,17 +169,13 @@ class LossMeter(Participant):
         self.count: torch.Tensor | int = 0
         self._processes = processes or Processes()
 
-    def add(self, loss: torch.Tensor | float) -> None:
-        """Add the mean loss of one optimizer step; a loss that is NaN, as where all labels are masked, is none."""
+    def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
+        """Add the mean loss of this step; a loss that is NaN, as where all labels are masked, is none."""
         if not (isinstance(loss, torch.Tensor) or is_real(loss)):
             raise ConfigError(f"The loss of a step is a number or a tensor; got {shown(loss)}.")
         mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else torch.tensor(loss)
         self.total = self.total + mean.nan_to_num(0.0, 0.0, 0.0)
         self.count = self.count + mean.isfinite()
-
-    def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
-        """Add the loss of this step."""
-        self.add(loss)
 
     def restart(self) -> None:
         """Begin a new interval."""

@@ -86,7 +86,7 @@ def test_losses_that_are_no_numbers_do_not_count() -> None:
     """As of a batch whose labels are all masked; they would be in every checkpoint after it."""
     meter, record = LossMeter(), RunRecord(100)
     for loss in (torch.tensor(math.nan), 2.0, torch.tensor(4.0), math.inf):
-        meter.add(loss)
+        meter.before_optimizer_step(0, loss)
         record.add(float(loss), 0.1)
     assert meter.mean() == 3
     again = LossMeter()
