@@ -273,7 +273,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         step.release()
         schedule_steps = pilot.schedule.steps(state.max_steps) if state.max_steps > 0 else ()
         warn_of_recompiles(objects["model"], args, 1 + sum(at > state.global_step for at in schedule_steps))
-        pilot.draw_from(args.seed if self._options.seed is None else self._options.seed)
+        pilot.seed = args.seed if self._options.seed is None else self._options.seed
         if self._options.log is None:
             pilot.journal.log = self._default_log()
         run, name = step.run(args, state, objects), Path(args.output_dir).name

@@ -427,15 +427,8 @@ def branch(
             return callback
 
         result = run_one(config, workload, output, PILOT, pilot=attached)
-        summary = {
-            "model": config.model,
-            "data": config.data,
-            "policy": label,
-            "seed": config.seed,
-            "steps": result["steps"],
-            "branch": {"of": str(source), "at": at},
-            "runs": {PILOT: result},
-        }
+        summary: dict[str, Any] = {"model": config.model, "data": config.data, "policy": label, "seed": config.seed}
+        summary |= {"steps": result["steps"], "branch": {"of": str(source), "at": at}, "runs": {PILOT: result}}
         files.write_json(output / "summary.json", summary)
     return summary
 

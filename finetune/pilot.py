@@ -52,7 +52,7 @@ class RankPilot:
         time: what a step may take in time; None without a limit.
         policy: decides.
         schedule: when it does.
-        seed: of all that is drawn.
+        seed: of all that the next run draws: the rows of the probe, and fresh adapters.
         times_plans: whether the time of steps is measured, limited or not.
         journal: writes down the decisions.
 
@@ -82,10 +82,6 @@ class RankPilot:
         self.journal: Journal = Journal(decisions, self.policy, tell or logger.info)
         self._progress = progress
         self._piloted: PilotedRun | None = None
-
-    def draw_from(self, seed: int) -> None:
-        """Draw with another seed from the next run on: the rows of the probe, and fresh adapters."""
-        self.seed = seed
 
     # The events of a run, in their order ------------------------------------------------------------------------------
 
@@ -130,7 +126,7 @@ class RankPilot:
         Raises:
             BudgetError: no plan fits the larger batch or the memory that is left, or that of the decision does not fit.
         """
-        self._begun.before_step(batches)
+        _begun(self._piloted).before_step(batches)
 
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
         """Read the gradients, which are complete now; call before they are cleared.
@@ -141,7 +137,7 @@ class RankPilot:
         Raises:
             NoGradientError: the adapters receive none.
         """
-        self._begun.before_optimizer_step(loss)
+        _begun(self._piloted).before_optimizer_step(loss)
 
     def after_step(self, *, decide: bool = True) -> None:
         """Compare the peak with the budget, and decide if a decision is due; call after the optimiser's step.
@@ -154,10 +150,10 @@ class RankPilot:
             BudgetError: the step was above the budget, and no plan fits.
             NonFiniteError: what trains is not finite any more, and control of the run cannot undo that.
         """
-        piloted = self._begun
+        piloted = _begun(self._piloted)
         piloted.after_step()
-        if decide:
-            piloted.decide_if_due()
+        if decide and piloted.due:
+            piloted.decide()
 
     def take(self, ranks: Mapping[str, int]) -> None:
         """Give the modules these ranks now, by full name, whatever the policy says; it is logged.
@@ -168,7 +164,7 @@ class RankPilot:
             BudgetError: they are above the budget.
             UnknownNameError, ConfigError: see `given_ranks`.
         """
-        self._begun.take(ranks)
+        _begun(self._piloted).take(ranks)
 
     def set_budget(self, budget: GivenBudget) -> None:
         """Give the run another budget from its next step on, or a function that is asked before each step.
@@ -180,7 +176,7 @@ class RankPilot:
         """
         options = replace(self.options, budget=budget)
         if self.controller:
-            self._begun.elastic.give(budget, self.controller)
+            _begun(self._piloted).elastic.give(budget, self.controller)
         self.options, self.budget = options, options.budget_read
 
     def out_of_memory(self, error: torch.OutOfMemoryError | None = None) -> None:
@@ -196,7 +192,8 @@ class RankPilot:
                 and decision log are as they were before the step.
             BudgetError: other processes are in the middle of the step.
         """
-        self._begun.guard.shortage.out_of_memory(error or torch.OutOfMemoryError("A training step ran out of memory."))
+        error = error or torch.OutOfMemoryError("A training step ran out of memory.")
+        _begun(self._piloted).guard.shortage.out_of_memory(error)
 
     def finish(self) -> None:
         """Stop measuring, checkpoint the layers of before, and write the ranks to PEFT's configuration for saving.
@@ -206,9 +203,7 @@ class RankPilot:
             NonFiniteError: what was trained is not finite.
         """
         if self._piloted:
-            self._piloted.finish()
-            if self._piloted.begun:
-                self._piloted.check()
+            self._piloted.finish(checks=True)
 
     def break_off(self, *, as_found: bool = False) -> None:
         """As `finish`, after an error: other processes are not heard, and what the step has changed is put back.
@@ -228,7 +223,7 @@ class RankPilot:
             ProcessError: the processes do not hold the same adapters.
             NonFiniteError: what trains is not finite, so that no checkpoint is to hold it.
         """
-        return self._begun.state()
+        return _begun(self._piloted).state()
 
     # What can be read while the run lasts -----------------------------------------------------------------------------
 
@@ -260,7 +255,7 @@ class RankPilot:
     @property
     def limit(self) -> float:
         """What a plan may cost, in bytes or parameters. It is known from `begin` on."""
-        return float(self._begun.controller.limit)
+        return float(_begun(self._piloted).controller.limit)
 
     @property
     def rate_factor(self) -> float:
@@ -270,15 +265,15 @@ class RankPilot:
     @property
     def rates(self) -> tuple[float, float] | None:
         """The peak of the learning rate for plain LoRA, and under the plan; None before `begin`."""
-        return self._piloted.rates if self._piloted else None
+        return self._piloted.rate.rates if self._piloted and self._piloted.rate else None
 
     def aside(self) -> AbstractContextManager[None]:
         """Let what runs inside the block be no part of a step, as where the model writes what it learns from."""
-        return self._begun.guard.aside()
+        return _begun(self._piloted).guard.aside()
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Measure the evaluation that runs inside the block; see `evaluation_share`."""
-        return self._begun.guard.evaluation()
+        return _begun(self._piloted).guard.evaluation()
 
     @property
     def evaluation_share(self) -> float:
@@ -290,7 +285,7 @@ class RankPilot:
 
         The highest peak is among them if a step was measured since the last call.
         """
-        piloted = self._begun
+        piloted = _begun(self._piloted)
         fresh, piloted.shown = self.peaks[piloted.shown :], len(self.peaks)
         controller, keeper, predictions = piloted.controller, piloted.guard.plan, self.predictions
         ranks, unit = controller.ranks, controller.cost.unit
@@ -311,17 +306,6 @@ class RankPilot:
             figures["peak_bytes"] = float(max(peak for _, peak in fresh))
         return figures
 
-    @property
-    def _begun(self) -> PilotedRun:
-        """The run that has begun.
-
-        Raises:
-            ConfigError: none has.
-        """
-        if self._piloted is None or not self._piloted.begun:
-            raise ConfigError("The run has not begun: call `begin` first, or `rankpilot.load_checkpoint`.")
-        return self._piloted
-
     @contextmanager
     def _taking_over(self, run: TrainingRun) -> Iterator[PilotedRun]:
         """Begin a run in the place of an earlier one, which ends if it did not; after an error inside, end it."""
@@ -336,3 +320,14 @@ class RankPilot:
         except BaseException:
             self._piloted.stop()
             raise
+
+
+def _begun(piloted: PilotedRun | None) -> PilotedRun:
+    """The run of a pilot, once it has begun.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if piloted is None or not piloted.begun:
+        raise ConfigError("The run has not begun: call `begin` first, or `rankpilot.load_checkpoint`.")
+    return piloted

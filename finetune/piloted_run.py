@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..agents.control import CONTROLLERS, SHORTEST
-from ..agents.controller import ProbeResult, RankController
+from ..agents.controller import RankController
 from ..agents.observation import Observation
 from ..agents.policy import Decision, Policy, asked, reads_signals, rounding
 from ..agents.rules import AsConfigured, PlanFile, given_ranks
@@ -24,8 +24,8 @@ from ..cost.calibration import PlanCosts
 from ..cost.recording import Batch
 from ..cost.savers import CACHE, SAVERS, TILES, ExactSavers, is_compiled
 from ..lora.adapters import PeftAdapters
-from ..lora.peft_config import finish_load, reference_scaling, start_kept
-from ..lora.resize import is_trained, reset_adapters
+from ..lora.peft_config import finish_load, start_kept
+from ..lora.resize import is_trained
 from ..lora.targets import TargetModule, check_trains
 from ..plan.plan import least_cost
 from ..plan.problem import rank_bounds
@@ -38,7 +38,7 @@ from .options import PilotOptions
 from .peak_guard import PeakGuard
 from .plan_rate import PlanRate, look_at
 from .prefix_cache import PrefixCache
-from .probing import Progress, run_probe, unprobed
+from .probing import Progress, first_signals
 from .run import Looked, Participant, TrainingRun
 from .run_control import RunControl
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
@@ -115,11 +115,6 @@ class PilotedRun:
         every = calls, self.elastic, self.rate, self.control, self.guard, gradients, self._losses, self.finite
         return [part for part in (*every, self.prefix) if part is not None]
 
-    @property
-    def rates(self) -> tuple[float, float] | None:
-        """The peak of the learning rate for plain LoRA, and under the plan; None before it is known."""
-        return (self.rate.plain, self.rate.rate) if self.rate else None
-
     # The begin and the end --------------------------------------------------------------------------------------------
 
     def begin(self, seed: int, *, name: str, times_plans: bool, progress: Progress[Any] | None) -> None:
@@ -155,7 +150,7 @@ class PilotedRun:
                 timer = before_training.StepTimer(run, targets, costs.memory, self.controller.limit, recomputation)
                 timer.settle(self.controller, self._ask)
             journal.note(before_training.what_times_mean(self.controller.time, run))
-            self._decide()
+            self.decide()
             assert self.rate is not None
             journal.note(self.rate.told())
             self._have_control(None)
@@ -194,7 +189,7 @@ class PilotedRun:
         timer = before_training.StepTimer(run, targets, costs.memory, limit, recomputation, cache_bytes)
         timed = timer.time_limit(time) if time else None
         before_training.check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
-        result = self._first_signals(seed, looked, keeps, progress)
+        result = first_signals(run, targets, self._schedule, seed, looked, keeps=keeps, progress=progress)
         self.controller = RankController(
             PeftAdapters(run.model, targets),
             costs.cost,
@@ -212,22 +207,6 @@ class PilotedRun:
         self.begun = True
         return costs
 
-    def _first_signals(
-        self, seed: int, looked: Looked | None, keeps: bool, progress: Progress[Any] | None
-    ) -> ProbeResult:
-        """Probe the modules, unless the run was looked at instead; afterwards adapters that are not kept are new."""
-        run, targets = self.run, self._targets
-        if not keeps:
-            reset_adapters(targets, 1, seed)
-        with nullcontext() if keeps else reference_scaling(targets):
-            if looked is None:
-                result = run.measured(lambda: run_probe(run, targets, self._schedule, seed, progress=progress))
-            else:
-                result = unprobed(looked, len(targets))
-        if not keeps:
-            reset_adapters(targets, 1, seed)
-        return result
-
     def resume(self, state: Mapping[str, Any], step: int, *, name: str) -> None:
         """Go on from `state`, with the adapters and the optimiser of that time.
 
@@ -237,8 +216,9 @@ class PilotedRun:
             name: of the run, for the decision log.
         """
         run, targets, journal = self.run, self._targets, self.journal
+        settings = run_settings(self.options, self.elastic.budget, self._policy, self._schedule)
         with readable_state():
-            before = check_same(settings := self._settings(), state, targets)
+            before = check_same(settings, state, targets)
             if callable(self.options.budget) and self.elastic.moves:  # what it took can come back
                 settings["budget"] = before["budget"]
             self.controller = self._controller_of(state)
@@ -327,24 +307,27 @@ class PilotedRun:
         self._switches.close()
         self._found = None
 
-    def finish(self) -> None:
-        """Stop, and write the ranks to PEFT's configuration for saving."""
+    def finish(self, *, checks: bool) -> None:
+        """Stop, write the ranks to PEFT's configuration for saving, and see that what was trained is sound if asked."""
         self.stop()
         if self.begun:
             finish_load(self.run.model, self._targets)
+            if checks:
+                self._check()
 
     def break_off(self, *, as_found: bool = False) -> None:
         """Finish after an error: what the step has changed is put back, and the first plan as well if `as_found`."""
         self.guard.shortage.put_back()
         if as_found and self._found:
             self._found.put_back()
-        self.finish()
+        self.finish(checks=False)
 
     # A step -----------------------------------------------------------------------------------------------------------
 
     def before_step(self, batches: Sequence[Batch]) -> None:
         """Let all hear that a step begins, after a decision that is due."""
-        self.decide_if_due()
+        if self.due:
+            self.decide()
         self._ranks_changed()  # a step that did not pass may have put others back
         for part in self.participants:
             part.before_step(self.step, batches)
@@ -377,13 +360,8 @@ class PilotedRun:
         """Whether a decision is due."""
         return self.controller.due(self.step) and self.step < self.controller.total_steps
 
-    def decide_if_due(self) -> None:
-        """Have the policy decide if a decision is due."""
-        if self.due:
-            self._decide()
-
     @without_autocast()
-    def _decide(self) -> None:
+    def decide(self) -> None:
         """Ask the policy, apply what it wants as far as the budget allows, and write it down."""
         controller, step, loss, keeper = self.controller, self.step, self._losses.mean(), self.guard.plan
         keeper.deciding()
@@ -437,24 +415,21 @@ class PilotedRun:
             change,
             loss=loss,
             peak=history[-1][1] if history else None,
-            rates=self.rates,
+            rates=self.rate.rates if self.rate else None,
             remark=", ".join(filter(None, remarks)),
         )
         self.run.replicas.changed(self._targets, change.step)
 
     # What a checkpoint holds ------------------------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, Any]:
-        return run_settings(self.options, self.elastic.budget, self._policy, self._schedule)
-
-    def check(self) -> None:
+    def _check(self) -> None:
         """See that what trains is finite, and the same in all processes."""
         self.finite.check(self.step)
         self.run.replicas.compare(self._targets, self.step)
 
     def state(self) -> dict[str, Any]:
         """All that `resume` needs beside adapters and optimiser: dictionaries of tensors, arrays and JSON values."""
-        self.check()
+        self._check()
         whole = {
             "processes": self.run.replicas.processes.count,
             "step": self.step,
@@ -464,7 +439,7 @@ class PilotedRun:
             "predictions": self.journal.predictions,
             "peaks_shown": self.shown,
             "savers": list(self._savers.names) if self._savers else [],
-            "settings": self._settings(),
+            "settings": run_settings(self.options, self.elastic.budget, self._policy, self._schedule),
         }
         for part in self.participants:
             whole |= part.state()

@@ -184,6 +184,11 @@ class PlanRate(Participant):
         """The peak of the learning rate under the plan."""
         return self.own * self.factor
 
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The peak of the learning rate for plain LoRA, and under the plan."""
+        return self.plain, self.rate
+
     def move(self, moved: float) -> None:
         """Multiply the plain rate by `moved` from now on, as control of the run has chosen."""
         self.moved = moved
