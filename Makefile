@@ -38,9 +38,9 @@ DEMO := all-minilm-l6-v2 rotten-tomatoes --max-steps 60 --per-device-train-batch
 demo: $(VENV)/.installed-demo ## an 8B on a card, a fine-tune beside plain LoRA, memory that is taken away, a policy trained (goes on where it was interrupted)
 	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --output $(SEEN)/memory
 	$(BIN)/rankpilot finetune $(DEMO) --goal bytes --compare-all-linear --output $(SEEN)/saves
-	$(BIN)/rankpilot finetune $(DEMO) --budget "1MB step" --output $(SEEN)/small 2>&1 | tee $(SEEN)/too-small.txt
+	$(BIN)/rankpilot finetune $(DEMO) --budget "1MiB step" --output $(SEEN)/small 2>&1 | tee $(SEEN)/too-small.txt
 	$(BIN)/python -m benchmarks elastic --quick --json $(SEEN)/elastic.json
-	$(BIN)/rankpilot policy train --preset quick --iterations 4 --validation-tasks 4 --output $(SEEN)/policy --resume
+	$(BIN)/rankpilot policy train --preset quick --iterations 3 --validation-tasks 4 --output $(SEEN)/policy --resume
 	$(BIN)/rankpilot study $(SEEN)/saves --output $(SEEN)/study.html
 	$(BIN)/python -m tools.demo $(SEEN)
 

@@ -136,7 +136,7 @@ class Choice:
             if not self.goal.saves:
                 if self.caveats:
                     return f"This run is unlike those that expectations come from, so {PLAIN} stays."
-                return f"No plan that fits promises a lower loss than {PLAIN}." if len(self.plans) > 1 else ""
+                return f"No plan that fits is clearly better than {PLAIN}." if len(self.plans) > 1 else ""
             return f"No cheaper plan surely stays within {percent(self.goal.tolerance)} of the loss of {PLAIN}."
         return f"Expected versus {PLAIN}{fits}: loss {expected}, surely at most {surely}."
 

@@ -81,7 +81,7 @@ def candidates(observation: Observation) -> Iterator[tuple[str, IntArray]]:
     yield PLAIN, plain_lora(problem)
     yield PLAIN_WITHIN, _within(problem, plain_lora(problem))
     wide = module_feature(observation, "wide") > 0.5
-    yield "as much as fits, from the top down", top_down(problem)
+    yield "as much rank as fits", top_down(problem)
     for name, part in parts(observation).items():
         for rank in RANKS:
             if (named := f"rank {rank} on {name}") != PLAIN:

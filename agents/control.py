@@ -188,6 +188,7 @@ class AlignmentRule:
         undo_threshold: undo when log(loss / initial loss) exceeds this and the alignment is negative.
         undo_noise: by how much that threshold rises for each standard deviation of the log loss.
         first_raise: optimizer steps before which the rate is not raised: the first ones agree at any rate.
+        warm: share of its peak below which a rate that the schedule still raises is not raised further.
     """
 
     least_evidence: float = 2.5
@@ -197,6 +198,7 @@ class AlignmentRule:
     undo_threshold: float = 0.05
     undo_noise: float = 1.5
     first_raise: int = 9
+    warm: float = 0.9
 
     def act(self, observations: FloatArray) -> Sequence[int]:
         """See `Controller`."""
@@ -210,7 +212,8 @@ class AlignmentRule:
         enough = 1.0 if ratio > 0 else 0.8
         if abs(4 * seen["evidence"]) < enough * self.least_evidence or abs(ratio) < enough * self.least_ratio:
             return KEEP
-        early = seen["warm-up"] or 5 * 2 ** (4 * seen["steps"]) < self.first_raise
+        warming = seen["warm-up"] and seen["schedule"] < self.warm
+        early = warming or 5 * 2 ** (4 * seen["steps"]) < self.first_raise
         if ratio > 0 and (early or seen["alignment"] / 4 < self.least_alignment):
             return KEEP
         wanted = float(np.clip(self.gain * ratio, -1.0, 1.0))

@@ -26,10 +26,12 @@ from rankpilot.agents.observation import Observation
 from rankpilot.agents.policy import Decision
 from rankpilot.common.files import read_json_lines, write_text
 from rankpilot.common.text import make_table
+from rankpilot.cost.training_step import switch_checkpointing
 from rankpilot.errors import ConfigError
+from rankpilot.finetune.before_training import run_memory
 from rankpilot.finetune.options import PilotOptions
 from rankpilot.finetune.pilot import RankPilot
-from rankpilot.finetune.plan_rate import hidden_width, look_at
+from rankpilot.finetune.plan_rate import START, hidden_width, look_at
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import find_target_modules
@@ -183,11 +185,28 @@ def perform(run: Run) -> dict[str, Any]:
     spent = time.process_time() - begun
     loss = held_out_loss(model, data, task)
     if run.side == "plain":
+        facts |= plain_bytes(task) if run.factor == 1 else {}
         facts["frequencies"] = round(loss_of_frequencies(data.train, data.held_out), 5)
     if pilot:
         pilot.finish()
     times = {"setup_s": round(setup_s, 2), "all_s": round(spent, 2)}
     return {"loss": round(loss, 5) if math.isfinite(loss) else None, "rate": rate} | facts | times
+
+
+def plain_bytes(task: TextTask) -> dict[str, float]:
+    """What steps take beside one of plain LoRA without checkpointing: with all layers checkpointed, and of rank 64."""
+    model = adapted_model(task, 0)
+    training, targets = training_run(task, model, USUAL, 0), find_target_modules(model)
+    switch_checkpointing(model.get_base_model(), True)
+    memory = run_memory(training, targets, signals=False)
+    plain, wide = (np.minimum(rank, [target.max_rank for target in targets]) for rank in (REFERENCE_RANK, 64))
+    whole = memory.recomputing(()).peak(plain)
+    peaks = {
+        "checkpointed": memory.peak(plain),
+        "rslora-64": memory.recomputing(()).peak(wide),
+        "rslora-64 checkpointed": memory.peak(wide),
+    }
+    return {name: round(peak / whole, 4) for name, peak in peaks.items()}
 
 
 @dataclass(frozen=True)
@@ -276,6 +295,8 @@ Cell = tuple[str, int]
 def best_rows(rows: Mapping[Run, Mapping[str, Any]]) -> dict[Cell, dict[str, Mapping[str, Any]]]:
     """By cell and side the row that counts: of a sweep the best one, and as "plain, rule" plain LoRA at the rule's.
 
+    As "plain, auto" it is plain LoRA that begins at `START` of the rule's rate and is controlled.
+
     A cell counts once plain LoRA has trained at all rates of `SWEPT`.
     """
     found: dict[Cell, dict[str, Mapping[str, Any]]] = defaultdict(dict)
@@ -285,6 +306,8 @@ def best_rows(rows: Mapping[Run, Mapping[str, Any]]) -> dict[Cell, dict[str, Map
             of_cell[run.side] = row
         if (run.side, run.factor) == ("plain", 1.0):
             of_cell["plain, rule"] = row
+        if (run.side, run.factor) == ("controlled", START):
+            of_cell["plain, auto"] = row
     swept = {cell: {Run(cell[0], "plain", factor, cell[1]) for factor in SWEPT} for cell in found}
     return {cell: sides for cell, sides in found.items() if swept[cell] <= rows.keys()}
 
@@ -364,24 +387,34 @@ def _report_sides(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console:
         ("byte models, admitted", admitted - set(WHOLE)),
         ("SmolLM2-135M, admitted", admitted & set(WHOLE)),
     ):
-        for side in (*GOALS, "plain, rule", "usual", "rslora-64", *RIVALS):
+        for side in (*GOALS, "plain, auto", "plain, rule", "usual", "rslora-64", *RIVALS):
             found = [cell for cell in best if cell[0] in texts and side in best[cell]]
             if not found:
                 continue
             losses = [_beside(best[cell][side], best[cell]["plain"]) for cell in found]
             change = estimate([100 * loss for loss in losses], [text for text, _ in found])
-            size = float(np.mean([best[cell][side].get("bytes", math.nan) for cell in found]))
+            sizes = [_bytes(side, best[cell]) for cell in found]
+            size, again = (float(np.mean(part)) for part in zip(*sizes, strict=True))
             spent = float(np.median([best[cell][side]["all_s"] / best[cell]["plain"]["all_s"] for cell in found]))
             figures |= {f"{part}, {side}: {name}": value for name, value in vars(change).items()}
             figures |= {f"{part}, {side}: worst": 100 * max(losses), f"{part}, {side}: bytes": size}
+            figures |= {f"{part}, {side}: bytes beside checkpointed": again}
             figures |= {f"{part}, {side}: time": spent, f"{part}, {side}: texts": len({text for text, _ in found})}
-            shares = [f"{value:.2f}" if math.isfinite(value) else "-" for value in (size, spent)]
+            shares = [f"{value:.2f}" if math.isfinite(value) else "-" for value in (size, again, spent)]
             table.append((part, side, str(len(found)), f"{change:+.2f}", f"{100 * max(losses):+.1f}", *shares))
-    columns = ("", "side", "cells", "log loss, %", "worst", "bytes", "CPU time")
+    columns = ("", "side", "cells", "log loss, %", "worst", "bytes", "of all checkpointed", "CPU time")
     console.print(make_table("Beside plain LoRA at its best rate", columns, table))
     shown = "; ".join(f"{text} ({reason})" for text, reason in reasons.items() if reason) or "none"
     console.print(f"Texts left out: {shown}.", markup=False)
     return figures
+
+
+def _bytes(side: str, sides: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
+    """Bytes of a step beside plain LoRA's, and beside those with all its layers checkpointed; NaN if unknown."""
+    plain = sides["plain, rule"] if "plain, rule" in sides else sides["plain"]
+    own = 1.0 if side in ("plain, auto", "plain, rule", "usual") else plain.get(side, math.nan)
+    size = float(sides[side].get("bytes", own))
+    return size, size / plain.get("checkpointed", math.nan)
 
 
 def _report_control(

@@ -78,7 +78,8 @@ def without_a_sweep() -> Figures:
 SIDES = {
     "quality": '`goal="quality"`: the lowest loss in the bytes of plain LoRA',
     "bytes": '`goal="bytes"`: the fewest bytes at the same loss',
-    "plain, rule": "plain LoRA at the rate of the rule",
+    "plain, auto": 'plain LoRA, `learning_rate="auto"`',
+    "plain, rule": "plain LoRA at the rate of the rule, left alone",
     "rslora-64": "plain LoRA of rank 64 (rsLoRA) at the best of its rates",
     "usual": "plain LoRA at 3e-4",
 }
@@ -96,13 +97,13 @@ def one_run() -> str:
     """One run of rankpilot versus plain LoRA at the best of its rates."""
     figures, rows = without_a_sweep(), []
     for side, words in SIDES.items():
-        size = figures[f"admitted, {side}: bytes"]
-        known = f"{size:.2f}" if math.isfinite(float(size)) else "more" if side == "rslora-64" else "1"
         key = f"admitted, {side}"
+        sizes = [f"{figures[f'{key}: bytes{beside}']:.2f}" for beside in ("", " beside checkpointed")]
         rows.append(
-            (words, ranged(figures, key), signed(figures[f"{key}: worst"]), known, f"{figures[f'{key}: texts']}")
+            (words, ranged(figures, key), signed(figures[f"{key}: worst"]), *sizes, f"{figures[f'{key}: texts']}")
         )
-    return table(("", "loss", "worst text", "bytes of a step", "texts"), rows)
+    beside = "bytes of a step", "versus plain LoRA checkpointed"
+    return table(("", "loss", "worst text", *beside, "texts"), rows)
 
 
 def rivals() -> str:

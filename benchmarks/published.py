@@ -22,7 +22,7 @@ from rankpilot.common.text import make_table
 from rankpilot.cost.breakdown import frozen_sizes
 from rankpilot.cost.cost import moment_costs
 from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
-from rankpilot.cost.outlook import CardUse, card_use
+from rankpilot.cost.outlook import SLACK, CardUse, card_use
 from rankpilot.cost.published import find_configuration, find_device_spec
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
@@ -231,13 +231,18 @@ class Reserved:
             reserve_bytes=int((self.row.reserved - self.row.measured) * MIB),
             margin_bytes=0,
         )
-        return replace(self.use, device=device).verdict == measured.verdict
+        return _outcome(replace(self.use, device=device)) == _outcome(measured)
 
     def is_clear(self, card_mib: float) -> bool:
         """Whether the published figures leave no doubt about a card of this size."""
         context = self.use.context_bytes / MIB
         taken = (self.row.reserved + context, self.row.measured + context)
-        return all(abs(size / card_mib - 1) >= CLEAR for size in taken)
+        return all(abs(size / card_mib - 1) >= SLACK for size in taken)
+
+
+def _outcome(use: CardUse) -> tuple[bool, bool]:
+    """Whether all fits, and whether it does without what the allocator reserves."""
+    return use.spare_bytes >= 0, use.spare_bytes + use.reserve_bytes >= 0
 
 
 def reserve_on_t4(row: T4Row) -> Reserved:
@@ -250,17 +255,13 @@ def reserve_on_t4(row: T4Row) -> Reserved:
     return Reserved(row, card_use(memory, ranks, _loaded(step), find_device_spec("T4"), shape=shape))
 
 
-CLEAR = 0.03
-"""From this share of a card on, its distance from what a step takes lets a verdict be judged."""
-
-
 def right_verdicts(rows: Sequence[Reserved], *, clear: bool = False) -> tuple[int, int]:
     """Right verdicts, and all verdicts, over `SMALLER_CARDS_MIB`.
 
     Args:
         rows: the steps.
         clear: only those of cards from which the published figures, with and without what is reserved, are a share of
-            `CLEAR` or more away.
+            `SLACK` or more away.
     """
     pairs = [(row, size) for row in rows for size in SMALLER_CARDS_MIB if not clear or row.is_clear(size)]
     return sum(row.verdict_is_right(size) for row, size in pairs), len(pairs)
@@ -490,7 +491,7 @@ def _report_reserve(runs: list[Reserved], console: Console) -> Figures:
     (on_smaller, of), (clear, of_clear) = right_verdicts(runs), right_verdicts(runs, clear=True)
     console.print(
         f"verdicts for {CARD_MIB:,} MiB: {right} of {len(runs)} right; for smaller cards {on_smaller} of {of}, "
-        f"{clear} of the {of_clear} whose figures are {100 * CLEAR:.0f} % or more from the card",
+        f"{clear} of the {of_clear} whose figures are {100 * SLACK:.0f} % or more from the card",
         highlight=False,
     )
     shares = {"t4_verdicts.smaller_right_share": on_smaller / of, "t4_verdicts.clear_right_share": clear / of_clear}

@@ -57,7 +57,7 @@ def longest(context: Context) -> int:
     ranks, loaded = np.full(len(step.targets), RANK), frozen_sizes(step.model)
 
     def fits(tokens: int) -> bool:
-        return card_use(step.memory, ranks, loaded, card, shape=BatchShape(1, tokens)).verdict == "fits"
+        return card_use(step.memory, ranks, loaded, card, shape=BatchShape(1, tokens)).spare_bytes >= 0
 
     least, most = 0, LONGEST
     while most - least > max(1, NEAR * least):

@@ -170,7 +170,8 @@ def _summary(title: str, rows: Sequence[StoredRow], bars: tuple[float, float | N
 def _verdicts(rows: Sequence[StoredRow]) -> str:
     right, every, right_clear, clear = np.sum([row["verdicts"] for row in rows if "verdicts" in row], axis=0).tolist()
     return (
-        "Verdicts (fits, tight, does not fit) of the T4's runs on cards of 2 to 13 GiB, on which many do not fit: "
+        "Verdicts (fits, only without the allocator's reserve, does not fit) of the T4's runs on cards of 2 to 13 GiB, "
+        "on which many do not fit: "
         f"{right} of {every} right; where the published figures are 3 % or more from the card, {right_clear} of "
         f"{clear} ({100 * right_clear / clear:.1f} %; the bar is 99 %)."
     )

@@ -25,10 +25,8 @@ class Evaluate(EvaluateConfig):
     """Compare policies and rules on the same proxy fine-tunes: same tasks, seeds, batches and budgets.
 
     A POLICY is "default", which ships with rankpilot, the folder of a trained policy, or a rule: uniform,
-    top-half, top-down, random, gradient-norm, signal-mean. static:LOGS and shuffled:LOGS run at
-    the final ranks of runs that were logged before (--logs; LOGS is OUTPUT/logs/POLICY), as they are or dealt anew
-    among the modules of each kind: what changes on the way, and the choice of layers, were worth. oracle knows what was
-    planted in a task, and shows what could be reached.
+    top-half, top-down, random, gradient-norm, signal-mean. oracle knows what was planted in a task, and shows what
+    could be reached.
 
     A gain is how much lower the held-out loss is than that of uniform rank in the same budget. It is given as a share
     of the headroom, which is what the best known allocation gains over uniform rank. Every figure comes with the 95 %

@@ -87,7 +87,8 @@ def write_study(
     write_page(data, path)
     try:
         picture = write_rank_picture(runs[0]) if output is None else None
-        drawn = [f"Picture of the ranks: {picture}"] if picture else []
+        alike = data["runs"][0]["sentences"].get("ranks", "") if output is None else ""
+        drawn = [f"Picture of the ranks: {picture}" if picture else alike and f"No picture of the ranks: {alike}."]
     except UnsupportedError as error:
         drawn = [str(error)]
     if finished := [run for run in runs if run.results]:
@@ -95,12 +96,14 @@ def write_study(
     for run, shown in zip(runs, data["runs"], strict=True):
         for sentence in shown["warnings"]:
             console.print(sentence, style="bold red", markup=False, highlight=False)
+        for sentence in shown["caveats"]:
+            console.print(sentence, style="yellow", markup=False, highlight=False)
         if run.saved:
             console.print(saver_table(run.saved))
         _tell(*shown["results"], *(f"Left out of the page: {part}." for part in shown["left_out"]))
         if run.adapter:
             _tell(f"Adapter (the page says how to load, merge and export it): {run.adapter}")
-    _tell(f"Page: {path}", *drawn)
+    _tell(f"Page: {path}", *filter(None, drawn))
     return path
 
 

@@ -82,7 +82,7 @@ def train_command(options: Train) -> None:
 def _train(options: Train) -> dict[str, dict[str, float]]:
     """Train, and write the policy; returns what its validation found."""
     from ..common.drawing import save_figure
-    from ..study.pictures import learning_curve
+    from ..study.pictures import learning_curve, learning_sentence
     from ..training.train import PROGRESS, finish, train
 
     folder = options.output
@@ -92,23 +92,8 @@ def _train(options: Train) -> dict[str, dict[str, float]]:
     rows = read_json_lines(folder / PROGRESS)
     save_figure(learning_curve(rows), folder / "learning_curve.png")
     finish(folder, policy, options, results)
-    _print_returns(rows)
+    console.print(f"{learning_sentence(rows)}.", highlight=False)
     return results
-
-
-def _print_returns(rows: Sequence[dict[str, Any]]) -> None:
-    """What PPO's first and last rounds of episodes gained; all rounds are in the learning curve."""
-    means = [float(row["return_mean"]) for row in rows if "return_mean" in row]
-    if len(means) > 1:
-        count = -(-len(means) // 4)
-        first, last = (sum(part) / count for part in (means[:count], means[-count:]))
-        rounds = "round" if count == 1 else f"{count} rounds"
-        console.print(
-            f"Return of an episode, its gain over the rule that training starts from as a share of the headroom: "
-            f"{first:+.1%} in the first {rounds}, {last:+.1%} in the last, of {len(means)}. Each has new tasks, so "
-            "rounds differ by luck too; the tasks below stay the same.",
-            highlight=False,
-        )
 
 
 def _validate(options: Train, policy: Any) -> dict[str, dict[str, float]]:
@@ -130,7 +115,8 @@ def _print_validation(results: dict[str, dict[str, float]]) -> None:
     if not results:
         return
     table = Table(
-        title="Held-out improvement over uniform LoRA in the same bytes (share of what the best known plan gains)"
+        title="Held-out improvement over uniform LoRA in the same bytes (share of what the best known plan gains), on "
+        "validation tasks, which also chose the policy"
     )
     for column in ("policy", "tasks", "mean", "95 % interval", "wins", "losses"):
         table.add_column(column, justify="left" if column == "policy" else "right")

@@ -23,6 +23,7 @@ from torch._dynamo import OptimizedModule
 
 from ..common.arrays import IntArray
 from ..common.checks import finite
+from ..common.text import format_bytes
 from ..lora.input_copies import run_activations_again, share_input_copies
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule
@@ -114,6 +115,17 @@ class Saved:
         if self.step_bytes == other.step_bytes:
             return again < others
         return self.step_bytes < other.step_bytes and again <= MOST_MORE * others
+
+
+def plain_text(saved: Sequence[Saved]) -> str:
+    """What a step of plain LoRA takes, also with all layers checkpointed, and with exact savers, in words."""
+    peaks = [
+        format_bytes(each.step_bytes)
+        + ("" if each.again_bytes is None else f", or {format_bytes(each.again_bytes)} with all layers checkpointed")
+        for each in (saved[0], saved[-1])
+    ]
+    with_savers = f" With exact savers it takes {peaks[1]}, at the same losses." if len(saved) > 1 else ""
+    return f"A step of plain LoRA takes {peaks[0]}.{with_savers}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Train an adapter further on other data: python examples/continue_adapter.py ADAPTER, such as runs/trainer/adapter."""
+"""Train an adapter further on other data: python examples/continue_adapter.py runs/trainer/adapter."""
 
 import argparse
 

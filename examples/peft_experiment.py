@@ -1,4 +1,4 @@
-"""A plan as an experiment of PEFT's own comparison, in method_comparison/MetaMathQA of its repository."""
+"""A plan as an experiment of PEFT's comparison on MetaMathQA: python examples/peft_experiment.py --budget 60%."""
 
 import argparse
 import json

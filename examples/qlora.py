@@ -1,4 +1,4 @@
-"""A base in four bits, and an optimizer in eight: python examples/qlora.py --model Qwen/Qwen2.5-7B --budget 16GiB."""
+"""A base in four bits, and an optimizer in eight: python examples/qlora.py --budget auto."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""A run that goes on where it was killed: start python examples/resume.py again, with the same arguments."""
+"""A run that goes on where it was killed, if it is started again: python examples/resume.py --budget 80%."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""Several GPUs, or two processes on a CPU: torchrun --nproc-per-node 2 examples/several_processes.py --budget 80%."""
+"""Several GPUs, or processes on a CPU: torchrun --nproc-per-node 2 examples/several_processes.py --budget 80%."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""Train plain Stable-Baselines3 PPO on stacked fine-tunes: python examples/train_with_sb3.py --updates 20."""
+"""Train plain Stable-Baselines3 PPO on stacked fine-tunes: python examples/train_with_sb3.py --updates 5."""
 
 import argparse
 

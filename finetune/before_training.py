@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..agents.choice import percent
 from ..agents.controller import RankController
 from ..agents.observation import Observation
 from ..agents.policy import Decision
@@ -263,7 +264,8 @@ def faster_plan(keeper: PlanKeeper, controller: RankController[Any], ask: Ask, d
         return ""
     return (
         f"gradient_checkpointing=False would be faster: {np.count_nonzero(ranks)} adapters of mean rank "
-        f"{ranks.mean():.1f}, and a log loss that is expected to be {loss - expected:+.3f} relative to this plan's."
+        f"{ranks.mean():.1f}, and a loss that is expected to differ from this plan's by {percent(loss - expected)}"
+        + (", which is too little to be sure of." if loss < expected else ".")
     )
 
 

@@ -63,49 +63,45 @@ class FrozenState:
         self._names = [_path(name, str(key)) for name, _, key in places]
         self._places = [(holder, key) for _, holder, key in places]
         self._sizes, self._values = [*map(len, self._holders)], [holder.get(key) for holder, key in self._places]
-        every = {id(each): (name, each) for name, each in zip(self._names, self._values, strict=True)}
-        tensors = [(name, each) for name, each in every.values() if _is_plain(each)]
-        weights = [(name, each) for name, each in tensors if isinstance(each, nn.Parameter)]
-        self._parameters = [(name, each) for name, each in every.values() if isinstance(each, nn.Parameter)]
-        self._trainable = [each for _, each in self._parameters]
-        self._tensor_names, self._tensors = [name for name, _ in tensors], [each for _, each in tensors]
-        self._weight_names, self._weights = [name for name, _ in weights], [each for _, each in weights]
-        samples: dict[Hashable, list[tuple[str, torch.Tensor]]] = defaultdict(list)
-        for name, each in tensors:
-            samples[each.device, each.dtype].append((name, _sample(each)))
-        self._samples = [([name for name, _ in group], [view for _, view in group]) for group in samples.values()]
-        self._marks, self._numbers = self._marks_now(), [torch.cat(views) for _, views in self._samples]
+        unique = {id(each): name for name, each in zip(self._names, self._values, strict=True)}
+        named = {name: each for name, each in zip(self._names, self._values, strict=True) if unique[id(each)] == name}
+        self._parameters = {name: each for name, each in named.items() if isinstance(each, nn.Parameter)}
+        self._tensors = {name: each for name, each in named.items() if _is_plain(each)}
+        self._weights = {name: each for name, each in self._parameters.items() if name in self._tensors}
+        self._samples: dict[Hashable, dict[str, torch.Tensor]] = defaultdict(dict)
+        for name, each in self._tensors.items():
+            self._samples[each.device, each.dtype][name] = _sample(each)
+        self._addresses, self._versions, self._numbers = self._marks()
 
     def change(self) -> str:
         """What has changed since this was made, in words; empty for nothing."""
-        return self._training() or self._parts() or self._written()
+        if True in [each.requires_grad for each in self._parameters.values()]:
+            return next(f"{name} trains now" for name, each in self._parameters.items() if each.requires_grad)
+        changed = self._other_part() or self._other_number()
+        return f"{changed} changed" if changed else ""
 
-    def _training(self) -> str:
-        if True not in [each.requires_grad for each in self._trainable]:
-            return ""
-        return next((f"{name} trains now" for name, each in self._parameters if each.requires_grad), "")
-
-    def _parts(self) -> str:
+    def _other_part(self) -> str:
         sizes, values = [*map(len, self._holders)], [holder.get(key) for holder, key in self._places]
         if sizes == self._sizes and all(map(is_, values, self._values)):
             return ""
-        changed = _first(self._owners, sizes, self._sizes) or _first(self._names, values, self._values)
-        self._values = values  # some are other objects of the same value
-        return f"{changed} changed" if changed else ""
+        before, self._values = self._values, values  # some are other objects of the same value
+        return _first(self._owners, sizes, self._sizes) or _first(self._names, values, before)
 
-    def _marks_now(self) -> tuple[list[int], list[int]]:
-        return [each.data_ptr() for each in self._tensors], [each._version for each in self._weights]
+    def _marks(self) -> tuple[list[int], list[int], list[torch.Tensor]]:
+        addresses = [each.data_ptr() for each in self._tensors.values()]
+        versions = [each._version for each in self._weights.values()]
+        return addresses, versions, [torch.cat([*group.values()]) for group in self._samples.values()]
 
-    def _written(self) -> str:
-        marks = self._marks_now()
-        if marks != self._marks:
-            each = zip((self._tensor_names, self._weight_names), marks, self._marks, strict=True)
-            return next(f"{name} changed" for names, now, then in each if (name := _first(names, now, then)))
-        for (names, views), then in zip(self._samples, self._numbers, strict=True):
-            if not _same_bits(torch.cat(views), then):
-                before = torch.split(then, [len(view) for view in views])
-                pairs = zip(names, views, before, strict=True)
-                return next(f"{name} changed" for name, now, then in pairs if not _same_bits(now, then))
+    def _other_number(self) -> str:
+        addresses, versions, numbers = self._marks()
+        if addresses != self._addresses or versions != self._versions:
+            other = _first([*self._tensors], addresses, self._addresses)
+            return other or _first([*self._weights], versions, self._versions)
+        for group, now, then in zip(self._samples.values(), numbers, self._numbers, strict=True):
+            if not _same_bits(now, then):
+                sizes = [len(view) for view in group.values()]
+                pairs = zip(group, torch.split(now, sizes), torch.split(then, sizes), strict=True)
+                return next(name for name, one, other in pairs if not _same_bits(one, other))
         return ""
 
 
@@ -133,12 +129,16 @@ def adapters_in_use(layers: Sequence[BaseTunerLayer]) -> Hashable:
     return tuple((layer._disable_adapters, str(layer._active_adapter)) for layer in layers)
 
 
-def heard_by(modules: Modules) -> str:
-    """The name of a module with a hook of a user, who sees each of its passes; empty if there is none."""
-    for name, module in modules.items():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if not str(getattr(hook, "__module__", "")).startswith(_QUIET):
-                return name
+def heard_by(layers: Sequence[nn.Module]) -> str:
+    """Which layer has a user's hook inside, or a forward pass of its own, which sees all its passes; empty for none."""
+    for index, layer in enumerate(layers):
+        hooks = [
+            hook
+            for each in layer.modules()
+            for hook in (*each._forward_hooks.values(), *each._forward_pre_hooks.values())
+        ]
+        if "forward" in vars(layer) or not all(str(getattr(h, "__module__", "")).startswith(_QUIET) for h in hooks):
+            return f"layer {index}"
     return ""
 
 
@@ -172,10 +172,6 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.data.view(-1)[:: 1 if whole else max(1, -(-tensor.numel() // SAMPLED))]
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one.contiguous().view(torch.uint8), other.view(torch.uint8))
-
-
 def _first(names: Sequence[str], now: Sequence[Any], then: Sequence[Any]) -> str:
     """The name of the first that is another; empty for none."""
     return next((name for name, one, other in zip(names, now, then, strict=True) if not _equal(one, other)), "")
@@ -183,9 +179,13 @@ def _first(names: Sequence[str], now: Sequence[Any], then: Sequence[Any]) -> str
 
 def _equal(one: Any, other: Any) -> bool:
     try:
-        return one is other or bool(one == other)
-    except (RuntimeError, ValueError):  # tensors of several numbers do not tell
+        return one is other or (not isinstance(one, torch.Tensor) and bool(one == other))
+    except (RuntimeError, TypeError, ValueError):  # of what tells no truth, such as several numbers
         return False
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def layers_in_order(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:

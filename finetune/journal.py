@@ -21,9 +21,8 @@ from ..agents.observation import Observation
 from ..agents.policy import Decision, Policy, decision_from_plan
 from ..common.arrays import IntArray
 from ..common.files import append_json_line, read_json_lines, write_json_lines
-from ..common.text import format_bytes
 from ..cost.cost import TimedCost, plan_cost
-from ..cost.savers import ACTIVATIONS, Saved
+from ..cost.savers import ACTIVATIONS, Saved, plain_text
 from ..errors import BudgetError
 from ..plan.plan import Plan
 from ..plan.problem import AllocationProblem
@@ -131,21 +130,12 @@ class Journal:
         if self._writes and line:
             self.tell(line)
 
-    def note_saved(self, saved: Sequence[Saved], *, as_set: bool) -> None:
-        """Tell what exact savers bring, and write it down with the first decision.
-
-        Args:
-            saved: what a step of plain LoRA takes without and with them.
-            as_set: with the layers checkpointed that are in the model as it is; else with none.
-        """
+    def note_saved(self, saved: Sequence[Saved]) -> None:
+        """Tell what a step of plain LoRA takes without and with exact savers; write it down with the first decision."""
         self._saved = tuple(saved)
-        peaks = [each.again_bytes if as_set and each.again_bytes else each.step_bytes for each in saved]
-        if saved and peaks[-1] < peaks[0]:
-            self.note(
-                f"Exact savers: a step of plain LoRA takes {format_bytes(peaks[-1])} instead of "
-                f"{format_bytes(peaks[0])}, with the same losses."
-                + (" Selective checkpointing is on, which takes some time." if saved[-1].name == ACTIVATIONS else "")
-            )
+        if saved:
+            selective = " Selective checkpointing is on, which takes some time."
+            self.note(plain_text(saved) + (selective if saved[-1].name == ACTIVATIONS else ""))
 
     def record(
         self,

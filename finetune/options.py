@@ -130,9 +130,9 @@ class PilotOptions(PlanOptions):
         log: the folder of the decision log. By default `decisions` in a Trainer's output folder, and none in a loop.
         learning_rate: "auto" begins at a quarter of the rate that a rule says for the model, the length of the run and
             the plan, in place of the optimizer's, and lets control raise it; at half of it without control. It is for
-            Adam and its kin.
+            Adam and its variants.
         control: correct the learning rate in the first half of the run by what its steps show, and take back damage
-            that too high a rate has done (docs/control.md). For Adam and its kin, and runs of 60 steps or more. By
+            that too high a rate has done (docs/control.md). For Adam and its variants, and runs of 60 steps or more. By
             default it is on under learning_rate="auto", and off for a rate of your own.
 
     Example:
@@ -324,7 +324,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
             )
         if given == "auto" and "adamw" not in self.optimizer:
             raise ConfigError(
-                f"learning_rate auto is a rule for adamw and its kin; with {self.optimizer} give a rate, such as 1e-3."
+                f"learning_rate auto is for Adam and its variants; with {self.optimizer} give a rate, such as 1e-3."
             )
         counts = {name: getattr(self, name) for name in ("epochs", "eval_batch_size", "early_stopping")}
         wrong = {name: value for name, value in counts.items() if value is not None and not 0 < value <= MOST_STEPS}

@@ -56,17 +56,19 @@ class PilotedRun:
         targets: the target modules of its model.
         journal: writes down the decisions.
         policy: decides the ranks.
-        schedule: when it does.
-        options: of the pilot.
+        schedule: tells before which optimizer steps the policy decides.
+        options: the pilot's options.
 
     Attributes:
-        controller: observes the adapters and changes their ranks; it is there once `begun` is True.
+        controller: observes the adapters and changes their ranks; it exists once `begun` is True.
         begun: whether plans have costs and a limit.
-        decision: the policy's latest one; None before the first.
-        step: the optimizer steps done.
-        elastic: what a plan may cost at the moment.
-        guard: keeps the peak of steps within the budget.
-        rate: multiplies the learning rate by what the plan makes of it; None before `begin`.
+        decision: the policy's latest decision; None before the first.
+        step: how many optimizer steps are done.
+        shown: how many measured peaks `RankPilot.figures` has shown.
+        elastic: tells what a plan may cost at the moment.
+        guard: measures steps, and keeps their peak within the budget.
+        finite: notices losses, gradients and weights that are NaN or infinite.
+        rate: multiplies the learning rate by the factor of the plan; None before `begin`.
         control: corrects the learning rate; None where nothing does.
         prefix: leaves out frozen layers; None where no row is read twice.
     """
@@ -143,7 +145,7 @@ class PilotedRun:
             timed, recomputation = time or (TimeBudget.unlimited() if times_plans else None), self._recomputation
             costs = self._prepare(seed, None if probes else looked, timed, progress)
             journal.note(before_training.told_budget(run, targets, budget, costs.limit, stay=stay))
-            journal.note_saved(costs.saved, as_set=recomputation is None)
+            journal.note_saved(costs.saved)
             self.elastic.first_limit(costs.limit)
             self.guard.plan.attach(run, self.controller, costs.memory, journal, self._corrected, recomputation)
             if time:

@@ -28,7 +28,7 @@ FAR = 4.0
 
 START, ALONE = 0.25, 0.5
 """The shares of the rule's rate that "auto" begins with: where the run's own steps raise it, and where nothing does. On
-models that it was not fitted on the rule is up to three times too high, and too high costs far more than too low."""
+a model that it was not fitted on the rule may be far too high, and too high costs far more than too low."""
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 """Names of the hidden width in configurations of models."""
@@ -143,8 +143,8 @@ class PlanRate(Participant):
         self._follows = follows_rule(optimizer)
         if auto and not self._follows:
             raise ConfigError(
-                f"learning_rate='auto' is for Adam and its kin; {type(optimizer).__name__} is none, or chooses its "
-                "rate itself. Leave learning_rate out, and give the optimizer the rate that it needs."
+                f"learning_rate='auto' is for Adam and its variants; {type(optimizer).__name__} is none, or chooses "
+                "its rate itself. Leave learning_rate out, and give the optimizer the rate that it needs."
             )
         if auto and run.learns_preferences:
             raise ConfigError(

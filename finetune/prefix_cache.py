@@ -377,13 +377,8 @@ class PrefixCache(Participant):
         neither, evaluations = {True: False, False: False}, {True: False, False: self._evaluates}
         if not count or (self._epochs < 2 and not self._evaluates):
             return neither, ""
-        inside = {
-            f"{i}.{name}".rstrip("."): each for i, one in enumerate(skipped) for name, each in one.named_modules()
-        }
-        if hooked := heard_by(inside):
-            return neither, f"{below}, but run for every row: {hooked} of them has a hook, which hears of each pass."
-        if any("forward" in vars(layer) for layer in skipped):
-            return neither, f"{below}, but run for every row: something has replaced their forward pass."
+        if heard := heard_by(skipped):
+            return neither, f"{below}, but run for every row: {heard} has a hook or a forward pass of the user's."
         if self._epochs < 2:
             return evaluations, ""
         if random := random_parts(self._body, self._layers[count:]):

@@ -79,8 +79,9 @@ class RunControl(Participant):
     ) -> None:
         if not follows_rule(run.optimizer):
             raise ConfigError(
-                f"control=True reads the steps of Adam and its kin; {type(unwrap_optimizer(run.optimizer)).__name__} "
-                "is none, or chooses its rate itself. Leave control out."
+                "control=True reads the steps of Adam and its variants; "
+                f"{type(unwrap_optimizer(run.optimizer)).__name__} is none, or chooses its "
+                "rate itself. Leave control out."
             )
         self._run, self._targets, self._rate, self._controller, self._journal = run, targets, rate, controller, journal
         self._steps = decision_steps(run.total_steps)

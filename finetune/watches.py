@@ -273,7 +273,8 @@ class FiniteWatch(Participant):
         Raises:
             NonFiniteError: what trains is not finite, and nothing undoes that.
         """
-        control, processes = self.control, self._run.replicas.processes
+        control = self.control
+        processes = self._run.replicas.processes if control else Processes()  # all undo a step; one that ends, ends all
         loss, gradient = processes.most(*map(float, (self._found if control else self._host).tolist()))
         if not loss and not gradient:
             return

@@ -418,8 +418,9 @@ class KeptState:
 
     def state_dict(self) -> dict[str, Any] | None:
         """What `load_state_dict` needs, as tensors and JSON values; None where the optimizer keeps something else."""
-        every = {
-            str(i): values and {k: v for k, (v, _) in values.items()} for i, values in enumerate(self._before.values())
+        every: dict[str, dict[str, Any] | None] = {
+            str(i): None if values is None else {k: v for k, (v, _) in values.items()}
+            for i, values in enumerate(self._before.values())
         }
         plain: tuple[type[Any], ...] = (torch.Tensor, int, float, type(None))
         return every if all(type(v) in plain for values in every.values() for v in (values or {}).values()) else None

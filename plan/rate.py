@@ -1,8 +1,8 @@
 """Which learning rate a plan wants: a rule for plain LoRA on a model, and the factor of a plan beside plain LoRA.
 
 Plain LoRA has rank 8 on all modules. The rule multiplies powers, fitted on fine-tunes of models of width 64 to 8192
-(`python -m benchmarks rates`, docs/learning-rate.md), for Adam and its kin. A published rule of this form has the width
-alone: 5e-4 (2000 / width)^.781 for Llama (Schulman et al., LoRA without regret, 2025).
+(`python -m benchmarks rates`, docs/learning-rate.md), for Adam and its variants. A published rule of this form has the
+width alone: 5e-4 (2000 / width)^.781 for Llama (Schulman et al., LoRA without regret, 2025).
 """
 
 from __future__ import annotations

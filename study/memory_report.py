@@ -15,7 +15,7 @@ from ..common.drawing import save_figure
 from ..common.files import write_json
 from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.breakdown import KINDS, Kind
-from ..cost.outlook import USUAL_CARD, Choice, GridCell, Outlook
+from ..cost.outlook import SLACK, USUAL_CARD, Choice, GridCell, Outlook
 from ..cost.savers import ACTIVATIONS
 from ..errors import BudgetError, UnsupportedError
 from ..lora.spec import REFERENCE_RANK
@@ -75,13 +75,16 @@ def verdict_text(outlook: Outlook) -> str:
     how, prepares = outlook.settings.quantization, outlook.settings.prepare_kbit
     other = "less with --no-prepare-kbit, as under TRL's SFTTrainer" if prepares else "more with --prepare-kbit"
     prepared = "" if how == "none" else f" The model in {how} trains {_prepared(prepares)} ({other})."
-    return (_finding(outlook) if outlook.card is None else _fit(outlook)) + prepared
+    plain, again = outlook.reference_bytes, outlook.checkpointed_bytes
+    both = f", and {format_bytes(again)} with all layers checkpointed" if again and again < plain else ""
+    told = f" Rank {REFERENCE_RANK} on all modules takes {format_bytes(plain)} a step{both}."
+    return (_finding(outlook) if outlook.card is None else _fit(outlook)) + told + prepared
 
 
 def _fit(outlook: Outlook) -> str:
     """Whether the choices fit the card."""
     assert outlook.card is not None, "there is no card"
-    best = outlook.best
+    best, card = outlook.best, outlook.card
     if best is None:
         tight = [choice for choice in outlook.choices if choice.verdict == "tight"]
         if tight:
@@ -92,11 +95,17 @@ def _fit(outlook: Outlook) -> str:
         least = min((choice.use.total_bytes, index) for index, choice in enumerate(outlook.choices) if choice.use)
         return (
             f"Does not fit: the smallest choice, {choice_text(outlook, outlook.choices[least[1]])}, takes "
-            f"{format_bytes(least[0], up=True)} of {format_bytes(outlook.card.memory_bytes)}.{_largest_text(outlook)}"
+            f"{format_bytes(least[0], up=True)} of {format_bytes(card.memory_bytes)}.{_largest_text(outlook)}"
         )
     assert best.use is not None, "choices of a card have a use of it"
-    text = f"Fits with {format_bytes(best.use.spare_bytes)} to spare: {choice_text(outlook, best)}"
-    return f"{text}{_time_text(outlook, best)}."
+    spare = format_bytes(best.use.spare_bytes)
+    if best.verdict == "tight":
+        return (
+            f"Tight: {choice_text(outlook, best)} leaves {spare}, and within {SLACK:.0%} of a card "
+            f"({format_bytes(SLACK * card.memory_bytes)}) predictions err. No plan of this batch leaves as much."
+            f"{_largest_text(outlook)}"
+        )
+    return f"Fits with {spare} to spare: {choice_text(outlook, best)}{_time_text(outlook, best)}."
 
 
 def _finding(outlook: Outlook) -> str:
@@ -107,7 +116,7 @@ def _finding(outlook: Outlook) -> str:
     thin = next((choice for choice in outlook.choices if choice.rank == 1 and choice.layers == outlook.blocks), asked)
     return (
         f"{saved / breakdown.total:.0%} of the peak is held for the backward pass. Rank 1 takes "
-        f"{thin.step_bytes / reference:.0%} of the bytes that rank 8 takes; the choice that saves most, "
+        f"{thin.step_bytes / reference:.0%} of the bytes that rank 8 takes as asked for; the choice that saves most, "
         f"{choice_text(outlook, least)}, takes {least.step_bytes / reference:.0%} of them."
     )
 
@@ -128,13 +137,13 @@ def _time_text(outlook: Outlook, best: Choice) -> str:
     """A plan of fewer layers that is quicker than the best one, for comparison."""
     if best.time is None:
         return ""
-    text = f", at {best.time:.2f} of plain LoRA's time"
+    text = f", at {best.time:.2f} of the time of plain LoRA without checkpointing"
     timed = [(each.time, each) for each in outlook.choices if each.verdict == "fits" and each.time is not None]
     quicker = [(time, each) for time, each in timed if time < 0.9 * best.time]
     if not quicker:
         return text
     time, other = max(quicker, key=lambda pair: (pair[1].layers, -len(pair[1].recomputed)))
-    return f"{text}; {choice_text(outlook, other)} takes {time / best.time:.2f} of that"
+    return f"{text}. Quicker, but with fewer adapters: {choice_text(outlook, other)}, at {time:.2f}"
 
 
 def choice_text(outlook: Outlook, choice: Choice) -> str:
@@ -196,7 +205,7 @@ def grid_table(outlook: Outlook) -> Table:
     cells = outlook.grid
     rows = sorted({cell.shape.rows for cell in cells})
     fits = f"so that rank {outlook.rank} on all layers fits"
-    title = f"Layers to checkpoint {fits}; * with selective checkpointing; – does not fit"
+    title = f"Layers to checkpoint {fits} ({SLACK:.0%} to spare); * with selective checkpointing; – does not fit"
     table = make_table(title, ("tokens", *(f"{count} rows" if count > 1 else "1 row" for count in rows)))
     for length in sorted({cell.shape.length for cell in cells}):
         table.add_row(f"{length:,}", *(_cell_text(cell) for cell in cells if cell.shape.length == length))
@@ -224,7 +233,8 @@ def notes(outlook: Outlook) -> Iterator[str]:
         taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
         yield (
             f"On the card: the frozen model ({frozen}), CUDA's context and workspaces ({taken}), the step, and what "
-            "the allocator reserves beside it. Tight: it fits only without that reserve."
+            f"the allocator reserves beside it. Tight: less than {SLACK:.0%} of the card is to spare, within which "
+            "predictions err, or it fits only without that reserve."
         )
         if outlook.step.fused:
             yield (
@@ -238,8 +248,8 @@ def notes(outlook: Outlook) -> Iterator[str]:
         yield f"Time: as shares of plain LoRA's (rank 8 on all modules, no checkpointing), by counted work{seconds}"
     if _activations(outlook):
         yield (
-            "Plain LoRA does not fit with the free savers. So every choice has selective checkpointing, as a run has "
-            "(gradient_checkpointing='auto'): the same losses, a few per cent more time."
+            "Plain LoRA does not fit with the free savers, or is tight. So every choice has selective checkpointing, "
+            "as a run has (gradient_checkpointing='auto'): the same losses, a few per cent more time."
         )
 
 
@@ -325,10 +335,9 @@ def configuration_text(outlook: Outlook) -> str:
                 *([f"gradient checkpointing of {len(best.recomputed)} layers"] if best.recomputed else []),
             ]
         )
-        lines.append(
-            f"# With {again}, which attach(trainer) turns on inside "
-            f"budget='{math.ceil(10 * best.step_bytes / 2**30) / 10:.1f}GiB step'"
-        )
+        room = best.step_bytes + (best.use.spare_bytes if best.use else 0)
+        budget = min(math.ceil(best.step_bytes / 2**20), int(room / 2**20))  # in MiB, no more than the card has
+        lines.append(f"# With {again}, which attach(trainer) turns on inside budget='{budget}MiB step'")
     return "\n".join(lines)
 
 
@@ -370,6 +379,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "fits": outlook.best is not None,
         "peak_bytes": breakdown.total,
         "reference_bytes": outlook.reference_bytes,
+        "checkpointed_bytes": outlook.checkpointed_bytes,
         "exact_savers": [asdict(each) for each in outlook.step.saved],
         "limit_bytes": outlook.limit_bytes,
         "moment": breakdown.label,

@@ -85,6 +85,7 @@ def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dic
         "name": name,
         "subject": " on ".join(settings[key] for key in ("model", "data") if key in settings),
         "warnings": list(opinion.warnings),
+        "caveats": list(opinion.caveats),
         "results": list(opinion.results),
         "left_out": [" ".join(part.split()) for part in run.missing],  # an error may have several lines
         "table": {"columns": list(run.results), "rows": rows},

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..common import drawing
 from ..common.arrays import FloatArray, IntArray
-from ..common.text import ShortName, format_bytes, layer_titles, short_names, shortest_ends
+from ..common.text import ShortName, format_bytes, layer_titles, plural, short_names, shortest_ends
 from ..cost.breakdown import Breakdown, Kind
 from ..cost.outlook import Outlook
 from ..lora.spec import DEFAULT_RANKS
@@ -48,18 +48,17 @@ KIND_COLORS: dict[Kind, tuple[str, str]] = {
 VISIBLE = 0.002
 """A kind with a larger share of the peak than this gets a name in the picture."""
 
-MOST_ROOMY_LAYERS, MOST_NAMED_LAYERS = 24, 45
-"""More rows than the first are drawn closer together; of more than the second, not every one is named."""
+RESERVED = "#c9ccd1"
+"""What the allocator reserves on a card beside the tensors of a step, and the margin of the prediction."""
 
-
-BESIDE = "#c9ccd1"
-"""What is on a card beside the step: the frozen model, the context, what the allocator reserves, the margin."""
+ALIKE = 0.005
+"""Neighbouring layers whose bytes differ by less than this share of the largest are one bar."""
 
 
 def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure:
     """Draw the bytes of the main choice by layer, stacked by kind, and below them the bytes that each choice takes.
 
-    On a card, what is there beside the step is drawn as well, and the line is the card's memory; else it is the budget.
+    The line is the budget; on a card, it is what the frozen model and the context leave of the card's memory.
 
     Args:
         outlook: of a step.
@@ -67,67 +66,89 @@ def memory_picture(outlook: Outlook, labels: Sequence[str], note: str) -> Figure
         note: what was looked at, in small type.
     """
     breakdowns = [outlook.breakdown(choice) for choice in outlook.choices]
-    shown = breakdowns[outlook.choices.index(outlook.main)]
-    layers, choices = len(shown.layers), len(breakdowns)
-    row = 0.19 if layers <= MOST_ROOMY_LAYERS else 0.15
-    heights = 0.55 + row * min(max(layers, 6), 60), 0.55 + 0.21 * choices
-    total = shown.total
+    main = outlook.choices.index(outlook.main)
+    shown, groups = breakdowns[main], _alike(breakdowns[main])
+    heights = 0.55 + 0.21 * max(len(groups), 6), 0.65 + 0.21 * len(breakdowns)
     saved = sum(shown.of_kind(kind) for kind in ("saved", "inputs", "recomputed"))
-    title = f"A training step peaks at {format_bytes(total)}; {saved / total:.0%} is held for backward"
+    title = (
+        f"{labels[main][0].upper()}{labels[main][1:]}: a step peaks at {format_bytes(shown.total)}, "
+        f"{saved / shown.total:.0%} of it for backward"
+    )
     figure = drawing.new_figure(1.15 + sum(heights), title, note)
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     grid = figure.add_gridspec(2, 1, height_ratios=heights)
     top = figure.add_subplot(grid[0])
-    _draw_layers(top, shown)
-    keys = [
+    _draw_layers(top, shown, groups)
+    bottom = figure.add_subplot(grid[1])
+    room = _draw_choices(bottom, outlook, breakdowns, labels)
+    keys: list[Any] = [
         Patch(color=color, label=label)
         for kind, (color, label) in KIND_COLORS.items()
         if any(breakdown.of_kind(kind) > VISIBLE * breakdown.total for breakdown in breakdowns)
     ]
-    keys += [Patch(color=BESIDE, label="card, beside the step")] if outlook.card else []
+    keys += [Patch(color=RESERVED, label="allocator's reserve")] if outlook.card else []
+    keys += [Line2D([], [], color=drawing.BUDGET_RED, label=room)] if room else []
     style: dict[str, Any] = {"frameon": False, "borderaxespad": 0, "handlelength": 1, "handleheight": 1}
     top.legend(handles=keys, loc="upper left", bbox_to_anchor=(1.01, 1.02), fontsize=9, **style)
-    _draw_choices(figure.add_subplot(grid[1]), outlook, breakdowns, labels)
     return figure
 
 
-def _draw_layers(axes: Axes, breakdown: Breakdown) -> None:
+def _alike(breakdown: Breakdown) -> list[tuple[int, int]]:
+    """The first and the last of neighbouring layers that take the same, from the bottom."""
+    groups: list[tuple[int, int]] = []
+    most = ALIKE * breakdown.bytes.sum(axis=1).max()
+    for layer, row in enumerate(breakdown.bytes):
+        if groups and np.abs(row - breakdown.bytes[groups[-1][0]]).sum() <= most:
+            groups[-1] = groups[-1][0], layer
+        else:
+            groups.append((layer, layer))
+    return groups
+
+
+def _draw_layers(axes: Axes, breakdown: Breakdown, groups: Sequence[tuple[int, int]]) -> None:
     size, unit = _scale(float(breakdown.bytes.sum(axis=1).max()))
-    rows = np.arange(len(breakdown.layers))
-    _stack(axes, rows, {kind: breakdown.by_layer(kind) / size for kind in KIND_COLORS})
-    _clean_bars(axes, len(rows), "By layer")
-    every = 1 + len(rows) // MOST_NAMED_LAYERS
-    axes.set_yticks(rows[::every], layer_titles(breakdown.layers)[::every])
-    axes.tick_params(axis="y", labelsize=8.5 if len(rows) <= MOST_ROOMY_LAYERS else 7.5)
+    firsts, titles = [first for first, _ in groups], layer_titles(breakdown.layers)
+    _stack(axes, np.arange(len(groups)), {kind: breakdown.by_layer(kind)[firsts] / size for kind in KIND_COLORS})
+    _clean_bars(axes, len(groups), "By layer")
+    names = [
+        titles[first]
+        if first == last
+        else f"{titles[first].replace('layer ', 'layers ')} to {titles[last].removeprefix('layer ')}, each"
+        for first, last in groups
+    ]
+    axes.set_yticks(range(len(groups)), names)
     axes.set(xlabel=f"{unit} at the peak")
 
 
-def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown], labels: Sequence[str]) -> None:
-    choices, limit = outlook.choices, outlook.limit_bytes
-    wholes = np.array([choice.use.total_bytes if choice.use else choice.step_bytes for choice in choices])
-    largest = max(float(wholes.max()), limit or 0)
+def _draw_choices(axes: Axes, outlook: Outlook, breakdowns: Sequence[Breakdown], labels: Sequence[str]) -> str:
+    """Bars of the choices, their figures in columns beside them, and a line; returns the line's name, if any."""
+    choices, limit, card = outlook.choices, outlook.limit_bytes, outlook.card
+    held = choices[0].use.base_bytes + choices[0].use.context_bytes if choices[0].use else 0
+    wholes = np.array([choice.use.total_bytes - held if choice.use else choice.step_bytes for choice in choices])
+    largest = max(float(wholes.max()), limit - held if limit else 0)
     size, unit = _scale(largest)
     rows = np.arange(len(choices))[::-1]
     kinds = {kind: np.array([each.of_kind(kind) for each in breakdowns]) / size for kind in KIND_COLORS}
     ends = _stack(axes, rows, kinds)
-    if outlook.card:
-        axes.barh(rows, wholes / size - ends, left=ends, color=BESIDE, height=0.78, linewidth=0)
-    for row, choice, whole in zip(rows.tolist(), choices, wholes.tolist(), strict=True):
-        text = f"{choice.step_bytes / outlook.reference_bytes:.0%}  {format_bytes(whole)}"
-        text += "" if choice.time is None else f"  time {choice.time:.2f}"
-        style: dict[str, Any] = {"fontsize": 8.5, "color": drawing.INK, "va": "center", "textcoords": "offset points"}
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1}  # above the limit's line
-        axes.annotate(text, (whole / size, row), (5, 0), bbox=box, **style)
-    title = "What each choice takes, the step as a share of rank 8 on all modules"
-    _clean_bars(axes, len(rows), title, pad=20 if limit else 6)
+    if card:
+        axes.barh(rows, wholes / size - ends, left=ends, color=RESERVED, height=0.78, linewidth=0)
+    beside = f" beside {format_bytes(held)} of frozen model and context" if card else ""
+    _clean_bars(axes, len(rows), f"What each choice takes{beside}", pad=18)
+    columns = [("of rank 8", [f"{choice.step_bytes / outlook.reference_bytes:.0%}" for choice in choices])]
+    columns += [("on card" if card else "step", [format_bytes(whole + held) for whole in wholes.tolist()])]
+    columns += [("time", [f"{choice.time:.2f}" for choice in choices if choice.time is not None])]
+    style: dict[str, Any] = {"fontsize": 8.5, "ha": "right", "va": "center", "transform": axes.get_yaxis_transform()}
+    for (head, cells), place in zip(columns, (1.13, 1.32, 1.43), strict=True):
+        for row, cell in zip((len(rows), *rows.tolist()), (head if cells else "", *cells), strict=False):
+            axes.text(place, row, cell, color=drawing.FAINT if cell == head else drawing.INK, **style)
     axes.set_yticks(rows, labels)
-    axes.set(xlim=(0, (1.35 if outlook.card else 1.2) * largest / size), xlabel=f"{unit} at the peak")
-    if limit is not None:  # a line behind the numbers, its name above the bars
-        axes.axvline(limit / size, color=drawing.BUDGET_RED, linewidth=1.6, zorder=0.5)
-        place: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "center"}
-        name = f"{outlook.card.name if outlook.card else 'budget'} {format_bytes(limit)}"
-        axes.annotate(name, (limit / size, 1), (0, 3), color=drawing.BUDGET_RED, fontsize=9, **place)
+    axes.set(xlim=(0, 1.03 * largest / size), xlabel=f"{unit} at the peak")
+    if limit is None:
+        return ""
+    axes.axvline((limit - held) / size, color=drawing.BUDGET_RED, linewidth=1.6)
+    return f"{card.name} leaves {format_bytes(limit - held)}" if card else f"budget, {format_bytes(limit)}"
 
 
 def _stack(axes: Axes, rows: IntArray, sizes: Mapping[Kind, FloatArray]) -> FloatArray:
@@ -162,26 +183,22 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Returns of episodes over the iterations of policy training, and what the policy gains on validation tasks.
 
     Args:
-        rows: progress of a training. That of iteration 0 holds validation_over_start and validation_over_uniform, if it
-            was measured, and the same with warm_ in front after a warm start; later ones episodes, return_mean,
-            return_p10 and return_p90 over the rule, and now and then those of validation.
+        rows: progress of a training. That of iteration 0 holds validation_over_start, if it was measured, and
+            warm_validation_over_start after a warm start; later ones episodes, return_mean, return_p10 and return_p90
+            over the rule, and now and then validation_over_start.
     """
-    checks = {}
-    for name in ("over_start", "over_uniform"):  # the untrained policy first, the one after the warm start second
-        keys = (f"validation_{name}", f"warm_validation_{name}")
-        checks[name] = drawing.finite_points(
-            [(row["iteration"], row[key]) for row in rows for key in keys if key in row]
-        )
-    returns = [row for row in rows if "return_mean" in row]
-    note = "Gains are in shares of a task's headroom: what the best known allocation gains over uniform ranks."
-    figure = drawing.new_figure(4.1, _learning_title(returns, checks["over_start"]), note)
+    checks, returns = _checks(rows), [row for row in rows if "return_mean" in row]
+    note = (
+        "Gains over the rule that it starts from, in shares of a task's headroom, of which a task counts 100% at most."
+    )
+    figure = drawing.new_figure(4.1, learning_sentence(rows), note)
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    measured = len(checks["over_start"]) > 0
+    measured = len(checks) > 0
     panels = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
     _draw_returns(drawing.clean_axes(panels[0], "Training, on new tasks each time"), returns)
     if measured:
-        _draw_validation(drawing.clean_axes(panels[1], "Validation tasks"), checks)
+        _draw_validation(drawing.clean_axes(panels[1], "Validation tasks, which choose what is kept"), checks)
     last = max((float(row["iteration"]) for row in rows), default=0) or 1.0
     for axes in panels:
         axes.set_xlim(-0.02 * last, 1.02 * last)
@@ -190,6 +207,28 @@ def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
+
+
+def _checks(rows: Sequence[Mapping[str, Any]]) -> FloatArray:
+    """(iteration, gain on validation tasks): the untrained policy first, the one after the warm start second."""
+    keys = ("validation_over_start", "warm_validation_over_start")
+    return drawing.finite_points([(row["iteration"], row[key]) for row in rows for key in keys if key in row])
+
+
+def learning_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a training of a policy brought; see `learning_curve`.
+
+    No claim about the trend of returns: each iteration draws other tasks, so they are not comparable.
+    """
+    checks, rounds = _checks(rows), sum("return_mean" in row for row in rows)
+    if not len(checks):
+        return f"Return over the rule in {rounds} iterations, each on newly drawn tasks"
+    iteration, gain = checks[int(np.argmax(checks[:, 1]))]
+    told = f"{gain:+.1%} over the rule on validation tasks".replace("-", "−")
+    if iteration:
+        return f"The policy of iteration {iteration:.0f} is kept: {told}"
+    kept = f"that of the warm start is kept, {told}" if gain else "the rule that it starts from is kept"
+    return f"PPO improved nothing in {plural(rounds, 'round')}: {kept}"
 
 
 def _draw_returns(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -209,32 +248,14 @@ def _draw_returns(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     drawing.draw_legend(axes)
 
 
-def _draw_validation(axes: Axes, checks: Mapping[str, FloatArray]) -> None:
+def _draw_validation(axes: Axes, points: FloatArray) -> None:
     """Draw what the policy gains on tasks that stay the same; on them alone iterations can be compared."""
-    labels = "over the rule it starts from", "over uniform ranks"
-    for points, color, label in zip(checks.values(), drawing.COLORS[1:3], labels, strict=True):
-        if len(points):
-            axes.plot(*points.T, "o-", color=color, markersize=5, linewidth=1.5, label=label)
-    points = checks["over_start"]
+    orange = drawing.COLORS[1]
+    axes.plot(*points.T, "o-", color=orange, markersize=5, linewidth=1.5)
     if len(points) > 1 and points[1, 0] == points[0, 0]:
-        style: dict[str, Any] = {
-            "textcoords": "offset points",
-            "xytext": (2, 7),
-            "fontsize": 9,
-            "color": drawing.COLORS[1],
-        }
+        style: dict[str, Any] = {"textcoords": "offset points", "xytext": (2, 7), "fontsize": 9, "color": orange}
         axes.annotate("warm start", points[1], **style)
-    axes.set(xlabel="PPO iteration", ylabel="gain")
-    drawing.draw_legend(axes)
-
-
-def _learning_title(rows: Sequence[Mapping[str, Any]], checks: FloatArray) -> str:
-    """No claim about the trend of returns: each iteration draws other tasks, so they are not comparable."""
-    if not len(checks):
-        return f"Return over the rule in {len(rows)} iterations, each on newly drawn tasks"
-    best = checks[int(np.argmax(checks[:, 1]))]
-    where = f"after {best[0]:.0f} iterations" if best[0] else "before PPO"
-    return f"Best on validation tasks {where}: {best[1]:+.1%} over the rule".replace("-", "−")
+    axes.set(xlabel="PPO iteration", ylabel="gain over the rule")
 
 
 PICTURE = "ranks.png"
@@ -274,13 +295,15 @@ class _Rows:
 
 
 def write_rank_picture(run: RunData) -> Path | None:
-    """Write ranks.png into a run's folder; None without decisions, or where they are not all about the same modules."""
+    """Write ranks.png into a run's folder; None without decisions, where all ranks are alike, or modules are not."""
     decisions, steps = run.decisions, [record.step for record in run.decisions]
     if len({record.modules for record in decisions}) != 1:
         return None
     ranks = np.stack([record.rank_after for record in decisions])
     if steps[0] > 0:  # before the first decision
         ranks, steps = np.vstack([decisions[0].rank_before, ranks]), [0, *steps]
+    if np.unique(ranks).size == 1:  # a sheet of one colour; its sentence tells as much
+        return None
     figure = rank_heatmap(steps, ranks, decisions[0].modules, decisions[0].problem.blocks, run.steps)
     return drawing.save_figure(figure, run.folder / PICTURE)
 

@@ -107,9 +107,9 @@ class RunData:
 
     @property
     def saved(self) -> tuple[Saved, ...]:
-        """What a step of plain LoRA takes without exact savers and with them; empty where none lowers it."""
+        """What a step of plain LoRA takes without exact savers and with them; empty where nothing lowers it."""
         saved = self.decisions[0].saved if self.decisions else ()
-        return saved if len(saved) > 1 else ()
+        return saved if len(saved) > 1 or (saved and saved[0].again_bytes) else ()
 
     @property
     def results(self) -> dict[str, Mapping[str, Any]]:

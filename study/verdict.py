@@ -9,6 +9,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from ..agents.choice import PLAIN
 from ..common.arrays import FloatArray, IntArray
 from ..common.drawing import Points, finite_points
 from ..common.text import byte_unit, cost_text, format_bytes, make_table, part_of
@@ -17,7 +18,7 @@ from ..finetune.options import ALL_LINEAR, PILOT, UNIFORM
 from .run_data import RunData, control_sentence, rates_sentence, run_names
 
 RISE = 0.01
-"""A held-out loss that ends this share above its lowest value has risen."""
+"""A held-out loss that ends this share above its lowest value, or that of another run, has risen."""
 DIVERGED = 0.05
 """A training that ends this share above its start has diverged; below it, the loss only did not fall."""
 BLOWN_UP = 10
@@ -32,32 +33,38 @@ class Verdict:
     """Sentences for the top of a page.
 
     Attributes:
-        warnings: what is wrong with the run, the worst first.
+        warnings: what is wrong with the run, the worst first, and what it lost beside others.
+        caveats: why what was expected of it may not be so.
         results: what came out.
     """
 
     warnings: tuple[str, ...]
+    caveats: tuple[str, ...]
     results: tuple[str, ...]
 
 
 def verdict(run: RunData) -> Verdict:
     """What is wrong with a run, and what came out of it."""
-    warnings = (_diverged(run), _guesses(run), _rose(run), _exceeded(run))
-    of_policy = (_misses_goal(run), _unlike(run))
-    others = (_against(run, UNIFORM, "uniform ranks"), _against(run, ALL_LINEAR, "rank 8 on all modules"))
+    others = {name: _against(run, name, what) for name, what in ((UNIFORM, "uniform ranks"), (ALL_LINEAR, PLAIN))}
+    losses = [words for name, words in others.items() if _change(run, name) > RISE]
+    gains = [words for words in others.values() if words not in losses]
+    warnings = (_diverged(run), *losses, _guesses(run), _rose(run), _exceeded(run), _misses_goal(run))
     rates = rates_sentence(run.decisions[-1]) if run.decisions else ""
-    results = (_ending(run), *others, _promise(run), rates, control_sentence(run))
-    return Verdict(tuple(filter(None, (*warnings, *of_policy))), tuple(filter(None, results)))
+    results = (_ending(run), *gains, _promise(run), rates, control_sentence(run))
+    return Verdict(
+        warnings=tuple(filter(None, warnings)),
+        caveats=tuple(filter(None, [_unlike(run)])),
+        results=tuple(filter(None, results)),
+    )
 
 
 def _diverged(run: RunData) -> str:
     """Whether a loss or gradient is not finite, or the training loss ends above its start."""
-    for step, undone in run.broken:
-        if not undone:
-            return (
-                f"The run diverged: losses, gradients or weights were not finite up to step {step}, where it ended. "
-                "Lower the learning rate."
-            )
+    if ended := [at for at, undone in run.broken if not undone]:
+        return (
+            f"The run diverged: losses, gradients or weights were not finite up to step {ended[0]}, where it ended. "
+            "Lower the learning rate."
+        )
     held_out = run.results.get(PILOT, {}).get("held_out_loss")
     values: list[tuple[str, float, float]] = []
     for key, name in (("loss", "training loss"), ("eval_loss", "held-out loss"), ("grad_norm", "gradient norm")):
@@ -157,6 +164,12 @@ def _ending(run: RunData) -> str:
     return f"The latest held-out loss is {points[-1][1]:.4f}, at step {points[-1][0]:g}."
 
 
+def _change(run: RunData, name: str) -> float:
+    """By what share the held-out loss of the run is above that of another one in its folder; NaN if unknown."""
+    loss, reference = (run.results.get(each, {}).get("held_out_loss") for each in (PILOT, name))
+    return math.nan if loss is None or not reference else loss / reference - 1
+
+
 def _against(run: RunData, name: str, what: str) -> str:
     """How the losses of the run and of another one in its folder compare, and what the run took beside it.
 
@@ -166,10 +179,9 @@ def _against(run: RunData, name: str, what: str) -> str:
         what: it is, in words.
     """
     mine, other = (run.results.get(each, {}) for each in (PILOT, name))
-    loss, reference = mine.get("held_out_loss"), other.get("held_out_loss")
-    if loss is None or not reference:
+    change = _change(run, name)
+    if math.isnan(change):
         return ""
-    change = loss / reference - 1
     word = "lower" if change < 0 else "higher"
     differs = f"{abs(change):.1%} {word} than" if abs(change) >= 0.0005 else "the same as"
     sentence = f"{ONE_RUN_EACH}: rankpilot's held-out loss is {differs} that of {what}"
@@ -180,7 +192,14 @@ def _against(run: RunData, name: str, what: str) -> str:
         for key, unit in (("peak_bytes", "bytes"), ("median_step_s", "time a step"))
         if name == ALL_LINEAR and mine.get(key) and other.get(key)
     ]
-    return sentence + (f", with {' and '.join(shares)}." if shares else ".")
+    again = run.saved[0].again_bytes if shares and run.saved else None
+    checkpointed = (
+        f" With all layers checkpointed it would take {format_bytes(again)}, of which the run took "
+        f"{mine['peak_bytes'] / again:.0%}."
+        if again and mine.get("peak_bytes")
+        else ""
+    )
+    return sentence + (f", with {' and '.join(shares)}." if shares else ".") + checkpointed
 
 
 # What each picture shows, in words -----------------------------------------------------------------------------------

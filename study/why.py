@@ -15,7 +15,8 @@ from ..agents.log import DecisionLog, DecisionRecord
 from ..agents.policy import Policy
 from ..agents.rules import RULES
 from ..common.arrays import IntArray
-from ..common.text import cost_text, format_bytes, plural
+from ..common.text import cost_text, plural
+from ..cost.savers import plain_text
 from ..plan.worth import FEATURES
 from .replay import WhatIf, redecide, usual_questions, what_if
 from .run_data import rates_sentence
@@ -58,7 +59,7 @@ class Explanation:
         """The explanation in plain English, the most important first; the verdict is not repeated."""
         logged, found = self.logged, self.logged.choice
         told = [] if found is None else list(_of_choice(logged, found))
-        told += [rates_sentence(logged), _of_savers(logged)]
+        told += [rates_sentence(logged), plain_text(logged.saved) if logged.saved else ""]
         told += _of_budget(logged)
         return [*filter(None, told), *(answer.text for answer in self.what_ifs), *self.notes]
 
@@ -194,14 +195,6 @@ def _runners_up(logged: DecisionRecord, found: Choice) -> str:
     worth = [_cost(logged, found, plan) if saves else percent(float(found.cautious[plan])) for plan in others[:SHOWN]]
     plans = ", ".join(f'"{found.names[plan]}" ({each})' for plan, each in zip(others, worth, strict=False))
     return f"The next {'within the tolerance' if saves else 'by what they lose, with some caution'}: {plans}."
-
-
-def _of_savers(logged: DecisionRecord) -> str:
-    saved = logged.saved
-    if len(saved) < 2:
-        return ""
-    peaks = [format_bytes(each.step_bytes) for each in (saved[-1], saved[0])]
-    return f"Exact savers: a step of plain LoRA takes {peaks[0]} instead of {peaks[1]}, with the same losses."
 
 
 def _of_budget(logged: DecisionRecord) -> list[str]:

@@ -1,129 +1,115 @@
-"""Every example runs, at the size of a tiny model."""
+"""Every example runs as the first line of its docstring says, in an empty folder.
+
+`make test` runs them with tiny models and data under the names of those that are fetched, `make test-long` with these.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
-import os
-import runpy
+import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from peft import PeftConfig, get_peft_model
-from rankpilot.data import packaged_data
+from rankpilot import fetch_asset
 from rankpilot.lora.targets import find_target_modules
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from .finetune.several import in_processes
-from .finetune.trainer_kinds import reviews
-from .small_bases import bert as bert
-from .small_bases import chat_model as chat_model
+from .as_printed import ROOT, run_line
+from .small_assets import cache as cache
+from .small_assets import small_cache as small_cache
+from .warm_python import WarmPython
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    # The examples leave TrainingArguments as they are, for machines with a GPU.
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found"),
-]
+EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
 
+PRINTED = {
+    "allocate_for_axolotl": r"runs/axolotl-lora.yaml: .*modules adapted",
+    "continue_adapter": r"held-out loss before .*held-out loss after",
+    "peft_experiment": r"rankpilot-60: ranks \[\d",
+    "plain_loop": r"step 0: .*modules adapted",
+    "qlora": "highest peak",
+    "resume": r"began and trained 200 steps",
+    "several_processes": r"2 processes, highest peak",
+    "train_with_sb3": r"update 5: mean return",
+    "trainer": "held-out loss",
+    "trl_dpo": "highest peak",
+    "trl_sft": "highest peak",
+}
+AFTER = {"continue_adapter": ("trainer",)}
+"""Examples that go on from what others have left."""
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs an example in a folder of its own, on a few short reviews; returns what it printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(packaged_data, "load_packaged_dataset", lambda name: reviews())
-
-    def start(name: str, *arguments: object) -> str:
-        path = EXAMPLES / f"{name}.py"
-        monkeypatch.setattr("sys.argv", [str(path), *map(str, arguments), "--output", "out"])
-        runpy.run_path(str(path), run_name="__main__")
-        out = tmp_path / "out"
-        if os.environ.get("RANK", "0") == "0":  # of several processes the first one saves
-            files = ("card.json", "adapter_config.json")
-            assert out.is_file() or any((out / name).exists() for name in files) or has_ranks(out / "adapter")
-        return capsys.readouterr().out
-
-    return start
+SLOW = ("several_processes", "train_with_sb3")
+"""Examples that take long with tiny models too."""
 
 
-def has_ranks(adapter: Path) -> bool:
-    """Whether some module of a saved adapter has learned something."""
-    weights = load_file(adapter / "adapter_model.safetensors")
-    return any(value.any() for name, value in weights.items() if "lora_B" in name)
+def command_of(name: str) -> str:
+    """How an example is started."""
+    first = (ast.get_docstring(ast.parse(EXAMPLES[name].read_text(encoding="utf-8"))) or "").splitlines()[0]
+    found = re.search(r": ((?:python|torchrun) .*)\.$", first)
+    assert found, f"{name}: the first line does not end with a command"
+    return found[1]
+
+
+def saved(name: str, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of an adapter that was saved."""
+    return load_file(folder / "runs" / name / "adapter" / "adapter_model.safetensors")
 
 
 def test_examples_are_short() -> None:
-    lines = {path.stem: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert len(lines) == 11
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in EXAMPLES.items()}
+    assert lines.keys() == PRINTED.keys()
     assert max(lines.values()) <= 44, lines
 
 
-def test_a_plan_for_axolotl(run: Callable[..., str], chat_model: Path, tmp_path: Path) -> None:
-    printed = run("allocate_for_axolotl", "--model", chat_model, "--budget", "120%", "--batch-size", 2)
-    lines = yaml.safe_load((tmp_path / "out").read_text())
-    assert lines["lora_rank_pattern"]
-    assert len(lines["lora_target_modules"]) == len(lines["lora_rank_pattern"])
-    assert "modules adapted" in printed
-    assert not (tmp_path / "runs" / "plan" / "decisions").exists()
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in SLOW else ()) for name in EXAMPLES]
+)
+def test_it_runs_as_printed(name: str, warm_python: WarmPython, tmp_path: Path) -> None:
+    for before in AFTER.get(name, ()):
+        run_line(warm_python, command_of(before), tmp_path)
+    printed = run_line(warm_python, command_of(name), tmp_path)
+    assert re.search(PRINTED[name], printed, re.S), printed
+    for adapter in tmp_path.glob("runs/*/adapter/adapter_model.safetensors"):
+        assert any(value.any() for key, value in load_file(adapter).items() if "lora_B" in key)
+    check = {"allocate_for_axolotl": check_lines, "peft_experiment": check_experiment, "resume": check_resumed}
+    if name in check:
+        check[name](warm_python, tmp_path)
 
 
-def test_an_experiment_for_peft(run: Callable[..., str], chat_model: Path, tmp_path: Path) -> None:
-    rows = [{"query": f"What is {n} plus {n}?", "response": f" It is {2 * n}."} for n in range(40)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    printed = run("peft_experiment", "--model", chat_model, "--data", "rows.jsonl", "--budget", "80%", "--length", 24)
-    config = PeftConfig.from_pretrained(tmp_path / "out")
+def check_lines(python: WarmPython, folder: Path) -> None:
+    """The lines for axolotl."""
+    lines = yaml.safe_load((folder / "runs/axolotl-lora.yaml").read_text())
+    assert len(lines["lora_target_modules"]) == len(lines["lora_rank_pattern"]) > 0
+    assert not (folder / "runs" / "plan" / "decisions").exists()
+
+
+def check_experiment(python: WarmPython, folder: Path) -> None:
+    """The files that PEFT's comparison reads."""
+    experiment = folder / "experiments/lora/rankpilot-60"
+    config = PeftConfig.from_pretrained(experiment)
     assert config.base_model_name_or_path is None
-    assert json.loads((tmp_path / "out" / "training_params.json").read_text())["optimizer_kwargs"]["lr"] == 1e-4
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(chat_model), config)
-    ranks = {target.rank for target in find_target_modules(model)}
-    assert ranks <= {*config.rank_pattern.values(), config.r}
-    assert str(sorted({*config.rank_pattern.values(), config.r})) in printed
+    assert json.loads((experiment / "training_params.json").read_text())["optimizer_kwargs"]["lr"] == 1e-4
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(fetch_asset("smollm2-135m-instruct")), config)
+    assert {target.rank for target in find_target_modules(model)} <= {*config.rank_pattern.values(), config.r}
 
 
-def test_trainer_and_going_on_from_its_adapter(run: Callable[..., str], bert: Path, tmp_path: Path) -> None:
-    assert "held-out loss" in run("trainer", "--model", bert, "--steps", 4)
-    adapter = shutil.copytree(tmp_path / "out" / "adapter", tmp_path / "first")
-    printed = run("continue_adapter", adapter, "--steps", 2)
-    assert "held-out loss before" in printed
-    assert "held-out loss after" in printed
-
-
-def test_a_plain_loop(run: Callable[..., str], bert: Path) -> None:
-    assert "step 0" in run("plain_loop", "--model", bert, "--steps", 4)
-    assert "step 0" not in run("plain_loop", "--model", bert, "--steps", 4, "--resume")
-
-
-def test_resuming(run: Callable[..., str], bert: Path, tmp_path: Path) -> None:
-    arguments = ("--model", bert, "--steps", 6, "--save-steps", 2)
-    assert "began and trained 6 steps" in run("resume", *arguments)
-    whole = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    shutil.rmtree(tmp_path / "out" / "checkpoint-6")  # as if it had been killed after step 4
-    assert "checkpoint-4 and trained 6 steps" in run("resume", *arguments)
-    resumed = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+def check_resumed(python: WarmPython, folder: Path) -> None:
+    """A run that goes on ends as one that was not interrupted."""
+    whole = saved("resumed", folder)
+    shutil.rmtree(folder / "runs/resumed/checkpoint-200")  # as if it had been killed before
+    assert "checkpoint-180 and trained 200 steps" in run_line(python, command_of("resume"), folder)
+    resumed = saved("resumed", folder)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
-def test_several_processes(run: Callable[..., str], bert: Path, tmp_path: Path) -> None:
-    """As torchrun starts it; then again, from the checkpoint before the last."""
-
-    def both() -> list[str]:
-        return in_processes(2, run, "several_processes", "--model", bert, "--steps", 6, "--save-steps", 2)
-
-    first, second = both()
-    assert "2 processes, highest peak" in first
-    assert "highest peak" not in second
-    whole = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
-    both()
-    again = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    assert all(torch.equal(value, again[name]) for name, value in whole.items())
-
-
-@pytest.mark.parametrize("name", ["trl_sft", "trl_dpo", "qlora"])
-def test_trl(run: Callable[..., str], chat_model: Path, name: str) -> None:
-    assert "highest peak" in run(name, "--model", chat_model, "--steps", 3, "--batch-size", 2, "--budget", "100%")
+@pytest.mark.usefixtures("cache")
+def test_a_plain_loop_goes_on(warm_python: WarmPython, tmp_path: Path) -> None:
+    run_line(warm_python, command_of("plain_loop"), tmp_path)
+    assert "step 0" not in run_line(warm_python, f"{command_of('plain_loop')} --resume", tmp_path)

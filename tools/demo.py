@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,17 @@ import tyro
 from rankpilot.agents.learned.policy_file import read_card
 from rankpilot.common.files import read_json_lines, read_object, read_text
 from rankpilot.common.text import format_bytes
+from rankpilot.cost.savers import Saved
 from rankpilot.errors import DataError
 from rankpilot.finetune.options import ALL_LINEAR, PILOT
+from rankpilot.study.pictures import learning_sentence
+from rankpilot.study.run_data import read_run
 from rich.console import Console
 
 MOST_ERROR_BYTES = 10**5
+
+SAME = 5e-4
+"""Shares that differ by less read the same."""
 
 
 @dataclass(frozen=True)
@@ -36,32 +42,45 @@ def seen(folder: Path) -> Iterator[str]:
         DataError: the budget that is too small was not refused.
     """
     yield card_sentence(read_object(folder / "memory" / "memory.json"))
-    yield saves_sentence(read_object(folder / "saves" / "summary.json")["runs"])
+    run = read_run(folder / "saves")
+    yield saves_sentence(run.results, run.saved)
     yield refusal_sentence(read_text(folder / "too-small.txt", MOST_ERROR_BYTES))
     yield elastic_sentence(read_object(folder / "elastic.json"))
-    rounds = sum("return_mean" in row for row in read_json_lines(folder / "policy" / "progress.jsonl"))
-    yield policy_sentence(read_card(folder / "policy")["validation"], rounds)
+    rows = list(read_json_lines(folder / "policy" / "progress.jsonl"))
+    yield policy_sentence(read_card(folder / "policy")["validation"], rows)
     yield f"The page {folder / 'study.html'} explains each decision of the fine-tune: open it in a browser."
 
 
 def card_sentence(memory: dict[str, Any]) -> str:
     """What an 8B takes of a card."""
-    card, frozen, plain = (format_bytes(memory[f"{name}_bytes"]) for name in ("memory", "frozen", "reference"))
+    card, frozen = (format_bytes(memory[f"{name}_bytes"]) for name in ("memory", "frozen"))
     return (
         f"A model of {memory['parameters'] / 1e9:.1f}B parameters was read from its configuration alone. Its weights "
-        f"take {frozen}, and a step of plain LoRA {plain}. On {card} with savers: {memory['verdict']}"
+        f"take {frozen}. On {card}: {memory['verdict']}"
     )
 
 
-def saves_sentence(runs: dict[str, dict[str, Any]]) -> str:
-    """The fine-tune under goal bytes beside plain LoRA."""
+def saves_sentence(runs: Mapping[str, Mapping[str, Any]], saved: Sequence[Saved]) -> str:
+    """The fine-tune under goal bytes beside plain LoRA, without checkpointing as it ran, and with."""
     ours, plain = runs[PILOT], runs[ALL_LINEAR]
     loss, peak, step = (ours[key] / plain[key] for key in ("held_out_loss", "peak_bytes", "median_step_s"))
+    again = saved[0].again_bytes if saved else None
     return (
-        f"The fine-tune with savers ended at a held-out loss of {ours['held_out_loss']:.4f}, plain LoRA at the rate of "
-        f"the rule at {plain['held_out_loss']:.4f}: {loss - 1:+.1%}, with one seed. Its steps peaked at "
-        f"{format_bytes(ours['peak_bytes'])} instead of {format_bytes(plain['peak_bytes'])} ({peak:.0%}), and took "
-        f"{step:.0%} of the time."
+        f"The fine-tune for the fewest bytes ended at a held-out loss of {ours['held_out_loss']:.4f}, plain LoRA at "
+        f"the rate of the rule at {plain['held_out_loss']:.4f}: {loss - 1:+.1%}, with one seed. Its steps peaked at "
+        f"{format_bytes(ours['peak_bytes'])} and took {step:.0%} of the time; those of plain LoRA at "
+        f"{format_bytes(plain['peak_bytes'])} ({peak:.0%})"
+        + (
+            f", or {format_bytes(again)} with all layers checkpointed ({ours['peak_bytes'] / again:.0%})"
+            if again
+            else ""
+        )
+        + "."
+        + (
+            " So what it saved is what gradient checkpointing saves."
+            if again and ours["peak_bytes"] > 0.95 * again
+            else ""
+        )
     )
 
 
@@ -86,14 +105,16 @@ def elastic_sentence(figures: dict[str, Any]) -> str:
     )
 
 
-def policy_sentence(validation: dict[str, dict[str, float]], rounds: int) -> str:
-    """How often the policy was better that was trained for two minutes."""
-    learned, rule = (validation[name]["wins"] for name in ("learned", "signal-mean"))
-    tasks = validation["learned"]["tasks"]
+def policy_sentence(validation: Mapping[str, Mapping[str, float]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What minutes of training a policy brought, and how it stands beside the rule that it started from."""
+    learned, rule = (validation[name]["improvement"] for name in ("learned", "signal-mean"))
+    episodes = sum(row.get("episodes", 0) for row in rows)
+    same = "is the same as that of" if abs(learned - rule) < SAME else f"where {rule:+.1%} is that of"
     return (
-        f"A policy was trained for {rounds} rounds. It is better than uniform ranks on {learned:.0f} of {tasks:.0f} "
-        f"other tasks, and the rule that it started from on {rule:.0f}. That shows that training works, not how good a "
-        "policy gets in hours: docs/train-policy.md tells."
+        f"A policy was trained on {episodes} short fine-tunes. {learning_sentence(rows)}. What it gains over uniform "
+        f"ranks on {validation['learned']['tasks']:.0f} validation tasks, {learned:+.1%} of what the best known plan "
+        f"gains, {same} the rule signal-mean, from which it started. Minutes show that PPO runs; "
+        "docs/train-policy.md tells what hours brought."
     )
 
 

@@ -4,11 +4,8 @@ The work is cut into chunks of runs that share a base and a batch shape; worker 
 and run each chunk in the slots of one `StackedEpisodes`. What a run gives does not depend on what runs beside it, so
 the rows are the same for any number of workers and in whatever order they come.
 
-Some competitors know more than an observation tells. None of them is a policy to use; they tell what one could reach,
-and what its decisions were worth. The oracle knows what was planted in a task. Two others take the final ranks of a
-logged run from the start. `static` has them as they were: what is lost there is what later decisions were worth.
-`shuffled` has the same ranks dealt anew among the modules of each kind, under a budget of bytes among the adapted ones:
-what is lost there is what the choice between layers was worth.
+One competitor knows more than an observation tells. The oracle knows what was planted in a task; it is no policy to
+use, and tells what one could reach.
 """
 
 import re
@@ -25,7 +22,7 @@ from ..agents.learned.policy_file import load_policy, policy_schedule, read_card
 from ..agents.log import DecisionLog, DecisionRecord
 from ..agents.observation import Observation
 from ..agents.policy import Decision, Policy
-from ..agents.rules import RULES, FixedPlan, GivenPlan, shuffled_plan
+from ..agents.rules import RULES, FixedPlan
 from ..agents.settings import DecisionSchedule
 from ..common.files import CONFIG, as_json, as_plain, from_json, open_run, read_object, write_json
 from ..common.workers import count_workers, worker_pool
@@ -38,8 +35,6 @@ from ..errors import ConfigError, RunFolderError, UnknownNameError
 from ..plan.problem import AllocationProblem
 from .config import EvaluateConfig
 from .results import Group, Key, Row, append_rows, groups_of, read_rows, row_of, write_rows
-
-STATIC, SHUFFLED = "static", "shuffled"
 
 
 @runtime_checkable
@@ -75,43 +70,6 @@ class Oracle:
             return None
         ranks = oracle_plan(task, problem)
         return FixedPlan(self.name, lambda _: ranks)
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """Runs each task at the final ranks of a logged run.
-
-    Attributes:
-        logs: the decision logs of one policy's runs, as `rankpilot policy evaluate --logs` writes them: a folder a run.
-        how: `STATIC` or `SHUFFLED`.
-    """
-
-    logs: Path
-    how: str = STATIC
-
-    @property
-    def name(self) -> str:
-        """What tables call it."""
-        return f"{self.logs.name} {self.how}"
-
-    def policy_for(self, task: ProxyTask, problem: AllocationProblem) -> Policy | None:
-        """The ranks that the logged run of the task ended with.
-
-        A last plan that had the bytes of signal buffers may have to give up a rung.
-
-        Raises:
-            RunFolderError: there is no log of a run of this task and seed.
-        """
-        matches = sorted(self.logs.glob(f"*-{task.seed}"))
-        logs = [log for log in map(DecisionLog, matches) if len(log)]
-        if len(logs) != 1:
-            raise RunFolderError(
-                f"{self.logs} holds {len(logs)} logs of task {task.id} with seed {task.seed}, and one is needed. Run "
-                "`rankpilot policy evaluate` with --logs on the same tasks and seeds first."
-            )
-        last = logs[0].read()[-1]
-        ranks = shuffled_plan(last, task.seed) if self.how == SHUFFLED else last.plan()
-        return GivenPlan(self.name, ranks) if any(ranks.values()) else None
 
 
 SLOTS = 16
@@ -414,15 +372,8 @@ def find_competitor(name: str) -> Competitor:
 
     Raises:
         UnknownNameError: no such rule or folder.
-        PolicyFileError, RunFolderError: a folder that cannot be used.
+        PolicyFileError: a folder that cannot be used.
     """
-    before, colon, folder = name.rpartition(":")
-    if colon and before in (STATIC, SHUFFLED):
-        if not Path(folder).is_dir():
-            raise RunFolderError(
-                f"There is no folder {folder} of decision logs. Pass OUTPUT/logs/POLICY of an evaluation."
-            )
-        return Replayed(Path(folder), before)
     if name == ORACLE.name:
         return ORACLE
     if name not in (*RULES, DEFAULT) and Path(name).name == name and not Path(name).exists():
@@ -434,7 +385,7 @@ def find_competitor(name: str) -> Competitor:
 
 def _folder(name: str) -> Path | None:
     """The folder of a trained policy among the competitors; None for a rule."""
-    if name in (ORACLE.name, DEFAULT) or name.partition(":")[0] in (STATIC, SHUFFLED):
+    if name in (ORACLE.name, DEFAULT):
         return None
     return Path(name) if Path(name).is_dir() else None
 
@@ -456,19 +407,13 @@ def _common_schedule(names: Sequence[str], folder: Path | None) -> DecisionSched
 
 
 def check_weights(folder: Path, names: dict[str, str]) -> None:
-    """Note which weights the policies have, and where logs are, and refuse others of the same name: rows would mix.
+    """Note which weights the policies have, and refuse others of the same name: rows would mix.
 
     Args:
         folder: of the comparison.
         names: what each competitor is called in rows, and how it was given.
     """
-    weights = {}
-    for name, given in names.items():
-        how, _, logs = given.partition(":")
-        if how in (STATIC, SHUFFLED):
-            weights[name] = str(Path(logs).resolve())
-        elif path := _folder(given):
-            weights[name] = read_card(path)["sha256"]
+    weights = {name: read_card(path)["sha256"] for name, given in names.items() if (path := _folder(given))}
     notes = folder / POLICIES
     known = read_object(notes) if notes.exists() else {}
     for name, digest in weights.items():

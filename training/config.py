@@ -17,7 +17,7 @@ class EvaluateConfig:
     """Which policies are compared, and on what.
 
     Attributes:
-        policies: default, rules, folders of trained policies, static:LOGS, shuffled:LOGS, or oracle.
+        policies: default, rules, folders of trained policies, or oracle.
         suite: suites that the tasks come from: "planted", "shift" or both.
         split: which part of a suite's tasks.
         bases: use only tasks on these proxy bases; all bases by default.

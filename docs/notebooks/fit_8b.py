@@ -46,7 +46,7 @@ for cell in outlook.grid:
 # %% [markdown]
 # ## Train inside a budget
 #
-# The same line serves the 8B on the card (`budget="24GiB"`) and this small classifier, which gets 60 % of the bytes
+# The same line serves the 8B on the card (`budget="23GiB"`) and this small classifier, which gets 60 % of the bytes
 # that rank 8 on all modules takes.
 
 # %%

@@ -29,7 +29,7 @@ function bars(label, rows) {
     const named = Math.min(320, 0.5 * width), told = 64, room = width - named - told - 16;
     const scale = room / (high - low || 1), zero = named + 8 - low * scale, height = 26 * rows.length + 4;
     const drawn = rows.map((row, index) => {
-      const y = 26 * index, x = zero + Math.min(0, row.value) * scale, className = row.value < 0 ? "bar below" : "bar";
+      const y = 26 * index, x = zero + Math.min(0, row.value) * scale, className = row.value > 0 ? "bar loss" : "bar";
       return [
         cutText(named, y + 17, "end", "name", row.name, named),
         svg("rect", { x, y: y + 4, width: Math.max(1, Math.abs(row.value) * scale), height: 18, rx: 2, class: className }),

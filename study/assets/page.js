@@ -83,6 +83,7 @@ function verdictView() {
       data.runs.length > 1 ? el("h3", { class: "runname" }, runBadge(index), run.name) : null,
       data.runs.some((other) => other.subject !== run.subject) && run.subject ? el("p", { class: "faint" }, run.subject) : null,
       run.warnings.map((sentence) => el("p", { class: "warning" }, el("strong", {}, "Warning. "), sentence)),
+      run.caveats.map((sentence) => el("p", { class: "warning caveat" }, sentence)),
       lead ? el("p", { class: "lead" }, ending(lead)) : null,
       tiles(run), rest.map((sentence) => el("p", {}, ending(sentence))),
       run.left_out.length ? el("p", { class: "note" }, `Left out of this page: ${run.left_out.join("; ")}.`) : null);

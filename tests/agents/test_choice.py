@@ -159,7 +159,7 @@ def test_promises() -> None:
     assert short.promise() == (
         "Expected versus rank 8 on all modules, which does not fit: loss +3.0 %, surely at most +6.5 %."
     )
-    assert choice([0.03]).promise() == "No plan that fits promises a lower loss than rank 8 on all modules."
+    assert choice([0.03]).promise().startswith("No plan that fits is clearly better")
     assert choice([]).promise() == ""
     assert choice([0.03], goal=Goal("time", 0.02), seconds=[2.0, 1.0]).promise() == (
         "No cheaper plan surely stays within +2.0 % of the loss of rank 8 on all modules."

@@ -63,11 +63,11 @@ def test_unknown_data(capsys: pytest.CaptureFixture[str], offline: Path, monkeyp
 
     monkeypatch.setattr(workload, "load_tokenizer", lambda model: None)
     name = next(iter(workload.DATASETS))
-    line = failure(f"finetune m {name}x", capsys)
+    line = failure(f"finetune a/m {name}x", capsys)
     assert f"Unknown data set '{name}x'. Did you mean: '{name}'" in line
     assert "no network" in line
     (offline / "data.xls").write_text("")
-    assert "its suffix is not one of" in failure("finetune m data.xls", capsys)
+    assert "its suffix is not one of" in failure("finetune a/m data.xls", capsys)
 
 
 NO_PRESET = "Unknown preset 'nope'. Allowed: 'quick', 'default', 'full'"
@@ -367,9 +367,7 @@ def test_a_tiny_training_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureF
     assert (card["episodes"], set(card["validation"])) == (4, {"learned", "signal-mean", "top-down"})
     assert "warm_after" in card["start"]
     printed = " ".join(capsys.readouterr().out.split())
-    assert re.search(
-        r"Return of an episode, .*: [+-]\d+\.\d% in the first round, [+-]\d+\.\d% in the last, of 2\.", printed
-    )
+    assert re.search(r"PPO improved nothing in 2 rounds|The policy of iteration \d is kept", printed)
     assert "top-down" in printed
     assert "exists already" in failure([*command, "--output", str(folder)], capsys)
     assert cli.run([*command, "--output", str(folder), "--resume"]) == 0

@@ -49,14 +49,14 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
 def test_options_of_a_training_are_not_taken(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "Unrecognized options: --merge" in usage_error(["plan", "m", "d", "--merge"], capsys)
     (tmp_path / "config.json").write_text('{"merge": true, "budget": "50%"}')
-    module.main(["m", "d", "--config", str(tmp_path / "config.json")])
+    module.main(["a/m", "d", "--config", str(tmp_path / "config.json")])
     out, err = capsys.readouterr()
     assert "900 of 1,000 parameters" in err
     assert json.loads(out)["r"] == 8, "nothing beside the plan"
 
 
 def test_lines_for_peft(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    module.main(["m", "d", "--output", str(tmp_path / "plan.json"), "--budget", "1k params"])
+    module.main(["a/m", "d", "--output", str(tmp_path / "plan.json"), "--budget", "1k params"])
     values = json.loads((tmp_path / "plan.json").read_text())
     config = LoraConfig(**values)
     assert config.rank_pattern == {r"^model\.layers\.0\.v_proj": 4, r"^model\.layers\.1\.q_proj": 8}
@@ -66,13 +66,13 @@ def test_lines_for_peft(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert "900 of 1,000 parameters, mean rank 4.0" in printed
     assert "Learning rate for it: 0.00143\n" in printed
     with pytest.raises(ConfigError, match=r"plan\.json exists already"):
-        module.main(["m", "d", "--output", str(tmp_path / "plan.json")])
+        module.main(["a/m", "d", "--output", str(tmp_path / "plan.json")])
     with pytest.raises(ConfigError, match=r"exists already\. Name a folder"):
-        module.main(["m", "d", "--log", str(tmp_path)])
+        module.main(["a/m", "d", "--log", str(tmp_path)])
 
 
 def test_the_frontier(capsys: pytest.CaptureFixture[str], plan: list[FinetuneConfig]) -> None:
-    module.main(["m", "d", "--frontier", "--goal", "time", "--tolerance", "0.02"])
+    module.main(["a/m", "d", "--frontier", "--goal", "time", "--tolerance", "0.02"])
     (options,) = plan
     assert (options.goal, options.tolerance) == ("time", 0.02)
     shown = [line.split() for line in capsys.readouterr().err.replace("│", " ").splitlines()]
@@ -82,21 +82,21 @@ def test_the_frontier(capsys: pytest.CaptureFixture[str], plan: list[FinetuneCon
 
 def test_a_plan_to_edit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    module.main(["m", "d", "--output", str(path)])
+    module.main(["a/m", "d", "--output", str(path)])
     assert read_plan(path) == RANKS
     text = path.read_text()
     assert "model.layers.0: {q_proj: 0, v_proj: 4}\n" in text
     assert "predicted to take 900 parameters; the budget is 1,000 parameters" in text
     assert "--policy mine.yaml" in text
     assert "Edit it, and pass --policy" in capsys.readouterr().out
-    module.main(["m", "d", "--for", "plan"])
+    module.main(["a/m", "d", "--for", "plan"])
     assert 'or policy="plan.yaml"' in capsys.readouterr().out
-    module.main(["m", "d", "--for", "peft", "--output", str(tmp_path / "peft.yaml")])
+    module.main(["a/m", "d", "--for", "peft", "--output", str(tmp_path / "peft.yaml")])
     assert LoraConfig(**json.loads((tmp_path / "peft.yaml").read_text())).r == 8
 
 
 def test_lines_for_axolotl(tmp_path: Path) -> None:
-    module.main(["m", "d", "--for", "axolotl", "--output", str(tmp_path / "plan.yaml")])
+    module.main(["a/m", "d", "--for", "axolotl", "--output", str(tmp_path / "plan.yaml")])
     values = yaml.safe_load((tmp_path / "plan.yaml").read_text())
     assert values["lora_target_modules"] == ["model.layers.0.v_proj", "model.layers.1.q_proj"]
     assert values["lora_rank_pattern"] == {r"^model\.layers\.0\.v_proj": 4, r"^model\.layers\.1\.q_proj": 8}
@@ -115,7 +115,7 @@ def test_one_rank_is_the_mean_of_the_kinds_that_are_adapted() -> None:
 
 
 def test_llama_factory_has_no_pattern(tmp_path: Path) -> None:
-    module.main(["m", "d", "--for", "llama-factory", "--output", str(tmp_path / "plan.yaml")])
+    module.main(["a/m", "d", "--for", "llama-factory", "--output", str(tmp_path / "plan.yaml")])
     text = (tmp_path / "plan.yaml").read_text()
     assert text.startswith("# LLaMA-Factory has one rank for all modules and takes no rank pattern")
     settings = {"finetuning_type": "lora", "lora_target": "q_proj,v_proj", "lora_rank": 4, "lora_alpha": 16}
@@ -123,7 +123,7 @@ def test_llama_factory_has_no_pattern(tmp_path: Path) -> None:
 
 
 def test_torchtune_has_no_pattern(capsys: pytest.CaptureFixture[str]) -> None:
-    module.main(["m", "d", "--for", "torchtune"])
+    module.main(["a/m", "d", "--for", "torchtune"])
     text = capsys.readouterr().out.partition("Predicted:")[0]
     assert text.startswith("# torchtune has one rank for all modules")
     model = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": False, "lora_rank": 4, "lora_alpha": 16}
@@ -135,11 +135,11 @@ def test_settings_in_a_yaml_file(tmp_path: Path, plan: list[FinetuneConfig]) -> 
         "model: m\ndata: d\nbudget: 60%\nlearning_rate: 0.0002\nbf16: true\nbounds: [q_proj=0:8]\n"
         "trainer:\n  warmup_steps: 0.1\n  lr_scheduler_type: cosine\n  packing: true\n"
     )
-    module.main(["m", "d", "--config", str(tmp_path / "run.yaml"), "--budget", "50%"])
+    module.main(["a/m", "d", "--config", str(tmp_path / "run.yaml"), "--budget", "50%"])
     (options,) = plan
     assert (options.budget, options.learning_rate, options.bf16) == ("50%", 0.0002, True)
     assert options.bounds == ("q_proj=0:8",)
     assert options.trainer == ("warmup_steps=0.1", "lr_scheduler_type=cosine", "packing=true")
     (tmp_path / "run.yaml").write_text("model: [\n")
     with pytest.raises(ConfigError, match=r"Cannot read the config file .*run\.yaml"):
-        module.main(["m", "d", "--config", str(tmp_path / "run.yaml")])
+        module.main(["a/m", "d", "--config", str(tmp_path / "run.yaml")])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
 import pytest
 import rankpilot
 import transformers as t
+from rankpilot.common.text import format_bytes
 from rankpilot.cost.allocator import replay
 from rankpilot.cost.breakdown import frozen_bytes
 from rankpilot.cost.from_config import Shards
-from rankpilot.cost.outlook import Outlook, card_rates, memory_of
+from rankpilot.cost.outlook import SLACK, Outlook, card_rates, memory_of
 from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError, UnknownNameError
+from rankpilot.study.memory_report import configuration_text, verdict_text
 
 LAYERS = 4
 
@@ -120,6 +123,29 @@ def test_a_narrow_card_recomputes_some_layers() -> None:
     assert fewer.use.verdict != "fits", "one layer less is too much"
     (asked,) = (cell for cell in outlook.grid if cell.shape == outlook.memory.shape)
     assert asked.recomputed == len(best.recomputed), "the table of batches says the same"
+
+
+def test_a_margin_within_the_error_is_tight_and_the_status_is_that_of_what_fits() -> None:
+    wide = llama("24GiB")
+    least = min(choice.use.total_bytes for choice in wide.choices if choice.kind == "depth")
+    outlook = llama(f"{least / 2**20 + 2:.0f}MiB")
+    best = outlook.best
+    assert best is not None
+    assert best.verdict == "tight"
+    assert 0 <= best.use.spare_bytes < SLACK * outlook.card.memory_bytes
+    told = verdict_text(outlook)
+    assert told.startswith("Tight: ")
+    assert f"within 3% of a card ({format_bytes(SLACK * outlook.card.memory_bytes)}) predictions err" in told
+    budget = re.search(r"budget='(\d+)MiB step'", configuration_text(outlook))
+    assert budget is None or int(budget[1]) * 2**20 <= best.step_bytes + best.use.spare_bytes
+
+
+def test_a_recommended_budget_fits_the_card() -> None:
+    wide = llama("24GiB")
+    none, every = wide.choice(LAYERS, 8, ()), wide.choice(LAYERS, 8, wide.recomputable)
+    outlook = llama(f"{(none.use.total_bytes + every.use.total_bytes) / 2**21:.0f}MiB")
+    budget = int(re.search(r"budget='(\d+)MiB step'", configuration_text(outlook))[1]) * 2**20
+    assert outlook.best.step_bytes <= budget <= outlook.best.step_bytes + outlook.best.use.spare_bytes
 
 
 def test_nothing_fits_a_card_that_the_model_fills() -> None:

@@ -1,6 +1,8 @@
-"""Every block of code in the pages: Python runs on tiny models, command lines are read by their programs' parsers.
+"""Every block of code in the pages runs as printed, in order, in a folder of its page.
 
-A block that can do neither has a comment above it that says why: `<!-- not run: REASON -->`.
+A block that cannot has a comment above it that says why: `<!-- not run: REASON -->`. All command lines are read by the
+parsers of their programs. `make test` has tiny models under the names of those that are fetched, `make test-long` has
+these.
 """
 
 from __future__ import annotations
@@ -8,24 +10,25 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
 import yaml
 from peft import LoraConfig, get_peft_model
+from rankpilot import fetch_asset
 from rankpilot.cli import main as cli
-from rankpilot.data import assets, packaged_data
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks.__main__ import BENCHMARKS
 
-from ..finetune.trainer_kinds import reviews
-from ..small_bases import bert as bert
-from ..small_bases import chat_model as chat_model
-from ..small_bases import smaller
+from ..as_printed import run_line
+from ..small_assets import cache as cache
+from ..small_assets import small_cache as small_cache
+from ..warm_python import WarmPython
 from .pages import PAGES, ROOT, Block, blocks_of, commands_of, name_of
 
 BLOCKS = {name_of(page): [*blocks_of(page)] for page in PAGES}
@@ -35,8 +38,10 @@ KINDS = ("python", "bash", "text", "sql", "yaml", "")
 
 DIRECTIVES = ("{toctree}", "{include}", "{literalinclude}", "{eval-rst}", "{docstring}")
 
-MARKS = {"docs/environment.md": pytest.mark.assets}
-"""Marks of pages whose Python needs more than tiny models."""
+LONG = ("docs/command-line.md", "docs/several-processes.md", "docs/smollm2.md", "docs/study.md")
+"""Pages whose blocks take long with tiny models too."""
+
+FETCHES = re.compile("all-minilm|smollm2|fetch_asset|load_packaged_dataset|examples/")
 
 PRINTED = {
     "docs/trl.md": r"highest peak [\d,]+ bytes, of a budget of [\d,]+",
@@ -51,22 +56,39 @@ PRINTED = {
 """What the Python of a page prints, among other things."""
 
 
-def of_kind(kind: str) -> dict[str, list[Block]]:
-    """The blocks of a kind that are to run, by page."""
-    found = {
-        page: [each for each in blocks if each.kind == kind and not each.excuse] for page, blocks in BLOCKS.items()
-    }
-    return {page: blocks for page, blocks in found.items() if blocks}
+READ_ONLY = ("export", "make", "pip")
+"""Programs that set up environments: they do not run here."""
 
 
-PYTHON = of_kind("python")
-SHELL = of_kind("bash")
+def lines_of(block: Block) -> list[str]:
+    """The command lines of a block that run."""
+    return [line for line in commands_of(block.code) if shlex.split(line)[0] not in READ_ONLY]
+
+
+def runs(block: Block) -> bool:
+    """Whether something of a block runs."""
+    return not block.excuse and (block.kind == "python" or (block.kind == "bash" and bool(lines_of(block))))
+
+
+RUN = {page: found for page, blocks in BLOCKS.items() if (found := [*filter(runs, blocks)])}
+"""The blocks that run, by page."""
+
+SHELL = {page: found for page, blocks in BLOCKS.items() if (found := [b for b in blocks if b.kind == "bash"])}
+
+
+def pages() -> Iterator[Any]:
+    """Pages with what they are run with."""
+    for page, blocks in RUN.items():
+        marks = [pytest.mark.long] if page in LONG else []
+        yield pytest.param(page, "small", marks=[*marks, pytest.mark.assets])
+        if any(FETCHES.search(block.code) for block in blocks):
+            yield pytest.param(page, "real", marks=[pytest.mark.assets, pytest.mark.slow, pytest.mark.long])
 
 
 def test_blocks_are_found() -> None:
-    assert len(PYTHON) >= 9
+    assert len(RUN) >= 14
     assert len(SHELL) >= 12
-    assert set(PRINTED) <= set(PYTHON)
+    assert set(PRINTED) <= set(RUN)
 
 
 @pytest.mark.parametrize("page", BLOCKS)
@@ -85,35 +107,46 @@ def test_blocks_say_what_they_are(page: str) -> None:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
-@pytest.mark.parametrize("page", [pytest.param(page, marks=MARKS.get(page, ())) for page in PYTHON])
-def test_python_runs(
+@pytest.mark.parametrize(("page", "cache"), [*pages()], indirect=["cache"])
+def test_blocks_run_as_printed(
     page: str,
-    bert: Path,
-    chat_model: Path,
+    cache: str,
+    warm_python: WarmPython,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """All Python of a page, in order, in one namespace and a folder of its own."""
+    """Python in one namespace."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(packaged_data, "load_packaged_dataset", lambda name: reviews())
-    fetch = assets.fetch_asset
-    monkeypatch.setattr(assets, "fetch_asset", lambda name: bert if name == "all-minilm-l6-v2" else fetch(name))
-    if page == "docs/serve.md":
-        save_adapter(bert, tmp_path / "runs/mine/adapter")
+    GIVEN.get(page, lambda *given: None)(warm_python, tmp_path)
     names = {"__name__": "__main__"}
-    for block in PYTHON[page]:
-        # Errors name the line of the page.
-        code = "\n" * block.line + smaller(block.code, chat_model)
-        exec(compile(code, str(ROOT / page), "exec"), names)
+    for block in RUN[page]:
+        if block.kind == "python":
+            # Errors name the line of the page.
+            exec(compile("\n" * block.line + block.code, str(ROOT / page), "exec"), names)
+            continue
+        for line in lines_of(block):
+            run_line(warm_python, line, tmp_path)
     printed = capsys.readouterr().out
     assert re.search(PRINTED.get(page, ""), printed, re.M | re.S), printed
 
 
-def save_adapter(base: Path, folder: Path) -> None:
+def an_adapter(python: WarmPython, folder: Path) -> None:
     """An adapter as a fine-tune would have left it."""
     lora = LoraConfig(r=8, rank_pattern={"query": 4}, target_modules=["query", "key"], task_type="SEQ_CLS")
-    get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), lora).save_pretrained(folder)
+    base = AutoModelForSequenceClassification.from_pretrained(fetch_asset("all-minilm-l6-v2"))
+    get_peft_model(base, lora).save_pretrained(folder / "runs/mine/adapter")
+
+
+def three_runs(python: WarmPython, folder: Path) -> None:
+    """Runs to look at."""
+    for name in ("finetune", "a", "b"):
+        line = f"rankpilot finetune all-minilm-l6-v2 rotten-tomatoes --max-steps 8 --eval-steps 4 --output runs/{name}"
+        run_line(python, line, folder)
+
+
+GIVEN = {"docs/serve.md": an_adapter, "docs/study.md": three_runs}
+"""What a page says is there already."""
 
 
 # Command lines --------------------------------------------------------------------------------------------------------
@@ -143,6 +176,8 @@ def test_command_lines_are_right(page: str) -> None:
         for line in commands_of(block.code):
             words = shlex.split(line, comments=True)
             assert words, f"{page}:{block.line}: no command in {line!r}"
+            if block.excuse and words[0] == "tensorboard":
+                continue
             assert words[0] in PROGRAMS, f"{page}: who reads {line!r}?"
             PROGRAMS[words[0]](words[1:])
 

@@ -277,7 +277,7 @@ CHANGES = {
     "the head trains": Change(unfreeze_head),
     "weights are written": Change(write_weights, told="changed, so what frozen layers returned is forgotten"),
     "weights are written past versions": Change(write_data, told="changed, so"),
-    "a hook": Change(add_hook, told="has a hook"),
+    "a hook": Change(add_hook, told="layer 0 has a hook"),
     "a hook of the embeddings": Change(add_pre_hook, told="changed, so"),
     "dropout": Change(drop, told="at random (dropout)"),
     "another module": Change(replace_a_module, told="changed, so"),

@@ -152,22 +152,6 @@ def test_the_rule_mends_a_rate_that_is_far_too_low(llama_config: LlamaConfig) ->
     assert loop.optimizer.param_groups[0]["lr"] == 1e-5, "between steps the groups show the user's"
 
 
-def test_a_resumed_run_goes_on_at_the_corrected_rate(
-    llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    scripted(monkeypatch, CHANGES.index(2.0))
-    whole = Loop(llama_config, 1e-3).begin().steps(MOMENTS[0] + 2)
-    rankpilot.save_checkpoint(whole.pilot, whole.run, tmp_path / "checkpoint")
-    script = scripted(monkeypatch, KEEP, CHANGES.index(-1.0))
-    again = Loop(llama_config, 1e-3)
-    step = rankpilot.load_checkpoint(again.pilot, again.run, tmp_path / "checkpoint")
-    assert again.pilot.rate_factor == pytest.approx(4)
-    again.steps(MOMENTS[2] + 1 - step)
-    assert again.pilot.rate_factor == pytest.approx(2)
-    assert script.seen[0]["moved"] == pytest.approx(2 / 3)
-    assert script.seen[0]["time"] == pytest.approx(MOMENTS[1] / STEPS)
-
-
 @pytest.mark.parametrize("after", [MOMENTS[1] - 1, MOMENTS[1] + 1])
 def test_a_resumed_run_sees_what_the_whole_one_sees_also_with_a_smaller_budget(
     llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: int

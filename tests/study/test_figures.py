@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rankpilot.common.drawing import save_figure, smooth
 from rankpilot.common.text import short_names
-from rankpilot.study.pictures import learning_curve, rank_heatmap
+from rankpilot.study.pictures import learning_curve, learning_sentence, rank_heatmap
 
 ROOT = Path(__file__).parents[2]
 KINDS = [*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
@@ -137,36 +137,37 @@ def test_short_names() -> None:
 
 def progress(iterations: int) -> list[dict[str, float]]:
     """Rows of a training with a warm start, measured after every second iteration."""
-    measured = ("validation_over_start", "validation_over_uniform")
-    first = dict(zip(measured, (0.0, 0.5), strict=True))
-    rows: list[dict[str, float]] = [{"iteration": 0, **first} | {f"warm_{key}": first[key] + 0.1 for key in measured}]
+    key = "validation_over_start"
+    rows: list[dict[str, float]] = [{"iteration": 0, key: 0.0, f"warm_{key}": 0.1}]
     for i in range(1, iterations + 1):
         rows.append({"iteration": i, "episodes": 64, "return_mean": i / 10, "return_p10": -1.0, "return_p90": 2.0})
         if i % 2 == 0:
-            rows[-1] |= {key: round(0.1 + first[key] + i / 20, 9) for key in measured}
+            rows[-1][key] = round(0.1 + i / 20, 9)
     return rows
 
 
 def test_learning_curve() -> None:
     figure = learning_curve(progress(5))
-    assert texts(figure)[0] == "Best on validation tasks after 4 iterations: +30.0% over the rule"
+    assert texts(figure)[0] == "The policy of iteration 4 is kept: +30.0% over the rule on validation tasks"
     training, validation = figure.axes
     assert training.get_xlabel() == "PPO iteration (320 episodes in all)"
     assert list(training.lines[0].get_ydata()) == [0.1, 0.2, 0.3, 0.4, 0.5]
     band = training.collections[0].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == (-1.0, 2.0)
-    over_rule, over_uniform = (np.asarray(line.get_xydata()).tolist() for line in validation.lines[:2])
-    assert over_rule == [[0, 0], [0, 0.1], [2, 0.2], [4, 0.3]]
-    assert over_uniform == [[0, 0.5], [0, 0.6], [2, 0.7], [4, 0.8]]
+    assert np.asarray(validation.lines[0].get_xydata()).tolist() == [[0, 0], [0, 0.1], [2, 0.2], [4, 0.3]]
     assert [text.get_text() for text in validation.texts] == ["warm start"]
 
 
 def test_learning_curve_of_a_policy_that_got_worse() -> None:
     rows = [row | ({"validation_over_start": -0.2} if row["iteration"] == 4 else {}) for row in progress(4)[1:]]
-    first = {"iteration": 0, "validation_over_start": 0.0, "validation_over_uniform": 0.5}
-    figure = learning_curve([first, *(row for row in rows if row["iteration"] != 2)])
-    assert texts(figure)[0] == "Best on validation tasks before PPO: +0.0% over the rule"
+    rows = [row for row in rows if row["iteration"] != 2]
+    figure = learning_curve([{"iteration": 0, "validation_over_start": 0.0}, *rows])
+    assert texts(figure)[0] == "PPO improved nothing in 3 rounds: the rule that it starts from is kept"
     assert not figure.axes[1].texts
+    warm = {"iteration": 0, "validation_over_start": 0.0, "warm_validation_over_start": 0.02}
+    assert learning_sentence([warm, *rows]).endswith(
+        "that of the warm start is kept, +2.0% over the rule on validation tasks"
+    )
 
 
 def test_learning_curve_without_validation() -> None:

@@ -100,6 +100,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         blocks=layers,
         recomputable=tuple(f"layer.{number}" for number in range(layers)),
         reference_bytes=whole,
+        checkpointed_bytes=0.25 * whole,
         limit_bytes=CARD.memory_bytes if card else 0.6 * whole if budget else None,
         choices=choices,
         best=choices[0] if card else None,
@@ -179,6 +180,7 @@ def test_words() -> None:
     assert subject(outlook(card=True), config).startswith("model, 30M parameters on RTX 4090, 16 x 64 tokens")
     found = verdict_text(here)
     assert "67% of the peak" in found
+    assert "takes 90 MiB a step, and 22.5 MiB with all layers checkpointed" in found
     assert "saves most, all layers at rank 8 with checkpointing, takes 25% of them" in found
     told = list(notes(here))
     assert "backward: loss): 60 MiB tensors saved for backward; 12 MiB optimizer state" in told[0]
@@ -195,7 +197,7 @@ def test_activations_that_run_again_are_told() -> None:
     assert any("So every choice has selective checkpointing" in note for note in notes(here))
     assert cells_of(printed(grid_table(here))) == [["64", "none"], ["128", "0*"]]
     assert (
-        "# With selective checkpointing, which attach(trainer) turns on inside budget='0.1GiB step'"
+        "# With selective checkpointing, which attach(trainer) turns on inside budget='90MiB step'"
         in configuration_text(here)
     )
 
@@ -265,11 +267,18 @@ def test_no_text_of_the_picture_overlaps_or_leaves_it(layers: int, budget: bool,
 def test_bars_are_the_bytes() -> None:
     here = outlook()
     top, bottom = picture_of(here).axes
-    assert sum(patch.get_width() for patch in top.patches) == pytest.approx(90)
+    widths = np.array([patch.get_width() for patch in top.patches])
+    assert [label.get_text() for label in top.get_yticklabels()] == [
+        "embeddings",
+        "layers 0 to 5, each",
+        "classifier",
+        "loss and rest",
+    ]
+    assert widths.sum() == pytest.approx(14 + 6)
     taken = sum(choice.step_bytes for choice in here.choices) / MIB
     assert sum(patch.get_width() for patch in bottom.patches) == pytest.approx(taken)
     card = outlook(card=True)
-    held = sum(choice.use.total_bytes for choice in card.choices) / 2**30
+    held = sum(each.use.total_bytes - each.use.base_bytes - each.use.context_bytes for each in card.choices) / 2**30
     assert sum(patch.get_width() for patch in picture_of(card).axes[1].patches) == pytest.approx(held)
 
 

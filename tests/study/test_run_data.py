@@ -69,10 +69,11 @@ def test_the_better_run_is_marked_whichever_it_is(run_folder: Path) -> None:
     page = page_of(run_folder)
     assert table_rows(page)["held-out loss"] == ["0.3841", "*0.2000*"]
     assert table_rows(page)["held-out accuracy"] == ["86.10%", "*99.00%*"]
-    assert page["results"] == [
+    assert page["warnings"] == [
         "One run each, so luck counts too: "
         "rankpilot's held-out loss is 92.0% higher than that of uniform ranks, rank 16 on 17 of 36 modules."
-    ]
+    ], "it is red"
+    assert page["results"] == page["caveats"] == []
 
 
 def test_the_picture_of_the_ranks_can_be_made_again(run_folder: Path) -> None:
@@ -80,8 +81,12 @@ def test_the_picture_of_the_ranks_can_be_made_again(run_folder: Path) -> None:
     assert write_rank_picture(read_run(run_folder)) == picture
     first = picture.read_bytes()
     assert first.startswith(b"\x89PNG")
-    write_rank_picture(read_run(run_folder))
+    run = read_run(run_folder)
+    write_rank_picture(run)
     assert picture.read_bytes() == first
+    eight = np.full_like(run.decisions[0].rank_after, 8)
+    same = [replace(each, rank_after=eight) for each in run.decisions if each.number == 0]
+    assert write_rank_picture(replace(run, decisions=same)) is None, "a sheet of one colour"
 
 
 def test_decisions_in_words_and_in_a_line_each(run_folder: Path) -> None:

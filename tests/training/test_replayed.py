@@ -1,8 +1,7 @@
-"""Runs at the final ranks of logged runs."""
+"""Plans that are given, and plans dealt anew."""
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,8 @@ from rankpilot.agents.policy import decided_plan
 from rankpilot.agents.rules import RULES, GivenPlan, shuffled_within_kinds
 from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.env.proxy_task import ProxyTask, Reference
-from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError
-from rankpilot.training.compare import (
-    SHUFFLED,
-    STATIC,
-    Replayed,
-    TaskRule,
-    check_weights,
-    compare,
-    find_competitor,
-    log_folder,
-)
+from rankpilot.errors import ConfigError, UnknownNameError
+from rankpilot.training.compare import compare, log_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,52 +26,10 @@ TASK = ProxyTask(
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a rule that keeps its first plan, and of one that changes it."""
+    """Of a rule that keeps its first plan."""
     folder = tmp_path_factory.mktemp("logs")
-    compare([RULES["top-half"], RULES["signal-mean"]], [TASK], SCHEDULE, workers=1, logs=folder)
+    compare([RULES["top-half"]], [TASK], SCHEDULE, workers=1, logs=folder)
     return folder
-
-
-def test_a_run_that_kept_its_plan_is_its_own_replay(logs: Path) -> None:
-    replay = Replayed(logs / "top-half")
-    rows = compare([RULES["top-half"], replay], [TASK], SCHEDULE, workers=1)
-    assert [row.policy for row in rows] == ["top-half", "top-half static"]
-    assert rows[0].loss == rows[1].loss
-
-
-def test_shuffled_runs_have_the_same_ranks_elsewhere(logs: Path) -> None:
-    replays = [Replayed(logs / "signal-mean", how) for how in (STATIC, SHUFFLED)]
-    rows = compare(replays, [TASK], SCHEDULE, workers=1, logs=None)
-    assert rows[0].loss != rows[1].loss
-    static, shuffled = (dict(each.policy_for(TASK, None).ranks) for each in replays)  # type: ignore[arg-type, union-attr]
-    log = DecisionLog(log_folder(logs, ("signal-mean", TASK.id, TASK.seed)))
-    assert [*static.values()] == log.logged(len(log) - 1).rank_after.tolist()
-    assert Counter(static.values()) == Counter(shuffled.values())
-    assert static != shuffled
-    for kind in ("q_proj", "down_proj"):
-        ranks = [sorted(rank for name, rank in plan.items() if name.endswith(kind)) for plan in (static, shuffled)]
-        assert ranks[0] == ranks[1]
-
-
-def test_by_name_on_the_command_line(logs: Path) -> None:
-    for how in (STATIC, SHUFFLED):
-        found = find_competitor(f"{how}:{logs / 'top-half'}")
-        assert isinstance(found, TaskRule)
-        assert found.name == f"top-half {how}"
-
-
-def test_other_logs_under_the_same_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"There is no folder .*none of decision logs"):
-        find_competitor(f"static:{tmp_path / 'none'}")
-    check_weights(tmp_path, {"top-half static": "static:a/top-half"})
-    check_weights(tmp_path, {"top-half static": f"static:{Path('a').resolve()}/top-half"})
-    with pytest.raises(RunFolderError, match=r"results of another policy named 'top-half static' \(.*/a/top-half\)"):
-        check_weights(tmp_path, {"top-half static": "static:b/top-half"})
-
-
-def test_a_task_without_a_log(logs: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="holds 0 logs of task"):
-        Replayed(tmp_path).policy_for(TASK, None)  # type: ignore[arg-type]
 
 
 def test_a_given_plan_is_taken_as_it_is(logs: Path) -> None:
