@@ -176,9 +176,6 @@ def run_one(
     metrics = RunMetrics(metrics_path, None if piloted else PeakMeter(MEASURE_EVERY), energy)
     stop = StopWithCheckpoint()
     trainer = new_trainer(config, workload, model, folder / name, [metrics, stop])
-    if not piloted and config.learning_rate == "auto":  # that of the run under the policy, which looked at it
-        with suppress(FileNotFoundError, DataError, KeyError):
-            trainer.args.learning_rate = files.read_object(folder / f"result-{PILOT}.json")["plain_learning_rate"]
     decides = pilot(trainer) if pilot else _decides(config, trainer, folder, name)
     checkpoint = last_checkpoint(folder / name, piloted=piloted, tell=tell)
     set_seed(config.seed)
@@ -192,38 +189,44 @@ def run_one(
             f"is {last_checkpoint(folder / name, piloted=piloted, tell=tell)}. Lower the learning rate."
         )
     held_out = trainer.evaluate()
-    if isinstance(decides, RankPilotCallback):
-        for step, peak in decides.peaks:
-            files.append_json_line(metrics_path, {"step": step, "peak_bytes": peak})
-    targets = find_target_modules(model)
     _save_adapter(model, workload, folder / name)
     if not math.isfinite(held_out["eval_loss"]):
         raise NonFiniteError(
             f"The held-out loss is {held_out['eval_loss']}: training diverged, or no row that is held out has a label "
             f"that counts. The adapter is in {folder / name / 'adapter'}."
         )
-    result = {
-        "held_out_loss": held_out["eval_loss"],
-        "held_out_accuracy": held_out.get("eval_accuracy"),
-        "adapter_parameters": sum(target.rank * (target.d_in + target.d_out) for target in targets),
-        # From the file: a run that was killed after its last step measures nothing when it goes on.
-        "peak_bytes": max(row["peak_bytes"] for row in files.read_json_lines(metrics_path) if "peak_bytes" in row),
-        "budget_bytes": decides.limit if decides else None,
-        "median_step_s": float(np.median(metrics.step_s)) if metrics.step_s else None,
-        "train_s": metrics.train_s,
-        "energy_joules": metrics.energy_joules,
-        "energy_source": energy.source if energy else None,
-        "hardware": hardware,
-        "steps": trainer.state.max_steps,
-        "ranks": adapter_ranks(targets),
-        "plain_learning_rate": _plain_rate(trainer, decides),
-    }
+    result = _result(trainer, metrics, held_out, decides) | {"hardware": hardware}
     if config.merge:
         with files.atomic_path(folder / name / "merged") as temporary:
             model.merge_and_unload().save_pretrained(temporary)
             workload.tokenizer.save_pretrained(temporary)
     files.write_json(result_path, result)
     return result
+
+
+def _result(
+    trainer: Trainer, metrics: RunMetrics, held_out: dict[str, float], decides: RankPilotCallback | UniformRanks | None
+) -> dict[str, Any]:
+    """What is written down of a run that has ended."""
+    if isinstance(decides, RankPilotCallback):
+        for step, peak in decides.peaks:
+            files.append_json_line(metrics.path, {"step": step, "peak_bytes": peak})
+    targets, energy = find_target_modules(trainer.model), metrics.energy
+    return {
+        "held_out_loss": held_out["eval_loss"],
+        "held_out_accuracy": held_out.get("eval_accuracy"),
+        "adapter_parameters": sum(target.rank * (target.d_in + target.d_out) for target in targets),
+        # From the file: a run that was killed after its last step measures nothing when it goes on.
+        "peak_bytes": max(row["peak_bytes"] for row in files.read_json_lines(metrics.path) if "peak_bytes" in row),
+        "budget_bytes": decides.limit if decides else None,
+        "median_step_s": float(np.median(metrics.step_s)) if metrics.step_s else None,
+        "train_s": metrics.train_s,
+        "energy_joules": metrics.energy_joules,
+        "energy_source": energy.source if energy else None,
+        "steps": trainer.state.max_steps,
+        "ranks": adapter_ranks(targets),
+        "plain_learning_rate": _plain_rate(trainer, decides),
+    }
 
 
 def _plain_rate(trainer: Trainer, decides: object) -> float:
@@ -236,6 +239,9 @@ def _decides(
     config: FinetuneConfig, trainer: Trainer, folder: Path, name: str
 ) -> RankPilotCallback | UniformRanks | None:
     """Let the ranks of a run be decided as the settings say; None for plain LoRA."""
+    if name != PILOT and config.learning_rate == "auto":  # that of the run under the policy, which looked at it
+        with suppress(FileNotFoundError, DataError, KeyError):
+            trainer.args.learning_rate = files.read_object(folder / f"result-{PILOT}.json")["plain_learning_rate"]
     if name == ALL_LINEAR:
         return None
     if name == UNIFORM:

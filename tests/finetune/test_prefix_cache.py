@@ -220,10 +220,9 @@ def test_a_run_of_a_loop_and_one_of_the_trainer(tmp_path: Path) -> None:
     )
     callback = rankpilot.attach(trainer, "top-down", "100%")
     trainer.train()
-    assert callback.pilot._piloted.prefix is not None
-    assert callback.pilot._piloted.prefix.left_out == 6, (
-        "of six batches of training and four of evaluations, two are compared"
-    )
+    cache = callback.pilot._piloted.prefix
+    assert cache is not None
+    assert cache.left_out == 6, "of six batches of training and four of evaluations, two are compared"
     assert [*(tmp_path / "run").glob("*prefix*")] == []
 
 

@@ -140,12 +140,8 @@ def test_fewer_rows_are_timed_where_the_bytes_hold_no_more(tmp_path: Path, rows_
     trainer.train()
     assert 0 < rows_timed[0] < 4
     time = callback.controller.time.time
-    whole = count_work(
-        trainer.model,
-        callback.controller.targets,
-        callback.pilot._piloted.run.step.loss,
-        callback.pilot._piloted.run.largest_batch(),
-    ).time(RATES)
+    run = callback.pilot._piloted.run
+    whole = count_work(trainer.model, callback.controller.targets, run.step.loss, run.largest_batch()).time(RATES)
     ranks = np.full(len(callback.controller.targets), 8)
     assert time.seconds(ranks) == pytest.approx(whole.seconds(ranks), rel=0.25), "in proportion to tokens"
 
