@@ -106,7 +106,7 @@ class RankController(Generic[AdaptersT]):
 
     Args:
         adapters: whose ranks are decided.
-        cost: what plans cost, signal buffers included.
+        cost: what plans cost, signal buffers included. It may be replaced; the reference of the observation stays.
         limit: the hard budget, in the unit of `cost`.
         schedule: when decisions fall.
         total_steps: optimizer steps of the run.
@@ -218,12 +218,9 @@ class RankController(Generic[AdaptersT]):
         cost = cost or self.cost
         return cost if self.measures else self._without_buffers(cost)
 
-    def fits(self) -> bool:
-        """Whether the current plan is within the limits, until the next decision."""
-        return self.could_take(self.ranks)
-
-    def could_take(self, ranks: IntArray) -> bool:
-        """Whether a plan, int64 (modules,), is within the limits, until the next decision."""
+    def fits(self, ranks: IntArray | None = None) -> bool:
+        """Whether a plan is within the limits until the next decision; `ranks` are the current ones by default."""
+        ranks = self.ranks if ranks is None else ranks
         return self.problem_now().fits(ranks) and (self.time is None or self.time.fits(ranks))
 
     def _problem(self, *, buffers: bool) -> AllocationProblem:
@@ -292,15 +289,28 @@ class RankController(Generic[AdaptersT]):
         Returns:
             The plan as applied.
         """
-        _, plan = self.propose(decision, optimizer)
-        self._take(plan.ranks, step, optimizer)
+        plan = self.propose(decision, optimizer)
+        self.adapters.set_ranks(plan.ranks, optimizer, seed=self.seed, step=step)
+        self.decision += 1
         return plan
 
     def propose(
-        self, decision: Decision, optimizer: torch.optim.Optimizer | None = None
-    ) -> tuple[AllocationProblem, Plan]:
-        """What `apply` would do, without doing it: the possible plans with pinned modules, and the plan."""
-        return self._project(self.problem(), decision, optimizer)
+        self,
+        decision: Decision,
+        optimizer: torch.optim.Optimizer | None = None,
+        problem: AllocationProblem | None = None,
+    ) -> Plan:
+        """The plan that `apply` would make of a decision, without making it.
+
+        Args:
+            decision: what is wanted.
+            optimizer: its state is looked at as well; modules that hold NaN or infinity keep their ranks.
+            problem: the plans that are possible; by default those of the next decision.
+        """
+        problem = replace(problem or self.problem(), pinned=self._pin_broken(optimizer))
+        if self.time:
+            problem = self.time.choose(problem, lambda other: decided_plan(other, decision).ranks)
+        return decided_plan(problem, decision)
 
     def stay(self) -> Plan:
         """Take the ranks as they are for the next decision, also those that are on no ladder.
@@ -339,29 +349,14 @@ class RankController(Generic[AdaptersT]):
             raise BudgetError(f"This plan does not fit the budget: it takes {cost}. Lower some ranks.")
         if self.time and not (self.time.fits(ranks) and problem.fits(ranks)):
             raise BudgetError(f"This plan does not fit the time: {self.time.text(ranks)}. Lower some ranks.")
-        self._take(ranks, step, optimizer, decides=decides)
-
-    def _take(
-        self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None, *, decides: bool = True
-    ) -> None:
-        """Give the adapters these ranks, of a decision or beside the schedule."""
         self.adapters.set_ranks(ranks, optimizer, seed=self.seed, step=step)
         self.decision += decides
 
     def correct(self, wanted: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:
         """Bring the ranks back under a limit that has become tighter; not counted as a decision. See `apply`."""
-        _, plan = self._project(self.problem_now(), decision_from_plan(wanted), optimizer)
+        plan = self.propose(decision_from_plan(wanted), optimizer, self.problem_now())
         self.adapters.set_ranks(plan.ranks, optimizer, seed=self.seed, step=step)
         return plan
-
-    def _project(
-        self, problem: AllocationProblem, decision: Decision, optimizer: torch.optim.Optimizer | None
-    ) -> tuple[AllocationProblem, Plan]:
-        problem = replace(problem, pinned=self._pin_broken(optimizer))
-        chosen = problem
-        if self.time:
-            chosen = self.time.choose(problem, lambda other: decided_plan(other, decision).ranks)
-        return problem, decided_plan(chosen, decision)
 
     def _pin_broken(self, optimizer: torch.optim.Optimizer | None) -> NDArray[np.bool_]:
         """Note which modules hold NaN or infinity, warn of each once, and say which they are, (modules,)."""
@@ -377,10 +372,6 @@ class RankController(Generic[AdaptersT]):
             )
         self.notes = dict.fromkeys(broken, "left alone: NaN or infinity in its factors, gradients or optimizer state")
         return np.isin(self.names, broken)
-
-    def reprice(self, cost: UntimedCost) -> None:
-        """Plans cost something else from now on; the reference of the observation stays."""
-        self.cost = cost
 
     def state_dict(self) -> dict[str, Any]:
         """All that `from_state_dict` needs beside the adapters and their signals, as arrays and JSON values."""

@@ -20,8 +20,8 @@ import numpy as np
 import psutil
 import torch
 from rankpilot.common.text import format_bytes
-from rankpilot.finetune.left_as_found import GOOD_STEPS
 from rankpilot.finetune.pilot import RankPilot
+from rankpilot.finetune.plan_keeper import GOOD_STEPS
 from rich.console import Console
 from rich.progress import track
 

@@ -38,7 +38,7 @@ from rankpilot.cost.savers import ACTIVATIONS, CACHE, SAVERS, ExactSavers
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.cost.training_step import new_optimizer, switch_checkpointing
 from rankpilot.errors import UnknownNameError, first_line
-from rankpilot.finetune.left_as_found import GOOD_STEPS
+from rankpilot.finetune.plan_keeper import GOOD_STEPS
 from rankpilot.finetune.replicas import digest_of
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules

@@ -170,7 +170,7 @@ def _runs(options: Options, console: Console) -> Figures:
                 tokens = options.batches * options.rows * options.length
                 room = Room.of(Path(folder))
                 cache = PrefixCache(model, room, epochs=EPOCHS, tokens=tokens, evaluates=True, tell=console.print)
-                cache.follow()
+                cache.ranks_changed()
             runs[name] = model, _optimizer(model)
         for _ in range(EPOCHS):
             for name, (model, optimizer) in runs.items():

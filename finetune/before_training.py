@@ -7,7 +7,7 @@ import math
 import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from ..agents.choice import percent
 from ..agents.controller import RankController
 from ..agents.observation import Observation
 from ..agents.policy import Decision
-from ..agents.settings import DecisionSchedule
 from ..common.arrays import IntArray
 from ..common.text import format_bytes
 from ..cost.budget import Budget, Limit, TimeBudget, beyond_device, free_bytes
@@ -34,16 +33,14 @@ from ..data.batches import count_predictions
 from ..errors import BudgetError, UnsupportedError, first_line
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import drop_foreign_state, reset_state
-from ..lora.peft_config import reference_scaling
-from ..lora.resize import is_trained, reset_adapters
+from ..lora.resize import is_trained
 from ..lora.spec import REFERENCE_RANK, RankLadder
-from ..lora.targets import TargetModule, check_trains, other_trainable, unwrap
-from ..plan.plan import FewestLayers, TimeLimit, check_budget, least_cost
-from ..plan.problem import AllocationProblem, Bounds, rank_bounds
-from .left_as_found import Kept, Recomputation
-from .peak_guard import PeakGuard
+from ..lora.targets import TargetModule, other_trainable, unwrap
+from ..plan.plan import FewestLayers, TimeLimit, check_budget
+from ..plan.problem import AllocationProblem
+from .left_as_found import Recomputation
+from .plan_keeper import PlanKeeper
 from .prefix_cache import PrefixCache, Room
-from .probing import Progress, run_probe, unprobed
 from .run import LOOKED_AT, Looked, TrainingRun
 
 UNSEEN: Looked = (0.0, [(1, 1)])
@@ -118,7 +115,7 @@ class StepTimer:
             controller.time = limit
             problem = controller.problem()
             limit.check(problem)
-            return controller.propose(ask(controller.observe(0)))[1].ranks
+            return controller.propose(ask(controller.observe(0))).ranks
 
         def measured(ranks: IntArray) -> float:
             planned = ranks, given.layers(ranks) if given.layers else ()
@@ -235,33 +232,33 @@ SAMPLED_ROWS = 32
 """Rows whose tokens are counted to tell how many all rows have."""
 
 
-def faster_plan(guard: PeakGuard, controller: RankController[Any], ask: Ask, decision: Decision) -> str:
+def faster_plan(keeper: PlanKeeper, controller: RankController[Any], ask: Ask, decision: Decision) -> str:
     """What a first plan would be without checkpointed layers, in words; empty where it needs none, or none is known.
 
     Plans are priced afterwards as they were for the decision.
 
     Args:
-        guard: has priced plans for this decision.
+        keeper: has priced plans for this decision.
         controller: of the run.
         ask: the policy.
         decision: the first one, which is yet to be applied.
     """
     expected, found = _expected(decision), decision.choice
-    if not guard.layers_of(controller.propose(decision)[1].ranks):
+    if not keeper.layers_of(controller.propose(decision).ranks):
         return ""
     if found and found.goal.kind == "bytes":
         return "gradient_checkpointing=False takes less time, and more bytes."
     if expected is None:
         return ""
-    guard.deciding(recomputing=False)
+    keeper.deciding(recomputing=False)
     try:
         check_budget(controller.problem(), list(controller.names))
         other = ask(controller.observe(0))
-        ranks = controller.propose(other)[1].ranks
+        ranks = controller.propose(other).ranks
     except BudgetError:
         return "Without gradient checkpointing, no plan fits this budget."
     finally:
-        guard.deciding()
+        keeper.deciding()
     loss = _expected(other)
     if loss is None:
         return ""
@@ -341,95 +338,13 @@ def run_memory(
     )
 
 
-def prepare(
-    run: TrainingRun,
-    targets: Sequence[TargetModule],
-    budget: Budget,
-    schedule: DecisionSchedule,
-    bounds: Bounds,
-    seed: int,
-    *,
-    looked: Looked | None = None,
-    fresh: bool = False,
-    stay: bool = False,
-    savers: ExactSavers | None = None,
-    recomputation: Recomputation | None = None,
-    time: TimeBudget | None = None,
-    cache_bytes: float | None = 0.0,
-    progress: Progress[Any] | None = None,
-) -> tuple[RankController[PeftAdapters], PlanCosts]:
-    """Measure what plans cost, and probe the modules where the policy reads signals.
-
-    Afterwards adapters that are trained are as they were before. Where none is, or with `fresh`, all are new, at rank
-    1.
-
-    Args:
-        run: the run.
-        targets: the target modules of its model.
-        budget: the limit as its user gave it.
-        schedule: when decisions fall, and how long the probe is at most.
-        bounds: see `rank_bounds`.
-        seed: of the probe and of fresh rows.
-        looked: what `TrainingRun.look` saw, for a policy that reads no signals; None to probe the modules.
-        fresh: begin with new adapters, even where they are trained.
-        stay: leave the adapters as they are, even where none is trained.
-        savers: the exact savers that are on.
-        recomputation: chooses the checkpointed layers; all are now.
-        time: the limit of the time of a step as its user gave it.
-        cache_bytes: what the prefix cache may take; see `prefix_cache`.
-        progress: shows how far the probe has come.
-
-    Returns:
-        The controller of the run, and what plans cost.
-
-    Raises:
-        BudgetError: no plan fits the budget and the time.
-        UnknownNameError, ConfigError: see `rank_bounds`.
-        NonFiniteError: the loss of the probe is NaN or infinite.
-        DataError: the training set is empty.
-        UnsupportedError: the step cannot be measured.
-    """
-    check_trains(targets)
-    low, high = rank_bounds(targets, bounds)
-    keeps = stay or (not fresh and any(map(is_trained, targets)))
+def new_state(run: TrainingRun, targets: Sequence[TargetModule], *, keeps: bool) -> None:
+    """Take what the optimiser holds of adapters that begin anew; of those that are kept, what does not fit them."""
     parameters = [parameter for target in targets for parameter in target.parameters.values()]
     if keeps:
         drop_foreign_state(run.optimizer, parameters)
     else:  # the optimiser may have a state all the same: `auto_find_batch_size` trains again
         reset_state(run.optimizer, parameters)
-    kept = _ranks_that_hold(targets) if keeps else None
-    least = partial(least_cost, targets, low, high) if recomputation else None
-    whole = recomputation is not None and recomputation.whole
-    costs = run_costs(run, targets, budget, signals=True, least=least, savers=savers, kept=kept, whole=whole)
-    limit = costs.limit.value
-    timer = StepTimer(run, targets, costs.memory, limit, recomputation, cache_bytes)
-    timed = timer.time_limit(time) if time else None
-    _check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
-    if not keeps:
-        reset_adapters(targets, 1, seed)
-    with nullcontext() if keeps else reference_scaling(targets):
-        if looked is None:
-            result = run.measured(lambda: run_probe(run, targets, schedule, seed, progress=progress))
-        else:
-            result = unprobed(looked, len(targets))
-    if not keeps:
-        reset_adapters(targets, 1, seed)
-    adapters = PeftAdapters(run.model, targets)
-    controller = RankController(
-        adapters,
-        costs.cost,
-        limit,
-        schedule,
-        run.total_steps,
-        result,
-        rows=run.rows * run.accumulation,
-        low=low,
-        high=high,
-        seed=seed,
-        time=timed,
-        reads=looked is None,
-    )
-    return controller, costs
 
 
 STAY = (
@@ -477,17 +392,6 @@ def warn_of_other_adapters(run: TrainingRun, targets: Sequence[TargetModule]) ->
                 adapter,
                 adapter,
             )
-
-
-@contextmanager
-def put_back_on_error(run: TrainingRun, targets: Sequence[TargetModule]) -> Iterator[Kept]:
-    """After an error inside, such as Ctrl-C in the probe, adapters, configuration and optimiser are as before."""
-    kept = Kept(run.model, targets, run.optimizer)
-    try:
-        yield kept
-    except BaseException:
-        kept.put_back()
-        raise
 
 
 KEPT = (
@@ -538,7 +442,7 @@ def learned_kept(
         logger.warning(told)
 
 
-def _ranks_that_hold(targets: Sequence[TargetModule]) -> IntArray:
+def ranks_that_hold(targets: Sequence[TargetModule]) -> IntArray:
     """The least ranks of the ladder that take nothing from the adapters, int64 (modules,)."""
     ranks, ladder = np.array([target.rank for target in targets], dtype=np.int64), RankLadder()
     return np.maximum(ranks, np.minimum(ladder.array[ladder.rung_above(ranks)], highest_ranks(targets)))
@@ -556,7 +460,7 @@ def _some_plan_fits(controller: RankController[PeftAdapters]) -> bool:
     return True
 
 
-def _check_possible(
+def check_possible(
     targets: Sequence[TargetModule],
     costs: PlanCosts,
     timed: TimeLimit | None,

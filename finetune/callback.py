@@ -62,23 +62,17 @@ class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
             terminate()
         self._asked = self.stopped = True
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_step_begin(self, *event: Any, **objects: Any) -> None:
         """From now on there are steps that a checkpoint can keep."""
         self._stepping = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **objects: Any) -> None:
         """Let the Trainer save and end, if asked."""
         self.stopped = bool(self._processes.most(self.stopped)[0])
         if self.stopped:
             control.should_log = control.should_save = control.should_training_stop = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_train_end(self, *event: Any, **objects: Any) -> None:
         """All steps are done and saved."""
         self._stepping = False
 
@@ -119,9 +113,7 @@ class StopOnSigterm(StopWithCheckpoint):
         callbacks = self._trainer.callback_handler.callbacks
         callbacks[:] = [one for one in callbacks if one is not self]
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **objects: Any) -> None:
         """End the process, if asked.
 
         Raises:
@@ -237,7 +229,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         if trainer.model_init is not None:
             self._step.prepare_new_models(lambda model: resizable_targets(model, self._options.scaling))
         self._step.around_training(
-            lambda: self in trainer.callback_handler.callbacks, self._before_training, self._break_off
+            lambda: self in trainer.callback_handler.callbacks, self._before_training, self.break_off
         )
 
     @property
@@ -281,7 +273,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         step.release()
         schedule_steps = pilot.schedule.steps(state.max_steps) if state.max_steps > 0 else ()
         warn_of_recompiles(objects["model"], args, 1 + sum(at > state.global_step for at in schedule_steps))
-        pilot.draw_from(args.seed if self._options.seed is None else self._options.seed)
+        pilot.seed = args.seed if self._options.seed is None else self._options.seed
         if self._options.log is None:
             pilot.journal.log = self._default_log()
         run, name = step.run(args, state, objects), Path(args.output_dir).name
@@ -292,16 +284,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             pilot.begin(run, name=name)
         if args.use_liger_kernel:
             pilot.journal.note(WITH_LIGER)
-        step.follow(
-            self._take_batches,
-            self._take_loss,
-            pilot.out_of_memory,
-            pilot.figures,
-            lambda: pilot.rate_factor,
-            self._save_state,
-            self._break_off,
-            pilot.aside,
-        )
+        step.follow(self)
         if not step.rollouts:
             step.follow_evaluations(self._evaluations.run)
         self._between_steps, self._save_later = True, False
@@ -312,9 +295,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             self._stop.release()
         self._stop = StopOnSigterm.unless_handled(self.trainer, run.replicas.processes)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_step_begin(self, *event: Any, **objects: Any) -> None:
         """Decide if a decision is due, look at the step's batches, and measure the step if it is due.
 
         Where the batches are made in the step, that waits for them.
@@ -347,16 +328,12 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
                 "from it."
             ) from error
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *event: Any, **objects: Any) -> None:
         """Read the gradients, which are complete now."""
         self._between_steps = False
         self.pilot.before_optimizer_step(self._loss)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **objects: Any) -> None:
         """Compare the peak with the budget. A decision that is due is made when the next step begins, if one does.
 
         Raises:
@@ -368,9 +345,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         if self._save_later:
             control.should_save, self._save_later = True, False
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_train_end(self, *event: Any, **objects: Any) -> None:
         """Stop measuring, and write the ranks to PEFT's configuration: the best checkpoint may have been loaded."""
         if self._stop and self._stop.came_late():
             self.trainer._save_checkpoint(self.trainer.model, None)
@@ -384,7 +359,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         trainer = self.trainer  # the trials of a search have a folder each
         return DecisionLog(Path(trainer._get_output_dir(getattr(trainer, "_trial", None))) / "decisions")
 
-    def _break_off(self, begins_again: bool = False) -> None:
+    def break_off(self, begins_again: bool = False) -> None:
         """Stop measuring, following the Trainer and handling SIGTERM, since the run ends with an error.
 
         Args:
@@ -399,15 +374,17 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             if self._stop:
                 self._stop.release()
 
-    def _take_batches(self, batches: list[Batch]) -> None:
+    def take_batches(self, batches: list[Batch]) -> None:
+        """Take the batches of the optimiser step that begins, before the first is run."""
         self._batches = batches
         if self._step.rollouts:
             self._begin_step()
 
-    def _take_loss(self, loss: torch.Tensor) -> None:
+    def take_loss(self, loss: torch.Tensor) -> None:
+        """Add the loss of a batch to that of its optimiser step."""
         self._loss = self._loss + loss
 
-    def _save_state(self, checkpoint: Path) -> bool:
+    def save_state(self, checkpoint: Path) -> bool:
         """Write the state of this callback into a checkpoint, before the Trainer writes its files.
 
         So the checkpoint is complete when the Trainer deletes older ones. Other callbacks may ask for one while this

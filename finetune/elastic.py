@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from ..agents.controller import RankController
 from ..common.checks import finite
 from ..cost.budget import Budget, GivenBudget, Limit, budget_now, free_bytes
 from ..cost.calibration import beside_model, highest_ranks
+from ..cost.recording import Batch
 from ..lora.adapters import PeftAdapters
-from .run import TrainingRun
+from .peak_guard import PeakGuard
+from .run import Participant, TrainingRun
 
 
 def held_bytes(device: torch.device) -> int:
@@ -24,7 +26,7 @@ def held_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-class ElasticBudget:
+class ElasticBudget(Participant):
     """What a plan of a run may cost at the moment.
 
     "auto" is a share of the memory that the run could have: what is free now, and what the run has come to hold itself
@@ -32,16 +34,17 @@ class ElasticBudget:
 
     Args:
         run: that begins.
-        budget: as its user gave it, or a function that gives it before each step.
+        budget: the budget as its user gave it, or a function that gives it before each step.
+        guard: brings the plan within the limit.
 
     Attributes:
-        budget: as it was read last.
-        given: whether another one was given since.
-        now: the limit that it sets, which a plan that waits to grow is not at yet.
+        budget: the budget as it was read last.
+        given: whether the user has given another budget since.
+        now: the limit that the budget sets, in bytes or parameters. A plan that is yet to grow has a lower limit.
     """
 
-    def __init__(self, run: TrainingRun, budget: GivenBudget) -> None:
-        self._run, self._given = run, budget
+    def __init__(self, run: TrainingRun, budget: GivenBudget, guard: PeakGuard) -> None:
+        self._run, self._given, self._guard = run, budget, guard
         self._held: float = held_bytes(run.device)
         self.now: float = 0.0
         self._whole: float = 0.0
@@ -64,20 +67,30 @@ class ElasticBudget:
             Budget.parse(budget).resolve(controller.cost, highest_ranks(controller.targets), self._run.device)
         self._given, self.given = budget, True
 
-    def begin(self, limit: Limit) -> None:
-        """Note the limit that the budget sets on the first plan, and what all shares are of."""
-        self.now, self._whole = limit.value, limit.whole
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `go_on` needs, as JSON values."""
-        return {"limit": self.now, "whole": self._whole, "own": held_bytes(self._run.device) - self._held}
-
-    def go_on(self, budget: str, state: Mapping[str, Any]) -> None:
-        """Go on in a resumed run, which has loaded what it held, from the budget and the state of that time."""
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from the budget and the limit of a run that is resumed, which holds again what it held then."""
+        if state is None:
+            return
+        budget, elastic = state["settings"]["budget"], state["elastic"]
         if budget != str(self.budget):
             self.budget = Budget.parse(budget)
-        self.now, self._whole = finite(state["limit"]), finite(state["whole"])
-        self._held -= finite(state["own"])
+        self.now, self._whole = finite(elastic["limit"]), finite(elastic["whole"])
+        self._held -= finite(elastic["own"])
+
+    def first_limit(self, limit: Limit) -> None:
+        """Note the limit that the budget sets on the first plan, and the cost that shares are shares of."""
+        self.now, self._whole = limit.value, limit.whole
+
+    def before_step(self, step: int, batches: Sequence[Batch]) -> None:
+        """Bring the plan within the limit of the moment, if the limit may have moved."""
+        shortage = self._guard.shortage
+        if self.given or self.moves or shortage.follows:
+            shortage.follow(self.limit(self._guard.plan.controller), step)
+
+    def state(self) -> dict[str, Any]:
+        """The limit, what shares are shares of, and the bytes that the run holds itself, as JSON values."""
+        own = held_bytes(self._run.device) - self._held
+        return {"elastic": {"limit": self.now, "whole": self._whole, "own": own}}
 
     def limit(self, controller: RankController[PeftAdapters]) -> float:
         """The limit of plans now, in the unit of the controller's costs.

@@ -176,9 +176,6 @@ def run_one(
     metrics = RunMetrics(metrics_path, None if piloted else PeakMeter(MEASURE_EVERY), energy)
     stop = StopWithCheckpoint()
     trainer = new_trainer(config, workload, model, folder / name, [metrics, stop])
-    if not piloted and config.learning_rate == "auto":  # that of the run under the policy, which looked at it
-        with suppress(FileNotFoundError, DataError, KeyError):
-            trainer.args.learning_rate = files.read_object(folder / f"result-{PILOT}.json")["plain_learning_rate"]
     decides = pilot(trainer) if pilot else _decides(config, trainer, folder, name)
     checkpoint = last_checkpoint(folder / name, piloted=piloted, tell=tell)
     set_seed(config.seed)
@@ -192,38 +189,44 @@ def run_one(
             f"is {last_checkpoint(folder / name, piloted=piloted, tell=tell)}. Lower the learning rate."
         )
     held_out = trainer.evaluate()
-    if isinstance(decides, RankPilotCallback):
-        for step, peak in decides.peaks:
-            files.append_json_line(metrics_path, {"step": step, "peak_bytes": peak})
-    targets = find_target_modules(model)
     _save_adapter(model, workload, folder / name)
     if not math.isfinite(held_out["eval_loss"]):
         raise NonFiniteError(
             f"The held-out loss is {held_out['eval_loss']}: training diverged, or no row that is held out has a label "
             f"that counts. The adapter is in {folder / name / 'adapter'}."
         )
-    result = {
-        "held_out_loss": held_out["eval_loss"],
-        "held_out_accuracy": held_out.get("eval_accuracy"),
-        "adapter_parameters": sum(target.rank * (target.d_in + target.d_out) for target in targets),
-        # From the file: a run that was killed after its last step measures nothing when it goes on.
-        "peak_bytes": max(row["peak_bytes"] for row in files.read_json_lines(metrics_path) if "peak_bytes" in row),
-        "budget_bytes": decides.limit if decides else None,
-        "median_step_s": float(np.median(metrics.step_s)) if metrics.step_s else None,
-        "train_s": metrics.train_s,
-        "energy_joules": metrics.energy_joules,
-        "energy_source": energy.source if energy else None,
-        "hardware": hardware,
-        "steps": trainer.state.max_steps,
-        "ranks": adapter_ranks(targets),
-        "plain_learning_rate": _plain_rate(trainer, decides),
-    }
+    result = _result(trainer, metrics, held_out, decides) | {"hardware": hardware}
     if config.merge:
         with files.atomic_path(folder / name / "merged") as temporary:
             model.merge_and_unload().save_pretrained(temporary)
             workload.tokenizer.save_pretrained(temporary)
     files.write_json(result_path, result)
     return result
+
+
+def _result(
+    trainer: Trainer, metrics: RunMetrics, held_out: dict[str, float], decides: RankPilotCallback | UniformRanks | None
+) -> dict[str, Any]:
+    """What is written down of a run that has ended."""
+    if isinstance(decides, RankPilotCallback):
+        for step, peak in decides.peaks:
+            files.append_json_line(metrics.path, {"step": step, "peak_bytes": peak})
+    targets, energy = find_target_modules(trainer.model), metrics.energy
+    return {
+        "held_out_loss": held_out["eval_loss"],
+        "held_out_accuracy": held_out.get("eval_accuracy"),
+        "adapter_parameters": sum(target.rank * (target.d_in + target.d_out) for target in targets),
+        # From the file: a run that was killed after its last step measures nothing when it goes on.
+        "peak_bytes": max(row["peak_bytes"] for row in files.read_json_lines(metrics.path) if "peak_bytes" in row),
+        "budget_bytes": decides.limit if decides else None,
+        "median_step_s": float(np.median(metrics.step_s)) if metrics.step_s else None,
+        "train_s": metrics.train_s,
+        "energy_joules": metrics.energy_joules,
+        "energy_source": energy.source if energy else None,
+        "steps": trainer.state.max_steps,
+        "ranks": adapter_ranks(targets),
+        "plain_learning_rate": _plain_rate(trainer, decides),
+    }
 
 
 def _plain_rate(trainer: Trainer, decides: object) -> float:
@@ -236,6 +239,9 @@ def _decides(
     config: FinetuneConfig, trainer: Trainer, folder: Path, name: str
 ) -> RankPilotCallback | UniformRanks | None:
     """Let the ranks of a run be decided as the settings say; None for plain LoRA."""
+    if name != PILOT and config.learning_rate == "auto":  # that of the run under the policy, which looked at it
+        with suppress(FileNotFoundError, DataError, KeyError):
+            trainer.args.learning_rate = files.read_object(folder / f"result-{PILOT}.json")["plain_learning_rate"]
     if name == ALL_LINEAR:
         return None
     if name == UNIFORM:
@@ -298,9 +304,7 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
             self._put_back.close()
             raise
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_train_end(self, *event: Any, **objects: Any) -> None:
         """Put back how a step ran before."""
         self._put_back.close()
 
@@ -326,7 +330,7 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         self._put_back.callback(rate.end)
         if state.global_step > 0:
             finish_load(model, targets)
-            rate.follow()
+            rate.ranks_changed()
             if recomputation:
                 recomputation.take(recomputation.fewest(adapters.ranks, self.limit))
             if state.global_step >= state.max_steps:
@@ -343,7 +347,7 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         check_budget(problem, [target.name for target in targets], options.budget_read.share)
         ranks = uniform_ranks(timed.choose(problem, uniform_ranks) if timed else problem)
         adapters.set_ranks(ranks, optimizer, seed=options.seed or 0, step=0)
-        rate.follow()
+        rate.ranks_changed()
         if recomputation:
             recomputation.take(recomputation.fewest(ranks, self.limit))
 
@@ -354,9 +358,7 @@ class _TakesPlan(TrainerCallback):  # type: ignore[misc]
     def __init__(self, pilot: RankPilot, plan: GivenPlan, at: int) -> None:
         self._pilot, self._plan, self._at = pilot, plan, at
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **objects: Any) -> None:
         """Take the plan where the run goes on at its step; the pilot has heard of the event before.
 
         Raises:
@@ -431,15 +433,8 @@ def branch(
             return callback
 
         result = run_one(config, workload, output, PILOT, pilot=attached)
-        summary = {
-            "model": config.model,
-            "data": config.data,
-            "policy": label,
-            "seed": config.seed,
-            "steps": result["steps"],
-            "branch": {"of": str(source), "at": at},
-            "runs": {PILOT: result},
-        }
+        summary: dict[str, Any] = {"model": config.model, "data": config.data, "policy": label, "seed": config.seed}
+        summary |= {"steps": result["steps"], "branch": {"of": str(source), "at": at}, "runs": {PILOT: result}}
         files.write_json(output / "summary.json", summary)
     return summary
 

@@ -1,7 +1,9 @@
 """Writes down what is decided in a run: a list of costs, a line for people, and the decision log.
 
-Changes of rank that no policy asked for, such as a plan that shrinks, are written down as a `Correction`.
+Changes of rank that no policy asked for, such as a plan that shrinks, are written down like decisions.
 """
+
+from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -28,33 +30,35 @@ from .left_as_found import could_recompute
 
 
 @dataclass(frozen=True, eq=False)
-class Correction:
-    """A change of ranks that no policy asked for.
+class PlanChange:
+    """A decision of the policy that was applied, or a change of ranks that no policy asked for.
 
     Attributes:
         step: the optimizer steps before it.
-        reason: why, for the decision log.
-        wanted: ranks of the plan before, the current ones where there was none, int64 (modules,).
         observation: the state of the run before it.
+        decision: what was wanted.
         plan: the new plan.
+        corrects: whether the guard or a person changed the ranks, and not the policy.
+        reason: why, for the decision log; empty for a decision, and where a person gave the ranks.
     """
 
     step: int
-    reason: str
-    wanted: IntArray
     observation: Observation
+    decision: Decision
     plan: Plan
+    corrects: bool = False
+    reason: str = ""
 
-    @property
-    def decision(self) -> Decision:
-        """What is logged as the decision: the ranks that were wanted."""
-        return decision_from_plan(self.wanted)
+    @classmethod
+    def correction(cls, step: int, reason: str, wanted: IntArray, observation: Observation, plan: Plan) -> PlanChange:
+        """A change by the guard; `wanted` are the ranks of the plan before, or the current ones, int64 (modules,)."""
+        return cls(step, observation, decision_from_plan(wanted), plan, corrects=True, reason=reason)
 
     @property
     def notes(self) -> dict[str, str]:
         """The reason, for each module that has another rank now."""
         moved = np.flatnonzero(self.plan.ranks != self.observation.problem.ranks)
-        return {self.observation.names[module]: self.reason for module in moved.tolist()}
+        return {self.observation.names[module]: self.reason for module in moved.tolist()} if self.reason else {}
 
 
 RECOMPUTE = ", and so does gradient checkpointing, which takes time"
@@ -136,42 +140,33 @@ class Journal:
     def record(
         self,
         controller: RankController[Any],
-        observation: Observation,
-        decision: Decision,
-        plan: Plan,
+        change: PlanChange,
         *,
-        step: int,
         loss: float | None,
         peak: int | None,
-        notes: Mapping[str, str] | None = None,
         rates: tuple[float, float] | None = None,
         remark: str = "",
-        correction: bool = False,
     ) -> None:
-        """Write down a decision that has just been applied, with the cost of its plan until the next one.
+        """Write down a change that has just been applied, with the cost of its plan until the next one.
 
         Args:
             controller: has applied it.
-            observation: what the decision was made from.
-            decision: what was wanted.
-            plan: what was applied.
-            step: optimizer steps done before it.
-            loss: mean training loss since the decision before this one.
+            change: the decision or correction.
+            loss: mean training loss since the change before this one.
             peak: bytes at the latest peak that was measured.
-            notes: by module name, why it has not the rank that was wanted.
             rates: the peak of the learning rate for plain LoRA, and under the plan.
             remark: added to the line.
-            correction: whether the guard or a person changed the ranks, and not the policy.
 
         Raises:
             BudgetError: the plan holds no adapter.
         """
-        plan = replace(plan, cost=plan_cost(controller.cost_now(), plan.ranks))
+        step, observation = change.step, change.observation
+        plan = replace(change.plan, cost=plan_cost(controller.cost_now(), change.plan.ranks))
         self.predictions.append((step, plan.cost))
         record = DecisionRecord.of(
             controller,
             observation,
-            decision,
+            change.decision,
             plan,
             policy=self._policy,
             number=len(self.predictions) - 1,
@@ -179,16 +174,16 @@ class Journal:
             run=self._name,
             loss=loss,
             measured_cost=float(peak) if peak and observation.problem.cost.unit == "bytes" else None,
-            notes=notes,
-            correction=correction,
+            notes=change.notes,
+            correction=change.corrects,
             saved=self._saved if len(self.predictions) == 1 else (),
             rates=rates,
         )
         if self.log is not None and self._writes:
             self.log.append(record)
         self.note(record.line() + (f", {remark}" if remark else ""))
-        if record.number == 0 and decision.choice is not None:
-            self._note_expected(decision.choice, observation.problem, controller.adapters.model)
+        if record.number == 0 and change.decision.choice is not None:
+            self._note_expected(change.decision.choice, observation.problem, controller.adapters.model)
         if not plan.ranks.any():
             raise BudgetError(
                 f"At step {step} no adapter is left: those that fit the budget keep their ranks because they hold NaN "

@@ -1,8 +1,4 @@
-"""What a run changes in a user's model and Trainer beside the ranks: checkpointed layers, and all that is put back.
-
-A smaller plan is tried at most twice, and only where the prediction says that it takes noticeably fewer bytes. If the
-step passes, the plan comes back later; if it does not, all is as it was before the step.
-"""
+"""What a run changes in a user's model and Trainer beside the ranks: checkpointed layers, and all that is put back."""
 
 from __future__ import annotations
 
@@ -18,7 +14,6 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..common.arrays import FloatArray, IntArray
-from ..common.checks import counted, finite
 from ..cost import training_step
 from ..cost.cost import ByteCost
 from ..cost.model import MemoryModel, fewest_recomputed, recomputed_cost
@@ -29,85 +24,6 @@ from ..lora.resize import shrink_maps, update_peft_records, write_in_place
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, other_trainable, unwrap
 from .frozen_state import drops_itself
-
-MOST_TRIES = 2
-"""A step that ran out of memory is taken again so many times at most."""
-
-STEP_SHARE = 0.1
-"""The share of the whole step's bytes by which each try is smaller than the one before."""
-
-PLAN_SHARE = 0.25
-"""The share of what adapters, and layers that can be checkpointed, take by which each try is smaller at most. So
-two tries leave half of the rank."""
-
-LEAST_SHARE = 0.01
-"""The share of the whole step's bytes below which a smaller plan is no help."""
-
-GOOD_STEPS = 20
-"""After so many steps without an error a plan comes back, and after twice as many each time that it was no use."""
-
-
-@dataclass(frozen=True, eq=False)
-class Taken:
-    """What out-of-memory errors have taken from a plan for a while.
-
-    Attributes:
-        ranks: of the plan before the first, int64 (modules,).
-        layers: that were checkpointed under it.
-        limit: of its cost at that time.
-        cost: of that plan, in the unit of the limit.
-        saved: what each smaller plan takes less than the one before, in that unit; 0 where none would be a help.
-        times: how many times it has shrunk since, 0 to `MOST_TRIES`.
-        step: the optimiser steps done at the latest error.
-    """
-
-    ranks: IntArray
-    layers: tuple[str, ...]
-    limit: float
-    cost: float
-    saved: float
-    times: int
-    step: int
-
-    def smaller_limit(self, cost: float) -> float | None:
-        """What the next smaller plan may cost; None where there is none, or it would be no help.
-
-        Args:
-            cost: of the plan as it is, in the unit of the limit.
-        """
-        if not self.saved or self.times == MOST_TRIES:
-            return None
-        return min(cost, self.cost - self.times * self.saved) - self.saved
-
-    def state(self) -> dict[str, Any]:
-        """What `from_state` needs, as tensors and JSON values."""
-        return {**vars(self), "ranks": torch.from_numpy(self.ranks.copy()), "layers": list(self.layers)}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Taken:
-        """What was taken at the time of `state`."""
-        return cls(
-            ranks=state["ranks"].numpy().copy(),
-            layers=tuple(state["layers"]),
-            limit=finite(state["limit"]),
-            cost=finite(state["cost"]),
-            saved=finite(state["saved"]),
-            times=counted(state["times"]),
-            step=counted(state["step"]),
-        )
-
-
-def saved_by_a_try(whole: float | None, reducible: float) -> float:
-    """What each smaller plan should take less than the one before; 0 where none would be a noticeable help.
-
-    Args:
-        whole: what the step takes in all, in the unit of costs; None where it is not known.
-        reducible: what adapters, and layers that can be checkpointed, take of it.
-    """
-    if whole is None:
-        return PLAN_SHARE * reducible
-    saved = min(STEP_SHARE * whole, PLAN_SHARE * reducible)
-    return saved if saved >= LEAST_SHARE * whole else 0.0
 
 
 def adapter_bytes(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer) -> int:
@@ -319,13 +235,23 @@ def switches_put_back(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapters_put_back(
-    model: Any, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None
-) -> Iterator[None]:
-    """Give the adapters their values, ranks, PEFT's configuration and the optimiser's state back afterwards."""
+    model: Any, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None, *, after_errors: bool = False
+) -> Iterator[Kept]:
+    """Give the adapters their values, ranks, PEFT's configuration and the optimiser's state back afterwards.
+
+    Args:
+        model: the PEFT model.
+        targets: its target modules.
+        optimizer: its own; None for none.
+        after_errors: do so only after an error inside, such as Ctrl-C in the probe.
+    """
     kept = Kept(model, targets, optimizer)
     try:
-        yield
-    finally:
+        yield kept
+    except BaseException:
+        kept.put_back()
+        raise
+    if not after_errors:
         kept.put_back()
 
 
@@ -467,15 +393,3 @@ def all_running_again(model: nn.Module) -> Callable[[], None]:
     training_step.switch_checkpointing(base, True)
     base.config.use_cache = False
     return before.put_back
-
-
-@contextmanager
-def recomputing(model: nn.Module, wanted: bool, *, whole: bool = False) -> Iterator[Recomputation | None]:
-    """What chooses the layers of a run that begins, if it is wanted and can be; put back if an error ends the run."""
-    recomputation = Recomputation(model, whole=whole) if wanted and could_recompute(model) else None
-    try:
-        yield recomputation
-    except BaseException:
-        if recomputation:
-            recomputation.put_back()
-        raise

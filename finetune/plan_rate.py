@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, unwrap
 from ..plan.rate import RULE, TYPICAL, Look
-from .run import LOOKED_AT, Looked, TrainingRun, own_rate, probe_rate
+from .run import LOOKED_AT, Looked, Participant, TrainingRun, own_rate, probe_rate
 
 FAR = 4.0
 """A rate so many times above or below the rule's is told."""
@@ -102,7 +103,7 @@ def _scale(targets: Sequence[TargetModule]) -> float:
     return float(np.exp(np.mean([math.log(target.scaling_at(REFERENCE_RANK)) for target in targets])))
 
 
-class PlanRate:
+class PlanRate(Participant):
     """Multiplies the learning rate of adapters by what the plan, and the rule if it is to decide, make of it.
 
     Args:
@@ -183,7 +184,17 @@ class PlanRate:
         """The peak of the learning rate under the plan."""
         return self.own * self.factor
 
-    def follow(self) -> None:
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The peak of the learning rate for plain LoRA, and under the plan."""
+        return self.plain, self.rate
+
+    def move(self, moved: float) -> None:
+        """Multiply the plain rate by `moved` from now on, as control of the run has chosen."""
+        self.moved = moved
+        self.ranks_changed()
+
+    def ranks_changed(self) -> None:
         """Take the factor of the plan that is in place."""
         self.factor = self.plain / self.own
         if not self._keep and self._follows:
@@ -217,6 +228,10 @@ class PlanRate:
                 f"says for plain LoRA here, {self.rule:.2g}; learning_rate='auto' begins below that and looks."
             )
         return " ".join(lines)
+
+    def state(self) -> dict[str, Any]:
+        """The user's rate, and what the rule has read off the run."""
+        return {"own_rate": self.own, "look": list(astuple(self.look)) if self.look else None}
 
     def end(self) -> None:
         """Leave the rate as the optimizer has it."""

@@ -21,9 +21,7 @@ import math
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +37,7 @@ from ..cost.budget import free_bytes
 from ..data.batches import IGNORED
 from ..errors import first_line
 from .frozen_state import FrozenState, adapted, adapters_in_use, heard_by, layers_in_order, modules_below, random_parts
+from .run import MEASURING, Participant
 
 CHECKED_FIRST = 2
 """So many batches are compared before the layers are left out, of each kind: in training, and in evaluation."""
@@ -58,19 +57,6 @@ MEMORY_SHARE, DISK_SHARE = 0.125, 0.5
 
 PATIENCE = 50
 """Batches of a later epoch, of which fewer than half are known, after which rows are taken to change."""
-
-_PAUSED: ContextVar[bool] = ContextVar("_PAUSED", default=False)
-
-
-@contextmanager
-def paused() -> Iterator[None]:
-    """Let all layers run inside, where steps are measured that are none of the run."""
-    token = _PAUSED.set(True)
-    try:
-        yield
-    finally:
-        _PAUSED.reset(token)
-
 
 WHOLE = 2**31
 """The end of a row whose length in tokens its input does not tell, such as an image."""
@@ -249,7 +235,7 @@ class Store:
         self._begin()
 
 
-class PrefixCache:
+class PrefixCache(Participant):
     """Leaves frozen layers out of forward passes whose rows have been seen.
 
     Args:
@@ -304,7 +290,16 @@ class PrefixCache:
         self._uses: dict[Any, int] = {}
         self._dtypes: dict[str, torch.dtype] = {}  # of what is kept, by the precision of the pass
 
-    def follow(self) -> None:
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Leave out layers from now on, and tell where a resumed run may differ in its last bits."""
+        self.ranks_changed()
+        if state is not None and self.layers:
+            self._tell(
+                "What frozen layers returned before is computed anew: beside other padding it may differ in its last "
+                "bits from a run without a break. prefix_cache='off' goes on bit for bit."
+            )
+
+    def ranks_changed(self) -> None:
         """Leave out all layers below the lowest that trains, as it is now; rows are forgotten if it is another one."""
         count = self._frozen()
         if count != self._followed:
@@ -422,7 +417,7 @@ class PrefixCache:
             self._padding_counts = mask is not None and labels.shape == mask.shape and _reads_padding(labels, mask)
 
     def _enter(self, body: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if _PAUSED.get():
+        if MEASURING.get():
             return
         counts, self._padding_counts = self._padding_counts, True
         self._pass = self._padding = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -20,6 +20,8 @@ from ..cost.recording import BatchShape
 from ..data.batches import count_predictions, predicted_share
 from ..errors import DataError, NonFiniteError
 from ..lora.adapters import SIGNALS
+from ..lora.peft_config import reference_scaling
+from ..lora.resize import reset_adapters
 from ..lora.targets import TargetModule, other_trainable
 from .run import LOOKED_AT, Looked, TrainingRun
 
@@ -41,6 +43,39 @@ def probe_steps(run: TrainingRun, schedule: DecisionSchedule) -> int:
     examples = run.total_steps * run.accumulation * run.rows
     affordable = int(PROBE_SHARE * examples / schedule.probe_batch)
     return min(schedule.probe_steps, max(affordable, LEAST_PROBE_STEPS))
+
+
+def first_signals(
+    run: TrainingRun,
+    targets: Sequence[TargetModule],
+    schedule: DecisionSchedule,
+    seed: int,
+    looked: Looked | None,
+    *,
+    keeps: bool,
+    progress: Progress[Any] | None,
+) -> ProbeResult:
+    """Probe the modules, unless the run was looked at instead; afterwards adapters that are not kept are new.
+
+    Args:
+        run: the run.
+        targets: the target modules of its model.
+        schedule: see `run_probe`.
+        seed: of the choice of rows, and of fresh adapters, which have rank 1.
+        looked: what `TrainingRun.look` saw, for a policy that reads no signals.
+        keeps: whether adapters stay as they are.
+        progress: shows how far the probe has come.
+    """
+    if not keeps:
+        reset_adapters(targets, 1, seed)
+    with nullcontext() if keeps else reference_scaling(targets):
+        if looked is None:
+            result = run.measured(lambda: run_probe(run, targets, schedule, seed, progress=progress))
+        else:
+            result = unprobed(looked, len(targets))
+    if not keeps:
+        reset_adapters(targets, 1, seed)
+    return result
 
 
 def run_probe(

@@ -1,4 +1,4 @@
-"""A fine-tune that is about to begin: its model, its optimiser, its loss and its data."""
+"""A fine-tune that is about to begin: its model, optimiser, loss and data; and what takes part in it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,6 @@ from ..errors import ConfigError, UnsupportedError, shown
 from ..lora.optimizer_state import check_optimizer
 from ..lora.targets import TargetModule, check_trains, check_unmerged, unwrap
 from .left_as_found import put_back
-from .prefix_cache import paused
 from .replicas import Replicas, check_one_device
 
 T = TypeVar("T")
@@ -41,6 +41,63 @@ Looked = tuple[float, list[tuple[int, int]]]
 
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 """Settings of transformers models that leave layers out at random in training."""
+
+
+MEASURING: ContextVar[bool] = ContextVar("MEASURING", default=False)
+"""Whether steps are measured that are none of the run."""
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Let all layers run inside, where steps are measured that are none of the run."""
+    token = MEASURING.set(True)
+    try:
+        yield
+    finally:
+        MEASURING.reset(token)
+
+
+class Participant:
+    """Takes part in a run: it hears of the run's events, in the order of `PilotedRun.participants`.
+
+    A participant implements the events that it needs; the others do nothing.
+    """
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Begin with the run, or go on with a run that is resumed.
+
+        Args:
+            state: what the checkpoint holds of the whole run, with the keys of `state`; None in a new run.
+        """
+
+    def before_step(self, step: int, batches: Sequence[Batch]) -> None:
+        """Hear that an optimiser step begins.
+
+        Args:
+            step: the optimiser steps done.
+            batches: of the step that begins.
+        """
+
+    def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
+        """Hear that the gradients of a step are complete.
+
+        Args:
+            step: the optimiser steps done before it.
+            loss: the mean loss of the step.
+        """
+
+    def after_step(self, step: int) -> None:
+        """Hear that a step has passed; `step` optimiser steps are done, with this one."""
+
+    def ranks_changed(self) -> None:
+        """Hear that modules have other ranks than before."""
+
+    def state(self) -> dict[str, Any]:
+        """What `begin` needs to go on, as tensors and JSON values, by keys that no other participant uses."""
+        return {}
+
+    def end(self) -> None:
+        """Leave model, optimiser and hooks as they were; a second call does nothing."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,13 +11,14 @@ import torch
 
 from ..agents.control import CHANGES, FEATURES, UNDO, Controller, RunRecord, decision_steps
 from ..common.checks import counted, finite
+from ..cost.recording import Batch
 from ..errors import ConfigError
 from ..lora.optimizer_state import last_direction, unwrap_optimizer
 from ..lora.targets import TargetModule
 from .journal import Journal
 from .left_as_found import Kept
 from .plan_rate import PlanRate, follows_rule
-from .run import TrainingRun
+from .run import Participant, TrainingRun
 
 HALVE = CHANGES.index(-1.0)
 """What is done where a step has left something that is not finite: its cause may be one batch, and not the rate."""
@@ -47,7 +48,7 @@ def alignment(optimizer: torch.optim.Optimizer, targets: Sequence[TargetModule])
     return cosine
 
 
-class RunControl:
+class RunControl(Participant):
     """Reads the steps of a run and corrects its learning rate at a few moments.
 
     Copies for undoing lie in main memory. A change of ranks makes them useless: another is made before the next step.
@@ -102,23 +103,14 @@ class RunControl:
         if self._kept and not self._kept.fits:
             self._kept = None
 
-    def look(self, loss: torch.Tensor | float, step: int) -> None:
-        """Read the gradients of a step, which are complete.
-
-        Args:
-            loss: the mean loss of the step.
-            step: optimizer steps done before it.
-        """
+    def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
+        """Read the loss and the alignment of a step, up to the last moment at which the rate is decided."""
         if self._steps and step < self._steps[-1]:
             mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else loss
             self._seen.append((mean, alignment(self._run.optimizer, self._targets)))
 
-    def before_step(self, step: int) -> None:
-        """Act if it is the moment.
-
-        Args:
-            step: optimizer steps done.
-        """
+    def before_step(self, step: int, batches: Sequence[Batch]) -> None:
+        """Decide the rate if `step`, the optimizer steps done, is a moment for it; keep a copy if one is due."""
         if step in self._steps and (self._seen or self.record.losses):
             self._decide(step)
         if self._steps and step == self._steps[-1] and not self.record.changed:
@@ -174,8 +166,8 @@ class RunControl:
         if back or CHANGES[action] >= 0:
             self._keep(self._kept_at if back else step)
         self.record.take(action, undone=back)
-        before, self._rate.moved = self._rate.rate, 2**self.record.moved
-        self._rate.follow()
+        before = self._rate.rate
+        self._rate.move(2**self.record.moved)
         if CHANGES[action]:
             self._journal.note(
                 f"step {step}: the learning rate goes from {before:.2g} to {self._rate.rate:.2g}. {said}"
@@ -184,19 +176,18 @@ class RunControl:
             {"step": step, "change": CHANGES[action], "undone": back, "rate": self._rate.rate, **row}
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs, as tensors and JSON values; the copy is part of it."""
+    def state(self) -> dict[str, Any]:
+        """What `begin` needs, as tensors and JSON values; the copy is part of it."""
         self._read()
         kept = self._kept.state_dict() if self._kept else None
-        return {
-            **asdict(self.record),
-            "kept": kept,
-            "kept_at": self._kept_at if self._kept else None,
-            "broken": list(self._broken),
-        }
+        at, broken = self._kept_at if self._kept else None, list(self._broken)
+        return {"control": {**asdict(self.record), "kept": kept, "kept_at": at, "broken": broken}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`; without a copy in it, the next step makes one."""
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from a state of control, if the run had one; without a copy in it, the next step makes one."""
+        state = state and state.get("control")
+        if not state:
+            return
         if state.get("kept"):
             self._keep(counted(state["kept_at"]))
             assert self._kept is not None
@@ -218,4 +209,4 @@ class RunControl:
             _schedule=finite(state["_schedule"]),
             _now=finite(state["_now"]),
         )
-        self._rate.moved = 2**self.record.moved
+        self._rate.move(2**self.record.moved)

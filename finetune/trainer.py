@@ -88,9 +88,7 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
         """The energy that the device has taken meanwhile, before a resumption included; None if it is not counted."""
         return self._before_joules + self.energy.joules() - self._joules_made if self.energy else None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **objects: Any) -> None:
         """Delete what an interrupted run wrote after its last checkpoint, and go on with its times."""
         rows = [row for row in read_json_lines(self.path) if 0 < row["step"] <= state.global_step]
         if self.meter is None:  # RankPilotCallback knows all peaks of the run, and they are written at its end
@@ -104,17 +102,13 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
             self.meter.requested = False
         self._evaluated = {row["step"] for row in rows if "eval_loss" in row}
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **objects: Any) -> None:
         """Start the clock, and measure this step if it is due."""
         if self.meter and self.meter.due(state.global_step):
             self.meter.begin(objects["model"], objects["optimizer"])
         self._started = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **objects: Any) -> None:
         """Stop the clock, and write the peak if it was measured."""
         self.step_s.append(time.perf_counter() - self._started)
         peak = self.meter.end(state.global_step) if self.meter else None
@@ -158,14 +152,7 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
 class LossInProgressBar(ProgressCallback):  # type: ignore[misc]
     """The progress bar of the Trainer, which shows the latest losses instead of printing a line for each log."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **objects: Any,
-    ) -> None:
+    def on_log(self, *event: Any, logs: dict[str, float] | None = None, **objects: Any) -> None:
         """Show the latest losses."""
         if self.training_bar is not None and logs:
             shown = {key: f"{float(logs[key]):.4f}" for key in ("loss", "eval_loss") if key in logs}

@@ -5,22 +5,27 @@ the model twice (DPO), weigh classes or smooth labels. So the Trainer's `trainin
 `accelerator.backward` is the loss, with its graph.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from traceback import clear_frames
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..cost.recording import Batch
 from ..errors import UnsupportedError
 from .left_as_found import put_back
 from .rollouts import Rollouts, makes_rollouts, refuse_answers, refuse_to_plan
 from .run import TrainingRun, data_of, probe_rate
+
+if TYPE_CHECKING:
+    from .callback import RankPilotCallback
 
 RESUME = "resume_from_checkpoint"
 """The first argument of `Trainer.train`."""
@@ -41,6 +46,8 @@ class TrainerStep:
         self._ours: dict[str, Callable[..., Any]] = {}
         self._before: dict[str, Any] = {}
         self.rollouts: Rollouts | None = None
+        self._done: list[tuple[Any, ...]] = []  # batches of the optimiser step that is under way
+        self._listener: RankPilotCallback
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Run the Trainer's step on a batch up to its loss, which is not divided by the accumulated batches.
@@ -136,78 +143,67 @@ class TrainerStep:
 
         self.trainer.train = train
 
-    def follow(
-        self,
-        batches: Callable[[list[Batch]], None],
-        losses: Callable[[torch.Tensor], None],
-        again: Callable[[torch.OutOfMemoryError], None],
-        figures: Callable[[], dict[str, float]],
-        rate_factor: Callable[[], float],
-        saves: Callable[[Path], bool],
-        broken: Callable[[bool], None],
-        aside: Callable[[], AbstractContextManager[None]],
-    ) -> None:
+    def follow(self, listener: RankPilotCallback) -> None:
         """Follow the real steps.
 
         Args:
-            batches: called with the batches of each optimiser step before the first is run.
-            losses: called with the loss of each batch, as the Trainer counts it: those of one step add up to its mean.
-            again: called with the error of a batch that ran out of memory. Then all batches of the step so far run once
-                more, unless it raises the error. Where the Trainer looks for its batch size, that goes first.
-            figures: go into each of the Trainer's log entries that has a training loss, and so to all its trackers.
-            rate_factor: by what the learning rate is multiplied in steps, so that log entries show the real one.
-            saves: called with the folder of a checkpoint before the Trainer writes it. If it returns False, nothing is
-                written.
-            broken: called after a step that raised an error, with whether the Trainer begins again with fewer rows.
-            aside: a context for what is no part of a step.
+            listener: hears of each optimiser step's batches before the first is run, of the loss of each batch, as the
+                Trainer counts it (those of one step add up to its mean), of checkpoints before they are written, and of
+                errors. Its pilot's figures go into each log entry that has a training loss, and so to all trackers.
         """
-        trainer, rollouts = self.trainer, self.rollouts
-        get_batches, run_step = trainer.get_batch_samples, trainer.training_step
-        write_log, save, prepare = trainer.log, trainer._save_checkpoint, trainer._prepare_inputs
-        done: list[tuple[Any, ...]] = []
+        self._listener = listener
+        self._replace("get_batch_samples", self._get_batch_samples)
+        self._replace("training_step", self._training_step)
+        self._replace("log", self._log)
+        if self.rollouts:
+            self._replace("_prepare_inputs", self._prepare_inputs)
+        self._replace("_save_checkpoint", self._save_checkpoint)
 
-        def get_batch_samples(*arguments: Any, **options: Any) -> Any:
-            result = get_batches(*arguments, **options)
-            done.clear()
-            if rollouts is None:
-                batches(result[0])
-            return result
+    def _get_batch_samples(self, run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        result = run(*arguments, **options)
+        self._done.clear()
+        if self.rollouts is None:
+            self._listener.take_batches(result[0])
+        return result
 
-        def prepare_inputs(inputs: Any) -> Any:
-            with aside():
-                result = prepare(inputs)
-            if rollouts and trainer.model.training and len(done) == 1:
-                batches(rollouts.of_this_step())
-            return result
+    def _prepare_inputs(self, run: Callable[..., Any], inputs: Any) -> Any:
+        with self._listener.pilot.aside():
+            result = run(inputs)
+        if self.rollouts and self.trainer.model.training and len(self._done) == 1:
+            self._listener.take_batches(self.rollouts.of_this_step())
+        return result
 
-        def training_step(model: Any, inputs: Any, *rest: Any, **options: Any) -> torch.Tensor:
-            done.append((model, inputs, *rest))
-            begins_again = trainer.args.auto_find_batch_size
-            loss: torch.Tensor
-            try:
-                if begins_again or rollouts:  # answers are not made twice
-                    loss = run_step(model, inputs, *rest, **options)
-                else:
-                    loss = _retried(lambda step: run_step(*_copied(step), **options), done, again)
-            except BaseException as error:
-                broken(begins_again and should_reduce_batch_size(error))
-                raise
-            losses(loss)
-            return loss
+    def _training_step(
+        self, run: Callable[..., Any], model: Any, inputs: Any, *rest: Any, **options: Any
+    ) -> torch.Tensor:
+        """Run a batch. After an out-of-memory error, all batches of the step so far run once more.
 
-        def log(logs: dict[str, float], *rest: Any, **options: Any) -> None:
-            rates = {"learning_rate": logs["learning_rate"] * rate_factor()} if "learning_rate" in logs else {}
-            write_log({**logs, **rates, **(figures() if "loss" in logs else {})}, *rest, **options)
+        Where the Trainer looks for its batch size, that goes first.
+        """
+        self._done.append((model, inputs, *rest))
+        begins_again, again = self.trainer.args.auto_find_batch_size, self._listener.pilot.out_of_memory
+        loss: torch.Tensor
+        try:
+            if begins_again or self.rollouts:  # answers are not made twice
+                loss = run(model, inputs, *rest, **options)
+            else:
+                loss = _retried(lambda step: run(*_copied(step), **options), self._done, again)
+        except BaseException as error:
+            self._listener.break_off(begins_again and should_reduce_batch_size(error))
+            raise
+        self._listener.take_loss(loss)
+        return loss
 
-        def save_checkpoint(model: Any, trial: Any = None) -> None:
-            if saves(Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"):
-                save(model, trial)
+    def _log(self, run: Callable[..., Any], logs: dict[str, float], *rest: Any, **options: Any) -> None:
+        """Log with the figures of the ranks, and the rate that steps really have."""
+        pilot = self._listener.pilot
+        rates = {"learning_rate": logs["learning_rate"] * pilot.rate_factor} if "learning_rate" in logs else {}
+        run({**logs, **rates, **(pilot.figures() if "loss" in logs else {})}, *rest, **options)
 
-        for function in (get_batch_samples, training_step, log):
-            self._replace(function.__name__, function)
-        if rollouts:
-            self._replace("_prepare_inputs", prepare_inputs)
-        self._replace("_save_checkpoint", save_checkpoint)
+    def _save_checkpoint(self, run: Callable[..., Any], model: Any, trial: Any = None) -> None:
+        folder = Path(self.trainer._get_output_dir(trial=trial)) / f"checkpoint-{self.trainer.state.global_step}"
+        if self._listener.save_state(folder):
+            run(model, trial)
 
     def prepare_new_models(self, prepare: Callable[[Any], Any]) -> None:
         """Let a function see each model that `model_init` makes, before a checkpoint is loaded into it."""
@@ -226,8 +222,7 @@ class TrainerStep:
 
     def follow_evaluations(self, evaluate: Callable[[Callable[[], Any]], Any]) -> None:
         """Let a function run the Trainer's evaluations, which it gets as a function without arguments."""
-        run = self.trainer.evaluate
-        self._replace("evaluate", lambda *arguments, **options: evaluate(lambda: run(*arguments, **options)))
+        self._replace("evaluate", lambda run, *arguments, **options: evaluate(partial(run, *arguments, **options)))
 
     def release(self) -> None:
         """Stop following."""
@@ -248,12 +243,13 @@ class TrainerStep:
             self._ours = ours
 
     def _replace(self, name: str, function: Callable[..., Any]) -> None:
-        """Let a function stand for one of the Trainer's until `release`; from then on it only calls that one."""
+        """Let a function, which gets the Trainer's as its first argument, stand for that one until `release`."""
         attributes, run = vars(self.trainer), getattr(self.trainer, name)
         self._before.setdefault(name, attributes.get(name, _ABSENT))
 
         def ours(*arguments: Any, **options: Any) -> Any:
-            return (function if self._ours.get(name) is ours else run)(*arguments, **options)
+            function_now = partial(function, run) if self._ours.get(name) is ours else run
+            return function_now(*arguments, **options)
 
         self._ours[name] = attributes[name] = ours
 
@@ -350,8 +346,6 @@ class _Finder(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: Trainer) -> None:
         self._step = TrainerStep(trainer)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **objects: Any) -> None:
         self.run = self._step.run(args, state, objects)
         raise _FoundError

@@ -1,35 +1,159 @@
-"""What a run watches in each step: losses since the last decision, whether adapters train, and all is finite."""
+"""What a run watches in each step: the calls of its loop, losses, whether adapters train, and whether all is finite."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ..common.checks import counted, is_real
 from ..common.processes import Processes
+from ..cost.peak_meter import PeakMeter
+from ..cost.recording import Batch
 from ..errors import ConfigError, NoGradientError, NonFiniteError, shown
 from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.resize import norms_of
 from ..lora.targets import TargetModule
 from .checkpoint import last_checkpoint
 from .journal import Journal
-from .run import TrainingRun
+from .run import Participant, TrainingRun
 
 if TYPE_CHECKING:
     from .run_control import RunControl
 
 logger = logging.getLogger(__name__)
 
+_MISSING = {
+    "before_step": "`pilot.before_step(batch)`, so its peak is not measured and its batch not looked at: call it "
+    "before the model sees the batches of the step",
+    "before_optimizer_step": "`pilot.before_optimizer_step(loss)`, so its gradients are not seen: call it after "
+    "`loss.backward()` and before `optimizer.step()`",
+}
+"""What a step lacks without a call, and where the call belongs."""
+
+
+class LoopCalls(Participant):
+    """Notices a loop that leaves out a call of a step, or makes them at other times than once an optimizer step.
+
+    Such a loop would train on with less than was asked for. A hook on the optimizer sees what it does.
+
+    Args:
+        run: whose loop makes the calls.
+        break_off: ends the run before an error.
+    """
+
+    def __init__(self, run: TrainingRun, break_off: Callable[[], None]) -> None:
+        self._run, self._break_off = run, break_off
+        self._made: set[str] = set()
+        self._called = False  # since the run began
+        self._over = False
+        self._optimizer_steps = 0  # since the latest end of a step
+        self._without = 0  # ends of steps since the optimizer's latest one
+        self._uneven = 0  # steps of the optimizer in a row that had more than one end
+        self._hook: RemovableHandle | None = None
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Begin to count the steps of the run's optimizer."""
+        inner = unwrap_optimizer(self._run.optimizer)
+        self._hook = inner.register_step_post_hook(lambda *_: self._stepped())
+
+    def end(self) -> None:
+        """Stop counting them."""
+        if self._hook:
+            self._hook.remove()
+            self._over = True
+        self._hook = None
+
+    def before_step(self, step: int, batches: Sequence[Batch]) -> None:
+        """Note this call."""
+        self._note("before_step")
+
+    def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
+        """Note this call."""
+        self._note("before_optimizer_step")
+
+    def _note(self, call: str) -> None:
+        """Note a call, a key of `_MISSING`.
+
+        Raises:
+            ConfigError: the run is over, or the optimizer has made several steps, and none was told to have ended.
+        """
+        if self._over:
+            raise self._refusal(
+                f"`pilot.{call}` was called after the run's `finish`, from which on nothing is measured: call `begin` "
+                "again, or `rankpilot.load_checkpoint`, and `finish` after the last step."
+            )
+        self._called = True
+        self._made.add(call)
+        if self._optimizer_steps > 1:
+            raise self._refusal(
+                f"The optimizer has made {self._optimizer_steps} steps since the last `pilot.after_step()`, so no peak "
+                "is compared with the budget and no later plan is made: call it once after each `optimizer.step()`."
+            )
+
+    def _refusal(self, text: str) -> ConfigError:
+        """The error of a loop that makes other calls than those of a step; measuring ends before it."""
+        self._break_off()
+        return ConfigError(text)
+
+    def after_step(self, step: int) -> None:
+        """Begin the calls of the next step.
+
+        Raises:
+            ConfigError: a call of the step was left out.
+        """
+        missing = next((text for call, text in _MISSING.items() if call not in self._made), None)
+        self._made.clear()
+        if missing:
+            raise self._refusal(f"Step {step} had no {missing}. `pilot.after_step()` follows both, once a step.")
+        if self._hook is None:
+            return
+        if step == self._run.total_steps + 1:
+            self._warn(
+                f"Step {step} ends in a run of total_steps={self._run.total_steps}, by which its plans were timed. "
+                "Give TrainingRun the number of steps that the optimizer makes, and make the calls once for each."
+            )
+        self._count()
+
+    def _count(self) -> None:
+        """Notice calls that are made once a batch, where several batches make a step."""
+        if not self._optimizer_steps:  # a scaler of losses may leave one out now and then
+            self._without += 1
+            return
+        self._uneven = self._uneven + 1 if self._without else 0
+        if self._uneven == 2:
+            batches = self._without + 1
+            self._warn(
+                f"`pilot.after_step()` was called {batches} times for one step of the optimizer, again and again. With "
+                "accumulation make the calls once for each optimizer step, with all of its batches in `before_step`, "
+                f"and give TrainingRun accumulation={batches}."
+            )
+        self._optimizer_steps = self._without = 0
+
+    def _stepped(self) -> None:
+        self._optimizer_steps += 1
+        if self._optimizer_steps == 2 and not self._called:
+            self._warn(
+                "The optimizer has made 2 steps, and no call was made since `pilot.begin(run)`: the first plan stays. "
+                "Call `pilot.before_step(batch)`, `pilot.before_optimizer_step(loss)` and `pilot.after_step()` in each "
+                "step, or `pilot.finish()` now."
+            )
+
+    def _warn(self, text: str) -> None:
+        if self._run.replicas.processes.first:
+            logger.warning("%s", text)
+
+
 PATIENCE = 3
 """Looks in a row at which all gradients are zero, after which the run is stopped. One batch may have none: all of its
 labels may be masked."""
 
 
-class LossMeter:
+class LossMeter(Participant):
     """Sums the losses of optimizer steps, without waiting for the device.
 
     Args:
@@ -45,8 +169,8 @@ class LossMeter:
         self.count: torch.Tensor | int = 0
         self._processes = processes or Processes()
 
-    def add(self, loss: torch.Tensor | float) -> None:
-        """Add the mean loss of one optimizer step; a loss that is NaN, as where all labels are masked, is none."""
+    def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
+        """Add the mean loss of this step; a loss that is NaN, as where all labels are masked, is none."""
         if not (isinstance(loss, torch.Tensor) or is_real(loss)):
             raise ConfigError(f"The loss of a step is a number or a tensor; got {shown(loss)}.")
         mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else torch.tensor(loss)
@@ -63,16 +187,19 @@ class LossMeter:
         count = sum(count for _, count in sums)
         return sum(total for total, _ in sums) / count if count else None
 
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to continue within an interval, as JSON values; all processes call this."""
+    def state(self) -> dict[str, Any]:
+        """The sums of the interval, as JSON values; all processes call this."""
         sums = self._processes.of_each((float(self.total), int(self.count)))
         whole = {"total": sum(total for total, _ in sums), "count": sum(count for _, count in sums)}
-        return whole | ({"of_each": sums} if len(sums) > 1 else {})
+        return {"losses": whole | ({"of_each": sums} if len(sums) > 1 else {})}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`. Of another number of processes the first takes all."""
-        whole = [(state["total"], state["count"])]
-        sums = state.get("of_each", whole)
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Go on within an interval. Of another number of processes the first takes all."""
+        if state is None:
+            return
+        losses = state["losses"]
+        whole = [(losses["total"], losses["count"])]
+        sums = losses.get("of_each", whole)
         if len(sums) != self._processes.count:
             sums = whole + [(0.0, 0)] * (self._processes.count - 1)
         total, count = sums[self._processes.rank]
@@ -101,7 +228,7 @@ def trains_finite(optimizer: torch.optim.Optimizer, *, moments: bool = False) ->
     return bool(all_finite([*weights, *(value for value in states if type(value) is torch.Tensor)]))
 
 
-class FiniteWatch:
+class FiniteWatch(Participant):
     """Notices where a loss or a gradient was not finite, and sees to it that nothing of that is saved.
 
     On a GPU it does not wait for the device where nothing controls the run; then it may notice some steps later.
@@ -122,7 +249,7 @@ class FiniteWatch:
     def _restart(self) -> None:
         self._found = self._host = torch.zeros(2, dtype=torch.bool)  # of losses, and of gradients
 
-    def look(self, loss: torch.Tensor | float) -> None:
+    def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
         """Look at the mean loss of a step; in a run under control at the gradients as well, up to `LARGEST`."""
         mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else torch.tensor(float(loss))
         weights = [weight for group in self._run.optimizer.param_groups if self.control for weight in group["params"]]
@@ -180,37 +307,45 @@ class FiniteWatch:
         )
 
 
-class GradientWatch:
-    """Looks at the gradients of the adapters before optimizer steps."""
+class GradientWatch(Participant):
+    """Looks at the gradients of the adapters before optimizer steps.
 
-    def __init__(self) -> None:
+    Args:
+        targets: the target modules.
+        meter: measures some steps. In those the gradients are compared with zero, for which the device is waited for.
+    """
+
+    def __init__(self, targets: Sequence[TargetModule], meter: PeakMeter) -> None:
+        self._targets, self._meter = targets, meter
         self._zero_looks = 0
 
-    def look(self, targets: Sequence[TargetModule], step: int, *, closely: bool) -> None:
+    def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
         """Stop the run if its adapters do not train.
 
-        Args:
-            targets: the target modules.
-            step: the number of the step, for the error.
-            closely: compare the values with zero, for which the device is waited for.
-
         Raises:
-            NoGradientError: no adapter has a gradient, or all gradients have been zero for `PATIENCE` close looks.
+            NoGradientError: no adapter has a gradient, or all gradients were zero in the last `PATIENCE` measured
+                steps.
         """
-        gradients = [target.weight_b.grad for target in targets if target.rank > 0]
-        gradients += [target.weight_a.grad for target in targets if target.rank > 0]
+        targets = [target for target in self._targets if target.rank > 0]
+        gradients = [weight.grad for target in targets for weight in (target.weight_b, target.weight_a)]
         present = [gradient for gradient in gradients if gradient is not None]
         if not present:
-            raise NoGradientError(
-                f"No adapter received a gradient in step {step}: the loss does not depend on them, so the run would "
-                "train nothing. Check that the loss is computed with the adapted model (not with a copy of it, and not "
-                "under `torch.no_grad`), and that the adapter is active."
+            raise self._refusal(
+                f"No adapter received a gradient in step {step + 1}: the loss does not depend on them, so the run "
+                "would train nothing. Check that the loss is computed with the adapted model (not with a copy of it, "
+                "and not under `torch.no_grad`), and that the adapter is active."
             )
-        if not closely:
+        if not self._meter.measuring:
             return
         self._zero_looks = 0 if bool((norms_of(present) != 0).any()) else self._zero_looks + 1
         if self._zero_looks >= PATIENCE:
-            raise NoGradientError(
-                f"The gradients of all adapters are zero, in step {step} as in the steps that were looked at before "
-                "it: the run trains nothing. Check that the batches hold labels that count (not all of them -100)."
+            raise self._refusal(
+                f"The gradients of all adapters are zero, in step {step + 1} as in the steps that were looked at "
+                "before it: the run trains nothing. Check that the batches hold labels that count (not all of them "
+                "-100)."
             )
+
+    def _refusal(self, text: str) -> NoGradientError:
+        """The error of a run that trains nothing; measuring ends before it."""
+        self._meter.close()
+        return NoGradientError(text)

@@ -490,7 +490,7 @@ def test_a_run_does_what_its_configuration_told() -> None:
     assert state["savers"][-1] == ACTIVATIONS
     assert state["recomputed"] == list(told.best.recomputed)
     assert np.array_equal(pilot.controller.ranks, told.best.ranks)
-    memory = pilot._guard._memory
+    memory = pilot._piloted.guard.plan.now.memory
     assert memory is not None
     assert memory.peak(pilot.controller.ranks) == told.best.step_bytes
     assert any(each.endswith("losses. Selective checkpointing is on, which takes some time.") for each in lines)

@@ -317,7 +317,7 @@ Saver = Callable[[PeftModel, Outcome, Path], Any]
 def _cache(model: PeftModel, outcome: Outcome, folder: Path) -> Iterator[Callable[[], None]]:
     room = Room(folder, 2**14, 2**20)
     cache = PrefixCache(model, room, epochs=EPOCHS, tokens=100, evaluates=True, tell=outcome.lines.append)
-    cache.follow()
+    cache.ranks_changed()
     yield lambda: None
     cache.end()
     outcome.left_out += cache.left_out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from rankpilot.cost.cost import ByteCost, ParameterCost, cost_from_state, cost_state
 from rankpilot.errors import RunFolderError
 from rankpilot.finetune.checkpoint import STATE, TENSORS, load_state, save_state
-from rankpilot.finetune.left_as_found import Taken
 from rankpilot.finetune.peak_guard import PeakGuard
+from rankpilot.finetune.shortage import Taken
 from rankpilot.finetune.watches import LossMeter
 
 
@@ -64,17 +65,18 @@ def test_meters_go_on_from_their_state(tmp_path: Path) -> None:
     losses, guard = LossMeter(), PeakGuard(10)
     losses.total, losses.count = torch.tensor(2.5), 2
     guard.meter.history = [(1, 1000)]
-    guard._before = np.array([1, 2])
-    guard._taken = Taken(np.array([3, 4]), ("layers.0",), limit=9.0, cost=8.0, saved=1.0, times=1, step=5)
-    save_state(tmp_path, {"losses": losses.state_dict(), "guard": guard.state_dict()})
+    given = Taken(np.array([3, 4]), ("layers.0",), limit=9.0, cost=8.0, saved=1.0, times=1, step=5)
+    guard.plan.now = replace(guard.plan.now, before=np.array([1, 2]), taken=given)
+    save_state(tmp_path, losses.state() | guard.state())
     state = load_state(tmp_path)
     other_losses, other_guard = LossMeter(), PeakGuard(10)
-    other_losses.load_state_dict(state["losses"])
-    other_guard.load_state_dict(state["guard"])
+    other_losses.begin(state)
+    other_guard.begin(state)
     assert other_losses.mean() == 1.25
     assert other_guard.meter.history == [(1, 1000)]
-    assert np.array_equal(other_guard._before, [1, 2])  # type: ignore[arg-type]
-    taken = other_guard._taken
+    before, taken = other_guard.plan.now.before, other_guard.plan.now.taken
+    assert before is not None
+    assert before.tolist() == [1, 2]
     assert taken is not None
     assert taken.ranks.tolist() == [3, 4]
-    assert {**vars(taken), "ranks": None} == {**vars(guard._taken), "ranks": None}
+    assert {**vars(taken), "ranks": None} == {**vars(given), "ranks": None}

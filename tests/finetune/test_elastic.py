@@ -16,9 +16,9 @@ import torch
 from rankpilot.cost.peak_meter import PeakMeter
 from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune import elastic
-from rankpilot.finetune.left_as_found import GOOD_STEPS
-from rankpilot.finetune.peak_guard import PeakGuard
+from rankpilot.finetune.plan_keeper import GOOD_STEPS
 from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.shortage import Shortage
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, Trainer, default_data_collator
 
@@ -122,7 +122,7 @@ def test_what_is_cut_from_ranks_comes_back(
     lost: float,
 ) -> None:
     """As on a GPU, in two parts. Nothing is learned in between, so that what comes back is what was cut."""
-    monkeypatch.setattr(PeakGuard, "_keeps_cuts", True)
+    monkeypatch.setattr(Shortage, "_keeps_cuts", True)
     run = loop(gradient_checkpointing=False, prefix_cache="off")
     run.steps(8)
     learned, limit = logits(run.model.train()), run.pilot.limit
@@ -288,7 +288,7 @@ def test_auto_follows_the_memory_of_a_gpu(loop: Callable[..., Loop]) -> None:
 def test_what_a_function_took_comes_back_in_a_resumed_run(
     llama_config: LlamaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankpilot.finetune.peak_guard.GOOD_STEPS", 1)
+    monkeypatch.setattr("rankpilot.finetune.plan_keeper.GOOD_STEPS", 1)
 
     def train(budget: Callable[[int], str], stops_at: int, **options: Any) -> list[int]:
         made = Trainer(adapted(llama_config), arguments(tmp_path / "run", save_steps=2), train_dataset=counting())

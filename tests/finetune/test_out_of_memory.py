@@ -18,7 +18,8 @@ import rankpilot
 import torch
 from rankpilot.agents.log import DecisionLog
 from rankpilot.agents.settings import ONCE
-from rankpilot.finetune.left_as_found import GOOD_STEPS, MOST_TRIES, PLAN_SHARE, saved_by_a_try
+from rankpilot.finetune.plan_keeper import GOOD_STEPS
+from rankpilot.finetune.shortage import MOST_TRIES, PLAN_SHARE, Shortage, saved_by_a_try
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, Trainer, TrainerCallback
 
@@ -226,7 +227,7 @@ def test_a_step_is_taken_again_as_if_the_plan_had_been_smaller(
 
     def shrink(step: int) -> None:
         if step == FAILS_AT - 1:
-            other.pilot.pilot._guard._step = step
+            other.pilot.pilot._piloted.guard.plan.step = step
             for _ in range(times):
                 other.pilot.pilot.out_of_memory()
 
@@ -254,7 +255,7 @@ def test_what_comes_back_changes_no_function_and_no_moment(make: Launch) -> None
         seen.append((logits, moments, [target.rank for target in targets]))
         run.model.train()
 
-    give_back = pilot._guard.__class__._give_back
+    give_back = Shortage._give_back
 
     def watched(*given: Any) -> None:
         look()
@@ -262,7 +263,7 @@ def test_what_comes_back_changes_no_function_and_no_moment(make: Launch) -> None
         look()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pilot._guard.__class__, "_give_back", watched)
+        patch.setattr(Shortage, "_give_back", watched)
         run.train()
     (before, moments, fewer), (after, others, more) = seen
     assert sum(more) > sum(fewer)

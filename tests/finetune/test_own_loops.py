@@ -68,7 +68,7 @@ def test_nothing_is_taken_after_the_last_step(
     run.steps(1)
     ranks = ranks_of(run.model)
     monkeypatch.setattr(run.pilot.controller, "total_steps", 2)
-    monkeypatch.setattr(run.pilot._guard.meter, "end", lambda step: 2**40)
+    monkeypatch.setattr(run.pilot._piloted.guard.meter, "end", lambda step: 2**40)
     run.steps(1)
     assert ranks_of(run.model) == ranks
     assert messages_of(caplog, "It was the last step: the plan stays")
@@ -86,10 +86,10 @@ def test_losses_that_are_no_numbers_do_not_count() -> None:
     """As of a batch whose labels are all masked; they would be in every checkpoint after it."""
     meter, record = LossMeter(), RunRecord(100)
     for loss in (torch.tensor(math.nan), 2.0, torch.tensor(4.0), math.inf):
-        meter.add(loss)
+        meter.before_optimizer_step(0, loss)
         record.add(float(loss), 0.1)
     assert meter.mean() == 3
     again = LossMeter()
-    again.load_state_dict(json.loads(json.dumps(meter.state_dict(), allow_nan=False)))
+    again.begin(json.loads(json.dumps(meter.state(), allow_nan=False)))
     assert again.mean() == 3
     assert all(map(math.isfinite, [*record.losses, *record.observe(1.0)]))

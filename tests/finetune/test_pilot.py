@@ -100,7 +100,14 @@ def loop(llama_config: LlamaConfig, tmp_path: Path) -> Loop:
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What is said of the calls that a loop makes."""
-    return [record.getMessage() for record in caplog.records if record.name.endswith("loop_calls")]
+    return [record.getMessage() for record in caplog.records if record.name.endswith("watches")]
+
+
+def test_what_takes_part_keeps_its_state_under_keys_of_its_own(loop: Loop) -> None:
+    parts = loop.pilot._piloted.participants
+    keys = [key for part in parts for key in part.state()]
+    assert sorted(keys) == ["elastic", "guard", "look", "losses", "own_rate", "recomputed"]
+    assert len(loop.pilot.state_dict()) == len(keys) + 10
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -116,8 +116,8 @@ def test_the_rule_decides_where_it_is_asked_to(llama_config: LlamaConfig) -> Non
     told: list[str] = []
     loop = Loop(llama_config)
     pilot = loop.train(Gives(), learning_rate="auto", tell=told.append)
-    assert pilot._rate is not None
-    look = pilot._rate.look
+    assert pilot._piloted.rate is not None
+    look = pilot._piloted.rate.look
     assert look is not None
     assert look.loss == pytest.approx(math.log(llama_config.vocab_size), rel=0.05), "nothing is learned yet"
     assert look.tokens == 4 * 12
@@ -139,10 +139,10 @@ def test_a_rate_by_rule_begins_low_and_is_controlled(
     loop, told = Loop(llama_config), list[str]()
     pilot = RankPilot(Gives(), "400%", schedule=ONCE, learning_rate="auto", tell=told.append, **options)
     pilot.begin(TrainingRun.of_loader(loop.model, loop.optimizer, loop.loader, total_steps=SHORTEST))
-    assert pilot._rate is not None
-    assert pilot._rate.rule is not None
-    assert pilot.rates == pytest.approx((share * pilot._rate.rule,) * 2)
-    assert (pilot._control is not None) is controls
+    assert pilot._piloted.rate is not None
+    assert pilot._piloted.rate.rule is not None
+    assert pilot.rates == pytest.approx((share * pilot._piloted.rate.rule,) * 2)
+    assert (pilot._piloted.control is not None) is controls
     assert any("steps of the run raise it" in line for line in told) is controls
     pilot.finish()
 

@@ -13,7 +13,8 @@ import rankpilot
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.finetune.before_training import prefix_cache
-from rankpilot.finetune.prefix_cache import CHECKED_FIRST, PATIENCE, PrefixCache, Room, Row, Store, paused, rows_of
+from rankpilot.finetune.prefix_cache import CHECKED_FIRST, PATIENCE, PrefixCache, Room, Row, Store, rows_of
+from rankpilot.finetune.run import paused
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -71,7 +72,7 @@ def cache_of(model: nn.Module, folder: Path, told: list[str] | None = None, **op
     room = options.pop("room", Room(folder, 2**20, 2**20))
     settings = {"epochs": 3, "tokens": 200, "evaluates": True} | options
     cache = PrefixCache(model, room, tell=(told if told is not None else []).append, **settings)
-    cache.follow()
+    cache.ranks_changed()
     return cache
 
 
@@ -192,7 +193,7 @@ def test_a_run_of_a_loop_and_one_of_the_trainer(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     pilot = rankpilot.RankPilot("top-down", "100%", tell=told.append)
     pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, loader, total_steps=9))
-    cache = pilot._prefix
+    cache = pilot._piloted.prefix
     assert cache is not None
     for _ in range(3):
         for batch in loader:
@@ -219,8 +220,9 @@ def test_a_run_of_a_loop_and_one_of_the_trainer(tmp_path: Path) -> None:
     )
     callback = rankpilot.attach(trainer, "top-down", "100%")
     trainer.train()
-    assert callback.pilot._prefix is not None
-    assert callback.pilot._prefix.left_out == 6, "of six batches of training and four of evaluations, two are compared"
+    cache = callback.pilot._piloted.prefix
+    assert cache is not None
+    assert cache.left_out == 6, "of six batches of training and four of evaluations, two are compared"
     assert [*(tmp_path / "run").glob("*prefix*")] == []
 
 
@@ -237,7 +239,7 @@ def test_a_run_that_is_gone_on_with(tmp_path: Path) -> None:
     half = Run(tmp_path / "half", config, **options).train(resume=6)
     assert plain.recorder.losses == pytest.approx(whole.recorder.losses, rel=1e-5)
     assert half.recorder.losses == pytest.approx(whole.recorder.losses[6:], rel=1e-5)
-    assert min(run.pilot.pilot._prefix.left_out for run in (whole, half)) > 0
+    assert min(run.pilot.pilot._piloted.prefix.left_out for run in (whole, half)) > 0
 
 
 def one_of_two() -> list[Any]:
@@ -256,8 +258,8 @@ def one_of_two() -> list[Any]:
         run = lambda batch, wrapped=wrapped: wrapped(**batch).loss  # noqa: E731
         found.append([take_step(pilot, optimizer, batch, run) for _ in range(3) for batch in loader])
         pilot.finish()
-    assert pilot._prefix is not None
-    return [*found, pilot._prefix.left_out]
+    assert pilot._piloted.prefix is not None
+    return [*found, pilot._piloted.prefix.left_out]
 
 
 def test_two_processes_have_a_cache_each() -> None:
@@ -274,14 +276,14 @@ def test_it_follows_the_lowest_layer_that_trains(tmp_path: Path) -> None:
     assert len(cache._store._held) == 4
     for parameter in layers[LOWEST].parameters():
         parameter.requires_grad_(False)
-    cache.follow()
+    cache.ranks_changed()
     assert (cache.layers, cache._store._held) == (LOWEST + 1, {})
     layers[0].self_attn.q_proj.weight.requires_grad_(True)
-    cache.follow()
+    cache.ranks_changed()
     assert cache.layers == 0
     layers[0].self_attn.q_proj.weight.requires_grad_(False)
     model.get_base_model().model.embed_tokens.weight.requires_grad_(True)
-    cache.follow()
+    cache.ranks_changed()
     assert cache.layers == 0, "embeddings are below all layers"
 
 
@@ -383,7 +385,7 @@ def test_more_than_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "are free."
     ]
     assert cache is not None
-    cache.follow()
+    cache.ranks_changed()
     losses(model, shuffled(padded, texts()))
     assert cache.left_out > 0
 

@@ -22,8 +22,9 @@ from rankpilot.agents.policy import Decision
 from rankpilot.cost.savers import Saved
 from rankpilot.errors import BudgetError, UnsupportedError
 from rankpilot.finetune.experiment import UniformRanks
-from rankpilot.finetune.left_as_found import GOOD_STEPS, Recomputation, all_running_again, could_recompute
+from rankpilot.finetune.left_as_found import Recomputation, all_running_again, could_recompute
 from rankpilot.finetune.options import PilotOptions
+from rankpilot.finetune.plan_keeper import GOOD_STEPS
 from rankpilot.plan.problem import Bounds
 from rankpilot.plan.worth import FEATURES, PlanWorth
 from rankpilot.study.replay import redecide
@@ -243,7 +244,7 @@ def test_a_model_that_checkpoints_already_is_left_as_it_is(tmp_path: Path) -> No
     trainer.train()
     assert recomputed(trainer) == flags(model) == [True, False, True]
     assert [layer._gradient_checkpointing_func for layer in layers] == functions
-    assert callback.pilot._guard.recomputed == ()
+    assert callback.pilot._piloted.guard.plan.recomputed == ()
     assert max(peak for _, peak in callback.peaks) <= callback.limit
     assert not any("recomputed_layers" in row for row in trainer.state.log_history)
 
@@ -316,7 +317,7 @@ def test_layers_are_as_before_where_more_of_them_are_no_help(tmp_path: Path) -> 
     with pytest.raises(torch.OutOfMemoryError) as caught:
         trainer.train()
     assert any(trainer.layers), "the last try had layers run again"
-    assert callback.pilot._guard.recomputed == ()
+    assert callback.pilot._piloted.guard.plan.recomputed == ()
     assert [callback.limit] == limit
     assert [step for step, _ in callback.predictions] == [0]
     assert "Ranks, adapters and optimizer are as they were before step 2." in caught.value.__notes__[0]

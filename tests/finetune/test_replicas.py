@@ -21,9 +21,11 @@ from rankpilot.cost import budget as budget_module
 from rankpilot.cost.calibration import LOOP_BYTES
 from rankpilot.cost.live_storages import LivePeak
 from rankpilot.errors import NonFiniteError, UnsupportedError
-from rankpilot.finetune import before_training
+from rankpilot.finetune import before_training, probing
 from rankpilot.finetune import replicas as replicas_module
+from rankpilot.finetune.journal import PlanChange
 from rankpilot.finetune.pilot import RankPilot
+from rankpilot.finetune.piloted_run import PilotedRun
 from rankpilot.finetune.replicas import Replicas, digest_of, rebuild_reducer, trained_bytes
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.resize import set_ranks
@@ -437,13 +439,13 @@ def differing_memory() -> float:
     free = 10e9 if int(os.environ["RANK"]) == 0 else 6e9
     budget_module.free_bytes = before_training.free_bytes = lambda device: int(free)
     limits: list[float] = []
-    record = RankPilot._record
+    record = PilotedRun._record
 
-    def note(pilot: RankPilot, *arguments: Any, **options: Any) -> None:
-        record(pilot, *arguments, **options)
-        limits.append(pilot.limit)
+    def note(piloted: PilotedRun, *arguments: Any) -> None:
+        record(piloted, *arguments)
+        limits.append(float(piloted.controller.limit))
 
-    RankPilot._record = note  # type: ignore[method-assign]
+    PilotedRun._record = note  # type: ignore[method-assign]
     loop(ddp, policy="signal-mean", budget="auto", steps=2)
     assert len(set(limits)) == 1
     return limits[0]
@@ -465,13 +467,13 @@ def larger_peak(excess: int) -> list[str]:
 
     Replicas.highest = more  # type: ignore[method-assign]
     plans: list[str] = []
-    corrected = RankPilot._corrected
+    corrected = PilotedRun._corrected
 
-    def note(pilot: RankPilot, correction: Any) -> None:
-        corrected(pilot, correction)
-        plans.append(f"{correction.step} {correction.reason} {correction.plan.ranks.tolist()}")
+    def note(piloted: PilotedRun, change: PlanChange) -> None:
+        corrected(piloted, change)
+        plans.append(f"{change.step} {change.reason} {change.plan.ranks.tolist()}")
 
-    RankPilot._corrected = note  # type: ignore[method-assign]
+    PilotedRun._corrected = note  # type: ignore[method-assign]
     loop(ddp, policy="signal-mean", budget="80%", measure_every=1, steps=5)
     return plans
 
@@ -490,7 +492,7 @@ def broken_probe() -> None:
         assert dist.get_rank() == 0
         raise NonFiniteError("The loss of the probe is nan.")
 
-    before_training.run_probe = broken
+    probing.run_probe = broken
     loop(ddp)
 
 

@@ -16,7 +16,7 @@ from rankpilot.agents.control import CHANGES, CONTROLLERS, FEATURES, KEEP, UNDO,
 from rankpilot.agents.log import CONTROL
 from rankpilot.common.files import read_json_lines
 from rankpilot.errors import ConfigError
-from rankpilot.finetune import pilot as pilots
+from rankpilot.finetune import piloted_run
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.finetune.run_control import alignment
 from rankpilot.lora.targets import find_target_modules
@@ -80,7 +80,7 @@ class Loop:
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *actions: int) -> Scripted:
     script = Scripted(list(actions))
-    monkeypatch.setitem(CONTROLLERS, pilots.CONTROLLER, script)
+    monkeypatch.setitem(CONTROLLERS, piloted_run.CONTROLLER, script)
     return script
 
 

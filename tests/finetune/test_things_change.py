@@ -125,7 +125,7 @@ def test_gradual_unfreezing_under_a_trainer(tmp_path: Path, caplog: pytest.LogCa
     assert cached.recorder.losses == pytest.approx(plain.recorder.losses, rel=1e-6)
     for name, parameter in cached.model.named_parameters():
         torch.testing.assert_close(parameter, plain.model.get_parameter(name), rtol=0, atol=1e-5)
-    assert cached.pilot.pilot._prefix.left_out > 0
+    assert cached.pilot.pilot._piloted.prefix.left_out > 0
     (line,) = messages_of(caplog, "trains now")
     assert line.startswith(
         "layers.1.mlp.gate_proj.weight trains now, so what frozen layers returned is forgotten. The 1"
@@ -145,8 +145,8 @@ def test_a_z_loss_over_all_logits_in_a_loop() -> None:
         loss = lambda batch, model=model: all_logits(model, batch, 0)  # noqa: E731
         found.append([take_step(pilot, optimizer, batch, loss) for _ in range(6) for batch in loader])
         pilot.finish()
-    assert pilot._prefix is not None
-    assert pilot._prefix.left_out > 0
+    assert pilot._piloted.prefix is not None
+    assert pilot._piloted.prefix.left_out > 0
     assert found[1] == pytest.approx(found[0], rel=1e-6)
     assert "The loss reads padding. Rows are kept with their padding from now on." in told
 
@@ -157,7 +157,7 @@ def test_modules_at_rank_0_stay_frozen_where_their_layer_is_left_out(tmp_path: P
     targets = find_target_modules(model)
     set_ranks(targets, {target.name: 0 for target in targets if target.name.split(".")[2] in "01"})
     cache = PrefixCache(model, Room(tmp_path, 2**14, 0), epochs=9, tokens=9, evaluates=False, tell=told.append)
-    cache.follow()
+    cache.ranks_changed()
     for _ in range(5):
         near_the_base(model, batches("llama", shuffled=False)[0][0], 0).backward()
     assert cache.left_out > 0

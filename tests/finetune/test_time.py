@@ -140,9 +140,8 @@ def test_fewer_rows_are_timed_where_the_bytes_hold_no_more(tmp_path: Path, rows_
     trainer.train()
     assert 0 < rows_timed[0] < 4
     time = callback.controller.time.time
-    whole = count_work(
-        trainer.model, callback.controller.targets, callback.pilot._run.step.loss, callback.pilot._run.largest_batch()
-    ).time(RATES)
+    run = callback.pilot._piloted.run
+    whole = count_work(trainer.model, callback.controller.targets, run.step.loss, run.largest_batch()).time(RATES)
     ranks = np.full(len(callback.controller.targets), 8)
     assert time.seconds(ranks) == pytest.approx(whole.seconds(ranks), rel=0.25), "in proportion to tokens"
 
@@ -162,13 +161,13 @@ def test_recomputation_keeps_bytes_and_time(tmp_path: Path, budget: str, time: s
     trainer, callback = attached(tmp_path, budget, time, gradient_checkpointing="auto")
     trainer.train()
     controller = callback.controller
-    names = callback.pilot._guard.recomputed
+    names = callback.pilot._piloted.guard.plan.recomputed
     assert controller.time.time.seconds(controller.ranks, names) <= controller.time.seconds
     assert max(peak for _, peak in callback.peaks) <= callback.limit
     assert sum(recomputed(trainer)) == len(names)
     unlimited, other = attached(tmp_path / "unlimited", budget, None, gradient_checkpointing="auto", arguments=SHORT)
     unlimited.train()
-    assert len(names) <= len(other.pilot._guard.recomputed) <= LAYERS
+    assert len(names) <= len(other.pilot._piloted.guard.plan.recomputed) <= LAYERS
 
 
 def begun(folder: Path, epochs: int = 3, policy: Any = "signal-mean", **options: Any) -> tuple[Any, list[str]]:

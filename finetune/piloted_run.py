@@ -1,0 +1,448 @@
+"""One run under a pilot: what takes part in it, the events that it hears of, and the decisions on its ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..agents.control import CONTROLLERS, SHORTEST
+from ..agents.controller import RankController
+from ..agents.observation import Observation
+from ..agents.policy import Decision, Policy, asked, reads_signals, rounding
+from ..agents.rules import AsConfigured, PlanFile, given_ranks
+from ..agents.settings import DecisionSchedule
+from ..common.checks import finite
+from ..common.devices import without_autocast
+from ..common.text import plural
+from ..cost.budget import TimeBudget
+from ..cost.calibration import PlanCosts
+from ..cost.recording import Batch
+from ..cost.savers import CACHE, SAVERS, TILES, ExactSavers, is_compiled
+from ..lora.adapters import PeftAdapters
+from ..lora.peft_config import finish_load, start_kept
+from ..lora.resize import is_trained
+from ..lora.targets import TargetModule, check_trains
+from ..plan.plan import least_cost
+from ..plan.problem import rank_bounds
+from ..plan.rate import Look
+from . import before_training
+from .elastic import ElasticBudget
+from .journal import Journal, PlanChange
+from .left_as_found import Kept, Recomputation, adapters_put_back, all_running_again, could_recompute
+from .options import PilotOptions
+from .peak_guard import PeakGuard
+from .plan_rate import PlanRate, look_at
+from .prefix_cache import PrefixCache
+from .probing import Progress, first_signals
+from .run import Looked, Participant, TrainingRun
+from .run_control import RunControl
+from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
+from .watches import FiniteWatch, GradientWatch, LoopCalls, LossMeter
+
+CONTROLLER = "alignment"
+"""Who controls the learning rate; see `CONTROLLERS`."""
+
+
+class PilotedRun:
+    """One run under a pilot, from its begin to its end.
+
+    Args:
+        run: the run.
+        targets: the target modules of its model.
+        journal: writes down the decisions.
+        policy: decides the ranks.
+        schedule: tells before which optimizer steps the policy decides.
+        options: the pilot's options.
+
+    Attributes:
+        controller: observes the adapters and changes their ranks; it exists once `begun` is True.
+        begun: whether plans have costs and a limit.
+        decision: the policy's latest decision; None before the first.
+        step: how many optimizer steps are done.
+        shown: how many measured peaks `RankPilot.figures` has shown.
+        elastic: tells what a plan may cost at the moment.
+        guard: measures steps, and keeps their peak within the budget.
+        finite: notices losses, gradients and weights that are NaN or infinite.
+        rate: multiplies the learning rate by the factor of the plan; None before `begin`.
+        control: corrects the learning rate; None where nothing does.
+        prefix: leaves out frozen layers; None where no row is read twice.
+    """
+
+    controller: RankController[PeftAdapters]
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        targets: Sequence[TargetModule],
+        journal: Journal,
+        policy: Policy,
+        schedule: DecisionSchedule,
+        options: PilotOptions,
+    ) -> None:
+        self.run, self.journal, self.options = run, journal, options
+        self._targets, self._policy, self._schedule = targets, policy, schedule
+        self._stays = isinstance(policy, AsConfigured)  # ranks, as the LoraConfig has them
+        in_long_run = options.learning_rate == "auto" and run.total_steps >= SHORTEST
+        self._controls: bool = in_long_run if options.control is None else options.control
+        self.begun, self.step, self.shown = False, 0, 0
+        self.decision: Decision | None = None
+        self.guard = PeakGuard(options.measure_every)
+        self.elastic = ElasticBudget(run, options.budget, self.guard)
+        self.finite = FiniteWatch(run, journal)
+        self.rate: PlanRate | None = None
+        self.control: RunControl | None = None
+        self.prefix: PrefixCache | None = None
+        self._losses = LossMeter(run.replicas.processes)
+        self._watches = LoopCalls(run, self.break_off), GradientWatch(targets, self.guard.meter)
+        self._savers: ExactSavers | None = None
+        self._recomputation: Recomputation | None = None
+        self._found: Kept | None = None  # until a step has passed
+        self._switches, self._heard = ExitStack(), b""
+
+    @property
+    def participants(self) -> list[Participant]:
+        """What takes part, in the order in which it hears of each event; `end` goes the other way.
+
+        The calls of the loop are checked before anything trusts them. The budget of the moment may change ranks, so it
+        goes before the copy that control makes of them, and that before the guard, which measures the step as it then
+        is. A loss counts once its gradients are known to train something. What is not finite is undone after the peak
+        was compared, and the prefix cache serves what all others have left frozen.
+        """
+        calls, gradients = self._watches
+        every = calls, self.elastic, self.rate, self.control, self.guard, gradients, self._losses, self.finite
+        return [part for part in (*every, self.prefix) if part is not None]
+
+    # The begin and the end --------------------------------------------------------------------------------------------
+
+    def begin(self, seed: int, *, name: str, times_plans: bool, progress: Progress[Any] | None) -> None:
+        """Measure, probe, and apply the first plan.
+
+        Args:
+            seed: of the probe, and of fresh rows.
+            name: of the run, for the decision log.
+            times_plans: whether the time of steps is measured without a limit of time as well.
+            progress: shows how far the probe has come.
+        """
+        run, targets, options, journal = self.run, self._targets, self.options, self.journal
+        stay, time, budget = self._stays, options.time_read, self.elastic.budget
+        if budget.kind == "parameters":
+            before_training.warn_of_other_adapters(run, targets)
+        journal.open(name, [], writes=run.replicas.processes.first)
+        for part in self.participants:  # what is made later begins when it is made
+            part.begin(None)
+        kept = nullcontext() if stay else start_kept(run.model, targets, options.fresh, journal.note)
+        with adapters_put_back(run.model, targets, run.optimizer, after_errors=True) as found, kept:
+            self._switch()
+            probes = reads_signals(self._policy)
+            looks = options.learning_rate == "auto" or not probes
+            looked = before_training.UNSEEN if stay else run.look(seed) if looks else None
+            self._have_rate(look_at(run, looked) if looked and not stay else None)
+            timed, recomputation = time or (TimeBudget.unlimited() if times_plans else None), self._recomputation
+            costs = self._prepare(seed, None if probes else looked, timed, progress)
+            journal.note(before_training.told_budget(run, targets, budget, costs.limit, stay=stay))
+            journal.note_saved(costs.saved)
+            self.elastic.first_limit(costs.limit)
+            self.guard.plan.attach(run, self.controller, costs.memory, journal, self._corrected, recomputation)
+            if time:
+                timer = before_training.StepTimer(run, targets, costs.memory, self.controller.limit, recomputation)
+                timer.settle(self.controller, self._ask)
+            journal.note(before_training.what_times_mean(self.controller.time, run))
+            self.decide()
+            assert self.rate is not None
+            journal.note(self.rate.told())
+            self._have_control(None)
+        self._found = found
+        self._have_prefix_cache(None)
+
+    def _prepare(
+        self,
+        seed: int,
+        looked: Looked | None,
+        time: TimeBudget | None,
+        progress: Progress[Any] | None,
+    ) -> PlanCosts:
+        """Measure what plans cost, and make the controller, after a probe where the policy reads signals.
+
+        Afterwards adapters that are trained are as they were before. Where none is, or with `fresh`, all are new, at
+        rank 1.
+        """
+        run, targets, options, budget = self.run, self._targets, self.options, self.elastic.budget
+        check_trains(targets)
+        recomputation = self._recomputation
+        low, high = rank_bounds(targets, options.bounds or {})
+        keeps = self._stays or (not options.fresh and any(map(is_trained, targets)))
+        before_training.new_state(run, targets, keeps=keeps)
+        costs = before_training.run_costs(
+            run,
+            targets,
+            budget,
+            signals=True,
+            least=partial(least_cost, targets, low, high) if recomputation else None,
+            savers=self._savers,
+            kept=before_training.ranks_that_hold(targets) if keeps else None,
+            whole=recomputation is not None and recomputation.whole,
+        )
+        limit, cache_bytes = costs.limit.value, options.prefix_cache_bytes
+        timer = before_training.StepTimer(run, targets, costs.memory, limit, recomputation, cache_bytes)
+        timed = timer.time_limit(time) if time else None
+        before_training.check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
+        result = first_signals(run, targets, self._schedule, seed, looked, keeps=keeps, progress=progress)
+        self.controller = RankController(
+            PeftAdapters(run.model, targets),
+            costs.cost,
+            limit,
+            self._schedule,
+            run.total_steps,
+            result,
+            rows=run.rows * run.accumulation,
+            low=low,
+            high=high,
+            seed=seed,
+            time=timed,
+            reads=looked is None,
+        )
+        self.begun = True
+        return costs
+
+    def resume(self, state: Mapping[str, Any], step: int, *, name: str) -> None:
+        """Go on from `state`, with the adapters and the optimiser of that time.
+
+        Args:
+            state: what `state` returned.
+            step: the optimizer steps done.
+            name: of the run, for the decision log.
+        """
+        run, targets, journal = self.run, self._targets, self.journal
+        settings = run_settings(self.options, self.elastic.budget, self._policy, self._schedule)
+        with readable_state():
+            before = check_same(settings, state, targets)
+            if callable(self.options.budget) and self.elastic.moves:  # what it took can come back
+                settings["budget"] = before["budget"]
+            self.controller = self._controller_of(state)
+            known, layers, names = predictions_of(state), frozenset(state["recomputed"]), frozenset(state["savers"])
+            look, own = Look(*map(finite, state["look"])) if state["look"] else None, finite(state["own_rate"])
+            self.step, self.shown = step, int(state["peaks_shown"])
+            for part in self.participants:
+                part.begin(state)
+        self.begun = True
+        finish_load(run.model, targets)
+        journal.open(name, known, writes=run.replicas.processes.first)
+        journal.forget_control(step)
+        self._switch(names)
+        recomputation = self._recomputation
+        self._have_rate(look, own)
+        memory = before_training.run_memory(run, targets, signals=True) if recomputation else None
+        if recomputation:
+            recomputation.take(layers)
+        controller, limit = self.controller, self.controller.limit
+        if before.get("budget") != settings["budget"]:
+            limit = self.elastic.limit(controller)
+        if before.get("time") != settings["time"]:
+            cache_bytes = self.options.prefix_cache_bytes
+            timer = before_training.StepTimer(run, targets, memory, limit, recomputation, cache_bytes)
+            controller.time = timer.other_limit(controller.time, self.options.time_read)
+        self.guard.plan.attach(run, controller, memory, journal, self._corrected, recomputation)
+        run.replicas.changed(targets, step)
+        self._have_control(state)
+        if changed := changes(settings, before):
+            journal.note(f"step {step}: {changed}")
+            self.guard.plan.new_limit(limit, step)
+        self._ranks_changed()
+        self._have_prefix_cache(state)
+
+    def _controller_of(self, state: Mapping[str, Any]) -> RankController[PeftAdapters]:
+        """The controller of a run that is resumed."""
+        adapters = PeftAdapters(self.run.model, self._targets)
+        adapters.meter.load_state_dict(state["signals"])
+        low, high = rank_bounds(self._targets, self.options.bounds or {})
+        reads = reads_signals(self._policy)
+        return RankController.from_state_dict(
+            state["controller"], adapters, self._schedule, low=low, high=high, reads=reads
+        )
+
+    def _switch(self, savers: Collection[str] = tuple(SAVERS)) -> None:
+        """Have steps run as the options say until the run ends."""
+        run, options = self.run, self.options
+        if options.gradient_checkpointing is True:
+            self._switches.callback(all_running_again(run.model))
+        if options.exact_savers:
+            # Where ranks stay, answers are written with a cache, and read off logits. Without a cache, transformers
+            # takes positions for those of packed texts. A sharded head is whole in its own passes alone.
+            left_out = {CACHE: self._stays or run.tells_positions, TILES: self._stays or run.replicas.sharded}
+            names = [name for name in savers if not left_out.get(name)]
+            self._savers = ExactSavers(run.model, names, compiled=is_compiled(run.wrapped))
+            self._switches.callback(self._savers.put_back)
+        if options.chooses_layers and self.elastic.budget.kind != "parameters" and could_recompute(run.model):
+            self._recomputation = Recomputation(run.model, whole=options.goal == "bytes")
+            self._switches.callback(self._recomputation.put_back)
+
+    def _have_rate(self, look: Look | None, own: float | None = None) -> None:
+        """Have the learning rate follow the plan until the run ends."""
+        auto, keep, controlled = self.options.learning_rate == "auto", self.options.keep_rate, self._controls
+        self.rate = PlanRate(self.run, self._targets, auto=auto, controlled=controlled, keep=keep, look=look, own=own)
+
+    def _have_control(self, state: Mapping[str, Any] | None) -> None:
+        """Have the learning rate corrected while the run goes, if that is wanted."""
+        if self._controls:
+            assert self.rate is not None
+            self.control = RunControl(self.run, self._targets, self.rate, CONTROLLERS[CONTROLLER], self.journal)
+            self.finite.control = self.control
+            with readable_state():
+                self.control.begin(state)
+
+    def _have_prefix_cache(self, state: Mapping[str, Any] | None) -> None:
+        """Let frozen layers run once a row, where later epochs or evaluations are served by that."""
+        most_bytes = self.options.prefix_cache_bytes
+        self.prefix = before_training.prefix_cache(self.run, most_bytes, self.journal.note)
+        if self.prefix:
+            self.prefix.begin(state)
+
+    def stop(self) -> None:
+        """Let all that takes part end, the last first, and a step run as it did before the run."""
+        for part in reversed(self.participants):
+            part.end()
+        self._switches.close()
+        self._found = None
+
+    def finish(self, *, checks: bool) -> None:
+        """Stop, write the ranks to PEFT's configuration for saving, and see that what was trained is sound if asked."""
+        self.stop()
+        if self.begun:
+            finish_load(self.run.model, self._targets)
+            if checks:
+                self._check()
+
+    def break_off(self, *, as_found: bool = False) -> None:
+        """Finish after an error: what the step has changed is put back, and the first plan as well if `as_found`."""
+        self.guard.shortage.put_back()
+        if as_found and self._found:
+            self._found.put_back()
+        self.finish(checks=False)
+
+    # A step -----------------------------------------------------------------------------------------------------------
+
+    def before_step(self, batches: Sequence[Batch]) -> None:
+        """Let all hear that a step begins, after a decision that is due."""
+        if self.due:
+            self.decide()
+        self._ranks_changed()  # a step that did not pass may have put others back
+        for part in self.participants:
+            part.before_step(self.step, batches)
+
+    def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
+        """Let all hear that the gradients of a step are complete."""
+        for part in self.participants:
+            part.before_optimizer_step(self.step, loss)
+        self._found = None
+        if self.controller.measures:
+            self.controller.adapters.meter.accumulate()
+
+    def after_step(self) -> None:
+        """Let all hear that a step has passed."""
+        self.step += 1
+        for part in self.participants:
+            part.after_step(self.step)
+
+    def _ranks_changed(self) -> None:
+        """Let all hear of the ranks that are in place, if they are others than those that they heard of."""
+        if (ranks := self.controller.ranks.tobytes()) != self._heard:
+            for part in self.participants:
+                part.ranks_changed()
+            self._heard = ranks
+
+    # Decisions --------------------------------------------------------------------------------------------------------
+
+    @property
+    def due(self) -> bool:
+        """Whether a decision is due."""
+        return self.controller.due(self.step) and self.step < self.controller.total_steps
+
+    @without_autocast()
+    def decide(self) -> None:
+        """Ask the policy, apply what it wants as far as the budget allows, and write it down."""
+        controller, step, loss, keeper = self.controller, self.step, self._losses.mean(), self.guard.plan
+        keeper.deciding()
+        by_hand = isinstance(self._policy, PlanFile)  # who wrote the plan may shrink trained adapters
+        keeps = not by_hand and not self._stays and not controller.decision
+        with before_training.learned_kept(self.run, controller, self.journal.note) if keeps else nullcontext():
+            observation = controller.observe(step, loss)
+            self.decision = decision = self._ask(observation)
+            self.journal.note(rounding(self._policy, observation, decision))
+            faster = ""
+            if keeper.recomputation and not controller.decision:
+                faster = before_training.faster_plan(keeper, controller, self._ask, decision)
+            plan = controller.stay() if self._stays else controller.apply(decision, step, self.run.optimizer)
+        self._losses.restart()
+        keeper.decided(observation.problem.ranks, step)
+        self._record(PlanChange(step, observation, decision, plan), loss)
+        if decision.exact and (others := int(np.count_nonzero(plan.ranks != decision.ranks))):
+            self.journal.note(
+                f"step {step}: {plural(others, 'module')} could not have exactly the rank that was decided, within the "
+                "budget, the bounds and how far a rank may move; the nearest plan stands."
+            )
+        if faster and (again := keeper.recomputed):
+            count = plural(len(again), "layer")
+            self.journal.note(f"Gradient checkpointing of {count} takes time and changes no loss. {faster}")
+
+    def _ask(self, observation: Observation) -> Decision:
+        return self.run.replicas.processes.on_first(lambda: asked(self._policy, observation))
+
+    def take(self, ranks: Mapping[str, int]) -> None:
+        """Give the modules these ranks, by full name, in place of a decision that is due, or beside the schedule."""
+        controller, step, loss = self.controller, self.step, self._losses.mean()
+        self.guard.plan.deciding()
+        observation = controller.observation_now(step)
+        decision, plan = given_ranks(observation, ranks)
+        controller.set_plan(decision.ranks, step, self.run.optimizer, decides=self.due)
+        self._losses.restart()
+        self.guard.plan.decided(observation.problem.ranks, step, by_hand=True)
+        self._record(PlanChange(step, observation, decision, plan, corrects=True), loss)
+
+    def _corrected(self, change: PlanChange) -> None:
+        """Write down a change of ranks by the guard like a decision."""
+        self._record(change, self._losses.mean())
+
+    def _record(self, change: PlanChange, loss: float | None) -> None:
+        """Let all hear of other ranks, and write down why they are there."""
+        self._ranks_changed()
+        history, time, recomputation = self.guard.meter.history, self.controller.time, self.guard.plan.recomputation
+        remarks = str(recomputation or ""), time.text(self.controller.ranks) if time else ""
+        self.journal.record(
+            self.controller,
+            change,
+            loss=loss,
+            peak=history[-1][1] if history else None,
+            rates=self.rate.rates if self.rate else None,
+            remark=", ".join(filter(None, remarks)),
+        )
+        self.run.replicas.changed(self._targets, change.step)
+
+    # What a checkpoint holds ------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """See that what trains is finite, and the same in all processes."""
+        self.finite.check(self.step)
+        self.run.replicas.compare(self._targets, self.step)
+
+    def state(self) -> dict[str, Any]:
+        """All that `resume` needs beside adapters and optimiser: dictionaries of tensors, arrays and JSON values."""
+        self._check()
+        whole = {
+            "processes": self.run.replicas.processes.count,
+            "step": self.step,
+            **adapter_settings(self._targets),
+            "controller": self.controller.state_dict(),
+            "signals": self.controller.adapters.meter.state_dict(),
+            "predictions": self.journal.predictions,
+            "peaks_shown": self.shown,
+            "savers": list(self._savers.names) if self._savers else [],
+            "settings": run_settings(self.options, self.elastic.budget, self._policy, self._schedule),
+        }
+        for part in self.participants:
+            whole |= part.state()
+        return whole
