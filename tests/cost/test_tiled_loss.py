@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rankpilot.cost import loss_tiles
 from rankpilot.cost.later_logits import tiled_causal_lm_loss, use_tiled_loss
 from rankpilot.cost.recording import BatchShape, reshaped
 from rankpilot.cost.savers import TILES as TILED
@@ -150,6 +151,9 @@ def test_a_loss_of_the_users_own_stays() -> None:
 def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """TRL's loss, with tiles of so many tokens; it has 4,096 of itself."""
     module = pytest.importorskip("trl.kernels.chunked_logprob")
+    while loss_tiles._UNWRAP:  # a run of an earlier test has not ended
+        loss_tiles._UNWRAP.pop()()
+    monkeypatch.setattr(loss_tiles, "_HEADS", [])
     size = getattr(request, "param", 64)
     monkeypatch.setattr(module, "TOKEN_CHUNK_SIZE", size)
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 4096)
