@@ -246,7 +246,7 @@ class Failing:
         (
             {"budget": "2000 bytes step"},
             "BudgetError",
-            "The budget of 1.953 KiB for a step is too small for any adapter",
+            "The budget of 2 kB (1.953 KiB) for a step is too small for any adapter",
         ),
         ({"policy": Failing()}, "ZeroDivisionError", "the policy divides by zero"),
     ],
@@ -480,7 +480,7 @@ def larger_peak(excess: int) -> list[str]:
 
 @pytest.mark.long
 def test_a_peak_above_the_budget_in_one_process_corrects_all() -> None:
-    first, second = in_processes(2, larger_peak, 60_000)
+    first, second = in_processes(2, larger_peak, 200_000)
     assert first == second
     assert first[0].startswith(("4 shrunk: peak above the budget", "4 rolled back: peak above the budget"))
 
