@@ -12,6 +12,7 @@ large as all of them. So `LossTiles` gives small steps small tiles, and notes ho
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,32 +26,43 @@ from .tiled_loss import RECORDING, TiledCrossEntropy, TiledHeadLoss, TileSize, r
 MODULE, FUNCTION, TILE = "trl.kernels.chunked_logprob", "ChunkedLogProbFunction", "TOKEN_CHUNK_SIZE"
 
 _HEADS: list[Any] = []
-"""Output layers for which TRL's tiles have our size, once for each run."""
+"""References to output layers for which TRL's tiles have our size, a tuple of one for each run."""
 
-_SIZERS: list[Callable[[int, TileSize], int]] = []
-"""While steps are recorded, the last one says how large TRL's tiles are, from all tokens and the size of real ones."""
+_SIZERS: list[Any] = []
+"""While steps are recorded, the last one says how large TRL's tiles are, from all tokens and the size of real ones; in
+tuples of one."""
 
 _UNWRAP: list[Callable[[], None]] = []
 
 
 def use_own_tiles(model: nn.Module) -> Callable[[], None]:
-    """Let TRL's fused loss have tiles of our size where a model's output layer is frozen; returns what undoes it."""
+    """Let TRL's fused loss have tiles of our size where a model's output layer is frozen; returns what undoes it.
+
+    It is undone where the layer is freed, too, as that of a model that is only looked at.
+    """
     find = getattr(model, "get_output_embeddings", None)
-    return _entered(_HEADS, find() if find is not None else None)
+    head = find() if find is not None else None
+    if head is None:
+        return lambda: None
+    leave = _entered(_HEADS, weakref.ref(head))
+    weakref.finalize(head, leave).atexit = False
+    return leave
 
 
 def _entered(entries: list[Any], entry: Any) -> Callable[[], None]:
     """Put an entry on one of the lists; returns what takes it off. TRL's function is wrapped while they hold any."""
     module = sys.modules.get(MODULE)
-    if entry is None or not hasattr(module, FUNCTION) or not hasattr(module, TILE):
+    if not hasattr(module, FUNCTION) or not hasattr(module, TILE):
         return lambda: None
     if not _HEADS and not _SIZERS:
         _UNWRAP.append(_wrapped(module))
-    entries.append(entry)
+    entries.append(held := (entry,))
 
     def leave() -> None:
-        del entries[next(at for at, other in enumerate(entries) if other is entry)]
-        if not _HEADS and not _SIZERS:
+        at = next((at for at, other in enumerate(entries) if other is held), None)
+        if at is not None:  # it is called again where the layer is freed
+            del entries[at]
+        if _UNWRAP and not _HEADS and not _SIZERS:
             _UNWRAP.pop()()
 
     return leave
@@ -69,10 +81,11 @@ def _wrapped(module: Any) -> Callable[[], None]:
             setattr(module, TILE, usual)
 
     def sized(context: Any, hidden: Any, weight: Any, *rest: Any, **options: Any) -> Any:
-        head = next((each for each in _HEADS if each.weight is weight), None)
+        heads = (each() for (each,) in _HEADS)
+        head = next((each for each in heads if each is not None and each.weight is weight), None)
         own = head is not None and not any(parameter.requires_grad for parameter in head.parameters())
         size, tokens = TileSize(most=usual) if own else TileSize(1, 1, usual), len(hidden)
-        context.tile = _SIZERS[-1](tokens, size) if _SIZERS else size.of(tokens)
+        context.tile = _SIZERS[-1][0](tokens, size) if _SIZERS else size.of(tokens)
         return in_tiles(context.tile, forward, context, hidden, weight, *rest, **options)
 
     def sized_backward(context: Any, *gradients: Any) -> Any:

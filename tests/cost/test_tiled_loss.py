@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,9 +152,9 @@ def test_a_loss_of_the_users_own_stays() -> None:
 def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """TRL's loss, with tiles of so many tokens; it has 4,096 of itself."""
     module = pytest.importorskip("trl.kernels.chunked_logprob")
-    while loss_tiles._UNWRAP:  # a run of an earlier test has not ended
+    loss_tiles._HEADS.clear()  # models of earlier tests may not be freed yet
+    while loss_tiles._UNWRAP:
         loss_tiles._UNWRAP.pop()()
-    monkeypatch.setattr(loss_tiles, "_HEADS", [])
     size = getattr(request, "param", 64)
     monkeypatch.setattr(module, "TOKEN_CHUNK_SIZE", size)
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 4096)
@@ -229,3 +230,14 @@ def test_our_tiles_give_the_same_bits_as_those_of_trl(monkeypatch: pytest.Monkey
 def test_other_losses_have_no_tiles(tmp_path: Path, fused: SimpleNamespace) -> None:
     setup = set_up(MemoryConfig(save("bert", tmp_path / "bert"), batch_size=8, max_length=16), lambda text: None)
     assert run_memory(setup.run, setup.targets, reshaped(setup.batch, BatchShape(4, 16))).sizes(BatchShape(8, 16))
+
+
+def test_tiles_of_a_model_that_is_freed_are_those_of_trl(fused: SimpleNamespace) -> None:
+    """As where a configuration is priced again and again: nothing is held, and nothing stays wrapped."""
+    model = large_base()
+    loss_tiles.use_own_tiles(model)
+    assert (fused.module.ChunkedLogProbFunction.forward, fused.module.ChunkedLogProbFunction.backward) != fused.kept
+    del model
+    gc.collect()
+    assert (fused.module.ChunkedLogProbFunction.forward, fused.module.ChunkedLogProbFunction.backward) == fused.kept
+    assert not loss_tiles._HEADS
