@@ -130,7 +130,7 @@ def four_plans(**changes: Any) -> Choice:
     known = {"costs": np.array([4000.0, 2000, 4500, 1000]), "seconds": np.array([0.04, 0.03, 0.05, 0.02])}
     known |= {"spread": np.array([0, 0.003, 0.01, 0.02]), "fits": np.ones(4, dtype=np.bool_), "goal": Goal()}
     found = Choice(names=names, plans=plans, parts=parts, **(known | changes))
-    return replace(found, taken=found.best)
+    return found if "taken" in changes else replace(found, taken=found.best)
 
 
 PLANS = 30

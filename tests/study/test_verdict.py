@@ -107,7 +107,7 @@ def that_chose(folder: Path, found: Choice, **changes: Any) -> RunData:
 
 
 def test_what_a_choice_adds(run_folder: Path) -> None:
-    found = verdict(that_chose(run_folder, four_plans(caveats=("it learns labels",)), rates=(1e-3, 2e-3)))
+    found = verdict(that_chose(run_folder, four_plans(caveats=("it learns labels",), taken=2), rates=(1e-3, 2e-3)))
     assert found.warnings == ()
     assert found.caveats == ("Expectations come from other runs, so trust them less: it learns labels.",)
     assert found.results[1:] == (
