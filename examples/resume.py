@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", help="a Hugging Face id or a folder; all-MiniLM-L6-v2 by default")
 parser.add_argument("--budget", default="80%", help="may be another one than before: it counts at once")
-parser.add_argument("--steps", type=int, default=200)
+parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("--save-steps", type=int, default=20)
 parser.add_argument("--output", default="runs/resumed")
 options = parser.parse_args()

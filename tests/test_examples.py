@@ -33,7 +33,7 @@ PRINTED = {
     "peft_experiment": r"rankpilot-60: ranks \[\d",
     "plain_loop": r"step 0: .*modules adapted",
     "qlora": "highest peak",
-    "resume": r"began and trained 200 steps",
+    "resume": r"began and trained 100 steps",
     "several_processes": r"2 processes, highest peak",
     "train_with_sb3": r"update 5: mean return",
     "trainer": "held-out loss",
@@ -100,8 +100,8 @@ def check_experiment(python: WarmPython, folder: Path) -> None:
 def check_resumed(python: WarmPython, folder: Path) -> None:
     """A run that goes on ends as one that was not interrupted."""
     whole = saved("resumed", folder)
-    shutil.rmtree(folder / "runs/resumed/checkpoint-200")  # as if it had been killed before
-    assert "checkpoint-180 and trained 200 steps" in run_line(python, command_of("resume"), folder)
+    shutil.rmtree(folder / "runs/resumed/checkpoint-100")  # as if it had been killed before
+    assert "checkpoint-80 and trained 100 steps" in run_line(python, command_of("resume"), folder)
     resumed = saved("resumed", folder)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
