@@ -11,15 +11,15 @@ from .common.quiet import silence_missing_kernels, silence_worker
 from .errors import RankPilotError, naming_extras
 
 if TYPE_CHECKING:
-    from .agents.learned.policy_file import load_policy
-    from .agents.log import DecisionLog
-    from .agents.observation import Observation, module_feature
-    from .agents.policy import Decision, decision_from_scores
-    from .agents.settings import DecisionSchedule
+    from .agents.policy_file import load_policy
     from .cost.budget import Budget
     from .cost.outlook import memory_of
     from .data.assets import fetch_asset
     from .data.packaged_data import load_packaged_dataset
+    from .decide.log import DecisionLog
+    from .decide.observation import Observation, module_feature
+    from .decide.policy import Decision, decision_from_scores
+    from .decide.settings import DecisionSchedule
     from .env.own_task import OwnTask
     from .env.registration import CONTROL_ENV_ID, ENV_ID
     from .finetune.allocate import StaticPlan, allocate, frontier, static_plan
@@ -38,11 +38,11 @@ _LAZY = {
     "CONTROL_ENV_ID": ".env.registration",
     "ENV_ID": ".env.registration",
     "Budget": ".cost.budget",
-    "Decision": ".agents.policy",
-    "DecisionLog": ".agents.log",
-    "DecisionSchedule": ".agents.settings",
+    "Decision": ".decide.policy",
+    "DecisionLog": ".decide.log",
+    "DecisionSchedule": ".decide.settings",
     "GymnasiumVecEnv": ".training.vec_env",
-    "Observation": ".agents.observation",
+    "Observation": ".decide.observation",
     "OwnTask": ".env.own_task",
     "PilotOptions": ".finetune.options",
     "RankPilot": ".finetune.pilot",
@@ -52,7 +52,7 @@ _LAZY = {
     "allocate": ".finetune.allocate",
     "attach": ".finetune.callback",
     "axolotl_yaml": ".lora.adapter_file",
-    "decision_from_scores": ".agents.policy",
+    "decision_from_scores": ".decide.policy",
     "export_padded": ".lora.adapter_file",
     "export_rank_pattern": ".lora.adapter_file",
     "fetch_asset": ".data.assets",
@@ -60,9 +60,9 @@ _LAZY = {
     "last_checkpoint": ".finetune.checkpoint",
     "load_checkpoint": ".finetune.checkpoint",
     "load_packaged_dataset": ".data.packaged_data",
-    "load_policy": ".agents.learned.policy_file",
+    "load_policy": ".agents.policy_file",
     "memory_of": ".cost.outlook",
-    "module_feature": ".agents.observation",
+    "module_feature": ".decide.observation",
     "rank_pattern_yaml": ".lora.adapter_file",
     "save_checkpoint": ".finetune.checkpoint",
     "static_plan": ".finetune.allocate",

@@ -1,1 +1,1 @@
-"""Who decides, and the log of it: rules, trained policies, what they see, and the link from decisions to tensors."""
+"""What learns, and what was learned: the network of a policy and its files."""

@@ -155,8 +155,8 @@ def trial(number: int, other: Other | None, tell: Callable[[str], None]) -> dict
         pilot.after_step()
         steps += 1
         above += pilot.peaks[-1][1] > pilot.limit
-        assert pilot.controller is not None
-        sizes.append((int(pilot.figures().get("recomputed_layers", 0)), int(pilot.controller.ranks.sum())))
+        assert pilot.applier is not None
+        sizes.append((int(pilot.figures().get("checkpointed_layers", 0)), int(pilot.applier.ranks.sum())))
         if step >= back and sizes[-1] == sizes[0]:
             returned = min(returned, step - back + 1)
     pilot.finish()

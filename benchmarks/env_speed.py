@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rankpilot.agents.control import KEEP, SHORTEST
-from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.text import make_table
 from rankpilot.common.workers import isolated
+from rankpilot.decide.rate_control import KEEP, SHORTEST
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.env.rank_allocation import TOP, RankAllocationEnv
 from rankpilot.env.run_control import RunControlVectorEnv

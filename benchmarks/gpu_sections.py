@@ -199,7 +199,7 @@ def peaks(machine: Machine) -> list[Row]:
 def step_times(machine: Machine) -> list[Row]:
     """Six plans as shares of plain LoRA: by the card's published rates, by a few timed steps, and measured."""
     size = machine.size(8, 512)
-    case = TimedModel("llama", size, machine.base(MODELS[1]), 0, recompute=True)
+    case = TimedModel("llama", size, machine.base(MODELS[1]), 0, checkpoint=True)
     plain: TimedPlan = (np.full(len(case.targets), 8), ())
     plans = {"plain LoRA": plain} | _six_plans(case)
     seconds = case.seconds(list(plans.values()), 3 if machine.dry else 9)
@@ -300,7 +300,7 @@ def out_of_memory(machine: Machine) -> list[Row]:
         row("steps", AT + 4, trainer.state.global_step, exact=True),
         row("finite losses", AT + 4, sum(map(math.isfinite, losses)), exact=True),
         row("errors", None, trainer.errors),
-        row("layers that run again at the end", None, int(found.get("recomputed_layers", 0))),
+        row("layers that run again at the end", None, int(found.get("checkpointed_layers", 0))),
     ]
 
 
@@ -328,8 +328,8 @@ def elastic_budget(machine: Machine) -> list[Row]:
                 optimizer.zero_grad()
                 pilot.after_step()
                 shares.append(pilot.peaks[-1][1] / pilot.limit)
-            assert pilot.controller is not None
-            sizes.append((int(pilot.figures().get("recomputed_layers", 0)), int(pilot.controller.ranks.sum())))
+            assert pilot.applier is not None
+            sizes.append((int(pilot.figures().get("checkpointed_layers", 0)), int(pilot.applier.ranks.sum())))
     pilot.finish()
     return [
         row("steps above the budget", 0, sum(share > 1 for share in shares), exact=True),

@@ -1,4 +1,4 @@
-"""Trains controllers of the learning rate on `rankpilot/RunControl-v0` with PPO, or with a value method, DQN.
+"""Trains appliers of the learning rate on `rankpilot/RunControl-v0` with PPO, or with a value method, DQN.
 
 Both begin at a rule: PPO's policy learns to do what the rule does, and DQN's memory is filled with the rule's runs, a
 part of their actions drawn. Rewards are not discounted. Rounds take turns between the proxy bases.
@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rankpilot.agents.control import CHANGES, CONTROLLERS, FEATURES, Controller
 from rankpilot.common.arrays import FloatArray
+from rankpilot.decide.rate_control import CHANGES, FEATURES, RATE_CONTROLS, RateControl
 from rankpilot.env.run_control import LENGTHS, RunControlVectorEnv
 from rankpilot.errors import DataError
 from rankpilot.training.vec_env import GymnasiumVecEnv
@@ -26,7 +26,7 @@ from torch import nn
 Learner = Literal["ppo", "dqn"]
 
 SCHEMA = 2
-"""Version of the files of controllers."""
+"""Version of the files of appliers."""
 
 DECISIONS = 8
 """Decisions of an episode."""
@@ -41,7 +41,7 @@ decision, from the last one to the first."""
 
 @dataclass(frozen=True)
 class ControlConfig:
-    """How a controller is trained.
+    """How a control is trained.
 
     Attributes:
         learner: "ppo" or "dqn".
@@ -69,7 +69,7 @@ class ControlConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class LearnedController:
+class LearnedRateControl:
     """A small network that scores actions: a policy's preferences, or the values of a value method.
 
     Attributes:
@@ -81,7 +81,7 @@ class LearnedController:
     activation: str = "tanh"
 
     def act(self, observations: FloatArray) -> Sequence[int]:
-        """See `Controller`; the action of the highest score."""
+        """See `RateControl`; the action of the highest score."""
         values = np.asarray(observations, dtype=np.float64)
         for number, (weight, bias) in enumerate(self.layers):
             values = values @ weight.T + bias
@@ -95,14 +95,14 @@ class LearnedController:
         return {"schema": SCHEMA, "features": list(FEATURES), "activation": self.activation, "layers": layers}
 
     @classmethod
-    def from_json(cls, state: Any) -> LearnedController:
+    def from_json(cls, state: Any) -> LearnedRateControl:
         """What `to_json` gave.
 
         Raises:
             DataError: it is one of another version.
         """
         if (state["schema"], state["features"]) != (SCHEMA, list(FEATURES)):
-            raise DataError(f"This is no controller of schema {SCHEMA} with this version's features.")
+            raise DataError(f"This is no control of schema {SCHEMA} with this version's features.")
         layers = ((np.array(each["weight"], float), np.array(each["bias"], float)) for each in state["layers"])
         return cls(tuple(layers), state["activation"])
 
@@ -129,7 +129,7 @@ class Steps:
 
 
 def rule_steps(
-    env: RunControlVectorEnv, rule: Controller, drawn: float, generator: np.random.Generator, seed: int
+    env: RunControlVectorEnv, rule: RateControl, drawn: float, generator: np.random.Generator, seed: int
 ) -> Iterator[Steps]:
     """One round of episodes, decision by decision.
 
@@ -182,14 +182,14 @@ def _dqn(config: ControlConfig, env: GymnasiumVecEnv) -> DQN:
     )  # fmt: skip
 
 
-def train_controller(
-    config: ControlConfig, on_round: Callable[[int, LearnedController, float], None] = lambda *_: None
-) -> LearnedController:
-    """Train a controller; see the module.
+def train_rate_control(
+    config: ControlConfig, on_round: Callable[[int, LearnedRateControl, float], None] = lambda *_: None
+) -> LearnedRateControl:
+    """Train a control; see the module.
 
     Args:
         config: how.
-        on_round: called after each round with its number, the controller so far, and the mean reward of the round.
+        on_round: called after each round with its number, the control so far, and the mean reward of the round.
     """
     torch.manual_seed(config.seed)
     envs = {base: RunControlVectorEnv(config.episodes, base=base, lengths=config.lengths) for base in config.bases}
@@ -199,7 +199,7 @@ def train_controller(
     for number in range(config.warm_rounds):
         env = envs[config.bases[number % len(config.bases)]]
         found += rule_steps(
-            env, CONTROLLERS[config.rule], config.drawn, generator, 1000 * config.seed + number * config.episodes
+            env, RATE_CONTROLS[config.rule], config.drawn, generator, 1000 * config.seed + number * config.episodes
         )
     _warm(model, found)
     for number in range(config.rounds):
@@ -210,8 +210,8 @@ def train_controller(
             model.exploration_schedule = ConstantSchedule(np.interp(number / config.rounds, EXPLORED[1], EXPLORED[0]))
         rewards = _Rewards()
         model.learn(DECISIONS * config.episodes, callback=rewards, reset_num_timesteps=False)
-        on_round(number, controller_of(model), float(np.mean(rewards.found)))
-    return controller_of(model)
+        on_round(number, applier_of(model), float(np.mean(rewards.found)))
+    return applier_of(model)
 
 
 class _Rewards(BaseCallback):
@@ -242,7 +242,7 @@ def _warm(model: BaseAlgorithm, found: Sequence[Steps]) -> None:
         model.q_net_target.load_state_dict(model.q_net.state_dict())
 
 
-def controller_of(model: BaseAlgorithm) -> LearnedController:
+def applier_of(model: BaseAlgorithm) -> LearnedRateControl:
     """The network of a model that chooses its actions."""
     policy: Any = model.policy
     if isinstance(model, PPO):
@@ -252,4 +252,4 @@ def controller_of(model: BaseAlgorithm) -> LearnedController:
     layers = [module for module in modules if isinstance(module, nn.Linear)]
     with torch.no_grad():
         arrays = tuple((layer.weight.double().numpy().copy(), layer.bias.double().numpy().copy()) for layer in layers)
-    return LearnedController(arrays, activation)
+    return LearnedRateControl(arrays, activation)

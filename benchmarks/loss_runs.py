@@ -24,7 +24,7 @@ from rankpilot.common.files import atomic_path, read_json_lines
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.plan.rate import LEAST_SHARE, RULE, Look
+from rankpilot.plan.rate import LEAST_SHARE, RULE, InitialLoss
 from rich.console import Console
 from torch import nn
 
@@ -194,8 +194,8 @@ def _whole_models() -> Iterator[LossRun]:
     generator, model, rows = np.random.default_rng(44), "smollm2-135m", 4
     for number, (text, loss) in enumerate(HARD.items()):
         steps = 50 if number else 100
-        look = Look(loss, 47 * rows)
-        rate = RULE.plain(width_of(model), steps, look=look)
+        initial = InitialLoss(loss, 47 * rows)
+        rate = RULE.plain(width_of(model), steps, initial=initial)
         for factor in (1.0, 0.5, 2.0):
             yield LossRun(model, text, steps, rows, "all", REFERENCE_RANK, 1.0, _rounded(factor * rate))
         for _ in range(5):

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from rankpilot.agents.observation import Observation
-from rankpilot.agents.policy import Decision
 from rankpilot.common.files import read_json_lines, write_text
 from rankpilot.common.text import make_table
 from rankpilot.cost.training_step import switch_checkpointing
+from rankpilot.decide.observation import Observation
+from rankpilot.decide.policy import Decision
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.before_training import run_memory
 from rankpilot.finetune.options import PilotOptions
 from rankpilot.finetune.pilot import RankPilot
-from rankpilot.finetune.plan_rate import START, hidden_width, look_at
+from rankpilot.finetune.plan_rate import START, hidden_width, initial_loss
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import find_target_modules
@@ -200,10 +200,10 @@ def plain_bytes(task: TextTask) -> dict[str, float]:
     switch_checkpointing(model.get_base_model(), True)
     memory = run_memory(training, targets, signals=False)
     plain, wide = (np.minimum(rank, [target.max_rank for target in targets]) for rank in (REFERENCE_RANK, 64))
-    whole = memory.recomputing(()).peak(plain)
+    whole = memory.with_checkpointed(()).peak(plain)
     peaks = {
         "checkpointed": memory.peak(plain),
-        "rslora-64": memory.recomputing(()).peak(wide),
+        "rslora-64": memory.with_checkpointed(()).peak(wide),
         "rslora-64 checkpointed": memory.peak(wide),
     }
     return {name: round(peak / whole, 4) for name, peak in peaks.items()}
@@ -253,9 +253,9 @@ def _rule_of(training: TrainingRun, seed: int) -> float:
     targets = find_target_modules(training.model)
     ranks = np.array([target.rank for target in targets], dtype=np.int64)
     scales, plain = np.array([target.scaling for target in targets]), np.full(len(targets), ALPHA / REFERENCE_RANK)
-    look, width = look_at(training, training.look(seed)), hidden_width(training.model)
+    initial, width = initial_loss(training, training.read_first_rows(seed)), hidden_width(training.model)
     assert width is not None
-    return RULE.plain(width, training.total_steps, float(plain[0]), look) * RULE.factor(ranks, scales, plain)
+    return RULE.plain(width, training.total_steps, float(plain[0]), initial) * RULE.factor(ranks, scales, plain)
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

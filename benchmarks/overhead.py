@@ -14,12 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from peft import AdaLoraConfig, LoraConfig
-from rankpilot.agents.controller import RankController
-from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.devices import find_device
 from rankpilot.common.text import format_bytes, make_table
 from rankpilot.cost.budget import Budget
+from rankpilot.decide.applier import PlanApplier
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.pilot import RankPilot as Pilot
 from rankpilot.finetune.run import TrainingRun
@@ -128,18 +128,18 @@ class RankPilot(Learner):
         self.pilot.after_step()
 
     @property
-    def controller(self) -> RankController[PeftAdapters]:
+    def applier(self) -> PlanApplier[PeftAdapters]:
         """The link to the adapters."""
-        assert self.pilot.controller is not None, "the run was begun with this object"
-        return self.pilot.controller
+        assert self.pilot.applier is not None, "the run was begun with this object"
+        return self.pilot.applier
 
     def ranks(self) -> tuple[int, ...]:
         """Real ranks by module."""
-        return tuple(target.rank for target in self.controller.targets)
+        return tuple(target.rank for target in self.applier.targets)
 
     def buffer_bytes(self) -> int:
         """The averages of gradients that the signals come from."""
-        return self.controller.adapters.meter.buffer_bytes
+        return self.applier.adapters.meter.buffer_bytes
 
 
 def every(period: int, total_steps: int) -> DecisionSchedule:

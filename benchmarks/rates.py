@@ -21,7 +21,7 @@ from rankpilot.common.files import read_json_lines
 from rankpilot.common.text import make_table
 from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import REFERENCE_RANK
-from rankpilot.plan.rate import MOST_TOKENS, RULE, Look, RateRule
+from rankpilot.plan.rate import MOST_TOKENS, RULE, InitialLoss, RateRule
 from rich.console import Console
 from scipy.optimize import minimize
 
@@ -31,7 +31,7 @@ from .loss_runs import LossRun, width_of
 PUBLISHED = Path(__file__).parent / "published_rates" / "lora_rank_rate_sweep.csv"
 PUBLISHED_STEPS, PUBLISHED_ALPHA = 780, 32
 
-PUBLISHED_LOOK = Look(0.9, MOST_TOKENS)
+PUBLISHED_START = InitialLoss(0.9, MOST_TOKENS)
 """The loss before training is not published; after it, it is .5 to .8."""
 
 ROWS = Path(__file__).parent / "results" / "rates.json"
@@ -88,7 +88,7 @@ class Sweep:
         plain_scale = self.scale * self.rank / REFERENCE_RANK
         one = np.ones(1)
         factor = rule.factor(np.array([self.rank]), self.scale * one, plain_scale * one)
-        return factor * rule.plain(self.width, self.steps, plain_scale, Look(self.loss, self.tokens))
+        return factor * rule.plain(self.width, self.steps, plain_scale, InitialLoss(self.loss, self.tokens))
 
     def regret(self, rate: float, *, beyond: bool = False) -> float:
         """By how much the loss at a rate is above the lowest, in per cent.
@@ -118,9 +118,9 @@ def published() -> Iterator[Sweep]:
     for (model, width, rank), by_rate in losses.items():
         if len(by_rate) >= 3:
             means = {rate: float(np.mean(values)) for rate, values in by_rate.items()}
-            scale, look = PUBLISHED_ALPHA / rank, PUBLISHED_LOOK
+            scale, initial = PUBLISHED_ALPHA / rank, PUBLISHED_START
             family, name = model.partition("/")[0], f"{model} rank {rank}"
-            yield Sweep(family, name, width, PUBLISHED_STEPS, rank, scale, look.loss, look.tokens, means)
+            yield Sweep(family, name, width, PUBLISHED_STEPS, rank, scale, initial.loss, initial.tokens, means)
 
 
 def own(folder: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from rankpilot.cost.step_time import StepTime
 from rankpilot.cost.training_step import TrainingStep, model_loss
 from rankpilot.data.models import load_model
 from rankpilot.errors import ConfigError
-from rankpilot.finetune.left_as_found import Recomputation
+from rankpilot.finetune.put_back import LayerCheckpointing
 from rankpilot.lora.spec import REFERENCE_RANK, RankLadder
 from rankpilot.plan.plan import TimeLimit, project
 from rankpilot.plan.problem import AllocationProblem
@@ -63,15 +63,15 @@ class Options:
 class TimedModel:
     """A model whose step can be timed under any plan, and the prediction of its time."""
 
-    def __init__(self, family: Family, size: Size, base: PreTrainedModel, seed: int, *, recompute: bool) -> None:
+    def __init__(self, family: Family, size: Size, base: PreTrainedModel, seed: int, *, checkpoint: bool) -> None:
         base.config.use_cache = False
         self.learner = Learner(base, LoraConfig(**LORA[family]))
         batch = next(iter(random_loader(family, size, seed, batches=1)))
         self.batch = {name: values.to(base.device) for name, values in batch.items()}
         self.targets = self.learner.targets
-        self.recomputation = Recomputation(self.learner.model) if recompute else None
-        take = self.recomputation.take if self.recomputation else None
-        self.layers = self.recomputation.layers if self.recomputation else ()
+        self.checkpointing = LayerCheckpointing(self.learner.model) if checkpoint else None
+        take = self.checkpointing.take if self.checkpointing else None
+        self.layers = self.checkpointing.layers if self.checkpointing else ()
         self.step = TrainingStep(self.learner.model, model_loss(self.learner.model), self.learner.optimizer)
         self.time: StepTime = measure_step_time(self.step, self.targets, self.batch, take)
         self.most = highest_ranks(self.targets)
@@ -96,8 +96,8 @@ class TimedModel:
         """Give the modules the plan's ranks, and let its layers run again."""
         ranks, layers = plan
         self.learner.set_ranks(ranks)
-        if self.recomputation:
-            self.recomputation.take(layers)
+        if self.checkpointing:
+            self.checkpointing.take(layers)
 
 
 def random_plans(
@@ -170,7 +170,7 @@ def kept(case: TimedModel, rounds: int, generator: np.random.Generator) -> Figur
     def timed(ranks: IntArray) -> float:
         return measured_share(case.step, case.targets, case.batch, (ranks, ()), (plain, ()))
 
-    limit = first.settled(plan, timed, case.time.seconds(plain, ()))
+    limit = first.agreed(plan, timed, case.time.seconds(plain, ()))
     ranks = plan(limit)
     seconds = case.seconds([(plain, ()), (ranks, ())], rounds)
     share = float(np.median(paired_ratios(seconds["1"], seconds["0"], 1)))
@@ -187,18 +187,18 @@ def _random_case(index: int, quick: bool) -> tuple[str, TimedModel]:
     size = Size(4, 128, 512, 4, 64) if quick else Size(layers, width, 2048, rows, length)
     base = random_model(family, size, index)
     name = f"{family} {size.layers} x {size.width}, batch {size.rows} x {size.length}"
-    return name, TimedModel(family, size, base, index, recompute=False)
+    return name, TimedModel(family, size, base, index, checkpoint=False)
 
 
 def _cases(quick: bool) -> dict[str, Callable[[], TimedModel]]:
     if quick:
         size = Size(layers=6, width=128, vocabulary=1024, rows=4)
-        return {"llama-6x128": lambda: TimedModel("llama", size, random_model("llama", size, 0), 0, recompute=True)}
+        return {"llama-6x128": lambda: TimedModel("llama", size, random_model("llama", size, 0), 0, checkpoint=True)}
     deep, wide = Size(layers=30, width=256), Size(vocabulary=30_000)
     return {
-        LLAMA: lambda: TimedModel("llama", deep, random_model("llama", deep, 0), 0, recompute=True),
+        LLAMA: lambda: TimedModel("llama", deep, random_model("llama", deep, 0), 0, checkpoint=True),
         MINILM: lambda: TimedModel(
-            "bert", wide, load_model(MINILM, "classification", ("0", "1"), None), 0, recompute=True
+            "bert", wide, load_model(MINILM, "classification", ("0", "1"), None), 0, checkpoint=True
         ),
     }
 

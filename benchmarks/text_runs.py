@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from rankpilot.agents.observation import ModuleShapes
 from rankpilot.common.arrays import BoolArray
 from rankpilot.data.models import load_model, load_tokenizer
 from rankpilot.data.task import KINDS
+from rankpilot.decide.observation import ModuleShapes
 from rankpilot.env.bases import load_base_model
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.peft_config import fresh_adapters

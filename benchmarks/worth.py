@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rankpilot.agents.observation import ModuleShapes
 from rankpilot.common.arrays import BoolArray, FloatArray
 from rankpilot.common.files import read_json_lines, write_json, write_text
 from rankpilot.common.text import make_table
+from rankpilot.decide.observation import ModuleShapes
 from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import REFERENCE_RANK, ModuleSpec
 from rankpilot.plan.goal import CAUTION, SURE
-from rankpilot.plan.rate import LEAST_SHARE, RULE, Look
+from rankpilot.plan.rate import LEAST_SHARE, RULE, InitialLoss
 from rankpilot.plan.worth import FEATURES, FILE, Modules, PlanWorth, distance
 from rich.console import Console
 from scipy.stats import spearmanr
@@ -128,7 +128,7 @@ def loss_runs() -> Iterator[FineTune]:
         specs = specs_of(model)
         modules, highest = _modules(specs, width_of(model)), np.array([spec.max_rank for spec in specs])
         ranks, scales, off, losses = [], [], [], []
-        plain = RULE.plain(width_of(model), steps, look=Look(packed["untrained"], 47 * rows))
+        plain = RULE.plain(width_of(model), steps, initial=InitialLoss(packed["untrained"], 47 * rows))
         for part, rank, power, rate, loss in packed["runs"]:
             found = np.where(PARTS[part](specs), np.minimum(rank, highest), 0)
             extra = (np.maximum(found, 1) / REFERENCE_RANK) ** (1 - power)

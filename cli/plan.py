@@ -24,7 +24,7 @@ from .progress import console
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..agents.choice import FrontierPlan
+    from ..decide.choice import FrontierPlan
     from ..finetune.allocate import StaticPlan
 
 
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     from ..data.assets import check_model
 
     check_model(options.model)
-    from ..agents.rules import FILE_SUFFIXES
+    from ..decide.rules import FILE_SUFFIXES
     from ..finetune.experiment import plan_ahead
 
     # What is printed without --output can go on into a file or a program.

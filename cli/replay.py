@@ -34,7 +34,7 @@ class ReplayOptions:
 def main(arguments: Sequence[str]) -> None:
     """Take the decisions again, and show where they agree."""
     options = tyro.cli(ReplayOptions, args=arguments, prog="rankpilot replay")
-    from ..agents.learned.policy_file import load_policy
+    from ..agents.policy_file import load_policy
     from ..study.replay import replay
     from ..study.run_data import find_log
 

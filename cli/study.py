@@ -158,8 +158,8 @@ def _explanations(run: RunData, depth: Depth, given: Path | None) -> Explanation
         depth = "all" if len(log) <= 12 else "plans" if len(log) <= 200 else "none"
     if depth == "none":
         return None
-    from ..agents.learned.policy_file import load_policy
-    from ..agents.log import POLICY
+    from ..agents.policy_file import load_policy
+    from ..decide.log import POLICY
     from ..study.why import explanations
 
     policy = None if given is None else load_policy(given)

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def train_command(options: Train) -> None:
     """Train, validate, and write the policy with its learning curve."""
-    from ..agents.learned.policy_file import load_policy, read_card
+    from ..agents.policy_file import load_policy, read_card
     from ..training.train import is_finished
 
     folder = options.output
@@ -98,7 +98,7 @@ def _train(options: Train) -> dict[str, dict[str, float]]:
 
 def _validate(options: Train, policy: Any) -> dict[str, dict[str, float]]:
     """Compare the trained policy with rules on validation tasks."""
-    from ..agents.rules import find_rule
+    from ..decide.rules import find_rule
     from ..env.proxy_task import evenly, find_tasks
     from ..training.compare import compare
     from ..training.results import summarise

@@ -32,7 +32,7 @@ def find_device(name: str = "auto") -> torch.device:
 
 
 META_AUTOCAST: ContextVar[torch.dtype | None] = ContextVar("META_AUTOCAST", default=None)
-"""The precision of autocast on the meta device, of which torch knows nothing; see `cost/hollow_device.py`."""
+"""The precision of autocast on the meta device, of which torch knows nothing; see `cost/device_on_meta.py`."""
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:

@@ -26,7 +26,7 @@ Kind = Literal["saved", "inputs", "recomputed", "transient", "weights", "gradien
 
 saved: tensors that autograd saved for the backward pass.
 inputs: inputs of checkpointed segments, kept to run them again.
-recomputed: tensors of a checkpointed segment that runs again.
+checkpointed: tensors of a checkpointed segment that runs again.
 transient: short-lived tensors: logits, gradients of activations, the optimizer's copies.
 weights, gradients, optimizer, signals: of the adapters, as in `ModelStates`; gradients with their copies in buckets.
 others: weights, gradients and state of what trains outside the adapters, such as a classifier.

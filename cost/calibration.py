@@ -28,7 +28,7 @@ from .growth import Growth
 from .later_logits import expecting_one
 from .live_storages import device_kind
 from .loss_tiles import LossTiles
-from .model import RANK, MemoryModel, recomputed_cost
+from .model import RANK, MemoryModel, checkpointed_cost
 from .model_states import ModelStates, model_states, trained_outside, with_buckets
 from .published import HOPPER_WORKSPACE_BYTES
 from .recorder import Recorder
@@ -309,9 +309,9 @@ def plan_costs(
 
     A share is a share of what *plain* LoRA takes, rank 8 on all modules, without signal buffers and without `savers`,
     the exact savers that are on. With `least`, layers may be checkpointed, as all are in the step as
-    it is set: plans cost what `recomputed_cost` says, and a share is one of what plain LoRA takes where none does.
+    it is set: plans cost what `checkpointed_cost` says, and a share is one of what plain LoRA takes where none does.
     Where plain LoRA does not fit, activations are checkpointed first; see `ExactSavers.within`.
-    Under a budget of parameters nothing is measured. See `Budget.resolve` for `kept`, `recomputed_cost` for `whole`,
+    Under a budget of parameters nothing is measured. See `Budget.resolve` for `kept`, `checkpointed_cost` for `whole`,
     and `measure_memory` for the other arguments.
     """
     if budget.kind == "parameters":
@@ -323,7 +323,7 @@ def plan_costs(
     priced = savers.price(measured, targets, each=False) if savers else None
     plain = priced.plain if priced else measured()
     cost, limit = limited_cost(
-        beside_model(budget, step.model), targets, plain.recomputing(()) if least else plain, kept
+        beside_model(budget, step.model), targets, plain.with_checkpointed(()) if least else plain, kept
     )
     if least and savers and priced:
         priced = savers.within(limit.value, priced, measured, targets, least)
@@ -331,7 +331,7 @@ def plan_costs(
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
     if least:
-        cost = recomputed_cost(memory, highest_ranks(targets), limit.value, kept=kept, least=least, whole=whole)
+        cost = checkpointed_cost(memory, highest_ranks(targets), limit.value, kept=kept, least=least, whole=whole)
     elif signals or savers:
         cost = memory.cost()
     return PlanCosts(cost, limit, memory, priced.saved if priced else (), savers.names if savers else ())

@@ -3,7 +3,7 @@
 The model is made on the meta device, where tensors have shapes and no contents, with the head that it is usually
 fine-tuned with; in four or eight bits its layers are bitsandbytes' own, on codes and scales without contents. The
 package's own calibration runs its small steps there, as the device that is asked about would run them
-(`cost/hollow_device.py`). The byte model that comes out is the one that the same steps give on that device.
+(`cost/device_on_meta.py`). The byte model that comes out is the one that the same steps give on that device.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ..lora.targets import TargetModule, find_target_modules
 from . import training_step
 from .breakdown import frozen_bytes, frozen_sizes
 from .calibration import keeps_state, measure_memory
-from .hollow_device import Attention, HollowDevice, hollow_autocast, hollow_device
+from .device_on_meta import Attention, DeviceOnMeta, autocast_on_meta, device_on_meta
 from .live_storages import META_STANDS_FOR, DeviceKind
 from .model import MemoryModel
 from .model_states import with_buckets
@@ -157,9 +157,9 @@ def from_config(
     stored_method(config, step.quantization)
     loaded = loaded or LoadedAs()
     auto_class = usual_class(config)
-    device = HollowDevice(loaded.device, loaded.attention, loaded.padded)
-    with _hollow(device):
-        base = hollow_base(config, auto_class, loaded.dtype)
+    device = DeviceOnMeta(loaded.device, loaded.attention, loaded.padded)
+    with _on_meta(device):
+        base = base_on_meta(config, auto_class, loaded.dtype)
         check_length(step.max_length, base)
         parameters = sum(parameter.numel() for parameter in base.parameters())
         if checkpointing_optional and not training_step.has_checkpointing(base):
@@ -170,9 +170,9 @@ def from_config(
 
 
 @contextmanager
-def _hollow(device: HollowDevice) -> Iterator[None]:
+def _on_meta(device: DeviceOnMeta) -> Iterator[None]:
     """A hollow device, without what libraries say about contents that are not there."""
-    with hollow_device(device), quiet(), warnings.catch_warnings():
+    with device_on_meta(device), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
@@ -208,7 +208,7 @@ def _recorded(
     parameters: int,
     step: StepConfig,
     loaded: LoadedAs,
-    device: HollowDevice,
+    device: DeviceOnMeta,
     *,
     counted: bool,
 ) -> ConfiguredStep:
@@ -220,8 +220,8 @@ def _recorded(
         model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1
     )
     calibrated = shape if keeps_state(model) else calibration_shape(config, shape, padded=loaded.padded)
-    batch = hollow_batch(base, calibrated)
-    asked = hollow_batch(base, shape)
+    batch = batch_on_meta(base, calibrated)
+    asked = batch_on_meta(base, shape)
     savers = ExactSavers(model, [name for name in SAVERS if name != CACHE] if step.exact_savers else ())  # it has none
 
     ways = RepeatedLayers.of(model, targets)
@@ -229,14 +229,14 @@ def _recorded(
     def measured() -> MemoryModel:
         memory = measure_by_layers(training, targets, batch, ways)
         if not memory.predicts(shape):
-            memory = measure_memory(training, targets, hollow_batch(base, shape), signals=False)
+            memory = measure_memory(training, targets, batch_on_meta(base, shape), signals=False)
         return replace(memory, shape=shape)
 
     def counted_work() -> StepWork:
         return work_by_layers(training, targets, asked, ways)
 
     def leaner() -> ConfiguredStep | None:
-        with _hollow(device), _predictable(config):
+        with _on_meta(device), _predictable(config):
             lean = savers.with_activations(priced, measured, targets)
             if lean is None:
                 return None
@@ -300,7 +300,7 @@ def _loss(model: PeftModel, step: StepConfig, loaded: LoadedAs) -> training_step
         model.register_forward_hook(_keep_logits)
 
     def loss(batch: Any) -> torch.Tensor:
-        with hollow_autocast(torch.bfloat16 if step.bf16 else None):
+        with autocast_on_meta(torch.bfloat16 if step.bf16 else None):
             return plain(batch)
 
     return loss
@@ -348,7 +348,7 @@ def usual_class(config: PreTrainedConfig) -> str:
     return "AutoModelForCausalLM" if reads_one_way else "AutoModelForSequenceClassification"
 
 
-def hollow_base(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def base_on_meta(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a configuration, which is changed as a Trainer and a loaded model change it.
 
     Args:
@@ -402,7 +402,7 @@ def calibration_shape(config: PreTrainedConfig, shape: BatchShape, *, padded: bo
     return BatchShape(max(shape.rows, 4), length)
 
 
-def hollow_batch(model: PreTrainedModel, shape: BatchShape) -> dict[str, torch.Tensor]:
+def batch_on_meta(model: PreTrainedModel, shape: BatchShape) -> dict[str, torch.Tensor]:
     """Token ids, a mask and labels on the default device; labels have one axis for a classifier of whole rows.
 
     An encoder-decoder writes texts of the same length.

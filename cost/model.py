@@ -9,7 +9,7 @@ signal buffers, tensors saved for the backward pass, and short-lived tensors suc
 
 A checkpointed layer (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016)
 holds its inputs alone, and takes the time of its forward pass twice. What the lowest layers hold is there until the
-end of the backward pass, so recomputing them lowers memory at every moment. What an upper layer would hold is back as
+end of the backward pass, so running them again lowers memory at every moment. What an upper layer would hold is back as
 soon as it runs again, on top of all that the layers below it hold: so layers are taken from the lowest upwards.
 """
 
@@ -173,10 +173,10 @@ class MemoryModel:
         """The checkpointed segments, in forward order."""
         return self.recording.segments
 
-    def recomputing(self, layers: Collection[str]) -> MemoryModel:
-        """The byte model of the same step in which only these layers are checkpointed; see `Recording.recomputing`."""
+    def with_checkpointed(self, layers: Collection[str]) -> MemoryModel:
+        """The model of the same step in which only these layers are checkpointed; see `Recording.with_checkpointed`."""
         if (key := frozenset(layers)) not in self._known:
-            self._known[key] = replace(self, recording=self.recording.recomputing(key))
+            self._known[key] = replace(self, recording=self.recording.with_checkpointed(key))
         found: MemoryModel = self._known[key]
         return found
 
@@ -366,7 +366,7 @@ class _Groups:
         return self._numbers.setdefault(modules, len(self._numbers))
 
 
-def fewest_recomputed(
+def fewest_checkpointed(
     memory: MemoryModel, ranks: IntArray, limit: float, shape: BatchShape | None = None
 ) -> tuple[str, ...]:
     """The fewest layers that must be checkpointed so that a plan fits.
@@ -384,7 +384,7 @@ def fewest_recomputed(
     layers = holding_layers(memory, ranks)
 
     def peak(count: int) -> float:
-        return memory.recomputing(layers[:count]).peak(ranks, shape)
+        return memory.with_checkpointed(layers[:count]).peak(ranks, shape)
 
     low, high = 0, len(layers)
     if not layers or (above := peak(low)) <= limit:
@@ -401,7 +401,7 @@ def fewest_recomputed(
     return layers[:high]
 
 
-def recomputed_cost(
+def checkpointed_cost(
     memory: MemoryModel,
     max_ranks: IntArray,
     limit: float,
@@ -412,17 +412,17 @@ def recomputed_cost(
     whole: bool = False,
     unpaid: FloatArray | float = 0.0,
 ) -> ByteCost:
-    """What plans cost where layers may be checkpointed: a budget buys less recomputation before it buys more rank.
+    """What plans cost where layers may be checkpointed: a budget buys less checkpointing before it buys more rank.
 
     Where plain LoRA fits without, rank 8 on all modules, and ranks that are to stay do, none is checkpointed. Below, a
     plan must fit with all layers checkpointed, and may take what plain LoRA takes without: else every plan would spend
-    all that recomputation saves on ranks, and every layer would be one. Where that saves nothing, as where logits
+    all that checkpointing saves on ranks, and every layer would be one. Where that saves nothing, as where logits
     take most, or where plans fit without it alone, no layer is checkpointed either.
 
     Args:
         memory: the byte model of a step in which every layer is checkpointed.
         max_ranks: the highest rank of each module, int64 (modules,).
-        limit: bytes that the step may take. Costs without recomputation are scaled, so that it limits them too. They
+        limit: bytes that the step may take. Costs without checkpointing are scaled, so that it limits them too. They
             are rounded down: plain LoRA itself is within it.
         shape: of the batch; by default that of calibration.
         kept: ranks that are to stay, int64 (modules,); they stand for plain LoRA where they take more.
@@ -436,7 +436,7 @@ def recomputed_cost(
         cost = model.cost(shape)
         return replace(cost, per_rank=cost.per_rank - unpaid)
 
-    none = priced(memory.recomputing(()))
+    none = priced(memory.with_checkpointed(()))
     stay = [np.minimum(REFERENCE_RANK, max_ranks)] + ([] if kept is None else [kept])
     plain, ranks = max(((plan_cost(none, ranks), ranks) for ranks in stay), key=lambda pair: pair[0])
     if whole:

@@ -27,9 +27,9 @@ from .budget import Limit, reference_seconds
 from .calibration import check_rank, highest_ranks
 from .card_use import SLACK, CardUse, Verdict, card_use
 from .cost import ParameterCost, plan_cost
+from .device_on_meta import Attention
 from .from_config import ConfiguredStep, LoadedAs, Sharding, Shards, from_config, usual_class
-from .hollow_device import Attention
-from .model import MemoryModel, fewest_recomputed, holding_layers
+from .model import MemoryModel, fewest_checkpointed, holding_layers
 from .published import (
     DeviceRates,
     DeviceSpec,
@@ -69,7 +69,7 @@ class Choice:
             all modules, the batch, or the whole plan, by a rule.
         rank: of every adapted module, or the most that it can have; under a rule the highest.
         layers: how many layers have adapters, from the top.
-        recomputed: names of the checkpointed layers.
+        checkpointed: names of the checkpointed layers.
         ranks: the plan, int64 (modules,).
         step_bytes: predicted peak of a step, beside the frozen model.
         use: what the card sees; None without a card.
@@ -83,7 +83,7 @@ class Choice:
     kind: ChoiceKind
     rank: int
     layers: int
-    recomputed: tuple[str, ...] = field(repr=False)
+    checkpointed: tuple[str, ...] = field(repr=False)
     ranks: IntArray = field(repr=False)
     step_bytes: float
     use: CardUse | None
@@ -100,14 +100,14 @@ class GridCell:
 
     Attributes:
         shape: rows and tokens.
-        recomputed: how many layers must be checkpointed so that it fits with slack; None if even all leave too little.
+        checkpointed: how many layers must be checkpointed so that it fits with slack; None if all are too few.
         activations: whether activations are checkpointed first, since plain LoRA does not fit without.
         bytes: on the card, with these layers, or with all; the allocator's reserve is taken to be the share that it is
             for the batch that was asked for.
     """
 
     shape: BatchShape
-    recomputed: int | None
+    checkpointed: int | None
     activations: bool
     bytes: float
 
@@ -180,11 +180,11 @@ class Outlook:
     @cached_property
     def step(self) -> ConfiguredStep:
         """The step of a run: on a card, activations are checkpointed where plain LoRA does not fit without."""
-        plain = self._free.memory.recomputing(())
+        plain = self._free.memory.with_checkpointed(())
         if self.card is None or self._use(plain, self._plain).verdict == "fits" or self._lean is None:
             return self._free
         memory, top = self._lean.memory, self.plan(1, 1)
-        fits = min(memory.peak(top), memory.recomputing(()).peak(top)) <= self.room  # see `ExactSavers.within`
+        fits = min(memory.peak(top), memory.with_checkpointed(()).peak(top)) <= self.room  # see `ExactSavers.within`
         return self._lean if fits else self._free
 
     @cached_property
@@ -217,7 +217,9 @@ class Outlook:
             again = first.again_bytes if self._asked and self._asked.segments else None
             return first.step_bytes if again is None else again
         return (
-            plan_cost(self._asked.cost(), self._plain) if self._asked else self.memory.recomputing(()).peak(self._plain)
+            plan_cost(self._asked.cost(), self._plain)
+            if self._asked
+            else self.memory.with_checkpointed(()).peak(self._plain)
         )
 
     @property
@@ -234,7 +236,7 @@ class Outlook:
         return float(self.card.memory_bytes - taken)
 
     @cached_property
-    def recomputable(self) -> tuple[str, ...]:
+    def checkpointable(self) -> tuple[str, ...]:
         """Names of the layers that can be checkpointed; none where the model's class has no gradient checkpointing."""
         return tuple(dict.fromkeys(segment.name for segment in self.memory.segments))
 
@@ -250,10 +252,12 @@ class Outlook:
         lowest = np.unique(self._blocks)[-layers]
         return np.where(self._blocks >= lowest, np.minimum(rank, self._highest), 0)
 
-    def choice(self, layers: int, rank: int, recomputed: tuple[str, ...], kind: ChoiceKind = "depth") -> Choice:
+    def choice(self, layers: int, rank: int, checkpointed: tuple[str, ...], kind: ChoiceKind = "depth") -> Choice:
         """What one choice takes; the batch is the one that was asked for."""
-        if (key := (layers, rank, recomputed)) not in self._found:
-            self._found[key] = self._priced(kind, layers, rank, recomputed, self.memory.recomputing(recomputed))
+        if (key := (layers, rank, checkpointed)) not in self._found:
+            self._found[key] = self._priced(
+                kind, layers, rank, checkpointed, self.memory.with_checkpointed(checkpointed)
+            )
         return replace(self._found[key], kind=kind)
 
     def add(self, kind: ChoiceKind, label: str, memory: MemoryModel, shape: BatchShape, ranks: IntArray) -> None:
@@ -267,15 +271,15 @@ class Outlook:
             ranks: its plan, int64 (modules,).
         """
         layers, rank = len(np.unique(self._blocks[ranks > 0])), int(ranks.max())
-        recomputed = tuple(dict.fromkeys(segment.name for segment in memory.segments))
-        self._others.append(self._priced(kind, layers, rank, recomputed, memory, ranks, shape, label))
+        checkpointed = tuple(dict.fromkeys(segment.name for segment in memory.segments))
+        self._others.append(self._priced(kind, layers, rank, checkpointed, memory, ranks, shape, label))
 
     def _priced(
         self,
         kind: ChoiceKind,
         layers: int,
         rank: int,
-        recomputed: tuple[str, ...],
+        checkpointed: tuple[str, ...],
         memory: MemoryModel,
         ranks: IntArray | None = None,
         shape: BatchShape | None = None,
@@ -284,13 +288,13 @@ class Outlook:
         ranks, shape = self.plan(layers, rank) if ranks is None else ranks, shape or memory.shape
         step_bytes = memory.peak(ranks, shape) if self.card else plan_cost(memory.cost(shape), ranks)
         use = self._use(memory, ranks, shape) if self.card else None
-        time = self._time.seconds(ranks, recomputed) / self.plain_seconds if self._time else None
+        time = self._time.seconds(ranks, checkpointed) / self.plain_seconds if self._time else None
         verdict: Verdict | None = use.verdict if use else None
         if self._limit:
             cost = step_bytes if self._limit.unit == "bytes" else plan_cost(ParameterCost.of(self.step.targets), ranks)
             verdict = "fits" if cost <= self._limit.value else "does not fit"
         return Choice(
-            kind, rank, layers, recomputed, ranks, step_bytes, use, time, verdict, shape, label, _memory=memory
+            kind, rank, layers, checkpointed, ranks, step_bytes, use, time, verdict, shape, label, _memory=memory
         )
 
     def _use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
@@ -310,31 +314,31 @@ class Outlook:
         return break_down(choice._memory, self.step.targets, choice.ranks, choice.shape)
 
     def fitting(self, layers: int, rank: int, kind: ChoiceKind = "depth") -> Choice:
-        """The same with as few recomputed layers as fit the card, the allocator's reserve included if possible."""
+        """The same with as few checkpointed layers as fit the card, the allocator's reserve included if possible."""
         if self._set is not None:
             return self.choice(layers, rank, self._set, kind)
         ranks = self.plan(layers, rank)
-        chosen = fewest_recomputed(self.memory, ranks, self._room_for_tensors)
+        chosen = fewest_checkpointed(self.memory, ranks, self._room_for_tensors)
         choice, holding = self.choice(layers, rank, chosen, kind), holding_layers(self.memory, ranks)
-        while choice.verdict != "fits" and len(choice.recomputed) < len(holding):
-            choice = self.choice(layers, rank, holding[: len(choice.recomputed) + 1], kind)
+        while choice.verdict != "fits" and len(choice.checkpointed) < len(holding):
+            choice = self.choice(layers, rank, holding[: len(choice.checkpointed) + 1], kind)
         return choice
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
-        """What was asked for; fewer layers, none, as few as fit or all of them recomputed; ranks; what was added."""
+        """What was asked for; fewer layers, none, as few as fit or all of them checkpointed; ranks; what was added."""
         return (*_depth_choices(self), *_rank_choices(self), *self._others)
 
     @property
     def best(self) -> Choice | None:
-        """The choice that adapts most layers, and recomputes least among those, and fits; None if none does.
+        """The choice that adapts most layers, and checkpoints least among those, and fits; None if none does.
 
         Where none fits with slack, it is the one that leaves most to spare of those that are tight.
         """
         own = [choice for choice in self.choices if choice.kind in ("asked", "depth") and choice.rank == self.rank]
         fitting = [choice for choice in own if choice.verdict == "fits"]
         if fitting:
-            return max(fitting, key=lambda choice: (choice.layers, -len(choice.recomputed)))
+            return max(fitting, key=lambda choice: (choice.layers, -len(choice.checkpointed)))
         tight = [choice for choice in own if choice.use and choice.use.spare_bytes >= 0]
         return min(tight, key=lambda choice: (choice.step_bytes, -choice.layers), default=None)
 
@@ -363,7 +367,7 @@ class Outlook:
     @cached_property
     def _reserve_share(self) -> float:
         """The allocator's reserve as a share of all tensors, all layers checkpointed on the batch asked for."""
-        use = self.choice(self.blocks, self.rank, self.recomputable).use
+        use = self.choice(self.blocks, self.rank, self.checkpointable).use
         assert use is not None, "there is no card"
         return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
 
@@ -371,7 +375,7 @@ class Outlook:
 def _depth_choices(outlook: Outlook) -> Iterator[Choice]:
     as_asked: tuple[str, ...] | None = None
     if outlook._asked:
-        as_asked = outlook.recomputable if outlook._asked.segments else ()
+        as_asked = outlook.checkpointable if outlook._asked.segments else ()
         yield outlook._priced("asked", outlook.blocks, outlook.rank, as_asked, outlook._asked)
     for layers in dict.fromkeys(max(1, round(share * outlook.blocks)) for share in (1.0, *SHARES)):
         if outlook._set is not None:
@@ -386,7 +390,7 @@ def _depth_choices(outlook: Outlook) -> Iterator[Choice]:
         every = outlook.choice(layers, outlook.rank, holding)
         if outlook.card and none.verdict != "fits" and every.verdict != "does not fit":
             fitting = outlook.fitting(layers, outlook.rank)
-            if fitting.recomputed != every.recomputed:
+            if fitting.checkpointed != every.checkpointed:
                 yield fitting
         yield every
 
@@ -396,8 +400,8 @@ def _rank_choices(outlook: Outlook) -> Iterator[Choice]:
         if rank == outlook.rank or rank > outlook._highest.max():
             continue
         if outlook._asked:
-            recomputed = outlook.recomputable if outlook._asked.segments else ()
-            yield outlook._priced("rank", outlook.blocks, rank, recomputed, outlook._asked)
+            checkpointed = outlook.checkpointable if outlook._asked.segments else ()
+            yield outlook._priced("rank", outlook.blocks, rank, checkpointed, outlook._asked)
         else:
             yield outlook.fitting(outlook.blocks, rank, "rank")
 
@@ -406,15 +410,15 @@ def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
     assert outlook.card is not None, "there is no card"
     ranks, room = outlook.plan(outlook.blocks, outlook.rank), outlook._room_for_tensors
     taken = outlook.card.memory_bytes - outlook.room
-    plain = outlook._free.memory.recomputing(()).peak(outlook._plain, shape)
+    plain = outlook._free.memory.with_checkpointed(()).peak(outlook._plain, shape)
     step = outlook._free if plain <= room else outlook._lean or outlook._free
     asked = shape == outlook.memory.shape  # as it is priced above, with the allocator's reserve for this very choice
     chosen = (
-        outlook.fitting(outlook.blocks, outlook.rank).recomputed
+        outlook.fitting(outlook.blocks, outlook.rank).checkpointed
         if asked or outlook._set is not None
-        else fewest_recomputed(step.memory, ranks, room, shape)
+        else fewest_checkpointed(step.memory, ranks, room, shape)
     )
-    peak = step.memory.recomputing(chosen).peak(ranks, shape)
+    peak = step.memory.with_checkpointed(chosen).peak(ranks, shape)
     total = (peak + taken) * (1 + outlook._reserve_share)
     return GridCell(shape, len(chosen) if peak <= room else None, step is not outlook._free, total)
 

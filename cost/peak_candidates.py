@@ -254,9 +254,9 @@ class PeakFinder:
         before = self._during_backward("", index, start, after=True)
         within = self._forward & (recording.segment_index == index)
         last = segment.end if segment.reentrant else int(recording.created[saved].max())
-        recomputed = within & (recording.created <= last)
-        for time in self._highest(sizes, recomputed, np.minimum(recording.freed_if_unsaved, segment.end))[::-1]:
-            created = recomputed & (recording.created <= time)
+        checkpointed = within & (recording.created <= last)
+        for time in self._highest(sizes, checkpointed, np.minimum(recording.freed_if_unsaved, segment.end))[::-1]:
+            created = checkpointed & (recording.created <= time)
             always = created & (recording.freed_if_unsaved >= time)
             saved_now = created & ~always & self._saved_in_segment & (recording.freed >= time)
             label, outside = self._label("recomputed", time), before.always & ~within

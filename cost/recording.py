@@ -202,7 +202,7 @@ class Recording:
             flowing &= self.uses_saved
         return int(self.created[flowing].min()) - 1 if flowing.any() else -1
 
-    def recomputing(self, layers: Collection[str]) -> Recording:
+    def with_checkpointed(self, layers: Collection[str]) -> Recording:
         """The same step with fewer checkpointed segments.
 
         Args:

@@ -99,7 +99,7 @@ class Saved:
         """What the step of a byte model takes; `max_ranks` are the highest of each module, int64 (modules,)."""
         ranks = np.minimum(REFERENCE_RANK, max_ranks)
         again = memory.peak(ranks) if memory.segments else None
-        return cls(name, memory.recomputing(()).peak(ranks), again)
+        return cls(name, memory.with_checkpointed(()).peak(ranks), again)
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Saved:
@@ -229,7 +229,7 @@ class ExactSavers:
         if priced.saved[-1].step_bytes <= limit or self._compiled:
             return priced
         names, found = self.names, self.with_activations(priced, measure, targets)
-        if found and min(least(found.memory.cost()), least(found.memory.recomputing(()).cost())) <= limit:
+        if found and min(least(found.memory.cost()), least(found.memory.with_checkpointed(()).cost())) <= limit:
             return found
         self.take(names)
         return priced

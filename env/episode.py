@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..agents.controller import AdaptersT, ProbeResult, RankController, probe
-from ..agents.log import DecisionLog, DecisionRecord
-from ..agents.observation import Observation
-from ..agents.policy import Decision, Policy
-from ..agents.rules import RULES, find_rule
-from ..agents.settings import DecisionSchedule
 from ..common.arrays import IntArray
 from ..common.text import format_bytes, kinds_in_layers
 from ..cost.cost import plan_cost
+from ..decide.applier import AdaptersT, PlanApplier, ProbeResult, probe
+from ..decide.log import DecisionLog, DecisionRecord
+from ..decide.observation import Observation
+from ..decide.policy import Decision, Policy
+from ..decide.rules import RULES, find_rule
+from ..decide.settings import DecisionSchedule
 from ..errors import ConfigError, NonFiniteError, RunFolderError, UnknownNameError, shown
 from ..lora.adapters import SIGNALS, PeftAdapters
 from ..lora.peft_config import reference_scaling
@@ -59,7 +59,7 @@ class EpisodeLog:
 
     def append(
         self,
-        controller: RankController[Any],
+        applier: PlanApplier[Any],
         observation: Observation,
         decision: Decision,
         plan: Plan,
@@ -70,12 +70,12 @@ class EpisodeLog:
         """Write down a decision that has just been applied; see `DecisionRecord.of`."""
         self.write(
             DecisionRecord.of(
-                controller,
+                applier,
                 observation,
                 decision,
                 plan,
                 policy=self.policy,
-                number=controller.decision - 1,
+                number=applier.decision - 1,
                 step=step,
                 run=self.run,
                 loss=loss,
@@ -149,17 +149,15 @@ def found_once(task: FineTune, key: Hashable, find: Callable[[], Result]) -> Res
     return result
 
 
-def new_controller(
+def new_applier(
     task: FineTune, adapters: AdaptersT, schedule: DecisionSchedule, result: ProbeResult
-) -> RankController[AdaptersT]:
+) -> PlanApplier[AdaptersT]:
     """The link between decisions and the adapters of one episode."""
     cost = task.cost()
     max_ranks = np.array([target.max_rank for target in adapters.targets], dtype=np.int64)
     limit = task.limit.resolve(cost, max_ranks, adapters.targets[0].weight_a.device)
     result = replace(result, predicted=task.predicted)
-    return RankController(
-        adapters, cost, limit.value, schedule, task.steps, result, rows=task.batch_size, seed=task.seed
-    )
+    return PlanApplier(adapters, cost, limit.value, schedule, task.steps, result, rows=task.batch_size, seed=task.seed)
 
 
 def rate_at(peak: float, step: int, steps: int) -> float:
@@ -214,7 +212,7 @@ class Episode:
         self._take_model()
         result = probe_task(task, schedule)
         reset_adapters(self.targets, 1, task.seed)
-        self.controller: RankController[PeftAdapters] = new_controller(
+        self.applier: PlanApplier[PeftAdapters] = new_applier(
             task, PeftAdapters(self.model, self.targets), schedule, result
         )
         self.optimizer = _optimizer(task)
@@ -239,17 +237,17 @@ class Episode:
     def observe(self, interval_loss: float | None = None) -> Observation:
         """The next decision's input."""
         self._take_model()
-        return self.controller.observe(self.step, interval_loss)
+        return self.applier.observe(self.step, interval_loss)
 
     def apply(self, decision: Decision) -> Plan:
         """Take a decision."""
         self._take_model()
-        return self.controller.apply(decision, self.step, self.optimizer)
+        return self.applier.apply(decision, self.step, self.optimizer)
 
     @property
     def until(self) -> int:
         """The step before which the next decision falls, or the end."""
-        return self.controller.until
+        return self.applier.until
 
     def advance(self) -> float:
         """Train until the next decision or the end; returns the mean training loss.
@@ -257,7 +255,7 @@ class Episode:
         Raises:
             NonFiniteError: the loss became NaN or infinite.
         """
-        return self._train(self.until, signals=not self.controller.finished)
+        return self._train(self.until, signals=not self.applier.finished)
 
     def _train(self, until: int, *, signals: bool) -> float:
         self._take_model()
@@ -270,7 +268,7 @@ class Episode:
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self._parameters, MAX_GRAD_NORM)
             if signals:
-                self.controller.adapters.meter.accumulate()
+                self.applier.adapters.meter.accumulate()
             for group in self.optimizer.param_groups:
                 group["lr"] = rate_at(self.task.learning_rate, step, self.task.steps)
             self.optimizer.step()
@@ -281,7 +279,7 @@ class Episode:
     def run_fixed(self, ranks: IntArray) -> float:
         """Train the whole task at fixed ranks, off the ladder if need be; returns the held-out loss."""
         self._take_model()
-        plan = dict(zip(self.controller.names, ranks.tolist(), strict=True))
+        plan = dict(zip(self.applier.names, ranks.tolist(), strict=True))
         set_ranks(self.targets, plan, seed=self.task.seed)
         self._train(self.task.steps, signals=False)
         return self.held_out_loss()
@@ -305,7 +303,7 @@ def _measured_reference(task: FineTune, schedule: DecisionSchedule) -> Reference
     episode = Episode(task, schedule)
     initial = _initial_loss(episode)
     try:
-        uniform = episode.run_fixed(uniform_ranks(episode.controller.problem()))
+        uniform = episode.run_fixed(uniform_ranks(episode.applier.problem()))
     except NonFiniteError:
         uniform = np.nan
     return Reference(initial, uniform if np.isfinite(uniform) else initial)  # a run that failed gained nothing
@@ -423,7 +421,7 @@ class EpisodeRecord:
     Args:
         task: id of what is fine-tuned.
         reference: what fixed allocations achieve.
-        controller: link to the adapters.
+        applier: link to the adapters.
         observation: the first one.
 
     Attributes:
@@ -435,12 +433,10 @@ class EpisodeRecord:
     task: str
     observation: Observation
 
-    def __init__(
-        self, task: str, reference: Reference, controller: RankController[Any], observation: Observation
-    ) -> None:
+    def __init__(self, task: str, reference: Reference, applier: PlanApplier[Any], observation: Observation) -> None:
         self.task, self.reference, self.observation = task, reference, observation
         self.churn: float = 0.0
-        self._controller = controller
+        self._applier = applier
         self._problem: AllocationProblem = observation.problem  # kept: others may train the same adapters later
         self._step = 0
         self._loss: float | None = None
@@ -454,14 +450,14 @@ class EpisodeRecord:
         return self._loss
 
     def advance(self, step: int, loss: float | None, observation: Observation) -> None:
-        """The controller has applied a decision, and training has gone on to a step.
+        """The applier has applied a decision, and training has gone on to a step.
 
         Args:
             step: optimizer steps done.
             loss: mean training loss since the decision; None if it was not finite.
             observation: the next one; at the end the last one again.
         """
-        self._problem = self._controller.problem()
+        self._problem = self._applier.problem()
         if self._decided:
             self.churn += churn_cost(self.observation.problem.rungs, self._problem.rungs)
         self._decided, self._step, self._loss, self.observation = True, step, loss, observation
@@ -505,7 +501,7 @@ class EpisodeRecord:
     def describe(self) -> str:
         """The episode as text: its task, where it stands, then the ranks of each layer from the top down."""
         layers, ranks = np.asarray(self._problem.blocks).tolist(), self._problem.ranks.tolist()
-        labels = kinds_in_layers(self._controller.names, layers)
+        labels = kinds_in_layers(self._applier.names, layers)
         known = dict(zip(zip(layers, labels, strict=True), ranks, strict=True))
         kinds = list(dict.fromkeys(labels))
         number, width = (max(len(str(value)) for value in values) for values in (layers, ranks))
@@ -520,8 +516,8 @@ class EpisodeRecord:
 
     def _status(self) -> str:
         """Where the episode stands, in one line."""
-        problem, unit = self._problem, self._controller.cost.unit
-        parts = [f"step {self._step} of {self._controller.total_steps}"]
+        problem, unit = self._problem, self._applier.cost.unit
+        parts = [f"step {self._step} of {self._applier.total_steps}"]
         limit = format_bytes(problem.limit) if unit == "bytes" else f"{problem.limit:,.0f} {unit}"
         if self._decided:
             parts.append(f"loss {math.nan if self._loss is None else self._loss:.3f}")

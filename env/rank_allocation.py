@@ -9,7 +9,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ..agents.observation import (
+from ..common.checks import is_count
+from ..data.task import SPLITS, SUITES
+from ..decide.observation import (
     MODULE_FEATURE_TABLE,
     MODULE_FEATURES,
     MOST_FEATURE,
@@ -18,10 +20,8 @@ from ..agents.observation import (
     Observation,
     feature_table,
 )
-from ..agents.policy import Decision, decision_from_scores
-from ..agents.settings import DecisionSchedule
-from ..common.checks import is_count
-from ..data.task import SPLITS, SUITES
+from ..decide.policy import Decision, decision_from_scores
+from ..decide.settings import DecisionSchedule
 from ..errors import ConfigError, NonFiniteError, UnknownNameError, UnsupportedError, naming_extras, shown
 from ..lora.spec import DEFAULT_RANKS
 from ..plan.plan import PLACEMENT, SCORE_BOUND
@@ -192,7 +192,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
     * `max_modules`: padding; None for the most that any of the tasks has.
     * `task_overrides`: fields of `ProxyTask` that every drawn task gets, such as `{"steps": 60}`.
     * `actions`: "deltas" or "scores".
-    * `against`: "uniform", or the name of a rule (`rankpilot.agents.rules`), whose run of the task is trained first.
+    * `against`: "uniform", or the name of a rule (`rankpilot.decide.rules`), whose run of the task is trained first.
     * `fresh_seeds`: give each drawn task a seed of its own, so that teacher, data and adapters are new. Against
       uniform, the uniform run of each is trained first; else `uniform_loss` stays that of the task as it was.
     * `logs`: a folder; each episode writes the decision log `episode-NNNNN` there, after those that it holds.
@@ -295,7 +295,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
         self._other = rule_losses(fine_tune, self.schedule, self._against) if self._against else None
         self._episode = Episode(fine_tune, self.schedule)
         first = self._episode.observe()
-        self._record = EpisodeRecord(fine_tune.id, reference, self._episode.controller, first)
+        self._record = EpisodeRecord(fine_tune.id, reference, self._episode.applier, first)
         self._log = None if self._logs is None else next_log(self._logs, AGENT, fine_tune.id)
         return self._arrays(), self._record.info()
 
@@ -308,7 +308,7 @@ class RankAllocationEnv(gym.Env[dict[str, Any], NDArray[Any]], gym.utils.EzPickl
         seen, step, last_loss = record.observation, episode.step, record.loss
         plan = episode.apply(decision)
         if self._log is not None:
-            self._log.append(episode.controller, seen, decision, plan, step=step, loss=last_loss)
+            self._log.append(episode.applier, seen, decision, plan, step=step, loss=last_loss)
         loss: float | None = None
         try:
             loss = episode.advance()

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..agents.control import CHANGES, FEATURES, KEEP, MOST_FEATURE, SHORTEST, UNDO, RunRecord, decision_steps
 from ..common.arrays import FloatArray, IntArray
 from ..common.checks import is_count
+from ..decide.rate_control import CHANGES, FEATURES, KEEP, MOST_FEATURE, SHORTEST, UNDO, RunRecord, decision_steps
 from ..errors import ConfigError, UnsupportedError, naming_extras, shown
 from ..lora.spec import REFERENCE_RANK
 from ..lora.stacked.run import Move, reset_runs, set_stacked_ranks
@@ -213,7 +213,7 @@ class RunControlVectorEnv(VectorEnv[FloatArray, NDArray[Any], NDArray[Any]]):
     optimizer's state that were kept when the rate was last kept or raised, and take a quarter of the rate.
 
     ## Observation Space
-    `Box(-3, 3, (13,))`: `rankpilot.agents.control.FEATURES`.
+    `Box(-3, 3, (13,))`: `rankpilot.decide.rate_control.FEATURES`.
 
     ## Rewards
     At the end by how much the log of the held-out loss is below that of the same run left alone, -2 to 2.

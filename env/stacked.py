@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..agents.controller import ProbeResult, RankController
-from ..agents.observation import Observation
-from ..agents.policy import Decision
-from ..agents.rules import RULES
-from ..agents.settings import DecisionSchedule
 from ..common.arrays import IntArray
+from ..decide.applier import PlanApplier, ProbeResult
+from ..decide.observation import Observation
+from ..decide.policy import Decision
+from ..decide.rules import RULES
+from ..decide.settings import DecisionSchedule
 from ..errors import ConfigError
 from ..lora.adapters import base_norms
 from ..lora.spec import REFERENCE_RANK
@@ -36,7 +36,7 @@ from ..lora.stacked.run import Move, StackedMeter, StackedRun, accumulate_all, r
 from ..plan.plan import uniform_ranks
 from ..plan.problem import AllocationProblem
 from .bases import adapted_base, load_base_model
-from .episode import MAX_GRAD_NORM, EpisodeLog, new_controller, rate_at, unknown_signals
+from .episode import MAX_GRAD_NORM, EpisodeLog, new_applier, rate_at, unknown_signals
 from .proxy_finetune import ProxyFineTune, TaskData, first_problem, known_of, load_task
 from .proxy_task import ProxyTask, Reference
 
@@ -273,7 +273,7 @@ class StackedEpisode:
 
     Attributes:
         task: what is fine-tuned.
-        controller: its link to decisions.
+        applier: its link to decisions.
         observation: what the next decision is made from; at the end what the last one was made from.
         log: where its decisions are written down, if anywhere.
         ranks: after the latest decision, int64 (modules,).
@@ -283,7 +283,7 @@ class StackedEpisode:
     """
 
     task: ProxyTask
-    controller: RankController[StackedRun]
+    applier: PlanApplier[StackedRun]
     observation: Observation
     ranks: IntArray
     log: EpisodeLog | None = None
@@ -350,10 +350,10 @@ class StackedEpisodes:
         reset_runs(self._adapters, {slot: task.seed for slot, task in tasks.items()})
         for slot, task in tasks.items():
             run = StackedRun(self._adapters, slot, self._base_norms)
-            controller = new_controller(ProxyFineTune(task), run, self.schedule, known_of(task)[self._probe_key])
+            applier = new_applier(ProxyFineTune(task), run, self.schedule, known_of(task)[self._probe_key])
             log = logs.get(slot) if logs else None
-            seen = controller.observe(0)
-            self.under_way[slot] = StackedEpisode(task, controller, seen, seen.problem.ranks, log)
+            seen = applier.observe(0)
+            self.under_way[slot] = StackedEpisode(task, applier, seen, seen.problem.ranks, log)
 
     def start_all(self, tasks: Sequence[ProxyTask], logs: Mapping[int, EpisodeLog] | None = None) -> None:
         """Begin episodes in the first slots, and forget all others; see `start`."""
@@ -401,24 +401,24 @@ class StackedEpisodes:
         """
         episodes = {slot: self.under_way[slot] for slot in decisions}
         for slot, episode in episodes.items():
-            plan = episode.controller.apply(decisions[slot], episode.step)
+            plan = episode.applier.apply(decisions[slot], episode.step)
             episode.ranks = plan.ranks
             if episode.log:
                 episode.log.append(
-                    episode.controller,
+                    episode.applier,
                     episode.observation,
                     decisions[slot],
                     plan,
                     step=episode.step,
                     loss=episode.loss,
                 )
-        runs = {slot: episode.controller.adapters for slot, episode in episodes.items()}
+        runs = {slot: episode.applier.adapters for slot, episode in episodes.items()}
         set_stacked_ranks(self._adapters, [run.move for run in runs.values() if run.move])
         lanes = {}
         for slot, episode in episodes.items():
             runs[slot].move = None
-            meter = None if episode.controller.finished else runs[slot].meter
-            until = episode.controller.until
+            meter = None if episode.applier.finished else runs[slot].meter
+            until = episode.applier.until
             lanes[slot] = Lane(episode.task, slot, episode.step, until, _decay(episode.task), meter)
         self._trainer.train(list(lanes.values()))
         for slot, lane in lanes.items():
@@ -426,7 +426,7 @@ class StackedEpisodes:
             episode.step, episode.failed = lane.step, lane.failed
             episode.loss = None if lane.failed else float(np.mean(lane.losses))
             if not episode.ended:
-                episode.observation = episode.controller.observe(episode.step, episode.loss)
+                episode.observation = episode.applier.observe(episode.step, episode.loss)
 
     def run_to_the_end(
         self,

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..agents.settings import DecisionSchedule
 from ..common.checks import is_count
 from ..data.task import SUITES
+from ..decide.settings import DecisionSchedule
 from ..errors import ConfigError, UnknownNameError, naming_extras, shown
 from .episode import UNIFORM, Comparison, EpisodeRecord, rule_to_compare_with
 from .proxy_task import ProxyTask, TaskStream
@@ -262,7 +262,7 @@ class StackedVectorEnv(VectorEnv[dict[str, Any], NDArray[Any], NDArray[Any]]):
         for slot, task in tasks.items():
             episode = self.episodes.under_way[slot]
             reference = self.episodes.reference(task)
-            self.records[slot] = EpisodeRecord(task.id, reference, episode.controller, episode.observation)
+            self.records[slot] = EpisodeRecord(task.id, reference, episode.applier, episode.observation)
         self._initial |= self.episodes.held_out_losses(list(ruled))
         return {slot: self.records[slot].info() for slot in tasks}
 

@@ -19,24 +19,24 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 
-from ..agents.choice import FrontierPlan
-from ..agents.choice import frontier as frontier_of
-from ..agents.chooser import DEFAULT, check_expects
-from ..agents.learned.policy_file import load_policy
-from ..agents.policy import Policy, decision_line
-from ..agents.rules import plan_text
+from ..agents.policy_file import load_policy
 from ..common.files import write_text
 from ..cost.training_step import LossFunction
+from ..decide.choice import FrontierPlan
+from ..decide.choice import frontier as frontier_of
+from ..decide.chooser import DEFAULT, check_expects
+from ..decide.policy import Policy, decision_line
+from ..decide.rules import plan_text
 from ..errors import ConfigError, UnsupportedError, shown
 from ..lora.adapter_file import pattern_config
 from ..lora.peft_config import adapter_ranks, fresh_adapters
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import find_target_modules, unwrap, wrappers_of
 from .callback import bar_of_trainer, ready_to_train, tell_beside_bar
-from .left_as_found import adapters_put_back, put_back, settings_put_back, switches_put_back
 from .options import GivenOptions, PilotOptions
 from .pilot import RankPilot
 from .plan_rate import rule_knows
+from .put_back import adapters_put_back, put_back, settings_put_back, switches_put_back
 from .replicas import check_arguments
 from .run import TrainingRun
 from .trainer_step import run_of_trainer
@@ -284,19 +284,19 @@ def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) 
     pilot.options = replace(pilot.options, prefix_cache="off", control=False)
     pilot.begin(run)
     pilot.finish()
-    controller, decision = pilot.controller, pilot.decision
-    assert controller is not None
+    applier, decision = pilot.applier, pilot.decision
+    assert applier is not None
     assert decision is not None
-    config: LoraConfig = copy.deepcopy(unwrap(model).peft_config[controller.targets[0].adapter])
+    config: LoraConfig = copy.deepcopy(unwrap(model).peft_config[applier.targets[0].adapter])
     config.inference_mode = False
     found = decision.choice if frontier else None
     return StaticPlan(
         config=config,
-        ranks=adapter_ranks(controller.targets),
-        alphas={target.name: target.alpha for target in controller.targets},
+        ranks=adapter_ranks(applier.targets),
+        alphas={target.name: target.alpha for target in applier.targets},
         cost=pilot.predictions[-1][1],
         limit=pilot.limit,
-        unit=controller.cost.unit,
+        unit=applier.cost.unit,
         frontier=tuple(frontier_of(found)) if found else None,
         learning_rate=pilot.rates[1] if pilot.rates else None,
     )

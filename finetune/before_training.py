@@ -15,21 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from ..agents.choice import percent
-from ..agents.controller import RankController
-from ..agents.observation import Observation
-from ..agents.policy import Decision
 from ..common.arrays import IntArray
 from ..common.text import format_bytes
 from ..cost.budget import Budget, Limit, TimeBudget, beyond_device, free_bytes
 from ..cost.calibration import PlanCosts, highest_ranks, measure_memory, plan_costs
 from ..cost.cost import ByteCost
 from ..cost.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
-from ..cost.model import MemoryModel, fewest_recomputed
+from ..cost.model import MemoryModel, fewest_checkpointed
 from ..cost.recording import Batch, BatchShape, reshaped
 from ..cost.savers import ExactSavers, is_compiled
 from ..cost.step_time import PARTS, StepTime
 from ..data.batches import count_predictions
+from ..decide.applier import PlanApplier
+from ..decide.choice import percent
+from ..decide.observation import Observation
+from ..decide.policy import Decision
 from ..errors import BudgetError, UnsupportedError, first_line
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import drop_foreign_state, reset_state
@@ -38,12 +38,12 @@ from ..lora.spec import REFERENCE_RANK, RankLadder
 from ..lora.targets import TargetModule, other_trainable, unwrap
 from ..plan.plan import FewestLayers, TimeLimit, check_budget
 from ..plan.problem import AllocationProblem
-from .left_as_found import Recomputation
 from .plan_keeper import PlanKeeper
 from .prefix_cache import PrefixCache, Room
-from .run import LOOKED_AT, Looked, TrainingRun
+from .put_back import LayerCheckpointing
+from .run import FIRST_ROWS, FirstRows, TrainingRun
 
-UNSEEN: Looked = (0.0, [(1, 1)])
+UNSEEN: FirstRows = (0.0, [(1, 1)])
 """What stands for a look at a run whose data are yet to be made."""
 
 LEAST_LENGTH = 16
@@ -64,9 +64,9 @@ class StepTimer:
     Attributes:
         run: the run.
         targets: the target modules of its model.
-        memory: predicts bytes, where the budget counts them; with all layers checkpointed under `recomputation`.
+        memory: predicts bytes, where the budget counts them; with all layers checkpointed under `checkpointing`.
         limit: of bytes, if `memory` is given.
-        recomputation: chooses the checkpointed layers; all are while a method runs, and afterwards.
+        checkpointing: chooses the checkpointed layers; all are while a method runs, and afterwards.
         cache_bytes: what the prefix cache may take, see `prefix_cache`; 0 for none.
     """
 
@@ -74,7 +74,7 @@ class StepTimer:
     targets: Sequence[TargetModule]
     memory: MemoryModel | None
     limit: float
-    recomputation: Recomputation | None
+    checkpointing: LayerCheckpointing | None
     cache_bytes: float | None = 0.0
 
     def time_limit(self, budget: TimeBudget) -> TimeLimit:
@@ -84,7 +84,7 @@ class StepTimer:
             DataError, UnsupportedError: see `TrainingRun.largest_batch` and `measure_step_time`.
         """
         fewest = (
-            partial(fewest_recomputed, self.memory, limit=self.limit) if self.recomputation and self.memory else None
+            partial(fewest_checkpointed, self.memory, limit=self.limit) if self.checkpointing and self.memory else None
         )
         time = self.run.measured(self._step_time)
         return self._limit(budget, time, fewest, self._left_out(time))
@@ -100,22 +100,22 @@ class StepTimer:
             return None
         return self._limit(budget, before.time, before.layers, before.left_out) if before else self.time_limit(budget)
 
-    def settle(self, controller: RankController[PeftAdapters], ask: Ask) -> None:
-        """Let the limit of time agree with steps under the first plan that it leads to; see `TimeLimit.settled`.
+    def agree_with_steps(self, applier: PlanApplier[PeftAdapters], ask: Ask) -> None:
+        """Let the limit of time agree with steps under the first plan that it leads to; see `TimeLimit.agreed`.
 
         Args:
-            controller: before its first decision, with a limit of time; it gets the new one.
+            applier: before its first decision, with a limit of time; it gets the new one.
             ask: the policy.
         """
-        given = controller.time
+        given = applier.time
         assert given is not None, "time is limited"
         plain = np.minimum(REFERENCE_RANK, highest_ranks(self.targets))
 
         def plan(limit: TimeLimit) -> IntArray:
-            controller.time = limit
-            problem = controller.problem()
+            applier.time = limit
+            problem = applier.problem()
             limit.check(problem)
-            return controller.propose(ask(controller.observe(0))).ranks
+            return applier.propose(ask(applier.observe(0))).ranks
 
         def measured(ranks: IntArray) -> float:
             planned = ranks, given.layers(ranks) if given.layers else ()
@@ -126,13 +126,13 @@ class StepTimer:
 
             return self.run.measured(share)
 
-        controller.time = given.settled(plan, measured, given.time.seconds(plain, () if self._take else None))
-        if self.recomputation:
-            self.recomputation.take(self.recomputation.layers)
+        applier.time = given.agreed(plan, measured, given.time.seconds(plain, () if self._take else None))
+        if self.checkpointing:
+            self.checkpointing.take(self.checkpointing.layers)
 
     @property
     def _take(self) -> Callable[..., None] | None:
-        return self.recomputation.take if self.recomputation else None
+        return self.checkpointing.take if self.checkpointing else None
 
     def _limit(self, budget: TimeBudget, time: StepTime, layers: FewestLayers | None, left_out: float) -> TimeLimit:
         most, mean = highest_ranks(self.targets), time.with_left_out(left_out)
@@ -157,7 +157,7 @@ class StepTimer:
         batch, each = self.run.largest_batch(), self.run.step.rows_per_example
         whole = shape = BatchShape.of(batch)
         if self.memory:
-            plans = timed_plans(self.targets, self.recomputation.layers if self.recomputation else ())
+            plans = timed_plans(self.targets, self.checkpointing.layers if self.checkpointing else ())
             shape = _largest_that_fits(self.memory, plans, self.limit, each)
         timed = batch if shape == whole else reshaped(batch, shape, each)
         return timed, shape.rows * shape.length / (whole.rows * whole.length)
@@ -174,7 +174,7 @@ def _largest_that_fits(
         shapes.append(BatchShape(rows_per_example, length))
 
     def fits(index: int) -> bool:
-        steps = ((memory.recomputing(layers) if memory.segments else memory, ranks) for ranks, layers in plans)
+        steps = ((memory.with_checkpointed(layers) if memory.segments else memory, ranks) for ranks, layers in plans)
         return all(step.peak(ranks, shapes[index]) <= limit for step, ranks in steps)
 
     try:
@@ -232,29 +232,29 @@ SAMPLED_ROWS = 32
 """Rows whose tokens are counted to tell how many all rows have."""
 
 
-def faster_plan(keeper: PlanKeeper, controller: RankController[Any], ask: Ask, decision: Decision) -> str:
+def faster_plan(keeper: PlanKeeper, applier: PlanApplier[Any], ask: Ask, decision: Decision) -> str:
     """What a first plan would be without checkpointed layers, in words; empty where it needs none, or none is known.
 
     Plans are priced afterwards as they were for the decision.
 
     Args:
         keeper: has priced plans for this decision.
-        controller: of the run.
+        applier: of the run.
         ask: the policy.
         decision: the first one, which is yet to be applied.
     """
     expected, found = _expected(decision), decision.choice
-    if not keeper.layers_of(controller.propose(decision).ranks):
+    if not keeper.layers_of(applier.propose(decision).ranks):
         return ""
     if found and found.goal.kind == "bytes":
         return "gradient_checkpointing=False takes less time, and more bytes."
     if expected is None:
         return ""
-    keeper.deciding(recomputing=False)
+    keeper.deciding(checkpointing=False)
     try:
-        check_budget(controller.problem(), list(controller.names))
-        other = ask(controller.observe(0))
-        ranks = controller.propose(other).ranks
+        check_budget(applier.problem(), list(applier.names))
+        other = ask(applier.observe(0))
+        ranks = applier.propose(other).ranks
     except BudgetError:
         return "Without gradient checkpointing, no plan fits this budget."
     finally:
@@ -303,7 +303,7 @@ def run_costs(
             `plan_costs`.
         savers: the exact savers that are on.
         kept: ranks of adapters that are trained already; see `Budget.resolve`.
-        whole: all layers are checkpointed; see `recomputed_cost`.
+        whole: all layers are checkpointed; see `checkpointed_cost`.
     """
     budget = within_all(run, budget)
     costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept, whole=whole)
@@ -354,7 +354,7 @@ STAY = (
 ROLLOUTS = "It holds for training steps; the rollouts between them are not counted."
 
 
-def told_budget(
+def budget_text(
     run: TrainingRun, targets: Sequence[TargetModule], budget: Budget, limit: Limit, *, stay: bool = False
 ) -> str:
     """What a run's budget allows, and what the rank of its LoraConfig means, as the first line for people.
@@ -401,9 +401,7 @@ KEPT = (
 
 
 @contextmanager
-def learned_kept(
-    run: TrainingRun, controller: RankController[PeftAdapters], note: Callable[[str], None]
-) -> Iterator[None]:
+def learned_kept(run: TrainingRun, applier: PlanApplier[PeftAdapters], note: Callable[[str], None]) -> Iterator[None]:
     """Let the first decision, which is made inside, take away nothing that adapters have learned already.
 
     No adapter shrinks there if all fit as they are, which is told. If they do not, some must: then the loss on a few
@@ -411,29 +409,29 @@ def learned_kept(
 
     Args:
         run: the run.
-        controller: takes the decision.
+        applier: takes the decision.
         note: tells a line.
     """
-    if not any(map(is_trained, controller.targets)):
+    if not any(map(is_trained, applier.targets)):
         yield
         return
-    low, before = controller.low, controller.ranks.copy()
-    controller.low = before if low is None else np.maximum(low, before)
-    if controller.high is not None:
-        controller.low = np.minimum(controller.low, controller.high)
+    low, before = applier.low, applier.ranks.copy()
+    applier.low = before if low is None else np.maximum(low, before)
+    if applier.high is not None:
+        applier.low = np.minimum(applier.low, applier.high)
     try:
-        if _some_plan_fits(controller):
+        if _some_plan_fits(applier):
             note(KEPT)
             yield
             return
     finally:
-        controller.low = low
-    losses = [run.look(controller.seed)[0]]
+        applier.low = low
+    losses = [run.read_first_rows(applier.seed)[0]]
     yield
-    losses.append(run.look(controller.seed)[0])
+    losses.append(run.read_first_rows(applier.seed)[0])
     told = (
         f"The adapters are trained already, and this budget does not hold their ranks ({before.sum()} together): the "
-        f"loss on {LOOKED_AT} rows was {losses[0]:.4g} before the plan and is {losses[1]:.4g} under it. A larger "
+        f"loss on {FIRST_ROWS} rows was {losses[0]:.4g} before the plan and is {losses[1]:.4g} under it. A larger "
         "budget keeps what they have learned."
     )
     if losses[1] <= MUCH_LOST * losses[0]:
@@ -448,13 +446,13 @@ def ranks_that_hold(targets: Sequence[TargetModule]) -> IntArray:
     return np.maximum(ranks, np.minimum(ladder.array[ladder.rung_above(ranks)], highest_ranks(targets)))
 
 
-def _some_plan_fits(controller: RankController[PeftAdapters]) -> bool:
-    """Whether a plan fits the budget, and the time, within the bounds that a controller has now."""
-    problem = controller.problem()
+def _some_plan_fits(applier: PlanApplier[PeftAdapters]) -> bool:
+    """Whether a plan fits the budget, and the time, within the bounds that a applier has now."""
+    problem = applier.problem()
     try:
-        check_budget(problem, list(controller.names))
-        if controller.time:
-            controller.time.check(problem)
+        check_budget(problem, list(applier.names))
+        if applier.time:
+            applier.time.check(problem)
     except BudgetError:
         return False
     return True

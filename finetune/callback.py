@@ -16,13 +16,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..agents.chooser import DEFAULT
-from ..agents.controller import RankController
-from ..agents.log import DecisionLog
-from ..agents.policy import Policy
 from ..common.processes import Processes
 from ..common.termination import Terminated, is_unhandled, on_sigterm, terminate
 from ..cost.recording import Batch
+from ..decide.applier import PlanApplier
+from ..decide.chooser import DEFAULT
+from ..decide.log import DecisionLog
+from ..decide.policy import Policy
 from ..errors import BudgetError, ConfigError, DataError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import let_train, resizable_targets
@@ -233,9 +233,9 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         )
 
     @property
-    def controller(self) -> RankController[PeftAdapters] | None:
+    def applier(self) -> PlanApplier[PeftAdapters] | None:
         """Observes the adapters and changes their ranks; None before training."""
-        return self.pilot.controller
+        return self.pilot.applier
 
     @property
     def predictions(self) -> list[tuple[int, float]]:

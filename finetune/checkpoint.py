@@ -262,12 +262,12 @@ def save_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path) -> N
     state, path = pilot.state_dict(), Path(folder).absolute()
     if not run.replicas.processes.first:
         return
-    assert pilot.controller, "a pilot that tells its state has begun"
+    assert pilot.applier, "a pilot that tells its state has begun"
     _check_replaceable(path)
     with files.atomic_path(path) as temporary:
         temporary.mkdir()
         save_state(temporary, state)
-        save_file(_trained(run, pilot.controller.targets), temporary / WEIGHTS)
+        save_file(_trained(run, pilot.applier.targets), temporary / WEIGHTS)
         torch.save(run.optimizer.state_dict(), temporary / OPTIMIZER)
 
 

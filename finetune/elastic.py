@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ..agents.controller import RankController
 from ..common.checks import finite
 from ..cost.budget import Budget, GivenBudget, Limit, budget_now, free_bytes
 from ..cost.calibration import beside_model, highest_ranks
 from ..cost.recording import Batch
+from ..decide.applier import PlanApplier
 from ..lora.adapters import PeftAdapters
 from .peak_guard import PeakGuard
 from .run import Participant, TrainingRun
@@ -57,14 +57,14 @@ class ElasticBudget(Participant):
         alone = self._run.replicas.processes.count == 1
         return alone and (callable(self._given) or self.budget.kind == "auto")
 
-    def give(self, budget: GivenBudget, controller: RankController[PeftAdapters]) -> None:
+    def give(self, budget: GivenBudget, applier: PlanApplier[PeftAdapters]) -> None:
         """Take another budget from the next step on.
 
         Raises:
             BudgetError: it counts another unit than the run's.
         """
         if not callable(budget):
-            Budget.parse(budget).resolve(controller.cost, highest_ranks(controller.targets), self._run.device)
+            Budget.parse(budget).resolve(applier.cost, highest_ranks(applier.targets), self._run.device)
         self._given, self.given = budget, True
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
@@ -85,30 +85,30 @@ class ElasticBudget(Participant):
         """Bring the plan within the limit of the moment, if the limit may have moved."""
         shortage = self._guard.shortage
         if self.given or self.moves or shortage.follows:
-            shortage.follow(self.limit(self._guard.plan.controller), step)
+            shortage.follow(self.limit(self._guard.plan.applier), step)
 
     def state(self) -> dict[str, Any]:
         """The limit, what shares are shares of, and the bytes that the run holds itself, as JSON values."""
         own = held_bytes(self._run.device) - self._held
         return {"elastic": {"limit": self.now, "whole": self._whole, "own": own}}
 
-    def limit(self, controller: RankController[PeftAdapters]) -> float:
-        """The limit of plans now, in the unit of the controller's costs.
+    def limit(self, applier: PlanApplier[PeftAdapters]) -> float:
+        """The limit of plans now, in the unit of the applier's costs.
 
         Raises:
             BudgetError: the budget cannot be read, or counts another unit than the run's.
             ConfigError: the function fails.
         """
         self.given = False
-        (least,) = self._run.replicas.processes.least(self._limit_here(controller))
+        (least,) = self._run.replicas.processes.least(self._limit_here(applier))
         return least
 
-    def _limit_here(self, controller: RankController[PeftAdapters]) -> float:
+    def _limit_here(self, applier: PlanApplier[PeftAdapters]) -> float:
         """The same, before several processes agree on the lowest."""
         before, self.budget = self.budget, budget_now(self._given)
         if self.budget != before:  # one of another unit is refused
-            budget, highest = beside_model(self.budget, self._run.model), highest_ranks(controller.targets)
-            self.now = budget.resolve(controller.cost, highest, self._run.device).value
+            budget, highest = beside_model(self.budget, self._run.model), highest_ranks(applier.targets)
+            self.now = budget.resolve(applier.cost, highest, self._run.device).value
         if self.budget.kind == "auto":
             own = max(held_bytes(self._run.device) - self._held, 0)
             return self.budget.value * (free_bytes(self._run.device) / self._run.replicas.on_this_device + own)

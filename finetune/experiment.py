@@ -16,10 +16,7 @@ import numpy as np
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from ..agents.learned.policy_file import load_policy, policy_schedule
-from ..agents.log import DecisionLog
-from ..agents.rules import GivenPlan, read_plan, shuffled_plan
-from ..agents.settings import ONCE
+from ..agents.policy_file import load_policy, policy_schedule
 from ..common import files
 from ..common.devices import find_energy_counter
 from ..common.termination import Terminated, on_sigterm
@@ -27,6 +24,9 @@ from ..cost.budget import Budget
 from ..cost.peak_meter import PeakMeter
 from ..cost.savers import ExactSavers
 from ..data.workload import Workload
+from ..decide.log import DecisionLog
+from ..decide.rules import GivenPlan, read_plan, shuffled_plan
+from ..decide.settings import ONCE
 from ..errors import BudgetError, ConfigError, DataError, NonFiniteError, RunFolderError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import adapter_ranks, finish_load, make_resizable
@@ -38,10 +38,10 @@ from .allocate import StaticPlan, static_plan
 from .before_training import StepTimer, run_costs
 from .callback import RankPilotCallback, StopWithCheckpoint, attach
 from .checkpoint import STATE, fault_of, last_checkpoint
-from .left_as_found import Recomputation, could_recompute
 from .options import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig, PilotOptions, rank_bounds_of
 from .pilot import RankPilot
 from .plan_rate import PlanRate
+from .put_back import LayerCheckpointing, could_checkpoint
 from .replicas import check_arguments
 from .run_settings import policy_settings
 from .trainer import RunMetrics, hardware_facts, new_arguments, new_model, new_trainer, read_workload
@@ -277,7 +277,7 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
 
     Args:
         trainer: whose ranks it sets, as one of its callbacks. Its model can load adapters of any ranks from now on.
-        options: budget, time, recomputation and seed count.
+        options: budget, time, checkpointing and seed count.
 
     Attributes:
         limit: what the plan may cost, in bytes or parameters; 0 before training.
@@ -315,31 +315,31 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         targets = find_target_modules(model)
         adapters = PeftAdapters(model, targets)
         savers = ExactSavers(model) if options.exact_savers else None
-        recomputation = Recomputation(model) if options.chooses_layers and could_recompute(model) else None
+        checkpointing = LayerCheckpointing(model) if options.chooses_layers and could_checkpoint(model) else None
         if savers:
             self._put_back.callback(savers.put_back)
-        if recomputation:
-            self._put_back.callback(recomputation.put_back)
+        if checkpointing:
+            self._put_back.callback(checkpointing.put_back)
         run, least = self._step.run(args, state, objects), partial(least_cost, targets, None, None)
-        least_of = least if recomputation else None
+        least_of = least if checkpointing else None
         costs = run_costs(run, targets, options.budget_read, signals=False, least=least_of, savers=savers)
         self.limit = costs.limit.value
-        if recomputation:
-            recomputation.memory = costs.memory
+        if checkpointing:
+            checkpointing.memory = costs.memory
         rate = PlanRate(run, targets, auto=False, keep=options.keep_rate)
         self._put_back.callback(rate.end)
         if state.global_step > 0:
             finish_load(model, targets)
             rate.ranks_changed()
-            if recomputation:
-                recomputation.take(recomputation.fewest(adapters.ranks, self.limit))
+            if checkpointing:
+                checkpointing.take(checkpointing.fewest(adapters.ranks, self.limit))
             if state.global_step >= state.max_steps:
                 self._step.take_no_more()
                 control.should_training_stop = True
             return
         timed = None
         if options.time_read:
-            timer = StepTimer(run, targets, costs.memory, self.limit, recomputation)
+            timer = StepTimer(run, targets, costs.memory, self.limit, checkpointing)
             timed = timer.time_limit(options.time_read)
         problem = AllocationProblem.of(
             targets, timed.added_to(costs.cost, self.limit) if timed else costs.cost, self.limit
@@ -348,8 +348,8 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         ranks = uniform_ranks(timed.choose(problem, uniform_ranks) if timed else problem)
         adapters.set_ranks(ranks, optimizer, seed=options.seed or 0, step=0)
         rate.ranks_changed()
-        if recomputation:
-            recomputation.take(recomputation.fewest(ranks, self.limit))
+        if checkpointing:
+            checkpointing.take(checkpointing.fewest(ranks, self.limit))
 
 
 class _TakesPlan(TrainerCallback):  # type: ignore[misc]
@@ -368,10 +368,10 @@ class _TakesPlan(TrainerCallback):  # type: ignore[misc]
             return
         if self._at > 0:
             self._pilot.take(self._plan.ranks)
-        assert self._pilot.controller is not None, "the run has begun"
+        assert self._pilot.applier is not None, "the run has begun"
         short = [
             target.name
-            for target in self._pilot.controller.targets
+            for target in self._pilot.applier.targets
             if target.rank != min(self._plan.ranks[target.name], target.max_rank)
         ]
         if short:

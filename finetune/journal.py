@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..agents.choice import Choice
-from ..agents.controller import RankController
-from ..agents.learned.policy_file import CARD, WEIGHTS
-from ..agents.log import CONTROL, POLICY, DecisionLog, DecisionRecord
-from ..agents.observation import Observation
-from ..agents.policy import Decision, Policy, decision_from_plan
+from ..agents.policy_file import CARD, WEIGHTS
 from ..common.arrays import IntArray
 from ..common.files import append_json_line, read_json_lines, write_json_lines
 from ..cost.cost import TimedCost, plan_cost
 from ..cost.savers import ACTIVATIONS, Saved, plain_text
+from ..decide.applier import PlanApplier
+from ..decide.choice import Choice
+from ..decide.log import CONTROL, POLICY, DecisionLog, DecisionRecord
+from ..decide.observation import Observation
+from ..decide.policy import Decision, Policy, decision_from_plan
 from ..errors import BudgetError
 from ..plan.plan import Plan
 from ..plan.problem import AllocationProblem
-from .left_as_found import could_recompute
+from .put_back import could_checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ class Journal:
 
     def record(
         self,
-        controller: RankController[Any],
+        applier: PlanApplier[Any],
         change: PlanChange,
         *,
         loss: float | None,
@@ -150,7 +150,7 @@ class Journal:
         """Write down a change that has just been applied, with the cost of its plan until the next one.
 
         Args:
-            controller: has applied it.
+            applier: has applied it.
             change: the decision or correction.
             loss: mean training loss since the change before this one.
             peak: bytes at the latest peak that was measured.
@@ -161,10 +161,10 @@ class Journal:
             BudgetError: the plan holds no adapter.
         """
         step, observation = change.step, change.observation
-        plan = replace(change.plan, cost=plan_cost(controller.cost_now(), change.plan.ranks))
+        plan = replace(change.plan, cost=plan_cost(applier.cost_now(), change.plan.ranks))
         self.predictions.append((step, plan.cost))
         record = DecisionRecord.of(
-            controller,
+            applier,
             observation,
             change.decision,
             plan,
@@ -183,7 +183,7 @@ class Journal:
             self.log.append(record)
         self.note(record.line() + (f", {remark}" if remark else ""))
         if record.number == 0 and change.decision.choice is not None:
-            self._note_expected(change.decision.choice, observation.problem, controller.adapters.model)
+            self._note_expected(change.decision.choice, observation.problem, applier.adapters.model)
         if not plan.ranks.any():
             raise BudgetError(
                 f"At step {step} no adapter is left: those that fit the budget keep their ranks because they hold NaN "
@@ -194,7 +194,7 @@ class Journal:
         """Tell what is expected of the first plan, and what helps where much is lost."""
         helps = "A larger budget or time makes room."
         if not isinstance(problem.cost, TimedCost):
-            more = problem.cost.unit == "bytes" and could_recompute(model)
+            more = problem.cost.unit == "bytes" and could_checkpoint(model)
             helps = f"A larger budget makes room{RECOMPUTE if more else ''}."
         if expected := found.promise():
             self.note(f"{expected} {helps}" if found.lacks_room else expected)

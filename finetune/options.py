@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..agents.settings import DecisionSchedule
 from ..common.checks import is_count
 from ..cost.budget import Budget, GivenBudget, TimeBudget, budget_now
 from ..cost.step_config import Checkpointing, StepConfig, check_seed
 from ..data.task import Task
+from ..decide.settings import DecisionSchedule
 from ..errors import BudgetError, ConfigError, UnknownNameError, shown
 from ..lora.spec import Scaling, check_scaling
 from ..plan.goal import Goal, GoalKind, goal_of

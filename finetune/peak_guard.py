@@ -17,8 +17,8 @@ from ..cost.peak_meter import PeakMeter, StepBatches, likely_cause
 from ..cost.recording import Batch, BatchShape
 from ..cost.savers import is_compiled
 from ..errors import UnsupportedError
-from .left_as_found import settings_put_back
 from .plan_keeper import PlanKeeper, PlanState
+from .put_back import settings_put_back
 from .run import Participant
 from .shortage import Shortage
 
@@ -64,7 +64,7 @@ class PeakGuard(Participant):
         """What `begin` needs to go on, as tensors and JSON values."""
         measured = {"peaks": list(self.meter.history), "measure_next": self.meter.requested}
         own = {**self.plan.now.state(), **measured, "checks": list(self.checks)}
-        return {"guard": own, "recomputed": list(self.plan.recomputed)}
+        return {"guard": own, "checkpointed": list(self.plan.checkpointed)}
 
     def end(self) -> None:
         """Stop measuring."""
@@ -80,15 +80,15 @@ class PeakGuard(Participant):
             self._batches = StepBatches.of(batches)
         if self._keeps_gradients is None and plan.limits_bytes and self._gradients_stay():
             self._watch_gradients()
-        if plan.recomputation:
-            plan.recomputation.before_step()
+        if plan.checkpointing:
+            plan.checkpointing.before_step()
         larger = plan.now.shape.joined(self._step_shape)
         if larger != plan.now.shape:
             if plan.limits_bytes:
                 self.shortage.keep()
             plan.larger_batch(batches, larger)
         if self.meter.due(step):
-            held, signals = run.replicas.begin_measuring(), plan.controller.adapters.meter
+            held, signals = run.replicas.begin_measuring(), plan.applier.adapters.meter
             # Signal buffers are made in the first step of an interval, and stay.
             self.meter.begin(run.model, run.optimizer, held, lambda: signals.buffer_bytes)
 
@@ -113,7 +113,7 @@ class PeakGuard(Participant):
         peak = self.meter.end(step)
         if peak is not None and plan.limits_bytes:
             cause = self._check(step, peak) if plan.now.unchecked else ""
-            if peak > plan.controller.limit:
+            if peak > plan.applier.limit:
                 plan.above(peak, cause)
             elif cause:
                 plan.warn("The peak of step %d was %s, %s", step, format_bytes(peak, up=True), cause)
@@ -125,17 +125,17 @@ class PeakGuard(Participant):
         Returns:
             The prediction and the likely cause if they differ by more than the margin, else nothing.
         """
-        plan, controller = self.plan, self.plan.controller
+        plan, applier = self.plan, self.plan.applier
         plan.now = replace(plan.now, unchecked=False)
-        cost = controller.cost
+        cost = applier.cost
         if self._step_shape != plan.now.shape:  # a smaller batch than the plan was made for
             try:
                 cost = plan.cost_of_shape(self._step_shape)
             except UnsupportedError:
                 return ""
-        predicted = plan_cost(controller.cost_now(cost), controller.ranks)
+        predicted = plan_cost(applier.cost_now(cost), applier.ranks)
         if not plan.now.underestimate:  # which is beside the cost with the excess
-            predicted -= excess_of_state(controller.targets, self.plan.run.optimizer)
+            predicted -= excess_of_state(applier.targets, self.plan.run.optimizer)
         self.checks.append((step, predicted, peak))
         return likely_cause(peak, predicted, self._batches, self.plan.run.accumulation)
 
@@ -145,8 +145,8 @@ class PeakGuard(Participant):
     def aside(self) -> Iterator[None]:
         """Let what runs inside be no part of a step, such as answers to prompts: no layer is checkpointed there."""
         with settings_put_back(self.plan.run.model), self.meter.aside():
-            if self.plan.recomputation:
-                self.plan.recomputation.pause()
+            if self.plan.checkpointing:
+                self.plan.checkpointing.pause()
             yield
 
     @contextmanager
@@ -161,13 +161,13 @@ class PeakGuard(Participant):
             raise
         peak = self.meter.end_other()
         if peak is not None:
-            self.evaluation_share = peak / self.plan.controller.limit
+            self.evaluation_share = peak / self.plan.applier.limit
 
     # Gradients --------------------------------------------------------------------------------------------------------
 
     def _gradients_stay(self) -> bool:
         """Whether the adapters hold gradients now."""
-        targets = self.plan.controller.targets
+        targets = self.plan.applier.targets
         return any(p.grad is not None for target in targets for p in target.parameters.values())
 
     def _watch_gradients(self) -> None:

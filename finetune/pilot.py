@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from ..agents.chooser import DEFAULT, with_goal
-from ..agents.controller import RankController
-from ..agents.learned.policy_file import load_policy, policy_schedule
-from ..agents.log import DecisionLog
-from ..agents.policy import Decision, Policy
-from ..agents.settings import DecisionSchedule
+from ..agents.policy_file import load_policy, policy_schedule
 from ..cost.budget import Budget, GivenBudget, TimeBudget
 from ..cost.recording import Batch
+from ..decide.applier import PlanApplier
+from ..decide.chooser import DEFAULT, with_goal
+from ..decide.log import DecisionLog
+from ..decide.policy import Decision, Policy
+from ..decide.settings import DecisionSchedule
 from ..errors import ConfigError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import resizable_targets
@@ -175,8 +175,8 @@ class RankPilot:
             BudgetError, ConfigError: it cannot be read.
         """
         options = replace(self.options, budget=budget)
-        if self.controller:
-            _begun(self._piloted).elastic.give(budget, self.controller)
+        if self.applier:
+            _begun(self._piloted).elastic.give(budget, self.applier)
         self.options, self.budget = options, options.budget_read
 
     def out_of_memory(self, error: torch.OutOfMemoryError | None = None) -> None:
@@ -228,9 +228,9 @@ class RankPilot:
     # What can be read while the run lasts -----------------------------------------------------------------------------
 
     @property
-    def controller(self) -> RankController[PeftAdapters] | None:
+    def applier(self) -> PlanApplier[PeftAdapters] | None:
         """Observes the adapters and changes their ranks; None before `begin`."""
-        return self._piloted.controller if self._piloted and self._piloted.begun else None
+        return self._piloted.applier if self._piloted and self._piloted.begun else None
 
     @property
     def decision(self) -> Decision | None:
@@ -255,7 +255,7 @@ class RankPilot:
     @property
     def limit(self) -> float:
         """What a plan may cost, in bytes or parameters. It is known from `begin` on."""
-        return float(_begun(self._piloted).controller.limit)
+        return float(_begun(self._piloted).applier.limit)
 
     @property
     def rate_factor(self) -> float:
@@ -287,21 +287,21 @@ class RankPilot:
         """
         piloted = _begun(self._piloted)
         fresh, piloted.shown = self.peaks[piloted.shown :], len(self.peaks)
-        controller, keeper, predictions = piloted.controller, piloted.guard.plan, self.predictions
-        ranks, unit = controller.ranks, controller.cost.unit
+        applier, keeper, predictions = piloted.applier, piloted.guard.plan, self.predictions
+        ranks, unit = applier.ranks, applier.cost.unit
         figures = {
             "rank_mean": float(ranks.mean()),
             "rank_modules": float((ranks > 0).sum()),
             f"plan_{unit}": predictions[-1][1],
-            f"budget_{unit}": float(controller.limit),
+            f"budget_{unit}": float(applier.limit),
             "rank_decisions": float(len(predictions)),
         }
-        if keeper.recomputation:
-            figures["recomputed_layers"] = float(len(keeper.recomputed))
-        if controller.time:
-            figures["plan_seconds"] = controller.time.of(ranks)
-            if controller.time.beside is None:
-                figures["budget_seconds"] = controller.time.seconds
+        if keeper.checkpointing:
+            figures["checkpointed_layers"] = float(len(keeper.checkpointed))
+        if applier.time:
+            figures["plan_seconds"] = applier.time.of(ranks)
+            if applier.time.beside is None:
+                figures["budget_seconds"] = applier.time.seconds
         if fresh:
             figures["peak_bytes"] = float(max(peak for _, peak in fresh))
         return figures

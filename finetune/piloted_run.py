@@ -10,12 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..agents.control import CONTROLLERS, SHORTEST
-from ..agents.controller import RankController
-from ..agents.observation import Observation
-from ..agents.policy import Decision, Policy, asked, reads_signals, rounding
-from ..agents.rules import AsConfigured, PlanFile, given_ranks
-from ..agents.settings import DecisionSchedule
 from ..common.checks import finite
 from ..common.devices import without_autocast
 from ..common.text import plural
@@ -23,29 +17,35 @@ from ..cost.budget import TimeBudget
 from ..cost.calibration import PlanCosts
 from ..cost.recording import Batch
 from ..cost.savers import CACHE, SAVERS, TILES, ExactSavers, is_compiled
+from ..decide.applier import PlanApplier
+from ..decide.observation import Observation
+from ..decide.policy import Decision, Policy, asked, reads_signals, rounding
+from ..decide.rate_control import RATE_CONTROLS, SHORTEST
+from ..decide.rules import AsConfigured, PlanFile, given_ranks
+from ..decide.settings import DecisionSchedule
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, start_kept
 from ..lora.resize import is_trained
 from ..lora.targets import TargetModule, check_trains
 from ..plan.plan import least_cost
 from ..plan.problem import rank_bounds
-from ..plan.rate import Look
+from ..plan.rate import InitialLoss
 from . import before_training
+from .controlled_rate import ControlledRate
 from .elastic import ElasticBudget
 from .journal import Journal, PlanChange
-from .left_as_found import Kept, Recomputation, adapters_put_back, all_running_again, could_recompute
 from .options import PilotOptions
 from .peak_guard import PeakGuard
-from .plan_rate import PlanRate, look_at
+from .plan_rate import PlanRate, initial_loss
 from .prefix_cache import PrefixCache
 from .probing import Progress, first_signals
-from .run import Looked, Participant, TrainingRun
-from .run_control import RunControl
+from .put_back import AdapterSnapshot, LayerCheckpointing, adapters_put_back, all_running_again, could_checkpoint
+from .run import FirstRows, Participant, TrainingRun
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .watches import FiniteWatch, GradientWatch, LoopCalls, LossMeter
 
 CONTROLLER = "alignment"
-"""Who controls the learning rate; see `CONTROLLERS`."""
+"""Who controls the learning rate; see `RATE_CONTROLS`."""
 
 
 class PilotedRun:
@@ -60,7 +60,7 @@ class PilotedRun:
         options: the pilot's options.
 
     Attributes:
-        controller: observes the adapters and changes their ranks; it exists once `begun` is True.
+        applier: observes the adapters and changes their ranks; it exists once `begun` is True.
         begun: whether plans have costs and a limit.
         decision: the policy's latest decision; None before the first.
         step: how many optimizer steps are done.
@@ -73,7 +73,7 @@ class PilotedRun:
         prefix: leaves out frozen layers; None where no row is read twice.
     """
 
-    controller: RankController[PeftAdapters]
+    applier: PlanApplier[PeftAdapters]
 
     def __init__(
         self,
@@ -95,13 +95,13 @@ class PilotedRun:
         self.elastic = ElasticBudget(run, options.budget, self.guard)
         self.finite = FiniteWatch(run, journal)
         self.rate: PlanRate | None = None
-        self.control: RunControl | None = None
+        self.control: ControlledRate | None = None
         self.prefix: PrefixCache | None = None
         self._losses = LossMeter(run.replicas.processes)
         self._watches = LoopCalls(run, self.break_off), GradientWatch(targets, self.guard.meter)
         self._savers: ExactSavers | None = None
-        self._recomputation: Recomputation | None = None
-        self._found: Kept | None = None  # until a step has passed
+        self._checkpointing: LayerCheckpointing | None = None
+        self._found: AdapterSnapshot | None = None  # until a step has passed
         self._switches, self._heard = ExitStack(), b""
 
     @property
@@ -140,18 +140,18 @@ class PilotedRun:
             self._switch()
             probes = reads_signals(self._policy)
             looks = options.learning_rate == "auto" or not probes
-            looked = before_training.UNSEEN if stay else run.look(seed) if looks else None
-            self._have_rate(look_at(run, looked) if looked and not stay else None)
-            timed, recomputation = time or (TimeBudget.unlimited() if times_plans else None), self._recomputation
-            costs = self._prepare(seed, None if probes else looked, timed, progress)
-            journal.note(before_training.told_budget(run, targets, budget, costs.limit, stay=stay))
+            first_rows = before_training.UNSEEN if stay else run.read_first_rows(seed) if looks else None
+            self._have_rate(initial_loss(run, first_rows) if first_rows and not stay else None)
+            timed, checkpointing = time or (TimeBudget.unlimited() if times_plans else None), self._checkpointing
+            costs = self._prepare(seed, None if probes else first_rows, timed, progress)
+            journal.note(before_training.budget_text(run, targets, budget, costs.limit, stay=stay))
             journal.note_saved(costs.saved)
             self.elastic.first_limit(costs.limit)
-            self.guard.plan.attach(run, self.controller, costs.memory, journal, self._corrected, recomputation)
+            self.guard.plan.attach(run, self.applier, costs.memory, journal, self._corrected, checkpointing)
             if time:
-                timer = before_training.StepTimer(run, targets, costs.memory, self.controller.limit, recomputation)
-                timer.settle(self.controller, self._ask)
-            journal.note(before_training.what_times_mean(self.controller.time, run))
+                timer = before_training.StepTimer(run, targets, costs.memory, self.applier.limit, checkpointing)
+                timer.agree_with_steps(self.applier, self._ask)
+            journal.note(before_training.what_times_mean(self.applier.time, run))
             self.decide()
             assert self.rate is not None
             journal.note(self.rate.told())
@@ -162,18 +162,18 @@ class PilotedRun:
     def _prepare(
         self,
         seed: int,
-        looked: Looked | None,
+        first_rows: FirstRows | None,
         time: TimeBudget | None,
         progress: Progress[Any] | None,
     ) -> PlanCosts:
-        """Measure what plans cost, and make the controller, after a probe where the policy reads signals.
+        """Measure what plans cost, and make the applier, after a probe where the policy reads signals.
 
         Afterwards adapters that are trained are as they were before. Where none is, or with `fresh`, all are new, at
         rank 1.
         """
         run, targets, options, budget = self.run, self._targets, self.options, self.elastic.budget
         check_trains(targets)
-        recomputation = self._recomputation
+        checkpointing = self._checkpointing
         low, high = rank_bounds(targets, options.bounds or {})
         keeps = self._stays or (not options.fresh and any(map(is_trained, targets)))
         before_training.new_state(run, targets, keeps=keeps)
@@ -182,17 +182,17 @@ class PilotedRun:
             targets,
             budget,
             signals=True,
-            least=partial(least_cost, targets, low, high) if recomputation else None,
+            least=partial(least_cost, targets, low, high) if checkpointing else None,
             savers=self._savers,
             kept=before_training.ranks_that_hold(targets) if keeps else None,
-            whole=recomputation is not None and recomputation.whole,
+            whole=checkpointing is not None and checkpointing.whole,
         )
         limit, cache_bytes = costs.limit.value, options.prefix_cache_bytes
-        timer = before_training.StepTimer(run, targets, costs.memory, limit, recomputation, cache_bytes)
+        timer = before_training.StepTimer(run, targets, costs.memory, limit, checkpointing, cache_bytes)
         timed = timer.time_limit(time) if time else None
         before_training.check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
-        result = first_signals(run, targets, self._schedule, seed, looked, keeps=keeps, progress=progress)
-        self.controller = RankController(
+        result = first_signals(run, targets, self._schedule, seed, first_rows, keeps=keeps, progress=progress)
+        self.applier = PlanApplier(
             PeftAdapters(run.model, targets),
             costs.cost,
             limit,
@@ -204,7 +204,7 @@ class PilotedRun:
             high=high,
             seed=seed,
             time=timed,
-            reads=looked is None,
+            reads=first_rows is None,
         )
         self.begun = True
         return costs
@@ -223,9 +223,12 @@ class PilotedRun:
             before = check_same(settings, state, targets)
             if callable(self.options.budget) and self.elastic.moves:  # what it took can come back
                 settings["budget"] = before["budget"]
-            self.controller = self._controller_of(state)
-            known, layers, names = predictions_of(state), frozenset(state["recomputed"]), frozenset(state["savers"])
-            look, own = Look(*map(finite, state["look"])) if state["look"] else None, finite(state["own_rate"])
+            self.applier = self._applier_of(state)
+            known, layers, names = predictions_of(state), frozenset(state["checkpointed"]), frozenset(state["savers"])
+            initial, own = (
+                InitialLoss(*map(finite, state["initial"])) if state["initial"] else None,
+                finite(state["own_rate"]),
+            )
             self.step, self.shown = step, int(state["peaks_shown"])
             for part in self.participants:
                 part.begin(state)
@@ -234,19 +237,19 @@ class PilotedRun:
         journal.open(name, known, writes=run.replicas.processes.first)
         journal.forget_control(step)
         self._switch(names)
-        recomputation = self._recomputation
-        self._have_rate(look, own)
-        memory = before_training.run_memory(run, targets, signals=True) if recomputation else None
-        if recomputation:
-            recomputation.take(layers)
-        controller, limit = self.controller, self.controller.limit
+        checkpointing = self._checkpointing
+        self._have_rate(initial, own)
+        memory = before_training.run_memory(run, targets, signals=True) if checkpointing else None
+        if checkpointing:
+            checkpointing.take(layers)
+        applier, limit = self.applier, self.applier.limit
         if before.get("budget") != settings["budget"]:
-            limit = self.elastic.limit(controller)
+            limit = self.elastic.limit(applier)
         if before.get("time") != settings["time"]:
             cache_bytes = self.options.prefix_cache_bytes
-            timer = before_training.StepTimer(run, targets, memory, limit, recomputation, cache_bytes)
-            controller.time = timer.other_limit(controller.time, self.options.time_read)
-        self.guard.plan.attach(run, controller, memory, journal, self._corrected, recomputation)
+            timer = before_training.StepTimer(run, targets, memory, limit, checkpointing, cache_bytes)
+            applier.time = timer.other_limit(applier.time, self.options.time_read)
+        self.guard.plan.attach(run, applier, memory, journal, self._corrected, checkpointing)
         run.replicas.changed(targets, step)
         self._have_control(state)
         if changed := changes(settings, before):
@@ -255,15 +258,13 @@ class PilotedRun:
         self._ranks_changed()
         self._have_prefix_cache(state)
 
-    def _controller_of(self, state: Mapping[str, Any]) -> RankController[PeftAdapters]:
-        """The controller of a run that is resumed."""
+    def _applier_of(self, state: Mapping[str, Any]) -> PlanApplier[PeftAdapters]:
+        """The applier of a run that is resumed."""
         adapters = PeftAdapters(self.run.model, self._targets)
         adapters.meter.load_state_dict(state["signals"])
         low, high = rank_bounds(self._targets, self.options.bounds or {})
         reads = reads_signals(self._policy)
-        return RankController.from_state_dict(
-            state["controller"], adapters, self._schedule, low=low, high=high, reads=reads
-        )
+        return PlanApplier.from_state_dict(state["applier"], adapters, self._schedule, low=low, high=high, reads=reads)
 
     def _switch(self, savers: Collection[str] = tuple(SAVERS)) -> None:
         """Have steps run as the options say until the run ends."""
@@ -277,20 +278,22 @@ class PilotedRun:
             names = [name for name in savers if not left_out.get(name)]
             self._savers = ExactSavers(run.model, names, compiled=is_compiled(run.wrapped))
             self._switches.callback(self._savers.put_back)
-        if options.chooses_layers and self.elastic.budget.kind != "parameters" and could_recompute(run.model):
-            self._recomputation = Recomputation(run.model, whole=options.goal == "bytes")
-            self._switches.callback(self._recomputation.put_back)
+        if options.chooses_layers and self.elastic.budget.kind != "parameters" and could_checkpoint(run.model):
+            self._checkpointing = LayerCheckpointing(run.model, whole=options.goal == "bytes")
+            self._switches.callback(self._checkpointing.put_back)
 
-    def _have_rate(self, look: Look | None, own: float | None = None) -> None:
+    def _have_rate(self, initial: InitialLoss | None, own: float | None = None) -> None:
         """Have the learning rate follow the plan until the run ends."""
         auto, keep, controlled = self.options.learning_rate == "auto", self.options.keep_rate, self._controls
-        self.rate = PlanRate(self.run, self._targets, auto=auto, controlled=controlled, keep=keep, look=look, own=own)
+        self.rate = PlanRate(
+            self.run, self._targets, auto=auto, controlled=controlled, keep=keep, initial=initial, own=own
+        )
 
     def _have_control(self, state: Mapping[str, Any] | None) -> None:
         """Have the learning rate corrected while the run goes, if that is wanted."""
         if self._controls:
             assert self.rate is not None
-            self.control = RunControl(self.run, self._targets, self.rate, CONTROLLERS[CONTROLLER], self.journal)
+            self.control = ControlledRate(self.run, self._targets, self.rate, RATE_CONTROLS[CONTROLLER], self.journal)
             self.finite.control = self.control
             with readable_state():
                 self.control.begin(state)
@@ -339,8 +342,8 @@ class PilotedRun:
         for part in self.participants:
             part.before_optimizer_step(self.step, loss)
         self._found = None
-        if self.controller.measures:
-            self.controller.adapters.meter.accumulate()
+        if self.applier.measures:
+            self.applier.adapters.meter.accumulate()
 
     def after_step(self) -> None:
         """Let all hear that a step has passed."""
@@ -350,7 +353,7 @@ class PilotedRun:
 
     def _ranks_changed(self) -> None:
         """Let all hear of the ranks that are in place, if they are others than those that they heard of."""
-        if (ranks := self.controller.ranks.tobytes()) != self._heard:
+        if (ranks := self.applier.ranks.tobytes()) != self._heard:
             for part in self.participants:
                 part.ranks_changed()
             self._heard = ranks
@@ -360,23 +363,23 @@ class PilotedRun:
     @property
     def due(self) -> bool:
         """Whether a decision is due."""
-        return self.controller.due(self.step) and self.step < self.controller.total_steps
+        return self.applier.due(self.step) and self.step < self.applier.total_steps
 
     @without_autocast()
     def decide(self) -> None:
         """Ask the policy, apply what it wants as far as the budget allows, and write it down."""
-        controller, step, loss, keeper = self.controller, self.step, self._losses.mean(), self.guard.plan
+        applier, step, loss, keeper = self.applier, self.step, self._losses.mean(), self.guard.plan
         keeper.deciding()
         by_hand = isinstance(self._policy, PlanFile)  # who wrote the plan may shrink trained adapters
-        keeps = not by_hand and not self._stays and not controller.decision
-        with before_training.learned_kept(self.run, controller, self.journal.note) if keeps else nullcontext():
-            observation = controller.observe(step, loss)
+        keeps = not by_hand and not self._stays and not applier.decision
+        with before_training.learned_kept(self.run, applier, self.journal.note) if keeps else nullcontext():
+            observation = applier.observe(step, loss)
             self.decision = decision = self._ask(observation)
             self.journal.note(rounding(self._policy, observation, decision))
             faster = ""
-            if keeper.recomputation and not controller.decision:
-                faster = before_training.faster_plan(keeper, controller, self._ask, decision)
-            plan = controller.stay() if self._stays else controller.apply(decision, step, self.run.optimizer)
+            if keeper.checkpointing and not applier.decision:
+                faster = before_training.faster_plan(keeper, applier, self._ask, decision)
+            plan = applier.stay() if self._stays else applier.apply(decision, step, self.run.optimizer)
         self._losses.restart()
         keeper.decided(observation.problem.ranks, step)
         self._record(PlanChange(step, observation, decision, plan), loss)
@@ -385,7 +388,7 @@ class PilotedRun:
                 f"step {step}: {plural(others, 'module')} could not have exactly the rank that was decided, within the "
                 "budget, the bounds and how far a rank may move; the nearest plan stands."
             )
-        if faster and (again := keeper.recomputed):
+        if faster and (again := keeper.checkpointed):
             count = plural(len(again), "layer")
             self.journal.note(f"Gradient checkpointing of {count} takes time and changes no loss. {faster}")
 
@@ -394,11 +397,11 @@ class PilotedRun:
 
     def take(self, ranks: Mapping[str, int]) -> None:
         """Give the modules these ranks, by full name, in place of a decision that is due, or beside the schedule."""
-        controller, step, loss = self.controller, self.step, self._losses.mean()
+        applier, step, loss = self.applier, self.step, self._losses.mean()
         self.guard.plan.deciding()
-        observation = controller.observation_now(step)
+        observation = applier.observation_now(step)
         decision, plan = given_ranks(observation, ranks)
-        controller.set_plan(decision.ranks, step, self.run.optimizer, decides=self.due)
+        applier.set_plan(decision.ranks, step, self.run.optimizer, decides=self.due)
         self._losses.restart()
         self.guard.plan.decided(observation.problem.ranks, step, by_hand=True)
         self._record(PlanChange(step, observation, decision, plan, corrects=True), loss)
@@ -410,10 +413,10 @@ class PilotedRun:
     def _record(self, change: PlanChange, loss: float | None) -> None:
         """Let all hear of other ranks, and write down why they are there."""
         self._ranks_changed()
-        history, time, recomputation = self.guard.meter.history, self.controller.time, self.guard.plan.recomputation
-        remarks = str(recomputation or ""), time.text(self.controller.ranks) if time else ""
+        history, time, checkpointing = self.guard.meter.history, self.applier.time, self.guard.plan.checkpointing
+        remarks = str(checkpointing or ""), time.text(self.applier.ranks) if time else ""
         self.journal.record(
-            self.controller,
+            self.applier,
             change,
             loss=loss,
             peak=history[-1][1] if history else None,
@@ -436,8 +439,8 @@ class PilotedRun:
             "processes": self.run.replicas.processes.count,
             "step": self.step,
             **adapter_settings(self._targets),
-            "controller": self.controller.state_dict(),
-            "signals": self.controller.adapters.meter.state_dict(),
+            "applier": self.applier.state_dict(),
+            "signals": self.applier.adapters.meter.state_dict(),
             "predictions": self.journal.predictions,
             "peaks_shown": self.shown,
             "savers": list(self._savers.names) if self._savers else [],

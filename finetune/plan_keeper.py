@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..agents.controller import RankController
 from ..common.arrays import IntArray
 from ..common.checks import counted, finite
 from ..common.text import format_bytes
@@ -21,13 +20,14 @@ from ..cost.model import MemoryModel
 from ..cost.peak_meter import PeakMeter
 from ..cost.recording import Batch, BatchShape, reshaped
 from ..data.batches import unknown_lengths
+from ..decide.applier import PlanApplier
 from ..errors import BudgetError, UnsupportedError
 from ..lora.adapters import signal_buffer_bytes
 from ..plan.plan import check_budget, least_cost
 from .journal import Journal, PlanChange
-from .left_as_found import Cut, Recomputation
+from .put_back import CutDirections, LayerCheckpointing
 from .run import TrainingRun
-from .shortage import Taken
+from .shortage import PlanReduction
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class PlanState:
             where there is no way back.
         memory: predicts the bytes of other batch shapes under the layers that are checkpointed; None where it is not
             known.
-        taken: what errors, or a limit that fell, have taken from the plan; None for nothing.
+        reduction: what errors, or a limit that fell, have taken from the plan; None for nothing.
         cuts: the directions that were cut away with that, the oldest first.
     """
 
@@ -58,8 +58,8 @@ class PlanState:
     unchecked: bool = True
     before: IntArray | None = None
     memory: MemoryModel | None = None
-    taken: Taken | None = None
-    cuts: tuple[Cut, ...] = ()
+    reduction: PlanReduction | None = None
+    cuts: tuple[CutDirections, ...] = ()
 
     def state(self) -> dict[str, Any]:
         """What `from_state` needs, as tensors and JSON values."""
@@ -68,7 +68,7 @@ class PlanState:
             "length": self.shape.length,
             "underestimate": self.underestimate,
             "wait": self.wait,
-            **({} if self.taken is None else {"taken": self.taken.state()}),
+            **({} if self.reduction is None else {"reduction": self.reduction.state()}),
             **({} if self.before is None else {"before": torch.from_numpy(self.before.copy())}),
         }
 
@@ -81,7 +81,7 @@ class PlanState:
             underestimate=finite(state["underestimate"]),
             unchecked=bool(state.get("measure_next", True)),
             before=state["before"].numpy().copy() if "before" in state else None,
-            taken=Taken.from_state(state["taken"]) if "taken" in state else None,
+            reduction=PlanReduction.from_state(state["reduction"]) if "reduction" in state else None,
         )
 
 
@@ -98,15 +98,15 @@ class PlanKeeper:
         now: how the plan is kept; it is replaced, never changed.
         step: the optimizer steps done.
         run: the run.
-        controller: changes the ranks.
+        applier: changes the ranks.
         journal: forgets corrections that are put back.
-        recomputation: chooses the layers to checkpoint; None where none is chosen.
+        checkpointing: chooses the layers to checkpoint; None where none is chosen.
     """
 
     run: TrainingRun
-    controller: RankController[Any]
+    applier: PlanApplier[Any]
     journal: Journal
-    recomputation: Recomputation | None = None
+    checkpointing: LayerCheckpointing | None = None
 
     def __init__(self, meter: PeakMeter) -> None:
         self.meter, self.now, self.step = meter, PlanState(GOOD_STEPS, BatchShape(0, 0)), 0
@@ -114,42 +114,42 @@ class PlanKeeper:
     def attach(
         self,
         run: TrainingRun,
-        controller: RankController[Any],
+        applier: PlanApplier[Any],
         memory: MemoryModel | None,
         journal: Journal,
         corrected: Callable[[PlanChange], None],
-        recomputation: Recomputation | None,
+        checkpointing: LayerCheckpointing | None,
     ) -> None:
         """Begin to keep the plan.
 
         Args:
             run: the run; its optimizer's state is mapped to new ranks.
-            controller: changes the ranks.
+            applier: changes the ranks.
             memory: predicts the cost of other batch shapes; if it is None, it is made when it is needed.
             journal: forgets corrections that are put back.
             corrected: called with each correction.
-            recomputation: chooses the layers to checkpoint; `memory` is of the step in which all are.
+            checkpointing: chooses the layers to checkpoint; `memory` is of the step in which all are.
         """
-        self.run, self.controller, self.journal, self.recomputation = run, controller, journal, recomputation
+        self.run, self.applier, self.journal, self.checkpointing = run, applier, journal, checkpointing
         self._corrected, self.meter.highest = corrected, run.replicas.highest
         if memory:
             # A run that goes on has a shape: a larger batch is met before its step.
             shape = self.now.shape if self.now.shape.rows else memory.shape
-            if recomputation:
-                recomputation.memory, memory = memory, memory.recomputing(recomputation.layers)
-                if controller.time:
-                    controller.time.layers = self.layers_of
+            if checkpointing:
+                checkpointing.memory, memory = memory, memory.with_checkpointed(checkpointing.layers)
+                if applier.time:
+                    applier.time.layers = self.layers_of
             self.now = replace(self.now, shape=shape, memory=memory)
 
     @property
-    def recomputed(self) -> tuple[str, ...]:
+    def checkpointed(self) -> tuple[str, ...]:
         """Names of the layers that were chosen for gradient checkpointing."""
-        return self.recomputation.layers if self.recomputation else ()
+        return self.checkpointing.layers if self.checkpointing else ()
 
     @property
     def limits_bytes(self) -> bool:
         """Whether the budget counts bytes."""
-        return isinstance(self.controller.cost, ByteCost)
+        return isinstance(self.applier.cost, ByteCost)
 
     def warn(self, text: str, *values: object) -> None:
         """Log a warning, in the first process: all processes come to the same."""
@@ -158,19 +158,19 @@ class PlanKeeper:
 
     # Decisions --------------------------------------------------------------------------------------------------------
 
-    def deciding(self, *, recomputing: bool = True) -> None:
-        """Price plans for a decision, where layers may be checkpointed; see `recomputed_cost`.
+    def deciding(self, *, checkpointing: bool = True) -> None:
+        """Price plans for a decision, where layers may be checkpointed; see `checkpointed_cost`.
 
         Args:
-            recomputing: whether they may in this decision.
+            checkpointing: whether they may in this decision.
         """
-        if self.recomputation and self.recomputation.memory:
-            controller, targets, now = self.controller, self.controller.targets, self.now
-            least = partial(least_cost, targets, controller.low, controller.high) if recomputing else None
-            room = controller.limit - now.underestimate
-            unpaid = signal_buffer_bytes(targets) * (not controller.will_measure)
-            cost = self.recomputation.cost(highest_ranks(targets), room, now.shape, controller.ranks, least, unpaid)
-            controller.cost = replace(cost, constant=cost.constant + now.underestimate)
+        if self.checkpointing and self.checkpointing.memory:
+            applier, targets, now = self.applier, self.applier.targets, self.now
+            least = partial(least_cost, targets, applier.low, applier.high) if checkpointing else None
+            room = applier.limit - now.underestimate
+            unpaid = signal_buffer_bytes(targets) * (not applier.will_measure)
+            cost = self.checkpointing.cost(highest_ranks(targets), room, now.shape, applier.ranks, least, unpaid)
+            applier.cost = replace(cost, constant=cost.constant + now.underestimate)
 
     def decided(self, before: IntArray, step: int, *, by_hand: bool = False) -> None:
         """Note that a decision has changed the ranks; those that it changed do not come back with memory.
@@ -180,12 +180,12 @@ class PlanKeeper:
             step: the optimizer steps before it.
             by_hand: whether a person has given all ranks.
         """
-        ranks, taken = self.controller.ranks, self.now.taken
-        if taken:
-            taken = replace(taken, ranks=np.where(by_hand | (ranks != before), ranks, taken.ranks))
+        ranks, reduction = self.applier.ranks, self.now.reduction
+        if reduction:
+            reduction = replace(reduction, ranks=np.where(by_hand | (ranks != before), ranks, reduction.ranks))
         way_back = before if step > 0 else None  # the first plan follows no plan
-        self.now = replace(self.now, before=way_back, cuts=(), taken=taken)
-        self.settle()
+        self.now = replace(self.now, before=way_back, cuts=(), reduction=reduction)
+        self.checkpoint_fewest()
         if self.limits_bytes:
             self.measure_next()
 
@@ -209,19 +209,19 @@ class PlanKeeper:
             longest = max(batches, key=lambda batch: BatchShape.of(batch).length, default=None)
             self.measure_again(longest, shape)
             cost = self.cost_of_shape(shape)
-        self.controller.cost = cost
+        self.applier.cost = cost
         text = f"A batch of {shape} came, larger than the memory was planned for."
         self._fit(text, f"batch of {shape}", unknown_lengths(self.run.dataset))
 
     def count_gradients(self) -> None:
         """Count gradients all the time from now on, since the loop keeps them."""
-        recomputation, memory = self.recomputation, self.now.memory
+        checkpointing, memory = self.checkpointing, self.now.memory
         self.run.keep_gradients()
-        if recomputation and recomputation.memory:
-            recomputation.memory = replace(recomputation.memory, accumulates=True)
+        if checkpointing and checkpointing.memory:
+            checkpointing.memory = replace(checkpointing.memory, accumulates=True)
         if memory:
             self.now = replace(self.now, memory=replace(memory, accumulates=True))
-            self.controller.cost = self.cost_of_shape(self.now.shape)
+            self.applier.cost = self.cost_of_shape(self.now.shape)
         else:
             self.measure_again(None, self.now.shape)
         text = "Gradients stay while the next step runs forward: optimizer.zero_grad() before that frees their bytes."
@@ -236,20 +236,20 @@ class PlanKeeper:
         Raises:
             BudgetError: no plan with an adapter fits the corrected prediction.
         """
-        controller, now = self.controller, self.now
-        ranks, cost = controller.ranks, controller.cost
-        error = max(peak - plan_cost(controller.cost_now(), ranks), 0.0)
+        applier, now = self.applier, self.now
+        ranks, cost = applier.ranks, applier.cost
+        error = max(peak - plan_cost(applier.cost_now(), ranks), 0.0)
         self.now = replace(now, underestimate=now.underestimate + error)
         assert isinstance(cost, ByteCost)
-        controller.cost = replace(cost, constant=cost.constant + error)
+        applier.cost = replace(cost, constant=cost.constant + error)
         before = ranks if now.before is None else now.before
         back = not np.array_equal(before, ranks)
         text = (
             f"The peak of step {self.step} was {format_bytes(peak, up=True)}, above the budget of "
-            f"{format_bytes(controller.limit)}"
+            f"{format_bytes(applier.limit)}"
         )
         text = f"{text}, {cause}" if cause else f"{text}."
-        if self.step == controller.total_steps:
+        if self.step == applier.total_steps:
             self.warn("%s It was the last step: the plan stays.", text)
         elif not self.relieved(text):
             self.check_possible(f"{text} With the prediction corrected by that, no adapter fits.")
@@ -262,13 +262,13 @@ class PlanKeeper:
         Raises:
             BudgetError: no plan fits.
         """
-        controller, reason = self.controller, "The budget or the time was changed."
-        if limit != controller.limit:
-            self.now = replace(self.now, taken=None)
-        controller.limit, self.step = limit, step
-        if not self.relieved(reason) and not controller.fits():
+        applier, reason = self.applier, "The budget or the time was changed."
+        if limit != applier.limit:
+            self.now = replace(self.now, reduction=None)
+        applier.limit, self.step = limit, step
+        if not self.relieved(reason) and not applier.fits():
             self.check_possible(reason)
-            self.correct("shrunk: another budget or time", controller.ranks)
+            self.correct("shrunk: another budget or time", applier.ranks)
 
     # How a plan is made to fit ----------------------------------------------------------------------------------------
 
@@ -295,9 +295,9 @@ class PlanKeeper:
             batch: to measure with, made larger to the shape; None for the run's largest batch.
             shape: of the step that is measured.
         """
-        run, targets, recomputation = self.run, self.controller.targets, self.recomputation
-        if recomputation:
-            recomputation.all()
+        run, targets, checkpointing = self.run, self.applier.targets, self.checkpointing
+        if checkpointing:
+            checkpointing.all()
 
         def measure() -> MemoryModel:
             # The largest rows and the largest length so far may be of two batches, or of another process.
@@ -308,28 +308,28 @@ class PlanKeeper:
         memory = run.measured(measure)
         self.now = replace(self.now, memory=memory)
         run.replicas.changed(targets, self.step)
-        if recomputation:
-            recomputation.memory = memory
-            self.settle()
+        if checkpointing:
+            checkpointing.memory = memory
+            self.checkpoint_fewest()
 
     def layers_of(self, ranks: IntArray) -> tuple[str, ...]:
         """Names of the layers that a plan of these ranks, int64 (modules,), needs to checkpoint."""
-        if self.recomputation is None:
+        if self.checkpointing is None:
             return ()
-        controller = self.controller
+        applier = self.applier
         # Where no signals are measured they take nothing, and the byte model counts them still.
-        buffers = 0.0 if controller.measures else signal_buffer_bytes(controller.targets) @ ranks
-        room = controller.limit - self.now.underestimate + float(buffers)
-        return self.recomputation.fewest(ranks, room, self.now.shape)
+        buffers = 0.0 if applier.measures else signal_buffer_bytes(applier.targets) @ ranks
+        room = applier.limit - self.now.underestimate + float(buffers)
+        return self.checkpointing.fewest(ranks, room, self.now.shape)
 
     def relieved(self, reason: str) -> bool:
         """Whether the plan fits, because other layers are checkpointed from now on; the reason is told then."""
-        before = self.recomputed
-        if self.recomputation is None or not self.settle():
+        before = self.checkpointed
+        if self.checkpointing is None or not self.checkpoint_fewest():
             return False
-        if before != self.recomputed:
+        if before != self.checkpointed:
             self.measure_next()
-            self.warn("%s Now %s, and the plan stays.", reason, self.recomputation)
+            self.warn("%s Now %s, and the plan stays.", reason, self.checkpointing)
         return True
 
     def correct(self, reason: str, wanted: IntArray, *, keeps: bool = False) -> None:
@@ -340,33 +340,33 @@ class PlanKeeper:
             wanted: the ranks to come as near to as the limit allows, int64 (modules,).
             keeps: whether what that cuts away is kept in main memory.
         """
-        controller = self.controller
-        observation = controller.observation_now(self.step)
-        pairs = [Cut.of(target) for target in controller.targets if target.rank] if keeps else []
-        plan = controller.correct(wanted, self.step, self.run.optimizer)
+        applier = self.applier
+        observation = applier.observation_now(self.step)
+        pairs = [CutDirections.of(target) for target in applier.targets if target.rank] if keeps else []
+        plan = applier.correct(wanted, self.step, self.run.optimizer)
         cuts = tuple(pair.beyond(pair.target.rank) for pair in pairs if pair.target.rank < len(pair.rows))
         self.now = replace(self.now, cuts=self.now.cuts + cuts)
         self.changed(PlanChange.correction(self.step, reason, wanted, observation, plan))
 
     def _fit(self, text: str, cause: str, hint: str = "") -> None:
         """Make the plan fit the costs of now, which are higher for a cause, and tell it."""
-        if self.controller.fits():
+        if self.applier.fits():
             self.warn("%s The plan still fits.", text)
         elif not self.relieved(text):
             self.check_possible(text + hint)
             self.warn("%s The plan is shrunk.", text)
-            self.correct(f"shrunk: {cause}", self.controller.ranks)
+            self.correct(f"shrunk: {cause}", self.applier.ranks)
 
     def check_possible(self, context: str) -> None:
         """Raise BudgetError, with its context, if no plan with an adapter fits."""
         try:
-            check_budget(self.controller.problem_now(), list(self.controller.names))
+            check_budget(self.applier.problem_now(), list(self.applier.names))
         except BudgetError as error:
             raise BudgetError(f"{context} {error}") from error
 
     def changed(self, change: PlanChange) -> None:
         """Settle after a change of ranks, and have it recorded."""
-        self.settle()
+        self.checkpoint_fewest()
         self.now = replace(self.now, before=None)
         self.measure_next()
         self._corrected(change)
@@ -376,14 +376,14 @@ class PlanKeeper:
         self.meter.request()
         self.now = replace(self.now, unchecked=True)
 
-    def settle(self) -> bool:
+    def checkpoint_fewest(self) -> bool:
         """Checkpoint the fewest layers with which the plan fits; whether it does now."""
-        self.checkpoint(self.layers_of(self.controller.ranks))
-        return self.controller.fits()
+        self.checkpoint(self.layers_of(self.applier.ranks))
+        return self.applier.fits()
 
     def checkpoint(self, layers: Sequence[str]) -> None:
         """Checkpoint these layers where layers can be chosen, and price plans with them."""
-        if self.recomputation:
-            self.recomputation.take(layers)
-            self.now = replace(self.now, memory=self.recomputation.memory_now())
-            self.controller.cost = self.cost_of_shape(self.now.shape)
+        if self.checkpointing:
+            self.checkpointing.take(layers)
+            self.now = replace(self.now, memory=self.checkpointing.memory_now())
+            self.applier.cost = self.cost_of_shape(self.now.shape)

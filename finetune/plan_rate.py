@@ -20,8 +20,8 @@ from ..errors import ConfigError
 from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, unwrap
-from ..plan.rate import RULE, TYPICAL, Look
-from .run import LOOKED_AT, Looked, Participant, TrainingRun, own_rate, probe_rate
+from ..plan.rate import RULE, TYPICAL, InitialLoss
+from .run import FIRST_ROWS, FirstRows, Participant, TrainingRun, own_rate, probe_rate
 
 FAR = 4.0
 """A rate so many times above or below the rule's is told."""
@@ -59,14 +59,16 @@ def rule_knows(run: TrainingRun) -> bool:
     return follows_rule(run.optimizer) and hidden_width(run.model) is not None and not run.learns_preferences
 
 
-def rate_by_rule(model: nn.Module, targets: Sequence[TargetModule], steps: int, look: Look = TYPICAL) -> float:
+def rate_by_rule(
+    model: nn.Module, targets: Sequence[TargetModule], steps: int, initial: InitialLoss = TYPICAL
+) -> float:
     """What the rule says for plain LoRA on a model.
 
     Args:
         model: a PEFT model.
         targets: its adapters, whose alpha decides the scale at rank 8.
         steps: of the run.
-        look: at the run.
+        initial: the loss before training, and the tokens of a step.
 
     Raises:
         ConfigError: the model's configuration does not tell its width.
@@ -77,21 +79,21 @@ def rate_by_rule(model: nn.Module, targets: Sequence[TargetModule], steps: int, 
             "learning_rate='auto' needs the width of the model, and the configuration of "
             f"{type(unwrap(model)).__name__} has none of {', '.join(_WIDTHS)}. Give a rate, such as 2e-4."
         )
-    return RULE.plain(width, steps, _scale(targets), look)
+    return RULE.plain(width, steps, _scale(targets), initial)
 
 
-def look_at(run: TrainingRun, looked: Looked) -> Look:
+def initial_loss(run: TrainingRun, first_rows: FirstRows) -> InitialLoss:
     """What the rule reads off some rows before training; a run that learns labels looks like any.
 
     Args:
         run: that begins.
-        looked: what `TrainingRun.look` saw.
+        first_rows: what `TrainingRun.read_first_rows` returned.
     """
-    loss, counts = looked
+    loss, counts = first_rows
     if predicted_share(counts) < LABELS or not math.isfinite(loss):
         return TYPICAL
     rows = run.rows * run.accumulation * run.replicas.processes.count
-    return Look(loss, sum(predictions for predictions, _ in counts) / LOOKED_AT * rows)
+    return InitialLoss(loss, sum(predictions for predictions, _ in counts) / FIRST_ROWS * rows)
 
 
 LABELS = 0.05
@@ -112,11 +114,11 @@ class PlanRate(Participant):
         auto: begin with a share of what the rule says for plain LoRA; else with the optimizer's own rate.
         controlled: whether the run's steps correct the rate; see `START`.
         keep: leave the rate as it is, whatever the plan.
-        look: at the run.
+        initial: the loss before training, and the tokens of a step.
         own: of the attributes, where the run goes on; the optimizer's rate may be anywhere on its schedule then.
 
     Attributes:
-        look: at the run; None where nothing was looked at.
+        initial: the loss before training; None where no row was read.
         own: the rate that the optimizer begins with or warms up to.
         rule: what the rule says for plain LoRA; None where the optimizer is no Adam, or the width is unknown.
         factor: by which the rate is multiplied now.
@@ -134,7 +136,7 @@ class PlanRate(Participant):
         auto: bool,
         controlled: bool = False,
         keep: bool,
-        look: Look | None = None,
+        initial: InitialLoss | None = None,
         own: float | None = None,
     ) -> None:
         self._targets, self._keep = targets, keep
@@ -160,10 +162,10 @@ class PlanRate(Participant):
         self.own: float = own or probe_rate(run.model, run.optimizer)
         self._plain = np.array([target.scaling_at(REFERENCE_RANK) for target in targets])
         self.rule: float | None = None
-        self.look: Look | None = look
+        self.initial: InitialLoss | None = initial
         self._decides = auto
         if auto or rule_knows(run):
-            self.rule = rate_by_rule(run.model, targets, run.total_steps, look or TYPICAL)
+            self.rule = rate_by_rule(run.model, targets, run.total_steps, initial or TYPICAL)
         self._share = START if controlled else ALONE
         self._auto = self._share * self.rule / self.own if auto and self.rule else 1.0
         self.factor: float = 1.0
@@ -231,7 +233,7 @@ class PlanRate(Participant):
 
     def state(self) -> dict[str, Any]:
         """The user's rate, and what the rule has read off the run."""
-        return {"own_rate": self.own, "look": list(astuple(self.look)) if self.look else None}
+        return {"own_rate": self.own, "initial": list(astuple(self.initial)) if self.initial else None}
 
     def end(self) -> None:
         """Leave the rate as the optimizer has it."""

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..agents.controller import ProbeResult, probe
-from ..agents.settings import DecisionSchedule
 from ..common.text import plural
 from ..cost.recording import BatchShape
 from ..data.batches import count_predictions, predicted_share
+from ..decide.applier import ProbeResult, probe
+from ..decide.settings import DecisionSchedule
 from ..errors import DataError, NonFiniteError
 from ..lora.adapters import SIGNALS
 from ..lora.peft_config import reference_scaling
 from ..lora.resize import reset_adapters
 from ..lora.targets import TargetModule, other_trainable
-from .run import LOOKED_AT, Looked, TrainingRun
+from .run import FIRST_ROWS, FirstRows, TrainingRun
 
 Item = TypeVar("Item")
 Progress = Callable[[Iterable[Item], str, int], Iterable[Item]]
@@ -50,29 +50,29 @@ def first_signals(
     targets: Sequence[TargetModule],
     schedule: DecisionSchedule,
     seed: int,
-    looked: Looked | None,
+    first_rows: FirstRows | None,
     *,
     keeps: bool,
     progress: Progress[Any] | None,
 ) -> ProbeResult:
-    """Probe the modules, unless the run was looked at instead; afterwards adapters that are not kept are new.
+    """Probe the modules, unless rows were read instead; afterwards adapters that are not kept are new.
 
     Args:
         run: the run.
         targets: the target modules of its model.
         schedule: see `run_probe`.
         seed: of the choice of rows, and of fresh adapters, which have rank 1.
-        looked: what `TrainingRun.look` saw, for a policy that reads no signals.
+        first_rows: what `TrainingRun.read_first_rows` returned, for a policy that reads no signals.
         keeps: whether adapters stay as they are.
         progress: shows how far the probe has come.
     """
     if not keeps:
         reset_adapters(targets, 1, seed)
     with nullcontext() if keeps else reference_scaling(targets):
-        if looked is None:
+        if first_rows is None:
             result = run.measured(lambda: run_probe(run, targets, schedule, seed, progress=progress))
         else:
-            result = unprobed(looked, len(targets))
+            result = unprobed(first_rows, len(targets))
     if not keeps:
         reset_adapters(targets, 1, seed)
     return result
@@ -128,21 +128,21 @@ def run_probe(
     return replace(result, predicted=predicted_share(counts))
 
 
-def unprobed(looked: Looked, modules: int) -> ProbeResult:
+def unprobed(first_rows: FirstRows, modules: int) -> ProbeResult:
     """What some rows tell without a step of training: the loss, and the share of tokens that it counts; no signals.
 
     Args:
-        looked: what `TrainingRun.look` saw.
+        first_rows: what `TrainingRun.read_first_rows` returned.
         modules: how many the run has.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
         DataError: see `run_probe`.
     """
-    loss, all_counts = looked
+    loss, all_counts = first_rows
     counts = [counted for counted in all_counts if counted[0] > 0]
     if not counts:
-        raise _all_masked(LOOKED_AT)
+        raise _all_masked(FIRST_ROWS)
     if not math.isfinite(loss):
         if max(tokens for _, tokens in counts) <= 2:  # two rows a batch
             raise _too_short(1)

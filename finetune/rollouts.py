@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from ..agents.chooser import DEFAULT
-from ..agents.policy import Policy
-from ..agents.rules import AsConfigured
 from ..cost.recording import MASK, Batch
 from ..data.batches import MOST_EXAMPLES
+from ..decide.chooser import DEFAULT
+from ..decide.policy import Policy
+from ..decide.rules import AsConfigured
 from ..errors import UnsupportedError
 from .options import PilotOptions
 

@@ -25,7 +25,7 @@ from ..data.batches import Collate, count_predictions, first_example, largest_ba
 from ..errors import ConfigError, UnsupportedError, shown
 from ..lora.optimizer_state import check_optimizer
 from ..lora.targets import TargetModule, check_trains, check_unmerged, unwrap
-from .left_as_found import put_back
+from .put_back import put_back
 from .replicas import Replicas, check_one_device
 
 T = TypeVar("T")
@@ -33,10 +33,10 @@ T = TypeVar("T")
 PROBE_RATE = 1e-3
 """The learning rate of the probe where the optimiser finds its own."""
 
-LOOKED_AT = 16
-"""Rows of a look at a run; see `TrainingRun.look`."""
+FIRST_ROWS = 16
+"""Rows that are read before a run; see `TrainingRun.read_first_rows`."""
 
-Looked = tuple[float, list[tuple[int, int]]]
+FirstRows = tuple[float, list[tuple[int, int]]]
 """A loss before training, and `count_predictions` of each batch."""
 
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
@@ -271,15 +271,15 @@ class TrainingRun:
             return self.replicas.processes.on_first(lambda: found)
         return self.replicas.processes.on_first(alone)
 
-    def look(self, seed: int) -> Looked:
-        """The mean loss of `LOOKED_AT` rows in batches of two, NaN if none has one; `count_predictions` of each batch.
+    def read_first_rows(self, seed: int) -> FirstRows:
+        """The mean loss of `FIRST_ROWS` rows in batches of two, NaN if none has one; `count_predictions` of each batch.
 
         Args:
             seed: of the choice of rows.
         """
 
-        def read() -> Looked:
-            batches = list(self.small_batches(LOOKED_AT // 2, 2, seed))
+        def read() -> FirstRows:
+            batches = list(self.small_batches(FIRST_ROWS // 2, 2, seed))
             losses = [loss for loss in (float(self.loss(batch).detach()) for batch in batches) if not math.isnan(loss)]
             return float(np.mean(losses)) if losses else math.nan, [count_predictions(batch) for batch in batches]
 

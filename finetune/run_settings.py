@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..agents.policy import Policy
-from ..agents.settings import DecisionSchedule
 from ..common.checks import counted, finite
 from ..cost.budget import Budget
+from ..decide.policy import Policy
+from ..decide.settings import DecisionSchedule
 from ..errors import RankPilotError, RunFolderError, first_line, shown
 from ..lora.peft_config import adapter_ranks
 from ..lora.spec import REFERENCE_RANK

@@ -24,7 +24,7 @@ from ..cost.model_states import state_bytes, trained_outside
 from ..errors import BudgetError
 from ..plan.plan import Plan
 from .journal import PlanChange
-from .left_as_found import Kept, adapter_bytes
+from .put_back import AdapterSnapshot, adapter_bytes
 
 if TYPE_CHECKING:
     from .plan_keeper import PlanKeeper, PlanState
@@ -47,7 +47,7 @@ LEAST_SHARE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
-class Taken:
+class PlanReduction:
     """What out-of-memory errors, or a limit that fell, have taken from a plan for a while.
 
     Attributes:
@@ -69,25 +69,25 @@ class Taken:
     step: int
 
     @classmethod
-    def nothing(cls, plan: PlanKeeper) -> Taken:
+    def nothing(cls, plan: PlanKeeper) -> PlanReduction:
         """Nothing yet: the plan that is in place is the one that comes back."""
-        controller, ranks, recomputation = plan.controller, plan.controller.ranks, plan.recomputation
-        cost, whole = controller.cost_now(), None
+        applier, ranks, checkpointing = plan.applier, plan.applier.ranks, plan.checkpointing
+        cost, whole = applier.cost_now(), None
         if isinstance(cost, ByteCost):
             costs = moment_costs(cost, ranks)
             whole = float(costs.max())
             reducible = float(cost.per_rank[costs.argmax()] @ ranks)
-            if recomputation and recomputation.memory:
-                every = plan.cost_of_shape(plan.now.shape, recomputation.memory)  # all checkpointed
-                reducible += whole - plan_cost(controller.cost_now(every), ranks)
+            if checkpointing and checkpointing.memory:
+                every = plan.cost_of_shape(plan.now.shape, checkpointing.memory)  # all checkpointed
+                reducible += whole - plan_cost(applier.cost_now(every), ranks)
         else:
             reducible = plan_cost(cost, ranks)
             if plan.meter.history:
-                whole = reducible * plan.meter.history[-1][1] / adapter_bytes(controller.targets, plan.run.optimizer)
+                whole = reducible * plan.meter.history[-1][1] / adapter_bytes(applier.targets, plan.run.optimizer)
         return cls(
             ranks=ranks,
-            layers=plan.recomputed,
-            limit=controller.limit,
+            layers=plan.checkpointed,
+            limit=applier.limit,
             cost=plan_cost(cost, ranks),
             saved=saved_by_a_try(whole, reducible),
             times=0,
@@ -109,7 +109,7 @@ class Taken:
         return {**vars(self), "ranks": torch.from_numpy(self.ranks.copy()), "layers": list(self.layers)}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Taken:
+    def from_state(cls, state: Mapping[str, Any]) -> PlanReduction:
         """What was taken at the time of `state`."""
         return cls(
             ranks=state["ranks"].numpy().copy(),
@@ -150,7 +150,7 @@ class BeforeStep:
         memory: the byte model of the step in which all layers are checkpointed; None where it is not known.
     """
 
-    adapters: Kept
+    adapters: AdapterSnapshot
     signals: dict[str, Any]
     decisions: int
     plan: PlanState
@@ -185,16 +185,16 @@ class Shortage:
         """Note all that the present step may change before it has passed; the first call of a step counts."""
         if self._before:
             return
-        plan, controller, recomputation = self._plan, self._plan.controller, self._plan.recomputation
+        plan, applier, checkpointing = self._plan, self._plan.applier, self._plan.checkpointing
         self._before = BeforeStep(
-            adapters=Kept(plan.run.model, controller.targets, plan.run.optimizer),
-            signals=controller.adapters.meter.state_dict(),
+            adapters=AdapterSnapshot(plan.run.model, applier.targets, plan.run.optimizer),
+            signals=applier.adapters.meter.state_dict(),
             decisions=len(plan.journal.predictions),
             plan=plan.now,
-            limit=controller.limit,
-            cost=controller.cost,
-            layers=plan.recomputed,
-            memory=recomputation.memory if recomputation else None,
+            limit=applier.limit,
+            cost=applier.cost,
+            layers=plan.checkpointed,
+            memory=checkpointing.memory if checkpointing else None,
         )
 
     def put_back(self) -> None:
@@ -203,13 +203,13 @@ class Shortage:
         self._tried.clear()
         if before is None:
             return
-        plan, controller, recomputation = self._plan, self._plan.controller, self._plan.recomputation
+        plan, applier, checkpointing = self._plan, self._plan.applier, self._plan.checkpointing
         before.adapters.put_back()
-        controller.adapters.meter.load_state_dict(before.signals)
-        controller.limit, controller.cost, plan.now = before.limit, before.cost, before.plan
-        if recomputation:
-            recomputation.memory = before.memory
-            recomputation.take(before.layers)
+        applier.adapters.meter.load_state_dict(before.signals)
+        applier.limit, applier.cost, plan.now = before.limit, before.cost, before.plan
+        if checkpointing:
+            checkpointing.memory = before.memory
+            checkpointing.take(before.layers)
         plan.journal.forget(before.decisions)
 
     def passed(self) -> None:
@@ -230,7 +230,7 @@ class Shortage:
             torch.OutOfMemoryError: this error. Smaller plans are no help, and all is as it was before the step.
             BudgetError: other processes are in the middle of the step.
         """
-        plan, controller, run = self._plan, self._plan.controller, self._plan.run
+        plan, applier, run = self._plan, self._plan.applier, self._plan.run
         number = plan.step + 1
         plan.meter.close()
         traceback.clear_frames(error.__traceback__)
@@ -238,8 +238,8 @@ class Shortage:
             parameter.grad = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        less = (1 - STEP_SHARE) * plan_cost(controller.cost_now(), controller.ranks)
-        run.replicas.check_again(number, Budget(controller.cost.unit, less))
+        less = (1 - STEP_SHARE) * plan_cost(applier.cost_now(), applier.ranks)
+        run.replicas.check_again(number, Budget(applier.cost.unit, less))
         self.keep()
         if len(self._tried) < MOST_TRIES and self._try_again(number):
             plan.meter.request()
@@ -256,30 +256,30 @@ class Shortage:
 
     def _try_again(self, number: int) -> bool:
         """Prepare the step of this number, from 1, to be taken again; whether that may be a help."""
-        plan, controller, taken = self._plan, self._plan.controller, self._plan.now.taken
-        if taken and not self._tried:
+        plan, applier, reduction = self._plan, self._plan.applier, self._plan.now.reduction
+        if reduction and not self._tried:
             plan.warn("Step %d ran out of memory, and is taken again: this plan has passed steps before.", number)
             self._tried.append("the plan of the steps before")
-            plan.now = replace(plan.now, taken=replace(taken, step=plan.step))
+            plan.now = replace(plan.now, reduction=replace(reduction, step=plan.step))
             return True
-        taken = taken or Taken.nothing(plan)
-        limit = taken.smaller_limit(plan_cost(controller.cost_now(), controller.ranks))
+        reduction = reduction or PlanReduction.nothing(plan)
+        limit = reduction.smaller_limit(plan_cost(applier.cost_now(), applier.ranks))
         if limit is None:
             return False
-        controller.limit = limit
-        share = f"{100 * limit / taken.cost:.0f} %"
+        applier.limit = limit
+        share = f"{100 * limit / reduction.cost:.0f} %"
         self._tried.append(f"a plan of {share} of its cost")
-        plan.now = replace(plan.now, taken=replace(taken, times=taken.times + 1, step=plan.step))
+        plan.now = replace(plan.now, reduction=replace(reduction, times=reduction.times + 1, step=plan.step))
         if plan.relieved(f"Step {number} ran out of memory, and is taken again."):
             return True
         plan.warn(
             "Step %d ran out of memory. The plan shrinks to %s of its cost, and the step is taken again.", number, share
         )
         try:
-            plan.correct("shrunk: out of memory", controller.ranks)
+            plan.correct("shrunk: out of memory", applier.ranks)
         except BudgetError:  # adapters that hold NaN cannot shrink
             return False
-        return controller.fits()
+        return applier.fits()
 
     def follow(self, limit: float, step: int) -> None:
         """Take the limit of the moment, before a step.
@@ -291,25 +291,25 @@ class Shortage:
         Raises:
             BudgetError: no plan fits.
         """
-        plan, controller, taken = self._plan, self._plan.controller, self._plan.now.taken
+        plan, applier, reduction = self._plan, self._plan.applier, self._plan.now.reduction
         plan.step, self.follows = step, True
-        if plan_cost(controller.cost_now(), controller.ranks) > limit:
+        if plan_cost(applier.cost_now(), applier.ranks) > limit:
             self.keep()
-            plan.now = replace(plan.now, taken=replace(taken or Taken.nothing(plan), step=plan.step))
-            controller.limit = limit
-            reason = f"At step {plan.step} there is room for {cost_text(limit, controller.cost.unit)}."
+            plan.now = replace(plan.now, reduction=replace(reduction or PlanReduction.nothing(plan), step=plan.step))
+            applier.limit = limit
+            reason = f"At step {plan.step} there is room for {cost_text(limit, applier.cost.unit)}."
             if not plan.relieved(reason):
                 self._shrink(reason)
-        elif taken is None or limit < controller.limit:
-            controller.limit = limit
-        elif plan.step - taken.step >= plan.now.wait and limit > controller.limit:
-            if (1 + 1e-9) * limit >= min(ROOM * taken.cost, taken.limit):
-                self._give_back(taken, limit)
+        elif reduction is None or limit < applier.limit:
+            applier.limit = limit
+        elif plan.step - reduction.step >= plan.now.wait and limit > applier.limit:
+            if (1 + 1e-9) * limit >= min(ROOM * reduction.cost, reduction.limit):
+                self._give_back(reduction, limit)
             else:
-                controller.limit, plan.now = limit, replace(plan.now, taken=replace(taken, step=plan.step))
+                applier.limit, plan.now = limit, replace(plan.now, reduction=replace(reduction, step=plan.step))
                 plan.relieved("There is more memory.")
-                if len(plan.recomputed) <= len(taken.layers):
-                    self._give_back(taken, limit, whole=False)
+                if len(plan.checkpointed) <= len(reduction.layers):
+                    self._give_back(reduction, limit, whole=False)
 
     def _shrink(self, reason: str) -> None:
         """Shrink the plan for a limit that moved; where no plan fits, all is as it was before the step."""
@@ -319,7 +319,7 @@ class Shortage:
             self.put_back()
             raise
         self._plan.warn("%s The plan is shrunk.", reason)
-        self._plan.correct("shrunk: less memory", self._plan.controller.ranks, keeps=self._keeps_cuts)
+        self._plan.correct("shrunk: less memory", self._plan.applier.ranks, keeps=self._keeps_cuts)
 
     @property
     def _keeps_cuts(self) -> bool:
@@ -328,54 +328,54 @@ class Shortage:
 
     def give_back_if_room(self) -> None:
         """Give back what an out-of-memory error has taken, once enough steps have passed and there is memory again."""
-        plan, run, controller = self._plan, self._plan.run, self._plan.controller
-        taken, history = plan.now.taken, plan.meter.history
-        if self.follows or taken is None or plan.step >= controller.total_steps:
+        plan, run, applier = self._plan, self._plan.run, self._plan.applier
+        reduction, history = plan.now.reduction, plan.meter.history
+        if self.follows or reduction is None or plan.step >= applier.total_steps:
             return
-        if plan.step - taken.step < plan.now.wait:
+        if plan.step - reduction.step < plan.now.wait:
             return
         if run.device.type == "cuda" and history:  # without CUDA good steps tell
-            more = taken.cost - plan_cost(controller.cost_now(), controller.ranks)
+            more = reduction.cost - plan_cost(applier.cost_now(), applier.ranks)
             if not plan.limits_bytes:
-                more *= adapter_bytes(controller.targets, run.optimizer) / plan_cost(controller.cost, controller.ranks)
+                more *= adapter_bytes(applier.targets, run.optimizer) / plan_cost(applier.cost, applier.ranks)
             if history[-1][1] + more - state_bytes(run.model, run.optimizer) > free_bytes(run.device):
                 return
-        self._give_back(taken, taken.limit)
+        self._give_back(reduction, reduction.limit)
 
-    def _give_back(self, taken: Taken, limit: float, *, whole: bool = True) -> None:
+    def _give_back(self, reduction: PlanReduction, limit: float, *, whole: bool = True) -> None:
         """Give the plan this limit, its layers, its ranks of before an error, and what was cut from them.
 
         Args:
-            taken: the plan to go back to.
+            reduction: the plan to go back to.
             limit: of the plan from now on.
             whole: whether there is room for all of it; else modules get their ranks back while there is room, and the
                 others later.
         """
-        plan, controller, step = self._plan, self._plan.controller, self._plan.step
-        controller.limit = limit if whole else limit / ROOM
+        plan, applier, step = self._plan, self._plan.applier, self._plan.step
+        applier.limit = limit if whole else limit / ROOM
         if whole:
-            plan.now = replace(plan.now, taken=None, wait=(2 if taken.times else 1) * plan.now.wait)
-        plan.checkpoint(taken.layers)  # as many as these ranks need
-        observation = controller.observation_now(step)
-        ranks = controller.ranks
-        for module in np.flatnonzero(taken.ranks > ranks):
-            more = np.where(np.arange(len(ranks)) == module, taken.ranks, ranks)
-            if controller.fits(more):
+            plan.now = replace(plan.now, reduction=None, wait=(2 if reduction.times else 1) * plan.now.wait)
+        plan.checkpoint(reduction.layers)  # as many as these ranks need
+        observation = applier.observation_now(step)
+        ranks = applier.ranks
+        for module in np.flatnonzero(reduction.ranks > ranks):
+            more = np.where(np.arange(len(ranks)) == module, reduction.ranks, ranks)
+            if applier.fits(more):
                 ranks = more
-        controller.limit = limit
-        if np.array_equal(ranks, controller.ranks):
-            plan.settle()
+        applier.limit = limit
+        if np.array_equal(ranks, applier.ranks):
+            plan.checkpoint_fewest()
             if whole:
                 plan.measure_next()
-                plan.journal.note(f"step {step}: there is memory again. {plan.recomputation or 'The plan stays'}.")
+                plan.journal.note(f"step {step}: there is memory again. {plan.checkpointing or 'The plan stays'}.")
             return
-        ends = {target: target.rank for target in controller.targets}
-        controller.set_plan(ranks, step, plan.run.optimizer, decides=False)
+        ends = {target: target.rank for target in applier.targets}
+        applier.set_plan(ranks, step, plan.run.optimizer, decides=False)
         cuts = plan.now.cuts
         back = [cut for cut in cuts if cut.target.rank > ends[cut.target]]
         plan.now = replace(plan.now, cuts=() if whole else tuple(cut for cut in cuts if cut not in back))
         for cut in reversed(back):  # later ones were larger
             ends[cut.target] = cut.put_back(ends[cut.target])
-        taken_back = Plan(ranks, controller.ranks, plan_cost(observation.problem.cost, controller.ranks))
+        taken_back = Plan(ranks, applier.ranks, plan_cost(observation.problem.cost, applier.ranks))
         what = f"given back{'' if whole else ' in part'}{', with what was cut' if back else ''}"
         plan.changed(PlanChange.correction(step, f"{what}: there is memory again", ranks, observation, taken_back))

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from ..cost.recording import Batch
 from ..errors import UnsupportedError
-from .left_as_found import put_back
+from .put_back import put_back
 from .rollouts import Rollouts, makes_rollouts, refuse_answers, refuse_to_plan
 from .run import TrainingRun, data_of, probe_rate
 

@@ -23,7 +23,7 @@ from .journal import Journal
 from .run import Participant, TrainingRun
 
 if TYPE_CHECKING:
-    from .run_control import RunControl
+    from .controlled_rate import ControlledRate
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ class FiniteWatch(Participant):
 
     def __init__(self, run: TrainingRun, journal: Journal) -> None:
         self._run, self._journal, self._told = run, journal, False
-        self.control: RunControl | None = None
+        self.control: ControlledRate | None = None
         self._restart()
 
     def _restart(self) -> None:

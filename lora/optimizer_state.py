@@ -387,7 +387,7 @@ def drop_foreign_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn
             del inner.state[parameter]
 
 
-class KeptState:
+class OptimizerSnapshot:
     """The state that parameters have now, which can be given back to them after any changes of rank.
 
     Tensors as large as the parameter wait in main memory, so that a smaller plan frees their bytes on the device.

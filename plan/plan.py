@@ -375,7 +375,7 @@ class TimeLimit:
         refused, ended, best = 1.0, np.inf, None
         factor = max(over, CLOSE)
         while ended > CLOSE * refused:
-            changed = dearer(problem, factor)
+            changed = with_dearer_time(problem, factor)
             if not changed.fits(least_ranks(changed)):
                 ended = factor
             elif (over := self._over(plan(changed))) > 1:
@@ -387,7 +387,7 @@ class TimeLimit:
             raise self._impossible(self.of(least_ranks(problem)))
         return best
 
-    def settled(
+    def agreed(
         self, plan: Callable[[TimeLimit], IntArray], measured: Callable[[IntArray], float], reference: float
     ) -> TimeLimit:
         """The limit with times as they are under the very plans that it leads to.
@@ -455,7 +455,7 @@ class TimeLimit:
         )
 
 
-def dearer(problem: AllocationProblem, factor: float) -> AllocationProblem:
+def with_dearer_time(problem: AllocationProblem, factor: float) -> AllocationProblem:
     """The same problem, in which time counts so many times as much.
 
     Args:
@@ -478,4 +478,4 @@ def under_limit(problem: AllocationProblem, limit: float) -> AllocationProblem:
         limit: in the unit of its cost, > 0.
     """
     changed = replace(problem, limit=limit)
-    return dearer(changed, limit / problem.limit) if isinstance(problem.cost, TimedCost) else changed
+    return with_dearer_time(changed, limit / problem.limit) if isinstance(problem.cost, TimedCost) else changed

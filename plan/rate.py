@@ -29,8 +29,8 @@ LEAST_LOSS = 0.1
 
 
 @dataclass(frozen=True)
-class Look:
-    """What the first look at a run shows.
+class InitialLoss:
+    """What is known of a run before its first step.
 
     Attributes:
         loss: before training, in nats a token.
@@ -41,7 +41,7 @@ class Look:
     tokens: float = MOST_TOKENS
 
 
-TYPICAL = Look()
+TYPICAL = InitialLoss()
 """An instruction tune of a language model."""
 
 
@@ -70,21 +70,21 @@ class RateRule:
     of_rank: float = -0.8
     of_share: float = -0.3
 
-    def plain(self, width: int, steps: int, scale: float = REFERENCE_SCALE, look: Look = TYPICAL) -> float:
+    def plain(self, width: int, steps: int, scale: float = REFERENCE_SCALE, initial: InitialLoss = TYPICAL) -> float:
         """The rate of plain LoRA, to three digits.
 
         Args:
             width: of the model's hidden states, at least 1.
             steps: optimizer steps of the run, at least 1.
             scale: of plain LoRA.
-            look: at the run.
+            initial: the loss before training, and the tokens of a step.
         """
-        tokens = min(max(look.tokens, 1.0), MOST_TOKENS)
+        tokens = min(max(initial.tokens, 1.0), MOST_TOKENS)
         powers = (
             (width / 2048, self.of_width),
             (steps / 200, self.of_steps),
             (tokens / 400, self.of_tokens),
-            (max(look.loss, LEAST_LOSS), self.of_loss),
+            (max(initial.loss, LEAST_LOSS), self.of_loss),
             (scale / REFERENCE_SCALE, self.of_scale),
         )
         return float(f"{self.rate * math.prod(value**power for value, power in powers):.3g}")

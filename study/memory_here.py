@@ -36,8 +36,8 @@ from ..data.task import Task
 from ..data.workload import Texts, Workload
 from ..errors import UnsupportedError
 from ..finetune.before_training import run_memory
-from ..finetune.left_as_found import could_recompute
 from ..finetune.options import FinetuneConfig
+from ..finetune.put_back import could_checkpoint
 from ..finetune.run import TrainingRun
 from ..finetune.trainer import check_possible, new_model, new_trainer, read_workload
 from ..finetune.trainer_step import run_of_trainer
@@ -162,7 +162,7 @@ def _priced(setup: StepSetup, tell: Tell) -> tuple[Priced, Limit | None]:
     if config.budget is None:
         return priced, None
     _, limit = limited_cost(beside_model(Budget.parse(config.budget), setup.model), targets, priced.plain)
-    chooses = config.gradient_checkpointing == "auto" and could_recompute(setup.model)
+    chooses = config.gradient_checkpointing == "auto" and could_checkpoint(setup.model)
     if config.exact_savers and chooses and limit.unit == "bytes":
         priced = savers.within(limit.value, priced, measured, targets, partial(least_cost, targets, None, None))
     return priced, limit

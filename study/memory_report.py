@@ -124,13 +124,13 @@ def _finding(outlook: Outlook) -> str:
 
 def _largest_text(outlook: Outlook) -> str:
     """What to do where the batch that was asked for does not fit."""
-    fitting = [cell for cell in outlook.grid if cell.recomputed is not None]
+    fitting = [cell for cell in outlook.grid if cell.checkpointed is not None]
     if not fitting:
         linear = 2 * outlook.step.fused < outlook.step.parameters
         smaller = "--quantization nf4, " if outlook.settings.quantization != "nf4" and linear else ""
         return f" No batch of the grid fits. Take {smaller}a smaller model or a larger card."
     largest = max(fitting, key=lambda cell: (cell.shape.rows * cell.shape.length, cell.shape.length))
-    how = _recomputed_text(outlook, largest.recomputed or 0, largest.activations)
+    how = _checkpointed_text(outlook, largest.checkpointed or 0, largest.activations)
     return f" The largest batch of the grid that fits all layers is {largest.shape}, with {how}."
 
 
@@ -143,7 +143,7 @@ def _time_text(outlook: Outlook, best: Choice) -> str:
     quicker = [(time, each) for time, each in timed if time < 0.9 * best.time]
     if not quicker:
         return text
-    time, other = max(quicker, key=lambda pair: (pair[1].layers, -len(pair[1].recomputed)))
+    time, other = max(quicker, key=lambda pair: (pair[1].layers, -len(pair[1].checkpointed)))
     return f"{text}. Quicker, but with fewer adapters: {choice_text(outlook, other)}, at {time:.2f}"
 
 
@@ -152,9 +152,8 @@ def choice_text(outlook: Outlook, choice: Choice) -> str:
     if choice.label:
         return choice.label
     where = "all layers" if choice.layers == outlook.blocks else f"the top {choice.layers} layers"
-    return (
-        f"{where} at rank {choice.rank} with {_recomputed_text(outlook, len(choice.recomputed), _activations(outlook))}"
-    )
+    how = _checkpointed_text(outlook, len(choice.checkpointed), _activations(outlook))
+    return f"{where} at rank {choice.rank} with {how}"
 
 
 def _activations(outlook: Outlook) -> bool:
@@ -162,9 +161,9 @@ def _activations(outlook: Outlook) -> bool:
     return any(each.name == ACTIVATIONS for each in outlook.step.saved)
 
 
-def _recomputed_text(outlook: Outlook, count: int, activations: bool) -> str:
+def _checkpointed_text(outlook: Outlook, count: int, activations: bool) -> str:
     """What is checkpointed, in words: how many layers, and whether activations are."""
-    every = len(outlook.recomputable)
+    every = len(outlook.checkpointable)
     layers = [] if not count else ["checkpointing" if count == every else f"{count} of {every} layers checkpointed"]
     return " and ".join([*layers, *([ACTIVATIONS] if activations else [])]) or "no checkpointing"
 
@@ -192,7 +191,7 @@ def choice_table(outlook: Outlook) -> Table:
         table.add_row(
             row_label(outlook, choice),
             "mixed" if choice.kind == "rule" and len(set(choice.ranks[choice.ranks > 0])) > 1 else str(choice.rank),
-            f"{len(choice.recomputed)} of {len(outlook.recomputable)}",
+            f"{len(choice.checkpointed)} of {len(outlook.checkpointable)}",
             *(f"{count:.2f}".replace("-", "−") for count in (choice.step_bytes / size, *taken)),
             *([] if use else [f"{choice.step_bytes / outlook.reference_bytes:.1%}"]),
             *([{"fits": "yes", "does not fit": "no"}.get(choice.verdict, choice.verdict)] if choice.verdict else []),
@@ -214,9 +213,9 @@ def grid_table(outlook: Outlook) -> Table:
 
 
 def _cell_text(cell: GridCell) -> str:
-    if cell.recomputed is None:
+    if cell.checkpointed is None:
         return "–"
-    return f"{cell.recomputed}*" if cell.activations else str(cell.recomputed or "none")
+    return f"{cell.checkpointed}*" if cell.activations else str(cell.checkpointed or "none")
 
 
 def notes(outlook: Outlook) -> Iterator[str]:
@@ -256,7 +255,7 @@ def notes(outlook: Outlook) -> Iterator[str]:
 
 def remarks(outlook: Outlook) -> Iterator[str]:
     """What a real step took, and what could not be shown."""
-    if outlook.card and not outlook.recomputable:
+    if outlook.card and not outlook.checkpointable:
         yield f"{type(outlook.step.model.get_base_model()).__name__} does not support gradient checkpointing."
     yield from _measured(outlook)
     yield from outlook.notes
@@ -308,7 +307,7 @@ def configuration_text(outlook: Outlook) -> str:
     if best.layers < outlook.blocks:
         modules = repr([target.name for target, rank in zip(outlook.step.targets, best.ranks, strict=True) if rank])
     activations = _activations(outlook)  # which are checkpointed only where a run chooses what is
-    checkpointed = not activations and 0 < len(best.recomputed) == len(outlook.recomputable)
+    checkpointed = not activations and 0 < len(best.checkpointed) == len(outlook.checkpointable)
     narrow, lora = _narrow_ranks(outlook, best), outlook.step.model.peft_config["default"]
     lines = [
         "from peft import LoraConfig",
@@ -329,11 +328,11 @@ def configuration_text(outlook: Outlook) -> str:
         "    gradient_checkpointing_kwargs={'use_reentrant': False},",
         ")",
     ]
-    if activations or 0 < len(best.recomputed) < len(outlook.recomputable):
+    if activations or 0 < len(best.checkpointed) < len(outlook.checkpointable):
         again = " and ".join(
             [
                 *([ACTIVATIONS] if activations else []),
-                *([f"gradient checkpointing of {len(best.recomputed)} layers"] if best.recomputed else []),
+                *([f"gradient checkpointing of {len(best.checkpointed)} layers"] if best.checkpointed else []),
             ]
         )
         room = best.step_bytes + (best.use.spare_bytes if best.use else 0)
@@ -395,7 +394,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
             {
                 "rows": cell.shape.rows,
                 "length": cell.shape.length,
-                "recomputed": cell.recomputed,
+                "checkpointed": cell.checkpointed,
                 "activations": cell.activations,
                 "bytes": cell.bytes,
             }
@@ -413,7 +412,7 @@ def _figures_of(outlook: Outlook, choice: Choice) -> dict[str, Any]:
         "label": choice_text(outlook, choice),
         "layers": choice.layers,
         "rank": choice.rank,
-        "recomputed": len(choice.recomputed),
+        "checkpointed": len(choice.checkpointed),
         "step_bytes": choice.step_bytes,
         "share": choice.step_bytes / outlook.reference_bytes,
         "total_bytes": choice.use and choice.use.total_bytes,
@@ -436,10 +435,10 @@ def write_memory_report(outlook: Outlook, config: MemoryConfig, folder: Path) ->
 
 def picture_labels(outlook: Outlook) -> list[str]:
     """What the bars of the choices are called."""
-    again = len(outlook.recomputable)
+    again = len(outlook.checkpointable)
     return [
         row_label(outlook, choice)
         + ("" if choice.label else f", rank {choice.rank}")
-        + (f", {len(choice.recomputed)} of {again} checkpointed" if choice.recomputed and not choice.label else "")
+        + (f", {len(choice.checkpointed)} of {again} checkpointed" if choice.checkpointed and not choice.label else "")
         for choice in outlook.choices
     ]

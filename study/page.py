@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from ..agents.log import DecisionRecord
-from ..agents.observation import MODULE_FEATURES
 from ..common.arrays import FloatArray, IntArray
 from ..common.drawing import NO_ADAPTER, RUNGS, rank_colors
 from ..common.files import read_json, read_object, read_shapes, write_text
 from ..common.text import format_bytes, short_names
 from ..cost.budget import TimeBudget
+from ..decide.log import DecisionRecord
+from ..decide.observation import MODULE_FEATURES
 from ..errors import BudgetError, DataError
 from ..finetune.options import PILOT
 from .pictures import module_kinds

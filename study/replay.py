@@ -18,12 +18,12 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
-from ..agents.chooser import PlanChooser
-from ..agents.log import DecisionLog, DecisionRecord
-from ..agents.observation import MODULE_FEATURES, Observation, with_limit
-from ..agents.policy import Decision, Policy, decided_plan, keeps, plan_distance
 from ..common.arrays import FloatArray, IntArray
 from ..common.text import cost_text, make_table, plural, short_names
+from ..decide.chooser import PlanChooser
+from ..decide.log import DecisionLog, DecisionRecord
+from ..decide.observation import MODULE_FEATURES, Observation, with_limit
+from ..decide.policy import Decision, Policy, decided_plan, keeps, plan_distance
 from ..errors import ConfigError
 from ..lora.adapters import SIGNALS
 

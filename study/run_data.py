@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..agents.choice import Choice
-from ..agents.log import CONTROL, LINES, DecisionLog, DecisionRecord
-from ..agents.observation import MODULE_FEATURES
 from ..common.checks import counted, finite
 from ..common.drawing import Points
 from ..common.files import read_json_lines, read_object
 from ..common.text import cost_text
 from ..cost.savers import Saved
+from ..decide.choice import Choice
+from ..decide.log import CONTROL, LINES, DecisionLog, DecisionRecord
+from ..decide.observation import MODULE_FEATURES
 from ..errors import DataError, RunFolderError, first_line, shown
 from ..finetune.options import PILOT, RUNS
 

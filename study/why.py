@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ..agents.choice import PLAIN, Choice, percent
-from ..agents.chooser import PlanChooser
-from ..agents.log import DecisionLog, DecisionRecord
-from ..agents.policy import Policy
-from ..agents.rules import RULES
 from ..common.arrays import IntArray
 from ..common.text import cost_text, plural
 from ..cost.savers import plain_text
+from ..decide.choice import PLAIN, Choice, percent
+from ..decide.chooser import PlanChooser
+from ..decide.log import DecisionLog, DecisionRecord
+from ..decide.policy import Policy
+from ..decide.rules import RULES
 from ..plan.worth import FEATURES
 from .replay import WhatIf, redecide, usual_questions, what_if
 from .run_data import rates_sentence

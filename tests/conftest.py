@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Inputs, Observation
 from rankpilot.cost.cost import ParameterCost
+from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Inputs, Observation
 from rankpilot.lora.spec import RankLadder
 from rankpilot.plan.problem import AllocationProblem
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rankpilot.agents.learned.policy_file import read_card
+from rankpilot.agents.policy_file import read_card
 from rankpilot.common.files import read_json_lines, read_object, read_text
 from rankpilot.common.text import format_bytes
 from rankpilot.cost.savers import Saved

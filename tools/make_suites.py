@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.files import append_json_line, read_json_lines, write_json
 from rankpilot.cost.budget import reference_cost
 from rankpilot.cost.cost import plan_cost
 from rankpilot.data.task import SPLITS, SUITES
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.bases import adapted_base
 from rankpilot.env.proxy_finetune import ProxyFineTune, oracle_plan
 from rankpilot.env.proxy_task import FOLDER, PLACEMENTS, VERSION, ProxyTask, Reference, find_base

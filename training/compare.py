@@ -17,15 +17,15 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ..agents.chooser import DEFAULT
-from ..agents.learned.policy_file import load_policy, policy_schedule, read_card
-from ..agents.log import DecisionLog, DecisionRecord
-from ..agents.observation import Observation
-from ..agents.policy import Decision, Policy
-from ..agents.rules import RULES, FixedPlan
-from ..agents.settings import DecisionSchedule
+from ..agents.policy_file import load_policy, policy_schedule, read_card
 from ..common.files import CONFIG, as_json, as_plain, from_json, open_run, read_object, write_json
 from ..common.workers import count_workers, worker_pool
+from ..decide.chooser import DEFAULT
+from ..decide.log import DecisionLog, DecisionRecord
+from ..decide.observation import Observation
+from ..decide.policy import Decision, Policy
+from ..decide.rules import RULES, FixedPlan
+from ..decide.settings import DecisionSchedule
 from ..env.bases import weights_file
 from ..env.episode import EpisodeLog
 from ..env.proxy_finetune import check_texts, oracle_plan

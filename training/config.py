@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..agents.settings import ONCE, DecisionSchedule, NetworkConfig
 from ..cost.step_config import check_seed
 from ..data.task import SUITES, Split
+from ..decide.settings import ONCE, DecisionSchedule, NetworkConfig
 from ..errors import ConfigError
 
 

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..agents.learned.networks import RankNetwork
-from ..agents.learned.policy import LearnedPolicy
-from ..agents.learned.policy_file import CARD, SCHEMA, save_policy
+from ..agents.learned_policy import LearnedPolicy
+from ..agents.networks import RankNetwork
+from ..agents.policy_file import CARD, SCHEMA, save_policy
 from ..common import files
 from ..common.arrays import Arrays, FloatArray, IntArray
 from ..common.devices import find_device

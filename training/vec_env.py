@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..agents.learned.networks import CorrelatedGaussian, RankNetwork
-from ..agents.observation import MODULE_FEATURES
-from ..agents.settings import NetworkConfig
+from ..agents.networks import CorrelatedGaussian, RankNetwork
 from ..common.arrays import Arrays, FloatArray
 from ..common.workers import Call, make_workers
+from ..decide.observation import MODULE_FEATURES
+from ..decide.settings import NetworkConfig
 from ..env.episode import UNIFORM
 from ..env.proxy_finetune import CACHED_TASKS, utilities
 from ..env.proxy_task import ProxyTask

@@ -30,7 +30,7 @@ print("Everything is written to", folder)
 MODEL, CARD = "llama-3.1-8b", "RTX 4090"
 outlook = rankpilot.memory_of(MODEL, CARD, batch_size=2, max_length=1024)
 best = outlook.best
-print(f"{MODEL} on {CARD}: {best.layers} layers, {len(best.recomputed)} of them checkpointed")
+print(f"{MODEL} on {CARD}: {best.layers} layers, {len(best.checkpointed)} of them checkpointed")
 print(f"{best.use.total_bytes / 2**30:.2f} GiB on the card: it {best.use.verdict}")
 print(f"A step takes {best.time:.2f} of plain LoRA's time")
 
@@ -41,7 +41,7 @@ print(f"A step takes {best.time:.2f} of plain LoRA's time")
 
 # %%
 for cell in outlook.grid:
-    print(f"  {cell.shape.rows:2d} rows of {cell.shape.length:5,d} tokens: {cell.recomputed}")
+    print(f"  {cell.shape.rows:2d} rows of {cell.shape.length:5,d} tokens: {cell.checkpointed}")
 
 # %% [markdown]
 # ## Train inside a budget

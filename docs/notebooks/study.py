@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rankpilot.agents.choice import PLAIN, percent
-from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
-from rankpilot.agents.log import DecisionLog
+from rankpilot.agents.policy_file import load_policy, policy_schedule
 from rankpilot.common.drawing import save_figure
+from rankpilot.decide.choice import PLAIN, percent
+from rankpilot.decide.log import DecisionLog
 from rankpilot.env.proxy_task import evenly, find_tasks
 from rankpilot.plan.goal import Goal
 from rankpilot.study.page import page_data, write_page

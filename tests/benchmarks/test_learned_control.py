@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.control import CHANGES, CONTROLLERS, FEATURES
+from rankpilot.decide.rate_control import CHANGES, FEATURES, RATE_CONTROLS
 from rankpilot.env.run_control import RunControlVectorEnv
 from rankpilot.errors import DataError
 from rankpilot.training.vec_env import GymnasiumVecEnv
@@ -18,12 +18,12 @@ from benchmarks import learned_control as control
 from benchmarks.learned_control import (
     DECISIONS,
     ControlConfig,
-    LearnedController,
+    LearnedRateControl,
     Steps,
-    controller_of,
+    applier_of,
     imitate,
     rule_steps,
-    train_controller,
+    train_rate_control,
 )
 
 SMALL: dict[str, Any] = {"bases": ("llama-4x32",), "rounds": 1, "episodes": 2, "warm_rounds": 1, "lengths": (60,)}
@@ -40,7 +40,7 @@ def test_a_controller_does_what_its_network_does(vector: GymnasiumVecEnv, make: 
     seen = np.random.default_rng(0).normal(size=(50, len(FEATURES))).astype(np.float32)
     actions, _ = model.predict(seen, deterministic=True)
     assert len(set(actions.tolist())) > 1
-    assert controller_of(model).act(seen) == actions.tolist()
+    assert applier_of(model).act(seen) == actions.tolist()
 
 
 def test_a_policy_learns_to_do_what_was_done(vector: GymnasiumVecEnv) -> None:
@@ -52,14 +52,14 @@ def test_a_policy_learns_to_do_what_was_done(vector: GymnasiumVecEnv) -> None:
 
 def test_rounds_of_the_rule_hold_what_was_seen_and_done() -> None:
     env = RunControlVectorEnv(2, base="llama-4x32", lengths=(60,))
-    found = list(rule_steps(env, CONTROLLERS["alignment"], 0.0, np.random.default_rng(0), 3))
+    found = list(rule_steps(env, RATE_CONTROLS["alignment"], 0.0, np.random.default_rng(0), 3))
     assert len(found) == DECISIONS
     for earlier, later in pairwise(found):
         assert earlier.after.tolist() == later.seen.tolist()
         assert (earlier.rewards == 0).all()
         assert (earlier.taken == earlier.ruled).all()
     assert found[-1].ended.all()
-    drawn = rule_steps(env, CONTROLLERS["leave alone"], 1.0, np.random.default_rng(0), 3)
+    drawn = rule_steps(env, RATE_CONTROLS["leave alone"], 1.0, np.random.default_rng(0), 3)
     assert any((each.taken != each.ruled).any() for each in drawn)
 
 
@@ -81,24 +81,24 @@ def test_rounds_of_the_rule_are_of_other_tasks(monkeypatch: pytest.MonkeyPatch) 
     seeds: list[int] = []
     monkeypatch.setattr(control, "rule_steps", lambda *arguments: seeds.append(arguments[-1]) or [])
     monkeypatch.setattr(control, "_warm", lambda model, found: None)
-    train_controller(ControlConfig(**SMALL | {"rounds": 0, "warm_rounds": 3, "seed": 1}))
+    train_rate_control(ControlConfig(**SMALL | {"rounds": 0, "warm_rounds": 3, "seed": 1}))
     assert seeds == [1000, 1002, 1004]
 
 
 @pytest.mark.parametrize("learner", ["ppo", pytest.param("dqn", marks=pytest.mark.long)])
 def test_training_ends_with_a_controller(learner: Any) -> None:
     rounds: list[tuple[int, float]] = []
-    found = train_controller(ControlConfig(learner, **SMALL), lambda number, _, mean: rounds.append((number, mean)))
+    found = train_rate_control(ControlConfig(learner, **SMALL), lambda number, _, mean: rounds.append((number, mean)))
     assert [number for number, _ in rounds] == [0]
     assert np.isfinite(rounds[0][1])
     assert found.layers[-1][0].shape == (len(CHANGES), 32)
 
 
-def network(activation: str = "tanh") -> LearnedController:
+def network(activation: str = "tanh") -> LearnedRateControl:
     generator = np.random.default_rng(0)
     sizes = [len(FEATURES), 5, len(CHANGES)]
     layers = tuple((generator.normal(size=(out, into)), generator.normal(size=out)) for into, out in pairwise(sizes))
-    return LearnedController(layers, activation)
+    return LearnedRateControl(layers, activation)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
@@ -109,10 +109,10 @@ def test_a_network_takes_the_highest_score_and_survives_its_file(activation: str
     inner = observations @ first.T + bias
     inner = np.tanh(inner) if activation == "tanh" else np.maximum(inner, 0)
     assert own.act(observations) == (inner @ second.T + other).argmax(axis=1).tolist()
-    again = LearnedController.from_json(json.loads(json.dumps(own.to_json())))
+    again = LearnedRateControl.from_json(json.loads(json.dumps(own.to_json())))
     assert again.act(observations) == own.act(observations)
 
 
 def test_a_controller_of_another_version_is_refused() -> None:
-    with pytest.raises(DataError, match="no controller of schema"):
-        LearnedController.from_json(network().to_json() | {"schema": 99})
+    with pytest.raises(DataError, match="no control of schema"):
+        LearnedRateControl.from_json(network().to_json() | {"schema": 99})

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from rankpilot.agents.learned.networks import RankNetwork
-from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.agents.networks import RankNetwork
+from rankpilot.agents.policy_file import save_policy
 from rankpilot.cli import main as cli
 from rankpilot.cli.evaluate import comparison_table
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env import bases
 from rankpilot.errors import ConfigError
 from rankpilot.training.config import EvaluateConfig

@@ -14,10 +14,10 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.cli import finetune, train
 from rankpilot.cli import main as cli
 from rankpilot.common.files import as_json, open_run, write_json
+from rankpilot.decide.settings import DecisionSchedule, NetworkConfig
 from rankpilot.finetune.options import FinetuneConfig
 from rankpilot.training.config import PRESETS, TrainConfig
 
@@ -353,7 +353,7 @@ def test_train_agent_script() -> None:
 
 
 def test_a_tiny_training_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rankpilot.agents.learned.policy_file import load_policy
+    from rankpilot.agents.policy_file import load_policy
 
     small = "--iterations 2 --stacks 1 --tasks-per-stack 1 --episodes-per-task 2 --workers 1 --validate-every 1"
     tasks = "--task-steps 8 --suites planted --warm-tasks 1 --validation-tasks 1 --schedule.probe-steps 2"

@@ -167,7 +167,7 @@ def test_a_model_without_checkpointing(memory: Memory, models: Path, capsys: pyt
     printed, figures, _ = memory("{models}/xlnet --no-exact-savers")
     assert "does not support gradient checkpointing" in printed
     assert len(figures["notes"]) == 1
-    assert not [choice for choice in figures["choices"] if choice["recomputed"]]
+    assert not [choice for choice in figures["choices"] if choice["checkpointed"]]
     line = failure(f"memory {models}/xlnet {SMALL} --gradient-checkpointing True", capsys)
     assert "does not support gradient checkpointing" in line
 

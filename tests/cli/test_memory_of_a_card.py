@@ -71,8 +71,8 @@ def test_checkpointing_that_is_set_is_that_of_every_choice(
     options = ["--device", "T4", "--batch-size", "2", "--max-length", "32", "--gradient-checkpointing", wanted]
     assert cli.run(["memory", str(tmp_path), *options, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert {choice["recomputed"] for choice in figures["choices"]} == {count}
-    assert {cell["recomputed"] for cell in figures["grid"]} <= {count, None}
+    assert {choice["checkpointed"] for choice in figures["choices"]} == {count}
+    assert {cell["checkpointed"] for cell in figures["grid"]} <= {count, None}
     built = memory_of(NARROW_KEYS, "T4", gradient_checkpointing=wanted == "True", batch_size=2, max_length=32)
     assert f"gradient_checkpointing={wanted}" in configuration_text(built)
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import yaml
 from peft import LoraConfig
-from rankpilot.agents.choice import FrontierPlan
-from rankpilot.agents.rules import read_plan
 from rankpilot.cli import plan as module
+from rankpilot.decide.choice import FrontierPlan
+from rankpilot.decide.rules import read_plan
 from rankpilot.errors import ConfigError
 from rankpilot.finetune import experiment
 from rankpilot.finetune.allocate import StaticPlan

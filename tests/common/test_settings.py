@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
 from rankpilot.common.files import as_json, from_json
+from rankpilot.decide.settings import DecisionSchedule, NetworkConfig
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.options import FinetuneConfig
 from rankpilot.study.memory_config import MemoryConfig

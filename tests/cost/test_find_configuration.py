@@ -12,7 +12,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 from rankpilot.cost import published
-from rankpilot.cost.from_config import hollow_base, usual_class
+from rankpilot.cost.from_config import base_on_meta, usual_class
 from rankpilot.cost.published import find_configuration, published_models, try_hub_once
 from rankpilot.errors import AssetError, ConfigError, UnknownNameError
 from transformers import AutoConfig, LlamaConfig
@@ -26,7 +26,7 @@ def test_models_of_the_table_have_their_published_number_of_parameters(name):
         if auto_class == "AutoModelForSequenceClassification":  # counted without a head
             model = transformers.AutoModel.from_config(config)
         else:
-            model = hollow_base(config, auto_class)
+            model = base_on_meta(config, auto_class)
     assert sum(parameter.numel() for parameter in model.parameters()) == published_models()[name]["parameters"]
 
 
@@ -61,7 +61,7 @@ def test_a_t5_whose_file_says_that_it_is_not_tied_has_an_output_layer(tmp_path):
     fields = AutoConfig.for_model("t5", d_model=16, vocab_size=64).to_dict() | {"tie_word_embeddings": False}
     del fields["scale_decoder_outputs"]  # older files do not have it
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    base = hollow_base(find_configuration(str(tmp_path)), "AutoModelForSeq2SeqLM")
+    base = base_on_meta(find_configuration(str(tmp_path)), "AutoModelForSeq2SeqLM")
     assert base.lm_head.weight is not base.shared.weight is base.decoder.embed_tokens.weight
 
 

@@ -17,7 +17,7 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from rankpilot.cost.breakdown import frozen_bytes
 from rankpilot.cost.calibration import measure_memory
 from rankpilot.cost.cost import moment_costs, plan_cost
-from rankpilot.cost.from_config import PEFT_TYPES, LoadedAs, from_config, hollow_base, usual_class
+from rankpilot.cost.from_config import PEFT_TYPES, LoadedAs, base_on_meta, from_config, usual_class
 from rankpilot.cost.model import MemoryModel
 from rankpilot.cost.published import WORKSPACE_BYTES
 from rankpilot.cost.recording import BatchShape
@@ -71,7 +71,7 @@ def real_memory(
     """The byte model of the step on a real model on the CPU, that model, and its batch; `base` may be quantised."""
     config = copy.deepcopy(config)
     auto_class = usual_class(config)
-    base = base or hollow_base(config, auto_class, loaded.dtype)  # here on the CPU
+    base = base or base_on_meta(config, auto_class, loaded.dtype)  # here on the CPU
     if step.gradient_checkpointing is True:
         switch_checkpointing(base, True, reentrant=loaded.reentrant)
     kind = PEFT_TYPES[auto_class]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.cost.hollow_device import HollowDevice, hollow_device
+from rankpilot.cost.device_on_meta import DeviceOnMeta, device_on_meta
 from rankpilot.cost.live_storages import LivePeak, LiveStorages, storages
 from torch.nn import functional
 
@@ -202,7 +202,7 @@ def test_live_bytes_of_a_step_are_what_torchs_profiler_sees_allocated():
 
 def softmax_peak(kind: str) -> int:
     """Bytes at the peak of a softmax's backward pass, above the 4 KiB each of its input and output."""
-    with hollow_device(HollowDevice(kind)):
+    with device_on_meta(DeviceOnMeta(kind)):
         scores = torch.zeros(8, 128, requires_grad=True)
         output = scores.softmax(-1)
         with LivePeak() as live:
@@ -216,7 +216,7 @@ def test_the_backward_pass_of_softmax_takes_its_gradient_once_more_on_cuda():
 
 def attention_peak(keys: int, dtype: torch.dtype = torch.bfloat16, width: int = 64) -> int:
     """Bytes at the peak of attention's backward pass, above inputs and output: 2 x 8 heads of 256 tokens."""
-    with hollow_device(HollowDevice("cuda")):
+    with device_on_meta(DeviceOnMeta("cuda")):
         query = torch.zeros(2, 8, 256, width, dtype=dtype, requires_grad=True)
         key, value = (torch.zeros(2, keys, 256, width, dtype=dtype, requires_grad=True) for _ in range(2))
         output = functional.scaled_dot_product_attention(query, key, value, enable_gqa=keys != 8)
@@ -245,7 +245,7 @@ def test_a_product_with_four_bit_weights_makes_them_whole():
     pytest.importorskip("bitsandbytes")
     sizes = {}
     for kind in ("cpu", "cuda"):
-        with hollow_device(HollowDevice(kind)):
+        with device_on_meta(DeviceOnMeta(kind)):
             inputs = torch.zeros(64, 256, dtype=torch.bfloat16)
             codes, scales = torch.zeros(128 * 256 // 2, 1, dtype=torch.uint8), torch.zeros(128 * 256 // 64)
             with LivePeak() as live:

@@ -13,7 +13,7 @@ from rankpilot.cost import measured_time
 from rankpilot.cost.measured_time import count_work, measure_step_time, timed_plans, usual_seconds
 from rankpilot.cost.step_time import Rates
 from rankpilot.cost.training_step import TrainingStep, model_loss
-from rankpilot.finetune.left_as_found import Recomputation
+from rankpilot.finetune.put_back import LayerCheckpointing
 from rankpilot.lora.targets import find_target_modules
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -58,10 +58,10 @@ def test_the_plans_tell_the_parts_apart(make_llama: Any) -> None:
     assert all((ranks <= [target.max_rank for target in targets]).all() for ranks, _ in plans)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_given_timings_are_reproduced(make_llama: Any, monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_given_timings_are_reproduced(make_llama: Any, monkeypatch: pytest.MonkeyPatch, checkpoint: bool) -> None:
     model = make_llama().train()
-    recomputation = Recomputation(model) if recompute else None
+    checkpointing = LayerCheckpointing(model) if checkpoint else None
     targets = find_target_modules(model)
     step = TrainingStep(model, model_loss(model), None)
     truth = count_work(model, targets, step.loss, batch()).time(RATES).scaled(FACTORS)
@@ -75,18 +75,18 @@ def test_given_timings_are_reproduced(make_llama: Any, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(measured_time, "_timed_step", timed)
     monkeypatch.setattr(measured_time, "measured_rates", lambda device: RATES)
-    found = measure_step_time(step, targets, batch(), recomputation.take if recomputation else None)
-    plans = 7 if recompute else 6
+    found = measure_step_time(step, targets, batch(), checkpointing.take if checkpointing else None)
+    plans = 7 if checkpoint else 6
     assert len(seen) == (1 + 5) * plans, "so short steps are timed more often"
     assert not any(warm for _, _, warm in seen[:plans])
     assert all(warm for _, _, warm in seen[plans:]), "steps as short as these run once before"
     generator = np.random.default_rng(0)
     for _ in range(10):
         ranks = generator.choice([0, 1, 8, 64], size=len(targets))
-        layers = tuple(name for name in found.layers if recompute and generator.random() < 0.5)
+        layers = tuple(name for name in found.layers if checkpoint and generator.random() < 0.5)
         assert found.seconds(ranks, layers) == pytest.approx(truth.seconds(ranks, layers), rel=1e-6)
-    if recomputation:
-        assert all(layer.gradient_checkpointing for layer in recomputation._layers.values()), "as before"
+    if checkpointing:
+        assert all(layer.gradient_checkpointing for layer in checkpointing._layers.values()), "as before"
 
 
 def test_real_steps_leave_the_run_as_it_was(make_llama: Any) -> None:

@@ -192,7 +192,7 @@ def test_an_unadapted_embedding_passes_on_gradients_that_were_asked_for(reentran
 
 
 def test_doras_norms_in_a_second_pass_are_known_to_a_few_percent():
-    """They are recomputed from matrices as large as the layer's weight, which here take as much as activations."""
+    """They are checkpointed from matrices as large as the layer's weight, which here take as much as activations."""
     errors = errors_of("llama-dora", "fp32", 8, ((9, 16),), False)
     assert errors.min() >= -0.01
     assert errors.max() <= 0.015

@@ -47,15 +47,15 @@ def card_with(room: float) -> str:
     return f"{(wide.card.memory_bytes - wide.room) / 2**20 + room:.0f}MiB"
 
 
-def test_a_wide_card_takes_all_layers_without_recomputation() -> None:
+def test_a_wide_card_takes_all_layers_without_checkpointing() -> None:
     outlook = llama("24GiB")
     best = outlook.best
     assert best is not None
-    assert (best.layers, best.recomputed, best.use.verdict) == (LAYERS, (), "fits")
+    assert (best.layers, best.checkpointed, best.use.verdict) == (LAYERS, (), "fits")
     assert best.use.spare_bytes > 0.9 * outlook.room
     assert outlook.breakdown(best).total == pytest.approx(best.step_bytes, rel=2e-4)
     assert {choice.rank for choice in outlook.choices} == {1, 8, 16, 64}
-    assert all(cell.recomputed == 0 for cell in outlook.grid if cell.shape.rows * cell.shape.length <= 8192)
+    assert all(cell.checkpointed == 0 for cell in outlook.grid if cell.shape.rows * cell.shape.length <= 8192)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_several_gpus_share_what_their_scheme_shares() -> None:
     outside = whole - LAYERS * layer
     trained = sum(rank * (target.d_in + target.d_out) for rank, target in zip(plan.tolist(), step.targets, strict=True))
     ddp, fsdp, zero = (Shards(4, sharding).of(step) for sharding in ("ddp", "fsdp2", "zero3"))
-    peak, of_ddp, of_fsdp = (each.memory.recomputing(()).peak(plan) for each in (step, ddp, fsdp))
+    peak, of_ddp, of_fsdp = (each.memory.with_checkpointed(()).peak(plan) for each in (step, ddp, fsdp))
     assert Shards().of(step) is step
     assert ddp.frozen_bytes == whole
     assert of_ddp - peak == 4 * trained  # its buckets, of fp32
@@ -110,20 +110,20 @@ def test_the_time_is_that_of_the_rows_that_were_asked_for() -> None:
     assert 3 < flops[1] / flops[0] < 4.01
 
 
-def test_a_narrow_card_recomputes_some_layers() -> None:
+def test_a_narrow_card_checkpoints_some_layers() -> None:
     wide = llama("24GiB")
-    none, every = wide.choice(LAYERS, 8, ()), wide.choice(LAYERS, 8, wide.recomputable)
+    none, every = wide.choice(LAYERS, 8, ()), wide.choice(LAYERS, 8, wide.checkpointable)
     middle = (none.use.total_bytes + every.use.total_bytes) / 2
     outlook = llama(f"{middle / 2**20:.0f}MiB")
     best = outlook.best
     assert best is not None
     assert best.layers == LAYERS
-    assert 0 < len(best.recomputed) < LAYERS
+    assert 0 < len(best.checkpointed) < LAYERS
     assert best.use.total_bytes <= outlook.card.memory_bytes < none.use.total_bytes
-    fewer = outlook.choice(LAYERS, 8, best.recomputed[:-1])
+    fewer = outlook.choice(LAYERS, 8, best.checkpointed[:-1])
     assert fewer.use.verdict != "fits", "one layer less is too much"
     (asked,) = (cell for cell in outlook.grid if cell.shape == outlook.memory.shape)
-    assert asked.recomputed == len(best.recomputed), "the table of batches says the same"
+    assert asked.checkpointed == len(best.checkpointed), "the table of batches says the same"
 
 
 def test_a_margin_within_the_error_is_tight_and_the_status_is_that_of_what_fits() -> None:
@@ -143,7 +143,7 @@ def test_a_margin_within_the_error_is_tight_and_the_status_is_that_of_what_fits(
 
 def test_a_recommended_budget_fits_the_card() -> None:
     wide = llama("24GiB")
-    none, every = wide.choice(LAYERS, 8, ()), wide.choice(LAYERS, 8, wide.recomputable)
+    none, every = wide.choice(LAYERS, 8, ()), wide.choice(LAYERS, 8, wide.checkpointable)
     outlook = llama(f"{(none.use.total_bytes + every.use.total_bytes) / 2**21:.0f}MiB")
     budget = int(re.search(r"budget='(\d+)MiB step'", configuration_text(outlook))[1]) * 2**20
     assert outlook.best.step_bytes <= budget <= outlook.best.step_bytes + outlook.best.use.spare_bytes
@@ -153,15 +153,15 @@ def test_nothing_fits_a_card_that_the_model_fills() -> None:
     outlook = llama(card_with(1))
     assert outlook.best is None
     assert {choice.use.verdict for choice in outlook.choices} <= {"does not fit", "tight"}
-    assert outlook.grid[-1].recomputed is None
+    assert outlook.grid[-1].checkpointed is None
 
 
 def test_cells_of_the_grid_agree_with_the_byte_model() -> None:
     outlook = llama(card_with(110))
     cells = {(cell.shape.rows, cell.shape.length): cell for cell in outlook.grid}
-    assert {cell.recomputed for cell in cells.values()} >= {0, None}
+    assert {cell.checkpointed for cell in cells.values()} >= {0, None}
     for cell in cells.values():
-        if cell.recomputed is not None:
+        if cell.checkpointed is not None:
             assert cell.bytes <= outlook.card.memory_bytes
     assert [cells[8, length].bytes for length in (512, 1024)] == sorted(cells[8, n].bytes for n in (512, 1024))
     assert max(length for _, length in cells) == 4096, "no longer than the model's positions"
@@ -204,11 +204,11 @@ def test_a_rank_is_no_higher_than_the_widest_module() -> None:
 
 def test_a_model_without_checkpointing_has_an_outlook_without_it() -> None:
     outlook = memory_of(t.AlbertConfig(**ENCODER, embedding_size=16), "24GiB", batch_size=2, max_length=32)
-    assert outlook.recomputable == ()
+    assert outlook.checkpointable == ()
     assert outlook.best is not None
-    assert [choice.recomputed for choice in outlook.choices] == [()] * len(outlook.choices)
+    assert [choice.checkpointed for choice in outlook.choices] == [()] * len(outlook.choices)
     assert len({(choice.layers, choice.rank) for choice in outlook.choices}) == len(outlook.choices), "each is once"
-    assert {cell.recomputed for cell in outlook.grid} == {0}
+    assert {cell.checkpointed for cell in outlook.grid} == {0}
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_the_peak_of_a_plan_is_the_highest_of_all_candidates(share: float, token
     run = adamw_run(model, family_batch(family, model, 8, 16), "bf16")
     memory = run.calibrated()
     layers = [segment.name for segment in memory.segments]
-    memory = replace(memory.recomputing(layers[: round(share * len(layers))]), accumulates=accumulates)
+    memory = replace(memory.with_checkpointed(layers[: round(share * len(layers))]), accumulates=accumulates)
     for shape in (memory.shape, BatchShape(3, 64)):
         base, slope = memory.sizes(shape)
         every, _ = memory._full_cost(memory._finder.candidates(base + 2 * slope), base, slope)

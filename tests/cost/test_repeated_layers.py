@@ -96,7 +96,7 @@ def test_repeated_layers_are_those_of_the_whole_model(
 
 @pytest.mark.parametrize("change", ["odd settings", "an odd layer", "too few", "counted layers"])
 def test_layers_that_differ_are_all_recorded(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = from_config_module.hollow_base
+    build = from_config_module.base_on_meta
 
     def changed(*arguments: Any) -> Any:
         base = build(*arguments)
@@ -116,7 +116,7 @@ def test_layers_that_differ_are_all_recorded(change: str, monkeypatch: pytest.Mo
             base.model.layers = layers[:2]
         return base
 
-    monkeypatch.setattr(from_config_module, "hollow_base", changed)
+    monkeypatch.setattr(from_config_module, "base_on_meta", changed)
     step, seen = recorded("llama", monkeypatch)
     assert not seen
     assert len(step.memory.segments) == (2 if change == "too few" else 7)

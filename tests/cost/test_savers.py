@@ -23,7 +23,7 @@ from rankpilot.cost.outlook import Outlook
 from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.savers import ACTIVATIONS, CACHE, COPIES, SAVERS, TILES, ExactSavers
 from rankpilot.cost.step_config import StepConfig
-from rankpilot.finetune.left_as_found import Recomputation
+from rankpilot.finetune.put_back import LayerCheckpointing
 from rankpilot.lora.adapters import signal_buffer_bytes
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
@@ -342,7 +342,7 @@ def nothing(cost: ByteCost) -> float:
 def test_activations_run_again_before_whole_layers() -> None:
     model, ids = wide_llama(), torch.arange(160).reshape(8, 20) % 64
     run = adamw_run(model, {"input_ids": ids, "labels": ids})
-    savers, recomputation, ranks = ExactSavers(model), Recomputation(model), np.full(len(run.targets), 4)
+    savers, checkpointing, ranks = ExactSavers(model), LayerCheckpointing(model), np.full(len(run.targets), 4)
     free = savers.price(run.calibrated, run.targets, each=False)
     bytes_of = free.saved[-1].step_bytes
     assert savers.within(bytes_of, free, run.calibrated, run.targets, nothing) is free
@@ -350,11 +350,11 @@ def test_activations_run_again_before_whole_layers() -> None:
     found = savers.within(bytes_of - 1, free, run.calibrated, run.targets, nothing)
     assert savers.names[-1] == found.saved[-1].name == ACTIVATIONS
     assert found.saved[-1].step_bytes < 0.8 * bytes_of
-    names = recomputation.layers
+    names = checkpointing.layers
     for count in (0, 1, len(names)):
-        recomputation.take(names)
-        recomputation.take(names[:count])
-        predicted = found.memory.recomputing(names[:count]).peak(ranks)
+        checkpointing.take(names)
+        checkpointing.take(names[:count])
+        predicted = found.memory.with_checkpointed(names[:count]).peak(ranks)
         assert 0 <= predicted / run.peak(ranks) - 1 <= (0.006 if count else 0), "but for the margin of second runs"
 
 
@@ -471,13 +471,13 @@ def test_a_run_does_what_its_configuration_told() -> None:
     free, lean = in_a_run(step), in_a_run(step.leaner())
     auto = replace(asked, gradient_checkpointing="auto")
     wide = Outlook(lean, 4, auto, card=find_device_spec("24GiB"))
-    totals = [wide.choice(2, 4, layers).use for layers in ((), wide.recomputable)]
+    totals = [wide.choice(2, 4, layers).use for layers in ((), wide.checkpointable)]
     half = sum(use.total_bytes for use in totals if use) / 2
     card = find_device_spec(f"{half / (1 - SLACK) / 2**20:.0f}MiB")
     told = Outlook(replace(free, leaner=lambda: lean), 4, auto, card=card)
     assert told.step is lean
     assert told.best is not None
-    assert len(told.best.recomputed) == 1
+    assert len(told.best.checkpointed) == 1
     loader: Any = torch.utils.data.DataLoader(
         [{"input_ids": row, "labels": row} for row in torch.ones(4, 256).long()], 4
     )
@@ -488,11 +488,11 @@ def test_a_run_does_what_its_configuration_told() -> None:
     pilot.begin(rankpilot.TrainingRun.of_loader(model, optimizer, loader, total_steps=4))
     state = pilot.state_dict()
     assert state["savers"][-1] == ACTIVATIONS
-    assert state["recomputed"] == list(told.best.recomputed)
-    assert np.array_equal(pilot.controller.ranks, told.best.ranks)
+    assert state["checkpointed"] == list(told.best.checkpointed)
+    assert np.array_equal(pilot.applier.ranks, told.best.ranks)
     memory = pilot._piloted.guard.plan.now.memory
     assert memory is not None
-    assert memory.peak(pilot.controller.ranks) == told.best.step_bytes
+    assert memory.peak(pilot.applier.ranks) == told.best.step_bytes
     assert any(each.endswith("losses. Selective checkpointing is on, which takes some time.") for each in lines)
     pilot.finish()
     assert attributes(model) == before

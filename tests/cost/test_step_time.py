@@ -12,7 +12,7 @@ from rankpilot.cost.measured_time import count_work
 from rankpilot.cost.step_time import PARAMETER_BYTES, PARTS, Rates, StepTime, StepWork, fitted
 from rankpilot.cost.training_step import model_loss, release_inputs
 from rankpilot.errors import ConfigError
-from rankpilot.finetune.left_as_found import Recomputation
+from rankpilot.finetune.put_back import LayerCheckpointing
 from rankpilot.lora.targets import find_target_modules
 
 
@@ -274,7 +274,7 @@ def test_a_step_takes_the_longer_of_all_work_and_all_launches(make_llama: Any) -
 def test_layers_that_run_again_are_counted_once(make_llama: Any) -> None:
     plain, _ = counted(make_llama())
     model = make_llama()
-    layers = Recomputation(model).layers
+    layers = LayerCheckpointing(model).layers
     work, targets = counted(model)
     assert work.running_again == layers == plain.layers
     assert plain.running_again == ()

@@ -20,7 +20,7 @@ from rankpilot.cost.savers import ExactSavers
 from rankpilot.cost.tiled_loss import LEAST_TOKENS, TILES
 from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.before_training import run_memory
-from rankpilot.finetune.left_as_found import Recomputation
+from rankpilot.finetune.put_back import LayerCheckpointing
 from rankpilot.study.memory_config import MemoryConfig
 from rankpilot.study.memory_here import StepSetup, measure_step, set_up
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -112,20 +112,20 @@ def test_bytes_are_predicted(rows: int, length: int) -> None:
     ranks = np.full(len(plain.targets), 4)
     before = plain.peak(ranks)
     ExactSavers(model)
-    recomputation = Recomputation(model)
-    names = recomputation.layers
+    checkpointing = LayerCheckpointing(model)
+    names = checkpointing.layers
     run = adamw_run(model, batch_of(rows, length))
     memory = run.calibrated()
     for count in (0, 1, len(names)):
-        recomputation.take(names)
-        recomputation.take(names[:count])
-        predicted = memory.recomputing(names[:count]).peak(ranks)
+        checkpointing.take(names)
+        checkpointing.take(names[:count])
+        predicted = memory.with_checkpointed(names[:count]).peak(ranks)
         assert 0 <= predicted / run.peak(ranks) - 1 <= (0.006 if count else 0), "but for the margin of second runs"
         assert predicted < 0.8 * before
-    recomputation.take(())
+    checkpointing.take(())
     other = BatchShape(rows + 3, length + 4)
     larger: Run = adamw_run(model, batch_of(other.rows, other.length))
-    assert memory.recomputing(()).peak(ranks, other) == pytest.approx(larger.peak(ranks), rel=0.002)
+    assert memory.with_checkpointed(()).peak(ranks, other) == pytest.approx(larger.peak(ranks), rel=0.002)
 
 
 def test_a_run_puts_the_loss_back() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.proxy_task import ProxyTask
 
 SIZES = {"base": "llama-4x32", "steps": 12, "batch_size": 4, "length": 16, "eval_rows": 16}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.proxy_task import ProxyTask
 
 MakeTask = Callable[..., ProxyTask]

@@ -18,14 +18,14 @@ NAMES = tuple(f"h.{layer}.{kind}" for layer in range(2) for kind in KINDS)
 
 
 class Episode:
-    """A record whose controller has given ranks, each of which costs 10 parameters."""
+    """A record whose applier has given ranks, each of which costs 10 parameters."""
 
     def __init__(self, names: tuple[str, ...] = NAMES, blocks: tuple[int, ...] = (0, 0, 0, 1, 1, 1)) -> None:
         self.blocks, self.ranks = np.array(blocks), np.ones(len(names), dtype=np.int64)
-        controller: Any = SimpleNamespace(names=names, total_steps=100, cost=SimpleNamespace(unit="parameters"))
-        controller.problem = self.problem
+        applier: Any = SimpleNamespace(names=names, total_steps=100, cost=SimpleNamespace(unit="parameters"))
+        applier.problem = self.problem
         observation: Any = SimpleNamespace(problem=self.problem())
-        self.record = EpisodeRecord("a task", Reference(3.0, 1.375), controller, observation)
+        self.record = EpisodeRecord("a task", Reference(3.0, 1.375), applier, observation)
 
     def problem(self) -> AllocationProblem:
         count = len(self.ranks)

@@ -16,10 +16,10 @@ import rankpilot
 import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.agents.policy import Decision
-from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.cost.budget import reference_cost
 from rankpilot.cost.cost import ByteCost, ParameterCost
+from rankpilot.decide.policy import Decision
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.episode import Episode, probe_task, reference_of, rule_losses
 from rankpilot.env.own_task import START_RANK, OwnTask
 from rankpilot.env.proxy_task import ProxyTask, Reference
@@ -174,7 +174,7 @@ def test_budgets(make_own: Callable[..., OwnTask], quick: DecisionSchedule, budg
     cost = task.cost()
     assert isinstance(cost, ByteCost if kind == "bytes" else ParameterCost)
     assert task.cost() is cost
-    problem = Episode(task, quick).controller.problem()
+    problem = Episode(task, quick).applier.problem()
     share = 0.6 * reference_cost(cost, problem.max_ranks)
     expected = {"300KiB step": 300 * 1024, "2k params": 2000}.get(budget, share)
     assert problem.limit == pytest.approx(expected)

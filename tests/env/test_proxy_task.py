@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.agents.observation import RUN_FEATURES
-from rankpilot.agents.policy import Decision
-from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.cost.budget import Budget
 from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.cost import ByteCost, ParameterCost, plan_cost
 from rankpilot.data.corpora import load_corpus, load_labelled, sample_windows
+from rankpilot.decide.observation import RUN_FEATURES
+from rankpilot.decide.policy import Decision
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.bases import BASES_FOLDER, adapted_base, load_base_model, proxy_cost, proxy_memory
 from rankpilot.env.episode import Episode
 from rankpilot.env.proxy_finetune import (
@@ -54,7 +54,7 @@ MakeTask = Callable[..., ProxyTask]
 def test_the_share_of_the_bytes_that_is_predicted(make_task: MakeTask, kind: str, base: str, share: float) -> None:
     task = make_task(kind, 5, base=base, corpus="sentiment" if kind == "classify" else "code")
     assert ProxyFineTune(task).predicted == pytest.approx(share, rel=0.2)
-    observation = Episode(ProxyFineTune(task), DecisionSchedule(probe_steps=1)).controller.observe(0)
+    observation = Episode(ProxyFineTune(task), DecisionSchedule(probe_steps=1)).applier.observe(0)
     seen = float(observation.run[RUN_FEATURES.index("predicted")])
     assert seen == pytest.approx(np.log2(ProxyFineTune(task).predicted) / 4)
 
@@ -397,7 +397,7 @@ def test_a_budget_of_parameters(make_task: MakeTask, schedule: DecisionSchedule)
     assert isinstance(cost, ParameterCost)
     assert isinstance(ProxyFineTune(make_task()).cost(), ByteCost)
     assert ProxyFineTune(task).limit == Budget("share", 0.25)
-    problem = Episode(ProxyFineTune(task), schedule).controller.problem()
+    problem = Episode(ProxyFineTune(task), schedule).applier.problem()
     assert problem.limit == sum(2 * (target.d_in + target.d_out) for target in targets)
     assert plan_cost(problem.cost, np.full(28, 2)) == problem.limit == plan_cost(cost, np.full(28, 2))
     assert ProxyFineTune(task).cost() is cost, "prices are remembered"

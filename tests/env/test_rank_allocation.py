@@ -15,11 +15,11 @@ import pytest
 import rankpilot
 import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.observation import MODULE_FEATURES
-from rankpilot.agents.policy import decision_from_scores
-from rankpilot.agents.rules import find_rule
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.observation import MODULE_FEATURES
+from rankpilot.decide.policy import decision_from_scores
+from rankpilot.decide.rules import find_rule
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.bases import adapted_base, proxy_cost, proxy_memory
 from rankpilot.env.episode import Comparison, Episode, reference_of, rule_losses
 from rankpilot.env.proxy_finetune import ProxyFineTune, TaskData, known_of, load_task
@@ -335,11 +335,11 @@ def test_reward_is_the_documented_formula(
 def test_the_uniform_plan_is_the_zero_of_the_reward(make_task: MakeTask, schedule: DecisionSchedule) -> None:
     for task in (make_task(), make_task("planted", 4, budget=0.5)):
         episode = Episode(ProxyFineTune(task), schedule)
-        ranks = uniform_ranks(episode.controller.problem())
+        ranks = uniform_ranks(episode.applier.problem())
         loss = episode.run_fixed(ranks)
         reference = reference_of(ProxyFineTune(task), schedule)
         assert Comparison.with_uniform(reference).improvement(loss) == 0.0
-        assert episode.controller.problem().fits(ranks)
+        assert episode.applier.problem().fits(ranks)
 
 
 def test_the_reward_against_a_rule_comes_at_the_end(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import rankpilot
 from gymnasium.utils.env_checker import check_env
-from rankpilot.agents.control import CHANGES, FEATURES, KEEP, SHARES, UNDO
+from rankpilot.decide.rate_control import CHANGES, FEATURES, KEEP, SHARES, UNDO
 from rankpilot.env.run_control import (
     LENGTHS,
     OFFSETS,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from rankpilot.agents.policy import Decision
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.decide.policy import Decision
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env import stacked as stack_trainer
 from rankpilot.env.proxy_finetune import known_of, load_task
 from rankpilot.env.proxy_task import ProxyTask

@@ -13,10 +13,10 @@ import pytest
 import rankpilot
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
-from rankpilot.agents.observation import Observation
-from rankpilot.agents.policy import Decision
-from rankpilot.agents.rules import find_rule
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.decide.observation import Observation
+from rankpilot.decide.policy import Decision
+from rankpilot.decide.rules import find_rule
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env import bases as adapted
 from rankpilot.env import stacked
 from rankpilot.env import stacked as stack_trainer
@@ -72,7 +72,7 @@ def run_stacked(
     for slot, task in enumerate(tasks):
         reference, episode = episodes.reference(task), episodes.under_way[slot]
         stories.append(Story(reference=reference))
-        records.append(EpisodeRecord(task.id, reference, episode.controller, episode.observation))
+        records.append(EpisodeRecord(task.id, reference, episode.applier, episode.observation))
     active = list(range(len(tasks)))
     for turn in range(len(schedule.fractions)):
         seen = {slot: episodes.under_way[slot].observation for slot in active}

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
-from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.files import append_json_line
 from rankpilot.cost.cost import plan_cost
 from rankpilot.data.corpora import CORPORA
 from rankpilot.data.task import SPLITS, SUITES
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env import bases
 from rankpilot.env import proxy_task as suites
 from rankpilot.env.bases import BASES_FOLDER, adapted_base

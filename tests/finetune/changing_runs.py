@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.cost.savers import ACTIVATIONS, COPIES, TILES, ExactSavers
-from rankpilot.finetune.left_as_found import Recomputation
 from rankpilot.finetune.prefix_cache import PrefixCache, Room
+from rankpilot.finetune.put_back import LayerCheckpointing
 from torch import nn
 from torch.nn import functional
 from transformers import (
@@ -325,9 +325,9 @@ def _cache(model: PeftModel, outcome: Outcome, folder: Path) -> Iterator[Callabl
 
 @contextmanager
 def _layers(model: PeftModel, outcome: Outcome, folder: Path) -> Iterator[Callable[[], None]]:
-    recomputation = Recomputation(model)
-    yield recomputation.before_step
-    recomputation.put_back()
+    checkpointing = LayerCheckpointing(model)
+    yield checkpointing.before_step
+    checkpointing.put_back()
 
 
 def _saver(name: str) -> Saver:

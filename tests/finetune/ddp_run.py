@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.agents.observation import RUN_FEATURES, Observation
-from rankpilot.agents.policy import Decision, decision_from_plan
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.decide.observation import RUN_FEATURES, Observation
+from rankpilot.decide.policy import Decision, decision_from_plan
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.finetune.callback import RankPilotCallback, attach
 from rankpilot.finetune.replicas import digest_of
 from rankpilot.lora.targets import find_target_modules
@@ -139,8 +139,8 @@ class Watch(TrainerCallback):
             self.losses[state.global_step] = logs["loss"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        assert self.pilot.controller is not None
-        self.digests[state.global_step] = digest_of(self.pilot.controller.targets)
+        assert self.pilot.applier is not None
+        self.digests[state.global_step] = digest_of(self.pilot.applier.targets)
 
 
 def train(setting: Setting) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def train(setting: Setting) -> dict[str, Any]:
         "losses": watch.losses,
         "digests": watch.digests,
         "weights": weights,
-        "ranks": [int(rank) for rank in pilot.controller.ranks],  # type: ignore[union-attr]
+        "ranks": [int(rank) for rank in pilot.applier.ranks],  # type: ignore[union-attr]
         "predictions": pilot.predictions,
         "peaks": pilot.peaks,
         "checks": pilot.pilot.checks,

@@ -12,10 +12,10 @@ import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from rankpilot import RankPilot, TrainingRun, allocate, attach
-from rankpilot.agents.learned.policy_file import load_policy
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.rules import find_rule
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.agents.policy_file import load_policy
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.rules import find_rule
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, DataError, UnsupportedError
 from rankpilot.finetune.allocate import lent_adapters, static_plan, task_type
 from rankpilot.lora.targets import find_target_modules

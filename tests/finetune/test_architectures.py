@@ -13,7 +13,7 @@ import transformers as t
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot import RankPilot, TrainingRun
 from rankpilot.cost.cost import plan_cost
-from rankpilot.cost.from_config import LoadedAs, from_config, hollow_base, usual_class
+from rankpilot.cost.from_config import LoadedAs, base_on_meta, from_config, usual_class
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError, UnsupportedError
 from rankpilot.lora.peft_config import adapter_ranks, fresh_adapters, left_out
@@ -114,7 +114,7 @@ def random_base(name: str) -> t.PreTrainedModel:
     """The model with random weights, the same at every call."""
     torch.manual_seed(0)
     config = configuration(name)
-    return hollow_base(config, usual_class(config), torch.float32)
+    return base_on_meta(config, usual_class(config), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from rankpilot import DecisionSchedule, RankPilot, TrainingRun, last_checkpoint, memory_of, save_checkpoint
-from rankpilot.agents.learned.networks import RankNetwork
-from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.agents.policy import Decision, asked, decision_from_plan
-from rankpilot.agents.rules import GivenPlan
+from rankpilot.agents.networks import RankNetwork
+from rankpilot.agents.policy_file import save_policy
 from rankpilot.common.files import write_text
 from rankpilot.data.assets import fetch_asset
+from rankpilot.decide.policy import Decision, asked, decision_from_plan
+from rankpilot.decide.rules import GivenPlan
 from rankpilot.errors import ConfigError, RankPilotError, RunFolderError
 from rankpilot.finetune.options import FinetuneConfig, PilotOptions
 from rankpilot.finetune.trainer import new_arguments

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from rankpilot import RankPilot, TrainingRun
-from rankpilot.agents.observation import RUN_FEATURES, Observation
-from rankpilot.agents.policy import Decision, decision_from_plan
-from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.data.batches import IGNORED
+from rankpilot.decide.observation import RUN_FEATURES, Observation
+from rankpilot.decide.policy import Decision, decision_from_plan
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.finetune.probing import LEAST_PROBE_STEPS, PROBE_SHARE, probe_steps
 from torch import nn
 from torch.utils.data import DataLoader
@@ -76,5 +76,5 @@ def test_a_policy_sees_what_share_of_the_tokens_is_predicted(
     pilot = RankPilot(Watching(), "3k params")
     pilot.begin(run_of(model, rows=4, total_steps=20, answers=answers))
     assert observed == [seen]
-    assert pilot.controller is not None
-    assert pilot.controller.state_dict()["predicted"] == pytest.approx(2 ** (4 * seen))
+    assert pilot.applier is not None
+    assert pilot.applier.state_dict()["predicted"] == pytest.approx(2 ** (4 * seen))

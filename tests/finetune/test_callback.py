@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.networks import RankNetwork
-from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.settings import ONCE, DecisionSchedule, NetworkConfig
+from rankpilot.agents.networks import RankNetwork
+from rankpilot.agents.policy_file import save_policy
 from rankpilot.cli import main as cli
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.settings import ONCE, DecisionSchedule, NetworkConfig
 from rankpilot.errors import BudgetError, NonFiniteError, RankPilotError, UnsupportedError
 from rankpilot.finetune.callback import attach
 from rankpilot.lora.targets import find_target_modules

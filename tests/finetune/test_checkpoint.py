@@ -13,7 +13,7 @@ from rankpilot.cost.cost import ByteCost, ParameterCost, cost_from_state, cost_s
 from rankpilot.errors import RunFolderError
 from rankpilot.finetune.checkpoint import STATE, TENSORS, load_state, save_state
 from rankpilot.finetune.peak_guard import PeakGuard
-from rankpilot.finetune.shortage import Taken
+from rankpilot.finetune.shortage import PlanReduction
 from rankpilot.finetune.watches import LossMeter
 
 
@@ -33,7 +33,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [{"format": 99}, {}])
 def test_the_checkpoint_of_another_version_is_refused_in_one_line(tmp_path: Path, number: dict[str, int]) -> None:
     save_state(tmp_path, {})
-    (tmp_path / STATE).write_text(json.dumps({"controller": {}} | number))
+    (tmp_path / STATE).write_text(json.dumps({"applier": {}} | number))
     with pytest.raises(RunFolderError, match="written by another version of rankpilot") as caught:
         load_state(tmp_path)
     assert "\n" not in str(caught.value)
@@ -65,8 +65,8 @@ def test_meters_go_on_from_their_state(tmp_path: Path) -> None:
     losses, guard = LossMeter(), PeakGuard(10)
     losses.total, losses.count = torch.tensor(2.5), 2
     guard.meter.history = [(1, 1000)]
-    given = Taken(np.array([3, 4]), ("layers.0",), limit=9.0, cost=8.0, saved=1.0, times=1, step=5)
-    guard.plan.now = replace(guard.plan.now, before=np.array([1, 2]), taken=given)
+    given = PlanReduction(np.array([3, 4]), ("layers.0",), limit=9.0, cost=8.0, saved=1.0, times=1, step=5)
+    guard.plan.now = replace(guard.plan.now, before=np.array([1, 2]), reduction=given)
     save_state(tmp_path, losses.state() | guard.state())
     state = load_state(tmp_path)
     other_losses, other_guard = LossMeter(), PeakGuard(10)
@@ -74,7 +74,7 @@ def test_meters_go_on_from_their_state(tmp_path: Path) -> None:
     other_guard.begin(state)
     assert other_losses.mean() == 1.25
     assert other_guard.meter.history == [(1, 1000)]
-    before, taken = other_guard.plan.now.before, other_guard.plan.now.taken
+    before, taken = other_guard.plan.now.before, other_guard.plan.now.reduction
     assert before is not None
     assert before.tolist() == [1, 2]
     assert taken is not None

@@ -58,8 +58,8 @@ class Loop:
         return losses
 
     @property
-    def recomputed(self) -> int:
-        return int(self.pilot.figures().get("recomputed_layers", 0))
+    def checkpointed(self) -> int:
+        return int(self.pilot.figures().get("checkpointed_layers", 0))
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_lower_budget_counts_from_the_next_step_on_and_all_comes_back(
     with caplog.at_level(logging.WARNING, logger="rankpilot"):
         run.steps(2)
     assert run.pilot.limit == pytest.approx(0.6 * before)
-    assert run.recomputed > 0
+    assert run.checkpointed > 0
     assert ranks_of(run.model) == at_first, "layers run again before ranks fall"
     assert "there is room for" in caplog.text
     run.pilot.set_budget("22%")
@@ -97,7 +97,7 @@ def test_a_lower_budget_counts_from_the_next_step_on_and_all_comes_back(
     run.pilot.set_budget("100%")
     run.steps(GOOD_STEPS + 1)
     assert ranks_of(run.model) == at_first
-    assert run.recomputed == 0
+    assert run.checkpointed == 0
 
 
 def test_ranks_that_fall_for_memory_leave_the_function(loop: Callable[..., Loop]) -> None:
@@ -153,7 +153,7 @@ def test_shares_are_those_of_the_first_plan_whatever_came_between(loop: Callable
     first = run.pilot.limit
     run.pilot.set_budget(f"{int(0.6 * first)} bytes step")
     run.steps(1)
-    assert run.recomputed > 0
+    assert run.checkpointed > 0
     lacking = next(run.batches)
     run.pilot.before_step(lacking)
     run.pilot.out_of_memory(torch.OutOfMemoryError("as on a GPU"))
@@ -253,11 +253,11 @@ def check_auto_follows(loop: Callable[..., Loop], other: Other, room: int, **opt
     leave(0.6 * cost / 0.9)
     run.steps(3)
     assert run.pilot.limit < cost
-    assert run.recomputed > 0 or ranks_of(run.model) != ranks
+    assert run.checkpointed > 0 or ranks_of(run.model) != ranks
     leave(room)
     run.steps(GOOD_STEPS + 1)
     assert ranks_of(run.model) == ranks
-    assert run.recomputed == 0
+    assert run.checkpointed == 0
 
 
 def test_auto_follows_what_another_process_takes_and_gives_back(

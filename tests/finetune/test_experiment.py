@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from rankpilot.agents.log import DecisionLog
 from rankpilot.common.files import read_json, read_json_lines
 from rankpilot.common.termination import Terminated
 from rankpilot.data.workload import load_workload
+from rankpilot.decide.log import DecisionLog
 from rankpilot.errors import (
     AssetError,
     BudgetError,

@@ -15,9 +15,9 @@ import pytest
 import rankpilot
 import torch
 from peft import PeftModel
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.settings import ONCE, DecisionSchedule
 from rankpilot.common.termination import Terminated
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.settings import ONCE, DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
 from rankpilot.finetune.callback import RankPilotCallback, StopOnSigterm, StopWithCheckpoint
 from rankpilot.finetune.checkpoint import STATE

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
-from rankpilot.agents.chooser import PlanChooser
-from rankpilot.agents.learned.networks import RankNetwork
-from rankpilot.agents.learned.policy_file import save_policy
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
+from rankpilot.agents.networks import RankNetwork
+from rankpilot.agents.policy_file import save_policy
 from rankpilot.cost.cost import TimedCost
+from rankpilot.decide.chooser import PlanChooser
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.settings import DecisionSchedule, NetworkConfig
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.allocate import static_plan
 from rankpilot.plan.goal import Goal
@@ -82,8 +82,8 @@ def test_later_epochs_make_upper_layers_cheaper(
 ) -> None:
     counted_times(monkeypatch)
     pilot, _ = begun(tmp_path, policy=policy, goal="time")
-    time, found = pilot.controller.time.time, pilot.decision.choice
-    blocks = np.array([target.block for target in pilot.controller.targets])
+    time, found = pilot.applier.time.time, pilot.decision.choice
+    blocks = np.array([target.block for target in pilot.applier.targets])
     spared = np.array([time.forward[: blocks[ranks > 0].min()].sum() for ranks in found.plans])
     of_one_epoch = np.array([time.seconds(ranks) for ranks in found.plans])
     np.testing.assert_allclose(found.seconds, of_one_epoch - 2 / 3 * spared, rtol=1e-4)

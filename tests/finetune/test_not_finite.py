@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import rankpilot
 import torch
-from rankpilot.agents.control import CHANGES, UNDO
+from rankpilot.decide.rate_control import CHANGES, UNDO
 from rankpilot.errors import NonFiniteError
+from rankpilot.finetune.controlled_rate import PATIENCE
 from rankpilot.finetune.run import TrainingRun
-from rankpilot.finetune.run_control import PATIENCE
 from rankpilot.finetune.watches import trains_finite
 from rankpilot.study.run_data import control_sentence, read_run
 from rankpilot.study.verdict import verdict
 from safetensors.torch import load_file
 from transformers import LlamaConfig, Trainer, TrainerCallback
 
-from .test_run_control import MOMENTS, STEPS, Loop, scripted
+from .test_controlled_rate import MOMENTS, STEPS, Loop, scripted
 from .tiny_runs import PLAIN, Run, adapted, arguments, counting
 from .tiny_runs import llama_config as llama_config
 

@@ -9,7 +9,7 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.errors import BudgetError
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
@@ -125,11 +125,11 @@ def test_one_lora_config_serves_several_models(llama_config: LlamaConfig) -> Non
     assert len(find_target_modules(again)) == len(find_target_modules(loop.model))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("checkpoint", [False, True])
 def test_another_share_on_resuming_is_one_of_the_same_whole(
-    llama_config: LlamaConfig, tmp_path: Path, recompute: bool
+    llama_config: LlamaConfig, tmp_path: Path, checkpoint: bool
 ) -> None:
-    checkpointing = "auto" if recompute else False
+    checkpointing = "auto" if checkpoint else False
     first = Loop(llama_config)
     whole = pilot_of("80%", gradient_checkpointing=checkpointing)
     whole.begin(first.run)

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.settings import ONCE
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.settings import ONCE
 from rankpilot.finetune.plan_keeper import GOOD_STEPS
 from rankpilot.finetune.shortage import MOST_TRIES, PLAN_SHARE, Shortage, saved_by_a_try
 from rankpilot.lora.targets import find_target_modules
@@ -246,8 +246,8 @@ def test_what_comes_back_changes_no_function_and_no_moment(make: Launch) -> None
     seen: list[tuple[torch.Tensor, dict[Any, torch.Tensor], list[int]]] = []
 
     def look() -> None:
-        assert pilot.controller is not None
-        targets = pilot.controller.targets
+        assert pilot.applier is not None
+        targets = pilot.applier.targets
         state = run.trainer.optimizer.state
         with torch.no_grad():
             logits = run.model.eval()(**batch).logits

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import rankpilot
 import torch
-from rankpilot.agents.control import RunRecord
+from rankpilot.decide.rate_control import RunRecord
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.watches import LossMeter
 from transformers import LlamaConfig
@@ -25,7 +25,7 @@ from .tiny_runs import messages_of, ranks_of, take_step
 def test_layers_in_evaluation_mode_are_checkpointed_all_the_same(loop: Callable[..., Loop]) -> None:
     """As `from_pretrained` leaves them, where nobody calls `model.train()`."""
     run = loop("60%")
-    assert run.recomputed > 0
+    assert run.checkpointed > 0
     run.model.base_model.eval()
     run.steps(2)
     run.pilot.finish()
@@ -67,7 +67,7 @@ def test_nothing_is_taken_after_the_last_step(
     run = loop()
     run.steps(1)
     ranks = ranks_of(run.model)
-    monkeypatch.setattr(run.pilot.controller, "total_steps", 2)
+    monkeypatch.setattr(run.pilot.applier, "total_steps", 2)
     monkeypatch.setattr(run.pilot._piloted.guard.meter, "end", lambda step: 2**40)
     run.steps(1)
     assert ranks_of(run.model) == ranks

@@ -14,13 +14,13 @@ import pytest
 import torch
 from datasets import Dataset
 from rankpilot import RankPilot, TrainingRun
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.cost import budget as budget_module
 from rankpilot.cost.calibration import LOOP_BYTES
 from rankpilot.cost.cost import plan_cost
 from rankpilot.cost.peak_meter import StepBatches, likely_cause
 from rankpilot.cost.recording import BatchShape
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.finetune import before_training, elastic
 from rankpilot.finetune import peak_guard as guard_module
@@ -221,7 +221,7 @@ def test_the_largest_rows_and_length_of_two_batches_count_together(launch: Launc
     many = {name: torch.ones(ROWS, LONG, dtype=torch.long) for name in ("input_ids", "labels")}
     keeper.measure_again(many, BatchShape(ROWS, LONG))
     expected = keeper.cost_of_shape(BatchShape(ROWS, LONG))
-    ranks = np.full(len(run.pilot.controller.targets), 4)
+    ranks = np.full(len(run.pilot.applier.targets), 4)
     assert plan_cost(cost, ranks) == plan_cost(expected, ranks)
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from peft import LoraConfig
 from rankpilot import RankPilot, TrainingRun
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, NoGradientError, UnknownNameError, UnsupportedError
 from rankpilot.finetune.callback import attach
 from rankpilot.finetune.options import PilotOptions
@@ -106,7 +106,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_what_takes_part_keeps_its_state_under_keys_of_its_own(loop: Loop) -> None:
     parts = loop.pilot._piloted.participants
     keys = [key for part in parts for key in part.state()]
-    assert sorted(keys) == ["elastic", "guard", "look", "losses", "own_rate", "recomputed"]
+    assert sorted(keys) == ["elastic", "guard", "initial", "losses", "own_rate", "checkpointed"]
     assert len(loop.pilot.state_dict()) == len(keys) + 10
 
 

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
-from rankpilot.agents.control import SHORTEST
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.observation import Observation
-from rankpilot.agents.policy import Decision
-from rankpilot.agents.settings import ONCE
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.observation import Observation
+from rankpilot.decide.policy import Decision
+from rankpilot.decide.rate_control import SHORTEST
+from rankpilot.decide.settings import ONCE
 from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.finetune import plan_rate
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.plan_rate import ALONE, START, hidden_width, rate_by_rule
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.plan.rate import RULE, Look
+from rankpilot.plan.rate import RULE, InitialLoss
 from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
 from torch.utils.data import DataLoader
@@ -117,11 +117,11 @@ def test_the_rule_decides_where_it_is_asked_to(llama_config: LlamaConfig) -> Non
     loop = Loop(llama_config)
     pilot = loop.train(Gives(), learning_rate="auto", tell=told.append)
     assert pilot._piloted.rate is not None
-    look = pilot._piloted.rate.look
-    assert look is not None
-    assert look.loss == pytest.approx(math.log(llama_config.vocab_size), rel=0.05), "nothing is learned yet"
-    assert look.tokens == 4 * 12
-    rule = rate_by_rule(loop.model, find_target_modules(loop.model), 3, look)
+    initial = pilot._piloted.rate.initial
+    assert initial is not None
+    assert initial.loss == pytest.approx(math.log(llama_config.vocab_size), rel=0.05), "nothing is learned yet"
+    assert initial.tokens == 4 * 12
+    rule = rate_by_rule(loop.model, find_target_modules(loop.model), 3, initial)
     assert hidden_width(loop.model) == llama_config.hidden_size
     begins = ALONE * rule, "since no steps correct it here"
     assert pilot.rates == pytest.approx((begins[0], begins[0])), "a run of three steps cannot be controlled"
@@ -231,8 +231,8 @@ def test_a_plan_ahead_tells_its_rate(llama_config: LlamaConfig) -> None:
     model = adapted(llama_config)
     loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)
     plan = rankpilot.static_plan(model, loader, Gives(1), budget="400%", schedule=ONCE, total_steps=200)
-    look = Look(math.log(llama_config.vocab_size), 4 * 12)
-    rule = rate_by_rule(model, find_target_modules(model), 200, look)
+    initial = InitialLoss(math.log(llama_config.vocab_size), 4 * 12)
+    rule = rate_by_rule(model, find_target_modules(model), 200, initial)
     assert plan.learning_rate == pytest.approx(ALONE * rule * QUARTER, rel=0.03), "nothing corrects it"
     options: dict[str, Any] = {"budget": "400%", "schedule": ONCE}
     given = rankpilot.static_plan(model, loader, Gives(1), learning_rate=1, **options)

@@ -443,7 +443,7 @@ def differing_memory() -> float:
 
     def note(piloted: PilotedRun, *arguments: Any) -> None:
         record(piloted, *arguments)
-        limits.append(float(piloted.controller.limit))
+        limits.append(float(piloted.applier.limit))
 
     PilotedRun._record = note  # type: ignore[method-assign]
     loop(ddp, policy="signal-mean", budget="auto", steps=2)

@@ -15,8 +15,8 @@ import rankpilot
 import torch
 from accelerate import skip_first_batches
 from peft import PeftModel
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.log import DecisionLog
+from rankpilot.decide.log import DecisionLog
 from rankpilot.finetune.callback import RankPilotCallback, attach
 from rankpilot.finetune.checkpoint import last_checkpoint
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -24,7 +24,7 @@ from rankpilot.finetune.run import TrainingRun
 from transformers import Trainer
 
 from ..cases import first_cases
-from .test_recomputation import LAYERS, SAVED, SCHEDULE, STEPS, recomputed, trainer_of
+from .test_checkpointed_layers import LAYERS, SAVED, SCHEDULE, STEPS, checkpointed, trainer_of
 from .tiny_runs import PLAIN
 
 RATES = Rates(1e9, 1e9)
@@ -96,10 +96,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Run]:
 @pytest.mark.parametrize("share", first_cases(1, [60, 90, 75]))
 def test_a_run_keeps_its_time(ended: Callable[[int], Run], share: int) -> None:
     run = ended(share)
-    callback, controller = run.callback, run.callback.controller
-    most = np.array([target.max_rank for target in controller.targets])
-    whole = reference_seconds(controller.time.time, most)
-    taken = controller.time.of(controller.ranks) / whole
+    callback, applier = run.callback, run.callback.applier
+    most = np.array([target.max_rank for target in applier.targets])
+    whole = reference_seconds(applier.time.time, most)
+    taken = applier.time.of(applier.ranks) / whole
     assert 0.97 * share / 100 < taken <= share / 100
     assert run.rows_timed == [4], "the largest batch, since it fits"
     figures = callback.pilot.figures()
@@ -117,11 +117,11 @@ def test_a_plan_that_takes_longer_is_made_anew(
     monkeypatch.setitem(globals(), "SLOWER", 1.15)
     slower, other = attached(tmp_path, "400%", "60%", arguments=SHORT)
     slower.train()
-    limit, before = other.controller.time, callback.controller.time
+    limit, before = other.applier.time, callback.applier.time
     assert limit.seconds == before.seconds
-    assert limit.fits(other.controller.ranks)
-    assert 1.15 * before.of(other.controller.ranks) == pytest.approx(limit.of(other.controller.ranks), rel=0.02)
-    assert 1.15 * before.of(callback.controller.ranks) > before.seconds, "the plan of the prediction was too slow"
+    assert limit.fits(other.applier.ranks)
+    assert 1.15 * before.of(other.applier.ranks) == pytest.approx(limit.of(other.applier.ranks), rel=0.02)
+    assert 1.15 * before.of(callback.applier.ranks) > before.seconds, "the plan of the prediction was too slow"
 
 
 def test_a_plan_says_what_time_it_takes(tmp_path: Path) -> None:
@@ -139,17 +139,17 @@ def test_fewer_rows_are_timed_where_the_bytes_hold_no_more(tmp_path: Path, rows_
     trainer, callback = attached(tmp_path, "60%", "90%", arguments=SHORT, **PLAIN)
     trainer.train()
     assert 0 < rows_timed[0] < 4
-    time = callback.controller.time.time
+    time = callback.applier.time.time
     run = callback.pilot._piloted.run
-    whole = count_work(trainer.model, callback.controller.targets, run.step.loss, run.largest_batch()).time(RATES)
-    ranks = np.full(len(callback.controller.targets), 8)
+    whole = count_work(trainer.model, callback.applier.targets, run.step.loss, run.largest_batch()).time(RATES)
+    ranks = np.full(len(callback.applier.targets), 8)
     assert time.seconds(ranks) == pytest.approx(whole.seconds(ranks), rel=0.25), "in proportion to tokens"
 
 
 def test_a_step_has_all_its_batches(tmp_path: Path, ended: Callable[[int], Run]) -> None:
     trainer, callback = attached(tmp_path, "400%", "60%", arguments={**SHORT, "gradient_accumulation_steps": 2})
     trainer.train()
-    assert callback.controller.time.seconds == pytest.approx(2 * ended(60).callback.controller.time.seconds)
+    assert callback.applier.time.seconds == pytest.approx(2 * ended(60).callback.applier.time.seconds)
 
 
 @pytest.mark.long
@@ -157,17 +157,17 @@ def test_a_step_has_all_its_batches(tmp_path: Path, ended: Callable[[int], Run])
     ("budget", "time"),
     first_cases(1, [("60%", "80%"), ("55%", "115%"), ("50%", "65%")]),
 )
-def test_recomputation_keeps_bytes_and_time(tmp_path: Path, budget: str, time: str) -> None:
+def test_checkpointing_keeps_bytes_and_time(tmp_path: Path, budget: str, time: str) -> None:
     trainer, callback = attached(tmp_path, budget, time, gradient_checkpointing="auto")
     trainer.train()
-    controller = callback.controller
-    names = callback.pilot._piloted.guard.plan.recomputed
-    assert controller.time.time.seconds(controller.ranks, names) <= controller.time.seconds
+    applier = callback.applier
+    names = callback.pilot._piloted.guard.plan.checkpointed
+    assert applier.time.time.seconds(applier.ranks, names) <= applier.time.seconds
     assert max(peak for _, peak in callback.peaks) <= callback.limit
-    assert sum(recomputed(trainer)) == len(names)
+    assert sum(checkpointed(trainer)) == len(names)
     unlimited, other = attached(tmp_path / "unlimited", budget, None, gradient_checkpointing="auto", arguments=SHORT)
     unlimited.train()
-    assert len(names) <= len(other.pilot._piloted.guard.plan.recomputed) <= LAYERS
+    assert len(names) <= len(other.pilot._piloted.guard.plan.checkpointed) <= LAYERS
 
 
 def begun(folder: Path, epochs: int = 3, policy: Any = "signal-mean", **options: Any) -> tuple[Any, list[str]]:
@@ -185,8 +185,8 @@ def begun(folder: Path, epochs: int = 3, policy: Any = "signal-mean", **options:
 
 def test_later_epochs_count_with_kept_states(tmp_path: Path) -> None:
     pilot, told = begun(tmp_path, time="60%")
-    limit, ranks = pilot.controller.time, pilot.controller.ranks
-    lowest = min(target.block for target, rank in zip(pilot.controller.targets, ranks, strict=True) if rank)
+    limit, ranks = pilot.applier.time, pilot.applier.ranks
+    lowest = min(target.block for target, rank in zip(pilot.applier.targets, ranks, strict=True) if rank)
     assert limit.left_out == pytest.approx(2 / 3)
     assert lowest > 0
     spared = 2 / 3 * limit.time.forward[:lowest].sum()
@@ -198,12 +198,10 @@ def test_later_epochs_count_with_kept_states(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", first_cases(2, [{"epochs": 1}, {"prefix_cache": "off"}, {"dropout": 0.1}]))
 def test_where_no_state_is_kept_times_are_those_of_each_step(tmp_path: Path, options: dict[str, Any]) -> None:
     pilot, told = begun(tmp_path, time="60%", **options)
-    limit, ranks = pilot.controller.time, pilot.controller.ranks
+    limit, ranks = pilot.applier.time, pilot.applier.ranks
     assert limit.mean is limit.time
     assert limit.of(ranks) == limit.time.seconds(ranks) <= limit.seconds
-    assert limit.seconds == 0.6 * reference_seconds(
-        limit.time, np.array([t.max_rank for t in pilot.controller.targets])
-    )
+    assert limit.seconds == 0.6 * reference_seconds(limit.time, np.array([t.max_rank for t in pilot.applier.targets]))
     assert not any("means over" in line or "on average" in line for line in told)
 
 
@@ -221,8 +219,8 @@ def test_a_resumed_run_keeps_its_time(tmp_path: Path, ended: Callable[[int], Run
     resumed, again = attached(tmp_path / "run", "400%", "60%")
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert rows_timed == [], "nothing is measured again"
-    assert again.controller.ranks.tolist() == callback.controller.ranks.tolist()
-    assert again.controller.time.seconds == callback.controller.time.seconds
+    assert again.applier.ranks.tolist() == callback.applier.ranks.tolist()
+    assert again.applier.time.seconds == callback.applier.time.seconds
 
 
 @pytest.mark.long
@@ -234,28 +232,28 @@ def test_a_resumed_run_may_have_another_time(tmp_path: Path, rows_timed: list[in
         resumed, again = attached(tmp_path, "400%", time, arguments=SAVED)
         again.pilot.journal.tell = told.append
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-        controller = again.controller
-        assert controller.time.fits(controller.ranks)
+        applier = again.applier
+        assert applier.time.fits(applier.ranks)
         assert len(rows_timed) == measured
         assert f"step 1: the time is {time} now, and was none" in told
-    assert controller.ranks.sum() < callback.controller.ranks.sum()
+    assert applier.ranks.sum() < callback.applier.ranks.sum()
     back, without = attached(tmp_path, "400%", None)
     back.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert without.controller.time is None
+    assert without.applier.time is None
 
 
 def test_a_budget_of_parameters_and_a_time(tmp_path: Path) -> None:
     trainer, callback = attached(tmp_path, "10k params", "70%", arguments=SHORT)
     trainer.train()
-    controller = callback.controller
-    assert controller.time.fits(controller.ranks)
-    assert callback.predictions[-1][1] == sum(t.rank * (t.d_in + t.d_out) for t in controller.targets) <= 10_000
+    applier = callback.applier
+    assert applier.time.fits(applier.ranks)
+    assert callback.predictions[-1][1] == sum(t.rank * (t.d_in + t.d_out) for t in applier.targets) <= 10_000
 
 
 @pytest.mark.long
 def test_a_total_holds_the_frozen_model(tmp_path: Path, ended: Callable[[int], Run]) -> None:
     reference = ended(60).callback
-    resident, whole = resident_bytes(reference.controller.adapters.model), reference.limit / 4
+    resident, whole = resident_bytes(reference.applier.adapters.model), reference.limit / 4
     total = int(resident + 0.8 * whole)
     trainer, callback = attached(tmp_path, f"{total} bytes", None, arguments=SAVED)
     trainer.train()
@@ -289,6 +287,6 @@ def test_without_a_limit_plain_lora_runs_the_same_layers_again(tmp_path: Path) -
     trainer = trainer_of(tmp_path, gradient_checkpointing=True, **SHORT)
     callback = rankpilot.attach(trainer, "default", budget="400%", schedule=SCHEDULE, goal="time", exact_savers=False)
     trainer.train()
-    time, most = callback.controller.time, np.array([target.max_rank for target in callback.controller.targets])
+    time, most = callback.applier.time, np.array([target.max_rank for target in callback.applier.targets])
     assert time.beside == pytest.approx(time.of(np.minimum(8, most)))
     assert time.beside > 1.1 * reference_seconds(time.time, most)

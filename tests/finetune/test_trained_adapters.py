@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.finetune.callback import attach
 from rankpilot.lora.resize import is_trained, set_ranks
 from rankpilot.lora.targets import find_target_modules
@@ -68,8 +68,8 @@ def test_growing_leaves_the_function_as_it_is(
 ) -> None:
     first = logits(PeftModel.from_pretrained(new_base(llama_config), str(stage_1)))
     model, callback, folder = grown
-    assert (callback.controller.ranks >= 4).all()
-    assert (callback.controller.ranks > 4).any()
+    assert (callback.applier.ranks >= 4).all()
+    assert (callback.applier.ranks > 4).any()
     assert (first - logits(new_base(llama_config))).abs().max() > 0.1, "the first stage changed the model"
     assert (logits(model) - first).abs().max() <= 1e-5
     table = DecisionLog(folder / "decisions").to_pandas()
@@ -87,7 +87,7 @@ def test_nothing_is_lost_where_the_ranks_fit(
         model, callback, _ = continued("100%", fractions=(0.0,))
     (line,) = messages_of(caplog, "trained already")
     assert "takes rank from them only where bounds ask for it. fresh=True begins" in line
-    assert (callback.controller.ranks >= 4).all()
+    assert (callback.applier.ranks >= 4).all()
     assert (logits(model) - first).abs().max() <= 1e-5
 
 
@@ -103,8 +103,8 @@ def test_all_of_an_adapter_above_rank_8_fits_the_whole_of_it(
     schedule = DecisionSchedule(probe_steps=3, fractions=(0.0,))
     callback = attach(trainer, "signal-mean", "100%", schedule=schedule, exact_savers=False)
     trainer.train()
-    assert callback.controller is not None
-    assert callback.controller.ranks.tolist() == [kept] * 2
+    assert callback.applier is not None
+    assert callback.applier.ranks.tolist() == [kept] * 2
     assert (logits(model) - before).abs().max() <= 1e-5
 
 
@@ -127,7 +127,7 @@ def test_what_a_smaller_budget_takes_away_is_told(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         _, callback, _ = continued("300 params", fractions=(0.0,))
-    assert (callback.controller.ranks < 4).any()
+    assert (callback.applier.ranks < 4).any()
     (line,) = messages_of(caplog, "trained already")
     assert "this budget does not hold their ranks (28 together)" in line
     before, after = (float(part.split()[0]) for part in (line.split("rows was ")[1], line.split("plan and is ")[1]))

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from rankpilot.agents.observation import RUN_FEATURES, Observation
-from rankpilot.agents.policy import Decision, decision_from_plan
-from rankpilot.agents.rules import SignalRule
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.decide.observation import RUN_FEATURES, Observation
+from rankpilot.decide.policy import Decision, decision_from_plan
+from rankpilot.decide.rules import SignalRule
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.callback import graphs_per_plan, warn_of_recompiles
 from rankpilot.lora.resize import set_ranks

@@ -93,7 +93,7 @@ def test_rollouts_leave_ranks_and_adapters_as_they_are(
     assert max(map(abs, errors)) <= 0.01
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rankpilot: ")]
     assert told[0].startswith("rankpilot: Ranks and learning rate stay as they are")
-    assert bool(pilot.pilot.figures().get("recomputed_layers")) == (budget != "100%")
+    assert bool(pilot.pilot.figures().get("checkpointed_layers")) == (budget != "100%")
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.agents.log import DecisionLog
+from rankpilot.decide.log import DecisionLog
 from rankpilot.finetune.callback import attach
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.lora.peft_config import adapter_ranks

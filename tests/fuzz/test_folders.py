@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from peft import LoraConfig
-from rankpilot.agents.choice import frontier
-from rankpilot.agents.learned.networks import RankNetwork
-from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy, policy_schedule, save_policy
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
-from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
+from rankpilot.agents.networks import RankNetwork
+from rankpilot.agents.policy_file import CARD, WEIGHTS, load_policy, policy_schedule, save_policy
 from rankpilot.cost.cost import ParameterCost
+from rankpilot.decide.choice import frontier
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.decide.settings import DecisionSchedule, NetworkConfig
 from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.lora.adapter_file import export_padded, export_rank_pattern, rank_pattern_yaml, read_adapter
 from rankpilot.lora.spec import RankLadder

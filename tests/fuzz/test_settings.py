@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import strategies as st
-from rankpilot.agents.rules import PlanFile
-from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.cli.options import read_config_file, with_file_settings
 from rankpilot.common.files import as_json, from_json
 from rankpilot.cost.budget import Budget, TimeBudget
+from rankpilot.decide.rules import PlanFile
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune.options import FinetuneConfig, rank_bounds_of
 from rankpilot.finetune.trainer import new_arguments

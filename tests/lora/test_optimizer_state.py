@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.optimizer_state import (
-    KeptState,
+    OptimizerSnapshot,
     StateMap,
     check_optimizer,
     map_state,
@@ -455,7 +455,7 @@ def test_paged_state_comes_back_to_where_its_weight_is():
     paged = torch.zeros(4, 3)
     paged.is_paged = True
     optimizer.state[weight] = {"state1": paged}
-    KeptState(optimizer, [weight], steps=True).put_back()
+    OptimizerSnapshot(optimizer, [weight], steps=True).put_back()
     assert optimizer.state[weight]["state1"].device == weight.device
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from rankpilot import RankPilot, TrainingRun
-from rankpilot.agents.settings import ONCE
+from rankpilot.decide.settings import ONCE
 from rankpilot.lora.targets import find_target_modules
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator, set_seed

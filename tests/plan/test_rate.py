@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from rankpilot.plan.rate import RULE, Look
+from rankpilot.plan.rate import RULE, InitialLoss
 
 PLAIN = np.full(4, 2.0)
 
@@ -27,8 +27,10 @@ def test_the_rate_falls_with_width_and_length() -> None:
     assert rates == sorted(rates, reverse=True)
     assert RULE.plain(2048, 100) >= RULE.plain(2048, 5000)
     assert 2e-4 < RULE.plain(4096, 780, 4.0) < 1e-3, "public sweeps of 8B models are best between 3e-4 and 1e-3"
-    far, near = (RULE.plain(576, 100, look=Look(loss, 192)) for loss in (4.0, 1.5))
+    far, near = (RULE.plain(576, 100, initial=InitialLoss(loss, 192)) for loss in (4.0, 1.5))
     assert far > 1.5 * near, "a text that the model hardly knows has farther to go"
-    assert RULE.plain(576, 100, look=Look(1.0, 1e6)) == RULE.plain(576, 100), "large batches have little noise left"
+    assert RULE.plain(576, 100, initial=InitialLoss(1.0, 1e6)) == RULE.plain(576, 100), (
+        "large batches have little noise left"
+    )
     assert RULE.plain(2048, 500, 8.0) == pytest.approx(RULE.plain(2048, 500) * 4**RULE.of_scale, rel=0.01)
     assert all(math.isfinite(rate) and rate > 0 for rate in rates)

@@ -161,7 +161,7 @@ def test_a_plan_is_timed_until_its_prediction_holds(factor: float) -> None:
         timed.append(ranks)
         return real(ranks) / 20.0
 
-    limit = given.settled(with_high_ranks, measured, 20.0)
+    limit = given.agreed(with_high_ranks, measured, 20.0)
     ranks = with_high_ranks(limit)
     assert limit.seconds == 12.0
     assert real(ranks) == pytest.approx(limit.of(ranks), rel=SETTLED)
@@ -171,7 +171,7 @@ def test_a_plan_is_timed_until_its_prediction_holds(factor: float) -> None:
 
 def test_a_plan_that_is_too_slow_where_no_smaller_one_is_left() -> None:
     given = TimeLimit(step_time(), 8.2)
-    limit = given.settled(with_high_ranks, lambda ranks: 1.0, 20.0)
+    limit = given.agreed(with_high_ranks, lambda ranks: 1.0, 20.0)
     assert limit is given, "more than twice the time fits no plan, so the prediction stands"
 
 
@@ -189,7 +189,7 @@ def test_the_nearest_prediction_is_kept_where_none_holds() -> None:
         predicted.append(limit)
         return with_high_ranks(limit)
 
-    limit = given.settled(plan, measured, 20.0)
+    limit = given.agreed(plan, measured, 20.0)
     assert len(timed) == CHECKS
     assert limit is predicted[2], "10 % off"
     assert with_high_ranks(limit).tolist() == timed[2]
@@ -208,7 +208,7 @@ def test_kept_states_make_room_and_timed_steps_have_none() -> None:
         timed.append(ranks)
         return given.time.seconds(ranks) / 20.0
 
-    assert given.settled(with_high_ranks, measured, 20.0) is given
+    assert given.agreed(with_high_ranks, measured, 20.0) is given
     assert len(timed) == 1, "the very first prediction holds"
     assert given.time.seconds(timed[0]) > 10.0 >= given.of(timed[0]) > 9.5
     again = TimeLimit.from_state(given.state())

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.choice import PLAIN, Choice
-from rankpilot.agents.log import DecisionLog, DecisionRecord
-from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
-from rankpilot.agents.policy import Decision
 from rankpilot.common.files import write_json, write_json_lines
 from rankpilot.cost.cost import ByteCost
+from rankpilot.decide.choice import PLAIN, Choice
+from rankpilot.decide.log import DecisionLog, DecisionRecord
+from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.decide.policy import Decision
 from rankpilot.lora.spec import RankLadder
 from rankpilot.plan.goal import Goal
 from rankpilot.plan.problem import AllocationProblem

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankpilot.agents.log import DecisionLog
+from rankpilot.decide.log import DecisionLog
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.experiment import other_plan
 

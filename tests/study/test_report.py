@@ -67,9 +67,9 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         total, rank = breakdown(layers, scale).total, int(ranks.max())
         use = CardUse(CARD, 90 * MIB, int(total), 0, MIB, CARD.context_bytes, 0) if card else None
         verdict: Any = use.verdict if use else ("fits" if total <= 0.6 * whole else "does not fit") if budget else None
-        recomputed = tuple(f"layer.{number}" for number in range(again))
+        checkpointed = tuple(f"layer.{number}" for number in range(again))
         time = 1 + again / 100 if card else None
-        made = Choice(kind, rank, layers, recomputed, ranks, total, use, time, verdict, SHAPE, label, _memory=None)
+        made = Choice(kind, rank, layers, checkpointed, ranks, total, use, time, verdict, SHAPE, label, _memory=None)
         scales[id(made)] = scale
         return made
 
@@ -99,7 +99,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         plain_seconds=0.5,
         rank=8,
         blocks=layers,
-        recomputable=tuple(f"layer.{number}" for number in range(layers)),
+        checkpointable=tuple(f"layer.{number}" for number in range(layers)),
         reference_bytes=whole,
         checkpointed_bytes=0.25 * whole,
         limit_bytes=CARD.memory_bytes if card else 0.6 * whole if budget else None,

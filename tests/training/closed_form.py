@@ -10,15 +10,15 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from rankpilot.agents.controller import ProbeResult, RankController
-from rankpilot.agents.learned.networks import RankNetwork
-from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.observation import Observation
-from rankpilot.agents.policy import Decision
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.agents.learned_policy import LearnedPolicy
+from rankpilot.agents.networks import RankNetwork
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.cost.budget import reference_cost
 from rankpilot.cost.cost import ParameterCost
+from rankpilot.decide.applier import PlanApplier, ProbeResult
+from rankpilot.decide.observation import Observation
+from rankpilot.decide.policy import Decision
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.proxy_task import Reference
 from rankpilot.lora.adapters import SIGNALS
 from rankpilot.plan.plan import uniform_ranks
@@ -47,7 +47,7 @@ TARGETS = [Target(f"layers.{index}.proj", index) for index in range(MODULES)]
 
 @dataclass(eq=False)
 class Adapters:
-    """Ranks and signals without weights, for `RankController`."""
+    """Ranks and signals without weights, for `PlanApplier`."""
 
     ranks: IntArray = field(default_factory=lambda: np.ones(MODULES, dtype=np.int64))
     targets: Any = field(default_factory=lambda: TARGETS)
@@ -94,28 +94,26 @@ class Episode:
         signals = np.ones((MODULES, len(SIGNALS)))
         signals[:, 0] = task.worth
         result = ProbeResult(signals, 10.0)
-        self.controller: RankController[Any] = RankController(
-            Adapters(), cost, limit, schedule, task.steps, result, rows=1
-        )
+        self.applier: PlanApplier[Any] = PlanApplier(Adapters(), cost, limit, schedule, task.steps, result, rows=1)
 
     def observe(self, loss: float | None = None) -> Observation:
-        return self.controller.observe(self.step, loss)
+        return self.applier.observe(self.step, loss)
 
     def apply(self, decision: Decision) -> None:
-        self.controller.apply(decision, self.step)
+        self.applier.apply(decision, self.step)
 
     def advance(self) -> float:
         self.step = self.task.steps
         return self.held_out_loss()
 
     def held_out_loss(self) -> float:
-        return self.task.loss(self.controller.ranks)
+        return self.task.loss(self.applier.ranks)
 
 
 @lru_cache(maxsize=1024)
 def reference_of(task: ClosedForm, schedule: DecisionSchedule = SCHEDULE) -> Reference:
     """Losses before training, of uniform rank, and of the best ranks."""
-    problem = Episode(task, schedule).controller.problem()
+    problem = Episode(task, schedule).applier.problem()
     utility = task.worth[:, None] * np.log1p(problem.ladder.array)
     return Reference(10.0, task.loss(uniform_ranks(problem)), task.loss(best_plan(problem, utility)))
 

@@ -13,8 +13,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.policy import decision_from_plan
-from rankpilot.agents.settings import NetworkConfig
+from rankpilot.decide.policy import decision_from_plan
+from rankpilot.decide.settings import NetworkConfig
 from rankpilot.env import rank_allocation
 from rankpilot.env.rank_allocation import RankAllocationEnv
 from rankpilot.plan.plan import uniform_ranks
@@ -71,7 +71,7 @@ def test_ppo_reaches_a_known_optimum(monkeypatch: pytest.MonkeyPatch, one_thread
 def test_shares_of_known_plans() -> None:
     """Uniform rank is 0, the best ranks are 1, and none of their permutations is better."""
     task = ClosedForm(3)
-    problem = Episode(task).controller.problem()
+    problem = Episode(task).applier.problem()
     best = best_plan(problem, task.worth[:, None] * np.log1p(problem.ladder.array))
     generator = np.random.default_rng(0)
     for ranks, share in ((uniform_ranks(problem), 0.0), (best, 1.0)):

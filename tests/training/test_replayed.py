@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.policy import decided_plan
-from rankpilot.agents.rules import RULES, GivenPlan, shuffled_within_kinds
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.policy import decided_plan
+from rankpilot.decide.rules import RULES, GivenPlan, shuffled_within_kinds
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.training.compare import compare, log_folder

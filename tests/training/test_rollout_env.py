@@ -16,11 +16,11 @@ import pytest
 import rankpilot
 import torch
 from numpy.typing import NDArray
-from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
-from rankpilot.agents.policy import Decision, decision_from_scores
-from rankpilot.agents.rules import MEAN_SIGNALS, signal_mean
-from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.common.arrays import Arrays
+from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.decide.policy import Decision, decision_from_scores
+from rankpilot.decide.rules import MEAN_SIGNALS, signal_mean
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.bases import adapted_base
 from rankpilot.env.proxy_finetune import utilities
 from rankpilot.env.proxy_task import FRESH_SEEDS, ProxyTask, Reference

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.policy import Policy
-from rankpilot.agents.rules import RULES, SignalRule
-from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.data.task import SPLITS, SUITES
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.policy import Policy
+from rankpilot.decide.rules import RULES, SignalRule
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.episode import Comparison, Episode
 from rankpilot.env.proxy_finetune import ProxyFineTune
 from rankpilot.env.proxy_task import ProxyTask, Reference, load_suite

@@ -18,13 +18,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.networks import RankNetwork
-from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy
-from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES
-from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
+from rankpilot.agents.learned_policy import LearnedPolicy
+from rankpilot.agents.networks import RankNetwork
+from rankpilot.agents.policy_file import CARD, WEIGHTS, load_policy
 from rankpilot.common import workers
 from rankpilot.common.files import read_json, read_json_lines
+from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES
+from rankpilot.decide.settings import DecisionSchedule, NetworkConfig
 from rankpilot.env.proxy_task import ProxyTask, Reference, find_tasks
 from rankpilot.env.rank_allocation import action_space, observation_space
 from rankpilot.errors import ConfigError, RunFolderError, UnknownNameError

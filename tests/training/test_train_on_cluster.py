@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rankpilot.agents.learned.policy_file import WEIGHTS
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.agents.policy_file import WEIGHTS
 from rankpilot.common.cluster import running_on_cluster
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.stacked import rounding_digest
 from rankpilot.training.config import TrainConfig
 from rankpilot.training.train import OnStage, Stage, finish, train

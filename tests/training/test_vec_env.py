@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import rankpilot
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.errors import ConfigError
 from rankpilot.training.vec_env import GymnasiumVecEnv

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
+from rankpilot.decide.settings import DecisionSchedule, NetworkConfig
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.env.rank_allocation import action_space, observation_space
 from rankpilot.env.vector import StackedConfig

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.chooser import PlanChooser
-from rankpilot.agents.log import DecisionRecord
-from rankpilot.agents.observation import MODULE_FEATURES, Observation
-from rankpilot.agents.policy import Policy, decided_plan
-from rankpilot.agents.settings import DecisionSchedule
 from rankpilot.cost.cost import ByteCost
 from rankpilot.cost.step_time import SecondsRow
+from rankpilot.decide.chooser import PlanChooser
+from rankpilot.decide.log import DecisionRecord
+from rankpilot.decide.observation import MODULE_FEATURES, Observation
+from rankpilot.decide.policy import Policy, decided_plan
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.plan.goal import Goal, GoalKind
 from rankpilot.plan.worth import FEATURES, PlanWorth
 
@@ -43,11 +43,11 @@ def log_decision() -> Decide:
     """A policy's decision on an observation, as its log would tell it."""
 
     def decide(observation: Observation, policy: Policy, number: int = 0, **changes: Any) -> DecisionRecord:
-        controller: Any = SimpleNamespace(notes={}, seed=0, schedule=DecisionSchedule())
+        applier: Any = SimpleNamespace(notes={}, seed=0, schedule=DecisionSchedule())
         decision = policy.decide(observation)
         plan = decided_plan(observation.problem, decision)
         return DecisionRecord.of(
-            controller, observation, decision, plan, policy=policy, number=number, step=4 * number, **changes
+            applier, observation, decision, plan, policy=policy, number=number, step=4 * number, **changes
         )
 
     return decide

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.observation import Observation
-from rankpilot.agents.policy import decided_plan
-from rankpilot.agents.rules import find_rule
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.observation import Observation
+from rankpilot.decide.policy import decided_plan
+from rankpilot.decide.rules import find_rule
 from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.plan.goal import Goal, GoalKind
 from rankpilot.study.replay import redecide, replay

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from rankpilot.agents.chooser import PlanChooser
-from rankpilot.agents.observation import MODULE_FEATURES, Observation, with_limit
-from rankpilot.agents.policy import Decision, decided_plan
-from rankpilot.agents.rules import find_rule
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.cost.step_time import SecondsRow
+from rankpilot.decide.chooser import PlanChooser
+from rankpilot.decide.observation import MODULE_FEATURES, Observation, with_limit
+from rankpilot.decide.policy import Decision, decided_plan
+from rankpilot.decide.rules import find_rule
 from rankpilot.errors import ConfigError
 from rankpilot.lora.adapters import SIGNALS
 from rankpilot.plan.goal import Goal

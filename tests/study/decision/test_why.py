@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.choice import Choice
-from rankpilot.agents.log import DecisionLog, DecisionRecord
-from rankpilot.agents.observation import Observation
-from rankpilot.agents.policy import Decision, decision_to_keep
-from rankpilot.agents.rules import find_rule
 from rankpilot.cost.savers import Saved
+from rankpilot.decide.choice import Choice
+from rankpilot.decide.log import DecisionLog, DecisionRecord
+from rankpilot.decide.observation import Observation
+from rankpilot.decide.policy import Decision, decision_to_keep
+from rankpilot.decide.rules import find_rule
 from rankpilot.errors import RunFolderError
 from rankpilot.plan.goal import CAUTION, Goal
 from rankpilot.study.why import Explanation, explain, explanations

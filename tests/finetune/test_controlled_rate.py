@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import rankpilot
 import torch
-from rankpilot.agents.control import CHANGES, CONTROLLERS, FEATURES, KEEP, UNDO, decision_steps
-from rankpilot.agents.log import CONTROL
 from rankpilot.common.files import read_json_lines
+from rankpilot.decide.log import CONTROL
+from rankpilot.decide.rate_control import CHANGES, FEATURES, KEEP, RATE_CONTROLS, UNDO, decision_steps
 from rankpilot.errors import ConfigError
 from rankpilot.finetune import piloted_run
+from rankpilot.finetune.controlled_rate import alignment
 from rankpilot.finetune.run import TrainingRun
-from rankpilot.finetune.run_control import alignment
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
@@ -34,7 +34,7 @@ MOMENTS = decision_steps(STEPS)
 
 @dataclass
 class Scripted:
-    """The controller that acts as it is told."""
+    """The control that acts as it is told."""
 
     actions: list[int]
     seen: list[Any] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Loop:
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *actions: int) -> Scripted:
     script = Scripted(list(actions))
-    monkeypatch.setitem(CONTROLLERS, piloted_run.CONTROLLER, script)
+    monkeypatch.setitem(RATE_CONTROLS, piloted_run.CONTROLLER, script)
     return script
 
 

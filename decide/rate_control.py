@@ -3,7 +3,7 @@
 What a run alone can show is whether its rate suits it. The sign to look at is the *alignment*: the cosine between the
 last step of the optimizer and the next descent direction (hypergradient descent moves the rate along it: Baydin et al.,
 2018, arXiv 1703.04782). While the rate is too low, each step goes on where the last one went; at a rate that is too
-high, it takes back a part of it. It is read over some steps, next to the loss, and a controller answers with one of a
+high, it takes back a part of it. It is read over some steps, next to the loss, and a control answers with one of a
 few `CHANGES` of the rate. Adapters are small, so a copy of them from before the damage is at hand: `UNDO` goes back.
 """
 
@@ -48,7 +48,7 @@ FEATURES = {
     "warm-up": "1 while the schedule's rate rises",
     "undone": "1 if the last action went back",
 }
-"""What a controller sees, each from -`MOST_FEATURE` to `MOST_FEATURE`."""
+"""What a control sees, each from -`MOST_FEATURE` to `MOST_FEATURE`."""
 
 MOST_FEATURE = 3.0
 
@@ -152,7 +152,7 @@ def _finite(losses: Sequence[float]) -> FloatArray:
     return np.asarray(np.maximum(np.nan_to_num(losses, nan=1e6, posinf=1e6), 1e-6))
 
 
-class Controller(Protocol):
+class RateControl(Protocol):
     """Chooses an action for each run."""
 
     def act(self, observations: FloatArray) -> Sequence[int]:
@@ -168,7 +168,7 @@ class LeaveAlone:
     """No change."""
 
     def act(self, observations: FloatArray) -> Sequence[int]:
-        """See `Controller`."""
+        """See `RateControl`."""
         return [KEEP] * len(observations)
 
 
@@ -201,7 +201,7 @@ class AlignmentRule:
     warm: float = 0.9
 
     def act(self, observations: FloatArray) -> Sequence[int]:
-        """See `Controller`."""
+        """See `RateControl`."""
         names = list(FEATURES)
         return [self._one(dict(zip(names, row, strict=True))) for row in observations.tolist()]
 
@@ -231,14 +231,14 @@ class Plateau:
     above: float = 0.0
 
     def act(self, observations: FloatArray) -> Sequence[int]:
-        """See `Controller`."""
+        """See `RateControl`."""
         place = list(FEATURES).index("above the best")
         return [CHANGES.index(-1.0) if value > 4 * self.above else KEEP for value in observations[:, place]]
 
 
-CONTROLLERS: dict[str, Controller] = {
+RATE_CONTROLS: dict[str, RateControl] = {
     "leave alone": LeaveAlone(),
     "alignment": AlignmentRule(),
     "plateau": Plateau(),
 }
-"""Controllers that follow a rule, by name."""
+"""Rate controls that follow a rule, by name."""

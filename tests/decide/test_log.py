@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from rankpilot.agents.choice import Choice
-from rankpilot.agents.log import DecisionLog, DecisionRecord
-from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
-from rankpilot.agents.policy import Decision, decision_line, plan_distance
 from rankpilot.cost.cost import ByteCost, ParameterCost, TimedCost
 from rankpilot.cost.savers import Saved
+from rankpilot.decide.choice import Choice
+from rankpilot.decide.log import DecisionLog, DecisionRecord
+from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.decide.policy import Decision, decision_line, plan_distance
 from rankpilot.errors import ConfigError, DataError, RunFolderError
 from rankpilot.lora.spec import RankLadder
 from rankpilot.plan.goal import Goal

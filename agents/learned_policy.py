@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from ...common.arrays import FloatArray
-from ...common.devices import without_autocast
-from ..observation import Observation
-from ..policy import Decision, decision_from_scores
-from ..settings import DecisionSchedule
+from ..common.arrays import FloatArray
+from ..common.devices import without_autocast
+from ..decide.observation import Observation
+from ..decide.policy import Decision, decision_from_scores
+from ..decide.settings import DecisionSchedule
 from .networks import RankNetwork
 
 

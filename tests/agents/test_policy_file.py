@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.learned.networks import RankNetwork
-from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.learned.policy_file import CARD, WEIGHTS, load_policy, policy_schedule, save_policy
-from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
-from rankpilot.agents.rules import RULES, SignalRule
-from rankpilot.agents.settings import DecisionSchedule, NetworkConfig
+from rankpilot.agents.learned_policy import LearnedPolicy
+from rankpilot.agents.networks import RankNetwork
+from rankpilot.agents.policy_file import CARD, WEIGHTS, load_policy, policy_schedule, save_policy
 from rankpilot.common.files import sha256
+from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.decide.rules import RULES, SignalRule
+from rankpilot.decide.settings import DecisionSchedule, NetworkConfig
 from rankpilot.errors import PolicyFileError, UnknownNameError
 from safetensors.torch import load_file, save_file
 
@@ -284,6 +284,6 @@ def test_files_that_are_too_large_are_not_read(folder: Path, monkeypatch: pytest
         stream.truncate(2**30 + 1)  # sparse: it takes no room
     with pytest.raises(PolicyFileError, match="more than 1,073,741,824 bytes"):
         load_policy(folder)
-    monkeypatch.setattr("rankpilot.agents.learned.policy_file.MOST_CARD_BYTES", 100)
+    monkeypatch.setattr("rankpilot.agents.policy_file.MOST_CARD_BYTES", 100)
     with pytest.raises(PolicyFileError, match="more than 100 bytes"):
         load_policy(folder)

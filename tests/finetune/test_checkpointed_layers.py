@@ -15,16 +15,16 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.agents.chooser import PlanChooser
-from rankpilot.agents.log import DecisionLog
-from rankpilot.agents.observation import Observation
-from rankpilot.agents.policy import Decision
 from rankpilot.cost.savers import Saved
+from rankpilot.decide.chooser import PlanChooser
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.observation import Observation
+from rankpilot.decide.policy import Decision
 from rankpilot.errors import BudgetError, UnsupportedError
 from rankpilot.finetune.experiment import UniformRanks
-from rankpilot.finetune.left_as_found import Recomputation, all_running_again, could_recompute
 from rankpilot.finetune.options import PilotOptions
 from rankpilot.finetune.plan_keeper import GOOD_STEPS
+from rankpilot.finetune.put_back import LayerCheckpointing, all_running_again, could_checkpoint
 from rankpilot.plan.problem import Bounds
 from rankpilot.plan.worth import FEATURES, PlanWorth
 from rankpilot.study.replay import redecide
@@ -65,7 +65,7 @@ SAVED = {"save_steps": 1}
 """For runs that are gone on with: the first checkpoint comes before the second decision, the third one after it."""
 
 
-def attached(folder: Path, budget: str | int, *, recompute: bool = True, **options: Any) -> tuple[Trainer, Any]:
+def attached(folder: Path, budget: str | int, *, checkpoint: bool = True, **options: Any) -> tuple[Trainer, Any]:
     trainer = trainer_of(folder, **options)
     callback = rankpilot.attach(
         trainer,
@@ -73,7 +73,7 @@ def attached(folder: Path, budget: str | int, *, recompute: bool = True, **optio
         budget=budget,
         bounds=BOUNDS,
         exact_savers=False,
-        gradient_checkpointing="auto" if recompute else False,
+        gradient_checkpointing="auto" if checkpoint else False,
         measure_every=1,
         schedule=SCHEDULE,
     )
@@ -116,7 +116,7 @@ class Layers(TrainerCallback):  # type: ignore[misc]
         self.flags = flags(objects["model"])
 
 
-def recomputed(trainer: Trainer) -> list[bool]:
+def checkpointed(trainer: Trainer) -> list[bool]:
     (layers,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, Layers)]
     return layers.flags
 
@@ -124,7 +124,7 @@ def recomputed(trainer: Trainer) -> list[bool]:
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of the run in which all layers run again."""
-    trainer, _ = attached(tmp_path_factory.mktemp("all"), "120%", recompute=False, gradient_checkpointing=True)
+    trainer, _ = attached(tmp_path_factory.mktemp("all"), "120%", checkpoint=False, gradient_checkpointing=True)
     trainer.train()
     return losses(trainer)
 
@@ -134,14 +134,14 @@ def test_as_few_layers_run_again_as_the_budget_needs(
     ended: Callable[[str], Run], everything: list[float], budget: str, layers: int
 ) -> None:
     _, trainer, callback = ended(budget)
-    assert recomputed(trainer) == [True] * layers + [False] * (LAYERS - layers)
+    assert checkpointed(trainer) == [True] * layers + [False] * (LAYERS - layers)
     assert losses(trainer) == everything, "dropout draws the same numbers"
     assert len(callback.peaks) == STEPS
     assert max(peak for _, peak in callback.peaks) <= callback.limit
     for _, predicted, peak in callback.pilot.checks:
         assert peak <= predicted <= 1.01 * peak
-    rows = [row for row in trainer.state.log_history if "recomputed_layers" in row]
-    assert {row["recomputed_layers"] for row in rows} == {layers}
+    rows = [row for row in trainer.state.log_history if "checkpointed_layers" in row]
+    assert {row["checkpointed_layers"] for row in rows} == {layers}
     assert not any(flags(trainer.model))
     assert not any(hasattr(module, "_gradient_checkpointing_func") for module in trainer.model.modules())
 
@@ -153,7 +153,7 @@ def test_a_resumed_run_goes_on_with_the_same_layers(
     shutil.copytree(folder, tmp_path / "run")
     resumed, callback = attached(tmp_path / "run", "85%")
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
-    assert recomputed(resumed) == recomputed(trainer)
+    assert checkpointed(resumed) == checkpointed(trainer)
     assert losses(resumed) == everything
     assert max(peak for _, peak in callback.peaks) <= callback.limit
 
@@ -171,9 +171,9 @@ def test_another_budget_changes_the_layers_and_not_the_ranks(tmp_path: Path, eve
     trainer.train()
     resumed, callback = attached(tmp_path, "60%")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert sum(recomputed(trainer)) == 0
-    assert sum(recomputed(resumed)) == 2
-    assert set(callback.controller.ranks) == {4}
+    assert sum(checkpointed(trainer)) == 0
+    assert sum(checkpointed(resumed)) == 2
+    assert set(callback.applier.ranks) == {4}
     assert losses(resumed) == everything
 
 
@@ -203,7 +203,7 @@ def test_a_run_leaves_the_layers_and_the_cache_as_they_were(
     functions = [layer._gradient_checkpointing_func for layer in layers]
     with pytest.raises(error) if error else nullcontext():
         trainer.train()
-    assert any(recomputed(trainer)) is (error is not BudgetError)
+    assert any(checkpointed(trainer)) is (error is not BudgetError)
     assert not any(flags(model))
     assert [layer._gradient_checkpointing_func for layer in layers] == functions
     assert model.config.use_cache
@@ -223,7 +223,7 @@ def test_uniform_ranks_leave_savers_and_layers_as_they_were(
     with pytest.raises(BudgetError) if refused else nullcontext():
         trainer.train()
     assert seen == ([] if refused else [True])
-    assert any(recomputed(trainer)) is not refused
+    assert any(checkpointed(trainer)) is not refused
     assert not any(flags(trainer.model))
     assert not _has(trainer.model, written)
 
@@ -242,11 +242,11 @@ def test_a_model_that_checkpoints_already_is_left_as_it_is(tmp_path: Path) -> No
     layers[1].gradient_checkpointing = False
     functions = [layer._gradient_checkpointing_func for layer in layers]
     trainer.train()
-    assert recomputed(trainer) == flags(model) == [True, False, True]
+    assert checkpointed(trainer) == flags(model) == [True, False, True]
     assert [layer._gradient_checkpointing_func for layer in layers] == functions
-    assert callback.pilot._piloted.guard.plan.recomputed == ()
+    assert callback.pilot._piloted.guard.plan.checkpointed == ()
     assert max(peak for _, peak in callback.peaks) <= callback.limit
-    assert not any("recomputed_layers" in row for row in trainer.state.log_history)
+    assert not any("checkpointed_layers" in row for row in trainer.state.log_history)
 
 
 @pytest.mark.parametrize("ended", [True, False])
@@ -303,7 +303,7 @@ def test_more_layers_run_again_for_a_while_before_a_rank_falls(
     trainer.train()
     assert trainer.layers == [False] * LAYERS
     assert seen[0] == seen[-1] == 0 < seen[1] < LAYERS
-    assert set(callback.controller.ranks) == {4}
+    assert set(callback.applier.ranks) == {4}
     assert len(callback.predictions) == 2, "no correction of ranks was needed"
     assert "Step 2 ran out of memory, and is taken again. Now 1 of 3 layers use gradient checkpointing" in caplog.text
 
@@ -317,7 +317,7 @@ def test_layers_are_as_before_where_more_of_them_are_no_help(tmp_path: Path) -> 
     with pytest.raises(torch.OutOfMemoryError) as caught:
         trainer.train()
     assert any(trainer.layers), "the last try had layers run again"
-    assert callback.pilot._piloted.guard.plan.recomputed == ()
+    assert callback.pilot._piloted.guard.plan.checkpointed == ()
     assert [callback.limit] == limit
     assert [step for step, _ in callback.predictions] == [0]
     assert "Ranks, adapters and optimizer are as they were before step 2." in caught.value.__notes__[0]
@@ -328,20 +328,20 @@ def test_a_layer_that_drops_numbers_itself_does_not_in_a_loop_in_evaluation_mode
     base = OPTForCausalLM(OPTConfig(**sizes, vocab_size=64, word_embed_proj_dim=16, dropout=0.5, use_cache=False))
     model, ids = get_peft_model(base, LoraConfig(target_modules=["q_proj"])).eval(), torch.arange(8)[None]
     plain = model(input_ids=ids, labels=ids).loss
-    recomputation = Recomputation(model)
-    recomputation.before_step()
+    checkpointing = LayerCheckpointing(model)
+    checkpointing.before_step()
     assert torch.equal(model(input_ids=ids, labels=ids).loss, plain)
-    recomputation.put_back()
+    checkpointing.put_back()
 
 
-def test_what_cannot_recompute_is_refused() -> None:
+def test_what_cannot_checkpoint_is_refused() -> None:
     config = XLNetConfig(vocab_size=32, d_model=16, n_layer=1, n_head=2, d_inner=16)
     model = get_peft_model(XLNetForSequenceClassification(config), LoraConfig(target_modules=["layer_1"]))
     with pytest.raises(UnsupportedError, match="does not support gradient checkpointing"):
-        Recomputation(model)
+        LayerCheckpointing(model)
     with pytest.raises(UnsupportedError, match="does not support gradient checkpointing"):
         all_running_again(model)
-    assert not could_recompute(model), "so a plan chooses no layers of it"
+    assert not could_checkpoint(model), "so a plan chooses no layers of it"
     assert not PilotOptions(budget="300k params").chooses_layers
 
 
@@ -354,7 +354,7 @@ def test_what_holds_without_layers_run_again_is_not_refused_with_them(tmp_path: 
         options = {"gradient_checkpointing": again, "measure_every": 1, "schedule": SCHEDULE}
         callback = rankpilot.attach(trainer, "signal-mean", budget, **options)
         trainer.train()
-        assert not any(recomputed(trainer))
+        assert not any(checkpointed(trainer))
         assert max(peak for _, peak in callback.peaks) <= callback.limit
 
     def least(again: Any) -> float:
@@ -375,13 +375,13 @@ MANY = 6
 
 
 def run(
-    folder: Path, worth: float, budget: str, *, recompute: bool = True, bounds: Bounds | None = None
+    folder: Path, worth: float, budget: str, *, checkpoint: bool = True, bounds: Bounds | None = None
 ) -> tuple[rankpilot.RankPilotCallback, dict[str, int]]:
     effects = np.array([worth if "without adapter" in name else 0.0 for name in FEATURES])
     policy = PlanChooser("likes depth", worth=PlanWorth(effects, np.zeros((len(effects), len(effects))), 0.0))
     schedule = rankpilot.DecisionSchedule(probe_steps=3, fractions=(0.0,))
     trainer = trainer_of(folder, layers=MANY, dropout=0.0)
-    options = {"gradient_checkpointing": "auto" if recompute else False, "exact_savers": False, "bounds": bounds}
+    options = {"gradient_checkpointing": "auto" if checkpoint else False, "exact_savers": False, "bounds": bounds}
     options |= {"schedule": schedule, "measure_every": 1}
     callback = rankpilot.attach(trainer, policy, budget, **options)
     trainer.train()
@@ -461,7 +461,7 @@ def test_rules_that_read_no_signals_leave_layers_alone_where_plain_lora_fits(tmp
     lines = [line for line in told if "use gradient checkpointing" in line]
     assert len(lines) == len(SCHEDULE.fractions)
     assert all(f"0 of {LAYERS} layers use gradient checkpointing" in line for line in lines)
-    assert callback.controller.adapters.meter.age.min() > 0, "no signal is measured"
+    assert callback.applier.adapters.meter.age.min() > 0, "no signal is measured"
 
 
 @pytest.mark.long
@@ -473,7 +473,7 @@ def test_where_nothing_fits_without_layers_run_again(tmp_path: Path, caplog: pyt
     assert f"0 of {MANY} layers use gradient checkpointing" not in line
     assert all(rank > 0 for name, rank in ranks.items() if name.endswith("q_proj"))
     with pytest.raises(BudgetError, match="is too small for"):
-        run(tmp_path / "cannot", 0.0, "45%", recompute=False, bounds={"q_proj": (1, 8)})
+        run(tmp_path / "cannot", 0.0, "45%", checkpoint=False, bounds={"q_proj": (1, 8)})
 
 
 @pytest.mark.long

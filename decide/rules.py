@@ -10,7 +10,7 @@
 | signal-mean | the modules of top-down, ranks by the mean of three signals | yes |
 
 Rules that read signals make a new plan at every decision. So does top-down, but from the same scores. The others keep
-the plan of the first decision. A new rule is a policy (`agents/policy.py`) and an entry of `_RULES`.
+the plan of the first decision. A new rule is a policy (`decide/policy.py`) and an entry of `_RULES`.
 
 Plans that somebody gives have a rank for each module: a mapping, or a file that a person reads and edits (`PlanFile`).
 """

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.cost.cost import plan_cost
-from rankpilot.cost.model import fewest_recomputed, recomputed_cost
+from rankpilot.cost.model import checkpointed_cost, fewest_checkpointed
 from rankpilot.cost.training_step import release_inputs
 from rankpilot.plan.plan import least_cost
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,11 +30,11 @@ def checkpointed_run(family: Any, precision: str = "fp32") -> tuple[Run, Any]:
 def names_of(run: Run, memory: Any) -> list[str]:
     """The names of the layers that can run again, in forward order; all are set to."""
     names = list(dict.fromkeys(segment.name for segment in memory.segments))
-    recompute(run, names)
+    checkpoint(run, names)
     return names
 
 
-def recompute(run: Run, names: Collection[str]) -> None:
+def checkpoint(run: Run, names: Collection[str]) -> None:
     """Let these layers run again in the backward pass, and no other."""
     for name, module in run.model.named_modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -50,15 +50,15 @@ QUICK = ("llama", "bert", "gpt2", "t5", "vit", "mixtral", "llama-dora")
     "family",
     [pytest.param(row, marks=() if row.name in QUICK else pytest.mark.long, id=row.name) for row in FAMILIES],
 )
-def test_any_set_of_recomputed_layers_is_predicted(family, precision):
+def test_any_set_of_checkpointed_layers_is_predicted(family, precision):
     run, memory = checkpointed_run(family, precision)
     names = names_of(run, memory)
     assert len(names) == (4 if family.name == "t5" else 2)
     generator = np.random.default_rng(0)
     for ranks in random_plans(run.targets, generator, 6):
         chosen = {name for name in names if generator.random() < 0.5}
-        recompute(run, chosen)
-        predicted = memory.recomputing(chosen)
+        checkpoint(run, chosen)
+        predicted = memory.with_checkpointed(chosen)
         error = plan_cost(predicted.cost(), ranks) / run.peak(ranks) - 1
         if "dora" in family.name:  # second runs compute its norms in another order; see test_model.py
             assert abs(error) <= 0.15
@@ -69,39 +69,39 @@ def test_any_set_of_recomputed_layers_is_predicted(family, precision):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
-def test_the_fewest_layers_that_fit_are_recomputed(named_family, share):
+def test_the_fewest_layers_that_fit_are_checkpointed(named_family, share):
     family = named_family("t5")
     run, memory = checkpointed_run(family)
     names = names_of(run, memory)
-    most, least = memory.recomputing(()), memory.recomputing(names)
+    most, least = memory.with_checkpointed(()), memory.with_checkpointed(names)
     ranks = np.full(len(run.targets), 4)
     limit = least.peak(ranks) + share * (most.peak(ranks) - least.peak(ranks))
-    chosen = fewest_recomputed(memory, ranks, limit)
+    chosen = fewest_checkpointed(memory, ranks, limit)
     assert chosen == tuple(names[: len(chosen)]), "from the lowest layer upwards"
-    assert memory.recomputing(chosen).peak(ranks) <= limit
-    assert memory.recomputing(chosen[:-1]).peak(ranks) > limit
-    recompute(run, chosen)
+    assert memory.with_checkpointed(chosen).peak(ranks) <= limit
+    assert memory.with_checkpointed(chosen[:-1]).peak(ranks) > limit
+    checkpoint(run, chosen)
     assert run.peak(ranks) <= 1.002 * limit
 
 
-def test_no_layer_is_recomputed_that_holds_nothing(named_family):
+def test_no_layer_is_checkpointed_that_holds_nothing(named_family):
     run, memory = checkpointed_run(named_family("llama"))
     lower, upper = names_of(run, memory)
     ranks = np.array([4 * (".layers.1." in target.name) for target in run.targets])
-    assert fewest_recomputed(memory, ranks, 1.0) == (upper,), "nothing below the lowest adapter is held"
-    assert fewest_recomputed(memory, np.full(len(ranks), 4), 1.0) == (lower, upper), "all, where no set fits"
-    assert fewest_recomputed(memory, ranks, np.inf) == ()
+    assert fewest_checkpointed(memory, ranks, 1.0) == (upper,), "nothing below the lowest adapter is held"
+    assert fewest_checkpointed(memory, np.full(len(ranks), 4), 1.0) == (lower, upper), "all, where no set fits"
+    assert fewest_checkpointed(memory, ranks, np.inf) == ()
 
 
 @pytest.mark.parametrize("share", [0.85, 1.5])
-def test_a_budget_buys_less_recomputation_before_more_rank(named_family, share):
+def test_a_budget_buys_less_checkpointing_before_more_rank(named_family, share):
     run, memory = checkpointed_run(named_family("llama"))
     names_of(run, memory)
     most = np.array([target.max_rank for target in run.targets])
-    none = memory.recomputing(())
+    none = memory.with_checkpointed(())
     plain = none.peak(np.minimum(8, most))
     limit = share * plain
-    cost = recomputed_cost(memory, most, limit, least=partial(least_cost, run.targets, None, None))
+    cost = checkpointed_cost(memory, most, limit, least=partial(least_cost, run.targets, None, None))
     for ranks in random_plans(run.targets, np.random.default_rng(0), 6):
         fits = memory.peak(ranks) <= limit and none.peak(ranks) <= max(limit, plain)
         assert (plan_cost(cost, ranks) <= limit * (1 + 2e-4)) == fits

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rankpilot.agents.choice import COST_TIE, PLAIN, Choice, frontier, percent
+from rankpilot.decide.choice import COST_TIE, PLAIN, Choice, frontier, percent
 from rankpilot.plan.goal import CAUTION, GOALS, SURE, Goal
 from rankpilot.plan.worth import FEATURES
 

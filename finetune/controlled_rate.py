@@ -1,4 +1,4 @@
-"""Control of a run while it goes: its learning rate is corrected, and damage undone; see `agents/control.py`."""
+"""Control of a run while it goes: its learning rate is corrected, and damage undone; see `decide/rate_control.py`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from ..agents.control import CHANGES, FEATURES, UNDO, Controller, RunRecord, decision_steps
 from ..common.checks import counted, finite
 from ..cost.recording import Batch
+from ..decide.rate_control import CHANGES, FEATURES, UNDO, RateControl, RunRecord, decision_steps
 from ..errors import ConfigError
 from ..lora.optimizer_state import last_direction, unwrap_optimizer
 from ..lora.targets import TargetModule
 from .journal import Journal
-from .left_as_found import Kept
 from .plan_rate import PlanRate, follows_rule
+from .put_back import AdapterSnapshot
 from .run import Participant, TrainingRun
 
 HALVE = CHANGES.index(-1.0)
@@ -48,7 +48,7 @@ def alignment(optimizer: torch.optim.Optimizer, targets: Sequence[TargetModule])
     return cosine
 
 
-class RunControl(Participant):
+class ControlledRate(Participant):
     """Reads the steps of a run and corrects its learning rate at a few moments.
 
     Copies for undoing lie in main memory. A change of ranks makes them useless: another is made before the next step.
@@ -59,7 +59,7 @@ class RunControl(Participant):
         run: that begins.
         targets: its adapters.
         rate: what multiplies the learning rate.
-        controller: chooses.
+        control: chooses.
         journal: told of each change.
 
     Attributes:
@@ -74,7 +74,7 @@ class RunControl(Participant):
         run: TrainingRun,
         targets: Sequence[TargetModule],
         rate: PlanRate,
-        controller: Controller,
+        control: RateControl,
         journal: Journal,
     ) -> None:
         if not follows_rule(run.optimizer):
@@ -83,12 +83,12 @@ class RunControl(Participant):
                 f"{type(unwrap_optimizer(run.optimizer)).__name__} is none, or chooses its "
                 "rate itself. Leave control out."
             )
-        self._run, self._targets, self._rate, self._controller, self._journal = run, targets, rate, controller, journal
+        self._run, self._targets, self._rate, self._control, self._journal = run, targets, rate, control, journal
         self._steps = decision_steps(run.total_steps)
         self._seen: list[tuple[torch.Tensor | float, torch.Tensor]] = []
         last = self._steps[-1] if self._steps else 0
         self._copies = {at for tenth in range(1, 10) if (at := round(tenth * run.total_steps / 10)) > last}
-        self._kept: Kept | None = None
+        self._kept: AdapterSnapshot | None = None
         self._kept_at = 0
         self._broken = (-1, 0)  # the last step that left something not finite, and how many did before it in a row
         self.record: RunRecord = RunRecord(run.total_steps)
@@ -96,7 +96,10 @@ class RunControl(Participant):
             journal.note(f"The learning rate is not controlled: a run of {run.total_steps} steps shows too little.")
 
     def _keep(self, step: int) -> None:
-        self._kept, self._kept_at = Kept(self._run.model, self._targets, self._run.optimizer, steps=True), step
+        self._kept, self._kept_at = (
+            AdapterSnapshot(self._run.model, self._targets, self._run.optimizer, steps=True),
+            step,
+        )
 
     def ranks_changed(self) -> None:
         """A copy of other ranks is of no use."""
@@ -149,7 +152,7 @@ class RunControl(Participant):
         peak = self._rate.own
         now = max((group["lr"] for group in self._run.optimizer.param_groups), default=peak)
         seen = self.record.observe(min(float(now) / peak, 1.0) if peak else 1.0)
-        action = self._run.replicas.processes.on_first(lambda: int(self._controller.act(seen[None])[0]))
+        action = self._run.replicas.processes.on_first(lambda: int(self._control.act(seen[None])[0]))
         named = dict(zip(FEATURES, seen.round(4).tolist(), strict=True))
         said = (
             f"Alignment of the last steps {named['alignment'] / 4:+.2f}, loss {math.exp(named['loss'] / 2):.2f} of the "

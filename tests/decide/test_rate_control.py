@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.control import (
+from rankpilot.decide.rate_control import (
     CHANGES,
     FEATURES,
     KEEP,

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.observation import MODULE_FEATURES, Observation
-from rankpilot.agents.rules import RULES, RandomScores, Window, find_rule
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.decide.observation import MODULE_FEATURES, Observation
+from rankpilot.decide.rules import RULES, RandomScores, Window, find_rule
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.env.proxy_task import ProxyTask, Reference
 from rankpilot.env.stacked import StackedEpisodes
 from rankpilot.errors import UnknownNameError

@@ -1,7 +1,7 @@
 """The link between decisions and tensors, written once for proxy episodes and real fine-tunes.
 
 `probe` runs a few small training steps before a run, measures the first signals on them, and undoes them.
-`RankController` goes the same way at each decision: signals -> observation -> (a policy decides) -> a plan within the
+`PlanApplier` goes the same way at each decision: signals -> observation -> (a policy decides) -> a plan within the
 budget -> ranks.
 """
 
@@ -101,7 +101,7 @@ logger = logging.getLogger(__name__)
 AdaptersT = TypeVar("AdaptersT", bound=Adapters)
 
 
-class RankController(Generic[AdaptersT]):
+class PlanApplier(Generic[AdaptersT]):
     """Observes one run's adapters and applies decisions to them.
 
     Args:
@@ -400,7 +400,7 @@ class RankController(Generic[AdaptersT]):
         low: IntArray | None = None,
         high: IntArray | None = None,
         reads: bool = True,
-    ) -> RankController[AdaptersT]:
+    ) -> PlanApplier[AdaptersT]:
         """Continue from `state_dict`.
 
         Args:
@@ -419,7 +419,7 @@ class RankController(Generic[AdaptersT]):
         if isinstance(cost, TimedCost):
             raise TypeError("time is beside the cost")
         seen = (state["first_loss"], state["probe_fall"], state["predicted"])
-        controller = cls(
+        applier = cls(
             adapters,
             cost,
             finite(state["limit"]),
@@ -433,7 +433,7 @@ class RankController(Generic[AdaptersT]):
             time=TimeLimit.from_state(state["time"]) if state["time"] else None,
             reads=reads,
         )
-        controller._reference_cost = finite(state["reference_cost"])
-        controller.interval_losses = [finite(loss) for loss in state["interval_losses"]]
-        controller.decision = counted(state["decision"])
-        return controller
+        applier._reference_cost = finite(state["reference_cost"])
+        applier.interval_losses = [finite(loss) for loss in state["interval_losses"]]
+        applier.decision = counted(state["decision"])
+        return applier

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rankpilot.agents.choice import PLAIN, PLAIN_WITHIN, Choice
-from rankpilot.agents.chooser import (
+from rankpilot.agents.policy_file import load_policy, policy_schedule
+from rankpilot.cost.cost import ByteCost, Cost, ParameterCost, TimedCost, moment_costs, plan_cost, unit_cost
+from rankpilot.cost.step_time import SecondsRow
+from rankpilot.decide.choice import PLAIN, PLAIN_WITHIN, Choice
+from rankpilot.decide.chooser import (
     MOST_WINDOWS,
     RANKS,
     STRANGE_SPREAD,
@@ -22,13 +25,10 @@ from rankpilot.agents.chooser import (
     plain_lora,
     with_goal,
 )
-from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
-from rankpilot.agents.observation import LABELS, MODULE_FEATURES, RUN_FEATURES, Observation
-from rankpilot.agents.policy import decided_plan
-from rankpilot.agents.rules import find_rule
-from rankpilot.agents.settings import ONCE
-from rankpilot.cost.cost import ByteCost, Cost, ParameterCost, TimedCost, moment_costs, plan_cost, unit_cost
-from rankpilot.cost.step_time import SecondsRow
+from rankpilot.decide.observation import LABELS, MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.decide.policy import decided_plan
+from rankpilot.decide.rules import find_rule
+from rankpilot.decide.settings import ONCE
 from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import RankLadder
 from rankpilot.plan.goal import GOALS, Goal

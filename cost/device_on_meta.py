@@ -33,7 +33,7 @@ _KEYS = torch._C.DispatchKeySet(_DISPATCH_KEY)
 
 
 @dataclass(frozen=True)
-class HollowDevice:
+class DeviceOnMeta:
     """The device for which the meta device stands.
 
     Attributes:
@@ -49,11 +49,11 @@ class HollowDevice:
     autocast: Autocast | None = None
 
 
-_DEVICE: ContextVar[HollowDevice] = ContextVar("_DEVICE")
+_DEVICE: ContextVar[DeviceOnMeta] = ContextVar("_DEVICE")
 
 
 @contextmanager
-def hollow_device(device: HollowDevice) -> Iterator[None]:
+def device_on_meta(device: DeviceOnMeta) -> Iterator[None]:
     """Let the meta device stand for `device` inside the context, and make new tensors there."""
     _register()
     tokens = _DEVICE.set(device), META_STANDS_FOR.set(device.kind)
@@ -68,8 +68,8 @@ def hollow_device(device: HollowDevice) -> Iterator[None]:
 
 
 @contextmanager
-def hollow_autocast(dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast inside a `hollow_device`; None does nothing."""
+def autocast_on_meta(dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast inside a `device_on_meta`; None does nothing."""
     device = _DEVICE.get()
     token = _DEVICE.set(replace(device, autocast=Autocast(device.kind, dtype) if dtype else None))
     outside = META_AUTOCAST.set(dtype)
@@ -80,13 +80,13 @@ def hollow_autocast(dtype: torch.dtype | None) -> Iterator[None]:
         _DEVICE.reset(token)
 
 
-def _scaled_dot_product_attention(device: HollowDevice, *arguments: Any, **options: Any) -> Any:
-    with hollow_autocast(None):
+def _scaled_dot_product_attention(device: DeviceOnMeta, *arguments: Any, **options: Any) -> Any:
+    with autocast_on_meta(None):
         return attend(device.kind, device.attention, *arguments, **options)
 
 
 def _softmax(
-    fused: Any, plain: Any, device: HollowDevice, tensor: torch.Tensor, dim: int, dtype: torch.dtype | None = None
+    fused: Any, plain: Any, device: DeviceOnMeta, tensor: torch.Tensor, dim: int, dtype: torch.dtype | None = None
 ) -> Any:
     """CUDA reads half precision and computes in fp32 without a copy, but not of bfloat16."""
     if device.kind == "cuda" and tensor.dtype == torch.float16 and dtype == torch.float32:
@@ -94,14 +94,14 @@ def _softmax(
     return _below(plain, tensor, dim, dtype)
 
 
-def _dropout(device: HollowDevice, tensor: torch.Tensor, p: float, train: bool) -> Any:
+def _dropout(device: DeviceOnMeta, tensor: torch.Tensor, p: float, train: bool) -> Any:
     """CUDA keeps a mask of one byte for each value."""
     if device.kind == "cuda" and train and 0 < p < 1:
         return ATEN.native_dropout(tensor, p, True)[0]
     return _below(ATEN.dropout.default, tensor, p, train)
 
 
-def _read(device: HollowDevice, tensor: torch.Tensor) -> Any:
+def _read(device: DeviceOnMeta, tensor: torch.Tensor) -> Any:
     """What a mask says where it is read: whether all of it is ones; numbers are 1."""
     if not tensor.is_meta:
         return _below(ATEN._local_scalar_dense.default, tensor)
@@ -110,11 +110,11 @@ def _read(device: HollowDevice, tensor: torch.Tensor) -> Any:
     return 1.0 if tensor.is_floating_point() else 1
 
 
-def _equal(device: HollowDevice, one: torch.Tensor, other: torch.Tensor) -> Any:
+def _equal(device: DeviceOnMeta, one: torch.Tensor, other: torch.Tensor) -> Any:
     return not device.padded if one.is_meta else _below(ATEN.equal.default, one, other)
 
 
-def _grouped_mm(device: HollowDevice, rows: torch.Tensor, weights: torch.Tensor, *rest: Any) -> Any:
+def _grouped_mm(device: DeviceOnMeta, rows: torch.Tensor, weights: torch.Tensor, *rest: Any) -> Any:
     """Rows times the weights of the expert that each was sent to: of the same size, whichever expert that is.
 
     The meta device takes bfloat16 alone.

@@ -14,16 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ...common.files import atomic_path, check_tensor_file, from_json, read_json, sha256, write_json
-from ...errors import MOST_NAME, ConfigError, DataError, PolicyFileError, UnknownNameError, first_line, shown
-from ...lora.spec import DEFAULT_RANKS
-from ..chooser import DEFAULT, PlanChooser
-from ..observation import MODULE_FEATURES, RUN_FEATURES, Inputs
-from ..policy import Policy
-from ..rules import FILE_SUFFIXES, RULES, AsConfigured, PlanFile, find_rule
-from ..settings import ONCE, DecisionSchedule, NetworkConfig
+from ..common.files import atomic_path, check_tensor_file, from_json, read_json, sha256, write_json
+from ..decide.chooser import DEFAULT, PlanChooser
+from ..decide.observation import MODULE_FEATURES, RUN_FEATURES, Inputs
+from ..decide.policy import Policy
+from ..decide.rules import FILE_SUFFIXES, RULES, AsConfigured, PlanFile, find_rule
+from ..decide.settings import ONCE, DecisionSchedule, NetworkConfig
+from ..errors import MOST_NAME, ConfigError, DataError, PolicyFileError, UnknownNameError, first_line, shown
+from ..lora.spec import DEFAULT_RANKS
+from .learned_policy import LearnedPolicy
 from .networks import DIRECTIONS, RankNetwork
-from .policy import LearnedPolicy
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.observation import (
+from rankpilot.cost.cost import ByteCost, moment_costs
+from rankpilot.cost.step_time import SecondsRow
+from rankpilot.decide.observation import (
     MODULE_FEATURE_TABLE,
     MODULE_FEATURES,
     RUN_FEATURE_TABLE,
@@ -18,8 +20,6 @@ from rankpilot.agents.observation import (
     observe,
     with_limit,
 )
-from rankpilot.cost.cost import ByteCost, moment_costs
-from rankpilot.cost.step_time import SecondsRow
 from rankpilot.env.rank_allocation import TOP, RankAllocationEnv
 from rankpilot.lora.adapters import SIGNALS
 from rankpilot.lora.spec import DEFAULT_RANKS, ModuleSpec, RankLadder

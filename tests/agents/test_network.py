@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from rankpilot.agents.learned.networks import DIRECTIONS, LATER_NOISE, Action, CorrelatedGaussian, RankNetwork
-from rankpilot.agents.learned.policy import LearnedPolicy
-from rankpilot.agents.observation import MODULE_FEATURES, RUN_FEATURES, Observation
-from rankpilot.agents.policy import decision_from_scores
-from rankpilot.agents.rules import SignalRule, find_rule, signal_mean
-from rankpilot.agents.settings import NetworkConfig
+from rankpilot.agents.learned_policy import LearnedPolicy
+from rankpilot.agents.networks import DIRECTIONS, LATER_NOISE, Action, CorrelatedGaussian, RankNetwork
+from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
+from rankpilot.decide.policy import decision_from_scores
+from rankpilot.decide.rules import SignalRule, find_rule, signal_mean
+from rankpilot.decide.settings import NetworkConfig
 from rankpilot.env.rank_allocation import action_space, observation_space
 from rankpilot.plan.plan import PLACEMENT, SCORE_BOUND
 from rankpilot.training.vec_env import LEAST_SPREAD, GroupRolloutBuffer, RankPolicy

@@ -16,10 +16,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..common.arrays import FloatArray, IntArray
 from ..cost import training_step
 from ..cost.cost import ByteCost
-from ..cost.model import MemoryModel, fewest_recomputed, recomputed_cost
+from ..cost.model import MemoryModel, checkpointed_cost, fewest_checkpointed
 from ..cost.recording import BatchShape
 from ..errors import UnsupportedError
-from ..lora.optimizer_state import KeptState, state_bytes_of
+from ..lora.optimizer_state import OptimizerSnapshot, state_bytes_of
 from ..lora.resize import shrink_maps, update_peft_records, write_in_place
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, other_trainable, unwrap
@@ -32,7 +32,7 @@ def adapter_bytes(targets: Sequence[TargetModule], optimizer: torch.optim.Optimi
     return sum(2 * factor.nbytes + state_bytes_of(optimizer, factor) for factor in factors)
 
 
-class Kept:
+class AdapterSnapshot:
     """The adapters of a model at this moment, PEFT's configuration and the optimiser's state, in main memory.
 
     Args:
@@ -55,7 +55,7 @@ class Kept:
         parameters += other_trainable(model, targets) if steps else []
         self._values = [(p, p.detach().to("cpu", copy=True), p.requires_grad) for p in parameters]
         self._settings = {name: copy.deepcopy(vars(config)) for name, config in self._configs.items()}
-        self._state = KeptState(optimizer, parameters, steps=steps)
+        self._state = OptimizerSnapshot(optimizer, parameters, steps=steps)
 
     @property
     def fits(self) -> bool:
@@ -97,7 +97,7 @@ class Kept:
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class CutDirections:
     """Directions of a module's pair in main memory, which are cut away for a while.
 
     Attributes:
@@ -113,12 +113,12 @@ class Cut:
     scaling: float
 
     @classmethod
-    def of(cls, target: TargetModule) -> Cut:
+    def of(cls, target: TargetModule) -> CutDirections:
         """All directions of a module."""
         a, b = (weight.detach().to("cpu", copy=True) for weight in (target.weight_a, target.weight_b))
         return cls(target, a, b, target.scaling)
 
-    def beyond(self, rank: int) -> Cut:
+    def beyond(self, rank: int) -> CutDirections:
         """Those that a shrink to this rank takes, the largest first; see `shrink_maps`."""
         a, b = self.rows.double(), self.columns.double()
         share = self.scaling / (self.target.scaling_at(REFERENCE_RANK) or 1.0)
@@ -236,7 +236,7 @@ def switches_put_back(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def adapters_put_back(
     model: Any, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None, *, after_errors: bool = False
-) -> Iterator[Kept]:
+) -> Iterator[AdapterSnapshot]:
     """Give the adapters their values, ranks, PEFT's configuration and the optimiser's state back afterwards.
 
     Args:
@@ -245,7 +245,7 @@ def adapters_put_back(
         optimizer: its own; None for none.
         after_errors: do so only after an error inside, such as Ctrl-C in the probe.
     """
-    kept = Kept(model, targets, optimizer)
+    kept = AdapterSnapshot(model, targets, optimizer)
     try:
         yield kept
     except BaseException:
@@ -264,7 +264,7 @@ def _gradient_hooks(module: nn.Module) -> dict[int, Any]:
     return {key: hook for key, hook in module._forward_hooks.items() if training_step.requires_grad_hook(hook)}
 
 
-class Recomputation:
+class LayerCheckpointing:
     """Checkpoints single layers of a transformers model. Losses stay the same.
 
     Args:
@@ -338,7 +338,7 @@ class Recomputation:
             shape: of the batch; by default the one that the memory was measured with.
         """
         assert self.memory is not None, "the step has not been measured"
-        return fewest_recomputed(self.memory, ranks, 0.0 if self.whole else limit, shape)
+        return fewest_checkpointed(self.memory, ranks, 0.0 if self.whole else limit, shape)
 
     def cost(
         self,
@@ -349,7 +349,7 @@ class Recomputation:
         least: Callable[[ByteCost], float] | None,
         unpaid: FloatArray,
     ) -> ByteCost:
-        """What plans cost, where layers may be checkpointed or may not; see `recomputed_cost`.
+        """What plans cost, where layers may be checkpointed or may not; see `checkpointed_cost`.
 
         Args:
             max_ranks: the highest rank of each module, int64 (modules,).
@@ -361,22 +361,22 @@ class Recomputation:
         """
         assert self.memory is not None, "the step has not been measured"
         if least:
-            cost = recomputed_cost(
+            cost = checkpointed_cost(
                 self.memory, max_ranks, limit, shape, ranks, least=least, whole=self.whole, unpaid=unpaid
             )
             return replace(cost, per_rank=cost.per_rank + unpaid)
-        return self.memory.recomputing(()).cost(shape)
+        return self.memory.with_checkpointed(()).cost(shape)
 
     def memory_now(self) -> MemoryModel:
         """The byte model of the step in which the layers are checkpointed that are now."""
         assert self.memory is not None, "the step has not been measured"
-        return self.memory.recomputing(self.layers)
+        return self.memory.with_checkpointed(self.layers)
 
     def __str__(self) -> str:
         return f"{len(self.layers)} of {len(self._layers)} layers use gradient checkpointing"
 
 
-def could_recompute(model: nn.Module) -> bool:
+def could_checkpoint(model: nn.Module) -> bool:
     """Whether a model has layers that can be checkpointed one by one, and none that is."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     switched = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.agents.learned.policy_file import load_policy
-from rankpilot.agents.observation import Observation, module_feature
-from rankpilot.agents.policy import decision_from_plan, decision_from_scores
-from rankpilot.agents.settings import DecisionSchedule
+from rankpilot.agents.policy_file import load_policy
+from rankpilot.decide.observation import Observation, module_feature
+from rankpilot.decide.policy import decision_from_plan, decision_from_scores
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.errors import ConfigError, UnknownNameError
 
 

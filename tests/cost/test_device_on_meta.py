@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rankpilot.cost.hollow_device import (
+from rankpilot.cost.device_on_meta import (
     LOWER,
     WIDEST,
     WITH_DTYPE,
-    HollowDevice,
-    hollow_autocast,
-    hollow_device,
+    DeviceOnMeta,
+    autocast_on_meta,
+    device_on_meta,
     operators,
 )
 from rankpilot.cost.live_storages import device_kind
@@ -19,10 +19,10 @@ from torch.nn import functional
 
 
 def attention_of(
-    device: HollowDevice, dtype: torch.dtype, *, mask: bool = False, keys: int = 4, width: int = 16, narrower: int = 0
+    device: DeviceOnMeta, dtype: torch.dtype, *, mask: bool = False, keys: int = 4, width: int = 16, narrower: int = 0
 ) -> str:
     """The name of the kernel that attention's backward pass belongs to."""
-    with hollow_device(device):
+    with device_on_meta(device):
         query = torch.zeros(2, 4, 8, width, dtype=dtype, requires_grad=True)
         key = torch.zeros(2, keys, 8, width, dtype=dtype)
         seen = torch.ones(2, 1, 8, 8, dtype=torch.bool) if mask else None
@@ -32,7 +32,7 @@ def attention_of(
         return output.grad_fn.name()
 
 
-CUDA, TURING, CPU = HollowDevice("cuda"), HollowDevice("cuda", "efficient"), HollowDevice("cpu")
+CUDA, TURING, CPU = DeviceOnMeta("cuda"), DeviceOnMeta("cuda", "efficient"), DeviceOnMeta("cpu")
 FLASH, EFFICIENT = "ScaledDotProductFlashAttentionBackward0", "ScaledDotProductEfficientAttentionBackward0"
 
 
@@ -56,7 +56,7 @@ def test_attention_takes_the_kernel_that_the_device_would(device, dtype, options
 
 
 def test_without_fused_kernels_scores_are_made():
-    assert "ScaledDotProduct" not in attention_of(HollowDevice("cuda", "math"), torch.bfloat16)
+    assert "ScaledDotProduct" not in attention_of(DeviceOnMeta("cuda", "math"), torch.bfloat16)
 
 
 def test_the_cpu_has_no_fused_kernel_for_values_of_another_width():
@@ -65,7 +65,7 @@ def test_the_cpu_has_no_fused_kernel_for_values_of_another_width():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rows_of_experts_have_one_size_whoever_takes_them(dtype):
-    with hollow_device(CUDA):
+    with device_on_meta(CUDA):
         rows = torch.zeros(6, 16, dtype=dtype, requires_grad=True)
         ends = torch.zeros(4, dtype=torch.int32)
         output = functional.grouped_mm(rows, torch.zeros(4, 16, 24, dtype=dtype), offs=ends)
@@ -75,7 +75,7 @@ def test_rows_of_experts_have_one_size_whoever_takes_them(dtype):
 
 def test_numbers_are_answered_by_whether_there_is_padding():
     for padded in (False, True):
-        with hollow_device(HollowDevice("cpu", padded=padded)):
+        with device_on_meta(DeviceOnMeta("cpu", padded=padded)):
             mask = torch.ones(2, 3, dtype=torch.long)
             assert bool(mask.all()) is not padded
             assert torch.equal(mask, mask) is not padded
@@ -85,13 +85,13 @@ def test_numbers_are_answered_by_whether_there_is_padding():
 
 @pytest.mark.parametrize(("kind", "node"), [("cuda", "NativeDropoutBackward0"), ("cpu", "MulBackward0")])
 def test_dropout_is_fused_on_cuda(kind, node):
-    with hollow_device(HollowDevice(kind)):
+    with device_on_meta(DeviceOnMeta(kind)):
         assert functional.dropout(torch.zeros(4, requires_grad=True), 0.5).grad_fn.name() == node
 
 
 def test_cuda_reads_halves_in_softmax_without_a_copy():
     def reads(kind: str, dtype: torch.dtype) -> str:
-        with hollow_device(HollowDevice(kind)):
+        with device_on_meta(DeviceOnMeta(kind)):
             scores = torch.zeros(4, 4, dtype=dtype, requires_grad=True)
             return functional.softmax(scores, -1, dtype=torch.float32).grad_fn.next_functions[0][0].name()
 
@@ -101,9 +101,9 @@ def test_cuda_reads_halves_in_softmax_without_a_copy():
 
 def test_autocast_follows_the_lists_of_the_device():
     for kind, softmax in (("cuda", torch.float32), ("cpu", torch.bfloat16)):
-        with hollow_device(HollowDevice(kind)):
+        with device_on_meta(DeviceOnMeta(kind)):
             layer = nn.Linear(4, 4)
-            with hollow_autocast(torch.bfloat16):
+            with autocast_on_meta(torch.bfloat16):
                 hidden = layer(torch.zeros(2, 4))
                 assert hidden.dtype == torch.bfloat16
                 assert hidden.softmax(-1).dtype == softmax
@@ -113,9 +113,9 @@ def test_autocast_follows_the_lists_of_the_device():
 
 
 def test_a_weight_that_trains_is_cast_once_in_a_forward_pass():
-    with hollow_device(HollowDevice("cuda")):
+    with device_on_meta(DeviceOnMeta("cuda")):
         layer, inputs = nn.Linear(4, 4, bias=False), torch.zeros(2, 4)
-        with hollow_autocast(torch.bfloat16):
+        with autocast_on_meta(torch.bfloat16):
             first, second = layer(inputs), layer(inputs)
         casts = [output.grad_fn.next_functions[1][0].next_functions[0][0] for output in (first, second)]
         assert casts[0] is casts[1]
@@ -128,12 +128,12 @@ def test_lists_name_operators_of_the_installed_torch():
 
 
 def test_nothing_is_changed_outside_of_the_context():
-    with hollow_device(CUDA):
+    with device_on_meta(CUDA):
         assert device_kind(torch.zeros(1)) == "cuda"
     assert torch.zeros(1).device.type == "cpu"
     assert device_kind(torch.empty(1, device="meta")) == "cpu"
     with pytest.raises(RuntimeError, match="meta"):
         torch.empty(1, device="meta").item()
-    with pytest.raises(KeyError, match="inside"), hollow_device(CUDA):
+    with pytest.raises(KeyError, match="inside"), device_on_meta(CUDA):
         raise KeyError("inside")
     assert torch.zeros(1).device.type == "cpu"

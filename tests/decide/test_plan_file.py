@@ -13,11 +13,11 @@ import rankpilot
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.agents.learned.policy_file import load_policy, policy_schedule
-from rankpilot.agents.observation import Observation
-from rankpilot.agents.policy import decided_plan
-from rankpilot.agents.rules import PlanFile, plan_text, read_plan
-from rankpilot.agents.settings import ONCE, DecisionSchedule
+from rankpilot.agents.policy_file import load_policy, policy_schedule
+from rankpilot.decide.observation import Observation
+from rankpilot.decide.policy import decided_plan
+from rankpilot.decide.rules import PlanFile, plan_text, read_plan
+from rankpilot.decide.settings import ONCE, DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, UnknownNameError
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules

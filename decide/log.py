@@ -40,7 +40,7 @@ from .observation import FEATURE_PREFIX, MODULE_FEATURES, RUN_FEATURES, RUN_PREF
 from .policy import Decision, Policy, decision_line, keeps
 
 if TYPE_CHECKING:
-    from .controller import RankController
+    from .applier import PlanApplier
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class DecisionRecord:
     @classmethod
     def of(
         cls,
-        controller: RankController[Any],
+        applier: PlanApplier[Any],
         observation: Observation,
         decision: Decision,
         plan: Plan,
@@ -159,7 +159,7 @@ class DecisionRecord:
         """The record of a decision that has just been applied, in a fine-tune or in an episode.
 
         Args:
-            controller: has applied it.
+            applier: has applied it.
             observation: what the decision was made from.
             decision: what was wanted.
             plan: what was applied.
@@ -169,19 +169,19 @@ class DecisionRecord:
             run: name of the run.
             loss: mean training loss since the decision before this one.
             measured_cost: bytes at the highest peak since the decision before this one, or None.
-            notes: by module name, beside those of the controller, whose modules are pinned.
+            notes: by module name, beside those of the applier, whose modules are pinned.
             correction: whether the guard or a person changed the ranks, and not the policy.
             saved: what exact savers bring.
             rates: the peak of the learning rate for plain LoRA, and under the plan.
         """
-        pinned = np.isin(observation.names, list(controller.notes))
+        pinned = np.isin(observation.names, list(applier.notes))
         return cls(
             run=run,
             policy=policy.name,
             policy_sha256=getattr(policy, "sha256", None),  # of learned policies alone
             number=number,
             step=step,
-            seed=controller.seed,
+            seed=applier.seed,
             loss=loss,
             measured_cost=measured_cost,
             observation=observation,
@@ -191,8 +191,8 @@ class DecisionRecord:
             predicted_cost=plan.cost,
             pinned=pinned if pinned.any() else None,
             correction=correction,
-            schedule=asdict(controller.schedule),
-            notes={**(notes or {}), **controller.notes},
+            schedule=asdict(applier.schedule),
+            notes={**(notes or {}), **applier.notes},
             saved=saved,
             rates=rates,
         )

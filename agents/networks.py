@@ -23,11 +23,11 @@ import torch
 from torch import nn
 from torch.distributions import LowRankMultivariateNormal
 
-from ...lora.adapters import SIGNALS
-from ...plan.plan import PLACEMENT, SCORE_BOUND
-from ..observation import MODULE_FEATURES, RUN_FEATURES, Inputs
-from ..rules import MEAN_SIGNALS
-from ..settings import NetworkConfig
+from ..decide.observation import MODULE_FEATURES, RUN_FEATURES, Inputs
+from ..decide.rules import MEAN_SIGNALS
+from ..decide.settings import NetworkConfig
+from ..lora.adapters import SIGNALS
+from ..plan.plan import PLACEMENT, SCORE_BOUND
 
 DIRECTIONS = (*SIGNALS, "relative_depth", "rank_cost", "estimate")
 """Scores are a weighted sum of these, centred over the modules. Exploration adds one draw to each gain."""

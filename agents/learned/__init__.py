@@ -1,1 +1,0 @@
-"""The trained policy: its network, its plan values and its files."""
