@@ -1,4 +1,4 @@
-"""Trains appliers of the learning rate on `rankpilot/RunControl-v0` with PPO, or with a value method, DQN.
+"""Trains appliers of the learning rate on `rankpilot/RunControl-v2` with PPO, or with a value method, DQN.
 
 Both begin at a rule: PPO's policy learns to do what the rule does, and DQN's memory is filled with the rule's runs, a
 part of their actions drawn. Rewards are not discounted. Rounds take turns between the proxy bases.

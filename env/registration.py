@@ -6,7 +6,7 @@ with naming_extras():
     import gymnasium as gym
 
 ENV_ID = "rankpilot/RankAllocation-v4"
-CONTROL_ENV_ID = "rankpilot/RunControl-v1"
+CONTROL_ENV_ID = "rankpilot/RunControl-v2"
 
 if ENV_ID not in gym.registry:
     gym.register(

@@ -1,4 +1,4 @@
-"""The Gymnasium environment `rankpilot/RunControl-v1`: the learning rate of a fine-tune, corrected while it goes."""
+"""The Gymnasium environment `rankpilot/RunControl-v2`: the learning rate of a fine-tune, corrected while it goes."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ class RunControlVectorEnv(VectorEnv[FloatArray, NDArray[Any], NDArray[Any]]):
     optimizer's state that were kept when the rate was last kept or raised, and take a quarter of the rate.
 
     ## Observation Space
-    `Box(-3, 3, (13,))`: `rankpilot.decide.rate_control.FEATURES`.
+    `Box(-3, 3, (14,))`: `rankpilot.decide.rate_control.FEATURES`.
 
     ## Rewards
     At the end by how much the log of the held-out loss is below that of the same run left alone, -2 to 2.

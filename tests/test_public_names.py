@@ -43,7 +43,7 @@ def test_the_environment_is_registered() -> None:
     "code",
     [
         "import gymnasium, rankpilot; gymnasium.spec(rankpilot.ENV_ID)",
-        "import gymnasium, rankpilot.env; gymnasium.spec('rankpilot/RunControl-v1')",
+        "import gymnasium, rankpilot.env; gymnasium.spec('rankpilot/RunControl-v2')",
         pytest.param(
             "import gymnasium; gymnasium.make('rankpilot.env:rankpilot/RankAllocation-v4')", marks=pytest.mark.slow
         ),
