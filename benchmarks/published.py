@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from peft import prepare_model_for_kbit_training
 from rankpilot.common.files import write_json
 from rankpilot.common.text import make_table
 from rankpilot.cost.breakdown import frozen_sizes
@@ -27,6 +26,7 @@ from rankpilot.cost.published import find_configuration, find_device_spec
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError
+from rankpilot.lora.peft_config import prepare_quantised
 from rich.console import Console
 from transformers.loss.loss_utils import LOSS_MAPPING
 
@@ -367,13 +367,12 @@ def libraries_of_2024() -> Iterator[None]:
         shifted = whole[..., :-1, :].contiguous().view(-1, vocab_size)
         return torch.nn.functional.cross_entropy(shifted, labels[..., 1:].contiguous().view(-1))
 
-    def prepared(model: Any, **options: Any) -> Any:
-        model = prepare_model_for_kbit_training(model, **options)
+    def prepared(model: Any) -> None:
+        prepare_quantised(model)
         for part in (model.get_input_embeddings(), model.get_output_embeddings()):
             part.to(torch.bfloat16)
-        return model
 
-    name = "rankpilot.cost.from_config.prepare_model_for_kbit_training"
+    name = "rankpilot.cost.quantised.prepare_quantised"
     with patch.dict(LOSS_MAPPING, ForCausalLM=loss), patch(name, prepared):
         yield
 

@@ -28,7 +28,7 @@ from .calibration import check_rank, highest_ranks
 from .card_use import SLACK, CardUse, Verdict, card_use
 from .cost import ParameterCost, plan_cost
 from .device_on_meta import Attention
-from .from_config import ConfiguredStep, LoadedAs, Sharding, Shards, from_config, usual_class
+from .from_config import ConfiguredStep, Implementation, LoadedAs, Sharding, Shards, from_config, usual_class
 from .model import MemoryModel, fewest_checkpointed, holding_layers
 from .published import (
     DeviceRates,
@@ -300,7 +300,8 @@ class Outlook:
     def _use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
         assert self.card is not None, "there is no card"
         shape = shape or memory.shape
-        return card_use(memory, ranks, self._loaded, self.card, shape=shape, evaluation=shape)
+        expandable = self._free.loaded.expandable_segments
+        return card_use(memory, ranks, self._loaded, self.card, shape=shape, evaluation=shape, expandable=expandable)
 
     @cached_property
     def plain_seconds(self) -> float:
@@ -444,6 +445,10 @@ def card_rates(rates: DeviceRates, dtype: str) -> Rates:
     return Rates(products, moved, launch_seconds=LAUNCH_SECONDS)
 
 
+_OF_LOAD = {each.name for each in fields(LoadedAs)} - {"device", "dtype", "attention", "padded", "implementation"}
+"""Settings of `LoadedAs` that `memory_of` takes by their names."""
+
+
 def memory_of(
     model: str | PreTrainedConfig,
     card: str,
@@ -453,6 +458,9 @@ def memory_of(
     padded: bool = False,
     gpus: int = 1,
     sharding: Sharding = "ddp",
+    attention: Implementation | Literal["math"] | None = None,
+    lora_dropout: float = 0.0,
+    target_parameters: str | None = None,
     **settings: Any,
 ) -> Outlook:
     """What a LoRA fine-tune of a model takes on a card, from its configuration alone.
@@ -466,7 +474,11 @@ def memory_of(
         padded: whether rows of a batch are padded, which takes other attention kernels.
         gpus: how many such cards train together, each with its own batch; figures are of one.
         sharding: what they share: "ddp", "fsdp2" or "zero3"; see `Shards`.
-        settings: of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation,
+        attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa where no fused kernel is there.
+        lora_dropout: see `peft.LoraConfig`.
+        target_parameters: fused experts that get adapters: "all-experts", or names separated by commas.
+        settings: of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments, adapter ...; and of
+            `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation,
             gradient_checkpointing (of all layers, of none, or "auto": as few as fit). The usual sizes are those of
             `rankpilot finetune` and `rankpilot memory`.
 
@@ -486,7 +498,8 @@ def memory_of(
     dtype = dtype or ("bf16" if spec.has_bf16 else "fp16")
     if dtype not in DTYPES:
         raise UnknownNameError.of("dtype", dtype, DTYPES)
-    known = {each.name for each in fields(StepConfig)}
+    of_load = {name: settings.pop(name) for name in _OF_LOAD & set(settings)}
+    known = {each.name for each in fields(StepConfig)} | _OF_LOAD
     for name in settings:
         if name not in known:
             raise UnknownNameError.of("setting of a step", name, known)
@@ -497,8 +510,16 @@ def memory_of(
     step = step.sized(continues=usual_class(config) == "AutoModelForCausalLM", positions=positions_of(config))
     if not is_count(rank):
         raise ConfigError(f"rank is at least 1, a whole number; got {shown(rank)}.")
-    attention: Attention = "auto" if spec.has_flash_attention else "efficient"
-    loaded = LoadedAs(dtype=DTYPES[dtype], attention=attention, padded=padded)
+    kernels: Attention = "math" if attention == "math" else "auto" if spec.has_flash_attention else "efficient"
+    adapter = dict(of_load.pop("adapter", {})) | ({"lora_dropout": lora_dropout} if lora_dropout else {})
+    loaded = LoadedAs(
+        dtype=DTYPES[dtype],
+        attention=kernels,
+        padded=padded,
+        implementation=None if attention == "math" else attention,
+        adapter=adapter,
+        **of_load,
+    )
     recorded, optional = replace(step, gradient_checkpointing=True), step.gradient_checkpointing is not True
     configured = from_config(config, recorded, loaded, counted=True, checkpointing_optional=optional)
     check_rank(rank, configured.targets)

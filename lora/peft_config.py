@@ -68,6 +68,19 @@ def fused_experts(module: nn.Module, *, recurse: bool = True) -> Iterator[nn.Par
             yield from (parameter for parameter in part.parameters(recurse=False) if parameter.dim() == 3)
 
 
+def prepare_quantised(model: nn.Module) -> None:
+    """Freeze a quantised model, and keep in fp32 what is not quantised, as PEFT prepares it, except fused experts.
+
+    PEFT's `prepare_model_for_kbit_training` casts them as well: they are most of a mixture's weights.
+    """
+    experts = {id(parameter) for parameter in fused_experts(model)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        half = parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit"
+        if half and id(parameter) not in experts:
+            parameter.data = parameter.data.float()
+
+
 def left_out(base: nn.Module) -> dict[str, str]:
     """Modules that "all-linear" leaves out with all below them, by name, with the reason; empty for most models.
 
@@ -83,7 +96,7 @@ def left_out(base: nn.Module) -> dict[str, str]:
     for name, module in base.named_modules():
         if is_router(name, module):
             found[name] = "routers"
-        elif next(fused_experts(module, recurse=False), None) is not None:
+        elif next(fused_experts(module, recurse=False), None) is not None or hasattr(module, "parametrizations"):
             found[name] = "experts, which are fused parameters"
         elif hasattr(module, "A_log") and hasattr(module, "D"):
             found |= dict.fromkeys((f"{name}.{each}" for each in _READ_PAST), "of Mamba's layers all but in_proj")
@@ -142,17 +155,53 @@ def _trained_heads(base: PreTrainedModel, peft_type: str | None) -> dict[str, An
     return {"modules_to_save": heads, "exclude_modules": rf"(?:{'|'.join(map(re.escape, heads))})(?:\..*)?"}
 
 
-def _existing(base: PreTrainedModel, target_modules: str) -> list[str]:
-    """The names in a list that is separated by commas; UnknownNameError if one is no module that can be adapted."""
+_PATTERN = re.compile(r"[\\*+?|()\[\]^$]")
+"""What no name of a module has, and a regular expression does."""
+
+
+_OF_MODELS = re.compile(
+    "(q|k|v|o|gate|up|down|qkv|gate_up|c|in|out|x)_proj|query_key_value|dense(_h_to_4h|_4h_to_h)?|c_(attn|fc)|fc[12]|w[123]"
+    "|lm_head|embed_tokens"
+)
+"""Names of modules that lists for several families of models have, as those of trainers do."""
+
+
+def _existing(base: PreTrainedModel, target_modules: str) -> str | list[str]:
+    """Names in a list that is separated by commas, or a regular expression for whole names, as PEFT takes them.
+
+    Names that other models have and this one has not are left out, as PEFT leaves them out, and a warning tells.
+
+    Raises:
+        UnknownNameError: none is a module that can be adapted, or one is none of any model.
+        ConfigError: the expression cannot be read, or matches no such module.
+    """
     kinds = (nn.Linear, nn.Embedding, Conv1D)
     paths = [path for path, module in base.named_modules() if isinstance(module, kinds)]
+    if _PATTERN.search(target_modules):
+        return _matching(base, paths, target_modules)
     names = [part.strip() for part in target_modules.split(",")]
-    for name in names:
-        if not any(path == name or path.endswith(f".{name}") for path in paths):
-            linear = [path for path in paths if not isinstance(base.get_submodule(path), nn.Embedding)]
-            ends = dict.fromkeys(path.rpartition(".")[2] for path in linear)
-            raise UnknownNameError.of("target module", name, ends, "all-linear takes all linear layers.")
-    return names
+    missing = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
+    unknown = [name for name in missing if not _OF_MODELS.fullmatch(name)]
+    if unknown or len(missing) == len(names):
+        linear = [path for path in paths if not isinstance(base.get_submodule(path), nn.Embedding)]
+        ends = dict.fromkeys(path.rpartition(".")[2] for path in linear)
+        raise UnknownNameError.of("target module", (unknown or missing)[0], ends, "all-linear takes all linear layers.")
+    if missing:
+        logger.warning("target_modules leaves out %s: this model has none of that name.", ", ".join(missing))
+    return [name for name in names if name not in missing]
+
+
+def _matching(base: PreTrainedModel, paths: Sequence[str], pattern: str) -> str:
+    try:
+        found = [path for path in paths if re.fullmatch(pattern, path)]
+    except re.error as error:
+        raise ConfigError(f"target_modules={pattern!r} is no regular expression: {error}.") from error
+    if not found:
+        raise ConfigError(
+            f"target_modules={pattern!r} matches no linear layer or embedding of {type(base).__name__}. The expression "
+            f"has to match whole names, such as {paths[-1]!r}."
+        )
+    return pattern
 
 
 def choose_scaling(targets: Sequence[TargetModule], scaling: Scaling) -> None:

@@ -56,6 +56,8 @@ def scale_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     if get_bnb_param_type(weight):
         yield from _held(module)
         yield from _held(weight)
+    elif hasattr(module, "quant_state"):  # the parametrisation of a parameter that is no layer's weight
+        yield from _held(module)
 
 
 def _held(holder: Any) -> Iterator[torch.Tensor]:
