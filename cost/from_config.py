@@ -31,7 +31,7 @@ from ..lora.targets import TargetModule, find_target_modules
 from . import training_step
 from .breakdown import frozen_bytes, frozen_sizes
 from .calibration import keeps_state, measure_memory
-from .device_on_meta import Attention, DeviceOnMeta, autocast_on_meta, device_on_meta
+from .device_on_meta import Attention, DeviceOnMeta, autocast_known_on_meta, autocast_on_meta, device_on_meta
 from .kernels_on_meta import cut_loss, fuse_activations, use_chunked_loss, use_flash_attention
 from .live_storages import DeviceKind
 from .model import MemoryModel
@@ -203,7 +203,7 @@ def from_config(
 @contextmanager
 def _on_meta(device: DeviceOnMeta) -> Iterator[None]:
     """A hollow device, without what libraries say about contents that are not there."""
-    with device_on_meta(device), quiet(), warnings.catch_warnings():
+    with device_on_meta(device), autocast_known_on_meta(), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
@@ -327,6 +327,7 @@ def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: st
         kind,
         new_head=kind in _NEW_HEADS,
         target_modules=step.target_modules,
+        target_parameters=step.target_parameters,
         **{"r": 8, "lora_alpha": 16} | loaded.adapter,
     )
     if loaded.input_gradients:

@@ -460,7 +460,6 @@ def memory_of(
     sharding: Sharding = "ddp",
     attention: Implementation | Literal["math"] | None = None,
     lora_dropout: float = 0.0,
-    target_parameters: str | None = None,
     **settings: Any,
 ) -> Outlook:
     """What a LoRA fine-tune of a model takes on a card, from its configuration alone.
@@ -476,7 +475,6 @@ def memory_of(
         sharding: what they share: "ddp", "fsdp2" or "zero3"; see `Shards`.
         attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa where no fused kernel is there.
         lora_dropout: see `peft.LoraConfig`.
-        target_parameters: fused experts that get adapters: "all-experts", or names separated by commas.
         settings: of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments, adapter ...; and of
             `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation,
             gradient_checkpointing (of all layers, of none, or "auto": as few as fit). The usual sizes are those of

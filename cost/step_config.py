@@ -41,6 +41,8 @@ class StepConfig:
             positions of the model) in language modelling, and for 64 elsewhere.
         target_modules: modules that get an adapter: "all-linear", or names separated by commas, as in
             `peft.LoraConfig`.
+        target_parameters: fused experts that get an adapter: "all-experts", or names separated by commas, as in
+            `peft.LoraConfig` (mlp.experts.gate_up_proj); empty for none.
         optimizer: it decides what is stored for each weight that trains: adamw two numbers, sgd none,
             adafactor at most one, adamw8bit two bytes (needs the extra rankpilot[quant]), paged_adamw8bit as many, in
             pages that CUDA may move to the CPU; they count as on the device, where a change of rank puts them.
@@ -61,6 +63,7 @@ class StepConfig:
     accumulation: int = 0
     max_length: int = 0
     target_modules: str = "all-linear"
+    target_parameters: str = ""
     optimizer: OptimizerName = "adamw"
     quantization: Quantization = "none"
     prepare_kbit: bool = True

@@ -271,7 +271,8 @@ def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:
     if config.gradient_checkpointing is True:
         check_checkpointing(base)
     options = {"r": REFERENCE_RANK, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora"}
-    model = adapt(base, config.model, workload.task, target_modules=config.target_modules, **options)
+    options |= {"target_modules": config.target_modules, "target_parameters": config.target_parameters}
+    model = adapt(base, config.model, workload.task, **options)
     choose_scaling(find_target_modules(model), config.kept)
     return model
 

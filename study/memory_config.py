@@ -13,7 +13,7 @@ from ..errors import ConfigError
 AttentionKind = Literal["eager", "sdpa", "flash", "flex", "math"]
 
 _OF_CARD = (
-    *("gpus", "sharding", "dtype", "lora_dropout", "target_parameters", "experts", "attention", "loss", "reentrant"),
+    *("gpus", "sharding", "dtype", "lora_dropout", "experts", "attention", "loss", "reentrant"),
     *("packed", "offload", "expandable_segments"),
 )
 
@@ -51,8 +51,6 @@ class MemoryConfig(StepConfig):
         dtype: precision of the frozen model on that card: bf16, fp16 or fp32; by default bf16 where the card has it.
             With bf16, steps compute under bf16 autocast.
         lora_dropout: the share of an adapter's inputs that is dropped at random; its masks and products take bytes.
-        target_parameters: fused experts that get adapters, as in `peft.LoraConfig`: "all-experts", or names separated
-            by commas (mlp.experts.gate_up_proj).
         experts: how a quantised model keeps fused experts: as transformers does, in 16 bits; as axolotl's
             quantize_moe_experts; or as Unsloth.
         attention: how attention is computed on the card: eager, sdpa, flash (2 or 3), flex, or math, which is what
@@ -86,7 +84,6 @@ class MemoryConfig(StepConfig):
     sharding: Literal["ddp", "fsdp2", "zero3"] = "ddp"
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     lora_dropout: float = 0.0
-    target_parameters: str | None = None
     experts: ExpertBits = "transformers"
     attention: AttentionKind | None = None
     loss: Literal["model", "chunked", "cut"] = "model"
