@@ -108,19 +108,19 @@ class _Pair(nn.Module):
         if adapter not in wrapper.lora_A:
             return result
         a, b = (factors[adapter].weight.to(rows.dtype) for factors in (wrapper.lora_A, wrapper.lora_B))
-        count = wrapper.num_experts
+        count, scaling = wrapper.num_experts, wrapper.scaling[adapter]
         if not a.shape[0]:
             return result
         a, b = a.view(count, -1, a.shape[1]), b.view(b.shape[0], -1, count).permute(2, 1, 0).contiguous()
         if offsets is None:  # Llama 4, whose weights are (experts, d_in, d_out), which PEFT takes for (d_out, d_in)
             first, second = (b, a) if wrapper._did_swap_in_out_features else (a, b)
-            product = torch.bmm(torch.bmm(rows, first.mT), second)
+            product = torch.bmm(torch.bmm(rows, first.mT) * scaling, second)
         else:
             missing = -a.shape[1] % (ALIGNMENT // a.element_size())
             if missing:
                 a, b = (functional.pad(each, (0, 0, 0, missing)) for each in (a, b))
-            product = _grouped_mm(_grouped_mm(rows, a.mT, offs=offsets), b, offs=offsets)
-        return torch.add(result, product, alpha=wrapper.scaling[adapter])
+            product = _grouped_mm(_grouped_mm(rows, a.mT, offs=offsets) * scaling, b, offs=offsets)
+        return result.add_(product)  # no product saves its result
 
 
 def _product(experts: Any, pairs: dict[str, _Pair], name: str, rows: torch.Tensor, offsets: Any) -> torch.Tensor:
@@ -147,7 +147,7 @@ def _sorted_rows(
     counts = torch.zeros(experts.num_experts, dtype=torch.int32, device=hidden.device)
     counts = counts.index_add(0, numbers, torch.ones_like(numbers, dtype=torch.int32))
     offsets = counts.cumsum(0, dtype=torch.int32)
-    made = _product(experts, pairs, "gate_up_proj", hidden[order // chosen], offsets)
+    made = _product(experts, pairs, "gate_up_proj", hidden.index_select(0, order // chosen), offsets)
     if experts.has_bias:
         made = made + experts.gate_up_proj_bias[numbers]
     made = _product(experts, pairs, "down_proj", experts._apply_gate(made), offsets)
@@ -156,7 +156,7 @@ def _sorted_rows(
     made = made * weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return made[back].view(-1, chosen, made.shape[-1]).sum(dim=1).to(hidden.dtype)
+    return made.index_select(0, back).view(-1, chosen, made.shape[-1]).sum(dim=1).to(hidden.dtype)
 
 
 def _all_rows(experts: Any, pairs: dict[str, _Pair], hidden: torch.Tensor) -> torch.Tensor:
