@@ -46,7 +46,7 @@ from .published import (
     most_positions,
     stored_method,
 )
-from .quantised import quantise, quiet
+from .quantised import adapters_on_quantised_experts, quantise, quiet
 from .recording import BatchShape
 from .repeated_layers import RepeatedLayers, measure_by_layers, work_by_layers
 from .savers import CACHE, SAVERS, ExactSavers, Priced, Saved
@@ -203,7 +203,8 @@ def from_config(
 @contextmanager
 def _on_meta(device: DeviceOnMeta) -> Iterator[None]:
     """A hollow device, without what libraries say about contents that are not there."""
-    with device_on_meta(device), autocast_known_on_meta(), quiet(), warnings.catch_warnings():
+    patches = autocast_known_on_meta(), adapters_on_quantised_experts()
+    with device_on_meta(device), patches[0], patches[1], quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 

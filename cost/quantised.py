@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from peft.tuners.lora import ParamWrapper
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -120,6 +121,28 @@ def _quantise_experts(
     # A parameter that is read twice in one pass is made once, as bitsandbytes' hooks have it.
     part.register_forward_pre_hook(lambda *_: setattr(parametrize, "_cache_enabled", parametrize._cache_enabled + 1))
     part.register_forward_hook(_forget, always_call=True)
+
+
+@contextmanager
+def adapters_on_quantised_experts() -> Iterator[None]:
+    """Let PEFT take its own parametrisation off again where there is another one below it.
+
+    Up to 0.21 it looks for one of another class, finds none, and leaves one more with each pass.
+    """
+    usual = ParamWrapper._remove_parametrizations
+
+    def remove(self: Any) -> None:
+        stack = self.get_base_layer().parametrizations[self.parameter_name]
+        if len(stack) == 1:
+            usual(self)
+        else:
+            del stack[-1]
+
+    ParamWrapper._remove_parametrizations = remove
+    try:
+        yield
+    finally:
+        ParamWrapper._remove_parametrizations = usual
 
 
 def _forget(*_: Any) -> None:

@@ -75,24 +75,25 @@ def _experts_named(base: nn.Module, target_parameters: str) -> list[str]:
     """The names of parameters that hold experts, as PEFT compares them with the ends of whole names."""
     experts = {id(parameter) for parameter in fused_experts(base)}
     paths = [path for path, parameter in base.named_parameters() if id(parameter) in experts]
-    paths += [
+    quantised = [  # of which PEFT compares whole names
         f"{path}.{name}"
         for path, module in base.named_modules()
         if hasattr(module, "parametrizations")
         for name in module.parametrizations
     ]
+    paths += quantised
     ends = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
     if not paths:
         raise ConfigError(
             f"target_parameters={target_parameters!r}: {type(base).__name__} has no fused experts. Leave it out."
         )
     if target_parameters == "all-experts":
-        return ends
+        return quantised or ends
     names = [part.strip() for part in target_parameters.split(",")]
     for name in names:
         if not any(path == name or path.endswith(f".{name}") for path in paths):
             raise UnknownNameError.of("target parameter", name, ends, "all-experts takes all fused experts.")
-    return names
+    return [path for path in quantised if path.endswith(tuple(f".{name}" for name in names))] or names
 
 
 def fused_experts(module: nn.Module, *, recurse: bool = True) -> Iterator[nn.Parameter]:
