@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from rankpilot.errors import ConfigError, UnknownNameError
+from peft import PeftModel, get_peft_model
+from rankpilot.errors import ConfigError, UnknownNameError, UnsupportedError
+from rankpilot.lora.adapter_file import export_padded, export_rank_pattern
 from rankpilot.lora.peft_config import fresh_adapters, make_resizable, sync_config
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.routed_rows import route_rows
@@ -214,6 +216,53 @@ def test_a_resizable_model_loads_other_ranks_and_what_is_at_none(tmp_path: Path)
     make_resizable(other, other_targets)
     other.load_state_dict(load_file(tmp_path / "adapter_model.safetensors"), strict=False)
     assert [t.rank for t in experts_of(other_targets)] == [0, 7, *(t.rank for t in experts[2:])]
+
+
+def test_a_padded_file_has_one_rank_and_the_same_function(tmp_path: Path):
+    model, targets = adapted("qwen3-moe")
+    experts = experts_of(targets)
+    set_ranks(targets, {target.name: 3 + 3 * (i % 2) for i, target in enumerate(experts)} | {experts[0].name: 0})
+    make_resizable(model, targets)
+    sync_config(model, targets)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    export_padded(tmp_path / "adapter", tmp_path / "padded")
+    loaded = PeftModel.from_pretrained(random_base("qwen3-moe"), tmp_path / "padded").eval()
+    assert {t.rank for t in find_target_modules(loaded)} == {8}
+    wanted = model(input_ids=IDS).logits.detach()
+    assert torch.allclose(loaded(input_ids=IDS).logits, wanted, atol=1e-5)
+    export_padded(tmp_path / "adapter", tmp_path / "single", per_expert=True)
+    found = load_file(tmp_path / "single" / "adapter_model.safetensors")
+    target = experts_of(find_target_modules(loaded))[1]
+    assert target.name.endswith("gate_up_proj")
+    product = target.each_b(target.weight_b.detach()) @ target.each_a(target.weight_a.detach())
+    stem = f"base_model.model.{target.name.rpartition('.')[0]}"
+    for number in range(target.experts):
+        halves = [
+            found[f"{stem}.{number}.{name}.lora_B.weight"] @ found[f"{stem}.{number}.{name}.lora_A.weight"]
+            for name in ("gate_proj", "up_proj")
+        ]
+        assert torch.allclose(torch.cat(halves), product[number], atol=1e-6)
+
+
+def test_ranks_of_experts_start_a_fresh_fine_tune(tmp_path: Path):
+    model, targets = adapted("qwen3-moe")
+    experts = experts_of(targets)
+    set_ranks(targets, {experts[0].name: 2, experts[1].name: 6, targets[0].name: 0})
+    make_resizable(model, targets)
+    sync_config(model, targets)
+    model.save_pretrained(tmp_path)
+    fresh = get_peft_model(random_base("qwen3-moe"), export_rank_pattern(tmp_path))
+    wanted = {target.name: target.rank for target in targets if target.rank}
+    assert {target.name: target.rank for target in find_target_modules(fresh)} == wanted
+
+
+def test_files_of_the_older_layout_are_refused(tmp_path: Path):
+    model, _ = adapted("qwen3-moe")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_version": "0.18.1"}))
+    with pytest.raises(UnsupportedError, match=r"PEFT 0\.18\.1.*other way round"):
+        export_padded(tmp_path, tmp_path / "padded")
 
 
 # Names -------------------------------------------------------------------------------------------------------------
