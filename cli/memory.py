@@ -21,6 +21,12 @@ from .progress import console
 if TYPE_CHECKING:
     from ..cost.outlook import Outlook
 
+SPILLS = (
+    "On Windows the driver moves what does not fit the card into main memory, without an error: a step then takes many "
+    "times as long. So keep to what fits, or switch that off (CUDA - Sysmem Fallback Policy)."
+)
+"""What to know where the card is in a machine with Windows."""
+
 NOTHING_FITS = 3
 """The exit status where nothing fits the card."""
 
@@ -96,6 +102,8 @@ def main(arguments: Sequence[str]) -> int:
     if told:
         if options.details and outlook.grid:
             console.print(report.grid_table(outlook))
+        if options.os == "windows":
+            console.print(SPILLS, markup=False)
         if file and file.unread:
             console.print(
                 f"Not understood in {options.config}, so not counted: {', '.join(file.unread)}.", markup=False

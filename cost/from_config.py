@@ -234,6 +234,14 @@ def _predictable(config: PreTrainedConfig) -> Iterator[None]:
         ) from error
 
 
+def _training(model: PeftModel, step: StepConfig, loaded: LoadedAs) -> training_step.TrainingStep:
+    """The step with its optimizer and its loss."""
+    with torch.device("cpu"):  # an 8-bit optimizer makes the table of its codes
+        optimizer = training_step.new_optimizer(step.optimizer, model)
+    loss = _loss(model, step, loaded)
+    return training_step.TrainingStep(model, loss, optimizer, accumulates=step.accumulation > 1)
+
+
 def _recorded(
     model: PeftModel,
     base: PreTrainedModel,
@@ -249,11 +257,7 @@ def _recorded(
     `counts` are its parameters, and those of them that are fused experts.
     """
     config, shape, targets = base.config, BatchShape(step.batch_size, step.max_length), find_target_modules(model)
-    with torch.device("cpu"):  # an 8-bit optimizer makes the table of its codes
-        optimizer = training_step.new_optimizer(step.optimizer, model)
-    training = training_step.TrainingStep(
-        model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1
-    )
+    training = _training(model, step, loaded)
     calibrated = shape if keeps_state(model) else calibration_shape(config, shape, padded=loaded.padded)
     batch = batch_on_meta(base, calibrated)
     asked = batch_on_meta(base, shape)

@@ -482,7 +482,8 @@ def _split(tensors: dict[str, torch.Tensor], stacks: Mapping[str, tuple[str, int
         (module, side, _), (parameter, experts) = match.groups(), stacks[match.group(1)]
         stem, _, leaf = parameter.rpartition(".")
         axis = 0 if side == "A" else 1
-        each = tensor.unflatten(axis, (experts, -1) if side == "A" else (-1, experts)).unbind(0 if side == "A" else 2)
+        sizes = (experts, -1, tensor.shape[1]) if side == "A" else (tensor.shape[0], -1, experts)
+        each = tensor.reshape(sizes).unbind(2 * axis)
         names = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
         for number, matrix in enumerate(each):
             halves = matrix.chunk(len(names)) if side == "B" else [matrix] * len(names)

@@ -296,7 +296,7 @@ def _shrink(
         scaled = [pair * share for (_, b), share in zip(each, shares, strict=True) for pair in b]
         counts = [target.experts for target in group]
         maps = shrink_maps([pair for a, _ in each for pair in a], scaled, rank)
-        of_targets = zip(*(part.split(counts) for part in maps), strict=True)
+        of_targets = zip(*(torch.split(part, counts) for part in maps), strict=True)
         for target, (a, b), (p, q, used) in zip(group, each, of_targets, strict=True):
             new_a, new_b = (q @ a).to(target.weight_a), (b @ p).to(target.weight_b)
             fresh = None if bool(used.all()) else ~used

@@ -85,7 +85,8 @@ def _forward(outer: ParamWrapper, x: torch.Tensor, *arguments: Any, **options: A
         result: torch.Tensor = ParamWrapper.forward(outer, x, *arguments, **options)
         return result
     pairs = {wrapper.parameter_name: vars(wrapper)[ROWS] for wrapper in wrappers}
-    return form(experts, pairs, x, *arguments, **options)
+    result = form(experts, pairs, x, *arguments, **options)
+    return result
 
 
 class _Pair(nn.Module):
@@ -126,8 +127,10 @@ class _Pair(nn.Module):
 def _product(experts: Any, pairs: dict[str, _Pair], name: str, rows: torch.Tensor, offsets: Any) -> torch.Tensor:
     weight = getattr(experts, name)
     weight = weight if experts.is_transposed else weight.mT
-    result = _grouped_mm(rows, weight, offs=offsets)
-    return pairs[name](result, rows.to(result.dtype), offsets) if name in pairs else result
+    result: torch.Tensor = _grouped_mm(rows, weight, offs=offsets)
+    if name in pairs:
+        result = pairs[name](result, rows.to(result.dtype), offsets)
+    return result
 
 
 def _sorted_rows(

@@ -60,7 +60,7 @@ class MemoryConfig(StepConfig):
         packed: a row holds several texts, and may be longer than the model has positions.
         offload: saved activations go to main memory (activation_offloading of TRL and axolotl).
         expandable_segments: torch's allocator is set to them, so that it keeps hardly more than tensors take.
-        system: of the machine with the card; on Windows memory spills into main memory without an error.
+        os: of the machine with the card; on Windows memory spills into main memory without an error.
 
     Raises:
         ConfigError: a value is out of range, or options contradict each other.
@@ -91,7 +91,7 @@ class MemoryConfig(StepConfig):
     packed: bool = False
     offload: bool = False
     expandable_segments: bool = False
-    system: Literal["linux", "windows"] = "linux"
+    os: Literal["linux", "windows"] = "linux"
 
     @property
     def of_card(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class MemoryConfig(StepConfig):
             )
         if not self.card:
             defaults = {each.name: each.default for each in fields(self)}
-            given = [name for name in (*_OF_CARD, "system") if getattr(self, name) != defaults[name]]
+            given = [name for name in (*_OF_CARD, "os") if getattr(self, name) != defaults[name]]
             if given:
                 raise ConfigError(f"{given[0]} is of a card: give --device or --device-memory with it.")
             return

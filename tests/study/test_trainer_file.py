@@ -143,6 +143,8 @@ def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys
     assert "flux_capacitor" in printed
     assert cli.run([*command, "--batch-size", "2", "--json"]) == 0, "options go before the file"
     assert json.loads(capsys.readouterr().out)["rows"] == 2
+    assert cli.run([*command, "--os", "windows"]) == 0
+    assert "Sysmem Fallback" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
