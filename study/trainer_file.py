@@ -51,7 +51,7 @@ def read_trainer_file(path: str | Path) -> TrainerFile:
     if not program:
         raise ConfigError(
             f"{path} is no file of axolotl (base_model), TRL (model_name_or_path) or LLaMA-Factory (model_name_or_path "
-            f"and finetuning_type). It has: {', '.join(list(values)[:5])}."
+            f"and finetuning_type). It has: {', '.join(map(shown, list(values)[:5]))}."
         )
     keys = _Keys({key: value for key, value in values.items() if value is not None}, str(path))
     settings = _READERS[program](keys) | {"exact_savers": False}
@@ -103,11 +103,18 @@ class _Keys:
         value = self.get(name, default)
         try:
             found = type(default)(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             found = type(default)(-1)
         if isinstance(value, bool) or found < 0:
             raise ConfigError(f"{self.path}: {name} is a number from 0 on; got {shown(value)}.")
         return found
+
+    def model(self, name: str) -> str | None:
+        """The name of the model; None where the command line has to give it."""
+        value = self.get(name)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ConfigError(f"{self.path}: {name} is the name of a model or a folder; got {shown(value)}.")
+        return value
 
     def left(self) -> list[str]:
         """Keys that nobody asked for."""
@@ -134,7 +141,7 @@ def _optimizer(keys: _Keys, name: str, default: str) -> str:
     if given not in _OPTIMIZERS:
         near = difflib.get_close_matches(given, _OPTIMIZERS, 1)
         hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(_OPTIMIZERS))}."
-        raise ConfigError(f"{keys.path}: the optimizer {given!r} is not one whose bytes are known.{hint}")
+        raise ConfigError(f"{keys.path}: the optimizer {shown(given)} is not one whose bytes are known.{hint}")
     return _OPTIMIZERS[given]
 
 
@@ -166,6 +173,8 @@ def _rows(keys: _Keys, batch: str, default: int, length: int, *, flat: bool) -> 
 
 def _checkpointing(keys: _Keys, on: bool, reentrant: bool) -> dict[str, Any]:
     given = keys.get("gradient_checkpointing_kwargs") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{keys.path}: gradient_checkpointing_kwargs are settings by name; got {shown(given)}.")
     return {"gradient_checkpointing": on, "reentrant": on and bool(given.get("use_reentrant", reentrant))}
 
 
@@ -181,9 +190,9 @@ def _sharding(keys: _Keys) -> str | None:
 def _axolotl(keys: _Keys) -> dict[str, Any]:
     adapter, rl = keys.get("adapter"), keys.get("rl")
     if adapter not in ("lora", "qlora"):
-        raise keys.refuse(f"trains {'everything' if adapter is None else f'with adapter: {adapter}'}")
+        raise keys.refuse(f"trains {'everything' if adapter is None else f'with adapter: {shown(adapter)}'}")
     if rl:
-        raise keys.refuse(f"trains by rl: {rl}")
+        raise keys.refuse(f"trains by rl: {shown(rl)}")
     four, eight = keys.flag("load_in_4bit"), keys.flag("load_in_8bit")
     plugins = str(keys.get("plugins", ""))
     cut = keys.flag("cut_cross_entropy", "CutCrossEntropy" in plugins) or keys.flag("liger_fused_linear_cross_entropy")
@@ -198,7 +207,7 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
     named = _names(keys.get("lora_target_modules"))
     precise = keys.flag("bf16", True) or keys.flag("bfloat16")
     return {
-        "model": str(keys.get("base_model")),
+        "model": keys.model("base_model"),
         "rank": keys.number("lora_r", 8),
         "lora_dropout": keys.number("lora_dropout", 0.0),
         "target_modules": "all-linear" if linear else named or None,
@@ -227,7 +236,7 @@ def _trl(keys: _Keys) -> dict[str, Any]:
     flat = attention == "flash" and (keys.flag("packing") or keys.flag("padding_free"))
     keys.flag("packing"), keys.flag("padding_free"), keys.get("torch_dtype")
     return {
-        "model": keys.get("model_name_or_path"),
+        "model": keys.model("model_name_or_path"),
         "rank": keys.number("lora_r", 16),
         "lora_dropout": keys.number("lora_dropout", 0.05 if "lora_target_parameters" not in keys.values else 0.0),
         "target_modules": _names(keys.get("lora_target_modules")) or "q_proj,v_proj",
@@ -250,15 +259,15 @@ def _trl(keys: _Keys) -> dict[str, Any]:
 def _llama_factory(keys: _Keys) -> dict[str, Any]:
     kind, stage = keys.get("finetuning_type", "lora"), keys.get("stage", "sft")
     if kind != "lora":
-        raise keys.refuse(f"trains with finetuning_type: {kind}")
+        raise keys.refuse(f"trains with finetuning_type: {shown(kind)}")
     if stage not in ("sft", "pt"):
-        raise keys.refuse(f"trains in stage: {stage}")
+        raise keys.refuse(f"trains in stage: {shown(stage)}")
     bits, target = keys.number("quantization_bit", 0), _names(keys.get("lora_target", "all"))
     flash = _attention(keys.get("flash_attn", "auto"))
     flat = keys.flag("neat_packing") and flash == "flash"
     keys.flag("packing"), keys.get("quantization_method")
     return {
-        "model": str(keys.get("model_name_or_path")),
+        "model": keys.model("model_name_or_path"),
         "rank": keys.number("lora_rank", 8),
         "lora_dropout": keys.number("lora_dropout", 0.0),
         "target_modules": "all-linear" if target == "all" else target,

@@ -154,10 +154,10 @@ def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys
         ("[1, 2]", "holds no settings by name"),
         ("a: [", "Cannot read"),
         ("base_model: m", "trains everything"),
-        ("base_model: m\nadapter: lora\nrl: dpo", "trains by rl: dpo"),
+        ("base_model: m\nadapter: lora\nrl: dpo", "trains by rl: .dpo"),
         ("base_model: m\nadapter: lora\noptimizer: adamw_8bits", "Did you mean 'adamw_8bit'"),
         ("base_model: m\nadapter: lora\nlora_r: many", "lora_r is a number"),
-        ("model_name_or_path: m\nfinetuning_type: full", "finetuning_type: full"),
+        ("model_name_or_path: m\nfinetuning_type: full", "finetuning_type: .full"),
         ("model_name_or_path: m\nuse_peft: false", "use_peft: false"),
     ],
 )
