@@ -31,6 +31,7 @@ from .device_on_meta import Attention
 from .from_config import ConfiguredStep, LoadedAs, Sharding, Shards, from_config, usual_class
 from .model import MemoryModel, fewest_checkpointed, holding_layers
 from .published import (
+    USUAL_CARD,
     DeviceRates,
     DeviceSpec,
     device_table,
@@ -47,9 +48,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
 """Batches of the grid, beside the one that was asked for."""
-
-USUAL_CARD = "RTX 4090"
-"""Times on a card of which only the memory is known are by the rates of this one. They are told as shares."""
 
 SHARES = (0.75, 0.5, 0.25)
 """Shares of the layers, from the top, that are shown beside all of them."""

@@ -291,6 +291,7 @@ def run_costs(
     savers: ExactSavers | None = None,
     kept: IntArray | None = None,
     whole: bool = False,
+    each: int | None = None,
 ) -> PlanCosts:
     """What plans cost on a run's largest batch, and the limit that a budget sets them.
 
@@ -304,9 +305,10 @@ def run_costs(
         savers: the exact savers that are on.
         kept: ranks of adapters that are trained already; see `Budget.resolve`.
         whole: all layers are checkpointed; see `checkpointed_cost`.
+        each: rows of an example, where steps run in parts; see `plan_costs`.
     """
     budget = within_all(run, budget)
-    costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept, whole=whole)
+    costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept, whole=whole, each=each)
     found = run.measured(lambda: costs(run.step, targets, run.largest_batch()))
     if savers and found.saved:
         savers.take(found.savers)  # in each process what the first has found out

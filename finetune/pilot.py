@@ -128,6 +128,25 @@ class RankPilot:
         """
         _begun(self._piloted).before_step(batches)
 
+    def parts(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
+        """Yield the parts of a batch of this step, and by what the loss of each is multiplied.
+
+        All parts run, forward and backward, one after the other: their gradients, and their losses times these factors,
+        add up to those of the batch. Where steps run as a whole, the one part is the batch.
+
+        Args:
+            batch: one of those that `before_step` got.
+
+        Raises:
+            BudgetError: a row does not fit alone.
+
+        Example:
+            >>> for part, share in pilot.parts(batch):  # doctest: +SKIP
+            ...     loss = share * model(**part).loss
+            ...     loss.backward()
+        """
+        return _begun(self._piloted).guard.parts.of(batch)
+
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
         """Read the gradients, which are complete now; call before they are cleared.
 
@@ -193,7 +212,7 @@ class RankPilot:
             BudgetError: other processes are in the middle of the step.
         """
         error = error or torch.OutOfMemoryError("A training step ran out of memory.")
-        _begun(self._piloted).guard.shortage.out_of_memory(error)
+        _begun(self._piloted).guard.out_of_memory(error)
 
     def finish(self) -> None:
         """Stop measuring, checkpoint the layers of before, and write the ranks to PEFT's configuration for saving.
@@ -302,6 +321,7 @@ class RankPilot:
             figures["plan_seconds"] = applier.time.of(ranks)
             if applier.time.beside is None:
                 figures["budget_seconds"] = applier.time.seconds
+        figures |= piloted.guard.parts.figures()
         if fresh:
             figures["peak_bytes"] = float(max(peak for _, peak in fresh))
         return figures

@@ -15,6 +15,7 @@ from ..common.devices import without_autocast
 from ..common.text import plural
 from ..cost.budget import TimeBudget
 from ..cost.calibration import PlanCosts
+from ..cost.model import MemoryModel
 from ..cost.recording import Batch
 from ..cost.savers import CACHE, SAVERS, TILES, ExactSavers, is_compiled
 from ..decide.applier import PlanApplier
@@ -33,6 +34,7 @@ from ..plan.rate import InitialLoss
 from . import before_training
 from .controlled_rate import ControlledRate
 from .elastic import ElasticBudget
+from .exact_parts import exactness_of
 from .journal import Journal, PlanChange
 from .options import PilotOptions
 from .peak_guard import PeakGuard
@@ -91,7 +93,7 @@ class PilotedRun:
         self._controls: bool = in_long_run if options.control is None else options.control
         self.begun, self.step, self.shown = False, 0, 0
         self.decision: Decision | None = None
-        self.guard = PeakGuard(options.measure_every)
+        self.guard = PeakGuard(options.measure_every, journal.note)
         self.elastic = ElasticBudget(run, options.budget, self.guard)
         self.finite = FiniteWatch(run, journal)
         self.rate: PlanRate | None = None
@@ -114,7 +116,8 @@ class PilotedRun:
         was compared, and the prefix cache serves what all others have left frozen.
         """
         calls, gradients = self._watches
-        every = calls, self.elastic, self.rate, self.control, self.guard, gradients, self._losses, self.finite
+        before = calls, self.elastic, self.rate, self.control, self.guard.parts
+        every = *before, self.guard, gradients, self._losses, self.finite
         return [part for part in (*every, self.prefix) if part is not None]
 
     # The begin and the end --------------------------------------------------------------------------------------------
@@ -142,12 +145,13 @@ class PilotedRun:
             looks = options.learning_rate == "auto" or not probes
             first_rows = before_training.UNSEEN if stay else run.read_first_rows(seed) if looks else None
             self._have_rate(initial_loss(run, first_rows) if first_rows and not stay else None)
+            self._try_parts(seed)
             timed, checkpointing = time or (TimeBudget.unlimited() if times_plans else None), self._checkpointing
             costs = self._prepare(seed, None if probes else first_rows, timed, progress)
             journal.note(before_training.budget_text(run, targets, budget, costs.limit, stay=stay))
             journal.note_saved(costs.saved)
             self.elastic.first_limit(costs.limit)
-            self.guard.plan.attach(run, self.applier, costs.memory, journal, self._corrected, checkpointing)
+            self._attach(costs.memory)
             if time:
                 timer = before_training.StepTimer(run, targets, costs.memory, self.applier.limit, checkpointing)
                 timer.agree_with_steps(self.applier, self._ask)
@@ -186,7 +190,10 @@ class PilotedRun:
             savers=self._savers,
             kept=before_training.ranks_that_hold(targets) if keeps else None,
             whole=checkpointing is not None and checkpointing.whole,
+            each=run.step.rows_per_example if self.guard.parts.on else None,
         )
+        if self.guard.parts.on and costs.memory and not costs.alone:
+            self.guard.parts.turn_off("the operations of this model depend on its data, so parts cannot be predicted")
         limit, cache_bytes = costs.limit.value, options.prefix_cache_bytes
         timer = before_training.StepTimer(run, targets, costs.memory, limit, checkpointing, cache_bytes)
         timed = timer.time_limit(time) if time else None
@@ -239,7 +246,10 @@ class PilotedRun:
         self._switch(names)
         checkpointing = self._checkpointing
         self._have_rate(initial, own)
-        memory = before_training.run_memory(run, targets, signals=True) if checkpointing else None
+        parts = self.guard.parts.on
+        if parts:
+            self.guard.parts.begin_to_keep(run)
+        memory = before_training.run_memory(run, targets, signals=True) if checkpointing or parts else None
         if checkpointing:
             checkpointing.take(layers)
         applier, limit = self.applier, self.applier.limit
@@ -249,7 +259,7 @@ class PilotedRun:
             cache_bytes = self.options.prefix_cache_bytes
             timer = before_training.StepTimer(run, targets, memory, limit, checkpointing, cache_bytes)
             applier.time = timer.other_limit(applier.time, self.options.time_read)
-        self.guard.plan.attach(run, applier, memory, journal, self._corrected, checkpointing)
+        self._attach(memory)
         run.replicas.changed(targets, step)
         self._have_control(state)
         if changed := changes(settings, before):
@@ -281,6 +291,26 @@ class PilotedRun:
         if options.chooses_layers and self.elastic.budget.kind != "parameters" and could_checkpoint(run.model):
             self._checkpointing = LayerCheckpointing(run.model, whole=options.goal == "bytes")
             self._switches.callback(self._checkpointing.put_back)
+
+    def _try_parts(self, seed: int) -> None:
+        """Find out whether steps may run in parts, if that is wanted."""
+        run, parts = self.run, self.guard.parts
+        if self.options.parts == "off" or self.elastic.budget.kind == "parameters":
+            return
+        if run.replicas.sharded or is_compiled(run.wrapped):
+            parts.turn_off("the model is sharded" if run.replicas.sharded else "each shape would be compiled")
+        else:
+            parts.decide(exactness_of(run, seed), run.step.rows_per_example)
+
+    def _attach(self, memory: MemoryModel | None) -> None:
+        """Have the plan kept, priced with one row where steps run in parts."""
+        parts, run = self.guard.parts, self.run
+        if parts.on and not run.step.accumulates:
+            parts.begin_to_keep(run)
+        shape = parts.shape_of(memory.shape) if memory else None
+        self.guard.plan.attach(
+            run, self.applier, memory, self.journal, self._corrected, self._checkpointing, shape=shape
+        )
 
     def _have_rate(self, initial: InitialLoss | None, own: float | None = None) -> None:
         """Have the learning rate follow the plan until the run ends."""

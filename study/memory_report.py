@@ -16,7 +16,8 @@ from ..common.files import write_json
 from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.breakdown import KINDS, Kind
 from ..cost.card_use import SLACK
-from ..cost.outlook import USUAL_CARD, Choice, GridCell, Outlook
+from ..cost.outlook import Choice, GridCell, Outlook
+from ..cost.published import USUAL_CARD
 from ..cost.savers import ACTIVATIONS
 from ..errors import BudgetError, UnsupportedError
 from ..lora.spec import REFERENCE_RANK

@@ -1,0 +1,186 @@
+"""Decides by test whether a step may run in parts: the gradient of a few rows, as a whole and in two parts.
+
+Whether rows meet in a loss is no matter of its name: in-batch negatives, statistics of a batch, a balance loss of
+experts. So the user's own loss is asked once, before training, and everything is put back. The test also finds out what
+the losses of parts are multiplied with, since a loss may be a sum over rows, a mean over rows or one over tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ..cost.model_states import trained_outside
+from ..cost.recording import Batch
+from ..data.batches import IGNORED
+from ..errors import UnsupportedError
+from .batch_rows import NEXT_TOKENS, ROWS, SHARES, SUM, TOKENS, BatchRows
+from .run import TrainingRun
+
+TESTED_ROWS = 4
+"""Examples of the test at most: two parts of two."""
+
+ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
+"""The relative difference of two gradients that is rounding, by the lowest precision of the step: two last places of a
+number. `FULL_ROUNDING` in full precision, where a gradient in parts differs by 4e-7 to 2e-6."""
+
+FULL_ROUNDING, TF32_ROUNDING = 1e-5, 2**-9
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """What a test has found.
+
+    Attributes:
+        kind: what the loss is of its rows, one of `SHARES`; empty where steps run as a whole.
+        reason: why they do, for people.
+        draws: whether the step draws numbers at random, as dropout does.
+    """
+
+    kind: str
+    reason: str = ""
+    draws: bool = False
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Leaves out dropout, which draws other numbers for each shape, and notes the precisions of all results.
+
+    Attributes:
+        drew: whether any dropout was left out.
+        dtypes: of floating-point results.
+    """
+
+    _DROPS = frozenset(
+        {torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout}
+        | {getattr(functional, f"{name}dropout") for name in ("", "alpha_", "feature_alpha_")}
+        | {getattr(functional, f"dropout{axes}d") for axes in (1, 2, 3)}
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drew = False
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if function in self._DROPS:
+            share = options.get("p", args[1] if len(args) > 1 else 0.5)
+            self.drew |= bool(share) and bool(options.get("training", True))
+            return args[0] if args else options["input"]
+        if function is functional.scaled_dot_product_attention and options.get("dropout_p"):
+            self.drew, options["dropout_p"] = True, 0.0
+        result = function(*args, **options)
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            self.dtypes.add(result.dtype)
+        return result
+
+    @property
+    def rounding(self) -> float:
+        """The relative difference that is rounding; see `ROUNDING`."""
+        lowest = max((ROUNDING.get(dtype, 0.0) for dtype in self.dtypes), default=0.0)
+        products = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32
+        return max(lowest, TF32_ROUNDING if products else FULL_ROUNDING)
+
+
+def exactness_of(run: TrainingRun, seed: int) -> Exactness:
+    """Find out whether steps of a run may run in parts. Training goes on as if nothing had run.
+
+    Args:
+        run: the run, whose adapters have the values with which it begins.
+        seed: of the choice of rows.
+    """
+    return run.measured(lambda: _tested(run, seed))
+
+
+def _tested(run: TrainingRun, seed: int) -> Exactness:
+    each = run.step.rows_per_example
+    examples = min(run.rows, TESTED_ROWS)
+    (batch,) = run.small_batches(1, examples, seed)
+    try:
+        rows = BatchRows.of(batch, each)
+        order = np.argsort(-rows.lengths, kind="stable")
+        parts = [sorted(part.tolist()) for part in np.array_split(order, 2) if len(part)]
+        rows = _uneven(rows, parts)
+        with _WithoutDropout() as found:
+            whole, loss = _gradient(run, partial(run.loss, rows.batch))
+            each_part = [_gradient(run, partial(run.part_loss, rows.part(part), rows.batch)) for part in parts]
+    except UnsupportedError as error:
+        return Exactness("", str(error).rstrip("."))
+    if not (math.isfinite(loss) and bool(whole.isfinite().all())):
+        return Exactness("", "the loss of the first rows is not finite")
+    differences = {kind: _difference(rows.shares(parts, kind), each_part, whole, loss) for kind in SHARES}
+    kind = min(SHARES, key=lambda kind: (differences[kind] > found.rounding, SHARES.index(kind)))
+    if differences[kind] <= found.rounding:
+        return Exactness(kind, draws=found.drew)
+    nearest = min(differences.values())
+    return Exactness("", f"in parts the gradient of a step differs by {nearest:.2g} of its size, since rows meet in it")
+
+
+def _uneven(rows: BatchRows, parts: Sequence[Sequence[int]]) -> BatchRows:
+    """The same rows with fewer counted labels in one, so that means over rows and over tokens are two numbers.
+
+    That row counts its first token, which causal language models predict from nothing.
+    """
+    if rows.predicted is None or len(parts) < 2:
+        return rows
+    labels = rows.batch["labels"].clone()
+    row = int(rows.predicted[1].argmax())
+    counted = (labels[row] != IGNORED).nonzero().flatten()
+    if len(counted) < 3:
+        return rows
+    labels[row, :1] = labels[row, counted[0]]
+    for count in (2, 1):
+        labels[row, counted[count:]] = IGNORED
+        found = BatchRows.of({**rows.batch, "labels": labels}, rows.each)
+        if len({round(found.shares(parts, kind)[0], 3) for kind in (ROWS, TOKENS, NEXT_TOKENS)}) == 3:
+            break
+    return found
+
+
+def _difference(
+    shares: Sequence[float], parts: Sequence[tuple[torch.Tensor, float]], whole: torch.Tensor, loss: float
+) -> float:
+    """The difference of the gradients' sum over the whole gradient, or of the losses if that is more."""
+    total = sum(share * gradient for share, (gradient, _) in zip(shares, parts, strict=True))
+    losses = sum(share * value for share, (_, value) in zip(shares, parts, strict=True))
+    size = max(float(whole.norm()), 1e-30)
+    return max(float((total - whole).norm()) / size, abs(losses - loss) / max(abs(loss), 1e-30))
+
+
+def _gradient(run: TrainingRun, loss: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """The gradient of a loss by all that trains, as one vector in fp32, and the loss; gradients are cleared."""
+    trains = [p for p in run.model.parameters() if p.requires_grad] + trained_outside(run.model, run.optimizer)
+    before = [(parameter, parameter.grad) for parameter in trains]
+    try:
+        for parameter in trains:
+            parameter.grad = None
+        value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in trains]
+        return torch.cat([gradient.detach().float().flatten() for gradient in gradients]), float(value.detach())
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+
+WHOLE = Exactness("")
+"""Of a run whose steps nobody wants in parts."""
+
+SUMS = Exactness(SUM)
+"""Of a run whose batches have one example each."""
+
+
+def rows_of(batch: Batch, each: int) -> BatchRows | None:
+    """The rows of a batch; None where something in it belongs to no row."""
+    try:
+        return BatchRows.of(batch, each)
+    except UnsupportedError:
+        return None
