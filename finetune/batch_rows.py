@@ -84,7 +84,8 @@ class BatchRows:
         Raises:
             UnsupportedError: something in it belongs to no row.
         """
-        shape = BatchShape.of(batch)
+        texts = [value for name, value in _named(batch) if name.endswith((*_TEXTS, MASK))]
+        shape = BatchShape.of(texts or batch)
         examples = max(shape.rows // each, 1)
         axes: dict[int, _Axis] = {}
         if examples > 1 or each == 1:
@@ -127,6 +128,12 @@ class BatchRows:
             return tensor
         return tensor[:, cut]
 
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of a batch for each token of a row, padding included: a part has a copy of its own."""
+        tensors = (value for _, value in _named(self.batch) if isinstance(value, torch.Tensor))
+        return sum(tensor.nbytes for tensor in tensors) / max(self.examples * self.shape.length, 1)
+
     def shares(self, parts: Sequence[Sequence[int]], kind: str) -> list[float]:
         """By what the loss of each part is multiplied, so that they add up to that of the batch.
 
@@ -142,6 +149,9 @@ class BatchRows:
         total = counts.sum()
         return [float(counts[list(part)].sum() / total) if total else 0.0 for part in parts]
 
+
+_TEXTS = ("input_ids", "labels")
+"""What tells the rows of a batch where it is there, beside masks: pictures may lie in pieces of their own."""
 
 SUM, ROWS, TOKENS, NEXT_TOKENS = SHARES = ("sum", "mean over rows", "mean over tokens", "mean over next tokens")
 """What a loss is of its rows: their sum, or a mean over rows, over predictions, or over those but for a first token."""

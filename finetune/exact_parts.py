@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.nn.modules.module import register_module_forward_hook
 
 from ..cost.model_states import trained_outside
 from ..cost.recording import Batch
@@ -50,37 +51,52 @@ class Exactness:
     draws: bool = False
 
 
-class _WithoutDropout(TorchFunctionMode):
-    """Leaves out dropout, which draws other numbers for each shape, and notes the precisions of all results.
+class _WithoutDropout:
+    """Leaves out dropout inside, which draws other numbers for each shape, and notes the precisions of all results.
 
     Attributes:
         drew: whether any dropout was left out.
-        dtypes: of floating-point results.
+        dtypes: of what modules return.
     """
 
-    _DROPS = frozenset(
-        {torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout}
-        | {getattr(functional, f"{name}dropout") for name in ("", "alpha_", "feature_alpha_")}
-        | {getattr(functional, f"dropout{axes}d") for axes in (1, 2, 3)}
+    _DROPS = (
+        *(f"{name}dropout" for name in ("", "alpha_", "feature_alpha_")),
+        *(f"dropout{axes}d" for axes in (1, 2, 3)),
     )
 
     def __init__(self) -> None:
-        super().__init__()
         self.drew = False
         self.dtypes: set[torch.dtype] = set()
+        self._undo = ExitStack()
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = dict(kwargs or {})
-        if function in self._DROPS:
-            share = options.get("p", args[1] if len(args) > 1 else 0.5)
-            self.drew |= bool(share) and bool(options.get("training", True))
-            return args[0] if args else options["input"]
-        if function is functional.scaled_dot_product_attention and options.get("dropout_p"):
-            self.drew, options["dropout_p"] = True, 0.0
-        result = function(*args, **options)
-        if isinstance(result, torch.Tensor) and result.is_floating_point():
-            self.dtypes.add(result.dtype)
-        return result
+    def __enter__(self) -> _WithoutDropout:
+        for name in self._DROPS:
+            self._replace(name, self._kept)
+        self._replace("scaled_dot_product_attention", self._attention)
+        self._undo.callback(register_module_forward_hook(self._note).remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._undo.close()
+
+    def _replace(self, name: str, function: Callable[..., Any]) -> None:
+        before = getattr(functional, name)
+        setattr(functional, name, partial(function, before))
+        self._undo.callback(setattr, functional, name, before)
+
+    def _kept(
+        self, _: Any, input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> torch.Tensor:
+        self.drew |= training and p > 0
+        return input
+
+    def _attention(self, attend: Callable[..., torch.Tensor], *tensors: Any, **options: Any) -> torch.Tensor:
+        self.drew |= bool(options.get("dropout_p"))
+        return attend(*tensors, **{**options, **({"dropout_p": 0.0} if "dropout_p" in options else {})})
+
+    def _note(self, module: Any, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            self.dtypes.add(output.dtype)
 
     @property
     def rounding(self) -> float:
@@ -134,14 +150,15 @@ def _uneven(rows: BatchRows, parts: Sequence[Sequence[int]]) -> BatchRows:
     labels = rows.batch["labels"].clone()
     row = int(rows.predicted[1].argmax())
     counted = (labels[row] != IGNORED).nonzero().flatten()
-    if len(counted) < 3:
+    if not len(counted):
         return rows
     labels[row, :1] = labels[row, counted[0]]
-    for count in (2, 1):
-        labels[row, counted[count:]] = IGNORED
-        found = BatchRows.of({**rows.batch, "labels": labels}, rows.each)
+    found = BatchRows.of({**rows.batch, "labels": labels.clone()}, rows.each)
+    for place in reversed(counted[1:].tolist()):
         if len({round(found.shares(parts, kind)[0], 3) for kind in (ROWS, TOKENS, NEXT_TOKENS)}) == 3:
             break
+        labels[row, place] = IGNORED
+        found = BatchRows.of({**rows.batch, "labels": labels.clone()}, rows.each)
     return found
 
 

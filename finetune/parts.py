@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.checks import counted, finite
@@ -140,7 +139,7 @@ class StepParts(Participant):
         self._seconds: PartSeconds | None = None
         self._most: float | None = None  # bytes of a part after an error
         self._since, self._wait, self._step = 0, GOOD_STEPS, 0
-        self._ran: list[Part] = []  # in the step so far
+        self._ran: list[tuple[Part, float]] = []  # in the step so far, and the bytes of what goes in
         self._told_whole = self._accumulates = False
 
     @property
@@ -229,7 +228,7 @@ class StepParts(Participant):
         checkpointing, layers = self._keeper.checkpointing, self._keeper.checkpointed
         try:
             for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
-                self._ran.append(part)
+                self._ran.append((part, rows.token_bytes * len(part.rows) * part.length))
                 if checkpointing and self._bytes:
                     checkpointing.take(self._bytes.layers[: part.layers])
                     checkpointing.before_step()
@@ -253,12 +252,18 @@ class StepParts(Participant):
         seconds = self._seconds
         assert seconds is not None, "made with the bytes"
         longest = np.array([lengths.max()])
-        least = float(cost(np.ones(1, dtype=np.int64), longest, cost.levels[-1])[0])
+        least = float(cost(np.ones(1, dtype=np.int64), longest, cost.levels[-1])[0] + rows.token_bytes * longest[0])
         room = self._keeper.room_for(self._keeper.applier.ranks)
         room = room if self._most is None else min(room, self._most)
         if self._keeper.applier.fits():  # the row alone does, by the exact prediction
             room = max(room, least)
-        return plan_parts(lengths, room, cost.levels, cost, lambda *shape: seconds(shape[0] * self._each, *shape[1:]))
+
+        def bytes_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
+            return cost(examples, tokens, layers) + rows.token_bytes * examples * tokens
+
+        return plan_parts(
+            lengths, room, cost.levels, bytes_of, lambda *shape: seconds(shape[0] * self._each, *shape[1:])
+        )
 
     def _bytes_now(self, shape: BatchShape) -> PlanBytes:
         """The bytes of parts under the plan of now, for batches of a shape at least."""
@@ -288,15 +293,15 @@ class StepParts(Participant):
         """Bytes at the peak of the step that has run, by its parts; None where it ran as a whole."""
         if not self._ran or self._bytes is None:
             return None
-        first, *others = self._ran
-        alone = self._bytes.exact(first, first=not self._accumulates)
-        return max([alone, *(self._bytes.exact(part) for part in dict.fromkeys(others))])
+        (first, given), *others = self._ran
+        alone = self._bytes.exact(first, first=not self._accumulates) + given
+        return max([alone, *(self._bytes.exact(part) + given for part, given in others)])
 
     def shrink(self) -> bool:
         """Let parts take less after one that ran out of memory; False if that was a row alone with all layers."""
         if not self._ran or self._bytes is None:
             return False
-        part = self._ran[-1]
+        part, _ = self._ran[-1]
         if len(part.rows) == 1 and part.layers == self._bytes.levels[-1]:
             return False
         self._most, self._since = SMALLER * self._bytes.exact(part), self._step

@@ -295,7 +295,7 @@ class PilotedRun:
     def _try_parts(self, seed: int) -> None:
         """Find out whether steps may run in parts, if that is wanted."""
         run, parts = self.run, self.guard.parts
-        if self.options.parts == "off" or self.elastic.budget.kind == "parameters":
+        if self.options.parts == "off" or not run.in_parts or self.elastic.budget.kind == "parameters":
             return
         if run.replicas.sharded or is_compiled(run.wrapped):
             parts.turn_off("the model is sharded" if run.replicas.sharded else "each shape would be compiled")

@@ -116,6 +116,7 @@ class TrainerStep:
             learning_rate=probe_rate(objects["model"], objects["optimizer"]),
             folder=Path(args.output_dir),
             evaluations=_evaluations(args, state),
+            in_parts=not self.trainer.args.auto_find_batch_size,
             part_loss=self.loss,
             wrapped=self.trainer.model_wrapped,
         )
@@ -199,19 +200,20 @@ class TrainerStep:
         self._listener.take_loss(loss)
         return loss
 
-    def _in_parts(
-        self, run: Callable[..., Any], step: tuple[Any, ...], options: Mapping[str, Any]
-    ) -> torch.Tensor:
+    def _in_parts(self, run: Callable[..., Any], step: tuple[Any, ...], options: Mapping[str, Any]) -> torch.Tensor:
         """The loss of a batch that runs in parts, whose losses and gradients add up to those of the batch."""
         model, inputs, *rest = step
-        accelerator, total = self.trainer.accelerator, torch.zeros((), device=self.trainer.args.device)
+        accelerator, losses = self.trainer.accelerator, list[torch.Tensor]()
         backward = accelerator.backward
         for part, share in self._listener.pilot.parts(inputs):
-            part = dict(part) if isinstance(part, dict) else part  # a step may take out what it has read
+            copied = dict(part) if type(part) is dict else part  # a step may take out what it has read
             scaled = partial(_scaled, backward, share)
             with _standing(accelerator, "backward", scaled) if share != 1 else nullcontext():
-                total = total + share * run(model, part, *rest, **options)
-        return total
+                losses.append(run(model, copied, *rest, **options))
+            if share != 1:
+                losses[-1] = losses[-1] * share
+            del part, copied  # before the next one is there
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _log(self, run: Callable[..., Any], logs: dict[str, float], *rest: Any, **options: Any) -> None:
         """Log with the figures of the ranks, and the rate that steps really have."""
