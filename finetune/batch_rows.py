@@ -126,7 +126,7 @@ class BatchRows:
             tensor = tensor[torch.as_tensor(places, device=tensor.device)]
         if tensor.dim() < 2 or (cut := cuts.get(tensor.shape[1])) is None or _is_told_apart(tensor):
             return tensor
-        return tensor[:, cut]
+        return tensor[:, cut].contiguous()  # losses take views of labels
 
     @property
     def token_bytes(self) -> float:

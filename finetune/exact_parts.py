@@ -8,22 +8,25 @@ the losses of parts are multiplied with, since a loss may be a sum over rows, a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook
 
+from ..cost.calibration import CUT_FAILS
 from ..cost.model_states import trained_outside
 from ..cost.recording import Batch
 from ..data.batches import IGNORED
-from ..errors import UnsupportedError
-from .batch_rows import NEXT_TOKENS, ROWS, SHARES, SUM, TOKENS, BatchRows
+from ..errors import UnsupportedError, first_line
+from ..lora.targets import TargetModule
+from .batch_rows import NEXT_TOKENS, ROWS, SHARES, TOKENS, BatchRows
 from .run import TrainingRun
 
 TESTED_ROWS = 4
@@ -32,6 +35,9 @@ TESTED_ROWS = 4
 ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
 """The relative difference of two gradients that is rounding, by the lowest precision of the step: two last places of a
 number. `FULL_ROUNDING` in full precision, where a gradient in parts differs by 4e-7 to 2e-6."""
+
+SHAKEN = 0.1
+"""The standard deviation of what is added to adapters in the test."""
 
 FULL_ROUNDING, TF32_ROUNDING = 1e-5, 2**-9
 
@@ -54,6 +60,11 @@ class Exactness:
 class _WithoutDropout:
     """Leaves out dropout inside, which draws other numbers for each shape, and notes the precisions of all results.
 
+    A model in full precision is not under autocast inside: a small part of a loss would be lost in the rounding.
+
+    Args:
+        model: the PEFT model.
+
     Attributes:
         drew: whether any dropout was left out.
         dtypes: of what modules return.
@@ -64,8 +75,9 @@ class _WithoutDropout:
         *(f"dropout{axes}d" for axes in (1, 2, 3)),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.drew = False
+        self._full = all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
         self.dtypes: set[torch.dtype] = set()
         self._undo = ExitStack()
 
@@ -74,6 +86,10 @@ class _WithoutDropout:
             self._replace(name, self._kept)
         self._replace("scaled_dot_product_attention", self._attention)
         self._undo.callback(register_module_forward_hook(self._note).remove)
+        if self._full:
+            enter = torch.autocast.__enter__
+            torch.autocast.__enter__ = partialmethod(_entered_off, enter)  # type: ignore[method-assign]
+            self._undo.callback(setattr, torch.autocast, "__enter__", enter)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -106,38 +122,85 @@ class _WithoutDropout:
         return max(lowest, TF32_ROUNDING if products else FULL_ROUNDING)
 
 
-def exactness_of(run: TrainingRun, seed: int) -> Exactness:
+def _entered_off(autocast: Any, enter: Callable[[Any], Any]) -> Any:
+    """Enter an autocast that is off this time."""
+    before, autocast._enabled = autocast._enabled, False
+    try:
+        return enter(autocast)
+    finally:
+        autocast._enabled = before
+
+
+def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int) -> Exactness:
     """Find out whether steps of a run may run in parts. Training goes on as if nothing had run.
 
+    Adapters have random values meanwhile, and then the same ones with B of the other sign: where they change nothing
+    yet, a part of the loss may be zero that is not zero later, as the divergence from the base model is under KTO.
+
     Args:
-        run: the run, whose adapters have the values with which it begins.
-        seed: of the choice of rows.
+        run: the run.
+        targets: the target modules of its model.
+        seed: of the choice of rows, and of these values.
     """
-    return run.measured(lambda: _tested(run, seed))
+
+    def tested() -> Exactness:
+        (batch,) = run.small_batches(1, min(run.rows, TESTED_ROWS), seed)
+        try:
+            rows = BatchRows.of(batch, run.step.rows_per_example)
+            with _shaken(targets, seed) as turn:
+                return _tested(run, rows, turn)
+        except UnsupportedError as error:
+            return Exactness("", str(error).rstrip("."))
+        except torch.OutOfMemoryError:
+            return Exactness("", f"{len(rows.lengths)} rows ran out of memory in the test of it")
+        except CUT_FAILS as error:
+            return Exactness("", f"the loss does not take a part of a batch ({first_line(error)})")
+
+    return run.measured(tested)
 
 
-def _tested(run: TrainingRun, seed: int) -> Exactness:
-    each = run.step.rows_per_example
-    examples = min(run.rows, TESTED_ROWS)
-    (batch,) = run.small_batches(1, examples, seed)
-    try:
-        rows = BatchRows.of(batch, each)
-        order = np.argsort(-rows.lengths, kind="stable")
-        parts = [sorted(part.tolist()) for part in np.array_split(order, 2) if len(part)]
-        rows = _uneven(rows, parts)
-        with _WithoutDropout() as found:
+def _tested(run: TrainingRun, rows: BatchRows, turn: Callable[[], None]) -> Exactness:
+    order = np.argsort(-rows.lengths, kind="stable")
+    parts = [sorted(part.tolist()) for part in np.array_split(order, 2) if len(part)]
+    rows = _uneven(rows, parts)
+    differences = dict.fromkeys(SHARES, 0.0)
+    with _WithoutDropout(run.model) as found:
+        for _ in range(2):
             whole, loss = _gradient(run, partial(run.loss, rows.batch))
-            each_part = [_gradient(run, partial(run.part_loss, rows.part(part), rows.batch)) for part in parts]
-    except UnsupportedError as error:
-        return Exactness("", str(error).rstrip("."))
-    if not (math.isfinite(loss) and bool(whole.isfinite().all())):
-        return Exactness("", "the loss of the first rows is not finite")
-    differences = {kind: _difference(rows.shares(parts, kind), each_part, whole, loss) for kind in SHARES}
+            if not (math.isfinite(loss) and bool(whole.isfinite().all())):
+                return Exactness("", "the loss of the first rows is not finite")
+            each = [_gradient(run, partial(run.part_loss, rows.part(part), rows.batch)) for part in parts]
+            for kind in SHARES:
+                differences[kind] = max(differences[kind], _difference(rows.shares(parts, kind), each, whole, loss))
+            turn()
     kind = min(SHARES, key=lambda kind: (differences[kind] > found.rounding, SHARES.index(kind)))
     if differences[kind] <= found.rounding:
         return Exactness(kind, draws=found.drew)
     nearest = min(differences.values())
     return Exactness("", f"in parts the gradient of a step differs by {nearest:.2g} of its size, since rows meet in it")
+
+
+@contextmanager
+def _shaken(targets: Sequence[TargetModule], seed: int) -> Iterator[Callable[[], None]]:
+    """Add random values to the adapters inside; yields what gives B the other sign."""
+    generator = torch.Generator().manual_seed(seed)
+    before = [(weight, weight.detach().clone()) for t in targets for weight in (t.weight_a, t.weight_b)]
+    try:
+        with torch.no_grad():
+            for weight, _ in before:
+                noise = torch.randn(weight.shape, generator=generator).to(weight)
+                weight.add_(noise, alpha=SHAKEN)
+
+        def turn() -> None:
+            with torch.no_grad():
+                for target in targets:
+                    target.weight_b.neg_()
+
+        yield turn
+    finally:
+        with torch.no_grad():
+            for weight, value in before:
+                weight.copy_(value)
 
 
 def _uneven(rows: BatchRows, parts: Sequence[Sequence[int]]) -> BatchRows:
@@ -186,13 +249,6 @@ def _gradient(run: TrainingRun, loss: Callable[[], torch.Tensor]) -> tuple[torch
     finally:
         for parameter, gradient in before:
             parameter.grad = gradient
-
-
-WHOLE = Exactness("")
-"""Of a run whose steps nobody wants in parts."""
-
-SUMS = Exactness(SUM)
-"""Of a run whose batches have one example each."""
 
 
 def rows_of(batch: Batch, each: int) -> BatchRows | None:

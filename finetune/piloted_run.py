@@ -300,7 +300,7 @@ class PilotedRun:
         if run.replicas.sharded or is_compiled(run.wrapped):
             parts.turn_off("the model is sharded" if run.replicas.sharded else "each shape would be compiled")
         else:
-            parts.decide(exactness_of(run, seed), run.step.rows_per_example)
+            parts.decide(exactness_of(run, self._targets, seed), run.step.rows_per_example)
 
     def _attach(self, memory: MemoryModel | None) -> None:
         """Have the plan kept, priced with one row where steps run in parts."""

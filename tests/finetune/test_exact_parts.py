@@ -11,8 +11,9 @@ import pytest
 import torch
 from rankpilot.cost.recording import Batch
 from rankpilot.finetune.batch_rows import NEXT_TOKENS, ROWS, SUM, TOKENS
-from rankpilot.finetune.exact_parts import exactness_of
+from rankpilot.finetune.exact_parts import Exactness, exactness_of
 from rankpilot.finetune.run import TrainingRun
+from rankpilot.lora.targets import find_target_modules
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
@@ -51,6 +52,10 @@ def run_of(model: Any, loss: Loss, collate: Any = collate, rows: int = 4) -> Tra
     return TrainingRun.of_loader(
         model, torch.optim.AdamW(trains), loader, loss=lambda batch: loss(model, batch), total_steps=4, in_parts=True
     )
+
+
+def exactness(run: TrainingRun) -> Exactness:
+    return exactness_of(run, find_target_modules(run.model), 0)
 
 
 def own(model: Any, batch: Batch) -> torch.Tensor:
@@ -94,12 +99,12 @@ def balanced(model: Any, batch: Batch) -> torch.Tensor:
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_what_a_loss_is_of_its_rows_is_found_out(make_llama: MakeModel, loss: Loss, kind: str) -> None:
-    assert exactness_of(run_of(make_llama(), loss), 0).kind == kind
+    assert exactness(run_of(make_llama(), loss)).kind == kind
 
 
 @pytest.mark.parametrize("loss", [in_batch_negatives, balanced])
 def test_a_loss_in_which_rows_meet_is_told_with_its_difference(make_llama: MakeModel, loss: Loss) -> None:
-    found = exactness_of(run_of(make_llama(), loss), 0)
+    found = exactness(run_of(make_llama(), loss))
     assert found.kind == ""
     assert "rows meet" in found.reason
 
@@ -109,13 +114,13 @@ def test_rows_that_all_count_alike_tell_means_apart(make_llama: MakeModel) -> No
     same = [{**row, "input_ids": np.arange(1, 9), "labels": np.arange(1, 9)} for row in texts()]
     run = run_of(make_llama(), own)
     object.__setattr__(run, "dataset", same)
-    assert exactness_of(run, 0).kind == NEXT_TOKENS
+    assert exactness(run).kind == NEXT_TOKENS
 
 
 def test_dropout_is_no_difference_and_is_noted(make_bert: MakeModel) -> None:
-    found = exactness_of(run_of(make_bert(), own, classes), 0)
+    found = exactness(run_of(make_bert(), own, classes))
     assert (found.kind, found.draws) == (ROWS, True) or (found.kind, found.draws) == (SUM, True)
-    assert not exactness_of(run_of(make_bert(lora_dropout=0.0).eval(), own, classes), 0).reason
+    assert not exactness(run_of(make_bert(lora_dropout=0.0).eval(), own, classes)).reason
 
 
 def test_statistics_of_a_batch_are_told(make_bert: MakeModel) -> None:
@@ -126,7 +131,7 @@ def test_statistics_of_a_batch_are_told(make_bert: MakeModel) -> None:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return functional.cross_entropy(model.norm(logits), batch["labels"])
 
-    assert "rows meet" in exactness_of(run_of(model, normed, classes), 0).reason
+    assert "rows meet" in exactness(run_of(model, normed, classes)).reason
     assert int(model.norm.num_batches_tracked) == 0, "the test leaves no trace"
 
 
@@ -135,12 +140,12 @@ def test_half_precision_has_its_own_rounding(make_llama: MakeModel) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return own(model, batch)
 
-    assert exactness_of(run_of(make_llama(), under_autocast), 0).kind == NEXT_TOKENS
-    assert exactness_of(run_of(make_llama(), in_batch_negatives), 0).kind == ""
+    assert exactness(run_of(make_llama(), under_autocast)).kind == NEXT_TOKENS
+    assert exactness(run_of(make_llama(), in_batch_negatives)).kind == ""
 
 
 def test_a_batch_of_one_row_runs_as_it_is(make_llama: MakeModel) -> None:
-    assert exactness_of(run_of(make_llama(), own, rows=1), 0).kind == SUM
+    assert exactness(run_of(make_llama(), own, rows=1)).kind == SUM
 
 
 def test_nothing_is_left_behind(make_llama: MakeModel) -> None:
@@ -149,7 +154,7 @@ def test_nothing_is_left_behind(make_llama: MakeModel) -> None:
     before = deepcopy(model.state_dict())
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    exactness_of(run, 0)
+    exactness(run)
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -163,5 +168,27 @@ def test_a_batch_that_is_no_tensors_of_rows_is_told(make_llama: MakeModel) -> No
     def without(model: Any, batch: Batch) -> torch.Tensor:
         return own(model, {name: value for name, value in batch.items() if name != "pieces"})
 
-    found = exactness_of(run_of(make_llama(), without, with_pieces), 0)
+    found = exactness(run_of(make_llama(), without, with_pieces))
     assert "pieces has 17 entries" in found.reason
+
+
+def test_what_is_zero_before_training_is_seen(make_llama: MakeModel) -> None:
+    """As the divergence from the base model, which adapters do not change at first, and which KTO takes of a batch."""
+    model = make_llama(filled=False)
+
+    def diverging(model: Any, batch: Batch) -> torch.Tensor:
+        with torch.no_grad(), model.disable_adapter():
+            base = hidden(model, batch)
+        apart = (hidden(model, batch) - base).mean().clamp(min=0)
+        return each_row(model, batch) + (hidden(model, batch).mean(dim=1) - apart).sigmoid().mean()
+
+    assert "rows meet" in exactness(run_of(model, diverging)).reason
+
+
+def test_a_loss_that_takes_no_part_is_told(make_llama: MakeModel) -> None:
+    def of_four(model: Any, batch: Batch) -> torch.Tensor:
+        if len(batch["input_ids"]) != 4:
+            raise ValueError("four rows, please")
+        return own(model, batch)
+
+    assert "four rows, please" in exactness(run_of(make_llama(), of_four)).reason

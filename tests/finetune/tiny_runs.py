@@ -115,8 +115,8 @@ ATTACHED = {"schedule", "measure_every", "bounds", "fresh", "log", "keep_rate", 
 class Run:
     """A Trainer with a recorder and a pilot, or without the pilot if there is no budget; see `PLAIN` for `plain`.
 
-    There are no exact savers unless they are asked for: each is measured, which takes as long as all steps. Steps run as
-    a whole unless they are wanted in parts: then one row limits the plan.
+    There are no exact savers unless they are asked for: each is measured, which takes as long as all steps. Steps run
+    as a whole unless they are wanted in parts: then one row limits the plan.
     """
 
     def __init__(
