@@ -103,7 +103,8 @@ class PeakGuard(Participant):
         except BudgetError as error:
             if not self.parts.on:
                 raise
-            raise BudgetError(f"{self.parts.longest_row(batches)} {error}") from error
+            line = self.parts.longest_row(batches)
+            raise BudgetError(f"{line} Cut rows to that length, or raise the budget.") from error
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> None:
         """Prepare a step that ran out of memory to be taken again, in smaller parts if that is possible.
@@ -172,6 +173,8 @@ class PeakGuard(Participant):
         if not plan.now.underestimate:  # which is beside the cost with the excess
             predicted -= excess_of_state(applier.targets, self.plan.run.optimizer)
         self.checks.append((step, predicted, peak))
+        if peak < predicted and self.parts.on:  # rows without padding, as one alone, need no mask
+            return ""
         return likely_cause(peak, predicted, self._batches, self.plan.run.accumulation)
 
     # What is beside the steps -----------------------------------------------------------------------------------------
