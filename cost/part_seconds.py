@@ -9,6 +9,7 @@ Seconds are by published rates, and no measured ones: the parts of a step are th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import nn
 from ..common.arrays import FloatArray, IntArray
 from ..errors import UnknownNameError
 from .published import USUAL_CARD, device_table, find_device_spec
-from .step_time import LAUNCH_SECONDS, OPERATOR_SECONDS
+from .step_time import LAUNCH_SECONDS, OPERATOR_SECONDS, Rates
 
 PROCESSOR_FLOPS = 5e10
 """Floating-point operations that a processor is taken to do in a second, on one core in fp32."""
@@ -50,21 +51,23 @@ class PartSeconds:
     layers: int
 
     @classmethod
-    def of(cls, model: nn.Module, operators: int, layers: int) -> PartSeconds:
+    def of(cls, model: nn.Module, operators: int, layers: int, rates: Rates | None = None) -> PartSeconds:
         """Of a model on its device.
 
         Args:
             model: the PEFT model.
             operators: that a step has.
             layers: how many layers can be checkpointed.
+            rates: of the device; by default as published of the model's, if it is a GPU.
         """
         device = next(model.parameters()).device
+        overlaps = device.type == "cuda" or rates is not None
+        rates = rates or _rates(device, next(model.parameters()).dtype)
         matrices = (getattr(m, "weight", None) for m in model.modules() if not isinstance(m, nn.Embedding))
         weights = sum(w.numel() for w in matrices if isinstance(w, torch.Tensor) and w.dim() == 2)
         width = int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)
-        flops, launch = _rates(device, next(model.parameters()).dtype)
-        attention = WORK * max(layers, 1) * width * 2 / flops
-        return cls(WORK * weights / flops, attention, launch * operators, device.type == "cuda", layers)
+        attention = WORK * max(layers, 1) * width * 2 / rates.flops
+        return cls(WORK * weights / rates.flops, attention, rates.launch_seconds * operators, overlaps, layers)
 
     def __call__(self, rows: IntArray, lengths: IntArray, layers: int) -> FloatArray:
         """Seconds of parts by their rows and lengths, (parts,), with so many layers checkpointed."""
@@ -79,16 +82,16 @@ class PartSeconds:
         return int(self.launches / max(self.of_token, 1e-30))
 
 
-def _rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Floating-point operations in a second, and the seconds of a launch."""
+def _rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """What a device does in a second in a model of this precision."""
     if device.type != "cuda":
-        return PROCESSOR_FLOPS, OPERATOR_SECONDS
+        return Rates(PROCESSOR_FLOPS, math.inf, launch_seconds=OPERATOR_SECONDS)
     try:
-        spec = find_device_spec(torch.cuda.get_device_name(device))
+        rates = find_device_spec(torch.cuda.get_device_name(device)).rates
     except UnknownNameError:
-        spec = device_table()[USUAL_CARD]
-    rates = (spec.rates or device_table()[USUAL_CARD].rates).flops_per_s  # type: ignore[union-attr]
-    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
-    if torch.is_autocast_enabled(device.type):
-        name = "bf16"
-    return rates.get(name, rates["fp32"]), LAUNCH_SECONDS
+        rates = None
+    rates = rates or device_table()[USUAL_CARD].rates
+    assert rates is not None, "cards of the table have rates"
+    half = torch.is_autocast_enabled(device.type) or dtype == torch.bfloat16
+    name = "bf16" if half else "fp16" if dtype == torch.float16 else "fp32"
+    return Rates(rates.flops_per_s.get(name, rates.flops_per_s["fp32"]), math.inf, launch_seconds=LAUNCH_SECONDS)

@@ -20,7 +20,7 @@ from ..common.checks import counted, finite
 from ..cost.model import MemoryModel, ShapeBytes, holding_layers
 from ..cost.part_seconds import PartSeconds
 from ..cost.recording import Batch, BatchShape
-from ..plan.parts import Part, longest_that_fits, plan_parts
+from ..plan.parts import Part, longest_that_fits, parts_sentence, plan_parts
 from .batch_rows import SHARES, BatchRows
 from .exact_parts import Exactness, rows_of
 from .plan_keeper import GOOD_STEPS, PlanKeeper
@@ -189,6 +189,12 @@ class StepParts(Participant):
     def ranks_changed(self) -> None:
         """Price parts anew."""
         self._bytes = None
+
+    def end(self) -> None:
+        """Tell what parts have brought; a second call tells nothing."""
+        if line := parts_sentence(self.figures()):
+            self._tell(line)
+        self._kind = ""
 
     # A step -----------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ the sorted rows finds the least seconds of all splits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,6 +112,16 @@ def longest_that_fits(most: int, room: float, layers: int, bytes_of: ShapeCost) 
     lengths = np.arange(1, most + 1)
     needed = bytes_of(np.ones_like(lengths), lengths, layers)
     return int(np.searchsorted(np.maximum.accumulate(needed), room, side="right"))
+
+
+def parts_sentence(figures: Mapping[str, float]) -> str:
+    """How the steps of a run ran, by what its training log shows of parts; empty where they ran as a whole."""
+    if "parts" not in figures:
+        return ""
+    return (
+        f"Batches ran in {figures['parts']:.1f} parts in the mean, without {figures['padding_saved']:.0%} of their "
+        "padding."
+    )
 
 
 def padding_share(lengths: IntArray, parts: Sequence[Part]) -> float:
