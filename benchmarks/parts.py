@@ -61,7 +61,7 @@ class Options:
         texts: whose rows have their lengths.
         rows: of a batch, one table for each number.
         rounds: steps of each kind, which take turns.
-        batches: random batches under random budgets, on a small model.
+        batches: random batches under random budgets, on a small model; 0 leaves them out, as the two below.
         steps: of two runs whose losses are compared.
         errors: runs with an error at some part.
         quick: little of each.
@@ -88,9 +88,9 @@ def benchmark(options: Options, console: Console) -> Figures:
         for rows in options.rows[:1] if few else options.rows:
             for text in options.texts[:1] if few else options.texts:
                 figures |= _steps(model, text, rows, 2 if few else options.rounds, console)
-    figures |= _under_budgets(50 if few else options.batches, console)
-    figures |= _losses(10 if few else options.steps, console)
-    return figures | _errors(3 if few else options.errors, console)
+    figures |= _under_budgets(50 if few else options.batches, console) if options.batches else {}
+    figures |= _losses(10 if few else options.steps, console) if options.steps else {}
+    return figures | (_errors(3 if few else options.errors, console) if options.errors else {})
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ from torch import nn
 from ..common.arrays import FloatArray, IntArray
 from ..errors import UnknownNameError
 from .published import USUAL_CARD, device_table, find_device_spec
-from .step_time import LAUNCH_SECONDS, OPERATOR_SECONDS, Rates
+from .step_time import LAUNCH_SECONDS, Rates
 
-PROCESSOR_FLOPS = 5e10
-"""Floating-point operations that a processor is taken to do in a second, on one core in fp32."""
+PROCESSOR_FLOPS, PROCESSOR_LAUNCH = 1.5e11, 7e-6
+"""Floating-point operations that a processor is taken to do in a second, on one core in fp32, and the seconds of an
+operator beside its work: MiniLM and SmolLM2-135M had 1.5e11 and 1.6e11, 5e-6 and 8e-6 (`python -m benchmarks parts`)."""
 
 SECOND_RUN = 0.375
 """What a second run of all layers takes of a step: one forward pass of what else is about two and two thirds."""
@@ -85,7 +86,7 @@ class PartSeconds:
 def _rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """What a device does in a second in a model of this precision."""
     if device.type != "cuda":
-        return Rates(PROCESSOR_FLOPS, math.inf, launch_seconds=OPERATOR_SECONDS)
+        return Rates(PROCESSOR_FLOPS, math.inf, launch_seconds=PROCESSOR_LAUNCH)
     try:
         rates = find_device_spec(torch.cuda.get_device_name(device)).rates
     except UnknownNameError:
