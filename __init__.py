@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from .env.registration import CONTROL_ENV_ID, ENV_ID
     from .finetune.allocate import StaticPlan, allocate, frontier, static_plan
     from .finetune.callback import RankPilotCallback, attach
-    from .finetune.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+    from .finetune.checkpoint import last_checkpoint
+    from .finetune.loop_checkpoint import load_checkpoint, save_checkpoint
     from .finetune.options import PilotOptions
     from .finetune.pilot import RankPilot
     from .finetune.run import TrainingRun
@@ -58,13 +59,13 @@ _LAZY = {
     "fetch_asset": ".data.assets",
     "frontier": ".finetune.allocate",
     "last_checkpoint": ".finetune.checkpoint",
-    "load_checkpoint": ".finetune.checkpoint",
+    "load_checkpoint": ".finetune.loop_checkpoint",
     "load_packaged_dataset": ".data.packaged_data",
     "load_policy": ".agents.policy_file",
     "memory_of": ".cost.outlook",
     "module_feature": ".decide.observation",
     "rank_pattern_yaml": ".lora.adapter_file",
-    "save_checkpoint": ".finetune.checkpoint",
+    "save_checkpoint": ".finetune.loop_checkpoint",
     "static_plan": ".finetune.allocate",
 }
 """The module of each public name, and after a colon its name there if it is another."""

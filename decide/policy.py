@@ -27,7 +27,7 @@ class Decision:
             budget, modules with low scores give way first.
         rank_floor: the rank floor from which the wanted ranks follow; 0 if they do not follow from scores.
         depth_bias: the depth bias from which they follow; 0 if they do not follow from scores.
-        exact: no more than the wanted ranks; what is left of the budget is left.
+        exact: take the wanted ranks as they are, and leave the rest of the budget unused.
         choice: what the decision was chosen from; None for a policy that expects nothing of plans.
     """
 

@@ -160,7 +160,7 @@ def frontier(
     Args:
         model: see `allocate`, as the other arguments.
         data: batches of the fine-tune.
-        policy: its networks must tell plans of any cost apart.
+        policy: one that expects a loss of every plan, as "default" does.
         options: no plan above the budget is among the plans, but for plain LoRA, with which all are compared.
         changes: see `allocate`.
 
@@ -168,7 +168,7 @@ def frontier(
         The cheapest first: by time under `goal="time"`, else by what the budget counts.
 
     Raises:
-        ConfigError: the policy is a rule, or compares plans of one cost alone; and all that `allocate` raises.
+        ConfigError: the policy expects no loss of plans, as rules do; and all that `allocate` raises.
     """
     plan = static_plan(model, data, policy, options, frontier=True, **changes)
     return list(plan.frontier or ())

@@ -449,7 +449,7 @@ def ranks_that_hold(targets: Sequence[TargetModule]) -> IntArray:
 
 
 def _some_plan_fits(applier: PlanApplier[PeftAdapters]) -> bool:
-    """Whether a plan fits the budget, and the time, within the bounds that a applier has now."""
+    """Whether a plan fits the budget, and the time, within the bounds that an applier has now."""
     problem = applier.problem()
     try:
         check_budget(problem, list(applier.names))

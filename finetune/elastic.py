@@ -40,7 +40,7 @@ class ElasticBudget(Participant):
     Attributes:
         budget: the budget as it was read last.
         given: whether the user has given another budget since.
-        now: the limit that the budget sets, in bytes or parameters. A plan that is yet to grow has a lower limit.
+        now: the limit that the budget sets, in bytes or parameters. While a plan waits to grow, its own limit is lower.
     """
 
     def __init__(self, run: TrainingRun, budget: GivenBudget, guard: PeakGuard) -> None:

@@ -1,4 +1,4 @@
-"""A real fine-tune under a policy, beside runs of other ranks with the same seed and batches, or gone on with."""
+"""A real fine-tune under a policy, and runs of fixed ranks with the same seed and batches to compare it with."""
 
 from __future__ import annotations
 

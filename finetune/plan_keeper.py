@@ -27,12 +27,51 @@ from ..plan.plan import check_budget, least_cost
 from .journal import Journal, PlanChange
 from .put_back import CutDirections, LayerCheckpointing
 from .run import TrainingRun
-from .shortage import PlanReduction
 
 logger = logging.getLogger(__name__)
 
 GOOD_STEPS = 20
 """After so many steps without an error a plan comes back, and after twice as many each time that it was no use."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlanReduction:
+    """What out-of-memory errors, or a limit that fell, have taken from a plan for a while.
+
+    Attributes:
+        ranks: of the plan before the first, int64 (modules,).
+        layers: that were checkpointed under it.
+        limit: of its cost at that time.
+        cost: of that plan, in the unit of the limit.
+        saved: what each smaller plan takes less than the one before, in that unit; 0 where none would be a help.
+        times: how many times it has shrunk since, 0 to `MOST_TRIES`.
+        step: the optimiser steps done at the latest error.
+    """
+
+    ranks: IntArray
+    layers: tuple[str, ...]
+    limit: float
+    cost: float
+    saved: float
+    times: int
+    step: int
+
+    def state(self) -> dict[str, Any]:
+        """What `from_state` needs, as tensors and JSON values."""
+        return {**vars(self), "ranks": torch.from_numpy(self.ranks.copy()), "layers": list(self.layers)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> PlanReduction:
+        """What was taken at the time of `state`."""
+        return cls(
+            ranks=state["ranks"].numpy().copy(),
+            layers=tuple(state["layers"]),
+            limit=finite(state["limit"]),
+            cost=finite(state["cost"]),
+            saved=finite(state["saved"]),
+            times=counted(state["times"]),
+            step=counted(state["step"]),
+        )
 
 
 @dataclass(frozen=True, eq=False)

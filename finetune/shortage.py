@@ -7,15 +7,12 @@ step passes, the plan comes back later; if it does not, all is as it was before 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..common.arrays import IntArray
-from ..common.checks import counted, finite
 from ..common.text import cost_text
 from ..cost.budget import Budget, free_bytes
 from ..cost.cost import ByteCost, UntimedCost, moment_costs, plan_cost
@@ -24,10 +21,8 @@ from ..cost.model_states import state_bytes, trained_outside
 from ..errors import BudgetError
 from ..plan.plan import Plan
 from .journal import PlanChange
+from .plan_keeper import PlanKeeper, PlanReduction, PlanState
 from .put_back import AdapterSnapshot, adapter_bytes
-
-if TYPE_CHECKING:
-    from .plan_keeper import PlanKeeper, PlanState
 
 ROOM = 1.02
 """A plan comes back where the limit is so many times what it takes, or as high as it was; a part of it as well."""
@@ -46,80 +41,42 @@ LEAST_SHARE = 0.01
 """The share of the whole step's bytes below which a smaller plan is no help."""
 
 
-@dataclass(frozen=True, eq=False)
-class PlanReduction:
-    """What out-of-memory errors, or a limit that fell, have taken from a plan for a while.
+def nothing_taken(plan: PlanKeeper) -> PlanReduction:
+    """Nothing yet: the plan that is in place is the one that comes back."""
+    applier, ranks, checkpointing = plan.applier, plan.applier.ranks, plan.checkpointing
+    cost, whole = applier.cost_now(), None
+    if isinstance(cost, ByteCost):
+        costs = moment_costs(cost, ranks)
+        whole = float(costs.max())
+        reducible = float(cost.per_rank[costs.argmax()] @ ranks)
+        if checkpointing and checkpointing.memory:
+            every = plan.cost_of_shape(plan.now.shape, checkpointing.memory)  # all checkpointed
+            reducible += whole - plan_cost(applier.cost_now(every), ranks)
+    else:
+        reducible = plan_cost(cost, ranks)
+        if plan.meter.history:
+            whole = reducible * plan.meter.history[-1][1] / adapter_bytes(applier.targets, plan.run.optimizer)
+    return PlanReduction(
+        ranks=ranks,
+        layers=plan.checkpointed,
+        limit=applier.limit,
+        cost=plan_cost(cost, ranks),
+        saved=saved_by_a_try(whole, reducible),
+        times=0,
+        step=plan.step,
+    )
 
-    Attributes:
-        ranks: of the plan before the first, int64 (modules,).
-        layers: that were checkpointed under it.
-        limit: of its cost at that time.
-        cost: of that plan, in the unit of the limit.
-        saved: what each smaller plan takes less than the one before, in that unit; 0 where none would be a help.
-        times: how many times it has shrunk since, 0 to `MOST_TRIES`.
-        step: the optimiser steps done at the latest error.
+
+def smaller_limit(reduction: PlanReduction, cost: float) -> float | None:
+    """What the next smaller plan may cost; None where there is none, or it would be no help.
+
+    Args:
+        reduction: what was taken so far.
+        cost: of the plan as it is, in the unit of the limit.
     """
-
-    ranks: IntArray
-    layers: tuple[str, ...]
-    limit: float
-    cost: float
-    saved: float
-    times: int
-    step: int
-
-    @classmethod
-    def nothing(cls, plan: PlanKeeper) -> PlanReduction:
-        """Nothing yet: the plan that is in place is the one that comes back."""
-        applier, ranks, checkpointing = plan.applier, plan.applier.ranks, plan.checkpointing
-        cost, whole = applier.cost_now(), None
-        if isinstance(cost, ByteCost):
-            costs = moment_costs(cost, ranks)
-            whole = float(costs.max())
-            reducible = float(cost.per_rank[costs.argmax()] @ ranks)
-            if checkpointing and checkpointing.memory:
-                every = plan.cost_of_shape(plan.now.shape, checkpointing.memory)  # all checkpointed
-                reducible += whole - plan_cost(applier.cost_now(every), ranks)
-        else:
-            reducible = plan_cost(cost, ranks)
-            if plan.meter.history:
-                whole = reducible * plan.meter.history[-1][1] / adapter_bytes(applier.targets, plan.run.optimizer)
-        return cls(
-            ranks=ranks,
-            layers=plan.checkpointed,
-            limit=applier.limit,
-            cost=plan_cost(cost, ranks),
-            saved=saved_by_a_try(whole, reducible),
-            times=0,
-            step=plan.step,
-        )
-
-    def smaller_limit(self, cost: float) -> float | None:
-        """What the next smaller plan may cost; None where there is none, or it would be no help.
-
-        Args:
-            cost: of the plan as it is, in the unit of the limit.
-        """
-        if not self.saved or self.times == MOST_TRIES:
-            return None
-        return min(cost, self.cost - self.times * self.saved) - self.saved
-
-    def state(self) -> dict[str, Any]:
-        """What `from_state` needs, as tensors and JSON values."""
-        return {**vars(self), "ranks": torch.from_numpy(self.ranks.copy()), "layers": list(self.layers)}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> PlanReduction:
-        """What was taken at the time of `state`."""
-        return cls(
-            ranks=state["ranks"].numpy().copy(),
-            layers=tuple(state["layers"]),
-            limit=finite(state["limit"]),
-            cost=finite(state["cost"]),
-            saved=finite(state["saved"]),
-            times=counted(state["times"]),
-            step=counted(state["step"]),
-        )
+    if not reduction.saved or reduction.times == MOST_TRIES:
+        return None
+    return min(cost, reduction.cost - reduction.times * reduction.saved) - reduction.saved
 
 
 def saved_by_a_try(whole: float | None, reducible: float) -> float:
@@ -274,8 +231,8 @@ class Shortage:
             self._tried.append("the plan of the steps before")
             plan.now = replace(plan.now, reduction=replace(reduction, step=plan.step))
             return True
-        reduction = reduction or PlanReduction.nothing(plan)
-        limit = reduction.smaller_limit(plan_cost(applier.cost_now(), applier.ranks))
+        reduction = reduction or nothing_taken(plan)
+        limit = smaller_limit(reduction, plan_cost(applier.cost_now(), applier.ranks))
         if limit is None:
             return False
         applier.limit = limit
@@ -307,7 +264,7 @@ class Shortage:
         plan.step, self.follows = step, True
         if plan_cost(applier.cost_now(), applier.ranks) > limit:
             self.keep()
-            plan.now = replace(plan.now, reduction=replace(reduction or PlanReduction.nothing(plan), step=plan.step))
+            plan.now = replace(plan.now, reduction=replace(reduction or nothing_taken(plan), step=plan.step))
             applier.limit = limit
             reason = f"At step {plan.step} there is room for {cost_text(limit, applier.cost.unit)}."
             if not plan.relieved(reason):

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from traceback import clear_frames
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -20,17 +20,33 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from ..cost.recording import Batch
 from ..errors import UnsupportedError
+from .pilot import RankPilot
 from .put_back import put_back
 from .rollouts import Rollouts, makes_rollouts, refuse_answers, refuse_to_plan
 from .run import TrainingRun, data_of, probe_rate
-
-if TYPE_CHECKING:
-    from .callback import RankPilotCallback
 
 RESUME = "resume_from_checkpoint"
 """The first argument of `Trainer.train`."""
 
 _ABSENT: Any = object()
+
+
+class StepListener(Protocol):
+    """What hears of the steps of a Trainer."""
+
+    pilot: RankPilot
+
+    def take_batches(self, batches: list[Batch]) -> None:
+        """Hear of an optimizer step's batches before the first is run."""
+
+    def take_loss(self, loss: torch.Tensor) -> None:
+        """Hear of a batch's loss as the Trainer counts it; those of one step add up to its mean."""
+
+    def save_state(self, folder: Path) -> bool:
+        """Hear of a checkpoint before it is written; whether it may be."""
+
+    def break_off(self, begins_again: bool) -> None:
+        """Hear of an error that ends the run, or lets the Trainer begin it again with smaller batches."""
 
 
 class TrainerStep:
@@ -47,7 +63,7 @@ class TrainerStep:
         self._before: dict[str, Any] = {}
         self.rollouts: Rollouts | None = None
         self._done: list[tuple[Any, ...]] = []  # batches of the optimiser step that is under way
-        self._listener: RankPilotCallback
+        self._listener: StepListener
 
     def loss(self, batch: Batch, whole: Batch | None = None) -> torch.Tensor:
         """Run the Trainer's step on a batch up to its loss, which is not divided by the accumulated batches.
@@ -149,13 +165,12 @@ class TrainerStep:
 
         self.trainer.train = train
 
-    def follow(self, listener: RankPilotCallback) -> None:
+    def follow(self, listener: StepListener) -> None:
         """Follow the real steps.
 
         Args:
-            listener: hears of each optimiser step's batches before the first is run, of the loss of each batch, as the
-                Trainer counts it (those of one step add up to its mean), of checkpoints before they are written, and of
-                errors. Its pilot's figures go into each log entry that has a training loss, and so to all trackers.
+            listener: hears of the run's steps. Its pilot's figures go into each log entry that has a training loss, and
+                so to all trackers.
         """
         self._listener = listener
         self._replace("get_batch_samples", self._get_batch_samples)

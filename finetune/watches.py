@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -19,11 +19,9 @@ from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.resize import norms_of
 from ..lora.targets import TargetModule
 from .checkpoint import last_checkpoint
+from .controlled_rate import ControlledRate
 from .journal import Journal
 from .run import Participant, TrainingRun
-
-if TYPE_CHECKING:
-    from .controlled_rate import ControlledRate
 
 logger = logging.getLogger(__name__)
 

@@ -322,8 +322,8 @@ class TimeLimit:
         time: of a step under any plan.
         seconds: what a step may take, > 0.
         layers: chooses the checkpointed layers of each plan; None where they are those that the step was measured with.
-        beside: where the user set no limit, the seconds of plain LoRA, beside which plans are told; no plan reaches
-            `seconds` then.
+        beside: seconds of a step of plain LoRA, with which messages compare plans where the user set no limit; no plan
+            reaches `seconds` then. None where the user set one.
         left_out: the share of the run's steps that run without the layers below the lowest adapted module, from 0 to
             below 1. Seconds of plans are means over all steps; `time` is of a step in which all layers run.
     """

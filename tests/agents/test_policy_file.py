@@ -23,7 +23,7 @@ from rankpilot.decide.settings import DecisionSchedule, NetworkConfig
 from rankpilot.errors import PolicyFileError, UnknownNameError
 from safetensors.torch import load_file, save_file
 
-from ...conftest import FIRST_INPUTS
+from ..conftest import FIRST_INPUTS
 
 NETWORK = asdict(NetworkConfig(width=12))
 SCHEDULE = DecisionSchedule(probe_steps=7, fractions=(0.0, 0.25), max_step=3)

@@ -12,7 +12,7 @@ import rankpilot
 import torch
 from rankpilot import TrainingRun
 from rankpilot.errors import BudgetError, ConfigError, RunFolderError
-from rankpilot.finetune.checkpoint import OPTIMIZER, WEIGHTS
+from rankpilot.finetune.loop_checkpoint import OPTIMIZER, WEIGHTS
 from transformers import LlamaConfig
 
 from .test_pilot import STEPS, Loop

@@ -15,16 +15,8 @@ import rankpilot
 import torch
 from hypothesis import strategies as st
 from rankpilot.errors import RunFolderError
-from rankpilot.finetune.checkpoint import (
-    OPTIMIZER,
-    STATE,
-    TENSORS,
-    TRAINER_STATE,
-    WEIGHTS,
-    fault_of,
-    load_state,
-    save_state,
-)
+from rankpilot.finetune.checkpoint import STATE, TENSORS, TRAINER_STATE, fault_of, load_state, save_state
+from rankpilot.finetune.loop_checkpoint import OPTIMIZER, WEIGHTS
 from rankpilot.training.compare import log_folder
 from rankpilot.training.results import read_rows
 from rankpilot.training.train import Validation, restore, write_checkpoint

@@ -30,7 +30,7 @@ from rankpilot.study.run_data import MOST_NUMBER, check_summary, number_rows, re
 from rankpilot.study.verdict import summary_table, verdict
 from safetensors.torch import save, save_file
 
-from ..agents.test_log import make_record
+from ..decide.test_log import make_record
 from .damage import Files, as_text, damaged_json, damaged_tensors, edited, files_of, folder_of, put
 from .running import fuzz
 

@@ -13,7 +13,7 @@ from rankpilot.decide.log import DecisionLog
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.experiment import other_plan
 
-from ..agents.test_log import MODULES, make_record
+from ..decide.test_log import MODULES, make_record
 
 FIRST, LAST = [4, 1, 2], [8, 2, 0]
 

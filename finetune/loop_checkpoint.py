@@ -1,0 +1,125 @@
+"""Checkpoints of a training loop of one's own: what trains, its optimizer, and the ranks with their history."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..common import files
+from ..common.checks import counted
+from ..cost.model_states import trained_outside
+from ..errors import RunFolderError, first_line
+from ..lora.peft_config import resizable_targets
+from ..lora.targets import TargetModule
+from .checkpoint import MOST_STATE_BYTES, STATE, TENSORS, load_state, save_state
+from .pilot import RankPilot
+from .run import TrainingRun
+
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
+
+_OUTSIDE = "beside the model."
+"""How the names of parameters begin that train and are none of the model's; their place in the optimiser follows."""
+
+
+def save_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path) -> None:
+    """Write all that a loop needs to go on: what trains of the model, the optimiser, and the ranks and their history.
+
+    The schedule of the learning rate, the order of the batches and random numbers are the loop's own to keep. All
+    processes of a run call this, and the first one writes.
+
+    Args:
+        pilot: has begun, or was resumed.
+        run: that it was given.
+        folder: of this checkpoint alone; one that is there already is replaced.
+
+    Raises:
+        ConfigError: the run has not begun.
+        RunFolderError: the folder holds something else than a checkpoint, which would be lost.
+
+    Example:
+        >>> rankpilot.save_checkpoint(pilot, run, "runs/loop/checkpoint")  # doctest: +SKIP
+    """
+    state, path = pilot.state_dict(), Path(folder).absolute()
+    if not run.replicas.processes.first:
+        return
+    assert pilot.applier, "a pilot that tells its state has begun"
+    _check_replaceable(path)
+    with files.atomic_path(path) as temporary:
+        temporary.mkdir()
+        save_state(temporary, state)
+        save_file(_trained(run, pilot.applier.targets), temporary / WEIGHTS)
+        torch.save(run.optimizer.state_dict(), temporary / OPTIMIZER)
+
+
+def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, name: str = "") -> int:
+    """Go on from `save_checkpoint`, in place of `RankPilot.begin`; the model is made as for a new run.
+
+    Args:
+        pilot: has not begun.
+        run: model, optimiser and data as they were made at first.
+        folder: of the checkpoint.
+        name: of the run, for the decision log.
+
+    Returns:
+        The optimiser steps done.
+
+    Raises:
+        RunFolderError: the checkpoint is missing, torn or of another run.
+        BudgetError: no plan fits another budget.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunFolderError(f"There is no checkpoint {folder}. Pass a folder that `save_checkpoint` wrote.")
+    state = load_state(folder)
+    targets = resizable_targets(run.model, pilot.options.scaling)
+    try:
+        files.check_tensor_file(folder / WEIGHTS, MOST_STATE_BYTES)
+        weights = load_file(folder / WEIGHTS)
+        moments = files.load_archive(folder / OPTIMIZER, "cpu")  # the optimiser moves what belongs on the device
+    except Exception as error:  # whatever a torn or foreign file makes the readers raise
+        raise RunFolderError(
+            f"The checkpoint {folder} cannot be read: {first_line(error)}. Take an earlier one."
+        ) from error
+    other = sorted(weights.keys() ^ _trained(run, targets).keys())
+    if other:
+        raise RunFolderError(
+            f"The checkpoint {folder} is of another model: {len(other)} of the parameters that train are in one of the "
+            f"two alone, such as {other[0]}. Make model, adapters and optimizer as for the run that wrote it."
+        )
+    try:
+        with torch.no_grad():
+            for number, parameter in enumerate(trained_outside(run.model, run.optimizer)):
+                parameter.copy_(weights.pop(f"{_OUTSIDE}{number}"))
+        run.model.load_state_dict(weights, strict=False)
+        run.optimizer.load_state_dict(moments)
+        step = counted(state["step"])
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise RunFolderError(
+            f"The checkpoint {folder} does not fit the model or the optimizer: {first_line(error)}. Make them as for "
+            "the run that wrote it."
+        ) from error
+    pilot.resume(run, state, step=step, name=name)
+    return step
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise RunFolderError if there is something at this path that is no checkpoint of a loop."""
+    if not path.exists():
+        return
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
+    if foreign := sorted(names - {WEIGHTS, OPTIMIZER, STATE, TENSORS}):
+        raise RunFolderError(
+            f"{path} holds something else than a checkpoint of a loop, such as {foreign[0]}, which would be lost. Give "
+            "the checkpoint a folder of its own, such as 'checkpoint' inside this one."
+        )
+
+
+def _trained(run: TrainingRun, targets: Sequence[TargetModule]) -> dict[str, torch.Tensor]:
+    """What trains, by name, and all adapters, those at rank 0 included."""
+    adapters = {id(p) for target in targets for p in target.parameters.values()}
+    parameters = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad or id(p) in adapters]
+    outside = enumerate(trained_outside(run.model, run.optimizer))
+    return {name: p.detach().contiguous() for name, p in [*parameters, *((f"{_OUTSIDE}{i}", p) for i, p in outside)]}
