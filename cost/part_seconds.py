@@ -23,7 +23,7 @@ from .step_time import LAUNCH_SECONDS, Rates
 
 PROCESSOR_FLOPS, PROCESSOR_LAUNCH = 1.5e11, 7e-6
 """Floating-point operations that a processor is taken to do in a second, on one core in fp32, and the seconds of an
-operator beside its work: MiniLM and SmolLM2-135M had 1.5e11 and 1.6e11, 5e-6 and 8e-6 (`python -m benchmarks parts`)."""
+operator beside its work: steps of MiniLM and SmolLM2-135M had 1.5e11 and 1.6e11, and 5e-6 and 8e-6."""
 
 SECOND_RUN = 0.375
 """What a second run of all layers takes of a step: one forward pass of what else is about two and two thirds."""
