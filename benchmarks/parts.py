@@ -243,7 +243,7 @@ class Stepper:
     def gradient(self, batches: Sequence[Any], items: int, layers: Sequence[int], **options: bool) -> torch.Tensor:
         """The gradient of a step, as one vector; afterwards there is none."""
         self.run(batches, items, layers, **options)
-        found = torch.cat([p.grad.flatten() for p in self.trains])  # type: ignore[union-attr]
+        found = torch.cat([p.grad.flatten() for p in self.trains])
         self.optimizer.zero_grad()
         return found
 
@@ -252,7 +252,7 @@ class Stepper:
         with LivePeak() as live:
             self.run(batches, items, layers)
             self.optimizer_step()
-        return int(live.peak) + sum(3 * p.nbytes for p in self.trains)
+        return int(live.peak) + sum(3 * int(p.nbytes) for p in self.trains)
 
     def optimizer_step(self) -> None:
         """A step of the optimizer, after which there are no gradients."""
@@ -281,13 +281,12 @@ def _steps(name: str, text: str, rows: int, rounds: int, console: Console) -> Fi
         "rectangle, all checkpointed": (whole, [every]),
         "parts in its bytes": (least, least_layers),
     }
-    work = {
-        kind: lambda turn, batches=batches, counts=counts: (
-            stepper.run(batches, items, counts),
-            stepper.optimizer_step(),
-        )
-        for kind, (batches, counts) in kinds.items()
-    }
+
+    def step(batches: list[Any], counts: list[int], turn: int) -> None:
+        stepper.run(batches, items, counts)
+        stepper.optimizer_step()
+
+    work = {kind: partial(step, *of_kind) for kind, of_kind in kinds.items()}
     seconds = interleave(work, rounds, torch.device("cpu"), clock=time.process_time)
     peaks = {kind: stepper.peak(batches, items, counts) for kind, (batches, counts) in kinds.items()}
     fp32, bf16 = (

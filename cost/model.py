@@ -201,7 +201,8 @@ class MemoryModel:
         needs, factor = _Needs.of(self._reasons, ranks > 0), self._rank_of_each(ranks)
         serials, modules = self._all_gradients
         always = states.other_gradients + float((states.weights + states.scratch) @ ranks)
-        amounts, fixed = [np.zeros(len(growth[0].row_power))], [always]
+        amounts: list[FloatArray] = [np.zeros(len(growth[0].row_power))]
+        fixed = [always]
         for shape in shapes:
             highest, candidate = self._highest(ranks, shape)
             if candidate is None:
@@ -211,7 +212,7 @@ class MemoryModel:
             there = np.isin(serials, self._gradients(candidate)[0])
             added = np.where(modules < 0, self._base[serials], self._slope[serials] * ranks[modules])
             held += np.bincount(serials[there], added[there], minlength=len(held))
-            amounts.append(np.bincount(growth[1], held, minlength=len(amounts[0])))
+            amounts.append(np.bincount(growth[1], held, minlength=len(amounts[0])).astype(np.float64))
             found = growth[0].factors(np.array([shape.rows]), np.array([shape.length]))[0] @ amounts[-1]
             fixed.append(max(highest - float(found), 0.0))  # blocks of the allocator
         between = states.others + float((states.between_steps - states.signals) @ ranks + states.fixed @ (ranks > 0))
@@ -310,7 +311,8 @@ class ShapeBytes:
     def __call__(self, rows: IntArray, lengths: IntArray) -> FloatArray:
         """Bytes at shapes, by their rows and lengths, all (shapes,)."""
         highest = (self.growth.factors(rows, lengths) @ self.amounts.T + self.fixed).max(axis=1)
-        return np.ceil((self.between + highest) * self.raised) + self.signals
+        found: FloatArray = np.ceil((self.between + highest) * self.raised) + self.signals
+        return found
 
 
 @dataclass(frozen=True, eq=False)

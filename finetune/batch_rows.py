@@ -40,7 +40,8 @@ class _Axis:
     def lengths(self) -> IntArray:
         """Tokens that each row takes where padding is cut on one side, the same for all rows, int64 (rows,)."""
         right, left = self.end - self.first.min(), self.end.max() - self.first
-        return right if right.sum() <= left.sum() else left
+        lengths: IntArray = right if right.sum() <= left.sum() else left
+        return lengths
 
     def cut(self, rows: IntArray, multiple: int) -> slice:
         """The tokens of some rows without the padding that all of them have, a multiple of so many where there are."""

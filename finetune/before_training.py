@@ -38,6 +38,9 @@ from ..lora.spec import REFERENCE_RANK, RankLadder
 from ..lora.targets import TargetModule, other_trainable, unwrap
 from ..plan.plan import FewestLayers, TimeLimit, check_budget
 from ..plan.problem import AllocationProblem
+from .exact_parts import exactness_of
+from .options import PilotOptions
+from .parts import StepParts
 from .plan_keeper import PlanKeeper
 from .prefix_cache import PrefixCache, Room
 from .put_back import LayerCheckpointing
@@ -279,6 +282,32 @@ MUCH_LOST = 1.01
 """A loss that rises by this factor under a first plan is worth a warning."""
 
 logger = logging.getLogger(__name__)
+
+
+def try_parts(
+    run: TrainingRun,
+    targets: Sequence[TargetModule],
+    parts: StepParts,
+    options: PilotOptions,
+    budget: Budget,
+    seed: int,
+) -> None:
+    """Find out whether steps may run in parts, if that is wanted.
+
+    Args:
+        run: the run.
+        targets: the target modules of its model.
+        parts: gets what was found out.
+        options: of the pilot.
+        budget: as its user gave it.
+        seed: of the test.
+    """
+    if options.parts == "off" or not run.in_parts or budget.kind == "parameters":
+        return
+    if run.replicas.sharded or is_compiled(run.wrapped):
+        parts.turn_off("the model is sharded" if run.replicas.sharded else "each shape would be compiled")
+    else:
+        parts.decide(exactness_of(run, targets, seed), run.step.rows_per_example)
 
 
 def run_costs(

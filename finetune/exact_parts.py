@@ -88,7 +88,7 @@ class _WithoutDropout:
         self._undo.callback(register_module_forward_hook(self._note).remove)
         if self._full:
             enter = torch.autocast.__enter__
-            torch.autocast.__enter__ = partialmethod(_entered_off, enter)  # type: ignore[method-assign]
+            torch.autocast.__enter__ = partialmethod(_entered_off, enter)  # type: ignore[assignment,method-assign]
             self._undo.callback(setattr, torch.autocast, "__enter__", enter)
         return self
 
@@ -169,7 +169,7 @@ def _tested(run: TrainingRun, rows: BatchRows, turn: Callable[[], None]) -> Exac
             whole, loss = _gradient(run, partial(run.loss, rows.batch))
             if not (math.isfinite(loss) and bool(whole.isfinite().all())):
                 return Exactness("", "the loss of the first rows is not finite")
-            each = [_gradient(run, partial(run.part_loss, rows.part(part), rows.batch)) for part in parts]
+            each = [_gradient(run, partial(_part_loss, run, rows.part(part), rows.batch)) for part in parts]
             for kind in SHARES:
                 differences[kind] = max(differences[kind], _difference(rows.shares(parts, kind), each, whole, loss))
             turn()
@@ -201,6 +201,10 @@ def _shaken(targets: Sequence[TargetModule], seed: int) -> Iterator[Callable[[],
         with torch.no_grad():
             for weight, value in before:
                 weight.copy_(value)
+
+
+def _part_loss(run: TrainingRun, part: Batch, whole: Batch) -> torch.Tensor:
+    return run.part_loss(part, whole) if run.part_loss else run.loss(part)
 
 
 def _uneven(rows: BatchRows, parts: Sequence[Sequence[int]]) -> BatchRows:

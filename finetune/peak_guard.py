@@ -12,15 +12,18 @@ import torch
 from ..common.checks import counted, finite
 from ..common.text import format_bytes
 from ..cost.cost import plan_cost
+from ..cost.model import MemoryModel
 from ..cost.model_states import excess_of_state
 from ..cost.peak_meter import PeakMeter, StepBatches, likely_cause
 from ..cost.recording import Batch, BatchShape
 from ..cost.savers import is_compiled
+from ..decide.applier import PlanApplier
 from ..errors import BudgetError, UnsupportedError
+from .journal import Journal, PlanChange
 from .parts import StepParts
 from .plan_keeper import PlanKeeper, PlanState
-from .put_back import settings_put_back
-from .run import Participant
+from .put_back import LayerCheckpointing, settings_put_back
+from .run import Participant, TrainingRun
 from .shortage import Shortage
 
 
@@ -73,6 +76,21 @@ class PeakGuard(Participant):
     def end(self) -> None:
         """Stop measuring."""
         self.meter.close()
+
+    def attach(
+        self,
+        run: TrainingRun,
+        applier: PlanApplier[Any],
+        memory: MemoryModel | None,
+        journal: Journal,
+        corrected: Callable[[PlanChange], None],
+        checkpointing: LayerCheckpointing | None,
+    ) -> None:
+        """Begin to keep the plan, priced with one row where steps run in parts; see `PlanKeeper.attach`."""
+        if self.parts.on and not run.step.accumulates:
+            self.parts.begin_to_keep(run)
+        shape = self.parts.shape_of(memory.shape) if memory else None
+        self.plan.attach(run, applier, memory, journal, corrected, checkpointing, shape=shape)
 
     # A step -----------------------------------------------------------------------------------------------------------
 

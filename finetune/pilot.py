@@ -98,7 +98,7 @@ class RankPilot:
             DataError, NonFiniteError: the training set is empty, or the loss is NaN or infinite.
             ProcessError: the first of several processes failed, or they no longer hold the same adapters.
         """
-        with self._taking_over(run) as piloted:
+        with _taking_over(self, run) as piloted:
             piloted.begin(self.seed, name=name, times_plans=self.times_plans, progress=self._progress)
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
@@ -114,7 +114,7 @@ class RankPilot:
             RunFolderError: policy, schedule, bounds or the model's ranks are others than those of that time.
             BudgetError: no plan fits another budget.
         """
-        with self._taking_over(run) as piloted:
+        with _taking_over(self, run) as piloted:
             piloted.resume(state, step, name=name)
 
     def before_step(self, *batches: Batch) -> None:
@@ -326,20 +326,21 @@ class RankPilot:
             figures["peak_bytes"] = float(max(peak for _, peak in fresh))
         return figures
 
-    @contextmanager
-    def _taking_over(self, run: TrainingRun) -> Iterator[PilotedRun]:
-        """Begin a run in the place of an earlier one, which ends if it did not; after an error inside, end it."""
-        targets = resizable_targets(run.model, self.options.scaling)
-        check_run(run, targets)
-        if self._piloted:
-            self._piloted.stop()
-        self._piloted = PilotedRun(run, targets, self.journal, self.policy, self.schedule, self.options)
-        self.budget = self._piloted.elastic.budget
-        try:
-            yield self._piloted
-        except BaseException:
-            self._piloted.stop()
-            raise
+
+@contextmanager
+def _taking_over(pilot: RankPilot, run: TrainingRun) -> Iterator[PilotedRun]:
+    """Begin a run in the place of an earlier one, which ends if it did not; after an error inside, end it."""
+    targets = resizable_targets(run.model, pilot.options.scaling)
+    check_run(run, targets)
+    if pilot._piloted:
+        pilot._piloted.stop()
+    pilot._piloted = piloted = PilotedRun(run, targets, pilot.journal, pilot.policy, pilot.schedule, pilot.options)
+    pilot.budget = piloted.elastic.budget
+    try:
+        yield piloted
+    except BaseException:
+        piloted.stop()
+        raise
 
 
 def _begun(piloted: PilotedRun | None) -> PilotedRun:

@@ -15,7 +15,6 @@ from ..common.devices import without_autocast
 from ..common.text import plural
 from ..cost.budget import TimeBudget
 from ..cost.calibration import PlanCosts
-from ..cost.model import MemoryModel
 from ..cost.recording import Batch
 from ..cost.savers import CACHE, SAVERS, TILES, ExactSavers, is_compiled
 from ..decide.applier import PlanApplier
@@ -34,7 +33,6 @@ from ..plan.rate import InitialLoss
 from . import before_training
 from .controlled_rate import ControlledRate
 from .elastic import ElasticBudget
-from .exact_parts import exactness_of
 from .journal import Journal, PlanChange
 from .options import PilotOptions
 from .peak_guard import PeakGuard
@@ -145,13 +143,13 @@ class PilotedRun:
             looks = options.learning_rate == "auto" or not probes
             first_rows = before_training.UNSEEN if stay else run.read_first_rows(seed) if looks else None
             self._have_rate(initial_loss(run, first_rows) if first_rows and not stay else None)
-            self._try_parts(seed)
+            before_training.try_parts(run, targets, self.guard.parts, options, budget, seed)
             timed, checkpointing = time or (TimeBudget.unlimited() if times_plans else None), self._checkpointing
             costs = self._prepare(seed, None if probes else first_rows, timed, progress)
             journal.note(before_training.budget_text(run, targets, budget, costs.limit, stay=stay))
             journal.note_saved(costs.saved)
             self.elastic.first_limit(costs.limit)
-            self._attach(costs.memory)
+            self.guard.attach(run, self.applier, costs.memory, journal, self._corrected, checkpointing)
             if time:
                 timer = before_training.StepTimer(run, targets, costs.memory, self.applier.limit, checkpointing)
                 timer.agree_with_steps(self.applier, self._ask)
@@ -259,7 +257,7 @@ class PilotedRun:
             cache_bytes = self.options.prefix_cache_bytes
             timer = before_training.StepTimer(run, targets, memory, limit, checkpointing, cache_bytes)
             applier.time = timer.other_limit(applier.time, self.options.time_read)
-        self._attach(memory)
+        self.guard.attach(run, applier, memory, journal, self._corrected, checkpointing)
         run.replicas.changed(targets, step)
         self._have_control(state)
         if changed := changes(settings, before):
@@ -291,26 +289,6 @@ class PilotedRun:
         if options.chooses_layers and self.elastic.budget.kind != "parameters" and could_checkpoint(run.model):
             self._checkpointing = LayerCheckpointing(run.model, whole=options.goal == "bytes")
             self._switches.callback(self._checkpointing.put_back)
-
-    def _try_parts(self, seed: int) -> None:
-        """Find out whether steps may run in parts, if that is wanted."""
-        run, parts = self.run, self.guard.parts
-        if self.options.parts == "off" or not run.in_parts or self.elastic.budget.kind == "parameters":
-            return
-        if run.replicas.sharded or is_compiled(run.wrapped):
-            parts.turn_off("the model is sharded" if run.replicas.sharded else "each shape would be compiled")
-        else:
-            parts.decide(exactness_of(run, self._targets, seed), run.step.rows_per_example)
-
-    def _attach(self, memory: MemoryModel | None) -> None:
-        """Have the plan kept, priced with one row where steps run in parts."""
-        parts, run = self.guard.parts, self.run
-        if parts.on and not run.step.accumulates:
-            parts.begin_to_keep(run)
-        shape = parts.shape_of(memory.shape) if memory else None
-        self.guard.plan.attach(
-            run, self.applier, memory, self.journal, self._corrected, self._checkpointing, shape=shape
-        )
 
     def _have_rate(self, initial: InitialLoss | None, own: float | None = None) -> None:
         """Have the learning rate follow the plan until the run ends."""

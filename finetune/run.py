@@ -118,7 +118,7 @@ class TrainingRun:
         evaluations: how often held-out rows are read, as far as it is known.
         in_parts: whether the loop runs its batches through `RankPilot.parts`, as a Trainer's does.
         part_loss: the loss of a part of a batch, as it counts in that of the whole batch, which is the second argument;
-            by default `loss` of the part.
+            None for `loss` of the part.
         wrapped: the model as the loop calls it, where wrappers are around it, such as DistributedDataParallel; by
             default `model`, which may be wrapped itself.
         replicas: its copies in the processes of the run. `model` is the one of this process, without their wrapper.
@@ -141,7 +141,7 @@ class TrainingRun:
     folder: Path | None = None
     evaluations: int | None = None
     in_parts: bool = False
-    part_loss: Callable[[Batch, Batch], torch.Tensor] = None  # type: ignore[assignment]
+    part_loss: Callable[[Batch, Batch], torch.Tensor] | None = None
     wrapped: nn.Module = None  # type: ignore[assignment]
     replicas: Replicas = field(init=False)
 
@@ -150,8 +150,6 @@ class TrainingRun:
         object.__setattr__(self, "replicas", Replicas.of(self.wrapped))
         object.__setattr__(self, "model", self.replicas.inside(self.model))
         object.__setattr__(self, "loss", checked_loss(self.loss))
-        if self.part_loss is None:
-            object.__setattr__(self, "part_loss", lambda part, whole: self.loss(part))
         release_inputs(self.model)
 
     @classmethod
