@@ -134,7 +134,8 @@ class StepParts(Participant):
     def __init__(self, keeper: PlanKeeper, tell: Callable[[str], None]) -> None:
         self._keeper, self._tell, self.tally = keeper, tell, Tally()
         self._kind, self._each = "", 1
-        self._bytes: PlanBytes | None = None
+        self._bytes: PlanBytes | None = None  # of the latest batch
+        self._of_shapes: dict[BatchShape, PlanBytes] = {}
         self._memory: MemoryModel | None = None
         self._seconds: PartSeconds | None = None
         self._most: float | None = None  # bytes of a part after an error
@@ -189,6 +190,7 @@ class StepParts(Participant):
     def ranks_changed(self) -> None:
         """Price parts anew."""
         self._bytes = None
+        self._of_shapes.clear()
 
     def end(self) -> None:
         """Tell what parts have brought; a second call tells nothing."""
@@ -228,17 +230,19 @@ class StepParts(Participant):
             yield batch, 1.0
             return
         parts = self._plan(rows)
-        shares = rows.shares([part.rows for part in parts], self._kind)
+        pairs = list(zip(parts, rows.shares([part.rows for part in parts], self._kind), strict=True))
+        # A mean over no predictions is NaN: a part without any is left out, as it adds nothing.
+        pairs = [pair for pair in pairs if pair[1]] or pairs
         multiple = MULTIPLE if self._keeper.run.device.type == "cuda" else 1
         self.tally.add(rows, parts)
         checkpointing, layers = self._keeper.checkpointing, self._keeper.checkpointed
         try:
-            for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
+            for number, (part, share) in enumerate(pairs):
                 self._ran.append((part, rows.token_bytes * len(part.rows) * part.length))
                 if checkpointing and self._bytes:
                     checkpointing.take(self._bytes.layers[: part.layers])
                     checkpointing.before_step()
-                with self._exchanging(number + 1 == len(parts)):
+                with self._exchanging(number + 1 == len(pairs)):
                     yield rows.part(part.rows, multiple), share
         finally:
             if checkpointing:
@@ -272,16 +276,20 @@ class StepParts(Participant):
         )
 
     def _bytes_now(self, shape: BatchShape) -> PlanBytes:
-        """The bytes of parts under the plan of now, for batches of a shape at least."""
+        """The bytes of parts under the plan of now, for batches up to a shape.
+
+        They are of the next power of two tokens, whatever came before: a run that is resumed has the same ones.
+        """
         keeper = self._keeper
         checkpointing = keeper.checkpointing
         memory = (checkpointing.memory if checkpointing else None) or keeper.now.memory
         assert memory is not None, "steps in parts have a byte model"
-        found = self._bytes
-        if found is None or self._memory is not memory or found.most.joined(shape) != found.most:
-            most = shape.joined(found.most) if found else shape
+        if self._memory is not memory:
             self._memory = memory
-            self._bytes = found = PlanBytes(
+            self._of_shapes.clear()
+        most = BatchShape(shape.rows, 1 << (shape.length - 1).bit_length())
+        if most not in self._of_shapes:
+            self._of_shapes[most] = found = PlanBytes(
                 memory,
                 keeper.applier.ranks,
                 most,
@@ -291,7 +299,8 @@ class StepParts(Participant):
             )
             operators = int(memory.recording.created.max()) + 1
             self._seconds = PartSeconds.of(keeper.run.model, operators, len(found.layers))
-        return found
+        self._bytes = self._of_shapes[most]
+        return self._bytes
 
     # What a step takes ------------------------------------------------------------------------------------------------
 

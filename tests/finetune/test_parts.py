@@ -255,6 +255,19 @@ def test_a_loop_of_ones_own_runs_in_parts(llama_config: LlamaConfig) -> None:
     assert all(torch.allclose(p, there[name], atol=2e-4) for name, p in one.named_parameters() if "lora_" in name)
 
 
+def test_rows_without_predictions_are_left_out(launch: Callable[..., Launched]) -> None:
+    """Their mean would be no number, in the part that they have to themselves."""
+    data = [{**row, "labels": [-100] * len(row["labels"])} if len(row["labels"]) < 9 else row for row in MIXED]
+
+    class OwnMean(Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+            return model(**inputs).loss
+
+    parts, whole = (launch(data=data, trainer=OwnMean, parts=how, budget="45%").train() for how in ("auto", "off"))
+    assert parts.recorder.losses == pytest.approx(whole.recorder.losses, abs=2e-5)
+    assert_close(parts, whole)
+
+
 def test_processes_hear_of_the_last_part_alone(llama_config: LlamaConfig, tmp_path: Path) -> None:
     """Under DistributedDataParallel the others add to gradients without an exchange."""
     store = f"file://{tmp_path / 'store'}"
