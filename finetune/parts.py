@@ -323,6 +323,13 @@ class StepParts(Participant):
         self._ran = []
         return True
 
+    def alone(self) -> str:
+        """The row that ran alone when memory ran out, for an error; empty where several did, or none is known."""
+        if not self._ran or len((part := self._ran[-1][0]).rows) != 1:
+            return ""
+        layers = f"{part.layers} layers checkpointed"
+        return f"Row {part.rows[0]} of its batch has {part.length:,} tokens, and ran alone with {layers}."
+
     def longest_row(self, batches: Sequence[Batch]) -> str:
         """The longest row of some batches and the longest one that fits alone, for an error."""
         found = [(rows.lengths, number) for number, batch in enumerate(batches) if (rows := rows_of(batch, self._each))]

@@ -131,6 +131,8 @@ class PeakGuard(Participant):
             torch.OutOfMemoryError, BudgetError: see `Shortage.out_of_memory`.
         """
         if not self.parts.shrink():
+            if alone := self.parts.alone():
+                error.add_note(alone)
             self.shortage.out_of_memory(error)
             return
         self.shortage.drop_step(error)

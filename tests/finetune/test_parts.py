@@ -184,6 +184,19 @@ def test_a_part_that_runs_out_of_memory_is_taken_again_smaller(
     assert_close(run, undisturbed)
 
 
+def test_a_row_that_fails_alone_is_named_with_the_error(launch: Callable[..., Launched]) -> None:
+    run = launch(budget="60%")
+
+    def fail(model: Any, inputs: Any, options: Any) -> None:
+        if run.trainer.state.global_step == 1 and model.training:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    run.model.get_base_model().register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run.train()
+    assert any("tokens, and ran alone with 2 layers checkpointed" in note for note in caught.value.__notes__)
+
+
 def test_what_an_error_took_from_parts_comes_back(launch: Callable[..., Launched]) -> None:
     parts: StepParts = launch(budget="60%").train().guard.parts
     assert parts.shrink()
