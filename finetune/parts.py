@@ -238,7 +238,8 @@ class StepParts(Participant):
         checkpointing, layers = self._keeper.checkpointing, self._keeper.checkpointed
         try:
             for number, (part, share) in enumerate(pairs):
-                self._ran.append((part, rows.token_bytes * len(part.rows) * part.length))
+                own = len(part.rows) < rows.examples or part.length < rows.shape.length
+                self._ran.append((part, own * rows.token_bytes * len(part.rows) * part.length))
                 if checkpointing and self._bytes:
                     checkpointing.take(self._bytes.layers[: part.layers])
                     checkpointing.before_step()

@@ -131,9 +131,13 @@ class PeakGuard(Participant):
             torch.OutOfMemoryError, BudgetError: see `Shortage.out_of_memory`.
         """
         if not self.parts.shrink():
-            if alone := self.parts.alone():
-                error.add_note(alone)
-            self.shortage.out_of_memory(error)
+            alone = self.parts.alone()
+            try:
+                self.shortage.out_of_memory(error)
+            except torch.OutOfMemoryError as last:
+                if alone:
+                    last.add_note(alone)
+                raise
             return
         self.shortage.drop_step(error)
         self.plan.warn("Step %d ran out of memory, and is taken again in smaller parts.", self.plan.step + 1)
