@@ -93,13 +93,14 @@ def calibrate(
         double = recorder.step(small, 2 * RANK, sizes_alone=True)
         base = recorder.lifetimes(base, small)
     _check_all_ran(base, targets)
-    slope = np.where(base.target_index >= 0, (double.sizes - base.sizes) / RANK, 0.0)
+    ranks = RANK * np.append(recorded_ranks(targets), 1)[base.target_index]
+    slope = np.where(base.target_index >= 0, (double.sizes - base.sizes) / ranks, 0.0)
     return MemoryModel(
         shape=shape,
         accumulates=accumulates,
         states=model_states(model, targets, optimizer, signal_bytes),
         recording=base,
-        _base=base.sizes - RANK * slope,
+        _base=base.sizes - ranks * slope,
         _slope=slope,
         _growth=growth,
         _block_bytes=CUDA_BLOCK if device_kind(next(model.parameters())) == "cuda" else 1,
@@ -172,11 +173,21 @@ class _ScaledRecorder:
             return self.recorder.lifetimes(recording, batch)
 
 
+ALIGNED = 4
+"""How many times the rank of other modules experts have while steps are recorded: products of groups take factors
+whose rows are multiples of 16 bytes, and others are padded (`lora/routed_rows.py`)."""
+
+
+def recorded_ranks(targets: Sequence[TargetModule]) -> IntArray:
+    """By how much the rank of each module is multiplied while steps are recorded, int64 (modules,)."""
+    return np.array([ALIGNED if target.experts > 1 else 1 for target in targets], dtype=np.int64)
+
+
 def prepare(targets: Sequence[TargetModule], rank: int) -> None:
     """Give every module this rank, and reset the random generator, so that steps draw the same numbers."""
-    for target in targets:
-        write_in_place(target.weight_a, target.weight_a.new_zeros(rank, target.d_in))
-        write_in_place(target.weight_b, target.weight_b.new_zeros(target.d_out, rank))
+    for target, times in zip(targets, recorded_ranks(targets), strict=True):
+        for weight, zeros in zip((target.weight_a, target.weight_b), target.zeros(rank * int(times)), strict=True):
+            write_in_place(weight, zeros)
     torch.manual_seed(0)
 
 

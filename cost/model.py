@@ -32,6 +32,9 @@ from .model_states import ModelStates
 from .peak_candidates import PeakCandidate, PeakFinder, PeakStorages, keep_candidates, needed_candidates
 from .recording import BatchShape, Recording, Segment, adapted_modules
 
+INPUTS_ON_DEVICE = 5
+"""Inputs that TRL's offloading has on the device at once, so that copies overlap (`max_fwd_stash_size`)."""
+
 RANK = 2
 """The rank of every module while steps are recorded; at rank 1 some operators take short cuts."""
 
@@ -179,6 +182,10 @@ class MemoryModel:
             self._known[key] = replace(self, recording=self.recording.with_checkpointed(key))
         found: MemoryModel = self._known[key]
         return found
+
+    def offloaded(self) -> MemoryModel:
+        """The model of the same step, where inputs of checkpointed segments lie in main memory until they run again."""
+        return replace(self, recording=replace(self.recording, inputs_on_device=INPUTS_ON_DEVICE))
 
     def peak(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
         """Bytes at the peak of one plan; quicker than `cost`, which serves for many. See `cost` for its errors."""

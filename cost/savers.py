@@ -2,11 +2,12 @@
 
 * No cache of keys and values: a model that is asked for a loss fills one that nobody reads.
 * Copies of inputs: adapters that read one input share its copy in their precision (`lora/input_copies.py`).
+* Routed rows: adapters of fused experts run on the rows of each expert (`lora/routed_rows.py`).
 * Loss in tiles: the logits of a batch are never there as a whole (`cost/later_logits.py`), nor are large tiles of TRL's
   own loss (`cost/loss_tiles.py`).
 * Selective checkpointing: readers of activations hold what they are made of (`lora/input_copies.py`).
 
-The first three take no more time. The last one takes some per cent, so it is for budgets that do not fit without.
+The first four take no more time. The last one takes some per cent, so it is for budgets that do not fit without.
 Checkpointed layers (`cost/model.py`) are exact too, but take more time for each byte, so they come last, and a plan
 has as few of them as it needs.
 """
@@ -25,6 +26,7 @@ from ..common.arrays import IntArray
 from ..common.checks import finite
 from ..common.text import format_bytes
 from ..lora.input_copies import run_activations_again, share_input_copies
+from ..lora.routed_rows import route_rows
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule
 from .cost import ByteCost
@@ -34,6 +36,7 @@ from .model import MemoryModel
 from .recording import BatchShape
 
 CACHE, COPIES, TILES = "no cache of keys and values", "shared copies of inputs", "tiled loss"
+ROUTED = "routed rows"
 ACTIVATIONS = "selective checkpointing"
 
 
@@ -67,6 +70,7 @@ def _without_cache(model: nn.Module) -> Callable[[], None]:
 
 SAVERS: dict[str, Callable[[nn.Module], Callable[[], None]]] = {
     CACHE: _without_cache,
+    ROUTED: route_rows,
     COPIES: share_input_copies,
     TILES: _tiled,
 }

@@ -320,7 +320,8 @@ def lent_adapters(model: nn.Module) -> Iterator[PeftModel]:
             "`peft.get_peft_model(model, LoraConfig(...))` returned, or the model without its adapters."
         )
     new_head = isinstance(model, PreTrainedModel) and any(part in name for part in _NEW_HEADS)
-    modules, size = dict(model.named_modules(remove_duplicate=False)), {"r": REFERENCE_RANK, "lora_alpha": 16}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    size: dict[str, Any] = {"r": REFERENCE_RANK, "lora_alpha": 16}
     try:
         yield fresh_adapters(model, name, task_type(model), new_head=new_head, target_modules="all-linear", **size)
     finally:

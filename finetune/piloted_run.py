@@ -28,7 +28,7 @@ from ..lora.peft_config import finish_load, start_kept
 from ..lora.resize import is_trained
 from ..lora.targets import TargetModule, check_trains
 from ..plan.plan import least_cost
-from ..plan.problem import rank_bounds
+from ..plan.problem import floor_of_experts, rank_bounds
 from ..plan.rate import InitialLoss
 from . import before_training
 from .controlled_rate import ControlledRate
@@ -196,6 +196,7 @@ class PilotedRun:
         timer = before_training.StepTimer(run, targets, costs.memory, limit, checkpointing, cache_bytes)
         timed = timer.time_limit(time) if time else None
         before_training.check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
+        low = floor_of_experts(targets, costs.cost, limit, low, high)
         result = first_signals(run, targets, self._schedule, seed, first_rows, keeps=keeps, progress=progress)
         self.applier = PlanApplier(
             PeftAdapters(run.model, targets),
@@ -272,7 +273,11 @@ class PilotedRun:
         adapters.meter.load_state_dict(state["signals"])
         low, high = rank_bounds(self._targets, self.options.bounds or {})
         reads = reads_signals(self._policy)
-        return PlanApplier.from_state_dict(state["applier"], adapters, self._schedule, low=low, high=high, reads=reads)
+        applier = PlanApplier.from_state_dict(
+            state["applier"], adapters, self._schedule, low=low, high=high, reads=reads
+        )
+        applier.low = floor_of_experts(self._targets, applier.cost, applier.limit, low, high)
+        return applier
 
     def _switch(self, savers: Collection[str] = tuple(SAVERS)) -> None:
         """Have steps run as the options say until the run ends."""

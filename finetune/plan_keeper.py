@@ -394,7 +394,7 @@ class PlanKeeper:
         observation = applier.observation_now(self.step)
         pairs = [CutDirections.of(target) for target in applier.targets if target.rank] if keeps else []
         plan = applier.correct(wanted, self.step, self.run.optimizer)
-        cuts = tuple(pair.beyond(pair.target.rank) for pair in pairs if pair.target.rank < len(pair.rows))
+        cuts = tuple(pair.beyond(pair.target.rank) for pair in pairs if pair.target.rank < pair.rows.shape[1])
         self.now = replace(self.now, cuts=self.now.cuts + cuts)
         self.changed(PlanChange.correction(self.step, reason, wanted, observation, plan))
 
