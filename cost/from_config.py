@@ -9,26 +9,21 @@ package's own calibration runs its small steps there, as the device that is aske
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from traceback import walk_tb
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import transformers
-from peft import PeftModel, prepare_model_for_kbit_training
+from peft import PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import modeling_auto
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..errors import ConfigError, RankPilotError, UnsupportedError, first_line
 from ..lora.peft_config import fresh_adapters, fused_experts, head_names, left_out
@@ -36,8 +31,9 @@ from ..lora.targets import TargetModule, find_target_modules
 from . import training_step
 from .breakdown import frozen_bytes, frozen_sizes
 from .calibration import keeps_state, measure_memory
-from .device_on_meta import Attention, DeviceOnMeta, autocast_on_meta, device_on_meta
-from .live_storages import META_STANDS_FOR, DeviceKind
+from .device_on_meta import Attention, DeviceOnMeta, autocast_known_on_meta, autocast_on_meta, device_on_meta
+from .kernels_on_meta import cut_loss, fuse_activations, use_chunked_loss, use_flash_attention
+from .live_storages import DeviceKind
 from .model import MemoryModel
 from .model_states import with_buckets
 from .published import (
@@ -50,13 +46,21 @@ from .published import (
     most_positions,
     stored_method,
 )
+from .quantised import adapters_on_quantised_experts, quantise, quiet
 from .recording import BatchShape
 from .repeated_layers import RepeatedLayers, measure_by_layers, work_by_layers
 from .savers import CACHE, SAVERS, ExactSavers, Priced, Saved
-from .step_config import Quantization, StepConfig
+from .step_config import ExpertBits, StepConfig
 from .step_time import StepWork
 
 _NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS")
+
+Implementation = Literal["eager", "sdpa", "flash", "flex"]
+"""Of attention: operators one by one, torch's function, or a kernel that never makes scores and reads no mask."""
+
+LossKind = Literal["model", "chunked", "cut"]
+"""What computes the loss: model, transformers or the exact savers; chunked, TRL's SFTTrainer, in tiles of the
+vocabulary; cut, cut cross-entropy (arXiv:2411.09009), or another kernel that holds no logits at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,14 @@ class LoadedAs:
         keeps_output: whether the training loop keeps the model's output, logits included, until the step ends; the
             Trainer does not.
         adapter: further arguments of `peft.LoraConfig`, such as use_dora.
+        experts: how fused experts of a quantised model are kept.
+        implementation: of attention in transformers; by default that of the configuration.
+        loss: what computes the loss of a causal language model.
+        fused_activations: whether activation functions that transformers composes of many operators run as the CUDA
+            kernels that their authors publish (xIELU of Apertus).
+        packed: whether a row holds several texts, so that it may be longer than the model has positions.
+        offload: whether inputs of checkpointed layers lie in main memory until they run again.
+        expandable_segments: whether torch's allocator has them.
     """
 
     device: DeviceKind = "cuda"
@@ -86,6 +98,13 @@ class LoadedAs:
     input_gradients: bool = False
     keeps_output: bool = False
     adapter: dict[str, Any] = field(default_factory=dict)
+    experts: ExpertBits = "transformers"
+    implementation: Implementation | None = None
+    loss: LossKind = "model"
+    fused_activations: bool = True
+    packed: bool = False
+    offload: bool = False
+    expandable_segments: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +124,7 @@ class ConfiguredStep:
         saved: what a step of plain LoRA takes with each exact saver more, likewise.
         fused: how many of the parameters are experts in one tensor, which no quantisation of a loaded model reaches.
         named: names of modules to give in place of "all-linear", where that is of others in PEFT; else empty.
+        loaded: how the model is loaded and trained.
         leaner: makes the same step with selective checkpointing; None where that saves nothing, or is not asked for.
     """
 
@@ -119,6 +139,7 @@ class ConfiguredStep:
     saved: tuple[Saved, ...] = ()
     fused: int = 0
     named: tuple[str, ...] = ()
+    loaded: LoadedAs = field(default_factory=LoadedAs, repr=False)
     leaner: Callable[[], ConfiguredStep | None] = field(default=lambda: None, repr=False)
 
 
@@ -159,20 +180,31 @@ def from_config(
     auto_class = usual_class(config)
     device = DeviceOnMeta(loaded.device, loaded.attention, loaded.padded)
     with _on_meta(device):
+        if loaded.implementation in ("eager", "sdpa"):
+            config._attn_implementation = loaded.implementation
         base = base_on_meta(config, auto_class, loaded.dtype)
-        check_length(step.max_length, base)
+        if not loaded.packed:
+            check_length(step.max_length, base)
         parameters = sum(parameter.numel() for parameter in base.parameters())
+        fused = sum(experts.numel() for experts in fused_experts(base))
+        if loaded.implementation in ("flash", "flex"):
+            use_flash_attention(base)
+        if loaded.fused_activations and loaded.device == "cuda":
+            fuse_activations(base)
         if checkpointing_optional and not training_step.has_checkpointing(base):
             step = replace(step, gradient_checkpointing=False)
         kind = PEFT_TYPES[auto_class]
         model = _adapted(_quantised(base, step, loaded, kind), step, loaded, kind)
-        return _recorded(model, base, parameters, step, loaded, device, counted=counted)
+        if loaded.loss != "model":
+            (cut_loss if loaded.loss == "cut" else use_chunked_loss)(base)
+        return _recorded(model, base, (parameters, fused), step, loaded, device, counted=counted)
 
 
 @contextmanager
 def _on_meta(device: DeviceOnMeta) -> Iterator[None]:
     """A hollow device, without what libraries say about contents that are not there."""
-    with device_on_meta(device), quiet(), warnings.catch_warnings():
+    patches = autocast_known_on_meta(), adapters_on_quantised_experts()
+    with device_on_meta(device), patches[0], patches[1], quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
@@ -202,23 +234,30 @@ def _predictable(config: PreTrainedConfig) -> Iterator[None]:
         ) from error
 
 
+def _training(model: PeftModel, step: StepConfig, loaded: LoadedAs) -> training_step.TrainingStep:
+    """The step with its optimizer and its loss."""
+    with torch.device("cpu"):  # an 8-bit optimizer makes the table of its codes
+        optimizer = training_step.new_optimizer(step.optimizer, model)
+    loss = _loss(model, step, loaded)
+    return training_step.TrainingStep(model, loss, optimizer, accumulates=step.accumulation > 1)
+
+
 def _recorded(
     model: PeftModel,
     base: PreTrainedModel,
-    parameters: int,
+    counts: tuple[int, int],
     step: StepConfig,
     loaded: LoadedAs,
     device: DeviceOnMeta,
     *,
     counted: bool,
 ) -> ConfiguredStep:
-    """The step of a model; also what exact savers bring and what it computes, if that is counted."""
+    """The step of a model; also what exact savers bring and what it computes, if that is counted.
+
+    `counts` are its parameters, and those of them that are fused experts.
+    """
     config, shape, targets = base.config, BatchShape(step.batch_size, step.max_length), find_target_modules(model)
-    with torch.device("cpu"):  # an 8-bit optimizer makes the table of its codes
-        optimizer = training_step.new_optimizer(step.optimizer, model)
-    training = training_step.TrainingStep(
-        model, _loss(model, step, loaded), optimizer, accumulates=step.accumulation > 1
-    )
+    training = _training(model, step, loaded)
     calibrated = shape if keeps_state(model) else calibration_shape(config, shape, padded=loaded.padded)
     batch = batch_on_meta(base, calibrated)
     asked = batch_on_meta(base, shape)
@@ -230,7 +269,8 @@ def _recorded(
         memory = measure_by_layers(training, targets, batch, ways)
         if not memory.predicts(shape):
             memory = measure_memory(training, targets, batch_on_meta(base, shape), signals=False)
-        return replace(memory, shape=shape)
+        memory = replace(memory, shape=shape)
+        return memory.offloaded() if loaded.offload else memory
 
     def counted_work() -> StepWork:
         return work_by_layers(training, targets, asked, ways)
@@ -250,16 +290,23 @@ def _recorded(
         memory=priced.memory,
         model=model,
         targets=targets,
-        parameters=parameters,
+        parameters=counts[0],
+        fused=counts[1],
         frozen_bytes=frozen_bytes(model),
         workspace_bytes=2 * WORKSPACE_BYTES if loaded.device == "cuda" else 0,
         positions=most_positions(base),
         work=work,
         saved=priced.saved,
-        fused=sum(experts.numel() for experts in fused_experts(base)),
-        named=tuple(sorted(model.peft_config["default"].target_modules)) if left_out(base) else (),
+        named=_named(model) if left_out(base) else (),
+        loaded=loaded,
     )
     return replace(found, leaner=leaner) if prices and priced.memory.segments else found
+
+
+def _named(model: PeftModel) -> tuple[str, ...]:
+    """The names of target modules; none where they are a regular expression."""
+    names = model.peft_config["default"].target_modules
+    return () if isinstance(names, str) else tuple(sorted(names))
 
 
 def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PreTrainedModel:
@@ -271,6 +318,7 @@ def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: 
         double_quantization=loaded.double_quantization,
         kept=head_names(base) if kind in _NEW_HEADS else None,
         prepare=step.prepare_kbit,
+        experts=loaded.experts,
     )
 
 
@@ -284,6 +332,7 @@ def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: st
         kind,
         new_head=kind in _NEW_HEADS,
         target_modules=step.target_modules,
+        target_parameters=step.target_parameters,
         **{"r": 8, "lora_alpha": 16} | loaded.adapter,
     )
     if loaded.input_gradients:
@@ -413,118 +462,6 @@ def batch_on_meta(model: PreTrainedModel, shape: BatchShape) -> dict[str, torch.
     regression = rows_only and model.config.num_labels == 1
     labels = torch.zeros(shape.rows, dtype=torch.float32 if regression else torch.long) if rows_only else tokens.clone()
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
-
-
-BLOCK = 64
-"""Weights that share one scale in nf4."""
-
-SCALES_BLOCK = 256
-"""Scales that share one scale of theirs, where scales are quantised too."""
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep bitsandbytes from saying at every 8-bit product that it casts the inputs."""
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def quantise(
-    model: PreTrainedModel,
-    quantization: Quantization,
-    *,
-    double_quantization: bool = True,
-    kept: list[str] | None = None,
-    prepare: bool = True,
-) -> PreTrainedModel:
-    """A hollow model as transformers loads it in fewer bits and PEFT prepares it for training.
-
-    Args:
-        model: on the meta device; it is changed. Products with nf4 weights are in its precision.
-        quantization: nf4 or int8.
-        double_quantization: whether nf4's scales are stored in eight bits.
-        kept: names of modules that are not quantised; by default those that transformers chooses, such as the output
-            layer.
-        prepare: see `StepConfig.prepare_kbit`.
-
-    Raises:
-        UnsupportedError: bitsandbytes is missing.
-    """
-    training_step.check_installed(quantization=quantization)
-    loaded = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}[quantization]
-    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**{loaded: True}), pre_quantized=False)
-    skipped = quantizer.get_modules_to_not_convert(model, kept, model._keep_in_fp32_modules)
-    compute_dtype = model.dtype
-    for name, module in list(model.named_modules()):
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skipped):
-            d_in, d_out = module.weight.shape[:: 1 if isinstance(module, Conv1D) else -1]
-            if quantization == "nf4":
-                layer = _four_bit_layer(d_in, d_out, compute_dtype, double_quantization, module.weight.dtype)
-            else:
-                layer = _eight_bit_layer(d_in, d_out)
-            layer.bias = module.bias
-            layer.source_cls = type(module)
-            layer.requires_grad_(False)
-            model.set_submodule(name, layer)
-    setattr(model, f"is_{loaded.replace('load', 'loaded')}", True)
-    model.is_quantized = True
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False) if prepare else model
-    return model.requires_grad_(False)
-
-
-def _four_bit_layer(d_in: int, d_out: int, compute_dtype: torch.dtype, double: bool, dtype: torch.dtype) -> Any:
-    bnb: Any = import_module("bitsandbytes")
-    new_state = bnb.functional.QuantState
-    blocks = -(-d_in * d_out // BLOCK)
-    scales = torch.empty(blocks, dtype=torch.uint8 if double else torch.float32)
-    inner: dict[str, Any] = {}
-    if double:
-        scales_of_scales = torch.empty(-(-blocks // SCALES_BLOCK))
-        state = new_state(absmax=scales_of_scales, code=torch.empty(256), blocksize=SCALES_BLOCK, dtype=torch.float32)
-        inner = {"offset": torch.empty(()), "state2": state}
-    state = new_state(
-        absmax=scales,
-        shape=torch.Size((d_out, d_in)),
-        code=torch.empty(16),
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=dtype,
-        **inner,
-    )
-    layer = bnb.nn.Linear4bit(d_in, d_out, bias=False, compute_dtype=compute_dtype, quant_type="nf4")
-    codes = torch.empty((d_in * d_out + 1) // 2, 1, dtype=torch.uint8)
-    options = {"quant_state": state, "compress_statistics": double, "quant_type": "nf4", "bnb_quantized": True}
-    layer.weight = bnb.nn.Params4bit(codes, blocksize=BLOCK, module=layer, **options)
-    layer.quant_state = state
-    return layer
-
-
-def _eight_bit_layer(d_in: int, d_out: int) -> Any:
-    bnb: Any = import_module("bitsandbytes")
-    product: Any = import_module("bitsandbytes.autograd._functions").MatMul8bitFp.apply
-
-    class OnCpu(bnb.nn.Linear8bitLt):  # type: ignore[misc]
-        """The layer as it trains on the CPU: it makes its weight whole for each product."""
-
-        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-            """The product of inputs of shape (..., d_in) and the weight."""
-            if self.bias is not None and self.bias.dtype != inputs.dtype:
-                self.bias.data = self.bias.data.to(inputs.dtype)
-            output: torch.Tensor = product(inputs, self.weight, None, self.bias, self.state)
-            return output
-
-    kind = OnCpu if META_STANDS_FOR.get() == "cpu" else bnb.nn.Linear8bitLt
-    # Which columns are outliers, and computed in 16 bits, depends on the data: they are few, and not counted.
-    layer = kind(d_in, d_out, bias=False, has_fp16_weights=False, threshold=0.0)
-    codes = torch.empty(d_out, d_in, dtype=torch.int8)
-    layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False)
-    layer.state.CB, layer.state.SCB = codes, torch.empty(d_out)
-    return layer
 
 
 Sharding = Literal["ddp", "fsdp2", "zero3"]

@@ -18,8 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
+from ..common.arrays import IntArray
 from .recording import BatchShape
 from .tiled_loss import RECORDING, TiledCrossEntropy, TiledHeadLoss, TileSize, recorded_tile
 
@@ -52,9 +54,7 @@ def use_own_tiles(model: nn.Module) -> Callable[[], None]:
 def _entered(entries: list[Any], entry: Any) -> Callable[[], None]:
     """Put an entry on one of the lists; returns what takes it off. TRL's function is wrapped while they hold any."""
     module = sys.modules.get(MODULE)
-    if not hasattr(module, FUNCTION) or not hasattr(module, TILE):
-        return lambda: None
-    if not _HEADS and not _SIZERS:
+    if hasattr(module, FUNCTION) and hasattr(module, TILE) and not _HEADS and not _SIZERS:
         _UNWRAP.append(_wrapped(module))
     entries.append(held := (entry,))
 
@@ -66,6 +66,11 @@ def _entered(entries: list[Any], entry: Any) -> Callable[[], None]:
             _UNWRAP.pop()()
 
     return leave
+
+
+def tile_tokens(tokens: int, size: TileSize) -> int:
+    """The tokens of a tile of so many tokens, also while a small step is recorded."""
+    return int(_SIZERS[-1][0](tokens, size) if _SIZERS else size.of(tokens))
 
 
 def _wrapped(module: Any) -> Callable[[], None]:
@@ -85,7 +90,7 @@ def _wrapped(module: Any) -> Callable[[], None]:
         head = next((each for each in heads if each is not None and each.weight is weight), None)
         own = head is not None and not any(parameter.requires_grad for parameter in head.parameters())
         size, tokens = TileSize(most=usual) if own else TileSize(1, 1, usual), len(hidden)
-        context.tile = _SIZERS[-1][0](tokens, size) if _SIZERS else size.of(tokens)
+        context.tile = tile_tokens(tokens, size)
         return in_tiles(context.tile, forward, context, hidden, weight, *rest, **options)
 
     def sized_backward(context: Any, *gradients: Any) -> Any:
@@ -112,6 +117,12 @@ class TileTokens:
     def tile(self, shape: BatchShape) -> int:
         """The tokens of a tile with a batch of this shape."""
         return self.size.of(round(shape.rows * (self.of_token * shape.length + self.of_row)))
+
+    def tiles(self, rows: IntArray, lengths: IntArray) -> IntArray:
+        """The same for many shapes, by their rows and lengths, all int64 (shapes,)."""
+        tokens = np.round(rows * (self.of_token * lengths + self.of_row)).astype(np.int64)
+        wanted = np.maximum(-(-tokens // self.size.parts), self.size.least)
+        return np.maximum(np.minimum(wanted, np.minimum(tokens, self.size.most or tokens)), 1)
 
 
 class LossTiles:

@@ -27,10 +27,10 @@ from .budget import Limit, reference_seconds
 from .calibration import check_rank, highest_ranks
 from .card_use import SLACK, CardUse, Verdict, card_use
 from .cost import ParameterCost, plan_cost
-from .device_on_meta import Attention
-from .from_config import ConfiguredStep, LoadedAs, Sharding, Shards, from_config, usual_class
+from .from_config import ConfiguredStep, Implementation, LoadedAs, Sharding, Shards, from_config, usual_class
 from .model import MemoryModel, fewest_checkpointed, holding_layers
 from .published import (
+    USUAL_CARD,
     DeviceRates,
     DeviceSpec,
     device_table,
@@ -47,9 +47,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
 """Batches of the grid, beside the one that was asked for."""
-
-USUAL_CARD = "RTX 4090"
-"""Times on a card of which only the memory is known are by the rates of this one. They are told as shares."""
 
 SHARES = (0.75, 0.5, 0.25)
 """Shares of the layers, from the top, that are shown beside all of them."""
@@ -300,7 +297,8 @@ class Outlook:
     def _use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
         assert self.card is not None, "there is no card"
         shape = shape or memory.shape
-        return card_use(memory, ranks, self._loaded, self.card, shape=shape, evaluation=shape)
+        expandable = self._free.loaded.expandable_segments
+        return card_use(memory, ranks, self._loaded, self.card, shape=shape, evaluation=shape, expandable=expandable)
 
     @cached_property
     def plain_seconds(self) -> float:
@@ -318,7 +316,7 @@ class Outlook:
         if self._set is not None:
             return self.choice(layers, rank, self._set, kind)
         ranks = self.plan(layers, rank)
-        chosen = fewest_checkpointed(self.memory, ranks, self._room_for_tensors)
+        chosen = fewest_checkpointed(self.memory, ranks, self.room_for_tensors)
         choice, holding = self.choice(layers, rank, chosen, kind), holding_layers(self.memory, ranks)
         while choice.verdict != "fits" and len(choice.checkpointed) < len(holding):
             choice = self.choice(layers, rank, holding[: len(choice.checkpointed) + 1], kind)
@@ -359,8 +357,8 @@ class Outlook:
         return tuple(_cell(self, shape) for shape in shapes if self.memory.predicts(shape))
 
     @property
-    def _room_for_tensors(self) -> float:
-        """What is left of `room` with slack where the reserve is the share that it is for the batch asked for."""
+    def room_for_tensors(self) -> float:
+        """Bytes of tensors that fit: `room` with slack, the reserve being the share of the batch that was asked for."""
         assert self.card is not None, "there is no card"
         return self.room - self.card.memory_bytes * (1 - (1 - SLACK) / (1 + self._reserve_share))
 
@@ -408,7 +406,7 @@ def _rank_choices(outlook: Outlook) -> Iterator[Choice]:
 
 def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
     assert outlook.card is not None, "there is no card"
-    ranks, room = outlook.plan(outlook.blocks, outlook.rank), outlook._room_for_tensors
+    ranks, room = outlook.plan(outlook.blocks, outlook.rank), outlook.room_for_tensors
     taken = outlook.card.memory_bytes - outlook.room
     plain = outlook._free.memory.with_checkpointed(()).peak(outlook._plain, shape)
     step = outlook._free if plain <= room else outlook._lean or outlook._free
@@ -444,6 +442,32 @@ def card_rates(rates: DeviceRates, dtype: str) -> Rates:
     return Rates(products, moved, launch_seconds=LAUNCH_SECONDS)
 
 
+_OF_LOAD = {each.name for each in fields(LoadedAs)} - {"device", "dtype", "attention", "padded", "implementation"}
+"""Settings of `LoadedAs` that `memory_of` takes by their names."""
+
+
+def _dtype_on(card: DeviceSpec, dtype: str | None) -> str:
+    """The precision that is asked for, if it is one, or else that of the card."""
+    dtype = dtype or ("bf16" if card.has_bf16 else "fp16")
+    if dtype not in DTYPES:
+        raise UnknownNameError.of("dtype", dtype, DTYPES)
+    return dtype
+
+
+def _known(model: str | PreTrainedConfig, rank: object, settings: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration of a model, if the rank is one and all settings are known as well."""
+    known = {each.name for each in fields(StepConfig)} | _OF_LOAD
+    for name in settings:
+        if name not in known:
+            raise UnknownNameError.of("setting of a step", name, known)
+    config = find_configuration(model) if isinstance(model, str) else model
+    if not isinstance(config, PreTrainedConfig):
+        raise ConfigError(f"model is a name, a path or a transformers configuration; got {shown(model)}.")
+    if not is_count(rank):
+        raise ConfigError(f"rank is at least 1, a whole number; got {shown(rank)}.")
+    return config
+
+
 def memory_of(
     model: str | PreTrainedConfig,
     card: str,
@@ -453,6 +477,8 @@ def memory_of(
     padded: bool = False,
     gpus: int = 1,
     sharding: Sharding = "ddp",
+    attention: Implementation | Literal["math"] | None = None,
+    lora_dropout: float = 0.0,
     **settings: Any,
 ) -> Outlook:
     """What a LoRA fine-tune of a model takes on a card, from its configuration alone.
@@ -466,9 +492,11 @@ def memory_of(
         padded: whether rows of a batch are padded, which takes other attention kernels.
         gpus: how many such cards train together, each with its own batch; figures are of one.
         sharding: what they share: "ddp", "fsdp2" or "zero3"; see `Shards`.
-        settings: of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation,
-            gradient_checkpointing (of all layers, of none, or "auto": as few as fit). The usual sizes are those of
-            `rankpilot finetune` and `rankpilot memory`.
+        attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa where no fused kernel is there.
+        lora_dropout: see `peft.LoraConfig`.
+        settings: of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments, adapter ...; and of
+            `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation,
+            gradient_checkpointing (of all layers, of none, or "auto": as few as fit). Sizes are as usual in commands.
 
     Returns:
         The outlook: `best`, `choices` and `grid`, computed when they are asked for.
@@ -483,22 +511,19 @@ def memory_of(
         >>> rankpilot.memory_of("qwen3-8b", "24GiB", quantization="nf4", batch_size=4).best  # doctest: +SKIP
     """
     spec, shards = find_device_spec(card), Shards(gpus, sharding)
-    dtype = dtype or ("bf16" if spec.has_bf16 else "fp16")
-    if dtype not in DTYPES:
-        raise UnknownNameError.of("dtype", dtype, DTYPES)
-    known = {each.name for each in fields(StepConfig)}
-    for name in settings:
-        if name not in known:
-            raise UnknownNameError.of("setting of a step", name, known)
-    config = find_configuration(model) if isinstance(model, str) else model
-    if not isinstance(config, PreTrainedConfig):
-        raise ConfigError(f"model is a name, a path or a transformers configuration; got {shown(model)}.")
+    dtype = _dtype_on(spec, dtype)
+    of_load = {name: settings.pop(name) for name in _OF_LOAD & set(settings)}
+    config = _known(model, rank, settings)
     step = StepConfig(**{"bf16": dtype == "bf16"} | settings)
     step = step.sized(continues=usual_class(config) == "AutoModelForCausalLM", positions=positions_of(config))
-    if not is_count(rank):
-        raise ConfigError(f"rank is at least 1, a whole number; got {shown(rank)}.")
-    attention: Attention = "auto" if spec.has_flash_attention else "efficient"
-    loaded = LoadedAs(dtype=DTYPES[dtype], attention=attention, padded=padded)
+    loaded = LoadedAs(
+        dtype=DTYPES[dtype],
+        attention="math" if attention == "math" else "auto" if spec.has_flash_attention else "efficient",
+        padded=padded,
+        implementation=None if attention == "math" else attention,
+        adapter=dict(of_load.pop("adapter", {})) | ({"lora_dropout": lora_dropout} if lora_dropout else {}),
+        **of_load,
+    )
     recorded, optional = replace(step, gradient_checkpointing=True), step.gradient_checkpointing is not True
     configured = from_config(config, recorded, loaded, counted=True, checkpointing_optional=optional)
     check_rank(rank, configured.targets)

@@ -36,6 +36,9 @@ _MIB = 2**20
 UNKNOWN_CONTEXT_BYTES = 500 * _MIB
 """Bytes of the CUDA context of a card of which no error has shown them."""
 
+USUAL_CARD = "RTX 4090"
+"""Times on a card of which only the memory is known are by the rates of this one. They are told as shares."""
+
 WORKSPACE_BYTES = 8_519_680
 """What cuBLAS takes through the allocator for each thread that calls it (its default `:4096:2:16:8`)."""
 
@@ -172,6 +175,10 @@ _VARIANTS = ("-instruct", "-it", "-pt", "-chat", "-base")
 """Ends of names of models that have the sizes of the model without them."""
 
 
+_MIRRORS = ("nousresearch", "unsloth")
+"""Owners of copies of others' models, with the same sizes and names."""
+
+
 @cache
 def published_models() -> dict[str, dict[str, Any]]:
     """The models of the table by short name ("llama-3.1-8b").
@@ -223,7 +230,7 @@ def _short_name(name: str) -> str:
     model = model.removeprefix("meta-").replace("-instruct-", "-")
     for candidate in (model, *(model.removesuffix(variant) for variant in _VARIANTS)):
         entry = published_models().get(candidate)
-        if entry is not None and owner in ("", entry["owner"].lower()):
+        if entry is not None and owner in ("", entry["owner"].lower(), *_MIRRORS):
             return candidate
     return ""
 

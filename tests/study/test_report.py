@@ -16,7 +16,7 @@ from rankpilot.common.files import read_json
 from rankpilot.common.text import layer_titles
 from rankpilot.cost.breakdown import KINDS, LOSS, Breakdown
 from rankpilot.cost.card_use import CardUse
-from rankpilot.cost.from_config import Shards
+from rankpilot.cost.from_config import LoadedAs, Shards
 from rankpilot.cost.outlook import Choice, GridCell, MeasuredStep
 from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.recording import BatchShape
@@ -89,7 +89,10 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
             saved=SAVED,
             fused=0,
             named=(),
-            model=SimpleNamespace(peft_config={"default": SimpleNamespace(modules_to_save=None)}),
+            loaded=LoadedAs(),
+            model=SimpleNamespace(
+                peft_config={"default": SimpleNamespace(modules_to_save=None)}, modules=lambda: (), config=None
+            ),
         ),
         memory=SimpleNamespace(shape=SHAPE),
         shards=Shards(),
