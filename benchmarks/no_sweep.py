@@ -23,6 +23,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from rankpilot.common.files import read_json_lines, write_text
+from rankpilot.common.statistics import estimate
 from rankpilot.common.text import make_table
 from rankpilot.cost.training_step import switch_checkpointing
 from rankpilot.decide.observation import Observation
@@ -35,7 +36,6 @@ from rankpilot.finetune.plan_rate import hidden_width, initial_loss
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.training.results import estimate
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader

@@ -24,7 +24,7 @@ from rankpilot.errors import DataError, UnknownNameError
 from rankpilot.plan.rate import RULE
 from rich.console import Console
 
-from . import no_sweep, published_page, rates, worth
+from . import agent, no_sweep, published_page, rates, worth
 from .harness import Figures
 from .loss_runs import HARD
 from .published_time import KINDS
@@ -136,6 +136,17 @@ def control() -> str:
                 lines.append((prefix + told, f"{figures[f'{prefix}controlled at {factor:g}: texts']}", *cells))
     columns = ("rate at the start", "texts", "left alone", "controlled", "forks", "hypergradient", "ReduceLROnPlateau")
     return table(columns, lines)
+
+
+def agent_table() -> str:
+    """A trained agent, rules and constants by how far above the best hand rule they end."""
+    rows = agent.stored_rows()
+    lines = [
+        (name, *(f"{of[regime]:+.1f} %" if regime in of else "" for regime in agent.REGIMES))
+        for name, of in agent.table_rows(rows)
+    ]
+    counts = {regime: len({row.task for row in rows if row.regime == regime}) for regime in agent.REGIMES}
+    return table(("", *(f"{regime}, {counts[regime]} tasks" for regime in agent.REGIMES)), lines)
 
 
 PARTS = {
@@ -311,6 +322,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rivals": rivals,
     "parts of SmolLM2": parts,
     "rates": published_rates,
+    "agent": agent_table,
     "control": control,
     "fixed plans": fixed_plans,
     "step cost": step_cost,

@@ -33,6 +33,12 @@ CHANGES = (0.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, -2.0)
 KEEP, UNDO = 0, len(CHANGES) - 1
 """The actions that leave all as it is, and that go back."""
 
+HALVED, DOUBLED = CHANGES.index(-1.0), CHANGES.index(1.0)
+"""Two actions between them."""
+
+PATIENCE = 3
+"""Times in a row that a run goes back because something is not finite; then its copy is no help."""
+
 FEATURES = {
     "alignment": "mean over the window, times 4",
     "alignment over the first": "that mean over the mean of the first steps",
@@ -143,6 +149,11 @@ class RunRecord:
         )
         self._now = schedule
         return np.asarray(np.clip(np.array(values), -MOST_FEATURE, MOST_FEATURE))
+
+    @property
+    def loss_error(self) -> float:
+        """The standard error of the mean log loss since the last decision; 0 where no step was."""
+        return float(np.std(np.log(self.losses)) / math.sqrt(len(self.losses))) if self.losses else 0.0
 
     def take(self, action: int, *, undone: bool = False) -> None:
         """An action is taken, of which `UNDO` goes back, others only where the run was `undone`; a window begins."""
