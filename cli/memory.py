@@ -45,6 +45,8 @@ class Memory(MemoryConfig):
     answer tells what fits that card, and what each choice costs. The exit status is 3 where nothing fits.
 
     Attributes:
+        lengths: a file with the tokens of each row of your data, whole numbers: also show what steps of such rows take
+            in parts, beside padded ones (docs/parts.md), and the longest row that fits.
         output: folder for the picture and all figures; without one, nothing is written.
         details: print every choice, the batches that fit, and where the bytes are.
         json: print all figures as JSON, and nothing else.
@@ -56,6 +58,7 @@ class Memory(MemoryConfig):
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
     quantization: Annotated[Quantization, tyro.conf.arg(aliases=["--quantize"])] = field(default="none", kw_only=True)
+    lengths: Path | None = None
     output: Path | None = None
     details: bool = False
     json: bool = False
@@ -86,7 +89,13 @@ def main(arguments: Sequence[str]) -> int:
 
     if options.output:
         refuse_file(options.output)  # now, and not after minutes of work
+    rows = None
+    if options.lengths:  # now, and not after minutes of work
+        from ..study import lengths as of_lengths
+
+        rows = of_lengths.read_lengths(options.lengths)
     outlook = _of_card(options, options.card, file) if options.card else _here(options)
+    found = None if rows is None else of_lengths.steps_of_lengths(outlook, rows, options.seed)
     told = not (options.json or (options.python and outlook.best))
     if told:  # what is asked for first, and then what takes seconds more
         console.print(f"[bold]{escape(report.subject(outlook, options))}[/]", highlight=False)
@@ -95,10 +104,14 @@ def main(arguments: Sequence[str]) -> int:
             console.print(report.choice_table(outlook))
         if len(outlook.step.saved) > 1:
             console.print(saver_table(outlook.step.saved))
+        if found:
+            console.print(of_lengths.lengths_table(found))
+            console.print(of_lengths.lengths_text(found), markup=False, highlight=False)
     elif options.python:
         console.out(report.configuration_text(outlook), highlight=False)
     if options.json:
-        console.out(json.dumps(report.figures(outlook), indent=2), highlight=False)
+        figures = report.figures(outlook) | ({"lengths": of_lengths.lengths_figures(found)} if found else {})
+        console.out(json.dumps(figures, indent=2), highlight=False)
     if told:
         if options.details and outlook.grid:
             console.print(report.grid_table(outlook))
@@ -110,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
             )
         for note in [*(report.notes(outlook) if options.details else ()), *report.remarks(outlook)]:
             console.print(note, markup=False, highlight=False)
-    written = report.write_memory_report(outlook, options, options.output) if options.output else ""
+    written = report.write_memory_report(outlook, options, options.output, found) if options.output else ""
     if told and written:
         console.print(written, soft_wrap=True, markup=False)
     return NOTHING_FITS if options.card and not outlook.best else 0

@@ -270,6 +270,7 @@ class PlanCosts:
         memory: predicts other batch shapes; None under a budget of parameters.
         saved: what a step of plain LoRA takes without exact savers, and with them.
         savers: names of those that are on.
+        alone: the shape of one example, with which plans are priced where steps run in parts; else None.
     """
 
     cost: UntimedCost
@@ -277,6 +278,7 @@ class PlanCosts:
     memory: MemoryModel | None
     saved: tuple[Saved, ...] = ()
     savers: tuple[str, ...] = ()
+    alone: BatchShape | None = None
 
 
 def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: Batch, *, signals: bool) -> MemoryModel:
@@ -315,6 +317,7 @@ def plan_costs(
     savers: ExactSavers | None = None,
     kept: IntArray | None = None,
     whole: bool = False,
+    each: int | None = None,
 ) -> PlanCosts:
     """What plans cost in this step, on its largest batch, and the limit that a budget sets them.
 
@@ -323,7 +326,8 @@ def plan_costs(
     it is set: plans cost what `checkpointed_cost` says, and a share is one of what plain LoRA takes where none does.
     Where plain LoRA does not fit, activations are checkpointed first; see `ExactSavers.within`.
     Under a budget of parameters nothing is measured. See `Budget.resolve` for `kept`, `checkpointed_cost` for `whole`,
-    and `measure_memory` for the other arguments.
+    and `measure_memory` for the other arguments. With `each`, the rows of an example, steps run in parts: plans are
+    priced with one example of the batch's length, beside the gradients of others, if the byte model can tell of it.
     """
     if budget.kind == "parameters":
         return PlanCosts(*limited_cost(budget, targets, None, kept), None)
@@ -336,16 +340,22 @@ def plan_costs(
     cost, limit = limited_cost(
         beside_model(budget, step.model), targets, plain.with_checkpointed(()) if least else plain, kept
     )
+    alone = BatchShape(each, plain.shape.length) if each else None
+    alone = alone if alone and plain.predicts(alone) else None
     if least and savers and priced:
-        priced = savers.within(limit.value, priced, measured, targets, least)
+        priced = savers.within(limit.value, priced, measured, targets, least, alone)
     memory = priced.memory if priced else plain
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
+    if alone:
+        memory = replace(memory, accumulates=True)
     if least:
-        cost = checkpointed_cost(memory, highest_ranks(targets), limit.value, kept=kept, least=least, whole=whole)
-    elif signals or savers:
-        cost = memory.cost()
-    return PlanCosts(cost, limit, memory, priced.saved if priced else (), savers.names if savers else ())
+        highest = highest_ranks(targets)
+        cost = checkpointed_cost(memory, highest, limit.value, alone, kept=kept, least=least, whole=whole)
+    elif signals or savers or alone:
+        cost = memory.cost(alone)
+    names = savers.names if savers else ()
+    return PlanCosts(cost, limit, memory, priced.saved if priced else (), names, alone)
 
 
 def limited_cost(

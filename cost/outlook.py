@@ -30,6 +30,7 @@ from .cost import ParameterCost, plan_cost
 from .from_config import ConfiguredStep, Implementation, LoadedAs, Sharding, Shards, from_config, usual_class
 from .model import MemoryModel, fewest_checkpointed, holding_layers
 from .published import (
+    USUAL_CARD,
     DeviceRates,
     DeviceSpec,
     device_table,
@@ -46,9 +47,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
 """Batches of the grid, beside the one that was asked for."""
-
-USUAL_CARD = "RTX 4090"
-"""Times on a card of which only the memory is known are by the rates of this one. They are told as shares."""
 
 SHARES = (0.75, 0.5, 0.25)
 """Shares of the layers, from the top, that are shown beside all of them."""
@@ -318,7 +316,7 @@ class Outlook:
         if self._set is not None:
             return self.choice(layers, rank, self._set, kind)
         ranks = self.plan(layers, rank)
-        chosen = fewest_checkpointed(self.memory, ranks, self._room_for_tensors)
+        chosen = fewest_checkpointed(self.memory, ranks, self.room_for_tensors)
         choice, holding = self.choice(layers, rank, chosen, kind), holding_layers(self.memory, ranks)
         while choice.verdict != "fits" and len(choice.checkpointed) < len(holding):
             choice = self.choice(layers, rank, holding[: len(choice.checkpointed) + 1], kind)
@@ -359,8 +357,8 @@ class Outlook:
         return tuple(_cell(self, shape) for shape in shapes if self.memory.predicts(shape))
 
     @property
-    def _room_for_tensors(self) -> float:
-        """What is left of `room` with slack where the reserve is the share that it is for the batch asked for."""
+    def room_for_tensors(self) -> float:
+        """Bytes of tensors that fit: `room` with slack, the reserve being the share of the batch that was asked for."""
         assert self.card is not None, "there is no card"
         return self.room - self.card.memory_bytes * (1 - (1 - SLACK) / (1 + self._reserve_share))
 
@@ -408,7 +406,7 @@ def _rank_choices(outlook: Outlook) -> Iterator[Choice]:
 
 def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
     assert outlook.card is not None, "there is no card"
-    ranks, room = outlook.plan(outlook.blocks, outlook.rank), outlook._room_for_tensors
+    ranks, room = outlook.plan(outlook.blocks, outlook.rank), outlook.room_for_tensors
     taken = outlook.card.memory_bytes - outlook.room
     plain = outlook._free.memory.with_checkpointed(()).peak(outlook._plain, shape)
     step = outlook._free if plain <= room else outlook._lean or outlook._free

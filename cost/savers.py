@@ -33,6 +33,7 @@ from .cost import ByteCost
 from .later_logits import defer_logits, use_tiled_loss
 from .loss_tiles import use_own_tiles
 from .model import MemoryModel
+from .recording import BatchShape
 
 CACHE, COPIES, TILES = "no cache of keys and values", "shared copies of inputs", "tiled loss"
 ROUTED = "routed rows"
@@ -218,6 +219,7 @@ class ExactSavers:
         measure: Callable[[], MemoryModel],
         targets: Sequence[TargetModule],
         least: Callable[[ByteCost], float],
+        shape: BatchShape | None = None,
     ) -> Priced:
         """Checkpoint activations from now on where plain LoRA does not fit a limit, if it takes less with them.
 
@@ -229,8 +231,10 @@ class ExactSavers:
             measure: see `price`.
             targets: the target modules of the model.
             least: what the least possible plan takes under a cost, in bytes.
+            shape: of the batch; by default the one that the memory was measured with.
         """
-        if priced.saved[-1].step_bytes <= limit or self._compiled:
+        plain = np.minimum(REFERENCE_RANK, [target.max_rank for target in targets])
+        if priced.memory.with_checkpointed(()).peak(plain, shape) <= limit or self._compiled:
             return priced
         names, found = self.names, self.with_activations(priced, measure, targets)
         if found and min(least(found.memory.cost()), least(found.memory.with_checkpointed(()).cost())) <= limit:

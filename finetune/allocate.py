@@ -75,7 +75,7 @@ class StaticPlan:
         limit: the budget, in the same unit.
         unit: "bytes" or "parameters".
         frontier: the plans that are worth their cost, the cheapest first; None unless they were asked for.
-        learning_rate: the peak that the plan wants: the rate that was given, or half of the rule's where none was,
+        learning_rate: the peak that the plan wants: the rate that was given, or the rule's where none was,
             times the plan's factor (docs/learning-rate.md).
     """
 
@@ -125,7 +125,7 @@ def allocate(
         output: also write the plan to this new file (plan.yaml). A person may edit it there, and it can be the `policy`
             of a run.
         changes: single options by their names; see `PilotOptions`. For a model also `loss`, `optimizer`,
-            `learning_rate` (of plain LoRA; by default half of the rule's), `accumulation` and `total_steps`, the length
+            `learning_rate` (of plain LoRA; by default the rule's), `accumulation` and `total_steps`, the length
             of the run that is planned.
 
     Raises:
@@ -280,8 +280,8 @@ def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) 
     if frontier:  # plans of any cost are compared by their time, which depends on checkpointed layers
         pilot.options = replace(pilot.options, gradient_checkpointing=pilot.options.gradient_checkpointing is True)
         pilot.times_plans = True
-    # No row is read twice here, and no step is taken that could correct a rate.
-    pilot.options = replace(pilot.options, prefix_cache="off", control=False)
+    # No row is read twice here, no step is taken that could correct a rate, and who trains runs whole batches.
+    pilot.options = replace(pilot.options, prefix_cache="off", control=False, parts="off")
     pilot.begin(run)
     pilot.finish()
     applier, decision = pilot.applier, pilot.decision

@@ -19,8 +19,8 @@ from ..cost.recording import Batch
 from ..cost.savers import CACHE, SAVERS, TILES, ExactSavers, is_compiled
 from ..decide.applier import PlanApplier
 from ..decide.observation import Observation
-from ..decide.policy import Decision, Policy, asked, reads_signals, rounding
-from ..decide.rate_control import RATE_CONTROLS, SHORTEST
+from ..decide.policy import Decision, Policy, asked, reads_signals, rounding, steers_rate
+from ..decide.rate_control import RATE_CONTROLS, SHORTEST, decision_steps
 from ..decide.rules import AsConfigured, PlanFile, given_ranks
 from ..decide.settings import DecisionSchedule
 from ..lora.adapters import PeftAdapters
@@ -88,10 +88,11 @@ class PilotedRun:
         self._targets, self._policy, self._schedule = targets, policy, schedule
         self._stays = isinstance(policy, AsConfigured)  # ranks, as the LoraConfig has them
         in_long_run = options.learning_rate == "auto" and run.total_steps >= SHORTEST
-        self._controls: bool = in_long_run if options.control is None else options.control
+        self._steers = steers_rate(policy)
+        self._controls: bool = self._steers or (in_long_run if options.control is None else options.control)
         self.begun, self.step, self.shown = False, 0, 0
         self.decision: Decision | None = None
-        self.guard = PeakGuard(options.measure_every)
+        self.guard = PeakGuard(options.measure_every, journal.note)
         self.elastic = ElasticBudget(run, options.budget, self.guard)
         self.finite = FiniteWatch(run, journal)
         self.rate: PlanRate | None = None
@@ -114,7 +115,8 @@ class PilotedRun:
         was compared, and the prefix cache serves what all others have left frozen.
         """
         calls, gradients = self._watches
-        every = calls, self.elastic, self.rate, self.control, self.guard, gradients, self._losses, self.finite
+        before = calls, self.elastic, self.rate, self.control, self.guard.parts
+        every = *before, self.guard, gradients, self._losses, self.finite
         return [part for part in (*every, self.prefix) if part is not None]
 
     # The begin and the end --------------------------------------------------------------------------------------------
@@ -142,12 +144,13 @@ class PilotedRun:
             looks = options.learning_rate == "auto" or not probes
             first_rows = before_training.UNSEEN if stay else run.read_first_rows(seed) if looks else None
             self._have_rate(initial_loss(run, first_rows) if first_rows and not stay else None)
+            before_training.try_parts(run, targets, self.guard.parts, options, budget, seed)
             timed, checkpointing = time or (TimeBudget.unlimited() if times_plans else None), self._checkpointing
             costs = self._prepare(seed, None if probes else first_rows, timed, progress)
             journal.note(before_training.budget_text(run, targets, budget, costs.limit, stay=stay))
             journal.note_saved(costs.saved)
             self.elastic.first_limit(costs.limit)
-            self.guard.plan.attach(run, self.applier, costs.memory, journal, self._corrected, checkpointing)
+            self.guard.attach(run, self.applier, costs.memory, journal, self._corrected, checkpointing)
             if time:
                 timer = before_training.StepTimer(run, targets, costs.memory, self.applier.limit, checkpointing)
                 timer.agree_with_steps(self.applier, self._ask)
@@ -186,7 +189,10 @@ class PilotedRun:
             savers=self._savers,
             kept=before_training.ranks_that_hold(targets) if keeps else None,
             whole=checkpointing is not None and checkpointing.whole,
+            each=run.step.rows_per_example if self.guard.parts.on else None,
         )
+        if self.guard.parts.on and costs.memory and not costs.alone:
+            self.guard.parts.turn_off("the operations of this model depend on its data, so parts cannot be predicted")
         limit, cache_bytes = costs.limit.value, options.prefix_cache_bytes
         timer = before_training.StepTimer(run, targets, costs.memory, limit, checkpointing, cache_bytes)
         timed = timer.time_limit(time) if time else None
@@ -240,7 +246,10 @@ class PilotedRun:
         self._switch(names)
         checkpointing = self._checkpointing
         self._have_rate(initial, own)
-        memory = before_training.run_memory(run, targets, signals=True) if checkpointing else None
+        parts = self.guard.parts.on
+        if parts:
+            self.guard.parts.begin_to_keep(run)
+        memory = before_training.run_memory(run, targets, signals=True) if checkpointing or parts else None
         if checkpointing:
             checkpointing.take(layers)
         applier, limit = self.applier, self.applier.limit
@@ -250,7 +259,7 @@ class PilotedRun:
             cache_bytes = self.options.prefix_cache_bytes
             timer = before_training.StepTimer(run, targets, memory, limit, checkpointing, cache_bytes)
             applier.time = timer.other_limit(applier.time, self.options.time_read)
-        self.guard.plan.attach(run, applier, memory, journal, self._corrected, checkpointing)
+        self.guard.attach(run, applier, memory, journal, self._corrected, checkpointing)
         run.replicas.changed(targets, step)
         self._have_control(state)
         if changed := changes(settings, before):
@@ -298,7 +307,9 @@ class PilotedRun:
         """Have the learning rate corrected while the run goes, if that is wanted."""
         if self._controls:
             assert self.rate is not None
-            self.control = ControlledRate(self.run, self._targets, self.rate, RATE_CONTROLS[CONTROLLER], self.journal)
+            control, total = None if self._steers else RATE_CONTROLS[CONTROLLER], self.run.total_steps
+            steps = self._schedule.steps(total) if self._steers else decision_steps(total)
+            self.control = ControlledRate(self.run, self._targets, self.rate, control, steps, self.journal)
             self.finite.control = self.control
             with readable_state():
                 self.control.begin(state)
@@ -378,12 +389,16 @@ class PilotedRun:
         by_hand = isinstance(self._policy, PlanFile)  # who wrote the plan may shrink trained adapters
         keeps = not by_hand and not self._stays and not applier.decision
         with before_training.learned_kept(self.run, applier, self.journal.note) if keeps else nullcontext():
-            observation = applier.observe(step, loss)
+            share = self.control.read(step) if self.control and self._steers else 1.0
+            steps = self.control.record if self.control and self._steers else None
+            observation = applier.observe(step, loss, steps, share)
             self.decision = decision = self._ask(observation)
             self.journal.note(rounding(self._policy, observation, decision))
             faster = ""
             if keeper.checkpointing and not applier.decision:
                 faster = before_training.faster_plan(keeper, applier, self._ask, decision)
+            if self.control and self._steers:  # an undo puts back adapters of the ranks of before
+                self.control.steer(decision.change, step)
             plan = applier.stay() if self._stays else applier.apply(decision, step, self.run.optimizer)
         self._losses.restart()
         keeper.decided(observation.problem.ranks, step)

@@ -16,10 +16,12 @@ from ..common.files import write_json
 from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.breakdown import KINDS, Kind
 from ..cost.card_use import SLACK
-from ..cost.outlook import USUAL_CARD, Choice, GridCell, Outlook
+from ..cost.outlook import Choice, GridCell, Outlook
+from ..cost.published import USUAL_CARD
 from ..cost.savers import ACTIVATIONS
 from ..errors import BudgetError, UnsupportedError
 from ..lora.spec import REFERENCE_RANK
+from .lengths import StepsOfLengths, lengths_figures, lengths_picture
 from .memory_config import MemoryConfig
 from .pictures import memory_picture
 
@@ -476,10 +478,17 @@ def _figures_of(outlook: Outlook, choice: Choice) -> dict[str, Any]:
     }
 
 
-def write_memory_report(outlook: Outlook, config: MemoryConfig, folder: Path) -> str:
-    """Write memory.json and, with matplotlib, memory.png; existing ones are replaced. Returns a line about them."""
-    write_json(folder / "memory.json", figures(outlook))
+def write_memory_report(
+    outlook: Outlook, config: MemoryConfig, folder: Path, lengths: StepsOfLengths | None = None
+) -> str:
+    """Write memory.json and, with matplotlib, memory.png and that of lengths; returns a line about them.
+
+    Existing files are replaced.
+    """
+    write_json(folder / "memory.json", figures(outlook) | ({"lengths": lengths_figures(lengths)} if lengths else {}))
     try:
+        if lengths:
+            save_figure(lengths_picture(lengths), folder / "lengths.png")
         save_figure(memory_picture(outlook, picture_labels(outlook), subject(outlook, config)), folder / "memory.png")
     except UnsupportedError as error:
         return f"All figures: {folder}. {error}"

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
-from rankpilot.agents.networks import RankNetwork
+from rankpilot.agents.networks import GroupNetwork, NetworkConfig
 from rankpilot.agents.policy_file import save_policy
 from rankpilot.cost.cost import TimedCost
 from rankpilot.decide.chooser import PlanChooser
 from rankpilot.decide.log import DecisionLog
-from rankpilot.decide.settings import DecisionSchedule, NetworkConfig
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.allocate import static_plan
 from rankpilot.plan.goal import Goal
@@ -156,7 +156,7 @@ def test_the_frontier_before_training(policy: PlanChooser, trainer: Trainer) -> 
 
 
 def test_policies_that_expect_nothing(trainer: Trainer, tmp_path: Path) -> None:
-    folder = save_policy(tmp_path / "mine", RankNetwork(NetworkConfig(width=8)), ONCE, {})
+    folder = save_policy(tmp_path / "mine", GroupNetwork(NetworkConfig(width=8)), ONCE, {})
     for policy in ("signal-mean", folder):
         with pytest.raises(ConfigError, match=r"so a frontier needs policy='default'. Or leave the frontier out"):
             rankpilot.frontier(trainer, policy=policy, schedule=SCHEDULE)
