@@ -214,6 +214,7 @@ class ControlledRate(Participant):
             changed=bool(state["changed"]),
             step=counted(state["step"]),
             _first=[finite(value) for value in state["_first"]],
+            _first_alignments=[finite(value) for value in state["_first_alignments"]],
             _means=[finite(value) for value in state["_means"]],
             _undone=bool(state["_undone"]),
             _schedule=finite(state["_schedule"]),
