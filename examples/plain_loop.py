@@ -32,8 +32,7 @@ for step, batch in enumerate(islice(chain.from_iterable(repeat(loader)), options
     pilot.before_step(batch)
     loss = torch.zeros(())
     for part, share in pilot.parts(batch):  # each padded to its own longest row
-        of_part = share * model(**part).loss
-        of_part.backward()
+        (of_part := share * model(**part).loss).backward()
         loss += of_part.detach()
     pilot.before_optimizer_step(loss)
     optimizer.step()
