@@ -394,7 +394,7 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
     |---|---|---|
     | groups | Box(-3, 3, (24 * 21,)) | of each group `GROUP_FEATURES`: rank, costs, signals, what the loss did since |
     | present | MultiBinary(24) | which groups there are |
-    | run | Box(-3, 3, (26,)) | `RUN_FEATURES`: progress, loss, budget, and alignment and noise of the steps |
+    | run | Box(-3, 3, (27,)) | `RUN_FEATURES`: progress, loss, budget, and alignment and noise of the steps |
 
     ## Rewards
     At the end -100 log(held-out loss / that of the rule's run on the same task, seed and batches): hundredths of the

@@ -94,8 +94,8 @@ SEEN = {"steps_time": 0.2, "steps_spread_of_the_alignment": 0.4, "steps_steps": 
 @pytest.mark.parametrize(
     ("steps", "action"),
     [
-        (SEEN | {"steps_alignment": 1.0, "steps_evidence": 2.0}, DOUBLE),
-        (SEEN | {"steps_alignment": -1.0, "steps_evidence": -2.0}, HALVE),
+        (SEEN | {"steps_alignment": 1.0, "steps_alignment_over_the_first": 1.0, "steps_evidence": 2.0}, DOUBLE),
+        (SEEN | {"steps_alignment": -1.0, "steps_alignment_over_the_first": -1.0, "steps_evidence": -2.0}, HALVE),
         (SEEN | {"steps_alignment": -1.0, "steps_loss": 2.0}, GO_BACK),
         (SEEN | {"steps_alignment": 0.01, "steps_noise": 0.1}, NOTHING),
         ({}, NOTHING),
