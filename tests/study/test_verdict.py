@@ -111,7 +111,7 @@ def test_what_a_choice_adds(run_folder: Path) -> None:
     assert found.warnings == ()
     assert found.caveats == ("Expectations come from other runs, so trust them less: it learns labels.",)
     assert found.results[1:] == (
-        "Expected versus rank 8 on all modules: loss -2.0 %, surely at most -0.4 %.",
+        "Expected versus rank 8 on all modules: loss -2.0 %, surely at most -0.2 %.",
         "The plan trained at a peak learning rate of 0.002, which is 0.001 for plain LoRA.",
     )
     (warning,) = verdict(that_chose(run_folder, four_plans(goal=Goal("bytes"), fits=np.arange(4) == 3))).warnings

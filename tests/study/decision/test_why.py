@@ -57,7 +57,7 @@ def test_the_lowest_loss(of_choice: Explained) -> None:
     told = of_choice(four_plans(caveats=("it learns labels",), taken=2), saved=saved, rates=(1e-3, 2e-3))
     assert told.verdict == (
         'At step 0 the plan "rank 16 on the MLP modules" was taken: its loss is expected to be -2.0 % versus rank 8 on '
-        "all modules, surely at most -0.4 %."
+        "all modules, surely at most -0.2 %."
     )
     assert told.sentences() == [
         "What is expected is the sum of its parts: rank of MLP modules -3.0 %, few modules +1.0 %.",
