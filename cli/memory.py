@@ -106,7 +106,7 @@ def _here(options: Memory) -> Outlook:
 
 def _of_card(options: Memory, card: str) -> Outlook:
     """Of the model's configuration on a card."""
-    from ..cost.outlook import memory_of
+    from ..cost.memory_of import memory_of
 
     settings = {each.name: getattr(options, each.name) for each in fields(StepConfig)}
     if not options.bf16:

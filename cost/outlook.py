@@ -3,47 +3,31 @@
 Every choice follows from one recording in which every layer is checkpointed: the peak of any ranks, depth, set of
 checkpointed layers and batch. Where plain LoRA does not fit a card, it is one with selective checkpointing too, as
 in a run (`cost/savers.py`). The recording is made on the meta device for a model that is known from its
-configuration (`memory_of`), or on the device for one that is here (`study/memory_here.py`). Whether a plan fits a card
-is told by `cost/card_use.py`.
+configuration (`cost/memory_of.py`), or on the device for one that is here (`study/memory_here.py`). Whether a plan fits
+a card is told by `cost/card_use.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
-from transformers import PreTrainedConfig
 
 from ..common.arrays import IntArray
-from ..common.checks import is_count
-from ..errors import ConfigError, UnknownNameError, shown
-from ..lora.spec import REFERENCE_RANK
+from ..lora.spec import REFERENCE_RANK, highest_ranks
 from .breakdown import Breakdown, break_down
 from .budget import Limit, reference_seconds
-from .calibration import check_rank, highest_ranks
 from .card_use import SLACK, CardUse, Verdict, card_use
+from .cards import DeviceRates, DeviceSpec, device_table
+from .configured_step import ConfiguredStep, Shards
 from .cost import ParameterCost, plan_cost
-from .device_on_meta import Attention
-from .from_config import ConfiguredStep, LoadedAs, Sharding, Shards, from_config, usual_class
 from .model import MemoryModel, fewest_checkpointed, holding_layers
-from .published import (
-    DeviceRates,
-    DeviceSpec,
-    device_table,
-    find_configuration,
-    find_device_spec,
-    positions_of,
-)
 from .recording import BatchShape
 from .step_config import StepConfig
 from .step_time import LAUNCH_SECONDS, Rates, StepTime
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""Precisions in which a frozen model can be loaded."""
 
 ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
 """Batches of the grid, beside the one that was asked for."""
@@ -138,7 +122,7 @@ class Outlook:
         rank: on all modules, or the most that one can have.
         settings: rows, tokens and further settings of the step.
         card: the card that is asked about; None for a model that is looked at where it is.
-        dtype: of the frozen model on a card, by its name in `DTYPES`.
+        dtype: of the frozen model on a card, such as "bf16".
         asked: the byte model of the step just as it was asked for; None on a card, where the choices decide what runs
             again.
         limit: what a step, or an adapter, may take at most; None without a budget.
@@ -174,7 +158,7 @@ class Outlook:
         self._blocks = np.array([target.block for target in step.targets])
         self._highest = highest_ranks(step.targets)
         self._plain = np.minimum(REFERENCE_RANK, self._highest)
-        self._loaded = self.shards.loaded(step) if card else []
+        self._loaded = self.shards.loaded(step.model) if card else ()
         self.blocks: int = len(np.unique(self._blocks))
 
     @cached_property
@@ -232,7 +216,7 @@ class Outlook:
     def room(self) -> float:
         """Bytes that a step may allocate beside the frozen model on the card."""
         assert self.card is not None, "there is no card"
-        taken = self._free.frozen_bytes + self.card.context_bytes + self.card.workspace_bytes
+        taken = self._free.model.frozen_bytes + self.card.context_bytes + self.card.workspace_bytes
         return float(self.card.memory_bytes - taken)
 
     @cached_property
@@ -352,7 +336,7 @@ class Outlook:
         """Batches that can be predicted, for all layers at the rank that was asked for; empty without a card."""
         if self.card is None:
             return ()
-        limit = self.step.positions or max(LENGTHS)
+        limit = self.step.model.positions or max(LENGTHS)
         lengths = sorted({length for length in LENGTHS if length <= limit} | {self.settings.max_length})
         rows = sorted({*ROWS, self.settings.batch_size})
         shapes = (BatchShape(count, length) for length in lengths for count in rows)
@@ -442,64 +426,3 @@ def card_rates(rates: DeviceRates, dtype: str) -> Rates:
     products = rates.flops_per_s.get(dtype, rates.flops_per_s["fp32"])  # torch leaves TF32 off
     moved = max(REACHED_SHARE * rates.bytes_per_s, min(rates.bytes_per_s, REACHED_BYTES))
     return Rates(products, moved, launch_seconds=LAUNCH_SECONDS)
-
-
-def memory_of(
-    model: str | PreTrainedConfig,
-    card: str,
-    *,
-    rank: int = REFERENCE_RANK,
-    dtype: str | None = None,
-    padded: bool = False,
-    gpus: int = 1,
-    sharding: Sharding = "ddp",
-    **settings: Any,
-) -> Outlook:
-    """What a LoRA fine-tune of a model takes on a card, from its configuration alone.
-
-    Args:
-        model: a short name ("qwen3-8b"), a Hugging Face id, a folder or a config.json, or a configuration.
-        card: a card of the table ("RTX 4090") or its memory ("24GiB").
-        rank: on all modules; a module that is narrower has its own width.
-        dtype: of the frozen model: "bf16", "fp16" or "fp32"; by default bf16 where the card has it, else fp16. Steps
-            compute under bf16 autocast with bf16.
-        padded: whether rows of a batch are padded, which takes other attention kernels.
-        gpus: how many such cards train together, each with its own batch; figures are of one.
-        sharding: what they share: "ddp", "fsdp2" or "zero3"; see `Shards`.
-        settings: of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation,
-            gradient_checkpointing (of all layers, of none, or "auto": as few as fit). The usual sizes are those of
-            `rankpilot finetune` and `rankpilot memory`.
-
-    Returns:
-        The outlook: `best`, `choices` and `grid`, computed when they are asked for.
-
-    Raises:
-        UnknownNameError, AssetError: there is no such model, card or setting.
-        ConfigError: a setting is out of range, a row is longer than the model has positions, no module is as wide as
-            the rank, or the model reads no tokens.
-        UnsupportedError: the model's step cannot be predicted.
-
-    Example:
-        >>> rankpilot.memory_of("qwen3-8b", "24GiB", quantization="nf4", batch_size=4).best  # doctest: +SKIP
-    """
-    spec, shards = find_device_spec(card), Shards(gpus, sharding)
-    dtype = dtype or ("bf16" if spec.has_bf16 else "fp16")
-    if dtype not in DTYPES:
-        raise UnknownNameError.of("dtype", dtype, DTYPES)
-    known = {each.name for each in fields(StepConfig)}
-    for name in settings:
-        if name not in known:
-            raise UnknownNameError.of("setting of a step", name, known)
-    config = find_configuration(model) if isinstance(model, str) else model
-    if not isinstance(config, PreTrainedConfig):
-        raise ConfigError(f"model is a name, a path or a transformers configuration; got {shown(model)}.")
-    step = StepConfig(**{"bf16": dtype == "bf16"} | settings)
-    step = step.sized(continues=usual_class(config) == "AutoModelForCausalLM", positions=positions_of(config))
-    if not is_count(rank):
-        raise ConfigError(f"rank is at least 1, a whole number; got {shown(rank)}.")
-    attention: Attention = "auto" if spec.has_flash_attention else "efficient"
-    loaded = LoadedAs(dtype=DTYPES[dtype], attention=attention, padded=padded)
-    recorded, optional = replace(step, gradient_checkpointing=True), step.gradient_checkpointing is not True
-    configured = from_config(config, recorded, loaded, counted=True, checkpointing_optional=optional)
-    check_rank(rank, configured.targets)
-    return Outlook(configured, rank, step, card=spec, dtype=dtype, shards=shards)

@@ -294,7 +294,9 @@ def check_model(name: str, card: str | None = None) -> None:
     """
     from huggingface_hub import hf_hub_download
 
-    from ..cost.published import check_known, find_device_spec, try_hub_once
+    from ..cost.cards import find_device_spec
+    from ..cost.known_models import check_known
+    from ..cost.published import try_hub_once
 
     if card:
         find_device_spec(card)

@@ -11,10 +11,11 @@ import torch
 
 from ..common.checks import counted, finite
 from ..common.text import format_bytes
+from ..cost.batch_shape import Batch
 from ..cost.cost import plan_cost
 from ..cost.model_states import excess_of_state
 from ..cost.peak_meter import PeakMeter, StepBatches, likely_cause
-from ..cost.recording import Batch, BatchShape
+from ..cost.recording import BatchShape
 from ..cost.savers import is_compiled
 from ..errors import UnsupportedError
 from .plan_keeper import PlanKeeper, PlanState

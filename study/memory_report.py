@@ -17,7 +17,7 @@ from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.breakdown import KINDS, Kind
 from ..cost.card_use import SLACK
 from ..cost.outlook import USUAL_CARD, Choice, GridCell, Outlook
-from ..cost.savers import ACTIVATIONS
+from ..cost.saver_prices import ACTIVATIONS
 from ..errors import BudgetError, UnsupportedError
 from ..lora.spec import REFERENCE_RANK
 from .memory_config import MemoryConfig
@@ -45,7 +45,7 @@ HELD_BACK = 0.05, 8 * 2**20
 def subject(outlook: Outlook, config: MemoryConfig) -> str:
     """What was looked at, in one line."""
     step, settings, shape = outlook.step, outlook.settings, outlook.memory.shape
-    billions = step.parameters / 1e9
+    billions = step.model.parameters / 1e9
     where, shards = outlook.card.name if outlook.card else outlook.facts["device"], outlook.shards
     if shards.gpus > 1:
         where = f"{shards.gpus} x {where} under {shards.sharding}, all figures per GPU"
@@ -126,7 +126,7 @@ def _largest_text(outlook: Outlook) -> str:
     """What to do where the batch that was asked for does not fit."""
     fitting = [cell for cell in outlook.grid if cell.checkpointed is not None]
     if not fitting:
-        linear = 2 * outlook.step.fused < outlook.step.parameters
+        linear = 2 * outlook.step.model.fused < outlook.step.model.parameters
         smaller = "--quantization nf4, " if outlook.settings.quantization != "nf4" and linear else ""
         return f" No batch of the grid fits. Take {smaller}a smaller model or a larger card."
     largest = max(fitting, key=lambda cell: (cell.shape.rows * cell.shape.length, cell.shape.length))
@@ -226,7 +226,7 @@ def notes(outlook: Outlook) -> Iterator[str]:
     margin = [f"{format_bytes(breakdown.margin)} safety margin"] if breakdown.margin else []
     peak = f"{format_bytes(breakdown.total)} ({_moment_text(breakdown.label)})"
     yield f"The peak with {choice_text(outlook, outlook.main)}, {peak}: {'; '.join([*parts, *margin])}."
-    frozen = format_bytes(outlook.step.frozen_bytes)
+    frozen = format_bytes(outlook.step.model.frozen_bytes)
     if outlook.card is None:
         yield f"The frozen model ({frozen}) comes on top: a budget of bytes counts it, and one of a step does not."
     else:
@@ -236,9 +236,9 @@ def notes(outlook: Outlook) -> Iterator[str]:
             f"the allocator reserves beside it. Tight: less than {SLACK:.0%} of the card is to spare, within which "
             "predictions err, or it fits only without that reserve."
         )
-        if outlook.step.fused:
+        if (model := outlook.step.model).fused:
             yield (
-                f"{outlook.step.fused / outlook.step.parameters:.0%} of the weights are experts in fused parameters, "
+                f"{model.fused / model.parameters:.0%} of the weights are experts in fused parameters, "
                 "which nf4 and int8 store in fp32. Whichever experts take a token, the bytes of a step are the same."
             )
         seconds, shape = f" and the rates of an {USUAL_CARD}.", outlook.memory.shape
@@ -256,7 +256,7 @@ def notes(outlook: Outlook) -> Iterator[str]:
 def remarks(outlook: Outlook) -> Iterator[str]:
     """What a real step took, and what could not be shown."""
     if outlook.card and not outlook.checkpointable:
-        yield f"{type(outlook.step.model.get_base_model()).__name__} does not support gradient checkpointing."
+        yield f"{outlook.step.model.kind} does not support gradient checkpointing."
     yield from _measured(outlook)
     yield from outlook.notes
 
@@ -301,14 +301,14 @@ def configuration_text(outlook: Outlook) -> str:
     if best is None:
         raise BudgetError(verdict_text(outlook))
     names = [name.strip() for name in settings.target_modules.split(",")]
-    if names == ["all-linear"] and outlook.step.named:
-        names = list(outlook.step.named)
+    if names == ["all-linear"] and outlook.step.model.named:
+        names = list(outlook.step.model.named)
     modules = repr(names[0] if len(names) == 1 else names)
     if best.layers < outlook.blocks:
         modules = repr([target.name for target, rank in zip(outlook.step.targets, best.ranks, strict=True) if rank])
     activations = _activations(outlook)  # which are checkpointed only where a run chooses what is
     checkpointed = not activations and 0 < len(best.checkpointed) == len(outlook.checkpointable)
-    narrow, lora = _narrow_ranks(outlook, best), outlook.step.model.peft_config["default"]
+    narrow, model = _narrow_ranks(outlook, best), outlook.step.model
     lines = [
         "from peft import LoraConfig",
         "",
@@ -318,7 +318,8 @@ def configuration_text(outlook: Outlook) -> str:
         f"    lora_alpha={2 * REFERENCE_RANK},",
         f"    target_modules={modules},",
         *([f"    rank_pattern={narrow},  # modules that are narrower than {best.rank}"] if narrow else []),
-        *(f"    {name}={getattr(lora, name)!r}," for name in ("task_type", "modules_to_save") if lora.modules_to_save),
+        *([f"    task_type={model.task_type!r},"] if model.saved_modules else []),
+        *([f"    modules_to_save={list(model.saved_modules)},"] if model.saved_modules else []),
         ")",
         "arguments = dict(",
         f"    per_device_train_batch_size={settings.batch_size},",
@@ -369,8 +370,8 @@ def figures(outlook: Outlook) -> dict[str, Any]:
     return {
         **outlook.facts,
         **of_card,
-        "parameters": outlook.step.parameters,
-        "frozen_bytes": outlook.step.frozen_bytes,
+        "parameters": outlook.step.model.parameters,
+        "frozen_bytes": outlook.step.model.frozen_bytes,
         "rows": shape.rows,
         "length": shape.length,
         "rank": outlook.rank,

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..common.arrays import FloatArray, IntArray
 from ..common.drawing import Points, finite_points
 from ..common.text import byte_unit, cost_text, format_bytes, make_table, part_of
-from ..cost.savers import Saved
+from ..cost.saver_prices import Saved
 from ..decide.choice import PLAIN
 from ..finetune.options import ALL_LINEAR, PILOT, UNIFORM
 from .run_data import RunData, control_sentence, rates_sentence, run_names

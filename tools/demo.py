@@ -11,7 +11,7 @@ import tyro
 from rankpilot.agents.policy_file import read_card
 from rankpilot.common.files import read_json_lines, read_object, read_text
 from rankpilot.common.text import format_bytes
-from rankpilot.cost.savers import Saved
+from rankpilot.cost.saver_prices import Saved
 from rankpilot.errors import DataError
 from rankpilot.finetune.options import ALL_LINEAR, PILOT
 from rankpilot.study.pictures import learning_sentence

@@ -14,8 +14,9 @@ import peft
 import pytest
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json
-from rankpilot.cost import outlook
-from rankpilot.cost.outlook import Outlook, memory_of
+from rankpilot.cost import memory_of as memory_of_module
+from rankpilot.cost.memory_of import memory_of
+from rankpilot.cost.outlook import Outlook
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.study.memory_report import configuration_text
 from transformers import AlbertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, WhisperConfig
@@ -158,7 +159,7 @@ def test_the_configuration_builds_the_ranks_that_were_priced(narrow_keys: Outloo
 def test_a_model_without_checkpointing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outlook, "memory_of", cache(memory_of))  # both commands show the same
+    monkeypatch.setattr(memory_of_module, "memory_of", cache(memory_of))  # both commands show the same
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "embedding_size": 16}
     AlbertConfig(vocab_size=64, num_hidden_layers=2, **sizes).save_pretrained(tmp_path / "albert")
     options = ["--device", "T4", "--max-length", "32", "--output", str(tmp_path / "card")]

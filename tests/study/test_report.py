@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,11 @@ from rankpilot.common.files import read_json
 from rankpilot.common.text import layer_titles
 from rankpilot.cost.breakdown import KINDS, LOSS, Breakdown
 from rankpilot.cost.card_use import CardUse
-from rankpilot.cost.from_config import Shards
+from rankpilot.cost.cards import find_device_spec
+from rankpilot.cost.configured_step import LoadedModel, Shards
 from rankpilot.cost.outlook import Choice, GridCell, MeasuredStep
-from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.savers import ACTIVATIONS, Saved
+from rankpilot.cost.saver_prices import ACTIVATIONS, Saved
 from rankpilot.study.memory_config import MemoryConfig
 from rankpilot.study.memory_report import (
     choice_table,
@@ -83,13 +84,9 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
     )
     return SimpleNamespace(
         step=SimpleNamespace(
-            parameters=30e6,
-            frozen_bytes=90 * MIB,
             targets=targets,
             saved=SAVED,
-            fused=0,
-            named=(),
-            model=SimpleNamespace(peft_config={"default": SimpleNamespace(modules_to_save=None)}),
+            model=LoadedModel("LlamaForCausalLM", tuple(targets), int(30e6), (90 * MIB,)),
         ),
         memory=SimpleNamespace(shape=SHAPE),
         shards=Shards(),
@@ -207,7 +204,7 @@ def test_experts_are_told_and_nf4_is_not_advised_for_them() -> None:
     here = outlook(card=True)
     here.best = None
     assert "Take --quantization nf4, a smaller model" in verdict_text(here)
-    here.step.fused, here.step.named = 27e6, ("k_proj", "q_proj")
+    here.step.model = replace(here.step.model, fused=int(27e6), named=("k_proj", "q_proj"))
     assert "No batch of the grid fits. Take a smaller model" in verdict_text(here)
     assert any(note.startswith("90% of the weights are experts in fused parameters") for note in notes(here))
     here.best = here.choices[0]
