@@ -25,6 +25,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 from zipfile import ZIP_STORED, ZipFile
 
+import platformdirs
 import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
@@ -331,6 +332,16 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
         return arrays, metadata
     except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise DataError(f"{path} cannot be read as arrays: {first_line(error)}") from error
+
+
+CACHE_VARIABLE = "RANKPILOT_CACHE"
+"""Environment variable that moves the cache folder."""
+
+
+def cache_folder() -> Path:
+    """The folder that holds downloads: `RANKPILOT_CACHE`, or else the user's cache folder for rankpilot."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return (Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("rankpilot")).absolute()
 
 
 CONFIG = "config.json"

@@ -29,7 +29,10 @@ class LoadedModel:
         outside: those of them that lie outside of the layers which can be checkpointed, in all.
         widest: bytes of the largest such layer.
         workspace_bytes: bytes that libraries take through the allocator for as long as the process lives; 0 on the CPU.
+        continues: whether it continues texts.
         positions: the most tokens of a row; None if the model sets no limit.
+        windows: lengths from which attention leaves out tokens.
+        keeps_state: whether its layers keep a state, so that a recording tells one length alone.
         fused: how many of the parameters are experts in one tensor, which no quantisation of a loaded model reaches.
         named: names of modules to give in place of "all-linear", where that is of others in PEFT; else empty.
         task_type: what PEFT calls the task.
@@ -43,7 +46,10 @@ class LoadedModel:
     outside: int = 0
     widest: int = 0
     workspace_bytes: int = 0
+    continues: bool = True
     positions: int | None = None
+    windows: tuple[int, ...] = ()
+    keeps_state: bool = False
     fused: int = 0
     named: tuple[str, ...] = ()
     task_type: str | None = None

@@ -51,8 +51,8 @@ from .published import (
 )
 from .recording import BatchShape
 from .repeated_layers import RepeatedLayers, measure_by_layers, work_by_layers
-from .saver_prices import CACHE
-from .savers import SAVERS, ExactSavers
+from .saver_prices import FREE_SAVERS
+from .savers import ExactSavers
 from .step_config import Attention, OptimizerName, Quantization, StepConfig, check_length
 from .step_time import StepWork
 
@@ -119,10 +119,10 @@ def from_config(
     recorder = StepRecorder(config, step, loaded, checkpointing_optional=checkpointing_optional)
     shape = BatchShape(step.batch_size, step.max_length)
     check_length(step.max_length, recorder.model.positions)
-    savers = [name for name in SAVERS if name != CACHE] if step.exact_savers else []  # there is no cache
+    savers = FREE_SAVERS if step.exact_savers else ()
     if counted:
         return configured_step(recorder, shape, savers)
-    memory = recorder.memory(tuple(savers), shape)
+    memory = recorder.memory(savers, shape)
     return ConfiguredStep(memory, recorder.model)
 
 
@@ -132,12 +132,7 @@ class StepRecorder:
     Args:
         config, step, loaded, checkpointing_optional: see `from_config`, which tells the errors as well. The batch that
             `step` names does not matter.
-
-    Attributes:
-        keeps_state: whether its layers keep a state, so that a recording tells one length alone.
     """
-
-    keeps_state: bool
 
     def __init__(
         self,
@@ -168,7 +163,8 @@ class StepRecorder:
             )
             self._ways = RepeatedLayers.of(model, self._targets)
             self._savers = ExactSavers(model, ())
-        self.keeps_state, self._peft, self._parameters = keeps_state(model), model, parameters
+        self._keeps_state, self._peft, self._parameters = keeps_state(model), model, parameters
+        self._auto_class = auto_class
 
     @property
     def model(self) -> LoadedModel:
@@ -185,7 +181,10 @@ class StepRecorder:
             outside=sum(frozen) - sum(layers),
             widest=max(layers, default=0),
             workspace_bytes=2 * WORKSPACE_BYTES if self._loaded.device == "cuda" else 0,
+            continues=self._auto_class == "AutoModelForCausalLM",
             positions=most_positions(base),
+            windows=tuple(sorted(set(_windows(base.config)))),
+            keeps_state=self._keeps_state,
             fused=sum(experts.numel() for experts in fused_experts(base)),
             named=tuple(sorted(lora.target_modules)) if left_out(base) else (),
             task_type=lora.task_type and str(getattr(lora.task_type, "value", lora.task_type)),
@@ -202,7 +201,7 @@ class StepRecorder:
     def memory(self, savers: tuple[str, ...], shape: BatchShape) -> MemoryModel:
         """The byte model of the step with these exact savers, for a batch of this shape."""
         known = shape
-        if not self.keeps_state:
+        if not self._keeps_state:
             known = calibration_shape(self._base.config, shape, padded=self._loaded.padded)
         with self._with(savers):
             memory = measure_by_layers(self._training, self._targets, batch_on_meta(self._base, known), self._ways)
@@ -387,15 +386,19 @@ _WINDOWS = ("sliding_window", "local_attention", "attention_window", "attention_
 """What configurations call the tokens that a token sees at the most."""
 
 
+def _windows(config: PreTrainedConfig) -> list[int]:
+    """The tokens that a token sees at the most, in layers where these are fewer than all."""
+    text = config.get_text_config()
+    return [value for name in _WINDOWS if isinstance(value := getattr(text, name, None), int) and value > 0]
+
+
 def calibration_shape(config: PreTrainedConfig, shape: BatchShape, *, padded: bool) -> BatchShape:
     """A shape, at least as large, such that all steps of a calibration on it run the operators that `shape` runs.
 
     Calibration halves lengths. So half of this length is beyond an attention window that `shape` is beyond, and a
     multiple of `MASK_ALIGNMENT` where there is padding. Without contents larger steps cost nothing.
     """
-    text = config.get_text_config()
-    windows = [getattr(text, name, None) or 0 for name in _WINDOWS]
-    length = max([shape.length, *(2 * w for w in windows if isinstance(w, int) and 0 < w <= shape.length)])
+    length = max([shape.length, *(2 * window for window in _windows(config) if window <= shape.length)])
     if padded:
         length += -length % (2 * MASK_ALIGNMENT)
     return BatchShape(max(shape.rows, 4), length)

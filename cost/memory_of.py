@@ -1,21 +1,35 @@
-"""What a LoRA fine-tune takes on a card, asked by the model's name or configuration."""
+"""What a LoRA fine-tune takes on a card, asked by the model's name or configuration.
+
+torch and transformers are loaded only for what no file tells (`cost/stored_step.py`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.checks import is_count
+from ..common.files import cache_folder, read_object
 from ..errors import ConfigError, UnknownNameError, shown
 from ..lora.spec import REFERENCE_RANK, check_rank
 from .cards import find_device_spec
 from .configured_step import Sharding, Shards
+from .known_models import check_known, published_models, short_name
 from .outlook import Outlook
-from .published import find_configuration, positions_of
-from .step_config import Attention, StepConfig
+from .step_config import Attention, StepConfig, check_length
+from .stored_step import StepFile, StoredStep, step_key, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from .from_config import StepRecorder
+
+SHIPPED = Path(__file__).with_name("recorded")
+"""The folder of the files that ship, for models that are known by name."""
 
 DTYPES = ("bf16", "fp16", "fp32")
 """Precisions in which a frozen model can be loaded."""
@@ -67,25 +81,91 @@ def memory_of(
     for name in settings:
         if name not in known:
             raise UnknownNameError.of("setting of a step", name, known)
-    import torch
-    from transformers import PreTrainedConfig
-
-    from .from_config import LoadedAs, from_config, usual_class
-
-    config = find_configuration(model) if isinstance(model, str) else model
-    if not isinstance(config, PreTrainedConfig):
-        raise ConfigError(f"model is a name, a path or a transformers configuration; got {shown(model)}.")
-    step = StepConfig(**{"bf16": dtype == "bf16"} | settings)
-    step = step.sized(continues=usual_class(config) == "AutoModelForCausalLM", positions=positions_of(config))
     if not is_count(rank):
         raise ConfigError(f"rank is at least 1, a whole number; got {shown(rank)}.")
     attention: Attention = "auto" if spec.has_flash_attention else "efficient"
-    loaded = LoadedAs(
-        dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype],
-        attention=attention,
-        padded=padded,
-    )
-    recorded, optional = replace(step, gradient_checkpointing=True), step.gradient_checkpointing is not True
-    configured = from_config(config, recorded, loaded, counted=True, checkpointing_optional=optional)
-    check_rank(rank, configured.targets)
+    step = StepConfig(**{"bf16": dtype == "bf16"} | settings)
+    source = _stored(model, step, dtype, attention, padded)
+    step = step.sized(continues=source.model.continues, positions=source.model.positions)
+    check_length(step.max_length, source.model.positions)
+    check_rank(rank, source.model.targets)
+    configured = source.configured(step)
+    if step.gradient_checkpointing is True and not configured.memory.segments:
+        _recorder(model, step, dtype, attention, padded, optional=False)  # which tells that the model has none
     return Outlook(configured, rank, step, card=spec, dtype=dtype, shards=shards)
+
+
+def _stored(
+    model: str | PreTrainedConfig, step: StepConfig, dtype: str, attention: Attention, padded: bool
+) -> StoredStep:
+    """The step of a model, from the files that are there."""
+    settings = {
+        "quantization": step.quantization,
+        "prepare_kbit": step.prepare_kbit,
+        "target_modules": step.target_modules,
+        "autocast": step.bf16,
+        "dtype": dtype,
+        "attention": attention,
+        "padded": padded,
+    }
+
+    key = step_key(_fields(model), settings)
+    path = cache_folder() / "steps" / f"{key}.xz"
+    file = StepFile.read(path, key)
+    if file is None or file.text["versions"] != versions():
+        shipped = SHIPPED / f"{short_name(model)}-{step.quantization}.xz" if isinstance(model, str) else path
+        file = StepFile.read(shipped, key) or StepFile(key)
+    return StoredStep(file, partial(_recorder, model, step, dtype, attention, padded), path)
+
+
+def _recorder(
+    model: str | PreTrainedConfig,
+    step: StepConfig,
+    dtype: str,
+    attention: Attention,
+    padded: bool,
+    *,
+    optional: bool = True,
+) -> StepRecorder:
+    """What records the step with all layers checkpointed; with `optional`, with none where the model cannot."""
+    import torch
+
+    from .from_config import LoadedAs, StepRecorder
+
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    loaded = LoadedAs(dtype=types[dtype], attention=attention, padded=padded)
+    return StepRecorder(model, replace(step, gradient_checkpointing=True), loaded, checkpointing_optional=optional)
+
+
+def _fields(model: str | PreTrainedConfig) -> Mapping[str, Any]:
+    """The fields of a model's configuration, read without transformers where a file or the table has them."""
+    if not isinstance(model, str):
+        from transformers import PreTrainedConfig
+
+        if not isinstance(model, PreTrainedConfig):
+            raise ConfigError(f"model is a name, a path or a transformers configuration; got {shown(model)}.")
+        return _plain(model)
+    check_known(model)
+    path = Path(model).expanduser()
+    if not path.exists() and (short := short_name(model)):
+        fields: Mapping[str, Any] = published_models()[short]["config"]
+        return fields
+    with suppress(OSError, ValueError):
+        if place := path if path.exists() else _downloaded(model):
+            return read_object(place / "config.json" if place.is_dir() else place)
+    from .published import find_configuration
+
+    return _plain(find_configuration(model))  # which downloads it, or tells what is wrong
+
+
+def _plain(config: PreTrainedConfig) -> Mapping[str, Any]:
+    fields: Mapping[str, Any] = config.to_dict()
+    return fields
+
+
+def _downloaded(name: str) -> Path | None:
+    """The configuration of a Hugging Face id in the cache of its library; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found) if isinstance(found, str) else None

@@ -17,6 +17,9 @@ from .model import MemoryModel
 CACHE, COPIES, TILES = "no cache of keys and values", "shared copies of inputs", "tiled loss"
 ACTIVATIONS = "selective checkpointing"
 
+FREE_SAVERS = (COPIES, TILES)
+"""Those that take no time, of a model that is not here: none of its caches are filled."""
+
 
 MOST_MORE = 1.01
 """By what factor bytes of a step whose layers are all checkpointed may rise, where a saver lowers those of one in which

@@ -4,11 +4,12 @@ It has the subject and the verdict in words, one table of choices, the batches t
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from ..common.drawing import save_figure
@@ -17,11 +18,10 @@ from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.breakdown import KINDS, Kind
 from ..cost.card_use import SLACK
 from ..cost.outlook import USUAL_CARD, Choice, GridCell, Outlook
-from ..cost.saver_prices import ACTIVATIONS
+from ..cost.saver_prices import ACTIVATIONS, Saved
 from ..errors import BudgetError, UnsupportedError
 from ..lora.spec import REFERENCE_RANK
 from .memory_config import MemoryConfig
-from .pictures import memory_picture
 
 WORDS: dict[Kind, str] = {
     "saved": "tensors saved for backward",
@@ -197,6 +197,25 @@ def choice_table(outlook: Outlook) -> Table:
             *([{"fits": "yes", "does not fit": "no"}.get(choice.verdict, choice.verdict)] if choice.verdict else []),
             *([f"{choice.time:.2f}"] if choice.time is not None else []),
         )
+    return table
+
+
+def saver_rows(saved: Sequence[Saved]) -> list[list[str]]:
+    """A head and a row for each step of plain LoRA, without exact savers and with them."""
+    unit, size = byte_unit(saved[0].step_bytes)
+    rows = [[f"step, in {unit}", "no checkpointing", "all checkpointed"]]
+    for number, each in enumerate(saved):
+        peaks = [f"{each.step_bytes / size:.2f}", "–" if each.again_bytes is None else f"{each.again_bytes / size:.2f}"]
+        rows.append([f"+ {each.name}" if number else each.name, *peaks])
+    return rows if saved[0].again_bytes is not None else [row[:2] for row in rows]
+
+
+def saver_table(saved: Sequence[Saved]) -> Table:
+    """The same for a terminal."""
+    head, *rows = saver_rows(saved)
+    table = make_table("The same losses in fewer bytes: plain LoRA, rank 8 on all modules", head, first_wraps=True)
+    for name, *peaks in rows:
+        table.add_row(escape(name), *peaks)
     return table
 
 
@@ -426,6 +445,8 @@ def _figures_of(outlook: Outlook, choice: Choice) -> dict[str, Any]:
 
 def write_memory_report(outlook: Outlook, config: MemoryConfig, folder: Path) -> str:
     """Write memory.json and, with matplotlib, memory.png; existing ones are replaced. Returns a line about them."""
+    from .pictures import memory_picture  # which loads torch
+
     write_json(folder / "memory.json", figures(outlook))
     try:
         save_figure(memory_picture(outlook, picture_labels(outlook), subject(outlook, config)), folder / "memory.png")

@@ -30,12 +30,12 @@ from rankpilot.study.memory_report import (
     notes,
     picture_labels,
     remarks,
+    saver_table,
     subject,
     verdict_text,
     write_memory_report,
 )
 from rankpilot.study.pictures import memory_picture
-from rankpilot.study.verdict import saver_table
 from rich.console import Console
 from rich.table import Table
 
