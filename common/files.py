@@ -27,7 +27,6 @@ from zipfile import ZIP_STORED, ZipFile
 
 import platformdirs
 import yaml
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CHECK_PATH, ConfigError, DataError, RankPilotError, RunFolderError, first_line, not_written, shown
@@ -362,6 +361,8 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
     Raises:
         RunFolderError: it holds another run or one with other settings, it is a file, or another process uses it.
     """
+    from filelock import FileLock, Timeout  # which loads asyncio
+
     refuse_file(folder)
     # A run that wrote no settings has left nothing but its lock.
     if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):

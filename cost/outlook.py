@@ -9,9 +9,10 @@ a card is told by `cost/card_use.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -38,6 +39,9 @@ USUAL_CARD = "RTX 4090"
 SHARES = (0.75, 0.5, 0.25)
 """Shares of the layers, from the top, that are shown beside all of them."""
 
+SURELY = 0.9
+"""The share of a predicted peak that tensors take at the least, far below what rounding makes of it."""
+
 RANKS = (1, 8, 16, 64)
 """Ranks on all modules that are shown beside the one that was asked for."""
 
@@ -56,10 +60,8 @@ class Choice:
         checkpointed: names of the checkpointed layers.
         ranks: the plan, int64 (modules,).
         step_bytes: predicted peak of a step, beside the frozen model.
-        use: what the card sees; None without a card.
         time: of a step, as a share of plain LoRA's: rank 8 on all modules, no checkpointing; None where work was not
             counted.
-        verdict: whether it fits; None where nothing limits it.
         shape: of the batch.
         label: what people call it, where its numbers do not tell.
     """
@@ -70,12 +72,24 @@ class Choice:
     checkpointed: tuple[str, ...] = field(repr=False)
     ranks: IntArray = field(repr=False)
     step_bytes: float
-    use: CardUse | None
     time: float | None
-    verdict: Verdict | None
     shape: BatchShape
     label: str = ""
     _memory: MemoryModel = field(repr=False, kw_only=True)
+    _use: Callable[[], CardUse | None] = field(repr=False, kw_only=True)
+    _within: bool | None = field(repr=False, kw_only=True)
+
+    @property
+    def use(self) -> CardUse | None:
+        """What the card sees, which is found when it is asked for; None without a card."""
+        return self._use()
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether it fits; None where nothing limits it."""
+        if self._within is not None:
+            return "fits" if self._within else "does not fit"
+        return use.verdict if (use := self.use) else None
 
 
 @dataclass(frozen=True)
@@ -154,6 +168,7 @@ class Outlook:
         self._free = self.shards.of(step)
         self.measured, self.facts, self.notes = measured, dict(facts or {}), list[str]()
         self._asked, self._limit, self._others = asked, limit, list[Choice]()
+        self._by_depth: dict[int, tuple[Choice, ...]] = {}
         self._found: dict[tuple[int, int, tuple[str, ...]], Choice] = {}
         self._blocks = np.array([target.block for target in step.targets])
         self._highest = highest_ranks(step.targets)
@@ -165,7 +180,7 @@ class Outlook:
     def step(self) -> ConfiguredStep:
         """The step of a run: on a card, activations are checkpointed where plain LoRA does not fit without."""
         plain = self._free.memory.with_checkpointed(())
-        if self.card is None or self._use(plain, self._plain).verdict == "fits" or self._lean is None:
+        if self.card is None or self._fits(plain, self._plain) or self._lean is None:
             return self._free
         memory, top = self._lean.memory, self.plan(1, 1)
         fits = min(memory.peak(top), memory.with_checkpointed(()).peak(top)) <= self.room  # see `ExactSavers.within`
@@ -271,15 +286,34 @@ class Outlook:
     ) -> Choice:
         ranks, shape = self.plan(layers, rank) if ranks is None else ranks, shape or memory.shape
         step_bytes = memory.peak(ranks, shape) if self.card else plan_cost(memory.cost(shape), ranks)
-        use = self._use(memory, ranks, shape) if self.card else None
         time = self._time.seconds(ranks, checkpointed) / self.plain_seconds if self._time else None
-        verdict: Verdict | None = use.verdict if use else None
+        within = None
         if self._limit:
             cost = step_bytes if self._limit.unit == "bytes" else plan_cost(ParameterCost.of(self.step.targets), ranks)
-            verdict = "fits" if cost <= self._limit.value else "does not fit"
+            within = cost <= self._limit.value
+        elif self.card and self._is_hopeless(step_bytes):
+            within = False
         return Choice(
-            kind, rank, layers, checkpointed, ranks, step_bytes, use, time, verdict, shape, label, _memory=memory
+            kind,
+            rank,
+            layers,
+            checkpointed,
+            ranks,
+            step_bytes,
+            time,
+            shape,
+            label,
+            _memory=memory,
+            _use=cache(lambda: self._use(memory, ranks, shape) if self.card else None),
+            _within=within,
         )
+
+    def _fits(self, memory: MemoryModel, ranks: IntArray) -> bool:
+        return not self._is_hopeless(memory.peak(ranks)) and self._use(memory, ranks).verdict == "fits"
+
+    def _is_hopeless(self, step_bytes: float) -> bool:
+        """Whether a step takes so much beyond `room` that what the allocator adds need not be known."""
+        return SURELY * step_bytes > self.room
 
     def _use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
         assert self.card is not None, "there is no card"
@@ -308,10 +342,22 @@ class Outlook:
             choice = self.choice(layers, rank, holding[: len(choice.checkpointed) + 1], kind)
         return choice
 
+    @property
+    def depths(self) -> list[int]:
+        """How many layers from the top have adapters in the choices that are shown, the most first."""
+        return list(dict.fromkeys(max(1, round(share * self.blocks)) for share in (1.0, *SHARES)))
+
+    def _of_depth(self, layers: int) -> tuple[Choice, ...]:
+        """Choices of so many layers at the rank that was asked for."""
+        if layers not in self._by_depth:
+            self._by_depth[layers] = tuple(_depth_choices(self, layers))
+        return self._by_depth[layers]
+
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
         """What was asked for; fewer layers, none, as few as fit or all of them checkpointed; ranks; what was added."""
-        return (*_depth_choices(self), *_rank_choices(self), *self._others)
+        own = chain.from_iterable(map(self._of_depth, self.depths))
+        return (*own, *_rank_choices(self), *self._others)
 
     @property
     def best(self) -> Choice | None:
@@ -319,12 +365,18 @@ class Outlook:
 
         Where none fits with slack, it is the one that leaves most to spare of those that are tight.
         """
-        own = [choice for choice in self.choices if choice.kind in ("asked", "depth") and choice.rank == self.rank]
-        fitting = [choice for choice in own if choice.verdict == "fits"]
-        if fitting:
-            return max(fitting, key=lambda choice: (choice.layers, -len(choice.checkpointed)))
-        tight = [choice for choice in own if choice.use and choice.use.spare_bytes >= 0]
+        if fitting := next((choice for choice in self.by_depth() if choice.verdict == "fits"), None):
+            return fitting
+        tight = [choice for choice in self.by_depth() if choice.use and choice.use.spare_bytes >= 0]
         return min(tight, key=lambda choice: (choice.step_bytes, -choice.layers), default=None)
+
+    def by_depth(self) -> Iterator[Choice]:
+        """The choices at the rank that was asked for: most layers first, and of these the one that checkpoints least.
+
+        They are made as they are asked for: whether one fits takes a while to find out.
+        """
+        for layers in self.depths:
+            yield from sorted(self._of_depth(layers), key=lambda choice: len(choice.checkpointed))
 
     @property
     def main(self) -> Choice:
@@ -356,27 +408,27 @@ class Outlook:
         return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
 
 
-def _depth_choices(outlook: Outlook) -> Iterator[Choice]:
+def _depth_choices(outlook: Outlook, layers: int) -> Iterator[Choice]:
     as_asked: tuple[str, ...] | None = None
     if outlook._asked:
         as_asked = outlook.checkpointable if outlook._asked.segments else ()
-        yield outlook._priced("asked", outlook.blocks, outlook.rank, as_asked, outlook._asked)
-    for layers in dict.fromkeys(max(1, round(share * outlook.blocks)) for share in (1.0, *SHARES)):
-        if outlook._set is not None:
-            yield outlook.fitting(layers, outlook.rank)
-            continue
-        none = outlook.choice(layers, outlook.rank, ())
-        holding = holding_layers(outlook.memory, none.ranks)
-        if as_asked != () or layers < outlook.blocks:
-            yield none
-        if not holding or (as_asked and layers == outlook.blocks):
-            continue
-        every = outlook.choice(layers, outlook.rank, holding)
-        if outlook.card and none.verdict != "fits" and every.verdict != "does not fit":
-            fitting = outlook.fitting(layers, outlook.rank)
-            if fitting.checkpointed != every.checkpointed:
-                yield fitting
-        yield every
+        if layers == outlook.blocks:
+            yield outlook._priced("asked", layers, outlook.rank, as_asked, outlook._asked)
+    if outlook._set is not None:
+        yield outlook.fitting(layers, outlook.rank)
+        return
+    none = outlook.choice(layers, outlook.rank, ())
+    holding = holding_layers(outlook.memory, none.ranks)
+    if as_asked != () or layers < outlook.blocks:
+        yield none
+    if not holding or (as_asked and layers == outlook.blocks):
+        return
+    every = outlook.choice(layers, outlook.rank, holding)
+    if outlook.card and none.verdict != "fits" and every.verdict != "does not fit":
+        fitting = outlook.fitting(layers, outlook.rank)
+        if fitting.checkpointed != every.checkpointed:
+            yield fitting
+    yield every
 
 
 def _rank_choices(outlook: Outlook) -> Iterator[Choice]:

@@ -23,7 +23,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from filelock import FileLock
 from rich.console import Console
 
 from ..common.files import CACHE_VARIABLE, cache_folder, read_json, sha256, write_json
@@ -318,6 +317,8 @@ def fetch_asset(name: str) -> Path:
     asset = ASSETS[name]
     if _flaw(asset) is None:
         return asset.path
+    from filelock import FileLock  # which loads asyncio
+
     try:
         asset.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(asset.folder.with_name(f".{asset.folder.name}.lock")):

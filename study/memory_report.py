@@ -139,12 +139,11 @@ def _time_text(outlook: Outlook, best: Choice) -> str:
     if best.time is None:
         return ""
     text = f", at {best.time:.2f} of the time of plain LoRA without checkpointing"
-    timed = [(each.time, each) for each in outlook.choices if each.verdict == "fits" and each.time is not None]
-    quicker = [(time, each) for time, each in timed if time < 0.9 * best.time]
-    if not quicker:
-        return text
-    time, other = max(quicker, key=lambda pair: (pair[1].layers, -len(pair[1].checkpointed)))
-    return f"{text}. Quicker, but with fewer adapters: {choice_text(outlook, other)}, at {time:.2f}"
+    timed = ((each.time, each) for each in outlook.by_depth() if each.time is not None)
+    for time, other in timed:
+        if time < 0.9 * best.time and other.verdict == "fits":
+            return f"{text}. Quicker, but with fewer adapters: {choice_text(outlook, other)}, at {time:.2f}"
+    return text
 
 
 def choice_text(outlook: Outlook, choice: Choice) -> str:
@@ -289,9 +288,9 @@ def _moment_text(label: str) -> str:
 
 def _measured(outlook: Outlook) -> Iterator[str]:
     """A real step beside the prediction; nothing if none was taken."""
-    measured, predicted = outlook.measured, outlook.choices[0].step_bytes
-    if measured is None:
+    if (measured := outlook.measured) is None:
         return
+    predicted = outlook.choices[0].step_bytes
     tensors = "of live tensors" if outlook.facts["device"] == "cpu" else "allocated by CUDA's allocator"
     parts = [f"{format_bytes(measured.peak_bytes)} {tensors}, {measured.peak_bytes / predicted:.1%} of predicted"]
     if measured.resident_bytes is not None:

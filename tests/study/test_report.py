@@ -70,7 +70,21 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         verdict: Any = use.verdict if use else ("fits" if total <= 0.6 * whole else "does not fit") if budget else None
         checkpointed = tuple(f"layer.{number}" for number in range(again))
         time = 1 + again / 100 if card else None
-        made = Choice(kind, rank, layers, checkpointed, ranks, total, use, time, verdict, SHAPE, label, _memory=None)
+        within = None if verdict is None else verdict == "fits"
+        made = Choice(
+            kind,
+            rank,
+            layers,
+            checkpointed,
+            ranks,
+            total,
+            time,
+            SHAPE,
+            label,
+            _memory=None,
+            _use=lambda: use,
+            _within=within,
+        )
         scales[id(made)] = scale
         return made
 
@@ -101,6 +115,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         checkpointed_bytes=0.25 * whole,
         limit_bytes=CARD.memory_bytes if card else 0.6 * whole if budget else None,
         choices=choices,
+        by_depth=lambda: choices,
         best=choices[0] if card else None,
         main=choices[0],
         grid=(),
