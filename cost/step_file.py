@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import lzma
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ..common.arrays import Arrays, IntArray
-from ..errors import DataError
+from ..errors import DataError, first_line
 from .cost import ModuleSet
 from .growth import Growth
 from .model import RANK, MemoryModel, ModelStates
@@ -35,11 +37,13 @@ Json = dict[str, Any]
 _TEXT = "text"
 
 
-def packed(arrays: Mapping[str, NDArray[Any]], text: Json, *, preset: int) -> bytes:
-    """A file of arrays by name and a JSON text; `preset` is lzma's, from 0 (quick) to 9 (small)."""
-    written = np.frombuffer(json.dumps(text).encode(), dtype=np.uint8)
-    plain = {name: np.ascontiguousarray(_narrow(array)) for name, array in arrays.items()}
-    return lzma.compress(save({**plain, _TEXT: written}), preset=preset)
+def packed(arrays: Mapping[str, NDArray[Any]], text: Json, *, small: bool) -> bytes:
+    """A file of arrays by name and a JSON text; `small` takes seconds, to find out how often layers repeat."""
+    lags = {name: _lag(array) for name, array in arrays.items() if small and array.dtype.kind == "i"}
+    plain = {name: np.ascontiguousarray(_narrow(_lagged(array, lags.get(name, 0)))) for name, array in arrays.items()}
+    said = json.dumps([text, {name: lag for name, lag in lags.items() if lag}])
+    content = save({**plain, _TEXT: np.frombuffer(said.encode(), dtype=np.uint8)})
+    return lzma.compress(content, preset=9 if small else 1)
 
 
 def unpacked(content: bytes) -> tuple[Arrays, Json]:
@@ -54,12 +58,88 @@ def unpacked(content: bytes) -> tuple[Arrays, Json]:
         if not reader.eof:
             raise DataError(f"It is cut off, or unpacks to more than {MOST_BYTES:,} bytes.")
         arrays = load(plain)
-        text: Json = json.loads(arrays.pop(_TEXT).tobytes())
-    except (lzma.LZMAError, ValueError, KeyError) as error:
-        raise DataError(f"It is no file of a recorded step: {error}") from error
-    except Exception as error:  # of safetensors, whose errors have no base of their own
-        raise DataError(f"It is no file of a recorded step: {error}") from error
+        text, lags = json.loads(arrays.pop(_TEXT).tobytes())
+        arrays |= {name: _unlagged(arrays[name], lag) for name, lag in lags.items()}
+    except (lzma.LZMAError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"It is no file of a recorded step: {first_line(error)}") from error
     return arrays, text
+
+
+_LONGEST_LAG, _SEARCHED = 2000, 6000
+
+
+def _lag(values: NDArray[Any]) -> int:
+    """After how many rows a table repeats itself, but for steady steps, so that fewest changes are left; 0 for none."""
+    column = (values if values.ndim == 1 else values[:, 0])[-_SEARCHED:].astype(np.int64)
+    best, least = 0, np.count_nonzero(np.diff(column))
+    for lag in range(1, min(_LONGEST_LAG, len(column) // 3)):
+        changes = np.count_nonzero(np.diff(column[lag:] - column[:-lag]))
+        if changes < least:
+            best, least = lag, changes
+    return best
+
+
+def _lagged(values: NDArray[Any], lag: int) -> NDArray[Any]:
+    """The difference of each row from the one so many rows before."""
+    if not lag:
+        return values
+    changed = values.astype(np.int64)
+    changed[lag:] -= values[:-lag]
+    return changed
+
+
+def _unlagged(changed: NDArray[Any], lag: int) -> NDArray[Any]:
+    rest = changed.shape[1:]
+    whole = np.zeros((-(-len(changed) // lag) * lag, *rest), dtype=np.int64)
+    whole[: len(changed)] = changed
+    summed: NDArray[Any] = whole.reshape(-1, lag, *rest).cumsum(axis=0).reshape(-1, *rest)
+    return summed[: len(changed)]
+
+
+def _halves(columns: Mapping[str, NDArray[Any]], forward: int) -> Arrays:
+    """Columns cut behind the forward pass: layers come the other way round in the backward pass."""
+    cut = {name: column[..., :forward] for name, column in columns.items()}
+    return cut | {f"{name}{_BACKWARD}": column[..., forward:] for name, column in columns.items()}
+
+
+def _whole(arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+    """The arrays with those columns whole again."""
+    halves = {name: half for name, half in arrays.items() if name.endswith(_BACKWARD)}
+    both = {(whole := name.removesuffix(_BACKWARD)): (arrays[whole], half) for name, half in halves.items()}
+    joined = {name: np.concatenate(pair, axis=-1) for name, pair in both.items()}
+    return {name: array for name, array in arrays.items() if name not in halves} | joined
+
+
+_BACKWARD = ", backward"
+
+
+_NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.|$)")
+
+
+def names_alike(names: Sequence[str]) -> list[str]:
+    """Names in which the first number is told by the one before: "=" for the same, "+" for the next."""
+    written, last = [], -1
+    for name in names:
+        if found := _NUMBER.search(name):
+            number = int(found[1])
+            told = "=" if number == last else "+" if number == last + 1 else found[1]
+            name, last = name[: found.start()] + told + name[found.end() :], number
+        written.append(name)
+    return written
+
+
+_TOLD = re.compile(r"(?<=\.)(\d+|=|\+)(?=\.|$)")
+
+
+def names_told(written: Sequence[str]) -> tuple[str, ...]:
+    """The names that `names_alike` wrote."""
+    names, last = [], -1
+    for name in written:
+        if found := _TOLD.search(name):
+            last = last if found[1] == "=" else last + 1 if found[1] == "+" else int(found[1])
+            name = f"{name[: found.start()]}{last}{name[found.end() :]}"
+        names.append(name)
+    return tuple(names)
 
 
 def _narrow(values: NDArray[Any]) -> NDArray[Any]:
@@ -150,7 +230,7 @@ def memory_arrays(memory: MemoryModel) -> tuple[Arrays, Json]:
             3,
         ),
     }
-    arrays: Arrays = {
+    columns = {
         "sizes": recording.sizes,
         "created": np.diff(created, prepend=0),
         "freed": _after(recording.freed, created),
@@ -160,27 +240,29 @@ def memory_arrays(memory: MemoryModel) -> tuple[Arrays, Json]:
         "needed": needed,
         **{name: getattr(recording, name) for name in _INDICES},
         **{name: getattr(growth, name) for name in _GROWTH},
-        **{name: _table(*table) for name, table in tables.items()},
     }
+    forward = int(np.searchsorted(created, recording.forward_end, side="right"))
+    arrays = _halves(columns, forward) | {name: _table(*table) for name, table in tables.items()}
     tiles = growth.tile_tokens
     text = {
-        "names": recording.names,
-        "segments": [each.name for _, each in segments],
+        "names": names_alike(recording.names),
+        "segments": names_alike([each.name for _, each in segments]),
         "forward_end": recording.forward_end,
         "block_bytes": memory._block_bytes,
-        "recorded": _shape_list(growth.recorded),
+        "recorded": _numbers_of(growth.recorded),
         "length_ratio": growth.length_ratio,
         "tiles": tiles and [tiles.of_token, tiles.of_row, tiles.size.parts, tiles.size.least, tiles.size.most],
     }
     return {**arrays, "sets": sets.array()}, text
 
 
-def _shape_list(shape: BatchShape) -> list[int]:
+def _numbers_of(shape: BatchShape) -> list[int]:
     return [shape.rows, shape.length]
 
 
 def read_memory(arrays: Mapping[str, Any], text: Json, states: ModelStates, shape: BatchShape) -> MemoryModel:
     """The byte model that `memory_arrays` described, with these states and for batches of this shape."""
+    arrays = _whole(arrays)
     sets = _sets_of(arrays["sets"])
     created = np.cumsum(arrays["created"], dtype=np.int64)
     times = created.tolist()
@@ -201,9 +283,9 @@ def read_memory(arrays: Mapping[str, Any], text: Json, states: ModelStates, shap
         uses_saved=arrays["uses_saved"].astype(np.bool_),
         gradients=dict(rows["gradients"]),  # type: ignore[arg-type]
         added_at={serial: times[serial] + span for serial, span in rows["added"]},
-        names=tuple(text["names"]),
+        names=names_told(text["names"]),
         forward_end=text["forward_end"],
-        segments=_segments(arrays, text["segments"], sets),
+        segments=_segments(arrays, names_told(text["segments"]), sets),
     )
     slope = arrays["slope"].astype(np.float64)
     tiles = text["tiles"]
@@ -239,19 +321,20 @@ def work_arrays(growth: WorkGrowth) -> tuple[Arrays, Json]:
     work, sets = growth.work, _Sets()
     needed = np.array([sets.number(modules) for modules in work.needed], dtype=np.int64)
     columns = {name: getattr(work, name) for name in ("backward", "module", "layer")}
-    arrays = {**columns, "flops": growth.flops, "moved": growth.moved, "needed": needed, "sets": sets.array()}
+    columns |= {"flops": growth.flops, "moved": growth.moved, "needed": needed}
+    arrays = _halves(columns, int(np.count_nonzero(~work.backward))) | {"sets": sets.array()}
     text = {
-        "shapes": [_shape_list(shape) for shape in growth.shapes],
+        "shapes": [_numbers_of(shape) for shape in growth.shapes],
         "rank": work.rank,
-        "layers": work.layers,
-        "running_again": work.running_again,
+        "layers": names_alike(work.layers),
+        "running_again": names_alike(work.running_again),
     }
     return arrays, text
 
 
 def read_work(arrays: Mapping[str, Any], text: Json, widths: IntArray) -> WorkGrowth:
     """What `work_arrays` described; `widths` are those of `StepWork`."""
-    sets = _sets_of(arrays["sets"])
+    arrays, sets = _whole(arrays), _sets_of(arrays["sets"])
     flops, moved = arrays["flops"].astype(np.float64), arrays["moved"].astype(np.float64)
     work = StepWork(
         flops=flops[0],
@@ -262,8 +345,8 @@ def read_work(arrays: Mapping[str, Any], text: Json, widths: IntArray) -> WorkGr
         needed=tuple(sets[number] for number in arrays["needed"].tolist()),
         rank=text["rank"],
         widths=widths,
-        layers=tuple(text["layers"]),
-        running_again=tuple(text["running_again"]),
+        layers=names_told(text["layers"]),
+        running_again=names_told(text["running_again"]),
     )
     return WorkGrowth(tuple(BatchShape(*shape) for shape in text["shapes"]), work, flops, moved)
 

@@ -35,6 +35,8 @@ from .step_config import OptimizerName, StepConfig
 from .step_file import (
     Json,
     memory_arrays,
+    names_alike,
+    names_told,
     packed,
     read_memory,
     read_states,
@@ -54,10 +56,6 @@ USUAL = BatchShape(4, 2048)
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 """What a recording depends on, beside this package."""
-
-
-QUICK, SMALL = 1, 9
-"""How hard a file is compressed: in the cache, and to ship."""
 
 
 class Recorder(StepSource, Protocol):
@@ -120,10 +118,10 @@ class StepFile:
             return None
         return found if whole else None
 
-    def write(self, path: Path, preset: int) -> None:
-        """Write it in one step; `preset` says how hard it is compressed."""
+    def write(self, path: Path, *, small: bool) -> None:
+        """Write it in one step; see `packed`."""
         with atomic_path(path) as temporary:
-            temporary.write_bytes(packed(self.arrays, self.text, preset=preset))
+            temporary.write_bytes(packed(self.arrays, self.text, small=small))
 
     def part(self, name: str) -> tuple[Arrays, Json] | None:
         """The arrays and the text of a part; None if it is not there."""
@@ -146,10 +144,11 @@ class StoredStep:
         file: what is known; what is recorded is added.
         recorder: makes what records it.
         path: where the file is kept once something was added; it is not where it cannot be.
+        small: whether it is to ship; see `packed`.
     """
 
-    def __init__(self, file: StepFile, recorder: Callable[[], Recorder], path: Path) -> None:
-        self._file, self._recorder, self._path = file, cache(recorder), path
+    def __init__(self, file: StepFile, recorder: Callable[[], Recorder], path: Path, *, small: bool = False) -> None:
+        self._file, self._recorder, self._path, self._small = file, cache(recorder), path, small
         self._step, self._changed = StepConfig(), False
 
     def configured(self, step: StepConfig) -> ConfiguredStep:
@@ -169,7 +168,7 @@ class StoredStep:
     def _keep(self) -> None:
         if self._changed:
             with suppress(OSError):
-                self._file.write(self._path, QUICK)
+                self._file.write(self._path, small=self._small)
             self._changed = False
 
     @property
@@ -259,13 +258,13 @@ def _named(savers: tuple[str, ...]) -> str:
 
 def _model_arrays(model: LoadedModel) -> tuple[Arrays, Json]:
     text = {name: value for name, value in asdict(model).items() if name not in ("targets", "frozen")}
-    text["targets"] = [target.name for target in model.targets]
+    text["targets"] = names_alike([target.name for target in model.targets])
     widths = [(target.block, target.d_in, target.d_out) for target in model.targets]
     return {"widths": np.array(widths), "frozen": np.array(model.frozen)}, text
 
 
 def _read_model(arrays: Arrays, text: Json) -> LoadedModel:
-    rows = zip(text["targets"], arrays["widths"].tolist(), strict=True)
+    rows = zip(names_told(text["targets"]), arrays["widths"].tolist(), strict=True)
     targets = tuple(ModuleSpec(name, *row) for name, row in rows)
     read: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in text.items()}
     return LoadedModel(**read | {"targets": targets, "frozen": tuple(arrays["frozen"].tolist())})
