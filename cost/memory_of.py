@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from .from_config import StepRecorder
-
-SHIPPED = Path(__file__).with_name("recorded")
-"""The folder of the files that ship, for models that are known by name."""
 
 DTYPES = ("bf16", "fp16", "fp32")
 """Precisions in which a frozen model can be loaded."""
@@ -85,56 +81,70 @@ def memory_of(
         raise ConfigError(f"rank is at least 1, a whole number; got {shown(rank)}.")
     attention: Attention = "auto" if spec.has_flash_attention else "efficient"
     step = StepConfig(**{"bf16": dtype == "bf16"} | settings)
-    source = _stored(model, step, dtype, attention, padded)
+    asked = AskedStep(model=model, settings=step, dtype=dtype, attention=attention, padded=padded)
+    source = asked.stored()
     step = step.sized(continues=source.model.continues, positions=source.model.positions)
     check_length(step.max_length, source.model.positions)
     check_rank(rank, source.model.targets)
     configured = source.configured(step)
     if step.gradient_checkpointing is True and not configured.memory.segments:
-        _recorder(model, step, dtype, attention, padded, optional=False)  # which tells that the model has none
+        asked.recorder(optional=False)  # which tells that the model has none
     return Outlook(configured, rank, step, card=spec, dtype=dtype, shards=shards)
 
 
-def _stored(
-    model: str | PreTrainedConfig, step: StepConfig, dtype: str, attention: Attention, padded: bool
-) -> StoredStep:
-    """The step of a model, from the files that are there."""
-    settings = {
-        "quantization": step.quantization,
-        "prepare_kbit": step.prepare_kbit,
-        "target_modules": step.target_modules,
-        "autocast": step.bf16,
-        "dtype": dtype,
-        "attention": attention,
-        "padded": padded,
-    }
+@dataclass(frozen=True, kw_only=True)
+class AskedStep:
+    """A step as far as its recording depends on it.
 
-    key = step_key(_fields(model), settings)
-    path = cache_folder() / "steps" / f"{key}.xz"
-    file = StepFile.read(path, key)
-    if file is None or file.text["versions"] != versions():
-        shipped = SHIPPED / f"{short_name(model)}-{step.quantization}.xz" if isinstance(model, str) else path
-        file = StepFile.read(shipped, key) or StepFile(key)
-    return StoredStep(file, partial(_recorder, model, step, dtype, attention, padded), path)
+    Attributes:
+        model: see `memory_of`.
+        settings: of the step; the batch, the optimizer and checkpointing do not matter.
+        dtype: of the frozen model.
+        attention: which kernels the card has.
+        padded: whether rows are padded.
+    """
+
+    model: str | PreTrainedConfig
+    settings: StepConfig
+    dtype: str = "bf16"
+    attention: Attention = "auto"
+    padded: bool = False
+
+    @property
+    def key(self) -> str:
+        """The key of its file."""
+        settings = {name: getattr(self.settings, name) for name in _RECORDED}
+        own = {"dtype": self.dtype, "attention": self.attention, "padded": self.padded}
+        return step_key(_fields(self.model), settings | own)
+
+    def stored(self) -> StoredStep:
+        """The step, from the files that are there."""
+        key = self.key
+        path = cache_folder() / "steps" / f"{key}.xz"
+        file = StepFile.read(path, key)
+        if file is None or file.text["versions"] != versions():
+            file = StepFile.read(shipped(self.model, self.settings), key) or StepFile(key)
+        return StoredStep(file, self.recorder, path)
+
+    def recorder(self, *, optional: bool = True) -> StepRecorder:
+        """What records the step with all layers checkpointed; with `optional`, with none where the model cannot."""
+        import torch
+
+        from .from_config import LoadedAs, StepRecorder
+
+        types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        loaded = LoadedAs(dtype=types[self.dtype], attention=self.attention, padded=self.padded)
+        step = replace(self.settings, gradient_checkpointing=True)
+        return StepRecorder(self.model, step, loaded, checkpointing_optional=optional)
 
 
-def _recorder(
-    model: str | PreTrainedConfig,
-    step: StepConfig,
-    dtype: str,
-    attention: Attention,
-    padded: bool,
-    *,
-    optional: bool = True,
-) -> StepRecorder:
-    """What records the step with all layers checkpointed; with `optional`, with none where the model cannot."""
-    import torch
+_RECORDED = ("quantization", "prepare_kbit", "target_modules", "bf16")
 
-    from .from_config import LoadedAs, StepRecorder
 
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    loaded = LoadedAs(dtype=types[dtype], attention=attention, padded=padded)
-    return StepRecorder(model, replace(step, gradient_checkpointing=True), loaded, checkpointing_optional=optional)
+def shipped(model: str | PreTrainedConfig, settings: StepConfig) -> Path:
+    """The file that ships for a model that is known by name, if any does."""
+    name = short_name(model) if isinstance(model, str) else ""
+    return Path(__file__).with_name("recorded") / f"{name or 'unknown'}-{settings.quantization}.xz"
 
 
 def _fields(model: str | PreTrainedConfig) -> Mapping[str, Any]:

@@ -143,12 +143,16 @@ class StoredStep:
     Args:
         file: what is known; what is recorded is added.
         recorder: makes what records it.
-        path: where the file is kept once something was added; it is not where it cannot be.
-        small: whether it is to ship; see `packed`.
+        path: where the file is kept once something was added, if it can be; None for nowhere.
+
+    Attributes:
+        file: what is known now.
     """
 
-    def __init__(self, file: StepFile, recorder: Callable[[], Recorder], path: Path, *, small: bool = False) -> None:
-        self._file, self._recorder, self._path, self._small = file, cache(recorder), path, small
+    file: StepFile
+
+    def __init__(self, file: StepFile, recorder: Callable[[], Recorder], path: Path | None) -> None:
+        self.file, self._recorder, self._path = file, cache(recorder), path
         self._step, self._changed = StepConfig(), False
 
     def configured(self, step: StepConfig) -> ConfiguredStep:
@@ -166,15 +170,15 @@ class StoredStep:
         return replace(found, leaner=leaner)
 
     def _keep(self) -> None:
-        if self._changed:
+        if self._changed and self._path:
             with suppress(OSError):
-                self._file.write(self._path, small=self._small)
-            self._changed = False
+                self.file.write(self._path, small=False)
+        self._changed = False
 
     @property
     def model(self) -> LoadedModel:
         """What is known of the model."""
-        part = self._file.part("model")
+        part = self.file.part("model")
         return _read_model(*part) if part else self._recorder().model
 
     def memory(self, savers: tuple[str, ...], shape: BatchShape) -> MemoryModel:
@@ -185,39 +189,39 @@ class StoredStep:
         """
         states = self._states()
         for level, known in enumerate(self._shapes(shape)):
-            if level < self._file.text["level"]:
+            if level < self.file.text["level"]:
                 continue
             with nullcontext() if known == shape else suppress(UnsupportedError):
                 memory = self._memory(savers, known, states)
                 if memory.predicts(shape):
                     return replace(memory, shape=shape, accumulates=self._step.accumulation > 1)
-            self._file.text["level"] = level + 1
+            self.file.text["level"] = level + 1
         raise AssertionError("a recorded batch tells of itself")
 
     def work(self, savers: tuple[str, ...], shape: BatchShape) -> StepWork:
         """What the step with these exact savers alone computes on a batch of this shape."""
         usual = self._shapes(shape)[0]
-        if self._file.text["level"] == 0 and not self.model.keeps_state:
+        if self.file.text["level"] == 0 and not self.model.keeps_state:
             if work := self._work(savers, counted_shapes(usual)):
                 return work.at(shape)
-            self._file.text["level"] = 1
+            self.file.text["level"] = 1
         work = self._work(savers, (shape,))
         assert work is not None, "a single count is like itself"
         return work.work
 
     def _shapes(self, shape: BatchShape) -> tuple[BatchShape, ...]:
         """The batches whose recordings may tell of a batch, those first that tell of most."""
-        model = self.model
-        same_length = BatchShape(USUAL.rows if shape.rows > 1 else 1, shape.length)
+        model, rows = self.model, USUAL.rows
+        same_length = BatchShape(rows if shape.rows > 1 else 1, shape.length)
         below = max((window for window in model.windows if window <= shape.length), default=0)
         ends = [*model.windows, *([] if model.positions is None else [model.positions + 1])]
         length = min([max(USUAL.length, 4 * below), *(end - 1 for end in ends if end > shape.length)])
-        usual = BatchShape(USUAL.rows, length if length < _STEP else length - length % _STEP)
+        usual = BatchShape(rows, shape.length if shape.length % _STEP or length < _STEP else length - length % _STEP)
         return same_length if model.keeps_state else usual, same_length, shape
 
     def _memory(self, savers: tuple[str, ...], known: BatchShape, states: ModelStates) -> MemoryModel:
         name = f"memory {known} {_named(savers)}"
-        if part := self._file.part(name):
+        if part := self.file.part(name):
             return read_memory(*part, states, known)
         memory = self._recorder().memory(savers, known)
         self._add(name, memory_arrays(memory))
@@ -226,7 +230,7 @@ class StoredStep:
 
     def _work(self, savers: tuple[str, ...], shapes: tuple[BatchShape, ...]) -> WorkGrowth | None:
         name = f"work {shapes[0]} {_named(savers)}"
-        if part := self._file.part(name):
+        if part := self.file.part(name):
             return read_work(*part, np.array([target.d_in + target.d_out for target in self.model.targets]))
         work = WorkGrowth.of(shapes, [self._recorder().work(savers, shape) for shape in shapes])
         if work:
@@ -235,21 +239,21 @@ class StoredStep:
 
     def _states(self) -> ModelStates:
         name = f"states {self._step.optimizer}"
-        if part := self._file.part(name):
+        if part := self.file.part(name):
             return read_states(*part)
         states = self._recorder().states(self._step.optimizer)
         self._add(name, states_arrays(states))
         return states
 
     def _add(self, name: str, part: tuple[Arrays, Json]) -> None:
-        if self._file.text["versions"] != versions():  # it shipped, and does not mix with what is recorded now
-            self._file = StepFile(self._file.text["key"])
-        self._file.add(name, part)
+        if self.file.text["versions"] != versions():  # it shipped, and does not mix with what is recorded now
+            self.file = StepFile(self.file.text["key"])
+        self.file.add(name, part)
         self._changed = True
 
 
 _STEP = 128
-"""A recorded length is a multiple of so many tokens, which no kernel pads."""
+"""Kernels of attention pad rows to multiples of so many tokens, so that other lengths tell of themselves alone."""
 
 
 def _named(savers: tuple[str, ...]) -> str:
