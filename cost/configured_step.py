@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, Protocol
@@ -71,6 +71,7 @@ class ConfiguredStep:
         model: what is known of the model.
         work: what the step computes; None if it was not counted.
         saved: what a step of plain LoRA takes with each exact saver more, likewise.
+        libraries: versions of those that recorded it, if it comes from a file.
         leaner: makes the same step with selective checkpointing; None where that saves nothing, or is not asked for.
     """
 
@@ -79,6 +80,7 @@ class ConfiguredStep:
     work: StepWork | None = field(default=None, repr=False)
     saved: tuple[Saved, ...] = ()
     leaner: Callable[[], ConfiguredStep | None] = field(default=lambda: None, repr=False)
+    libraries: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def targets(self) -> tuple[ModuleSpec, ...]:

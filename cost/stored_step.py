@@ -161,13 +161,14 @@ class StoredStep:
         shape = BatchShape(step.batch_size, step.max_length)
         found = configured_step(self, shape, FREE_SAVERS if step.exact_savers else ())
         self._keep()
+        libraries = {name: number for name, number in self.file.text["versions"].items() if name in LIBRARIES}
 
         def leaner() -> ConfiguredStep | None:
             lean = found.leaner()
             self._keep()
-            return lean
+            return lean and replace(lean, libraries=libraries)
 
-        return replace(found, leaner=leaner)
+        return replace(found, leaner=leaner, libraries=libraries)
 
     def _keep(self) -> None:
         if self._changed and self._path:

@@ -375,6 +375,11 @@ def _narrow_ranks(outlook: Outlook, choice: Choice) -> dict[str, int]:
     }
 
 
+SCHEMA = 1
+"""The version of what `figures` returns, which docs/command-line.md describes: fields may be added to it, and one that
+is renamed or taken out makes a new version."""
+
+
 def figures(outlook: Outlook) -> dict[str, Any]:
     """All figures, as JSON values."""
     breakdown, shape, card = outlook.breakdown(outlook.main), outlook.memory.shape, outlook.card
@@ -386,8 +391,10 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "workspace_bytes": card.workspace_bytes,
     }  # fmt: skip
     return {
+        "schema": SCHEMA,
         **outlook.facts,
         **of_card,
+        "libraries": dict(outlook.step.libraries),
         "parameters": outlook.step.model.parameters,
         "frozen_bytes": outlook.step.model.frozen_bytes,
         "rows": shape.rows,

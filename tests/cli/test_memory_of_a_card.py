@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -62,6 +63,22 @@ def test_a_short_answer_that_writes_nothing(
     assert "to spare" in " ".join(lines)
     assert not any("What each choice takes" in line or "Layers to checkpoint" in line for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_every_figure_is_described(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/command-line.md").read_text().partition("| field | what it is |")[2]
+    rows = [row.split("|")[1:3] for row in page.partition("\n\n")[0].splitlines()[2:]]
+    described = {name for field, _ in rows for name in re.findall(r"`(\w+)`", field)}
+    texts = {field.strip(" `"): set(re.findall(r"`(\w+)`", text)) for field, text in rows}
+    NARROW_KEYS.save_pretrained(tmp_path)
+    arguments = ["memory", str(tmp_path), "--device", "T4", "--batch-size", "2", "--max-length", "32", "--json"]
+    assert cli.run(arguments) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert set(figures) == described - {"model", "task", "device"}
+    assert figures["schema"] == 1
+    assert {"torch", "transformers"} <= set(figures["libraries"])
+    for name in ("choices", "grid", "exact_savers"):
+        assert set(figures[name][0]) <= texts[name], name
 
 
 @pytest.mark.parametrize(("wanted", "count"), [("True", 3), ("False", 0)])

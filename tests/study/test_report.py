@@ -100,6 +100,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         step=SimpleNamespace(
             targets=targets,
             saved=SAVED,
+            libraries={},
             model=LoadedModel("LlamaForCausalLM", tuple(targets), int(30e6), (90 * MIB,)),
         ),
         memory=SimpleNamespace(shape=SHAPE),
