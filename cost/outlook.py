@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -180,7 +179,7 @@ class Outlook:
     def step(self) -> ConfiguredStep:
         """The step of a run: on a card, activations are checkpointed where plain LoRA does not fit without."""
         plain = self._free.memory.with_checkpointed(())
-        if self.card is None or self._fits(plain, self._plain) or self._lean is None:
+        if self.card is None or _fits(self, plain) or self._lean is None:
             return self._free
         memory, top = self._lean.memory, self.plan(1, 1)
         fits = min(memory.peak(top), memory.with_checkpointed(()).peak(top)) <= self.room  # see `ExactSavers.within`
@@ -291,7 +290,7 @@ class Outlook:
         if self._limit:
             cost = step_bytes if self._limit.unit == "bytes" else plan_cost(ParameterCost.of(self.step.targets), ranks)
             within = cost <= self._limit.value
-        elif self.card and self._is_hopeless(step_bytes):
+        elif self.card and _is_hopeless(self, step_bytes):
             within = False
         return Choice(
             kind,
@@ -307,13 +306,6 @@ class Outlook:
             _use=cache(lambda: self._use(memory, ranks, shape) if self.card else None),
             _within=within,
         )
-
-    def _fits(self, memory: MemoryModel, ranks: IntArray) -> bool:
-        return not self._is_hopeless(memory.peak(ranks)) and self._use(memory, ranks).verdict == "fits"
-
-    def _is_hopeless(self, step_bytes: float) -> bool:
-        """Whether a step takes so much beyond `room` that what the allocator adds need not be known."""
-        return SURELY * step_bytes > self.room
 
     def _use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
         assert self.card is not None, "there is no card"
@@ -336,27 +328,16 @@ class Outlook:
         if self._set is not None:
             return self.choice(layers, rank, self._set, kind)
         ranks = self.plan(layers, rank)
-        chosen = fewest_checkpointed(self.memory, ranks, self._room_for_tensors)
+        chosen = fewest_checkpointed(self.memory, ranks, _room_for_tensors(self))
         choice, holding = self.choice(layers, rank, chosen, kind), holding_layers(self.memory, ranks)
         while choice.verdict != "fits" and len(choice.checkpointed) < len(holding):
             choice = self.choice(layers, rank, holding[: len(choice.checkpointed) + 1], kind)
         return choice
 
-    @property
-    def depths(self) -> list[int]:
-        """How many layers from the top have adapters in the choices that are shown, the most first."""
-        return list(dict.fromkeys(max(1, round(share * self.blocks)) for share in (1.0, *SHARES)))
-
-    def _of_depth(self, layers: int) -> tuple[Choice, ...]:
-        """Choices of so many layers at the rank that was asked for."""
-        if layers not in self._by_depth:
-            self._by_depth[layers] = tuple(_depth_choices(self, layers))
-        return self._by_depth[layers]
-
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
         """What was asked for; fewer layers, none, as few as fit or all of them checkpointed; ranks; what was added."""
-        own = chain.from_iterable(map(self._of_depth, self.depths))
+        own = (choice for layers in _depths(self) for choice in _of_depth(self, layers))
         return (*own, *_rank_choices(self), *self._others)
 
     @property
@@ -375,8 +356,8 @@ class Outlook:
 
         They are made as they are asked for: whether one fits takes a while to find out.
         """
-        for layers in self.depths:
-            yield from sorted(self._of_depth(layers), key=lambda choice: len(choice.checkpointed))
+        for layers in _depths(self):
+            yield from sorted(_of_depth(self, layers), key=lambda choice: len(choice.checkpointed))
 
     @property
     def main(self) -> Choice:
@@ -394,18 +375,42 @@ class Outlook:
         shapes = (BatchShape(count, length) for length in lengths for count in rows)
         return tuple(_cell(self, shape) for shape in shapes if self.memory.predicts(shape))
 
-    @property
-    def _room_for_tensors(self) -> float:
-        """What is left of `room` with slack where the reserve is the share that it is for the batch asked for."""
-        assert self.card is not None, "there is no card"
-        return self.room - self.card.memory_bytes * (1 - (1 - SLACK) / (1 + self._reserve_share))
-
     @cached_property
     def _reserve_share(self) -> float:
         """The allocator's reserve as a share of all tensors, all layers checkpointed on the batch asked for."""
         use = self.choice(self.blocks, self.rank, self.checkpointable).use
         assert use is not None, "there is no card"
         return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
+
+
+def _fits(outlook: Outlook, plain: MemoryModel) -> bool:
+    """Whether plain LoRA fits the card."""
+    if _is_hopeless(outlook, plain.peak(outlook._plain)):
+        return False
+    return outlook._use(plain, outlook._plain).verdict == "fits"
+
+
+def _is_hopeless(outlook: Outlook, step_bytes: float) -> bool:
+    """Whether a step takes so much more than there is room for that what the allocator adds need not be known."""
+    return SURELY * step_bytes > outlook.room
+
+
+def _room_for_tensors(outlook: Outlook) -> float:
+    """What is left of `Outlook.room` with slack where the reserve is the share that it is for the batch asked for."""
+    assert outlook.card is not None, "there is no card"
+    return outlook.room - outlook.card.memory_bytes * (1 - (1 - SLACK) / (1 + outlook._reserve_share))
+
+
+def _depths(outlook: Outlook) -> list[int]:
+    """How many layers from the top have adapters in the choices that are shown, the most first."""
+    return list(dict.fromkeys(max(1, round(share * outlook.blocks)) for share in (1.0, *SHARES)))
+
+
+def _of_depth(outlook: Outlook, layers: int) -> tuple[Choice, ...]:
+    """Choices of so many layers at the rank that was asked for."""
+    if layers not in outlook._by_depth:
+        outlook._by_depth[layers] = tuple(_depth_choices(outlook, layers))
+    return outlook._by_depth[layers]
 
 
 def _depth_choices(outlook: Outlook, layers: int) -> Iterator[Choice]:
@@ -444,7 +449,7 @@ def _rank_choices(outlook: Outlook) -> Iterator[Choice]:
 
 def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
     assert outlook.card is not None, "there is no card"
-    ranks, room = outlook.plan(outlook.blocks, outlook.rank), outlook._room_for_tensors
+    ranks, room = outlook.plan(outlook.blocks, outlook.rank), _room_for_tensors(outlook)
     taken = outlook.card.memory_bytes - outlook.room
     plain = outlook._free.memory.with_checkpointed(()).peak(outlook._plain, shape)
     step = outlook._free if plain <= room else outlook._lean or outlook._free
