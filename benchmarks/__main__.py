@@ -14,6 +14,7 @@ BENCHMARKS = {
     "step-time": ("step_time", "predicted time of a step under any plan, and measured; budgets of time"),
     "memory": ("memory", "predicted bytes of a training step, and measured"),
     "savers": ("savers", "the same losses in fewer bytes and seconds, on a language model"),
+    "parts": ("parts", "steps in parts, beside the padded rectangle and other ways to avoid its padding"),
     "published": ("published", "peaks that others measured on GPUs, and predicted"),
     "published-time": ("published_time", "seconds of steps that others measured on a GPU, and predicted"),
     "peft-experiment": ("peft_experiment", "a plan for PEFT's own comparison, and what its row should show"),

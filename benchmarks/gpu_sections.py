@@ -30,8 +30,8 @@ from rankpilot.common.files import write_json
 from rankpilot.cost.batch_shape import Batch, shape_of
 from rankpilot.cost.card_use import card_use
 from rankpilot.cost.cards import UNKNOWN_CONTEXT_BYTES, DeviceSpec, find_device_spec
-from rankpilot.cost.configured_step import ConfiguredStep
-from rankpilot.cost.from_config import LoadedAs, from_config
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.from_config import from_config
 from rankpilot.cost.known_models import published_models
 from rankpilot.cost.measured_time import TimedPlan, count_work
 from rankpilot.cost.model_states import frozen_bytes

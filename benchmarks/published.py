@@ -16,24 +16,25 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from peft import prepare_model_for_kbit_training
 from rankpilot.common.files import write_json
 from rankpilot.common.text import make_table
 from rankpilot.cost.card_use import SLACK, CardUse, card_use
 from rankpilot.cost.cards import find_device_spec
-from rankpilot.cost.configured_step import ConfiguredStep
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.cost import moment_costs
-from rankpilot.cost.from_config import LoadedAs, from_config
+from rankpilot.cost.from_config import from_config
 from rankpilot.cost.published import find_configuration
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError
+from rankpilot.lora.peft_config import prepare_quantised
 from rich.console import Console
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from . import published_page
 from .harness import Figures, with_progress
 from .published_contexts import contexts, longest
+from .published_trainers import compare_examples
 
 FOLDER = Path(__file__).with_name("published_peaks")
 MIB = 2**20
@@ -368,13 +369,12 @@ def libraries_of_2024() -> Iterator[None]:
         shifted = whole[..., :-1, :].contiguous().view(-1, vocab_size)
         return torch.nn.functional.cross_entropy(shifted, labels[..., 1:].contiguous().view(-1))
 
-    def prepared(model: Any, **options: Any) -> Any:
-        model = prepare_model_for_kbit_training(model, **options)
+    def prepared(model: Any) -> None:
+        prepare_quantised(model)
         for part in (model.get_input_embeddings(), model.get_output_embeddings()):
             part.to(torch.bfloat16)
-        return model
 
-    name = "rankpilot.cost.from_config.prepare_model_for_kbit_training"
+    name = "rankpilot.cost.quantised.prepare_quantised"
     with patch.dict(LOSS_MAPPING, ForCausalLM=loss), patch(name, prepared):
         yield
 
@@ -440,6 +440,7 @@ def benchmark(options: Options, console: Console) -> Figures:
         on_cards = [Compared(each.name, longest(each), each.tokens) for each in with_progress(contexts(), "contexts")]
         trained = [each for each in on_cards if each.measured]
         figures |= _report("contexts", "The longest row on a card, tokens", trained, console)
+        figures |= compare_examples(console)
     if options.pack:
         rows = [*_stored("t4", on_t4), *_stored_reserves(reserved), *_stored(f"l40s_reserved {length}", on_l40s)]
         rows += [*_stored("a100", [one for one, _ in a100]), *_stored("a100_in_use", [two for _, two in a100])]

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from rankpilot.cost.card_use import card_use
 from rankpilot.cost.cards import find_device_spec
-from rankpilot.cost.configured_step import ConfiguredStep
-from rankpilot.cost.from_config import LoadedAs, from_config
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.from_config import from_config
 from rankpilot.cost.published import find_configuration
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig

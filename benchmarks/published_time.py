@@ -25,8 +25,8 @@ import torch
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.text import make_table
 from rankpilot.cost.cards import device_table
-from rankpilot.cost.configured_step import ConfiguredStep
-from rankpilot.cost.from_config import LoadedAs, from_config
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.from_config import from_config
 from rankpilot.cost.published import find_configuration
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.cost.step_time import Rates

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from rankpilot.common.text import make_table
 from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.live_storages import LivePeak
-from rankpilot.cost.saver_prices import ACTIVATIONS
+from rankpilot.cost.saver_prices import ACTIVATIONS, ROUTED
 from rankpilot.cost.savers import SAVERS, ExactSavers
 from rankpilot.data.models import load_model, load_tokenizer
 from rankpilot.finetune.frozen_state import FrozenState, layers_in_order, modules_below
@@ -25,7 +25,7 @@ from rankpilot.finetune.prefix_cache import PrefixCache, Room
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from .harness import Figures, estimate_figures, interleave, usual_ratio
 
@@ -43,6 +43,7 @@ class Options:
         rounds: steps of each kind, which take turns.
         batches: of an epoch of the runs with the cache; 0 leaves them out.
         bf16: compute under bf16 autocast.
+        experts: of a layer of which adapters run PEFT's way and on routed rows; 0 leaves that out.
         vocabulary: keep so many tokens of it, as in a model whose head is a small part of the work; 0 keeps all.
         json: the file for the figures.
     """
@@ -53,6 +54,7 @@ class Options:
     rounds: int = 7
     batches: int = 6
     bf16: bool = False
+    experts: int = 64
     vocabulary: int = 0
     json: Path | None = None
 
@@ -63,6 +65,8 @@ def benchmark(options: Options, console: Console) -> Figures:
     figures = _steps(options, console)
     if options.batches:
         figures |= _runs(options, console)
+    if options.experts:
+        figures |= _experts(options, console)
     return figures | _checks(options, console)
 
 
@@ -147,6 +151,48 @@ def _steps(options: Options, console: Console) -> Figures:
         figures |= estimate_figures(f"{key}.time", ratio)
     console.print(table)
     return figures
+
+
+def _experts(options: Options, console: Console) -> Figures:
+    """Steps of a small mixture with adapters on all experts: as PEFT computes them, and on routed rows."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=128,
+        hidden_size=512,
+        moe_intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=128,
+        num_experts=options.experts,
+        num_experts_per_tok=min(8, options.experts),
+        use_cache=False,
+    )
+    stacks = ["experts.gate_up_proj", "experts.down_proj"]
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj"], target_parameters=stacks)
+    model = get_peft_model(Qwen3MoeForCausalLM(config), lora).train()
+    optimizer, ids = _optimizer(model), torch.randint(0, 128, (4, 256), generator=torch.Generator().manual_seed(0))
+    batch, peaks, work = {"input_ids": ids, "labels": ids}, {}, {}
+    _step(model, optimizer, batch, options)
+    for name in ("PEFT", ROUTED):
+        chosen = [ROUTED] if name == ROUTED else []
+
+        def timed(_: int, chosen: list[str] = chosen) -> None:
+            savers = ExactSavers(model, chosen)
+            _step(model, optimizer, batch, options)
+            savers.put_back()
+
+        with LivePeak() as live:
+            timed(0)
+        peaks[name], work[name] = live.peak, timed
+    seconds = interleave(work, options.rounds, torch.device("cpu"), clock=time.process_time)
+    ratio = usual_ratio(seconds[ROUTED], seconds["PEFT"])
+    table = make_table(f"{options.experts} experts a layer, rank 16, 1,024 tokens", ("step", "bytes, MiB", "time"))
+    table.add_row("PEFT", f"{peaks['PEFT'] / 2**20:.1f}", "1")
+    table.add_row(ROUTED, f"{peaks[ROUTED] / 2**20:.1f}", f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
+    console.print(table)
+    figures: Figures = {f"experts.{name.replace(' ', '_')}.bytes": peak for name, peak in peaks.items()}
+    return figures | estimate_figures("experts.time", ratio)
 
 
 EPOCHS = 3

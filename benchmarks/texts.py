@@ -90,7 +90,7 @@ def load_data(task: TextTask) -> TaskData:
         tokenizer = load_tokenizer(PACKAGED)
         train, held_out = (
             encoded(Dataset.from_list(rows[:size]), tokenizer, LENGTH)[1]
-            for rows, size in zip(_instructions(), sizes, strict=True)
+            for rows, size in zip(instructions(), sizes, strict=True)
         )
         return TaskData(train, held_out, DataCollatorForSeq2Seq(tokenizer))
     halves = load_text(task.text)
@@ -138,7 +138,7 @@ def _library_source(package: str) -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in files)
 
 
-def _instructions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def instructions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Questions what a function of the running Python does, with the start of its docstring; split 9 to 1."""
     root, answers = Path(sysconfig.get_paths()["stdlib"]), {}
     for path in standard_library():

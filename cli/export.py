@@ -28,12 +28,14 @@ class Export:
         format: what to write.
         rank: rank of all modules of a padded adapter: 1, 8, 16, 32, 64, 128, 256, 320 or 512 (those that vLLM has); by
             default the smallest that fits.
+        per_expert: give each matrix of each expert a pair of its own in a padded adapter, instead of one pair for all.
     """
 
     adapter: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
     output: Path | None = None
     format: Literal["padded", "rank-pattern"] = "padded"
     rank: int | None = None
+    per_expert: bool = False
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -45,13 +47,14 @@ def main(arguments: Sequence[str]) -> None:
     if options.format == "padded":
         if output is None:
             raise ConfigError("A padded adapter needs a folder: pass --output FOLDER.")
-        export_padded(options.adapter, output, options.rank)
+        export_padded(options.adapter, output, options.rank, per_expert=options.per_expert)
         rank = read_json(output / "adapter_config.json")["r"]
         console.print(f"{output} holds the adapter with all modules at rank {rank}.", soft_wrap=True, markup=False)
         return
-    if options.rank is not None:
+    if options.rank is not None or options.per_expert:
+        name = "--per-expert" if options.rank is None else "--rank"
         raise ConfigError(
-            "--rank is for padded adapters; a rank pattern has the rank of each module. Leave --rank out."
+            f"{name} is for padded adapters; a rank pattern has the rank of each module. Leave {name} out."
         )
     if output is not None and output.exists():
         raise ConfigError(f"{output} exists already. Name a file that does not.")

@@ -14,11 +14,18 @@ from rich.markup import escape
 from ..cost.step_config import Quantization, StepConfig
 from ..errors import ConfigError
 from ..study.memory_config import MemoryConfig
-from .options import parse
+from ..study.trainer_file import TrainerFile, read_trainer_file
+from .options import parse, peek
 from .progress import console
 
 if TYPE_CHECKING:
     from ..cost.outlook import Outlook
+
+SPILLS = (
+    "On Windows the driver moves what does not fit the card into main memory, without an error: a step then takes many "
+    "times as long. So keep to what fits, or switch that off (CUDA - Sysmem Fallback Policy)."
+)
+"""What to know where the card is in a machine with Windows."""
 
 NOTHING_FITS = 3
 """The exit status where nothing fits the card."""
@@ -38,31 +45,41 @@ class Memory(MemoryConfig):
     answer tells what fits that card, and what each choice costs. The exit status is 3 where nothing fits.
 
     Attributes:
+        lengths: a file with the tokens of each row of your data, whole numbers: also show what steps of such rows take
+            in parts, beside padded ones (docs/parts.md), and the longest row that fits.
         output: folder for the picture and all figures; without one, nothing is written.
         details: print every choice, the batches that fit, and where the bytes are.
         json: print all figures as JSON, and nothing else.
-        config: print the LoraConfig and the training arguments of the best choice; for a card.
+        config: a YAML file of axolotl, TRL or LLaMA-Factory, which is read as it is. Options given beside it, and
+            MODEL, go before what it says.
+        python: print the LoraConfig and the training arguments of the best choice; for a card.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
     quantization: Annotated[Quantization, tyro.conf.arg(aliases=["--quantize"])] = field(default="none", kw_only=True)
+    lengths: Path | None = None
     output: Path | None = None
     details: bool = False
     json: bool = False
-    config: bool = False
+    config: str | None = None
+    python: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.json and self.config:
-            raise ConfigError("--json and --config each print one thing and nothing else: give one of them.")
+        if self.json and self.python:
+            raise ConfigError("--json and --python each print one thing and nothing else: give one of them.")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Show where the bytes go, and write the picture; returns the exit status."""
-    options = parse(Memory, arguments, Memory(model=tyro.MISSING), "rankpilot memory")
-    if options.config and not options.card:
-        raise ConfigError("--config is of a card: give --device or --device-memory with it.")
+    path = peek(arguments, "--config")
+    file = read_trainer_file(path) if path else None
+    default = _defaults(file, arguments)
+    options = parse(Memory, arguments, default, "rankpilot memory")
+    if (options.python or file) and not options.card:
+        which = "--config" if file else "--python"
+        raise ConfigError(f"{which} is of a card: give --device or --device-memory with it.")
     from ..data.assets import check_model
 
     check_model(options.model, options.card)
@@ -72,8 +89,14 @@ def main(arguments: Sequence[str]) -> int:
 
     if options.output:
         refuse_file(options.output)  # now, and not after minutes of work
-    outlook = _of_card(options, options.card) if options.card else _here(options)
-    told = not (options.json or (options.config and outlook.best))
+    rows = None
+    if options.lengths:  # now, and not after minutes of work
+        from ..study import lengths as of_lengths
+
+        rows = of_lengths.read_lengths(options.lengths)
+    outlook = _of_card(options, options.card, file) if options.card else _here(options)
+    found = None if rows is None else of_lengths.steps_of_lengths(outlook, rows, options.seed)
+    told = not (options.json or (options.python and outlook.best))
     if told:  # what is asked for first, and then what takes seconds more
         console.print(f"[bold]{escape(report.subject(outlook, options))}[/]", highlight=False)
         console.print(report.verdict_text(outlook), markup=False, highlight=False)
@@ -81,16 +104,26 @@ def main(arguments: Sequence[str]) -> int:
             console.print(report.choice_table(outlook))
         if len(outlook.step.saved) > 1:
             console.print(saver_table(outlook.step.saved))
-    elif options.config:
+        if found:
+            console.print(of_lengths.lengths_table(found))
+            console.print(of_lengths.lengths_text(found), markup=False, highlight=False)
+    elif options.python:
         console.out(report.configuration_text(outlook), highlight=False)
     if options.json:
-        console.out(json.dumps(report.figures(outlook), indent=2), highlight=False)
+        figures = report.figures(outlook) | ({"lengths": of_lengths.lengths_figures(found)} if found else {})
+        console.out(json.dumps(figures, indent=2), highlight=False)
     if told:
         if options.details and outlook.grid:
             console.print(report.grid_table(outlook))
+        if options.os == "windows":
+            console.print(SPILLS, markup=False)
+        if file and file.unread:
+            console.print(
+                f"Not understood in {options.config}, so not counted: {', '.join(file.unread)}.", markup=False
+            )
         for note in [*(report.notes(outlook) if options.details else ()), *report.remarks(outlook)]:
             console.print(note, markup=False, highlight=False)
-    written = report.write_memory_report(outlook, options, options.output) if options.output else ""
+    written = report.write_memory_report(outlook, options, options.output, found) if options.output else ""
     if told and written:
         console.print(written, soft_wrap=True, markup=False)
     return NOTHING_FITS if options.card and not outlook.best else 0
@@ -104,21 +137,42 @@ def _here(options: Memory) -> Outlook:
     return memory_here(options, lambda text: None if quiet else console.print(f"[dim]{escape(text)} ...[/]"))
 
 
-def _of_card(options: Memory, card: str) -> Outlook:
+def _defaults(file: TrainerFile | None, arguments: Sequence[str]) -> Memory:
+    """What the command line does not give: what a file says, and else the defaults."""
+    if file is None:
+        return Memory(model=tyro.MISSING)
+    settings = {name: value for name, value in file.settings.items() if name not in _FURTHER}
+    card = next((each for each in ("--device", "--device-memory") if peek(arguments, each)), None)
+    if card is None:
+        raise ConfigError("--config is of a card: give --device or --device-memory with it.")
+    if not (peek(arguments, "--gpus") or settings.get("gpus")):
+        settings.pop("sharding", None)
+    default = object.__new__(Memory)  # it is not checked before the command line has had its say
+    for each in fields(Memory):
+        object.__setattr__(default, each.name, settings.get(each.name, each.default))
+    if "model" not in settings:
+        object.__setattr__(default, "model", tyro.MISSING)
+    return default
+
+
+_FURTHER = ("adapter", "double_quantization")
+"""What a file says of settings that have no option."""
+
+
+def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
     """Of the model's configuration on a card."""
     from ..cost.memory_of import memory_of
 
-    settings = {each.name: getattr(options, each.name) for each in fields(StepConfig)}
-    if not options.bf16:
+    settings = {each.name: getattr(options, each.name) for each in fields(StepConfig)} | options.of_card
+    if not options.bf16 and "bf16" not in (file.settings if file else ()):
         del settings["bf16"]  # the card decides
+    if file:
+        settings |= {name: file.settings[name] for name in _FURTHER if file.settings.get(name) is not None}
     with console.status(f"reading the step of {options.model} from its configuration ..."):
         return memory_of(
             _configured(options.model),
             card,
             rank=options.rank,
-            dtype=options.dtype,
-            gpus=options.gpus,
-            sharding=options.sharding,
             **settings,
         )
 

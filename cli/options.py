@@ -44,7 +44,7 @@ GROUPS = {
     ),
     "step": (
         "What a training step reads, and how it computes.",
-        "batch_size accumulation max_length target_modules optimizer quantization prepare_kbit bf16",
+        "batch_size accumulation max_length target_modules target_parameters optimizer quantization prepare_kbit bf16",
     ),
     "run": ("How long it trains, and at what rate.", "steps epochs learning_rate control alpha scaling seed trainer"),
     "data": ("Which rows and columns are read.", "task labels text_column label_column train_rows held_out_rows"),

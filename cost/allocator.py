@@ -38,6 +38,10 @@ LARGE_BLOCK_BYTES = 10 * _MIB
 """A block of this size or above gets a segment that it fills."""
 
 
+_LARGE_ADDRESSES = 2**60
+"""Where the expandable segment of large blocks begins."""
+
+
 @dataclass(slots=True)
 class _Block:
     """A piece of a segment; its neighbours are linked."""
@@ -64,7 +68,8 @@ class CachingAllocator:
     reserved: int
     peak_reserved: int
 
-    def __init__(self) -> None:
+    def __init__(self, expandable: bool = False) -> None:
+        self._last: dict[bool, int] | None = {} if expandable else None  # by pool, the block at the end of its segment
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self._blocks: dict[int, _Block] = {}  # by address
         self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # sizes and addresses, by pool
@@ -85,6 +90,8 @@ class CachingAllocator:
             blocks[rest] = _Block(left, small, True, address, after)
             if after is not None:
                 blocks[after].before = rest
+            elif self._last is not None:
+                self._last[small] = rest
             insort(free, (left, rest))
             block.size, block.after = size, rest
         self.allocated += block.size
@@ -114,7 +121,9 @@ class CachingAllocator:
         return peak
 
     def empty_cache(self) -> None:
-        """Give segments back in which nothing is allocated."""
+        """Give segments back in which nothing is allocated; an expandable one stays."""
+        if self._last is not None:
+            return
         for free in self._free.values():
             for size, address in list(free):
                 block = self._blocks[address]
@@ -126,12 +135,33 @@ class CachingAllocator:
     def _new_block(self, size: int, small: bool) -> int:
         """A block that is large enough, from the driver."""
         unit = SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
+        if self._last is not None:
+            return self._expanded(size, small, unit, self._last)
         if not small and size >= LARGE_BLOCK_BYTES:
             unit = -(-size // SMALL_SEGMENT_BYTES) * SMALL_SEGMENT_BYTES
         address = self._next_address
         self._blocks[address] = _Block(unit, small)
         self._next_address += unit
         self.reserved += unit
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return address
+
+    def _expanded(self, size: int, small: bool, unit: int, last: dict[bool, int]) -> int:
+        """A block at the end of a pool's only segment, which gets as many pages as are missing."""
+        end = last.get(small)
+        tail = None if end is None else self._blocks[end]
+        if end is not None and tail is not None and tail.free:
+            self._free[small].remove((tail.size, end))
+            address, more = end, -(-(size - tail.size) // unit) * unit
+            tail.size += more
+        else:
+            more = -(-size // unit) * unit
+            address = 0 if small else _LARGE_ADDRESSES
+            if end is not None and tail is not None:
+                address, tail.after = end + tail.size, end + tail.size
+            self._blocks[address] = _Block(more, small, before=end)
+        last[small] = address
+        self.reserved += more
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         return address
 
@@ -142,6 +172,8 @@ class CachingAllocator:
         block.after = other.after
         if other.after is not None:
             self._blocks[other.after].before = address
+        elif self._last is not None:
+            self._last[block.small] = address
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +259,7 @@ class _Events:
         for index, segment in enumerate(recording.segments):
             if self._runs_again(index):
                 inputs = list(segment.inputs)
-                freed[inputs] = np.maximum(freed[inputs], self._backward_end(index))
+                freed[inputs] = np.maximum(freed[inputs], self._held_until(index))
         gradients = np.array(list(recording.gradients), dtype=np.int64)
         exists = self._forward | self._needed
         exists[gradients] = True
@@ -235,10 +267,17 @@ class _Events:
         return serials, self._scale * recording.created[serials], self._scaled(freed[serials])
 
     def _second_runs(self) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
-        """The same of each segment that runs again."""
+        """The same of each segment that runs again, and of its inputs where they come back from main memory."""
+        recording = self._recording
         for index, segment in enumerate(self._recording.segments):
             if self._runs_again(index):
                 yield self._second_run(index, segment)
+                if recording.inputs_on_device and self._held_until(index) <= recording.forward_end:
+                    back = np.array(
+                        [s for s in segment.inputs if recording.freed_if_unsaved[s] < NEVER], dtype=np.int64
+                    )
+                    times = np.full((2, len(back)), self._scale)
+                    yield back, times[0] * recording.second_run_start(index), times[1] * self._backward_end(index)
 
     def _second_run(self, index: int, segment: Segment) -> tuple[IntArray, IntArray, IntArray]:
         recording = self._recording
@@ -262,6 +301,13 @@ class _Events:
         """Whether a segment holds anything for the backward pass, so that it runs again."""
         within = self._saved_in_segment & (self._recording.segment_index == index)
         return bool(within.any()) and self._recording.second_run_start(index) >= 0
+
+    def _held_until(self, index: int) -> int:
+        """The time until which a segment's inputs are on the device without a break."""
+        later = index + self._recording.inputs_on_device
+        if later == index or later >= len(self._recording.segments):
+            return self._backward_end(index)
+        return self._recording.segments[later].start
 
     def _backward_end(self, index: int) -> int:
         """The time of the last operation through which gradients flow in a segment."""
@@ -298,6 +344,7 @@ def replay(
     shape: BatchShape | None = None,
     evaluation: BatchShape | None = None,
     workspace_bytes: int = 0,
+    expandable: bool = False,
 ) -> Replayed:
     """Replay two steps of a plan.
 
@@ -309,12 +356,13 @@ def replay(
         evaluation: the shape of batches of an evaluation after the steps, a forward pass without a graph; None for
             none.
         workspace_bytes: what cuBLAS takes through the allocator, half of it in each thread.
+        expandable: whether the allocator has `expandable_segments`.
 
     Raises:
         UnsupportedError: see `MemoryModel.sizes`.
     """
     sizes = memory.sizes_under(ranks, shape)
-    run = _Run(CachingAllocator())
+    run = _Run(CachingAllocator(expandable))
     run.keep(loaded)
     parameters = sizes[list(memory.recording.gradients)]
     states = memory.states

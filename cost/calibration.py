@@ -96,13 +96,14 @@ def calibrate(
         double = recorder.step(small, 2 * RANK, sizes_alone=True)
         base = recorder.lifetimes(base, small)
     _check_all_ran(base, targets)
-    slope = np.where(base.target_index >= 0, (double.sizes - base.sizes) / RANK, 0.0)
+    ranks = RANK * np.append(recorded_ranks(targets), 1)[base.target_index]
+    slope = np.where(base.target_index >= 0, (double.sizes - base.sizes) / ranks, 0.0)
     return MemoryModel(
         shape=shape,
         accumulates=accumulates,
         states=model_states(model, targets, optimizer, signal_bytes),
         recording=base,
-        _base=base.sizes - RANK * slope,
+        _base=base.sizes - ranks * slope,
         _slope=slope,
         _growth=growth,
         _block_bytes=CUDA_BLOCK if device_kind(next(model.parameters())) == "cuda" else 1,
@@ -175,11 +176,21 @@ class _ScaledRecorder:
             return self.recorder.lifetimes(recording, batch)
 
 
+ALIGNED = 4
+"""How many times the rank of other modules experts have while steps are recorded: products of groups take factors
+whose rows are multiples of 16 bytes, and others are padded (`lora/routed_rows.py`)."""
+
+
+def recorded_ranks(targets: Sequence[TargetModule]) -> IntArray:
+    """By how much the rank of each module is multiplied while steps are recorded, int64 (modules,)."""
+    return np.array([ALIGNED if target.experts > 1 else 1 for target in targets], dtype=np.int64)
+
+
 def prepare(targets: Sequence[TargetModule], rank: int) -> None:
     """Give every module this rank, and reset the random generator, so that steps draw the same numbers."""
-    for target in targets:
-        write_in_place(target.weight_a, target.weight_a.new_zeros(rank, target.d_in))
-        write_in_place(target.weight_b, target.weight_b.new_zeros(target.d_out, rank))
+    for target, times in zip(targets, recorded_ranks(targets), strict=True):
+        for weight, zeros in zip((target.weight_a, target.weight_b), target.zeros(rank * int(times)), strict=True):
+            write_in_place(weight, zeros)
     torch.manual_seed(0)
 
 
@@ -262,6 +273,7 @@ class PlanCosts:
         memory: predicts other batch shapes; None under a budget of parameters.
         saved: what a step of plain LoRA takes without exact savers, and with them.
         savers: names of those that are on.
+        alone: the shape of one example, with which plans are priced where steps run in parts; else None.
     """
 
     cost: UntimedCost
@@ -269,6 +281,7 @@ class PlanCosts:
     memory: MemoryModel | None
     saved: tuple[Saved, ...] = ()
     savers: tuple[str, ...] = ()
+    alone: BatchShape | None = None
 
 
 def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: Batch, *, signals: bool) -> MemoryModel:
@@ -307,6 +320,7 @@ def plan_costs(
     savers: ExactSavers | None = None,
     kept: IntArray | None = None,
     whole: bool = False,
+    each: int | None = None,
 ) -> PlanCosts:
     """What plans cost in this step, on its largest batch, and the limit that a budget sets them.
 
@@ -315,7 +329,8 @@ def plan_costs(
     it is set: plans cost what `checkpointed_cost` says, and a share is one of what plain LoRA takes where none does.
     Where plain LoRA does not fit, activations are checkpointed first; see `ExactSavers.within`.
     Under a budget of parameters nothing is measured. See `Budget.resolve` for `kept`, `checkpointed_cost` for `whole`,
-    and `measure_memory` for the other arguments.
+    and `measure_memory` for the other arguments. With `each`, the rows of an example, steps run in parts: plans are
+    priced with one example of the batch's length, beside the gradients of others, if the byte model can tell of it.
     """
     if budget.kind == "parameters":
         return PlanCosts(*limited_cost(budget, targets, None, kept), None)
@@ -328,16 +343,22 @@ def plan_costs(
     cost, limit = limited_cost(
         beside_model(budget, step.model), targets, plain.with_checkpointed(()) if least else plain, kept
     )
+    alone = BatchShape(each, plain.shape.length) if each else None
+    alone = alone if alone and plain.predicts(alone) else None
     if least and savers and priced:
-        priced = savers.within(limit.value, priced, measured, targets, least)
+        priced = savers.within(limit.value, priced, measured, targets, least, alone)
     memory = priced.memory if priced else plain
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
+    if alone:
+        memory = replace(memory, accumulates=True)
     if least:
-        cost = checkpointed_cost(memory, highest_ranks(targets), limit.value, kept=kept, least=least, whole=whole)
-    elif signals or savers:
-        cost = memory.cost()
-    return PlanCosts(cost, limit, memory, priced.saved if priced else (), savers.names if savers else ())
+        highest = highest_ranks(targets)
+        cost = checkpointed_cost(memory, highest, limit.value, alone, kept=kept, least=least, whole=whole)
+    elif signals or savers or alone:
+        cost = memory.cost(alone)
+    names = savers.names if savers else ()
+    return PlanCosts(cost, limit, memory, priced.saved if priced else (), names, alone)
 
 
 def limited_cost(

@@ -80,6 +80,7 @@ def card_use(
     *,
     shape: BatchShape | None = None,
     evaluation: BatchShape | None = None,
+    expandable: bool = False,
 ) -> CardUse:
     """What a plan takes of a card.
 
@@ -91,6 +92,7 @@ def card_use(
         shape: of the batches; by default that of calibration.
         evaluation: the shape of batches of evaluation; None for none. It is the recorded forward pass with nothing
             saved for a backward pass: all logits, and the widest layer.
+        expandable: whether the allocator has `expandable_segments`.
 
     Raises:
         UnsupportedError: see `MemoryModel.sizes`.
@@ -102,6 +104,7 @@ def card_use(
         shape=shape,
         evaluation=evaluation,
         workspace_bytes=device.workspace_bytes,
+        expandable=expandable,
     )
     base = sum(loaded)
     step = replayed.allocated - base

@@ -28,6 +28,9 @@ UNKNOWN_CONTEXT_BYTES = 500 * _MIB
 """Bytes of the CUDA context of a card of which no error has shown them."""
 
 
+USUAL_CARD = "RTX 4090"
+"""Times on a card of which only the memory is known are by the rates of this one. They are told as shares."""
+
 WORKSPACE_BYTES = 8_519_680
 """What cuBLAS takes through the allocator for each thread that calls it (its default `:4096:2:16:8`)."""
 

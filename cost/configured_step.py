@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -14,7 +14,63 @@ from ..lora.spec import ModuleSpec, highest_ranks
 from .model import MemoryModel
 from .recording import BatchShape
 from .saver_prices import ACTIVATIONS, Saved, price_savers
+from .step_config import Attention, ExpertBits
 from .step_time import StepWork
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Precisions in which a frozen model can be loaded, and what torch calls them."""
+
+Implementation = Literal["eager", "sdpa", "flash", "flex"]
+"""Of attention: operators one by one, torch's function, or a kernel that never makes scores and reads no mask."""
+
+LossKind = Literal["model", "chunked", "cut"]
+"""What computes the loss: model, transformers or the exact savers; chunked, TRL's SFTTrainer, in tiles of the
+vocabulary; cut, cut cross-entropy (arXiv:2411.09009), or another kernel that holds no logits at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedAs:
+    """How the model would be loaded and trained, beside what `StepConfig` says.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        dtype: the precision of the frozen weights, a torch dtype or a name in `DTYPES`; by default that of the
+            configuration. Adapters are then in fp32, as
+            PEFT makes them.
+        attention: which attention kernels CUDA has, if the configuration does not ask for eager attention.
+        padded: whether some rows of a batch are padded, which takes other kernels and a mask.
+        double_quantization: whether the scales of nf4 weights are quantised too.
+        reentrant: whether gradient checkpointing is torch's reentrant one.
+        input_gradients: whether the embedding's output is made to require gradients (`enable_input_require_grads`).
+        keeps_output: whether the training loop keeps the model's output, logits included, until the step ends; the
+            Trainer does not.
+        adapter: further arguments of `peft.LoraConfig`, such as use_dora.
+        experts: how fused experts of a quantised model are kept.
+        implementation: of attention in transformers; by default that of the configuration.
+        loss: what computes the loss of a causal language model.
+        fused_activations: whether activation functions that transformers composes of many operators run as the CUDA
+            kernels that their authors publish (xIELU of Apertus).
+        packed: whether a row holds several texts, so that it may be longer than the model has positions.
+        offload: whether inputs of checkpointed layers lie in main memory until they run again.
+        expandable_segments: whether torch's allocator has them.
+    """
+
+    device: Literal["cuda", "cpu"] = "cuda"
+    dtype: Any = None
+    attention: Attention = "auto"
+    padded: bool = False
+    double_quantization: bool = True
+    reentrant: bool = False
+    input_gradients: bool = False
+    keeps_output: bool = False
+    adapter: dict[str, Any] = field(default_factory=dict)
+    experts: ExpertBits = "transformers"
+    implementation: Implementation | None = None
+    loss: LossKind = "model"
+    fused_activations: bool = True
+    packed: bool = False
+    offload: bool = False
+    expandable_segments: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,12 +85,16 @@ class LoadedModel:
         outside: those of them that lie outside of the layers which can be checkpointed, in all.
         widest: bytes of the largest such layer.
         workspace_bytes: bytes that libraries take through the allocator for as long as the process lives; 0 on the CPU.
+        products: the weights of its products, and the width of its hidden states.
+        precision: what torch calls that of its first parameter.
         continues: whether it continues texts.
         positions: the most tokens of a row; None if the model sets no limit.
         windows: lengths from which attention leaves out tokens.
         keeps_state: whether its layers keep a state, so that a recording tells one length alone.
         fused: how many of the parameters are experts in one tensor, which no quantisation of a loaded model reaches.
         named: names of modules to give in place of "all-linear", where that is of others in PEFT; else empty.
+        is_eager: whether attention holds the scores of all pairs of tokens.
+        has_xielu: whether it has the activation function xIELU.
         task_type: what PEFT calls the task.
         saved_modules: names of modules that train as a whole, such as a new classifier.
     """
@@ -46,12 +106,16 @@ class LoadedModel:
     outside: int = 0
     widest: int = 0
     workspace_bytes: int = 0
+    products: tuple[int, int] = (0, 0)
+    precision: str = "float32"
     continues: bool = True
     positions: int | None = None
     windows: tuple[int, ...] = ()
     keeps_state: bool = False
     fused: int = 0
     named: tuple[str, ...] = ()
+    is_eager: bool = False
+    has_xielu: bool = False
     task_type: str | None = None
     saved_modules: tuple[str, ...] = ()
 
@@ -71,6 +135,7 @@ class ConfiguredStep:
         model: what is known of the model.
         work: what the step computes; None if it was not counted.
         saved: what a step of plain LoRA takes with each exact saver more, likewise.
+        loaded: how the model is loaded and trained.
         libraries: versions of those that recorded it, if it comes from a file.
         leaner: makes the same step with selective checkpointing; None where that saves nothing, or is not asked for.
     """
@@ -80,6 +145,7 @@ class ConfiguredStep:
     work: StepWork | None = field(default=None, repr=False)
     saved: tuple[Saved, ...] = ()
     leaner: Callable[[], ConfiguredStep | None] = field(default=lambda: None, repr=False)
+    loaded: LoadedAs = field(default_factory=LoadedAs, repr=False)
     libraries: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -90,6 +156,10 @@ class ConfiguredStep:
 
 class StepSource(Protocol):
     """Tells what a step takes and computes: by recording it, or from a file."""
+
+    @property
+    def loaded(self) -> LoadedAs:
+        """How the model is loaded."""
 
     @property
     def model(self) -> LoadedModel:
@@ -107,7 +177,7 @@ def configured_step(source: StepSource, shape: BatchShape, savers: Sequence[str]
     highest = highest_ranks(source.model.targets)
     priced = price_savers(partial(source.memory, shape=shape), savers, highest)
     work = source.work(priced.names, shape)
-    found = ConfiguredStep(priced.memory, source.model, work, priced.saved if savers else ())
+    found = ConfiguredStep(priced.memory, source.model, work, priced.saved if savers else (), loaded=source.loaded)
 
     def leaner() -> ConfiguredStep | None:
         names = (*priced.names, ACTIVATIONS)

@@ -69,6 +69,23 @@ def device_on_meta(device: DeviceOnMeta) -> Iterator[None]:
 
 
 @contextmanager
+def autocast_known_on_meta() -> Iterator[None]:
+    """Let code that switches autocast off for the device of a tensor do so on the meta device, which torch refuses."""
+    real = torch.autocast
+
+    def made(device_type: str, *arguments: Any, **options: Any) -> Any:
+        if device_type == "meta" and not options.get("enabled", True):
+            return autocast_on_meta(None)
+        return real(device_type, *arguments, **options)
+
+    torch.autocast = made  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        torch.autocast = real  # type: ignore[misc]
+
+
+@contextmanager
 def autocast_on_meta(dtype: torch.dtype | None) -> Iterator[None]:
     """Autocast inside a `device_on_meta`; None does nothing."""
     device = _DEVICE.get()

@@ -9,25 +9,20 @@ package's own calibration runs its small steps there, as the device that is aske
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from importlib import import_module
+from dataclasses import replace
 from traceback import walk_tb
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, prepare_model_for_kbit_training
+from peft import PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import modeling_auto
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..errors import ConfigError, RankPilotError, UnsupportedError, first_line
 from ..lora.peft_config import fresh_adapters, fused_experts, head_names, left_out
@@ -36,11 +31,12 @@ from ..lora.targets import find_target_modules
 from . import training_step
 from .calibration import keeps_state, measure_memory, step_states
 from .cards import WORKSPACE_BYTES
-from .configured_step import ConfiguredStep, LoadedModel, configured_step
-from .device_on_meta import DeviceOnMeta, autocast_on_meta, device_on_meta
-from .live_storages import META_STANDS_FOR, DeviceKind
+from .configured_step import DTYPES, ConfiguredStep, LoadedAs, LoadedModel, configured_step
+from .device_on_meta import DeviceOnMeta, autocast_known_on_meta, autocast_on_meta, device_on_meta
+from .kernels_on_meta import cut_loss, fuse_activations, use_chunked_loss, use_flash_attention
 from .model import MemoryModel, ModelStates
 from .model_states import frozen_bytes, frozen_sizes
+from .part_seconds import product_sizes
 from .published import (
     check_experts,
     check_reads_tokens,
@@ -49,43 +45,15 @@ from .published import (
     most_positions,
     stored_method,
 )
+from .quantised import adapters_on_quantised_experts, quantise, quiet
 from .recording import BatchShape
 from .repeated_layers import RepeatedLayers, measure_by_layers, work_by_layers
-from .saver_prices import FREE_SAVERS
+from .saver_prices import free_savers
 from .savers import ExactSavers
-from .step_config import Attention, OptimizerName, Quantization, StepConfig, check_length
+from .step_config import OptimizerName, StepConfig, check_length
 from .step_time import StepWork
 
 _NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedAs:
-    """How the model would be loaded and trained, beside what `StepConfig` says.
-
-    Attributes:
-        device: "cuda" or "cpu".
-        dtype: the precision of the frozen weights; by default that of the configuration. Adapters are then in fp32, as
-            PEFT makes them.
-        attention: which attention kernels CUDA has, if the configuration does not ask for eager attention.
-        padded: whether some rows of a batch are padded, which takes other kernels and a mask.
-        double_quantization: whether the scales of nf4 weights are quantised too.
-        reentrant: whether gradient checkpointing is torch's reentrant one.
-        input_gradients: whether the embedding's output is made to require gradients (`enable_input_require_grads`).
-        keeps_output: whether the training loop keeps the model's output, logits included, until the step ends; the
-            Trainer does not.
-        adapter: further arguments of `peft.LoraConfig`, such as use_dora.
-    """
-
-    device: DeviceKind = "cuda"
-    dtype: torch.dtype | None = None
-    attention: Attention = "auto"
-    padded: bool = False
-    double_quantization: bool = True
-    reentrant: bool = False
-    input_gradients: bool = False
-    keeps_output: bool = False
-    adapter: dict[str, Any] = field(default_factory=dict)
 
 
 def from_config(
@@ -118,12 +86,14 @@ def from_config(
     """
     recorder = StepRecorder(config, step, loaded, checkpointing_optional=checkpointing_optional)
     shape = BatchShape(step.batch_size, step.max_length)
-    check_length(step.max_length, recorder.model.positions)
-    savers = FREE_SAVERS if step.exact_savers else ()
+    model = recorder.model
+    if not recorder.loaded.packed:
+        check_length(step.max_length, model.positions)
+    savers = free_savers(model.targets) if step.exact_savers else ()
     if counted:
         return configured_step(recorder, shape, savers)
     memory = recorder.memory(savers, shape)
-    return ConfiguredStep(memory, recorder.model)
+    return ConfiguredStep(memory, recorder.model, loaded=recorder.loaded)
 
 
 class StepRecorder:
@@ -132,7 +102,12 @@ class StepRecorder:
     Args:
         config, step, loaded, checkpointing_optional: see `from_config`, which tells the errors as well. The batch that
             `step` names does not matter.
+
+    Attributes:
+        loaded: how the model is loaded.
     """
+
+    loaded: LoadedAs
 
     def __init__(
         self,
@@ -147,24 +122,34 @@ class StepRecorder:
         check_sizes(config)
         check_experts(config)
         stored_method(config, step.quantization)
-        self._loaded = loaded or LoadedAs()
-        self._device = DeviceOnMeta(self._loaded.device, self._loaded.attention, self._loaded.padded)
-        auto_class = usual_class(config)
+        self.loaded = loaded = loaded or LoadedAs()
+        self._device = DeviceOnMeta(loaded.device, loaded.attention, loaded.padded)
+        self._auto_class = auto_class = usual_class(config)
         kind = PEFT_TYPES[auto_class]
         with _on_meta(self._device):
-            self._base = base = base_on_meta(config, auto_class, self._loaded.dtype)
-            parameters = sum(parameter.numel() for parameter in base.parameters())
+            if loaded.implementation in ("eager", "sdpa"):
+                config._attn_implementation = loaded.implementation
+            self._base = base = base_on_meta(config, auto_class, _dtype(loaded.dtype))
+            self._counts = (
+                sum(parameter.numel() for parameter in base.parameters()),
+                sum(experts.numel() for experts in fused_experts(base)),
+            )
+            if loaded.implementation in ("flash", "flex"):
+                use_flash_attention(base)
+            if loaded.fused_activations and loaded.device == "cuda":
+                fuse_activations(base)
             if checkpointing_optional and not training_step.has_checkpointing(base):
                 step = replace(step, gradient_checkpointing=False)
-            model = _adapted(_quantised(base, step, self._loaded, kind), step, self._loaded, kind)
+            self._peft = model = _adapted(_quantised(base, step, loaded, kind), step, loaded, kind)
+            if loaded.loss != "model":
+                (cut_loss if loaded.loss == "cut" else use_chunked_loss)(base)
             self._targets = find_target_modules(model)
             self._training = training_step.TrainingStep(
-                model, _loss(model, step, self._loaded), _optimizer(step, model), accumulates=step.accumulation > 1
+                model, _loss(model, step, loaded), _optimizer(step, model), accumulates=step.accumulation > 1
             )
             self._ways = RepeatedLayers.of(model, self._targets)
             self._savers = ExactSavers(model, ())
-        self._keeps_state, self._peft, self._parameters = keeps_state(model), model, parameters
-        self._auto_class = auto_class
+        self._keeps_state = keeps_state(model)
 
     @property
     def model(self) -> LoadedModel:
@@ -175,18 +160,24 @@ class StepRecorder:
         layers = [frozen_bytes(module) for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         return LoadedModel(
             kind=type(base).__name__,
-            targets=tuple(ModuleSpec(each.name, each.block, each.d_in, each.d_out) for each in self._targets),
-            parameters=self._parameters,
+            targets=tuple(
+                ModuleSpec(each.name, each.block, each.d_in, each.d_out, experts=each.experts) for each in self._targets
+            ),
+            parameters=self._counts[0],
             frozen=tuple(frozen),
             outside=sum(frozen) - sum(layers),
             widest=max(layers, default=0),
-            workspace_bytes=2 * WORKSPACE_BYTES if self._loaded.device == "cuda" else 0,
+            workspace_bytes=2 * WORKSPACE_BYTES if self.loaded.device == "cuda" else 0,
+            products=product_sizes(model),
+            precision=str(base.dtype).removeprefix("torch."),
             continues=self._auto_class == "AutoModelForCausalLM",
             positions=most_positions(base),
             windows=tuple(sorted(set(_windows(base.config)))),
             keeps_state=self._keeps_state,
-            fused=sum(experts.numel() for experts in fused_experts(base)),
-            named=tuple(sorted(lora.target_modules)) if left_out(base) else (),
+            fused=self._counts[1],
+            named=_named(model) if left_out(base) else (),
+            is_eager=getattr(base.config, "_attn_implementation", "") == "eager",
+            has_xielu=any(type(module).__name__ == "XIELUActivation" for module in base.modules()),
             task_type=lora.task_type and str(getattr(lora.task_type, "value", lora.task_type)),
             saved_modules=tuple(lora.modules_to_save or ()),
         )
@@ -202,13 +193,14 @@ class StepRecorder:
         """The byte model of the step with these exact savers, for a batch of this shape."""
         known = shape
         if not self._keeps_state:
-            known = calibration_shape(self._base.config, shape, padded=self._loaded.padded)
+            known = calibration_shape(self._base.config, shape, padded=self.loaded.padded)
         with self._with(savers):
             memory = measure_by_layers(self._training, self._targets, batch_on_meta(self._base, known), self._ways)
             if not memory.predicts(shape):
                 batch = batch_on_meta(self._base, shape)
                 memory = measure_memory(self._training, self._targets, batch, signals=False)
-        return replace(memory, shape=shape)
+        memory = replace(memory, shape=shape)
+        return memory.offloaded() if self.loaded.offload else memory
 
     def work(self, savers: tuple[str, ...], shape: BatchShape) -> StepWork:
         """What the step with these exact savers computes on a batch of this shape."""
@@ -222,6 +214,11 @@ class StepRecorder:
             return step_states(replace(self._training, optimizer=made), self._targets, signals=False)
 
 
+def _dtype(given: Any) -> torch.dtype | None:
+    found: torch.dtype | None = getattr(torch, DTYPES[given]) if isinstance(given, str) else given
+    return found
+
+
 def _optimizer(step: StepConfig, model: PeftModel) -> torch.optim.Optimizer:
     with torch.device("cpu"):  # an 8-bit optimizer makes the table of its codes
         return training_step.new_optimizer(step.optimizer, model)
@@ -230,7 +227,8 @@ def _optimizer(step: StepConfig, model: PeftModel) -> torch.optim.Optimizer:
 @contextmanager
 def _on_meta(device: DeviceOnMeta) -> Iterator[None]:
     """A hollow device, without what libraries say about contents that are not there."""
-    with device_on_meta(device), quiet(), warnings.catch_warnings():
+    patches = autocast_known_on_meta(), adapters_on_quantised_experts()
+    with device_on_meta(device), patches[0], patches[1], quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
@@ -260,6 +258,12 @@ def _predictable(config: PreTrainedConfig) -> Iterator[None]:
         ) from error
 
 
+def _named(model: PeftModel) -> tuple[str, ...]:
+    """The names of target modules; none where they are a regular expression."""
+    names = model.peft_config["default"].target_modules
+    return () if isinstance(names, str) else tuple(sorted(names))
+
+
 def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: str) -> PreTrainedModel:
     if step.quantization == "none":
         return base
@@ -269,6 +273,7 @@ def _quantised(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: 
         double_quantization=loaded.double_quantization,
         kept=head_names(base) if kind in _NEW_HEADS else None,
         prepare=step.prepare_kbit,
+        experts=loaded.experts,
     )
 
 
@@ -282,6 +287,7 @@ def _adapted(base: PreTrainedModel, step: StepConfig, loaded: LoadedAs, kind: st
         kind,
         new_head=kind in _NEW_HEADS,
         target_modules=step.target_modules,
+        target_parameters=step.target_parameters,
         **{"r": 8, "lora_alpha": 16} | loaded.adapter,
     )
     if loaded.input_gradients:
@@ -415,115 +421,3 @@ def batch_on_meta(model: PreTrainedModel, shape: BatchShape) -> dict[str, torch.
     regression = rows_only and model.config.num_labels == 1
     labels = torch.zeros(shape.rows, dtype=torch.float32 if regression else torch.long) if rows_only else tokens.clone()
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
-
-
-BLOCK = 64
-"""Weights that share one scale in nf4."""
-
-SCALES_BLOCK = 256
-"""Scales that share one scale of theirs, where scales are quantised too."""
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep bitsandbytes from saying at every 8-bit product that it casts the inputs."""
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def quantise(
-    model: PreTrainedModel,
-    quantization: Quantization,
-    *,
-    double_quantization: bool = True,
-    kept: list[str] | None = None,
-    prepare: bool = True,
-) -> PreTrainedModel:
-    """A hollow model as transformers loads it in fewer bits and PEFT prepares it for training.
-
-    Args:
-        model: on the meta device; it is changed. Products with nf4 weights are in its precision.
-        quantization: nf4 or int8.
-        double_quantization: whether nf4's scales are stored in eight bits.
-        kept: names of modules that are not quantised; by default those that transformers chooses, such as the output
-            layer.
-        prepare: see `StepConfig.prepare_kbit`.
-
-    Raises:
-        UnsupportedError: bitsandbytes is missing.
-    """
-    training_step.check_installed(quantization=quantization)
-    loaded = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}[quantization]
-    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**{loaded: True}), pre_quantized=False)
-    skipped = quantizer.get_modules_to_not_convert(model, kept, model._keep_in_fp32_modules)
-    compute_dtype = model.dtype
-    for name, module in list(model.named_modules()):
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skipped):
-            d_in, d_out = module.weight.shape[:: 1 if isinstance(module, Conv1D) else -1]
-            if quantization == "nf4":
-                layer = _four_bit_layer(d_in, d_out, compute_dtype, double_quantization, module.weight.dtype)
-            else:
-                layer = _eight_bit_layer(d_in, d_out)
-            layer.bias = module.bias
-            layer.source_cls = type(module)
-            layer.requires_grad_(False)
-            model.set_submodule(name, layer)
-    setattr(model, f"is_{loaded.replace('load', 'loaded')}", True)
-    model.is_quantized = True
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False) if prepare else model
-    return model.requires_grad_(False)
-
-
-def _four_bit_layer(d_in: int, d_out: int, compute_dtype: torch.dtype, double: bool, dtype: torch.dtype) -> Any:
-    bnb: Any = import_module("bitsandbytes")
-    new_state = bnb.functional.QuantState
-    blocks = -(-d_in * d_out // BLOCK)
-    scales = torch.empty(blocks, dtype=torch.uint8 if double else torch.float32)
-    inner: dict[str, Any] = {}
-    if double:
-        scales_of_scales = torch.empty(-(-blocks // SCALES_BLOCK))
-        state = new_state(absmax=scales_of_scales, code=torch.empty(256), blocksize=SCALES_BLOCK, dtype=torch.float32)
-        inner = {"offset": torch.empty(()), "state2": state}
-    state = new_state(
-        absmax=scales,
-        shape=torch.Size((d_out, d_in)),
-        code=torch.empty(16),
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=dtype,
-        **inner,
-    )
-    layer = bnb.nn.Linear4bit(d_in, d_out, bias=False, compute_dtype=compute_dtype, quant_type="nf4")
-    codes = torch.empty((d_in * d_out + 1) // 2, 1, dtype=torch.uint8)
-    options = {"quant_state": state, "compress_statistics": double, "quant_type": "nf4", "bnb_quantized": True}
-    layer.weight = bnb.nn.Params4bit(codes, blocksize=BLOCK, module=layer, **options)
-    layer.quant_state = state
-    return layer
-
-
-def _eight_bit_layer(d_in: int, d_out: int) -> Any:
-    bnb: Any = import_module("bitsandbytes")
-    product: Any = import_module("bitsandbytes.autograd._functions").MatMul8bitFp.apply
-
-    class OnCpu(bnb.nn.Linear8bitLt):  # type: ignore[misc]
-        """The layer as it trains on the CPU: it makes its weight whole for each product."""
-
-        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-            """The product of inputs of shape (..., d_in) and the weight."""
-            if self.bias is not None and self.bias.dtype != inputs.dtype:
-                self.bias.data = self.bias.data.to(inputs.dtype)
-            output: torch.Tensor = product(inputs, self.weight, None, self.bias, self.state)
-            return output
-
-    kind = OnCpu if META_STANDS_FOR.get() == "cpu" else bnb.nn.Linear8bitLt
-    # Which columns are outliers, and computed in 16 bits, depends on the data: they are few, and not counted.
-    layer = kind(d_in, d_out, bias=False, has_fp16_weights=False, threshold=0.0)
-    codes = torch.empty(d_out, d_in, dtype=torch.int8)
-    layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False)
-    layer.state.CB, layer.state.SCB = codes, torch.empty(d_out)
-    return layer

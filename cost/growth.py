@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -116,7 +117,23 @@ class Growth:
             factor = np.where(self.tiles > 0, self.tile_tokens.tile(shape) / np.maximum(self.tiles, 1), factor)
         return factor
 
-    def _length_factor(self, length: int) -> FloatArray:
+    @cached_property
+    def kinds(self) -> tuple[Growth, IntArray]:
+        """The growth of one storage of each kind that grows alike, and the kind of each storage, int64 (storages,)."""
+        table = np.stack([self.row_power, self.length_power, self.missing, self.tiles], axis=1)
+        _, first, kind = np.unique(table, axis=0, return_index=True, return_inverse=True)
+        names = ("row_power", "length_power", "missing", "tiles")
+        return replace(self, **{name: getattr(self, name)[first] for name in names}), kind.ravel()
+
+    def factors(self, rows: IntArray, lengths: IntArray) -> FloatArray:
+        """`factor` at many shapes that can be told, by their rows and lengths, both (shapes,): (shapes, storages)."""
+        whole = (rows[:, None] / self.recorded.rows) ** self.row_power * self._length_factor(lengths[:, None])
+        if not self.tile_tokens:
+            return whole
+        tiles = self.tile_tokens.tiles(rows, lengths)[:, None]
+        return np.where(self.tiles > 0, tiles / np.maximum(self.tiles, 1), whole)
+
+    def _length_factor(self, length: int | IntArray) -> FloatArray:
         """The factor by which each storage grows with the length."""
         measured, recorded = self.length_ratio, self.recorded.length
         if measured == 1:  # the powers are not known

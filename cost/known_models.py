@@ -19,6 +19,10 @@ _VARIANTS = ("-instruct", "-it", "-pt", "-chat", "-base")
 """Ends of names of models that have the sizes of the model without them."""
 
 
+_MIRRORS = ("nousresearch", "unsloth")
+"""Owners of copies of others' models, with the same sizes and names."""
+
+
 @cache
 def published_models() -> dict[str, dict[str, Any]]:
     """The models of the table by short name ("llama-3.1-8b").
@@ -48,6 +52,6 @@ def short_name(name: str) -> str:
     model = model.removeprefix("meta-").replace("-instruct-", "-")
     for candidate in (model, *(model.removesuffix(variant) for variant in _VARIANTS)):
         entry = published_models().get(candidate)
-        if entry is not None and owner in ("", entry["owner"].lower()):
+        if entry is not None and owner in ("", entry["owner"].lower(), *_MIRRORS):
             return candidate
     return ""

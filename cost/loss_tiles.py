@@ -52,9 +52,7 @@ def use_own_tiles(model: nn.Module) -> Callable[[], None]:
 def _entered(entries: list[Any], entry: Any) -> Callable[[], None]:
     """Put an entry on one of the lists; returns what takes it off. TRL's function is wrapped while they hold any."""
     module = sys.modules.get(MODULE)
-    if not hasattr(module, FUNCTION) or not hasattr(module, TILE):
-        return lambda: None
-    if not _HEADS and not _SIZERS:
+    if hasattr(module, FUNCTION) and hasattr(module, TILE) and not _HEADS and not _SIZERS:
         _UNWRAP.append(_wrapped(module))
     entries.append(held := (entry,))
 
@@ -66,6 +64,11 @@ def _entered(entries: list[Any], entry: Any) -> Callable[[], None]:
             _UNWRAP.pop()()
 
     return leave
+
+
+def tile_tokens(tokens: int, size: TileSize) -> int:
+    """The tokens of a tile of so many tokens, also while a small step is recorded."""
+    return int(_SIZERS[-1][0](tokens, size) if _SIZERS else size.of(tokens))
 
 
 def _wrapped(module: Any) -> Callable[[], None]:
@@ -85,7 +88,7 @@ def _wrapped(module: Any) -> Callable[[], None]:
         head = next((each for each in heads if each is not None and each.weight is weight), None)
         own = head is not None and not any(parameter.requires_grad for parameter in head.parameters())
         size, tokens = TileSize(most=usual) if own else TileSize(1, 1, usual), len(hidden)
-        context.tile = _SIZERS[-1][0](tokens, size) if _SIZERS else size.of(tokens)
+        context.tile = tile_tokens(tokens, size)
         return in_tiles(context.tile, forward, context, hidden, weight, *rest, **options)
 
     def sized_backward(context: Any, *gradients: Any) -> Any:

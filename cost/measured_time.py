@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..lora.resize import write_in_place
+from ..lora.routed_rows import parts_of
 from ..lora.spec import REFERENCE_RANK, highest_ranks
 from ..lora.targets import TargetModule
 from . import meta_results
@@ -198,8 +199,8 @@ def _timed_step(
 ) -> float:
     """The seconds of one step under a plan; with `warm`, of the second one."""
     for target, rank in zip(targets, ranks.tolist(), strict=True):
-        write_in_place(target.weight_a, target.weight_a.new_zeros(rank, target.d_in))
-        write_in_place(target.weight_b, target.weight_b.new_zeros(target.d_out, rank))
+        for weight, zeros in zip((target.weight_a, target.weight_b), target.zeros(rank), strict=True):
+            write_in_place(weight, zeros)
         for parameter in target.parameters.values():
             parameter.requires_grad_(rank > 0)
     trains = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
@@ -282,7 +283,7 @@ class _Count:
         layers = [name for name, module in named.items() if isinstance(module, GradientCheckpointingLayer)]
         self._layers = {name: index for index, name in enumerate(layers)}
         self._again: list[str] = []
-        self._targets = {id(target.layer): index for index, target in enumerate(targets)}
+        self._targets = {id(p): index for index, target in enumerate(targets) for p in parts_of(target.layer)}
         self._bases = {id(target.layer.base_layer) for target in targets}
         self._of_parameter = {id(p): 1 << i for i, target in enumerate(targets) for p in target.parameters.values()}
         self._every_plan = 1 << len(targets)

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..common.checks import is_count
 from ..common.files import cache_folder, read_object
 from ..errors import ConfigError, UnknownNameError, shown
 from ..lora.spec import REFERENCE_RANK, check_rank
-from .cards import find_device_spec
-from .configured_step import Sharding, Shards
+from .cards import DeviceSpec, find_device_spec
+from .configured_step import DTYPES, Implementation, LoadedAs, Sharding, Shards
 from .known_models import check_known, published_models, short_name
 from .outlook import Outlook
-from .step_config import Attention, StepConfig, check_length
+from .step_config import StepConfig, check_length
 from .stored_step import StepFile, StoredStep, step_key, versions
 
 if TYPE_CHECKING:
@@ -27,8 +27,16 @@ if TYPE_CHECKING:
 
     from .from_config import StepRecorder
 
-DTYPES = ("bf16", "fp16", "fp32")
-"""Precisions in which a frozen model can be loaded."""
+_OF_LOAD = {each.name for each in fields(LoadedAs)} - {"device", "dtype", "attention", "padded", "implementation"}
+"""Settings of `LoadedAs` that `memory_of` takes by their names."""
+
+
+def _dtype_on(card: DeviceSpec, dtype: str | None) -> str:
+    """The precision that is asked for, if it is one, or else that of the card."""
+    dtype = dtype or ("bf16" if card.has_bf16 else "fp16")
+    if dtype not in DTYPES:
+        raise UnknownNameError.of("dtype", dtype, DTYPES)
+    return dtype
 
 
 def memory_of(
@@ -40,6 +48,8 @@ def memory_of(
     padded: bool = False,
     gpus: int = 1,
     sharding: Sharding = "ddp",
+    attention: Implementation | Literal["math"] | None = None,
+    lora_dropout: float = 0.0,
     **settings: Any,
 ) -> Outlook:
     """What a LoRA fine-tune of a model takes on a card, from its configuration alone.
@@ -53,9 +63,11 @@ def memory_of(
         padded: whether rows of a batch are padded, which takes other attention kernels.
         gpus: how many such cards train together, each with its own batch; figures are of one.
         sharding: what they share: "ddp", "fsdp2" or "zero3"; see `Shards`.
-        settings: of `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation,
-            gradient_checkpointing (of all layers, of none, or "auto": as few as fit). The usual sizes are those of
-            `rankpilot finetune` and `rankpilot memory`.
+        attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa where no fused kernel is there.
+        lora_dropout: see `peft.LoraConfig`.
+        settings: of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments, adapter ...; and of
+            `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation,
+            gradient_checkpointing (of all layers, of none, or "auto": as few as fit). Sizes are as usual in commands.
 
     Returns:
         The outlook: `best`, `choices` and `grid`, computed when they are asked for.
@@ -70,21 +82,28 @@ def memory_of(
         >>> rankpilot.memory_of("qwen3-8b", "24GiB", quantization="nf4", batch_size=4).best  # doctest: +SKIP
     """
     spec, shards = find_device_spec(card), Shards(gpus, sharding)
-    dtype = dtype or ("bf16" if spec.has_bf16 else "fp16")
-    if dtype not in DTYPES:
-        raise UnknownNameError.of("dtype", dtype, DTYPES)
+    dtype = _dtype_on(spec, dtype)
+    of_load = {name: settings.pop(name) for name in _OF_LOAD & set(settings)}
     known = {each.name for each in fields(StepConfig)}
     for name in settings:
         if name not in known:
-            raise UnknownNameError.of("setting of a step", name, known)
+            raise UnknownNameError.of("setting of a step", name, known | _OF_LOAD)
     if not is_count(rank):
         raise ConfigError(f"rank is at least 1, a whole number; got {shown(rank)}.")
-    attention: Attention = "auto" if spec.has_flash_attention else "efficient"
+    loaded = LoadedAs(
+        dtype=dtype,
+        attention="math" if attention == "math" else "auto" if spec.has_flash_attention else "efficient",
+        padded=padded,
+        implementation=None if attention == "math" else attention,
+        adapter=dict(of_load.pop("adapter", {})) | ({"lora_dropout": lora_dropout} if lora_dropout else {}),
+        **of_load,
+    )
     step = StepConfig(**{"bf16": dtype == "bf16"} | settings)
-    asked = AskedStep(model=model, settings=step, dtype=dtype, attention=attention, padded=padded)
+    asked = AskedStep(model, step, loaded)
     source = asked.stored()
     step = step.sized(continues=source.model.continues, positions=source.model.positions)
-    check_length(step.max_length, source.model.positions)
+    if not loaded.packed:
+        check_length(step.max_length, source.model.positions)
     check_rank(rank, source.model.targets)
     configured = source.configured(step)
     if step.gradient_checkpointing is True and not configured.memory.segments:
@@ -92,30 +111,27 @@ def memory_of(
     return Outlook(configured, rank, step, card=spec, dtype=dtype, shards=shards)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class AskedStep:
     """A step as far as its recording depends on it.
 
     Attributes:
         model: see `memory_of`.
         settings: of the step; the batch, the optimizer and checkpointing do not matter.
-        dtype: of the frozen model.
-        attention: which kernels the card has.
-        padded: whether rows are padded.
+        loaded: how the model is loaded.
     """
 
     model: str | PreTrainedConfig
     settings: StepConfig
-    dtype: str = "bf16"
-    attention: Attention = "auto"
-    padded: bool = False
+    loaded: LoadedAs = field(default_factory=lambda: LoadedAs(dtype="bf16"))
 
     @property
     def key(self) -> str:
-        """The key of its file."""
-        settings = {name: getattr(self.settings, name) for name in _RECORDED}
-        own = {"dtype": self.dtype, "attention": self.attention, "padded": self.padded}
-        return step_key(_fields(self.model), settings | own)
+        """The key of its file, in which only settings count that are not the usual ones."""
+        usual = asdict(LoadedAs())
+        loaded = {name: value for name, value in asdict(self.loaded).items() if value != usual[name]}
+        step = {name: getattr(self.settings, name) for name in _RECORDED}
+        return step_key(_fields(self.model), loaded | step)
 
     def stored(self) -> StoredStep:
         """The step, from the files that are there."""
@@ -124,21 +140,17 @@ class AskedStep:
         file = StepFile.read(path, key)
         if file is None or file.text["versions"] != versions():
             file = StepFile.read(shipped(self.model, self.settings), key) or StepFile(key)
-        return StoredStep(file, self.recorder, path)
+        return StoredStep(file, self.recorder, path, self.loaded)
 
     def recorder(self, *, optional: bool = True) -> StepRecorder:
         """What records the step with all layers checkpointed; with `optional`, with none where the model cannot."""
-        import torch
+        from .from_config import StepRecorder
 
-        from .from_config import LoadedAs, StepRecorder
-
-        types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-        loaded = LoadedAs(dtype=types[self.dtype], attention=self.attention, padded=self.padded)
         step = replace(self.settings, gradient_checkpointing=True)
-        return StepRecorder(self.model, step, loaded, checkpointing_optional=optional)
+        return StepRecorder(self.model, step, self.loaded, checkpointing_optional=optional)
 
 
-_RECORDED = ("quantization", "prepare_kbit", "target_modules", "bf16")
+_RECORDED = ("quantization", "prepare_kbit", "target_modules", "target_parameters", "bf16")
 
 
 def shipped(model: str | PreTrainedConfig, settings: StepConfig) -> Path:

@@ -31,6 +31,9 @@ from .growth import Growth
 from .peak_candidates import PeakCandidate, PeakFinder, PeakStorages, keep_candidates, needed_candidates
 from .recording import BatchShape, Recording, Segment, adapted_modules
 
+INPUTS_ON_DEVICE = 5
+"""Inputs that TRL's offloading has on the device at once, so that copies overlap (`max_fwd_stash_size`)."""
+
 RANK = 2
 """The rank of every module while steps are recorded; at rank 1 some operators take short cuts."""
 
@@ -225,6 +228,10 @@ class MemoryModel:
         found: MemoryModel = self._known[key]
         return found
 
+    def offloaded(self) -> MemoryModel:
+        """The model of the same step, where inputs of checkpointed segments lie in main memory until they run again."""
+        return replace(self, recording=replace(self.recording, inputs_on_device=INPUTS_ON_DEVICE))
+
     def peak(self, ranks: IntArray, shape: BatchShape | None = None) -> float:
         """Bytes at the peak of one plan; quicker than `cost`, which serves for many. See `cost` for its errors."""
         shape, states = shape or self.shape, self.states
@@ -234,6 +241,35 @@ class MemoryModel:
             predicted = np.ceil((between_steps + highest + states.fixed @ (ranks > 0)) * (1 + self.margin))
             self._known[key] = float(predicted + states.signals @ ranks)
         return float(self._known[key])
+
+    def at_shapes(self, ranks: IntArray, shapes: Sequence[BatchShape]) -> ShapeBytes:
+        """Bytes at the peak of one plan at any shape between some, (modules,); see `cost` for its errors.
+
+        Args:
+            ranks: the plan, int64 (modules,).
+            shapes: at which it is looked up what can be the peak: at least the corners of what will be asked for.
+        """
+        states, growth = self.states, self._growth.kinds
+        needs, factor = _Needs.of(self._reasons, ranks > 0), self._rank_of_each(ranks)
+        serials, modules = self._all_gradients
+        always = states.other_gradients + float((states.weights + states.scratch) @ ranks)
+        amounts: list[FloatArray] = [np.zeros(len(growth[0].row_power))]
+        fixed = [always]
+        for shape in shapes:
+            highest, candidate = self._highest(ranks, shape)
+            if candidate is None:
+                continue
+            live, counted = needs.at(candidate)
+            held = self._base * (counted * (1.0 + candidate.copied)) + self._slope * factor * live
+            there = np.isin(serials, self._gradients(candidate)[0])
+            added = np.where(modules < 0, self._base[serials], self._slope[serials] * ranks[modules])
+            held += np.bincount(serials[there], added[there], minlength=len(held))
+            amounts.append(np.bincount(growth[1], held, minlength=len(amounts[0])).astype(np.float64))
+            found = growth[0].factors(np.array([shape.rows]), np.array([shape.length]))[0] @ amounts[-1]
+            fixed.append(max(highest - float(found), 0.0))  # blocks of the allocator
+        between = states.others + float((states.between_steps - states.signals) @ ranks + states.fixed @ (ranks > 0))
+        signals = float(states.signals @ ranks)
+        return ShapeBytes(growth[0], np.array(amounts), np.array(fixed), between, 1 + self.margin, signals)
 
     def _highest(self, ranks: IntArray, shape: BatchShape) -> tuple[float, PeakCandidate | None]:
         """Bytes at the peak of one plan beside what is there between steps, and when; None: the optimizer's step."""
@@ -302,6 +338,33 @@ class MemoryModel:
         per_rank += np.bincount(modules[of_module], slope[serials[of_module]], minlength=len(per_rank))
         sums = np.bincount(group[live & ~always], (copies * base)[live & ~always])
         return constant, dict(enumerate(sums.tolist())), per_rank
+
+
+@dataclass(frozen=True, eq=False)
+class ShapeBytes:
+    """Bytes at the peak of a step under one plan, for many batch shapes at once; `MemoryModel.at_shapes` makes it.
+
+    Attributes:
+        growth: of one storage of each kind.
+        amounts: bytes of each kind at each candidate for the peak, at the recorded shape, (candidates, kinds).
+        fixed: bytes that are there at each of them whatever the shape, (candidates,).
+        between: bytes that are there between steps, without signal buffers.
+        raised: the factor by which these are raised.
+        signals: bytes of signal buffers.
+    """
+
+    growth: Growth
+    amounts: FloatArray
+    fixed: FloatArray
+    between: float
+    raised: float
+    signals: float
+
+    def __call__(self, rows: IntArray, lengths: IntArray) -> FloatArray:
+        """Bytes at shapes, by their rows and lengths, all (shapes,)."""
+        highest = (self.growth.factors(rows, lengths) @ self.amounts.T + self.fixed).max(axis=1)
+        found: FloatArray = np.ceil((self.between + highest) * self.raised) + self.signals
+        return found
 
 
 @dataclass(frozen=True, eq=False)

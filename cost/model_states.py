@@ -51,8 +51,7 @@ def _state_line(target: TargetModule, optimizer: torch.optim.Optimizer | None) -
     """Bytes of optimizer state as a straight line over the rank, nowhere below the true size: slope and start."""
     # Most states grow along such a line. Factored ones start above zero, and small 8-bit states are fp32.
     ranks = [rank for rank in RankLadder().ranks if 0 < rank <= target.max_rank]
-    a, b = target.weight_a.detach(), target.weight_b.detach()
-    factors = [(a.new_empty(rank, target.d_in), b.new_empty(target.d_out, rank)) for rank in ranks]
+    factors = [target.zeros(rank) for rank in ranks]
     sizes = [sum(state_bytes_of(optimizer, factor) for factor in pair) for pair in factors]
     slope = -(-sizes[-1] // ranks[-1])
     if len(ranks) > 1:

@@ -21,7 +21,7 @@ from ..lora.spec import REFERENCE_RANK, highest_ranks
 from .breakdown import Breakdown, break_down
 from .budget import Limit, reference_seconds
 from .card_use import SLACK, CardUse, Verdict, card_use
-from .cards import DeviceRates, DeviceSpec, device_table
+from .cards import USUAL_CARD, DeviceRates, DeviceSpec, device_table
 from .configured_step import ConfiguredStep, Shards
 from .cost import ParameterCost, plan_cost
 from .model import MemoryModel, fewest_checkpointed, holding_layers
@@ -31,9 +31,6 @@ from .step_time import LAUNCH_SECONDS, Rates, StepTime
 
 ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
 """Batches of the grid, beside the one that was asked for."""
-
-USUAL_CARD = "RTX 4090"
-"""Times on a card of which only the memory is known are by the rates of this one. They are told as shares."""
 
 SHARES = (0.75, 0.5, 0.25)
 """Shares of the layers, from the top, that are shown beside all of them."""
@@ -310,7 +307,8 @@ class Outlook:
     def _use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
         assert self.card is not None, "there is no card"
         shape = shape or memory.shape
-        return card_use(memory, ranks, self._loaded, self.card, shape=shape, evaluation=shape)
+        expandable = self._free.loaded.expandable_segments
+        return card_use(memory, ranks, self._loaded, self.card, shape=shape, evaluation=shape, expandable=expandable)
 
     @cached_property
     def plain_seconds(self) -> float:
@@ -328,7 +326,7 @@ class Outlook:
         if self._set is not None:
             return self.choice(layers, rank, self._set, kind)
         ranks = self.plan(layers, rank)
-        chosen = fewest_checkpointed(self.memory, ranks, _room_for_tensors(self))
+        chosen = fewest_checkpointed(self.memory, ranks, self.room_for_tensors)
         choice, holding = self.choice(layers, rank, chosen, kind), holding_layers(self.memory, ranks)
         while choice.verdict != "fits" and len(choice.checkpointed) < len(holding):
             choice = self.choice(layers, rank, holding[: len(choice.checkpointed) + 1], kind)
@@ -375,12 +373,18 @@ class Outlook:
         shapes = (BatchShape(count, length) for length in lengths for count in rows)
         return tuple(_cell(self, shape) for shape in shapes if self.memory.predicts(shape))
 
-    @cached_property
-    def _reserve_share(self) -> float:
-        """The allocator's reserve as a share of all tensors, all layers checkpointed on the batch asked for."""
-        use = self.choice(self.blocks, self.rank, self.checkpointable).use
-        assert use is not None, "there is no card"
-        return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
+    @property
+    def room_for_tensors(self) -> float:
+        """Bytes of tensors that fit: `room` with slack, the reserve being the share of the batch that was asked for."""
+        assert self.card is not None, "there is no card"
+        return self.room - self.card.memory_bytes * (1 - (1 - SLACK) / (1 + _reserve_share(self)))
+
+
+def _reserve_share(outlook: Outlook) -> float:
+    """The allocator's reserve as a share of all tensors, all layers checkpointed on the batch asked for."""
+    use = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use
+    assert use is not None, "there is no card"
+    return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
 
 
 def _fits(outlook: Outlook, plain: MemoryModel) -> bool:
@@ -393,12 +397,6 @@ def _fits(outlook: Outlook, plain: MemoryModel) -> bool:
 def _is_hopeless(outlook: Outlook, step_bytes: float) -> bool:
     """Whether a step takes so much more than there is room for that what the allocator adds need not be known."""
     return SURELY * step_bytes > outlook.room
-
-
-def _room_for_tensors(outlook: Outlook) -> float:
-    """What is left of `Outlook.room` with slack where the reserve is the share that it is for the batch asked for."""
-    assert outlook.card is not None, "there is no card"
-    return outlook.room - outlook.card.memory_bytes * (1 - (1 - SLACK) / (1 + outlook._reserve_share))
 
 
 def _depths(outlook: Outlook) -> list[int]:
@@ -449,7 +447,7 @@ def _rank_choices(outlook: Outlook) -> Iterator[Choice]:
 
 def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
     assert outlook.card is not None, "there is no card"
-    ranks, room = outlook.plan(outlook.blocks, outlook.rank), _room_for_tensors(outlook)
+    ranks, room = outlook.plan(outlook.blocks, outlook.rank), outlook.room_for_tensors
     taken = outlook.card.memory_bytes - outlook.room
     plain = outlook._free.memory.with_checkpointed(()).peak(outlook._plain, shape)
     step = outlook._free if plain <= room else outlook._lean or outlook._free
@@ -460,7 +458,7 @@ def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
         else fewest_checkpointed(step.memory, ranks, room, shape)
     )
     peak = step.memory.with_checkpointed(chosen).peak(ranks, shape)
-    total = (peak + taken) * (1 + outlook._reserve_share)
+    total = (peak + taken) * (1 + _reserve_share(outlook))
     return GridCell(shape, len(chosen) if peak <= room else None, step is not outlook._free, total)
 
 

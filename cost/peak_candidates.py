@@ -188,7 +188,7 @@ class PeakFinder:
             always = created & (recording.freed_if_unsaved >= time)
             rest = created & ~always
             needed = rest & self._needed & (recording.freed >= time)
-            inputs = rest & self._is_input
+            inputs = rest & self._is_input & self._on_device(self._begun(time))
             phases, none = self._in_phases(needed, time), self._none
             yield PeakCandidate(self._label("forward", time), always, phases, none, inputs, none, time)
 
@@ -216,6 +216,7 @@ class PeakFinder:
             live |= held_to_end
         # The layer may save its input in another precision only, so at the loss it need not be among what is live.
         inputs = self._is_input & (self._first_segment <= index if index >= 0 else live | self._yet_to_run(time))
+        inputs &= self._on_device(index if index >= 0 else self._begun(recording.forward_end))
         needed = live & (~self._forward | self._needed)
         always = live & self._forward & ~self._needed & ~self._saved_in_segment & ~self._is_input
         phases = self._in_phases(needed & ~held_to_end, time + after)
@@ -227,6 +228,16 @@ class PeakFinder:
         numbers = np.arange(len(self._phase_ends))[:, np.newaxis]
         result: BoolArray = needed & ((self._phase_ends < time).sum(axis=0) == numbers)
         return result
+
+    def _begun(self, time: int) -> int:
+        """The last segment that has begun by a time, -1 for none."""
+        return sum(segment.start <= time for segment in self._recording.segments) - 1
+
+    def _on_device(self, index: int) -> BoolArray:
+        """Storages that are not in main memory as inputs of segments while this one runs, bool (storages,)."""
+        count = self._recording.inputs_on_device
+        near: BoolArray = self._first_segment > index - count
+        return near if count else ~self._none
 
     def _yet_to_run(self, time: int) -> BoolArray:
         """Storages that are inputs of segments which have not run again by `time`, bool (storages,)."""

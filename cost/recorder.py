@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_iter
 
 from ..errors import UnsupportedError
+from ..lora.routed_rows import parts_of
 from ..lora.targets import TargetModule
 from .autograd_graph import flow_from, kept_on_context, saved_by
 from .batch_shape import Batch
@@ -86,7 +87,9 @@ class Recorder:
         self.parameters: list[nn.Parameter] = [*model.parameters(), *outside]
         self.checkpointing: list[nn.Module] = [module for module in named.values() if CHECKPOINT in vars(module)]
         self.name_index: dict[int, int] = {id(module): index for index, module in enumerate(named.values())}
-        self.target_index: dict[int, int] = {id(target.layer): index for index, target in enumerate(targets)}
+        self.target_index: dict[int, int] = {
+            id(part): index for index, target in enumerate(targets) for part in parts_of(target.layer)
+        }
         self.target_of_parameter: dict[int, int] = {
             id(p): i for i, target in enumerate(targets) for p in target.parameters.values()
         }

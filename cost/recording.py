@@ -85,6 +85,8 @@ class Recording:
         names: names of all modules.
         forward_end: the time at which the loss is known.
         segments: the checkpointed segments, in forward order.
+        inputs_on_device: of how many segments inputs are on the device at once, where the others' lie in main memory;
+            0 where all are on the device.
     """
 
     sizes: IntArray
@@ -103,6 +105,7 @@ class Recording:
     names: tuple[str, ...]
     forward_end: int
     segments: tuple[Segment, ...]
+    inputs_on_device: int = 0
 
     @cached_property
     def needed_in_phases(self) -> tuple[dict[int, ModuleSet], ...]:

@@ -11,14 +11,17 @@ import numpy as np
 from ..common.arrays import IntArray
 from ..common.checks import finite
 from ..common.text import format_bytes
-from ..lora.spec import REFERENCE_RANK
+from ..lora.spec import REFERENCE_RANK, ModuleSpec
 from .model import MemoryModel
 
 CACHE, COPIES, TILES = "no cache of keys and values", "shared copies of inputs", "tiled loss"
+ROUTED = "routed rows"
 ACTIVATIONS = "selective checkpointing"
 
-FREE_SAVERS = (COPIES, TILES)
-"""Those that take no time, of a model that is not here: none of its caches are filled."""
+
+def free_savers(targets: Sequence[ModuleSpec]) -> tuple[str, ...]:
+    """Those that take no time and can help a model that is not here, none of whose caches are filled."""
+    return (*([ROUTED] if any(target.experts > 1 for target in targets) else []), COPIES, TILES)
 
 
 MOST_MORE = 1.01

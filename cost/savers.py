@@ -2,11 +2,12 @@
 
 * No cache of keys and values: a model that is asked for a loss fills one that nobody reads.
 * Copies of inputs: adapters that read one input share its copy in their precision (`lora/input_copies.py`).
+* Routed rows: adapters of fused experts run on the rows of each expert (`lora/routed_rows.py`).
 * Loss in tiles: the logits of a batch are never there as a whole (`cost/later_logits.py`), nor are large tiles of TRL's
   own loss (`cost/loss_tiles.py`).
 * Selective checkpointing: readers of activations hold what they are made of (`lora/input_copies.py`).
 
-The first three take no more time. The last one takes some per cent, so it is for budgets that do not fit without.
+The first four take no more time. The last one takes some per cent, so it is for budgets that do not fit without.
 Checkpointed layers (`cost/model.py`) are exact too, but take more time for each byte, so they come last, and a plan
 has as few of them as it needs.
 """
@@ -17,17 +18,20 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 from torch import nn
 from torch._dynamo import OptimizedModule
 
 from ..lora.input_copies import run_activations_again, share_input_copies
-from ..lora.spec import highest_ranks
+from ..lora.routed_rows import route_rows
+from ..lora.spec import REFERENCE_RANK, highest_ranks
 from ..lora.targets import TargetModule
 from .cost import ByteCost
 from .later_logits import defer_logits, use_tiled_loss
 from .loss_tiles import use_own_tiles
 from .model import MemoryModel
-from .saver_prices import ACTIVATIONS, CACHE, COPIES, TILES, Priced, Saved, price_savers
+from .recording import BatchShape
+from .saver_prices import ACTIVATIONS, CACHE, COPIES, ROUTED, TILES, Priced, Saved, price_savers
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -60,6 +64,7 @@ def _without_cache(model: nn.Module) -> Callable[[], None]:
 
 SAVERS: dict[str, Callable[[nn.Module], Callable[[], None]]] = {
     CACHE: _without_cache,
+    ROUTED: route_rows,
     COPIES: share_input_copies,
     TILES: _tiled,
 }
@@ -133,6 +138,7 @@ class ExactSavers:
         measure: Callable[[], MemoryModel],
         targets: Sequence[TargetModule],
         least: Callable[[ByteCost], float],
+        shape: BatchShape | None = None,
     ) -> Priced:
         """Checkpoint activations from now on where plain LoRA does not fit a limit, if it takes less with them.
 
@@ -144,8 +150,10 @@ class ExactSavers:
             measure: see `price`.
             targets: the target modules of the model.
             least: what the least possible plan takes under a cost, in bytes.
+            shape: of the batch; by default the one that the memory was measured with.
         """
-        if priced.saved[-1].step_bytes <= limit or self._compiled:
+        plain = np.minimum(REFERENCE_RANK, highest_ranks(targets))
+        if priced.memory.with_checkpointed(()).peak(plain, shape) <= limit or self._compiled:
             return priced
         names, found = self.names, self.with_activations(priced, measure, targets)
         if found and min(least(found.memory.cost()), least(found.memory.with_checkpointed(()).cost())) <= limit:

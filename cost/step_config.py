@@ -10,10 +10,19 @@ from ..errors import ConfigError, shown
 MOST_TOKENS = 2**24
 """The largest batch, in tokens, far beyond what any device holds."""
 
-OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw8bit", "paged_adamw8bit"]
+OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw8bit", "paged_adamw8bit", "adamw4bit"]
 
 
 Quantization = Literal["none", "nf4", "int8"]
+
+ExpertBits = Literal["transformers", "axolotl", "unsloth"]
+"""How a quantised model keeps experts that are one parameter.
+
+transformers: as they are saved, in 16 bits.
+axolotl: in as many bits as the other weights (its `quantize_moe_experts`); all experts of a layer are dequantised at
+    once where the layer runs.
+unsloth: the same, each expert a linear layer of its own, dequantised one after the other.
+"""
 
 Checkpointing = Literal["auto", True, False]
 """Gradient checkpointing: of as few layers as a plan needs, of all, or of none."""
@@ -41,13 +50,16 @@ class StepConfig:
             positions of the model) in language modelling, and for 64 elsewhere.
         target_modules: modules that get an adapter: "all-linear", or names separated by commas, as in
             `peft.LoraConfig`.
+        target_parameters: fused experts that get an adapter: "all-experts", or names separated by commas, as in
+            `peft.LoraConfig` (mlp.experts.gate_up_proj); empty for none.
         optimizer: it decides what is stored for each weight that trains: adamw two numbers, sgd none,
             adafactor at most one, adamw8bit two bytes (needs the extra rankpilot[quant]), paged_adamw8bit as many, in
             pages that CUDA may move to the CPU; they count as on the device, where a change of rank puts them.
+            adamw4bit is torchao's, one byte.
         quantization: how the frozen weights are stored: none, as they are saved; nf4, four bits each; int8, eight bits.
             Both need the extra rankpilot[quant].
-        prepare_kbit: call prepare_model_for_kbit_training, which keeps in fp32 what is not quantised. TRL's SFTTrainer
-            trains without it, in fewer bytes.
+        prepare_kbit: keep in fp32 what is not quantised, as PEFT's prepare_model_for_kbit_training does, except fused
+            experts. TRL's SFTTrainer trains without it, in fewer bytes.
         bf16: compute in bfloat16 under autocast, as the Trainer does with bf16=True.
         gradient_checkpointing: of all layers (True), of none (False), or of as few as the plan needs ("auto").
         exact_savers: lower the bytes of a step at the same losses and gradients, in no more time (docs/savers.md).
@@ -60,6 +72,7 @@ class StepConfig:
     accumulation: int = 0
     max_length: int = 0
     target_modules: str = "all-linear"
+    target_parameters: str = ""
     optimizer: OptimizerName = "adamw"
     quantization: Quantization = "none"
     prepare_kbit: bool = True

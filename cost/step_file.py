@@ -241,6 +241,8 @@ def memory_arrays(memory: MemoryModel) -> tuple[Arrays, Json]:
         **{name: getattr(recording, name) for name in _INDICES},
         **{name: getattr(growth, name) for name in _GROWTH},
     }
+    if not np.array_equal(memory._base, recording.sizes - RANK * memory._slope):  # experts have higher ranks
+        columns["base"] = memory._base
     forward = int(np.searchsorted(created, recording.forward_end, side="right"))
     arrays = _halves(columns, forward) | {name: _table(*table) for name, table in tables.items()}
     tiles = growth.tile_tokens
@@ -248,6 +250,7 @@ def memory_arrays(memory: MemoryModel) -> tuple[Arrays, Json]:
         "names": names_alike(recording.names),
         "segments": names_alike([each.name for _, each in segments]),
         "forward_end": recording.forward_end,
+        "inputs_on_device": recording.inputs_on_device,
         "block_bytes": memory._block_bytes,
         "recorded": _numbers_of(growth.recorded),
         "length_ratio": growth.length_ratio,
@@ -285,6 +288,7 @@ def read_memory(arrays: Mapping[str, Any], text: Json, states: ModelStates, shap
         added_at={serial: times[serial] + span for serial, span in rows["added"]},
         names=names_told(text["names"]),
         forward_end=text["forward_end"],
+        inputs_on_device=text.get("inputs_on_device", 0),
         segments=_segments(arrays, names_told(text["segments"]), sets),
     )
     slope = arrays["slope"].astype(np.float64)
@@ -296,7 +300,7 @@ def read_memory(arrays: Mapping[str, Any], text: Json, states: ModelStates, shap
         tile_tokens=tiles and TileTokens(tiles[0], tiles[1], TileSize(*tiles[2:])),
         **{name: arrays[name] for name in _GROWTH},
     )
-    base = recording.sizes - RANK * slope
+    base = arrays["base"] if "base" in arrays else recording.sizes - RANK * slope
     return MemoryModel(shape, False, states, recording, base, slope, growth, text["block_bytes"])
 
 

@@ -27,10 +27,10 @@ from ..common.arrays import Arrays
 from ..common.files import atomic_path
 from ..errors import DataError, UnsupportedError
 from ..lora.spec import ModuleSpec
-from .configured_step import ConfiguredStep, LoadedModel, StepSource, configured_step
+from .configured_step import ConfiguredStep, LoadedAs, LoadedModel, StepSource, configured_step
 from .model import MemoryModel, ModelStates
 from .recording import BatchShape
-from .saver_prices import FREE_SAVERS
+from .saver_prices import free_savers
 from .step_config import OptimizerName, StepConfig
 from .step_file import (
     Json,
@@ -144,6 +144,7 @@ class StoredStep:
         file: what is known; what is recorded is added.
         recorder: makes what records it.
         path: where the file is kept once something was added, if it can be; None for nowhere.
+        loaded: how the model is loaded.
 
     Attributes:
         file: what is known now.
@@ -151,15 +152,18 @@ class StoredStep:
 
     file: StepFile
 
-    def __init__(self, file: StepFile, recorder: Callable[[], Recorder], path: Path | None) -> None:
+    def __init__(
+        self, file: StepFile, recorder: Callable[[], Recorder], path: Path | None, loaded: LoadedAs | None = None
+    ) -> None:
         self.file, self._recorder, self._path = file, cache(recorder), path
+        self._loaded = loaded or LoadedAs()
         self._step, self._changed = StepConfig(), False
 
     def configured(self, step: StepConfig) -> ConfiguredStep:
         """The step of these settings, whose batch has a size."""
         self._step = step
         shape = BatchShape(step.batch_size, step.max_length)
-        found = configured_step(self, shape, FREE_SAVERS if step.exact_savers else ())
+        found = configured_step(self, shape, free_savers(self.model.targets) if step.exact_savers else ())
         self._keep()
         libraries = {name: number for name, number in self.file.text["versions"].items() if name in LIBRARIES}
 
@@ -175,6 +179,11 @@ class StoredStep:
             with suppress(OSError):
                 self.file.write(self._path, small=False)
         self._changed = False
+
+    @property
+    def loaded(self) -> LoadedAs:
+        """How the model is loaded."""
+        return self._loaded
 
     @property
     def model(self) -> LoadedModel:
@@ -265,11 +274,14 @@ def _model_arrays(model: LoadedModel) -> tuple[Arrays, Json]:
     text = {name: value for name, value in asdict(model).items() if name not in ("targets", "frozen")}
     text["targets"] = names_alike([target.name for target in model.targets])
     widths = [(target.block, target.d_in, target.d_out) for target in model.targets]
-    return {"widths": np.array(widths), "frozen": np.array(model.frozen)}, text
+    experts = np.array([target.experts for target in model.targets])
+    arrays = {"widths": np.array(widths), "frozen": np.array(model.frozen)}
+    return arrays | ({"experts": experts} if (experts > 1).any() else {}), text
 
 
 def _read_model(arrays: Arrays, text: Json) -> LoadedModel:
     rows = zip(names_told(text["targets"]), arrays["widths"].tolist(), strict=True)
-    targets = tuple(ModuleSpec(name, *row) for name, row in rows)
+    experts = arrays.get("experts", np.ones(len(text["targets"]), dtype=np.int64)).tolist()
+    targets = tuple(ModuleSpec(name, *row, experts=count) for (name, row), count in zip(rows, experts, strict=True))
     read: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in text.items()}
     return LoadedModel(**read | {"targets": targets, "frozen": tuple(arrays["frozen"].tolist())})

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from ..common.arrays import IntArray
 from .recording import BatchShape
 
 TILES, LEAST_TOKENS = 16, 128
@@ -57,6 +60,12 @@ class TileTokens:
     def tile(self, shape: BatchShape) -> int:
         """The tokens of a tile with a batch of this shape."""
         return self.size.of(round(shape.rows * (self.of_token * shape.length + self.of_row)))
+
+    def tiles(self, rows: IntArray, lengths: IntArray) -> IntArray:
+        """The same for many shapes, by their rows and lengths, all int64 (shapes,)."""
+        tokens = np.round(rows * (self.of_token * lengths + self.of_row)).astype(np.int64)
+        wanted = np.maximum(-(-tokens // self.size.parts), self.size.least)
+        return np.maximum(np.minimum(wanted, np.minimum(tokens, self.size.most or tokens)), 1)
 
 
 class LossTiles:

@@ -87,6 +87,8 @@ _OF_BITSANDBYTES: dict[str, str] = {"adamw8bit": "AdamW8bit", "paged_adamw8bit":
 
 def check_installed(optimizer: OptimizerName = "adamw", quantization: Quantization = "none") -> None:
     """Raise UnsupportedError if the library that an optimizer or a quantisation needs is missing."""
+    if optimizer == "adamw4bit" and find_spec("torchao") is None:
+        raise UnsupportedError("The optimizer adamw4bit needs torchao: pip install torchao.")
     needing = [f"optimizer {optimizer}"] if optimizer in _OF_BITSANDBYTES else []
     needing += [f"quantization {quantization}"] if quantization != "none" else []
     if needing and find_spec("bitsandbytes") is None:
@@ -108,6 +110,9 @@ def new_optimizer(name: OptimizerName, model: nn.Module) -> torch.optim.Optimize
         kind = getattr(importlib.import_module("bitsandbytes.optim"), _OF_BITSANDBYTES[name])
         optimizer: torch.optim.Optimizer = kind(trains, lr=1e-4)
         return optimizer
+    if name == "adamw4bit":
+        four_bits: torch.optim.Optimizer = importlib.import_module("torchao.optim").AdamW4bit(trains, lr=1e-4)
+        return four_bits
     if trains[0].is_meta:  # torch knows no fused kernel for the meta device, which stands for one that has it
         hollow = torch.optim.AdamW(trains, lr=1e-4)
         hollow.defaults["fused"] = True

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from peft import PeftModel, prepare_model_for_kbit_training
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
@@ -20,7 +20,7 @@ from ..cost.published import UNUSABLE, check_sizes, needs_code, positions_of, st
 from ..cost.step_config import Quantization, StepConfig
 from ..cost.training_step import check_installed
 from ..errors import AssetError, ConfigError
-from ..lora.peft_config import fresh_adapters, head_names
+from ..lora.peft_config import fresh_adapters, head_names, prepare_quantised
 from ..lora.targets import guard_base
 from .assets import ASSETS, MODELS, fetch_asset, not_found
 from .task import KINDS, Task
@@ -175,7 +175,8 @@ def load_model(
     _report_new_head(name, model, info["mismatched_keys"])
     if quantization != "none":
         guard_base(model)  # from being packed anew on the CPU
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False) if prepare_kbit else model
+        if prepare_kbit:
+            prepare_quantised(model)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id if tokenizer else 0
     return model

@@ -23,16 +23,19 @@ loader = torch.utils.data.DataLoader(data, 16, shuffle=True, collate_fn=DataColl
 model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
 model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")).train()
 optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
-run = TrainingRun.of_loader(model, optimizer, loader, total_steps=options.steps)
+run = TrainingRun.of_loader(model, optimizer, loader, total_steps=options.steps, in_parts=True)
 pilot, checkpoint = RankPilot("default", options.budget, tell=print), f"{options.output}/checkpoint"
 done = load_checkpoint(pilot, run, checkpoint) if options.resume else 0
 if not options.resume:
     pilot.begin(run)
 for step, batch in enumerate(islice(chain.from_iterable(repeat(loader)), options.steps - done), done + 1):
     pilot.before_step(batch)
-    loss = model(**batch).loss
-    loss.backward()
-    pilot.before_optimizer_step(loss.detach())
+    loss = torch.zeros(())
+    for part, share in pilot.parts(batch):  # each padded to its own longest row
+        of_part = share * model(**part).loss
+        of_part.backward()
+        loss += of_part.detach()
+    pilot.before_optimizer_step(loss)
     optimizer.step()
     optimizer.zero_grad()
     pilot.after_step()

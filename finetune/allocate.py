@@ -280,8 +280,8 @@ def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) 
     if frontier:  # plans of any cost are compared by their time, which depends on checkpointed layers
         pilot.options = replace(pilot.options, gradient_checkpointing=pilot.options.gradient_checkpointing is True)
         pilot.times_plans = True
-    # No row is read twice here, and no step is taken that could correct a rate.
-    pilot.options = replace(pilot.options, prefix_cache="off", control=False)
+    # No row is read twice here, no step is taken that could correct a rate, and who trains runs whole batches.
+    pilot.options = replace(pilot.options, prefix_cache="off", control=False, parts="off")
     pilot.begin(run)
     pilot.finish()
     applier, decision = pilot.applier, pilot.decision
@@ -320,7 +320,8 @@ def lent_adapters(model: nn.Module) -> Iterator[PeftModel]:
             "`peft.get_peft_model(model, LoraConfig(...))` returned, or the model without its adapters."
         )
     new_head = isinstance(model, PreTrainedModel) and any(part in name for part in _NEW_HEADS)
-    modules, size = dict(model.named_modules(remove_duplicate=False)), {"r": REFERENCE_RANK, "lora_alpha": 16}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    size: dict[str, Any] = {"r": REFERENCE_RANK, "lora_alpha": 16}
     try:
         yield fresh_adapters(model, name, task_type(model), new_head=new_head, target_modules="all-linear", **size)
     finally:

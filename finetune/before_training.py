@@ -39,6 +39,9 @@ from ..lora.spec import REFERENCE_RANK, RankLadder, highest_ranks
 from ..lora.targets import TargetModule, other_trainable, unwrap
 from ..plan.plan import FewestLayers, TimeLimit, check_budget
 from ..plan.problem import AllocationProblem
+from .exact_parts import exactness_of
+from .options import PilotOptions
+from .parts import StepParts
 from .plan_keeper import PlanKeeper
 from .prefix_cache import PrefixCache, Room
 from .put_back import LayerCheckpointing
@@ -282,6 +285,32 @@ MUCH_LOST = 1.01
 logger = logging.getLogger(__name__)
 
 
+def try_parts(
+    run: TrainingRun,
+    targets: Sequence[TargetModule],
+    parts: StepParts,
+    options: PilotOptions,
+    budget: Budget,
+    seed: int,
+) -> None:
+    """Find out whether steps may run in parts, if that is wanted.
+
+    Args:
+        run: the run.
+        targets: the target modules of its model.
+        parts: gets what was found out.
+        options: of the pilot.
+        budget: as its user gave it.
+        seed: of the test.
+    """
+    if options.parts == "off" or not run.in_parts or budget.kind == "parameters":
+        return
+    if run.replicas.sharded or is_compiled(run.wrapped):
+        parts.turn_off("the model is sharded" if run.replicas.sharded else "each shape would be compiled")
+    else:
+        parts.decide(exactness_of(run, targets, seed), run.step.rows_per_example)
+
+
 def run_costs(
     run: TrainingRun,
     targets: Sequence[TargetModule],
@@ -292,6 +321,7 @@ def run_costs(
     savers: ExactSavers | None = None,
     kept: IntArray | None = None,
     whole: bool = False,
+    each: int | None = None,
 ) -> PlanCosts:
     """What plans cost on a run's largest batch, and the limit that a budget sets them.
 
@@ -305,9 +335,10 @@ def run_costs(
         savers: the exact savers that are on.
         kept: ranks of adapters that are trained already; see `Budget.resolve`.
         whole: all layers are checkpointed; see `checkpointed_cost`.
+        each: rows of an example, where steps run in parts; see `plan_costs`.
     """
     budget = within_all(run, budget)
-    costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept, whole=whole)
+    costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept, whole=whole, each=each)
     found = run.measured(lambda: costs(run.step, targets, run.largest_batch()))
     if savers and found.saved:
         savers.take(found.savers)  # in each process what the first has found out

@@ -212,7 +212,9 @@ def _result(
         for step, peak in decides.peaks:
             files.append_json_line(metrics.path, {"step": step, "peak_bytes": peak})
     targets, energy = find_target_modules(trainer.model), metrics.energy
+    logged: dict[str, Any] = next((row for row in reversed(trainer.state.log_history) if "parts" in row), {})
     return {
+        **{name: logged[name] for name in ("parts", "padding_saved") if name in logged},
         "held_out_loss": held_out["eval_loss"],
         "held_out_accuracy": held_out.get("eval_accuracy"),
         "adapter_parameters": sum(target.rank * (target.d_in + target.d_out) for target in targets),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,14 +13,18 @@ from ..common.checks import counted, finite
 from ..common.text import format_bytes
 from ..cost.batch_shape import Batch
 from ..cost.cost import plan_cost
+from ..cost.model import MemoryModel
 from ..cost.model_states import excess_of_state
 from ..cost.peak_meter import PeakMeter, StepBatches, likely_cause
 from ..cost.recording import BatchShape
 from ..cost.savers import is_compiled
-from ..errors import UnsupportedError
+from ..decide.applier import PlanApplier
+from ..errors import BudgetError, UnsupportedError
+from .journal import Journal, PlanChange
+from .parts import StepParts
 from .plan_keeper import PlanKeeper, PlanState
-from .put_back import settings_put_back
-from .run import Participant
+from .put_back import LayerCheckpointing, settings_put_back
+from .run import Participant, TrainingRun
 from .shortage import Shortage
 
 
@@ -33,19 +37,22 @@ class PeakGuard(Participant):
 
     Args:
         every_steps: see `PeakMeter`.
+        tell: gets lines of `StepParts`.
 
     Attributes:
         meter: measures the steps.
         plan: keeps the plan inside the budget.
         shortage: takes from the plan while memory is short, and gives it back.
+        parts: runs steps in parts.
         evaluation_share: the peak of the latest evaluation as a share of the budget; 0 before the first.
         checks: (step, predicted bytes, measured bytes) of the first measured step after each change of ranks.
     """
 
-    def __init__(self, every_steps: int) -> None:
+    def __init__(self, every_steps: int, tell: Callable[[str], None]) -> None:
         self.meter: PeakMeter = PeakMeter(every_steps)
         self.plan: PlanKeeper = PlanKeeper(self.meter)
         self.shortage: Shortage = Shortage(self.plan)
+        self.parts: StepParts = StepParts(self.plan, tell)
         self.checks: list[tuple[int, float, int]] = []
         self.evaluation_share: float = 0.0
         self._step_shape, self._batches = BatchShape(0, 0), StepBatches(0)
@@ -71,12 +78,27 @@ class PeakGuard(Participant):
         """Stop measuring."""
         self.meter.close()
 
+    def attach(
+        self,
+        run: TrainingRun,
+        applier: PlanApplier[Any],
+        memory: MemoryModel | None,
+        journal: Journal,
+        corrected: Callable[[PlanChange], None],
+        checkpointing: LayerCheckpointing | None,
+    ) -> None:
+        """Begin to keep the plan, priced with one row where steps run in parts; see `PlanKeeper.attach`."""
+        if self.parts.on and not run.step.accumulates:
+            self.parts.begin_to_keep(run)
+        shape = self.parts.shape_of(memory.shape) if memory else None
+        self.plan.attach(run, applier, memory, journal, corrected, checkpointing, shape=shape)
+
     # A step -----------------------------------------------------------------------------------------------------------
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
         """Look at the batches of the step that begins, and measure it if it is due."""
         run, plan = self.plan.run, self.plan
-        plan.step, self._step_shape = step, run.replicas.largest_shape(batches)
+        plan.step, self._step_shape = step, self.parts.shape_of(run.replicas.largest_shape(batches))
         if plan.now.unchecked:
             self._batches = StepBatches.of(batches)
         if self._keeps_gradients is None and plan.limits_bytes and self._gradients_stay():
@@ -87,11 +109,39 @@ class PeakGuard(Participant):
         if larger != plan.now.shape:
             if plan.limits_bytes:
                 self.shortage.keep()
-            plan.larger_batch(batches, larger)
+            self._larger_batch(batches, larger)
         if self.meter.due(step):
             held, signals = run.replicas.begin_measuring(), plan.applier.adapters.meter
             # Signal buffers are made in the first step of an interval, and stay.
             self.meter.begin(run.model, run.optimizer, held, lambda: signals.buffer_bytes)
+
+    def _larger_batch(self, batches: Sequence[Batch], shape: BatchShape) -> None:
+        """Have the plan fit a larger shape."""
+        try:
+            self.plan.larger_batch(batches, shape)
+        except BudgetError as error:
+            if not self.parts.on:
+                raise
+            line = self.parts.longest_row(batches)
+            raise BudgetError(f"{line} Cut rows to that length, or raise the budget.") from error
+
+    def out_of_memory(self, error: torch.OutOfMemoryError) -> None:
+        """Prepare a step that ran out of memory to be taken again, in smaller parts if that is possible.
+
+        Raises:
+            torch.OutOfMemoryError, BudgetError: see `Shortage.out_of_memory`.
+        """
+        if not self.parts.shrink():
+            alone = self.parts.alone()
+            try:
+                self.shortage.out_of_memory(error)
+            except torch.OutOfMemoryError as last:
+                if alone:
+                    last.add_note(alone)
+                raise
+            return
+        self.shortage.drop_step(error)
+        self.plan.warn("Step %d ran out of memory, and is taken again in smaller parts.", self.plan.step + 1)
 
     def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
         """Note that the forward and backward passes of a step are done: they did not run out of memory."""
@@ -113,14 +163,29 @@ class PeakGuard(Participant):
             plan.count_gradients()
         peak = self.meter.end(step)
         if peak is not None and plan.limits_bytes:
-            cause = self._check(step, peak) if plan.now.unchecked else ""
+            predicted = self._predicted()
+            cause = self._check(step, peak, predicted) if plan.now.unchecked else ""
             if peak > plan.applier.limit:
-                plan.above(peak, cause)
+                plan.above(peak, cause, predicted if self.parts.on else None)
             elif cause:
                 plan.warn("The peak of step %d was %s, %s", step, format_bytes(peak, up=True), cause)
         self.shortage.give_back_if_room()
 
-    def _check(self, step: int, peak: int) -> str:
+    def _predicted(self) -> float | None:
+        """Bytes at the peak that the step was predicted to have; None where its shape is not known."""
+        plan, applier = self.plan, self.plan.applier
+        of_parts = self.parts.predicted()
+        if of_parts is not None:
+            return of_parts + plan.now.underestimate - plan.unpaid(applier.ranks)
+        cost = applier.cost
+        if self._step_shape != plan.now.shape:  # a smaller batch than the plan was made for
+            try:
+                cost = plan.cost_of_shape(self._step_shape)
+            except UnsupportedError:
+                return None
+        return plan_cost(applier.cost_now(cost), applier.ranks)
+
+    def _check(self, step: int, peak: int, predicted: float | None) -> str:
         """Hold the first measured step after a change of ranks against its prediction.
 
         Returns:
@@ -128,16 +193,13 @@ class PeakGuard(Participant):
         """
         plan, applier = self.plan, self.plan.applier
         plan.now = replace(plan.now, unchecked=False)
-        cost = applier.cost
-        if self._step_shape != plan.now.shape:  # a smaller batch than the plan was made for
-            try:
-                cost = plan.cost_of_shape(self._step_shape)
-            except UnsupportedError:
-                return ""
-        predicted = plan_cost(applier.cost_now(cost), applier.ranks)
+        if predicted is None:
+            return ""
         if not plan.now.underestimate:  # which is beside the cost with the excess
             predicted -= excess_of_state(applier.targets, self.plan.run.optimizer)
         self.checks.append((step, predicted, peak))
+        if peak < predicted and self.parts.on:  # rows without padding, as one alone, need no mask
+            return ""
         return likely_cause(peak, predicted, self._batches, self.plan.run.accumulation)
 
     # What is beside the steps -----------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class RankPilot:
             DataError, NonFiniteError: the training set is empty, or the loss is NaN or infinite.
             ProcessError: the first of several processes failed, or they no longer hold the same adapters.
         """
-        with self._taking_over(run) as piloted:
+        with _taking_over(self, run) as piloted:
             piloted.begin(self.seed, name=name, times_plans=self.times_plans, progress=self._progress)
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
@@ -114,7 +114,7 @@ class RankPilot:
             RunFolderError: policy, schedule, bounds or the model's ranks are others than those of that time.
             BudgetError: no plan fits another budget.
         """
-        with self._taking_over(run) as piloted:
+        with _taking_over(self, run) as piloted:
             piloted.resume(state, step, name=name)
 
     def before_step(self, *batches: Batch) -> None:
@@ -127,6 +127,25 @@ class RankPilot:
             BudgetError: no plan fits the larger batch or the memory that is left, or that of the decision does not fit.
         """
         _begun(self._piloted).before_step(batches)
+
+    def parts(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
+        """Yield the parts of a batch of this step, and by what the loss of each is multiplied.
+
+        All parts run, forward and backward, one after the other: their gradients, and their losses times these factors,
+        add up to those of the batch. Where steps run as a whole, the one part is the batch.
+
+        Args:
+            batch: one of those that `before_step` got.
+
+        Raises:
+            BudgetError: a row does not fit alone.
+
+        Example:
+            >>> for part, share in pilot.parts(batch):  # doctest: +SKIP
+            ...     loss = share * model(**part).loss
+            ...     loss.backward()
+        """
+        return _begun(self._piloted).guard.parts.of(batch)
 
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
         """Read the gradients, which are complete now; call before they are cleared.
@@ -193,7 +212,7 @@ class RankPilot:
             BudgetError: other processes are in the middle of the step.
         """
         error = error or torch.OutOfMemoryError("A training step ran out of memory.")
-        _begun(self._piloted).guard.shortage.out_of_memory(error)
+        _begun(self._piloted).guard.out_of_memory(error)
 
     def finish(self) -> None:
         """Stop measuring, checkpoint the layers of before, and write the ranks to PEFT's configuration for saving.
@@ -302,24 +321,26 @@ class RankPilot:
             figures["plan_seconds"] = applier.time.of(ranks)
             if applier.time.beside is None:
                 figures["budget_seconds"] = applier.time.seconds
+        figures |= piloted.guard.parts.figures()
         if fresh:
             figures["peak_bytes"] = float(max(peak for _, peak in fresh))
         return figures
 
-    @contextmanager
-    def _taking_over(self, run: TrainingRun) -> Iterator[PilotedRun]:
-        """Begin a run in the place of an earlier one, which ends if it did not; after an error inside, end it."""
-        targets = resizable_targets(run.model, self.options.scaling)
-        check_run(run, targets)
-        if self._piloted:
-            self._piloted.stop()
-        self._piloted = PilotedRun(run, targets, self.journal, self.policy, self.schedule, self.options)
-        self.budget = self._piloted.elastic.budget
-        try:
-            yield self._piloted
-        except BaseException:
-            self._piloted.stop()
-            raise
+
+@contextmanager
+def _taking_over(pilot: RankPilot, run: TrainingRun) -> Iterator[PilotedRun]:
+    """Begin a run in the place of an earlier one, which ends if it did not; after an error inside, end it."""
+    targets = resizable_targets(run.model, pilot.options.scaling)
+    check_run(run, targets)
+    if pilot._piloted:
+        pilot._piloted.stop()
+    pilot._piloted = piloted = PilotedRun(run, targets, pilot.journal, pilot.policy, pilot.schedule, pilot.options)
+    pilot.budget = piloted.elastic.budget
+    try:
+        yield piloted
+    except BaseException:
+        piloted.stop()
+        raise
 
 
 def _begun(piloted: PilotedRun | None) -> PilotedRun:

@@ -29,7 +29,7 @@ from ..lora.peft_config import finish_load, start_kept
 from ..lora.resize import is_trained
 from ..lora.targets import TargetModule, check_trains
 from ..plan.plan import least_cost
-from ..plan.problem import rank_bounds
+from ..plan.problem import floor_of_experts, rank_bounds
 from ..plan.rate import InitialLoss
 from . import before_training
 from .controlled_rate import ControlledRate
@@ -92,7 +92,7 @@ class PilotedRun:
         self._controls: bool = in_long_run if options.control is None else options.control
         self.begun, self.step, self.shown = False, 0, 0
         self.decision: Decision | None = None
-        self.guard = PeakGuard(options.measure_every)
+        self.guard = PeakGuard(options.measure_every, journal.note)
         self.elastic = ElasticBudget(run, options.budget, self.guard)
         self.finite = FiniteWatch(run, journal)
         self.rate: PlanRate | None = None
@@ -115,7 +115,8 @@ class PilotedRun:
         was compared, and the prefix cache serves what all others have left frozen.
         """
         calls, gradients = self._watches
-        every = calls, self.elastic, self.rate, self.control, self.guard, gradients, self._losses, self.finite
+        before = calls, self.elastic, self.rate, self.control, self.guard.parts
+        every = *before, self.guard, gradients, self._losses, self.finite
         return [part for part in (*every, self.prefix) if part is not None]
 
     # The begin and the end --------------------------------------------------------------------------------------------
@@ -143,12 +144,13 @@ class PilotedRun:
             looks = options.learning_rate == "auto" or not probes
             first_rows = before_training.UNSEEN if stay else run.read_first_rows(seed) if looks else None
             self._have_rate(initial_loss(run, first_rows) if first_rows and not stay else None)
+            before_training.try_parts(run, targets, self.guard.parts, options, budget, seed)
             timed, checkpointing = time or (TimeBudget.unlimited() if times_plans else None), self._checkpointing
             costs = self._prepare(seed, None if probes else first_rows, timed, progress)
             journal.note(before_training.budget_text(run, targets, budget, costs.limit, stay=stay))
             journal.note_saved(costs.saved)
             self.elastic.first_limit(costs.limit)
-            self.guard.plan.attach(run, self.applier, costs.memory, journal, self._corrected, checkpointing)
+            self.guard.attach(run, self.applier, costs.memory, journal, self._corrected, checkpointing)
             if time:
                 timer = before_training.StepTimer(run, targets, costs.memory, self.applier.limit, checkpointing)
                 timer.agree_with_steps(self.applier, self._ask)
@@ -187,11 +189,15 @@ class PilotedRun:
             savers=self._savers,
             kept=before_training.ranks_that_hold(targets) if keeps else None,
             whole=checkpointing is not None and checkpointing.whole,
+            each=run.step.rows_per_example if self.guard.parts.on else None,
         )
+        if self.guard.parts.on and costs.memory and not costs.alone:
+            self.guard.parts.turn_off("the operations of this model depend on its data, so parts cannot be predicted")
         limit, cache_bytes = costs.limit.value, options.prefix_cache_bytes
         timer = before_training.StepTimer(run, targets, costs.memory, limit, checkpointing, cache_bytes)
         timed = timer.time_limit(time) if time else None
         before_training.check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
+        low = floor_of_experts(targets, costs.cost, limit, low, high)
         result = first_signals(run, targets, self._schedule, seed, first_rows, keeps=keeps, progress=progress)
         self.applier = PlanApplier(
             PeftAdapters(run.model, targets),
@@ -240,7 +246,10 @@ class PilotedRun:
         self._switch(names)
         checkpointing = self._checkpointing
         self._have_rate(initial, own)
-        memory = before_training.run_memory(run, targets, signals=True) if checkpointing else None
+        parts = self.guard.parts.on
+        if parts:
+            self.guard.parts.begin_to_keep(run)
+        memory = before_training.run_memory(run, targets, signals=True) if checkpointing or parts else None
         if checkpointing:
             checkpointing.take(layers)
         applier, limit = self.applier, self.applier.limit
@@ -250,7 +259,7 @@ class PilotedRun:
             cache_bytes = self.options.prefix_cache_bytes
             timer = before_training.StepTimer(run, targets, memory, limit, checkpointing, cache_bytes)
             applier.time = timer.other_limit(applier.time, self.options.time_read)
-        self.guard.plan.attach(run, applier, memory, journal, self._corrected, checkpointing)
+        self.guard.attach(run, applier, memory, journal, self._corrected, checkpointing)
         run.replicas.changed(targets, step)
         self._have_control(state)
         if changed := changes(settings, before):
@@ -265,7 +274,11 @@ class PilotedRun:
         adapters.meter.load_state_dict(state["signals"])
         low, high = rank_bounds(self._targets, self.options.bounds or {})
         reads = reads_signals(self._policy)
-        return PlanApplier.from_state_dict(state["applier"], adapters, self._schedule, low=low, high=high, reads=reads)
+        applier = PlanApplier.from_state_dict(
+            state["applier"], adapters, self._schedule, low=low, high=high, reads=reads
+        )
+        applier.low = floor_of_experts(self._targets, applier.cost, applier.limit, low, high)
+        return applier
 
     def _switch(self, savers: Collection[str] = tuple(SAVERS)) -> None:
         """Have steps run as the options say until the run ends."""

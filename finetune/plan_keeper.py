@@ -160,6 +160,7 @@ class PlanKeeper:
         journal: Journal,
         corrected: Callable[[PlanChange], None],
         checkpointing: LayerCheckpointing | None,
+        shape: BatchShape | None,
     ) -> None:
         """Begin to keep the plan.
 
@@ -170,12 +171,13 @@ class PlanKeeper:
             journal: forgets corrections that are put back.
             corrected: called with each correction.
             checkpointing: chooses the layers to checkpoint; `memory` is of the step in which all are.
+            shape: with which plans are priced; by default that of the run's largest batch.
         """
         self.run, self.applier, self.journal, self.checkpointing = run, applier, journal, checkpointing
         self._corrected, self.meter.highest = corrected, run.replicas.highest
         if memory:
             # A run that goes on has a shape: a larger batch is met before its step.
-            shape = self.now.shape if self.now.shape.rows else memory.shape
+            shape = self.now.shape if self.now.shape.rows else shape or memory.shape
             if checkpointing:
                 checkpointing.memory, memory = memory, memory.with_checkpointed(checkpointing.layers)
                 if applier.time:
@@ -268,18 +270,23 @@ class PlanKeeper:
         text = "Gradients stay while the next step runs forward: optimizer.zero_grad() before that frees their bytes."
         self._fit(text, "gradients stay")
 
-    def above(self, peak: int, cause: str) -> None:
+    def above(self, peak: int, cause: str, predicted: float | None = None) -> None:
         """Correct the prediction by a peak above the limit, in bytes, and the plan with it.
 
         The last change of ranks is rolled back, as far as the plan before it fits the corrected prediction. If there is
         no plan before it, the plan shrinks.
+
+        Args:
+            peak: of the step.
+            cause: of the difference, for people.
+            predicted: of the step, in bytes; by default what the plan costs.
 
         Raises:
             BudgetError: no plan with an adapter fits the corrected prediction.
         """
         applier, now = self.applier, self.now
         ranks, cost = applier.ranks, applier.cost
-        error = max(peak - plan_cost(applier.cost_now(), ranks), 0.0)
+        error = max(peak - (plan_cost(applier.cost_now(), ranks) if predicted is None else predicted), 0.0)
         self.now = replace(now, underestimate=now.underestimate + error)
         assert isinstance(cost, ByteCost)
         applier.cost = replace(cost, constant=cost.constant + error)
@@ -357,11 +364,15 @@ class PlanKeeper:
         """Names of the layers that a plan of these ranks, int64 (modules,), needs to checkpoint."""
         if self.checkpointing is None:
             return ()
-        applier = self.applier
-        # Where no signals are measured they take nothing, and the byte model counts them still.
-        buffers = 0.0 if applier.measures else signal_buffer_bytes(applier.targets) @ ranks
-        room = applier.limit - self.now.underestimate + float(buffers)
-        return self.checkpointing.fewest(ranks, room, self.now.shape)
+        return self.checkpointing.fewest(ranks, self.room_for(ranks), self.now.shape)
+
+    def room_for(self, ranks: IntArray) -> float:
+        """Bytes that a step of a plan, int64 (modules,), may take by the byte model."""
+        return self.applier.limit - self.now.underestimate + self.unpaid(ranks)
+
+    def unpaid(self, ranks: IntArray) -> float:
+        """Bytes that the byte model counts of a plan and that a step does not take: where no signals are measured."""
+        return 0.0 if self.applier.measures else float(signal_buffer_bytes(self.applier.targets) @ ranks)
 
     def relieved(self, reason: str) -> bool:
         """Whether the plan fits, because other layers are checkpointed from now on; the reason is told then."""
@@ -385,7 +396,7 @@ class PlanKeeper:
         observation = applier.observation_now(self.step)
         pairs = [CutDirections.of(target) for target in applier.targets if target.rank] if keeps else []
         plan = applier.correct(wanted, self.step, self.run.optimizer)
-        cuts = tuple(pair.beyond(pair.target.rank) for pair in pairs if pair.target.rank < len(pair.rows))
+        cuts = tuple(pair.beyond(pair.target.rank) for pair in pairs if pair.target.rank < pair.rows.shape[1])
         self.now = replace(self.now, cuts=self.now.cuts + cuts)
         self.changed(PlanChange.correction(self.step, reason, wanted, observation, plan))
 

@@ -102,8 +102,8 @@ class CutDirections:
 
     Attributes:
         target: the module.
-        rows: of A, (directions, d_in).
-        columns: of B, (d_out, directions).
+        rows: of A, (experts, directions, d_in).
+        columns: of B, (experts, d_out, directions).
         scaling: by which their product is multiplied.
     """
 
@@ -116,24 +116,26 @@ class CutDirections:
     def of(cls, target: TargetModule) -> CutDirections:
         """All directions of a module."""
         a, b = (weight.detach().to("cpu", copy=True) for weight in (target.weight_a, target.weight_b))
-        return cls(target, a, b, target.scaling)
+        return cls(target, target.each_a(a), target.each_b(b), target.scaling)
 
     def beyond(self, rank: int) -> CutDirections:
         """Those that a shrink to this rank takes, the largest first; see `shrink_maps`."""
         a, b = self.rows.double(), self.columns.double()
         share = self.scaling / (self.target.scaling_at(REFERENCE_RANK) or 1.0)
-        (p,), (q,), (used,) = shrink_maps([a], [b * share], len(a))
-        rows, columns = q[rank:][used[rank:]] @ a, b @ p[:, rank:][:, used[rank:]]
+        p, q, used = shrink_maps([*a], [*(b * share)], a.shape[1])
+        kept = used[:, rank:].any(dim=0)
+        rows, columns = q[:, rank:][:, kept] @ a, b @ p[:, :, rank:][:, :, kept]
         return replace(self, rows=rows.to(self.rows), columns=columns.to(self.columns))
 
     @torch.no_grad()
     def put_back(self, at: int) -> int:
         """Write them into a pair from direction `at` on, as many as it has room for; returns where they end."""
-        target, end = self.target, min(at + len(self.rows), self.target.rank)
+        target, end = self.target, min(at + self.rows.shape[1], self.target.rank)
         factor = target.scaling / self.scaling if self.scaling else 1.0
-        rows, columns = self.rows[: end - at], self.columns[:, : end - at]
-        target.weight_a[at:end] = (rows / factor if target.embedding else rows).to(target.weight_a)
-        target.weight_b[:, at:end] = (columns if target.embedding else columns / factor).to(target.weight_b)
+        rows, columns = self.rows[:, : end - at], self.columns[:, :, : end - at]
+        each_a, each_b = target.each_a(target.weight_a), target.each_b(target.weight_b)
+        each_a[:, at:end] = (rows / factor if target.embedding else rows).to(target.weight_a)
+        each_b[:, :, at:end] = (columns if target.embedding else columns / factor).to(target.weight_b)
         return end
 
 

@@ -116,6 +116,9 @@ class TrainingRun:
         learning_rate: of the probe.
         folder: of the run's files; by default one for temporary files.
         evaluations: how often held-out rows are read, as far as it is known.
+        in_parts: whether the loop runs its batches through `RankPilot.parts`, as a Trainer's does.
+        part_loss: the loss of a part of a batch, as it counts in that of the whole batch, which is the second argument;
+            None for `loss` of the part.
         wrapped: the model as the loop calls it, where wrappers are around it, such as DistributedDataParallel; by
             default `model`, which may be wrapped itself.
         replicas: its copies in the processes of the run. `model` is the one of this process, without their wrapper.
@@ -137,6 +140,8 @@ class TrainingRun:
     learning_rate: float
     folder: Path | None = None
     evaluations: int | None = None
+    in_parts: bool = False
+    part_loss: Callable[[Batch, Batch], torch.Tensor] | None = None
     wrapped: nn.Module = None  # type: ignore[assignment]
     replicas: Replicas = field(init=False)
 
@@ -158,6 +163,7 @@ class TrainingRun:
         loss: LossFunction | None = None,
         accumulation: int = 1,
         learning_rate: float | None = None,
+        in_parts: bool = False,
     ) -> TrainingRun:
         """The run of a plain loop over a DataLoader.
 
@@ -169,6 +175,7 @@ class TrainingRun:
             loss: the loss of a batch, computed as the loop does; by default the one that the model returns.
             accumulation: the batches whose gradients make one optimiser step.
             learning_rate: of the probe; by default see `probe_rate`.
+            in_parts: whether the loop runs its batches through `RankPilot.parts`.
 
         Raises:
             ConfigError: the loader is no DataLoader, or its batches have no fixed number of examples.
@@ -184,7 +191,9 @@ class TrainingRun:
         rate = probe_rate(model, optimizer) if learning_rate is None else learning_rate
         if not callable(loss := loss or model_loss(model)):
             raise ConfigError(f"loss is a function of a batch, which returns a scalar tensor; got {shown(loss)}.")
-        return cls(model, optimizer, loss, dataset, collate, rows, total_steps, accumulation, float(rate))
+        return cls(
+            model, optimizer, loss, dataset, collate, rows, total_steps, accumulation, float(rate), in_parts=in_parts
+        )
 
     @property
     def epochs(self) -> float:

@@ -30,6 +30,7 @@ def run_settings(options: PilotOptions, budget: Budget, policy: Policy, schedule
         "bounds": {name: list(bound) if isinstance(bound, tuple) else bound for name, bound in bounds.items()},
         "exact_savers": options.exact_savers,
         "gradient_checkpointing": options.gradient_checkpointing,
+        "parts": options.parts,
         "scaling": options.scaling,
         "learning_rate": options.learning_rate,
         "keep_rate": options.keep_rate,

@@ -187,19 +187,11 @@ class Shortage:
             torch.OutOfMemoryError: this error. Smaller plans are no help, and all is as it was before the step.
             BudgetError: other processes are in the middle of the step.
         """
-        plan, applier, run = self._plan, self._plan.applier, self._plan.run
+        plan = self._plan
         number = plan.step + 1
-        plan.meter.close()
-        traceback.clear_frames(error.__traceback__)
-        for parameter in [*run.model.parameters(), *trained_outside(run.model, run.optimizer)]:
-            parameter.grad = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        less = (1 - STEP_SHARE) * plan_cost(applier.cost_now(), applier.ranks)
-        run.replicas.check_again(number, Budget(applier.cost.unit, less))
+        self.drop_step(error)
         self.keep()
         if len(self._tried) < MOST_TRIES and self._try_again(number):
-            plan.meter.request()
             return
         tried = "No smaller plan of rankpilot would take noticeably less"
         if self._tried:
@@ -210,6 +202,26 @@ class Shortage:
             "the length, or turn on gradient_checkpointing=True."
         )
         raise error
+
+    def drop_step(self, error: torch.OutOfMemoryError) -> None:
+        """Free what a step that ran out of memory holds, so that it can be taken again from its first batch.
+
+        Args:
+            error: of the step.
+
+        Raises:
+            BudgetError: other processes are in the middle of the step.
+        """
+        plan, applier, run = self._plan, self._plan.applier, self._plan.run
+        plan.meter.close()
+        traceback.clear_frames(error.__traceback__)
+        for parameter in [*run.model.parameters(), *trained_outside(run.model, run.optimizer)]:
+            parameter.grad = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        less = (1 - STEP_SHARE) * plan_cost(applier.cost_now(), applier.ranks)
+        run.replicas.check_again(plan.step + 1, Budget(applier.cost.unit, less))
+        plan.meter.request()
 
     def _try_again(self, number: int) -> bool:
         """Prepare the step of this number, from 1, to be taken again; whether that may be a help."""

@@ -270,8 +270,13 @@ def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:
     check_length(config.max_length, most_positions(base))
     if config.gradient_checkpointing is True:
         check_checkpointing(base)
-    options = {"r": REFERENCE_RANK, "lora_alpha": config.alpha, "use_rslora": config.scaling == "rslora"}
-    model = adapt(base, config.model, workload.task, target_modules=config.target_modules, **options)
+    options: dict[str, Any] = {
+        "r": REFERENCE_RANK,
+        "lora_alpha": config.alpha,
+        "use_rslora": config.scaling == "rslora",
+    }
+    options |= {"target_modules": config.target_modules, "target_parameters": config.target_parameters}
+    model = adapt(base, config.model, workload.task, **options)
     choose_scaling(find_target_modules(model), config.kept)
     return model
 

@@ -8,7 +8,7 @@ the model twice (DPO), weigh classes or smooth labels. So the Trainer's `trainin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from traceback import clear_frames
@@ -65,10 +65,14 @@ class TrainerStep:
         self._done: list[tuple[Any, ...]] = []  # batches of the optimiser step that is under way
         self._listener: StepListener
 
-    def loss(self, batch: Batch) -> torch.Tensor:
+    def loss(self, batch: Batch, whole: Batch | None = None) -> torch.Tensor:
         """Run the Trainer's step on a batch up to its loss, which is not divided by the accumulated batches.
 
         Whatever the step writes into the Trainer, such as metrics and counters, is put back.
+
+        Args:
+            batch: what the step runs on.
+            whole: the batch that it is a part of, whose predictions the loss is divided by; by default the batch.
 
         Raises:
             UnsupportedError: the step makes no loss of the batch.
@@ -86,7 +90,7 @@ class TrainerStep:
             if self.rollouts:
                 batch = self.rollouts.inputs(batch)
                 trainer._prepare_inputs = lambda inputs: inputs
-            _, count = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+            _, count = trainer.get_batch_samples(iter([whole or batch]), 1, trainer.args.device)
             trainer.training_step(trainer.model_wrapped, batch, count)
         if len(losses) != 1 or not losses[0].requires_grad:
             problem = (
@@ -128,6 +132,8 @@ class TrainerStep:
             learning_rate=probe_rate(objects["model"], objects["optimizer"]),
             folder=Path(args.output_dir),
             evaluations=_evaluations(args, state),
+            in_parts=not self.trainer.args.auto_find_batch_size,
+            part_loss=self.loss,
             wrapped=self.trainer.model_wrapped,
         )
 
@@ -202,12 +208,27 @@ class TrainerStep:
             if begins_again or self.rollouts:  # answers are not made twice
                 loss = run(model, inputs, *rest, **options)
             else:
-                loss = _retried(lambda step: run(*_copied(step), **options), self._done, again)
+                loss = _retried(lambda step: self._in_parts(run, step, options), self._done, again)
         except BaseException as error:
             self._listener.break_off(begins_again and should_reduce_batch_size(error))
             raise
         self._listener.take_loss(loss)
         return loss
+
+    def _in_parts(self, run: Callable[..., Any], step: tuple[Any, ...], options: Mapping[str, Any]) -> torch.Tensor:
+        """The loss of a batch that runs in parts, whose losses and gradients add up to those of the batch."""
+        model, inputs, *rest = step
+        accelerator, losses = self.trainer.accelerator, list[torch.Tensor]()
+        backward = accelerator.backward
+        for part, share in self._listener.pilot.parts(inputs):
+            copied = dict(part) if type(part) is dict else part  # a step may take out what it has read
+            scaled = partial(_scaled, backward, share)
+            with _standing(accelerator, "backward", scaled) if share != 1 else nullcontext():
+                losses.append(run(model, copied, *rest, **options))
+            if share != 1:
+                losses[-1] = losses[-1] * share
+            del part, copied  # before the next one is there
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _log(self, run: Callable[..., Any], logs: dict[str, float], *rest: Any, **options: Any) -> None:
         """Log with the figures of the ranks, and the rate that steps really have."""
@@ -295,10 +316,9 @@ def _put_back(attributes: dict[str, Any], name: str, before: Any) -> None:
         attributes[name] = before
 
 
-def _copied(step: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of a step, whose batch the step may change."""
-    model, inputs, *rest = step
-    return model, dict(inputs) if type(inputs) is dict else inputs, *rest
+def _scaled(backward: Callable[..., None], share: float, loss: torch.Tensor, **options: Any) -> None:
+    """Take the gradients of a share of a loss."""
+    backward(loss * share, **options)
 
 
 def _retried(

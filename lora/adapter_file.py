@@ -29,6 +29,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ..common.files import atomic_path, read_object
 from ..errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError, first_line, shown
@@ -68,12 +69,21 @@ PAIR_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?([AB])
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """The content of an adapter's folder: configuration, tensors by key, rank and alpha by module name."""
+    """The content of an adapter's folder.
+
+    Attributes:
+        config: the configuration.
+        tensors: by key.
+        ranks: by module name; of fused experts by the parameter's name ("model.layers.0.mlp.experts.down_proj").
+        alphas: likewise.
+        stacks: by what the file calls a module that holds experts: the parameter's name, and how many experts.
+    """
 
     config: LoraConfig
     tensors: dict[str, torch.Tensor]
     ranks: dict[str, int]
     alphas: dict[str, float]
+    stacks: dict[str, tuple[str, int]]
 
     def scale(self, name: str) -> float:
         """The factor by which PEFT multiplies B A of this module; 0 at rank 0."""
@@ -96,11 +106,18 @@ def read_adapter(folder: Path) -> SavedAdapter:
         RunFolderError: a file is missing or corrupt.
     """
     config, tensors = _read_config(folder), _read_tensors(folder)
-    ranks = _ranks(folder, tensors)
+    ranks, stacks = _ranks(folder, tensors), dict[str, tuple[str, int]]()
     try:
+        for module in [name for name in ranks if name.removesuffix(".base_layer").endswith("experts")]:
+            if (parameter := _parameter_of(module, config)) is not None:
+                rank = int(_resolve(config.rank_pattern, parameter, config.r))
+                ranks[parameter], more = divmod(width := ranks.pop(module), width // rank)
+                stacks[module] = parameter, width // rank
+                if more:
+                    raise ValueError(f"{width} rows of {module} are no multiple of rank {rank}")
         expected = {name: _resolve(config.rank_pattern, name, config.r) for name in ranks}
         alphas = {name: float(_resolve(config.alpha_pattern, name, config.lora_alpha)) for name in ranks}
-    except (re.error, TypeError, ValueError, AttributeError) as error:
+    except (re.error, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise RunFolderError(f"The ranks and alphas in {folder / CONFIG_NAME} cannot be read: {error}") from error
     for name, rank in ranks.items():
         if rank not in (0, expected[name]):
@@ -108,7 +125,25 @@ def read_adapter(folder: Path) -> SavedAdapter:
                 f"{name} has rank {rank} in the weights of {folder} and {expected[name]} in its configuration, so that "
                 "its scale is unknown, and plain PEFT cannot load it. Save again after `sync_config(model, targets)`."
             )
-    return SavedAdapter(config, tensors, ranks, alphas)
+    return SavedAdapter(config, tensors, ranks, alphas, stacks)
+
+
+_STACKED = ("gate_up_proj", "up_proj", "down_proj")
+"""Parameters that hold experts, in the order in which PEFT wraps them: the last one is the outermost."""
+
+
+def _parameter_of(module: str, config: LoraConfig) -> str | None:
+    """The parameter of which a module of the file holds the adapter; None if it is none that holds experts."""
+    stem = module.replace(".base_layer", "")
+    names = [f"{stem}.{leaf}" for leaf in _STACKED]
+    wrapped = [name for name in names if _is_parameter(name, config)]
+    depth = module.count(".base_layer")
+    return wrapped[::-1][depth] if depth < len(wrapped) else None
+
+
+def _is_parameter(name: str, config: LoraConfig) -> bool:
+    """Whether a name is one of the parameters that a configuration adapts."""
+    return any(name == each or name.endswith(f".{each}") for each in config.target_parameters or ())
 
 
 def _resolve(pattern: dict[str, float] | None, name: str, default: float) -> float:
@@ -145,8 +180,18 @@ def _read_config(folder: Path) -> LoraConfig:
     config = _read_file(path, lambda: LoraConfig.from_pretrained(str(folder)))
     if type(config) is not LoraConfig:
         raise UnsupportedError(f"{path} is of {type(config).__name__}. Only LoRA adapters can be exported.")
-    if getattr(config, "target_parameters", None):
-        raise UnsupportedError(f"{path} has target_parameters: LoRA on parameters in place of modules is not exported.")
+    others = [name for name in config.target_parameters or () if name.rpartition(".")[2] not in _STACKED]
+    if others:
+        raise UnsupportedError(
+            f"{path} has target_parameters {', '.join(others)}, which are not known. Known: those that end in "
+            f"{', '.join(_STACKED)}."
+        )
+    version = str(values.get("peft_version") or "")
+    if config.target_parameters and re.match(r"0\.(\d|1[0-8])(\D|$)", version):
+        raise UnsupportedError(
+            f"{path} was written by PEFT {version}, which lays pairs of experts out the other way round than PEFT from "
+            "0.19 on. Load it with that version, merge it, or train it again."
+        )
     return config
 
 
@@ -229,7 +274,9 @@ _AXOLOTL_KEYS = {
 """Axolotl's key for each setting of LoraConfig that it passes on (src/axolotl/utils/schemas/peft.py)."""
 
 
-def export_padded(adapter_folder: str | Path, output_folder: str | Path, rank: int | None = None) -> Path:
+def export_padded(
+    adapter_folder: str | Path, output_folder: str | Path, rank: int | None = None, *, per_expert: bool = False
+) -> Path:
     """Write an adapter in which every module has the same rank and the scale 1, for PEFT, vLLM and llama.cpp.
 
     A is padded with zero rows and B with zero columns. B and its bias (`lora_bias`) are multiplied by the module's
@@ -239,6 +286,8 @@ def export_padded(adapter_folder: str | Path, output_folder: str | Path, rank: i
         adapter_folder: a LoRA adapter as `save_pretrained` writes it.
         output_folder: a folder that is empty or does not exist.
         rank: the rank of all modules, one of `VLLM_RANKS`; by default the smallest that fits.
+        per_expert: write a pair for each matrix of each expert (experts.0.gate_proj), as models have them in which
+            experts are modules, instead of one for all; for models whose gate and up are the halves of gate_up_proj.
 
     Returns:
         The output folder.
@@ -259,6 +308,10 @@ def export_padded(adapter_folder: str | Path, output_folder: str | Path, rank: i
     config = replace(adapter.config, r=width, lora_alpha=width, rank_pattern={}, alpha_pattern={}, use_rslora=False)
     # Trained weights need no initialisation, and 'orthogonal' fails at an odd rank.
     config = replace(config, init_lora_weights=True, eva_config=None)
+    if per_expert:
+        tensors = _split(tensors, adapter.stacks)
+        leaves = {key.split(".lora_")[0].rpartition(".")[2] for key in tensors if PAIR_KEY.fullmatch(key)}
+        config = replace(config, target_parameters=None, target_modules=sorted(leaves))
     with atomic_path(output.resolve()) as temporary:
         config.save_pretrained(str(temporary))
         save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -307,7 +360,8 @@ def pattern_config(config: LoraConfig, all_ranks: Mapping[str, int], alphas: Map
         r=ranks[widest],
         lora_alpha=alphas[widest],
         # Full names and no pattern: for mixtures of experts PEFT reduces a pattern to the last parts of the names.
-        target_modules=list(ranks),
+        target_modules=[name for name in ranks if not _is_parameter(name, config)],
+        target_parameters=[name for name in ranks if _is_parameter(name, config)] or None,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -386,6 +440,7 @@ def _check_padded_bytes(adapter: SavedAdapter, rank: int) -> None:
         match = PAIR_KEY.fullmatch(key)
         if match and match.group(3) != ".bias":
             axis = "AB".index(match.group(2))
+            taken += rank * (adapter.stacks.get(match.group(1), ("", 1))[1] - 1) * tensor.shape[1 - axis] * 4
             sizes = [size for place, size in enumerate(tensor.shape) if place != axis]
             taken += rank * math.prod(sizes) * tensor.element_size()
     if taken > MOST_PADDED_BYTES:
@@ -399,7 +454,8 @@ def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) ->
     match = PAIR_KEY.fullmatch(key)
     if match is None:
         return tensor
-    name, side, kind = match.groups()
+    module, side, kind = match.groups()
+    name, experts = adapter.stacks.get(module, (module, 1))
     new = tensor if side == "A" else (tensor.double() * adapter.scale(name)).to(tensor.dtype)
     if not bool(torch.isfinite(new).all()):
         raise NonFiniteError(
@@ -408,10 +464,33 @@ def _padded(adapter: SavedAdapter, key: str, tensor: torch.Tensor, rank: int) ->
         )
     if kind == ".bias":
         return new
-    axis = 0 if side == "A" else 1
-    shape = list(new.shape)
-    shape[axis] = rank - shape[axis]
-    return torch.cat([new, new.new_zeros(shape)], dim=axis)
+    if side == "A":  # the expert is slowest here, and fastest in B
+        each = new.reshape(experts, -1, new.shape[1])
+        return nn.functional.pad(each, (0, 0, 0, rank - each.shape[1])).flatten(0, 1).contiguous()
+    each = new.reshape(new.shape[0], -1, experts)
+    return nn.functional.pad(each, (0, 0, 0, rank - each.shape[1])).flatten(1).contiguous()
+
+
+def _split(tensors: dict[str, torch.Tensor], stacks: Mapping[str, tuple[str, int]]) -> dict[str, torch.Tensor]:
+    """The same with a pair for each expert's matrices: A of gate and up is that of both, B a half of it each."""
+    found: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        match = PAIR_KEY.fullmatch(key)
+        if match is None or match.group(1) not in stacks:
+            found[key] = tensor
+            continue
+        (module, side, _), (parameter, experts) = match.groups(), stacks[match.group(1)]
+        stem, _, leaf = parameter.rpartition(".")
+        axis = 0 if side == "A" else 1
+        sizes = (experts, -1, tensor.shape[1]) if side == "A" else (tensor.shape[0], -1, experts)
+        each = tensor.reshape(sizes).unbind(2 * axis)
+        names = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        for number, matrix in enumerate(each):
+            halves = matrix.chunk(len(names)) if side == "B" else [matrix] * len(names)
+            for name, part in zip(names, halves, strict=True):
+                new = f"{stem}.{number}.{name}.lora_{side}.weight"
+                found[key.replace(key[key.index(module) :], new)] = part.clone(memory_format=torch.contiguous_format)
+    return found
 
 
 def _refuse_other_forms(adapter: SavedAdapter) -> None:

@@ -58,9 +58,9 @@ def pair_signals(
     """The signals of one interval, (modules, len(SIGNALS)).
 
     Args:
-        factors: A (rank, d_in) and B (d_out, rank) of each module.
+        factors: A (rank, d_in) and B (d_out, rank) of each module; of experts a matrix each, in a first axis.
         scalings: the factor by which each B A is multiplied, and what it would be at `REFERENCE_RANK`.
-        sums: gradient of each B, summed over the interval's steps, (d_out, rank).
+        sums: gradient of each B, summed over the interval's steps, of the shape of B.
         squares: squared norm of the gradient of each B, summed over the steps, (modules,).
         count: number of steps in the interval.
         base_norms: norm of each frozen weight, fp64 (modules,).
@@ -71,12 +71,12 @@ def pair_signals(
         a, b = a.to(total.dtype), b.to(total.dtype)
         products = b * total
         # norm(B A)^2 = trace((B^T B)(A A^T)), without forming the dense product.
-        square = ((b.T @ b) * (a @ a.T)).sum().clamp_min(0)
-        rows.append(torch.stack([products.sum(dim=0).abs().sum(), square.sqrt() * abs(scaling), products.abs().sum()]))
+        square = ((b.mT @ b) * (a @ a.mT)).sum().clamp_min(0)
+        rows.append(torch.stack([products.sum(dim=-2).abs().sum(), square.sqrt() * abs(scaling), products.abs().sum()]))
     sensitivity, change, importance = torch.stack(rows).unbind(dim=1)
     relative = change / base_norms.to(change)
     at_8 = change.new_tensor([reference / (now or 1.0) for now, reference in scalings])
-    each = at_8 / (count * change.new_tensor([b.shape[1] for _, b in factors]))
+    each = at_8 / (count * change.new_tensor([b.numel() // b.shape[-2] for _, b in factors]))
     norms = (squares / count).sqrt().to(change) * at_8
     return torch.stack([sensitivity * each, snr.to(change), relative, norms, importance * each], dim=1)
 
@@ -147,10 +147,11 @@ class SignalMeter(Meter):
 
     @without_autocast()
     def _update(self) -> IntArray:
-        factors = [(target.weight_a.detach(), target.weight_b.detach()) for target in self._adapted]
+        factors = [(t.each_a(t.weight_a.detach()), t.each_b(t.weight_b.detach())) for t in self._adapted]
+        sums = [t.each_b(total) for t, total in zip(self._adapted, self._sums, strict=True)]
         scalings = [(target.scaling, target.scaling_at(REFERENCE_RANK)) for target in self._adapted]
         norms = self._base_norms[self._index]
-        signals = pair_signals(factors, scalings, self._sums, self._squares[0], self._count, norms)
+        signals = pair_signals(factors, scalings, sums, self._squares[0], self._count, norms)
         self.values[self._index] = signals.double().cpu().numpy()
         return np.array(self._index, dtype=np.int64)
 

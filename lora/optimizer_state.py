@@ -62,7 +62,8 @@ class TorchaoForm(StateForm):
 
     def size(self, optimizer: Any, like: torch.Tensor) -> int:
         """Bytes of codes and scales, and of the table of codes, of which each moment has one."""
-        moment = optimizer._new_buffer(like, True)
+        with torch.device("cpu" if like.is_meta else like.device):  # the table of codes has contents
+            moment = optimizer._new_buffer(torch.empty(like.shape, dtype=like.dtype), True)
         if type(moment) is torch.Tensor:
             return like.nbytes
         return sum(getattr(moment, name).nbytes for name in moment.__tensor_flatten__()[0])

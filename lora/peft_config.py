@@ -35,7 +35,14 @@ logger = logging.getLogger(__name__)
 
 
 def fresh_adapters(
-    base: PreTrainedModel, name: str, peft_type: str | None, *, new_head: bool, target_modules: str, **options: Any
+    base: PreTrainedModel,
+    name: str,
+    peft_type: str | None,
+    *,
+    new_head: bool,
+    target_modules: str,
+    target_parameters: str = "",
+    **options: Any,
 ) -> PeftModel:
     """The model with fresh LoRA adapters.
 
@@ -46,14 +53,17 @@ def fresh_adapters(
         new_head: whether the model's head is new, and trains whole.
         target_modules: "all-linear" or names separated by commas. Where "all-linear" cannot take all, a warning tells
             what it leaves out.
+        target_parameters: fused experts that get adapters: "all-experts", names separated by commas, or none.
         options: further arguments of LoraConfig, such as r and lora_alpha.
 
     Raises:
-        UnknownNameError: there is no such module.
+        UnknownNameError: there is no such module or parameter.
         ConfigError: a module cannot carry an adapter.
     """
     modules = _all_linear(base) if target_modules == "all-linear" else _existing(base, target_modules)
     heads = _trained_heads(base, peft_type) if new_head else {}
+    if target_parameters:
+        heads["target_parameters"] = _experts_named(base, target_parameters)
     lora = LoraConfig(target_modules=modules, task_type=peft_type, **heads, **options)
     try:
         return get_peft_model(base, lora)
@@ -61,11 +71,49 @@ def fresh_adapters(
         raise ConfigError(f"Cannot adapt {name!r} with target_modules={target_modules!r}: {error}") from error
 
 
+def _experts_named(base: nn.Module, target_parameters: str) -> list[str]:
+    """The names of parameters that hold experts, as PEFT compares them with the ends of whole names."""
+    experts = {id(parameter) for parameter in fused_experts(base)}
+    paths = [path for path, parameter in base.named_parameters() if id(parameter) in experts]
+    quantised = [  # of which PEFT compares whole names
+        f"{path}.{name}"
+        for path, module in base.named_modules()
+        if hasattr(module, "parametrizations")
+        for name in module.parametrizations
+    ]
+    paths += quantised
+    ends = list(dict.fromkeys(".".join(path.split(".")[-2:]) for path in paths))
+    if not paths:
+        raise ConfigError(
+            f"target_parameters={target_parameters!r}: {type(base).__name__} has no fused experts. Leave it out."
+        )
+    if target_parameters == "all-experts":
+        return quantised or ends
+    names = [part.strip() for part in target_parameters.split(",")]
+    for name in names:
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            raise UnknownNameError.of("target parameter", name, ends, "all-experts takes all fused experts.")
+    return [path for path in quantised if path.endswith(tuple(f".{name}" for name in names))] or names
+
+
 def fused_experts(module: nn.Module, *, recurse: bool = True) -> Iterator[nn.Parameter]:
     """The parameters, below a module or its own, that each hold the matrices of several experts."""
     for part in module.modules() if recurse else (module,):
         if type(part).__name__.endswith("Experts"):
             yield from (parameter for parameter in part.parameters(recurse=False) if parameter.dim() == 3)
+
+
+def prepare_quantised(model: nn.Module) -> None:
+    """Freeze a quantised model, and keep in fp32 what is not quantised, as PEFT prepares it, except fused experts.
+
+    PEFT's `prepare_model_for_kbit_training` casts them as well: they are most of a mixture's weights.
+    """
+    experts = {id(parameter) for parameter in fused_experts(model)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        half = parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit"
+        if half and id(parameter) not in experts:
+            parameter.data = parameter.data.float()
 
 
 def left_out(base: nn.Module) -> dict[str, str]:
@@ -83,7 +131,7 @@ def left_out(base: nn.Module) -> dict[str, str]:
     for name, module in base.named_modules():
         if is_router(name, module):
             found[name] = "routers"
-        elif next(fused_experts(module, recurse=False), None) is not None:
+        elif next(fused_experts(module, recurse=False), None) is not None or hasattr(module, "parametrizations"):
             found[name] = "experts, which are fused parameters"
         elif hasattr(module, "A_log") and hasattr(module, "D"):
             found |= dict.fromkeys((f"{name}.{each}" for each in _READ_PAST), "of Mamba's layers all but in_proj")
@@ -142,17 +190,53 @@ def _trained_heads(base: PreTrainedModel, peft_type: str | None) -> dict[str, An
     return {"modules_to_save": heads, "exclude_modules": rf"(?:{'|'.join(map(re.escape, heads))})(?:\..*)?"}
 
 
-def _existing(base: PreTrainedModel, target_modules: str) -> list[str]:
-    """The names in a list that is separated by commas; UnknownNameError if one is no module that can be adapted."""
+_PATTERN = re.compile(r"[\\*+?|()\[\]^$]")
+"""What no name of a module has, and a regular expression does."""
+
+
+_OF_MODELS = re.compile(
+    "(q|k|v|o|gate|up|down|qkv|gate_up|c|in|out|x)_proj|query_key_value|dense(_h_to_4h|_4h_to_h)?|c_(attn|fc)|fc[12]|w[123]"
+    "|lm_head|embed_tokens"
+)
+"""Names of modules that lists for several families of models have, as those of trainers do."""
+
+
+def _existing(base: PreTrainedModel, target_modules: str) -> str | list[str]:
+    """Names in a list that is separated by commas, or a regular expression for whole names, as PEFT takes them.
+
+    Names that other models have and this one has not are left out, as PEFT leaves them out, and a warning tells.
+
+    Raises:
+        UnknownNameError: none is a module that can be adapted, or one is none of any model.
+        ConfigError: the expression cannot be read, or matches no such module.
+    """
     kinds = (nn.Linear, nn.Embedding, Conv1D)
     paths = [path for path, module in base.named_modules() if isinstance(module, kinds)]
+    if _PATTERN.search(target_modules):
+        return _matching(base, paths, target_modules)
     names = [part.strip() for part in target_modules.split(",")]
-    for name in names:
-        if not any(path == name or path.endswith(f".{name}") for path in paths):
-            linear = [path for path in paths if not isinstance(base.get_submodule(path), nn.Embedding)]
-            ends = dict.fromkeys(path.rpartition(".")[2] for path in linear)
-            raise UnknownNameError.of("target module", name, ends, "all-linear takes all linear layers.")
-    return names
+    missing = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
+    unknown = [name for name in missing if not _OF_MODELS.fullmatch(name)]
+    if unknown or len(missing) == len(names):
+        linear = [path for path in paths if not isinstance(base.get_submodule(path), nn.Embedding)]
+        ends = dict.fromkeys(path.rpartition(".")[2] for path in linear)
+        raise UnknownNameError.of("target module", (unknown or missing)[0], ends, "all-linear takes all linear layers.")
+    if missing:
+        logger.warning("target_modules leaves out %s: this model has none of that name.", ", ".join(missing))
+    return [name for name in names if name not in missing]
+
+
+def _matching(base: PreTrainedModel, paths: Sequence[str], pattern: str) -> str:
+    try:
+        found = [path for path in paths if re.fullmatch(pattern, path)]
+    except re.error as error:
+        raise ConfigError(f"target_modules={pattern!r} is no regular expression: {error}.") from error
+    if not found:
+        raise ConfigError(
+            f"target_modules={pattern!r} matches no linear layer or embedding of {type(base).__name__}. The expression "
+            f"has to match whole names, such as {paths[-1]!r}."
+        )
+    return pattern
 
 
 def choose_scaling(targets: Sequence[TargetModule], scaling: Scaling) -> None:
@@ -200,13 +284,16 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     if settings.get(adapter, (None,))[0] is not config:  # a later adapter of this name has settings of its own
         settings[adapter] = config, config.exclude_modules, config.target_modules
     _, user_excluded, user_targets = settings[adapter]
-    adapted = [target for target in targets if target.rank > 0]
-    config.rank_pattern = _patterns({t.name: t.rank for t in adapted})
+    adapted = [target for target in targets if target.rank > 0 or target.experts > 1]
+    config.rank_pattern = _patterns({t.name: max(t.rank, 1) for t in adapted})
     alphas = {t.name: t.layer.lora_alpha[adapter] for t in adapted}
     config.alpha_pattern = _patterns({} if set(alphas.values()) <= {config.lora_alpha} else alphas)
-    config.exclude_modules = _excluded(user_excluded, [target.name for target in targets if target.rank == 0])
+    dropped = [target for target in targets if target.rank == 0 and target.experts == 1]
+    config.exclude_modules = _excluded(user_excluded, [target.name for target in dropped])
     # PEFT refuses to load an adapter whose target modules match no module, except under this dummy name.
-    config.target_modules = user_targets if adapted else DUMMY_TARGET_MODULES
+    linear = any(target.rank > 0 and target.experts == 1 for target in targets)
+    none = DUMMY_TARGET_MODULES if dropped or not adapted else user_targets
+    config.target_modules = user_targets if linear else none
     if config.init_lora_weights == "orthogonal":  # fails at odd ranks, and loading overwrites the weights anyway
         config.init_lora_weights = True
 
@@ -308,7 +395,11 @@ class _LoadHook:
             return  # the state dict holds other weights, not this adapter
         trains = any(value.requires_grad for target, _, _ in loads for value in target.parameters.values())
         for target, keys, weight_a in loads:
-            rank = 0 if weight_a is None else int(weight_a.shape[0])
+            rank = 0 if weight_a is None else int(weight_a.shape[0]) // target.experts
+            if target.experts > 1 and weight_a is not None and not bool(weight_a.any()):
+                rank, weight_a = 0, None  # see `_omit_rank_0`
+                for key in keys:
+                    state.pop(key, None)
             if rank != target.rank:
                 resize(target, rank)
             if weight_a is None:  # a strict load needs all keys; torch passes a copy of the dictionary, so it may grow
@@ -321,10 +412,15 @@ class _LoadHook:
 def _omit_rank_0(
     target: TargetModule, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
 ) -> None:
-    """Remove a pair at rank 0 from the state dict, since plain PEFT cannot load it."""
+    """Remove a pair at rank 0 from the state dict, since plain PEFT cannot load it.
+
+    Experts get one of rank 1 that is zero: PEFT wraps both parameters of a layer, and excludes none.
+    """
     if target.exists and target.rank == 0:
         for name in target.parameters:
             state.pop(f"{prefix}{name}", None)
+        if target.experts > 1:
+            state |= {f"{prefix}{name}": zero for name, zero in zip(target.parameters, target.zeros(1), strict=True)}
 
 
 def let_train(targets: Sequence[TargetModule], trains: bool = True) -> None:
@@ -391,10 +487,10 @@ def start_kept(
     yield
     with torch.no_grad():
         for target, rows in zip(targets, before, strict=True):
-            count = min(target.rank, len(rows))
-            _drawn(target)[:count] = rows[:count]
+            count = min(target.rank, rows.shape[1])
+            _drawn(target)[:, :count] = rows[:, :count]
 
 
 def _drawn(target: TargetModule) -> torch.Tensor:
-    """The factor that a start draws, a row for each rank; the other one is zero."""
-    return target.weight_b.detach().mT if target.embedding else target.weight_a.detach()
+    """The factor that a start draws, (experts, rank, width); the other one is zero."""
+    return target.weight_b.detach().mT[None] if target.embedding else target.each_a(target.weight_a.detach())

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import nn
@@ -87,16 +88,17 @@ def fresh_directions(target: TargetModule, count: int, generator: torch.Generato
     """New directions as PEFT initialises them: random in one factor, zero in the other.
 
     Returns:
-        Rows of A, (count, d_in), and columns of B, (d_out, count). On linear layers A is uniform in
+        Rows of A, (experts, count, d_in), and columns of B, (experts, d_out, count). On linear layers A is uniform in
         +-1/sqrt(d_in) and B zero; on embeddings B is standard normal and A zero.
     """
     a, b = target.weight_a, target.weight_b
     if target.embedding:
         columns = torch.randn(target.d_out, count, generator=generator, dtype=torch.float64)
-        return a.new_zeros(count, target.d_in), columns.to(b)
-    bound = 1 / math.sqrt(target.d_in)
-    rows = torch.rand(count, target.d_in, generator=generator, dtype=torch.float64) * (2 * bound) - bound
-    return rows.to(a), b.new_zeros(target.d_out, count)
+        return a.new_zeros(1, count, target.d_in), columns.to(b)[None]
+    experts, width = target.experts, target.d_in // target.experts
+    bound = 1 / math.sqrt(width)
+    rows = torch.rand(experts * count, width, generator=generator, dtype=torch.float64) * (2 * bound) - bound
+    return rows.to(a).view(experts, count, width), b.new_zeros(experts, target.d_out // experts, count)
 
 
 def norms_of(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -213,8 +215,8 @@ def reset_adapters(targets: Sequence[TargetModule], rank: int, seed: int) -> Non
     """Give every module a new pair with B A = 0, of rank `rank` or its highest; no optimiser may hold state of them."""
     for target in targets:
         width = min(rank, target.max_rank)
-        new_a, new_b = fresh_directions(target, width, growth_generator(seed, BEFORE_THE_RUN, target.name))
-        _write(target, new_a, new_b)
+        new = fresh_directions(target, width, growth_generator(seed, BEFORE_THE_RUN, target.name))
+        _write(target, *target.joined(*new))
         reset_extras(target)
 
 
@@ -223,14 +225,14 @@ def is_trained(target: TargetModule) -> bool:
     """Whether a module's adapter changes its function: B A, or the bias of B, is not zero."""
     if target.bias is not None and bool(target.bias.any()):
         return True
-    a, b = target.weight_a.detach().double(), target.weight_b.detach().double()
+    a, b = target.each_a(target.weight_a.detach()).double(), target.each_b(target.weight_b.detach()).double()
     square = ((b.mT @ b) * (a @ a.mT)).sum()  # of the norm of B A
     return bool(square > 1e-12 * a.square().sum() * b.square().sum())
 
 
 def resize(target: TargetModule, rank: int) -> None:
     """Give a module zero factors of another rank, into which values can be loaded."""
-    _write(target, target.weight_a.new_zeros(rank, target.d_in), target.weight_b.new_zeros(target.d_out, rank))
+    _write(target, *target.zeros(rank))
     if rank == 0:
         reset_extras(target)
 
@@ -258,8 +260,8 @@ def update_peft_records(target: TargetModule, rank: int) -> None:
     alpha, scaling = target.alpha_at(rank), target.scaling_at(rank)
     layer.r[name], layer.lora_alpha[name], layer.scaling[name] = rank, alpha, scaling
     if not target.embedding:
-        layer.lora_A[name].out_features = rank
-        layer.lora_B[name].in_features = rank
+        layer.lora_A[name].out_features = rank * target.experts
+        layer.lora_B[name].in_features = rank * target.experts
     for parameter in target.parameters.values():
         parameter.requires_grad_(rank > 0)
     if rank == 0 and _KeepFrozen(target) not in layer._forward_pre_hooks.values():
@@ -288,21 +290,43 @@ def _shrink(
     moves: Sequence[tuple[TargetModule, int]], optimizer: torch.optim.Optimizer | None, seed: int, step: int
 ) -> None:
     for group, rank in _batches(moves):
-        pairs = [(target.weight_a.detach().double(), target.weight_b.detach().double()) for target in group]
+        each = [(t.each_a(t.weight_a.detach()).double(), t.each_b(t.weight_b.detach()).double()) for t in group]
         # A and B are balanced as they would be if all had the scaling of one rank.
         shares = [target.scaling / (target.scaling_at(REFERENCE_RANK) or 1.0) for target in group]
-        scaled = [b * share for (_, b), share in zip(pairs, shares, strict=True)]
-        maps = shrink_maps([a for a, _ in pairs], scaled, rank)
-        for target, (a, b), p, q, used in zip(group, pairs, *maps, strict=True):
+        scaled = [pair * share for (_, b), share in zip(each, shares, strict=True) for pair in b]
+        counts = [target.experts for target in group]
+        maps = shrink_maps([pair for a, _ in each for pair in a], scaled, rank)
+        of_targets = zip(*(torch.split(part, counts) for part in maps), strict=True)
+        for target, (a, b), (p, q, used) in zip(group, each, of_targets, strict=True):
             new_a, new_b = (q @ a).to(target.weight_a), (b @ p).to(target.weight_b)
             fresh = None if bool(used.all()) else ~used
             if fresh is not None:
                 generator = growth_generator(seed, step, target.name)
-                new_a[fresh], new_b[:, fresh] = fresh_directions(target, int(fresh.sum()), generator)
+                drawn_a, drawn_b = fresh_directions(target, int(fresh.sum(1).max()), generator)
+                place = fresh.cumsum(1) - 1  # of each fresh direction among those that are drawn
+                number, direction = fresh.nonzero(as_tuple=True)
+                new_a[number, direction] = drawn_a[number, place[fresh]]
+                new_b[number, :, direction] = drawn_b[number, :, place[fresh]]
             fill_a, fill_b = _FILLS[target.embedding]
-            map_state(optimizer, target.weight_a, StateMap(0, rank, p.mT, fresh, fill_a))
-            map_state(optimizer, target.weight_b, StateMap(1, rank, q, fresh, fill_b))
-            _write_scaled(target, new_a, new_b, optimizer)
+            map_state(optimizer, target.weight_a, _state_map(0, p.mT, fresh, fill_a))
+            map_state(optimizer, target.weight_b, _state_map(1, q, fresh, fill_b))
+            _write_scaled(target, *target.joined(new_a, new_b), optimizer)
+
+
+def _state_map(axis: Literal[0, 1], each: torch.Tensor, fresh: torch.Tensor | None, fill: Fill) -> StateMap:
+    """How state follows a map for each expert, (experts, new rank, old rank); `fresh` is bool (experts, new rank)."""
+    experts, new, old = each.shape
+    if experts == 1:
+        return StateMap(axis, new, each[0], None if fresh is None else fresh[0], fill)
+    number = torch.arange(experts, device=each.device)
+    if axis == 0:  # the expert is slowest in A, and fastest in B
+        whole = each.new_zeros(experts, new, experts, old)
+        whole[number, :, number] = each
+    else:
+        whole = each.new_zeros(new, experts, old, experts)
+        whole[:, number, :, number] = each
+    marked = None if fresh is None else (fresh if axis == 0 else fresh.mT).flatten()
+    return StateMap(axis, new * experts, whole.flatten(2).flatten(0, 1), marked, fill)
 
 
 def _batches(moves: Sequence[tuple[TargetModule, int]]) -> Iterator[tuple[list[TargetModule], int]]:
@@ -331,20 +355,29 @@ def _grow(
     for target, rank in moves:
         a, b = target.weight_a, target.weight_b
         rows, columns = fresh_directions(target, rank - target.rank, growth_generator(seed, step, target.name))
-        if target.rank:
-            fill_a, fill_b = _FILLS[target.embedding]
-            map_state(optimizer, a, StateMap(0, rank, fill_second=fill_a))
-            map_state(optimizer, b, StateMap(1, rank, fill_second=fill_b))
-        else:
+        if not target.rank:
             reset_state(optimizer, target.parameters.values())
-        _write_scaled(target, torch.cat([a.detach(), rows]), torch.cat([b.detach(), columns], dim=1), optimizer)
+            _write_scaled(target, *target.joined(rows, columns), optimizer)
+            continue
+        fill_a, fill_b = _FILLS[target.embedding]
+        if target.experts == 1:
+            maps = StateMap(0, rank, fill_second=fill_a), StateMap(1, rank, fill_second=fill_b)
+        else:
+            kept = torch.eye(rank, target.rank, device=a.device).expand(target.experts, -1, -1)
+            new = (torch.arange(rank, device=a.device) >= target.rank).expand(target.experts, -1)
+            maps = _state_map(0, kept, new, fill_a), _state_map(1, kept, new, fill_b)
+        for weight, change in zip((a, b), maps, strict=True):
+            map_state(optimizer, weight, change)
+        each_a = torch.cat([target.each_a(a.detach()), rows], dim=1)
+        each_b = torch.cat([target.each_b(b.detach()), columns], dim=2)
+        _write_scaled(target, *target.joined(each_a, each_b), optimizer)
 
 
 def _write_scaled(
     target: TargetModule, weight_a: torch.Tensor, weight_b: torch.Tensor, optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Write factors that are meant for the present scaling with that of their rank, which is above 0."""
-    after = target.scaling_at(len(weight_a))
+    after = target.scaling_at(len(weight_a) // target.experts)
     factor = after / target.scaling if after else 1.0  # a scaling of 0 stays 0
     if target.embedding:
         trained, weight_a = [target.weight_a], weight_a / factor

@@ -6,7 +6,7 @@ Nothing here loads torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -70,24 +70,27 @@ class RankLadder:
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """A linear layer or token embedding that can have a LoRA pair, delta W = scaling * B A.
+    """A linear layer, token embedding or stack of experts that can have a LoRA pair, delta W = scaling * B A.
 
     Attributes:
         name: full name inside the base model, as in `LoraConfig.rank_pattern`.
         block: index of the model layer that holds the module, 0 nearest to the input.
-        d_in: input width (of an embedding: its vocabulary); A has shape (rank, d_in).
-        d_out: output width; B has shape (d_out, rank).
+        d_in: input width (of an embedding: its vocabulary; of experts: of all together); a rank has so many weights
+            in A.
+        d_out: output width, likewise; a rank has so many weights in B.
+        experts: how many matrices have a pair each, all of one rank.
     """
 
     name: str
     block: int
     d_in: int
     d_out: int
+    experts: int = field(default=1, kw_only=True)
 
     @property
     def max_rank(self) -> int:
-        """The largest rank that can add anything: min(d_in, d_out)."""
-        return min(self.d_in, self.d_out)
+        """The largest rank that can add anything: min(d_in, d_out), of one expert."""
+        return min(self.d_in, self.d_out) // self.experts
 
 
 Scaling = Literal["alpha", "constant"]

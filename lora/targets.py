@@ -56,6 +56,8 @@ def scale_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     if get_bnb_param_type(weight):
         yield from _held(module)
         yield from _held(weight)
+    elif hasattr(module, "quant_state"):  # the parametrisation of a parameter that is no layer's weight
+        yield from _held(module)
 
 
 def _held(holder: Any) -> Iterator[torch.Tensor]:
@@ -86,6 +88,9 @@ def real_weight(layer: LoraLayer) -> torch.Tensor:
         UnsupportedError: the weight is stored in an unknown form.
     """
     base = layer.get_base_layer()
+    if isinstance(layer, ParamWrapper):
+        stack: torch.Tensor = layer.get_param().detach()
+        return stack
     weight: Any = getattr(base, "weight", None)
     kind = get_bnb_param_type(weight)
     if kind == "4bit" or (kind == "8bit" and not weight.is_floating_point()):  # 16 bits with `has_fp16_weights`
@@ -142,12 +147,12 @@ class TargetModule(ModuleSpec):
 
     @property
     def weight_a(self) -> nn.Parameter:
-        """A, shape (rank, d_in)."""
+        """A, shape (rank, d_in); of experts (experts x rank, width), the expert slowest."""
         return self._weight(self.layer.lora_embedding_A if self.embedding else self.layer.lora_A)
 
     @property
     def weight_b(self) -> nn.Parameter:
-        """B, shape (d_out, rank)."""
+        """B, shape (d_out, rank); of experts (width, rank x experts), the expert fastest."""
         return self._weight(self.layer.lora_embedding_B if self.embedding else self.layer.lora_B)
 
     def _weight(self, factors: Any) -> nn.Parameter:
@@ -182,7 +187,26 @@ class TargetModule(ModuleSpec):
     @property
     def rank(self) -> int:
         """Current rank; 0 means that the module is not adapted."""
-        return int(self.weight_a.shape[0])
+        return int(self.weight_a.shape[0]) // self.experts
+
+    def zeros(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of another rank, all zero."""
+        count, a, b = self.experts, self.weight_a, self.weight_b
+        return a.new_zeros(count * rank, self.d_in // count), b.new_zeros(self.d_out // count, rank * count)
+
+    def each_a(self, like_a: torch.Tensor) -> torch.Tensor:
+        """A tensor of A's shape as one of a matrix for each expert, (experts, rank, width); a view."""
+        return like_a.reshape(self.experts, like_a.shape[0] // self.experts, like_a.shape[1])
+
+    def each_b(self, like_b: torch.Tensor) -> torch.Tensor:
+        """A tensor of B's shape likewise, (experts, width, rank); a view."""
+        rank = like_b.shape[1] // self.experts
+        return like_b.reshape(like_b.shape[0], rank, self.experts).permute(2, 0, 1)
+
+    @staticmethod
+    def joined(each_a: torch.Tensor, each_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of a matrix for each expert; see `each_a` and `each_b`."""
+        return each_a.flatten(0, 1), each_b.permute(1, 2, 0).flatten(1)
 
     @property
     def scaling(self) -> float:
@@ -228,7 +252,7 @@ def _refuse(name: str, layer: LoraLayer, adapter: str) -> None:
     reason = None
     if is_router(name, layer.get_base_layer()):
         reason = "it is a router, and an adapter would change which experts a token gets"
-    elif isinstance(layer, (ParamWrapper, MultiheadAttention, LoraParallelLinear)):
+    elif isinstance(layer, (MultiheadAttention, LoraParallelLinear)):
         reason = f"adapters of PEFT's layer type {type(layer).__name__} cannot change rank"
     elif variant is not None and not isinstance(variant, (DoraLinearVariant, DoraEmbeddingVariant)):
         reason = f"the LoRA variant {type(variant).__name__} cannot change rank"
@@ -254,18 +278,6 @@ def _refuse_config(config: LoraConfig) -> None:
             f"bias={config.bias!r} trains biases of the frozen model, and PEFT does not load the biases of modules at "
             "rank 0. Use bias='none', or `lora_bias=True` for biases that belong to the adapter."
         )
-    if config.target_parameters:
-        raise UnsupportedError(
-            f"target_parameters={sorted(config.target_parameters)} stack the pairs of all experts in one tensor, whose "
-            "rank cannot change; under target_modules='all-linear' PEFT sets them by itself. Give LoraConfig "
-            f"target_modules={_module_names(config)} alone: then experts stay as they are."
-        )
-
-
-def _module_names(config: LoraConfig) -> list[str]:
-    """The ends of the names of modules that a configuration adapts beside parameters, or those of most models."""
-    named = () if isinstance(config.target_modules, str) else config.target_modules
-    return sorted({name.rpartition(".")[2] for name in named or ()}) or ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 PLAN_FIRST = (
@@ -327,12 +339,16 @@ def find_target_modules(model: nn.Module) -> list[TargetModule]:
         if not isinstance(layer, LoraLayer) or name not in layer.r:
             continue
         _refuse(path, layer, name)
+        experts = 1
+        if isinstance(layer, ParamWrapper):
+            path, experts = f"{path.replace('.base_layer', '')}.{layer.parameter_name}", layer.num_experts
         if isinstance(layer, Embedding):
             d_in, d_out = layer.lora_embedding_A[name].shape[1], layer.lora_embedding_B[name].shape[0]
         else:
             d_in, d_out = layer.lora_A[name].weight.shape[1], layer.lora_B[name].weight.shape[0]
-        block = blocks.setdefault(_layer_key(path), len(blocks))
-        targets.append(TargetModule(path, block, d_in, d_out, name, layer, isinstance(layer, Embedding)))
+        block, embedding = blocks.setdefault(_layer_key(path), len(blocks)), isinstance(layer, Embedding)
+        widths = experts * d_in, experts * d_out
+        targets.append(TargetModule(path, block, *widths, name, layer, embedding, experts=experts))
     _refuse_shards_and_ties(targets)
     if not targets:
         kind = "" if isinstance(config, LoraConfig) else f": it is {config.peft_type.value}. Adapt it with LoraConfig"

@@ -59,6 +59,19 @@ def rank_bounds(modules: Sequence[ModuleSpec], bounds: Bounds) -> tuple[IntArray
     return low, high
 
 
+def floor_of_experts(
+    modules: Sequence[ModuleSpec], cost: Cost, limit: float, low: IntArray, high: IntArray
+) -> IntArray:
+    """The least ranks with one rank for all experts, int64 (modules,), if so much is affordable; else as they are.
+
+    In 173 runs of small mixtures, plans that left experts out lost more than any plan of the ranks gained
+    (docs/experiments.md). Upper bounds go before.
+    """
+    experts = np.array([module.experts > 1 for module in modules]) & (high > 0)
+    floor: IntArray = np.where(experts, np.maximum(low, 1), low)
+    return floor if plan_cost(cost, floor) <= limit else low
+
+
 def bound_of(name: object, bound: object) -> tuple[int, int]:
     """The least and the largest rank of a bound; ConfigError if it or the module's name is none."""
     match bound if isinstance(name, str) else None:

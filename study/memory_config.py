@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from ..cost.budget import Budget
-from ..cost.step_config import StepConfig, check_seed
+from ..cost.step_config import ExpertBits, StepConfig, check_seed
 from ..data.task import Task
 from ..errors import ConfigError
+
+AttentionKind = Literal["eager", "sdpa", "flash", "flex", "math"]
+
+_OF_CARD = (
+    *("gpus", "sharding", "dtype", "lora_dropout", "experts", "attention", "loss", "reentrant"),
+    *("packed", "offload", "expandable_segments"),
+)
 
 _OF_DATA = ("labels", "text_column", "label_column", "seed")
 """Settings that a card's answer, of full rows and the model's own head, does not read."""
@@ -43,6 +50,17 @@ class MemoryConfig(StepConfig):
         sharding: what they share: ddp, nothing; fsdp2 and zero3, the frozen model and what trains.
         dtype: precision of the frozen model on that card: bf16, fp16 or fp32; by default bf16 where the card has it.
             With bf16, steps compute under bf16 autocast.
+        lora_dropout: the share of an adapter's inputs that is dropped at random; its masks and products take bytes.
+        experts: how a quantised model keeps fused experts: as transformers does, in 16 bits; as axolotl's
+            quantize_moe_experts; or as Unsloth.
+        attention: how attention is computed on the card: eager, sdpa, flash (2 or 3), flex, or math, which is what
+            sdpa is on most AMD cards.
+        loss: model, with all logits; chunked, as TRL's SFTTrainer; cut, as cut cross-entropy.
+        reentrant: gradient checkpointing with use_reentrant=True.
+        packed: a row holds several texts, and may be longer than the model has positions.
+        offload: saved activations go to main memory (activation_offloading of TRL and axolotl).
+        expandable_segments: torch's allocator is set to them, so that it keeps hardly more than tensors take.
+        os: of the machine with the card; on Windows memory spills into main memory without an error.
 
     Raises:
         ConfigError: a value is out of range, or options contradict each other.
@@ -65,6 +83,20 @@ class MemoryConfig(StepConfig):
     gpus: int = 1
     sharding: Literal["ddp", "fsdp2", "zero3"] = "ddp"
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    lora_dropout: float = 0.0
+    experts: ExpertBits = "transformers"
+    attention: AttentionKind | None = None
+    loss: Literal["model", "chunked", "cut"] = "model"
+    reentrant: bool = False
+    packed: bool = False
+    offload: bool = False
+    expandable_segments: bool = False
+    os: Literal["linux", "windows"] = "linux"
+
+    @property
+    def of_card(self) -> dict[str, Any]:
+        """The settings that are of a card and are no setting of the step, as `memory_of` takes them."""
+        return {name: getattr(self, name) for name in _OF_CARD}
 
     @property
     def card(self) -> str | None:
@@ -75,6 +107,10 @@ class MemoryConfig(StepConfig):
         super().__post_init__()
         if self.budget is not None:
             Budget.parse(self.budget)
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout is from 0 to below 1; got {self.lora_dropout}.")
+        if self.experts != "transformers" and self.quantization == "none":
+            raise ConfigError(f"experts={self.experts!r} is of a quantised model: give --quantization with it.")
         if self.rank < 1 or self.labels < 2:
             raise ConfigError(f"rank is at least 1 and labels at least 2; got {self.rank} and {self.labels}.")
         check_seed(self.seed)
@@ -86,9 +122,10 @@ class MemoryConfig(StepConfig):
                 f"Give either the card ({self.device!r}) or its memory ({self.device_memory!r}): one tells the other."
             )
         if not self.card:
-            for name, given in (("dtype", self.dtype), ("gpus", self.gpus != 1), ("sharding", self.sharding != "ddp")):
-                if given:
-                    raise ConfigError(f"{name} is of a card: give --device or --device-memory with it.")
+            defaults = {each.name: each.default for each in fields(self)}
+            given = [name for name in (*_OF_CARD, "os") if getattr(self, name) != defaults[name]]
+            if given:
+                raise ConfigError(f"{given[0]} is of a card: give --device or --device-memory with it.")
             return
         wrong = [name for name in ("data", "task", "budget", "measure", "trainer") if getattr(self, name)]
         wrong += [

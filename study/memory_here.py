@@ -25,6 +25,7 @@ from ..cost.cost import ParameterCost
 from ..cost.model import MemoryModel
 from ..cost.model_states import frozen_sizes, state_bytes
 from ..cost.outlook import MeasuredStep, Outlook
+from ..cost.part_seconds import product_sizes
 from ..cost.peak_meter import PeakMeter, resident_peak, restart_resident_peak
 from ..cost.published import check_reads_tokens
 from ..cost.recording import BatchShape
@@ -115,6 +116,8 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
         targets=tuple(setup.targets),
         parameters=parameters,
         frozen=tuple(frozen_sizes(setup.model)),
+        products=product_sizes(setup.model),
+        precision=str(next(setup.model.parameters()).dtype).removeprefix("torch."),
     )
     step = ConfiguredStep(recorded, model, saved=priced.saved)
     facts = {"model": config.model, "task": setup.task, "device": setup.run.device.type}

@@ -3,11 +3,13 @@
 It has the subject and the verdict in words, one table of choices, the batches that fit, and all figures.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -17,11 +19,15 @@ from ..common.files import write_json
 from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.breakdown import KINDS, Kind
 from ..cost.card_use import SLACK
-from ..cost.outlook import USUAL_CARD, Choice, GridCell, Outlook
+from ..cost.cards import USUAL_CARD
+from ..cost.outlook import Choice, GridCell, Outlook
 from ..cost.saver_prices import ACTIVATIONS, Saved
 from ..errors import BudgetError, UnsupportedError
 from ..lora.spec import REFERENCE_RANK
 from .memory_config import MemoryConfig
+
+if TYPE_CHECKING:
+    from .lengths import StepsOfLengths
 
 WORDS: dict[Kind, str] = {
     "saved": "tensors saved for backward",
@@ -57,12 +63,30 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
         f"rank {outlook.rank} on {len(step.targets)} modules of {outlook.blocks} layers",
         *([] if named else [settings.optimizer]),
         *([f"frozen model in {settings.quantization}"] if settings.quantization != "none" else []),
+        *([_experts_text(outlook)] if step.model.fused and settings.quantization != "none" else []),
         *(["gradients accumulated"] if settings.accumulation > 1 else []),
         *(["bf16 autocast"] if settings.bf16 else []),
         *(["gradient checkpointing"] if config.gradient_checkpointing is True else []),
+        *(text for name, text in _AS_LOADED if getattr(step.loaded, name)),
+        *({"chunked": ["TRL's loss in chunks"], "cut": ["cut cross-entropy"]}.get(step.loaded.loss, [])),
+        *([f"{step.loaded.implementation} attention"] if step.loaded.implementation else []),
         *config.trainer,
     ]
     return ", ".join(parts)
+
+
+_AS_LOADED = (("packed", "packed rows"), ("reentrant", "use_reentrant"), ("offload", "offloaded activations"))
+"""Settings of `LoadedAs` that are told where they are set."""
+
+
+def _experts_text(outlook: Outlook) -> str:
+    """How a quantised model keeps fused experts."""
+    bits = outlook.settings.quantization
+    return {
+        "transformers": "experts in 16 bits, as transformers leaves them",
+        "axolotl": f"experts in {bits}, as axolotl's quantize_moe_experts keeps them",
+        "unsloth": f"experts in {bits}, as Unsloth keeps them",
+    }[outlook.step.loaded.experts]
 
 
 def _prepared(prepares: bool) -> str:
@@ -256,8 +280,8 @@ def notes(outlook: Outlook) -> Iterator[str]:
         )
         if (model := outlook.step.model).fused:
             yield (
-                f"{model.fused / model.parameters:.0%} of the weights are experts in fused parameters, "
-                "which nf4 and int8 store in fp32. Whichever experts take a token, the bytes of a step are the same."
+                f"{model.fused / model.parameters:.0%} of the weights are experts in fused parameters. "
+                "Whichever experts take a token, the bytes of a step are the same."
             )
         seconds, shape = f" and the rates of an {USUAL_CARD}.", outlook.memory.shape
         if outlook.card.rates:
@@ -275,8 +299,42 @@ def remarks(outlook: Outlook) -> Iterator[str]:
     """What a real step took, and what could not be shown."""
     if outlook.card and not outlook.checkpointable:
         yield f"{outlook.step.model.kind} does not support gradient checkpointing."
+    if outlook.card:
+        yield from _of_loading(outlook)
     yield from _measured(outlook)
     yield from outlook.notes
+
+
+def _of_loading(outlook: Outlook) -> Iterator[str]:
+    """What another way to load and to run the model would take, where it takes much less."""
+    step, settings = outlook.step, outlook.settings
+    loaded, how = step.loaded, settings.quantization
+    if how != "none" and step.model.fused and loaded.experts == "transformers":
+        whole, fewer = 2.0 * step.model.fused, step.model.fused * (0.52 if how == "nf4" else 1.0)
+        yield (
+            f"transformers does not quantise fused experts: they take {format_bytes(whole)}. With axolotl's "
+            f"quantize_moe_experts (--experts axolotl) they take {format_bytes(fewer)} in {how}. "
+            "prepare_model_for_kbit_training of PEFT casts them to fp32, "
+            f"{format_bytes(2 * whole)}; rankpilot's preparation does not."
+        )
+    elif how != "none" and step.model.fused:
+        yield "Loading may take more than training: tensors are there in 16 bits until they are quantised."
+    if how == "int8" and not loaded.reentrant and settings.gradient_checkpointing is not False:
+        yield (
+            "In int8 a checkpointed layer still holds the inputs of its products (bitsandbytes keeps them outside of "
+            "what checkpointing sees). With use_reentrant=True (--reentrant) it does not."
+        )
+    if step.model.has_xielu and loaded.fused_activations:
+        yield "xIELU is counted as its CUDA kernel (pip install of nickjbrowning/XIELU); without it a step takes more."
+    if step.model.is_eager and outlook.memory.shape.length > SHORT:
+        yield (
+            f"Attention is eager: scores take the square of {outlook.memory.shape.length:,} tokens. "
+            "With --attention flash (a kernel for this model's sinks, if it has any) they take none."
+        )
+
+
+SHORT = 512
+"""Tokens up to which scores of eager attention take little."""
 
 
 def _moment_text(label: str) -> str:
@@ -449,12 +507,20 @@ def _figures_of(outlook: Outlook, choice: Choice) -> dict[str, Any]:
     }
 
 
-def write_memory_report(outlook: Outlook, config: MemoryConfig, folder: Path) -> str:
-    """Write memory.json and, with matplotlib, memory.png; existing ones are replaced. Returns a line about them."""
-    from .pictures import memory_picture  # which loads torch
+def write_memory_report(
+    outlook: Outlook, config: MemoryConfig, folder: Path, lengths: StepsOfLengths | None = None
+) -> str:
+    """Write memory.json and, with matplotlib, memory.png and that of lengths; returns a line about them.
 
-    write_json(folder / "memory.json", figures(outlook))
+    Existing files are replaced.
+    """
+    from .lengths import lengths_figures, lengths_picture  # which load torch, as pictures do
+    from .pictures import memory_picture
+
+    write_json(folder / "memory.json", figures(outlook) | ({"lengths": lengths_figures(lengths)} if lengths else {}))
     try:
+        if lengths:
+            save_figure(lengths_picture(lengths), folder / "lengths.png")
         save_figure(memory_picture(outlook, picture_labels(outlook), subject(outlook, config)), folder / "memory.png")
     except UnsupportedError as error:
         return f"All figures: {folder}. {error}"

@@ -14,6 +14,7 @@ from ..common.drawing import Points, finite_points
 from ..common.text import cost_text, format_bytes, make_table, part_of
 from ..decide.choice import PLAIN
 from ..finetune.options import ALL_LINEAR, PILOT, UNIFORM
+from ..plan.parts import parts_sentence
 from .run_data import RunData, control_sentence, rates_sentence, run_names
 
 RISE = 0.01
@@ -49,7 +50,8 @@ def verdict(run: RunData) -> Verdict:
     gains = [words for words in others.values() if words not in losses]
     warnings = (_diverged(run), *losses, _guesses(run), _rose(run), _exceeded(run), _misses_goal(run))
     rates = rates_sentence(run.decisions[-1]) if run.decisions else ""
-    results = (_ending(run), *gains, _promise(run), rates, control_sentence(run))
+    parts = parts_sentence(run.results.get(PILOT, {}))
+    results = (_ending(run), *gains, _promise(run), rates, control_sentence(run), parts)
     return Verdict(
         warnings=tuple(filter(None, warnings)),
         caveats=tuple(filter(None, [_unlike(run)])),

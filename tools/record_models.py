@@ -62,7 +62,7 @@ def steps(source: StoredStep, settings: StepConfig) -> Iterator[StepConfig]:
 def record(name: str, quantization: Quantization) -> Path:
     """Record one model, and write its file."""
     settings = StepConfig(bf16=True, quantization=quantization)
-    asked = AskedStep(model=name, settings=settings)
+    asked = AskedStep(name, settings)
     source = StoredStep(StepFile(asked.key), asked.recorder, None)
     for step in steps(source, settings):
         source.configured(step).leaner()
@@ -74,7 +74,7 @@ def record(name: str, quantization: Quantization) -> Path:
 def is_current(name: str, quantization: Quantization) -> bool:
     """Whether a model's file is there, and was recorded by the installed libraries."""
     settings = StepConfig(bf16=True, quantization=quantization)
-    file = StepFile.read(shipped(name, settings), AskedStep(model=name, settings=settings).key)
+    file = StepFile.read(shipped(name, settings), AskedStep(name, settings).key)
     return file is not None and file.text["versions"] | {"code": ""} == versions() | {"code": ""}
 
 

@@ -25,6 +25,7 @@ from benchmarks.published import (
 )
 from benchmarks.published_contexts import contexts, longest
 from benchmarks.published_time import judged, time_rows
+from benchmarks.published_trainers import Example, examples
 
 from ..cases import first_cases
 
@@ -121,3 +122,20 @@ def test_times_are_judged_by_seconds_and_by_shares():
     lengths = {(row.quantization, row.name): row for row in time_rows()}
     assert len(time_rows()) == 40
     assert lengths["nf4", "Mistral-7B"].seconds == pytest.approx(8 * 4096 / 2987.456)
+
+
+EXPLAINED = ("hunyuan-v1-dense-qlora", "lora-8b", "glm47-flash-qlora", "glm47-flash-qlora+experts")
+"""Examples of axolotl whose figures are of something else than their files say, as their notes tell."""
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(each, id=each.name, marks=() if each.name.startswith("ministral") else pytest.mark.long)
+        for each in examples()
+        if each.name not in EXPLAINED
+    ],
+)
+def test_examples_of_axolotl_are_within_a_tenth(example: Example) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert example.predicted_gib == pytest.approx(example.published_gib, rel=0.1)

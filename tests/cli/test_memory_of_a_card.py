@@ -132,7 +132,7 @@ def test_nothing_fits_and_the_status_says_so(
 def test_the_best_choice_as_a_configuration(
     configuration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--device-memory", "24GiB", *BATCH, "--rank", "16", "--config", "--output", str(tmp_path / "card")]
+    options = ["--device-memory", "24GiB", *BATCH, "--rank", "16", "--python", "--output", str(tmp_path / "card")]
     assert cli.run(["memory", str(configuration), *options]) == 0
     text = capsys.readouterr().out
     names: dict[str, object] = {}
@@ -184,7 +184,7 @@ def test_a_model_without_checkpointing(
     printed = " ".join(capsys.readouterr().out.split())
     assert "AlbertForSequenceClassification does not support gradient checkpointing." in printed
     assert "with no checkpointing" in printed
-    assert cli.run(["memory", str(tmp_path / "albert"), *options, "--config"]) == 0
+    assert cli.run(["memory", str(tmp_path / "albert"), *options, "--python"]) == 0
     assert "gradient_checkpointing=False" in capsys.readouterr().out
 
 
@@ -206,7 +206,7 @@ def test_models_that_take_no_such_rows_are_refused(tmp_path: Path, capsys: pytes
         ("--gpus 2", "gpus is of a card"),
         ("--device T4 --measure", "measure: not with a card"),
         ("--device T4 --rank 0", "rank is at least 1"),
-        ("--device T4 --json --config", "--json and --config each print one thing"),
+        ("--device T4 --json --python", "--json and --python each print one thing"),
     ],
 )
 def test_contradictions_are_refused_as_options(options: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,7 +220,7 @@ def test_contradictions_are_refused_as_options(options: str, words: str, capsys:
         ("{model} --device-memory 24", "needs a unit; got '24'. Did you mean '24GiB'?"),
         ("{model} --device 24G", "Did you mean '24GiB'?"),
         ("{model} --device-memory 400MiB", "would not hold the CUDA context"),
-        ("{model} --config", "give --device or --device-memory with it"),
+        ("{model} --python", "give --device or --device-memory with it"),
         ("{model} --device T4 --gpus 0", "gpus is a whole number from 1"),
         ("qwen9-8b --device T4", "qwen3-8b"),
     ],

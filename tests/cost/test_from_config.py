@@ -16,8 +16,9 @@ import transformers as t
 from peft import PeftModel, prepare_model_for_kbit_training
 from rankpilot.cost.calibration import measure_memory
 from rankpilot.cost.cards import WORKSPACE_BYTES
+from rankpilot.cost.configured_step import LoadedAs
 from rankpilot.cost.cost import moment_costs, plan_cost
-from rankpilot.cost.from_config import PEFT_TYPES, LoadedAs, base_on_meta, from_config, usual_class
+from rankpilot.cost.from_config import PEFT_TYPES, base_on_meta, from_config, usual_class
 from rankpilot.cost.model import MemoryModel
 from rankpilot.cost.model_states import frozen_bytes
 from rankpilot.cost.recording import BatchShape

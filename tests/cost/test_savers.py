@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot import Decision, Observation
 from rankpilot.cost.card_use import SLACK
 from rankpilot.cost.cards import find_device_spec
-from rankpilot.cost.configured_step import ConfiguredStep
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.cost import ByteCost
-from rankpilot.cost.from_config import LoadedAs, from_config
+from rankpilot.cost.from_config import from_config
 from rankpilot.cost.later_logits import LaterLogits
 from rankpilot.cost.live_storages import LivePeak
 from rankpilot.cost.outlook import Outlook

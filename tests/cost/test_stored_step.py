@@ -16,12 +16,12 @@ import torch
 import transformers as t
 from rankpilot.common.files import CACHE_VARIABLE
 from rankpilot.cost import memory_of as memory_of_module
-from rankpilot.cost.configured_step import ConfiguredStep
-from rankpilot.cost.from_config import LoadedAs, StepRecorder, from_config
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.from_config import StepRecorder, from_config
 from rankpilot.cost.known_models import published_models
 from rankpilot.cost.memory_of import AskedStep, memory_of, shipped
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.saver_prices import FREE_SAVERS
+from rankpilot.cost.saver_prices import COPIES, TILES
 from rankpilot.cost.step_config import OptimizerName, StepConfig
 from rankpilot.cost.step_file import memory_arrays, packed, read_memory, unpacked
 from rankpilot.cost.stored_step import StepFile, StoredStep
@@ -63,7 +63,7 @@ def assert_same_answers(mine: ConfiguredStep, its: ConfiguredStep, shape: BatchS
 @pytest.mark.parametrize("name", first_cases(2, ["llama", "gemma2", "mamba2", "qwen3_moe"]))
 def test_a_file_holds_all_of_a_byte_model(name: str) -> None:
     recorder = StepRecorder(config(name), StepConfig(gradient_checkpointing=True), LoadedAs(dtype=torch.bfloat16))
-    memory = recorder.memory(FREE_SAVERS, BatchShape(4, 64))
+    memory = recorder.memory((COPIES, TILES), BatchShape(4, 64))
     for small in (False, True):
         arrays, text = unpacked(packed(*memory_arrays(memory), small=small))
         assert_same(read_memory(arrays, text, memory.states, memory.shape), memory)
@@ -87,7 +87,7 @@ def test_one_recording_tells_what_others_would(
     name: str, rows: int, length: int, optimizer: OptimizerName, tmp_path: Path
 ) -> None:
     step = StepConfig(batch_size=rows, max_length=length, optimizer=optimizer, bf16=True, accumulation=2)
-    asked = AskedStep(model=config(name), settings=step)
+    asked = AskedStep(config(name), step)
     path = tmp_path / "step.xz"
     StoredStep(StepFile(asked.key), asked.recorder, path).configured(step).leaner()
     file = StepFile.read(path, asked.key)
@@ -108,7 +108,7 @@ def test_one_recording_tells_what_others_would(
 def test_what_ships_is_what_is_recorded_now(stem: str) -> None:
     name, _, quantization = stem.rpartition("-")
     step = StepConfig(quantization=quantization, batch_size=2, max_length=1024, accumulation=8, bf16=True)  # type: ignore[arg-type]
-    asked = AskedStep(model=name, settings=step)
+    asked = AskedStep(name, step)
     file = StepFile.read(shipped(name, step), asked.key)
     assert file is not None, "its key is another one now: run `python -m tools.record_models`"
     assert_same_answers(StoredStep(file, asked.recorder, None).configured(step), fresh(name, step), BatchShape(2, 1024))
@@ -206,10 +206,10 @@ def test_other_weights_of_the_same_configuration_are_the_same_step(folder: Path,
     """Fields that only tell where a configuration comes from do not matter."""
     changed = json.loads((folder / "config.json").read_text()) | {"_name_or_path": "x", "transformers_version": "0"}
     (tmp_path / "other.json").write_text(json.dumps(changed))
-    keys = [AskedStep(model=str(path), settings=StepConfig()).key for path in (folder, tmp_path / "other.json")]
+    keys = [AskedStep(str(path), StepConfig()).key for path in (folder, tmp_path / "other.json")]
     assert keys[0] == keys[1]
     (tmp_path / "other.json").write_text(json.dumps(changed | {"hidden_size": 64}))
-    assert AskedStep(model=str(tmp_path / "other.json"), settings=StepConfig()).key != keys[0]
+    assert AskedStep(str(tmp_path / "other.json"), StepConfig()).key != keys[0]
 
 
 def test_unpacking_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,7 @@ def reads_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(tyro, "cli", read_and_stop)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "qlora.yaml").write_text("base_model: qwen3-8b\nadapter: qlora\nload_in_4bit: true\n")
 
 
 @pytest.mark.usefixtures("reads_only")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.cost.saver_prices import ACTIVATIONS, COPIES, TILES
+from rankpilot.cost.saver_prices import ACTIVATIONS, COPIES, ROUTED, TILES
 from rankpilot.cost.savers import ExactSavers
 from rankpilot.finetune.prefix_cache import PrefixCache, Room
 from rankpilot.finetune.put_back import LayerCheckpointing
@@ -24,6 +24,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 WORDS, WIDTH, LAYERS, FROZEN = 64, 16, 4, 2
@@ -39,10 +41,14 @@ HEADS: dict[str, Any] = {"num_hidden_layers": LAYERS, "num_attention_heads": 2, 
 HEADS |= {
     "use_cache": False
 }  # a cache lays keys and values out in another way, and products with dropout round with it
+EXPERTS: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
 UNDROPPED = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**HEADS, vocab_size=WORDS, intermediate_size=32)),
+    "qwen3-moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**HEADS, **EXPERTS, vocab_size=WORDS, intermediate_size=32, moe_intermediate_size=12)
+    ),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=WORDS, n_embd=WIDTH, n_layer=LAYERS, n_head=2, use_cache=False, **NO_DROPOUT)
     ),
@@ -52,6 +58,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 ADAPTED = {
     "llama": r".*layers\.[23]\..*(q_proj|v_proj|up_proj|down_proj)",
+    "qwen3-moe": r".*layers\.[23]\..*(q_proj|v_proj)",
     "gpt2": r".*h\.[23]\..*(c_attn|mlp\.c_fc|mlp\.c_proj)",
     "bert": r".*layer\.[23]\..*(query|value|intermediate\.dense)",
 }
@@ -68,14 +75,23 @@ def layers_of(model: PeftModel) -> Any:
 def mlp_of(layer: Any) -> list[nn.Module]:
     """The modules of a layer's MLP that hold weights."""
     inside = [layer.mlp] if hasattr(layer, "mlp") else [layer.intermediate, layer.output]
+    if hasattr(inside[0], "experts"):  # whose router returns more than a tensor
+        inside = [layer.self_attn.o_proj]
     return [each for one in inside for each in one.modules() if getattr(each, "weight", None) is not None]
+
+
+def stacks(family: str) -> list[str]:
+    """The parameters that hold experts of the upper layers."""
+    names = [f"{layer}.mlp.experts.{name}" for layer in (2, 3) for name in ("gate_up_proj", "down_proj")]
+    return names if family == "qwen3-moe" else []
 
 
 def new_model(family: str, dtype: torch.dtype, *, everywhere: bool = False) -> PeftModel:
     """A model whose upper layers, or all, have adapters that do something already."""
     torch.manual_seed(0)
     modules = (EVERYWHERE if everywhere else ADAPTED)[family]
-    model = get_peft_model(MODELS[family]().to(dtype), LoraConfig(r=2, lora_alpha=8, target_modules=modules))
+    lora = LoraConfig(r=2, lora_alpha=8, target_modules=modules, target_parameters=stacks(family))
+    model = get_peft_model(MODELS[family]().to(dtype), lora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -237,9 +253,10 @@ def replace_a_forward(model: PeftModel) -> None:
 
 
 def add_adapter(model: PeftModel) -> None:
-    family = next(name for name, pattern in ADAPTED.items() if pattern == model.peft_config["default"].target_modules)
+    kind = str(model.config.model_type).replace("_", "-")
     torch.manual_seed(7)
-    model.add_adapter("other", LoraConfig(r=2, target_modules=EVERYWHERE[family], init_lora_weights=False))
+    lora = LoraConfig(r=2, target_modules=EVERYWHERE[kind], init_lora_weights=False, target_parameters=stacks(kind))
+    model.add_adapter("other", lora)
 
 
 def attend_otherwise(model: PeftModel) -> None:
@@ -351,6 +368,7 @@ SAVERS: dict[str, Saver] = {
     "cache": _cache,
     "tiled loss": _saver(TILES),
     "input copies": _saver(COPIES),
+    "routed rows": _saver(ROUTED),
     "selective": _saver(ACTIVATIONS),
     "whole layers": _layers,
 }

@@ -12,11 +12,14 @@ import torch
 import transformers as t
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot import RankPilot, TrainingRun
+from rankpilot.cost.configured_step import LoadedAs
 from rankpilot.cost.cost import plan_cost
-from rankpilot.cost.from_config import LoadedAs, base_on_meta, from_config, usual_class
+from rankpilot.cost.from_config import base_on_meta, from_config, usual_class
+from rankpilot.cost.savers import ExactSavers
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError, UnsupportedError
 from rankpilot.lora.peft_config import adapter_ranks, fresh_adapters, left_out
+from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch.utils.data import DataLoader
 
@@ -56,6 +59,7 @@ ARCHITECTURES: dict[str, tuple[type[t.PreTrainedConfig], dict[str, Any]]] = {
     "gpt-oss": (t.GptOssConfig, _HEAD | {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 8}),
     "granite-moe": (t.GraniteMoeConfig, _TEXT | {"num_local_experts": 8}),
     "olmoe": (t.OlmoeConfig, _TEXT | {"num_experts": 8, "num_experts_per_tok": 2}),
+    "glm4-moe": (t.Glm4MoeConfig, _HEAD | _CHOSEN | {"n_routed_experts": 8, "n_group": 1, "topk_group": 1}),
     "llama4": (t.Llama4TextConfig, _HEAD | {"num_local_experts": 4, "attention_chunk_size": 16}),
     "gemma3n": (
         t.Gemma3nTextConfig,
@@ -95,6 +99,7 @@ OTHERS_STAND_FOR = (
     "llama4",
     "mamba2",
     "deepseek-v2",
+    "glm4-moe",
     "granite-moe",
     "olmoe",
     "bamba",
@@ -115,6 +120,41 @@ def random_base(name: str) -> t.PreTrainedModel:
     torch.manual_seed(0)
     config = configuration(name)
     return base_on_meta(config, usual_class(config), torch.float32)
+
+
+EXPERTS = {"target_modules": "q_proj,o_proj", "target_parameters": "all-experts"}
+
+
+@pytest.mark.parametrize("savers", [False, True])
+@pytest.mark.parametrize("name", ["qwen3-moe", pytest.param("gpt-oss", marks=pytest.mark.long)])
+def test_experts_are_priced_ranked_and_saved_as_modules_are(name: str, savers: bool, tmp_path: Path) -> None:
+    model = fresh_adapters(random_base(name), name, "CAUSAL_LM", new_head=False, r=8, lora_alpha=16, **EXPERTS).train()
+    targets = find_target_modules(model)
+    tokens = torch.randint(5, 200, (2 * ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in tokens]
+    loader = DataLoader(rows, batch_size=ROWS)
+    step = StepConfig(batch_size=ROWS, max_length=LENGTH, exact_savers=savers, **EXPERTS)
+    cost = from_config(configuration(name), step, LoadedAs(device="cpu", dtype=torch.float32)).memory.cost()
+    undo = ExactSavers(model).put_back if savers else None
+    for rank in (16, 8):
+        set_ranks(targets, {target.name: rank for target in targets})
+        real = adamw_run(model, next(iter(loader)), fused=True).peak(np.full(len(targets), rank))
+        assert plan_cost(cost, np.full(len(targets), rank)) == pytest.approx(real, rel=0.005)
+    if undo:
+        undo()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    pilot = RankPilot("top-down", "85%", exact_savers=savers, gradient_checkpointing=False)
+    pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=2))
+    assert all(target.rank for target in targets if target.experts > 1), "a rank each is affordable"
+    for batch in loader:
+        take_step(pilot, optimizer, batch, lambda rows: model(**rows).loss)
+    pilot.finish()
+    assert all(measured <= predicted for _, predicted, measured in pilot.checks)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(random_base(name), tmp_path)
+    with torch.no_grad():
+        ours, theirs = (each.eval()(input_ids=tokens[:2]).logits for each in (model, loaded))
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -162,14 +202,6 @@ def test_what_all_linear_leaves_out_is_told_in_one_line(caplog: pytest.LogCaptur
 def test_routers_that_peft_adapts_are_refused() -> None:
     model = get_peft_model(random_base("llama4"), LoraConfig(target_modules=["router", "q_proj"]))
     with pytest.raises(UnsupportedError, match=r"feed_forward.router': it is a router.*leave the module out"):
-        find_target_modules(model)
-
-
-def test_stacked_experts_are_refused_with_the_names_to_give() -> None:
-    model = get_peft_model(
-        random_base("qwen3-moe"), LoraConfig(target_modules=["q_proj"], target_parameters=["down_proj"])
-    )
-    with pytest.raises(UnsupportedError, match=r"one tensor.*target_modules=\['q_proj'\] alone: then experts stay"):
         find_target_modules(model)
 
 

@@ -62,14 +62,14 @@ def test_costs_go_through_a_checkpoint(tmp_path: Path, unit: str) -> None:
 
 
 def test_meters_go_on_from_their_state(tmp_path: Path) -> None:
-    losses, guard = LossMeter(), PeakGuard(10)
+    losses, guard = LossMeter(), PeakGuard(10, print)
     losses.total, losses.count = torch.tensor(2.5), 2
     guard.meter.history = [(1, 1000)]
     given = PlanReduction(np.array([3, 4]), ("layers.0",), limit=9.0, cost=8.0, saved=1.0, times=1, step=5)
     guard.plan.now = replace(guard.plan.now, before=np.array([1, 2]), reduction=given)
     save_state(tmp_path, losses.state() | guard.state())
     state = load_state(tmp_path)
-    other_losses, other_guard = LossMeter(), PeakGuard(10)
+    other_losses, other_guard = LossMeter(), PeakGuard(10, print)
     other_losses.begin(state)
     other_guard.begin(state)
     assert other_losses.mean() == 1.25

@@ -71,6 +71,7 @@ def attached(folder: Path, budget: str | int, *, checkpoint: bool = True, **opti
         trainer,
         "signal-mean",
         budget=budget,
+        parts="off",  # in parts, a plan needs the layers of one row alone
         bounds=BOUNDS,
         exact_savers=False,
         gradient_checkpointing="auto" if checkpoint else False,
@@ -383,7 +384,7 @@ def run(
     trainer = trainer_of(folder, layers=MANY, dropout=0.0)
     options = {"gradient_checkpointing": "auto" if checkpoint else False, "exact_savers": False, "bounds": bounds}
     options |= {"schedule": schedule, "measure_every": 1}
-    callback = rankpilot.attach(trainer, policy, budget, **options)
+    callback = rankpilot.attach(trainer, policy, budget, parts="off", **options)
     trainer.train()
     assert max(peak for _, peak in callback.peaks) <= callback.limit
     return callback, ranks_of(trainer.model)
@@ -428,7 +429,7 @@ class Exactly:
 def told_of(folder: Path, policy: Any, budget: str, **options: Any) -> tuple[Any, list[str]]:
     """A run of `STEPS` steps, and what it told of its decisions."""
     trainer, told = trainer_of(folder, **options), list[str]()
-    callback = rankpilot.attach(trainer, policy, budget, exact_savers=False, schedule=SCHEDULE)
+    callback = rankpilot.attach(trainer, policy, budget, parts="off", exact_savers=False, schedule=SCHEDULE)
     callback.pilot.journal.tell = told.append
     trainer.train()
     return callback, told

@@ -106,7 +106,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_what_takes_part_keeps_its_state_under_keys_of_its_own(loop: Loop) -> None:
     parts = loop.pilot._piloted.participants
     keys = [key for part in parts for key in part.state()]
-    assert sorted(keys) == ["elastic", "guard", "initial", "losses", "own_rate", "checkpointed"]
+    assert sorted(keys) == ["checkpointed", "elastic", "guard", "initial", "losses", "own_rate", "parts"]
     assert len(loop.pilot.state_dict()) == len(keys) + 10
 
 

@@ -30,7 +30,7 @@ def new_model(llama_config: LlamaConfig) -> Callable[..., PeftModel]:
 
 
 def piloted(trainer: Trainer, budget: str = "60%") -> Trainer:
-    rankpilot.attach(trainer, "signal-mean", budget, schedule=SCHEDULE)
+    rankpilot.attach(trainer, "signal-mean", budget, parts="off", schedule=SCHEDULE)  # each part is a call
     return trainer
 
 

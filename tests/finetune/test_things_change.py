@@ -35,6 +35,7 @@ FAMILIES = {
     "cache": ("llama", "gpt2", "bert"),
     "tiled loss": ("llama", "gpt2"),
     "input copies": ("llama", "bert"),
+    "routed rows": ("qwen3-moe",),
     "selective": ("llama", "gpt2"),
     "whole layers": ("llama", "bert"),
 }
@@ -43,6 +44,9 @@ EXACT = {"input copies", "selective", "whole layers"}
 
 TOLERANCE = 2e-5
 """Of numbers of some steps, as a share of the largest."""
+
+ROUTED_TOLERANCE = 2e-4
+"""The same where products are summed in another order, through all layers and steps."""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,7 +83,7 @@ def test_a_run_equals_the_plain_one(
         assert any(CHANGES[change].told in line for line in found.lines), found.lines
         if CHANGES[change].differs:
             return
-    tolerance = 0.0 if saver in EXACT else TOLERANCE
+    tolerance = 0.0 if saver in EXACT else ROUTED_TOLERANCE if saver == "routed rows" else TOLERANCE
     for step, (one, other) in enumerate(zip(found.losses, expected.losses, strict=True)):
         assert_same(one, other, tolerance, f"loss {step}")
     for step, (one, other) in enumerate(zip(found.gradients, expected.gradients, strict=True)):

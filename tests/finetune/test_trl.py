@@ -24,8 +24,8 @@ from .trainer_kinds import TEXTS, classification, conversations, dpo, llama, rol
 SCHEDULE = rankpilot.DecisionSchedule(probe_steps=2, fractions=(0.0, 0.5))
 
 
-def attached(trainer: Trainer, budget: str = "100%") -> rankpilot.RankPilotCallback:
-    return rankpilot.attach(trainer, "signal-mean", budget=budget, measure_every=1, schedule=SCHEDULE)
+def attached(trainer: Trainer, budget: str = "100%", **options: Any) -> rankpilot.RankPilotCallback:
+    return rankpilot.attach(trainer, "signal-mean", budget=budget, measure_every=1, schedule=SCHEDULE, **options)
 
 
 # TRL ------------------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ class TimesZero(Trainer):  # type: ignore[misc]
 def test_a_training_step_of_its_own_is_measured_and_trains(tmp_path: Path) -> None:
     trainer = classification(tmp_path, OwnStep)
     trainer.notes = {"seen": []}
-    pilot = attached(trainer)
+    pilot = attached(trainer, parts="off")  # a part is a call of the Trainer's step
     trainer.train()
     assert trainer.notes == {"seen": list(range(1, trainer.seen + 1))}
     assert "training_step" not in vars(trainer), "afterwards the Trainer is its own again"

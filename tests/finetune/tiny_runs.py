@@ -108,14 +108,15 @@ class Recorder(TrainerCallback):
         self.at_step(state.global_step)
 
 
-ATTACHED = {"schedule", "measure_every", "bounds", "fresh", "log", "keep_rate", "prefix_cache", "exact_savers"}
+ATTACHED = {"schedule", "measure_every", "bounds", "fresh", "log", "keep_rate", "prefix_cache", "exact_savers", "parts"}
 """Options of a run that are those of `attach`; the others are the Trainer's."""
 
 
 class Run:
     """A Trainer with a recorder and a pilot, or without the pilot if there is no budget; see `PLAIN` for `plain`.
 
-    There are no exact savers unless they are asked for: each is measured, which takes as long as all steps.
+    There are no exact savers unless they are asked for: each is measured, which takes as long as all steps. Steps run
+    as a whole unless they are wanted in parts: then one row limits the plan.
     """
 
     def __init__(
@@ -139,7 +140,8 @@ class Run:
     ) -> None:
         self.folder, self.config, self.model = folder, config, adapted(config, **lora or {})
         prepare(self.model)
-        attached = {"exact_savers": False} | {name: options.pop(name) for name in ATTACHED & options.keys()}
+        attached: dict[str, Any] = {"exact_savers": False, "parts": "off"}
+        attached |= {name: options.pop(name) for name in ATTACHED & options.keys()}
         attached |= PLAIN if plain else {}
         attached["learning_rate"] = options.pop("learning_rate_option", None)  # `learning_rate` is the Trainer's
         self.recorder = Recorder(at_step)

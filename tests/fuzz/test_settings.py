@@ -19,6 +19,7 @@ from rankpilot.finetune.options import FinetuneConfig, rank_bounds_of
 from rankpilot.finetune.trainer import new_arguments
 from rankpilot.lora.spec import ModuleSpec
 from rankpilot.plan.problem import rank_bounds
+from rankpilot.study.trainer_file import read_trainer_file
 from rankpilot.training.config import TrainConfig
 
 from .damage import NAMES, Files, damaged, damaged_json, edited, folder_of, odd_values
@@ -48,6 +49,28 @@ def test_budgets(given: Any) -> None:
 @fuzz(words, examples=150)
 def test_times(given: Any) -> None:
     assert 0 < TimeBudget.parse(given).value < float("inf")
+
+
+KEYS = [
+    *("adapter", "finetuning_type", "lora_r", "lora_dropout", "sequence_len", "max_length", "optimizer", "optim"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "sample_packing", "attn_implementation", "plugins"),
+    *("lora_target_modules", "lora_target_parameters", "quantization_bit", "load_in_4bit", "deepspeed", "fsdp_config"),
+]
+
+files = st.builds(
+    lambda name, given, adapter: {name: "m", **given, **adapter},
+    st.sampled_from(["base_model", "model_name_or_path"]),
+    st.dictionaries(st.sampled_from(KEYS), odd_values, max_size=6),
+    st.sampled_from([{}, {"adapter": "lora"}, {"finetuning_type": "lora"}]),
+)
+
+
+@fuzz(files, examples=150)
+def test_files_of_other_trainers(given: dict[str, Any]) -> None:
+    with folder_of({"train.yaml": yaml.safe_dump(given).encode()}) as folder:
+        file = read_trainer_file(folder / "train.yaml")
+    assert file.settings["model"] == "m"
+    assert set(file.unread) <= set(given)
 
 
 entries = st.builds("{}={}".format, st.sampled_from(["q_proj", "x", ""]), words)

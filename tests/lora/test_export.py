@@ -410,7 +410,7 @@ BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
         "ranks and alphas in .* cannot be read",
     ),
     "bad alpha": (lambda f: edit_config(f, lora_alpha="much"), RunFolderError, "lora_alpha is 'much'"),
-    "parameters": (lambda f: edit_config(f, target_parameters=["w"]), UnsupportedError, "has target_parameters"),
+    "parameters": (lambda f: edit_config(f, target_parameters=["w"]), UnsupportedError, "has target_parameters w, "),
 }
 
 

@@ -325,17 +325,6 @@ def test_an_adapter_shared_between_embedding_and_head_is_refused(named_family):
     assert "ensure_weight_tying" in text
 
 
-def test_expert_parameters_are_refused(named_family):
-    model = named_family("mixtral").model(target_parameters=["mlp.experts.gate_up_proj"])
-    refused(model, r"target_parameters=.*mlp\.experts\.gate_up_proj.*target_modules")
-
-
-def test_all_linear_on_a_mixture_of_experts_is_refused(named_family):
-    """PEFT sets `target_parameters` by itself here, so the error must speak of the setting that the user wrote."""
-    text = refused(named_family("mixtral").model(target_modules="all-linear"), "gate_up_proj")
-    assert "all-linear" in text
-
-
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -18,7 +18,7 @@ from rankpilot.common.text import layer_titles
 from rankpilot.cost.breakdown import KINDS, LOSS, Breakdown
 from rankpilot.cost.card_use import CardUse
 from rankpilot.cost.cards import find_device_spec
-from rankpilot.cost.configured_step import LoadedModel, Shards
+from rankpilot.cost.configured_step import LoadedAs, LoadedModel, Shards
 from rankpilot.cost.outlook import Choice, GridCell, MeasuredStep
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.saver_prices import ACTIVATIONS, Saved
@@ -101,6 +101,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
             targets=targets,
             saved=SAVED,
             libraries={},
+            loaded=LoadedAs(),
             model=LoadedModel("LlamaForCausalLM", tuple(targets), int(30e6), (90 * MIB,)),
         ),
         memory=SimpleNamespace(shape=SHAPE),

@@ -1,0 +1,110 @@
+"""The seconds of rows that run together, from what is known of a model and a device without a measurement.
+
+Work rises with the tokens, and attention with their square in each row. Beside that a part has its launches. A GPU does
+its work while the next operators are launched, so a part takes the longer of both: below the tokens that fill the card,
+smaller parts take no less. A processor takes one after the other.
+
+Seconds are by published rates, and no measured ones: the parts of a step are the same in every run of one seed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..common.arrays import FloatArray, IntArray
+from ..errors import UnknownNameError
+from .cards import USUAL_CARD, device_table, find_device_spec
+from .step_time import LAUNCH_SECONDS, Rates
+
+PROCESSOR_FLOPS, PROCESSOR_LAUNCH = 1.5e11, 7e-6
+"""Floating-point operations that a processor is taken to do in a second, on one core in fp32, and the seconds of an
+operator beside its work: steps of MiniLM and SmolLM2-135M had 1.5e11 and 1.6e11, and 5e-6 and 8e-6."""
+
+SECOND_RUN = 0.375
+"""What a second run of all layers takes of a step: one forward pass of what else is about two and two thirds."""
+
+WORK = 4
+"""Floating-point operations for each frozen weight and token: a product and a sum, forward and for the gradient of the
+input."""
+
+
+@dataclass(frozen=True)
+class PartSeconds:
+    """The seconds of a part.
+
+    Attributes:
+        of_token: of a token beside attention.
+        attention: of a token for each token of its row.
+        launches: of all operators' launches.
+        overlaps: whether work is done while operators are launched.
+        layers: how many layers can be checkpointed.
+    """
+
+    of_token: float
+    attention: float
+    launches: float
+    overlaps: bool
+    layers: int
+
+    @classmethod
+    def of(cls, model: nn.Module, operators: int, layers: int, rates: Rates | None = None) -> PartSeconds:
+        """Of a model on its device.
+
+        Args:
+            model: the PEFT model.
+            operators: that a step has.
+            layers: how many layers can be checkpointed.
+            rates: of the device; by default as published of the model's, if it is a GPU.
+        """
+        device = next(model.parameters()).device
+        overlaps = device.type == "cuda" or rates is not None
+        rates = rates or rates_of(device, next(model.parameters()).dtype)
+        return cls.of_sizes(product_sizes(model), operators, layers, rates, overlaps=overlaps)
+
+    @classmethod
+    def of_sizes(
+        cls, sizes: tuple[int, int], operators: int, layers: int, rates: Rates, *, overlaps: bool
+    ) -> PartSeconds:
+        """The same of a model whose `product_sizes` are known; see `overlaps`."""
+        weights, width = sizes
+        attention = WORK * max(layers, 1) * width * 2 / rates.flops
+        return cls(WORK * weights / rates.flops, attention, rates.launch_seconds * operators, overlaps, layers)
+
+    def __call__(self, rows: IntArray, lengths: IntArray, layers: int) -> FloatArray:
+        """Seconds of parts by their rows and lengths, (parts,), with so many layers checkpointed."""
+        work = rows * lengths * (self.of_token + self.attention * lengths)
+        whole = np.maximum(work, self.launches) if self.overlaps else work + self.launches
+        again: FloatArray = whole * (1 + SECOND_RUN * layers / max(self.layers, 1))
+        return again
+
+    @property
+    def filling_tokens(self) -> int:
+        """The tokens whose work takes as long as the launches of a part: fewer leave a card waiting."""
+        return int(self.launches / max(self.of_token, 1e-30))
+
+
+def product_sizes(model: nn.Module) -> tuple[int, int]:
+    """The weights of a model's products, and the width of its hidden states."""
+    matrices = (getattr(m, "weight", None) for m in model.modules() if not isinstance(m, nn.Embedding))
+    weights = sum(w.numel() for w in matrices if isinstance(w, torch.Tensor) and w.dim() == 2)
+    return weights, int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)
+
+
+def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
+    """What a device does in a second in a model of this precision."""
+    if device.type != "cuda":
+        return Rates(PROCESSOR_FLOPS, math.inf, launch_seconds=PROCESSOR_LAUNCH)
+    try:
+        rates = find_device_spec(torch.cuda.get_device_name(device)).rates
+    except UnknownNameError:
+        rates = None
+    rates = rates or device_table()[USUAL_CARD].rates
+    assert rates is not None, "cards of the table have rates"
+    half = torch.is_autocast_enabled(device.type) or dtype == torch.bfloat16
+    name = "bf16" if half else "fp16" if dtype == torch.float16 else "fp32"
+    return Rates(rates.flops_per_s.get(name, rates.flops_per_s["fp32"]), math.inf, launch_seconds=LAUNCH_SECONDS)

@@ -1,0 +1,244 @@
+"""The rows of a batch: how long each is without padding, and the batch that holds only some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..common.arrays import BoolArray, IntArray
+from ..cost.batch_shape import LIMITS, LONGEST, MASK, Batch, shape_of
+from ..cost.recording import BatchShape
+from ..data.batches import IGNORED
+from ..errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The tokens of those tensors of a batch that have one number of them.
+
+    Attributes:
+        size: tokens, padding included.
+        first: the first token of each row that is no padding, int64 (rows,).
+        end: the token after the last one, int64 (rows,); all of a row without tokens are padding.
+    """
+
+    size: int
+    first: IntArray
+    end: IntArray
+
+    @classmethod
+    def of(cls, size: int, real: BoolArray) -> _Axis:
+        """Of the tokens that are no padding, bool (rows, tokens)."""
+        some = real.any(axis=1)
+        first = np.where(some, real.argmax(axis=1), 0)
+        return cls(size, first, np.where(some, size - real[:, ::-1].argmax(axis=1), 1))
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens that each row takes where padding is cut on one side, the same for all rows, int64 (rows,)."""
+        right, left = self.end - self.first.min(), self.end.max() - self.first
+        lengths: IntArray = right if right.sum() <= left.sum() else left
+        return lengths
+
+    def cut(self, rows: IntArray, multiple: int) -> slice:
+        """The tokens of some rows without the padding that all of them have, a multiple of so many where there are."""
+        first, end = int(self.first[rows].min()), int(self.end[rows].max())
+        missing = -(end - first) % multiple
+        after = min(missing, self.size - end)
+        return slice(max(first - (missing - after), 0), end + after)
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """A batch whose examples can be told apart.
+
+    Attributes:
+        batch: the batch.
+        shape: of the batch, padding included.
+        examples: how many it has.
+        lengths: tokens of each example without the padding that can be cut, int64 (examples,); those of the longest row
+            where an example has several. 1 where the batch has no axis of tokens.
+        each: rows of an example, one in each block of the batch.
+        predicted: predictions of each example that the loss counts, and those but for a first token, int64 (2,
+            examples); None without labels of tokens.
+    """
+
+    batch: Batch
+    shape: BatchShape
+    examples: int
+    lengths: IntArray
+    each: int
+    predicted: IntArray | None
+    _axes: Mapping[int, _Axis]
+
+    @classmethod
+    def of(cls, batch: Batch, each: int = 1) -> BatchRows:
+        """Tell the examples of a batch apart.
+
+        Args:
+            batch: with one tensor or list entry for each row, in any nesting.
+            each: rows that an example takes; see `reshaped`.
+
+        Raises:
+            UnsupportedError: something in it belongs to no row.
+        """
+        texts = [value for name, value in _named(batch) if name.endswith((*_TEXTS, MASK))]
+        shape = shape_of(texts or batch)
+        examples = max(shape.rows // each, 1)
+        axes: dict[int, _Axis] = {}
+        if examples > 1 or each == 1:
+            for name, value in _named(batch):
+                _check_rows(name, value, shape.rows, examples)
+            axes = _axes_of(batch, shape.rows, examples)
+        lengths = np.full(examples, shape.length)
+        if shape.length in axes:
+            tokens = [-(-axis.lengths * shape.length // axis.size) for axis in axes.values()]
+            lengths = _of_examples(np.max(tokens, axis=0), each).max(axis=0)
+        return cls(batch, shape, examples, lengths, each, _predicted(batch, shape.rows, each), axes)
+
+    def part(self, examples: Sequence[int], multiple: int = 1) -> Batch:
+        """The batch of some examples, without the padding that all of them have.
+
+        Args:
+            examples: their places, rising.
+            multiple: of which the tokens of a row are one, as far as there is padding.
+        """
+        chosen = np.asarray(examples)
+        rows = np.concatenate([block * self.examples + chosen for block in range(self.each)])
+        cuts = {size: axis.cut(rows, multiple) for size, axis in self._axes.items()}
+        whole = len(chosen) == self.examples
+        if whole and all(cut == slice(0, size) for size, cut in cuts.items()):
+            return self.batch
+
+        def change(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return self._cut(value, chosen, rows, cuts)
+            places = {self.shape.rows: rows, self.examples: chosen}.get(len(value))
+            return value if places is None or whole else type(value)(value[place] for place in places.tolist())
+
+        return _changed(self.batch, change)
+
+    def _cut(self, tensor: torch.Tensor, chosen: IntArray, rows: IntArray, cuts: Mapping[int, slice]) -> torch.Tensor:
+        if tensor.dim() and tensor.shape[0] in (self.shape.rows, self.examples) and len(chosen) < self.examples:
+            places = rows if tensor.shape[0] == self.shape.rows else chosen
+            tensor = tensor[torch.as_tensor(places, device=tensor.device)]
+        if tensor.dim() < 2 or (cut := cuts.get(tensor.shape[1])) is None or _is_told_apart(tensor):
+            return tensor
+        return tensor[:, cut].contiguous()  # losses take views of labels
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of a batch for each token of a row, padding included: a part has a copy of its own."""
+        tensors = (value for _, value in _named(self.batch) if isinstance(value, torch.Tensor))
+        return sum(tensor.nbytes for tensor in tensors) / max(self.examples * self.shape.length, 1)
+
+    def shares(self, parts: Sequence[Sequence[int]], kind: str) -> list[float]:
+        """By what the loss of each part is multiplied, so that they add up to that of the batch.
+
+        Args:
+            parts: the places of their examples.
+            kind: one of `SHARES`.
+        """
+        if kind == SUM:
+            return [1.0] * len(parts)
+        counts: Any = np.ones(self.examples)
+        if kind != ROWS and self.predicted is not None:
+            counts = self.predicted[int(kind == NEXT_TOKENS)]
+        total = counts.sum()
+        return [float(counts[list(part)].sum() / total) if total else 0.0 for part in parts]
+
+
+_TEXTS = ("input_ids", "labels")
+"""What tells the rows of a batch where it is there, beside masks: pictures may lie in pieces of their own."""
+
+SUM, ROWS, TOKENS, NEXT_TOKENS = SHARES = ("sum", "mean over rows", "mean over tokens", "mean over next tokens")
+"""What a loss is of its rows: their sum, or a mean over rows, over predictions, or over those but for a first token."""
+
+
+def _named(batch: Batch, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The tensors and lists of a batch with their names."""
+    if isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield from _named(value, str(key))
+    elif isinstance(batch, torch.Tensor) or (isinstance(batch, list | tuple) and not _holds_tensors(batch)):
+        yield name, batch
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _named(value, name)
+
+
+def _holds_tensors(values: Sequence[Any]) -> bool:
+    return any(isinstance(value, torch.Tensor | Mapping | list | tuple) for value in values)
+
+
+def _changed(batch: Batch, change: Callable[[Any], Any]) -> Batch:
+    """The batch with each of its tensors and lists changed; mappings become dictionaries."""
+    if isinstance(batch, Mapping):
+        return {name: _changed(value, change) for name, value in batch.items()}
+    if isinstance(batch, torch.Tensor) or (isinstance(batch, list | tuple) and not _holds_tensors(batch)):
+        return change(batch)
+    return type(batch)(_changed(value, change) for value in batch) if isinstance(batch, list | tuple) else batch
+
+
+def _check_rows(name: str, value: Any, rows: int, examples: int) -> None:
+    """Raise UnsupportedError for something that has entries, and not one for each row."""
+    if name in (*LIMITS, *LONGEST):
+        raise UnsupportedError(f"{name} tells where texts end that share a row")
+    size = value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else None
+    if isinstance(value, torch.Tensor) and size not in (None, rows, examples, 1):
+        raise UnsupportedError(f"{name or 'a tensor'} has {size} entries where the batch has {rows} rows")
+    if isinstance(value, list | tuple) and value and len(value) not in (rows, examples):
+        raise UnsupportedError(f"{name or 'a list'} has {len(value)} entries where the batch has {rows} rows")
+
+
+def _is_told_apart(tensor: torch.Tensor) -> bool:
+    """Whether numbers beside each other are no tokens: scores of classes, and pictures."""
+    return tensor.is_floating_point() and tensor.dim() in (2, 4)
+
+
+def _axes_of(batch: Batch, rows: int, examples: int) -> dict[int, _Axis]:
+    """The axes of tokens of a batch by their size; of one that nothing tells about, no padding is known.
+
+    A mask tells the padding of tensors of its size, and so do labels that no loss counts; one that some loss counts is
+    no padding. Where inputs have no mask, all of their tokens are read.
+    """
+    found: dict[int, list[tuple[str, torch.Tensor]]] = {}
+    for name, value in _named(batch):
+        if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[0] in (rows, examples, 1):
+            if value.shape[0] != 1 and not value.is_floating_point() and value.dim() == 2:
+                found.setdefault(value.shape[1], []).append((name, value))
+            elif value.dim() == 4 and value.shape[-1] == value.shape[-2]:
+                found.setdefault(value.shape[-1], []).append((f"4-D {name}", value))
+    axes: dict[int, _Axis] = {}
+    for size, tensors in found.items():
+        masks = [value for name, value in tensors if name.endswith(MASK)]
+        labels = [value for name, value in tensors if name.endswith("labels")]
+        reads = any(name.endswith("input_ids") and not name.startswith("decoder") for name, _ in tensors)
+        if any(name.startswith("4-D") for name, _ in tensors) or (reads and not masks) or not (masks or labels):
+            axes[size] = _Axis(size, np.zeros(rows, dtype=np.int64), np.full(rows, size))
+            continue
+        real = np.zeros((rows, size), dtype=np.bool_)
+        for value in masks:
+            real |= np.resize((value != 0).cpu().numpy(), real.shape)
+        for value in labels:
+            real |= np.resize((value != IGNORED).cpu().numpy(), real.shape)
+        axes[size] = _Axis.of(size, real)
+    return axes
+
+
+def _of_examples(values: IntArray, each: int) -> IntArray:
+    """Values of rows, int64 (rows,), by block and example: (each, examples)."""
+    return values.reshape(each, -1) if each > 1 and len(values) % each == 0 else values[None]
+
+
+def _predicted(batch: Batch, rows: int, each: int) -> IntArray | None:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.is_floating_point() or len(labels) != rows:
+        return None
+    counted = (labels != IGNORED).cpu().numpy()
+    sums = [_of_examples(of.sum(axis=1), each).sum(axis=0) for of in (counted, counted[:, 1:])]
+    return np.array(sums, dtype=np.int64)

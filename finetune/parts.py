@@ -1,0 +1,352 @@
+"""Runs the steps of a run in parts: each with the layers checkpointed that it needs, and no row with much padding.
+
+The parts of a step follow from the lengths of its rows, the plan and the limit (`plan/parts.py`): they are those of the
+least seconds within the budget. A run that is resumed has the same ones, and so has any run of the same seed.
+
+A plan is priced with one row of the longest length then, alone: whatever the rows of a step, it can run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..common.arrays import FloatArray, IntArray
+from ..common.checks import counted, finite
+from ..cost.batch_shape import Batch
+from ..cost.model import MemoryModel, ShapeBytes, holding_layers
+from ..cost.part_seconds import PartSeconds
+from ..cost.recording import BatchShape
+from ..plan.parts import Part, longest_that_fits, parts_sentence, plan_parts
+from .batch_rows import SHARES, BatchRows
+from .exact_parts import Exactness, rows_of
+from .plan_keeper import GOOD_STEPS, PlanKeeper
+from .run import Participant, TrainingRun
+
+MOST_LEVELS = 8
+"""Numbers of checkpointed layers that parts may have beside none, evenly spread."""
+
+MULTIPLE = 8
+"""Of which the tokens of a row are one on a GPU, as far as its batch has padding: its products are quicker then."""
+
+SMALLER = 0.8
+"""The share of what a part was predicted to take that parts may take after it ran out of memory."""
+
+
+class PlanBytes:
+    """Bytes of the parts that a step may have under one plan.
+
+    Args:
+        memory: the byte model of the step, with all layers checkpointed where they may be chosen.
+        ranks: the plan, int64 (modules,).
+        most: the largest shape that will be asked for.
+        chooses: whether layers may be chosen.
+        whole: whether all that hold something are checkpointed, whatever the room.
+        each: rows of an example.
+
+    Attributes:
+        layers: names of the layers that hold something for the backward pass, the lowest first.
+        levels: how many of them may be checkpointed, rising.
+        most: as above.
+    """
+
+    def __init__(
+        self, memory: MemoryModel, ranks: IntArray, most: BatchShape, *, chooses: bool, whole: bool, each: int
+    ) -> None:
+        self._memory, self._ranks, self._each, self.most = memory, ranks, each, most
+        self._first = replace(memory, accumulates=False)
+        self.layers = holding_layers(memory, ranks) if chooses else ()
+        self._chooses, count = chooses, len(self.layers)
+        spread = np.unique(np.linspace(0, count, MOST_LEVELS + 1).round().astype(int))
+        self.levels: tuple[int, ...] = (count,) if whole else tuple(spread.tolist())
+        self._of_level: dict[int, ShapeBytes] = {}
+
+    def __call__(self, examples: IntArray, lengths: IntArray, layers: int) -> FloatArray:
+        """Bytes of parts at their peak by their examples and lengths, (parts,); see `ShapeCost`."""
+        if layers not in self._of_level:
+            rows, length = self.most.rows, self.most.length
+            tokens = np.unique(np.geomspace(min(8, length), length, 4).round().astype(int)).tolist()
+            corners = [BatchShape(count, size) for count in {self._each, rows} for size in tokens]
+            self._of_level[layers] = self._with(layers).at_shapes(self._ranks, corners)
+        return self._of_level[layers](examples * self._each, lengths)
+
+    def exact(self, part: Part, *, first: bool = False) -> float:
+        """Bytes at the peak of a part, as a step is predicted; of the `first` one, beside which are no gradients."""
+        shape = BatchShape(len(part.rows) * self._each, part.length)
+        return self._with(part.layers, self._first if first else self._memory).peak(self._ranks, shape)
+
+    def _with(self, layers: int, memory: MemoryModel | None = None) -> MemoryModel:
+        memory = memory or self._memory
+        return memory.with_checkpointed(self.layers[:layers]) if self._chooses else memory
+
+
+@dataclass
+class Tally:
+    """What the steps of a run have had in common so far.
+
+    Attributes:
+        batches: that ran.
+        parts: in which they ran.
+        rectangle: tokens of the batches, padding included.
+        real: tokens without padding.
+        in_parts: tokens of all parts, padding included.
+        layers: checkpointed layers of all parts, by their tokens.
+    """
+
+    batches: int = 0
+    parts: int = 0
+    rectangle: int = 0
+    real: int = 0
+    in_parts: int = 0
+    layers: int = 0
+
+    def add(self, rows: BatchRows, parts: Sequence[Part]) -> None:
+        """Count a batch."""
+        self.batches += 1
+        self.parts += len(parts)
+        self.rectangle += rows.examples * rows.shape.length
+        self.real += int(rows.lengths.sum())
+        self.in_parts += sum(len(part.rows) * part.length for part in parts)
+        self.layers += sum(len(part.rows) * part.length * part.layers for part in parts)
+
+    @property
+    def padding_saved(self) -> float:
+        """The share of the padding that did not run; 0 where there was none."""
+        padding = self.rectangle - self.real
+        return (self.rectangle - self.in_parts) / padding if padding else 0.0
+
+
+class StepParts(Participant):
+    """The parts of a run's steps.
+
+    Args:
+        keeper: keeps the plan, and knows its run, its limit and its byte model.
+        tell: gets a line where steps run as a whole, and why.
+
+    Attributes:
+        on: whether steps run in parts.
+        tally: of the run so far.
+    """
+
+    def __init__(self, keeper: PlanKeeper, tell: Callable[[str], None]) -> None:
+        self._keeper, self._tell, self.tally = keeper, tell, Tally()
+        self._kind, self._each = "", 1
+        self._bytes: PlanBytes | None = None  # of the latest batch
+        self._of_shapes: dict[BatchShape, PlanBytes] = {}
+        self._memory: MemoryModel | None = None
+        self._seconds: PartSeconds | None = None
+        self._most: float | None = None  # bytes of a part after an error
+        self._since, self._wait, self._step = 0, GOOD_STEPS, 0
+        self._ran: list[tuple[Part, float]] = []  # in the step so far, and the bytes of what goes in
+        self._told_whole = self._accumulates = False
+
+    @property
+    def on(self) -> bool:
+        """Whether steps run in parts."""
+        return bool(self._kind)
+
+    def decide(self, found: Exactness, each: int) -> None:
+        """Take what a test has found.
+
+        Args:
+            found: by it.
+            each: rows of an example.
+        """
+        self._kind, self._each = found.kind, each
+        if not found.kind and found.reason:
+            self._tell(f"Steps run as a whole, and not in parts: {found.reason}.")
+        if found.kind and found.draws:
+            self._tell("Steps run in parts: the same gradients, but that dropout draws other numbers for other shapes.")
+
+    def begin_to_keep(self, run: TrainingRun) -> None:
+        """Keep the gradients of one part beside the next one, which the run's step is measured with from now on."""
+        self._accumulates = run.step.accumulates
+        run.keep_gradients()
+
+    def turn_off(self, reason: str) -> None:
+        """Run steps as a whole from now on, for a reason that is told."""
+        self.decide(Exactness("", reason), 1)
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Go on in a run that is resumed."""
+        if state is None:
+            return
+        own = state["parts"]
+        if own["kind"] and own["kind"] not in SHARES:
+            raise ValueError(f"parts of kind {own['kind']!r}")
+        self._kind, self._each = str(own["kind"]), counted(own["each"], 1)
+        self._most = None if own["most"] is None else finite(own["most"])
+        self._since, self._wait = counted(own["since"]), counted(own["wait"], 1)
+        self.tally = Tally(**{name: counted(own["tally"][name]) for name in vars(Tally())})
+
+    def state(self) -> dict[str, Any]:
+        """What `begin` needs to go on, as JSON values."""
+        own = {"kind": self._kind, "each": self._each, "most": self._most, "since": self._since, "wait": self._wait}
+        return {"parts": {**own, "tally": vars(self.tally)}}
+
+    def ranks_changed(self) -> None:
+        """Price parts anew."""
+        self._bytes = None
+        self._of_shapes.clear()
+
+    def end(self) -> None:
+        """Tell what parts have brought; a second call tells nothing."""
+        if line := parts_sentence(self.figures()):
+            self._tell(line)
+        self._kind = ""
+
+    # A step -----------------------------------------------------------------------------------------------------------
+
+    def before_step(self, step: int, batches: Sequence[Batch]) -> None:
+        """Begin a step; what an error has taken from parts comes back after some good ones."""
+        self._step, self._ran = step, []
+        if self._most is not None and step - self._since >= self._wait:
+            self._most, self._wait = None, 2 * self._wait
+
+    def shape_of(self, shape: BatchShape) -> BatchShape:
+        """The shape with which plans are priced that have to run batches of a shape: one example of its length."""
+        return BatchShape(self._each, shape.length) if self.on else shape
+
+    def of(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
+        """Yield the parts of a batch, and by what the loss of each is multiplied.
+
+        What the loop does with a part, forward and backward, belongs to the part: its layers are checkpointed until the
+        next one, and other processes hear of the last one alone.
+
+        Args:
+            batch: as the loop gets it.
+
+        Raises:
+            BudgetError: a row does not fit alone.
+        """
+        rows = rows_of(batch, self._each) if self.on else None
+        if rows is None:
+            if self.on and not self._told_whole:
+                self._told_whole = True
+                self._tell("A batch whose rows cannot be told apart runs as a whole.")
+            yield batch, 1.0
+            return
+        parts = self._plan(rows)
+        pairs = list(zip(parts, rows.shares([part.rows for part in parts], self._kind), strict=True))
+        # A mean over no predictions is NaN: a part without any is left out, as it adds nothing.
+        pairs = [pair for pair in pairs if pair[1]] or pairs
+        multiple = MULTIPLE if self._keeper.run.device.type == "cuda" else 1
+        self.tally.add(rows, parts)
+        checkpointing, layers = self._keeper.checkpointing, self._keeper.checkpointed
+        try:
+            for number, (part, share) in enumerate(pairs):
+                own = len(part.rows) < rows.examples or part.length < rows.shape.length
+                self._ran.append((part, own * rows.token_bytes * len(part.rows) * part.length))
+                if checkpointing and self._bytes:
+                    checkpointing.take(self._bytes.layers[: part.layers])
+                    checkpointing.before_step()
+                with self._exchanging(number + 1 == len(pairs)):
+                    yield rows.part(part.rows, multiple), share
+        finally:
+            if checkpointing:
+                checkpointing.take(layers)
+
+    def _exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        """Let processes exchange gradients in the last part alone."""
+        wrapper = self._keeper.run.replicas.wrapper
+        return nullcontext() if last or wrapper is None else wrapper.no_sync()
+
+    def _plan(self, rows: BatchRows) -> tuple[Part, ...]:
+        """The parts of a batch."""
+        lengths = rows.lengths
+        if self._keeper.run.device.type == "cuda":
+            lengths = np.minimum(-(-lengths // MULTIPLE) * MULTIPLE, rows.shape.length)
+        cost = self._bytes_now(BatchShape(rows.shape.rows, rows.shape.length))
+        seconds = self._seconds
+        assert seconds is not None, "made with the bytes"
+        longest = np.array([lengths.max()])
+        least = float(cost(np.ones(1, dtype=np.int64), longest, cost.levels[-1])[0] + rows.token_bytes * longest[0])
+        room = self._keeper.room_for(self._keeper.applier.ranks)
+        room = room if self._most is None else min(room, self._most)
+        if self._keeper.applier.fits():  # the row alone does, by the exact prediction
+            room = max(room, least)
+
+        def bytes_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
+            return cost(examples, tokens, layers) + rows.token_bytes * examples * tokens
+
+        return plan_parts(
+            lengths, room, cost.levels, bytes_of, lambda *shape: seconds(shape[0] * self._each, *shape[1:])
+        )
+
+    def _bytes_now(self, shape: BatchShape) -> PlanBytes:
+        """The bytes of parts under the plan of now, for batches up to a shape.
+
+        They are of the next power of two tokens, whatever came before: a run that is resumed has the same ones.
+        """
+        keeper = self._keeper
+        checkpointing = keeper.checkpointing
+        memory = (checkpointing.memory if checkpointing else None) or keeper.now.memory
+        assert memory is not None, "steps in parts have a byte model"
+        if self._memory is not memory:
+            self._memory = memory
+            self._of_shapes.clear()
+        most = BatchShape(shape.rows, 1 << (shape.length - 1).bit_length())
+        if most not in self._of_shapes:
+            self._of_shapes[most] = found = PlanBytes(
+                memory,
+                keeper.applier.ranks,
+                most,
+                chooses=checkpointing is not None,
+                whole=checkpointing is not None and checkpointing.whole,
+                each=self._each,
+            )
+            operators = int(memory.recording.created.max()) + 1
+            self._seconds = PartSeconds.of(keeper.run.model, operators, len(found.layers))
+        self._bytes = self._of_shapes[most]
+        return self._bytes
+
+    # What a step takes ------------------------------------------------------------------------------------------------
+
+    def predicted(self) -> float | None:
+        """Bytes at the peak of the step that has run, by its parts; None where it ran as a whole."""
+        if not self._ran or self._bytes is None:
+            return None
+        (first, given), *others = self._ran
+        alone = self._bytes.exact(first, first=not self._accumulates) + given
+        return max([alone, *(self._bytes.exact(part) + given for part, given in others)])
+
+    def shrink(self) -> bool:
+        """Let parts take less after one that ran out of memory; False if that was a row alone with all layers."""
+        if not self._ran or self._bytes is None:
+            return False
+        part, _ = self._ran[-1]
+        if len(part.rows) == 1 and part.layers == self._bytes.levels[-1]:
+            return False
+        self._most, self._since = SMALLER * self._bytes.exact(part), self._step
+        self._ran = []
+        return True
+
+    def alone(self) -> str:
+        """The row that ran alone when memory ran out, for an error; empty where several did, or none is known."""
+        if not self._ran or len((part := self._ran[-1][0]).rows) != 1:
+            return ""
+        layers = f"{part.layers} layers checkpointed"
+        return f"Row {part.rows[0]} of its batch has {part.length:,} tokens, and ran alone with {layers}."
+
+    def longest_row(self, batches: Sequence[Batch]) -> str:
+        """The longest row of some batches and the longest one that fits alone, for an error."""
+        found = [(rows.lengths, number) for number, batch in enumerate(batches) if (rows := rows_of(batch, self._each))]
+        if not found:
+            return ""
+        lengths, number = max(found, key=lambda pair: int(pair[0].max()))
+        row, length = int(lengths.argmax()), int(lengths.max())
+        cost = self._bytes_now(BatchShape(self._each, length))
+        room = self._keeper.room_for(self._keeper.applier.ranks)
+        fits = longest_that_fits(length, room, cost.levels[-1], cost)
+        where = f" of batch {number}" if len(batches) > 1 else ""
+        return f"Row {row}{where} has {length:,} tokens; the longest that fits alone has {fits:,}."
+
+    def figures(self) -> dict[str, float]:
+        """What a training log shows of parts."""
+        if not self.on or not self.tally.batches:
+            return {}
+        return {"parts": self.tally.parts / self.tally.batches, "padding_saved": self.tally.padding_saved}

@@ -1,0 +1,131 @@
+"""The parts of a step: which of its rows pass through the model together, and how many layers are checkpointed then.
+
+A step is padded to its longest row, so that most of it can be padding and one long row decides the memory of all. Its
+gradient is a sum over rows. Rows that run in parts, each padded to its own longest row, give the same sum in less time
+and fewer bytes.
+
+What a part takes rises with its rows and with its longest row. Then some best split takes rows in the order of their
+length: of two parts that cross, swapping rows until they do not makes neither of them longer. So a dynamic program over
+the sorted rows finds the least seconds of all splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..common.arrays import FloatArray, IntArray
+from ..errors import BudgetError
+
+ShapeCost = Callable[[IntArray, IntArray, int], FloatArray]
+"""Bytes at the peak, or seconds, of parts by their rows and lengths, both int64 (parts,), and checkpointed layers."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a step that pass through the model together.
+
+    Attributes:
+        rows: their places in the batch, rising.
+        length: tokens of the longest.
+        layers: how many layers are checkpointed.
+    """
+
+    rows: tuple[int, ...]
+    length: int
+    layers: int
+
+
+def plan_parts(
+    lengths: IntArray, room: float, layers: Sequence[int], bytes_of: ShapeCost, seconds_of: ShapeCost
+) -> tuple[Part, ...]:
+    """The parts of a step that take the least seconds within some bytes; the longest rows come first.
+
+    Of splits that take equally long the one with larger first parts is taken. The result follows from the arguments.
+
+    Args:
+        lengths: tokens of each row, int64 (rows,), at least one row.
+        room: bytes that a part may take.
+        layers: how many layers may be checkpointed, rising. Fewer of them take less time and more bytes.
+        bytes_of: of a part at its peak; it must rise with rows and length.
+        seconds_of: of a part; it must rise with rows and length.
+
+    Raises:
+        BudgetError: the longest row does not fit alone with the most layers checkpointed; see `too_long`.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    longest = lengths[order]
+    starts, ends = np.triu_indices(len(order))
+    rows, tokens = ends + 1 - starts, longest[starts]
+    chosen = np.zeros(len(rows), dtype=np.int64)
+    seconds = np.full(len(rows), np.inf)
+    waiting = np.arange(len(rows))
+    for count in layers:
+        fits = bytes_of(rows[waiting], tokens[waiting], count) <= room
+        fitting = waiting[fits]
+        chosen[fitting] = count
+        seconds[fitting] = seconds_of(rows[fitting], tokens[fitting], count)
+        waiting = waiting[~fits]
+        if not len(waiting):
+            break
+    if not np.isfinite(seconds[0]):  # the first pair is the longest row alone
+        raise too_long(int(order[0]), int(longest[0]), room, layers[-1], bytes_of)
+    table, layers_of = np.full((2, len(order) + 1, len(order)), np.inf)
+    table[ends + 1, starts], layers_of[ends + 1, starts] = seconds, chosen
+    least, first = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=np.int64)
+    for end in range(1, len(order) + 1):
+        totals = least[:end] + table[end, :end]
+        first[end] = start = int(totals.argmin())
+        least[end] = totals[start]
+    parts: list[Part] = []
+    end = len(order)
+    while end:
+        start = int(first[end])
+        together = tuple(sorted(order[start:end].tolist()))
+        parts.append(Part(together, int(longest[start]), int(layers_of[end, start])))
+        end = start
+    return tuple(reversed(parts))
+
+
+def too_long(row: int, length: int, room: float, layers: int, bytes_of: ShapeCost) -> BudgetError:
+    """The error of a row that does not fit alone; it tells the longest that does.
+
+    Args:
+        row: its place in the batch.
+        length: its tokens.
+        room: bytes that it may take.
+        layers: the most that can be checkpointed.
+        bytes_of: see `plan_parts`.
+    """
+    fits = longest_that_fits(length, room, layers, bytes_of)
+    rest = f"the longest that fits has {fits:,}" if fits else "no row fits at all"
+    return BudgetError(
+        f"Row {row} of the batch has {length:,} tokens and does not fit alone"
+        f"{' with all layers checkpointed' if layers else ''}: {rest}. Cut rows to that length, or raise the budget."
+    )
+
+
+def longest_that_fits(most: int, room: float, layers: int, bytes_of: ShapeCost) -> int:
+    """The tokens of the longest row that fits alone, up to `most`; 0 if none does. See `plan_parts`."""
+    lengths = np.arange(1, most + 1)
+    needed = bytes_of(np.ones_like(lengths), lengths, layers)
+    return int(np.searchsorted(np.maximum.accumulate(needed), room, side="right"))
+
+
+def parts_sentence(figures: Mapping[str, float]) -> str:
+    """How the steps of a run ran, by what its training log shows of parts; empty where they ran as a whole."""
+    if "parts" not in figures:
+        return ""
+    return (
+        f"Batches ran in {figures['parts']:.1f} parts in the mean, without {figures['padding_saved']:.0%} of their "
+        "padding."
+    )
+
+
+def padding_share(lengths: IntArray, parts: Sequence[Part]) -> float:
+    """The share of the padding of one rectangle that some parts leave out, 0 where it has none."""
+    rectangle, real = len(lengths) * int(lengths.max()), int(lengths.sum())
+    in_parts = sum(len(part.rows) * part.length for part in parts)
+    return (rectangle - in_parts) / (rectangle - real) if rectangle > real else 0.0

@@ -1,0 +1,227 @@
+"""What steps of rows of known lengths take in parts, beside the padded rectangle, before any of them runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from ..common import drawing
+from ..common.arrays import FloatArray, IntArray
+from ..common.files import read_text
+from ..common.text import byte_unit, format_bytes, make_table, plural
+from ..cost.cards import USUAL_CARD, device_table
+from ..cost.model import fewest_checkpointed
+from ..cost.outlook import Outlook, card_rates
+from ..cost.part_seconds import PartSeconds, rates_of
+from ..cost.recording import BatchShape
+from ..errors import BudgetError, DataError, UnsupportedError, shown
+from ..finetune.parts import PlanBytes
+from ..plan.parts import longest_that_fits, plan_parts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_STEPS = 500
+"""Steps that are looked at, at most: the first ones of one order of the rows."""
+
+MOST_BYTES = 2**26
+"""Of a file of lengths."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepsOfLengths:
+    """What steps of rows of known lengths take. Seconds are by published rates; their ratios are what counts.
+
+    Attributes:
+        steps: that were looked at.
+        rows: of each.
+        longest: tokens of the longest row.
+        fits: tokens of the longest row that fits alone with all layers checkpointed; `longest` if all do.
+        too_long: steps with a row that does not fit alone.
+        rectangle_too_large: steps that do not fit as a rectangle with all layers checkpointed.
+        rectangle_layers: layers that are checkpointed in every rectangle, so that the largest one fits.
+        parts: of a step in the mean.
+        layers: checkpointed layers of a part in the mean, by its tokens.
+        time: seconds in parts over seconds of rectangles.
+        padding_saved: the share of the padding that does not run.
+        rectangle_bytes: at the peak of each rectangle, (steps,).
+        parts_bytes: at the peak of each step in parts, NaN where a row does not fit, (steps,).
+        limit: bytes that a step may take; infinite without a limit.
+        filling_tokens: tokens below which a part takes no less time on this device.
+    """
+
+    steps: int
+    rows: int
+    longest: int
+    fits: int
+    too_long: int
+    rectangle_too_large: int
+    rectangle_layers: int
+    parts: float
+    layers: float
+    time: float
+    padding_saved: float
+    rectangle_bytes: FloatArray
+    parts_bytes: FloatArray
+    limit: float
+    filling_tokens: int
+
+
+def read_lengths(path: Path) -> IntArray:
+    """The tokens of rows from a file: whole numbers between spaces, commas or line ends, or a list in JSON.
+
+    Raises:
+        DataError: it holds something else, or nothing.
+        RunFolderError: it cannot be read.
+    """
+    text = read_text(path, MOST_BYTES).strip()
+    words = re.split(r"[\s,]+", text.strip("[]").strip()) if text.strip("[]").strip() else []
+    wrong = next((word for word in words if not re.fullmatch(r"[0-9]{1,9}", word) or not int(word)), None)
+    if not words or wrong is not None:
+        what = "nothing" if wrong is None else shown(wrong)
+        raise DataError(
+            f"{path} holds {what} where the tokens of a row are wanted: whole numbers above 0, one for each row, "
+            "between spaces, commas or line ends."
+        )
+    return np.array([int(word) for word in words], dtype=np.int64)
+
+
+def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> StepsOfLengths:
+    """What steps take whose rows have these lengths, drawn in an order that the seed decides.
+
+    Args:
+        outlook: of the step, on a card, or with a budget of bytes, or without a limit.
+        lengths: tokens of each row of the data set, int64 (rows,), at least one.
+        seed: of the order.
+
+    Raises:
+        UnsupportedError: the operations of the model depend on its data, so that other shapes are not known.
+    """
+    rows = outlook.memory.shape.rows
+    memory, ranks = outlook.memory, (outlook.best or outlook.main).ranks
+    whole = BatchShape(rows, int(lengths.max()))
+    if not memory.predicts(whole) or not memory.predicts(BatchShape(1, 1)):
+        raise UnsupportedError("The operations of this model depend on its data, so parts of a step are not known.")
+    order = np.random.default_rng(seed).permutation(np.resize(lengths, max(len(lengths), rows)))
+    batches = order[: len(order) // rows * rows][: MOST_STEPS * rows].reshape(-1, rows)
+    limit = outlook.room_for_tensors if outlook.card else outlook.limit_bytes or np.inf
+    bytes_of = PlanBytes(memory, ranks, whole, chooses=bool(memory.segments), whole=False, each=1)
+    seconds = _seconds(outlook, len(bytes_of.layers))
+    return _drawn(batches, limit, bytes_of, seconds, len(fewest_checkpointed(memory, ranks, limit, whole)))
+
+
+def _seconds(outlook: Outlook, layers: int) -> PartSeconds:
+    operators = int(outlook.memory.recording.created.max())
+    model = outlook.step.model
+    if not outlook.card:
+        device = torch.device(outlook.facts["device"])
+        rates, overlaps = rates_of(device, getattr(torch, model.precision)), device.type == "cuda"
+        return PartSeconds.of_sizes(model.products, operators, layers, rates, overlaps=overlaps)
+    published = outlook.card.rates or device_table()[USUAL_CARD].rates
+    assert published is not None, "cards of the table have rates"
+    rates = card_rates(published, outlook.dtype)
+    return PartSeconds.of_sizes(model.products, operators, layers, rates, overlaps=True)
+
+
+def _drawn(batches: IntArray, limit: float, bytes_of: PlanBytes, seconds: PartSeconds, layers: int) -> StepsOfLengths:
+    """The steps of these batches, int64 (steps, rows); see `StepsOfLengths`."""
+    steps, rows = batches.shape
+    longest, every = batches.max(axis=1), bytes_of.levels[-1]
+    rectangles = np.full(steps, rows)
+    spent, found, peaks = 0.0, list[Any](), np.full(steps, np.nan)
+    kept = np.zeros(steps, dtype=np.bool_)
+    for step, lengths in enumerate(batches):
+        try:
+            parts = plan_parts(lengths, limit, bytes_of.levels, bytes_of, seconds)
+        except BudgetError:
+            continue
+        shapes = [(np.array([len(part.rows)]), np.array([part.length]), part.layers) for part in parts]
+        peaks[step] = max(float(bytes_of(*shape)[0]) for shape in shapes)
+        spent += sum(float(seconds(*shape)[0]) for shape in shapes)
+        kept[step] = True
+        found += parts
+    tokens = sum(len(part.rows) * part.length for part in found)
+    padding = int((rows * longest - batches.sum(axis=1))[kept].sum())
+    whole = float(seconds(rectangles, longest, layers)[kept].sum())
+    return StepsOfLengths(
+        steps=steps,
+        rows=rows,
+        longest=int(batches.max()),
+        fits=longest_that_fits(int(batches.max()), limit, every, bytes_of),
+        too_long=int((~kept).sum()),
+        rectangle_too_large=int((bytes_of(rectangles, longest, every) > limit).sum()),
+        rectangle_layers=layers,
+        parts=len(found) / max(int(kept.sum()), 1),
+        layers=sum(len(part.rows) * part.length * part.layers for part in found) / max(tokens, 1),
+        time=spent / whole if whole else 1.0,
+        padding_saved=(padding - (tokens - int(batches[kept].sum()))) / padding if padding else 0.0,
+        rectangle_bytes=bytes_of(rectangles, longest, layers),
+        parts_bytes=peaks,
+        limit=limit,
+        filling_tokens=seconds.filling_tokens if seconds.overlaps else 0,
+    )
+
+
+def lengths_table(found: StepsOfLengths) -> Table:
+    """Steps in parts beside padded rectangles."""
+    table = make_table(
+        f"{plural(found.steps, 'step')} of {found.rows} rows of these lengths, at most {found.longest:,} tokens",
+        ("step", "time", "highest peak", "checkpointed layers", "steps that do not fit"),
+    )
+    table.add_row(
+        "padded rectangle",
+        "1.00",
+        format_bytes(float(found.rectangle_bytes.max())),
+        f"{found.rectangle_layers} in every step",
+        f"{found.rectangle_too_large}",
+    )
+    highest = "none fits" if np.isnan(found.parts_bytes).all() else format_bytes(float(np.nanmax(found.parts_bytes)))
+    table.add_row(
+        f"{found.parts:.1f} parts", f"{found.time:.2f}", highest, f"{found.layers:.1f} in the mean", f"{found.too_long}"
+    )
+    return table
+
+
+def lengths_text(found: StepsOfLengths) -> str:
+    """What parts bring, in a line or two."""
+    padding = f"Parts leave out {found.padding_saved:.0%} of the padding."
+    longest = f" The longest row that fits alone has {found.fits:,} tokens." if found.limit < np.inf else ""
+    filling = (
+        f" Below {found.filling_tokens:,} tokens a part takes no less time, since its launches do: by published rates."
+        if found.filling_tokens > 1
+        else ""
+    )
+    return f"{padding}{longest}{filling}"
+
+
+def lengths_picture(found: StepsOfLengths) -> Figure:
+    """Draw the bytes of each step as a rectangle and in parts, in the order of the rectangles, and the limit."""
+    order = np.argsort(found.rectangle_bytes)
+    title = f"In parts, steps take {found.time:.2f} of the time, without {found.padding_saved:.0%} of their padding"
+    note = f"{found.rows} rows a step; a rectangle has {found.rectangle_layers} layers checkpointed in every step"
+    figure = drawing.new_figure(3.4, title, note)
+    axes = figure.add_subplot()
+    unit, size = byte_unit(float(found.rectangle_bytes.max()))
+    axes.plot(found.rectangle_bytes[order] / size, color=drawing.COLORS[1], label="padded rectangle")
+    axes.plot(found.parts_bytes[order] / size, ".", color=drawing.COLORS[0], label="in parts", markersize=3)
+    if found.limit < np.inf:
+        axes.axhline(found.limit / size, color=drawing.BUDGET_RED, label="what fits")
+    axes.set(xlabel="steps, by the longest row", ylabel=f"{unit} at the peak", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def lengths_figures(found: StepsOfLengths) -> dict[str, Any]:
+    """All figures, as JSON values; a limit that is infinite is null."""
+    values = asdict(found)
+    values |= {"limit": None if np.isinf(found.limit) else found.limit}
+    values["rectangle_bytes"] = found.rectangle_bytes.tolist()
+    values["parts_bytes"] = [None if np.isnan(peak) else peak for peak in found.parts_bytes.tolist()]
+    return dict(json.loads(json.dumps(values)))

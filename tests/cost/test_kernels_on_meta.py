@@ -1,0 +1,179 @@
+"""What trainers run in place of transformers' own code, and how they keep experts: bytes of it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as t
+from rankpilot.cost.allocator import CachingAllocator
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.from_config import base_on_meta, from_config
+from rankpilot.cost.model_states import frozen_bytes
+from rankpilot.cost.step_config import StepConfig
+from rankpilot.errors import ConfigError, UnknownNameError
+
+from .test_from_config import STEP, largest_price_error, real_memory
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+LLAMA = t.LlamaConfig(**_SIZES, dtype="bfloat16")
+MIXTRAL = t.MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2, dtype="bfloat16")
+GPT_OSS = t.GptOssConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=64, dtype="bfloat16")
+APERTUS = t.ApertusConfig(**{**_SIZES, "intermediate_size": 512}, dtype="bfloat16")
+
+
+def step_of(config: t.PreTrainedConfig, settings: dict[str, Any] | None = None, **loaded: Any) -> ConfiguredStep:
+    step = StepConfig(**{"batch_size": 1, "max_length": 256, "exact_savers": False, "bf16": True} | (settings or {}))
+    return from_config(config, step, LoadedAs(**loaded))
+
+
+def peak(config: t.PreTrainedConfig, settings: dict[str, Any] | None = None, **loaded: Any) -> float:
+    step = step_of(config, settings, **loaded)
+    return step.memory.peak(np.full(len(step.targets), 4))
+
+
+@pytest.mark.parametrize("implementation", ["flash", "flex"])
+def test_scores_of_sinks_grow_with_the_square_and_a_kernel_has_none(implementation):
+    def growth(**loaded: Any) -> float:
+        return peak(GPT_OSS, {"max_length": 2048}, **loaded) / peak(GPT_OSS, {"max_length": 1024}, **loaded)
+
+    assert growth(implementation="eager") > 3
+    assert growth(implementation=implementation) < 2.1
+
+
+def test_attention_by_a_kernel_takes_what_torchs_function_takes():
+    assert peak(LLAMA, implementation="flash") == pytest.approx(peak(LLAMA, implementation="sdpa"), rel=0.01)
+
+
+def test_losses_without_logits_take_less_and_one_in_tiles_a_tile_more():
+    words = t.LlamaConfig(**{**_SIZES, "vocab_size": 60_000}, dtype="bfloat16")
+    settings = {"gradient_checkpointing": True}
+    whole, chunked, cut = (peak(words, settings, loss=loss) for loss in ("model", "chunked", "cut"))
+    assert chunked - cut == pytest.approx(256 * 32_768 * 2, rel=0.2)
+    assert whole - cut > 256 * 60_000 * 8
+
+
+def test_a_fused_activation_holds_its_input_alone():
+    plain, fused = peak(APERTUS, fused_activations=False), peak(APERTUS)
+    assert plain - fused > 2 * 5 * 256 * 512 * 2  # five tensors of half precision in each of two layers, at least
+
+
+def test_inputs_of_checkpointed_layers_lie_in_main_memory():
+    deep = t.LlamaConfig(**{**_SIZES, "num_hidden_layers": 24}, dtype="bfloat16")
+    settings = {"gradient_checkpointing": True, "max_length": 512}
+    plain, offloaded = peak(deep, settings, loss="cut"), peak(deep, settings, loss="cut", offload=True)
+    assert 0.7 * (24 - 5) * 512 * 64 * 2 < plain - offloaded <= 1.01 * (24 - 5) * 512 * 64 * 2  # the peak moves
+
+
+def test_packed_rows_may_be_longer_than_positions():
+    short = t.LlamaConfig(**_SIZES, max_position_embeddings=128)
+    with pytest.raises(ConfigError, match="128 positions"):
+        step_of(short)
+    assert step_of(short, packed=True).memory.shape.length == 256
+
+
+def test_adam_in_four_bits_takes_half_of_eight():
+    pytest.importorskip("torchao")
+    pytest.importorskip("bitsandbytes")
+    wide = t.LlamaConfig(**_SIZES | {"hidden_size": 2048, "intermediate_size": 4096}, dtype="bfloat16")
+    eight, four = (
+        step_of(wide, {"optimizer": name}).memory.states.optimizer.sum() for name in ("adamw8bit", "adamw4bit")
+    )
+    assert 0.4 < four / eight < 0.65
+
+
+# Experts -----------------------------------------------------------------------------------------------------------
+
+
+def test_experts_stay_in_16_bits_where_nothing_quantises_them():
+    pytest.importorskip("bitsandbytes")
+    experts = 2 * 4 * 3 * 64 * 64
+    frozen = {
+        (kept, prepare): step_of(
+            MIXTRAL, {"quantization": "nf4", "prepare_kbit": prepare}, experts=kept
+        ).model.frozen_bytes
+        for kept in ("transformers", "axolotl", "unsloth")
+        for prepare in (False, True)
+    }
+    assert frozen["transformers", False] - frozen["axolotl", False] == pytest.approx(1.484 * experts, rel=0.04)
+    assert frozen["axolotl", False] == frozen["unsloth", False]
+    others = frozen["axolotl", True] - frozen["axolotl", False]
+    assert frozen["transformers", True] - frozen["transformers", False] == others, "experts were cast to fp32"
+
+
+def test_experts_one_by_one_take_less_at_the_peak_than_all_of_a_layer():
+    pytest.importorskip("bitsandbytes")
+    settings = {"quantization": "nf4", "prepare_kbit": False, "gradient_checkpointing": True}
+    wide = t.MixtralConfig(**{**_SIZES, "intermediate_size": 1024}, num_local_experts=4, dtype="bfloat16")
+    whole, single = (peak(wide, settings, experts=kept, loss="cut") for kept in ("axolotl", "unsloth"))
+    assert whole - single == pytest.approx(3 * 3 * 64 * 1024 * 2, rel=0.35)
+
+
+def test_experts_of_a_real_layer_take_the_predicted_bytes():
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+    config = copy.deepcopy(MIXTRAL)
+    torch.manual_seed(0)
+    base = base_on_meta(config, "AutoModelForCausalLM", torch.bfloat16)  # here on the CPU
+    plain = frozen_bytes(base.requires_grad_(False))
+    for layer in base.model.layers:
+        for name in ("gate_up_proj", "down_proj"):
+            parametrize.replace_parameter_4bit(layer.mlp.experts, name, compress_statistics=True)
+    step = StepConfig(**STEP, target_modules="q_proj,v_proj", exact_savers=False)
+    loaded = LoadedAs(device="cpu", dtype=torch.bfloat16)
+    memory, model, _ = real_memory(MIXTRAL, step, loaded, base.requires_grad_(False))
+    quantised = StepConfig(
+        **STEP, target_modules="q_proj,v_proj", exact_savers=False, quantization="nf4", prepare_kbit=False
+    )
+    with pytest.MonkeyPatch.context() as patch:  # linear layers stay as they are in the real one
+        patch.setattr("rankpilot.cost.quantised.should_convert_module", lambda *_: False)
+        hollow = from_config(MIXTRAL, quantised, LoadedAs(device="cpu", dtype=torch.bfloat16, experts="axolotl"))
+    assert frozen_bytes(model) < plain
+    assert hollow.model.frozen_bytes == frozen_bytes(model)
+    assert largest_price_error(hollow.memory, memory) < 0.02
+
+
+# Target modules ----------------------------------------------------------------------------------------------------
+
+
+def test_targets_that_a_model_lacks_are_left_out_as_peft_does(caplog):
+    named = step_of(APERTUS, {"target_modules": "gate_proj,up_proj"})
+    assert {target.name.rpartition(".")[2] for target in named.targets} == {"up_proj"}
+    assert "gate_proj" in caplog.text
+    with pytest.raises(UnknownNameError, match="Unknown target module"):
+        step_of(APERTUS, {"target_modules": "gate_proj,gate"})
+
+
+def test_targets_by_a_regular_expression():
+    step = step_of(LLAMA, {"target_modules": r"model.layers.[\d]+.(mlp|self_attn).(up|q)_proj"})
+    assert len(step.targets) == 4
+    with pytest.raises(ConfigError, match="matches no linear layer"):
+        step_of(LLAMA, {"target_modules": r"layers.[\d]+.q_proj"})
+    with pytest.raises(ConfigError, match="no regular expression"):
+        step_of(LLAMA, {"target_modules": "(q_proj"})
+
+
+# The allocator -----------------------------------------------------------------------------------------------------
+
+
+def test_an_expandable_segment_holds_hardly_more_than_what_is_allocated():
+    generator = np.random.default_rng(0)
+    plain, expandable = CachingAllocator(), CachingAllocator(expandable=True)
+    for allocator in (plain, expandable):
+        generator, held = np.random.default_rng(0), []
+        for _ in range(300):
+            held.append(allocator.allocate(int(generator.integers(1, 30 * 2**20))))
+            if len(held) > 20:
+                allocator.free(held.pop(int(generator.integers(len(held)))))
+    assert plain.peak_allocated == pytest.approx(expandable.peak_allocated, rel=0.01)
+    assert expandable.peak_allocated <= expandable.peak_reserved < plain.peak_reserved
