@@ -40,15 +40,15 @@ demo: $(VENV)/.installed-demo ## an 8B on a card, a fine-tune beside plain LoRA,
 	$(BIN)/rankpilot finetune $(DEMO) --goal bytes --compare-all-linear --output $(SEEN)/saves
 	$(BIN)/rankpilot finetune $(DEMO) --budget "1MiB step" --output $(SEEN)/small 2>&1 | tee $(SEEN)/too-small.txt
 	$(BIN)/python -m benchmarks elastic --quick --json $(SEEN)/elastic.json
-	$(BIN)/rankpilot policy train --preset quick --iterations 3 --validation-tasks 4 --output $(SEEN)/policy --resume
+	$(BIN)/rankpilot policy train --rounds 3 --warm-rounds 1 --episodes 16 --steps 40 --validation-tasks 1 --output $(SEEN)/policy --resume
+	$(BIN)/rankpilot finetune $(DEMO) --policy $(SEEN)/policy --budget "20k params" --output $(SEEN)/steered
 	$(BIN)/rankpilot study $(SEEN)/saves --output $(SEEN)/study.html
 	$(BIN)/python -m tools.demo $(SEEN)
 
-bench: setup ## measure what a step costs, how its memory and time are predicted, how fast the environment is
+bench: setup ## measure what a step costs, how its memory and time are predicted
 	$(BIN)/python -m benchmarks overhead --json runs/bench/overhead.json
 	$(BIN)/python -m benchmarks step-time --json runs/bench/step_time.json
 	$(BIN)/python -m benchmarks memory --json runs/bench/memory.json
-	$(BIN)/python -m benchmarks env-speed --json runs/bench/env_speed.json
 
 gpu-evidence: setup ## on a CUDA card of 24 GiB: predict and measure peaks, times and more, in 40 minutes at most (DRY=--dry-run: on the CPU)
 	$(BIN)/python -m benchmarks gpu-evidence $(DRY)

@@ -1,7 +1,7 @@
 """rankpilot plans the memory and time of a LoRA fine-tune before its first step, and keeps it inside a budget.
 
 The names below are loaded when first used, so that `import rankpilot` loads no other library. `import rankpilot.env`
-registers the Gymnasium environments, and so does the first use of `ENV_ID` or `CONTROL_ENV_ID`.
+registers the Gymnasium environment, and so does the first use of `ENV_ID`.
 """
 
 from importlib import import_module
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .decide.observation import Observation, module_feature
     from .decide.policy import Decision, decision_from_scores
     from .decide.settings import DecisionSchedule
-    from .env.own_task import OwnTask
-    from .env.registration import CONTROL_ENV_ID, ENV_ID
+    from .env import ENV_ID
+    from .env.sb3 import StackVecEnv
     from .finetune.allocate import StaticPlan, allocate, frontier, static_plan
     from .finetune.callback import RankPilotCallback, attach
     from .finetune.checkpoint import last_checkpoint
@@ -30,24 +30,21 @@ if TYPE_CHECKING:
     from .finetune.pilot import RankPilot
     from .finetune.run import TrainingRun
     from .lora.adapter_file import axolotl_yaml, export_padded, export_rank_pattern, rank_pattern_yaml
-    from .training.vec_env import GymnasiumVecEnv
 
 silence_missing_kernels()
 silence_worker()
 
 _LAZY = {
-    "CONTROL_ENV_ID": ".env.registration",
-    "ENV_ID": ".env.registration",
+    "ENV_ID": ".env",
     "Budget": ".cost.budget",
     "Decision": ".decide.policy",
     "DecisionLog": ".decide.log",
     "DecisionSchedule": ".decide.settings",
-    "GymnasiumVecEnv": ".training.vec_env",
     "Observation": ".decide.observation",
-    "OwnTask": ".env.own_task",
     "PilotOptions": ".finetune.options",
     "RankPilot": ".finetune.pilot",
     "RankPilotCallback": ".finetune.callback",
+    "StackVecEnv": ".env.sb3",
     "StaticPlan": ".finetune.allocate",
     "TrainingRun": ".finetune.run",
     "allocate": ".finetune.allocate",
@@ -71,19 +68,17 @@ _LAZY = {
 """The module of each public name, and after a colon its name there if it is another."""
 
 __all__ = [
-    "CONTROL_ENV_ID",
     "ENV_ID",
     "Budget",
     "Decision",
     "DecisionLog",
     "DecisionSchedule",
-    "GymnasiumVecEnv",
     "Observation",
-    "OwnTask",
     "PilotOptions",
     "RankPilot",
     "RankPilotCallback",
     "RankPilotError",
+    "StackVecEnv",
     "StaticPlan",
     "TrainingRun",
     "allocate",

@@ -1,9 +1,135 @@
-"""Train a policy: the same as `rankpilot policy train`, with the same options."""
+"""Train an agent that steers ranks and learning rate of fine-tunes while they go: `python train_agent.py --help`.
+
+It begins as a copy of a hand rule, and MaskablePPO goes on from there. A reward is how much lower the held-out loss is
+than under the rule, on the same task, seed and batches. What does best on validation tasks is saved: a folder of
+safetensors and JSON that `rankpilot.attach(trainer, policy="runs/policy")` takes.
+"""
+
+from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
 
-from rankpilot.__main__ import main
+import numpy as np
+import torch
+import tyro
+from rankpilot.agents.policy_file import CARD, LearnedPolicy, save_policy
+from rankpilot.agents.sb3_policy import GroupPolicy, clone, read_checkpoint, write_checkpoint
+from rankpilot.agents.training import TOGETHER, Train
+from rankpilot.common import files
+from rankpilot.decide.group_rules import GROUP_RULES
+from rankpilot.decide.groups import STEERING
+from rankpilot.env.evaluate import Row, beside, compare, evaluation_tasks
+from rankpilot.env.sb3 import StackVecEnv
+from sb3_contrib import MaskablePPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.utils import set_random_seed
+
+SOFT = 5.0
+"""PPO gets arcsinh of rewards over this, in hundredths of the log loss: no single run decides."""
+
+CHECKPOINT, PROGRESS = "checkpoint.pt", "progress.jsonl"
+
+
+class Progress(BaseCallback):
+    """After each round a row of progress.jsonl, validation if it is due, and a checkpoint."""
+
+    def __init__(self, options: Train, tell: Callable[[str], object]) -> None:
+        super().__init__()
+        self.options, self.tell, self.done = options, tell, 0
+        self.best: tuple[float, dict[str, torch.Tensor]] | None = None
+        self._tasks = evaluation_tasks(options.validation_tasks, split="train", seed=options.seed + 1)
+        self._ruled, self._returns = list[Row](), np.zeros(0)
+
+    def _on_step(self) -> bool:
+        self._returns = SOFT * np.sinh(self.locals["rewards"])  # those of the last step count, where episodes end
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.done += 1
+        row: dict[str, Any] = {"round": self.done, "episodes": len(self._returns)}
+        row["over_rule"] = float(self._returns.mean())
+        row |= {f"over_rule_p{at}": float(np.percentile(self._returns, at)) for at in (10, 50, 90)}
+        row |= {name: float(value) for name, value in self.logger.name_to_value.items() if name.startswith("train/")}
+        if self.done % self.options.validate_every == 0:
+            row["validation"] = self.validate()
+        self.logger.record("rollout/over_rule", row["over_rule"])
+        self.write(row)
+
+    def _on_rollout_start(self) -> None:  # the update of the round before is done
+        more = {"done": self.done, "best": self.best}
+        write_checkpoint(self.options.output / CHECKPOINT, cast(MaskablePPO, self.model), more)
+        set_random_seed(1000 * self.options.seed + self.done)  # so that a run that goes on draws the same
+
+    def validate(self) -> float:
+        """The held-out loss above the rule's on validation tasks, %; the network that did best is kept."""
+        network: Any = self.model.policy.network
+        self._ruled = self._ruled or list(compare({"rule": GROUP_RULES[self.options.rule]}, self._tasks))
+        rows = list(compare({"agent": LearnedPolicy("agent", network, STEERING)}, self._tasks))
+        changes = np.array(list(beside([*self._ruled, *rows], "agent", "rule").values()))
+        score = SOFT * float(np.sinh(np.arcsinh(changes / SOFT).mean()))
+        if self.best is None or score <= self.best[0]:
+            self.best = score, {name: value.clone() for name, value in network.state_dict().items()}
+        return score
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write a row down, and tell it."""
+        files.append_json_line(self.options.output / PROGRESS, row)
+        numbers = (f"{name} {value:.3g}" for name, value in row.items() if not name.startswith(("round", "train/")))
+        self.tell(f"round {row['round']} of {self.options.rounds}: {', '.join(numbers)}")
+
+
+def train(options: Train, tell: Callable[[str], object] = lambda line: None) -> Path:
+    """Train, and save the policy that did best on validation tasks; returns its folder.
+
+    Args:
+        options: how.
+        tell: called with a line for people after each round.
+    """
+    torch.set_num_threads(1)
+    settings = options.settings
+    with files.open_run(options.output, settings, resume=options.resume):
+        if (options.output / CARD).exists():
+            return options.output  # it has ended
+        envs = StackVecEnv(
+            options.episodes, stacks=options.stacks, workers=options.workers, cluster=options.cluster,
+            seed=options.seed, soft=SOFT, against=options.rule, episodes_per_task=TOGETHER, steps=options.steps,
+        )  # fmt: skip
+        model = MaskablePPO(
+            GroupPolicy, envs, n_steps=len(STEERING.fractions), batch_size=192, n_epochs=4, learning_rate=3e-4,
+            gamma=1.0, gae_lambda=0.95, ent_coef=1e-3, target_kl=0.03, policy_kwargs={"width": options.width},
+            seed=options.seed, device="cpu",
+        )  # fmt: skip
+        board = ["tensorboard"] if find_spec("tensorboard") else []
+        model.set_logger(configure(str(options.output / "tensorboard"), board))
+        policy: Any = model.policy
+        progress, checkpoint = Progress(options, tell), options.output / CHECKPOINT
+        if checkpoint.exists():
+            more = read_checkpoint(checkpoint, model)
+            progress.best, progress.done = more["best"], more["done"]
+            envs.round = options.warm_rounds + 1 + progress.done
+        else:
+            agrees = clone(model, envs, options.warm_rounds, options.seed)
+            progress.init_callback(model)
+            progress.write({"round": 0, "agrees": agrees, "validation": progress.validate()})
+        steps = (options.rounds - progress.done) * model.n_steps * envs.num_envs
+        if steps > 0:
+            model.learn(steps, progress, reset_num_timesteps=False)
+        envs.close()
+        score, weights = progress.best or (0.0, policy.network.state_dict())
+        policy.network.load_state_dict(weights)
+        card = {"training": settings, "above_rule": score, "rounds": progress.done}
+        return save_policy(options.output, policy.network, STEERING, card)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the command line says."""
+    train(tyro.cli(Train, args=arguments), lambda line: sys.stdout.write(f"{line}\n"))
+
 
 if __name__ == "__main__":
-    sys.argv[1:] = ["policy", "train", *sys.argv[1:]]
     main()

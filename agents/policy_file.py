@@ -1,10 +1,13 @@
-"""Policies as folders with `policy.safetensors` and `card.json`. Loading one never unpickles and runs no code of it."""
+"""A trained policy, and policies as folders with `policy.safetensors` and `card.json`.
+
+Loading one never unpickles and runs no code of it.
+"""
 
 from __future__ import annotations
 
 import logging
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,21 +17,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..common.devices import without_autocast
 from ..common.files import atomic_path, check_tensor_file, from_json, read_json, sha256, write_json
 from ..decide.chooser import DEFAULT, PlanChooser
-from ..decide.observation import MODULE_FEATURES, RUN_FEATURES, Inputs
-from ..decide.policy import Policy
+from ..decide.group_rules import GROUP_RULES
+from ..decide.groups import GROUP_FEATURES, GroupView, Steering
+from ..decide.log import POLICY, DecisionLog
+from ..decide.observation import RUN_FEATURES, Observation
+from ..decide.policy import Decision, Policy
 from ..decide.rules import FILE_SUFFIXES, RULES, AsConfigured, PlanFile, find_rule
-from ..decide.settings import ONCE, DecisionSchedule, NetworkConfig
+from ..decide.settings import ONCE, DecisionSchedule
 from ..errors import MOST_NAME, ConfigError, DataError, PolicyFileError, UnknownNameError, first_line, shown
 from ..lora.spec import DEFAULT_RANKS
-from .learned_policy import LearnedPolicy
-from .networks import DIRECTIONS, RankNetwork
+from .networks import GroupNetwork, NetworkConfig
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "rankpilot-policy"
-SCHEMA = 5
+SCHEMA = 6
 WEIGHTS, CARD = "policy.safetensors", "card.json"
 
 MOST_CARD_BYTES, MOST_WEIGHT_BYTES = 2**24, 2**30
@@ -37,9 +43,46 @@ MOST_CARD_BYTES, MOST_WEIGHT_BYTES = 2**24, 2**30
 Weights = dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class LearnedPolicy:
+    """Takes the action that its network scores highest, among those that are allowed.
+
+    Attributes:
+        name: the name in logs and tables.
+        network: on the CPU and in evaluation mode.
+        schedule: when it was trained to decide.
+        sha256: of the file of weights; None for a policy that was not loaded from a file.
+        folder: from which it was loaded; None for one that was not.
+    """
+
+    steers_rate = True
+    name: str
+    network: GroupNetwork
+    schedule: DecisionSchedule
+    sha256: str | None = None
+    folder: Path | None = None
+
+    @torch.no_grad()
+    def scores(self, view: GroupView) -> torch.Tensor:
+        """The score of each action, (actions,); minus infinity for those that are not allowed."""
+        groups, run = torch.from_numpy(view.features)[None], torch.from_numpy(view.run)[None]
+        scores: torch.Tensor = self.network(groups, torch.ones(groups.shape[:2]), run)[0][0]
+        return scores.masked_fill(~torch.from_numpy(view.allowed), -torch.inf)
+
+    @without_autocast()
+    def act(self, view: GroupView) -> int:
+        """See `Actor`."""
+        return int(self.scores(view).argmax())
+
+    def decide(self, observation: Observation) -> Decision:
+        """Decide on one observation; the same observation always leads to the same decision."""
+        view = GroupView.of(observation)
+        return view.decision(self.act(view))
+
+
 def save_policy(
     folder: Path,
-    network: RankNetwork,
+    network: GroupNetwork,
     schedule: DecisionSchedule,
     provenance: dict[str, Any],
 ) -> Path:
@@ -61,14 +104,14 @@ def save_policy(
         "format": FORMAT,
         "schema": SCHEMA,
         "sha256": sha256(folder / WEIGHTS),
-        "module_features": list(MODULE_FEATURES[: network.inputs.modules]),
-        "run_features": list(RUN_FEATURES[: network.inputs.run]),
+        "group_features": list(GROUP_FEATURES),
+        "run_features": list(RUN_FEATURES),
         "ladder": list(DEFAULT_RANKS),
         "schedule": asdict(schedule),
         "network": asdict(network.config),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("rankpilot", "torch", "stable-baselines3")},
+            **{name: version(name) for name in ("rankpilot", "torch")},
         },
         **provenance,
     }
@@ -80,7 +123,7 @@ def load_policy(given: str | Path | Policy) -> Policy:
     """A policy by name or folder.
 
     Args:
-        given: "default" for the policy that ships with the package, the name of a rule ("signal-mean", "top-down"),
+        given: "default" for the policy that ships with the package, the name of a rule ("signal-mean", "union"),
             the folder of a trained policy, a plan in a .yaml file, or a policy object, which is returned.
 
     Raises:
@@ -103,10 +146,10 @@ def load_policy(given: str | Path | Policy) -> Policy:
         return PlanFile(folder)
     if not folder.exists():
         if folder.name == str(given):
-            return find_rule(str(given))
+            return GROUP_RULES.get(str(given)) or find_rule(str(given))
         raise UnknownNameError(
             f"There is no policy folder {folder}. Pass one made by `rankpilot policy train`, {DEFAULT!r}, or a rule: "
-            f"{', '.join(RULES)}."
+            f"{', '.join((*RULES, *GROUP_RULES))}."
         )
     if folder.is_file():
         raise PolicyFileError(
@@ -115,17 +158,16 @@ def load_policy(given: str | Path | Policy) -> Policy:
         )
     card = read_card(folder)
     try:
-        inputs = Inputs(len(card["module_features"]), len(card["run_features"]))
         config = from_json(NetworkConfig, card.get("network"), complete=True)
     except ConfigError as error:
         raise PolicyFileError(f"The card in {folder} does not describe the network: {first_line(error)}") from error
     weights = _read_weights(folder, card)
     with torch.device("meta"):
-        _check_weights(folder, RankNetwork(config, inputs), weights)
+        _check_weights(folder, GroupNetwork(config), weights)
     with torch.random.fork_rng(devices=[]):  # networks draw weights, which the file replaces
-        network = RankNetwork(config, inputs)
+        network = GroupNetwork(config)
     network.load_state_dict(weights)
-    return LearnedPolicy(_name(folder, card), network.eval(), card["sha256"], _schedule(folder, card), folder)
+    return LearnedPolicy(_name(folder, card), network.eval(), _schedule(folder, card), card["sha256"], folder)
 
 
 def _name(folder: Path, card: dict[str, Any]) -> str:
@@ -179,14 +221,9 @@ def read_card(folder: Path) -> dict[str, Any]:
             f"The policy in {folder} has schema {shown(card.get('schema'))}; this version of rankpilot reads {SCHEMA}. "
             "Train it again, or install the version that made it."
         )
-    features: dict[str, list[Any]] = {"module_features": list(MODULE_FEATURES), "run_features": list(RUN_FEATURES)}
-    expected: dict[str, list[Any]] = {**features, "ladder": list(DEFAULT_RANKS)}
+    expected = {"group_features": GROUP_FEATURES, "run_features": RUN_FEATURES, "ladder": DEFAULT_RANKS}
     for key, value in expected.items():
-        given = card.get(key)
-        earlier = key in features and isinstance(given, list) and bool(given) and value[: len(given)] == given
-        if earlier and key == "module_features":  # networks of all versions read up to this one
-            earlier = DIRECTIONS[-2] in list(given or ())
-        if given != value and not earlier:
+        if card.get(key) != list(value):
             raise PolicyFileError(
                 f"The policy in {folder} has {key} {shown(card.get(key))}; this version of rankpilot reads {value!r}. "
                 "Train it again, or install the version that made it."
@@ -194,15 +231,28 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
+def policy_of(log: DecisionLog) -> Policy | None:
+    """Who decided in a run: the policy beside its log, or who has the name there; None where that cannot be read.
+
+    Args:
+        log: of the run, with a decision at least.
+    """
+    folder = log.folder / POLICY
+    try:
+        return load_policy(folder if folder.is_dir() else log.logged(0).policy)
+    except (PolicyFileError, UnknownNameError, ConfigError):
+        return None
+
+
 def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
     """When a policy was trained to decide, or a plan file is read; the default schedule for all others."""
     if str(given) == DEFAULT or isinstance(given, PlanChooser):
         return ONCE
     policy = load_policy(given) if Path(str(given)).suffix in FILE_SUFFIXES else given
-    if isinstance(policy, PlanFile | AsConfigured):
+    if isinstance(policy, PlanFile | AsConfigured | LearnedPolicy | Steering):
         return policy.schedule
-    if isinstance(policy, LearnedPolicy) and policy.schedule:
-        return policy.schedule
+    if isinstance(policy, str) and policy in GROUP_RULES:
+        return GROUP_RULES[policy].schedule
     if not isinstance(given, str | Path) or not Path(given).is_dir():
         return DecisionSchedule()
     return _schedule(Path(given), read_card(Path(given)))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +23,8 @@ import torch
 import tyro
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.files import append_json_line, write_json
-from rankpilot.common.workers import count_workers, worker_pool
+from rankpilot.common.statistics import Estimate, Statistic, estimate
 from rankpilot.errors import ConfigError
-from rankpilot.training.results import Estimate, Statistic, estimate
 from rich.console import Console
 from rich.progress import track
 from scipy.stats import rankdata
@@ -240,6 +243,18 @@ def rank_correlation(first: FloatArray, second: FloatArray) -> float:
     return float(places[0] @ places[1] / scale) if scale else float("nan")
 
 
+@contextmanager
+def isolated() -> Iterator[None]:
+    """One thread, and no trace in the random state: bases are adapted at random."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def collect_rows(
     path: Path,
     rows: dict[Any, Any],
@@ -263,10 +278,10 @@ def collect_rows(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    progress, count = Console(file=sys.stderr), count_workers(workers)
-    with worker_pool(count) as pool:
+    progress, count = Console(file=sys.stderr), workers or os.cpu_count() or 1
+    with ProcessPoolExecutor(count, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         while time.monotonic() < end and (next_ones := list(islice(missing(), 2 * count))):
-            for run, row in pool.spread(perform, next_ones):
+            for run, row in zip(next_ones, pool.map(perform, next_ones), strict=True):
                 append_json_line(path, {"run": asdict(run), "row": row})
                 rows[run] = row
                 progress.print(told(run, row), markup=False, soft_wrap=True)

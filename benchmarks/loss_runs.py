@@ -24,13 +24,14 @@ from rankpilot.common.files import atomic_path, read_json_lines
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.plan.rate import LEAST_SHARE, RULE, InitialLoss
+from rankpilot.plan.rate import LEAST_SHARE, InitialLoss
 from rich.console import Console
 from torch import nn
 
 from .harness import Figures, collect_rows, machine_facts
 from .text_runs import (
     ALPHA,
+    AROUND,
     CLIP,
     Part,
     adapted_model,
@@ -195,14 +196,14 @@ def _whole_models() -> Iterator[LossRun]:
     for number, (text, loss) in enumerate(HARD.items()):
         steps = 50 if number else 100
         initial = InitialLoss(loss, 47 * rows)
-        rate = RULE.plain(width_of(model), steps, initial=initial)
+        rate = AROUND.plain(width_of(model), steps, initial=initial)
         for factor in (1.0, 0.5, 2.0):
             yield LossRun(model, text, steps, rows, "all", REFERENCE_RANK, 1.0, _rounded(factor * rate))
         for _ in range(5):
             part, rank = _drawn_plan(generator, max(RANKS))
             off = math.exp(generator.normal(0, NEAR))
-            factor = (rank / REFERENCE_RANK) ** (RULE.of_rank - RULE.of_scale)
-            factor *= max(_SHARES.get(part, 1), LEAST_SHARE) ** RULE.of_share
+            factor = (rank / REFERENCE_RANK) ** (AROUND.of_rank - AROUND.of_scale)
+            factor *= max(_SHARES.get(part, 1), LEAST_SHARE) ** AROUND.of_share
             yield LossRun(model, text, steps, rows, part, rank, 1.0, _rounded(off * factor * rate))
 
 

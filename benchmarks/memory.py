@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.devices import find_device
+from rankpilot.common.statistics import Estimate
 from rankpilot.common.text import format_bytes, make_table
 from rankpilot.cost.batch_shape import Batch, shape_of
 from rankpilot.cost.cost import Cost, plan_cost
@@ -25,7 +26,6 @@ from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import TargetModule
 from rankpilot.plan.plan import top_down
 from rankpilot.plan.problem import AllocationProblem
-from rankpilot.training.results import Estimate
 from rich.console import Console
 
 from .harness import Figures, estimate_figures, interleave, machine_facts, usual_ratio, with_progress

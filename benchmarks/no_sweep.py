@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from rankpilot.common.files import read_json_lines, write_text
+from rankpilot.common.statistics import estimate
 from rankpilot.common.text import make_table
 from rankpilot.cost.training_step import switch_checkpointing
 from rankpilot.decide.observation import Observation
@@ -31,12 +32,10 @@ from rankpilot.errors import ConfigError
 from rankpilot.finetune.before_training import run_memory
 from rankpilot.finetune.options import PilotOptions
 from rankpilot.finetune.pilot import RankPilot
-from rankpilot.finetune.plan_rate import START, hidden_width, initial_loss
+from rankpilot.finetune.plan_rate import hidden_width, initial_loss
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.plan.rate import RULE
-from rankpilot.training.results import estimate
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
@@ -45,7 +44,7 @@ from .harness import Figures, collect_rows, machine_facts
 from .loss_runs import JUDGED
 from .no_sweep_rates import CORRECTIONS
 from .no_sweep_rivals import RIVALS, each_step
-from .text_runs import ALPHA, CLIP, adapted_model, factor_at, held_out_loss, new_loader, training_run
+from .text_runs import ALPHA, AROUND, CLIP, adapted_model, factor_at, held_out_loss, new_loader, training_run
 from .texts import TextTask, load_data
 
 PACKED = Path(__file__).parent / "results" / "no_sweep.json"
@@ -62,12 +61,12 @@ USUAL = 3e-4
 
 GOALS = ("quality", "time", "bytes")
 SWEPT = (0.5, 1.0, 2.0)
-"""The rates of a sweep, over the rule's; where the highest or lowest is best, twice or half of it follows."""
+"""The rates of a sweep, over that rule's; where the highest or lowest is best, twice or half of it follows."""
 
 MOST_SWEPT = 8.0
 
 WRONG = (0.25, 1.0, 4.0)
-"""Rates at which plain LoRA is left alone, and controlled, over the rule's."""
+"""Rates at which plain LoRA is left alone, and controlled, over that rule's."""
 
 SEEDS = (0, 1)
 
@@ -83,8 +82,9 @@ class Run:
     Attributes:
         text: of `JUDGED`.
         side: "plain" LoRA of rank 8, "controlled" for that under control of its rate or another of `CORRECTIONS`,
-            "rslora-64" on all modules, "usual" for plain LoRA at `USUAL`, a goal, or a rival.
-        factor: of the rate over the rule's, for sides with a sweep.
+            "auto" for plain LoRA under `learning_rate="auto"`, "rslora-64" on all modules, "usual" for plain LoRA at
+            `USUAL`, a goal, or a rival.
+        factor: of the rate over that of `AROUND`, for sides with a sweep.
         seed: of adapters and batches; one of `SEEDS`.
     """
 
@@ -127,7 +127,7 @@ class Options:
 
 def next_runs(text: str, seed: int, rows: Mapping[Run, Mapping[str, Any]]) -> Iterator[Run]:
     """The runs of a text that are missing, as far as the rows so far tell."""
-    once = [Run(text, side, seed=seed) for side in (*GOALS, "usual", *RIVALS)]
+    once = [Run(text, side, seed=seed) for side in (*GOALS, "auto", "usual", *RIVALS)]
     corrected = ("controlled", *(CORRECTIONS if text not in WHOLE and not seed else ()))
     once += [Run(text, side, factor, seed) for side in ("plain", *corrected) for factor in WRONG]
     yield from (run for run in once if run not in rows)
@@ -172,10 +172,10 @@ def perform(run: Run) -> dict[str, Any]:
         telling = each_step(optimizer, lambda step: rival.stepped(model, task, step))
     elif run.side != "usual":
         _set_rate(optimizer, run.factor * _rule_of(training, seed))
-    if run.side == "controlled":
-        pilot = RankPilot(Plain(), CONTROLLED, seed=seed, tell=lambda line: None)
+    if run.side in PLAIN_OPTIONS:
+        pilot = RankPilot(Plain(), PLAIN_OPTIONS[run.side], seed=seed, tell=lambda line: None)
         pilot.begin(training)
-    rate = optimizer.param_groups[0]["lr"]
+    rate = optimizer.param_groups[0]["lr"] * (pilot.rate_factor if pilot else 1.0)
     setup_s = time.process_time() - begun
     with telling:
         if run.side in CORRECTIONS:
@@ -226,6 +226,9 @@ CONTROLLED = PilotOptions(
 )
 """Plain LoRA whose rate is controlled, and nothing else."""
 
+PLAIN_OPTIONS = {"controlled": CONTROLLED, "auto": replace(CONTROLLED, learning_rate="auto", keep_rate=False)}
+"""How plain LoRA is piloted, by side."""
+
 
 def pilot_options(goal: str, seed: int) -> PilotOptions:
     """What a user of rankpilot sets: a goal, and nothing of rates; the budget is what plain LoRA takes."""
@@ -255,7 +258,7 @@ def _rule_of(training: TrainingRun, seed: int) -> float:
     scales, plain = np.array([target.scaling for target in targets]), np.full(len(targets), ALPHA / REFERENCE_RANK)
     initial, width = initial_loss(training, training.read_first_rows(seed)), hidden_width(training.model)
     assert width is not None
-    return RULE.plain(width, training.total_steps, float(plain[0]), initial) * RULE.factor(ranks, scales, plain)
+    return AROUND.plain(width, training.total_steps, float(plain[0]), initial) * AROUND.factor(ranks, scales, plain)
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -295,8 +298,6 @@ Cell = tuple[str, int]
 def best_rows(rows: Mapping[Run, Mapping[str, Any]]) -> dict[Cell, dict[str, Mapping[str, Any]]]:
     """By cell and side the row that counts: of a sweep the best one, and as "plain, rule" plain LoRA at the rule's.
 
-    As "plain, auto" it is plain LoRA that begins at `START` of the rule's rate and is controlled.
-
     A cell counts once plain LoRA has trained at all rates of `SWEPT`.
     """
     found: dict[Cell, dict[str, Mapping[str, Any]]] = defaultdict(dict)
@@ -306,8 +307,6 @@ def best_rows(rows: Mapping[Run, Mapping[str, Any]]) -> dict[Cell, dict[str, Map
             of_cell[run.side] = row
         if (run.side, run.factor) == ("plain", 1.0):
             of_cell["plain, rule"] = row
-        if (run.side, run.factor) == ("controlled", START):
-            of_cell["plain, auto"] = row
     swept = {cell: {Run(cell[0], "plain", factor, cell[1]) for factor in SWEPT} for cell in found}
     return {cell: sides for cell, sides in found.items() if swept[cell] <= rows.keys()}
 
@@ -387,7 +386,7 @@ def _report_sides(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console:
         ("byte models, admitted", admitted - set(WHOLE)),
         ("SmolLM2-135M, admitted", admitted & set(WHOLE)),
     ):
-        for side in (*GOALS, "plain, auto", "plain, rule", "usual", "rslora-64", *RIVALS):
+        for side in (*GOALS, "auto", "plain, rule", "usual", "rslora-64", *RIVALS):
             found = [cell for cell in best if cell[0] in texts and side in best[cell]]
             if not found:
                 continue
@@ -412,7 +411,7 @@ def _report_sides(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console:
 def _bytes(side: str, sides: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
     """Bytes of a step beside plain LoRA's, and beside those with all its layers checkpointed; NaN if unknown."""
     plain = sides["plain, rule"] if "plain, rule" in sides else sides["plain"]
-    own = 1.0 if side in ("plain, auto", "plain, rule", "usual") else plain.get(side, math.nan)
+    own = 1.0 if side in ("auto", "plain, rule", "usual") else plain.get(side, math.nan)
     size = float(sides[side].get("bytes", own))
     return size, size / plain.get("checkpointed", math.nan)
 

@@ -15,9 +15,8 @@ from peft.optimizers import create_loraplus_optimizer
 from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.plan.rate import RULE
 
-from .text_runs import ALPHA, KIND, Part, adapted_model, everything, mlp, new_base, new_loader, ranks_at, top
+from .text_runs import ALPHA, AROUND, KIND, Part, adapted_model, everything, mlp, new_base, new_loader, ranks_at, top
 from .texts import TextTask, load_data
 
 LORAPLUS_RATIO = 16.0
@@ -164,7 +163,7 @@ class Rival:
         ranks = np.where(chosen, np.minimum(REFERENCE_RANK, most), 0).astype(np.int64)
         scale = np.full(len(modules), ALPHA / REFERENCE_RANK)
         model = self.model(task, ranks_at(modules, chosen, self.start), seed)
-        return model, self.optimizer(model, plain_rate * RULE.factor(ranks, scale, scale))
+        return model, self.optimizer(model, plain_rate * AROUND.factor(ranks, scale, scale))
 
 
 RIVALS = {

@@ -16,6 +16,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.devices import find_device
+from rankpilot.common.statistics import Estimate, Statistic
 from rankpilot.common.text import format_bytes, make_table
 from rankpilot.cost.budget import Budget
 from rankpilot.decide.applier import PlanApplier
@@ -25,7 +26,6 @@ from rankpilot.finetune.pilot import RankPilot as Pilot
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.adapters import PeftAdapters
 from rankpilot.lora.spec import REFERENCE_RANK
-from rankpilot.training.results import Estimate, Statistic
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table

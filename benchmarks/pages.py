@@ -24,7 +24,7 @@ from rankpilot.errors import DataError, UnknownNameError
 from rankpilot.plan.rate import RULE
 from rich.console import Console
 
-from . import no_sweep, published_page, rates, worth
+from . import agent, no_sweep, published_page, rates, worth
 from .harness import Figures
 from .loss_runs import HARD
 from .published_time import KINDS
@@ -78,8 +78,8 @@ def without_a_sweep() -> Figures:
 SIDES = {
     "quality": '`goal="quality"`: the lowest loss in the bytes of plain LoRA',
     "bytes": '`goal="bytes"`: the fewest bytes at the same loss',
-    "plain, auto": 'plain LoRA, `learning_rate="auto"`',
-    "plain, rule": "plain LoRA at the rate of the rule, left alone",
+    "auto": 'plain LoRA, `learning_rate="auto"`',
+    "plain, rule": "plain LoRA at the rate of a rule that was fitted on such models, left alone",
     "rslora-64": "plain LoRA of rank 64 (rsLoRA) at the best of its rates",
     "usual": "plain LoRA at 3e-4",
 }
@@ -94,16 +94,19 @@ RIVALS = {
 
 
 def one_run() -> str:
-    """One run of rankpilot versus plain LoRA at the best of its rates."""
-    figures, rows = without_a_sweep(), []
-    for side, words in SIDES.items():
-        key = f"admitted, {side}"
-        sizes = [f"{figures[f'{key}: bytes{beside}']:.2f}" for beside in ("", " beside checkpointed")]
-        rows.append(
-            (words, ranged(figures, key), signed(figures[f"{key}: worst"]), *sizes, f"{figures[f'{key}: texts']}")
-        )
+    """One run of rankpilot versus plain LoRA at the best of its rates, whole models first."""
+    figures, tables = without_a_sweep(), []
     beside = "bytes of a step", "versus plain LoRA checkpointed"
-    return table(("", "loss", "worst text", *beside, "texts"), rows)
+    for part, words in (("SmolLM2-135M", "SmolLM2-135M"), ("byte models", "models of width 64")):
+        rows = []
+        for side, told in SIDES.items():
+            key = f"{part}, admitted, {side}"
+            if f"{key}: value" in figures:
+                sizes = [f"{figures[f'{key}: bytes{beside}']:.2f}" for beside in ("", " beside checkpointed")]
+                worst, texts = signed(figures[f"{key}: worst"]), f"{figures[f'{key}: texts']}"
+                rows.append((told, ranged(figures, key), worst, *sizes, texts))
+        tables.append(table((words, "loss", "worst text", *beside, "texts"), rows))
+    return "\n\n".join(tables)
 
 
 def rivals() -> str:
@@ -121,7 +124,7 @@ def control() -> str:
     """Ways to correct a learning rate during the run; SmolLM2 was trained with two of them."""
     figures, lines = without_a_sweep(), []
     sides = ("plain", "controlled", "forks", "hypergradient, .3", "reduced on a plateau")
-    words = {0.25: "a quarter of the rule's", 1.0: "the rule's", 4.0: "four times the rule's"}
+    words = {0.25: "a quarter of about the best", 1.0: "about the best", 4.0: "four times that"}
     for prefix in ("", "SmolLM2-135M, "):
         for factor, told in words.items():
             cells = []
@@ -133,6 +136,17 @@ def control() -> str:
                 lines.append((prefix + told, f"{figures[f'{prefix}controlled at {factor:g}: texts']}", *cells))
     columns = ("rate at the start", "texts", "left alone", "controlled", "forks", "hypergradient", "ReduceLROnPlateau")
     return table(columns, lines)
+
+
+def agent_table() -> str:
+    """A trained agent, rules and constants by how far above the best hand rule they end."""
+    rows = agent.stored_rows()
+    lines = [
+        (name, *(f"{of[regime]:+.1f} %" if regime in of else "" for regime in agent.REGIMES))
+        for name, of in agent.table_rows(rows)
+    ]
+    counts = {regime: len({row.task for row in rows if row.regime == regime}) for regime in agent.REGIMES}
+    return table(("", *(f"{regime}, {counts[regime]} tasks" for regime in agent.REGIMES)), lines)
 
 
 PARTS = {
@@ -165,14 +179,14 @@ def parts() -> str:
 
 
 def published_rates() -> str:
-    """The loss above that of the best rate, over published sweeps."""
-    sweeps = [*rates.published()]
-
-    def regret(rate: float | None) -> float:
-        return float(np.mean([sweep.regret(rate or sweep.rate(RULE)) for sweep in sweeps]))
-
-    rows = (("the rule", None), ("3e-4 for all", 3e-4), ("1e-4 for all", 1e-4))
-    return table(("rate", "loss above the best"), [(words, f"{regret(rate):.2f} %") for words, rate in rows])
+    """The loss above that of the best rate, over published sweeps and those of SmolLM2 whole."""
+    groups = [[*rates.published()], [sweep for sweep in rates.published() if sweep.rank >= 64], [*rates.whole()]]
+    rows = []
+    for words, rate in (("the rule", None), ("3e-4 for all", 3e-4), ("1e-4 for all", 1e-4), ("1e-3 for all", 1e-3)):
+        regrets = [[sweep.regret(rate or sweep.rate(RULE)) for sweep in group] for group in groups]
+        rows.append((words, *(f"{np.mean(each):.2f} % (worst {max(each):.1f})" for each in regrets)))
+    columns = ("rate", "41 published sweeps, 1B to 685B", "those of rank 64 and 128", "SmolLM2-135M, 17 texts")
+    return table(columns, rows)
 
 
 FIXED = {
@@ -308,6 +322,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rivals": rivals,
     "parts of SmolLM2": parts,
     "rates": published_rates,
+    "agent": agent_table,
     "control": control,
     "fixed plans": fixed_plans,
     "step cost": step_cost,

@@ -1,8 +1,8 @@
 """`python -m benchmarks rates`: what the rule for the learning rate costs beside each task's best rate.
 
 A *sweep* is one fine-tune at several rates. The regret of a rule on it is the log of the loss at the rule's rate, read
-off between the rates that were run, less that of the lowest loss. Rules are fitted without the family that they are
-judged on.
+off between the rates that were run, less that of the lowest loss. The level of the rule is the constant of wide models,
+so the published sweeps and those of SmolLM2 whole are of models left out. The powers are fitted on small models.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rankpilot.common.files import read_json_lines
 from rankpilot.common.text import make_table
 from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import REFERENCE_RANK
-from rankpilot.plan.rate import MOST_TOKENS, RULE, InitialLoss, RateRule
+from rankpilot.plan.rate import BELOW, ENDS, MOST_TOKENS, RULE, WIDE, InitialLoss, RateRule
 from rich.console import Console
 from scipy.optimize import minimize
 
@@ -35,7 +35,17 @@ PUBLISHED_START = InitialLoss(0.9, MOST_TOKENS)
 """The loss before training is not published; after it, it is .5 to .8."""
 
 ROWS = Path(__file__).parent / "results" / "rates.json"
-"""Our own sweeps, packed."""
+"""Sweeps of small models, packed."""
+
+RUNS = ROWS.with_name("loss_runs.json")
+"""Fine-tunes of SmolLM2 whole, of which plain LoRA at several rates is a sweep."""
+
+WHOLE = "smollm2-135m"
+
+QUANTILES = (ENDS, BELOW[False], 0.5, 1 - ENDS)
+
+CONSTANT = 3e-4
+"""The rate of wide models, at `PUBLISHED_ALPHA`."""
 
 DIVERGED = 50.0
 """The loss that counts for a run that diverged, in nats."""
@@ -89,6 +99,11 @@ class Sweep:
         one = np.ones(1)
         factor = rule.factor(np.array([self.rank]), self.scale * one, plain_scale * one)
         return factor * rule.plain(self.width, self.steps, plain_scale, InitialLoss(self.loss, self.tokens))
+
+    @property
+    def best(self) -> float:
+        """The best of the rates that were run."""
+        return min(self.losses, key=lambda rate: self.losses[rate])
 
     def regret(self, rate: float, *, beyond: bool = False) -> float:
         """By how much the loss at a rate is above the lowest, in per cent.
@@ -144,35 +159,44 @@ def packed() -> Iterator[Sweep]:
         yield Sweep(family, name, width_of(model), steps, REFERENCE_RANK, 2.0, sweep["untrained"], 48 * rows, losses)
 
 
+def whole() -> Iterator[Sweep]:
+    """Sweeps of SmolLM2-135M, on which nothing of the rule was fitted."""
+    for packed_runs in json.loads(RUNS.read_text(encoding="utf-8")):
+        model, text, steps, rows = packed_runs["task"]
+        losses = {run[3]: run[4] for run in packed_runs["runs"] if run[:3] == ["all", REFERENCE_RANK, 1.0]}
+        if model == WHOLE and len(losses) >= 3:
+            loss, name = packed_runs["untrained"], f"{model} / {text}, {steps} steps of {rows}"
+            yield Sweep(model, name, width_of(model), steps, REFERENCE_RANK, 2.0, loss, 48 * rows, losses)
+
+
 def fit(sweeps: Sequence[Sweep]) -> RateRule:
-    """The rule with the least mean regret, published sweeps and each of our models counting alike in the mean."""
+    """The rule with the least mean regret, each family counting alike; wide models have `CONSTANT`."""
     groups = defaultdict(list)
     for sweep in sweeps:
-        groups[sweep.name.partition(" / ")[0] if " / " in sweep.name else "published"].append(sweep)
-    weights = {name: PUBLISHED_WEIGHT if name == "published" else 1.0 for name in groups}
+        groups[sweep.family].append(sweep)
 
-    def rule_of(values: Sequence[float]) -> RateRule:
-        rate, width, steps, tokens, loss = values
-        return replace(RULE, rate=math.exp(rate), of_width=width, of_steps=steps, of_tokens=tokens, of_loss=loss)
+    def rule_of(powers: Sequence[float]) -> RateRule:
+        width, steps, tokens, loss = powers
+        rule = replace(RULE, rate=1.0, of_width=width, of_steps=steps, of_tokens=tokens, of_loss=loss)
+        wide = rule.plain(WIDE, PUBLISHED_STEPS, PUBLISHED_ALPHA / REFERENCE_RANK, PUBLISHED_START)
+        return replace(rule, rate=CONSTANT / wide)
 
-    def loss(values: Sequence[float]) -> float:
-        rule = rule_of(values)
-        means = {
-            name: np.mean([min(sweep.regret(sweep.rate(rule), beyond=True), MOST_REGRET) for sweep in group])
-            for name, group in groups.items()
-        }
-        return float(sum(weights[name] * value for name, value in means.items()) / sum(weights.values()))
+    def regret(powers: Sequence[float]) -> float:
+        rule = rule_of(powers)
+        means = [
+            np.mean([min(sweep.regret(sweep.rate(rule), beyond=True), MOST_REGRET) for sweep in group])
+            for group in groups.values()
+        ]
+        return float(np.mean(means))
 
-    starts = [[math.log(6e-4), width, -0.2, 0.2, loss_power] for width, loss_power in ((-0.3, 0.8), (-0.6, 0.2))]
-    settings = {"maxiter": 4000, "xatol": 1e-3, "fatol": 1e-4, "adaptive": True}
-    found = [minimize(loss, start, method="Nelder-Mead", options=settings) for start in starts]
+    starts = [[width, -0.1, 0.2, loss] for width in (-0.6, -0.8) for loss in (0.4, 0.8)]
+    settings = {"maxiter": 800, "xatol": 1e-3, "fatol": 1e-4, "adaptive": True}
+    found = [minimize(regret, start, method="Nelder-Mead", options=settings) for start in starts]
     return rule_of(min(found, key=lambda each: float(each.fun)).x)
 
 
-PUBLISHED_WEIGHT = 10.0
-"""How many of our models the published sweeps count as: their losses are 1B to 685B models', and differ less."""
-
-FIXED: dict[str, Callable[[Sweep], float]] = {
+RATES: dict[str, Callable[[Sweep], float]] = {
+    "rule": lambda sweep: sweep.rate(RULE),
     "1e-4": lambda sweep: 1e-4,
     "3e-4": lambda sweep: 3e-4,
     "1e-3": lambda sweep: 1e-3,
@@ -187,35 +211,32 @@ def benchmark(options: Options, console: Console) -> Figures:
         ConfigError: there are no sweeps in the folder.
     """
     if options.rows:
-        sweeps = own(options.rows)
-        if not sweeps:
+        found = own(options.rows)
+        if not found:
             raise ConfigError(f"{options.rows} holds no sweep: `python -m benchmarks loss-runs` makes them.")
-        ROWS.write_text(
-            json.dumps(sweeps, separators=(",", ":")).replace('{"run"', '\n{"run"') + "\n", encoding="utf-8"
-        )
-    all_sweeps = [*published(), *packed()]
-    families = sorted({sweep.family for sweep in all_sweeps})
-    rules: dict[str, dict[str, list[float]]] = {}
-    for family in families:
-        judged = [sweep for sweep in all_sweeps if sweep.family == family]
-        left_out = fit([sweep for sweep in all_sweeps if sweep.family != family])
-        columns: dict[str, Callable[[Sweep], float]] = {
-            "rule": lambda sweep: sweep.rate(RULE),
-            "left out": lambda sweep, rule=left_out: sweep.rate(rule),  # type: ignore[misc]
-        }
-        rules[family] = {
-            name: [sweep.regret(rate(sweep)) for sweep in judged] for name, rate in (columns | FIXED).items()
-        }
-    names = ["rule", "left out", *FIXED]
-    rows = [
-        (family, str(len(found["rule"])), *(f"{np.mean(found[name]):.2f} ({max(found[name]):.1f})" for name in names))
-        for family, found in rules.items()
-    ]
-    console.print(make_table("Loss above the best rate's, %: mean (worst)", ("family", "sweeps", *names), rows))
-    fitted = fit(all_sweeps)
+        ROWS.write_text(json.dumps(found, separators=(",", ":")).replace('{"run"', '\n{"run"') + "\n", encoding="utf-8")
+    small = [sweep for sweep in packed() if not sweep.name.startswith("smollm2")]
+    by_family: dict[str, list[Sweep]] = defaultdict(list)
+    for sweep in (*published(), *whole(), *small):
+        by_family[sweep.family].append(sweep)
+    rows: list[tuple[str, ...]] = []
+    figures: Figures = {}
+    for family, sweeps in by_family.items():
+        cells = []
+        for name, rate in RATES.items():
+            regrets = [sweep.regret(rate(sweep)) for sweep in sweeps]
+            figures[f"{family} {name}"] = float(np.mean(regrets))
+            cells.append(f"{np.mean(regrets):.2f} ({max(regrets):.1f})")
+        rows.append((family, str(len(sweeps)), *cells))
+    names = ("family", "sweeps", *RATES)
+    console.print(make_table("Loss above the best rate's, %: mean (worst)", names, rows))
+    for name, sweeps in {"published": [*published()], WHOLE: [*whole()]}.items():
+        ends = np.quantile([math.log(sweep.best / sweep.rate(RULE)) for sweep in sweeps], QUANTILES)
+        told = ", ".join(f"{end:.2f}" for end in np.exp(ends))
+        console.print(f"Best rates over the rule's, {name}: quantiles {QUANTILES}: {told}.")
+    fitted = fit(small)
     values = ", ".join(
         f"{field.name} {value:.3g}" for field, value in zip(fields(RateRule), astuple(fitted), strict=True)
     )
-    console.print(f"Fitted on all: {values}.", markup=False)
-    means = {f"{family} {name}": float(np.mean(found[name])) for family, found in rules.items() for name in names}
-    return {**means, **{f"fitted {field.name}": getattr(fitted, field.name) for field in fields(RateRule)}}
+    console.print(f"Fitted: {values}.", markup=False)
+    return figures | {f"fitted {field.name}": getattr(fitted, field.name) for field in fields(RateRule)}

@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.text import make_table
-from rankpilot.common.workers import isolated
 from rankpilot.cost.budget import TimeBudget
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.cost.measured_time import TimedPlan, measure_step_time, measured_share, usual_seconds
@@ -26,7 +25,16 @@ from rankpilot.plan.problem import AllocationProblem
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from .harness import Figures, clock_for, interleave, machine_facts, paired_ratios, rank_correlation, with_progress
+from .harness import (
+    Figures,
+    clock_for,
+    interleave,
+    isolated,
+    machine_facts,
+    paired_ratios,
+    rank_correlation,
+    with_progress,
+)
 from .models import LORA, Family, Learner, Size, random_loader, random_model
 
 BUDGET = "75%"

@@ -17,6 +17,7 @@ from rankpilot.env.bases import load_base_model
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.peft_config import fresh_adapters
 from rankpilot.lora.spec import REFERENCE_RANK, ModuleSpec
+from rankpilot.plan.rate import RateRule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -30,6 +31,10 @@ CLIP = 1.0
 
 ALPHA = 16
 """`lora_alpha` of every module, as PEFT has it by default when ranks differ: the scaling is alpha / rank."""
+
+AROUND = RateRule(1.2274e-3, of_width=-0.48, of_steps=-0.1, of_tokens=0.2, of_loss=0.48, of_rank=-0.8)
+"""The rule around which rates are drawn and swept: an earlier one, so that rows stay as they are when the rule changes.
+"""
 
 KIND = KINDS["causal-lm"]
 

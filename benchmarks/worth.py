@@ -23,7 +23,7 @@ from rankpilot.decide.observation import ModuleShapes
 from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import REFERENCE_RANK, ModuleSpec
 from rankpilot.plan.goal import CAUTION, SURE
-from rankpilot.plan.rate import LEAST_SHARE, RULE, InitialLoss
+from rankpilot.plan.rate import LEAST_SHARE, RULE
 from rankpilot.plan.worth import FEATURES, FILE, Modules, PlanWorth, distance
 from rich.console import Console
 from scipy.stats import spearmanr
@@ -39,11 +39,14 @@ ROUNDS = 60
 """Rounds of expectation maximisation."""
 
 FAR = 0.6
-"""Runs at a rate further off the rule's, in log, or at a scale further off in powers of 2, are not judged: no decision
-takes them. They are fitted on."""
+"""Runs at a rate further off what the plan wants, in log, or at a scale further off in powers of 2, are not judged: no
+decision takes them. They are fitted on."""
 
 BESIDE = ("rate", "its square", "scale", "rate x scale", "rate x rank", "rate x share")
 """What differs between rows beside the features: decisions leave the rate to the rule and the scale to alpha."""
+
+PLAIN = ["all", REFERENCE_RANK, 1.0]
+"""Part, rank and power of plain LoRA."""
 
 OUTLIER = 0.08
 """What no feature explains counts as at most this, in log loss."""
@@ -75,7 +78,7 @@ class FineTune:
         model: what is left out together.
         name: of the fine-tune.
         features: of the plans, (P, F).
-        off: log of the rate over the rule's, (P,).
+        off: log of the rate over the best rate of plain LoRA times the plan's factor, (P,).
         scale: mean of log2(scale / scale at the same alpha), (P,).
         losses: the log of the held-out loss, (P,).
     """
@@ -89,7 +92,7 @@ class FineTune:
 
     @property
     def weights(self) -> FloatArray:
-        """How much each row counts: the less, the further it is from plain LoRA at the rule's rate, (P,)."""
+        """How much each row counts: the less, the further it is from plain LoRA at its best rate, (P,)."""
         return np.asarray(1 / np.maximum(distance(self.features) + 0.1 * self.off**2, 0.1))
 
     @property
@@ -128,7 +131,7 @@ def loss_runs() -> Iterator[FineTune]:
         specs = specs_of(model)
         modules, highest = _modules(specs, width_of(model)), np.array([spec.max_rank for spec in specs])
         ranks, scales, off, losses = [], [], [], []
-        plain = RULE.plain(width_of(model), steps, initial=InitialLoss(packed["untrained"], 47 * rows))
+        plain = min((run for run in packed["runs"] if run[:3] == PLAIN), key=lambda run: float(run[4]))[3]
         for part, rank, power, rate, loss in packed["runs"]:
             found = np.where(PARTS[part](specs), np.minimum(rank, highest), 0)
             extra = (np.maximum(found, 1) / REFERENCE_RANK) ** (1 - power)
@@ -231,13 +234,15 @@ class Judgement:
 
     Attributes:
         correlation: rank correlation of expected and real losses.
-        within: share of plans that end no higher than they surely should, under a goal of cost.
+        plans: how many were told a sure end.
+        above: how many of them end above it.
         taken: log loss of the plan that "quality" takes among those that were run, beside plain LoRA's.
         best: the same of the best of them.
     """
 
     correlation: float
-    within: float
+    plans: int
+    above: int
     taken: float
     best: float
 
@@ -255,7 +260,8 @@ def judge(worth: PlanWorth, fine_tune: FineTune) -> Judgement | None:
     taken = int(np.argmin(np.where(plain, 0, expected + CAUTION * spread)))
     return Judgement(
         float(spearmanr(expected[others], change[others]).statistic),
-        float((change <= expected + SURE * spread)[others].mean()),
+        int(others.sum()),
+        int((change > expected + SURE * spread)[others].sum()),
         0.0 if plain[taken] else float(change[taken]),
         min(0.0, float(change[others].min())),
     )
@@ -275,7 +281,7 @@ def pack(folders: Sequence[Path]) -> list[dict[str, Any]]:
         values = [run.part, run.rank, run.power, run.rate, row["loss"] and round(row["loss"], 5)]
         if row["loss"] and values not in task["runs"]:
             task["runs"].append(values)
-    tasks = [task for task in found.values() if any(run[:3] != ["all", REFERENCE_RANK, 1.0] for run in task["runs"])]
+    tasks = [task for task in found.values() if any(run[:3] != PLAIN for run in task["runs"])]
     if not tasks:
         raise ConfigError(
             f"No drawn plan in {' '.join(map(str, folders))}: `python -m benchmarks loss-runs` runs them."
@@ -308,11 +314,13 @@ def benchmark(options: Options, console: Console) -> Figures:
         judged["all"] = [judgement for found in judged.values() for judgement in found]
         for model, found in judged.items():
             means = {name: float(np.nanmean([getattr(one, name) for one in found])) for name in vars(found[0])}
+            plans, above = (sum(getattr(one, name) for one in found) for name in ("plans", "above"))
             figures |= {f"{way} {model} {name}": value for name, value in means.items()}
-            shown = [f"{means['correlation']:.2f}", f"{means['within']:.0%}"]
+            figures[f"{way} {model} share above"] = above / plans
+            shown = [f"{means['correlation']:.2f}", f"{above} of {plans}"]
             shown += [f"{100 * means[name]:+.2f} %" for name in ("taken", "best")]
             rows.append((way, model, str(len(found)), *shown))
-    columns = ("", "model", "fine-tunes", "rank correlation", "within", "taken", "best")
+    columns = ("", "model", "fine-tunes", "rank correlation", "above what was sure", "taken", "best")
     console.print(make_table("Expected and real losses of plans; taken and best beside plain LoRA", columns, rows))
     fitted = fit(known)
     worth = fitted.worth

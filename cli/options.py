@@ -7,7 +7,6 @@ import json
 import re
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
@@ -17,7 +16,6 @@ import yaml
 
 from ..common.files import MOST_YAML_BYTES, from_json, parse_yaml, read_json, read_text
 from ..errors import ConfigError, shown
-from .progress import console
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -159,25 +157,3 @@ def with_file_settings(base: Settings, values: dict[str, Any], path: str | None)
         return from_json(type(base), {own.get(name, name): value for name, value in values.items()}, base=base)
     except ConfigError as error:
         raise ConfigError(f"The config file {path} does not fit: {error}") from error
-
-
-def on_cluster(address: str | None, device: str = "cpu") -> AbstractContextManager[None]:
-    """Let workers be processes of a cluster inside the block; without an address, they are this machine's.
-
-    Args:
-        address: see `running_on_cluster`.
-        device: where episodes train.
-
-    Raises:
-        ConfigError: they would train on something else than CPUs, or see `running_on_cluster`.
-        UnsupportedError: Ray is not installed.
-    """
-    if address is None:
-        return nullcontext()
-    from ..common.cluster import running_on_cluster
-    from ..common.devices import find_device
-    from ..env.stacked import rounding_digest
-
-    if (found := find_device(device)).type != "cpu":
-        raise ConfigError(f"Workers of a cluster train on CPUs, and --device {device} is {found}. Pass --device cpu.")
-    return running_on_cluster(address, rounding_digest, lambda line: console.print(line, markup=False, soft_wrap=True))

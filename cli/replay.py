@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from ..errors import RunFolderError
 from .progress import console
 
 
@@ -22,23 +23,27 @@ class ReplayOptions:
 
     Attributes:
         run: the folder of the run.
-        policy: the folder of a trained policy, "default", or a rule such as signal-mean.
+        policy: the folder of a trained policy, "default", or a rule such as signal-mean; by default who decided.
         json: print the agreement as JSON.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    policy: str = "default"
+    policy: str | None = None
     json: bool = False
 
 
 def main(arguments: Sequence[str]) -> None:
     """Take the decisions again, and show where they agree."""
     options = tyro.cli(ReplayOptions, args=arguments, prog="rankpilot replay")
-    from ..agents.policy_file import load_policy
+    from ..agents.policy_file import load_policy, policy_of
     from ..study.replay import replay
     from ..study.run_data import find_log
 
-    found = replay(find_log(options.run), load_policy(options.policy))
+    log = find_log(options.run)
+    policy = policy_of(log) if options.policy is None else load_policy(options.policy)
+    if policy is None:
+        raise RunFolderError(f"The policy that decided in {options.run} is not at hand: name one with --policy.")
+    found = replay(log, policy)
     if options.json:
         console.out(json.dumps(found.to_json(), indent=2, allow_nan=False), highlight=False)
     else:

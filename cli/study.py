@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import webbrowser
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
-from ..errors import ConfigError, PolicyFileError, RunFolderError, UnsupportedError
+from ..errors import ConfigError, RunFolderError, UnsupportedError
 from .progress import console
 
 if TYPE_CHECKING:
@@ -159,14 +158,10 @@ def _explanations(run: RunData, depth: Depth, given: Path | None) -> Explanation
         depth = "all" if len(log) <= 12 else "plans" if len(log) <= 200 else "none"
     if depth == "none":
         return None
-    from ..agents.policy_file import load_policy
-    from ..decide.log import POLICY
+    from ..agents.policy_file import load_policy, policy_of
     from ..study.why import explanations
 
-    policy = None if given is None else load_policy(given)
-    if policy is None and (log.folder / POLICY).is_dir():
-        with suppress(PolicyFileError):  # it may be damaged; then the page says that the policy is not at hand
-            policy = load_policy(log.folder / POLICY)
+    policy = policy_of(log) if given is None else load_policy(given)
     # On standard error, since standard output may be the data; nothing where nobody looks.
     with tqdm(desc="explaining decisions", total=len(log), disable=None, leave=False) as bar:
         return explanations(log, policy, what_ifs=depth == "all", on_progress=lambda *_: bar.update())

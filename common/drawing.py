@@ -78,16 +78,6 @@ def clean_axes(axes: Axes, title: str = "", pad: float = 6) -> Axes:
     return axes
 
 
-def smooth(values: FloatArray, span: int) -> FloatArray:
-    """Exponential moving average over about `span` values, free of bias at the start; shape as given."""
-    decay = 1 - 2 / (span + 1)
-    total, weight, result = 0.0, 0.0, np.empty(len(values))
-    for index, value in enumerate(values):
-        total, weight = decay * total + value, decay * weight + 1
-        result[index] = total / weight
-    return result
-
-
 def finite_points(points: Points) -> FloatArray:
     """Points as (n, 2) without NaN or infinity."""
     table = np.asarray(points, dtype=np.float64).reshape(-1, 2)

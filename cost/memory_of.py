@@ -16,7 +16,7 @@ from ..common.files import cache_folder, read_object
 from ..errors import ConfigError, UnknownNameError, shown
 from ..lora.spec import REFERENCE_RANK, check_rank
 from .cards import DeviceSpec, find_device_spec
-from .configured_step import DTYPES, Implementation, LoadedAs, Sharding, Shards
+from .configured_step import DTYPES, ConfiguredStep, Implementation, LoadedAs, Sharding, Shards
 from .known_models import check_known, published_models, short_name
 from .outlook import Outlook
 from .step_config import StepConfig, check_length
@@ -84,12 +84,7 @@ def memory_of(
     spec, shards = find_device_spec(card), Shards(gpus, sharding)
     dtype = _dtype_on(spec, dtype)
     of_load = {name: settings.pop(name) for name in _OF_LOAD & set(settings)}
-    known = {each.name for each in fields(StepConfig)}
-    for name in settings:
-        if name not in known:
-            raise UnknownNameError.of("setting of a step", name, known | _OF_LOAD)
-    if not is_count(rank):
-        raise ConfigError(f"rank is at least 1, a whole number; got {shown(rank)}.")
+    _check(rank, settings)
     loaded = LoadedAs(
         dtype=dtype,
         attention="math" if attention == "math" else "auto" if spec.has_flash_attention else "efficient",
@@ -98,17 +93,20 @@ def memory_of(
         adapter=dict(of_load.pop("adapter", {})) | ({"lora_dropout": lora_dropout} if lora_dropout else {}),
         **of_load,
     )
-    step = StepConfig(**{"bf16": dtype == "bf16"} | settings)
-    asked = AskedStep(model, step, loaded)
-    source = asked.stored()
-    step = step.sized(continues=source.model.continues, positions=source.model.positions)
-    if not loaded.packed:
-        check_length(step.max_length, source.model.positions)
-    check_rank(rank, source.model.targets)
-    configured = source.configured(step)
-    if step.gradient_checkpointing is True and not configured.memory.segments:
-        asked.recorder(optional=False)  # which tells that the model has none
+    asked = AskedStep(model, StepConfig(**{"bf16": dtype == "bf16"} | settings), loaded)
+    configured, step = asked.configured()
+    check_rank(rank, configured.targets)
     return Outlook(configured, rank, step, card=spec, dtype=dtype, shards=shards)
+
+
+def _check(rank: object, settings: Mapping[str, Any]) -> None:
+    """Raise UnknownNameError or ConfigError for what is no setting of a step, or no rank."""
+    known = {each.name for each in fields(StepConfig)}
+    for name in settings:
+        if name not in known:
+            raise UnknownNameError.of("setting of a step", name, known | _OF_LOAD)
+    if not is_count(rank):
+        raise ConfigError(f"rank is at least 1, a whole number; got {shown(rank)}.")
 
 
 @dataclass(frozen=True)
@@ -132,6 +130,18 @@ class AskedStep:
         loaded = {name: value for name, value in asdict(self.loaded).items() if value != usual[name]}
         step = {name: getattr(self.settings, name) for name in _RECORDED}
         return step_key(_fields(self.model), loaded | step)
+
+    def configured(self) -> tuple[ConfiguredStep, StepConfig]:
+        """The step, and its settings with a batch of the usual size in place of none."""
+        source = self.stored()
+        model = source.model
+        step = self.settings.sized(continues=model.continues, positions=model.positions)
+        if not self.loaded.packed:
+            check_length(step.max_length, model.positions)
+        found = source.configured(step)
+        if step.gradient_checkpointing is True and not found.memory.segments:
+            self.recorder(optional=False)  # which tells that the model has none
+        return found, step
 
     def stored(self) -> StoredStep:
         """The step, from the files that are there."""

@@ -1,7 +1,7 @@
-"""What a model is fine-tuned for, and the names of suites of proxy tasks, which settings need before any is read."""
+"""What a model is fine-tuned for, which settings need before any library is loaded."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 Task = Literal["classification", "regression", "token-classification", "seq2seq", "causal-lm"]
 
@@ -28,8 +28,3 @@ KINDS: dict[Task, TaskKind] = {
     "seq2seq": TaskKind("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM", False),
     "causal-lm": TaskKind("AutoModelForCausalLM", "CAUSAL_LM", False),
 }
-
-Split = Literal["train", "validation", "test"]
-
-SUITES = ("planted", "shift")
-SPLITS: tuple[Split, ...] = get_args(Split)

@@ -27,8 +27,9 @@ from ..lora.adapters import Adapters, SignalMeter, signal_buffer_bytes
 from ..lora.targets import TargetModule
 from ..plan.plan import Plan, TimeLimit, check_budget
 from ..plan.problem import AllocationProblem
-from .observation import ModuleShapes, Observation, RunState, observe
+from .observation import ModuleShapes, Moves, Observation, RunState, observe
 from .policy import Decision, decided_plan, decision_from_plan
+from .rate_control import RunRecord
 from .settings import DecisionSchedule
 
 FIRST_LOSSES = 5
@@ -168,6 +169,8 @@ class PlanApplier(Generic[AdaptersT]):
         self.notes: dict[str, str] = {}
         self._warned: set[str] = set()
         self._shapes = ModuleShapes.of(self.targets)
+        self._moves = Moves(len(self.targets))
+        self._limit_before: float | None = None
         problem = self.problem()
         self._reference_cost = reference_cost(cost, problem.max_ranks)
         check_budget(problem, list(self.names))
@@ -240,24 +243,31 @@ class PlanApplier(Generic[AdaptersT]):
             return cost
         return replace(cost, per_rank=cost.per_rank - signal_buffer_bytes(self.targets))
 
-    def observe(self, step: int, interval_loss: float | None = None) -> Observation:
+    def observe(
+        self, step: int, interval_loss: float | None = None, steps: RunRecord | None = None, schedule: float = 1.0
+    ) -> Observation:
         """Close the interval that ends before `step` and describe the next decision.
 
         Args:
             step: optimizer steps done.
             interval_loss: mean training loss since the last decision, if known.
+            steps: what the steps since then have shown; None where nothing reads them.
+            schedule: the schedule's learning rate now, as a share of its peak.
         """
         if self.decision > 0:
             self.adapters.meter.read()
         if interval_loss is not None and np.isfinite(interval_loss):
             self.interval_losses.append(interval_loss)
-        return self._observation(self.problem(), step)
+        seen = steps.observe(schedule) if steps and steps.losses else None
+        if interval_loss is not None and 0 < interval_loss < np.inf:
+            self._moves.interval(float(np.log(interval_loss)), steps.loss_error if steps else 0.0)
+        return self._observation(self.problem(), step, seen)
 
     def observation_now(self, step: int) -> Observation:
         """The observation as things stand, without closing the interval."""
         return self._observation(self.problem_now(), step)
 
-    def _observation(self, problem: AllocationProblem, step: int) -> Observation:
+    def _observation(self, problem: AllocationProblem, step: int, steps: FloatArray | None = None) -> Observation:
         state = RunState(
             progress=step / self.total_steps,
             decisions_left=max(0, len(self.decision_steps) - self.decision - 1),
@@ -268,6 +278,8 @@ class PlanApplier(Generic[AdaptersT]):
             rows=self.rows,
             probe_fall=self.probe_fall,
             predicted=self.predicted,
+            limit_before=self._limit_before,
+            steps=steps,
         )
         return observe(
             problem,
@@ -276,6 +288,7 @@ class PlanApplier(Generic[AdaptersT]):
             self.adapters.meter.age,
             self._shapes,
             state,
+            self._moves,
         )
 
     def apply(self, decision: Decision, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:
@@ -290,9 +303,17 @@ class PlanApplier(Generic[AdaptersT]):
             The plan as applied.
         """
         plan = self.propose(decision, optimizer)
-        self.adapters.set_ranks(plan.ranks, optimizer, seed=self.seed, step=step)
+        self._set(plan.ranks, step, optimizer)
         self.decision += 1
+        self._limit_before = self.limit
         return plan
+
+    def _set(self, ranks: IntArray, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Give the adapters ranks, int64 (modules,), and note how they moved."""
+        if self.decision:
+            ladder = self.problem().ladder
+            self._moves.moved(ladder.rung(ranks) - ladder.rung(self.ranks))
+        self.adapters.set_ranks(ranks, optimizer, seed=self.seed, step=step)
 
     def propose(
         self,
@@ -349,13 +370,13 @@ class PlanApplier(Generic[AdaptersT]):
             raise BudgetError(f"This plan does not fit the budget: it takes {cost}. Lower some ranks.")
         if self.time and not (self.time.fits(ranks) and problem.fits(ranks)):
             raise BudgetError(f"This plan does not fit the time: {self.time.text(ranks)}. Lower some ranks.")
-        self.adapters.set_ranks(ranks, optimizer, seed=self.seed, step=step)
+        self._set(ranks, step, optimizer)
         self.decision += decides
 
     def correct(self, wanted: IntArray, step: int, optimizer: torch.optim.Optimizer | None = None) -> Plan:
         """Bring the ranks back under a limit that has become tighter; not counted as a decision. See `apply`."""
         plan = self.propose(decision_from_plan(wanted), optimizer, self.problem_now())
-        self.adapters.set_ranks(plan.ranks, optimizer, seed=self.seed, step=step)
+        self._set(plan.ranks, step, optimizer)
         return plan
 
     def _pin_broken(self, optimizer: torch.optim.Optimizer | None) -> NDArray[np.bool_]:
@@ -388,6 +409,9 @@ class PlanApplier(Generic[AdaptersT]):
             "interval_losses": list(self.interval_losses),
             "decision": self.decision,
             "seed": self.seed,
+            "moves": self._moves.state.tolist(),
+            "latest": list(self._moves.latest),
+            "limit_before": self._limit_before,
         }
 
     @classmethod
@@ -436,4 +460,8 @@ class PlanApplier(Generic[AdaptersT]):
         applier._reference_cost = finite(state["reference_cost"])
         applier.interval_losses = [finite(loss) for loss in state["interval_losses"]]
         applier.decision = counted(state["decision"])
+        moves = np.array([[finite(value) for value in row] for row in state["moves"]]).reshape(len(adapters.targets), 4)
+        before, (loss, error) = state["limit_before"], state["latest"]
+        applier._moves.state, applier._moves.latest = moves, (finite(loss), finite(error))
+        applier._limit_before = None if before is None else finite(before)
         return applier

@@ -108,16 +108,17 @@ class Choice:
         """The plan that the goal asks for.
 
         Under quality, and where a goal of cost cannot be kept, that is the one whose loss is the lowest with some
-        caution, which plain LoRA does not need; where a caveat stands it is plain LoRA if that fits. Under a goal of
-        cost it is the cheapest within the tolerance, and of those that cost the same the one that is expected to lose
-        the least.
+        caution, which plain LoRA does not need; where a caveat stands, of plain LoRA and those alone that are surely
+        within the tolerance, if any of them fits. Under a goal of cost it is the cheapest within the tolerance, and of
+        those that cost the same the one that is expected to lose the least.
         """
+        allowed = self.fits
         if not self.goal.saves and self.caveats:
-            for name in (PLAIN, PLAIN_WITHIN):
-                if name in self.names and self.fits[self.names.index(name)]:
-                    return self.names.index(name)
+            as_plain = np.array([name in (PLAIN, PLAIN_WITHIN) for name in self.names])
+            allowed = self.within_tolerance | (as_plain & self.fits)
+            allowed = allowed if allowed.any() else self.fits
         if not self.goal.saves or self.misses_goal:
-            return int(np.argmin(np.where(self.fits, self.cautious, np.inf)))
+            return int(np.argmin(np.where(allowed, self.cautious, np.inf)))
         costs = np.where(self.within_tolerance, self.goal_costs, np.inf)
         tied = costs <= (1 + COST_TIE) * costs.min()
         return int(np.argmin(np.where(tied, self.expected, np.inf)))

@@ -21,7 +21,7 @@ from ..lora.spec import REFERENCE_RANK
 from ..plan.goal import Goal
 from ..plan.plan import top_down
 from ..plan.problem import AllocationProblem
-from ..plan.worth import Modules, PlanWorth, packaged_worth
+from ..plan.worth import KNOWN, Modules, PlanWorth, octaves_beyond, packaged_worth
 from .choice import PLAIN, PLAIN_WITHIN, Choice
 from .observation import RUN_FEATURES, Observation, learns_labels, module_feature
 from .policy import Decision, Policy, decision_to_keep, is_first
@@ -42,11 +42,11 @@ NEW_RANK = 1
 """The rank of new adapters at the first decision; trained ones have those of an earlier run."""
 
 STRANGE_SPREAD = 3.0
-"""By how much the spread grows where a run is unlike those that expectations were learned from: where a caveat stands.
-It was measured on labels (docs/experiments.md), and nothing is known that would make it less for other widths."""
+"""By how much the spread grows, at least, where a run is unlike those that expectations were learned from: where a
+caveat stands. It was measured on labels (docs/experiments.md)."""
 
-KNOWN = {"width": (32, 576), "steps": (50, 800)}
-"""The runs from which expectations were learned: widths of models, and optimizer steps."""
+OF_AN_OCTAVE = 0.5
+"""By how much of that the spread grows further for each doubling of width, layers or steps beyond what is known."""
 
 KINDS = {"MLP": True, "attention": False}
 """Kinds of modules, by whether they have the wide inner side of their layer."""
@@ -145,12 +145,14 @@ class PlanChooser:
         names, plans, fits, costs = _that_fit(observation)
         timed = isinstance(cost, TimedCost)
         features = modules_of(observation).features(plans)
-        caveats = tuple(_caveats(observation))
+        beyond = dict(_beyond(observation))
+        caveats = (*_caveats(observation), *beyond)
+        strangeness = STRANGE_SPREAD * (1 + OF_AN_OCTAVE * sum(beyond.values())) if caveats else 1.0
         found = Choice(
             names=names,
             plans=plans,
             parts=worth.parts(features),
-            spread=worth.spread(features) * (STRANGE_SPREAD if caveats else 1.0),
+            spread=worth.spread(features) * strangeness,
             costs=costs[:, : -1 if timed else None].max(axis=1),
             seconds=costs[:, -1] / cost.unit_per_second if isinstance(cost, TimedCost) else None,
             fits=fits,
@@ -166,11 +168,19 @@ def _caveats(observation: Observation) -> Iterator[str]:
         yield "it learns labels, not texts"
     if (observation.problem.ranks > NEW_RANK).any():
         yield "its adapters are trained already"
-    steps = 10 ** (2 + float(observation.run[RUN_FEATURES.index("horizon")]))
-    for name, value in (("width", modules_of(observation).width), ("steps", steps)):
+
+
+def _beyond(observation: Observation) -> Iterator[tuple[str, float]]:
+    """What of a run is beyond what is known, in words, and by how many doublings."""
+    values = {
+        "width": modules_of(observation).width,
+        "layers": len(np.unique(observation.problem.blocks)),
+        "steps": 10 ** (2 + float(observation.run[RUN_FEATURES.index("horizon")])),
+    }
+    for name, value in values.items():
         low, high = KNOWN[name]
-        if not low - 0.5 < value < high + 0.5:
-            yield f"{name} {value:,.0f} (not {low} to {high})"
+        if octaves := octaves_beyond(name, value):
+            yield f"{name} {value:,.0f} (not {low} to {high})", octaves
 
 
 def modules_of(observation: Observation) -> Modules:

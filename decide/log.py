@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 6
+SCHEMA = 7
 """Version of the files. Those up to 4 were of rankpilot 0.2, in Parquet."""
 
 LINES, ARRAYS = "decisions.jsonl", "decision-*.safetensors"
@@ -61,7 +61,7 @@ _METADATA = "rankpilot.features"
 _TYPES: dict[tuple[type, ...], tuple[str, ...]] = {
     (str,): ("run", "policy", "unit"),
     (str, NoneType): ("policy_sha256",),
-    (int,): ("decision", "step", "seed"),
+    (int,): ("decision", "step", "seed", "change"),
     (int, NoneType): ("max_step",),
     (int, float): ("limit", "predicted_cost", "hysteresis", "rank_floor", "depth_bias"),
     (int, float, NoneType): ("loss", "measured_cost"),
@@ -77,7 +77,7 @@ _OF_RUN = (
 )  # fmt: skip
 """Attributes of a record that its line has under the same name."""
 
-_WANTED = ("rank_floor", "depth_bias")
+_WANTED = ("rank_floor", "depth_bias", "change")
 """Attributes of a decision that its line has under the same name."""
 
 _CHOICE = "choice."

@@ -25,6 +25,7 @@ from ..lora.adapters import SIGNALS
 from ..lora.spec import ModuleSpec
 from ..plan.plan import under_limit
 from ..plan.problem import AllocationProblem
+from .rate_control import FEATURES as STEP_FEATURES
 
 
 class Feature(NamedTuple):
@@ -43,6 +44,9 @@ class Feature(NamedTuple):
 
 MOST_FEATURE = 3.0
 """No feature lies further from 0."""
+
+STEPS_PREFIX = "steps_"
+"""How the names of features begin that are read off optimizer steps, see `RunRecord`."""
 
 _BOUNDED, _SHARE, _UP_TO_THREE = "-3 to 3", "0 to 1", "0 to 3"
 
@@ -63,9 +67,12 @@ MODULE_FEATURE_TABLE = (
     Feature("signal_age", "decisions since its signals were fresh, over 4", _UP_TO_THREE),
     Feature("wide", "1 if it has the wide inner side of its layer, as the modules of an MLP do", "0 or 1"),
     Feature("position", "place among the modules of its layer, from the first (0) to the last (1)", _SHARE),
+    Feature("last_move", "rungs by which its rank moved last, over 2; 0 if it never did", _BOUNDED),
+    Feature("since_move", "decisions since then, over 4; 3 if its rank never moved", _UP_TO_THREE),
+    Feature("fall", "log loss of the interval before that move, less that of the latest interval, times 4", _BOUNDED),
+    Feature("fall_error", "standard error of `fall`", _UP_TO_THREE),
 )
-"""Columns of `Observation.modules`, the signals first. New ones come last: a policy reads as many as it was trained
-with, see `Inputs`."""
+"""Columns of `Observation.modules`, the signals first; new ones come last."""
 
 RUN_FEATURE_TABLE = (
     Feature("progress", "share of the run's steps that are done", _SHARE),
@@ -80,8 +87,11 @@ RUN_FEATURE_TABLE = (
     Feature("rows", "log10 of the rows of an optimizer step", _UP_TO_THREE),
     Feature("probe_fall", "share of the training loss that the probe took off", "-3 to 1"),
     Feature("predicted", "log2 of the share of the tokens whose prediction the loss counts, over 4", "-3 to 0"),
+    Feature("limit_move", "log2 of the limit over that at the decision before", _BOUNDED),
+    *(Feature(f"{STEPS_PREFIX}{name.replace(' ', '_')}", meaning, _BOUNDED) for name, meaning in STEP_FEATURES.items()),
 )
-"""Columns of `Observation.run`; new ones come last."""
+"""Columns of `Observation.run`, those of the run's steps at the end: what a control of the rate sees, 0 where nothing
+reads the steps. New ones come last."""
 
 MODULE_FEATURES = tuple(feature.name for feature in MODULE_FEATURE_TABLE)
 RUN_FEATURES = tuple(feature.name for feature in RUN_FEATURE_TABLE)
@@ -101,18 +111,6 @@ def learns_labels(run: Sequence[float]) -> bool:
 
 FEATURE_PREFIX, RUN_PREFIX = "feature.", "run."
 """How the columns of tables begin that hold features of modules and of the run."""
-
-
-class Inputs(NamedTuple):
-    """How many features a network reads, counted from the first.
-
-    Attributes:
-        modules: of `MODULE_FEATURES`.
-        run: of `RUN_FEATURES`.
-    """
-
-    modules: int = len(MODULE_FEATURES)
-    run: int = len(RUN_FEATURES)
 
 
 def feature_table(features: Sequence[Feature]) -> str:
@@ -187,15 +185,6 @@ class Observation:
     problem: AllocationProblem
     names: tuple[str, ...]
 
-    def padded(self, count: int) -> dict[str, NDArray[np.generic]]:
-        """The observation of the Gymnasium environment: flat, module after module, with zeros up to `count` modules."""
-        size = len(self.modules)
-        modules = np.zeros((count, len(MODULE_FEATURES)), dtype=np.float32)
-        modules[:size] = self.modules
-        mask = np.zeros(count, dtype=np.int8)
-        mask[:size] = 1
-        return {"module_features": modules.reshape(-1), "run_features": self.run.copy(), "mask": mask}
-
 
 @dataclass(frozen=True)
 class RunState:
@@ -211,6 +200,8 @@ class RunState:
         rows: of an optimizer step, in all its batches.
         probe_fall: see `ProbeResult`.
         predicted: see `ProbeResult`.
+        limit_before: the limit at the decision before, in the unit of the budget; None at the first one.
+        steps: what optimizer steps have shown, `rate_control.FEATURES`; None where nothing reads them.
     """
 
     progress: float
@@ -222,6 +213,40 @@ class RunState:
     rows: int
     probe_fall: float
     predicted: float
+    limit_before: float | None = None
+    steps: FloatArray | None = None
+
+
+class Moves:
+    """What each module's rank did last, and what the loss did since: trying tells what no signal tells.
+
+    Attributes:
+        state: rungs of the last move, decisions since, and log loss before it with its standard error, float64
+            (modules, 4).
+        latest: log loss of the latest interval, and its standard error; (0, 0) before the first one.
+    """
+
+    def __init__(self, modules: int) -> None:
+        self.state: FloatArray = np.zeros((modules, 4))
+        self.state[:, 1] = 4 * MOST_FEATURE
+        self.latest: tuple[float, float] = 0.0, 0.0
+
+    def interval(self, loss: float, error: float) -> None:
+        """An interval between two decisions is over, with this log loss."""
+        self.latest = loss, error
+        self.state[:, 1] += 1
+
+    def moved(self, rungs: NDArray[np.int64]) -> None:
+        """Ranks moved by so many rungs, (modules,); those that stayed count on."""
+        now = rungs != 0
+        self.state[now] = np.column_stack([rungs[now], *(np.full(now.sum(), value) for value in (0.0, *self.latest))])
+
+    def features(self) -> list[FloatArray]:
+        """last_move, since_move, fall and fall_error, (modules,) each."""
+        rungs, since, before, error = self.state.T
+        known = (rungs != 0) & (since > 0)
+        fall = np.where(known, 4 * (before - self.latest[0]), 0.0)
+        return [rungs / 2, since / 4, fall, np.where(known, 4 * np.hypot(error, self.latest[1]), 0.0)]
 
 
 def _centred_log(values: FloatArray) -> FloatArray:
@@ -239,6 +264,7 @@ def observe(
     age: NDArray[np.int64],
     shapes: ModuleShapes,
     state: RunState,
+    moves: Moves,
 ) -> Observation:
     """The observation at one decision.
 
@@ -249,6 +275,7 @@ def observe(
         age: decisions since each module's signals were fresh, (modules,).
         shapes: of the modules.
         state: where the run stands.
+        moves: what the ranks of modules did last.
     """
     ranks, ladder = problem.ranks, problem.ladder
     rungs = ladder.rung(ranks)
@@ -264,6 +291,7 @@ def observe(
         age / 4,
         shapes.wide.astype(np.float64),
         shapes.positions,
+        *moves.features(),
     ]
     modules = np.clip(np.stack(columns, axis=1), -MOST_FEATURE, MOST_FEATURE).astype(np.float32)
     run = np.clip(_run_features(problem, spent, state), -MOST_FEATURE, MOST_FEATURE).astype(np.float32)
@@ -328,6 +356,8 @@ def _run_features(problem: AllocationProblem, spent: float, state: RunState) -> 
             np.log10(state.rows),
             state.probe_fall,
             np.log2(max(state.predicted, 1e-6)) / 4,
+            0.0 if state.limit_before is None else np.log2(problem.limit / state.limit_before),
+            *(np.zeros(len(STEP_FEATURES)) if state.steps is None else state.steps),
         ]
     )
 

@@ -15,6 +15,7 @@ from ..plan.plan import Plan, base_depth_bias, base_rank_floor, pack, project
 from ..plan.problem import AllocationProblem
 from .choice import Choice
 from .observation import Observation
+from .rate_control import KEEP
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class Decision:
         depth_bias: the depth bias from which they follow; 0 if they do not follow from scores.
         exact: take the wanted ranks as they are, and leave the rest of the budget unused.
         choice: what the decision was chosen from; None for a policy that expects nothing of plans.
+        change: what happens to the learning rate, the number of one of `rate_control.CHANGES`.
     """
 
     ranks: IntArray
@@ -37,6 +39,7 @@ class Decision:
     depth_bias: float = 0.0
     exact: bool = False
     choice: Choice | None = None
+    change: int = KEEP
 
 
 class Policy(Protocol):
@@ -53,6 +56,11 @@ class Policy(Protocol):
 def reads_signals(policy: Policy) -> bool:
     """Whether a policy reads the signals of modules, for which they are probed: any that does not say otherwise."""
     return bool(getattr(policy, "reads_signals", True))
+
+
+def steers_rate(policy: Policy) -> bool:
+    """Whether a policy's decisions change the learning rate too, see `Decision.change`; one that does says so."""
+    return bool(getattr(policy, "steers_rate", False))
 
 
 def decision_from_plan(ranks: IntArray) -> Decision:

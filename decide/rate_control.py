@@ -33,8 +33,15 @@ CHANGES = (0.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, -2.0)
 KEEP, UNDO = 0, len(CHANGES) - 1
 """The actions that leave all as it is, and that go back."""
 
+HALVED, DOUBLED = CHANGES.index(-1.0), CHANGES.index(1.0)
+"""Two actions between them."""
+
+PATIENCE = 3
+"""Times in a row that a run goes back because something is not finite; then its copy is no help."""
+
 FEATURES = {
     "alignment": "mean over the window, times 4",
+    "alignment over the first": "that mean over the mean of the first steps",
     "spread of the alignment": "its standard deviation over the window, times 4",
     "evidence": "mean alignment over its standard error, over 4",
     "loss": "log of the mean loss over that of the first steps, times 2",
@@ -54,6 +61,9 @@ MOST_FEATURE = 3.0
 
 FIRST = 2
 """Steps whose mean loss is that of the start: the second one has hardly changed the model."""
+
+FIRST_ALIGNMENTS, LEAST_FIRST = 5, 0.02
+"""Alignments whose mean the later ones are held against, and what it counts as at least."""
 
 
 def decision_steps(total_steps: int) -> tuple[int, ...]:
@@ -86,6 +96,7 @@ class RunRecord:
     changed: bool = False
     step: int = 0
     _first: list[float] = field(default_factory=list)
+    _first_alignments: list[float] = field(default_factory=list)
     _means: list[float] = field(default_factory=list)
     _undone: bool = False
     _schedule: float = 0.0
@@ -105,6 +116,8 @@ class RunRecord:
         self.losses.append(loss)
         if math.isfinite(alignment):
             self.alignments.append(alignment)
+            if len(self._first_alignments) < FIRST_ALIGNMENTS:
+                self._first_alignments.append(alignment)
 
     def observe(self, schedule: float) -> FloatArray:
         """`FEATURES` now, float64 (len(FEATURES),).
@@ -120,6 +133,7 @@ class RunRecord:
         best = min([first, *self._means])
         values = (
             4 * aligned.mean(),
+            aligned.mean() / max(float(np.mean(self._first_alignments or [0.0])), LEAST_FIRST),
             4 * aligned.std(),
             aligned.mean() / error / 4,
             2 * (mean - first),
@@ -135,6 +149,11 @@ class RunRecord:
         )
         self._now = schedule
         return np.asarray(np.clip(np.array(values), -MOST_FEATURE, MOST_FEATURE))
+
+    @property
+    def loss_error(self) -> float:
+        """The standard error of the mean log loss since the last decision; 0 where no step was."""
+        return float(np.std(np.log(self.losses)) / math.sqrt(len(self.losses))) if self.losses else 0.0
 
     def take(self, action: int, *, undone: bool = False) -> None:
         """An action is taken, of which `UNDO` goes back, others only where the run was `undone`; a window begins."""
@@ -179,26 +198,31 @@ class AlignmentRule:
     What a rule of rates says plays no part: steps are right on models on which that rule is not.
 
     Attributes:
-        least_evidence: change nothing while the mean alignment is within so many of its standard errors of 0. To lower
-            the rate, which costs more where it is too high, four fifths of it are enough.
-        least_ratio: change nothing while the mean alignment over its spread is smaller, in absolute terms. Four fifths
-            of it are enough to lower the rate.
+        raise_above: raise nothing while the mean alignment is below this share of that of the first steps. At the best
+            rate it is about a tenth of that, at half of it a half, and below a third of it nearly as large.
+        raise_evidence: raise nothing while it is less than so many of its standard errors above 0.
         least_alignment: raise nothing while the mean alignment, a cosine, is below this.
-        gain: log2 of the change of the rate for each unit of that ratio; a change is at most a factor of 2.
+        lower_evidence: lower nothing while it is less than so many of its standard errors below 0. A rate that is too
+            high costs more than one that is too low.
+        lower_product: lower nothing while that number times the share is below this.
+        gains: log2 of a rise and of a fall of the rate for each unit of that share. A rise is at most twofold, a fall
+            to a quarter at most.
         undo_threshold: undo when log(loss / initial loss) exceeds this and the alignment is negative.
         undo_noise: by how much that threshold rises for each standard deviation of the log loss.
         first_raise: optimizer steps before which the rate is not raised: the first ones agree at any rate.
         warm: share of its peak below which a rate that the schedule still raises is not raised further.
     """
 
-    least_evidence: float = 2.5
-    least_ratio: float = 0.4
+    raise_above: float = 0.25
+    raise_evidence: float = 2.0
     least_alignment: float = 0.02
-    gain: float = 1.5
+    lower_evidence: float = 1.5
+    lower_product: float = 0.4
+    gains: tuple[float, float] = (1.2, 2.0)
     undo_threshold: float = 0.05
     undo_noise: float = 1.5
     first_raise: int = 9
-    warm: float = 0.9
+    warm: float = 0.7
 
     def act(self, observations: FloatArray) -> Sequence[int]:
         """See `RateControl`."""
@@ -206,18 +230,18 @@ class AlignmentRule:
         return [self._one(dict(zip(names, row, strict=True))) for row in observations.tolist()]
 
     def _one(self, seen: dict[str, float]) -> int:
-        ratio = seen["alignment"] / max(seen["spread of the alignment"], 0.1)
-        if seen["loss"] / 2 > self.undo_threshold + self.undo_noise * seen["noise"] / 4 and ratio < 0:
+        if seen["alignment"] < 0 and seen["loss"] / 2 > self.undo_threshold + self.undo_noise * seen["noise"] / 4:
             return UNDO
-        enough = 1.0 if ratio > 0 else 0.8
-        if abs(4 * seen["evidence"]) < enough * self.least_evidence or abs(ratio) < enough * self.least_ratio:
-            return KEEP
         warming = seen["warm-up"] and seen["schedule"] < self.warm
         early = warming or 5 * 2 ** (4 * seen["steps"]) < self.first_raise
-        if ratio > 0 and (early or seen["alignment"] / 4 < self.least_alignment):
-            return KEEP
-        wanted = float(np.clip(self.gain * ratio, -1.0, 1.0))
-        return min(range(1, UNDO), key=lambda action: abs(CHANGES[action] - wanted))
+        share, evidence = seen["alignment over the first"], 4 * seen["evidence"]
+        if share > self.raise_above and seen["alignment"] / 4 >= self.least_alignment:
+            wanted = float(np.clip(self.gains[0] * share, 0.5, 1.0))
+            surely = not early and evidence > self.raise_evidence
+        else:
+            wanted = float(np.clip(self.gains[1] * share, -2.0, -0.5))
+            surely = evidence < -self.lower_evidence and evidence * share > self.lower_product
+        return min(range(1, UNDO), key=lambda action: abs(CHANGES[action] - wanted)) if surely else KEEP
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,22 @@
-"""The decision problem: proxy tasks, episodes on them, and the Gymnasium environments, which an import registers."""
+"""The decision problem: short fine-tunes to be steered while they go. An import registers the environment."""
 
-from .registration import CONTROL_ENV_ID, ENV_ID
+from ..errors import naming_extras
 
-__all__ = ["CONTROL_ENV_ID", "ENV_ID"]
+ENV_ID = "rankpilot/FineTune-v5"
+"""Id of the environment, for `gymnasium.make`, `gymnasium.make_vec` and Stable-Baselines3's `make_vec_env`."""
+
+
+def _register() -> None:
+    with naming_extras():
+        import gymnasium
+    if ENV_ID not in gymnasium.registry:
+        gymnasium.register(
+            ENV_ID,
+            entry_point=f"{__name__}.fine_tune:FineTuneEnv",
+            vector_entry_point=f"{__name__}.fine_tune:FineTuneVectorEnv",
+        )
+
+
+_register()
+
+__all__ = ["ENV_ID"]

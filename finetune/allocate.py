@@ -75,7 +75,7 @@ class StaticPlan:
         limit: the budget, in the same unit.
         unit: "bytes" or "parameters".
         frontier: the plans that are worth their cost, the cheapest first; None unless they were asked for.
-        learning_rate: the peak that the plan wants: the rate that was given, or half of the rule's where none was,
+        learning_rate: the peak that the plan wants: the rate that was given, or the rule's where none was,
             times the plan's factor (docs/learning-rate.md).
     """
 
@@ -125,7 +125,7 @@ def allocate(
         output: also write the plan to this new file (plan.yaml). A person may edit it there, and it can be the `policy`
             of a run.
         changes: single options by their names; see `PilotOptions`. For a model also `loss`, `optimizer`,
-            `learning_rate` (of plain LoRA; by default half of the rule's), `accumulation` and `total_steps`, the length
+            `learning_rate` (of plain LoRA; by default the rule's), `accumulation` and `total_steps`, the length
             of the run that is planned.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 
 from ..common.checks import counted, finite
 from ..cost.batch_shape import Batch
-from ..decide.rate_control import CHANGES, FEATURES, UNDO, RateControl, RunRecord, decision_steps
+from ..decide.rate_control import CHANGES, FEATURES, HALVED, PATIENCE, UNDO, RateControl, RunRecord
 from ..errors import ConfigError
 from ..lora.optimizer_state import last_direction, unwrap_optimizer
 from ..lora.targets import TargetModule
@@ -19,12 +19,6 @@ from .journal import Journal
 from .plan_rate import PlanRate, follows_rule
 from .put_back import AdapterSnapshot
 from .run import Participant, TrainingRun
-
-HALVE = CHANGES.index(-1.0)
-"""What is done where a step has left something that is not finite: its cause may be one batch, and not the rate."""
-
-PATIENCE = 3
-"""Steps in a row that leave something that is not finite, with which a run ends: its copy is no help."""
 
 
 @torch.no_grad()
@@ -59,7 +53,8 @@ class ControlledRate(Participant):
         run: that begins.
         targets: its adapters.
         rate: what multiplies the learning rate.
-        control: chooses.
+        control: chooses; None where the policy of the ranks does, see `steer`.
+        steps: before which the rate is decided.
         journal: told of each change.
 
     Attributes:
@@ -74,17 +69,18 @@ class ControlledRate(Participant):
         run: TrainingRun,
         targets: Sequence[TargetModule],
         rate: PlanRate,
-        control: RateControl,
+        control: RateControl | None,
+        steps: Sequence[int],
         journal: Journal,
     ) -> None:
         if not follows_rule(run.optimizer):
             raise ConfigError(
-                "control=True reads the steps of Adam and its variants; "
+                "control=True, and a policy that steers the rate, read the steps of Adam and its variants; "
                 f"{type(unwrap_optimizer(run.optimizer)).__name__} is none, or chooses its "
-                "rate itself. Leave control out."
+                "rate itself. Leave control out, and pass another policy."
             )
         self._run, self._targets, self._rate, self._control, self._journal = run, targets, rate, control, journal
-        self._steps = decision_steps(run.total_steps)
+        self._steps = tuple(steps)
         self._seen: list[tuple[torch.Tensor | float, torch.Tensor]] = []
         last = self._steps[-1] if self._steps else 0
         self._copies = {at for tenth in range(1, 10) if (at := round(tenth * run.total_steps / 10)) > last}
@@ -114,9 +110,9 @@ class ControlledRate(Participant):
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
         """Decide the rate if `step`, the optimizer steps done, is a moment for it; keep a copy if one is due."""
-        if step in self._steps and (self._seen or self.record.losses):
-            self._decide(step)
-        if self._steps and step == self._steps[-1] and not self.record.changed:
+        if self._control and step in self._steps and (self._seen or self.record.losses):
+            self._decide(step, self._control)
+        if self._control and self._steps and step == self._steps[-1] and not self.record.changed:
             self._journal.note(f"step {step}: the learning rate stays as it is: no moment was sure of a change.")
         if self._kept is None or step in self._copies:
             self._keep(step)
@@ -137,7 +133,8 @@ class ControlledRate(Participant):
         at, self._seen = self._kept_at, []
         self.record.losses, self.record.alignments = [], []
         said = f"It left weights or moments that are not finite. Adapters and optimizer are back at step {at}."
-        self._take(HALVE, step, said, {"not_finite": True}, back=True)
+        # By half: the cause may be one batch, and not the rate.
+        self._take(HALVED, step, said, {"not_finite": True}, back=True)
         return self._broken[1] < PATIENCE
 
     def _read(self) -> None:
@@ -146,13 +143,23 @@ class ControlledRate(Participant):
                 self.record.add(float(loss), float(aligned))
         self._seen = []
 
-    def _decide(self, step: int) -> None:
+    def read(self, step: int) -> float:
+        """Let the record read all steps before `step`; returns the schedule's rate now, as a share of its peak."""
         self._read()
         self.record.step = step
         peak = self._rate.own
         now = max((group["lr"] for group in self._run.optimizer.param_groups), default=peak)
-        seen = self.record.observe(min(float(now) / peak, 1.0) if peak else 1.0)
-        action = self._run.replicas.processes.on_first(lambda: int(self._control.act(seen[None])[0]))
+        return min(float(now) / peak, 1.0) if peak else 1.0
+
+    def steer(self, change: int, step: int) -> None:
+        """Do to the rate what a decision of the policy says, the number of one of `CHANGES`."""
+        if self.record.losses:
+            back = change == UNDO and self._kept is not None
+            self._take(change, step, "Adapters and optimizer are back at their copy." if back else "", {}, back=back)
+
+    def _decide(self, step: int, control: RateControl) -> None:
+        seen = self.record.observe(self.read(step))
+        action = self._run.replicas.processes.on_first(lambda: int(control.act(seen[None])[0]))
         named = dict(zip(FEATURES, seen.round(4).tolist(), strict=True))
         said = (
             f"Alignment of the last steps {named['alignment'] / 4:+.2f}, loss {math.exp(named['loss'] / 2):.2f} of the "
@@ -173,7 +180,7 @@ class ControlledRate(Participant):
         self._rate.move(2**self.record.moved)
         if CHANGES[action]:
             self._journal.note(
-                f"step {step}: the learning rate goes from {before:.2g} to {self._rate.rate:.2g}. {said}"
+                f"step {step}: the learning rate goes from {before:.2g} to {self._rate.rate:.2g}. {said}".rstrip()
             )
         self._journal.log_control(
             {"step": step, "change": CHANGES[action], "undone": back, "rate": self._rate.rate, **row}
@@ -207,6 +214,7 @@ class ControlledRate(Participant):
             changed=bool(state["changed"]),
             step=counted(state["step"]),
             _first=[finite(value) for value in state["_first"]],
+            _first_alignments=[finite(value) for value in state["_first_alignments"]],
             _means=[finite(value) for value in state["_means"]],
             _undone=bool(state["_undone"]),
             _schedule=finite(state["_schedule"]),

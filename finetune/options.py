@@ -135,9 +135,9 @@ class PilotOptions(PlanOptions):
         seed: of the probe and of fresh rows; by default `TrainingArguments.seed` under a Trainer, and 0 in a loop.
         measure_every: measure the real peak every so many steps, and after each change of ranks.
         log: the folder of the decision log. By default `decisions` in a Trainer's output folder, and none in a loop.
-        learning_rate: "auto" begins at a quarter of the rate that a rule says for the model, the length of the run and
-            the plan, in place of the optimizer's, and lets control raise it; at half of it without control. It is for
-            Adam and its variants.
+        learning_rate: "auto" trains at the rate that a rule says for the model and the length of the run, in place of
+            the optimizer's. With control it begins at half of it, and the run's steps raise it. It is for Adam and its
+            variants.
         control: correct the learning rate in the first half of the run by what its steps show, and take back damage
             that too high a rate has done (docs/control.md). For Adam and its variants, and runs of 60 steps or more. By
             default it is on under learning_rate="auto", and off for a rate of your own.

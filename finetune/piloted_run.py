@@ -20,8 +20,8 @@ from ..cost.saver_prices import CACHE, TILES
 from ..cost.savers import SAVERS, ExactSavers, is_compiled
 from ..decide.applier import PlanApplier
 from ..decide.observation import Observation
-from ..decide.policy import Decision, Policy, asked, reads_signals, rounding
-from ..decide.rate_control import RATE_CONTROLS, SHORTEST
+from ..decide.policy import Decision, Policy, asked, reads_signals, rounding, steers_rate
+from ..decide.rate_control import RATE_CONTROLS, SHORTEST, decision_steps
 from ..decide.rules import AsConfigured, PlanFile, given_ranks
 from ..decide.settings import DecisionSchedule
 from ..lora.adapters import PeftAdapters
@@ -89,7 +89,8 @@ class PilotedRun:
         self._targets, self._policy, self._schedule = targets, policy, schedule
         self._stays = isinstance(policy, AsConfigured)  # ranks, as the LoraConfig has them
         in_long_run = options.learning_rate == "auto" and run.total_steps >= SHORTEST
-        self._controls: bool = in_long_run if options.control is None else options.control
+        self._steers = steers_rate(policy)
+        self._controls: bool = self._steers or (in_long_run if options.control is None else options.control)
         self.begun, self.step, self.shown = False, 0, 0
         self.decision: Decision | None = None
         self.guard = PeakGuard(options.measure_every, journal.note)
@@ -307,7 +308,9 @@ class PilotedRun:
         """Have the learning rate corrected while the run goes, if that is wanted."""
         if self._controls:
             assert self.rate is not None
-            self.control = ControlledRate(self.run, self._targets, self.rate, RATE_CONTROLS[CONTROLLER], self.journal)
+            control, total = None if self._steers else RATE_CONTROLS[CONTROLLER], self.run.total_steps
+            steps = self._schedule.steps(total) if self._steers else decision_steps(total)
+            self.control = ControlledRate(self.run, self._targets, self.rate, control, steps, self.journal)
             self.finite.control = self.control
             with readable_state():
                 self.control.begin(state)
@@ -387,12 +390,16 @@ class PilotedRun:
         by_hand = isinstance(self._policy, PlanFile)  # who wrote the plan may shrink trained adapters
         keeps = not by_hand and not self._stays and not applier.decision
         with before_training.learned_kept(self.run, applier, self.journal.note) if keeps else nullcontext():
-            observation = applier.observe(step, loss)
+            share = self.control.read(step) if self.control and self._steers else 1.0
+            steps = self.control.record if self.control and self._steers else None
+            observation = applier.observe(step, loss, steps, share)
             self.decision = decision = self._ask(observation)
             self.journal.note(rounding(self._policy, observation, decision))
             faster = ""
             if keeper.checkpointing and not applier.decision:
                 faster = before_training.faster_plan(keeper, applier, self._ask, decision)
+            if self.control and self._steers:  # an undo puts back adapters of the ranks of before
+                self.control.steer(decision.change, step)
             plan = applier.stay() if self._stays else applier.apply(decision, step, self.run.optimizer)
         self._losses.restart()
         keeper.decided(observation.problem.ranks, step)

@@ -20,15 +20,12 @@ from ..errors import ConfigError
 from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, unwrap
-from ..plan.rate import RULE, TYPICAL, InitialLoss
+from ..plan.rate import RULE, TYPICAL, InitialLoss, RateRange
+from ..plan.worth import KNOWN
 from .run import FIRST_ROWS, FirstRows, Participant, TrainingRun, own_rate, probe_rate
 
 FAR = 4.0
 """A rate so many times above or below the rule's is told."""
-
-START, ALONE = 0.25, 0.5
-"""The shares of the rule's rate that "auto" begins with: where the run's own steps raise it, and where nothing does. On
-a model that it was not fitted on the rule may be far too high, and too high costs far more than too low."""
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 """Names of the hidden width in configurations of models."""
@@ -111,8 +108,8 @@ class PlanRate(Participant):
     Args:
         run: whose optimizer steps.
         targets: its adapters. Groups of the optimizer that hold none keep their rate.
-        auto: begin with a share of what the rule says for plain LoRA; else with the optimizer's own rate.
-        controlled: whether the run's steps correct the rate; see `START`.
+        auto: begin with what the rule says for plain LoRA; else with the optimizer's own rate.
+        controlled: whether the run's steps correct the rate, which begins lower then, but for runs that learn labels.
         keep: leave the rate as it is, whatever the plan.
         initial: the loss before training, and the tokens of a step.
         own: of the attributes, where the run goes on; the optimizer's rate may be anywhere on its schedule then.
@@ -125,7 +122,8 @@ class PlanRate(Participant):
         moved: the part of it that control of the run has added.
 
     Raises:
-        ConfigError: `auto`, and the rule says nothing here: of another optimizer, or of losses that compare answers.
+        ConfigError: the optimizer's rate is negative or not finite; or `auto`, and the rule says nothing here: of
+            another optimizer, or of losses that compare answers.
     """
 
     def __init__(
@@ -160,14 +158,23 @@ class PlanRate(Participant):
                 "rate above 0 (TrainingArguments.learning_rate)."
             )
         self.own: float = own or probe_rate(run.model, run.optimizer)
+        if not 0 < self.own < math.inf:
+            raise ConfigError(
+                f"The optimizer's learning rate is {self.own}, and nothing trains at that: make the optimizer with a "
+                "number above 0, or use TrainingArguments.learning_rate."
+            )
         self._plain = np.array([target.scaling_at(REFERENCE_RANK) for target in targets])
         self.rule: float | None = None
         self.initial: InitialLoss | None = initial
         self._decides = auto
         if auto or rule_knows(run):
             self.rule = rate_by_rule(run.model, targets, run.total_steps, initial or TYPICAL)
-        self._share = START if controlled else ALONE
-        self._auto = self._share * self.rule / self.own if auto and self.rule else 1.0
+        self._raised = controlled and self.initial != TYPICAL  # of labels steps tell nothing
+        self._auto = 1.0
+        if auto and self.rule:
+            self._auto = (RateRange.around(self.rule).start if self._raised else self.rule) / self.own
+        wide = (hidden_width(run.model) or 0) > KNOWN["width"][1]
+        self._most = 1.0 if wide else math.inf  # on wider models no plan is known to want more than plain LoRA
         self.factor: float = 1.0
         self.moved: float = 1.0
         self._before: list[tuple[dict[str, Any], Any]] = []
@@ -201,23 +208,24 @@ class PlanRate(Participant):
         self.factor = self.plain / self.own
         if not self._keep and self._follows:
             ranks = np.array([target.rank for target in self._targets], dtype=np.int64)
-            self.factor *= RULE.factor(ranks, np.array([target.scaling for target in self._targets]), self._plain)
+            of_plan = RULE.factor(ranks, np.array([target.scaling for target in self._targets]), self._plain)
+            self.factor *= min(of_plan, self._most)
 
     def told(self) -> str:
         """A line on the rate; empty where it is the user's, and near the rule's."""
         lines = []
         if not np.allclose(self._plain, self._plain[0]):
             lines.append("Modules differ in lora_alpha (alpha_pattern): each keeps its own.")
-        if self._decides:
-            begins = "; steps of the run raise it" if self._share == START else ", since no steps correct it here"
+        if self._decides and self.rule:
+            ends = RateRange.around(self.rule)
+            begins = "steps of the run raise it" if self._raised else "no steps are sure to raise it here"
             of_plan = "" if self.rate == self.plain else f", {self.rate:.2g} under this plan"
-            return " ".join(
-                [
-                    f"The rule says a learning rate of {self.rule:.2g} for plain LoRA. The run begins at "
-                    f"{self._share:g} of it{of_plan}{begins}.",
-                    *lines,
-                ]
+            lines.insert(
+                0,
+                f"The best learning rate of plain LoRA is likely between {ends.low:.2g} and {ends.high:.2g} here, with "
+                f"{ends.middle:.2g} in the middle. The run begins at {self.plain:.2g}{of_plan}; {begins}.",
             )
+            return " ".join(lines)
         if abs(self.factor - 1) > 0.01:
             lines.append(
                 f"The learning rate of {self.own:.3g} is read as that of plain LoRA; this plan trains at "
@@ -227,7 +235,7 @@ class PlanRate(Participant):
             times = max(self.own / self.rule, self.rule / self.own)
             lines.append(
                 f"{self.own:.2g} is {times:.0f} times {'above' if self.own > self.rule else 'below'} what the rule "
-                f"says for plain LoRA here, {self.rule:.2g}; learning_rate='auto' begins below that and looks."
+                f"says for plain LoRA here, {self.rule:.2g}; learning_rate='auto' looks at the run."
             )
         return " ".join(lines)
 

@@ -153,10 +153,12 @@ def _sorted_rows(
     made = _product(experts, pairs, "gate_up_proj", hidden.index_select(0, order // chosen), offsets)
     if experts.has_bias:
         made = made + experts.gate_up_proj_bias[numbers]
-    made = _product(experts, pairs, "down_proj", experts._apply_gate(made), offsets)
+    inner, share = experts._apply_gate(made), weights.reshape(-1).index_select(0, order).unsqueeze(-1)
     if experts.has_bias:
-        made = made + experts.down_proj_bias[numbers]
-    made = made * weights.reshape(-1)[order].unsqueeze(-1)
+        made = _product(experts, pairs, "down_proj", inner, offsets) + experts.down_proj_bias[numbers]
+        made = made * share
+    else:  # the product is linear, and its inputs are narrower than its results
+        made = _product(experts, pairs, "down_proj", (inner * share).to(inner.dtype), offsets)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return made.index_select(0, back).view(-1, chosen, made.shape[-1]).sum(dim=1).to(hidden.dtype)

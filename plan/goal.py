@@ -21,9 +21,9 @@ CAUTION = 0.5
 """Under quality, a plan is as good as its expected loss and so many standard deviations: what is unsure counts less. On
 fine-tunes left out, less caution takes worse plans, and more takes plain LoRA (docs/experiments.md)."""
 
-SURE = 1.64
-"""A plan surely ends below its expected loss and so many standard deviations: one-sided, 95 % of a normal distribution.
-"""
+SURE = 1.8
+"""A plan surely ends below its expected loss and so many standard deviations. 19 of 20 plans of models left out do:
+their errors have longer tails than a normal distribution, of which 1.64 would be enough."""
 
 
 @dataclass(frozen=True)

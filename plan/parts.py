@@ -116,7 +116,7 @@ def longest_that_fits(most: int, room: float, layers: int, bytes_of: ShapeCost) 
 
 def parts_sentence(figures: Mapping[str, float]) -> str:
     """How the steps of a run ran, by what its training log shows of parts; empty where they ran as a whole."""
-    if "parts" not in figures:
+    if figures.get("parts", 1.0) <= 1 and not figures.get("padding_saved"):
         return ""
     return (
         f"Batches ran in {figures['parts']:.1f} parts in the mean, without {figures['padding_saved']:.0%} of their "

@@ -1,14 +1,20 @@
 """Which learning rate a plan wants: a rule for plain LoRA on a model, and the factor of a plan beside plain LoRA.
 
-Plain LoRA has rank 8 on all modules. The rule multiplies powers, fitted on fine-tunes of models of width 64 to 8192
-(`python -m benchmarks rates`, docs/learning-rate.md), for Adam and its variants. A published rule of this form has the
-width alone: 5e-4 (2000 / width)^.781 for Llama (Schulman et al., LoRA without regret, 2025).
+Plain LoRA has rank 8 on all modules. The rule multiplies powers, for Adam and its variants. From a width of 1,024 on it
+is the constant that people take, 3e-4 at `lora_alpha` 32: on models left out no rule of width and rank is surely better
+(docs/learning-rate.md). Below, the power of width leads on from there to what small models want (`python -m benchmarks
+rates`). A published rule of this form has the width alone: 5e-4 (2000 / width)^.781 for Llama (Schulman et al., LoRA
+without regret, 2025).
+
+A model that nobody fitted has its best rate somewhere in a `RateRange`, and a rate that is too high costs more than one
+as far too low. So the rule leans low.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -17,6 +23,22 @@ from ..lora.spec import REFERENCE_RANK
 
 REFERENCE_SCALE = 2.0
 """`lora_alpha` 16 at rank 8."""
+
+WIDE = 1024
+"""Wider models have the rate of this width."""
+
+SPREAD = 0.55
+"""Standard deviation of the log of the best rate over what is told of it, on models left out."""
+
+ENDS = 0.1
+"""The share of models whose best rate is below the lower end of an interval, and of those that are above the upper."""
+
+BELOW = {False: 0.25, True: 0.03}
+"""The share of models whose best rate is below that with which a run begins, by whether its steps correct the rate.
+
+Left alone, a rate costs three times as much where it is too high as where it is as far too low. Steps mend a low one
+nearly for nothing (docs/control.md), so a run that they correct begins lower. The rule says the rate of one left alone.
+"""
 
 MOST_TOKENS = 2000
 """Steps of more tokens have the rate of this many: their gradients have little noise left to average."""
@@ -46,28 +68,52 @@ TYPICAL = InitialLoss()
 
 
 @dataclass(frozen=True)
+class RateRange:
+    """Where the best rate of plain LoRA lies on a model that nobody fitted.
+
+    Attributes:
+        start: where a run begins whose steps correct the rate.
+        low: a tenth of such models want less.
+        middle: half of them want less.
+        high: a tenth of them want more.
+    """
+
+    start: float
+    low: float
+    middle: float
+    high: float
+
+    @classmethod
+    def around(cls, rate: float) -> RateRange:
+        """The interval of what the rule says, which is below the middle."""
+        shares = BELOW[True], ENDS, 0.5, 1 - ENDS
+        lean = NormalDist().inv_cdf(BELOW[False])
+        return cls(*(rate * math.exp(SPREAD * (NormalDist().inv_cdf(share) - lean)) for share in shares))
+
+
+@dataclass(frozen=True)
 class RateRule:
     """The peak of the learning rate as a product of powers.
 
     Attributes:
-        rate: of plain LoRA at width 2048 and scale 2, in a run of 200 steps of 400 tokens, from a loss of 1 nat.
-        of_width: power of the width of hidden states.
+        rate: of plain LoRA at width 1024 and scale 2, in a run of 200 steps of 400 tokens, from a loss of 1 nat.
+        of_width: power of the width of hidden states, up to `WIDE`.
         of_steps: of the optimizer steps of the run.
         of_tokens: of the tokens of a step, up to `MOST_TOKENS`.
         of_loss: of the loss before training. A text that the model hardly knows has farther to go.
         of_scale: of the scale of plain LoRA, alpha / 8 (alpha / sqrt(8) under rsLoRA), and of that of a plan beside it.
         of_rank: of the rank of a plan's modules at one scale. With one alpha the scale falls as the rank rises, and
-            the rate hardly changes.
+            the rate stays.
         of_share: of the share of the modules that are adapted.
     """
 
-    rate: float = 8.8e-4
-    of_width: float = -0.48
-    of_steps: float = -0.1
-    of_tokens: float = 0.2
-    of_loss: float = 0.48
+    rate: float = 6.2e-4
+    of_width: float = -0.64
+    of_steps: float = -0.17
+    of_tokens: float = 0.17
+    of_loss: float = 0.64
     of_scale: float = -1.0
-    of_rank: float = -0.8
+    of_rank: float = -1.0
     of_share: float = -0.3
 
     def plain(self, width: int, steps: int, scale: float = REFERENCE_SCALE, initial: InitialLoss = TYPICAL) -> float:
@@ -81,7 +127,7 @@ class RateRule:
         """
         tokens = min(max(initial.tokens, 1.0), MOST_TOKENS)
         powers = (
-            (width / 2048, self.of_width),
+            (min(width, WIDE) / WIDE, self.of_width),
             (steps / 200, self.of_steps),
             (tokens / 400, self.of_tokens),
             (max(initial.loss, LEAST_LOSS), self.of_loss),

@@ -41,6 +41,9 @@ FEATURES = {
 }
 """The numbers that describe a plan, with their meanings."""
 
+KNOWN = {"width": (32, 576), "layers": (1, 30), "steps": (50, 800)}
+"""The runs from which expectations were learned: widths of models, layers (the shallowest had 4), optimizer steps."""
+
 FILE = Path(__file__).with_name("worth.json")
 
 
@@ -79,6 +82,14 @@ class Modules:
             lowest * width,
         ]
         return np.stack(columns, axis=1)
+
+
+def octaves_beyond(name: str, value: float) -> float:
+    """By how many doublings a value lies outside of what is `KNOWN` of that name; 0 within half a unit of it."""
+    low, high = KNOWN[name]
+    if low - 0.5 < value < high + 0.5:
+        return 0.0
+    return abs(math.log2(value / (low if value < low else high)))
 
 
 def _mean(values: FloatArray, chosen: BoolArray) -> FloatArray:

@@ -180,82 +180,45 @@ def _scale(largest: float) -> tuple[float, str]:
 
 
 def learning_curve(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Returns of episodes over the iterations of policy training, and what the policy gains on validation tasks.
+    """Returns of episodes over the rounds of training an agent, and what the agent gains on validation tasks.
 
     Args:
-        rows: progress of a training. That of iteration 0 holds validation_over_start, if it was measured, and
-            warm_validation_over_start after a warm start; later ones episodes, return_mean, return_p10 and return_p90
-            over the rule, and now and then validation_over_start.
+        rows: of progress.jsonl. Those with "over_rule", "over_rule_p10" and "over_rule_p90" are of rounds, those with
+            "validation" tell by how much the loss was above the rule's, in hundredths of its log.
     """
-    checks, returns = _checks(rows), [row for row in rows if "return_mean" in row]
-    note = (
-        "Gains over the rule that it starts from, in shares of a task's headroom, of which a task counts 100% at most."
-    )
+    rounds = [row for row in rows if "over_rule" in row]
+    checks = drawing.finite_points([(row["round"], -row["validation"]) for row in rows if "validation" in row])
+    note = "Both panels: by how much the held-out loss is below that under the rule, in hundredths of its log."
     figure = drawing.new_figure(4.1, learning_sentence(rows), note)
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    measured = len(checks) > 0
-    panels = figure.subplots(1, 2 if measured else 1, squeeze=False)[0]
-    _draw_returns(drawing.clean_axes(panels[0], "Training, on new tasks each time"), returns)
-    if measured:
-        _draw_validation(drawing.clean_axes(panels[1], "Validation tasks, which choose what is kept"), checks)
-    last = max((float(row["iteration"]) for row in rows), default=0) or 1.0
+    panels = figure.subplots(1, 2, squeeze=False)[0]
+    training = drawing.clean_axes(panels[0], "Training, on new tasks each round")
+    numbers, means, low, high = (
+        np.array(
+            [[float(row[key]) for key in ("round", "over_rule", "over_rule_p10", "over_rule_p90")] for row in rounds]
+        )
+        .reshape(-1, 4)
+        .T
+    )
+    training.fill_between(numbers, low, high, color=drawing.COLORS[0], alpha=0.15, linewidth=0, label="10-90% of runs")
+    training.plot(numbers, means, color=drawing.COLORS[0], linewidth=2, label="mean")
+    validation = drawing.clean_axes(panels[1], "Validation tasks, which choose what is kept")
+    if len(checks):
+        validation.plot(*checks.T, color=drawing.COLORS[1], linewidth=2, marker="o", label="agent")
     for axes in panels:
-        axes.set_xlim(-0.02 * last, 1.02 * last)
-        axes.margins(y=0.18)  # room for the legend
         axes.axhline(0, color=drawing.FAINT, linewidth=0.8, zorder=1)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _checks(rows: Sequence[Mapping[str, Any]]) -> FloatArray:
-    """(iteration, gain on validation tasks): the untrained policy first, the one after the warm start second."""
-    keys = ("validation_over_start", "warm_validation_over_start")
-    return drawing.finite_points([(row["iteration"], row[key]) for row in rows for key in keys if key in row])
-
-
 def learning_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What a training of a policy brought; see `learning_curve`.
-
-    No claim about the trend of returns: each iteration draws other tasks, so they are not comparable.
-    """
-    checks, rounds = _checks(rows), sum("return_mean" in row for row in rows)
-    if not len(checks):
-        return f"Return over the rule in {rounds} iterations, each on newly drawn tasks"
-    iteration, gain = checks[int(np.argmax(checks[:, 1]))]
-    told = f"{gain:+.1%} over the rule on validation tasks".replace("-", "−")
-    if iteration:
-        return f"The policy of iteration {iteration:.0f} is kept: {told}"
-    kept = f"that of the warm start is kept, {told}" if gain else "the rule that it starts from is kept"
-    return f"PPO improved nothing in {plural(rounds, 'round')}: {kept}"
-
-
-def _draw_returns(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the mean and the spread of each iteration's episodes."""
-    keys = ("iteration", "return_mean", "return_p10", "return_p90")
-    iterations, means, low, high = np.array([[float(row[key]) for key in keys] for row in rows]).reshape(-1, 4).T
-    blue = drawing.COLORS[0]
-    axes.fill_between(iterations, low, high, color=blue, alpha=0.15, linewidth=0, label="10–90% of episodes")
-    if len(rows) > 40:
-        axes.plot(iterations, means, color=blue, linewidth=1, alpha=0.35)
-        axes.plot(iterations, drawing.smooth(means, len(means) // 12), color=blue, linewidth=2, label="mean, smoothed")
-    else:
-        axes.plot(iterations, means, "o-", color=blue, linewidth=2, markersize=3, label="mean")
-    episodes = sum(int(row.get("episodes", 0)) for row in rows)
-    axes.set(xlabel="PPO iteration" + (f" ({episodes:,} episodes in all)" if episodes else ""))
-    axes.set_ylabel("return: gain over the rule")
-    drawing.draw_legend(axes)
-
-
-def _draw_validation(axes: Axes, points: FloatArray) -> None:
-    """Draw what the policy gains on tasks that stay the same; on them alone iterations can be compared."""
-    orange = drawing.COLORS[1]
-    axes.plot(*points.T, "o-", color=orange, markersize=5, linewidth=1.5)
-    if len(points) > 1 and points[1, 0] == points[0, 0]:
-        style: dict[str, Any] = {"textcoords": "offset points", "xytext": (2, 7), "fontsize": 9, "color": orange}
-        axes.annotate("warm start", points[1], **style)
-    axes.set(xlabel="PPO iteration", ylabel="gain over the rule")
+    """What a training of an agent brought; see `learning_curve`."""
+    checks = [(row["validation"], row["round"]) for row in rows if "validation" in row]
+    if not checks:
+        return f"An agent was trained in {plural(sum('over_rule' in row for row in rows), 'round')}"
+    value, number = min(checks)
+    told = f"its losses on validation tasks are {abs(value):.1f} % {'below' if value <= 0 else 'above'} the rule's"
+    return f"The agent of round {number} is kept: {told}" if number else f"The copy of the rule is kept: {told}"
 
 
 PICTURE = "ranks.png"

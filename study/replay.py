@@ -61,7 +61,11 @@ class DecidedAgain:
     def differences(self) -> tuple[str, ...]:
         """What differs from the log, in words; empty if all is equal, bit for bit."""
         then, now = self.logged, self.decision
-        found = [name for name in ("rank_floor", "depth_bias") if getattr(then.decision, name) != getattr(now, name)]
+        found = [
+            name
+            for name in ("rank_floor", "depth_bias", "change")
+            if getattr(then.decision, name) != getattr(now, name)
+        ]
         if then.kept != keeps(self.observation, now):
             found.append("kept")
         pairs = {

@@ -14,12 +14,21 @@ from ..common.text import cost_text, plural
 from ..cost.saver_prices import plain_text
 from ..decide.choice import PLAIN, Choice, percent
 from ..decide.chooser import PlanChooser
+from ..decide.group_rules import GROUP_RULES
 from ..decide.log import DecisionLog, DecisionRecord
 from ..decide.policy import Policy
+from ..decide.rate_control import DOUBLED, HALVED, UNDO
 from ..decide.rules import RULES
 from ..plan.worth import FEATURES
 from .replay import WhatIf, redecide, usual_questions, what_if
 from .run_data import rates_sentence
+
+RATE_TOLD = {
+    HALVED: ", and halved the learning rate",
+    DOUBLED: ", and doubled the learning rate",
+    UNDO: ", and went back to the last copy at a quarter of the learning rate",
+}
+"""What a decision did to the learning rate beside ranks."""
 
 SHOWN = 3
 """Plans and parts that a sentence names at most."""
@@ -48,7 +57,7 @@ class Explanation:
             return f"{where} the guard or a person changed the ranks; no policy decided."
         if found is None:
             did = "kept the ranks in place" if logged.kept else "decided; it expects nothing of plans"
-            return f"{where} {logged.policy} {did}."
+            return f"{where} {logged.policy} {did}{RATE_TOLD.get(logged.decision.change, '')}."
         taken = f'{where} the plan "{found.names[found.taken]}" was taken'
         promise = found.promise()
         if found.taken == 0 or found.misses_goal:
@@ -119,9 +128,10 @@ def explain(logged: DecisionRecord, policy: Policy | None = None, what_ifs: bool
     found = Explanation(logged)
     if logged.correction:
         return replace(found, notes=("The log does not tell how the guard, or a person, chose these ranks.",))
-    if not what_ifs or logged.kept:
+    if not what_ifs or (logged.kept and not logged.decision.change):
         return found
-    given = policy or (PlanChooser() if logged.choice else RULES.get(logged.policy))
+    named: Policy | None = GROUP_RULES.get(logged.policy) or RULES.get(logged.policy)
+    given = policy or named or (PlanChooser() if logged.choice else None)
     same_weights = (sha256 := getattr(given, "sha256", None)) == logged.policy_sha256
     if given is None or not same_weights or (sha256 is None and given.name != logged.policy):
         return replace(found, notes=(f"The policy {logged.policy} is not at hand, so there are no what-ifs.",))

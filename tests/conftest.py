@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.cost.cost import ParameterCost
-from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Inputs, Observation
+from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.lora.spec import RankLadder
 from rankpilot.plan.problem import AllocationProblem
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -39,10 +39,6 @@ if not torch.accelerator.is_available():
     # Torch would note the stack of each call, to seed devices that are not there: a sixth of the time of small tests.
     for _device in (torch.cuda, torch.xpu, torch.mtia):
         vars(_device)["manual_seed_all"] = lambda seed: None
-
-
-FIRST_INPUTS = Inputs(14, 8)
-"""What the networks of all policies read before policy cards of schema 4."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -231,12 +227,10 @@ def make_observation() -> Callable[..., Observation]:
             "limit": float(6 * cost.per_rank.sum()),
             "ladder": RankLadder(),
         } | problem
-        first, later = FIRST_INPUTS.modules, len(MODULE_FEATURES) - FIRST_INPUTS.modules
-        features = generator.normal(size=(modules, first))
+        features = generator.normal(size=(modules, len(MODULE_FEATURES)))
         run = generator.uniform(0, 1, size=len(RUN_FEATURES))
-        others = generator.normal(size=(modules, later))
         return Observation(
-            modules=np.clip(np.concatenate([features, others], axis=1), -3, 3).astype(np.float32),
+            modules=np.clip(features, -3, 3).astype(np.float32),
             run=run.astype(np.float32),
             problem=AllocationProblem(**options),
             names=tuple(f"layers.{m // 4}.m{m % 4}" for m in range(modules)),

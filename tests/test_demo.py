@@ -24,7 +24,7 @@ def test_each_command_of_the_demo_is_read() -> None:
     done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
     commands = [re.split(r" 2>&1 ", line)[0] for line in done.stdout.splitlines() if " runs/demo" in line]
     names = [shlex.split(line)[1] for line in commands]
-    assert names == ["memory", "finetune", "finetune", "-m", "policy", "study", "-m"]
+    assert names == ["memory", "finetune", "finetune", "-m", "policy", "finetune", "study", "-m"]
     for program, *words in map(shlex.split, commands[:-1]):
         PROGRAMS[Path(program).name](words)
 
@@ -52,12 +52,8 @@ def test_the_last_words_hold_the_figures_of_the_runs() -> None:
 
 
 def test_a_policy_that_training_did_not_change_is_told_as_that() -> None:
-    table = {name: {"improvement": 1.088, "tasks": 4.0} for name in ("learned", "signal-mean")}
-    start, rounds = {"iteration": 0, "validation_over_start": 0.0}, {"iteration": 1, "return_mean": 0.2, "episodes": 48}
-    told = demo.policy_sentence(table, [start, rounds | {"validation_over_start": 0.0}])
-    assert "PPO improved nothing in 1 round: the rule that it starts from is kept" in told
-    assert "+108.8% of what the best known plan gains, is the same as that of the rule signal-mean" in told
-    better = demo.policy_sentence(table | {"learned": table["learned"] | {"improvement": 1.2}},
-                                  [start, rounds | {"validation_over_start": 0.1}])  # fmt: skip
-    assert "The policy of iteration 1 is kept: +10.0% over the rule" in better
-    assert "where +108.8% is that of the rule" in better
+    rows = [{"round": 0, "validation": 0.4}, {"round": 1, "over_rule": 0.2, "episodes": 48, "validation": 0.6}]
+    told = demo.policy_sentence(rows)
+    assert "48 short fine-tunes" in told
+    assert "The copy of the rule is kept: its losses on validation tasks are 0.4 % above the rule's" in told
+    assert "The agent of round 1 is kept" in demo.policy_sentence([rows[0], rows[1] | {"validation": -0.1}])

@@ -81,7 +81,6 @@ MOST_BYTES = 4 * 10**6
 SHIPPED = (
     "plan/worth.json",
     "env/weights/llama-4x32/model.safetensors",
-    "env/suite_cards/planted-train.json",
     "cost/devices.json",
     "cost/published_models.json",
     "study/assets/page.html",

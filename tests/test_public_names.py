@@ -18,8 +18,8 @@ from .warm_python import WarmPython
 
 def test_public_names() -> None:
     assert set(rankpilot.__all__) == {
-        "Budget", "CONTROL_ENV_ID", "Decision", "DecisionLog", "DecisionSchedule", "ENV_ID", "GymnasiumVecEnv",
-        "Observation", "OwnTask", "PilotOptions", "RankPilot", "RankPilotCallback", "RankPilotError", "StaticPlan",
+        "Budget", "Decision", "DecisionLog", "DecisionSchedule", "ENV_ID", "Observation", "PilotOptions", "RankPilot",
+        "RankPilotCallback", "RankPilotError", "StackVecEnv", "StaticPlan",
         "TrainingRun", "allocate", "attach", "axolotl_yaml", "decision_from_scores", "export_padded",
         "export_rank_pattern", "fetch_asset", "frontier", "last_checkpoint", "load_checkpoint",
         "load_packaged_dataset", "load_policy", "memory_of", "module_feature", "rank_pattern_yaml", "save_checkpoint",
@@ -35,7 +35,7 @@ def test_public_names() -> None:
 
 
 def test_the_environment_is_registered() -> None:
-    assert rankpilot.ENV_ID == "rankpilot/RankAllocation-v4"
+    assert rankpilot.ENV_ID == "rankpilot/FineTune-v5"
     assert rankpilot.ENV_ID in gym.registry
 
 
@@ -43,10 +43,8 @@ def test_the_environment_is_registered() -> None:
     "code",
     [
         "import gymnasium, rankpilot; gymnasium.spec(rankpilot.ENV_ID)",
-        "import gymnasium, rankpilot.env; gymnasium.spec('rankpilot/RunControl-v1')",
-        pytest.param(
-            "import gymnasium; gymnasium.make('rankpilot.env:rankpilot/RankAllocation-v4')", marks=pytest.mark.slow
-        ),
+        "import gymnasium, rankpilot.env; gymnasium.spec('rankpilot/FineTune-v5')",
+        pytest.param("import gymnasium; gymnasium.make('rankpilot.env:rankpilot/FineTune-v5')", marks=pytest.mark.slow),
     ],
     ids=["by its name", "by an import", "by the id alone"],
 )

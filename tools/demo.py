@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rankpilot.agents.policy_file import read_card
 from rankpilot.common.files import read_json_lines, read_object, read_text
 from rankpilot.common.text import format_bytes
 from rankpilot.cost.saver_prices import Saved
+from rankpilot.decide.log import DecisionRecord
+from rankpilot.decide.rate_control import KEEP
 from rankpilot.errors import DataError
 from rankpilot.finetune.options import ALL_LINEAR, PILOT
 from rankpilot.study.pictures import learning_sentence
@@ -47,7 +48,8 @@ def seen(folder: Path) -> Iterator[str]:
     yield refusal_sentence(read_text(folder / "too-small.txt", MOST_ERROR_BYTES))
     yield elastic_sentence(read_object(folder / "elastic.json"))
     rows = list(read_json_lines(folder / "policy" / "progress.jsonl"))
-    yield policy_sentence(read_card(folder / "policy")["validation"], rows)
+    yield policy_sentence(rows)
+    yield steered_sentence(read_run(folder / "steered").decisions)
     yield f"The page {folder / 'study.html'} explains each decision of the fine-tune: open it in a browser."
 
 
@@ -105,16 +107,23 @@ def elastic_sentence(figures: dict[str, Any]) -> str:
     )
 
 
-def policy_sentence(validation: Mapping[str, Mapping[str, float]], rows: Sequence[Mapping[str, Any]]) -> str:
-    """What minutes of training a policy brought, and how it stands beside the rule that it started from."""
-    learned, rule = (validation[name]["improvement"] for name in ("learned", "signal-mean"))
-    episodes = sum(row.get("episodes", 0) for row in rows)
-    same = "is the same as that of" if abs(learned - rule) < SAME else f"where {rule:+.1%} is that of"
+def steered_sentence(decisions: Sequence[DecisionRecord]) -> str:
+    """What the agent did in a fine-tune after its first step."""
+    later = [each for each in decisions if each.step > 0 and not each.correction]
+    moved = sum(bool((each.rank_after != each.rank_before).any()) for each in later)
+    rates = sum(each.decision.change != KEEP for each in later)
     return (
-        f"A policy was trained on {episodes} short fine-tunes. {learning_sentence(rows)}. What it gains over uniform "
-        f"ranks on {validation['learned']['tasks']:.0f} validation tasks, {learned:+.1%} of what the best known plan "
-        f"gains, {same} the rule signal-mean, from which it started. Minutes show that PPO runs; "
-        "docs/train-policy.md tells what hours brought."
+        f"The agent steered a fine-tune: of {len(later)} decisions after the first step, {moved} moved ranks and "
+        f"{rates} the learning rate."
+    )
+
+
+def policy_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What minutes of training an agent brought, and how it stands beside the rule that it started from."""
+    episodes = sum(row.get("episodes", 0) for row in rows)
+    return (
+        f"An agent was trained on {episodes} short fine-tunes. {learning_sentence(rows)}. Minutes show that training "
+        "runs, and that what it saves steers a fine-tune; docs/train-policy.md tells what more of it brings."
     )
 
 

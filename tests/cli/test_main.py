@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import resource
 import signal
 import subprocess
@@ -14,12 +13,11 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from rankpilot.agents.training import Train
 from rankpilot.cli import finetune, train
 from rankpilot.cli import main as cli
 from rankpilot.common.files import as_json, open_run, write_json
-from rankpilot.decide.settings import DecisionSchedule, NetworkConfig
 from rankpilot.finetune.options import FinetuneConfig
-from rankpilot.training.config import PRESETS, TrainConfig
 
 from .mistakes import failure, usage_error
 
@@ -70,9 +68,6 @@ def test_unknown_data(capsys: pytest.CaptureFixture[str], offline: Path, monkeyp
     assert "its suffix is not one of" in failure("finetune a/m data.xls", capsys)
 
 
-NO_PRESET = "Unknown preset 'nope'. Allowed: 'quick', 'default', 'full'"
-
-
 @pytest.mark.parametrize(
     ("command", "words"),
     [
@@ -83,9 +78,7 @@ NO_PRESET = "Unknown preset 'nope'. Allowed: 'quick', 'default', 'full'"
         ("[bold]x", "'[bold]x'"),  # rich takes [words] for markup, and a message may well hold some
         ("x[/]", "'x[/]'"),
         ("assets no-such-thing", "Unknown"),
-        ("policy train --preset nope", NO_PRESET),
-        ("policy train --preset=nope", NO_PRESET),
-        ("policy train --config", "--config"),
+        ("finetune --config", "--config"),
     ],
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], seen: list[Any], command: str, words: str) -> None:
@@ -104,8 +97,8 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], seen: list[An
         ("finetune m d --train-rows 0", "at least 1, or None for all rows; got 0"),
         ("finetune m d --held-out-rows -3", "None for all rows; got None and -3"),
         ("finetune m d --seed 100000000000", "seed is a whole number from 0 to 2**32 - 1"),
-        ("policy train --episodes-per-task 1", "episodes_per_task at least 2"),
-        ("policy train --schedule.fractions 0.5", "fractions rise"),
+        ("policy train --episodes 12", "multiple of 8"),
+        ("policy train --rounds 0", "rounds is a whole number of at least 1"),
     ],
 )
 def test_options_out_of_range(capsys: pytest.CaptureFixture[str], seen: list[Any], command: str, words: str) -> None:
@@ -132,7 +125,7 @@ def test_a_run_folder_that_exists(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 
 TAUGHT = {
-    "policy evaluate": ("bootstrap over tasks", "test split is for the final report"),
+    "policy evaluate": ("bootstrap over tasks", "below 0 is better"),
     "export": ("--output", "--rank", "{padded,rank-pattern}", "vLLM", "axolotl"),
     "memory": ("hardly on the rank", "step options"),
     "finetune": ("plan options", "limit that no training step", "--per-device-train-batch-size INT, --batch-size INT"),
@@ -157,8 +150,7 @@ def test_help_and_mistakes_load_no_learning_library() -> None:
     helps = [["--help"], ["--version"], *([*name.split(), "--help"] for name in cli.COMMANDS)]
     mistakes = [
         "trian",
-        "policy train --preset nope",
-        "policy train --episodes-per-task 1",
+        "policy train --rounds 0",
         "policy evaluate",
         "export",
     ]
@@ -254,27 +246,9 @@ def assert_same(kind: type, seen: list[Any], *expected: Any) -> None:
     assert [as_json(kind, each) for each in seen] == [as_json(kind, each) for each in expected]
 
 
-def test_presets_and_flags(seen: list[Any]) -> None:
-    assert cli.run(["policy", "train"]) == 0
-    assert cli.run(["policy", "train", "--preset", "default", "--episodes-per-task", "5"]) == 0
-    assert cli.run(["policy", "train", "--preset=default"]) == 0
-    changed = dataclasses.replace(PRESETS["default"], episodes_per_task=5)
-    assert_same(TrainConfig, seen, PRESETS["quick"], changed, PRESETS["default"])
-
-
-def test_settings_of_a_training_run_from_its_file(seen: list[Any], tmp_path: Path) -> None:
-    schedule, network = DecisionSchedule(probe_steps=5, fractions=(0.0, 0.3)), NetworkConfig(width=9)
-    tasks: dict[str, Any] = {"episodes_per_task": 4, "suites": ("planted",)}
-    config = TrainConfig(iterations=3, **tasks, schedule=schedule, network=network, seed=11)
-    path = tmp_path / "config.json"
-    write_json(path, as_json(TrainConfig, config))
-    assert cli.run(["policy", "train", "--config", str(path)]) == 0
-    changed = "--episodes-per-task 6 --schedule.probe-steps 8 --output x"
-    assert cli.run(["policy", "train", f"--config={path}", *changed.split()]) == 0
-    assert seen[0].schedule == config.schedule
-    assert seen[1].output == Path("x")
-    schedule = dataclasses.replace(schedule, probe_steps=8)
-    assert_same(TrainConfig, seen, config, dataclasses.replace(config, episodes_per_task=6, schedule=schedule))
+def test_flags_of_a_training(seen: list[Any]) -> None:
+    assert cli.run(["policy", "train", "--rounds", "7", "--output", "x"]) == 0
+    assert seen == [Train(rounds=7, output=Path("x"))]
 
 
 def test_settings_of_a_fine_tune_from_its_file(seen: list[Any], tmp_path: Path) -> None:
@@ -308,9 +282,7 @@ def test_settings_have_the_names_of_the_trainer_too(seen: list[Any], tmp_path: P
         ("{", "Cannot read the config file"),
         ("[1]", "holds no settings by name"),
         ('{"grup": 3}', "grup"),
-        ('{"schedule": {"probes": 3}}', "probes"),
-        ('{"episodes_per_task": "many"}', "does not fit: episodes_per_task is a whole number; got 'many'"),
-        ('{"preset": "nope"}', "Unknown preset 'nope'"),
+        ('{"seed": "many"}', "does not fit: seed is"),
         ('{"output": 3}', "output is a path"),
     ],
 )
@@ -320,7 +292,7 @@ def test_a_bad_config_file(
     path = tmp_path / "config.json"
     if content is not None:
         path.write_text(content)
-    assert message in failure(["policy", "train", "--config", str(path)], capsys)
+    assert message in failure(["finetune", "--config", str(path)], capsys)
     assert not seen
 
 
@@ -348,32 +320,46 @@ def test_train_agent_script() -> None:
         [sys.executable, str(ROOT / "train_agent.py"), "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "--iterations" in done.stdout
-    assert "rankpilot policy train" in done.stdout
+    assert "--warm-rounds" in done.stdout
 
 
-def test_a_tiny_training_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rankpilot.agents.policy_file import load_policy
+def test_a_training_draws_its_curve_and_tells_where_the_policy_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import rankpilot.train_agent as script
+    from rankpilot.agents.networks import GroupNetwork, NetworkConfig
+    from rankpilot.agents.policy_file import save_policy
+    from rankpilot.decide.groups import STEERING
 
-    small = "--iterations 2 --stacks 1 --tasks-per-stack 1 --episodes-per-task 2 --workers 1 --validate-every 1"
-    tasks = "--task-steps 8 --suites planted --warm-tasks 1 --validation-tasks 1 --schedule.probe-steps 2"
-    command = f"policy train {small} {tasks}".split()
-    folder = tmp_path / "pilot"
-    assert cli.run([*command, "--output", str(folder)]) == 0
-    assert load_policy(folder).name == "pilot"
-    assert (folder / "learning_curve.png").stat().st_size > 1000
-    assert json.loads((folder / "config.json").read_text())["episodes_per_task"] == 2
-    card = json.loads((folder / "card.json").read_text())
-    assert (card["episodes"], set(card["validation"])) == (4, {"learned", "signal-mean", "top-down"})
-    assert "warm_after" in card["start"]
+    def train_nothing(options: Train, tell: Any) -> Path:
+        tell("round 1 of 1: over_rule -0.2")
+        save_policy(options.output, GroupNetwork(NetworkConfig(width=4)), STEERING, {})
+        rows = [{"round": 0, "validation": 0.3}]
+        rows += [{"round": 1, "over_rule": -0.2, "over_rule_p10": -1.0, "over_rule_p90": 0.4, "validation": -0.1}]
+        (options.output / script.PROGRESS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return options.output
+
+    monkeypatch.setattr(script, "train", train_nothing)
+    assert cli.run(["policy", "train", "--output", str(tmp_path / "pilot")]) == 0
+    assert (tmp_path / "pilot" / "learning_curve.png").stat().st_size > 1000
     printed = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"PPO improved nothing in 2 rounds|The policy of iteration \d is kept", printed)
-    assert "top-down" in printed
-    assert "exists already" in failure([*command, "--output", str(folder)], capsys)
-    assert cli.run([*command, "--output", str(folder), "--resume"]) == 0
-    assert "holds a finished policy already" in capsys.readouterr().out.replace("\n", "")
-    resumed = [*command, "--output", str(folder), "--resume"]
-    assert "other settings (seed: 0 there, 7 now)" in failure([*resumed, "--seed", "7"], capsys)
-    weights = folder / "policy.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    assert "policy.safetensors" in failure(resumed, capsys)
+    assert "round 1 of 1" in printed
+    assert "The agent of round 1 is kept: its losses on validation tasks are 0.1 % below the rule's" in printed
+    assert "--policy" in printed
+
+
+def test_policies_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rankpilot.env import evaluate
+    from rankpilot.env.tasks import FineTuneTask
+
+    sizes: dict[str, Any] = {"base": "bert-4x32", "steps": 25, "length": 16, "eval_rows": 16}
+    tasks = {FineTuneTask("planted", seed, corpus="documentation", **sizes): "plain" for seed in (1, 2)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "evaluation_tasks", lambda *args, **kwargs: tasks)
+        command = f"policy evaluate left-alone union --oracle --output {tmp_path / 'rows'}"
+        assert cli.run(command.split()) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows" / "rows.jsonl").read_text().splitlines()]
+    assert {row["policy"] for row in rows} == {"left-alone", "union", "oracle"}
+    assert len(rows) == 6
+    assert "union" in capsys.readouterr().out
+    assert "Unknown rule 'unoin'" in failure(f"policy evaluate unoin --output {tmp_path / 'other'}", capsys)

@@ -8,11 +8,9 @@ from typing import Any, Literal
 
 import pytest
 from rankpilot.common.files import as_json, from_json
-from rankpilot.decide.settings import DecisionSchedule, NetworkConfig
 from rankpilot.errors import ConfigError
 from rankpilot.finetune.options import FinetuneConfig
 from rankpilot.study.memory_config import MemoryConfig
-from rankpilot.training.config import PRESETS, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,6 @@ def test_every_type_comes_back() -> None:
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        *((TrainConfig, preset) for preset in PRESETS.values()),
-        (TrainConfig, TrainConfig(schedule=DecisionSchedule(7, fractions=(0.0, 0.25)), network=NetworkConfig(width=9))),
         (FinetuneConfig, FinetuneConfig("m", "d", task="causal-lm", train_rows=3)),
         (MemoryConfig, MemoryConfig("m", budget="80%", optimizer="sgd")),
     ],

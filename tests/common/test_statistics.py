@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rankpilot.training.results import (
+from rankpilot.common.statistics import (
     Estimate,
-    compare_pairs,
     estimate,
     interquartile_means,
-    mean_and_interval,
     means,
 )
 
@@ -21,13 +19,11 @@ def alone(count: int) -> list[str]:
 
 
 def test_the_interval_of_a_mean() -> None:
-    assert mean_and_interval([2.0]) == (2.0, 2.0, 2.0)
     values = np.random.default_rng(0).normal(1.0, 2.0, size=400)
     result = estimate(values, alone(400))
     half = 1.96 * values.std() / 20
     assert result.value == pytest.approx(values.mean())
     assert (result.low, result.high) == pytest.approx((result.value - half, result.value + half), abs=0.03)
-    assert mean_and_interval(values) == (result.value, result.low, result.high)
     assert estimate(values, alone(400)) == result, "the same draws each time"
 
 
@@ -79,27 +75,6 @@ def test_medians_by_hand(size: int) -> None:
     drawn = [np.repeat(table, count, axis=0) for count in counts]
     np.testing.assert_allclose(medians(table, counts), [np.median(draw, axis=0) for draw in drawn])
     np.testing.assert_allclose(medians(table[:, 0], counts), [np.median(draw[:, 0]) for draw in drawn])
-
-
-def test_wins_ties_and_losses() -> None:
-    first = [1.0, 2.0, 3.0, -np.inf, -np.inf, 0.0]
-    second = [0.0, 2.0, 4.0, 1.0, -np.inf, -1.0]
-    result = compare_pairs(first, second, alone(6))
-    assert (result.wins, result.ties, result.losses) == (2, 2, 2)
-    assert result.better.value == 0.5
-    back = compare_pairs(second, first, alone(6))
-    assert back.better.value == pytest.approx(1 - result.better.value)
-    assert (back.better.low, back.better.high) == pytest.approx((1 - result.better.high, 1 - result.better.low))
-
-
-def test_the_chance_of_being_better_is_a_binomial_share() -> None:
-    wins = np.random.default_rng(2).random(300) < 0.7
-    result = compare_pairs(wins.astype(float), np.full(300, 0.5), alone(300))
-    half = 1.96 * np.sqrt(0.7 * 0.3 / 300)
-    assert result.better.value == pytest.approx(wins.mean())
-    assert result.better.high - result.better.low == pytest.approx(2 * half, rel=0.1)
-    sure = compare_pairs(np.ones(5), np.zeros(5), alone(5)).better
-    assert (sure.value, sure.low, sure.high) == (1, 1, 1)
 
 
 def test_rank_correlation_by_hand() -> None:

@@ -154,10 +154,10 @@ def test_more_tolerance_never_takes_a_dearer_plan(found: Choice) -> None:
 
 def test_promises() -> None:
     better = choice([-0.02], spread=[0.01])
-    assert better.promise() == "Expected versus rank 8 on all modules: loss -2.0 %, surely at most -0.4 %."
+    assert better.promise() == "Expected versus rank 8 on all modules: loss -2.0 %, surely at most -0.2 %."
     short = choice([0.03], spread=[0.02], plain_fits=False)
     assert short.promise() == (
-        "Expected versus rank 8 on all modules, which does not fit: loss +3.0 %, surely at most +6.5 %."
+        "Expected versus rank 8 on all modules, which does not fit: loss +3.0 %, surely at most +6.8 %."
     )
     assert choice([0.03]).promise().startswith("No plan that fits is clearly better")
     assert choice([]).promise() == ""

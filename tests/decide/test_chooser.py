@@ -15,6 +15,7 @@ from rankpilot.cost.step_time import SecondsRow
 from rankpilot.decide.choice import PLAIN, PLAIN_WITHIN, Choice
 from rankpilot.decide.chooser import (
     MOST_WINDOWS,
+    OF_AN_OCTAVE,
     RANKS,
     STRANGE_SPREAD,
     PlanChooser,
@@ -289,7 +290,7 @@ def test_where_plain_lora_does_not_fit_the_least_loss_is_taken() -> None:
         found = chosen(observation, goal)
         assert not found.fits[0]
         assert found.taken > 0
-        assert found.surely[found.taken] == found.surely[1:].min()
+        assert found.cautious[found.taken] == found.cautious[1:].min()
         assert found.misses_goal == goal.saves
 
 
@@ -329,6 +330,24 @@ def test_labels_widen_the_spread_and_are_told() -> None:
     np.testing.assert_array_equal(labels.expected, texts.expected)
     assert texts.caveats == ()
     assert labels.caveats == ("it learns labels, not texts",)
+
+
+def test_the_spread_grows_with_the_distance_from_what_is_known() -> None:
+    spreads = []
+    for width in (512, 1152, 2304):
+        found = chosen(seen(max_ranks=np.full(16, width)), worth=known(noise=0.01))
+        spreads.append(found.spread[found.names.index("rank 16 on all modules")])
+        assert bool(found.caveats) == (width > 576)
+    ratios = [STRANGE_SPREAD * (1 + OF_AN_OCTAVE * octaves) for octaves in (1, 2)]
+    np.testing.assert_allclose(np.divide(spreads[1:], spreads[0]), ratios)
+
+
+def test_quality_leaves_plain_lora_on_a_stranger_for_what_is_sure_alone() -> None:
+    options: dict[str, Any] = {"predicted": LABELLED}
+    for noise, leaves in ((0.001, True), (0.1, False)):
+        found = chosen(seen(**options), worth=known(noise=noise, rank_of_MLP=-0.02))
+        assert (found.names[found.taken] != PLAIN) == leaves
+        assert found.surely[found.taken] <= found.goal.tolerance
 
 
 def test_quality_stays_at_plain_lora_where_a_caveat_stands() -> None:

@@ -183,6 +183,7 @@ def test_a_table_has_a_row_for_each_module(log: DecisionLog) -> None:
         "hysteresis": 0.2,
         "rank_floor": 4.0,
         "depth_bias": 3.5,
+        "change": 0,
         "expected": make_choice().expected[1],
         "spread": 0.125,
     }
@@ -308,8 +309,8 @@ def test_a_log_of_the_version_before_is_refused_in_one_line(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 5}, "is no decision of log schema 6: its schema is 5. Read it with the version"),
-        ({"schema": None}, "is no decision of log schema 6: its schema is None"),
+        ({"schema": 6}, "is no decision of log schema 7: its schema is 6. Read it with the version"),
+        ({"schema": None}, "is no decision of log schema 7: its schema is None"),
         ({"step": "1"}, "is damaged: step is '1'"),
         ({"decision": True}, "is damaged: decision is True"),
         ({"limit": None}, "is damaged: limit is None"),

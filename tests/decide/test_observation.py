@@ -10,19 +10,18 @@ import pytest
 from rankpilot.cost.cost import ByteCost, moment_costs
 from rankpilot.cost.step_time import SecondsRow
 from rankpilot.decide.observation import (
-    MODULE_FEATURE_TABLE,
     MODULE_FEATURES,
     RUN_FEATURE_TABLE,
     ModuleShapes,
+    Moves,
     Observation,
     RunState,
     feature_table,
     observe,
     with_limit,
 )
-from rankpilot.env.rank_allocation import TOP, RankAllocationEnv
 from rankpilot.lora.adapters import SIGNALS
-from rankpilot.lora.spec import DEFAULT_RANKS, ModuleSpec, RankLadder
+from rankpilot.lora.spec import ModuleSpec, RankLadder
 from rankpilot.plan.problem import AllocationProblem
 
 LAYERS, A_LAYER = 3, 2
@@ -47,6 +46,7 @@ def seen(copies: int = 1, **options: Any) -> Observation:
         np.zeros(count, dtype=np.int64),
         ModuleShapes(np.ones(count), np.zeros(count, dtype=np.bool_), np.zeros(count)),
         RunState(0.0, 3, 4000.0 * copies, 1.0, (), total_steps=1000, rows=16, probe_fall=0.2, predicted=0.25),
+        Moves(count),
     )
 
 
@@ -117,14 +117,17 @@ def test_another_limit_of_bytes_leaves_that_of_time(limit: float) -> None:
         np.testing.assert_allclose(costs[0], costs[1], rtol=1e-6)
 
 
-def test_the_manual_of_the_environment_explains_actions_and_every_feature() -> None:
-    doc = " ".join(str(RankAllocationEnv.__doc__).split())
-    assert f"MultiDiscrete([{2 * TOP + 1}] * max_modules)`: entry m minus {TOP} is" in doc
-    assert f"the ladder {', '.join(map(str, DEFAULT_RANKS))} by which" in doc
-    manual = [line.strip() for line in str(RankAllocationEnv.__doc__).splitlines()]
-    assert "{" not in "".join(line for line in manual if line.startswith("|"))
-    for feature in (*MODULE_FEATURE_TABLE, *RUN_FEATURE_TABLE):
-        assert f"| {feature.name} | {feature.meaning} | {feature.values} |" in manual
+def test_what_the_loss_did_since_a_rank_moved_is_seen() -> None:
+    moves = Moves(3)
+    moves.interval(1.0, 0.1)
+    moves.moved(np.array([1, 0, -2]))
+    assert moves.features()[2].tolist() == [0, 0, 0], "nothing was measured since"
+    moves.interval(0.5, 0.1)
+    last, since, fall, error = moves.features()
+    assert last.tolist() == [0.5, 0, -1]
+    assert since.tolist() == [0.25, 3.5, 0.25]
+    assert fall.tolist() == [2, 0, 2]
+    assert error == pytest.approx([4 * 0.1 * 2**0.5, 0, 4 * 0.1 * 2**0.5])
     assert feature_table(RUN_FEATURE_TABLE[:1]).splitlines()[0] == "| feature | meaning | range |"
 
 

@@ -54,6 +54,7 @@ def test_features_are_those_of_the_window() -> None:
     found = record([4.0, 4.0, 2.0, 2.0], [math.nan, 0.1, 0.3, 0.2])
     first = dict(zip(FEATURES, found.observe(0.5), strict=True))
     assert first["alignment"] == pytest.approx(4 * 0.2)
+    assert first["alignment over the first"] == pytest.approx(1)
     assert first["loss"] == pytest.approx(2 * (math.log(math.sqrt(8)) - math.log(4)))
     assert first["schedule"] == 0.5
     assert first["warm-up"] == 1
@@ -69,6 +70,7 @@ def test_features_are_those_of_the_window() -> None:
     found.add(1.0, 0.1)
     assert dict(zip(FEATURES, found.observe(0.9), strict=True))["warm-up"] == 0
     assert second["alignment"] == pytest.approx(-0.4)
+    assert second["alignment over the first"] == pytest.approx(-0.1 / np.mean([0.1, 0.3, 0.2, -0.1, -0.1]))
     assert second["change of loss"] == pytest.approx(max(4 * -math.log(3), -3))
     assert second["above the best"] == pytest.approx(second["change of loss"])
     assert not second["undone"]
@@ -90,19 +92,24 @@ def test_what_was_undone_is_no_level_to_compare_with() -> None:
     assert after["change of loss"] == pytest.approx(0, abs=1e-12)
 
 
+LOW = {"alignment": 1.0, "alignment_over_the_first": 0.9, "evidence": 2.0}
+HIGH = {"alignment": -0.4, "alignment_over_the_first": -0.5, "evidence": -1.0}
 RULES = [
-    ({"alignment": 1.0, "evidence": 2.0}, 1.0),
-    ({"alignment": 0.05, "evidence": 2.0}, 0.0),
-    ({"alignment": 1.0, "evidence": 0.5}, 0.0),
-    ({"alignment": -0.4, "evidence": -2.0}, -1.0),
-    ({"alignment": -0.12, "evidence": -2.0}, -1.0),
-    ({"alignment": 1.0, "evidence": 2.0, "warm_up": 1.0, "schedule": 0.8}, 0.0),
-    ({"alignment": 1.0, "evidence": 2.0, "warm_up": 1.0, "schedule": 0.98}, 1.0),
-    ({"alignment": -0.4, "evidence": -2.0, "warm_up": 1.0}, -1.0),
-    ({"alignment": 1.0, "evidence": 2.0, "steps": 0.0}, 0.0),
-    ({"alignment": -0.4, "evidence": -2.0, "steps": 0.0}, -1.0),
-    ({"alignment": 0.07, "evidence": 2.0, "spread_of_the_alignment": 0.1}, 0.0),
-    ({"alignment": -0.07, "evidence": -2.0, "spread_of_the_alignment": 0.1}, -1.0),
+    (LOW, 1.0),
+    (LOW | {"alignment_over_the_first": 0.4}, 0.5),
+    (LOW | {"evidence": 0.25}, 0.0),
+    (LOW | {"alignment_over_the_first": 0.2}, 0.0),
+    (LOW | {"alignment": 0.07}, 0.0),
+    (LOW | {"warm_up": 1.0, "schedule": 0.6}, 0.0),
+    (LOW | {"warm_up": 1.0, "schedule": 0.8}, 1.0),
+    (LOW | {"steps": 0.0}, 0.0),
+    (HIGH, -1.0),
+    (HIGH | {"alignment_over_the_first": -1.0}, -2.0),
+    (HIGH | {"alignment_over_the_first": -0.25}, -0.5),
+    (HIGH | {"alignment_over_the_first": -0.08}, 0.0),
+    (HIGH | {"alignment_over_the_first": -0.15}, -0.5),
+    (HIGH | {"evidence": -0.2}, 0.0),
+    (HIGH | {"warm_up": 1.0, "steps": 0.0}, -1.0),
 ]
 """Observations, and log2 of the change that the rule makes."""
 

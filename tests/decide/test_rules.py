@@ -9,38 +9,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.decide.observation import MODULE_FEATURES, Observation
+from rankpilot.cost.budget import reference_cost
+from rankpilot.cost.calibration import calibrate
+from rankpilot.cost.cost import ParameterCost, UntimedCost
+from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
 from rankpilot.decide.rules import RULES, RandomScores, Window, find_rule
-from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.env.proxy_task import ProxyTask, Reference
-from rankpilot.env.stacked import StackedEpisodes
+from rankpilot.env.bases import adapted_base
 from rankpilot.errors import UnknownNameError
 from rankpilot.plan.plan import project
 from rankpilot.plan.problem import AllocationProblem
 
 MakeObservation = Callable[..., Observation]
-BUDGETS: dict[str, dict[str, Any]] = {
-    "bytes": {"budget": 0.6},
-    "few bytes": {"budget": 0.3},
-    "checkpointed": {"budget": 0.6, "checkpointing": True},
-    "parameters": {"budget": 0.25, "unit": "parameters"},
-}
+BUDGETS = {"bytes": 0.6, "few bytes": 0.3, "parameters": 0.25}
 
 
 @pytest.fixture(scope="module")
-def episodes() -> StackedEpisodes:
+def problems() -> dict[str, AllocationProblem]:
+    """On a small Llama, under shares of what rank 8 on all modules takes."""
     torch.set_num_threads(1)
-    return StackedEpisodes("llama-4x32", DecisionSchedule(probe_steps=4), 4)
-
-
-@pytest.fixture(scope="module")
-def problems(episodes: StackedEpisodes) -> dict[str, AllocationProblem]:
-    return {name: episodes.problem(task(**options)) for name, options in BUDGETS.items()}
-
-
-def task(**options: Any) -> ProxyTask:
-    sizes: dict[str, Any] = {"base": "llama-4x32", "steps": 12, "batch_size": 4, "length": 16, "eval_rows": 16}
-    return ProxyTask("planted", 1, corpus="documentation", reference=Reference(1.0, 0.5), **sizes, **options)
+    model, targets = adapted_base("llama-4x32")
+    tokens = torch.zeros(4, 16, dtype=torch.int64)
+    of_bytes = calibrate(model, targets, {"input_ids": tokens, "labels": tokens}).cost()
+    ranks, found = np.ones(len(targets), dtype=np.int64), {}
+    for name, share in BUDGETS.items():
+        cost: UntimedCost = ParameterCost.of(targets) if name == "parameters" else of_bytes
+        limit = share * reference_cost(cost, np.array([target.max_rank for target in targets]))
+        found[name] = AllocationProblem.of(targets, cost, limit, ranks=ranks)
+    return found
 
 
 def seen(problem: AllocationProblem, seed: int = 0) -> Observation:
@@ -52,7 +47,10 @@ def seen(problem: AllocationProblem, seed: int = 0) -> Observation:
     modules[:, MODULE_FEATURES.index("rank_cost")] = price - price.mean()
     names = tuple(map(str, range(len(modules))))
     return Observation(
-        modules.clip(-3, 3).astype(np.float32), generator.uniform(size=8).astype(np.float32), problem, names
+        modules.clip(-3, 3).astype(np.float32),
+        generator.uniform(size=len(RUN_FEATURES)).astype(np.float32),
+        problem,
+        names,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from rankpilot import DecisionSchedule, RankPilot, TrainingRun, last_checkpoint, memory_of, save_checkpoint
-from rankpilot.agents.networks import RankNetwork
+from rankpilot.agents.networks import GroupNetwork, NetworkConfig
 from rankpilot.agents.policy_file import save_policy
 from rankpilot.common.files import write_text
 from rankpilot.data.assets import fetch_asset
@@ -173,7 +173,7 @@ def test_a_file_that_cannot_be_written(llama_config: LlamaConfig, tmp_path: Path
     request.getfixturevalue("small_files")
     for save in (
         lambda: write_text(tmp_path / "text", "x" * 5000),
-        lambda: save_policy(tmp_path / "policy", RankNetwork(), SCHEDULE, {}),
+        lambda: save_policy(tmp_path / "policy", GroupNetwork(NetworkConfig(width=8)), SCHEDULE, {}),
         lambda: save_checkpoint(loop.pilot, loop.run, tmp_path / "checkpoint"),
     ):
         with pytest.raises(RunFolderError, match=r"cannot be written: .*\. Check that .* the disk has room\."):

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.agents.networks import RankNetwork
+from rankpilot.agents.networks import GroupNetwork, NetworkConfig
 from rankpilot.agents.policy_file import save_policy
 from rankpilot.cli import main as cli
 from rankpilot.decide.log import DecisionLog
-from rankpilot.decide.settings import ONCE, DecisionSchedule, NetworkConfig
+from rankpilot.decide.settings import ONCE, DecisionSchedule
 from rankpilot.errors import BudgetError, NonFiniteError, RankPilotError, UnsupportedError
 from rankpilot.finetune.callback import attach
 from rankpilot.lora.targets import find_target_modules
@@ -230,7 +230,7 @@ def test_a_budget_of_parameters(launch: Launch) -> None:
 
 def test_a_trained_policy_flies_by_its_own_schedule(tmp_path: Path, launch: Launch) -> None:
     schedule = DecisionSchedule(probe_steps=3, fractions=(0.0, 0.5))
-    save_policy(tmp_path / "pilot", RankNetwork(NetworkConfig(width=8)), schedule, {})
+    save_policy(tmp_path / "pilot", GroupNetwork(NetworkConfig(width=8)), schedule, {})
     run = launch(policy=tmp_path / "pilot", schedule=None, max_steps=4)
     assert run.decided == [0, 2]
     assert set(run.log["policy"].tolist()) == {"pilot"}
@@ -240,7 +240,7 @@ def test_a_trained_policy_flies_by_its_own_schedule(tmp_path: Path, launch: Laun
 def test_the_study_of_a_run_finds_its_trained_policy_wherever_that_has_gone(
     tmp_path: Path, launch: Launch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    policy = save_policy(tmp_path / "pilot", RankNetwork(NetworkConfig(width=8)), ONCE, {})
+    policy = save_policy(tmp_path / "pilot", GroupNetwork(NetworkConfig(width=8)), ONCE, {})
     kept = launch(policy=policy, schedule=None, max_steps=2).pilot.pilot.journal.log.folder / "policy"
     shutil.rmtree(policy)
     capsys.readouterr()

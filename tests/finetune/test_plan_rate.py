@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from rankpilot.decide.settings import ONCE
 from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.finetune import plan_rate
 from rankpilot.finetune.pilot import RankPilot
-from rankpilot.finetune.plan_rate import ALONE, START, hidden_width, rate_by_rule
+from rankpilot.finetune.plan_rate import hidden_width, rate_by_rule
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
-from rankpilot.plan.rate import RULE, InitialLoss
+from rankpilot.plan.rate import RULE, InitialLoss, RateRange
+from rankpilot.plan.worth import KNOWN
 from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
 from torch.utils.data import DataLoader
@@ -123,28 +125,52 @@ def test_the_rule_decides_where_it_is_asked_to(llama_config: LlamaConfig) -> Non
     assert initial.tokens == 4 * 12
     rule = rate_by_rule(loop.model, find_target_modules(loop.model), 3, initial)
     assert hidden_width(loop.model) == llama_config.hidden_size
-    begins = ALONE * rule, "since no steps correct it here"
-    assert pilot.rates == pytest.approx((begins[0], begins[0])), "a run of three steps cannot be controlled"
-    assert real_rates(loop)[0] == pytest.approx([begins[0], 3e-3])
-    assert any(f"{rule:.2g}" in line and begins[1] in line for line in told)
+    assert pilot.rates == pytest.approx((rule, rule)), "a run of three steps cannot be controlled"
+    assert real_rates(loop)[0] == pytest.approx([rule, 3e-3])
+    ends = RateRange.around(rule)
+    assert any(all(f"{end:.2g}" in line for end in (rule, ends.low, ends.middle, ends.high)) for line in told)
 
 
 @pytest.mark.parametrize(
-    ("options", "share", "controls"),
-    [({}, START, True), ({"control": True}, START, True), ({"control": False}, ALONE, False)],
+    ("options", "controls"),
+    [({}, True), ({"control": True}, True), ({"control": False}, False)],
 )
 def test_a_rate_by_rule_begins_low_and_is_controlled(
-    llama_config: LlamaConfig, options: dict[str, Any], share: float, controls: bool
+    llama_config: LlamaConfig, options: dict[str, Any], controls: bool
 ) -> None:
     loop, told = Loop(llama_config), list[str]()
     pilot = RankPilot(Gives(), "400%", schedule=ONCE, learning_rate="auto", tell=told.append, **options)
     pilot.begin(TrainingRun.of_loader(loop.model, loop.optimizer, loop.loader, total_steps=SHORTEST))
     assert pilot._piloted.rate is not None
-    assert pilot._piloted.rate.rule is not None
-    assert pilot.rates == pytest.approx((share * pilot._piloted.rate.rule,) * 2)
+    rule = pilot._piloted.rate.rule
+    assert rule is not None
+    begins = RateRange.around(rule).start if controls else rule
+    assert begins <= rule
+    assert pilot.rates == pytest.approx((begins, begins))
     assert (pilot._piloted.control is not None) is controls
     assert any("steps of the run raise it" in line for line in told) is controls
     pilot.finish()
+
+
+@pytest.mark.parametrize("first_rows", [(math.nan, [(11, 12)]), (math.inf, [(11, 12)]), (0.7, [(1, 40)])])
+def test_a_loss_that_tells_nothing_counts_as_a_typical_one(
+    llama_config: LlamaConfig, first_rows: tuple[float, list[tuple[int, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is not finite, and one of labels, of which steps tell nothing either: the run begins at the rule."""
+    monkeypatch.setattr(TrainingRun, "read_first_rows", lambda *_: first_rows)
+    loop = Loop(llama_config)
+    pilot = RankPilot(Gives(), "400%", schedule=ONCE, learning_rate="auto")
+    pilot.begin(TrainingRun.of_loader(loop.model, loop.optimizer, loop.loader, total_steps=SHORTEST))
+    rule = rate_by_rule(loop.model, find_target_modules(loop.model), SHORTEST)
+    assert pilot.rates == pytest.approx((rule, rule))
+    pilot.finish()
+
+
+def test_no_plan_of_a_wide_model_trains_faster_than_plain_lora(
+    llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(KNOWN, "width", (8, 16))
+    assert Loop(llama_config).train(Gives(1)).rate_factor == 1.0, "a quarter of the modules, on a model that is wider"
 
 
 def test_a_rate_far_from_the_rule_is_told(llama_config: LlamaConfig) -> None:
@@ -164,6 +190,12 @@ def test_what_the_rule_cannot_know_is_refused(llama_config: LlamaConfig, monkeyp
         group["lr"] = group["initial_lr"] = 0.0
     with pytest.raises(ConfigError, match="which is 0"):
         loop.train(Gives(), learning_rate="auto")
+    for rate, learning_rate in itertools.product((math.nan, math.inf), ("auto", None)):
+        loop = Loop(llama_config)
+        for group in loop.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = rate
+        with pytest.raises(ConfigError, match="nothing trains at that"):
+            loop.train(Gives(), learning_rate=learning_rate)
     with monkeypatch.context() as patched:
         patched.setattr(plan_rate, "_WIDTHS", ("breadth",))
         with pytest.raises(ConfigError, match="none of breadth"):
@@ -233,7 +265,7 @@ def test_a_plan_ahead_tells_its_rate(llama_config: LlamaConfig) -> None:
     plan = rankpilot.static_plan(model, loader, Gives(1), budget="400%", schedule=ONCE, total_steps=200)
     initial = InitialLoss(math.log(llama_config.vocab_size), 4 * 12)
     rule = rate_by_rule(model, find_target_modules(model), 200, initial)
-    assert plan.learning_rate == pytest.approx(ALONE * rule * QUARTER, rel=0.03), "nothing corrects it"
+    assert plan.learning_rate == pytest.approx(rule * QUARTER, rel=0.03), "nothing corrects it"
     options: dict[str, Any] = {"budget": "400%", "schedule": ONCE}
     given = rankpilot.static_plan(model, loader, Gives(1), learning_rate=1, **options)
     assert given.learning_rate == pytest.approx(QUARTER)

@@ -218,7 +218,7 @@ def test_a_run_of_a_loop_and_one_of_the_trainer(tmp_path: Path) -> None:
         eval_dataset=texts(),  # type: ignore[arg-type]
         data_collator=padded,
     )
-    callback = rankpilot.attach(trainer, "top-down", "100%")
+    callback = rankpilot.attach(trainer, "top-down", "100%", parts="off")
     trainer.train()
     cache = callback.pilot._piloted.prefix
     assert cache is not None

@@ -60,7 +60,7 @@ def rows_timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def attached(folder: Path, budget: str | int, time: str | None, **options: Any) -> tuple[Trainer, Any]:
-    arguments, options = options.pop("arguments", {}), {"exact_savers": False} | options
+    arguments, options = options.pop("arguments", {}), {"exact_savers": False, "parts": "off"} | options
     trainer = trainer_of(folder, **arguments)
     callback = rankpilot.attach(
         trainer, "signal-mean", budget=budget, time=time, measure_every=1, schedule=SCHEDULE, **options

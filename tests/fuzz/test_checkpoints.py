@@ -1,4 +1,4 @@
-"""Checkpoints: of a fine-tune, of a loop of one's own, of a training of policies; and its comparisons."""
+"""Checkpoints: of a fine-tune, of a loop of one's own, of a training of policies."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
-import numpy as np
+import gymnasium as gym
 import pytest
 import rankpilot
 import torch
 from hypothesis import strategies as st
+from rankpilot.agents.sb3_policy import GroupPolicy, read_checkpoint, write_checkpoint
 from rankpilot.errors import RunFolderError
-from rankpilot.finetune.checkpoint import STATE, TENSORS, TRAINER_STATE, fault_of, load_state, save_state
-from rankpilot.finetune.loop_checkpoint import OPTIMIZER, WEIGHTS
-from rankpilot.training.compare import log_folder
-from rankpilot.training.results import read_rows
-from rankpilot.training.train import Validation, restore, write_checkpoint
+from rankpilot.finetune.checkpoint import (
+    OPTIMIZER,
+    STATE,
+    TENSORS,
+    TRAINER_STATE,
+    WEIGHTS,
+    fault_of,
+    load_state,
+    save_state,
+)
+from sb3_contrib import MaskablePPO
 from transformers import LlamaConfig
 
 from ..finetune.test_pilot import STEPS, Loop
-from ..training.test_train import learner
 from .damage import Files, as_text, damaged, damaged_json, damaged_tensors, files_of, folder_of, put
 from .running import fuzz
 
@@ -138,26 +144,23 @@ def test_checkpoints_of_loops(files: Files) -> None:
 # Of a training of policies --------------------------------------------------------------------------------------------
 
 DONE = 3
-"""Iterations of the checkpoint."""
-
-ENVS: Any = None
-"""Those of a validation of no tasks."""
+"""Rounds of the checkpoint."""
 
 FILE = "checkpoint.pt"
-model = cache(lambda: learner(8))
-of_a_training = cache(
-    lambda: files_of(lambda folder: write_checkpoint(folder / FILE, model(), DONE, Validation((), ENVS)))[FILE]
-)
 
 
-def restored(path: Path) -> int:
-    """The iterations done, with all random numbers as they were before."""
-    state = np.random.get_state()  # noqa: NPY002  (SB3 shuffles with it)
-    with torch.random.fork_rng():
-        try:
-            return restore(path, model(), Validation((), ENVS))
-        finally:
-            np.random.set_state(state)  # noqa: NPY002
+@cache
+def model() -> MaskablePPO:
+    """A small one."""
+    return MaskablePPO(GroupPolicy, gym.make(rankpilot.ENV_ID), n_steps=2, batch_size=2, policy_kwargs={"width": 4})
+
+
+of_a_training = cache(lambda: files_of(lambda folder: write_checkpoint(folder / FILE, model(), {"done": DONE}))[FILE])
+
+
+def restored(path: Path) -> Any:
+    """The rounds done."""
+    return read_checkpoint(path, model())["done"]
 
 
 @fuzz(st.deferred(lambda: damaged(of_a_training())), examples=40)
@@ -176,34 +179,3 @@ def test_a_training_s_archive_that_unpacks_to_more_than_it_is(tmp_path: Path) ->
         restored(path)
     path.write_bytes(of_a_training())
     assert restored(path) == DONE
-
-
-# Comparisons of a training --------------------------------------------------------------------------------------------
-
-ROW = {
-    "policy": "p", "task": "t", "seed": 1, "kind": "shift", "base": "b", "family": "llama", "depth": 4, "budget": 0.5,
-    "cost_kind": "step", "place": "", "initial_loss": 3.0, "uniform_loss": 2.0, "best_loss": None, "loss": 1.5,
-    "improvement": 0.5, "failed": False,
-}  # fmt: skip
-
-
-@fuzz(st.lists(damaged_json(ROW), max_size=3), examples=60)
-def test_rows_of_comparisons(lines: list[bytes]) -> None:
-    with folder_of({"rows.jsonl": b"\n".join(lines)}) as place:
-        for row in read_rows(place / "rows.jsonl"):
-            folder = log_folder(place / "logs", row.key)
-            assert folder.parent.parent == place / "logs"
-            assert folder.resolve() == folder.absolute()
-
-
-@pytest.mark.parametrize("policy", ["..", ".", "../..", "/etc", "a/../../b", "..\\x"])
-def test_names_in_rows_do_not_lead_out_of_the_folder_of_logs(tmp_path: Path, policy: str) -> None:
-    folder = log_folder(tmp_path / "logs", (policy, "../t", 0))
-    assert folder.resolve().parent.parent == (tmp_path / "logs").resolve()
-
-
-def test_a_row_whose_seed_is_a_path(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(as_text(ROW | {"seed": "/../../../x"}))
-    with pytest.raises(RunFolderError, match=r"seed is '/\.\./\.\./\.\./x'"):
-        read_rows(path)

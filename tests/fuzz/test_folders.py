@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from peft import LoraConfig
-from rankpilot.agents.networks import RankNetwork
+from rankpilot.agents.networks import GroupNetwork, NetworkConfig
 from rankpilot.agents.policy_file import CARD, WEIGHTS, load_policy, policy_schedule, save_policy
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.decide.choice import frontier
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation
-from rankpilot.decide.settings import DecisionSchedule, NetworkConfig
+from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.errors import ConfigError, RunFolderError
 from rankpilot.lora.adapter_file import export_padded, export_rank_pattern, rank_pattern_yaml, read_adapter
 from rankpilot.lora.spec import RankLadder
@@ -41,7 +41,7 @@ from .running import fuzz
 def small_policy() -> Files:
     """One with a small network."""
     torch.manual_seed(0)
-    network = RankNetwork(NetworkConfig(width=4))
+    network = GroupNetwork(NetworkConfig(width=4))
     files = files_of(lambda folder: save_policy(folder, network, DecisionSchedule(), {"name": "small"}))
     return files | {CARD: as_text(json.loads(files[CARD]) | {"versions": {}})}
 

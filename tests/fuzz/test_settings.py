@@ -20,7 +20,6 @@ from rankpilot.finetune.trainer import new_arguments
 from rankpilot.lora.spec import ModuleSpec
 from rankpilot.plan.problem import rank_bounds
 from rankpilot.study.trainer_file import read_trainer_file
-from rankpilot.training.config import TrainConfig
 
 from .damage import NAMES, Files, damaged, damaged_json, edited, folder_of, odd_values
 from .running import fuzz
@@ -113,9 +112,9 @@ FINETUNE = FinetuneConfig(model="m", data="d", bounds=("q_proj=0:16",), trainer=
 
 
 @st.composite
-def config_files(draw: st.DrawFn) -> tuple[TrainConfig | FinetuneConfig, Files]:
+def config_files(draw: st.DrawFn) -> tuple[FinetuneConfig, Files]:
     """The settings of a command, and its configuration file."""
-    base = draw(st.sampled_from([TrainConfig(), FINETUNE]))
+    base = FINETUNE
     values = as_json(type(base), base)
     form = draw(st.sampled_from(["json", "json", "yaml", "parts"]))
     if form == "json":
@@ -127,14 +126,13 @@ def config_files(draw: st.DrawFn) -> tuple[TrainConfig | FinetuneConfig, Files]:
 
 
 @fuzz(config_files(), examples=100)
-def test_config_files(given: tuple[TrainConfig | FinetuneConfig, Files]) -> None:
+def test_config_files(given: tuple[FinetuneConfig, Files]) -> None:
     base, files = given
     with folder_of(files) as folder:
         path = str(folder / next(iter(files)))
         settings = with_file_settings(base, read_config_file(path), path)
         assert type(settings) is type(base)
-        if isinstance(settings, FinetuneConfig):
-            rank_bounds_of(settings.bounds)
+        rank_bounds_of(settings.bounds)
 
 
 @fuzz(yaml_texts, examples=100)

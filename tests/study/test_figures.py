@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from rankpilot.common.drawing import save_figure, smooth
+from rankpilot.common.drawing import save_figure
 from rankpilot.common.text import short_names
 from rankpilot.study.pictures import learning_curve, learning_sentence, rank_heatmap
 
@@ -135,55 +135,31 @@ def test_short_names() -> None:
     assert len({str(name) for name in short_names(t5)}) == 2, "two stacks stay different"
 
 
-def progress(iterations: int) -> list[dict[str, float]]:
-    """Rows of a training with a warm start, measured after every second iteration."""
-    key = "validation_over_start"
-    rows: list[dict[str, float]] = [{"iteration": 0, key: 0.0, f"warm_{key}": 0.1}]
-    for i in range(1, iterations + 1):
-        rows.append({"iteration": i, "episodes": 64, "return_mean": i / 10, "return_p10": -1.0, "return_p90": 2.0})
+def progress(rounds: int) -> list[dict[str, float]]:
+    """Rows of a training that is validated before it and after every second round."""
+    rows: list[dict[str, float]] = [{"round": 0, "validation": 0.5}]
+    for i in range(1, rounds + 1):
+        rows.append({"round": i, "episodes": 64, "over_rule": i / 10, "over_rule_p10": -1.0, "over_rule_p90": 2.0})
         if i % 2 == 0:
-            rows[-1][key] = round(0.1 + i / 20, 9)
+            rows[-1]["validation"] = round(0.5 - i / 5, 9)
     return rows
 
 
 def test_learning_curve() -> None:
     figure = learning_curve(progress(5))
-    assert texts(figure)[0] == "The policy of iteration 4 is kept: +30.0% over the rule on validation tasks"
+    assert texts(figure)[0].startswith("The agent of round 4 is kept: its losses on validation tasks are 0.3 % below")
     training, validation = figure.axes
-    assert training.get_xlabel() == "PPO iteration (320 episodes in all)"
     assert list(training.lines[0].get_ydata()) == [0.1, 0.2, 0.3, 0.4, 0.5]
     band = training.collections[0].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == (-1.0, 2.0)
-    assert np.asarray(validation.lines[0].get_xydata()).tolist() == [[0, 0], [0, 0.1], [2, 0.2], [4, 0.3]]
-    assert [text.get_text() for text in validation.texts] == ["warm start"]
+    np.testing.assert_allclose(validation.lines[0].get_xydata(), [[0, -0.5], [2, -0.1], [4, 0.3]])
 
 
-def test_learning_curve_of_a_policy_that_got_worse() -> None:
-    rows = [row | ({"validation_over_start": -0.2} if row["iteration"] == 4 else {}) for row in progress(4)[1:]]
-    rows = [row for row in rows if row["iteration"] != 2]
-    figure = learning_curve([{"iteration": 0, "validation_over_start": 0.0}, *rows])
-    assert texts(figure)[0] == "PPO improved nothing in 3 rounds: the rule that it starts from is kept"
-    assert not figure.axes[1].texts
-    warm = {"iteration": 0, "validation_over_start": 0.0, "warm_validation_over_start": 0.02}
-    assert learning_sentence([warm, *rows]).endswith(
-        "that of the warm start is kept, +2.0% over the rule on validation tasks"
-    )
-
-
-def test_learning_curve_without_validation() -> None:
-    rows = [{key: value for key, value in row.items() if "validation" not in key} for row in progress(60)]
-    figure = learning_curve(rows)
-    (axes,) = figure.axes
-    assert texts(figure)[0] == "Return over the rule in 60 iterations, each on newly drawn tasks"
-    assert "mean, smoothed" in axes.get_legend_handles_labels()[1]
+def test_learning_curve_of_an_agent_that_got_worse_or_was_not_validated() -> None:
+    rows = [{"round": 0, "validation": 0.1}, *progress(1)[1:]]
+    assert learning_sentence(rows).startswith("The copy of the rule is kept")
+    assert learning_curve(rows[1:]).axes
     assert learning_curve([]).axes
-    assert learning_curve([{"iteration": 0}]).axes
-
-
-def test_smooth_has_no_bias_at_the_start() -> None:
-    assert smooth(np.full(5, 3.0), 4).tolist() == pytest.approx([3.0] * 5)
-    assert smooth(np.array([1.0, 0.0]), 3).tolist() == pytest.approx([1.0, 1 / 3])
-    assert smooth(np.array([1.0, 5.0]), 1).tolist() == [1.0, 5.0]
 
 
 def test_saved_figures_are_reproducible_and_leave_nothing_else(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class Threshold:
 
 
 def test_the_smallest_change_is_found(make_observation: Observe, log_decision: Decide) -> None:
-    observation = make_observation(10, seed=2)
+    observation = make_observation(10, seed=5)
     signal = float(observation.modules[3, SIGNAL_COLUMNS[0]] - observation.modules[:, SIGNAL_COLUMNS[0]].mean())
     left = 0.9  # of a shift, as signals are centred again over ten modules
     policy = Threshold(signal + left * 0.375)

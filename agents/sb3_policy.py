@@ -1,0 +1,176 @@
+"""The network of an agent as a policy of Stable-Baselines3: for MaskablePPO, `MaskablePPO(GroupPolicy, env)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..common.files import atomic_path, load_archive
+from ..decide.groups import GROUP_FEATURES
+from ..errors import RunFolderError, first_line, naming_extras
+from .networks import GroupNetwork, NetworkConfig
+
+with naming_extras():
+    from gymnasium import spaces
+    from sb3_contrib import MaskablePPO
+    from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+
+
+class _Flat(BaseFeaturesExtractor):
+    """All that is observed in one row, (batch, features): groups, which there are, and the run."""
+
+    def __init__(self, observation_space: spaces.Dict) -> None:
+        super().__init__(observation_space, spaces.flatdim(observation_space))
+
+    def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([observations[name].float() for name in ("groups", "present", "run")], dim=1)
+
+
+class _Heads(nn.Module):
+    """Scores and values of rows that `_Flat` made: what Stable-Baselines3 calls latent, and here is final."""
+
+    latent_dim_vf = 1
+
+    def __init__(self, network: GroupNetwork, groups: int) -> None:
+        super().__init__()
+        self.network, self._groups = network, groups
+        self.latent_dim_pi = network.rate.out_features + 2 * groups
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        flat, present, run = rows.tensor_split(
+            [self._groups * len(GROUP_FEATURES), self._groups * (len(GROUP_FEATURES) + 1)], 1
+        )
+        scores, values = self.network(torch.unflatten(flat, 1, (self._groups, -1)), present, run)
+        return scores, values
+
+    def forward_actor(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.forward(rows)[0]
+
+    def forward_critic(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.forward(rows)[1]
+
+
+class GroupPolicy(MaskableActorCriticPolicy):
+    """Actor and critic are one `GroupNetwork`, whose scores are the logits of the actions.
+
+    Args:
+        observation_space: of `rankpilot/FineTune-v5`.
+        action_space: of the same.
+        lr_schedule: learning rate by the share of training that is left.
+        width: of the network's hidden layers.
+        kwargs: further arguments of `MaskableActorCriticPolicy`.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Dict,
+        action_space: spaces.Discrete,
+        lr_schedule: Callable[[float], float],
+        *,
+        width: int = 64,
+        **kwargs: Any,
+    ) -> None:
+        self._width = width
+        super().__init__(
+            observation_space, action_space, lr_schedule, ortho_init=False, features_extractor_class=_Flat, **kwargs
+        )
+
+    @property
+    def network(self) -> GroupNetwork:
+        """What is trained, and saved as the agent."""
+        heads = self.mlp_extractor
+        assert isinstance(heads, _Heads)
+        return heads.network
+
+    def _build_mlp_extractor(self) -> None:
+        groups = int(self.observation_space["present"].shape[0])  # type: ignore[index]
+        self.mlp_extractor = _Heads(GroupNetwork(NetworkConfig(self._width)), groups)  # type: ignore[assignment]
+
+    def _build(self, lr_schedule: Callable[[float], float]) -> None:
+        super()._build(lr_schedule)
+        self.action_net, self.value_net = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+
+DRAWN = 0.2
+"""Share of the actions that are drawn where a policy is cloned from a rule."""
+
+PASSES = 40
+"""Passes over what was seen, where a policy is cloned."""
+
+
+def clone(model: MaskablePPO, envs: Any, rounds: int, seed: int) -> float:
+    """Teach a policy what the rule of its environment does, also after actions that are not the rule's.
+
+    Args:
+        model: whose policy learns.
+        envs: a `StackVecEnv`, whose `rule_actions` are the answers.
+        rounds: of episodes in which the rule acts, but for a fifth of the actions, which are drawn.
+        seed: of the draws.
+
+    Returns:
+        In which share of what was seen the policy would then do what the rule does.
+    """
+    draw, kept, seen = np.random.default_rng([seed, 1]), list[Any](), envs.reset()
+    for _ in range(rounds):
+        over = np.zeros(1)
+        while not over.all():
+            masks, ruled = np.stack(envs.env_method("action_masks")), envs.rule_actions()
+            kept.append((seen, masks, ruled))
+            other = np.array([draw.choice(np.flatnonzero(mask)) for mask in masks])
+            seen, _, over, _ = envs.step(np.where(draw.random(len(ruled)) < DRAWN, other, ruled))
+    policy: Any = model.policy
+    arrays = {name: np.concatenate([seen[name] for seen, _, _ in kept]) for name in kept[0][0]}
+    seen, _ = policy.obs_to_tensor(arrays)
+    masks = np.concatenate([mask for _, mask, _ in kept])
+    wanted = torch.from_numpy(np.concatenate([ruled for *_, ruled in kept]))
+    optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3)
+    for _ in range(PASSES):
+        for rows in torch.split(torch.randperm(len(wanted)), 256):
+            part = {name: value[rows] for name, value in seen.items()}
+            _, log_prob, _ = policy.evaluate_actions(part, wanted[rows], action_masks=masks[rows.numpy()])
+            optimizer.zero_grad()
+            (-log_prob.mean()).backward()
+            optimizer.step()
+    with torch.no_grad():
+        chosen = policy.get_distribution(seen, action_masks=masks).mode()
+    return float((chosen == wanted).float().mean())
+
+
+def write_checkpoint(path: Path, model: MaskablePPO, more: Mapping[str, Any]) -> None:
+    """Write a training down as tensors and numbers, which are read without unpickling.
+
+    Args:
+        path: of the file.
+        model: that is trained.
+        more: what else belongs to it, tensors and numbers.
+    """
+    policy: Any = model.policy
+    state = {"policy": policy.state_dict(), "optimizer": policy.optimizer.state_dict(), "more": dict(more)}
+    with atomic_path(path) as temporary:
+        torch.save(state | {"timesteps": model.num_timesteps}, temporary)
+
+
+def read_checkpoint(path: Path, model: MaskablePPO) -> Any:
+    """Go on from a checkpoint with a model of the same settings; returns what else belongs to it.
+
+    Raises:
+        RunFolderError: it is damaged, or of other settings.
+    """
+    policy: Any = model.policy
+    try:
+        state = load_archive(path)
+        policy.load_state_dict(state["policy"])
+        policy.optimizer.load_state_dict(state["optimizer"])
+        model.num_timesteps = int(state["timesteps"])
+        return state["more"]
+    except Exception as error:  # whatever torch makes of a damaged file
+        raise RunFolderError(
+            f"The checkpoint {path} cannot be read ({first_line(error)}). Delete it to start over."
+        ) from error

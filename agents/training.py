@@ -1,0 +1,66 @@
+"""How an agent is trained: the options of `train_agent.py`, in a module that loads no library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..common.checks import is_count
+from ..common.files import as_json
+from ..errors import ConfigError, shown
+
+TOGETHER = 8
+"""Episodes that share a task."""
+
+ELSEWHERE = ("output", "workers", "cluster", "resume")
+"""Options that change nothing in the policy."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train an agent on short fine-tunes of small models, and save it as a folder (safetensors and JSON).
+
+    Attributes:
+        output: folder of the run; the policy is written there.
+        rounds: of PPO; each has `stacks` times `episodes` fine-tunes, about half a CPU second each.
+        warm_rounds: rounds of the rule from which the network is cloned.
+        stacks: episodes are trained in so many stacks, which workers share.
+        episodes: of a stack; eight of them share a task.
+        steps: optimizer steps of a fine-tune; drawn from 80 to 160 if not given.
+        rule: where training begins, and what rewards compare with.
+        workers: processes that train; the policy is the same for any number.
+        cluster: train on a Ray cluster: "local", "auto", or HOST:PORT (docs/cluster.md).
+        validate_every: rounds between two validations.
+        validation_tasks: of each of four regimes.
+        width: of the network.
+        seed: of all that is drawn.
+        resume: go on with an interrupted run.
+    """
+
+    output: Path = Path("runs/policy")
+    rounds: int = 40
+    warm_rounds: int = 6
+    stacks: int = 2
+    episodes: int = 24
+    steps: int | None = None
+    rule: str = "union"
+    workers: int = 2
+    cluster: str | None = None
+    validate_every: int = 10
+    validation_tasks: int = 8
+    width: int = 64
+    seed: int = 0
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "warm_rounds", "stacks", "workers", "validate_every", "validation_tasks", "width"):
+            if not is_count(getattr(self, name)):
+                raise ConfigError(f"{name} is a whole number of at least 1; got {shown(getattr(self, name))}.")
+        if not is_count(self.episodes) or self.episodes % TOGETHER:
+            raise ConfigError(f"episodes are a multiple of {TOGETHER}, which share a task; got {shown(self.episodes)}.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides which policy comes out, as JSON values."""
+        return {name: value for name, value in as_json(Train, self).items() if name not in ELSEWHERE}

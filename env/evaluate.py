@@ -1,0 +1,135 @@
+"""Policies side by side on the same fine-tunes: same tasks, seeds, batches and budgets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..common.statistics import Estimate, estimate
+from ..decide.groups import STEERING
+from ..decide.observation import Observation
+from ..decide.policy import Decision, Policy, decision_from_plan, decision_to_keep, is_first
+from .fine_tune import FAILED
+from .stack.episodes import StackedEpisodes
+from .task_data import first_problem, oracle_plan
+from .tasks import REGIMES, SPLITS, FineTuneTask, Regime, draw_task
+
+TOGETHER = 24
+"""Runs that are trained together, at most."""
+
+ORACLE = "oracle"
+"""The plan that knows what was planted; it plays in planted tasks alone."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one policy ended one run.
+
+    Attributes:
+        policy: its name.
+        task: id of the task.
+        regime: what was wrong with the run.
+        kind: of the task.
+        base: of the task.
+        loss: held-out, in nats; infinite for a run that failed.
+    """
+
+    policy: str
+    task: str
+    regime: str
+    kind: str
+    base: str
+    loss: float
+
+
+@dataclass(frozen=True)
+class _Oracle:
+    """Takes the ranks that capture most of what was planted, and keeps them."""
+
+    task: FineTuneTask
+    name: str = ORACLE
+
+    def decide(self, observation: Observation) -> Decision:
+        if not is_first(observation):
+            return decision_to_keep(observation)
+        return decision_from_plan(oracle_plan(self.task, first_problem(self.task)))
+
+
+def evaluation_tasks(
+    count: int, *, split: str = "test", seed: int = 0, regimes: Sequence[Regime] = REGIMES, base: str | None = None
+) -> dict[FineTuneTask, Regime]:
+    """So many tasks of each regime, with their regimes; bases of the split take turns.
+
+    Raises:
+        UnknownNameError: no such split or regime.
+    """
+    found: dict[FineTuneTask, Regime] = {}
+    for place, regime in enumerate(regimes):
+        generator = np.random.default_rng([seed, place])
+        bases = (base,) if base else SPLITS[split].bases if split in SPLITS else (None,)
+        for number in range(count):
+            found[draw_task(generator, split, bases[number % len(bases)], regime)] = regime
+    return found
+
+
+def compare(
+    policies: Mapping[str, Policy],
+    tasks: Mapping[FineTuneTask, Regime],
+    *,
+    oracle: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Row]:
+    """Run every policy on every task.
+
+    Args:
+        policies: by the name that rows give them.
+        tasks: with their regimes.
+        oracle: also run the oracle on planted tasks.
+        on_progress: called with the tasks that are done, and all of them.
+    """
+    stacks: dict[str, StackedEpisodes] = {}
+    size, done = max(1, TOGETHER // (len(policies) + oracle)), 0
+    for base in dict.fromkeys(task.base for task in tasks):
+        own = [task for task in tasks if task.base == base]
+        stacks = {base: StackedEpisodes(base, size * (len(policies) + oracle), STEERING)}
+        for start in range(0, len(own), size):
+            runs = [
+                (name, policy, task)
+                for task in own[start : start + size]
+                for name, policy in [*policies.items(), *([(ORACLE, _Oracle(task))] if oracle else [])]
+                if name != ORACLE or task.kind == "planted"
+            ]
+            stacks[base].begin({slot: task for slot, (_, _, task) in enumerate(runs)})
+            losses = stacks[base].play({slot: policy for slot, (_, policy, _) in enumerate(runs)})
+            for slot, (name, _, task) in enumerate(runs):
+                yield Row(name, task.id, tasks[task], task.kind, base, losses[slot])
+            done += len(own[start : start + size])
+            on_progress(done, len(tasks))
+
+
+def beside(rows: Sequence[Row], policy: str, other: str) -> dict[str, float]:
+    """100 log(loss of a policy / that of another) by task: below 0 it is better; at most `FAILED` either way."""
+    losses = {(row.policy, row.task): row.loss for row in rows}
+    found = {}
+    for name, task in losses:
+        if name == policy and (other, task) in losses:
+            own, its = losses[policy, task], losses[other, task]
+            finite = math.isfinite(own) and math.isfinite(its)
+            found[task] = 100 * math.log(own / its) if finite else FAILED * (math.isinf(own) - math.isinf(its))
+    return found
+
+
+def table(rows: Sequence[Row], other: str) -> dict[str, dict[str, Estimate]]:
+    """By policy and regime the mean of `beside` with its interval over tasks."""
+    regimes = list(dict.fromkeys(row.regime for row in rows))
+    found: dict[str, dict[str, Estimate]] = {}
+    for policy in dict.fromkeys(row.policy for row in rows):
+        found[policy] = {}
+        for regime in regimes:
+            changes = beside([row for row in rows if row.regime == regime], policy, other)
+            if changes:
+                found[policy][regime] = estimate(list(changes.values()), list(changes))
+    return found

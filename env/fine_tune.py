@@ -1,0 +1,452 @@
+"""The Gymnasium environment `rankpilot/FineTune-v5`: one short fine-tune, steered while it goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.checks import is_count
+from ..decide.group_rules import GROUP_RULES
+from ..decide.groups import GROUP_FEATURES, RATE_CHANGES, STEERING, GroupView, Steering
+from ..decide.log import DecisionLog
+from ..decide.observation import MOST_FEATURE, RUN_FEATURES
+from ..decide.policy import Decision, Policy
+from ..errors import ConfigError, UnknownNameError, naming_extras, shown
+from .bases import find_base
+from .stack.episodes import StackedEpisodes
+from .tasks import SPLITS, FineTuneTask, Regime, check_task, draw_task
+
+with naming_extras():
+    import gymnasium as gym
+    from gymnasium import spaces
+    from gymnasium.utils import seeding
+    from gymnasium.vector import AutoresetMode, VectorEnv
+    from gymnasium.vector.utils import batch_space
+
+MOST_GROUPS = 24
+"""Groups for which observations and actions have room; the proxy bases have 12 to 21."""
+
+ACTIONS = len(RATE_CHANGES) + 2 * MOST_GROUPS
+
+BAR, PICTURE_WIDTH = 8, 160
+"""Pixels of a group's bar, and of the widest one, of rank 255."""
+
+FAILED = 200.0
+"""What a run costs whose loss is not finite at the end, in hundredths of the log loss."""
+
+AGAINST = "left-alone"
+"""The rule with whose run rewards compare by default."""
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def observation_space() -> spaces.Dict:
+    """What is seen of a run: `GROUP_FEATURES` group by group, which groups there are, and `RUN_FEATURES`."""
+    return spaces.Dict(
+        {
+            "groups": spaces.Box(-MOST_FEATURE, MOST_FEATURE, (MOST_GROUPS * len(GROUP_FEATURES),), np.float32),
+            "present": spaces.MultiBinary(MOST_GROUPS),
+            "run": spaces.Box(-MOST_FEATURE, MOST_FEATURE, (len(RUN_FEATURES),), np.float32),
+        }
+    )
+
+
+def padded(view: GroupView) -> Arrays:
+    """A view as an observation of the environment."""
+    count = len(view.groups.names)
+    groups, present = np.zeros((MOST_GROUPS, len(GROUP_FEATURES)), np.float32), np.zeros(MOST_GROUPS, np.int8)
+    groups[:count], present[:count] = view.features, 1
+    return {"groups": groups.reshape(-1), "present": present, "run": view.run.copy()}
+
+
+def padded_mask(view: GroupView) -> NDArray[np.bool_]:
+    """Which actions of the environment are allowed, bool (4 + 2 * MOST_GROUPS,)."""
+    count, first = len(view.groups.names), len(RATE_CHANGES)
+    mask = np.zeros(ACTIONS, dtype=np.bool_)
+    mask[:first] = view.allowed[:first]
+    mask[first : first + count] = view.allowed[first : first + count]
+    mask[first + MOST_GROUPS : first + MOST_GROUPS + count] = view.allowed[first + count :]
+    return mask
+
+
+def action_of(view: GroupView, action: int) -> int:
+    """The action of a view that an action of the environment stands for; to keep, for one of no group."""
+    if action < len(RATE_CHANGES):
+        return action
+    takes, group = divmod(action - len(RATE_CHANGES), MOST_GROUPS)
+    if group >= len(view.groups.names):
+        return 0
+    return view.take(group) if takes else view.grow(group)
+
+
+def padded_action(view: GroupView, action: int) -> int:
+    """The action of the environment that does what an action of a view does."""
+    if action < len(RATE_CHANGES):
+        return action
+    takes, group = divmod(action - len(RATE_CHANGES), len(view.groups.names))
+    return len(RATE_CHANGES) + takes * MOST_GROUPS + group
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """What episodes are drawn from, and what they are compared with.
+
+    Attributes:
+        split: of the tasks, "train" or "test".
+        base: the proxy base of all tasks; drawn anew for each round of episodes if None.
+        regime: what is wrong with the runs, see `REGIMES`; drawn for each task if None.
+        steps: optimizer steps of the runs; drawn if None.
+        task: the one task of all episodes; with it, the others play no part.
+        against: the rule with whose run on the same task, seed and batches the reward compares; see `GROUP_RULES`.
+        episodes_per_task: so many neighbours of a vector share a task.
+        logs: a folder; the decisions of each episode are logged in a folder of it, as those of a real run are.
+        device: where to train.
+
+    Raises:
+        ConfigError, UnknownNameError: a value that cannot be used.
+    """
+
+    split: str = "train"
+    base: str | None = None
+    regime: Regime | None = None
+    steps: int | None = None
+    task: FineTuneTask | None = None
+    against: str = AGAINST
+    episodes_per_task: int = 1
+    logs: Path | str | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.task is not None:
+            check_task(self.task)
+        if self.base is not None:
+            find_base(self.base)
+        if self.steps is not None and not (is_count(self.steps) and self.steps >= SHORTEST):
+            raise ConfigError(f"Episodes have at least {SHORTEST} optimizer steps; got {shown(self.steps)}.")
+        if self.against not in GROUP_RULES:
+            raise UnknownNameError.of("rule to compare with", self.against, GROUP_RULES)
+        if not is_count(self.episodes_per_task):
+            raise ConfigError(
+                f"episodes_per_task is a whole number of at least 1; got {shown(self.episodes_per_task)}."
+            )
+        draw_task(np.random.default_rng(0), self.split, self.base, self.regime)
+
+    def draw(self, generator: np.random.Generator, base: str) -> FineTuneTask:
+        """The task of the next episode, on a base."""
+        return self.task or draw_task(generator, self.split, base, self.regime, self.steps)
+
+    def draw_base(self, generator: np.random.Generator) -> str:
+        """The base of the next round of episodes."""
+        if self.task:
+            return self.task.base
+        bases = SPLITS[self.split].bases
+        return self.base or bases[int(generator.integers(len(bases)))]
+
+
+SHORTEST = 25
+"""Optimizer steps of the shortest episode: fewer do not lie between twelve decisions."""
+
+
+@dataclass(frozen=True)
+class _Outside:
+    """Whoever acts in an environment, for the logs of its episodes."""
+
+    name: str = "agent"
+
+    def decide(self, observation: Any) -> Decision:
+        raise NotImplementedError("the actions of an environment come from outside")
+
+
+class FineTuneVectorEnv(VectorEnv[Arrays, NDArray[Any], NDArray[Any]]):
+    """`FineTuneEnv`, stacked: many episodes trained together on one frozen base; they begin and end together.
+
+    `gymnasium.make_vec(rankpilot.ENV_ID, num_envs=16, vectorization_mode="vector_entry_point")`. An episode that ends
+    is reset in the same step: its last observation and info are in `final_obs` and `final_info`.
+
+    Args:
+        num_envs: episodes at a time.
+        render_mode: None.
+        settings: fields of `FineTuneConfig`.
+
+    Attributes:
+        config: the settings.
+        tasks: of the episodes under way, by slot.
+
+    Raises:
+        ConfigError, UnknownNameError: an argument or an action that cannot be used, or a step before `reset`.
+    """
+
+    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+
+    def __init__(self, num_envs: int = 1, render_mode: str | None = None, **settings: Any) -> None:
+        if render_mode is not None:
+            raise UnknownNameError.of("render mode of the vector", str(render_mode), ["None"])
+        known = list(FineTuneConfig.__dataclass_fields__)
+        for name in settings:
+            if name not in known:
+                raise UnknownNameError.of("argument of the environment", name, known)
+        self.config = FineTuneConfig(**settings)
+        if not is_count(num_envs) or num_envs % self.config.episodes_per_task:
+            raise ConfigError(
+                f"num_envs is a whole number and a multiple of episodes_per_task; got {shown(num_envs)} and "
+                f"{self.config.episodes_per_task}."
+            )
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self.single_observation_space = observation_space()
+        self.single_action_space = spaces.Discrete(ACTIONS)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.tasks: dict[int, FineTuneTask] = {}
+        self._stacks: dict[str, StackedEpisodes] = {}
+        self._generators: list[np.random.Generator] = []
+        self._views: list[GroupView] = []
+        self._episodes = 0
+        self._logged = 0
+
+    # Gymnasium --------------------------------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Arrays, dict[str, Any]]:
+        """Begin an episode in every slot; there are no options."""
+        if options:
+            raise ConfigError(f"There are no options of reset; got {shown(options)}.")
+        if seed is not None or not self._generators:
+            seeds = (
+                seed if isinstance(seed, list) else [None if seed is None else seed + n for n in range(self.num_envs)]
+            )
+            if len(seeds) != self.num_envs:
+                raise ConfigError(f"A seed is a whole number, or one for each of {self.num_envs} environments.")
+            self._generators = [seeding.np_random(each)[0] for each in seeds]
+        self._begin()
+        return self._seen(), self._gathered(self._infos())
+
+    def step(self, actions: NDArray[Any]) -> tuple[Arrays, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        """Take an action in every slot, and train to the next decision or the end."""
+        seen, rewards, infos, over = self.advance(np.asarray(actions))
+        if over:
+            last = seen
+            self._begin()
+            seen, begun = self._seen(), self._infos()
+            for slot, info in enumerate(infos):
+                final = {name: values[slot] for name, values in last.items()}
+                infos[slot] = {**begun[slot], "final_obs": final, "final_info": info}
+        ended = np.full(self.num_envs, over)
+        return seen, rewards, ended, np.zeros_like(ended), self._gathered(infos)
+
+    def advance(self, actions: NDArray[Any]) -> tuple[Arrays, NDArray[np.float64], list[dict[str, Any]], bool]:
+        """As `step`, but episodes that have ended stay where they are.
+
+        Args:
+            actions: int (num_envs,).
+
+        Returns:
+            Observations, rewards, infos by slot, and whether the episodes have ended.
+        """
+        stack = self._stack
+        decisions = self._decisions(actions)
+        ruled = {slot: self._rule.decide(stack.under_way[slot].observation) for slot in self._ruled}
+        stack.step({**decisions, **ruled})
+        if not stack.over:
+            self._look()
+            return self._seen(), np.zeros(self.num_envs), self._infos(), False
+        losses = stack.held_out()
+        rewards = np.array([self._reward(losses, slot) for slot in range(self.num_envs)])
+        return self._seen(), rewards, self._infos(losses), True
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Which actions are allowed now, bool (num_envs, actions); another keeps all as it is."""
+        return np.stack([padded_mask(view) for view in self._views])
+
+    def picture(self, slot: int) -> NDArray[np.uint8]:
+        """The mean rank of each group of an episode as bars, uint8 (height, width, 3)."""
+        view, ranks = self._views[slot], self._stack.ranks(slot)
+        means = np.bincount(view.groups.member, weights=ranks) / np.bincount(view.groups.member)
+        image = np.full((BAR * len(means), PICTURE_WIDTH, 3), 255, dtype=np.uint8)
+        for row, mean in enumerate(means):
+            image[BAR * row + 1 : BAR * (row + 1) - 1, : round(PICTURE_WIDTH * np.log2(1 + mean) / 8)] = (31, 119, 180)
+        return image
+
+    def rule_actions(self) -> NDArray[np.int64]:
+        """What the rule that rewards compare with would do now, int64 (num_envs,)."""
+        return np.array([padded_action(view, self._rule.actor.act(view)) for view in self._views], dtype=np.int64)
+
+    # Episodes ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _stack(self) -> StackedEpisodes:
+        if not self.tasks:
+            raise ConfigError("No episode is under way: call reset() first.")
+        return self._stacks[self.tasks[0].base]
+
+    @property
+    def _rule(self) -> Steering:
+        return GROUP_RULES[self.config.against]
+
+    @property
+    def _ruled(self) -> range:
+        """The slots of the runs that rewards compare with, one for each task."""
+        return range(self.num_envs, self.num_envs + self.num_envs // self.config.episodes_per_task)
+
+    def _begin(self) -> None:
+        """Draw tasks, and begin their episodes and the rule's."""
+        size, firsts = self.config.episodes_per_task, self._generators[:: self.config.episodes_per_task]
+        base = self.config.draw_base(firsts[0])
+        drawn = [self.config.draw(generator, base) for generator in firsts]
+        self.tasks = {slot: drawn[slot // size] for slot in range(self.num_envs)}
+        ruled = dict(zip(self._ruled, drawn, strict=True))
+        if base not in self._stacks:
+            self._stacks[base] = StackedEpisodes(base, self._ruled.stop, STEERING, device=self.config.device)
+        self._stack.begin({**self.tasks, **ruled}, self._logs())
+        self._look()
+
+    def _logs(self) -> dict[int, tuple[DecisionLog, Policy]]:
+        """Where the episodes that begin are logged, by slot."""
+        if self.config.logs is None:
+            return {}
+        found: dict[int, tuple[DecisionLog, Policy]] = {}
+        for slot in range(self.num_envs):
+            while (folder := Path(self.config.logs) / f"episode-{self._logged:05d}").exists():
+                self._logged += 1
+            log = DecisionLog(folder)
+            log.make_folder()
+            found[slot] = log, _Outside()
+        return found
+
+    def _look(self) -> None:
+        under_way = self._stack.under_way
+        self._views = [GroupView.of(under_way[slot].observation) for slot in range(self.num_envs)]
+
+    def _seen(self) -> Arrays:
+        rows = [padded(view) for view in self._views]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _decisions(self, actions: NDArray[Any]) -> dict[int, Decision]:
+        """The decisions of actions, by slot."""
+        count = ACTIONS
+        if (
+            actions.shape != (self.num_envs,)
+            or actions.dtype.kind not in "iu"
+            or not bool(((actions >= 0) & (actions < count)).all())
+        ):
+            raise ConfigError(f"Actions are {self.num_envs} whole numbers from 0 to {count - 1}; got {shown(actions)}.")
+        return {
+            slot: view.decision(action_of(view, action))
+            for slot, (view, action) in enumerate(zip(self._views, actions.tolist(), strict=True))
+        }
+
+    def _reward(self, losses: Mapping[int, float], slot: int) -> float:
+        """-100 times the log of a held-out loss over that of the rule's run."""
+        own, other = losses[slot], losses[self._ruled[slot // self.config.episodes_per_task]]
+        if not math.isfinite(own):
+            return -FAILED
+        return FAILED if not math.isfinite(other) else -100 * math.log(own / other)
+
+    def _info(self, slot: int, losses: Mapping[int, float] | None = None) -> dict[str, Any]:
+        """What is told of a run beside its observation."""
+        episode = self._stack.under_way[slot]
+        found = {
+            "task": episode.task.id,
+            "step": episode.record.step,
+            "ranks": episode.applier.ranks,
+            "rate": episode.task.learning_rate * 2 ** (episode.task.offset + episode.record.moved),
+        }
+        if losses:
+            other = losses[self._ruled[slot // self.config.episodes_per_task]]
+            found |= {"held_out_loss": losses[slot], "against": other}
+        return found
+
+    def _infos(self, losses: Mapping[int, float] | None = None) -> list[dict[str, Any]]:
+        return [self._info(slot, losses) for slot in range(self.num_envs)]
+
+    def _gathered(self, infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        gathered: dict[str, Any] = {}
+        for slot, info in enumerate(infos):
+            gathered = self._add_info(gathered, info, slot)
+        return gathered
+
+
+class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
+    """Steer one short fine-tune while it goes.
+
+    ## Description
+    A small pretrained transformer is fine-tuned by LoRA under a hard budget, on text, labels or the answers of a
+    teacher. It begins with the plan of the default policy. Twelve decisions, denser early, move ranks and the learning
+    rate, and the run goes on from there. Tasks differ in what is wrong with them: few ranks, a rate that is up to 8
+    times too low or too high, a budget that moves, a text that changes. Ranks and rate move by the code that real runs
+    use, so what is trained here can steer one.
+
+    ## Action Space
+    `Discrete(52)`: 0 keeps all; 1 halves the learning rate and 2 doubles it; 3 goes back to the adapters and the
+    optimizer's state that were kept when ranks last changed or the rate was last kept or raised, at a quarter of the
+    rate; 4 + g lets group g grow by a rung, and takes what does not fit from the modules whose signals are lowest;
+    28 + g takes a rung from group g. A group is a kind of module in a third of the depth. `action_masks()` tells which
+    actions do something; any other keeps all.
+
+    ## Observation Space
+    | key | space | what |
+    |---|---|---|
+    | groups | Box(-3, 3, (24 * 21,)) | of each group `GROUP_FEATURES`: rank, costs, signals, what the loss did since |
+    | present | MultiBinary(24) | which groups there are |
+    | run | Box(-3, 3, (26,)) | `RUN_FEATURES`: progress, loss, budget, and alignment and noise of the steps |
+
+    ## Rewards
+    At the end -100 log(held-out loss / that of the rule's run on the same task, seed and batches): hundredths of the
+    log loss, not clipped. A run whose loss is not finite gets -200. All other rewards are 0; do not discount.
+
+    ## Starting State
+    Tasks are drawn by the seed; see `rankpilot.env.tasks`.
+
+    ## Episode End
+    After the last optimizer step.
+
+    ## Arguments
+    Fields of `FineTuneConfig`: `split`, `base`, `regime`, `steps`, `task`, `against`, `logs`, `device`.
+
+    ## Version History
+    * v5: decisions on ranks and rate in one environment, in groups of modules; it replaces RankAllocation and
+      RunControl.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 2}  # noqa: RUF012
+
+    def __init__(self, render_mode: str | None = None, **settings: Any) -> None:
+        gym.utils.EzPickle.__init__(self, render_mode, **settings)
+        self._vector = FineTuneVectorEnv(1, None, **settings)
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise UnknownNameError.of("render mode", str(render_mode), self.metadata["render_modes"])
+        self.observation_space = self._vector.single_observation_space
+        self.action_space = self._vector.single_action_space
+        self.render_mode = render_mode
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Arrays, dict[str, Any]]:
+        """Begin an episode; there are no options."""
+        super().reset(seed=seed)
+        seen, infos = self._vector.reset(seed=seed, options=options)
+        return _row(seen), {name: values[0] for name, values in infos.items() if not name.startswith("_")}
+
+    def step(self, action: int) -> tuple[Arrays, float, bool, bool, dict[str, Any]]:
+        """Take an action, and train to the next decision or the end."""
+        seen, rewards, infos, over = self._vector.advance(np.asarray([action]))
+        return _row(seen), float(rewards[0]), over, False, infos[0]
+
+    def render(self) -> Any:
+        """The mean rank of each group, as a picture, uint8 (height, width, 3); None without a render mode."""
+        if self.render_mode is None:
+            return None
+        return self._vector.picture(0)
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Which actions are allowed now, bool (actions,); another keeps all as it is."""
+        masks: NDArray[np.bool_] = self._vector.action_masks()[0]
+        return masks
+
+
+def _row(arrays: Arrays) -> Arrays:
+    return {name: values[0] for name, values in arrays.items()}

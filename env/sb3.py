@@ -1,0 +1,243 @@
+"""Stacked episodes as a vector environment of Stable-Baselines3, in this process, in others, or on a Ray cluster.
+
+A stack is a `FineTuneVectorEnv` that a worker keeps. Each call says all that it takes to come to its answer: the seed
+of the episodes under way, and the actions so far. So a worker that has lost its stack, since its node died, plays the
+episodes again, and results do not depend on where and how often that happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..common.checks import is_count
+from ..common.cluster import RayWorker
+from ..errors import ConfigError, WorkerError, naming_extras, shown
+from .fine_tune import Arrays, FineTuneVectorEnv
+
+with naming_extras():
+    from stable_baselines3.common.vec_env import VecEnv
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Played:
+    """What a stack answers.
+
+    Attributes:
+        seen: observations, one row an episode.
+        masks: of actions that are allowed, bool (episodes, actions).
+        ruled: what the rule would do that rewards compare with, int64 (episodes,).
+        rewards: (episodes,).
+        infos: by episode.
+        over: whether the episodes have ended.
+    """
+
+    seen: Arrays
+    masks: NDArray[np.bool_]
+    ruled: NDArray[np.int64]
+    rewards: NDArray[np.float64]
+    infos: list[dict[str, Any]]
+    over: bool
+
+
+@dataclass
+class _Stack:
+    """A stack, and how it came to where it is."""
+
+    env: FineTuneVectorEnv
+    settings: Settings
+    seed: int = -1
+    actions: list[list[int]] = field(default_factory=list)
+
+
+_STACKS: dict[int, _Stack] = {}
+"""The stacks of this process, by number."""
+
+
+def play(number: int, settings: Settings, seed: int, actions: Sequence[Sequence[int]]) -> Played:
+    """What a stack shows after some actions; one that is elsewhere plays the episodes from their begin.
+
+    Args:
+        number: of the stack.
+        settings: arguments of `FineTuneVectorEnv`.
+        seed: of the episodes.
+        actions: of each decision so far, (episodes,) each.
+    """
+    torch.set_num_threads(1)
+    with torch.random.fork_rng(devices=[]):  # bases are adapted at random
+        if number not in _STACKS or _STACKS[number].settings != settings:
+            _STACKS[number] = _Stack(FineTuneVectorEnv(**settings), settings)
+        stack = _STACKS[number]
+        env, taken = stack.env, [list(each) for each in actions]
+        if stack.seed != seed or stack.actions != taken[:-1] or not taken:
+            seen, _ = env.reset(seed=seed)
+            nothing = np.zeros(env.num_envs)
+            answer = Played(seen, env.action_masks(), env.rule_actions(), nothing, [{}] * env.num_envs, False)
+            left = taken
+        else:
+            left = taken[-1:]
+        for each in left:
+            seen, rewards, infos, over = env.advance(np.asarray(each))
+            answer = Played(seen, env.action_masks(), env.rule_actions(), rewards, infos, over)
+        stack.seed, stack.actions = seed, taken
+    return answer
+
+
+class _Here:
+    """This process."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
+        future = Future[Any]()
+        future.set_result(function(*arguments))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        _STACKS.clear()
+
+
+class StackVecEnv(VecEnv):
+    """Stacks of episodes side by side, with `action_masks` for MaskablePPO.
+
+    Args:
+        num_envs: episodes of each stack; a multiple of `episodes_per_task`.
+        stacks: how many.
+        workers: processes of this machine that train them; 1 is this one. With `cluster` as many actors.
+        cluster: address of a Ray cluster: "local" starts one, "auto" joins the one that runs here; None for none.
+        seed: of the tasks. They depend on it, and on nothing else here.
+        soft: rewards r become arcsinh(r / soft), so that no single run decides; None for rewards as they are.
+        settings: fields of `FineTuneConfig`.
+
+    Attributes:
+        round: rounds of episodes that have begun; setting it before `reset` goes on from there.
+
+    Raises:
+        ConfigError, UnknownNameError: an argument that cannot be used.
+        WorkerError: later, if a process of this machine has died.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 16,
+        *,
+        stacks: int = 1,
+        workers: int = 1,
+        cluster: str | None = None,
+        seed: int = 0,
+        soft: float | None = None,
+        **settings: Any,
+    ) -> None:
+        if not (is_count(stacks) and is_count(workers)):
+            raise ConfigError(f"stacks and workers are whole numbers from 1; got {shown(stacks)} and {shown(workers)}.")
+        self._settings = {"num_envs": num_envs, **settings}
+        like = FineTuneVectorEnv(**self._settings)
+        self._stacks, self._soft = stacks, soft
+        self._workers = _workers(min(workers, stacks), cluster)
+        self._seed, self.round = seed, 0
+        self._seeds, self._taken = [0] * stacks, [list[list[int]]() for _ in range(stacks)]
+        self._played: list[Played] = []
+        self.render_mode = None
+        super().__init__(stacks * num_envs, like.single_observation_space, like.single_action_space)
+
+    def _play(self, numbers: Sequence[int]) -> dict[int, Played]:
+        """Let some stacks come to where they are to be."""
+        futures = {
+            number: self._workers[number % len(self._workers)].submit(
+                play, number, self._settings, self._seeds[number], list(self._taken[number])
+            )
+            for number in numbers
+        }
+        try:
+            return {number: future.result() for number, future in futures.items()}
+        except BrokenExecutor as error:
+            raise WorkerError(
+                "A worker process ended, for lack of memory perhaps. Go on with --resume, and with fewer workers."
+            ) from error
+
+    def reset(self) -> Any:
+        """Begin a round of episodes in all stacks."""
+        self._begin_round()
+        return self._seen()
+
+    def _begin_round(self) -> None:
+        for number in range(self._stacks):
+            draw = np.random.SeedSequence([self._seed, self.round, number])
+            self._seeds[number], self._taken[number] = int(draw.generate_state(1)[0]) // 2, []
+        self.round += 1
+        self._played = list(self._play(range(self._stacks)).values())
+
+    def _seen(self) -> Arrays:
+        rows = [played.seen for played in self._played]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        """Take actions, (episodes of all stacks,)."""
+        for number, part in enumerate(np.split(np.asarray(actions), self._stacks)):
+            self._taken[number].append([int(action) for action in part])
+
+    def step_wait(self) -> Any:
+        """What the actions led to; all episodes end together, and the next ones begin at once."""
+        self._played = list(self._play(range(self._stacks)).values())
+        rewards = np.concatenate([played.rewards for played in self._played])
+        infos = [dict(info) for played in self._played for info in played.infos]
+        over = all(played.over for played in self._played)
+        if over:
+            last = self._seen()
+            for slot, info in enumerate(infos):
+                info["terminal_observation"] = {name: values[slot] for name, values in last.items()}
+                info["episode"] = {"r": float(rewards[slot]), "l": len(self._taken[0]), "t": 0.0}
+            self._begin_round()
+        if self._soft:
+            rewards = np.arcsinh(rewards / self._soft)
+        return self._seen(), rewards.astype(np.float32), np.full(self.num_envs, over), infos
+
+    def rule_actions(self) -> NDArray[np.int64]:
+        """What the rule that rewards compare with would do now, int64 (num_envs,)."""
+        return np.concatenate([played.ruled for played in self._played])
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.shutdown(cancel_futures=True)
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """An attribute of the episodes: the masks, or what this object has."""
+        if attr_name == "action_masks":
+            return self.env_method(attr_name, indices=indices)
+        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Nothing of single episodes can be set."""
+        raise ConfigError(f"{attr_name!r} of single episodes cannot be set: pass it when you make the environment.")
+
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        """`action_masks` of some episodes; there is no other method.
+
+        Raises:
+            AttributeError: another method.
+        """
+        if method_name != "action_masks":
+            raise AttributeError(method_name)
+        masks = np.concatenate([played.masks for played in self._played])
+        return [masks[index] for index in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
+        """No episode is wrapped."""
+        return [False] * len(list(self._get_indices(indices)))
+
+
+def _workers(count: int, cluster: str | None) -> Sequence[Any]:
+    """Where stacks are trained."""
+    if cluster is not None:
+        return RayWorker.start(cluster, count)
+    if count == 1:
+        return [_Here()]
+    return [ProcessPoolExecutor(1, get_context("spawn")) for _ in range(count)]

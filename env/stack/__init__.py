@@ -1,0 +1,1 @@
+"""Many fine-tunes on one frozen model, trained side by side."""

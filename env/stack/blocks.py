@@ -1,0 +1,121 @@
+"""The blocks of an unmodified transformer, run from any block on, with runs that join the batch on the way.
+
+Below its lowest adapter a run computes what the frozen model computes. So it need not be there: `Blocks.frozen` gives
+the hidden states that enter a block, once for all runs with the same inputs, and `Blocks.joined` lets each run join the
+batch at its block with them. They require no gradient, so the backward pass of a run ends at its block.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...common.arrays import IntArray
+from ...errors import UnsupportedError
+from ...lora.spec import ModuleSpec
+
+FORWARD_TOKENS = 4096
+"""Tokens of a forward pass without gradients."""
+
+States = Mapping[int, torch.Tensor]
+"""Hidden states that enter a block, (rows, length, width), by block."""
+
+
+class _Reached(Exception):
+    """The last block that is wanted has been entered."""
+
+
+class Blocks:
+    """The list of blocks that holds all target modules of a model.
+
+    Args:
+        model: takes `input_ids`. Its blocks take hidden states (rows, length, width) first, and what else they take
+            fits any number of rows.
+        targets: modules of it.
+
+    Raises:
+        UnsupportedError: there is no such list.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[ModuleSpec]) -> None:
+        self._model = model
+        lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        prefixes = [name for name in lists if all(t.name.startswith(f"{name}.{t.block}.") for t in targets)]
+        if not prefixes:
+            raise UnsupportedError(
+                "Stacked runs need a model whose target modules lie in one list of blocks, such as `model.layers.3.`; "
+                f"got {targets[0].name!r} among them."
+            )
+        parent, _, self._name = prefixes[0].rpartition(".")
+        self._parent = model.get_submodule(parent)
+        self._all: nn.ModuleList = getattr(self._parent, self._name)
+        self._numbers = np.array([target.block for target in targets])
+        self._states: States = {}
+        self._seen: dict[int, torch.Tensor] | None = None
+        self._last = 0
+        for block, module in enumerate(self._all):
+            module.register_forward_pre_hook(self._hook(block))
+
+    def _hook(self, block: int) -> Callable[..., tuple[Any, ...] | None]:
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if self._seen is not None:
+                self._seen[block] = args[0]
+                if block == self._last:
+                    raise _Reached
+            if block not in self._states:
+                return None
+            new = self._states[block]
+            return (new if block == min(self._states) else torch.cat([args[0], new]), *args[1:])
+
+        return enter
+
+    def entries(self, ranks: IntArray) -> list[int]:
+        """The block of each run's lowest adapter, the last one of runs without any.
+
+        Args:
+            ranks: (runs, modules).
+        """
+        last = len(self._all) - 1
+        lowest: list[int] = np.where(ranks > 0, self._numbers, last).min(axis=1).tolist()
+        return lowest
+
+    @torch.no_grad()
+    def frozen(self, tokens: torch.Tensor, blocks: Sequence[int]) -> States:
+        """The hidden states of the frozen model that enter some blocks.
+
+        Args:
+            tokens: int64 (rows, length).
+            blocks: numbers from 0, at least one.
+        """
+        parts = []
+        for part in torch.split(tokens, max(1, FORWARD_TOKENS // tokens.shape[1])):
+            self._seen, self._last = {}, max(blocks)
+            try:
+                self._model(input_ids=part)
+            except _Reached:
+                parts.append(self._seen)
+            finally:
+                self._seen = None
+        return {block: torch.cat([seen[block] for seen in parts]) for block in blocks}
+
+    @contextmanager
+    def joined(self, states: States) -> Iterator[torch.Tensor]:
+        """Let rows join the batch, those of each block behind all that came before.
+
+        Args:
+            states: with which they enter each block; the model starts with the lowest one.
+
+        Yields:
+            Token ids (1, length) to call the model with; they give the length alone.
+        """
+        first = min(states)
+        self._states = states
+        setattr(self._parent, self._name, self._all[first:])
+        try:
+            yield torch.zeros(1, states[first].shape[1], dtype=torch.int64, device=states[first].device)
+        finally:
+            self._states = {}
+            setattr(self._parent, self._name, self._all)

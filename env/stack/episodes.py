@@ -1,0 +1,282 @@
+"""Episodes of short fine-tunes, stacked: what decides sees and does in each the same as in a real run.
+
+`PlanApplier` observes and changes ranks, `RunRecord` reads the steps and moves the rate, and adapters go back to a
+copy, as in a real fine-tune (`finetune/controlled_rate.py`). All episodes of a stack decide together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from ...common.arrays import IntArray
+from ...decide.applier import PlanApplier, ProbeResult
+from ...decide.log import DecisionLog, DecisionRecord
+from ...decide.observation import Observation
+from ...decide.policy import Decision, Policy
+from ...decide.rate_control import CHANGES, HALVED, PATIENCE, UNDO, RunRecord
+from ...decide.settings import DecisionSchedule
+from ...errors import ConfigError
+from ...lora.adapters import SIGNALS, base_norms
+from ...lora.spec import REFERENCE_RANK
+from ...plan.plan import Plan
+from ...plan.rate import RULE
+from ..bases import adapted_base
+from ..task_data import base_cost, first_limit, known_of
+from ..tasks import FineTuneTask
+from .adapters import RunCopy
+from .runs import StackedMeter, StackedRun, reset_runs, set_stacked_ranks
+from .trainer import Lane, StackTrainer
+
+
+@dataclass(eq=False)
+class StackedEpisode:
+    """One fine-tune under way.
+
+    Attributes:
+        task: what is fine-tuned.
+        applier: observes its adapters and changes their ranks.
+        record: what its steps have shown.
+        observation: what the next decision is made from; at the end what the last one was made from.
+        loss: mean training loss since the last decision; None before the first step.
+        failed: whether it could not be trained on: a loss was not finite, and going back was no help.
+        log: where its decisions are written down, and who takes them; None for nowhere.
+    """
+
+    task: FineTuneTask
+    applier: PlanApplier[StackedRun]
+    record: RunRecord
+    observation: Observation
+    loss: float | None = None
+    failed: bool = False
+    log: tuple[DecisionLog, Policy] | None = None
+    copy: RunCopy | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run is over."""
+        return self.record.step >= self.task.steps
+
+    def write(self, decision: Decision, applied: Callable[[], Plan]) -> None:
+        """Apply a decision, and write it down."""
+        seen, step = self.observation, self.record.step
+        plan = applied()
+        if self.log:
+            log, policy = self.log
+            number = self.applier.decision - 1
+            log.append(
+                DecisionRecord.of(
+                    self.applier,
+                    seen,
+                    decision,
+                    plan,
+                    policy=policy,
+                    number=number,
+                    step=step,
+                    run=self.task.id,
+                    loss=self.loss,
+                )
+            )
+
+
+class StackedEpisodes:
+    """Episodes of tasks on one base, in numbered slots; a task's results do not depend on what runs beside it.
+
+    Args:
+        base: name of the proxy base of all tasks.
+        slots: how many episodes can be under way at once.
+        schedule: when decisions fall.
+        device: where to train.
+
+    Attributes:
+        under_way: the latest episodes, by slot.
+    """
+
+    def __init__(
+        self, base: str, slots: int, schedule: DecisionSchedule, *, device: torch.device | str = "cpu"
+    ) -> None:
+        self.base, self.schedule = base, schedule
+        self.under_way: dict[int, StackedEpisode] = {}
+        self._targets = adapted_base(base)[1]
+        self._trainer = StackTrainer(base, slots, device=torch.device(device))
+        self._adapters = self._trainer.adapters
+        self._norms = base_norms(self._targets)
+        self._plain = np.array([target.scaling_at(REFERENCE_RANK) for target in self._targets])
+        self._probed = ("probe", schedule.probe_steps, schedule.probe_batch, str(device))
+
+    def begin(
+        self, tasks: Mapping[int, FineTuneTask], logs: Mapping[int, tuple[DecisionLog, Policy]] | None = None
+    ) -> None:
+        """Begin episodes in some slots, and forget all others.
+
+        Args:
+            tasks: by slot.
+            logs: where decisions are written down, and who takes them, by slot.
+
+        Raises:
+            ConfigError: tasks are of another base, or differ in the shape of their batches.
+        """
+        shapes = {(task.batch_size, task.length) for task in tasks.values()}
+        if {task.base for task in tasks.values()} != {self.base} or len(shapes) > 1:
+            raise ConfigError(f"Stacked tasks share the base {self.base} and the shape of their batches.")
+        self.under_way.clear()
+        self._probe({task: slot for slot, task in tasks.items() if self._probed not in known_of(task)})
+        reset_runs(self._adapters, {slot: task.seed for slot, task in tasks.items()})
+        for slot, task in tasks.items():
+            run = StackedRun(self._adapters, slot, self._norms)
+            applier = PlanApplier(
+                run, base_cost(task.base), first_limit(task), self.schedule, task.steps,
+                known_of(task)[self._probed], rows=task.batch_size, seed=task.seed,
+            )  # fmt: skip
+            log = (logs or {}).get(slot)
+            episode = StackedEpisode(task, applier, RunRecord(task.steps), applier.observe(0), log=log)
+            self.under_way[slot] = episode
+
+    def _probe(self, tasks: Mapping[FineTuneTask, int]) -> None:
+        """Probe tasks that are new, each in a free row."""
+        if not tasks:
+            return
+        reset_runs(self._adapters, {row: task.seed for task, row in tasks.items()}, scaled_as=REFERENCE_RANK)
+        lanes = []
+        for task, row in tasks.items():
+            meter, rows = (
+                StackedMeter(self._adapters, row, self._norms),
+                min(self.schedule.probe_batch, task.batch_size),
+            )
+            rate = _constant(task.learning_rate * 2**task.offset)
+            lanes.append(Lane(task, row, 0, self.schedule.probe_steps, rate, meter, rows))
+        self._trainer.train(lanes)
+        for lane in lanes:
+            assert lane.meter is not None
+            unknown = ProbeResult(np.full((len(self._targets), len(SIGNALS)), np.nan), 1.0)
+            found = unknown if lane.failed else ProbeResult.of(lane.meter.read(), lane.losses)
+            known_of(lane.task)[self._probed] = replace(found, predicted=lane.data.predicted)
+
+    @property
+    def over(self) -> bool:
+        """Whether all episodes have ended."""
+        return all(episode.ended for episode in self.under_way.values())
+
+    def step(self, decisions: Mapping[int, Decision]) -> None:
+        """Take a decision in each episode that has not ended, and train to the next one or the end.
+
+        Args:
+            decisions: by slot.
+        """
+        episodes = {slot: self.under_way[slot] for slot in decisions if not self.under_way[slot].ended}
+        for slot, episode in episodes.items():
+            decision, applier = decisions[slot], episode.applier
+            back = decision.change == UNDO and episode.copy is not None and not episode.failed
+            if back and episode.copy is not None:
+                self._adapters.put_back_run(slot, episode.copy)
+            episode.write(decision, lambda a=applier, d=decision, e=episode: a.apply(d, e.record.step))  # type: ignore[misc]
+            if episode.record.losses:
+                episode.record.take(decision.change, undone=back)
+            if CHANGES[decision.change] >= 0:
+                episode.copy = None  # another is made below
+        self._move(episodes)
+        self._train(episodes)
+        for episode in episodes.values():
+            self._limit_moves(episode)
+            if not episode.ended:
+                schedule = episode.task.schedule(episode.record.step)
+                episode.observation = episode.applier.observe(
+                    episode.record.step, episode.loss, episode.record, schedule
+                )
+
+    def _move(self, episodes: Mapping[int, StackedEpisode]) -> None:
+        """Give the adapters the ranks that were decided, and keep copies of those that changed."""
+        runs = {slot: episode.applier.adapters for slot, episode in episodes.items()}
+        set_stacked_ranks(self._adapters, [run.move for run in runs.values() if run.move])
+        for slot, episode in episodes.items():
+            runs[slot].move = None
+            if episode.copy is None or not np.array_equal(episode.copy.ranks, self._adapters.ranks[slot]):
+                episode.copy = self._adapters.copy_run(slot)
+
+    def _limit_moves(self, episode: StackedEpisode) -> None:
+        """Give an episode the budget of its next step, and shrink a plan that does not fit, as a run's guard does."""
+        applier, task, step = episode.applier, episode.task, episode.record.step
+        applier.limit = first_limit(task) * task.budget_factor(step)
+        if not episode.ended and not applier.fits():
+            applier.correct(applier.ranks, step)
+
+    def _train(self, episodes: Mapping[int, StackedEpisode]) -> None:
+        """Train to the next decisions; a run whose loss is not finite goes back to its copy, at half the rate."""
+        shown: dict[int, list[float]] = {slot: [] for slot in episodes}
+        left = {slot: episode for slot, episode in episodes.items() if not episode.failed}
+        for _ in range(PATIENCE):
+            lanes = {slot: self._lane(slot, episode) for slot, episode in left.items()}
+            self._trainer.train(list(lanes.values()))
+            for slot, lane in lanes.items():
+                self._read(left[slot].record, lane)
+                shown[slot] += lane.losses[: -1 if lane.failed else None]
+            left = {slot: left[slot] for slot, lane in lanes.items() if lane.failed}
+            for slot, episode in left.items():
+                assert episode.copy is not None
+                self._adapters.put_back_run(slot, episode.copy)
+                episode.record.losses, episode.record.alignments = [], []
+                episode.record.moved += CHANGES[HALVED]
+        for episode in left.values():
+            episode.failed = True
+        for slot, episode in episodes.items():
+            episode.record.step = max(episode.record.step, episode.applier.until)
+            episode.loss = float(np.mean(shown[slot])) if shown[slot] else None
+
+    def _lane(self, slot: int, episode: StackedEpisode) -> Lane:
+        """What is left to be trained until the next decision."""
+        task, applier = episode.task, episode.applier
+        ranks, scalings = self._adapters.ranks[slot], self._adapters.scalings[slot]
+        peak = (
+            task.learning_rate * 2 ** (task.offset + episode.record.moved) * RULE.factor(ranks, scalings, self._plain)
+        )
+        meter = applier.adapters.meter if applier.measures else None
+        return Lane(task, slot, episode.record.step, applier.until, _scheduled(task, peak), meter, alignments=[])
+
+    @staticmethod
+    def _read(record: RunRecord, lane: Lane) -> None:
+        """Let a record read the steps that passed."""
+        assert lane.alignments is not None
+        first = record.step
+        for index, loss in enumerate(lane.losses):
+            known = index < len(lane.alignments) and first + index > 0
+            if math.isfinite(loss):
+                record.add(loss, lane.alignments[index] if known else math.nan)
+        record.step = lane.step
+
+    def held_out(self) -> dict[int, float]:
+        """Held-out losses now, in nats, by slot; infinite where training failed."""
+        sound = {slot: episode.task for slot, episode in self.under_way.items() if not episode.failed}
+        found = dict(zip(sound, self._trainer.held_out(sound), strict=True)) if sound else {}
+        return {slot: loss if math.isfinite(loss := found.get(slot, math.inf)) else math.inf for slot in self.under_way}
+
+    def play(self, policies: Mapping[int, Policy]) -> dict[int, float]:
+        """Let policies decide until all episodes under way have ended; returns `held_out`.
+
+        Args:
+            policies: by slot.
+        """
+        while not self.over:
+            self.step(
+                {
+                    slot: policies[slot].decide(each.observation)
+                    for slot, each in self.under_way.items()
+                    if not each.ended
+                }
+            )
+        return self.held_out()
+
+    def ranks(self, slot: int) -> IntArray:
+        """The ranks of an episode, int64 (modules,)."""
+        return self.under_way[slot].applier.ranks
+
+
+def _constant(rate: float) -> Callable[[int], float]:
+    return lambda step: rate
+
+
+def _scheduled(task: FineTuneTask, peak: float) -> Callable[[int], float]:
+    return lambda step: peak * task.schedule(step)

@@ -1,0 +1,255 @@
+"""Trains many short fine-tunes at once on one frozen base.
+
+Losses, signals and rank changes are those of a PEFT model (tests/env/stack compares them); only the arithmetic runs for
+all of them together.
+
+Runs are trained and evaluated in the order of their lowest adapters. A run computes nothing below its lowest adapter:
+it joins the batch there, with hidden states that the frozen model computed once for all runs of its task. Losses are
+those of a batch that holds all runs from the first block on, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from ..bases import adapted_base, load_base_model
+from ..task_data import TaskData, load_task
+from ..tasks import FineTuneTask
+from .adapters import StackedAdapters
+from .blocks import FORWARD_TOKENS, Blocks, States
+from .runs import StackedMeter, accumulate_all
+
+MAX_GRAD_NORM = 1.0
+"""Gradients are clipped to this norm, the Trainer's default."""
+
+CACHED_TOKENS = 2560
+"""Tokens of a training pass on a CPU: what they compute in a layer of the proxy bases stays in a core's cache."""
+
+
+def parts_of(lanes: Sequence[Lane], size: int) -> list[list[Lane]]:
+    """Lanes in parts of at most `size`; those with the same batch stay together, as far as they fit."""
+    alike: dict[tuple[int, int], list[Lane]] = {}
+    for lane in lanes:
+        alike.setdefault((id(lane.data), lane.batch), []).append(lane)
+    parts: list[list[Lane]] = [[]]
+    for members in alike.values():
+        for start in range(0, len(members), size):
+            piece = members[start : start + size]
+            if len(parts[-1]) + len(piece) > size:
+                parts.append([])
+            parts[-1] += piece
+    return parts
+
+
+@dataclass(eq=False)
+class Lane:
+    """One row in training: an episode, a probe or a uniform run.
+
+    Attributes:
+        task: what is trained.
+        row: where its adapters lie.
+        step: optimizer steps done.
+        until: train up to this step.
+        rate: the learning rate of each step.
+        meter: takes in gradients.
+        rows: use the first rows of each batch alone.
+        failed: whether a loss was not finite.
+        losses: of the steps.
+        alignments: of the steps, where they are wanted; see `StackedAdapters.alignments`.
+    """
+
+    task: FineTuneTask
+    row: int
+    step: int
+    until: int
+    rate: Callable[[int], float]
+    meter: StackedMeter | None
+    rows: int | None = None
+    failed: bool = False
+    losses: list[float] = field(default_factory=list)
+    alignments: list[float] | None = None
+    data: TaskData = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.data = load_task(self.task)  # held here: more tasks can be in training than the cache of tasks holds
+
+    @property
+    def batch(self) -> int:
+        """Number of the next batch; a probe may be longer than its task."""
+        return self.step % self.task.steps
+
+
+class FrozenStates:
+    """Hidden states of the batches of some steps below the lowest adapters of all runs of a task, which share them.
+
+    They are computed for many steps at a time.
+
+    Args:
+        blocks: of the model.
+        batches: token ids of steps that follow one another, int64 (steps, rows, length).
+        wanted: the blocks.
+        first: number of the first step.
+    """
+
+    def __init__(self, blocks: Blocks, batches: torch.Tensor, wanted: Sequence[int], first: int = 0) -> None:
+        self._blocks, self._batches, self._wanted, self._first = blocks, batches, sorted(set(wanted)), first
+        self._start, self._end = 0, 0
+        self._states: States = {}
+
+    def at(self, step: int) -> States:
+        """Those of one step, (rows, length, width) by block."""
+        place = step - self._first
+        if not self._start <= place < self._end:
+            part = self._batches[place : place + max(1, FORWARD_TOKENS // self._batches[0].numel())]
+            states = self._blocks.frozen(part.flatten(0, 1), self._wanted)
+            self._states = {block: torch.unflatten(each, 0, part.shape[:2]) for block, each in states.items()}
+            self._start, self._end = place, place + len(part)
+        return {block: each[place - self._start] for block, each in self._states.items()}
+
+
+def joining(entries: Sequence[int], states: Sequence[torch.Tensor]) -> States:
+    """The states with which runs join a batch.
+
+    Args:
+        entries: the block at which each run joins, in rising order.
+        states: of each run, (rows, length, width).
+    """
+    parts: dict[int, list[torch.Tensor]] = {}
+    for block, own in zip(entries, states, strict=True):
+        parts.setdefault(block, []).append(own)
+    return {block: torch.cat(each) for block, each in parts.items()}
+
+
+class StackTrainer:
+    """Trains and evaluates runs of tasks on one base.
+
+    Args:
+        base: name of the proxy base.
+        runs: how many have room.
+        device: where to train.
+
+    Attributes:
+        adapters: of the runs.
+    """
+
+    def __init__(self, base: str, runs: int, *, device: torch.device) -> None:
+        targets = adapted_base(base)[1]
+        model = load_base_model(base).to(device)
+        model.config.use_cache = False  # nothing is generated
+        self.adapters: StackedAdapters = StackedAdapters(model, targets, runs)
+        self._blocks = Blocks(model, targets)
+        self._device = device
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def train(self, lanes: Sequence[Lane]) -> None:
+        """Train each lane to its end; one that meets a loss that is not finite stops there."""
+        if not lanes:
+            return
+        entries = self._blocks.entries(self.adapters.ranks)  # ranks stay as they are here
+        states = self._states_of(lanes, entries)
+        tokens = lanes[0].data.inputs[0, : lanes[0].rows].numel()
+        size = max(1, CACHED_TOKENS // tokens) if self._device.type == "cpu" else len(lanes)
+
+        def losses_of(active: Sequence[Lane]) -> dict[Lane, float]:
+            losses: dict[Lane, float] = {}
+            for part in parts_of(active, size):
+                part.sort(key=lambda lane: entries[lane.row])
+                losses |= self._joined_losses(part, entries, states)
+            return losses
+
+        self._train(lanes, losses_of)
+
+    def _train(self, lanes: Sequence[Lane], losses_of: Callable[[Sequence[Lane]], dict[Lane, float]]) -> None:
+        while active := [lane for lane in lanes if lane.step < lane.until and not lane.failed]:
+            losses = losses_of(active)
+            for lane in active:
+                lane.losses.append(losses[lane])
+                lane.failed = not math.isfinite(losses[lane])
+            self._step([lane for lane in active if not lane.failed])
+
+    def _states_of(self, lanes: Sequence[Lane], entries: Sequence[int]) -> dict[Lane, FrozenStates]:
+        """What each lane joins the batch with; lanes with the same batches share it."""
+        alike: dict[tuple[Any, ...], list[Lane]] = {}
+        for lane in lanes:
+            alike.setdefault((lane.task, lane.step, lane.until, lane.rows), []).append(lane)
+        states: dict[Lane, FrozenStates] = {}
+        for members in alike.values():
+            first = members[0]
+            numbers = [step % first.task.steps for step in range(first.step, first.until)]
+            batches = first.data.inputs[numbers, : first.rows].to(self._device)
+            shared = FrozenStates(self._blocks, batches, [entries[lane.row] for lane in members], first.step)
+            states |= dict.fromkeys(members, shared)
+        return states
+
+    def _joined_losses(
+        self, part: Sequence[Lane], entries: Sequence[int], states: Mapping[Lane, FrozenStates]
+    ) -> dict[Lane, float]:
+        """Losses and gradients of the next batches of some lanes, in the order of their entries."""
+        order = [entries[lane.row] for lane in part]
+        joined = joining(order, [states[lane].at(lane.step)[entry] for lane, entry in zip(part, order, strict=True)])
+        with self.adapters.running([lane.row for lane in part], order) as model:
+            with self._blocks.joined(joined) as tokens:
+                logits = model(input_ids=tokens).logits
+            losses = self._losses(logits, part)
+            self.adapters.backward(losses)
+        return dict(zip(part, losses.tolist(), strict=True))
+
+    def _losses(self, logits: torch.Tensor, lanes: Sequence[Lane]) -> torch.Tensor:
+        """The loss of each lane, (lanes,), from their answers, one after another."""
+        losses, start, rows = [], 0, len(logits) // len(lanes)
+        for _, neighbours in groupby(lanes, lambda lane: (id(lane.data), lane.batch)):
+            alike = list(neighbours)
+            end, lane = start + rows * len(alike), alike[0]
+            losses.append(lane.data.train_losses_of(logits[start:end], lane.batch, lane.rows, len(alike)))
+            start = end
+        return torch.cat(losses)
+
+    def _step(self, lanes: Sequence[Lane]) -> None:
+        """Clip, take in signals and step."""
+        if not lanes:
+            return
+        lanes = sorted(lanes, key=lambda lane: lane.row)  # an index of all rows in order makes no copy
+        rows = [lane.row for lane in lanes]
+        squares = self.adapters.clip(rows, MAX_GRAD_NORM)
+        metered = [index for index, lane in enumerate(lanes) if lane.meter]
+        accumulate_all([lane.meter for lane in lanes if lane.meter], squares[metered])
+        watched = [lane for lane in lanes if lane.alignments is not None]
+        if watched:
+            cosines = self.adapters.alignments([lane.row for lane in watched]).tolist()
+            for lane, cosine in zip(watched, cosines, strict=True):
+                lane.alignments.append(cosine)  # type: ignore[union-attr]
+        self.adapters.step(rows, [lane.rate(lane.step) for lane in lanes])
+        for lane in lanes:
+            lane.step += 1
+
+    # Evaluation -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def held_out(self, tasks: Mapping[int, FineTuneTask]) -> list[float]:
+        """Held-out loss of each of these rows, in nats."""
+        entries = self._blocks.entries(self.adapters.ranks)
+        losses: dict[int, float] = {}
+        for task in dict.fromkeys(tasks.values()):
+            rows = sorted((row for row, own in tasks.items() if own == task), key=lambda row: entries[row])
+            losses |= dict(zip(rows, self._held_out(task, rows, [entries[row] for row in rows]), strict=True))
+        return [losses[row] for row in tasks]
+
+    def _held_out(self, task: FineTuneTask, rows: Sequence[int], order: Sequence[int]) -> list[float]:
+        """The same of runs of one task, in the order of their entries."""
+        data, runs = load_task(task), len(rows)
+        states = self._blocks.frozen(data.held_out_inputs.to(self._device), sorted(set(order)))
+        size = max(1, FORWARD_TOKENS // (runs * task.length))
+        terms = []
+        with self.adapters.running(rows, order) as model:
+            for start in range(0, task.eval_rows, size):
+                joined = joining(order, [states[entry][start : start + size] for entry in order])
+                with self._blocks.joined(joined) as tokens:
+                    terms.append(data.held_out_terms(model(input_ids=tokens).logits, start, runs))
+        return [data.mean_of(own) for own in torch.cat(terms, dim=1)]

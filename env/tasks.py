@@ -1,0 +1,229 @@
+"""Tasks of the environment: short fine-tunes of small pretrained transformers, each fully determined by its fields.
+
+* *planted*: a teacher is the base plus known low-rank changes on some modules; the student learns its outputs. The
+  loss is the divergence KL(teacher || student) in nats a token: where the rank is needed is known.
+* *text*: the base, pretrained on documentation, is fine-tuned on text of another kind; the loss is the cross-entropy
+  of the next byte, or of masked bytes, in nats. The text may change on the way.
+* *labels*: the base learns to name the class of a text; the loss is the cross-entropy of the class in nats.
+
+What makes decisions worth something is drawn with a task: a learning rate that is off by up to 8, a mean rank from an
+eighth to 8, a budget that moves, a text that changes.
+
+| split | bases | texts | labels |
+|---|---|---|---|
+| train | Llama and BERT of 4 layers | code, reviews, newsgroups, tables, four languages | sentiment, newsgroups |
+| test | GPT-2, Llama and BERT of 8 layers | news, tales, templates, two languages | topics |
+
+No text but that of planted teachers (documentation), no base and no seed is in both. A description holds no model and
+no data, and this module imports neither torch nor PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ..common.checks import is_count, is_positive, is_real
+from ..cost.step_config import check_seed
+from ..errors import ConfigError, UnknownNameError, shown
+
+Kind = Literal["planted", "text", "labels"]
+Placement = Literal["low", "high", "spread"]
+Regime = Literal["scarce", "rate", "moving", "plain"]
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+REGIMES: tuple[Regime, ...] = get_args(Regime)
+"""What is wrong with a run: few ranks; a rate that is off; a budget that moves and a text that changes; nothing."""
+
+POSITIONS = 128
+"""The longest window that a base can read."""
+
+RATE = 6e-3
+"""About the best learning rate of the bases on most texts."""
+
+LENGTHS = (80, 100, 130, 160)
+"""Optimizer steps of drawn tasks; fewer leave too little to see between two decisions."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """What tasks are drawn from.
+
+    Attributes:
+        bases: names of proxy bases.
+        texts: names of corpora.
+        labels: names of labelled texts.
+        first_seed: of the tasks; a split has 2 ** 30 seeds from there on.
+    """
+
+    bases: tuple[str, ...]
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    first_seed: int
+
+
+SPLITS = {
+    "train": Split(
+        ("llama-4x64", "bert-4x64", "llama-4x32", "bert-4x32"),
+        ("code", "reviews", "newsgroups", "tables", "german", "spanish", "italian", "dutch"),
+        ("sentiment", "newsgroups"),
+        10_000_000,
+    ),
+    "test": Split(
+        ("gpt2-4x32", "llama-8x32", "bert-8x32"),
+        ("news", "tales", "templates", "french", "russian"),
+        ("topics",),
+        2**31,
+    ),
+}
+"""Splits by name."""
+
+
+@dataclass(frozen=True)
+class FineTuneTask:
+    """One short fine-tune.
+
+    Attributes:
+        kind: "planted", "text" or "labels".
+        seed: of data, teacher and adapters.
+        base: name of a proxy base.
+        corpus: the text, or the labelled texts, that is learned; of a planted task the one its teacher is queried on.
+        then: the text from `turn` on, and that of the held-out rows; None for the same one. Texts alone change.
+        turn: share of the steps after which the text changes.
+        placement: which layers a planted teacher changes.
+        mean_rank: the budget: as many parameters as this rank on all modules has, above 0.
+        moves: (share of the steps, factor on the budget) of each move of the budget, in rising order.
+        offset: log2 of the peak of the learning rate over `learning_rate`.
+        warm_up: share of the steps in which the rate rises along a line; from then on it falls along one, to 0.
+        learning_rate: about the best peak for plain LoRA.
+        steps: optimizer steps.
+        batch_size: rows of a step.
+        length: tokens of a row.
+        eval_rows: held-out rows.
+
+    Raises:
+        ConfigError, UnknownNameError: a value out of range.
+    """
+
+    kind: Kind
+    seed: int
+    base: str = "llama-4x64"
+    corpus: str = "code"
+    then: str | None = None
+    turn: float = 0.5
+    placement: Placement = "spread"
+    mean_rank: float = 1.0
+    moves: tuple[tuple[float, float], ...] = ()
+    offset: float = 0.0
+    warm_up: float = 0.0
+    learning_rate: float = RATE
+    steps: int = 100
+    batch_size: int = 4
+    length: int = 32
+    eval_rows: int = 192
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("kind", self.kind, KINDS), ("placement", self.placement, PLACEMENTS)):
+            if value not in allowed:
+                raise UnknownNameError.of(f"{name} of a task", str(value), allowed)
+        check_seed(self.seed)
+        counts = (self.steps, self.batch_size, self.eval_rows, self.length)
+        if not all(map(is_count, counts)) or not 2 <= self.length <= POSITIONS:
+            raise ConfigError(
+                "Steps, batch_size and eval_rows of a task are whole numbers of at least 1, and length is one from 2 "
+                f"to {POSITIONS}; got {', '.join(map(shown, counts))}."
+            )
+        if (
+            not is_positive(self.mean_rank)
+            or not is_positive(self.learning_rate)
+            or not (is_real(self.offset) and bool(np.isfinite(self.offset)))
+        ):
+            raise ConfigError(
+                "mean_rank and learning_rate of a task are above 0, and its offset is a finite number; got "
+                f"{shown(self.mean_rank)}, {shown(self.learning_rate)} and {shown(self.offset)}."
+            )
+        if not all(0 <= share < 1 for share in (self.turn, self.warm_up, *(at for at, _ in self.moves))):
+            raise ConfigError(f"Shares of the steps of a task are from 0 to below 1; got {self}.")
+        if not all(is_positive(factor) for _, factor in self.moves):
+            raise ConfigError(f"Factors on the budget are above 0; got {shown(self.moves)}.")
+        if self.then is not None and self.kind != "text":
+            raise ConfigError(f"A text alone can change on the way; got {self.kind!r} with then={self.then!r}.")
+
+    @property
+    def id(self) -> str:
+        """A readable name, of what the task learns under which budget."""
+        what = self.placement if self.kind == "planted" else self.corpus + (f" then {self.then}" if self.then else "")
+        return f"{self.base}/{self.kind}-{what}/rank {self.mean_rank:.3g}/rate {2**self.offset:.3g}/{self.seed}"
+
+    @property
+    def changes_at(self) -> int:
+        """The first step with the other text; the number of steps if none has it."""
+        return self.steps if self.then is None else round(self.turn * self.steps)
+
+    def schedule(self, step: int) -> float:
+        """The learning rate of a step, counted from 0, as a share of its peak."""
+        warm = max(1, round(self.warm_up * self.steps))
+        return min((step + 1) / warm, (self.steps - step) / max(self.steps - warm, 1), 1.0)
+
+    def budget_factor(self, step: int) -> float:
+        """By what the budget is multiplied before this step."""
+        return next((factor for at, factor in reversed(self.moves) if step >= at * self.steps), 1.0)
+
+
+def draw_task(
+    generator: np.random.Generator,
+    split: str = "train",
+    base: str | None = None,
+    regime: Regime | None = None,
+    steps: int | None = None,
+) -> FineTuneTask:
+    """A task of a split.
+
+    Args:
+        generator: draws it.
+        split: a name of `SPLITS`.
+        base: its proxy base; drawn if None.
+        regime: what is wrong with the run; drawn if None.
+        steps: of the run; drawn of `LENGTHS` if None.
+
+    Raises:
+        UnknownNameError: no such split or regime.
+    """
+    if split not in SPLITS:
+        raise UnknownNameError.of("split", split, SPLITS)
+    if regime not in (None, *REGIMES):
+        raise UnknownNameError.of("regime", str(regime), REGIMES)
+    of = SPLITS[split]
+    regime = regime or _one(REGIMES, generator)
+    kind: Kind = "text" if regime == "moving" else _one(("planted", "text", "text", "labels"), generator)
+    corpus = {"planted": "documentation", "text": _one(of.texts, generator), "labels": _one(of.labels, generator)}[kind]
+    drawn: dict[str, Any] = {
+        "base": base or _one(of.bases, generator),
+        "corpus": corpus,
+        "placement": _one(PLACEMENTS, generator),
+        "mean_rank": float(2.0 ** generator.uniform(-3, 1 if regime == "scarce" else 3)),
+        "offset": float(generator.uniform(-3, 3)) if regime == "rate" else float(generator.uniform(-0.5, 0.5)),
+        "warm_up": _one((0.0, 0.1), generator),
+        "steps": steps or _one(LENGTHS, generator),
+    }
+    if regime == "moving":
+        others = [text for text in of.texts if text != corpus]
+        low, back = sorted(generator.uniform(0.1, 0.7, 2).tolist())
+        drawn |= {"moves": ((low, float(2.0 ** generator.uniform(-2, 0))), (back, 1.0))}
+        drawn |= {"then": _one(others, generator), "turn": float(generator.uniform(0.2, 0.6))}
+    return FineTuneTask(kind, of.first_seed + int(generator.integers(2**30)), **drawn)
+
+
+def check_task(task: object) -> FineTuneTask:
+    """The task that was given; ConfigError if it is something else."""
+    if not isinstance(task, FineTuneTask):
+        raise ConfigError(f"A task is a FineTuneTask; got {shown(task)}.")
+    return task
+
+
+def _one(items: Sequence[Any], generator: np.random.Generator) -> Any:
+    return items[int(generator.integers(len(items)))]

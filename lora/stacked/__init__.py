@@ -1,1 +1,0 @@
-"""Adapters of many runs on one frozen model, trained side by side."""

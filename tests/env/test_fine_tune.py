@@ -1,0 +1,201 @@
+"""The environment: what Gymnasium and Stable-Baselines3 ask of one; the vector is its episodes side by side."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import rankpilot
+from gymnasium.utils.env_checker import check_env
+from rankpilot.decide.group_rules import GROUP_RULES
+from rankpilot.decide.groups import DOUBLE, GO_BACK, GROUP_FEATURES, HALVE, NOTHING
+from rankpilot.decide.log import DecisionLog
+from rankpilot.decide.observation import RUN_FEATURES
+from rankpilot.env.fine_tune import ACTIONS, MOST_GROUPS, FineTuneEnv, FineTuneVectorEnv
+from rankpilot.env.tasks import FineTuneTask
+from rankpilot.errors import ConfigError, RankPilotError, UnknownNameError
+from sb3_contrib import MaskablePPO, RecurrentPPO
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.env_checker import check_env as check_sb3
+from stable_baselines3.common.env_util import make_vec_env
+
+MakeTask = Callable[..., FineTuneTask]
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn tasks of 25 steps."""
+    monkeypatch.setattr("rankpilot.env.tasks.LENGTHS", (25,))
+
+
+def roll(env: gym.Env[Any, Any], seed: int, episodes: int = 1) -> list[Any]:
+    """All that an environment tells in some episodes of drawn actions."""
+    draw, told = np.random.default_rng(seed), []
+    for number in range(episodes):
+        told.append(env.reset(seed=seed if not number else None))
+        over = False
+        while not over:
+            told.append(env.step(int(draw.integers(ACTIONS))))
+            over = told[-1][2]
+    return told
+
+
+def test_checkers_find_nothing(make_task: MakeTask) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated")  # of transformers
+        check_env(gym.make(rankpilot.ENV_ID, task=make_task()).unwrapped)
+        check_sb3(gym.make(rankpilot.ENV_ID, task=make_task()))
+
+
+ONE_LINERS: list[Callable[[], Any]] = [
+    lambda: PPO("MultiInputPolicy", rankpilot.ENV_ID, n_steps=2, batch_size=2),
+    lambda: A2C("MultiInputPolicy", rankpilot.ENV_ID, n_steps=2),
+    lambda: DQN("MultiInputPolicy", rankpilot.ENV_ID, learning_starts=1, buffer_size=10),
+    lambda: MaskablePPO("MultiInputPolicy", rankpilot.ENV_ID, n_steps=2, batch_size=2),
+    lambda: RecurrentPPO("MultiInputLstmPolicy", rankpilot.ENV_ID, n_steps=2, batch_size=2),
+    lambda: PPO("MultiInputPolicy", make_vec_env(rankpilot.ENV_ID, 2), n_steps=1, batch_size=2),
+]
+
+
+@pytest.mark.parametrize("number", range(len(ONE_LINERS)))
+def test_each_algorithm_learns_by_the_id_in_one_line(number: int) -> None:
+    ONE_LINERS[number]().learn(2)
+
+
+def test_the_manual_tells_the_spaces() -> None:
+    env, manual = gym.make(rankpilot.ENV_ID), str(FineTuneEnv.__doc__)
+    assert f"Discrete({ACTIONS})" in manual
+    assert f"(24 * {len(GROUP_FEATURES)},)" in manual
+    assert f"Box(-3, 3, ({len(RUN_FEATURES)},))" in manual
+    assert f"{4 + MOST_GROUPS} + g takes" in manual
+    assert env.action_space == gym.spaces.Discrete(ACTIONS)
+
+
+def test_the_same_seed_gives_the_same_episodes_also_after_pickling() -> None:
+    env = FineTuneEnv(base="llama-4x32")
+    first = roll(env, 3)
+    np.testing.assert_equal(roll(pickle.loads(pickle.dumps(env)), 3), first)  # noqa: S301
+    assert env.reset(seed=4)[1]["task"] != first[0][1]["task"]
+
+
+def test_a_vector_is_its_episodes_side_by_side() -> None:
+    vector = gym.make_vec(rankpilot.ENV_ID, 2, vectorization_mode="vector_entry_point", base="llama-4x32")
+    assert isinstance(vector, FineTuneVectorEnv)
+    seen, _ = vector.reset(seed=7)
+    envs = [FineTuneEnv(base="llama-4x32") for _ in range(2)]
+    singles = [env.reset(seed=7 + slot)[0] for slot, env in enumerate(envs)]
+    draw, over = np.random.default_rng(0), False
+    while not over:
+        masks = vector.action_masks()
+        np.testing.assert_equal(masks, [env.action_masks() for env in envs])
+        for name, values in seen.items():
+            np.testing.assert_array_equal(values, [single[name] for single in singles])
+        actions = np.array([draw.choice(np.flatnonzero(mask)) for mask in masks])
+        seen, rewards, ended, _, infos = vector.step(actions)
+        told = [env.step(int(action)) for env, action in zip(envs, actions, strict=True)]
+        singles, over = [each[0] for each in told], bool(ended.all())
+        assert rewards.tolist() == [each[1] for each in told]
+    for slot, single in enumerate(singles):
+        np.testing.assert_equal(infos["final_obs"][slot], single)
+    assert infos["final_info"]["held_out_loss"].tolist() == [each[4]["held_out_loss"] for each in told]
+
+
+def test_episodes_of_a_task_share_seed_and_batches_and_the_rule_s_run_is_worth_nothing(make_task: MakeTask) -> None:
+    vector = FineTuneVectorEnv(4, episodes_per_task=2, base="llama-4x32", against="union")
+    vector.reset(seed=0)
+    assert [vector.tasks[slot] for slot in (1, 3)] == [vector.tasks[slot] for slot in (0, 2)]
+    assert vector.tasks[0] != vector.tasks[2]
+    over = False
+    while not over:
+        _, rewards, _, over = vector.advance(vector.rule_actions())
+    assert rewards.tolist() == [0, 0, 0, 0], "who does what the rule does gets nothing"
+
+
+def test_what_is_not_allowed_keeps_all(make_task: MakeTask) -> None:
+    env = FineTuneEnv(task=make_task())
+
+    def end(action: int) -> Any:
+        env.reset(seed=0)
+        env.step(NOTHING)
+        mask, told = env.action_masks(), []
+        told.append(env.step(action if not mask[action] else NOTHING)[0])
+        return told
+
+    env.reset(seed=0)
+    assert env.action_masks()[[NOTHING, HALVE, DOUBLE, GO_BACK]].tolist() == [True, False, False, False]
+    forbidden = [4 + MOST_GROUPS - 1, ACTIONS - 1]
+    for action in forbidden:
+        np.testing.assert_equal(end(action), end(NOTHING))
+
+
+@pytest.mark.parametrize(("action", "moved"), [(HALVE, 0.5), (DOUBLE, 2.0), (GO_BACK, 0.25), (NOTHING, 1.0)])
+def test_actions_on_the_rate(make_task: MakeTask, action: int, moved: float) -> None:
+    env = FineTuneEnv(task=make_task())
+    rate = env.reset(seed=0)[1]["rate"]
+    env.step(NOTHING)
+    assert env.step(action)[4]["rate"] == pytest.approx(moved * rate)
+
+
+def test_actions_on_ranks(make_task: MakeTask) -> None:
+    """A group that grows takes from others what does not fit; one that gives leaves room."""
+    env = FineTuneEnv(task=make_task(mean_rank=1.0))
+    env.reset(seed=0)
+    before = env.step(NOTHING)[4]["ranks"]
+    grown = env.step(int(np.flatnonzero(env.action_masks()[4 : 4 + MOST_GROUPS])[0]) + 4)[4]["ranks"]
+    assert (grown > before).any()
+    room = env.step(4 + MOST_GROUPS + int(np.flatnonzero(env.action_masks()[4 + MOST_GROUPS :])[0]))[4]["ranks"]
+    assert (room <= grown).all()
+    assert room.sum() < grown.sum()
+
+
+def test_episodes_are_logged_in_the_format_of_runs(make_task: MakeTask, tmp_path: Path) -> None:
+    env = FineTuneEnv(task=make_task(), logs=tmp_path)
+    roll(env, 0, 2)
+    logs = sorted(path for path in tmp_path.iterdir() if len(DecisionLog(path)))
+    assert [path.name for path in logs] == ["episode-00000", "episode-00001"]
+    assert [record.policy for record in DecisionLog(logs[0]).read()] == ["agent"] * 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "tset"}, "Did you mean: 'test'"),
+        ({"base": "llama-4x31"}, "Did you mean"),
+        ({"regime": "rates"}, "Did you mean: 'rate'"),
+        ({"steps": 10}, "at least 25 optimizer steps"),
+        ({"task": 1}, "A task is a FineTuneTask"),
+        ({"against": "unions"}, "Did you mean: 'union'"),
+        ({"episodes_per_task": 0}, "episodes_per_task"),
+        ({"bases": "llama-4x32"}, "Did you mean: 'base'"),
+        ({"render_mode": "human"}, "render mode"),
+    ],
+)
+def test_settings_that_cannot_be_used(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RankPilotError, match=message):
+        FineTuneEnv(**settings)
+
+
+@pytest.mark.parametrize("actions", [[0], [0, ACTIONS], [0, -1], [0.0, 1.0], [[0], [1]]])
+def test_actions_that_there_are_not(make_task: MakeTask, actions: Any) -> None:
+    vector = FineTuneVectorEnv(2, task=make_task())
+    with pytest.raises(ConfigError, match="call reset"):
+        vector.step(np.array([0, 0]))
+    vector.reset(seed=0)
+    with pytest.raises(ConfigError, match=f"whole numbers from 0 to {ACTIONS - 1}"):
+        vector.step(np.array(actions))
+    with pytest.raises(ConfigError, match="no options"):
+        vector.reset(options={"task": 1})
+
+
+def test_groups_and_rules_have_room() -> None:
+    assert {*GROUP_RULES} == {"left-alone", "rate", "halving", "union"}
+    with pytest.raises(UnknownNameError):
+        copy.copy(FineTuneVectorEnv)(1, against="best")

@@ -1,0 +1,103 @@
+"""The vector environment of Stable-Baselines3: the same wherever its stacks are trained, and whoever dies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from rankpilot.env import sb3
+from rankpilot.env.fine_tune import ACTIONS, FineTuneVectorEnv
+from rankpilot.env.sb3 import StackVecEnv
+from rankpilot.env.tasks import FineTuneTask
+from rankpilot.errors import ConfigError, WorkerError
+
+from ..ray_nodes import Nodes
+
+MakeTask = Callable[..., FineTuneTask]
+
+
+def story(envs: StackVecEnv, rounds: int = 2, between: Callable[[int], object] = lambda turn: None) -> list[Any]:
+    """All that comes out of some rounds of drawn actions."""
+    draw, told, ended, turn = np.random.default_rng(1), [envs.reset()], 0, 0
+    while ended < rounds:
+        masks = np.stack(envs.env_method("action_masks"))
+        between(turn)
+        turn += 1
+        seen, rewards, over, _ = envs.step(np.array([draw.choice(np.flatnonzero(mask)) for mask in masks]))
+        told += [masks, seen, rewards, over, envs.rule_actions()]
+        ended += bool(over.all())
+    return told
+
+
+@pytest.fixture
+def settings(make_task: MakeTask) -> dict[str, Any]:
+    return {"num_envs": 1, "stacks": 2, "seed": 5, "task": make_task("text", 5), "against": "union"}
+
+
+def test_the_stacks_are_vectors_side_by_side(settings: dict[str, Any]) -> None:
+    envs = StackVecEnv(**settings | {"stacks": 1, "num_envs": 2})
+    seen, vector = envs.reset(), FineTuneVectorEnv(2, task=settings["task"], against="union")
+    np.testing.assert_equal(seen, vector.reset(seed=envs._seeds[0])[0])
+    over = np.zeros(2)
+    while not over.all():
+        actions = vector.rule_actions()
+        np.testing.assert_equal(envs.rule_actions(), actions)
+        expected, rewards, _, _ = vector.advance(actions)
+        seen, found, over, infos = envs.step(actions)
+    np.testing.assert_equal(infos[1]["terminal_observation"], {name: each[1] for name, each in expected.items()})
+    np.testing.assert_array_equal(found, rewards.astype(np.float32))
+
+
+def test_a_stack_that_is_lost_is_played_again(settings: dict[str, Any]) -> None:
+    expected = story(StackVecEnv(**settings), rounds=1)
+    lost = StackVecEnv(**settings)
+    told = story(lost, rounds=1, between=lambda turn: sb3._STACKS.clear() if turn in (3, 9) else None)
+    np.testing.assert_equal(told, expected)
+
+
+@pytest.mark.long
+def test_results_do_not_depend_on_the_number_of_processes(settings: dict[str, Any]) -> None:
+    expected = story(StackVecEnv(**settings))
+    two = StackVecEnv(**settings, workers=2)
+    np.testing.assert_equal(story(two), expected)
+    assert isinstance(two._workers[0], ProcessPoolExecutor)
+    for process in (two._workers[0]._processes or {}).values():
+        process.kill()
+    with pytest.raises(WorkerError, match="Go on with --resume"):
+        story(two)
+    two.close()
+
+
+@pytest.mark.long
+def test_training_goes_on_when_a_node_of_a_cluster_dies(settings: dict[str, Any]) -> None:
+    expected = story(StackVecEnv(**settings))
+    with Nodes(2) as nodes:
+        envs = StackVecEnv(**settings, workers=2, cluster=nodes.address)
+        told = story(envs, between=lambda turn: nodes.remove(nodes.nodes[0]) if turn == 5 else None)
+        np.testing.assert_equal(told, expected)
+        envs.close()
+
+
+def test_rewards_may_be_softened(settings: dict[str, Any]) -> None:
+    plain, soft = (story(StackVecEnv(**settings, soft=size), rounds=1) for size in (None, 5.0))
+    np.testing.assert_allclose(5 * np.sinh(soft[-3]), plain[-3], rtol=1e-5)
+
+
+def test_what_it_refuses(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="stacks and workers"):
+        StackVecEnv(**settings | {"stacks": 0})
+    with pytest.raises(ConfigError, match="--cluster is 'local'"):
+        StackVecEnv(**settings, cluster="nowhere")
+    with pytest.raises(ConfigError, match="Nothing answers at"):
+        StackVecEnv(**settings, cluster="127.0.0.1:9")
+    envs = StackVecEnv(**settings)
+    envs.reset()
+    with pytest.raises(AttributeError):
+        envs.env_method("render_all")
+    with pytest.raises(ConfigError, match="cannot be set"):
+        envs.set_attr("task", None)
+    assert envs.env_is_wrapped(object) == [False] * 2
+    assert envs.get_attr("action_masks")[0].shape == (ACTIONS,)

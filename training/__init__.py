@@ -1,1 +1,0 @@
-"""How a policy is trained, and how policies are compared."""
