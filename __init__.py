@@ -13,7 +13,7 @@ from .errors import RankPilotError, naming_extras
 if TYPE_CHECKING:
     from .agents.policy_file import load_policy
     from .cost.budget import Budget
-    from .cost.outlook import memory_of
+    from .cost.memory_of import memory_of
     from .data.assets import fetch_asset
     from .data.packaged_data import load_packaged_dataset
     from .decide.log import DecisionLog
@@ -59,7 +59,7 @@ _LAZY = {
     "load_checkpoint": ".finetune.loop_checkpoint",
     "load_packaged_dataset": ".data.packaged_data",
     "load_policy": ".agents.policy_file",
-    "memory_of": ".cost.outlook",
+    "memory_of": ".cost.memory_of",
     "module_feature": ".decide.observation",
     "rank_pattern_yaml": ".lora.adapter_file",
     "save_checkpoint": ".finetune.loop_checkpoint",

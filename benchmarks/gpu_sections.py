@@ -27,14 +27,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rankpilot.common.arrays import IntArray
 from rankpilot.common.files import write_json
-from rankpilot.cost.breakdown import frozen_bytes, frozen_sizes
+from rankpilot.cost.batch_shape import Batch, shape_of
 from rankpilot.cost.card_use import card_use
-from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
+from rankpilot.cost.cards import UNKNOWN_CONTEXT_BYTES, DeviceSpec, find_device_spec
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.from_config import from_config
+from rankpilot.cost.known_models import published_models
 from rankpilot.cost.measured_time import TimedPlan, count_work
+from rankpilot.cost.model_states import frozen_bytes
 from rankpilot.cost.outlook import card_rates
-from rankpilot.cost.published import UNKNOWN_CONTEXT_BYTES, DeviceSpec, find_device_spec, published_models
-from rankpilot.cost.recording import Batch, BatchShape
-from rankpilot.cost.savers import ACTIVATIONS, CACHE, SAVERS, ExactSavers
+from rankpilot.cost.saver_prices import ACTIVATIONS, CACHE
+from rankpilot.cost.savers import SAVERS, ExactSavers
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.cost.training_step import new_optimizer, switch_checkpointing
 from rankpilot.errors import UnknownNameError, first_line
@@ -168,7 +171,7 @@ def _peak(machine: Machine, name: str, title: str, step: StepConfig) -> list[Row
 
 
 def _beside(machine: Machine, what: str, predicted: ConfiguredStep, learner: Learner, batch: Batch) -> list[Row]:
-    shape = BatchShape.of(batch)
+    shape = shape_of(batch)
     if machine.dry:
         measured = (learner.measured_step(batch) + frozen_bytes(learner.model)) / MIB
         return [row(f"{what}: live", total_mib(predicted, shape, 8), measured, "MiB")]
@@ -177,7 +180,7 @@ def _beside(machine: Machine, what: str, predicted: ConfiguredStep, learner: Lea
     torch.cuda.reset_peak_memory_stats()
     learner.step(batch)
     torch.cuda.synchronize()
-    loaded, ranks = frozen_sizes(predicted.model), np.full(len(predicted.targets), 8)
+    loaded, ranks = predicted.model.frozen, np.full(len(predicted.targets), 8)
     use = card_use(predicted.memory, ranks, loaded, machine.card(), shape=shape)
     allocated, reserved = torch.cuda.max_memory_allocated() / MIB, torch.cuda.max_memory_reserved() / MIB
     return [
@@ -382,7 +385,7 @@ def quantised_reload(machine: Machine) -> list[Row]:
         with torch.no_grad():
             first, second = (model.eval()(**batch).logits for model in (learner.model, again))
     step = StepConfig(batch_size=2, max_length=256, quantization="nf4", gradient_checkpointing=False)
-    predicted = from_config(machine.config(MODELS[1]), step).frozen_bytes / MIB
+    predicted = from_config(machine.config(MODELS[1]), step).model.frozen_bytes / MIB
     return [
         row("largest difference of logits", 0.0, float((first - second).abs().max()), exact=True),
         row(

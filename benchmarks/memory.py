@@ -17,9 +17,10 @@ from rankpilot.common.arrays import IntArray
 from rankpilot.common.devices import find_device
 from rankpilot.common.statistics import Estimate
 from rankpilot.common.text import format_bytes, make_table
+from rankpilot.cost.batch_shape import Batch, shape_of
 from rankpilot.cost.cost import Cost, plan_cost
 from rankpilot.cost.peak_meter import restart_resident_peak
-from rankpilot.cost.recording import Batch, BatchShape
+from rankpilot.cost.recording import BatchShape
 from rankpilot.errors import ConfigError
 from rankpilot.lora.spec import REFERENCE_RANK
 from rankpilot.lora.targets import TargetModule
@@ -227,10 +228,10 @@ def measured_steps(family: Family, size: Size, device: torch.device, seed: int, 
 
 def _look_seconds(batch: Batch) -> float:
     """What the callback's look at a batch takes, which every step carries."""
-    shape, calls = BatchShape.of(batch), 1000
+    shape, calls = shape_of(batch), 1000
     start = time.perf_counter()
     for _ in range(calls):
-        shape.joined(BatchShape.of(batch))
+        shape.joined(shape_of(batch))
     return (time.perf_counter() - start) / calls
 
 

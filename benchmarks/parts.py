@@ -21,11 +21,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.text import make_table
+from rankpilot.cost.batch_shape import padded as with_padding
 from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.live_storages import LivePeak
 from rankpilot.cost.part_seconds import PartSeconds
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.recording import padded as with_padding
 from rankpilot.cost.savers import SAVERS, ExactSavers
 from rankpilot.data.corpora import standard_library
 from rankpilot.data.models import load_model, load_tokenizer

@@ -16,11 +16,10 @@ from peft import LoraConfig
 from rankpilot.common.arrays import FloatArray, IntArray
 from rankpilot.common.files import read_object, write_json, write_text
 from rankpilot.common.text import make_table
-from rankpilot.cost.breakdown import frozen_sizes
 from rankpilot.cost.card_use import card_use
-from rankpilot.cost.from_config import ConfiguredStep
+from rankpilot.cost.cards import find_device_spec
+from rankpilot.cost.configured_step import ConfiguredStep
 from rankpilot.cost.outlook import REACHED_SHARE
-from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_time import LAUNCH_SECONDS, Rates
 from rankpilot.plan.worth import Modules, packaged_worth
@@ -101,7 +100,7 @@ def plans(length: int) -> Iterator[Plan]:
         length: tokens of the longest batch; the mean one is taken to be half as long.
     """
     step, short = (peft_step(KINDS["all linear"], False, each, counted=True) for each in (length, length // 2))
-    device, loaded = find_device_spec(CARD), frozen_sizes(step.model)
+    device, loaded = find_device_spec(CARD), step.model.frozen
     ends = np.array([target.name.rpartition(".")[2] for target in step.targets])
     blocks = np.array([target.block for target in step.targets])
     modules = Modules(np.isin(ends, KINDS["MLP"]), blocks / (LAYERS - 1), width=3072)

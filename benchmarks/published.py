@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from rankpilot.common.files import write_json
 from rankpilot.common.text import make_table
-from rankpilot.cost.breakdown import frozen_sizes
 from rankpilot.cost.card_use import SLACK, CardUse, card_use
+from rankpilot.cost.cards import find_device_spec
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.cost import moment_costs
-from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
-from rankpilot.cost.published import find_configuration, find_device_spec
+from rankpilot.cost.from_config import from_config
+from rankpilot.cost.published import find_configuration
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError
@@ -129,7 +130,7 @@ def compare_t4(row: T4Row) -> Compared:
     step = t4_step(row.model, row.attention, row.quantization)
     predicted = total_mib(step, BatchShape(row.rows, row.length), row.rank)
     weights = float(step.memory.states.weights.sum()) * row.rank
-    return Compared(row.name, predicted, row.measured, row.resident - (step.frozen_bytes + weights) / MIB)
+    return Compared(row.name, predicted, row.measured, row.resident - (step.model.frozen_bytes + weights) / MIB)
 
 
 @cache
@@ -178,7 +179,7 @@ def total_mib(step: ConfiguredStep, shape: BatchShape, rank: int) -> float:
     """MiB on the card with one rank on all target modules."""
     ranks = np.full(len(step.targets), rank)
     peak = float(moment_costs(step.memory.cost(shape), ranks).max())
-    return (peak + step.frozen_bytes + step.workspace_bytes) / MIB
+    return (peak + step.model.frozen_bytes + step.model.workspace_bytes) / MIB
 
 
 def summary(errors: Iterable[float]) -> tuple[float, float, float]:
@@ -253,7 +254,7 @@ def reserve_on_t4(row: T4Row) -> Reserved:
     memory = replace(step.memory, states=states)
     ranks = np.full(len(step.targets), row.rank)
     shape = BatchShape(row.rows, row.length)
-    return Reserved(row, card_use(memory, ranks, _loaded(step), find_device_spec("T4"), shape=shape))
+    return Reserved(row, card_use(memory, ranks, step.model.frozen, find_device_spec("T4"), shape=shape))
 
 
 def right_verdicts(rows: Sequence[Reserved], *, clear: bool = False) -> tuple[int, int]:
@@ -275,7 +276,7 @@ def reserve_of_peft() -> tuple[int, list[Compared]]:
     def predicted(row: dict[str, Any], length: int) -> float:
         step = peft_step(tuple(row["target_modules"]), row.get("use_dora", False))
         ranks = np.full(len(step.targets), row["r"])
-        use = card_use(step.memory, ranks, _loaded(step), find_device_spec("L40S"), shape=BatchShape(4, length))
+        use = card_use(step.memory, ranks, step.model.frozen, find_device_spec("L40S"), shape=BatchShape(4, length))
         return use.reserved_bytes / MIB
 
     length = min(LENGTHS, key=lambda length: abs(predicted(rows[0], length) - rows[0]["reserved_mib"]))
@@ -330,7 +331,7 @@ def compare_a100(row: A100Row, *, then: bool = True) -> tuple[Compared, Compared
     """
     step = a100_step(row.quantization, then)
     ranks, shape = np.full(len(step.targets), A100_RANK), BatchShape(row.rows, A100_LENGTH)
-    use = card_use(step.memory, ranks, _loaded(step), find_device_spec("A100 80GB"), shape=shape)
+    use = card_use(step.memory, ranks, step.model.frozen, find_device_spec("A100 80GB"), shape=shape)
     in_use = (use.reserved_bytes + use.context_bytes) / MIB
     allocated = Compared(row.name, total_mib(step, shape, A100_RANK), row.measured)
     return allocated, Compared(row.name, in_use, row.in_use)
@@ -376,11 +377,6 @@ def libraries_of_2024() -> Iterator[None]:
     name = "rankpilot.cost.quantised.prepare_quantised"
     with patch.dict(LOSS_MAPPING, ForCausalLM=loss), patch(name, prepared):
         yield
-
-
-@cache
-def _loaded(step: ConfiguredStep) -> tuple[int, ...]:
-    return tuple(frozen_sizes(step.model))
 
 
 TIMED = ("llama-3.1-8b", "llama-3.1-70b")

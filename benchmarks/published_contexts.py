@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rankpilot.cost.breakdown import frozen_sizes
 from rankpilot.cost.card_use import card_use
-from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
-from rankpilot.cost.published import find_configuration, find_device_spec
+from rankpilot.cost.cards import find_device_spec
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.from_config import from_config
+from rankpilot.cost.published import find_configuration
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
 
@@ -54,7 +55,7 @@ def contexts() -> list[Context]:
 def longest(context: Context) -> int:
     """The most tokens of a row that fit the card, its context and the allocator's reserve included; 0 for none."""
     card, step = find_device_spec(f"{context.card_gb}GiB"), _step(context.model)
-    ranks, loaded = np.full(len(step.targets), RANK), frozen_sizes(step.model)
+    ranks, loaded = np.full(len(step.targets), RANK), step.model.frozen
 
     def fits(tokens: int) -> bool:
         return card_use(step.memory, ranks, loaded, card, shape=BatchShape(1, tokens)).spare_bytes >= 0

@@ -24,8 +24,10 @@ import numpy as np
 import torch
 from rankpilot.common.arrays import FloatArray
 from rankpilot.common.text import make_table
-from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
-from rankpilot.cost.published import device_table, find_configuration
+from rankpilot.cost.cards import device_table
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.from_config import from_config
+from rankpilot.cost.published import find_configuration
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.cost.step_time import Rates
 from rich.console import Console

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rankpilot.common.text import make_table
-from rankpilot.cost.outlook import memory_of
+from rankpilot.cost.memory_of import memory_of
 from rich.console import Console
 
 from .harness import Figures

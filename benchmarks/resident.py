@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from rankpilot.cost.batch_shape import Batch
 from rankpilot.cost.model_states import state_bytes
 from rankpilot.cost.peak_meter import resident_peak, restart_resident_peak
-from rankpilot.cost.recording import Batch
 from rankpilot.errors import RankPilotError
 
 from .models import LORA, Family, Learner, Size, random_loader, random_model

@@ -17,7 +17,8 @@ from peft import LoraConfig, get_peft_model
 from rankpilot.common.text import make_table
 from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.live_storages import LivePeak
-from rankpilot.cost.savers import ACTIVATIONS, ROUTED, SAVERS, ExactSavers
+from rankpilot.cost.saver_prices import ACTIVATIONS, ROUTED
+from rankpilot.cost.savers import SAVERS, ExactSavers
 from rankpilot.data.models import load_model, load_tokenizer
 from rankpilot.finetune.frozen_state import FrozenState, layers_in_order, modules_below
 from rankpilot.finetune.prefix_cache import PrefixCache, Room

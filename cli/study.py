@@ -77,9 +77,10 @@ def write_study(
         explain: see `StudyOptions`.
         policy: see `StudyOptions`.
     """
+    from ..study.memory_report import saver_table
     from ..study.page import write_page
     from ..study.pictures import write_rank_picture
-    from ..study.verdict import saver_table, summary_table
+    from ..study.verdict import summary_table
 
     runs, data = _read(folders, explain, policy)
     path = output or folders[0] / PAGE

@@ -25,8 +25,8 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 from zipfile import ZIP_STORED, ZipFile
 
+import platformdirs
 import yaml
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CHECK_PATH, ConfigError, DataError, RankPilotError, RunFolderError, first_line, not_written, shown
@@ -333,6 +333,16 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
         raise DataError(f"{path} cannot be read as arrays: {first_line(error)}") from error
 
 
+CACHE_VARIABLE = "RANKPILOT_CACHE"
+"""Environment variable that moves the cache folder."""
+
+
+def cache_folder() -> Path:
+    """The folder that holds downloads: `RANKPILOT_CACHE`, or else the user's cache folder for rankpilot."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return (Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("rankpilot")).absolute()
+
+
 CONFIG = "config.json"
 
 LOCK = ".lock"
@@ -351,6 +361,8 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
     Raises:
         RunFolderError: it holds another run or one with other settings, it is a file, or another process uses it.
     """
+    from filelock import FileLock, Timeout  # which loads asyncio
+
     refuse_file(folder)
     # A run that wrote no settings has left nothing but its lock.
     if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):

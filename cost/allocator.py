@@ -77,34 +77,41 @@ class CachingAllocator:
 
     def allocate(self, size: int) -> int:
         """Allocate bytes, at least 1; returns the block's address, which `free` takes."""
-        size = -(-size // BLOCK_BYTES) * BLOCK_BYTES
+        size += -size % BLOCK_BYTES
         small = size <= SMALL_BYTES
-        free = self._free[small]
+        free, blocks = self._free[small], self._blocks
         index = bisect_left(free, (size, -1))
         address = free.pop(index)[1] if index < len(free) else self._new_block(size, small)
-        block = self._blocks[address]
+        block = blocks[address]
         block.free = False
-        rest = block.size - size
-        if rest >= BLOCK_BYTES and (small or rest > SMALL_BYTES):
-            self._split(address, block, size)
+        left = block.size - size
+        if left >= BLOCK_BYTES and (small or left > SMALL_BYTES):  # cut the block; the rest becomes a free one
+            rest, after = address + size, block.after
+            blocks[rest] = _Block(left, small, True, address, after)
+            if after is not None:
+                blocks[after].before = rest
+            elif self._last is not None:
+                self._last[small] = rest
+            insort(free, (left, rest))
+            block.size, block.after = size, rest
         self.allocated += block.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
         return address
 
     def free(self, address: int) -> None:
         """Free a block; it becomes one with free neighbours."""
-        block = self._blocks[address]
+        blocks = self._blocks
+        block = blocks[address]
         self.allocated -= block.size
-        free = self._free[block.small]
-        after = block.after
-        if after is not None and self._blocks[after].free:
-            del free[bisect_left(free, (self._blocks[after].size, after))]
+        free, after, before = self._free[block.small], block.after, block.before
+        if after is not None and (other := blocks[after]).free:
+            del free[bisect_left(free, (other.size, after))]
             self._join(address, block, after)
-        before = block.before
-        if before is not None and self._blocks[before].free:
-            del free[bisect_left(free, (self._blocks[before].size, before))]
-            self._join(before, self._blocks[before], address)
-            address, block = before, self._blocks[before]
+        if before is not None and (other := blocks[before]).free:
+            del free[bisect_left(free, (other.size, before))]
+            self._join(before, other, address)
+            address, block = before, other
         block.free = True
         insort(free, (block.size, address))
 
@@ -157,17 +164,6 @@ class CachingAllocator:
         self.reserved += more
         self.peak_reserved = max(self.peak_reserved, self.reserved)
         return address
-
-    def _split(self, address: int, block: _Block, size: int) -> None:
-        """Cut a block to a size; the rest becomes a free block."""
-        rest = address + size
-        self._blocks[rest] = _Block(block.size - size, block.small, True, address, block.after)
-        if block.after is not None:
-            self._blocks[block.after].before = rest
-        elif self._last is not None:
-            self._last[block.small] = rest
-        insort(self._free[block.small], (block.size - size, rest))
-        block.size, block.after = size, rest
 
     def _join(self, address: int, block: _Block, after: int) -> None:
         """Make a block and the next one, which is in no list of free blocks, one."""

@@ -7,16 +7,13 @@ predicted peak.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Literal, get_args
 
 import numpy as np
-from torch import nn
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.text import branches_to
-from ..lora.targets import TargetModule, scale_tensors
-from .live_storages import storages
+from ..lora.spec import ModuleSpec
 from .model import MemoryModel
 from .peak_candidates import PeakCandidate, PeakStorages
 from .recording import BatchShape
@@ -75,7 +72,7 @@ class Breakdown:
 
 
 def break_down(
-    memory: MemoryModel, targets: Sequence[TargetModule], ranks: IntArray, shape: BatchShape | None = None
+    memory: MemoryModel, targets: Sequence[ModuleSpec], ranks: IntArray, shape: BatchShape | None = None
 ) -> Breakdown:
     """Break the peak of a plan down; see `MemoryModel.at_peak`. `targets` are those that `calibrate` was given."""
     peak = memory.at_peak(ranks, shape)
@@ -95,21 +92,6 @@ def break_down(
     filled_layers = tuple(layers[row] for row in filled)
     margin = peak.total - float(table.sum())
     return Breakdown(peak.label, filled_layers, table[filled], margin, tuple(layers[row] for row in target_rows))
-
-
-def frozen_bytes(model: nn.Module) -> int:
-    """Bytes of the loaded model's weights and buffers that do not train, as stored; see `frozen_sizes`."""
-    return sum(frozen_sizes(model))
-
-
-def frozen_sizes(model: nn.Module) -> list[int]:
-    """Bytes of each storage of the loaded model that does not train, in the order of its modules; a shared one once.
-
-    Quantised weights count with their scales.
-    """
-    scales = chain.from_iterable(scale_tensors(module) for module in model.modules())
-    tensors = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers(), *scales]
-    return list({storage._cdata: storage.nbytes() for storage in storages(tensors)}.values())
 
 
 def _row(name: str, containers: set[str]) -> str:

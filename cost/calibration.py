@@ -17,23 +17,26 @@ from torch import nn
 
 from ..common.arrays import IntArray
 from ..common.text import branches_to, format_bytes
-from ..errors import BudgetError, ConfigError, RankPilotError, UnsupportedError
+from ..errors import BudgetError, RankPilotError, UnsupportedError
 from ..lora.adapters import signal_buffer_bytes
 from ..lora.resize import write_in_place
+from ..lora.spec import highest_ranks
 from ..lora.targets import TargetModule
-from .breakdown import frozen_bytes
+from .batch_shape import Batch, reshaped, shape_of
 from .budget import AUTO_SHARE, Budget, Limit
+from .cards import HOPPER_WORKSPACE_BYTES
 from .cost import ByteCost, ParameterCost, UntimedCost
 from .growth import Growth
 from .later_logits import expecting_one
 from .live_storages import device_kind
-from .loss_tiles import LossTiles
-from .model import RANK, MemoryModel, checkpointed_cost
-from .model_states import ModelStates, model_states, trained_outside, with_buckets
-from .published import HOPPER_WORKSPACE_BYTES
+from .loss_tiles import scaled
+from .model import RANK, MemoryModel, ModelStates, checkpointed_cost
+from .model_states import frozen_bytes, model_states, trained_outside
 from .recorder import Recorder
-from .recording import Batch, BatchShape, Recording, reshaped
-from .savers import ExactSavers, Saved
+from .recording import BatchShape, Recording
+from .saver_prices import Saved
+from .savers import ExactSavers
+from .tile_size import LossTiles
 from .training_step import LossFunction, TrainingStep
 
 CUT_FAILS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
@@ -75,7 +78,7 @@ def calibrate(
     Raises:
         UnsupportedError: the model returns no loss, or a target module takes no part in its forward pass.
     """
-    shape = BatchShape.of(batch)
+    shape = shape_of(batch)
     tiles = LossTiles(shape)
     outside = trained_outside(model, optimizer)
     with all_training(model, targets, outside), expecting_one(model):
@@ -83,7 +86,7 @@ def calibrate(
         shapes = _small_shapes(shape, rows_per_example, cut=not keeps_state(model))
         batches = [reshaped(batch, other, rows_per_example) for other in shapes]
         small, series = batches[0], _same_series(recorder, batches)
-        growth = series and Growth.of(shape, [BatchShape.of(each) for each in batches], series, tiles)
+        growth = series and Growth.of(shape, [shape_of(each) for each in batches], series, tiles)
         if series and growth:
             base = series[0]
         else:  # operations depend on the data, so only the batch itself tells
@@ -113,13 +116,13 @@ def _same_series(recorder: _ScaledRecorder, batches: Sequence[Batch]) -> list[Re
     try:
         recorder.warm_up(batches[1])
         for batch in batches:
-            if (shape := BatchShape.of(batch)) not in found:  # a batch that cannot be cut is as small as the first
+            if (shape := shape_of(batch)) not in found:  # a batch that cannot be cut is as small as the first
                 found[shape] = recorder.step(batch, sizes_alone=bool(found))
     except (RankPilotError, torch.OutOfMemoryError):
         raise
     except CUT_FAILS:  # the loss takes whole batches alone, such as packed rows with their limits beside them
         return None
-    recordings = [found[BatchShape.of(batch)] for batch in batches]
+    recordings = [found[shape_of(batch)] for batch in batches]
     return recordings if all(_same_operations(recordings[0], other) for other in recordings[1:]) else None
 
 
@@ -163,13 +166,13 @@ class _ScaledRecorder:
     def step(self, batch: Batch, rank: int = RANK, *, sizes_alone: bool = False) -> Recording:
         """A step in which all modules have this rank; see `Recorder.step`."""
         prepare(self.targets, rank)
-        with self.tiles.scaled(BatchShape.of(batch)):
+        with scaled(self.tiles, shape_of(batch)):
             return self.recorder.step(batch, sizes_alone=sizes_alone)
 
     def lifetimes(self, recording: Recording, batch: Batch) -> Recording:
         """See `Recorder.lifetimes`."""
         prepare(self.targets, RANK)
-        with self.tiles.scaled(BatchShape.of(batch)):
+        with scaled(self.tiles, shape_of(batch)):
             return self.recorder.lifetimes(recording, batch)
 
 
@@ -303,7 +306,7 @@ def step_states(step: TrainingStep, targets: Sequence[TargetModule], *, signals:
     """What a training loop holds between steps, with its scalars and buckets; see `measure_memory`."""
     states = model_states(step.model, targets, step.optimizer, signals)
     states = replace(states, others=states.others + LOOP_BYTES)
-    return with_buckets(states, step.model, targets, step.bucket_copies)
+    return states.with_buckets(step.bucket_copies)
 
 
 def plan_costs(
@@ -369,18 +372,6 @@ def limited_cost(
     cost: UntimedCost = ParameterCost.of(targets) if budget.kind == "parameters" or memory is None else memory.cost()
     # "auto" reads the free memory here: by now, libraries have taken the memory that they need to compute.
     return cost, budget.resolve(cost, highest_ranks(targets), targets[0].weight_a.device, kept)
-
-
-def highest_ranks(targets: Sequence[TargetModule]) -> IntArray:
-    """The highest rank that each module can have, int64 (modules,)."""
-    return np.array([target.max_rank for target in targets], dtype=np.int64)
-
-
-def check_rank(rank: int, targets: Sequence[TargetModule]) -> None:
-    """Raise ConfigError for a rank that none of the modules can have."""
-    widest = max(target.max_rank for target in targets)
-    if rank > widest:
-        raise ConfigError(f"No module has a rank above {widest}, the smaller width of the widest; got {rank}.")
 
 
 MOST_WORKSPACE_BYTES = 2 * HOPPER_WORKSPACE_BYTES

@@ -8,8 +8,8 @@ from typing import Literal
 
 from ..common.arrays import IntArray
 from .allocator import replay
+from .cards import DeviceSpec
 from .model import MemoryModel
-from .published import DeviceSpec
 from .recording import BatchShape
 
 Verdict = Literal["fits", "tight", "does not fit"]

@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from ..common.devices import META_AUTOCAST
 from .live_storages import META_STANDS_FOR, DeviceKind, tensors_in
+from .step_config import Attention
 
 ATEN = torch.ops.aten
 
@@ -189,13 +190,6 @@ def _register() -> list[Any]:
 
 ATEN = torch.ops.aten
 
-Attention = Literal["auto", "efficient", "math"]
-"""Which kernels CUDA has.
-
-auto: as from Ampere on, flash attention in half precision without a mask, and otherwise the memory-efficient kernel.
-efficient: as on Turing, no flash attention; keys and values are repeated for all heads of the query.
-math: no fused kernel.
-"""
 
 WIDEST_FLASH = 256
 """The largest width of a head that flash attention takes."""

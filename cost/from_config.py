@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from traceback import walk_tb
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from peft import PeftModel
@@ -27,19 +26,19 @@ from transformers.models.auto import modeling_auto
 
 from ..errors import ConfigError, RankPilotError, UnsupportedError, first_line
 from ..lora.peft_config import fresh_adapters, fused_experts, head_names, left_out
-from ..lora.targets import TargetModule, find_target_modules
+from ..lora.spec import ModuleSpec
+from ..lora.targets import find_target_modules
 from . import training_step
-from .breakdown import frozen_bytes, frozen_sizes
-from .calibration import keeps_state, measure_memory
-from .device_on_meta import Attention, DeviceOnMeta, autocast_known_on_meta, autocast_on_meta, device_on_meta
+from .calibration import keeps_state, measure_memory, step_states
+from .cards import WORKSPACE_BYTES
+from .configured_step import DTYPES, ConfiguredStep, LoadedAs, LoadedModel, configured_step
+from .device_on_meta import DeviceOnMeta, autocast_known_on_meta, autocast_on_meta, device_on_meta
 from .kernels_on_meta import cut_loss, fuse_activations, use_chunked_loss, use_flash_attention
-from .live_storages import DeviceKind
-from .model import MemoryModel
-from .model_states import with_buckets
+from .model import MemoryModel, ModelStates
+from .model_states import frozen_bytes, frozen_sizes
+from .part_seconds import product_sizes
 from .published import (
-    WORKSPACE_BYTES,
     check_experts,
-    check_length,
     check_reads_tokens,
     check_sizes,
     find_configuration,
@@ -49,98 +48,12 @@ from .published import (
 from .quantised import adapters_on_quantised_experts, quantise, quiet
 from .recording import BatchShape
 from .repeated_layers import RepeatedLayers, measure_by_layers, work_by_layers
-from .savers import CACHE, SAVERS, ExactSavers, Priced, Saved
-from .step_config import ExpertBits, StepConfig
+from .saver_prices import free_savers
+from .savers import ExactSavers
+from .step_config import OptimizerName, StepConfig, check_length
 from .step_time import StepWork
 
 _NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS")
-
-Implementation = Literal["eager", "sdpa", "flash", "flex"]
-"""Of attention: operators one by one, torch's function, or a kernel that never makes scores and reads no mask."""
-
-LossKind = Literal["model", "chunked", "cut"]
-"""What computes the loss: model, transformers or the exact savers; chunked, TRL's SFTTrainer, in tiles of the
-vocabulary; cut, cut cross-entropy (arXiv:2411.09009), or another kernel that holds no logits at all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedAs:
-    """How the model would be loaded and trained, beside what `StepConfig` says.
-
-    Attributes:
-        device: "cuda" or "cpu".
-        dtype: the precision of the frozen weights; by default that of the configuration. Adapters are then in fp32, as
-            PEFT makes them.
-        attention: which attention kernels CUDA has, if the configuration does not ask for eager attention.
-        padded: whether some rows of a batch are padded, which takes other kernels and a mask.
-        double_quantization: whether the scales of nf4 weights are quantised too.
-        reentrant: whether gradient checkpointing is torch's reentrant one.
-        input_gradients: whether the embedding's output is made to require gradients (`enable_input_require_grads`).
-        keeps_output: whether the training loop keeps the model's output, logits included, until the step ends; the
-            Trainer does not.
-        adapter: further arguments of `peft.LoraConfig`, such as use_dora.
-        experts: how fused experts of a quantised model are kept.
-        implementation: of attention in transformers; by default that of the configuration.
-        loss: what computes the loss of a causal language model.
-        fused_activations: whether activation functions that transformers composes of many operators run as the CUDA
-            kernels that their authors publish (xIELU of Apertus).
-        packed: whether a row holds several texts, so that it may be longer than the model has positions.
-        offload: whether inputs of checkpointed layers lie in main memory until they run again.
-        expandable_segments: whether torch's allocator has them.
-    """
-
-    device: DeviceKind = "cuda"
-    dtype: torch.dtype | None = None
-    attention: Attention = "auto"
-    padded: bool = False
-    double_quantization: bool = True
-    reentrant: bool = False
-    input_gradients: bool = False
-    keeps_output: bool = False
-    adapter: dict[str, Any] = field(default_factory=dict)
-    experts: ExpertBits = "transformers"
-    implementation: Implementation | None = None
-    loss: LossKind = "model"
-    fused_activations: bool = True
-    packed: bool = False
-    offload: bool = False
-    expandable_segments: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class ConfiguredStep:
-    """A training step that is known from a configuration.
-
-    Attributes:
-        memory: predicts the bytes of any plan and batch shape beside the frozen model; `memory.cost()` is their cost.
-            It has no segments if the step runs without gradient checkpointing.
-        model: the PEFT model, without contents.
-        targets: its target modules.
-        parameters: number of parameters of the frozen model, a tied one once.
-        frozen_bytes: bytes of the frozen model as loaded, scales of quantised weights included.
-        workspace_bytes: bytes that libraries take through the allocator for as long as the process lives; 0 on the CPU.
-        positions: the most tokens of a row; None if the model sets no limit.
-        work: what the step computes; None if it was not counted.
-        saved: what a step of plain LoRA takes with each exact saver more, likewise.
-        fused: how many of the parameters are experts in one tensor, which no quantisation of a loaded model reaches.
-        named: names of modules to give in place of "all-linear", where that is of others in PEFT; else empty.
-        loaded: how the model is loaded and trained.
-        leaner: makes the same step with selective checkpointing; None where that saves nothing, or is not asked for.
-    """
-
-    memory: MemoryModel
-    model: PeftModel = field(repr=False)
-    targets: list[TargetModule] = field(repr=False)
-    parameters: int
-    frozen_bytes: int
-    workspace_bytes: int
-    positions: int | None
-    work: StepWork | None = field(repr=False)
-    saved: tuple[Saved, ...] = ()
-    fused: int = 0
-    named: tuple[str, ...] = ()
-    loaded: LoadedAs = field(default_factory=LoadedAs, repr=False)
-    leaner: Callable[[], ConfiguredStep | None] = field(default=lambda: None, repr=False)
 
 
 def from_config(
@@ -171,33 +84,144 @@ def from_config(
         UnsupportedError: what the model computes depends on contents, so it cannot be predicted; or bitsandbytes or
             gradient checkpointing is missing.
     """
-    config = find_configuration(config) if isinstance(config, str) else copy.deepcopy(config)
-    check_reads_tokens(config)
-    check_sizes(config)
-    check_experts(config)
-    stored_method(config, step.quantization)
-    loaded = loaded or LoadedAs()
-    auto_class = usual_class(config)
-    device = DeviceOnMeta(loaded.device, loaded.attention, loaded.padded)
-    with _on_meta(device):
-        if loaded.implementation in ("eager", "sdpa"):
-            config._attn_implementation = loaded.implementation
-        base = base_on_meta(config, auto_class, loaded.dtype)
-        if not loaded.packed:
-            check_length(step.max_length, base)
-        parameters = sum(parameter.numel() for parameter in base.parameters())
-        fused = sum(experts.numel() for experts in fused_experts(base))
-        if loaded.implementation in ("flash", "flex"):
-            use_flash_attention(base)
-        if loaded.fused_activations and loaded.device == "cuda":
-            fuse_activations(base)
-        if checkpointing_optional and not training_step.has_checkpointing(base):
-            step = replace(step, gradient_checkpointing=False)
+    recorder = StepRecorder(config, step, loaded, checkpointing_optional=checkpointing_optional)
+    shape = BatchShape(step.batch_size, step.max_length)
+    model = recorder.model
+    if not recorder.loaded.packed:
+        check_length(step.max_length, model.positions)
+    savers = free_savers(model.targets) if step.exact_savers else ()
+    if counted:
+        return configured_step(recorder, shape, savers)
+    memory = recorder.memory(savers, shape)
+    return ConfiguredStep(memory, recorder.model, loaded=recorder.loaded)
+
+
+class StepRecorder:
+    """A model without contents, ready to record its training step, and to count what that computes.
+
+    Args:
+        config, step, loaded, checkpointing_optional: see `from_config`, which tells the errors as well. The batch that
+            `step` names does not matter.
+
+    Attributes:
+        loaded: how the model is loaded.
+    """
+
+    loaded: LoadedAs
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | str,
+        step: StepConfig,
+        loaded: LoadedAs | None = None,
+        *,
+        checkpointing_optional: bool = False,
+    ) -> None:
+        config = find_configuration(config) if isinstance(config, str) else copy.deepcopy(config)
+        check_reads_tokens(config)
+        check_sizes(config)
+        check_experts(config)
+        stored_method(config, step.quantization)
+        self.loaded = loaded = loaded or LoadedAs()
+        self._device = DeviceOnMeta(loaded.device, loaded.attention, loaded.padded)
+        self._auto_class = auto_class = usual_class(config)
         kind = PEFT_TYPES[auto_class]
-        model = _adapted(_quantised(base, step, loaded, kind), step, loaded, kind)
-        if loaded.loss != "model":
-            (cut_loss if loaded.loss == "cut" else use_chunked_loss)(base)
-        return _recorded(model, base, (parameters, fused), step, loaded, device, counted=counted)
+        with _on_meta(self._device):
+            if loaded.implementation in ("eager", "sdpa"):
+                config._attn_implementation = loaded.implementation
+            self._base = base = base_on_meta(config, auto_class, _dtype(loaded.dtype))
+            self._counts = (
+                sum(parameter.numel() for parameter in base.parameters()),
+                sum(experts.numel() for experts in fused_experts(base)),
+            )
+            if loaded.implementation in ("flash", "flex"):
+                use_flash_attention(base)
+            if loaded.fused_activations and loaded.device == "cuda":
+                fuse_activations(base)
+            if checkpointing_optional and not training_step.has_checkpointing(base):
+                step = replace(step, gradient_checkpointing=False)
+            self._peft = model = _adapted(_quantised(base, step, loaded, kind), step, loaded, kind)
+            if loaded.loss != "model":
+                (cut_loss if loaded.loss == "cut" else use_chunked_loss)(base)
+            self._targets = find_target_modules(model)
+            self._training = training_step.TrainingStep(
+                model, _loss(model, step, loaded), _optimizer(step, model), accumulates=step.accumulation > 1
+            )
+            self._ways = RepeatedLayers.of(model, self._targets)
+            self._savers = ExactSavers(model, ())
+        self._keeps_state = keeps_state(model)
+
+    @property
+    def model(self) -> LoadedModel:
+        """What is known of the model now."""
+        base, model = self._base, self._peft
+        lora = model.peft_config["default"]
+        frozen = frozen_sizes(model)
+        layers = [frozen_bytes(module) for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        return LoadedModel(
+            kind=type(base).__name__,
+            targets=tuple(
+                ModuleSpec(each.name, each.block, each.d_in, each.d_out, experts=each.experts) for each in self._targets
+            ),
+            parameters=self._counts[0],
+            frozen=tuple(frozen),
+            outside=sum(frozen) - sum(layers),
+            widest=max(layers, default=0),
+            workspace_bytes=2 * WORKSPACE_BYTES if self.loaded.device == "cuda" else 0,
+            products=product_sizes(model),
+            precision=str(base.dtype).removeprefix("torch."),
+            continues=self._auto_class == "AutoModelForCausalLM",
+            positions=most_positions(base),
+            windows=tuple(sorted(set(_windows(base.config)))),
+            keeps_state=self._keeps_state,
+            fused=self._counts[1],
+            named=_named(model) if left_out(base) else (),
+            is_eager=getattr(base.config, "_attn_implementation", "") == "eager",
+            has_xielu=any(type(module).__name__ == "XIELUActivation" for module in base.modules()),
+            task_type=lora.task_type and str(getattr(lora.task_type, "value", lora.task_type)),
+            saved_modules=tuple(lora.modules_to_save or ()),
+        )
+
+    @contextmanager
+    def _with(self, savers: tuple[str, ...]) -> Iterator[None]:
+        """The model with these exact savers, on the device that it is on."""
+        with _on_meta(self._device), _predictable(self._base.config):
+            self._savers.take(savers)
+            yield
+
+    def memory(self, savers: tuple[str, ...], shape: BatchShape) -> MemoryModel:
+        """The byte model of the step with these exact savers, for a batch of this shape."""
+        known = shape
+        if not self._keeps_state:
+            known = calibration_shape(self._base.config, shape, padded=self.loaded.padded)
+        with self._with(savers):
+            memory = measure_by_layers(self._training, self._targets, batch_on_meta(self._base, known), self._ways)
+            if not memory.predicts(shape):
+                batch = batch_on_meta(self._base, shape)
+                memory = measure_memory(self._training, self._targets, batch, signals=False)
+        memory = replace(memory, shape=shape)
+        return memory.offloaded() if self.loaded.offload else memory
+
+    def work(self, savers: tuple[str, ...], shape: BatchShape) -> StepWork:
+        """What the step with these exact savers computes on a batch of this shape."""
+        with self._with(savers):
+            return work_by_layers(self._training, self._targets, batch_on_meta(self._base, shape), self._ways)
+
+    def states(self, optimizer: OptimizerName) -> ModelStates:
+        """What the adapters and this optimizer hold between steps."""
+        with _on_meta(self._device):
+            made = _optimizer(StepConfig(optimizer=optimizer), self._training.model)
+            return step_states(replace(self._training, optimizer=made), self._targets, signals=False)
+
+
+def _dtype(given: Any) -> torch.dtype | None:
+    found: torch.dtype | None = getattr(torch, DTYPES[given]) if isinstance(given, str) else given
+    return found
+
+
+def _optimizer(step: StepConfig, model: PeftModel) -> torch.optim.Optimizer:
+    with torch.device("cpu"):  # an 8-bit optimizer makes the table of its codes
+        return training_step.new_optimizer(step.optimizer, model)
 
 
 @contextmanager
@@ -232,75 +256,6 @@ def _predictable(config: PreTrainedConfig) -> Iterator[None]:
             f"A step of {config.model_type!r} cannot be predicted from its configuration, {why} "
             f"({first_line(error)[:120]}). Load the model, and measure it with `rankpilot memory`."
         ) from error
-
-
-def _training(model: PeftModel, step: StepConfig, loaded: LoadedAs) -> training_step.TrainingStep:
-    """The step with its optimizer and its loss."""
-    with torch.device("cpu"):  # an 8-bit optimizer makes the table of its codes
-        optimizer = training_step.new_optimizer(step.optimizer, model)
-    loss = _loss(model, step, loaded)
-    return training_step.TrainingStep(model, loss, optimizer, accumulates=step.accumulation > 1)
-
-
-def _recorded(
-    model: PeftModel,
-    base: PreTrainedModel,
-    counts: tuple[int, int],
-    step: StepConfig,
-    loaded: LoadedAs,
-    device: DeviceOnMeta,
-    *,
-    counted: bool,
-) -> ConfiguredStep:
-    """The step of a model; also what exact savers bring and what it computes, if that is counted.
-
-    `counts` are its parameters, and those of them that are fused experts.
-    """
-    config, shape, targets = base.config, BatchShape(step.batch_size, step.max_length), find_target_modules(model)
-    training = _training(model, step, loaded)
-    calibrated = shape if keeps_state(model) else calibration_shape(config, shape, padded=loaded.padded)
-    batch = batch_on_meta(base, calibrated)
-    asked = batch_on_meta(base, shape)
-    savers = ExactSavers(model, [name for name in SAVERS if name != CACHE] if step.exact_savers else ())  # it has none
-
-    ways = RepeatedLayers.of(model, targets)
-
-    def measured() -> MemoryModel:
-        memory = measure_by_layers(training, targets, batch, ways)
-        if not memory.predicts(shape):
-            memory = measure_memory(training, targets, batch_on_meta(base, shape), signals=False)
-        memory = replace(memory, shape=shape)
-        return memory.offloaded() if loaded.offload else memory
-
-    def counted_work() -> StepWork:
-        return work_by_layers(training, targets, asked, ways)
-
-    def leaner() -> ConfiguredStep | None:
-        with _on_meta(device), _predictable(config):
-            lean = savers.with_activations(priced, measured, targets)
-            if lean is None:
-                return None
-            return replace(found, memory=lean.memory, saved=lean.saved, work=counted_work())
-
-    with _predictable(config):
-        prices = step.exact_savers and counted
-        priced = savers.price(measured, targets) if prices else Priced(memory := measured(), memory, ())
-        work = counted_work() if counted else None
-    found = ConfiguredStep(
-        memory=priced.memory,
-        model=model,
-        targets=targets,
-        parameters=counts[0],
-        fused=counts[1],
-        frozen_bytes=frozen_bytes(model),
-        workspace_bytes=2 * WORKSPACE_BYTES if loaded.device == "cuda" else 0,
-        positions=most_positions(base),
-        work=work,
-        saved=priced.saved,
-        named=_named(model) if left_out(base) else (),
-        loaded=loaded,
-    )
-    return replace(found, leaner=leaner) if prices and priced.memory.segments else found
 
 
 def _named(model: PeftModel) -> tuple[str, ...]:
@@ -437,15 +392,19 @@ _WINDOWS = ("sliding_window", "local_attention", "attention_window", "attention_
 """What configurations call the tokens that a token sees at the most."""
 
 
+def _windows(config: PreTrainedConfig) -> list[int]:
+    """The tokens that a token sees at the most, in layers where these are fewer than all."""
+    text = config.get_text_config()
+    return [value for name in _WINDOWS if isinstance(value := getattr(text, name, None), int) and value > 0]
+
+
 def calibration_shape(config: PreTrainedConfig, shape: BatchShape, *, padded: bool) -> BatchShape:
     """A shape, at least as large, such that all steps of a calibration on it run the operators that `shape` runs.
 
     Calibration halves lengths. So half of this length is beyond an attention window that `shape` is beyond, and a
     multiple of `MASK_ALIGNMENT` where there is padding. Without contents larger steps cost nothing.
     """
-    text = config.get_text_config()
-    windows = [getattr(text, name, None) or 0 for name in _WINDOWS]
-    length = max([shape.length, *(2 * w for w in windows if isinstance(w, int) and 0 < w <= shape.length)])
+    length = max([shape.length, *(2 * window for window in _windows(config) if window <= shape.length)])
     if padded:
         length += -length % (2 * MASK_ALIGNMENT)
     return BatchShape(max(shape.rows, 4), length)
@@ -462,66 +421,3 @@ def batch_on_meta(model: PreTrainedModel, shape: BatchShape) -> dict[str, torch.
     regression = rows_only and model.config.num_labels == 1
     labels = torch.zeros(shape.rows, dtype=torch.float32 if regression else torch.long) if rows_only else tokens.clone()
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
-
-
-Sharding = Literal["ddp", "fsdp2", "zero3"]
-
-LIVE_PARAMETERS = 10**9
-"""DeepSpeed's `stage3_max_live_parameters`."""
-
-MOST_GPUS = 2**16
-
-
-@dataclass(frozen=True)
-class Shards:
-    """How many GPUs train together, and what they share; every figure is of one of them, with its own batch.
-
-    * ddp: each holds the whole frozen model, and one copy more of the adapters' gradients, in buckets.
-    * fsdp2: each holds a part of the frozen model, two layers that are gathered, and all that lies outside the layers
-      (embeddings, head), as `fully_shard` of each layer and of the model leaves it.
-    * zero3: each holds a part of the frozen model, and up to `LIVE_PARAMETERS` that are gathered.
-
-    Under fsdp2 and zero3 adapters, their gradients and the optimizer's state are shared too, as Trainers do it.
-
-    Raises:
-        ConfigError: there is no GPU, or one alone is to share something.
-    """
-
-    gpus: int = 1
-    sharding: Sharding = "ddp"
-
-    def __post_init__(self) -> None:
-        if type(self.gpus) is not int or not 1 <= self.gpus <= MOST_GPUS:
-            raise ConfigError(f"gpus is a whole number from 1 to {MOST_GPUS:,}; got {self.gpus!r}.")
-        if self.sharding not in ("ddp", "fsdp2", "zero3"):
-            raise ConfigError(f"sharding is ddp, fsdp2 or zero3; got {self.sharding!r}.")
-        if self.gpus == 1 and self.sharding != "ddp":
-            raise ConfigError(f"sharding {self.sharding} is for several GPUs: give gpus, at least 2, with it.")
-
-    def loaded(self, step: ConfiguredStep) -> list[int]:
-        """Bytes of each storage of the frozen model on one GPU; the last is what is gathered."""
-        sizes = frozen_sizes(step.model)
-        if self.sharding == "ddp":
-            return sizes
-        return [*(-(-size // self.gpus) for size in sizes), min(self._gathered(step), sum(sizes))]
-
-    def _gathered(self, step: ConfiguredStep) -> int:
-        whole = frozen_bytes(step.model)
-        if self.sharding == "zero3":
-            return int(whole * min(LIVE_PARAMETERS / step.parameters, 1.0))
-        modules = step.model.modules()
-        layers = [frozen_bytes(module) for module in modules if isinstance(module, GradientCheckpointingLayer)]
-        return whole - sum(layers) + 2 * max(layers, default=0)
-
-    def of(self, step: ConfiguredStep) -> ConfiguredStep:
-        """The step on one GPU."""
-        if self.gpus == 1:
-            return step
-        states = step.memory.states
-        if self.sharding == "ddp":
-            states = with_buckets(states, step.model, step.targets, 1.0)
-        else:
-            names = ("weights", "optimizer", "fixed", "others", "other_gradients")
-            states = replace(states, **{name: np.ceil(getattr(states, name) / self.gpus) for name in names})
-        memory = replace(step.memory, states=states)
-        return replace(step, memory=memory, frozen_bytes=sum(self.loaded(step)))

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..errors import UnsupportedError
-from .loss_tiles import LossTiles, TileTokens
 from .recording import BatchShape, Recording
+from .tile_size import LossTiles, TileTokens
 
 
 @dataclass(frozen=True, eq=False)

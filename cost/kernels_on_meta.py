@@ -18,7 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..common.devices import autocast_dtype
 from .loss_tiles import tile_tokens
-from .tiled_loss import TileSize
+from .tile_size import TileSize
 
 FLASH = "rankpilot_flash"
 """The name of such attention in transformers, whose models ask whether "flash" is in it."""

@@ -6,24 +6,22 @@ Where the output layer is frozen, no number of a token depends on another token:
 and gradients in fewer bytes (`use_own_tiles`).
 
 A small recorded step would fill one tile in part, and the batch of a run fills several: a tile would be predicted as
-large as all of them. So `LossTiles` gives small steps small tiles, and notes how many tokens they divide.
+large as all of them. So `scaled` gives small steps small tiles, and notes how many tokens they divide.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import nn
 
-from ..common.arrays import IntArray
 from .recording import BatchShape
-from .tiled_loss import RECORDING, TiledCrossEntropy, TiledHeadLoss, TileSize, recorded_tile
+from .tile_size import LossTiles, TileSize, loss_tokens
+from .tiled_loss import RECORDING, TiledCrossEntropy, TiledHeadLoss
 
 MODULE, FUNCTION, TILE = "trl.kernels.chunked_logprob", "ChunkedLogProbFunction", "TOKEN_CHUNK_SIZE"
 
@@ -103,94 +101,31 @@ def _wrapped(module: Any) -> Callable[[], None]:
     return unwrap
 
 
-@dataclass(frozen=True)
-class TileTokens:
-    """How many tokens of a batch the tiles divide: for each row, `of_token` of each token and `of_row`.
+@contextmanager
+def scaled(tiles: LossTiles, shape: BatchShape) -> Iterator[None]:
+    """Inside the context a batch of this shape has `RECORDED_TILES`, unless it is the whole batch."""
+    whole, token = loss_tokens(tiles.whole), RECORDING.set(shape != tiles.whole)
 
-    A tile of a real step has `size` of them.
-    """
+    def note(tokens: int) -> None:
+        tiles.divided[shape] = max(tiles.divided.get(shape, 0), tokens)
 
-    of_token: float
-    of_row: float
-    size: TileSize
+    def note_own(context: Any, rows: Any, *rest: Any) -> None:
+        note(len(rows))
 
-    def tile(self, shape: BatchShape) -> int:
-        """The tokens of a tile with a batch of this shape."""
-        return self.size.of(round(shape.rows * (self.of_token * shape.length + self.of_row)))
+    def sizer(tokens: int, size: TileSize) -> int:
+        if size.of(whole) == whole:  # one tile, in small steps as well
+            return size.of(tokens)
+        tiles.size = size
+        note(tokens)
+        return tiles.tile(shape)
 
-    def tiles(self, rows: IntArray, lengths: IntArray) -> IntArray:
-        """The same for many shapes, by their rows and lengths, all int64 (shapes,)."""
-        tokens = np.round(rows * (self.of_token * lengths + self.of_row)).astype(np.int64)
-        wanted = np.maximum(-(-tokens // self.size.parts), self.size.least)
-        return np.maximum(np.minimum(wanted, np.minimum(tokens, self.size.most or tokens)), 1)
-
-
-class LossTiles:
-    """The tiles of the loss while steps of a batch are recorded.
-
-    Args:
-        whole: the shape of the whole batch.
-
-    Attributes:
-        divided: by the shape of a batch, the tokens that its step has divided into tiles.
-        size: of the tiles of a real step.
-    """
-
-    divided: dict[BatchShape, int]
-    size: TileSize
-
-    def __init__(self, whole: BatchShape) -> None:
-        self.divided, self.size = {}, TileSize()
-        self._whole = whole
-
-    def tile(self, shape: BatchShape) -> int:
-        """The tokens of a tile in the step of this shape that was recorded."""
-        tokens = self.divided[shape]
-        return self.size.of(tokens) if shape == self._whole else recorded_tile(tokens)
-
-    def last(self, shape: BatchShape) -> int:
-        """The same of the last tile, if tiles do not overlap."""
-        return self.divided[shape] % self.tile(shape) or self.tile(shape)
-
-    @contextmanager
-    def scaled(self, shape: BatchShape) -> Iterator[None]:
-        """Inside the context a batch of this shape has `RECORDED_TILES`, unless it is the whole batch."""
-        whole, token = loss_tokens(self._whole), RECORDING.set(shape != self._whole)
-
-        def note(tokens: int) -> None:
-            self.divided[shape] = max(self.divided.get(shape, 0), tokens)
-
-        def note_own(context: Any, rows: Any, *rest: Any) -> None:
-            note(len(rows))
-
-        def sizer(tokens: int, size: TileSize) -> int:
-            if size.of(whole) == whole:  # one tile, in small steps as well
-                return size.of(tokens)
-            self.size = size
-            note(tokens)
-            return self.tile(shape)
-
-        leave = _entered(_SIZERS, sizer)
-        try:
-            with _noted(TiledCrossEntropy, note_own), _noted(TiledHeadLoss, note_own):
-                yield
-        finally:
-            leave()
-            RECORDING.reset(token)
-
-    def tokens(self, shapes: Sequence[BatchShape]) -> TileTokens | None:
-        """How the tokens of tiles follow from the shape of a batch; None if a step has no tiles.
-
-        Args:
-            shapes: of three batches that were recorded: small, shorter, and with one row more than that.
-        """
-        if any(shape not in self.divided for shape in shapes):
-            return None
-        (small, shorter, _), (each, fewer, _) = shapes, [self.divided[shape] / shape.rows for shape in shapes]
-        if small.length == shorter.length:
-            return TileTokens(each / small.length, 0.0, self.size)
-        slope = (each - fewer) / (small.length - shorter.length)
-        return TileTokens(slope, each - slope * small.length, self.size)
+    leave = _entered(_SIZERS, sizer)
+    try:
+        with _noted(TiledCrossEntropy, note_own), _noted(TiledHeadLoss, note_own):
+            yield
+    finally:
+        leave()
+        RECORDING.reset(token)
 
 
 @contextmanager
@@ -207,8 +142,3 @@ def _noted(function: Any, note: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         function.forward = staticmethod(forward)
-
-
-def loss_tokens(shape: BatchShape) -> int:
-    """The tokens of a batch that have a next one, for which there is a loss."""
-    return shape.rows * max(shape.length - 1, 1)

@@ -23,14 +23,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..common.arrays import BoolArray, FloatArray, IntArray
 from ..lora.resize import write_in_place
 from ..lora.routed_rows import parts_of
-from ..lora.spec import REFERENCE_RANK
+from ..lora.spec import REFERENCE_RANK, highest_ranks
 from ..lora.targets import TargetModule
 from . import meta_results
-from .calibration import all_training, highest_ranks, prepare
+from .autograd_graph import flow_from
+from .batch_shape import Batch
+from .calibration import all_training, prepare
 from .cost import ModuleSet
 from .live_storages import tensors_in
 from .model import RANK
-from .recording import Batch, flow_from
 from .step_time import OPERATOR_SECONDS, Rates, StepTime, StepWork, fitted
 from .training_step import CHECKPOINT, LossFunction, TrainingStep, segments_marked
 

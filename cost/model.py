@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,6 @@ from ..errors import UnsupportedError
 from ..lora.spec import REFERENCE_RANK
 from .cost import ByteCost, ModuleSet, moment_costs, plan_cost
 from .growth import Growth
-from .model_states import ModelStates
 from .peak_candidates import PeakCandidate, PeakFinder, PeakStorages, keep_candidates, needed_candidates
 from .recording import BatchShape, Recording, Segment, adapted_modules
 
@@ -41,6 +40,52 @@ RANK = 2
 CHECKPOINTING_MARGIN = 0.005, 0.02
 """Shares of the peak added under gradient checkpointing, not reentrant and reentrant: the second run of a segment takes
 more than predicted (by up to 0.4 and 1.8 % on T5)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelStates:
+    """What an adapter and its optimizer hold between steps.
+
+    Attributes:
+        weights: bytes of one rank's weights on each module, (modules,); its gradients take as much.
+        optimizer: bytes of one rank's optimizer state on each module, (modules,).
+        scratch: bytes of one rank that the optimizer takes for the time of its step, (modules,).
+        signals: bytes of one rank that `SignalMeter` holds on each module, (modules,).
+        fixed: bytes of an adapted module that do not depend on its rank: gradients and state of biases and magnitudes,
+            (modules,).
+        others: bytes of weights and state of everything else that trains, such as a classifier.
+        other_gradients: bytes of its gradients, and of what the optimizer takes beside them for the time of its step.
+        unranked: bytes of the biases and magnitudes of an adapted module, (modules,).
+        other_weights: bytes of the weights of everything else in the model that trains.
+        buckets: bytes of one rank's further copies of its gradients, which are sent to other processes, (modules,).
+            Those of biases and magnitudes are in `fixed`, those of everything else in `others`.
+    """
+
+    weights: FloatArray
+    optimizer: FloatArray
+    scratch: FloatArray
+    signals: FloatArray
+    fixed: FloatArray
+    others: float
+    other_gradients: float
+    unranked: FloatArray
+    other_weights: float
+    buckets: FloatArray = field(default_factory=lambda: np.zeros(1))
+
+    @property
+    def between_steps(self) -> FloatArray:
+        """Bytes of one rank on each module that are there all the time, (modules,)."""
+        held: FloatArray = self.weights + self.optimizer + self.signals + self.buckets
+        return held
+
+    def with_buckets(self, copies: float) -> ModelStates:
+        """The same where all gradients are held so many times more, in buckets that are sent to other processes."""
+        return replace(
+            self,
+            buckets=np.ceil(copies * self.weights),
+            fixed=self.fixed + np.ceil(copies * self.unranked),
+            others=self.others + float(np.ceil(copies * self.other_weights)),
+        )
 
 
 @dataclass(frozen=True, eq=False)

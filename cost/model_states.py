@@ -1,64 +1,18 @@
-"""What an adapter and its optimizer hold between steps: weights, gradients, optimizer state, signal buffers."""
+"""What a model holds between steps: the frozen weights; the adapters, their gradients and optimizer state."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..common.arrays import FloatArray
 from ..lora.adapters import signal_buffer_bytes
 from ..lora.optimizer_state import state_bytes_of, unwrap_optimizer
 from ..lora.spec import RankLadder
-from ..lora.targets import TargetModule
+from ..lora.targets import TargetModule, scale_tensors
 from .live_storages import device_kind, storages
-
-
-@dataclass(frozen=True, eq=False)
-class ModelStates:
-    """What an adapter and its optimizer hold between steps.
-
-    Attributes:
-        weights: bytes of one rank's weights on each module, (modules,); its gradients take as much.
-        optimizer: bytes of one rank's optimizer state on each module, (modules,).
-        scratch: bytes of one rank that the optimizer takes for the time of its step, (modules,).
-        signals: bytes of one rank that `SignalMeter` holds on each module, (modules,).
-        fixed: bytes of an adapted module that do not depend on its rank: gradients and state of biases and magnitudes,
-            (modules,).
-        others: bytes of weights and state of everything else that trains, such as a classifier.
-        other_gradients: bytes of its gradients, and of what the optimizer takes beside them for the time of its step.
-        buckets: bytes of one rank's further copies of its gradients, which are sent to other processes, (modules,).
-            Those of biases and magnitudes are in `fixed`, those of everything else in `others`.
-    """
-
-    weights: FloatArray
-    optimizer: FloatArray
-    scratch: FloatArray
-    signals: FloatArray
-    fixed: FloatArray
-    others: float
-    other_gradients: float
-    buckets: FloatArray = field(default_factory=lambda: np.zeros(1))
-
-    @property
-    def between_steps(self) -> FloatArray:
-        """Bytes of one rank on each module that are there all the time, (modules,)."""
-        held: FloatArray = self.weights + self.optimizer + self.signals + self.buckets
-        return held
-
-
-def with_buckets(states: ModelStates, model: nn.Module, targets: Sequence[TargetModule], copies: float) -> ModelStates:
-    """The same states, where all gradients are held so many times more, in buckets that are sent to other processes."""
-    adapter = {id(p) for target in targets for p in target.parameters.values()}
-    others = sum(p.nbytes for p in model.parameters() if p.requires_grad and id(p) not in adapter)
-    unranked = [sum(p.nbytes for p in (t.bias, t.magnitude) if p is not None) for t in targets]
-    return replace(
-        states,
-        buckets=np.ceil(copies * states.weights),
-        fixed=states.fixed + np.ceil(copies * np.array(unranked, dtype=np.float64)),
-        others=states.others + float(np.ceil(copies * others)),
-    )
+from .model import ModelStates
 
 
 def model_states(
@@ -72,6 +26,7 @@ def model_states(
     adapter = {id(p) for target in targets for p in target.parameters.values()}
     others = [p.detach() for p in trained_by(model, optimizer) if id(p) not in adapter]
     unranked = [[p for p in (t.bias, t.magnitude) if p is not None] for t in targets]
+    inside = sum(p.nbytes for p in model.parameters() if p.requires_grad and id(p) not in adapter)
     sizes = [p.nbytes for p in others]
     copies = _steps_with_copies(optimizer, model)
     fused = optimizer is None or unwrap_optimizer(optimizer).defaults.get("fused")
@@ -81,6 +36,8 @@ def model_states(
     outside = sum(p.nbytes + state_bytes_of(optimizer, p) for p in others) + sum(p.nbytes for g in unranked for p in g)
     return ModelStates(
         weights=weights,
+        unranked=np.array([sum(p.nbytes for p in group) for group in unranked], dtype=np.float64),
+        other_weights=float(inside),
         optimizer=np.array([slope for slope, _ in states]),
         scratch=weights * copies,
         signals=signal_buffer_bytes(targets) * signal_bytes,
@@ -178,3 +135,18 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None, *, gr
         if gradients or parameter.grad is not None:
             total += size
     return total + sum(held.values())
+
+
+def frozen_bytes(model: nn.Module) -> int:
+    """Bytes of the loaded model's weights and buffers that do not train, as stored; see `frozen_sizes`."""
+    return sum(frozen_sizes(model))
+
+
+def frozen_sizes(model: nn.Module) -> list[int]:
+    """Bytes of each storage of the loaded model that does not train, in the order of its modules; a shared one once.
+
+    Quantised weights count with their scales.
+    """
+    scales = chain.from_iterable(scale_tensors(module) for module in model.modules())
+    tensors = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers(), *scales]
+    return list({storage._cdata: storage.nbytes() for storage in storages(tensors)}.values())

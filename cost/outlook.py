@@ -3,53 +3,40 @@
 Every choice follows from one recording in which every layer is checkpointed: the peak of any ranks, depth, set of
 checkpointed layers and batch. Where plain LoRA does not fit a card, it is one with selective checkpointing too, as
 in a run (`cost/savers.py`). The recording is made on the meta device for a model that is known from its
-configuration (`memory_of`), or on the device for one that is here (`study/memory_here.py`). Whether a plan fits a card
-is told by `cost/card_use.py`.
+configuration (`cost/memory_of.py`), or on the device for one that is here (`study/memory_here.py`). Whether a plan fits
+a card is told by `cost/card_use.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from typing import Literal
 
 import numpy as np
-import torch
-from transformers import PreTrainedConfig
 
 from ..common.arrays import IntArray
-from ..common.checks import is_count
-from ..errors import ConfigError, UnknownNameError, shown
-from ..lora.spec import REFERENCE_RANK
+from ..lora.spec import REFERENCE_RANK, highest_ranks
 from .breakdown import Breakdown, break_down
 from .budget import Limit, reference_seconds
-from .calibration import check_rank, highest_ranks
 from .card_use import SLACK, CardUse, Verdict, card_use
+from .cards import USUAL_CARD, DeviceRates, DeviceSpec, device_table
+from .configured_step import ConfiguredStep, Shards
 from .cost import ParameterCost, plan_cost
-from .from_config import ConfiguredStep, Implementation, LoadedAs, Sharding, Shards, from_config, usual_class
 from .model import MemoryModel, fewest_checkpointed, holding_layers
-from .published import (
-    USUAL_CARD,
-    DeviceRates,
-    DeviceSpec,
-    device_table,
-    find_configuration,
-    find_device_spec,
-    positions_of,
-)
 from .recording import BatchShape
 from .step_config import StepConfig
 from .step_time import LAUNCH_SECONDS, Rates, StepTime
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""Precisions in which a frozen model can be loaded."""
 
 ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
 """Batches of the grid, beside the one that was asked for."""
 
 SHARES = (0.75, 0.5, 0.25)
 """Shares of the layers, from the top, that are shown beside all of them."""
+
+SURELY = 0.9
+"""The share of a predicted peak that tensors take at the least, far below what rounding makes of it."""
 
 RANKS = (1, 8, 16, 64)
 """Ranks on all modules that are shown beside the one that was asked for."""
@@ -69,10 +56,8 @@ class Choice:
         checkpointed: names of the checkpointed layers.
         ranks: the plan, int64 (modules,).
         step_bytes: predicted peak of a step, beside the frozen model.
-        use: what the card sees; None without a card.
         time: of a step, as a share of plain LoRA's: rank 8 on all modules, no checkpointing; None where work was not
             counted.
-        verdict: whether it fits; None where nothing limits it.
         shape: of the batch.
         label: what people call it, where its numbers do not tell.
     """
@@ -83,12 +68,24 @@ class Choice:
     checkpointed: tuple[str, ...] = field(repr=False)
     ranks: IntArray = field(repr=False)
     step_bytes: float
-    use: CardUse | None
     time: float | None
-    verdict: Verdict | None
     shape: BatchShape
     label: str = ""
     _memory: MemoryModel = field(repr=False, kw_only=True)
+    _use: Callable[[], CardUse | None] = field(repr=False, kw_only=True)
+    _within: bool | None = field(repr=False, kw_only=True)
+
+    @property
+    def use(self) -> CardUse | None:
+        """What the card sees, which is found when it is asked for; None without a card."""
+        return self._use()
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether it fits; None where nothing limits it."""
+        if self._within is not None:
+            return "fits" if self._within else "does not fit"
+        return use.verdict if (use := self.use) else None
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ class Outlook:
         rank: on all modules, or the most that one can have.
         settings: rows, tokens and further settings of the step.
         card: the card that is asked about; None for a model that is looked at where it is.
-        dtype: of the frozen model on a card, by its name in `DTYPES`.
+        dtype: of the frozen model on a card, such as "bf16".
         asked: the byte model of the step just as it was asked for; None on a card, where the choices decide what runs
             again.
         limit: what a step, or an adapter, may take at most; None without a budget.
@@ -167,18 +164,19 @@ class Outlook:
         self._free = self.shards.of(step)
         self.measured, self.facts, self.notes = measured, dict(facts or {}), list[str]()
         self._asked, self._limit, self._others = asked, limit, list[Choice]()
+        self._by_depth: dict[int, tuple[Choice, ...]] = {}
         self._found: dict[tuple[int, int, tuple[str, ...]], Choice] = {}
         self._blocks = np.array([target.block for target in step.targets])
         self._highest = highest_ranks(step.targets)
         self._plain = np.minimum(REFERENCE_RANK, self._highest)
-        self._loaded = self.shards.loaded(step) if card else []
+        self._loaded = self.shards.loaded(step.model) if card else ()
         self.blocks: int = len(np.unique(self._blocks))
 
     @cached_property
     def step(self) -> ConfiguredStep:
         """The step of a run: on a card, activations are checkpointed where plain LoRA does not fit without."""
         plain = self._free.memory.with_checkpointed(())
-        if self.card is None or self._use(plain, self._plain).verdict == "fits" or self._lean is None:
+        if self.card is None or _fits(self, plain) or self._lean is None:
             return self._free
         memory, top = self._lean.memory, self.plan(1, 1)
         fits = min(memory.peak(top), memory.with_checkpointed(()).peak(top)) <= self.room  # see `ExactSavers.within`
@@ -229,7 +227,7 @@ class Outlook:
     def room(self) -> float:
         """Bytes that a step may allocate beside the frozen model on the card."""
         assert self.card is not None, "there is no card"
-        taken = self._free.frozen_bytes + self.card.context_bytes + self.card.workspace_bytes
+        taken = self._free.model.frozen_bytes + self.card.context_bytes + self.card.workspace_bytes
         return float(self.card.memory_bytes - taken)
 
     @cached_property
@@ -284,14 +282,26 @@ class Outlook:
     ) -> Choice:
         ranks, shape = self.plan(layers, rank) if ranks is None else ranks, shape or memory.shape
         step_bytes = memory.peak(ranks, shape) if self.card else plan_cost(memory.cost(shape), ranks)
-        use = self._use(memory, ranks, shape) if self.card else None
         time = self._time.seconds(ranks, checkpointed) / self.plain_seconds if self._time else None
-        verdict: Verdict | None = use.verdict if use else None
+        within = None
         if self._limit:
             cost = step_bytes if self._limit.unit == "bytes" else plan_cost(ParameterCost.of(self.step.targets), ranks)
-            verdict = "fits" if cost <= self._limit.value else "does not fit"
+            within = cost <= self._limit.value
+        elif self.card and _is_hopeless(self, step_bytes):
+            within = False
         return Choice(
-            kind, rank, layers, checkpointed, ranks, step_bytes, use, time, verdict, shape, label, _memory=memory
+            kind,
+            rank,
+            layers,
+            checkpointed,
+            ranks,
+            step_bytes,
+            time,
+            shape,
+            label,
+            _memory=memory,
+            _use=cache(lambda: self._use(memory, ranks, shape) if self.card else None),
+            _within=within,
         )
 
     def _use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
@@ -325,7 +335,8 @@ class Outlook:
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
         """What was asked for; fewer layers, none, as few as fit or all of them checkpointed; ranks; what was added."""
-        return (*_depth_choices(self), *_rank_choices(self), *self._others)
+        own = (choice for layers in _depths(self) for choice in _of_depth(self, layers))
+        return (*own, *_rank_choices(self), *self._others)
 
     @property
     def best(self) -> Choice | None:
@@ -333,12 +344,18 @@ class Outlook:
 
         Where none fits with slack, it is the one that leaves most to spare of those that are tight.
         """
-        own = [choice for choice in self.choices if choice.kind in ("asked", "depth") and choice.rank == self.rank]
-        fitting = [choice for choice in own if choice.verdict == "fits"]
-        if fitting:
-            return max(fitting, key=lambda choice: (choice.layers, -len(choice.checkpointed)))
-        tight = [choice for choice in own if choice.use and choice.use.spare_bytes >= 0]
+        if fitting := next((choice for choice in self.by_depth() if choice.verdict == "fits"), None):
+            return fitting
+        tight = [choice for choice in self.by_depth() if choice.use and choice.use.spare_bytes >= 0]
         return min(tight, key=lambda choice: (choice.step_bytes, -choice.layers), default=None)
+
+    def by_depth(self) -> Iterator[Choice]:
+        """The choices at the rank that was asked for: most layers first, and of these the one that checkpoints least.
+
+        They are made as they are asked for: whether one fits takes a while to find out.
+        """
+        for layers in _depths(self):
+            yield from sorted(_of_depth(self, layers), key=lambda choice: len(choice.checkpointed))
 
     @property
     def main(self) -> Choice:
@@ -350,7 +367,7 @@ class Outlook:
         """Batches that can be predicted, for all layers at the rank that was asked for; empty without a card."""
         if self.card is None:
             return ()
-        limit = self.step.positions or max(LENGTHS)
+        limit = self.step.model.positions or max(LENGTHS)
         lengths = sorted({length for length in LENGTHS if length <= limit} | {self.settings.max_length})
         rows = sorted({*ROWS, self.settings.batch_size})
         shapes = (BatchShape(count, length) for length in lengths for count in rows)
@@ -360,37 +377,61 @@ class Outlook:
     def room_for_tensors(self) -> float:
         """Bytes of tensors that fit: `room` with slack, the reserve being the share of the batch that was asked for."""
         assert self.card is not None, "there is no card"
-        return self.room - self.card.memory_bytes * (1 - (1 - SLACK) / (1 + self._reserve_share))
-
-    @cached_property
-    def _reserve_share(self) -> float:
-        """The allocator's reserve as a share of all tensors, all layers checkpointed on the batch asked for."""
-        use = self.choice(self.blocks, self.rank, self.checkpointable).use
-        assert use is not None, "there is no card"
-        return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
+        return self.room - self.card.memory_bytes * (1 - (1 - SLACK) / (1 + _reserve_share(self)))
 
 
-def _depth_choices(outlook: Outlook) -> Iterator[Choice]:
+def _reserve_share(outlook: Outlook) -> float:
+    """The allocator's reserve as a share of all tensors, all layers checkpointed on the batch asked for."""
+    use = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use
+    assert use is not None, "there is no card"
+    return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
+
+
+def _fits(outlook: Outlook, plain: MemoryModel) -> bool:
+    """Whether plain LoRA fits the card."""
+    if _is_hopeless(outlook, plain.peak(outlook._plain)):
+        return False
+    return outlook._use(plain, outlook._plain).verdict == "fits"
+
+
+def _is_hopeless(outlook: Outlook, step_bytes: float) -> bool:
+    """Whether a step takes so much more than there is room for that what the allocator adds need not be known."""
+    return SURELY * step_bytes > outlook.room
+
+
+def _depths(outlook: Outlook) -> list[int]:
+    """How many layers from the top have adapters in the choices that are shown, the most first."""
+    return list(dict.fromkeys(max(1, round(share * outlook.blocks)) for share in (1.0, *SHARES)))
+
+
+def _of_depth(outlook: Outlook, layers: int) -> tuple[Choice, ...]:
+    """Choices of so many layers at the rank that was asked for."""
+    if layers not in outlook._by_depth:
+        outlook._by_depth[layers] = tuple(_depth_choices(outlook, layers))
+    return outlook._by_depth[layers]
+
+
+def _depth_choices(outlook: Outlook, layers: int) -> Iterator[Choice]:
     as_asked: tuple[str, ...] | None = None
     if outlook._asked:
         as_asked = outlook.checkpointable if outlook._asked.segments else ()
-        yield outlook._priced("asked", outlook.blocks, outlook.rank, as_asked, outlook._asked)
-    for layers in dict.fromkeys(max(1, round(share * outlook.blocks)) for share in (1.0, *SHARES)):
-        if outlook._set is not None:
-            yield outlook.fitting(layers, outlook.rank)
-            continue
-        none = outlook.choice(layers, outlook.rank, ())
-        holding = holding_layers(outlook.memory, none.ranks)
-        if as_asked != () or layers < outlook.blocks:
-            yield none
-        if not holding or (as_asked and layers == outlook.blocks):
-            continue
-        every = outlook.choice(layers, outlook.rank, holding)
-        if outlook.card and none.verdict != "fits" and every.verdict != "does not fit":
-            fitting = outlook.fitting(layers, outlook.rank)
-            if fitting.checkpointed != every.checkpointed:
-                yield fitting
-        yield every
+        if layers == outlook.blocks:
+            yield outlook._priced("asked", layers, outlook.rank, as_asked, outlook._asked)
+    if outlook._set is not None:
+        yield outlook.fitting(layers, outlook.rank)
+        return
+    none = outlook.choice(layers, outlook.rank, ())
+    holding = holding_layers(outlook.memory, none.ranks)
+    if as_asked != () or layers < outlook.blocks:
+        yield none
+    if not holding or (as_asked and layers == outlook.blocks):
+        return
+    every = outlook.choice(layers, outlook.rank, holding)
+    if outlook.card and none.verdict != "fits" and every.verdict != "does not fit":
+        fitting = outlook.fitting(layers, outlook.rank)
+        if fitting.checkpointed != every.checkpointed:
+            yield fitting
+    yield every
 
 
 def _rank_choices(outlook: Outlook) -> Iterator[Choice]:
@@ -417,7 +458,7 @@ def _cell(outlook: Outlook, shape: BatchShape) -> GridCell:
         else fewest_checkpointed(step.memory, ranks, room, shape)
     )
     peak = step.memory.with_checkpointed(chosen).peak(ranks, shape)
-    total = (peak + taken) * (1 + outlook._reserve_share)
+    total = (peak + taken) * (1 + _reserve_share(outlook))
     return GridCell(shape, len(chosen) if peak <= room else None, step is not outlook._free, total)
 
 
@@ -440,91 +481,3 @@ def card_rates(rates: DeviceRates, dtype: str) -> Rates:
     products = rates.flops_per_s.get(dtype, rates.flops_per_s["fp32"])  # torch leaves TF32 off
     moved = max(REACHED_SHARE * rates.bytes_per_s, min(rates.bytes_per_s, REACHED_BYTES))
     return Rates(products, moved, launch_seconds=LAUNCH_SECONDS)
-
-
-_OF_LOAD = {each.name for each in fields(LoadedAs)} - {"device", "dtype", "attention", "padded", "implementation"}
-"""Settings of `LoadedAs` that `memory_of` takes by their names."""
-
-
-def _dtype_on(card: DeviceSpec, dtype: str | None) -> str:
-    """The precision that is asked for, if it is one, or else that of the card."""
-    dtype = dtype or ("bf16" if card.has_bf16 else "fp16")
-    if dtype not in DTYPES:
-        raise UnknownNameError.of("dtype", dtype, DTYPES)
-    return dtype
-
-
-def _known(model: str | PreTrainedConfig, rank: object, settings: Mapping[str, Any]) -> PreTrainedConfig:
-    """The configuration of a model, if the rank is one and all settings are known as well."""
-    known = {each.name for each in fields(StepConfig)} | _OF_LOAD
-    for name in settings:
-        if name not in known:
-            raise UnknownNameError.of("setting of a step", name, known)
-    config = find_configuration(model) if isinstance(model, str) else model
-    if not isinstance(config, PreTrainedConfig):
-        raise ConfigError(f"model is a name, a path or a transformers configuration; got {shown(model)}.")
-    if not is_count(rank):
-        raise ConfigError(f"rank is at least 1, a whole number; got {shown(rank)}.")
-    return config
-
-
-def memory_of(
-    model: str | PreTrainedConfig,
-    card: str,
-    *,
-    rank: int = REFERENCE_RANK,
-    dtype: str | None = None,
-    padded: bool = False,
-    gpus: int = 1,
-    sharding: Sharding = "ddp",
-    attention: Implementation | Literal["math"] | None = None,
-    lora_dropout: float = 0.0,
-    **settings: Any,
-) -> Outlook:
-    """What a LoRA fine-tune of a model takes on a card, from its configuration alone.
-
-    Args:
-        model: a short name ("qwen3-8b"), a Hugging Face id, a folder or a config.json, or a configuration.
-        card: a card of the table ("RTX 4090") or its memory ("24GiB").
-        rank: on all modules; a module that is narrower has its own width.
-        dtype: of the frozen model: "bf16", "fp16" or "fp32"; by default bf16 where the card has it, else fp16. Steps
-            compute under bf16 autocast with bf16.
-        padded: whether rows of a batch are padded, which takes other attention kernels.
-        gpus: how many such cards train together, each with its own batch; figures are of one.
-        sharding: what they share: "ddp", "fsdp2" or "zero3"; see `Shards`.
-        attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa where no fused kernel is there.
-        lora_dropout: see `peft.LoraConfig`.
-        settings: of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments, adapter ...; and of
-            `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation,
-            gradient_checkpointing (of all layers, of none, or "auto": as few as fit). Sizes are as usual in commands.
-
-    Returns:
-        The outlook: `best`, `choices` and `grid`, computed when they are asked for.
-
-    Raises:
-        UnknownNameError, AssetError: there is no such model, card or setting.
-        ConfigError: a setting is out of range, a row is longer than the model has positions, no module is as wide as
-            the rank, or the model reads no tokens.
-        UnsupportedError: the model's step cannot be predicted.
-
-    Example:
-        >>> rankpilot.memory_of("qwen3-8b", "24GiB", quantization="nf4", batch_size=4).best  # doctest: +SKIP
-    """
-    spec, shards = find_device_spec(card), Shards(gpus, sharding)
-    dtype = _dtype_on(spec, dtype)
-    of_load = {name: settings.pop(name) for name in _OF_LOAD & set(settings)}
-    config = _known(model, rank, settings)
-    step = StepConfig(**{"bf16": dtype == "bf16"} | settings)
-    step = step.sized(continues=usual_class(config) == "AutoModelForCausalLM", positions=positions_of(config))
-    loaded = LoadedAs(
-        dtype=DTYPES[dtype],
-        attention="math" if attention == "math" else "auto" if spec.has_flash_attention else "efficient",
-        padded=padded,
-        implementation=None if attention == "math" else attention,
-        adapter=dict(of_load.pop("adapter", {})) | ({"lora_dropout": lora_dropout} if lora_dropout else {}),
-        **of_load,
-    )
-    recorded, optional = replace(step, gradient_checkpointing=True), step.gradient_checkpointing is not True
-    configured = from_config(config, recorded, loaded, counted=True, checkpointing_optional=optional)
-    check_rank(rank, configured.targets)
-    return Outlook(configured, rank, step, card=spec, dtype=dtype, shards=shards)

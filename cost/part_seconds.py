@@ -18,7 +18,7 @@ from torch import nn
 
 from ..common.arrays import FloatArray, IntArray
 from ..errors import UnknownNameError
-from .published import USUAL_CARD, device_table, find_device_spec
+from .cards import USUAL_CARD, device_table, find_device_spec
 from .step_time import LAUNCH_SECONDS, Rates
 
 PROCESSOR_FLOPS, PROCESSOR_LAUNCH = 1.5e11, 7e-6
@@ -63,10 +63,15 @@ class PartSeconds:
         """
         device = next(model.parameters()).device
         overlaps = device.type == "cuda" or rates is not None
-        rates = rates or _rates(device, next(model.parameters()).dtype)
-        matrices = (getattr(m, "weight", None) for m in model.modules() if not isinstance(m, nn.Embedding))
-        weights = sum(w.numel() for w in matrices if isinstance(w, torch.Tensor) and w.dim() == 2)
-        width = int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)
+        rates = rates or rates_of(device, next(model.parameters()).dtype)
+        return cls.of_sizes(product_sizes(model), operators, layers, rates, overlaps=overlaps)
+
+    @classmethod
+    def of_sizes(
+        cls, sizes: tuple[int, int], operators: int, layers: int, rates: Rates, *, overlaps: bool
+    ) -> PartSeconds:
+        """The same of a model whose `product_sizes` are known; see `overlaps`."""
+        weights, width = sizes
         attention = WORK * max(layers, 1) * width * 2 / rates.flops
         return cls(WORK * weights / rates.flops, attention, rates.launch_seconds * operators, overlaps, layers)
 
@@ -83,7 +88,14 @@ class PartSeconds:
         return int(self.launches / max(self.of_token, 1e-30))
 
 
-def _rates(device: torch.device, dtype: torch.dtype) -> Rates:
+def product_sizes(model: nn.Module) -> tuple[int, int]:
+    """The weights of a model's products, and the width of its hidden states."""
+    matrices = (getattr(m, "weight", None) for m in model.modules() if not isinstance(m, nn.Embedding))
+    weights = sum(w.numel() for w in matrices if isinstance(w, torch.Tensor) and w.dim() == 2)
+    return weights, int(getattr(getattr(model, "config", None), "hidden_size", 0) or 0)
+
+
+def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
     """What a device does in a second in a model of this precision."""
     if device.type != "cuda":
         return Rates(PROCESSOR_FLOPS, math.inf, launch_seconds=PROCESSOR_LAUNCH)

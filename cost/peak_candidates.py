@@ -6,6 +6,8 @@ gradients take more than what was saved. That leaves a handful of the thousands 
 checkpointing, a handful for each segment. On batches of some 16 tokens others can be higher by a few per cent.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial

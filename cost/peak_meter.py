@@ -18,9 +18,9 @@ from torch import nn
 
 from ..common.text import format_bytes
 from ..lora.optimizer_state import unwrap_optimizer
+from .batch_shape import Batch, has_no_padding
 from .live_storages import LivePeak
 from .model_states import gradients_of, state_bytes
-from .recording import Batch, has_no_padding
 
 MARGIN = 0.03
 """The share of the prediction by which a measured peak may differ without a word."""

@@ -22,9 +22,11 @@ from torch.utils._pytree import tree_iter
 from ..errors import UnsupportedError
 from ..lora.routed_rows import parts_of
 from ..lora.targets import TargetModule
+from .autograd_graph import flow_from, kept_on_context, saved_by
+from .batch_shape import Batch
 from .cost import ModuleSet
 from .live_storages import LiveStorages
-from .recording import NEVER, Batch, Phases, Recording, Segment, flow_from, kept_on_context, saved_by
+from .recording import NEVER, Phases, Recording, Segment
 from .training_step import CHECKPOINT, LossFunction, model_loss, requires_grad_hook, segments_marked
 
 _FOREIGN_HOOKS = (

@@ -20,13 +20,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..common.arrays import BoolArray, IntArray
 from ..errors import RankPilotError
 from ..lora.targets import TargetModule, find_target_modules
+from .batch_shape import Batch
 from .calibration import CUT_FAILS, measure_memory, step_states
 from .cost import ModuleSet
 from .growth import Growth
 from .measured_time import count_work
-from .model import MemoryModel
-from .model_states import ModelStates
-from .recording import NEVER, Batch, Recording, Segment
+from .model import MemoryModel, ModelStates
+from .recording import NEVER, Recording, Segment
 from .step_time import StepWork
 from .training_step import CHECKPOINT, TrainingStep
 

@@ -14,30 +14,24 @@ has as few of them as it needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from ..common.arrays import IntArray
-from ..common.checks import finite
-from ..common.text import format_bytes
 from ..lora.input_copies import run_activations_again, share_input_copies
 from ..lora.routed_rows import route_rows
-from ..lora.spec import REFERENCE_RANK
+from ..lora.spec import REFERENCE_RANK, highest_ranks
 from ..lora.targets import TargetModule
 from .cost import ByteCost
 from .later_logits import defer_logits, use_tiled_loss
 from .loss_tiles import use_own_tiles
 from .model import MemoryModel
 from .recording import BatchShape
-
-CACHE, COPIES, TILES = "no cache of keys and values", "shared copies of inputs", "tiled loss"
-ROUTED = "routed rows"
-ACTIVATIONS = "selective checkpointing"
+from .saver_prices import ACTIVATIONS, CACHE, COPIES, ROUTED, TILES, Priced, Saved, price_savers
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -78,74 +72,6 @@ SAVERS: dict[str, Callable[[nn.Module], Callable[[], None]]] = {
 
 _SWITCHES = SAVERS | {ACTIVATIONS: run_activations_again}
 """The same, with the one that takes time."""
-
-
-MOST_MORE = 1.01
-"""By what factor bytes of a step whose layers are all checkpointed may rise, where a saver lowers those of one in which
-none is."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a step of plain LoRA, rank 8 on all modules, takes with one exact saver more than the one before.
-
-    Attributes:
-        name: of the saver, or of several that were switched on together; "plain LoRA" for the first, which has none.
-        step_bytes: at the peak, where no layer is checkpointed.
-        again_bytes: the same where all do; None where none can.
-    """
-
-    name: str
-    step_bytes: float
-    again_bytes: float | None = None
-
-    @classmethod
-    def of(cls, name: str, memory: MemoryModel, max_ranks: IntArray) -> Saved:
-        """What the step of a byte model takes; `max_ranks` are the highest of each module, int64 (modules,)."""
-        ranks = np.minimum(REFERENCE_RANK, max_ranks)
-        again = memory.peak(ranks) if memory.segments else None
-        return cls(name, memory.with_checkpointed(()).peak(ranks), again)
-
-    @classmethod
-    def of_state(cls, state: Mapping[str, Any]) -> Saved:
-        """What `asdict` made a dictionary of; ValueError, LookupError or TypeError if it is another one."""
-        name, again = state["name"], state["again_bytes"]
-        if not isinstance(name, str):
-            raise TypeError(f"the name of a saver is {name!r}")
-        return cls(name, finite(state["step_bytes"]), None if again is None else finite(again))
-
-    def is_less(self, other: Saved) -> bool:
-        """Whether a step takes less than another one: where no layer is checkpointed, or at least where all are."""
-        again, others = self.again_bytes or 0.0, other.again_bytes or 0.0
-        if self.step_bytes == other.step_bytes:
-            return again < others
-        return self.step_bytes < other.step_bytes and again <= MOST_MORE * others
-
-
-def plain_text(saved: Sequence[Saved]) -> str:
-    """What a step of plain LoRA takes, also with all layers checkpointed, and with exact savers, in words."""
-    peaks = [
-        format_bytes(each.step_bytes)
-        + ("" if each.again_bytes is None else f", or {format_bytes(each.again_bytes)} with all layers checkpointed")
-        for each in (saved[0], saved[-1])
-    ]
-    with_savers = f" With exact savers it takes {peaks[1]}, at the same losses." if len(saved) > 1 else ""
-    return f"A step of plain LoRA takes {peaks[0]}.{with_savers}"
-
-
-@dataclass(frozen=True, eq=False)
-class Priced:
-    """A step with exact savers.
-
-    Attributes:
-        memory: its byte model.
-        plain: that of the step without them.
-        saved: what a step of plain LoRA takes without, and with each more.
-    """
-
-    memory: MemoryModel
-    plain: MemoryModel
-    saved: tuple[Saved, ...]
 
 
 class ExactSavers:
@@ -189,28 +115,21 @@ class ExactSavers:
             targets: the target modules of the model.
             each: whether each is priced by itself; else all together, which takes two measurements, if that is less.
         """
-        highest, names = np.array([target.max_rank for target in targets]), self.names
-        self.put_back()
-        memory = plain = measure()
-        saved = [Saved.of("plain LoRA", plain, highest)]
+        highest, names = highest_ranks(targets), self.names
+
+        @cache
+        def measured(taken: tuple[str, ...]) -> MemoryModel:
+            self.take(taken)
+            return measure()
+
         if not each:
-            self.take(names)
-            together = measure()
-            found = Saved.of(", ".join(names), together, highest)
-            if found.is_less(saved[0]):
-                return Priced(together, plain, (saved[0], found))
-            self.put_back()
-        for name in names:
-            undo = SAVERS[name](self._model)
-            with_it = measure()
-            found = Saved.of(name, with_it, highest)
-            if found.is_less(saved[-1]):
-                self._undo[name], memory = undo, with_it
-                saved.append(found)
-            else:
-                undo()
-        self.names = tuple(self._undo)
-        return Priced(memory, plain, tuple(saved))
+            plain, together = measured(()), measured(names)
+            saved = Saved.of("plain LoRA", plain, highest), Saved.of(", ".join(names), together, highest)
+            if saved[1].is_less(saved[0]):
+                return Priced(together, plain, saved, names)
+        priced = price_savers(measured, names, highest)
+        self.take(priced.names)
+        return priced
 
     def within(
         self,
@@ -233,7 +152,7 @@ class ExactSavers:
             least: what the least possible plan takes under a cost, in bytes.
             shape: of the batch; by default the one that the memory was measured with.
         """
-        plain = np.minimum(REFERENCE_RANK, [target.max_rank for target in targets])
+        plain = np.minimum(REFERENCE_RANK, highest_ranks(targets))
         if priced.memory.with_checkpointed(()).peak(plain, shape) <= limit or self._compiled:
             return priced
         names, found = self.names, self.with_activations(priced, measure, targets)
@@ -249,8 +168,8 @@ class ExactSavers:
         names = self.names
         self.take([*names, ACTIVATIONS])
         memory = measure()
-        found = Saved.of(ACTIVATIONS, memory, np.array([target.max_rank for target in targets]))
+        found = Saved.of(ACTIVATIONS, memory, highest_ranks(targets))
         if found.is_less(priced.saved[-1]):
-            return replace(priced, memory=memory, saved=(*priced.saved, found))
+            return replace(priced, memory=memory, saved=(*priced.saved, found), names=self.names)
         self.take(names)
         return None

@@ -28,6 +28,15 @@ Checkpointing = Literal["auto", True, False]
 """Gradient checkpointing: of as few layers as a plan needs, of all, or of none."""
 
 
+Attention = Literal["auto", "efficient", "math"]
+"""Which kernels CUDA has.
+
+auto: as from Ampere on, flash attention in half precision without a mask, and otherwise the memory-efficient kernel.
+efficient: as on Turing, no flash attention; keys and values are repeated for all heads of the query.
+math: no fused kernel.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
     """One training step of a LoRA fine-tune.
@@ -105,3 +114,9 @@ def check_seed(seed: object) -> None:
     """Raise ConfigError for a seed that NumPy's generators do not take."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed is a whole number from 0 to 2**32 - 1; got {seed!r}.")
+
+
+def check_length(length: int, most: int | None) -> None:
+    """Raise ConfigError for rows that are longer than the model has positions."""
+    if most is not None and length > most:
+        raise ConfigError(f"The model has {most} positions, and max_length is {length}. Lower --max-length.")

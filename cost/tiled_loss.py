@@ -8,8 +8,7 @@ logits are never there as a whole, and the gradient of the last hidden states is
 Else the logits are there once, and their gradient takes their place in the backward pass. A product of fewer rows may
 round otherwise than one of all rows.
 
-A step has `TILES` tiles of at least `LEAST_TOKENS`. A small step that is recorded has `RECORDED_TILES`
-(`cost/loss_tiles.py`, where TRL's own tiles are as well).
+How large tiles are is said in `cost/tile_size.py`; TRL's own are in `cost/loss_tiles.py`.
 """
 
 from __future__ import annotations
@@ -29,15 +28,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..common.devices import autocast_dtype
 from ..errors import UnsupportedError
-
-TILES, LEAST_TOKENS = 16, 128
-"""Into how many tiles the tokens of a batch are divided, and the tokens that a tile has at least: a product with fewer
-rows takes more time for each, since it reads the whole weight."""
-
-RECORDED_TILES = 3
-"""Tiles of a small step that is recorded. The second shows what is left of the first; with three, and a token more in
-each, no two of the small batches have tiles in the ratio of their tokens, so that a tile is told from what has a share
-of all tokens."""
+from .tile_size import RECORDED_TILES, TileSize, recorded_tile
 
 RECORDING: ContextVar[bool] = ContextVar("RECORDING", default=False)
 """Whether a small step is recorded, which has `RECORDED_TILES` tiles however few its tokens are."""
@@ -260,31 +251,6 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 def _autocast_kind(tensor: torch.Tensor) -> str:
     return "cpu" if tensor.is_meta else tensor.device.type
-
-
-@dataclass(frozen=True)
-class TileSize:
-    """How many tokens a tile has.
-
-    Attributes:
-        parts: tiles of a large batch.
-        least: tokens of a tile, unless the batch has fewer.
-        most: tokens of a tile; None for no limit.
-    """
-
-    parts: int = TILES
-    least: int = LEAST_TOKENS
-    most: int | None = None
-
-    def of(self, tokens: int) -> int:
-        """The tokens of a tile of so many tokens."""
-        wanted = max(-(-tokens // self.parts), self.least)
-        return max(min(wanted, tokens, self.most or tokens), 1)
-
-
-def recorded_tile(tokens: int) -> int:
-    """The same while a small step is recorded; see `RECORDED_TILES`."""
-    return max(min(-(-tokens // RECORDED_TILES) + 1, tokens), 1)
 
 
 @dataclass(frozen=True)

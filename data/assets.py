@@ -12,7 +12,6 @@ never imported. A GGUF file is converted once to a model folder with safetensors
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -24,21 +23,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import platformdirs
-from filelock import FileLock
 from rich.console import Console
 
-from ..common.files import read_json, sha256, write_json
+from ..common.files import CACHE_VARIABLE, cache_folder, read_json, sha256, write_json
 from ..errors import AssetError, UnknownNameError, first_line
-
-CACHE_VARIABLE = "RANKPILOT_CACHE"
-"""Environment variable that moves the cache folder."""
-
-
-def cache_folder() -> Path:
-    """The folder that holds downloads: `RANKPILOT_CACHE`, or else the user's cache folder for rankpilot."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return (Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("rankpilot")).absolute()
 
 
 @dataclass(frozen=True)
@@ -292,9 +280,8 @@ def check_model(name: str, card: str | None = None) -> None:
         name: of the model.
         card: for which its configuration alone is needed.
     """
-    from huggingface_hub import hf_hub_download
-
-    from ..cost.published import check_known, find_device_spec, try_hub_once
+    from ..cost.cards import find_device_spec
+    from ..cost.known_models import check_known
 
     if card:
         find_device_spec(card)
@@ -302,6 +289,10 @@ def check_model(name: str, card: str | None = None) -> None:
         return
     if card:
         return check_known(name)
+    from huggingface_hub import hf_hub_download
+
+    from ..cost.published import try_hub_once
+
     try_hub_once()
     try:
         hf_hub_download(name, "config.json")
@@ -326,6 +317,8 @@ def fetch_asset(name: str) -> Path:
     asset = ASSETS[name]
     if _flaw(asset) is None:
         return asset.path
+    from filelock import FileLock  # which loads asyncio
+
     try:
         asset.folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(asset.folder.with_name(f".{asset.folder.name}.lock")):

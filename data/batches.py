@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..cost.recording import MASK, PLACES, Batch, BatchShape, in_texts, padded
+from ..cost.batch_shape import MASK, PLACES, Batch, in_texts, padded, shape_of
 from ..errors import DataError
 
 _EMPTY = "The training set is empty. Check its path, split and filters."
@@ -210,7 +210,7 @@ def count_predictions(batch: Batch) -> tuple[int, int]:
     Args:
         batch: as the collator makes it.
     """
-    shape, named = BatchShape.of(batch), batch if isinstance(batch, Mapping) else {}
+    shape, named = shape_of(batch), batch if isinstance(batch, Mapping) else {}
     mask, labels = (named.get(name) for name in (MASK, "labels"))
     tokens = int((mask != 0).sum()) if isinstance(mask, Tensor) and mask.dim() == 2 else shape.rows * shape.length
     if not isinstance(labels, Tensor):

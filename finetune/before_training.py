@@ -17,12 +17,13 @@ import numpy as np
 
 from ..common.arrays import IntArray
 from ..common.text import format_bytes
+from ..cost.batch_shape import Batch, reshaped, shape_of
 from ..cost.budget import Budget, Limit, TimeBudget, beyond_device, free_bytes
-from ..cost.calibration import PlanCosts, highest_ranks, measure_memory, plan_costs
+from ..cost.calibration import PlanCosts, measure_memory, plan_costs
 from ..cost.cost import ByteCost
 from ..cost.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
 from ..cost.model import MemoryModel, fewest_checkpointed
-from ..cost.recording import Batch, BatchShape, reshaped
+from ..cost.recording import BatchShape
 from ..cost.savers import ExactSavers, is_compiled
 from ..cost.step_time import PARTS, StepTime
 from ..data.batches import count_predictions
@@ -34,7 +35,7 @@ from ..errors import BudgetError, UnsupportedError, first_line
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import drop_foreign_state, reset_state
 from ..lora.resize import is_trained
-from ..lora.spec import REFERENCE_RANK, RankLadder
+from ..lora.spec import REFERENCE_RANK, RankLadder, highest_ranks
 from ..lora.targets import TargetModule, other_trainable, unwrap
 from ..plan.plan import FewestLayers, TimeLimit, check_budget
 from ..plan.problem import AllocationProblem
@@ -158,7 +159,7 @@ class StepTimer:
     def _timed_batch(self) -> tuple[Batch, float]:
         """The batch of timed steps, and its tokens as a share of those of the run's largest one."""
         batch, each = self.run.largest_batch(), self.run.step.rows_per_example
-        whole = shape = BatchShape.of(batch)
+        whole = shape = shape_of(batch)
         if self.memory:
             plans = timed_plans(self.targets, self.checkpointing.layers if self.checkpointing else ())
             shape = _largest_that_fits(self.memory, plans, self.limit, each)

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..common.processes import Processes
 from ..common.termination import Terminated, is_unhandled, on_sigterm, terminate
-from ..cost.recording import Batch
+from ..cost.batch_shape import Batch
 from ..decide.applier import PlanApplier
 from ..decide.chooser import DEFAULT
 from ..decide.log import DecisionLog

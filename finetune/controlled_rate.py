@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..common.checks import counted, finite
-from ..cost.recording import Batch
+from ..cost.batch_shape import Batch
 from ..decide.rate_control import CHANGES, FEATURES, HALVED, PATIENCE, UNDO, RateControl, RunRecord
 from ..errors import ConfigError
 from ..lora.optimizer_state import last_direction, unwrap_optimizer

@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook
 
+from ..cost.batch_shape import Batch
 from ..cost.calibration import CUT_FAILS
 from ..cost.model_states import trained_outside
-from ..cost.recording import Batch
 from ..data.batches import IGNORED
 from ..errors import UnsupportedError, first_line
 from ..lora.targets import TargetModule

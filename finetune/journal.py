@@ -17,7 +17,7 @@ from ..agents.policy_file import CARD, WEIGHTS
 from ..common.arrays import IntArray
 from ..common.files import append_json_line, read_json_lines, write_json_lines
 from ..cost.cost import TimedCost, plan_cost
-from ..cost.savers import ACTIVATIONS, Saved, plain_text
+from ..cost.saver_prices import ACTIVATIONS, Saved, plain_text
 from ..decide.applier import PlanApplier
 from ..decide.choice import Choice
 from ..decide.log import CONTROL, POLICY, DecisionLog, DecisionRecord

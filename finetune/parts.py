@@ -17,9 +17,10 @@ import numpy as np
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.checks import counted, finite
+from ..cost.batch_shape import Batch
 from ..cost.model import MemoryModel, ShapeBytes, holding_layers
 from ..cost.part_seconds import PartSeconds
-from ..cost.recording import Batch, BatchShape
+from ..cost.recording import BatchShape
 from ..plan.parts import Part, longest_that_fits, parts_sentence, plan_parts
 from .batch_rows import SHARES, BatchRows
 from .exact_parts import Exactness, rows_of

@@ -11,11 +11,12 @@ import torch
 
 from ..common.checks import counted, finite
 from ..common.text import format_bytes
+from ..cost.batch_shape import Batch
 from ..cost.cost import plan_cost
 from ..cost.model import MemoryModel
 from ..cost.model_states import excess_of_state
 from ..cost.peak_meter import PeakMeter, StepBatches, likely_cause
-from ..cost.recording import Batch, BatchShape
+from ..cost.recording import BatchShape
 from ..cost.savers import is_compiled
 from ..decide.applier import PlanApplier
 from ..errors import BudgetError, UnsupportedError

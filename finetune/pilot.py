@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..agents.policy_file import load_policy, policy_schedule
+from ..cost.batch_shape import Batch
 from ..cost.budget import Budget, GivenBudget, TimeBudget
-from ..cost.recording import Batch
 from ..decide.applier import PlanApplier
 from ..decide.chooser import DEFAULT, with_goal
 from ..decide.log import DecisionLog

@@ -13,10 +13,11 @@ import torch
 from ..common.checks import finite
 from ..common.devices import without_autocast
 from ..common.text import plural
+from ..cost.batch_shape import Batch
 from ..cost.budget import TimeBudget
 from ..cost.calibration import PlanCosts
-from ..cost.recording import Batch
-from ..cost.savers import CACHE, SAVERS, TILES, ExactSavers, is_compiled
+from ..cost.saver_prices import CACHE, TILES
+from ..cost.savers import SAVERS, ExactSavers, is_compiled
 from ..decide.applier import PlanApplier
 from ..decide.observation import Observation
 from ..decide.policy import Decision, Policy, asked, reads_signals, rounding, steers_rate

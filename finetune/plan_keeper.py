@@ -14,15 +14,17 @@ import torch
 from ..common.arrays import IntArray
 from ..common.checks import counted, finite
 from ..common.text import format_bytes
-from ..cost.calibration import highest_ranks, measure_memory
+from ..cost.batch_shape import Batch, reshaped, shape_of
+from ..cost.calibration import measure_memory
 from ..cost.cost import ByteCost, plan_cost
 from ..cost.model import MemoryModel
 from ..cost.peak_meter import PeakMeter
-from ..cost.recording import Batch, BatchShape, reshaped
+from ..cost.recording import BatchShape
 from ..data.batches import unknown_lengths
 from ..decide.applier import PlanApplier
 from ..errors import BudgetError, UnsupportedError
 from ..lora.adapters import signal_buffer_bytes
+from ..lora.spec import highest_ranks
 from ..plan.plan import check_budget, least_cost
 from .journal import Journal, PlanChange
 from .put_back import CutDirections, LayerCheckpointing
@@ -247,7 +249,7 @@ class PlanKeeper:
             cost = self.cost_of_shape(shape)
         except UnsupportedError:  # the byte model predicts the shape of its calibration alone
             logger.debug("Calibrating again for %s.", shape)
-            longest = max(batches, key=lambda batch: BatchShape.of(batch).length, default=None)
+            longest = max(batches, key=lambda batch: shape_of(batch).length, default=None)
             self.measure_again(longest, shape)
             cost = self.cost_of_shape(shape)
         self.applier.cost = cost

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..common.text import plural
-from ..cost.recording import BatchShape
+from ..cost.batch_shape import shape_of
 from ..data.batches import count_predictions, predicted_share
 from ..decide.applier import ProbeResult, probe
 from ..decide.settings import DecisionSchedule
@@ -111,7 +111,7 @@ def run_probe(
     def losses() -> Iterator[Callable[[], torch.Tensor]]:
         nonlocal length
         for batch in batches:
-            counted, length = count_predictions(batch), BatchShape.of(batch).length
+            counted, length = count_predictions(batch), shape_of(batch).length
             if counted[0] > 0:  # the loss of rows whose labels are all masked is 0 / 0
                 counts.append(counted)
                 yield partial(run.loss, batch)

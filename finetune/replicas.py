@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
 
 from ..common.processes import Processes
+from ..cost.batch_shape import Batch, shape_of
 from ..cost.budget import Budget
-from ..cost.recording import Batch, BatchShape
+from ..cost.recording import BatchShape
 from ..errors import BudgetError, ProcessError, UnsupportedError
 from ..lora.targets import PLAN_FIRST, TargetModule, wrappers_of
 
@@ -130,7 +131,7 @@ class Replicas:
         """The largest number of rows and the largest length of these batches, in any process."""
         shape = BatchShape(0, 0)
         for batch in batches:
-            shape = shape.joined(BatchShape.of(batch))
+            shape = shape.joined(shape_of(batch))
         return BatchShape(*map(int, self.processes.most(shape.rows, shape.length)))
 
     def highest(self, peak: int) -> int:

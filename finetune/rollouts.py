@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from ..cost.recording import MASK, Batch
+from ..cost.batch_shape import MASK, Batch
 from ..data.batches import MOST_EXAMPLES
 from ..decide.chooser import DEFAULT
 from ..decide.policy import Policy

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..cost.batch_shape import Batch, map_tensors, shape_of, tensors_of
 from ..cost.model_states import trained_outside
-from ..cost.recording import Batch, BatchShape, map_tensors, tensors_of
 from ..cost.training_step import LossFunction, TrainingStep, checked_loss, model_loss, release_inputs
 from ..data.batches import Collate, count_predictions, first_example, largest_batch, small_batches
 from ..errors import ConfigError, UnsupportedError, shown
@@ -224,7 +224,7 @@ class TrainingRun:
     @cached_property
     def step(self) -> TrainingStep:
         """One step of the run, as it is measured."""
-        rows = BatchShape.of(self._collate([first_example(self.dataset)] * self.rows)).rows
+        rows = shape_of(self._collate([first_example(self.dataset)] * self.rows)).rows
         each = rows // self.rows if rows % self.rows == 0 else 1
         replicas = self.replicas
         return TrainingStep(

@@ -36,8 +36,8 @@ from ..common.devices import EnergyCounter
 from ..common.files import append_json_line, parse_json, read_json_lines, write_text
 from ..cost.budget import free_bytes
 from ..cost.peak_meter import PeakMeter
-from ..cost.published import check_length
-from ..cost.step_config import OptimizerName
+from ..cost.published import most_positions
+from ..cost.step_config import OptimizerName, check_length
 from ..cost.training_step import CHECKPOINTING, check_checkpointing, check_installed
 from ..data.batches import IGNORED
 from ..data.models import adapt, load_model, with_sizes
@@ -267,7 +267,7 @@ def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:
     set_seed(config.seed)
     kind = workload.task, workload.labels, workload.tokenizer
     base = load_model(config.model, *kind, config.quantization, config.prepare_kbit)
-    check_length(config.max_length, base)
+    check_length(config.max_length, most_positions(base))
     if config.gradient_checkpointing is True:
         check_checkpointing(base)
     options: dict[str, Any] = {

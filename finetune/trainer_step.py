@@ -18,7 +18,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from ..cost.recording import Batch
+from ..cost.batch_shape import Batch
 from ..errors import UnsupportedError
 from .pilot import RankPilot
 from .put_back import put_back

@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..common.checks import counted, is_real
 from ..common.processes import Processes
+from ..cost.batch_shape import Batch
 from ..cost.peak_meter import PeakMeter
-from ..cost.recording import Batch
 from ..errors import ConfigError, NoGradientError, NonFiniteError, shown
 from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.resize import norms_of

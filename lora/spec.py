@@ -5,6 +5,7 @@ Nothing here loads torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
@@ -103,3 +104,15 @@ def check_scaling(scaling: object) -> None:
             f"scaling is 'alpha' (lora_alpha stays when a rank changes, and PEFT divides it by the rank) or 'constant' "
             f"(lora_alpha / r stays); got {scaling!r}."
         )
+
+
+def highest_ranks(targets: Sequence[ModuleSpec]) -> IntArray:
+    """The highest rank that each module can have, int64 (modules,)."""
+    return np.array([target.max_rank for target in targets], dtype=np.int64)
+
+
+def check_rank(rank: int, targets: Sequence[ModuleSpec]) -> None:
+    """Raise ConfigError for a rank that none of the modules can have."""
+    widest = max(target.max_rank for target in targets)
+    if rank > widest:
+        raise ConfigError(f"No module has a rank above {widest}, the smaller width of the widest; got {rank}.")

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from rich.table import Table
 
 from ..common import drawing
 from ..common.arrays import FloatArray, IntArray
 from ..common.files import read_text
 from ..common.text import byte_unit, format_bytes, make_table, plural
+from ..cost.cards import USUAL_CARD, device_table
 from ..cost.model import fewest_checkpointed
 from ..cost.outlook import Outlook, card_rates
-from ..cost.part_seconds import PartSeconds
-from ..cost.published import USUAL_CARD, device_table
+from ..cost.part_seconds import PartSeconds, rates_of
 from ..cost.recording import BatchShape
 from ..errors import BudgetError, DataError, UnsupportedError, shown
 from ..finetune.parts import PlanBytes
@@ -118,11 +119,15 @@ def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> Step
 
 def _seconds(outlook: Outlook, layers: int) -> PartSeconds:
     operators = int(outlook.memory.recording.created.max())
+    model = outlook.step.model
     if not outlook.card:
-        return PartSeconds.of(outlook.step.model, operators, layers)
-    rates = outlook.card.rates or device_table()[USUAL_CARD].rates
-    assert rates is not None, "cards of the table have rates"
-    return PartSeconds.of(outlook.step.model, operators, layers, card_rates(rates, outlook.dtype))
+        device = torch.device(outlook.facts["device"])
+        rates, overlaps = rates_of(device, getattr(torch, model.precision)), device.type == "cuda"
+        return PartSeconds.of_sizes(model.products, operators, layers, rates, overlaps=overlaps)
+    published = outlook.card.rates or device_table()[USUAL_CARD].rates
+    assert published is not None, "cards of the table have rates"
+    rates = card_rates(published, outlook.dtype)
+    return PartSeconds.of_sizes(model.products, operators, layers, rates, overlaps=True)
 
 
 def _drawn(batches: IntArray, limit: float, bytes_of: PlanBytes, seconds: PartSeconds, layers: int) -> StepsOfLengths:

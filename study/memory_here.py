@@ -17,18 +17,20 @@ from transformers import PreTrainedTokenizerFast, default_data_collator, set_see
 from transformers.models.auto import modeling_auto
 
 from ..common.arrays import IntArray
-from ..cost.breakdown import frozen_bytes
+from ..cost.batch_shape import Batch, reshaped
 from ..cost.budget import Budget, Limit, beyond_device
-from ..cost.calibration import beside_model, check_rank, highest_ranks, limited_cost
+from ..cost.calibration import beside_model, limited_cost
+from ..cost.configured_step import ConfiguredStep, LoadedModel
 from ..cost.cost import ParameterCost
-from ..cost.from_config import ConfiguredStep
 from ..cost.model import MemoryModel
-from ..cost.model_states import state_bytes
+from ..cost.model_states import frozen_sizes, state_bytes
 from ..cost.outlook import MeasuredStep, Outlook
+from ..cost.part_seconds import product_sizes
 from ..cost.peak_meter import PeakMeter, resident_peak, restart_resident_peak
 from ..cost.published import check_reads_tokens
-from ..cost.recording import Batch, BatchShape, reshaped
-from ..cost.savers import SAVERS, ExactSavers, Priced
+from ..cost.recording import BatchShape
+from ..cost.saver_prices import Priced
+from ..cost.savers import SAVERS, ExactSavers
 from ..cost.step_config import StepConfig
 from ..cost.training_step import switch_checkpointing
 from ..data.models import load_config, with_sizes
@@ -42,6 +44,7 @@ from ..finetune.run import TrainingRun
 from ..finetune.trainer import check_possible, new_model, new_trainer, read_workload
 from ..finetune.trainer_step import run_of_trainer
 from ..lora.resize import set_ranks
+from ..lora.spec import check_rank, highest_ranks
 from ..lora.targets import TargetModule, find_target_modules
 from ..plan.plan import check_budget, least_cost, top_down, uniform_ranks
 from ..plan.problem import AllocationProblem
@@ -107,19 +110,16 @@ def memory_here(config: MemoryConfig, tell: Tell) -> Outlook:
             recorded = setup.measure_memory(tell, "with gradient checkpointing")
         except UnsupportedError as error:
             notes.append(f"Without a figure for gradient checkpointing: {error}")
-    frozen = frozen_bytes(setup.model)
     parameters = sum(parameter.numel() for parameter in setup.model.parameters() if not parameter.requires_grad)
-    step = ConfiguredStep(
-        recorded,
-        setup.model,
-        setup.targets,
-        parameters,
-        frozen,
-        0,
-        None,
-        None,
-        priced.saved,
+    model = LoadedModel(
+        kind=type(setup.model.get_base_model()).__name__,
+        targets=tuple(setup.targets),
+        parameters=parameters,
+        frozen=tuple(frozen_sizes(setup.model)),
+        products=product_sizes(setup.model),
+        precision=str(next(setup.model.parameters()).dtype).removeprefix("torch."),
     )
+    step = ConfiguredStep(recorded, model, saved=priced.saved)
     facts = {"model": config.model, "task": setup.task, "device": setup.run.device.type}
     outlook = Outlook(step, config.rank, config, asked=asked, limit=limit, measured=measured, facts=facts)
     budget = Budget.parse(config.budget) if config.budget else None

@@ -3,12 +3,15 @@
 It has the subject and the verdict in words, one table of choices, the batches that fit, and all figures.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from ..common.drawing import save_figure
@@ -16,14 +19,15 @@ from ..common.files import write_json
 from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.breakdown import KINDS, Kind
 from ..cost.card_use import SLACK
+from ..cost.cards import USUAL_CARD
 from ..cost.outlook import Choice, GridCell, Outlook
-from ..cost.published import USUAL_CARD
-from ..cost.savers import ACTIVATIONS
+from ..cost.saver_prices import ACTIVATIONS, Saved
 from ..errors import BudgetError, UnsupportedError
 from ..lora.spec import REFERENCE_RANK
-from .lengths import StepsOfLengths, lengths_figures, lengths_picture
 from .memory_config import MemoryConfig
-from .pictures import memory_picture
+
+if TYPE_CHECKING:
+    from .lengths import StepsOfLengths
 
 WORDS: dict[Kind, str] = {
     "saved": "tensors saved for backward",
@@ -47,7 +51,7 @@ HELD_BACK = 0.05, 8 * 2**20
 def subject(outlook: Outlook, config: MemoryConfig) -> str:
     """What was looked at, in one line."""
     step, settings, shape = outlook.step, outlook.settings, outlook.memory.shape
-    billions = step.parameters / 1e9
+    billions = step.model.parameters / 1e9
     where, shards = outlook.card.name if outlook.card else outlook.facts["device"], outlook.shards
     if shards.gpus > 1:
         where = f"{shards.gpus} x {where} under {shards.sharding}, all figures per GPU"
@@ -59,7 +63,7 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
         f"rank {outlook.rank} on {len(step.targets)} modules of {outlook.blocks} layers",
         *([] if named else [settings.optimizer]),
         *([f"frozen model in {settings.quantization}"] if settings.quantization != "none" else []),
-        *([_experts_text(outlook)] if step.fused and settings.quantization != "none" else []),
+        *([_experts_text(outlook)] if step.model.fused and settings.quantization != "none" else []),
         *(["gradients accumulated"] if settings.accumulation > 1 else []),
         *(["bf16 autocast"] if settings.bf16 else []),
         *(["gradient checkpointing"] if config.gradient_checkpointing is True else []),
@@ -146,7 +150,7 @@ def _largest_text(outlook: Outlook) -> str:
     """What to do where the batch that was asked for does not fit."""
     fitting = [cell for cell in outlook.grid if cell.checkpointed is not None]
     if not fitting:
-        linear = 2 * outlook.step.fused < outlook.step.parameters
+        linear = 2 * outlook.step.model.fused < outlook.step.model.parameters
         smaller = "--quantization nf4, " if outlook.settings.quantization != "nf4" and linear else ""
         return f" No batch of the grid fits. Take {smaller}a smaller model or a larger card."
     largest = max(fitting, key=lambda cell: (cell.shape.rows * cell.shape.length, cell.shape.length))
@@ -159,12 +163,11 @@ def _time_text(outlook: Outlook, best: Choice) -> str:
     if best.time is None:
         return ""
     text = f", at {best.time:.2f} of the time of plain LoRA without checkpointing"
-    timed = [(each.time, each) for each in outlook.choices if each.verdict == "fits" and each.time is not None]
-    quicker = [(time, each) for time, each in timed if time < 0.9 * best.time]
-    if not quicker:
-        return text
-    time, other = max(quicker, key=lambda pair: (pair[1].layers, -len(pair[1].checkpointed)))
-    return f"{text}. Quicker, but with fewer adapters: {choice_text(outlook, other)}, at {time:.2f}"
+    timed = ((each.time, each) for each in outlook.by_depth() if each.time is not None)
+    for time, other in timed:
+        if time < 0.9 * best.time and other.verdict == "fits":
+            return f"{text}. Quicker, but with fewer adapters: {choice_text(outlook, other)}, at {time:.2f}"
+    return text
 
 
 def choice_text(outlook: Outlook, choice: Choice) -> str:
@@ -220,6 +223,25 @@ def choice_table(outlook: Outlook) -> Table:
     return table
 
 
+def saver_rows(saved: Sequence[Saved]) -> list[list[str]]:
+    """A head and a row for each step of plain LoRA, without exact savers and with them."""
+    unit, size = byte_unit(saved[0].step_bytes)
+    rows = [[f"step, in {unit}", "no checkpointing", "all checkpointed"]]
+    for number, each in enumerate(saved):
+        peaks = [f"{each.step_bytes / size:.2f}", "–" if each.again_bytes is None else f"{each.again_bytes / size:.2f}"]
+        rows.append([f"+ {each.name}" if number else each.name, *peaks])
+    return rows if saved[0].again_bytes is not None else [row[:2] for row in rows]
+
+
+def saver_table(saved: Sequence[Saved]) -> Table:
+    """The same for a terminal."""
+    head, *rows = saver_rows(saved)
+    table = make_table("The same losses in fewer bytes: plain LoRA, rank 8 on all modules", head, first_wraps=True)
+    for name, *peaks in rows:
+        table.add_row(escape(name), *peaks)
+    return table
+
+
 def grid_table(outlook: Outlook) -> Table:
     """Which batches fit the card, for all layers at the rank that was asked for, by tokens and rows."""
     cells = outlook.grid
@@ -246,7 +268,7 @@ def notes(outlook: Outlook) -> Iterator[str]:
     margin = [f"{format_bytes(breakdown.margin)} safety margin"] if breakdown.margin else []
     peak = f"{format_bytes(breakdown.total)} ({_moment_text(breakdown.label)})"
     yield f"The peak with {choice_text(outlook, outlook.main)}, {peak}: {'; '.join([*parts, *margin])}."
-    frozen = format_bytes(outlook.step.frozen_bytes)
+    frozen = format_bytes(outlook.step.model.frozen_bytes)
     if outlook.card is None:
         yield f"The frozen model ({frozen}) comes on top: a budget of bytes counts it, and one of a step does not."
     else:
@@ -256,9 +278,9 @@ def notes(outlook: Outlook) -> Iterator[str]:
             f"the allocator reserves beside it. Tight: less than {SLACK:.0%} of the card is to spare, within which "
             "predictions err, or it fits only without that reserve."
         )
-        if outlook.step.fused:
+        if (model := outlook.step.model).fused:
             yield (
-                f"{outlook.step.fused / outlook.step.parameters:.0%} of the weights are experts in fused parameters. "
+                f"{model.fused / model.parameters:.0%} of the weights are experts in fused parameters. "
                 "Whichever experts take a token, the bytes of a step are the same."
             )
         seconds, shape = f" and the rates of an {USUAL_CARD}.", outlook.memory.shape
@@ -276,7 +298,7 @@ def notes(outlook: Outlook) -> Iterator[str]:
 def remarks(outlook: Outlook) -> Iterator[str]:
     """What a real step took, and what could not be shown."""
     if outlook.card and not outlook.checkpointable:
-        yield f"{type(outlook.step.model.get_base_model()).__name__} does not support gradient checkpointing."
+        yield f"{outlook.step.model.kind} does not support gradient checkpointing."
     if outlook.card:
         yield from _of_loading(outlook)
     yield from _measured(outlook)
@@ -287,25 +309,24 @@ def _of_loading(outlook: Outlook) -> Iterator[str]:
     """What another way to load and to run the model would take, where it takes much less."""
     step, settings = outlook.step, outlook.settings
     loaded, how = step.loaded, settings.quantization
-    if how != "none" and step.fused and loaded.experts == "transformers":
-        whole, fewer = 2.0 * step.fused, step.fused * (0.52 if how == "nf4" else 1.0)
+    if how != "none" and step.model.fused and loaded.experts == "transformers":
+        whole, fewer = 2.0 * step.model.fused, step.model.fused * (0.52 if how == "nf4" else 1.0)
         yield (
             f"transformers does not quantise fused experts: they take {format_bytes(whole)}. With axolotl's "
             f"quantize_moe_experts (--experts axolotl) they take {format_bytes(fewer)} in {how}. "
             "prepare_model_for_kbit_training of PEFT casts them to fp32, "
             f"{format_bytes(2 * whole)}; rankpilot's preparation does not."
         )
-    elif how != "none" and step.fused:
+    elif how != "none" and step.model.fused:
         yield "Loading may take more than training: tensors are there in 16 bits until they are quantised."
     if how == "int8" and not loaded.reentrant and settings.gradient_checkpointing is not False:
         yield (
             "In int8 a checkpointed layer still holds the inputs of its products (bitsandbytes keeps them outside of "
             "what checkpointing sees). With use_reentrant=True (--reentrant) it does not."
         )
-    if any(type(module).__name__ == "XIELUActivation" for module in step.model.modules()) and loaded.fused_activations:
+    if step.model.has_xielu and loaded.fused_activations:
         yield "xIELU is counted as its CUDA kernel (pip install of nickjbrowning/XIELU); without it a step takes more."
-    attention = getattr(step.model.config, "_attn_implementation", "")
-    if attention == "eager" and outlook.memory.shape.length > SHORT:
+    if step.model.is_eager and outlook.memory.shape.length > SHORT:
         yield (
             f"Attention is eager: scores take the square of {outlook.memory.shape.length:,} tokens. "
             "With --attention flash (a kernel for this model's sinks, if it has any) they take none."
@@ -325,9 +346,9 @@ def _moment_text(label: str) -> str:
 
 def _measured(outlook: Outlook) -> Iterator[str]:
     """A real step beside the prediction; nothing if none was taken."""
-    measured, predicted = outlook.measured, outlook.choices[0].step_bytes
-    if measured is None:
+    if (measured := outlook.measured) is None:
         return
+    predicted = outlook.choices[0].step_bytes
     tensors = "of live tensors" if outlook.facts["device"] == "cpu" else "allocated by CUDA's allocator"
     parts = [f"{format_bytes(measured.peak_bytes)} {tensors}, {measured.peak_bytes / predicted:.1%} of predicted"]
     if measured.resident_bytes is not None:
@@ -356,14 +377,14 @@ def configuration_text(outlook: Outlook) -> str:
     if best is None:
         raise BudgetError(verdict_text(outlook))
     names = [name.strip() for name in settings.target_modules.split(",")]
-    if names == ["all-linear"] and outlook.step.named:
-        names = list(outlook.step.named)
+    if names == ["all-linear"] and outlook.step.model.named:
+        names = list(outlook.step.model.named)
     modules = repr(names[0] if len(names) == 1 else names)
     if best.layers < outlook.blocks:
         modules = repr([target.name for target, rank in zip(outlook.step.targets, best.ranks, strict=True) if rank])
     activations = _activations(outlook)  # which are checkpointed only where a run chooses what is
     checkpointed = not activations and 0 < len(best.checkpointed) == len(outlook.checkpointable)
-    narrow, lora = _narrow_ranks(outlook, best), outlook.step.model.peft_config["default"]
+    narrow, model = _narrow_ranks(outlook, best), outlook.step.model
     lines = [
         "from peft import LoraConfig",
         "",
@@ -373,7 +394,8 @@ def configuration_text(outlook: Outlook) -> str:
         f"    lora_alpha={2 * REFERENCE_RANK},",
         f"    target_modules={modules},",
         *([f"    rank_pattern={narrow},  # modules that are narrower than {best.rank}"] if narrow else []),
-        *(f"    {name}={getattr(lora, name)!r}," for name in ("task_type", "modules_to_save") if lora.modules_to_save),
+        *([f"    task_type={model.task_type!r},"] if model.saved_modules else []),
+        *([f"    modules_to_save={list(model.saved_modules)},"] if model.saved_modules else []),
         ")",
         "arguments = dict(",
         f"    per_device_train_batch_size={settings.batch_size},",
@@ -411,6 +433,11 @@ def _narrow_ranks(outlook: Outlook, choice: Choice) -> dict[str, int]:
     }
 
 
+SCHEMA = 1
+"""The version of what `figures` returns, which docs/command-line.md describes: fields may be added to it, and one that
+is renamed or taken out makes a new version."""
+
+
 def figures(outlook: Outlook) -> dict[str, Any]:
     """All figures, as JSON values."""
     breakdown, shape, card = outlook.breakdown(outlook.main), outlook.memory.shape, outlook.card
@@ -422,10 +449,12 @@ def figures(outlook: Outlook) -> dict[str, Any]:
         "workspace_bytes": card.workspace_bytes,
     }  # fmt: skip
     return {
+        "schema": SCHEMA,
         **outlook.facts,
         **of_card,
-        "parameters": outlook.step.parameters,
-        "frozen_bytes": outlook.step.frozen_bytes,
+        "libraries": dict(outlook.step.libraries),
+        "parameters": outlook.step.model.parameters,
+        "frozen_bytes": outlook.step.model.frozen_bytes,
         "rows": shape.rows,
         "length": shape.length,
         "rank": outlook.rank,
@@ -485,6 +514,9 @@ def write_memory_report(
 
     Existing files are replaced.
     """
+    from .lengths import lengths_figures, lengths_picture  # which load torch, as pictures do
+    from .pictures import memory_picture
+
     write_json(folder / "memory.json", figures(outlook) | ({"lengths": lengths_figures(lengths)} if lengths else {}))
     try:
         if lengths:

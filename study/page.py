@@ -25,9 +25,10 @@ from ..decide.log import DecisionRecord
 from ..decide.observation import MODULE_FEATURES
 from ..errors import BudgetError, DataError
 from ..finetune.options import PILOT
+from .memory_report import saver_rows
 from .pictures import module_kinds
 from .run_data import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RunData, is_number, moves_sentence, run_names, standing_out
-from .verdict import comparison_rows, cost_sentence, loss_sentence, ranks_sentence, saver_rows, verdict
+from .verdict import comparison_rows, cost_sentence, loss_sentence, ranks_sentence, verdict
 
 Explanations = Sequence[Mapping[str, Any] | None]
 

@@ -22,7 +22,7 @@ from ..common.checks import counted, finite
 from ..common.drawing import Points
 from ..common.files import read_json_lines, read_object
 from ..common.text import cost_text
-from ..cost.savers import Saved
+from ..cost.saver_prices import Saved
 from ..decide.choice import Choice
 from ..decide.log import CONTROL, LINES, DecisionLog, DecisionRecord
 from ..decide.observation import MODULE_FEATURES

@@ -11,8 +11,7 @@ from rich.table import Table
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.drawing import Points, finite_points
-from ..common.text import byte_unit, cost_text, format_bytes, make_table, part_of
-from ..cost.savers import Saved
+from ..common.text import cost_text, format_bytes, make_table, part_of
 from ..decide.choice import PLAIN
 from ..finetune.options import ALL_LINEAR, PILOT, UNIFORM
 from ..plan.parts import parts_sentence
@@ -284,28 +283,6 @@ def ranks_sentence(final: IntArray) -> str:
 
 def _end(count: int) -> str:
     return "ends" if count == 1 else "end"
-
-
-# What exact savers bring ----------------------------------------------------------------------------------------------
-
-
-def saver_rows(saved: Sequence[Saved]) -> list[list[str]]:
-    """A head and a row for each step of plain LoRA, without exact savers and with them."""
-    unit, size = byte_unit(saved[0].step_bytes)
-    rows = [[f"step, in {unit}", "no checkpointing", "all checkpointed"]]
-    for number, each in enumerate(saved):
-        peaks = [f"{each.step_bytes / size:.2f}", "–" if each.again_bytes is None else f"{each.again_bytes / size:.2f}"]
-        rows.append([f"+ {each.name}" if number else each.name, *peaks])
-    return rows if saved[0].again_bytes is not None else [row[:2] for row in rows]
-
-
-def saver_table(saved: Sequence[Saved]) -> Table:
-    """The same for a terminal."""
-    head, *rows = saver_rows(saved)
-    table = make_table("The same losses in fewer bytes: plain LoRA, rank 8 on all modules", head, first_wraps=True)
-    for name, *peaks in rows:
-        table.add_row(escape(name), *peaks)
-    return table
 
 
 # Results beside those of other ranks ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..common.arrays import IntArray
 from ..common.text import cost_text, plural
-from ..cost.savers import plain_text
+from ..cost.saver_prices import plain_text
 from ..decide.choice import PLAIN, Choice, percent
 from ..decide.chooser import PlanChooser
 from ..decide.group_rules import GROUP_RULES

@@ -84,6 +84,15 @@ def _folder_of_loggers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _folder_of_recorded_steps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests record is kept for this session, and not in the user's cache."""
+    folder = tmp_path_factory.mktemp("recorded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rankpilot.cost.memory_of.cache_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def warm_python() -> Iterator[WarmPython]:
     """Runs fresh Python programs that need not load the large libraries."""

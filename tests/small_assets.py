@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rankpilot.data.assets import ASSETS, CACHE_VARIABLE, write_manifest
+from rankpilot.common.files import CACHE_VARIABLE
+from rankpilot.data.assets import ASSETS, write_manifest
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from .finetune.trainer_kinds import sizes, word_tokenizer

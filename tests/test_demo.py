@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from rankpilot.cost.savers import Saved
+from rankpilot.cost.saver_prices import Saved
 from rankpilot.errors import DataError
 
 from tools import demo

@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 from rankpilot.common.files import read_json_lines, read_object, read_text
 from rankpilot.common.text import format_bytes
-from rankpilot.cost.savers import Saved
+from rankpilot.cost.saver_prices import Saved
 from rankpilot.decide.log import DecisionRecord
 from rankpilot.decide.rate_control import KEEP
 from rankpilot.errors import DataError

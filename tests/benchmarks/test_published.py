@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rankpilot.common.files import read_json, read_object
+from rankpilot.cost.cards import device_table
 from rankpilot.cost.outlook import card_rates
-from rankpilot.cost.published import device_table
 
 from benchmarks import published_page
 from benchmarks.published import (

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json
-from rankpilot.cost.savers import ACTIVATIONS
+from rankpilot.cost.saver_prices import ACTIVATIONS
 from rankpilot.study.memory_here import default_task
 from transformers import (
     BertConfig,

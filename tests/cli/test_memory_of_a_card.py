@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -14,8 +15,9 @@ import peft
 import pytest
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json
-from rankpilot.cost import outlook
-from rankpilot.cost.outlook import Outlook, memory_of
+from rankpilot.cost import memory_of as memory_of_module
+from rankpilot.cost.memory_of import memory_of
+from rankpilot.cost.outlook import Outlook
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.study.memory_report import configuration_text
 from transformers import AlbertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, WhisperConfig
@@ -61,6 +63,22 @@ def test_a_short_answer_that_writes_nothing(
     assert "to spare" in " ".join(lines)
     assert not any("What each choice takes" in line or "Layers to checkpoint" in line for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_every_figure_is_described(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/command-line.md").read_text().partition("| field | what it is |")[2]
+    rows = [row.split("|")[1:3] for row in page.partition("\n\n")[0].splitlines()[2:]]
+    described = {name for field, _ in rows for name in re.findall(r"`(\w+)`", field)}
+    texts = {field.strip(" `"): set(re.findall(r"`(\w+)`", text)) for field, text in rows}
+    NARROW_KEYS.save_pretrained(tmp_path)
+    arguments = ["memory", str(tmp_path), "--device", "T4", "--batch-size", "2", "--max-length", "32", "--json"]
+    assert cli.run(arguments) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert set(figures) == described - {"model", "task", "device"}
+    assert figures["schema"] == 1
+    assert {"torch", "transformers"} <= set(figures["libraries"])
+    for name in ("choices", "grid", "exact_savers"):
+        assert set(figures[name][0]) <= texts[name], name
 
 
 @pytest.mark.parametrize(("wanted", "count"), [("True", 3), ("False", 0)])
@@ -158,7 +176,7 @@ def test_the_configuration_builds_the_ranks_that_were_priced(narrow_keys: Outloo
 def test_a_model_without_checkpointing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outlook, "memory_of", cache(memory_of))  # both commands show the same
+    monkeypatch.setattr(memory_of_module, "memory_of", cache(memory_of))  # both commands show the same
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "embedding_size": 16}
     AlbertConfig(vocab_size=64, num_hidden_layers=2, **sizes).save_pretrained(tmp_path / "albert")
     options = ["--device", "T4", "--max-length", "32", "--output", str(tmp_path / "card")]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rankpilot.cost.recording import BatchShape, padded, reshaped
+from rankpilot.cost.batch_shape import padded, reshaped
+from rankpilot.cost.recording import BatchShape
 
 END = 2
 

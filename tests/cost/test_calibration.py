@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from rankpilot.cost.batch_shape import shape_of
 from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.cost import plan_cost
-from rankpilot.cost.recording import BatchShape
 from rankpilot.errors import UnsupportedError
 from rankpilot.lora.targets import find_target_modules, guard_base
 from torch import nn
@@ -47,7 +47,7 @@ def test_quantised_layers_that_cast_their_biases_once_are_known_at_other_shapes(
     memory = run.calibrated()
     for rows, length in ((4, 12), (9, 7)):
         batch = tokens(rows, length)
-        cost = memory.cost(BatchShape.of(batch))
+        cost = memory.cost(shape_of(batch))
         for ranks in random_plans(run.targets, np.random.default_rng(0), 3):
             assert plan_cost(cost, ranks) == pytest.approx(run.peak(ranks, batch), rel=1e-9)
 

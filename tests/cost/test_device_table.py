@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rankpilot.cost.published import UNKNOWN_CONTEXT_BYTES, device_table, find_device_spec
+from rankpilot.cost.cards import UNKNOWN_CONTEXT_BYTES, device_table, find_device_spec
 from rankpilot.errors import UnknownNameError
 
 

@@ -13,7 +13,8 @@ import transformers
 from huggingface_hub import constants
 from rankpilot.cost import published
 from rankpilot.cost.from_config import base_on_meta, usual_class
-from rankpilot.cost.published import find_configuration, published_models, try_hub_once
+from rankpilot.cost.known_models import published_models
+from rankpilot.cost.published import find_configuration, try_hub_once
 from rankpilot.errors import AssetError, ConfigError, UnknownNameError
 from transformers import AutoConfig, LlamaConfig
 

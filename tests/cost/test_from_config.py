@@ -14,12 +14,13 @@ import pytest
 import torch
 import transformers as t
 from peft import PeftModel, prepare_model_for_kbit_training
-from rankpilot.cost.breakdown import frozen_bytes
 from rankpilot.cost.calibration import measure_memory
+from rankpilot.cost.cards import WORKSPACE_BYTES
+from rankpilot.cost.configured_step import LoadedAs
 from rankpilot.cost.cost import moment_costs, plan_cost
-from rankpilot.cost.from_config import PEFT_TYPES, LoadedAs, base_on_meta, from_config, usual_class
+from rankpilot.cost.from_config import PEFT_TYPES, base_on_meta, from_config, usual_class
 from rankpilot.cost.model import MemoryModel
-from rankpilot.cost.published import WORKSPACE_BYTES
+from rankpilot.cost.model_states import frozen_bytes
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.savers import ExactSavers
 from rankpilot.cost.step_config import OptimizerName, StepConfig
@@ -216,7 +217,7 @@ def test_quantised_bases_take_the_bytes_of_real_ones(name, quantization, double,
     loaded = LoadedAs(device="cpu", dtype=torch.bfloat16, double_quantization=double)
     memory, model, _ = real_memory(CONFIGURATIONS[name], step, loaded, base)
     hollow = from_config(CONFIGURATIONS[name], step, loaded)
-    assert hollow.frozen_bytes == frozen_bytes(model)
+    assert hollow.model.frozen_bytes == frozen_bytes(model)
     assert largest_price_error(hollow.memory, memory) == 0
 
 
@@ -227,11 +228,10 @@ def test_the_result_tells_of_the_base_and_of_other_shapes():
     step = from_config(
         "smollm2-135m", StepConfig(batch_size=2, max_length=64, target_modules="q_proj"), LoadedAs(device="cpu")
     )
-    assert step.parameters == 134_515_008
-    assert step.frozen_bytes == pytest.approx(2 * 134_515_008, rel=1e-4)  # and the buffers of rotary positions
-    assert step.workspace_bytes == 0
+    assert step.model.parameters == 134_515_008
+    assert step.model.frozen_bytes == pytest.approx(2 * 134_515_008, rel=1e-4)  # and the buffers of rotary positions
+    assert step.model.workspace_bytes == 0
     assert step.memory.shape == BatchShape(2, 64)
-    assert {parameter.device.type for parameter in step.model.parameters()} == {"meta"}
     ranks = np.full(len(step.targets), 8)
     small, large = (plan_cost(step.memory.cost(BatchShape(rows, 128)), ranks) for rows in (2, 8))
     assert 3 < large / small < 4.1
@@ -239,7 +239,7 @@ def test_the_result_tells_of_the_base_and_of_other_shapes():
 
 def test_cuda_rounds_up_and_takes_workspaces():
     step = from_config(CONFIGURATIONS["llama"], StepConfig(**STEP))
-    assert step.workspace_bytes == 2 * WORKSPACE_BYTES
+    assert step.model.workspace_bytes == 2 * WORKSPACE_BYTES
     base, _ = step.memory.sizes(BatchShape(4, 24))
     assert (base % 512 == 0).all()
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers as t
 from rankpilot.cost.allocator import CachingAllocator
-from rankpilot.cost.breakdown import frozen_bytes
-from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, base_on_meta, from_config
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.from_config import base_on_meta, from_config
+from rankpilot.cost.model_states import frozen_bytes
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError, UnknownNameError
 
@@ -99,7 +100,9 @@ def test_experts_stay_in_16_bits_where_nothing_quantises_them():
     pytest.importorskip("bitsandbytes")
     experts = 2 * 4 * 3 * 64 * 64
     frozen = {
-        (kept, prepare): step_of(MIXTRAL, {"quantization": "nf4", "prepare_kbit": prepare}, experts=kept).frozen_bytes
+        (kept, prepare): step_of(
+            MIXTRAL, {"quantization": "nf4", "prepare_kbit": prepare}, experts=kept
+        ).model.frozen_bytes
         for kept in ("transformers", "axolotl", "unsloth")
         for prepare in (False, True)
     }
@@ -136,7 +139,7 @@ def test_experts_of_a_real_layer_take_the_predicted_bytes():
         patch.setattr("rankpilot.cost.quantised.should_convert_module", lambda *_: False)
         hollow = from_config(MIXTRAL, quantised, LoadedAs(device="cpu", dtype=torch.bfloat16, experts="axolotl"))
     assert frozen_bytes(model) < plain
-    assert hollow.frozen_bytes == frozen_bytes(model)
+    assert hollow.model.frozen_bytes == frozen_bytes(model)
     assert largest_price_error(hollow.memory, memory) < 0.02
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rankpilot.cost.batch_shape import shape_of
 from rankpilot.cost.calibration import calibrate
 from rankpilot.cost.cost import moment_costs, plan_cost
 from rankpilot.cost.model import MemoryModel
@@ -67,7 +68,7 @@ def errors_of(
     generator = np.random.default_rng(1)
     for seed, (rows, length) in enumerate(shapes):
         batch = family_batch(ROWS[name], run.model, rows, length, seed)
-        shape = BatchShape.of(batch)
+        shape = shape_of(batch)
         cost = None if saved else memory.cost(shape)
         for ranks in random_plans(run.targets, generator, plans):
             if cost is None:
@@ -211,8 +212,8 @@ def test_one_calibration_predicts_fewer_and_more_rows_and_tokens(name, every):
     for rows, length in itertools.product(every, (5, 16)):
         batch = family_batch(ROWS[name], run.model, rows, length)
         short = 8 if rows == 1 and name == "llama" else 0
-        assert memory.saved(ranks, BatchShape.of(batch)) == run.saved(ranks, batch) - short
-        predicted, real = plan_cost(memory.cost(BatchShape.of(batch)), ranks), run.peak(ranks, batch)
+        assert memory.saved(ranks, shape_of(batch)) == run.saved(ranks, batch) - short
+        predicted, real = plan_cost(memory.cost(shape_of(batch)), ranks), run.peak(ranks, batch)
         assert real - short <= predicted <= real + short, (rows, length)
 
 
@@ -224,7 +225,7 @@ def test_calibration_on_any_shape_predicts_any_other(calibrated):
     ranks = np.full(len(run.targets), 2)
     for rows, length in ((2, 5), (4, 12), (8, 16)):
         batch = family_batch(ROWS["gpt2"], run.model, rows, length)
-        assert plan_cost(memory.cost(BatchShape.of(batch)), ranks) == pytest.approx(run.peak(ranks, batch), rel=EXACT)
+        assert plan_cost(memory.cost(shape_of(batch)), ranks) == pytest.approx(run.peak(ranks, batch), rel=EXACT)
 
 
 def test_batches_of_three_tokens_are_too_short_to_tell_of_others():
@@ -255,7 +256,7 @@ def test_batches_with_padding_are_predicted_from_batches_with_padding():
         if rows == 4:
             memory = run.calibrated(batch)
         for ranks in random_plans(run.targets, np.random.default_rng(0), 4):
-            assert memory.saved(ranks, BatchShape.of(batch)) == run.saved(ranks, batch)
+            assert memory.saved(ranks, shape_of(batch)) == run.saved(ranks, batch)
 
 
 # Costs of single ranks, optimisers and gradients -------------------------------------------------------------------

@@ -11,14 +11,15 @@ import rankpilot
 import transformers as t
 from rankpilot.common.text import format_bytes
 from rankpilot.cost.allocator import replay
-from rankpilot.cost.breakdown import frozen_bytes
 from rankpilot.cost.card_use import SLACK
-from rankpilot.cost.from_config import Shards
-from rankpilot.cost.outlook import Outlook, card_rates, memory_of
-from rankpilot.cost.published import find_device_spec
+from rankpilot.cost.cards import find_device_spec
+from rankpilot.cost.configured_step import Shards
+from rankpilot.cost.memory_of import memory_of
+from rankpilot.cost.outlook import Outlook, card_rates
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.study.memory_report import configuration_text, verdict_text
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 LAYERS = 4
 
@@ -75,19 +76,20 @@ def test_usual_sizes(given: dict[str, int], continues: bool, positions: int | No
 
 def test_several_gpus_share_what_their_scheme_shares() -> None:
     step, plan = llama("24GiB")._free, llama("24GiB").plan(LAYERS, 8)
-    whole, layer = step.frozen_bytes, frozen_bytes(step.model.get_base_model().model.layers[0])
+    decoder = LlamaDecoderLayer(t.LlamaConfig(**LLAMA), 0)
+    whole, layer = step.model.frozen_bytes, 2 * sum(parameter.numel() for parameter in decoder.parameters())
     outside = whole - LAYERS * layer
     trained = sum(rank * (target.d_in + target.d_out) for rank, target in zip(plan.tolist(), step.targets, strict=True))
     ddp, fsdp, zero = (Shards(4, sharding).of(step) for sharding in ("ddp", "fsdp2", "zero3"))
     peak, of_ddp, of_fsdp = (each.memory.with_checkpointed(()).peak(plan) for each in (step, ddp, fsdp))
     assert Shards().of(step) is step
-    assert ddp.frozen_bytes == whole
+    assert ddp.model.frozen_bytes == whole
     assert of_ddp - peak == 4 * trained  # its buckets, of fp32
-    assert 0 <= fsdp.frozen_bytes - (whole / 4 + 2 * layer + outside) < 100  # rounded up by tensor
+    assert 0 <= fsdp.model.frozen_bytes - (whole / 4 + 2 * layer + outside) < 100  # rounded up by tensor
     assert peak - of_fsdp == pytest.approx(0.75 * 3 * 4 * trained, rel=0.01)  # weights and two moments
     replayed = [replay(each.memory, plan, []).allocated for each in (step, fsdp)]
     assert replayed[0] - replayed[1] == pytest.approx(peak - of_fsdp, rel=0.05), "on the card as in the model of bytes"
-    assert 0 <= zero.frozen_bytes - 1.25 * whole < 100  # a model below a billion parameters is gathered whole
+    assert 0 <= zero.model.frozen_bytes - 1.25 * whole < 100  # a model below a billion parameters is gathered whole
 
 
 @pytest.mark.parametrize(
@@ -189,10 +191,10 @@ def test_rows_are_no_longer_than_the_positions(config: t.PreTrainedConfig, lengt
 def test_models_without_positions_take_rows_of_any_length() -> None:
     t5 = t.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
     outlook = memory_of(t5, "24GiB", batch_size=1, max_length=600)
-    assert outlook.step.positions is None
+    assert outlook.step.model.positions is None
     assert max(cell.shape.length for cell in outlook.grid) == 8192
     mamba = t.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=8)
-    assert memory_of(mamba, "24GiB", batch_size=4, max_length=16, target_modules="in_proj").step.positions is None
+    assert memory_of(mamba, "24GiB", batch_size=4, max_length=16, target_modules="in_proj").step.model.positions is None
 
 
 def test_a_rank_is_no_higher_than_the_widest_module() -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from rankpilot.cost import from_config as from_config_module
 from rankpilot.cost import repeated_layers as module
-from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.from_config import from_config
 from rankpilot.cost.step_config import StepConfig
 from torch import nn
 from transformers import AutoConfig

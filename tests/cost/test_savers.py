@@ -15,13 +15,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot import Decision, Observation
 from rankpilot.cost.card_use import SLACK
+from rankpilot.cost.cards import find_device_spec
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.cost import ByteCost
-from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
+from rankpilot.cost.from_config import from_config
 from rankpilot.cost.later_logits import LaterLogits
 from rankpilot.cost.live_storages import LivePeak
 from rankpilot.cost.outlook import Outlook
-from rankpilot.cost.published import find_device_spec
-from rankpilot.cost.savers import ACTIVATIONS, CACHE, COPIES, SAVERS, TILES, ExactSavers
+from rankpilot.cost.saver_prices import ACTIVATIONS, CACHE, COPIES, TILES
+from rankpilot.cost.savers import SAVERS, ExactSavers
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.finetune.put_back import LayerCheckpointing
 from rankpilot.lora.adapters import signal_buffer_bytes

@@ -13,11 +13,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.cost import loss_tiles
+from rankpilot.cost.batch_shape import reshaped
 from rankpilot.cost.later_logits import tiled_causal_lm_loss, use_tiled_loss
-from rankpilot.cost.recording import BatchShape, reshaped
-from rankpilot.cost.savers import TILES as TILED
+from rankpilot.cost.recording import BatchShape
+from rankpilot.cost.saver_prices import TILES as TILED
 from rankpilot.cost.savers import ExactSavers
-from rankpilot.cost.tiled_loss import LEAST_TOKENS, TILES
+from rankpilot.cost.tile_size import LEAST_TOKENS, TILES
 from rankpilot.errors import UnsupportedError
 from rankpilot.finetune.before_training import run_memory
 from rankpilot.finetune.put_back import LayerCheckpointing

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rankpilot.cost.allocator import replay
-from rankpilot.cost.breakdown import frozen_sizes
 from rankpilot.cost.card_use import SLACK, CardUse, card_use
-from rankpilot.cost.from_config import ConfiguredStep, LoadedAs, from_config
-from rankpilot.cost.published import DeviceSpec, find_device_spec
+from rankpilot.cost.cards import DeviceSpec, find_device_spec
+from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
+from rankpilot.cost.from_config import from_config
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.step_config import StepConfig
 from transformers import LlamaConfig
@@ -28,12 +28,12 @@ def step() -> ConfiguredStep:
 
 def use_of(step: ConfiguredStep, **options: object) -> CardUse:
     ranks = np.full(len(step.targets), 8)
-    return card_use(step.memory, ranks, frozen_sizes(step.model), CARD, **options)  # type: ignore[arg-type]
+    return card_use(step.memory, ranks, step.model.frozen, CARD, **options)  # type: ignore[arg-type]
 
 
 def test_the_parts_add_up_and_are_those_of_the_byte_model(step):
     use = use_of(step)
-    assert use.base_bytes == step.frozen_bytes == sum(frozen_sizes(step.model))
+    assert use.base_bytes == step.model.frozen_bytes == sum(step.model.frozen)
     priced = step.memory.peak(np.full(len(step.targets), 8))
     # The allocator rounds each tensor, and has the workspaces.
     assert use.step_bytes + use.margin_bytes == pytest.approx(priced + CARD.workspace_bytes, rel=0.02)
@@ -68,7 +68,7 @@ def test_evaluation_counts_where_it_is_the_peak(step):
 
 
 def test_accumulated_gradients_and_rank_count(step):
-    loaded = frozen_sizes(step.model)
+    loaded = step.model.frozen
     sums = replace(step.memory, accumulates=True)
     few, many = (np.full(len(step.targets), rank) for rank in (4, 64))
     assert replay(sums, many, loaded).allocated >= replay(step.memory, many, loaded).allocated

@@ -129,7 +129,7 @@ def test_a_cached_asset_needs_neither_pip_nor_a_writable_cache(tiny: Asset, monk
     first = assets.fetch_asset("tiny")
     forbid_pip(monkeypatch)
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: pytest.fail("the cache was written"))
-    monkeypatch.setattr(assets, "FileLock", lambda _: pytest.fail("a lock was taken"))
+    monkeypatch.setattr("filelock.FileLock", lambda _: pytest.fail("a lock was taken"))
     assert assets.fetch_asset("tiny") == first
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rankpilot.cost.breakdown import frozen_bytes
+from rankpilot.cost.model_states import frozen_bytes
 from rankpilot.cost.step_config import Quantization
 from rankpilot.data.models import adapt, load_model
 from rankpilot.data.task import Task

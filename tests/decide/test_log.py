@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from rankpilot.cost.cost import ByteCost, ParameterCost, TimedCost
-from rankpilot.cost.savers import Saved
+from rankpilot.cost.saver_prices import Saved
 from rankpilot.decide.choice import Choice
 from rankpilot.decide.log import DecisionLog, DecisionRecord
 from rankpilot.decide.observation import MODULE_FEATURES, RUN_FEATURES, Observation

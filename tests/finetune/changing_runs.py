@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from rankpilot.cost.savers import ACTIVATIONS, COPIES, ROUTED, TILES, ExactSavers
+from rankpilot.cost.saver_prices import ACTIVATIONS, COPIES, ROUTED, TILES
+from rankpilot.cost.savers import ExactSavers
 from rankpilot.finetune.prefix_cache import PrefixCache, Room
 from rankpilot.finetune.put_back import LayerCheckpointing
 from torch import nn

@@ -12,8 +12,9 @@ import torch
 import transformers as t
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot import RankPilot, TrainingRun
+from rankpilot.cost.configured_step import LoadedAs
 from rankpilot.cost.cost import plan_cost
-from rankpilot.cost.from_config import LoadedAs, base_on_meta, from_config, usual_class
+from rankpilot.cost.from_config import base_on_meta, from_config, usual_class
 from rankpilot.cost.savers import ExactSavers
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError, UnsupportedError

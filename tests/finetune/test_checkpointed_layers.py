@@ -15,7 +15,7 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.cost.savers import Saved
+from rankpilot.cost.saver_prices import Saved
 from rankpilot.decide.chooser import PlanChooser
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.observation import Observation

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rankpilot.cost.recording import Batch
+from rankpilot.cost.batch_shape import Batch
 from rankpilot.finetune.batch_rows import NEXT_TOKENS, ROWS, SUM, TOKENS
 from rankpilot.finetune.exact_parts import Exactness, exactness_of
 from rankpilot.finetune.run import TrainingRun

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json
-from rankpilot.cost.outlook import Outlook, memory_of
+from rankpilot.cost.memory_of import memory_of
+from rankpilot.cost.outlook import Outlook
 from rankpilot.errors import DataError
 from rankpilot.study.lengths import lengths_figures, read_lengths, steps_of_lengths
 from transformers import LlamaConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,11 @@ from rankpilot.common.files import read_json
 from rankpilot.common.text import layer_titles
 from rankpilot.cost.breakdown import KINDS, LOSS, Breakdown
 from rankpilot.cost.card_use import CardUse
-from rankpilot.cost.from_config import LoadedAs, Shards
+from rankpilot.cost.cards import find_device_spec
+from rankpilot.cost.configured_step import LoadedAs, LoadedModel, Shards
 from rankpilot.cost.outlook import Choice, GridCell, MeasuredStep
-from rankpilot.cost.published import find_device_spec
 from rankpilot.cost.recording import BatchShape
-from rankpilot.cost.savers import ACTIVATIONS, Saved
+from rankpilot.cost.saver_prices import ACTIVATIONS, Saved
 from rankpilot.study.memory_config import MemoryConfig
 from rankpilot.study.memory_report import (
     choice_table,
@@ -29,12 +30,12 @@ from rankpilot.study.memory_report import (
     notes,
     picture_labels,
     remarks,
+    saver_table,
     subject,
     verdict_text,
     write_memory_report,
 )
 from rankpilot.study.pictures import memory_picture
-from rankpilot.study.verdict import saver_table
 from rich.console import Console
 from rich.table import Table
 
@@ -69,7 +70,21 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         verdict: Any = use.verdict if use else ("fits" if total <= 0.6 * whole else "does not fit") if budget else None
         checkpointed = tuple(f"layer.{number}" for number in range(again))
         time = 1 + again / 100 if card else None
-        made = Choice(kind, rank, layers, checkpointed, ranks, total, use, time, verdict, SHAPE, label, _memory=None)
+        within = None if verdict is None else verdict == "fits"
+        made = Choice(
+            kind,
+            rank,
+            layers,
+            checkpointed,
+            ranks,
+            total,
+            time,
+            SHAPE,
+            label,
+            _memory=None,
+            _use=lambda: use,
+            _within=within,
+        )
         scales[id(made)] = scale
         return made
 
@@ -83,16 +98,11 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
     )
     return SimpleNamespace(
         step=SimpleNamespace(
-            parameters=30e6,
-            frozen_bytes=90 * MIB,
             targets=targets,
             saved=SAVED,
-            fused=0,
-            named=(),
+            libraries={},
             loaded=LoadedAs(),
-            model=SimpleNamespace(
-                peft_config={"default": SimpleNamespace(modules_to_save=None)}, modules=lambda: (), config=None
-            ),
+            model=LoadedModel("LlamaForCausalLM", tuple(targets), int(30e6), (90 * MIB,)),
         ),
         memory=SimpleNamespace(shape=SHAPE),
         shards=Shards(),
@@ -107,6 +117,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         checkpointed_bytes=0.25 * whole,
         limit_bytes=CARD.memory_bytes if card else 0.6 * whole if budget else None,
         choices=choices,
+        by_depth=lambda: choices,
         best=choices[0] if card else None,
         main=choices[0],
         grid=(),
@@ -210,7 +221,7 @@ def test_experts_are_told_and_nf4_is_not_advised_for_them() -> None:
     here = outlook(card=True)
     here.best = None
     assert "Take --quantization nf4, a smaller model" in verdict_text(here)
-    here.step.fused, here.step.named = 27e6, ("k_proj", "q_proj")
+    here.step.model = replace(here.step.model, fused=int(27e6), named=("k_proj", "q_proj"))
     assert "No batch of the grid fits. Take a smaller model" in verdict_text(here)
     assert any(note.startswith("90% of the weights are experts in fused parameters") for note in notes(here))
     here.best = here.choices[0]

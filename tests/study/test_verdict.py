@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rankpilot.common.files import append_json_line, read_json, write_json
-from rankpilot.cost.savers import Saved
+from rankpilot.cost.saver_prices import Saved
 from rankpilot.decide.choice import Choice
 from rankpilot.plan.goal import Goal
 from rankpilot.study.run_data import RunData, read_run

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rankpilot.cost.savers import Saved
+from rankpilot.cost.saver_prices import Saved
 from rankpilot.decide.choice import Choice
 from rankpilot.decide.log import DecisionLog, DecisionRecord
 from rankpilot.decide.observation import Observation

@@ -1,0 +1,167 @@
+"""The shape of a batch, and batches of other shapes: what small steps are recorded on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .recording import BatchShape
+
+Batch = Any
+"""What a loss function takes: as a rule keyword arguments of the model, in any nesting of mappings and lists."""
+
+
+def shape_of(batch: Batch) -> BatchShape:
+    """Read the shape: the tensors' first axis holds rows; the second holds tokens if there are just two axes.
+
+    A tensor with one axis tells the rows only where no other does: packed rows have the limits of their texts in
+    one.
+    """
+    tensors = tensors_of(batch)
+    most = min(max((tensor.dim() for tensor in tensors), default=0), 2)
+    rows = max((tensor.shape[0] for tensor in tensors if tensor.dim() >= max(most, 1)), default=1)
+    return BatchShape(rows, max((t.shape[1] for t in tensors if _has_tokens(t, rows)), default=1))
+
+
+MASK, PLACES = "attention_mask", "position_ids"
+
+
+LIMITS, LONGEST = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
+"""Where the texts of a row without padding begin and end, int32 (texts + 1,), and the tokens of the longest one."""
+
+
+def _has_tokens(tensor: torch.Tensor, rows: int) -> bool:
+    return tensor.dim() == 2 and tensor.shape[0] == rows and not tensor.is_floating_point()
+
+
+def tensors_of(batch: Batch) -> list[torch.Tensor]:
+    """The tensors of a batch, in any nesting of mappings and lists."""
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors_of(item)]
+
+
+def map_tensors(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    """The batch with each tensor changed, and everything else as it is; mappings become dictionaries."""
+    if isinstance(batch, torch.Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {name: map_tensors(item, change) for name, item in batch.items()}
+    if type(batch) in (list, tuple):
+        return type(batch)(map_tensors(item, change) for item in batch)
+    return batch
+
+
+def padded(batch: Batch) -> Batch:
+    """The same batch with its last token masked, because models skip work if a mask masks nothing.
+
+    So is that of each part of it that has a mask of its own, such as the "chosen_attention_mask" of pairs of answers.
+    """
+    masks = {name: mask.clone() for name, mask in _masks(batch).items() if mask.dim() == 2}
+    for mask in masks.values():  # padding is on the left if the first column has any
+        mask[-1, 0 if mask.shape[1] > 1 and not mask[:, 0].all() else -1] = 0
+    return {**batch, **masks} if masks else batch
+
+
+def in_texts(batch: Batch) -> Batch:
+    """The same batch with its last token as a text of its own, because models skip work if each row is one text."""
+    if not _tells_places(batch) or _holds_texts(batch):
+        return batch
+    places = batch[PLACES].clone()
+    places[-1, -1] = 0
+    return {**batch, PLACES: places}
+
+
+def _tells_places(batch: Batch) -> bool:
+    places = batch.get(PLACES) if isinstance(batch, Mapping) else None
+    return isinstance(places, torch.Tensor) and places.dim() == 2 and places.shape[1] > 1
+
+
+def _holds_texts(batch: Batch) -> bool:
+    """Whether a row holds several texts, at each of which positions begin again."""
+    return _tells_places(batch) and bool((batch[PLACES].diff() != 1).any())
+
+
+def has_no_padding(batch: Batch) -> bool:
+    """Whether a batch has a mask that masks nothing; models may skip work then."""
+    masks = _masks(batch)
+    return bool(masks) and all(bool(mask.all()) for mask in masks.values())
+
+
+def _masks(batch: Batch) -> dict[str, torch.Tensor]:
+    """The masks of a batch by their names."""
+    named = batch.items() if isinstance(batch, Mapping) else ()
+    return {name: part for name, part in named if str(name).endswith(MASK) and isinstance(part, torch.Tensor)}
+
+
+def reshaped(batch: Batch, shape: BatchShape, rows_per_example: int = 1) -> Batch:
+    """The batch cut or repeated to a shape.
+
+    A tensor shorter than the longest (labels of an encoder-decoder) changes in proportion. If the batch has padding,
+    so does the result, and if a row holds several texts, one does in the result.
+
+    Args:
+        batch: the batch.
+        shape: its rows are a multiple of `rows_per_example`.
+        rows_per_example: rows that one example takes, one after the other in blocks: two where a batch holds all
+            chosen answers and then all rejected ones. Tensors with a row for each example change alike.
+    """
+    old = shape_of(batch)
+    before, after = old.rows // rows_per_example, shape.rows // rows_per_example
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.dim() or tensor.shape[0] not in (old.rows, before):
+            return tensor
+        has_tokens = _has_tokens(tensor, old.rows)
+        blocks = tensor.reshape(-1, before, *tensor.shape[1:])[:, _cycled(after, before, tensor)]
+        tensor = blocks.flatten(0, 1)
+        if has_tokens:
+            length = -(-tensor.shape[1] * shape.length // old.length)
+            tensor = tensor[:, _cycled(length, tensor.shape[1], tensor)]
+        return tensor
+
+    result = _with_ends(map_tensors(batch, change), batch)
+    result = _with_limits(result, shape.rows * shape.length, old.rows * old.length)
+    result = in_texts(result) if _holds_texts(batch) else result
+    return result if all(bool(mask.all()) for mask in _masks(batch).values()) else padded(result)
+
+
+def _with_limits(result: Batch, tokens: int, before: int) -> Batch:
+    """A batch of so many tokens, and of others before, whose texts in one row have their limits beside it.
+
+    Flash attention reads up to the last limit without a check, so all limits move alike, and as many texts are left.
+    """
+    if not isinstance(result, Mapping):
+        return result
+    moved = {name: (result[name].long() * tokens // before).int() for name in LIMITS if result.get(name) is not None}
+    longest = {name: -(-result[name] * tokens // before) for name in LONGEST if result.get(name) is not None}
+    return {**result, **moved, **longest}
+
+
+def _with_ends(result: Batch, batch: Batch) -> Batch:
+    """A batch that was cut or made longer, with the last token of each row as often as in the batch before.
+
+    Encoder-decoders that classify look for their end token, and refuse a batch whose rows have different numbers of it.
+    """
+    whole = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(whole, torch.Tensor) or whole.dim() != 2 or not isinstance(result, Mapping):
+        return result
+    tokens = result["input_ids"].clone()
+    length, before = tokens.shape[1], whole.shape[1]
+    rows = _cycled(len(tokens), len(whole), whole)
+    mask = _masks(batch).get(MASK)
+    if length > before:
+        tokens[:, before:] = whole[rows, :1]
+    elif length < before and (mask is None or mask.shape == whole.shape):
+        real = torch.ones_like(whole) if mask is None else mask
+        last = (real * torch.arange(before, device=whole.device)).argmax(dim=1)[rows]
+        tokens[:, -1] = torch.where(last >= length, whole[rows, last], tokens[:, -1])
+    return {**result, "input_ids": tokens}
+
+
+def _cycled(count: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """`count` indices into an axis of this size, starting over at its end."""
+    return torch.arange(count, device=like.device) % size

@@ -1,0 +1,57 @@
+"""The models that are known by name, with their configurations.
+
+Nothing here loads a library: a name is refused, or answered, before that.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import AssetError, UnknownNameError
+
+_MODELS = Path(__file__).with_name("published_models.json")
+
+
+_VARIANTS = ("-instruct", "-it", "-pt", "-chat", "-base")
+"""Ends of names of models that have the sizes of the model without them."""
+
+
+_MIRRORS = ("nousresearch", "unsloth")
+"""Owners of copies of others' models, with the same sizes and names."""
+
+
+@cache
+def published_models() -> dict[str, dict[str, Any]]:
+    """The models of the table by short name ("llama-3.1-8b").
+
+    Each has "owner" (of the Hugging Face id), "parameters" (their published number, without the head of a classifier)
+    and "config" (fields of the configuration).
+    """
+    table: dict[str, dict[str, Any]] = json.loads(_MODELS.read_text())
+    return table
+
+
+def check_known(name: str) -> None:
+    """Raise UnknownNameError or AssetError for a model whose configuration is neither known nor a path or an id."""
+    if Path(name).expanduser().exists():
+        return
+    if name.startswith((".", "/", "~")) or name.endswith(".json"):
+        path = Path(name).expanduser()
+        raise AssetError(f"There is no configuration at {path}. Give a folder with a config.json, or the file itself.")
+    if "/" not in name and not short_name(name):
+        hint = "A folder with a config.json or a Hugging Face id works too."
+        raise UnknownNameError.of("model", name, published_models(), hint)
+
+
+def short_name(name: str) -> str:
+    """The name in the table that an id or a name would have."""
+    owner, _, model = name.lower().rpartition("/")
+    model = model.removeprefix("meta-").replace("-instruct-", "-")
+    for candidate in (model, *(model.removesuffix(variant) for variant in _VARIANTS)):
+        entry = published_models().get(candidate)
+        if entry is not None and owner in ("", entry["owner"].lower(), *_MIRRORS):
+            return candidate
+    return ""

@@ -1,0 +1,203 @@
+"""What a LoRA fine-tune takes on a card, asked by the model's name or configuration.
+
+torch and transformers are loaded only for what no file tells (`cost/stored_step.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..common.checks import is_count
+from ..common.files import cache_folder, read_object
+from ..errors import ConfigError, UnknownNameError, shown
+from ..lora.spec import REFERENCE_RANK, check_rank
+from .cards import DeviceSpec, find_device_spec
+from .configured_step import DTYPES, ConfiguredStep, Implementation, LoadedAs, Sharding, Shards
+from .known_models import check_known, published_models, short_name
+from .outlook import Outlook
+from .step_config import StepConfig, check_length
+from .stored_step import StepFile, StoredStep, step_key, versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .from_config import StepRecorder
+
+_OF_LOAD = {each.name for each in fields(LoadedAs)} - {"device", "dtype", "attention", "padded", "implementation"}
+"""Settings of `LoadedAs` that `memory_of` takes by their names."""
+
+
+def _dtype_on(card: DeviceSpec, dtype: str | None) -> str:
+    """The precision that is asked for, if it is one, or else that of the card."""
+    dtype = dtype or ("bf16" if card.has_bf16 else "fp16")
+    if dtype not in DTYPES:
+        raise UnknownNameError.of("dtype", dtype, DTYPES)
+    return dtype
+
+
+def memory_of(
+    model: str | PreTrainedConfig,
+    card: str,
+    *,
+    rank: int = REFERENCE_RANK,
+    dtype: str | None = None,
+    padded: bool = False,
+    gpus: int = 1,
+    sharding: Sharding = "ddp",
+    attention: Implementation | Literal["math"] | None = None,
+    lora_dropout: float = 0.0,
+    **settings: Any,
+) -> Outlook:
+    """What a LoRA fine-tune of a model takes on a card, from its configuration alone.
+
+    Args:
+        model: a short name ("qwen3-8b"), a Hugging Face id, a folder or a config.json, or a configuration.
+        card: a card of the table ("RTX 4090") or its memory ("24GiB").
+        rank: on all modules; a module that is narrower has its own width.
+        dtype: of the frozen model: "bf16", "fp16" or "fp32"; by default bf16 where the card has it, else fp16. Steps
+            compute under bf16 autocast with bf16.
+        padded: whether rows of a batch are padded, which takes other attention kernels.
+        gpus: how many such cards train together, each with its own batch; figures are of one.
+        sharding: what they share: "ddp", "fsdp2" or "zero3"; see `Shards`.
+        attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa where no fused kernel is there.
+        lora_dropout: see `peft.LoraConfig`.
+        settings: of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments, adapter ...; and of
+            `StepConfig`: batch_size, max_length, quantization, optimizer, target_modules, accumulation,
+            gradient_checkpointing (of all layers, of none, or "auto": as few as fit). Sizes are as usual in commands.
+
+    Returns:
+        The outlook: `best`, `choices` and `grid`, computed when they are asked for.
+
+    Raises:
+        UnknownNameError, AssetError: there is no such model, card or setting.
+        ConfigError: a setting is out of range, a row is longer than the model has positions, no module is as wide as
+            the rank, or the model reads no tokens.
+        UnsupportedError: the model's step cannot be predicted.
+
+    Example:
+        >>> rankpilot.memory_of("qwen3-8b", "24GiB", quantization="nf4", batch_size=4).best  # doctest: +SKIP
+    """
+    spec, shards = find_device_spec(card), Shards(gpus, sharding)
+    dtype = _dtype_on(spec, dtype)
+    of_load = {name: settings.pop(name) for name in _OF_LOAD & set(settings)}
+    _check(rank, settings)
+    loaded = LoadedAs(
+        dtype=dtype,
+        attention="math" if attention == "math" else "auto" if spec.has_flash_attention else "efficient",
+        padded=padded,
+        implementation=None if attention == "math" else attention,
+        adapter=dict(of_load.pop("adapter", {})) | ({"lora_dropout": lora_dropout} if lora_dropout else {}),
+        **of_load,
+    )
+    asked = AskedStep(model, StepConfig(**{"bf16": dtype == "bf16"} | settings), loaded)
+    configured, step = asked.configured()
+    check_rank(rank, configured.targets)
+    return Outlook(configured, rank, step, card=spec, dtype=dtype, shards=shards)
+
+
+def _check(rank: object, settings: Mapping[str, Any]) -> None:
+    """Raise UnknownNameError or ConfigError for what is no setting of a step, or no rank."""
+    known = {each.name for each in fields(StepConfig)}
+    for name in settings:
+        if name not in known:
+            raise UnknownNameError.of("setting of a step", name, known | _OF_LOAD)
+    if not is_count(rank):
+        raise ConfigError(f"rank is at least 1, a whole number; got {shown(rank)}.")
+
+
+@dataclass(frozen=True)
+class AskedStep:
+    """A step as far as its recording depends on it.
+
+    Attributes:
+        model: see `memory_of`.
+        settings: of the step; the batch, the optimizer and checkpointing do not matter.
+        loaded: how the model is loaded.
+    """
+
+    model: str | PreTrainedConfig
+    settings: StepConfig
+    loaded: LoadedAs = field(default_factory=lambda: LoadedAs(dtype="bf16"))
+
+    @property
+    def key(self) -> str:
+        """The key of its file, in which only settings count that are not the usual ones."""
+        usual = asdict(LoadedAs())
+        loaded = {name: value for name, value in asdict(self.loaded).items() if value != usual[name]}
+        step = {name: getattr(self.settings, name) for name in _RECORDED}
+        return step_key(_fields(self.model), loaded | step)
+
+    def configured(self) -> tuple[ConfiguredStep, StepConfig]:
+        """The step, and its settings with a batch of the usual size in place of none."""
+        source = self.stored()
+        model = source.model
+        step = self.settings.sized(continues=model.continues, positions=model.positions)
+        if not self.loaded.packed:
+            check_length(step.max_length, model.positions)
+        found = source.configured(step)
+        if step.gradient_checkpointing is True and not found.memory.segments:
+            self.recorder(optional=False)  # which tells that the model has none
+        return found, step
+
+    def stored(self) -> StoredStep:
+        """The step, from the files that are there."""
+        key = self.key
+        path = cache_folder() / "steps" / f"{key}.xz"
+        file = StepFile.read(path, key)
+        if file is None or file.text["versions"] != versions():
+            file = StepFile.read(shipped(self.model, self.settings), key) or StepFile(key)
+        return StoredStep(file, self.recorder, path, self.loaded)
+
+    def recorder(self, *, optional: bool = True) -> StepRecorder:
+        """What records the step with all layers checkpointed; with `optional`, with none where the model cannot."""
+        from .from_config import StepRecorder
+
+        step = replace(self.settings, gradient_checkpointing=True)
+        return StepRecorder(self.model, step, self.loaded, checkpointing_optional=optional)
+
+
+_RECORDED = ("quantization", "prepare_kbit", "target_modules", "target_parameters", "bf16")
+
+
+def shipped(model: str | PreTrainedConfig, settings: StepConfig) -> Path:
+    """The file that ships for a model that is known by name, if any does."""
+    name = short_name(model) if isinstance(model, str) else ""
+    return Path(__file__).with_name("recorded") / f"{name or 'unknown'}-{settings.quantization}.xz"
+
+
+def _fields(model: str | PreTrainedConfig) -> Mapping[str, Any]:
+    """The fields of a model's configuration, read without transformers where a file or the table has them."""
+    if not isinstance(model, str):
+        from transformers import PreTrainedConfig
+
+        if not isinstance(model, PreTrainedConfig):
+            raise ConfigError(f"model is a name, a path or a transformers configuration; got {shown(model)}.")
+        return _plain(model)
+    check_known(model)
+    path = Path(model).expanduser()
+    if not path.exists() and (short := short_name(model)):
+        fields: Mapping[str, Any] = published_models()[short]["config"]
+        return fields
+    with suppress(OSError, ValueError):
+        if place := path if path.exists() else _downloaded(model):
+            return read_object(place / "config.json" if place.is_dir() else place)
+    from .published import find_configuration
+
+    return _plain(find_configuration(model))  # which downloads it, or tells what is wrong
+
+
+def _plain(config: PreTrainedConfig) -> Mapping[str, Any]:
+    fields: Mapping[str, Any] = config.to_dict()
+    return fields
+
+
+def _downloaded(name: str) -> Path | None:
+    """The configuration of a Hugging Face id in the cache of its library; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found) if isinstance(found, str) else None

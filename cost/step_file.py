@@ -1,0 +1,367 @@
+"""Files of recorded steps: arrays in the safetensors format and a JSON text among them, compressed as a whole.
+
+Layers are alike, so that their storages differ by steady steps: times are written as differences, sets of modules as
+numbers into a table, whole numbers in as few bytes as they need. What is left compresses to some per cent. Files are
+read by numpy alone, and a damaged one is told by its check sum.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from ..common.arrays import Arrays, IntArray
+from ..errors import DataError, first_line
+from .cost import ModuleSet
+from .growth import Growth
+from .model import RANK, MemoryModel, ModelStates
+from .recording import NEVER, BatchShape, Recording, Segment
+from .step_time import StepWork
+from .tile_size import TileSize, TileTokens
+from .work_growth import WorkGrowth
+
+MOST_BYTES = 2**28
+"""Bytes that a file unpacks to, at most."""
+
+Json = dict[str, Any]
+
+_TEXT = "text"
+
+
+def packed(arrays: Mapping[str, NDArray[Any]], text: Json, *, small: bool) -> bytes:
+    """A file of arrays by name and a JSON text; `small` takes seconds, to find out how often layers repeat."""
+    lags = {name: _lag(array) for name, array in arrays.items() if small and array.dtype.kind == "i"}
+    plain = {name: np.ascontiguousarray(_narrow(_lagged(array, lags.get(name, 0)))) for name, array in arrays.items()}
+    said = json.dumps([text, {name: lag for name, lag in lags.items() if lag}])
+    content = save({**plain, _TEXT: np.frombuffer(said.encode(), dtype=np.uint8)})
+    return lzma.compress(content, preset=9 if small else 1)
+
+
+def unpacked(content: bytes) -> tuple[Arrays, Json]:
+    """The arrays and the text of a file.
+
+    Raises:
+        DataError: it is damaged, or too large.
+    """
+    reader = lzma.LZMADecompressor()
+    try:
+        plain = reader.decompress(content, max_length=MOST_BYTES)
+        if not reader.eof:
+            raise DataError(f"It is cut off, or unpacks to more than {MOST_BYTES:,} bytes.")
+        arrays = load(plain)
+        text, lags = json.loads(arrays.pop(_TEXT).tobytes())
+        arrays |= {name: _unlagged(arrays[name], lag) for name, lag in lags.items()}
+    except (lzma.LZMAError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"It is no file of a recorded step: {first_line(error)}") from error
+    return arrays, text
+
+
+_LONGEST_LAG, _SEARCHED = 2000, 6000
+
+
+def _lag(values: NDArray[Any]) -> int:
+    """After how many rows a table repeats itself, but for steady steps, so that fewest changes are left; 0 for none."""
+    column = (values if values.ndim == 1 else values[:, 0])[-_SEARCHED:].astype(np.int64)
+    best, least = 0, np.count_nonzero(np.diff(column))
+    for lag in range(1, min(_LONGEST_LAG, len(column) // 3)):
+        changes = np.count_nonzero(np.diff(column[lag:] - column[:-lag]))
+        if changes < least:
+            best, least = lag, changes
+    return best
+
+
+def _lagged(values: NDArray[Any], lag: int) -> NDArray[Any]:
+    """The difference of each row from the one so many rows before."""
+    if not lag:
+        return values
+    changed = values.astype(np.int64)
+    changed[lag:] -= values[:-lag]
+    return changed
+
+
+def _unlagged(changed: NDArray[Any], lag: int) -> NDArray[Any]:
+    rest = changed.shape[1:]
+    whole = np.zeros((-(-len(changed) // lag) * lag, *rest), dtype=np.int64)
+    whole[: len(changed)] = changed
+    summed: NDArray[Any] = whole.reshape(-1, lag, *rest).cumsum(axis=0).reshape(-1, *rest)
+    return summed[: len(changed)]
+
+
+def _halves(columns: Mapping[str, NDArray[Any]], forward: int) -> Arrays:
+    """Columns cut behind the forward pass: layers come the other way round in the backward pass."""
+    cut = {name: column[..., :forward] for name, column in columns.items()}
+    return cut | {f"{name}{_BACKWARD}": column[..., forward:] for name, column in columns.items()}
+
+
+def _whole(arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+    """The arrays with those columns whole again."""
+    halves = {name: half for name, half in arrays.items() if name.endswith(_BACKWARD)}
+    both = {(whole := name.removesuffix(_BACKWARD)): (arrays[whole], half) for name, half in halves.items()}
+    joined = {name: np.concatenate(pair, axis=-1) for name, pair in both.items()}
+    return {name: array for name, array in arrays.items() if name not in halves} | joined
+
+
+_BACKWARD = ", backward"
+
+
+_NUMBER = re.compile(r"(?<=\.)(\d+)(?=\.|$)")
+
+
+def names_alike(names: Sequence[str]) -> list[str]:
+    """Names in which the first number is told by the one before: "=" for the same, "+" for the next."""
+    written, last = [], -1
+    for name in names:
+        if found := _NUMBER.search(name):
+            number = int(found[1])
+            told = "=" if number == last else "+" if number == last + 1 else found[1]
+            name, last = name[: found.start()] + told + name[found.end() :], number
+        written.append(name)
+    return written
+
+
+_TOLD = re.compile(r"(?<=\.)(\d+|=|\+)(?=\.|$)")
+
+
+def names_told(written: Sequence[str]) -> tuple[str, ...]:
+    """The names that `names_alike` wrote."""
+    names, last = [], -1
+    for name in written:
+        if found := _TOLD.search(name):
+            last = last if found[1] == "=" else last + 1 if found[1] == "+" else int(found[1])
+            name = f"{name[: found.start()]}{last}{name[found.end() :]}"
+        names.append(name)
+    return tuple(names)
+
+
+def _narrow(values: NDArray[Any]) -> NDArray[Any]:
+    """Whole numbers in as few bytes as they need."""
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8)
+    if not np.issubdtype(values.dtype, np.signedinteger) or not values.size:
+        return values
+    kinds = (np.int8, np.int16, np.int32)
+    low, high = int(values.min()), int(values.max())
+    kind = next((kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max), np.int64)
+    return values.astype(kind)
+
+
+class _Sets:
+    """A table of sets of modules."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[ModuleSet, int] = {}
+
+    def number(self, modules: ModuleSet) -> int:
+        return self._numbers.setdefault(modules, len(self._numbers))
+
+    def array(self) -> NDArray[np.uint8]:
+        """The bits of each set, uint8 (sets, bytes)."""
+        width = max((modules.bit_length() for modules in self._numbers), default=0) // 8 + 1
+        rows = b"".join(modules.to_bytes(width, "little") for modules in self._numbers)
+        return np.frombuffer(rows, dtype=np.uint8).reshape(-1, width)
+
+
+def _sets_of(array: NDArray[Any]) -> list[ModuleSet]:
+    return [int.from_bytes(row.tobytes(), "little") for row in array]
+
+
+def _after(times: IntArray, starts: IntArray) -> IntArray:
+    """Times as spans from others, -1 for never."""
+    return np.where(times == NEVER, -1, times - starts)
+
+
+def _times(spans: NDArray[Any], starts: IntArray) -> IntArray:
+    spans = spans.astype(np.int64)
+    return np.where(spans == -1, NEVER, spans + starts)
+
+
+def _table(rows: Sequence[Sequence[int]], width: int) -> IntArray:
+    """A table of whole numbers, (rows, width), the first column as differences."""
+    table = np.array(rows, dtype=np.int64).reshape(-1, width)
+    table[:, 0] = np.diff(table[:, 0], prepend=0)
+    return table
+
+
+def _rows(table: NDArray[Any]) -> list[list[int]]:
+    whole = table.astype(np.int64)
+    whole[:, 0] = np.cumsum(whole[:, 0])
+    rows: list[list[int]] = whole.tolist()
+    return rows
+
+
+_GROWTH = ("row_power", "length_power", "missing", "tiles")
+_INDICES = ("name_index", "target_index", "segment_index")
+
+
+def memory_arrays(memory: MemoryModel) -> tuple[Arrays, Json]:
+    """A byte model without its states and the shape of its batch."""
+    recording, growth, sets = memory.recording, memory._growth, _Sets()
+    created = recording.created
+    needed = np.zeros(len(created), dtype=np.int64)
+    for serial, modules in recording.needed.items():
+        needed[serial] = 1 + sets.number(modules)
+    segments = list(enumerate(recording.segments))
+    tables: dict[str, tuple[list[Any], int]] = {
+        "later": (
+            [
+                (serial, time - created[serial], sets.number(modules))
+                for serial, phases in recording.needed_later.items()
+                for time, modules in phases
+            ],
+            3,
+        ),
+        "context": ([(serial, time - created[serial]) for serial, time in recording.on_context_until.items()], 2),
+        "gradients": (list(recording.gradients.items()), 2),
+        "added": ([(serial, time - created[serial]) for serial, time in recording.added_at.items()], 2),
+        "segments": ([(each.start, each.end - each.start, each.reentrant) for _, each in segments], 3),
+        "inputs": ([(serial, number) for number, each in segments for serial in each.inputs], 2),
+        "outputs": ([(serial, number) for number, each in segments for serial in each.outputs], 2),
+        "saved": (
+            [(serial, number, sets.number(m)) for number, each in segments for serial, m in each.saved.items()],
+            3,
+        ),
+    }
+    columns = {
+        "sizes": recording.sizes,
+        "created": np.diff(created, prepend=0),
+        "freed": _after(recording.freed, created),
+        "freed_if_unsaved": _after(recording.freed_if_unsaved, created),
+        "uses_saved": recording.uses_saved,
+        "slope": memory._slope,
+        "needed": needed,
+        **{name: getattr(recording, name) for name in _INDICES},
+        **{name: getattr(growth, name) for name in _GROWTH},
+    }
+    if not np.array_equal(memory._base, recording.sizes - RANK * memory._slope):  # experts have higher ranks
+        columns["base"] = memory._base
+    forward = int(np.searchsorted(created, recording.forward_end, side="right"))
+    arrays = _halves(columns, forward) | {name: _table(*table) for name, table in tables.items()}
+    tiles = growth.tile_tokens
+    text = {
+        "names": names_alike(recording.names),
+        "segments": names_alike([each.name for _, each in segments]),
+        "forward_end": recording.forward_end,
+        "inputs_on_device": recording.inputs_on_device,
+        "block_bytes": memory._block_bytes,
+        "recorded": _numbers_of(growth.recorded),
+        "length_ratio": growth.length_ratio,
+        "tiles": tiles and [tiles.of_token, tiles.of_row, tiles.size.parts, tiles.size.least, tiles.size.most],
+    }
+    return {**arrays, "sets": sets.array()}, text
+
+
+def _numbers_of(shape: BatchShape) -> list[int]:
+    return [shape.rows, shape.length]
+
+
+def read_memory(arrays: Mapping[str, Any], text: Json, states: ModelStates, shape: BatchShape) -> MemoryModel:
+    """The byte model that `memory_arrays` described, with these states and for batches of this shape."""
+    arrays = _whole(arrays)
+    sets = _sets_of(arrays["sets"])
+    created = np.cumsum(arrays["created"], dtype=np.int64)
+    times = created.tolist()
+    rows = {name: _rows(arrays[name]) for name in ("later", "context", "gradients", "added")}
+    later: dict[int, Any] = {}
+    for serial, span, number in rows["later"]:
+        later[serial] = (*later.get(serial, ()), (times[serial] + span, sets[number]))
+    needed = arrays["needed"]
+    recording = Recording(
+        sizes=arrays["sizes"].astype(np.int64),
+        created=created,
+        freed=_times(arrays["freed"], created),
+        freed_if_unsaved=_times(arrays["freed_if_unsaved"], created),
+        **{name: arrays[name].astype(np.int64) for name in _INDICES},
+        needed={serial: sets[needed[serial] - 1] for serial in np.flatnonzero(needed).tolist()},
+        needed_later=later,
+        on_context_until={serial: times[serial] + span for serial, span in rows["context"]},
+        uses_saved=arrays["uses_saved"].astype(np.bool_),
+        gradients=dict(rows["gradients"]),  # type: ignore[arg-type]
+        added_at={serial: times[serial] + span for serial, span in rows["added"]},
+        names=names_told(text["names"]),
+        forward_end=text["forward_end"],
+        inputs_on_device=text.get("inputs_on_device", 0),
+        segments=_segments(arrays, names_told(text["segments"]), sets),
+    )
+    slope = arrays["slope"].astype(np.float64)
+    tiles = text["tiles"]
+    growth = Growth(
+        whole=shape,
+        recorded=BatchShape(*text["recorded"]),
+        length_ratio=text["length_ratio"],
+        tile_tokens=tiles and TileTokens(tiles[0], tiles[1], TileSize(*tiles[2:])),
+        **{name: arrays[name] for name in _GROWTH},
+    )
+    base = arrays["base"] if "base" in arrays else recording.sizes - RANK * slope
+    return MemoryModel(shape, False, states, recording, base, slope, growth, text["block_bytes"])
+
+
+def _segments(arrays: Mapping[str, Any], names: Sequence[str], sets: list[ModuleSet]) -> tuple[Segment, ...]:
+    inputs, outputs = ([list[int]() for _ in names] for _ in range(2))
+    saved: list[dict[int, ModuleSet]] = [{} for _ in names]
+    for found, name in ((inputs, "inputs"), (outputs, "outputs")):
+        for serial, number in _rows(arrays[name]):
+            found[number].append(serial)
+    for serial, number, modules in _rows(arrays["saved"]):
+        saved[number][serial] = sets[modules]
+    return tuple(
+        Segment(start, start + span, tuple(i), tuple(o), (0, 0), bool(reentrant), name, s)
+        for (start, span, reentrant), i, o, name, s in zip(
+            _rows(arrays["segments"]), inputs, outputs, names, saved, strict=True
+        )
+    )
+
+
+def work_arrays(growth: WorkGrowth) -> tuple[Arrays, Json]:
+    """What a step computes."""
+    work, sets = growth.work, _Sets()
+    needed = np.array([sets.number(modules) for modules in work.needed], dtype=np.int64)
+    columns = {name: getattr(work, name) for name in ("backward", "module", "layer")}
+    columns |= {"flops": growth.flops, "moved": growth.moved, "needed": needed}
+    arrays = _halves(columns, int(np.count_nonzero(~work.backward))) | {"sets": sets.array()}
+    text = {
+        "shapes": [_numbers_of(shape) for shape in growth.shapes],
+        "rank": work.rank,
+        "layers": names_alike(work.layers),
+        "running_again": names_alike(work.running_again),
+    }
+    return arrays, text
+
+
+def read_work(arrays: Mapping[str, Any], text: Json, widths: IntArray) -> WorkGrowth:
+    """What `work_arrays` described; `widths` are those of `StepWork`."""
+    arrays, sets = _whole(arrays), _sets_of(arrays["sets"])
+    flops, moved = arrays["flops"].astype(np.float64), arrays["moved"].astype(np.float64)
+    work = StepWork(
+        flops=flops[0],
+        moved=moved[0],
+        backward=arrays["backward"].astype(np.bool_),
+        module=arrays["module"].astype(np.int64),
+        layer=arrays["layer"].astype(np.int64),
+        needed=tuple(sets[number] for number in arrays["needed"].tolist()),
+        rank=text["rank"],
+        widths=widths,
+        layers=names_told(text["layers"]),
+        running_again=names_told(text["running_again"]),
+    )
+    return WorkGrowth(tuple(BatchShape(*shape) for shape in text["shapes"]), work, flops, moved)
+
+
+def states_arrays(states: ModelStates) -> tuple[Arrays, Json]:
+    """What an adapter and its optimizer hold between steps."""
+    values = {each.name: getattr(states, each.name) for each in fields(ModelStates)}
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    return arrays, {name: value for name, value in values.items() if name not in arrays}
+
+
+def read_states(arrays: Mapping[str, Any], text: Json) -> ModelStates:
+    """What `states_arrays` described."""
+    return ModelStates(**{name: value.astype(np.float64) for name, value in arrays.items()}, **text)

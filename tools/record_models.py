@@ -1,0 +1,105 @@
+"""Records the steps of models that are known by name, for the files that ship with the package."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, get_args
+
+import tyro
+from rankpilot.cost.known_models import published_models
+from rankpilot.cost.memory_of import AskedStep, shipped
+from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
+from rankpilot.cost.stored_step import StepFile, StoredStep, versions
+from rankpilot.errors import RankPilotError
+from rich.console import Console
+
+FIRST = (
+    *("llama-3.1-8b", "qwen3-8b", "qwen2.5-7b", "llama-3.2-1b", "llama-3.2-3b", "mistral-7b-v0.3", "gemma-3-4b"),
+    *("qwen3-4b", "qwen3-0.6b", "phi-4", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-14b", "qwen3-14b", "qwen3-32b"),
+    *("gemma-3-1b", "gemma-3-12b", "gemma-3-27b", "llama-3.3-70b", "qwen3-1.7b", "gpt-oss-20b", "smollm2-135m"),
+)
+"""The models that people tune most come first."""
+
+QUANTIZATIONS: tuple[Quantization, ...] = ("none", "nf4")
+
+ROWS, LENGTHS = (1, 2, 8), (512, 1024, 2048, 4096, 8192)
+"""Batches whose answers the files hold; most other batches follow from the same recordings."""
+
+LENGTHS_OF_STATES = (1024, 2048)
+"""The same where each length takes a recording of its own."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Record the steps of models that are known by name; those that are there, of these libraries, are left out.
+
+    Attributes:
+        models: short names; by default all, those first that people tune most.
+        minutes: no model is begun after so many.
+        again: record those that are there as well.
+    """
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    minutes: float = 60.0
+    again: bool = False
+
+
+def steps(source: StoredStep, settings: StepConfig) -> Iterator[StepConfig]:
+    """The steps whose answers a file holds."""
+    lengths = LENGTHS_OF_STATES if source.model.keeps_state else LENGTHS
+    known = [length for length in lengths if length <= (source.model.positions or length)]
+    for length in known or [source.model.positions or lengths[0]]:
+        for rows in ROWS:
+            yield replace(settings, batch_size=rows, max_length=length)
+    for optimizer in get_args(OptimizerName):
+        yield replace(settings, batch_size=2, max_length=(known or [lengths[0]])[0], optimizer=optimizer)
+
+
+def record(name: str, quantization: Quantization) -> Path:
+    """Record one model, and write its file."""
+    settings = StepConfig(bf16=True, quantization=quantization)
+    asked = AskedStep(name, settings)
+    source = StoredStep(StepFile(asked.key), asked.recorder, None)
+    for step in steps(source, settings):
+        source.configured(step).leaner()
+    path = shipped(name, settings)
+    source.file.write(path, small=True)
+    return path
+
+
+def is_current(name: str, quantization: Quantization) -> bool:
+    """Whether a model's file is there, and was recorded by the installed libraries."""
+    settings = StepConfig(bf16=True, quantization=quantization)
+    file = StepFile.read(shipped(name, settings), AskedStep(name, settings).key)
+    return file is not None and file.text["versions"] | {"code": ""} == versions() | {"code": ""}
+
+
+def main(arguments: list[str]) -> int:
+    """Record what is missing; returns 1 if a model could not be recorded."""
+    console, options = Console(), tyro.cli(Options, args=arguments)
+    begun, failed = time.monotonic(), 0
+    names = options.models or tuple(dict.fromkeys((*FIRST, *published_models())))
+    for name in names:
+        for quantization in QUANTIZATIONS:
+            if not options.again and is_current(name, quantization):
+                continue
+            if time.monotonic() - begun > 60 * options.minutes:
+                return failed
+            before = time.process_time()
+            try:
+                path = record(name, quantization)
+            except RankPilotError as error:
+                console.print(f"{name} {quantization}: {error}", markup=False)
+                failed = 1
+                continue
+            taken = time.process_time() - before
+            console.print(f"{path.name}: {path.stat().st_size / 1000:.1f} kB, {taken:.0f} CPU seconds", highlight=False)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
