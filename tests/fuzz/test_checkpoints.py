@@ -16,16 +16,8 @@ import torch
 from hypothesis import strategies as st
 from rankpilot.agents.sb3_policy import GroupPolicy, read_checkpoint, write_checkpoint
 from rankpilot.errors import RunFolderError
-from rankpilot.finetune.checkpoint import (
-    OPTIMIZER,
-    STATE,
-    TENSORS,
-    TRAINER_STATE,
-    WEIGHTS,
-    fault_of,
-    load_state,
-    save_state,
-)
+from rankpilot.finetune.checkpoint import STATE, TENSORS, TRAINER_STATE, fault_of, load_state, save_state
+from rankpilot.finetune.loop_checkpoint import OPTIMIZER, WEIGHTS
 from sb3_contrib import MaskablePPO
 from transformers import LlamaConfig
 
