@@ -40,6 +40,9 @@ two tries leave half of the rank."""
 LEAST_SHARE = 0.01
 """The share of the whole step's bytes below which a smaller plan is no help."""
 
+ROUNDING = 16
+"""Bytes by which rounding may raise the price of a plan when fewer layers are checkpointed for its smaller ranks."""
+
 
 def nothing_taken(plan: PlanKeeper) -> PlanReduction:
     """Nothing yet: the plan that is in place is the one that comes back."""
@@ -248,6 +251,9 @@ class Shortage:
             plan.correct("shrunk: out of memory", applier.ranks)
         except BudgetError:  # adapters that hold NaN cannot shrink
             return False
+        cost = plan_cost(applier.cost_now(), applier.ranks)
+        if limit < cost <= limit + ROUNDING:
+            applier.limit = cost
         return applier.fits()
 
     def follow(self, limit: float, step: int) -> None:

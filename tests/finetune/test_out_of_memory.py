@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import rankpilot
 import torch
+from peft import LoraConfig, get_peft_model
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.settings import ONCE
 from rankpilot.finetune.plan_keeper import GOOD_STEPS
 from rankpilot.finetune.shortage import MOST_TRIES, PLAN_SHARE, Shortage, saved_by_a_try
 from rankpilot.lora.targets import find_target_modules
-from transformers import LlamaConfig, Trainer, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from ..cases import first_cases
 from .tiny_runs import Run, messages_of
@@ -171,6 +172,23 @@ def make(tmp_path: Path, llama_config: LlamaConfig) -> Launch:
 BUDGETS = ("80%", "6k params")
 FAILS_AT = 3
 STAYS = "Ranks, adapters and optimizer are as they were before step"
+
+
+def test_a_plan_that_rounding_puts_above_its_limit_is_tried(tmp_path: Path) -> None:
+    """Ranks are halved while three layers are checkpointed, and then two do: that takes one byte more."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    model = get_peft_model(
+        LlamaForCausalLM(LlamaConfig(**sizes, **heads)), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    )
+    rows = [{"input_ids": list(range(1, 61)), "labels": list(range(1, 61))}] * 64
+    arguments = TrainingArguments(str(tmp_path), max_steps=3, report_to=[], disable_tqdm=True, use_cpu=True)
+    trainer = Short(model, arguments, train_dataset=rows)
+    trainer.asked, trainer.lacks = [], lambda asked: asked.number == 1  # type: ignore[method-assign]
+    rankpilot.attach(trainer, budget="60%", parts="off", prefix_cache="off")
+    trainer.train()
+    assert trainer.state.global_step == 3
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
