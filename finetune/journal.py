@@ -24,6 +24,7 @@ from ..decide.log import CONTROL, POLICY, DecisionLog, DecisionRecord
 from ..decide.observation import Observation
 from ..decide.policy import Decision, Policy, decision_from_plan
 from ..errors import BudgetError
+from ..lora.spec import REFERENCE_RANK
 from ..plan.plan import Plan
 from ..plan.problem import AllocationProblem
 from .put_back import could_checkpoint
@@ -196,6 +197,8 @@ class Journal:
         if not isinstance(problem.cost, TimedCost):
             more = problem.cost.unit == "bytes" and could_checkpoint(model)
             helps = f"A larger budget makes room{RECOMPUTE if more else ''}."
+        if problem.fits(np.full_like(problem.ranks, REFERENCE_RANK)):
+            helps = "The budget has room for it, and bounds have not."
         if expected := found.promise():
             self.note(f"{expected} {helps}" if found.lacks_room else expected)
         if found.caveats:

@@ -118,6 +118,19 @@ AGAIN = ", and so does gradient checkpointing, which takes time"
 """How it goes on where none may do so yet, and the budget counts bytes."""
 
 
+def test_no_larger_budget_is_advised_where_bounds_leave_no_room(
+    trainer: Trainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    spends = expecting(few_modules=0.1, rank_of_MLP_modules=-0.1, rank_of_attention_modules=-0.1)
+    rankpilot.attach(trainer, spends, schedule=ONCE, budget="400%", bounds=dict.fromkeys(names, 1))
+    with caplog.at_level(logging.INFO, logger="rankpilot"):
+        trainer.train()
+    line = next(line for line in caplog.messages if "which does not fit" in line)
+    assert ROOM not in line
+    assert "bounds" in line
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("options", "words"),
@@ -137,7 +150,8 @@ def test_what_makes_room_is_told_where_it_helps(
 ) -> None:
     counted_times(monkeypatch)
     spends = expecting(few_modules=0.1, rank_of_MLP_modules=-0.1, rank_of_attention_modules=-0.1)
-    rankpilot.attach(trainer, spends, schedule=ONCE, **{"budget": "40%"} | options)
+    limits: dict[str, Any] = {"budget": "40%", "parts": "off"}  # in parts, rank 8 on all modules fits
+    rankpilot.attach(trainer, spends, schedule=ONCE, **limits | options)
     with caplog.at_level(logging.INFO, logger="rankpilot"):
         trainer.train()
         lines = [line for line in caplog.messages if "which does not fit" in line]
