@@ -23,7 +23,9 @@ from rankpilot.common import files
 from rankpilot.decide.group_rules import GROUP_RULES
 from rankpilot.decide.groups import STEERING
 from rankpilot.env.evaluate import Row, beside, compare, evaluation_tasks
+from rankpilot.env.fine_tune import FineTuneConfig
 from rankpilot.env.sb3 import StackVecEnv
+from rankpilot.errors import RankPilotError
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
@@ -91,6 +93,7 @@ def train(options: Train, tell: Callable[[str], object] = lambda line: None) -> 
         tell: called with a line for people after each round.
     """
     torch.set_num_threads(1)
+    FineTuneConfig(steps=options.steps, against=options.rule)  # refuses what no episode has, before a folder is made
     settings = options.settings
     with files.open_run(options.output, settings, resume=options.resume):
         if (options.output / CARD).exists():
@@ -128,7 +131,10 @@ def train(options: Train, tell: Callable[[str], object] = lambda line: None) -> 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
-    train(tyro.cli(Train, args=arguments), lambda line: sys.stdout.write(f"{line}\n"))
+    try:
+        train(tyro.cli(Train, args=arguments), lambda line: sys.stdout.write(f"{line}\n"))
+    except RankPilotError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -126,14 +126,15 @@ class StepParts(Participant):
     Args:
         keeper: keeps the plan, and knows its run, its limit and its byte model.
         tell: gets a line where steps run as a whole, and why.
+        fewest: whether a step takes as few bytes as its longest row alone, in place of the least seconds.
 
     Attributes:
         on: whether steps run in parts.
         tally: of the run so far.
     """
 
-    def __init__(self, keeper: PlanKeeper, tell: Callable[[str], None]) -> None:
-        self._keeper, self._tell, self.tally = keeper, tell, Tally()
+    def __init__(self, keeper: PlanKeeper, tell: Callable[[str], None], *, fewest: bool = False) -> None:
+        self._keeper, self._tell, self._fewest, self.tally = keeper, tell, fewest, Tally()
         self._kind, self._each = "", 1
         self._bytes: PlanBytes | None = None  # of the latest batch
         self._of_shapes: dict[BatchShape, PlanBytes] = {}
@@ -267,6 +268,8 @@ class StepParts(Participant):
         least = float(cost(np.ones(1, dtype=np.int64), longest, cost.levels[-1])[0] + rows.token_bytes * longest[0])
         room = self._keeper.room_for(self._keeper.applier.ranks)
         room = room if self._most is None else min(room, self._most)
+        if self._fewest:
+            room = min(room, least)
         if self._keeper.applier.fits():  # the row alone does, by the exact prediction
             room = max(room, least)
 

@@ -38,6 +38,7 @@ class PeakGuard(Participant):
     Args:
         every_steps: see `PeakMeter`.
         tell: gets lines of `StepParts`.
+        fewest: see `StepParts`.
 
     Attributes:
         meter: measures the steps.
@@ -48,11 +49,11 @@ class PeakGuard(Participant):
         checks: (step, predicted bytes, measured bytes) of the first measured step after each change of ranks.
     """
 
-    def __init__(self, every_steps: int, tell: Callable[[str], None]) -> None:
+    def __init__(self, every_steps: int, tell: Callable[[str], None], *, fewest: bool = False) -> None:
         self.meter: PeakMeter = PeakMeter(every_steps)
         self.plan: PlanKeeper = PlanKeeper(self.meter)
         self.shortage: Shortage = Shortage(self.plan)
-        self.parts: StepParts = StepParts(self.plan, tell)
+        self.parts: StepParts = StepParts(self.plan, tell, fewest=fewest)
         self.checks: list[tuple[int, float, int]] = []
         self.evaluation_share: float = 0.0
         self._step_shape, self._batches = BatchShape(0, 0), StepBatches(0)

@@ -24,6 +24,7 @@ from ..decide.policy import Decision, Policy, asked, reads_signals, rounding, st
 from ..decide.rate_control import RATE_CONTROLS, SHORTEST, decision_steps
 from ..decide.rules import AsConfigured, PlanFile, given_ranks
 from ..decide.settings import DecisionSchedule
+from ..errors import ConfigError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import finish_load, start_kept
 from ..lora.resize import is_trained
@@ -93,7 +94,7 @@ class PilotedRun:
         self._controls: bool = self._steers or (in_long_run if options.control is None else options.control)
         self.begun, self.step, self.shown = False, 0, 0
         self.decision: Decision | None = None
-        self.guard = PeakGuard(options.measure_every, journal.note)
+        self.guard = PeakGuard(options.measure_every, journal.note, fewest=options.goal == "bytes")
         self.elastic = ElasticBudget(run, options.budget, self.guard)
         self.finite = FiniteWatch(run, journal)
         self.rate: PlanRate | None = None
@@ -240,6 +241,11 @@ class PilotedRun:
             self.step, self.shown = step, int(state["peaks_shown"])
             for part in self.participants:
                 part.begin(state)
+        if self.guard.parts.on and not run.in_parts:
+            raise ConfigError(
+                "The batches of this run were run in parts, and its plan needs that: make its TrainingRun with "
+                "in_parts=True, and take the parts of a batch from `pilot.parts`."
+            )
         self.begun = True
         finish_load(run.model, targets)
         journal.open(name, known, writes=run.replicas.processes.first)

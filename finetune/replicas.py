@@ -245,7 +245,7 @@ def digest_of(targets: Sequence[TargetModule]) -> str:
     for target in targets:
         digest.update(f"{target.name} {target.rank};".encode())
         for weight in (target.weight_a, target.weight_b):
-            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(weight.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

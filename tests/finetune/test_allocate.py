@@ -77,7 +77,7 @@ def test_the_plan_is_the_first_of_a_run(llama_config: LlamaConfig, tmp_path: Pat
     for name, value in weights(trainer.model).items():
         assert torch.equal(value, before[name]), name
     assert trainer.model.peft_config["default"].rank_pattern == {}
-    attach(trainer, "signal-mean", budget, schedule=SCHEDULE)
+    attach(trainer, "signal-mean", budget, schedule=SCHEDULE, parts="off")
     trainer.train()
     first = DecisionLog(tmp_path / "run" / "decisions").to_pandas().iloc[: len(plan.ranks)]
     assert dict(zip(first["module"].tolist(), first["rank_after"].tolist(), strict=True)) == plan.ranks

@@ -122,7 +122,7 @@ def test_a_plan_that_a_person_edited_decides_a_run(
 ) -> None:
     """`rankpilot plan --output plan.yaml`, an edit, and `--policy plan.yaml`, and a plan that is too large."""
     path, run = tmp_path / "plan.yaml", tmp_path / "run"
-    small = ["--batch-size=4", "--budget=110%"]
+    small = ["--batch-size=4", "--budget=110%", "--parts=off"]
     assert cli.run(["plan", *chats, "--policy=signal-mean", *small, "--output", str(path)]) == 0
     assert f"Edit it, and pass --policy {path} to rankpilot finetune" in " ".join(capsys.readouterr().out.split())
     text = path.read_text()
@@ -149,7 +149,7 @@ def test_a_plan_that_a_person_edited_decides_a_run(
 
 @pytest.mark.long
 def test_a_plan_ahead_is_the_first_of_the_run(chats: tuple[str, str], tmp_path: Path) -> None:
-    config = settings(chats, policy="signal-mean", budget="110%", steps=1, bounds=("q_proj=0:2",))
+    config = settings(chats, policy="signal-mean", budget="110%", steps=1, bounds=("q_proj=0:2",), parts="off")
     plan = plan_ahead(config)
     finetune(config, tmp_path / "run")
     first = DecisionLog(tmp_path / "run" / "decisions").to_pandas().iloc[: len(plan.ranks)]
