@@ -101,7 +101,7 @@ def test_all_of_an_adapter_above_rank_8_fits_the_whole_of_it(
     before = logits(model)
     trainer = trainer_of(model, tmp_path / "second")
     schedule = DecisionSchedule(probe_steps=3, fractions=(0.0,))
-    callback = attach(trainer, "signal-mean", "100%", schedule=schedule, exact_savers=False)
+    callback = attach(trainer, "signal-mean", "100%", schedule=schedule, exact_savers=False, parts="off")
     trainer.train()
     assert callback.applier is not None
     assert callback.applier.ranks.tolist() == [kept] * 2

@@ -61,7 +61,7 @@ def test_the_lowest_loss(of_choice: Explained) -> None:
     )
     assert told.sentences() == [
         "What is expected is the sum of its parts: rank of MLP modules -3.0 %, few modules +1.0 %.",
-        "Fine-tunes differ, by a standard deviation of 1.0 %: the loss may be from -3.6 % to -0.4 %.",
+        "Fine-tunes differ, by a standard deviation of 1.0 %: the loss may be from -3.7 % to -0.2 %.",
         "The goal is the lowest loss within the budget.",
         'The next by what they lose, with some caution: "rank 8 on all modules" (+0.0 %), "rank 4 on all modules" '
         '(+0.6 %), "rank 1 on all modules" (+6.2 %).',
