@@ -192,7 +192,8 @@ def lengths_table(found: StepsOfLengths) -> Table:
 def lengths_text(found: StepsOfLengths) -> str:
     """What parts bring, in a line or two."""
     padding = f"Parts leave out {found.padding_saved:.0%} of the padding."
-    longest = f" The longest row that fits alone has {found.fits:,} tokens." if found.limit < np.inf else ""
+    fits = "Every row fits alone" if found.fits == found.longest else f"A row of up to {found.fits:,} tokens fits alone"
+    longest = f" {fits}." if found.limit < np.inf else ""
     filling = (
         f" Below {found.filling_tokens:,} tokens a part takes no less time, since its launches do: by published rates."
         if found.filling_tokens > 1
