@@ -30,7 +30,7 @@ from ..task_data import base_cost, first_limit, known_of
 from ..tasks import FineTuneTask
 from .adapters import RunCopy
 from .runs import StackedMeter, StackedRun, reset_runs, set_stacked_ranks
-from .trainer import Lane, StackTrainer
+from .trainer import Member, StackTrainer
 
 
 @dataclass(eq=False)
@@ -141,20 +141,20 @@ class StackedEpisodes:
         if not tasks:
             return
         reset_runs(self._adapters, {row: task.seed for task, row in tasks.items()}, scaled_as=REFERENCE_RANK)
-        lanes = []
+        members = []
         for task, row in tasks.items():
             meter, rows = (
                 StackedMeter(self._adapters, row, self._norms),
                 min(self.schedule.probe_batch, task.batch_size),
             )
             rate = _constant(task.learning_rate * 2**task.offset)
-            lanes.append(Lane(task, row, 0, self.schedule.probe_steps, rate, meter, rows))
-        self._trainer.train(lanes)
-        for lane in lanes:
-            assert lane.meter is not None
+            members.append(Member(task, row, 0, self.schedule.probe_steps, rate, meter, rows))
+        self._trainer.train(members)
+        for member in members:
+            assert member.meter is not None
             unknown = ProbeResult(np.full((len(self._targets), len(SIGNALS)), np.nan), 1.0)
-            found = unknown if lane.failed else ProbeResult.of(lane.meter.read(), lane.losses)
-            known_of(lane.task)[self._probed] = replace(found, predicted=lane.data.predicted)
+            found = unknown if member.failed else ProbeResult.of(member.meter.read(), member.losses)
+            known_of(member.task)[self._probed] = replace(found, predicted=member.data.predicted)
 
     @property
     def over(self) -> bool:
@@ -209,12 +209,12 @@ class StackedEpisodes:
         shown: dict[int, list[float]] = {slot: [] for slot in episodes}
         left = {slot: episode for slot, episode in episodes.items() if not episode.failed}
         for _ in range(PATIENCE):
-            lanes = {slot: self._lane(slot, episode) for slot, episode in left.items()}
-            self._trainer.train(list(lanes.values()))
-            for slot, lane in lanes.items():
-                self._read(left[slot].record, lane)
-                shown[slot] += lane.losses[: -1 if lane.failed else None]
-            left = {slot: left[slot] for slot, lane in lanes.items() if lane.failed}
+            members = {slot: self._lane(slot, episode) for slot, episode in left.items()}
+            self._trainer.train(list(members.values()))
+            for slot, member in members.items():
+                self._read(left[slot].record, member)
+                shown[slot] += member.losses[: -1 if member.failed else None]
+            left = {slot: left[slot] for slot, member in members.items() if member.failed}
             for slot, episode in left.items():
                 assert episode.copy is not None
                 self._adapters.put_back_run(slot, episode.copy)
@@ -226,7 +226,7 @@ class StackedEpisodes:
             episode.record.step = max(episode.record.step, episode.applier.until)
             episode.loss = float(np.mean(shown[slot])) if shown[slot] else None
 
-    def _lane(self, slot: int, episode: StackedEpisode) -> Lane:
+    def _lane(self, slot: int, episode: StackedEpisode) -> Member:
         """What is left to be trained until the next decision."""
         task, applier = episode.task, episode.applier
         ranks, scalings = self._adapters.ranks[slot], self._adapters.scalings[slot]
@@ -234,18 +234,18 @@ class StackedEpisodes:
             task.learning_rate * 2 ** (task.offset + episode.record.moved) * RULE.factor(ranks, scalings, self._plain)
         )
         meter = applier.adapters.meter if applier.measures else None
-        return Lane(task, slot, episode.record.step, applier.until, _scheduled(task, peak), meter, alignments=[])
+        return Member(task, slot, episode.record.step, applier.until, _scheduled(task, peak), meter, alignments=[])
 
     @staticmethod
-    def _read(record: RunRecord, lane: Lane) -> None:
+    def _read(record: RunRecord, member: Member) -> None:
         """Let a record read the steps that passed."""
-        assert lane.alignments is not None
+        assert member.alignments is not None
         first = record.step
-        for index, loss in enumerate(lane.losses):
-            known = index < len(lane.alignments) and first + index > 0
+        for index, loss in enumerate(member.losses):
+            known = index < len(member.alignments) and first + index > 0
             if math.isfinite(loss):
-                record.add(loss, lane.alignments[index] if known else math.nan)
-        record.step = lane.step
+                record.add(loss, member.alignments[index] if known else math.nan)
+        record.step = member.step
 
     def held_out(self) -> dict[int, float]:
         """Held-out losses now, in nats, by slot; infinite where training failed."""

@@ -32,15 +32,15 @@ CACHED_TOKENS = 2560
 """Tokens of a training pass on a CPU: what they compute in a layer of the proxy bases stays in a core's cache."""
 
 
-def parts_of(lanes: Sequence[Lane], size: int) -> list[list[Lane]]:
-    """Lanes in parts of at most `size`; those with the same batch stay together, as far as they fit."""
-    alike: dict[tuple[int, int], list[Lane]] = {}
-    for lane in lanes:
-        alike.setdefault((id(lane.data), lane.batch), []).append(lane)
-    parts: list[list[Lane]] = [[]]
-    for members in alike.values():
-        for start in range(0, len(members), size):
-            piece = members[start : start + size]
+def parts_of(members: Sequence[Member], size: int) -> list[list[Member]]:
+    """Members in parts of at most `size`; those with the same batch stay together, as far as they fit."""
+    alike: dict[tuple[int, int], list[Member]] = {}
+    for member in members:
+        alike.setdefault((id(member.data), member.batch), []).append(member)
+    parts: list[list[Member]] = [[]]
+    for together in alike.values():
+        for start in range(0, len(together), size):
+            piece = together[start : start + size]
             if len(parts[-1]) + len(piece) > size:
                 parts.append([])
             parts[-1] += piece
@@ -48,8 +48,8 @@ def parts_of(lanes: Sequence[Lane], size: int) -> list[list[Lane]]:
 
 
 @dataclass(eq=False)
-class Lane:
-    """One row in training: an episode, a probe or a uniform run.
+class Member:
+    """A member of the stack in training: an episode, a probe or a uniform run.
 
     Attributes:
         task: what is trained.
@@ -148,86 +148,88 @@ class StackTrainer:
 
     # Training ---------------------------------------------------------------------------------------------------------
 
-    def train(self, lanes: Sequence[Lane]) -> None:
-        """Train each lane to its end; one that meets a loss that is not finite stops there."""
-        if not lanes:
+    def train(self, members: Sequence[Member]) -> None:
+        """Train each member to its end; one that meets a loss that is not finite stops there."""
+        if not members:
             return
         entries = self._blocks.entries(self.adapters.ranks)  # ranks stay as they are here
-        states = self._states_of(lanes, entries)
-        tokens = lanes[0].data.inputs[0, : lanes[0].rows].numel()
-        size = max(1, CACHED_TOKENS // tokens) if self._device.type == "cpu" else len(lanes)
+        states = self._states_of(members, entries)
+        tokens = members[0].data.inputs[0, : members[0].rows].numel()
+        size = max(1, CACHED_TOKENS // tokens) if self._device.type == "cpu" else len(members)
 
-        def losses_of(active: Sequence[Lane]) -> dict[Lane, float]:
-            losses: dict[Lane, float] = {}
+        def losses_of(active: Sequence[Member]) -> dict[Member, float]:
+            losses: dict[Member, float] = {}
             for part in parts_of(active, size):
-                part.sort(key=lambda lane: entries[lane.row])
+                part.sort(key=lambda member: entries[member.row])
                 losses |= self._joined_losses(part, entries, states)
             return losses
 
-        self._train(lanes, losses_of)
+        self._train(members, losses_of)
 
-    def _train(self, lanes: Sequence[Lane], losses_of: Callable[[Sequence[Lane]], dict[Lane, float]]) -> None:
-        while active := [lane for lane in lanes if lane.step < lane.until and not lane.failed]:
+    def _train(self, members: Sequence[Member], losses_of: Callable[[Sequence[Member]], dict[Member, float]]) -> None:
+        while active := [member for member in members if member.step < member.until and not member.failed]:
             losses = losses_of(active)
-            for lane in active:
-                lane.losses.append(losses[lane])
-                lane.failed = not math.isfinite(losses[lane])
-            self._step([lane for lane in active if not lane.failed])
+            for member in active:
+                member.losses.append(losses[member])
+                member.failed = not math.isfinite(losses[member])
+            self._step([member for member in active if not member.failed])
 
-    def _states_of(self, lanes: Sequence[Lane], entries: Sequence[int]) -> dict[Lane, FrozenStates]:
-        """What each lane joins the batch with; lanes with the same batches share it."""
-        alike: dict[tuple[Any, ...], list[Lane]] = {}
-        for lane in lanes:
-            alike.setdefault((lane.task, lane.step, lane.until, lane.rows), []).append(lane)
-        states: dict[Lane, FrozenStates] = {}
+    def _states_of(self, members: Sequence[Member], entries: Sequence[int]) -> dict[Member, FrozenStates]:
+        """What each member joins the batch with; members with the same batches share it."""
+        alike: dict[tuple[Any, ...], list[Member]] = {}
+        for member in members:
+            alike.setdefault((member.task, member.step, member.until, member.rows), []).append(member)
+        states: dict[Member, FrozenStates] = {}
         for members in alike.values():
             first = members[0]
             numbers = [step % first.task.steps for step in range(first.step, first.until)]
             batches = first.data.inputs[numbers, : first.rows].to(self._device)
-            shared = FrozenStates(self._blocks, batches, [entries[lane.row] for lane in members], first.step)
+            shared = FrozenStates(self._blocks, batches, [entries[member.row] for member in members], first.step)
             states |= dict.fromkeys(members, shared)
         return states
 
     def _joined_losses(
-        self, part: Sequence[Lane], entries: Sequence[int], states: Mapping[Lane, FrozenStates]
-    ) -> dict[Lane, float]:
-        """Losses and gradients of the next batches of some lanes, in the order of their entries."""
-        order = [entries[lane.row] for lane in part]
-        joined = joining(order, [states[lane].at(lane.step)[entry] for lane, entry in zip(part, order, strict=True)])
-        with self.adapters.running([lane.row for lane in part], order) as model:
+        self, part: Sequence[Member], entries: Sequence[int], states: Mapping[Member, FrozenStates]
+    ) -> dict[Member, float]:
+        """Losses and gradients of the next batches of some members, in the order of their entries."""
+        order = [entries[member.row] for member in part]
+        joined = joining(
+            order, [states[member].at(member.step)[entry] for member, entry in zip(part, order, strict=True)]
+        )
+        with self.adapters.running([member.row for member in part], order) as model:
             with self._blocks.joined(joined) as tokens:
                 logits = model(input_ids=tokens).logits
             losses = self._losses(logits, part)
             self.adapters.backward(losses)
         return dict(zip(part, losses.tolist(), strict=True))
 
-    def _losses(self, logits: torch.Tensor, lanes: Sequence[Lane]) -> torch.Tensor:
-        """The loss of each lane, (lanes,), from their answers, one after another."""
-        losses, start, rows = [], 0, len(logits) // len(lanes)
-        for _, neighbours in groupby(lanes, lambda lane: (id(lane.data), lane.batch)):
+    def _losses(self, logits: torch.Tensor, members: Sequence[Member]) -> torch.Tensor:
+        """The loss of each member, (members,), from their answers, one after another."""
+        losses, start, rows = [], 0, len(logits) // len(members)
+        for _, neighbours in groupby(members, lambda member: (id(member.data), member.batch)):
             alike = list(neighbours)
-            end, lane = start + rows * len(alike), alike[0]
-            losses.append(lane.data.train_losses_of(logits[start:end], lane.batch, lane.rows, len(alike)))
+            end, member = start + rows * len(alike), alike[0]
+            losses.append(member.data.train_losses_of(logits[start:end], member.batch, member.rows, len(alike)))
             start = end
         return torch.cat(losses)
 
-    def _step(self, lanes: Sequence[Lane]) -> None:
+    def _step(self, members: Sequence[Member]) -> None:
         """Clip, take in signals and step."""
-        if not lanes:
+        if not members:
             return
-        lanes = sorted(lanes, key=lambda lane: lane.row)  # an index of all rows in order makes no copy
-        rows = [lane.row for lane in lanes]
+        members = sorted(members, key=lambda member: member.row)  # an index of all rows in order makes no copy
+        rows = [member.row for member in members]
         squares = self.adapters.clip(rows, MAX_GRAD_NORM)
-        metered = [index for index, lane in enumerate(lanes) if lane.meter]
-        accumulate_all([lane.meter for lane in lanes if lane.meter], squares[metered])
-        watched = [lane for lane in lanes if lane.alignments is not None]
+        metered = [index for index, member in enumerate(members) if member.meter]
+        accumulate_all([member.meter for member in members if member.meter], squares[metered])
+        watched = [member for member in members if member.alignments is not None]
         if watched:
-            cosines = self.adapters.alignments([lane.row for lane in watched]).tolist()
-            for lane, cosine in zip(watched, cosines, strict=True):
-                lane.alignments.append(cosine)  # type: ignore[union-attr]
-        self.adapters.step(rows, [lane.rate(lane.step) for lane in lanes])
-        for lane in lanes:
-            lane.step += 1
+            cosines = self.adapters.alignments([member.row for member in watched]).tolist()
+            for member, cosine in zip(watched, cosines, strict=True):
+                member.alignments.append(cosine)  # type: ignore[union-attr]
+        self.adapters.step(rows, [member.rate(member.step) for member in members])
+        for member in members:
+            member.step += 1
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 

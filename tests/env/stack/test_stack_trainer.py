@@ -19,7 +19,7 @@ from rankpilot.env.stack.adapters import Pair, Segment
 from rankpilot.env.stack.blocks import Blocks
 from rankpilot.env.stack.episodes import StackedEpisodes
 from rankpilot.env.stack.runs import reset_runs
-from rankpilot.env.stack.trainer import Lane, StackTrainer, parts_of
+from rankpilot.env.stack.trainer import Member, StackTrainer, parts_of
 from rankpilot.env.task_data import known_of, load_task
 from rankpilot.env.tasks import FineTuneTask
 
@@ -33,15 +33,15 @@ BASES = ("llama-4x32", "bert-4x32", "gpt2-4x32")
 class WholeBatch(StackTrainer):
     """All runs in one batch from the embedding on, as one writes it down."""
 
-    def train(self, lanes: Sequence[Lane]) -> None:
-        self._train(lanes, self._whole_losses)
+    def train(self, members: Sequence[Member]) -> None:
+        self._train(members, self._whole_losses)
 
-    def _whole_losses(self, active: Sequence[Lane]) -> dict[Lane, float]:
-        inputs = torch.cat([lane.data.inputs[lane.batch, : lane.rows] for lane in active])
-        with self.adapters.running([lane.row for lane in active]) as model:
+    def _whole_losses(self, active: Sequence[Member]) -> dict[Member, float]:
+        inputs = torch.cat([member.data.inputs[member.batch, : member.rows] for member in active])
+        with self.adapters.running([member.row for member in active]) as model:
             answers = model(input_ids=inputs).logits.chunk(len(active))
             pairs = zip(active, answers, strict=True)
-            losses = torch.cat([lane.data.train_losses_of(each, lane.batch, lane.rows) for lane, each in pairs])
+            losses = torch.cat([member.data.train_losses_of(each, member.batch, member.rows) for member, each in pairs])
             self.adapters.backward(losses)
         return dict(zip(active, losses.tolist(), strict=True))
 
@@ -120,29 +120,29 @@ def test_losses_are_those_of_the_whole_batch_bit_for_bit(base: str, monkeypatch:
     assert all(loss is not None for losses in story.losses for loss in losses.values())
 
 
-def lane_of(task: FineTuneTask, row: int, step: int = 0) -> Lane:
-    return Lane(task, row, step, task.steps, lambda step: 1e-2, None)
+def member_of(task: FineTuneTask, row: int, step: int = 0) -> Member:
+    return Member(task, row, step, task.steps, lambda step: 1e-2, None)
 
 
 def test_parts_keep_runs_of_a_batch_together(make_task: Any) -> None:
     first, second, third = (make_task(seed=seed) for seed in (1, 2, 3))
-    lanes = [lane_of(task, row) for row, task in enumerate([first, second, first, third, first, second])]
-    assert [[lane.row for lane in part] for part in parts_of(lanes, 6)] == [[0, 2, 4, 1, 5, 3]]
-    assert [[lane.row for lane in part] for part in parts_of(lanes, 3)] == [[0, 2, 4], [1, 5, 3]]
-    assert [[lane.row for lane in part] for part in parts_of(lanes, 2)] == [[0, 2], [4], [1, 5], [3]]
-    apart = [lane_of(first, 0), lane_of(first, 1, step=2)]
+    members = [member_of(task, row) for row, task in enumerate([first, second, first, third, first, second])]
+    assert [[member.row for member in part] for part in parts_of(members, 6)] == [[0, 2, 4, 1, 5, 3]]
+    assert [[member.row for member in part] for part in parts_of(members, 3)] == [[0, 2, 4], [1, 5, 3]]
+    assert [[member.row for member in part] for part in parts_of(members, 2)] == [[0, 2], [4], [1, 5], [3]]
+    apart = [member_of(first, 0), member_of(first, 1, step=2)]
     assert len(parts_of(apart, 1)) == 2
 
 
 def test_runs_at_different_steps_of_a_task_get_their_own_batches(make_task: Any) -> None:
     task = make_task(steps=8)
     together, alone = (StackTrainer(task.base, 2, device=torch.device("cpu")) for _ in range(2))
-    lanes = [lane_of(task, 0), lane_of(task, 1, step=3)]
+    members = [member_of(task, 0), member_of(task, 1, step=3)]
     reset_runs(together.adapters, {0: 5, 1: 6})
-    together.train(lanes)
-    for lane in lanes:
-        reset_runs(alone.adapters, {lane.row: 5 + lane.row})
-        own = lane_of(task, lane.row, step=task.steps - len(lane.losses))
+    together.train(members)
+    for member in members:
+        reset_runs(alone.adapters, {member.row: 5 + member.row})
+        own = member_of(task, member.row, step=task.steps - len(member.losses))
         alone.train([own])
-        assert own.losses == lane.losses
-    assert [len(lane.losses) for lane in lanes] == [8, 5]
+        assert own.losses == member.losses
+    assert [len(member.losses) for member in members] == [8, 5]
