@@ -164,6 +164,10 @@ def benchmark(options: Options, console: Console) -> Figures:
     cells = [(name, *(f"{of[regime]:+.1f}" if regime in of else "" for regime in REGIMES)) for name, of in found]
     console.print(make_table(f"Held-out loss above that of the rule {RULE}, %", ("", *REGIMES), cells))
     figures: Figures = dict(machine_facts(torch.device("cpu")))
+    if any(row.policy == ORACLE for row in rows):
+        for name in dict.fromkeys(row.policy for row in rows if row.kind == "planted" and row.policy != ORACLE):
+            figures[f"{name}, planted share"] = share = planted_share(rows, name)
+            console.print(f"{name}: {share:.0%} of what the oracle gains on planted tasks of rank 1.5 and less")
     for name, of in found:
         figures |= {f"{name}, {regime}": each.value for regime, each in of.items()}
     return figures

@@ -84,12 +84,6 @@ def finite_points(points: Points) -> FloatArray:
     return table[np.isfinite(table).all(axis=1)]
 
 
-def draw_legend(axes: Axes) -> None:
-    """Put a borderless legend where it hides least, if anything has a label."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", fontsize=9, framealpha=0.9, edgecolor="none").set_zorder(10)
-
-
 ABSENT = -1
 """In place of a rank where there is no module."""
 RUNGS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)

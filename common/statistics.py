@@ -52,17 +52,6 @@ def means(values: FloatArray, counts: IntArray) -> FloatArray:
     return np.asarray(counts @ values / counts.sum(axis=1))
 
 
-def interquartile_means(values: FloatArray, counts: IntArray) -> FloatArray:
-    """Mean of the middle half of each draw: of n values floor(n / 4) are left out at either end."""
-    order = np.argsort(values)
-    counts = counts[:, order]
-    ends = np.cumsum(counts, axis=1)
-    total = ends[:, -1:]
-    cut = total // 4
-    kept = np.clip(np.minimum(ends, total - cut) - np.maximum(ends - counts, cut), 0, None)
-    return np.asarray(kept @ values[order] / (total - 2 * cut)[:, 0])
-
-
 def estimate(
     values: Sequence[float] | FloatArray, tasks: Sequence[str | int], statistic: Statistic = means
 ) -> Estimate:

@@ -241,10 +241,6 @@ class TaskData:
     held_out_teacher: torch.Tensor | None
     changes: tuple[Change, ...]
 
-    def train_loss(self, model: torch.nn.Module, step: int, rows: int | None = None) -> torch.Tensor:
-        """Loss of the batch of one step, or of its first rows, in nats."""
-        return self.train_losses_of(model(input_ids=self.inputs[step, :rows]).logits, step, rows)[0]
-
     def train_losses_of(self, logits: torch.Tensor, step: int, rows: int | None = None, runs: int = 1) -> torch.Tensor:
         """Loss of the answers of some runs to the batch of one step, or to its first rows, in nats, (runs,).
 

@@ -143,8 +143,8 @@ def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int) -
         seed: of the choice of rows, and of these values.
     """
 
-    def tested() -> Exactness:
-        (batch,) = run.small_batches(1, min(run.rows, TESTED_ROWS), seed)
+    def tested(count: int = TESTED_ROWS) -> Exactness:
+        (batch,) = run.small_batches(1, min(run.rows, count), seed)
         try:
             rows = BatchRows.of(batch, run.step.rows_per_example)
             with _shaken(targets, seed) as turn:
@@ -152,9 +152,13 @@ def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int) -
         except UnsupportedError as error:
             return Exactness("", str(error).rstrip("."))
         except torch.OutOfMemoryError:
-            return Exactness("", f"{len(rows.lengths)} rows ran out of memory in the test of it")
+            pass  # which holds the tensors of the step until it is left
         except CUT_FAILS as error:
             return Exactness("", f"the loss does not take a part of a batch ({first_line(error)})")
+
+        if count > 2:
+            return tested(2)
+        return Exactness("", f"{count} rows ran out of memory in the test of it")
 
     return run.measured(tested)
 

@@ -152,6 +152,17 @@ def test_a_batch_of_one_row_runs_as_it_is(make_llama: MakeModel) -> None:
     assert exactness(run_of(make_llama(), own, rows=1)).kind == SUM
 
 
+@pytest.mark.parametrize(("most", "found"), [(2, "sum"), (0, "")])
+def test_where_memory_is_short_two_rows_are_enough(make_llama: MakeModel, most: int, found: str) -> None:
+    def short(model: Any, batch: Batch) -> torch.Tensor:
+        if len(batch["input_ids"]) <= most:
+            return summed(model, batch)
+        raise torch.OutOfMemoryError
+
+    result = exactness(run_of(make_llama(), short))
+    assert (result.kind, "2 rows ran out of memory" in result.reason) == (found, not found)
+
+
 def test_nothing_is_left_behind(make_llama: MakeModel) -> None:
     model = make_llama()
     run = run_of(model, own)

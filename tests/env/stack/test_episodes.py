@@ -54,7 +54,7 @@ def by_peft(task: FineTuneTask) -> tuple[list[float], list[float], float]:
             moved += CHANGES[decision.change] if step else 0.0
             scales = np.array([target.scaling for target in targets])
             factor = RULE.factor(decision.ranks, scales, plain)
-        loss = data.train_loss(model, step)
+        (loss,) = data.train_losses_of(model(input_ids=data.inputs[step]).logits, step)
         losses.append(loss.item())
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_([each for each in factors if each.grad is not None], 1.0)
