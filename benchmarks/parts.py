@@ -205,7 +205,7 @@ class Stepper:
             return batch
         return batch | {"labels": batch["input_ids"][:, 1] % 2}
 
-    def loss(self, items: int | None, batch: dict[str, torch.Tensor], *, bf16: bool = False) -> torch.Tensor:
+    def loss(self, items: float | None, batch: dict[str, torch.Tensor], *, bf16: bool = False) -> torch.Tensor:
         """The loss of a batch, divided by so many predictions or rows; by default by its own."""
         options = {} if items is None or self.classifies else {"num_items_in_batch": torch.tensor(items)}
         with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
@@ -216,13 +216,23 @@ class Stepper:
         """What the loss of a step is divided by."""
         return len(rows) if self.classifies else sum(len(row) - 1 for row in rows)
 
-    def run(self, batches: Sequence[Any], items: int, layers: Sequence[int], *, bf16: bool = False) -> float:
-        """Forward and backward passes of the batches of a step, each with so many layers checkpointed."""
+    def run(
+        self, batches: Sequence[Any], items: float | Sequence[float], layers: Sequence[int], *, bf16: bool = False
+    ) -> float:
+        """Forward and backward passes of the batches of a step.
+
+        Args:
+            batches: of the step.
+            items: what the loss of each is divided by.
+            layers: how many are checkpointed in each.
+            bf16: under autocast.
+        """
         total = 0.0
-        for batch, count in zip(batches, layers, strict=True):
+        each = [items] * len(batches) if isinstance(items, float | int) else items
+        for batch, count, number in zip(batches, layers, each, strict=True):
             self.layers.take(self.bytes.layers[:count])
             self.layers.before_step()
-            loss = self.loss(items, batch, bf16=bf16)
+            loss = self.loss(number, batch, bf16=bf16)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
@@ -240,7 +250,9 @@ class Stepper:
         plan = plan_parts(lengths, room, self.bytes.levels, needed, self.seconds)
         return [found.part(part.rows) for part in plan], [part.layers for part in plan], plan
 
-    def gradient(self, batches: Sequence[Any], items: int, layers: Sequence[int], **options: bool) -> torch.Tensor:
+    def gradient(
+        self, batches: Sequence[Any], items: float | Sequence[float], layers: Sequence[int], **options: bool
+    ) -> torch.Tensor:
         """The gradient of a step, as one vector; afterwards there is none."""
         self.run(batches, items, layers, **options)
         found = torch.cat([p.grad.flatten() for p in self.trains])
@@ -258,6 +270,31 @@ class Stepper:
         """A step of the optimizer, after which there are no gradients."""
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step in the way of some tool.
+
+    Attributes:
+        batches: that run one after the other.
+        items: what the loss of each is divided by.
+        layers: how many are checkpointed in each.
+    """
+
+    batches: Sequence[Any]
+    items: Sequence[float]
+    layers: Sequence[int]
+
+    @property
+    def arguments(self) -> tuple[Sequence[Any], Sequence[float], Sequence[int]]:
+        """As `Stepper.run` takes them."""
+        return self.batches, self.items, self.layers
+
+    @property
+    def tokens(self) -> int:
+        """Of its largest batch, padding included."""
+        return max(int(batch["input_ids"].numel()) for batch in self.batches)
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -320,64 +357,86 @@ def _steps(name: str, text: str, rows: int, rounds: int, console: Console) -> Fi
         table.add_row(kind, str(len(batches)), f"{ratio:.3f} of {base}", f"{peaks[kind] / 2**20:.1f}", *same)
     console.print(table)
     compared = stepper.classifies or (text, rows) == ("code", 16)
-    return figures | (_rivals(stepper, key, texts, rows, console) if compared else {})
+    return figures | (_rivals(stepper, key, texts, rows, rounds, console) if compared else {})
 
 
-def _rivals(stepper: Stepper, key: str, texts: list[IntArray], rows: int, console: Console) -> Figures:
+def _rivals(stepper: Stepper, key: str, texts: list[IntArray], rows: int, rounds: int, console: Console) -> Figures:
     """Four batches in the ways of others: rows a second and the highest peak, over those of rectangles.
 
-    Under a budget of half of the rectangle's peak, Composer and accelerate halve the batch until it fits. The first
-    goes on from there; the other begins the run again.
+    The gradient is that of the first step, and its difference from that of the first rectangle over its size.
+    """
+    ways = _ways(stepper, texts, rows)
+
+    def pass_of(steps: Sequence[Step], turn: int) -> None:
+        for step in steps:
+            stepper.run(*step.arguments)
+            stepper.optimizer_step()
+
+    expected = stepper.gradient(*ways["rectangle"][0].arguments)
+    changed = {way: _difference(stepper.gradient(*steps[0].arguments), expected) for way, steps in ways.items()}
+    peaks = {way: stepper.peak(*max(steps, key=lambda step: step.tokens).arguments) for way, steps in ways.items()}
+    work = {way: partial(pass_of, steps) for way, steps in ways.items()}
+    seconds = interleave(work, rounds, torch.device("cpu"), clock=time.process_time)
+    table = make_table(
+        f"Four batches of {rows} rows, over padded rectangles", ("way", "rows a second", "peak", "gradient differs")
+    )
+    figures: Figures = {}
+    for way in ways:
+        speed, peak = usual_ratio(seconds["rectangle"], seconds[way]).value, peaks[way] / peaks["rectangle"]
+        table.add_row(way, f"{speed:.2f}", f"{peak:.2f}", f"{changed[way]:.1e}")
+        figures |= {f"{key}.{way}.speed": speed, f"{key}.{way}.peak": peak, f"{key}.{way}.gradient": changed[way]}
+    console.print(table)
+    return figures
+
+
+def _ways(stepper: Stepper, texts: list[IntArray], rows: int) -> dict[str, list[Step]]:
+    """The steps of each way over the same texts.
+
+    Composer and accelerate halve a batch until it fits, here until it has half of the bytes of the rectangle. Composer
+    runs what is halved one after the other, and counts their means by rows. Accelerate begins the run again, so steps
+    have fewer rows. Texts in one row without padding see each other's tokens as little as in TRL, by a mask: a
+    processor has no kernel for that.
     """
     groups = [texts[start : start + rows] for start in range(0, len(texts), rows)]
     longest = max(map(len, texts))
     budget = 0.5 * float(stepper.bytes(np.array([rows]), np.array([longest]), 0)[0])
-    sorted_groups = np.array_split(np.argsort([-len(text) for text in texts], kind="stable"), len(groups))
+    by_length = np.array_split(np.argsort([-len(text) for text in texts], kind="stable"), len(groups))
     micro = rows
     while micro > 1 and float(stepper.bytes(np.array([micro]), np.array([longest]), 0)[0]) > budget:
         micro //= 2
 
-    def split(group: list[IntArray], size: int) -> list[Any]:
-        return [stepper.labelled(padded(group[at : at + size])) for at in range(0, len(group), size)]
+    def rectangle(group: Sequence[IntArray]) -> Step:
+        return Step([stepper.labelled(padded(group))], [stepper.items(group)], [0])
 
-    ways: dict[str, tuple[list[tuple[list[Any], list[int]]], str]] = {
-        "rectangle": ([(split(group, rows), [0]) for group in groups], "as it is"),
-        "group_by_length": (
-            [(split([texts[place] for place in group], rows), [0]) for group in sorted_groups],
-            "other rows meet",
-        ),
-        f"halving to {micro} rows": (
-            [(batches := split(group, micro), [0] * len(batches)) for group in groups],
-            "the same",
-        ),
-        "parts": ([stepper.in_parts(group)[:2] for group in groups], "the same"),
-        "parts in half the bytes": ([stepper.in_parts(group, budget)[:2] for group in groups], "the same"),
+    def halved(group: Sequence[IntArray]) -> Step:
+        pieces = [group[at : at + micro] for at in range(0, len(group), micro)]
+        items = [stepper.items(piece) * len(group) / len(piece) for piece in pieces]
+        return Step([stepper.labelled(padded(piece)) for piece in pieces], items, [0] * len(pieces))
+
+    def parts(group: Sequence[IntArray], room: float = np.inf) -> Step:
+        batches, layers, _ = stepper.in_parts(group, room)
+        return Step(batches, [stepper.items(group)] * len(batches), layers)
+
+    ways = {
+        "rectangle": [rectangle(group) for group in groups],
+        "group_by_length": [rectangle([texts[place] for place in group]) for group in by_length],
+        "Composer, halved": [halved(group) for group in groups],
+        "find_executable_batch_size": [rectangle(texts[at : at + micro]) for at in range(0, len(texts), micro)],
+        "parts": [parts(group) for group in groups],
+        "parts in half the bytes": [parts(group, budget) for group in groups],
     }
     if not stepper.classifies:
         blocks = packed(texts, longest)
         each = -(-len(blocks) // len(groups))
         steps = [blocks[at : at + each] for at in range(0, len(blocks), each)]
-        ways["packing, best fit"] = ([(step, [0] * len(step)) for step in steps], "other rows meet")
-    spent: dict[str, float] = {}
-    peaks: dict[str, int] = {}
-    for way, (steps_of_way, _) in ways.items():
-        begin = time.process_time()
-        for batches, counts in steps_of_way:
-            stepper.run(batches, 1000, counts)
-            stepper.optimizer_step()
-        spent[way] = time.process_time() - begin
-        largest = max(steps_of_way, key=lambda step: max(batch["input_ids"].numel() for batch in step[0]))
-        peaks[way] = stepper.peak(largest[0], 1000, largest[1])
-    table = make_table(
-        f"{len(groups)} batches of {rows} rows, over padded rectangles", ("way", "rows a second", "peak", "gradient")
-    )
-    figures: Figures = {}
-    for way, (_, gradient) in ways.items():
-        speed, peak = spent["rectangle"] / spent[way], peaks[way] / peaks["rectangle"]
-        table.add_row(way, f"{speed:.2f}", f"{peak:.2f}", gradient)
-        figures |= {f"{key}.{way}.speed": speed, f"{key}.{way}.peak": peak}
-    console.print(table)
-    return figures
+        counts = [float(sum(int((batch["labels"] >= 0).sum()) for batch in step)) for step in steps]
+        ways["TRL, packing"] = [
+            Step(step, [count] * len(step), [0] * len(step)) for step, count in zip(steps, counts, strict=True)
+        ]
+        ways["TRL, padding-free"] = [
+            Step(packed(group, sum(map(len, group))), [stepper.items(group)], [0]) for group in groups
+        ]
+    return ways
 
 
 # What holds of any batch ----------------------------------------------------------------------------------------------

@@ -305,8 +305,10 @@ def try_parts(
     """
     if options.parts == "off" or not run.in_parts or budget.kind == "parameters":
         return
-    if run.replicas.sharded or is_compiled(run.wrapped):
-        parts.turn_off("the model is sharded" if run.replicas.sharded else "each shape would be compiled")
+    if reason := run.whole or ("the model is sharded" if run.replicas.sharded else ""):
+        parts.turn_off(reason)
+    elif is_compiled(run.wrapped):
+        parts.turn_off("each shape would be compiled")
     else:
         parts.decide(exactness_of(run, targets, seed), run.step.rows_per_example)
 

@@ -8,6 +8,8 @@ the losses of parts are multiplied with, since a loss may be a sum over rows, a 
 from __future__ import annotations
 
 import math
+import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -163,21 +165,61 @@ def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int) -
     return run.measured(tested)
 
 
-def _tested(run: TrainingRun, rows: BatchRows, turn: Callable[[], None]) -> Exactness:
+def still_exact(run: TrainingRun, targets: Sequence[TargetModule], rows: BatchRows, kind: str, seed: int) -> Exactness:
+    """Test the same again during a run, on some rows of its batch; training goes on as if nothing had run.
+
+    Adapters have random values beside their own meanwhile, once: gradients of rows that are learned are rounding.
+
+    Args:
+        run: the run.
+        targets: the target modules of its model.
+        rows: of the test.
+        kind: what the loss was of its rows. It stays where the test finds no number, or no memory.
+        seed: of these values.
+    """
+    try:
+        with _shaken(targets, seed) as turn:
+            return _tested(run, rows, turn, kind)
+    except torch.OutOfMemoryError:
+        return Exactness(kind)
+    except (UnsupportedError, *CUT_FAILS) as error:
+        return Exactness("", f"the loss does not take a part of a batch ({first_line(error)})")
+
+
+NEAREST = 32
+"""Operators that tell how a loss is computed."""
+
+_LAYOUT = re.compile(r"(Unsafe|Reshape)?(View|Alias)|Reshape|Transpose|Permute|T|Clone|Expand|(Un)?[Ss]queeze")
+"""Operators that compute nothing; torch takes one or another where it measures a step."""
+
+
+def way_of(loss: torch.Tensor) -> int:
+    """A number that tells how a loss is computed: by the names of the operators nearest to it in autograd's graph."""
+    names, found = list[str](), deque([loss.grad_fn])
+    while found and len(names) < NEAREST:
+        if (node := found.popleft()) is not None:
+            if not _LAYOUT.fullmatch(name := node.name().partition("Backward")[0]):
+                names.append(name)
+            found.extend(before for before, _ in node.next_functions)
+    return hash(tuple(names))
+
+
+def _tested(run: TrainingRun, rows: BatchRows, turn: Callable[[], None], before: str = "") -> Exactness:
+    """The test on some rows; of what the loss was `before` it is still that, if it can be."""
     order = np.argsort(-rows.lengths, kind="stable")
     parts = [sorted(part.tolist()) for part in np.array_split(order, 2) if len(part)]
     rows = _uneven(rows, parts)
     differences = dict.fromkeys(SHARES, 0.0)
     with _WithoutDropout(run.model) as found:
-        for _ in range(2):
+        for _ in range(1 if before else 2):
             whole, loss = _gradient(run, partial(run.loss, rows.batch))
             if not (math.isfinite(loss) and bool(whole.isfinite().all())):
-                return Exactness("", "the loss of the first rows is not finite")
+                return Exactness(before, "" if before else "the loss of the first rows is not finite")
             each = [_gradient(run, partial(_part_loss, run, rows.part(part), rows.batch)) for part in parts]
             for kind in SHARES:
                 differences[kind] = max(differences[kind], _difference(rows.shares(parts, kind), each, whole, loss))
             turn()
-    kind = min(SHARES, key=lambda kind: (differences[kind] > found.rounding, SHARES.index(kind)))
+    kind = min(SHARES, key=lambda kind: (differences[kind] > found.rounding, kind != before, SHARES.index(kind)))
     if differences[kind] <= found.rounding:
         return Exactness(kind, draws=found.drew)
     nearest = min(differences.values())

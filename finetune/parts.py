@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.checks import counted, finite
@@ -23,7 +24,7 @@ from ..cost.part_seconds import PartSeconds
 from ..cost.recording import BatchShape
 from ..plan.parts import Part, longest_that_fits, parts_sentence, plan_parts
 from .batch_rows import SHARES, BatchRows
-from .exact_parts import Exactness, rows_of
+from .exact_parts import TESTED_ROWS, Exactness, rows_of, still_exact, way_of
 from .plan_keeper import GOOD_STEPS, PlanKeeper
 from .run import Participant, TrainingRun
 
@@ -32,6 +33,12 @@ MOST_LEVELS = 8
 
 MULTIPLE = 8
 """Of which the tokens of a row are one on a GPU, as far as its batch has padding: its products are quicker then."""
+
+FIRST_CHECKS, CHECK_EVERY = (1, 25, 50), 100
+"""Steps before which it is tested again whether parts are exact: these, and then every so many."""
+
+CHECKS_APART = 25
+"""Steps between two tests in the mean, at least, beside the first three: each takes up to a fifth of a step."""
 
 SMALLER = 0.8
 """The share of what a part was predicted to take that parts may take after it ran out of memory."""
@@ -144,6 +151,9 @@ class StepParts(Participant):
         self._since, self._wait, self._step = 0, GOOD_STEPS, 0
         self._ran: list[tuple[Part, float]] = []  # in the step so far, and the bytes of what goes in
         self._told_whole = self._accumulates = False
+        self._ways: set[int] = set()  # in which losses were computed, with the modes of the model
+        self._heard = -1  # the latest step whose modes are known
+        self._asked, self._checks, self._checked = False, 0, 0
 
     @property
     def on(self) -> bool:
@@ -182,6 +192,7 @@ class StepParts(Participant):
         self._kind, self._each = str(own["kind"]), counted(own["each"], 1)
         self._most = None if own["most"] is None else finite(own["most"])
         self._since, self._wait = counted(own["since"]), counted(own["wait"], 1)
+        self._asked = True  # the loss may be another one now
         self.tally = Tally(**{name: counted(own["tally"][name]) for name in vars(Tally())})
 
     def state(self) -> dict[str, Any]:
@@ -203,10 +214,75 @@ class StepParts(Participant):
     # A step -----------------------------------------------------------------------------------------------------------
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
-        """Begin a step; what an error has taken from parts comes back after some good ones."""
+        """Begin a step, after a test if one is due; what an error has taken from parts comes back after good steps."""
         self._step, self._ran = step, []
         if self._most is not None and step - self._since >= self._wait:
             self._most, self._wait = None, 2 * self._wait
+        due = step in FIRST_CHECKS or (step > 0 and step % CHECK_EVERY == 0)
+        alone = self._keeper.run.replicas.processes.count == 1  # else all have to agree on the step
+        asked = alone and self._asked and self._checks <= 2 + step // CHECKS_APART
+        if self.on and batches and (due or asked):
+            self._check(batches[0])
+
+    def hear(self, loss: torch.Tensor) -> None:
+        """Hear of the loss of a part, before its backward pass.
+
+        Where it is computed in a way that is new in this run, or modules have another mode, parts are tested before
+        the next step.
+        """
+        if not self.on:
+            return
+        ways = {way_of(loss)}
+        if self._heard != self._step:
+            self._heard = self._step
+            ways.add(hash(tuple(module.training for module in self._keeper.run.model.modules())))
+        self._asked |= self._step > 0 and not ways <= self._ways
+        self._ways |= ways
+
+    def _check(self, batch: Batch) -> None:
+        """Test on some rows of a batch whether parts are still exact; else steps run as a whole from now on."""
+        keeper, kind = self._keeper, self._kind
+        run, checkpointing, layers = keeper.run, keeper.checkpointing, keeper.checkpointed
+        self._asked, self._checks = False, self._checks + 1
+
+        def tested() -> Exactness:
+            rows = self._some_rows(run.on_device(batch))
+            return still_exact(run, keeper.applier.targets, rows, kind, self._step) if rows else Exactness(kind)
+
+        try:
+            if checkpointing:
+                checkpointing.all()
+                checkpointing.before_step()
+            found = run.measured(tested)
+        finally:
+            if checkpointing:
+                checkpointing.take(layers)
+        if found.kind != kind:
+            count = f"its parts count as a {found.kind}" if found.kind else f"steps run as a whole: {found.reason}"
+            self._tell(
+                f"Step {self._step + 1}: the loss is another one than at the test before step {self._checked + 1}. "
+                f"From now on {count}."
+            )
+        self._kind, self._checked = found.kind, self._step
+
+    def _some_rows(self, batch: Batch) -> BatchRows | None:
+        """The shortest rows of a batch, as many as a test takes and as fit; None where two do not."""
+        rows = rows_of(batch, self._each)
+        if rows is None:
+            return None
+        cost = self._bytes_now(rows.shape)
+        adapters = sum(p.nbytes for target in self._keeper.applier.targets for p in target.parameters.values())
+        room = self._keeper.room_for(self._keeper.applier.ranks) - adapters
+        counts = np.ones(rows.examples) if rows.predicted is None else rows.predicted[1]
+        shortest = [row for row in np.argsort(rows.lengths, kind="stable").tolist() if counts[row]]
+        for count in range(min(TESTED_ROWS, len(shortest)), 1, -1):
+            length = rows.lengths[shortest[count - 1 : count]]
+            if (
+                float(cost(np.array([count]), length, cost.levels[-1])[0] + rows.token_bytes * count * length[0])
+                <= room
+            ):
+                return BatchRows.of(rows.part(sorted(shortest[:count])), self._each)
+        return None
 
     def shape_of(self, shape: BatchShape) -> BatchShape:
         """The shape with which plans are priced that have to run batches of a shape: one example of its length."""

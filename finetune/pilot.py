@@ -147,6 +147,14 @@ class RankPilot:
         """
         return _begun(self._piloted).guard.parts.of(batch)
 
+    def hear_loss(self, loss: torch.Tensor) -> None:
+        """Hear of the loss of a part, with its graph, before its backward pass; a Trainer's steps call this.
+
+        Where it is computed in a way that is new in this run, it is tested before the next step whether parts still
+        have the gradient of the batch. Without this, a loop is tested after 1, 25, 50 and each hundred steps.
+        """
+        _begun(self._piloted).guard.parts.hear(loss)
+
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
         """Read the gradients, which are complete now; call before they are cleared.
 
@@ -260,6 +268,11 @@ class RankPilot:
     def predictions(self) -> list[tuple[int, float]]:
         """(step, cost of the plan) of each decision and correction."""
         return self.journal.predictions
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the steps of the run are in parts now."""
+        return bool(self._piloted and self._piloted.guard.parts.on)
 
     @property
     def peaks(self) -> list[tuple[int, int]]:

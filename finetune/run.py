@@ -117,6 +117,7 @@ class TrainingRun:
         folder: of the run's files; by default one for temporary files.
         evaluations: how often held-out rows are read, as far as it is known.
         in_parts: whether the loop runs its batches through `RankPilot.parts`, as a Trainer's does.
+        whole: why batches run as a whole all the same, for people; empty where nothing speaks against parts.
         part_loss: the loss of a part of a batch, as it counts in that of the whole batch, which is the second argument;
             None for `loss` of the part.
         wrapped: the model as the loop calls it, where wrappers are around it, such as DistributedDataParallel; by
@@ -141,6 +142,7 @@ class TrainingRun:
     folder: Path | None = None
     evaluations: int | None = None
     in_parts: bool = False
+    whole: str = ""
     part_loss: Callable[[Batch, Batch], torch.Tensor] | None = None
     wrapped: nn.Module = None  # type: ignore[assignment]
     replicas: Replicas = field(init=False)

@@ -132,10 +132,19 @@ class TrainerStep:
             learning_rate=probe_rate(objects["model"], objects["optimizer"]),
             folder=Path(args.output_dir),
             evaluations=_evaluations(args, state),
-            in_parts=not self.trainer.args.auto_find_batch_size,
+            in_parts=True,
+            whole=self._whole,
             part_loss=self.loss,
             wrapped=self.trainer.model_wrapped,
         )
+
+    @property
+    def _whole(self) -> str:
+        """Why steps of this Trainer run as a whole; empty where nothing speaks against parts."""
+        if self.rollouts:
+            return f"{type(self.trainer).__name__} makes its batches in its steps"
+        searches = self.trainer.args.auto_find_batch_size
+        return "auto_find_batch_size begins again with smaller batches where memory runs out" if searches else ""
 
     def around_training(
         self, follows: Callable[[], bool], prepare: Callable[[Any], Any], break_off: Callable[[], None]
@@ -218,12 +227,12 @@ class TrainerStep:
     def _in_parts(self, run: Callable[..., Any], step: tuple[Any, ...], options: Mapping[str, Any]) -> torch.Tensor:
         """The loss of a batch that runs in parts, whose losses and gradients add up to those of the batch."""
         model, inputs, *rest = step
-        accelerator, losses = self.trainer.accelerator, list[torch.Tensor]()
+        accelerator, losses, pilot = self.trainer.accelerator, list[torch.Tensor](), self._listener.pilot
         backward = accelerator.backward
-        for part, share in self._listener.pilot.parts(inputs):
+        for part, share in pilot.parts(inputs):
             copied = dict(part) if type(part) is dict else part  # a step may take out what it has read
-            scaled = partial(_scaled, backward, share)
-            with _standing(accelerator, "backward", scaled) if share != 1 else nullcontext():
+            scaled = partial(_scaled, backward, pilot.hear_loss, share)
+            with _standing(accelerator, "backward", scaled) if pilot.in_parts else nullcontext():
                 losses.append(run(model, copied, *rest, **options))
             if share != 1:
                 losses[-1] = losses[-1] * share
@@ -316,9 +325,16 @@ def _put_back(attributes: dict[str, Any], name: str, before: Any) -> None:
         attributes[name] = before
 
 
-def _scaled(backward: Callable[..., None], share: float, loss: torch.Tensor, **options: Any) -> None:
-    """Take the gradients of a share of a loss."""
-    backward(loss * share, **options)
+def _scaled(
+    backward: Callable[..., None],
+    hear: Callable[[torch.Tensor], None],
+    share: float,
+    loss: torch.Tensor,
+    **options: Any,
+) -> None:
+    """Take the gradients of a share of a loss, after it was heard."""
+    hear(loss)
+    backward(loss if share == 1 else loss * share, **options)
 
 
 def _retried(

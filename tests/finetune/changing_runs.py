@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.cost.saver_prices import ACTIVATIONS, COPIES, ROUTED, TILES
 from rankpilot.cost.savers import ExactSavers
+from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.prefix_cache import PrefixCache, Room
 from rankpilot.finetune.put_back import LayerCheckpointing
 from torch import nn
@@ -105,11 +106,12 @@ def batches(family: str, *, shuffled: bool) -> list[list[Batch]]:
     for epoch in range(EPOCHS):
         order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(epoch if shuffled else 0)).tolist()
         chosen = [[rows[i] for i in order[at : at + AT_ONCE]] for at in range(0, ROWS, AT_ONCE)]
-        found.append([_padded(family, each) for each in chosen])
+        found.append([padded_rows(family, each) for each in chosen])
     return found
 
 
-def _padded(family: str, rows: list[torch.Tensor]) -> Batch:
+def padded_rows(family: str, rows: list[torch.Tensor]) -> Batch:
+    """A batch of rows of token ids, with padding on the right."""
     longest = max(map(len, rows))
     ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
     for index, row in enumerate(rows):
@@ -405,19 +407,52 @@ def _step(
     outcome: Outcome,
     epochs: list[list[Batch]],
 ) -> None:
+    def passes(batch: Batch) -> torch.Tensor:
+        loss = change.loss(model, batch, step) / change.micro
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    before_step()
+    take(model, optimizer, change, step, outcome, epochs, passes)
+
+
+def take(
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    change: Change,
+    step: int,
+    outcome: Outcome,
+    epochs: list[list[Batch]],
+    passes: Callable[[Batch], torch.Tensor],
+    pilot: RankPilot | None = None,
+) -> None:
+    """Take a step, after what changes in it.
+
+    Args:
+        model: the model.
+        optimizer: of all of its parameters.
+        change: what changes.
+        step: its number.
+        outcome: gets losses and gradients.
+        epochs: the batches.
+        passes: runs a batch forward and backward; returns its loss.
+        pilot: hears of the step.
+    """
     if step == CHANGE:
         change.once(model)
     torch.manual_seed(step)
-    before_step()
     epoch, place = divmod(step, ROWS // AT_ONCE)
-    for micro in range(change.micro):
-        batch = epochs[epoch][(place + micro) % len(epochs[epoch])]
-        loss = change.loss(model, batch, step) / change.micro
-        loss.backward()  # type: ignore[no-untyped-call]
-        outcome.losses.append(loss.detach())
+    chosen = [epochs[epoch][(place + micro) % len(epochs[epoch])] for micro in range(change.micro)]
+    if pilot:
+        pilot.before_step(*chosen)
+    outcome.losses += map(passes, chosen)
     outcome.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    if pilot:
+        pilot.before_optimizer_step(outcome.losses[-1])
     optimizer.step()
     optimizer.zero_grad()
+    if pilot:
+        pilot.after_step()
     if change.evaluates and place == ROWS // AT_ONCE - 1:
         model.eval()
         with torch.no_grad():

@@ -14,12 +14,12 @@ from peft import PeftModel
 from rankpilot.decide.rules import AsConfigured
 from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune.parts import StepParts
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.run import MEASURING, TrainingRun
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, Trainer
 
-from .test_exact_parts import collate, in_batch_negatives
+from .test_exact_parts import collate, hidden, in_batch_negatives
 from .tiny_runs import Recorder, adapted, arguments, messages_of
 
 ROWS, STEPS = 6, 4
@@ -140,7 +140,7 @@ def test_layers_follow_the_part(launch: Callable[..., Launched]) -> None:
 
     def note(model: Any, inputs: Any, options: Any) -> None:
         layers = [layer.gradient_checkpointing for layer in model.model.layers]
-        if model.training and run.trainer.state.global_step:
+        if model.training and run.trainer.state.global_step and not MEASURING.get():
             seen.append((options["input_ids"].shape[1], sum(layers)))
 
     base = run.model.get_base_model()
@@ -172,7 +172,9 @@ def test_a_part_that_runs_out_of_memory_is_taken_again_smaller(
     def fail(model: Any, inputs: Any, options: Any) -> None:
         step = run.trainer.state.global_step
         number[:] = [number[0] + 1, step] if number[1] == step else [1, step]
-        if model.training and step == 1 and number[0] == part and not failed:
+        if MEASURING.get():
+            number[0] -= 1
+        elif model.training and step == 1 and number[0] == part and not failed:
             failed.append(part)
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -227,6 +229,14 @@ def test_a_loss_in_which_rows_meet_runs_whole(
     run = launch(trainer=Contrastive).train()
     assert not run.guard.parts.on
     assert "parts" not in run.trainer.state.log_history[0]
+    assert capsys.readouterr().out.count("Steps run as a whole") == 1
+
+
+def test_where_the_trainer_looks_for_its_batch_size_steps_are_whole(
+    launch: Callable[..., Launched], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = launch(auto_find_batch_size=True).train()
+    assert not run.guard.parts.on
     assert capsys.readouterr().out.count("Steps run as a whole") == 1
 
 
@@ -299,3 +309,89 @@ def test_processes_hear_of_the_last_part_alone(llama_config: LlamaConfig, tmp_pa
     last = exchanges[-10:]
     assert not all(last)
     assert exchanges[-1]
+
+
+# A loss that becomes another one --------------------------------------------------------------------------------------
+
+
+class Changing(Trainer):  # type: ignore[misc]
+    """A Trainer whose loss gets a term of all rows together after two steps, by another code or by a weight."""
+
+    by_weight = False
+
+    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+        own = model(**inputs).loss
+        weight = 0.1 * (self.state.global_step >= 2)
+        return own + weight * in_batch_negatives(model, inputs) if self.by_weight or weight else own
+
+
+class ByWeight(Changing):
+    by_weight = True
+
+
+class Normed(Changing):
+    """A Trainer whose loss reads a norm, which takes the statistics of each batch after two steps."""
+
+    norm = torch.nn.BatchNorm1d(64, affine=False).eval()
+
+    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+        model.norm = self.norm.train(self.state.global_step >= 2)
+        return model.norm(hidden(model, inputs)).pow(4).mean()
+
+
+@pytest.mark.parametrize(("trainer", "whole_from"), [(Changing, 3), (Normed, 3), (ByWeight, 5)])
+def test_a_loss_in_which_rows_begin_to_meet_runs_whole(
+    launch: Callable[..., Launched],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    trainer: type[Trainer],
+    whole_from: int,
+) -> None:
+    """A new way of computing it is noticed in its first step, and another number of it at the next test."""
+    monkeypatch.setattr("rankpilot.finetune.parts.FIRST_CHECKS", (1, 5))
+    run = launch(trainer=trainer, data=MIXED * 8, max_steps=whole_from + 2, parts="auto", budget="100%")
+    on: list[bool] = []
+    run.recorder.at_step = lambda step: on.append(run.guard.parts.on)
+    run.train()
+    assert on == [True] * whole_from + [False] * 2
+    assert capsys.readouterr().out.count("From now on steps run as a whole") == 1
+
+
+def test_a_loss_that_begins_to_count_otherwise_is_counted_so(
+    launch: Callable[..., Launched], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class OtherMean(Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+            own = super().compute_loss(model, inputs, *rest, **options)
+            return own if self.state.global_step < 2 else hidden(model, inputs).square().mean()
+
+    run, expected = launch(trainer=OtherMean).train(), launch(trainer=OtherMean, parts="off").train()
+    assert run.guard.parts.tally.batches == STEPS
+    assert "its parts count as a mean over rows" in capsys.readouterr().out
+    assert run.recorder.losses[:2] == pytest.approx(expected.recorder.losses[:2], abs=2e-5)
+
+
+def test_tests_are_few_and_leave_no_trace(launch: Callable[..., Launched], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of many shapes, in layers that are checkpointed or not, are one way to compute a loss."""
+    monkeypatch.setattr("rankpilot.finetune.parts.FIRST_CHECKS", (1, 5))
+    runs = [launch(data=MIXED * 2, max_steps=8, budget="60%") for _ in range(2)]
+    checks: list[int] = []
+    check = StepParts._check
+    monkeypatch.setattr(StepParts, "_check", lambda self, batch: (checks.append(self._step), check(self, batch))[1])
+    runs[0].train()
+    assert checks == [1, 5]
+    monkeypatch.setattr(StepParts, "_check", lambda self, batch: None)
+    runs[1].train()
+    assert runs[0].recorder.losses == runs[1].recorder.losses
+    there = runs[1].adapters()
+    assert all(torch.equal(value, there[name]) for name, value in runs[0].adapters().items())
+
+
+def test_a_run_that_goes_on_with_another_loss_is_tested_first(tmp_path: Path, launch: Callable[..., Launched]) -> None:
+    class Contrastive(Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+            return in_batch_negatives(model, inputs)
+
+    launch(budget="100%", folder=tmp_path / "one", save_steps=2).train()
+    again = launch(budget="100%", folder=tmp_path / "one", trainer=Contrastive)
+    assert not again.train(str(tmp_path / "one" / "checkpoint-2")).guard.parts.on
