@@ -122,6 +122,11 @@ class BatchRows:
 
         return _changed(self.batch, change)
 
+    def span(self, examples: Sequence[int]) -> slice:
+        """The tokens of the batch that a part of these examples has."""
+        axis = self._axes.get(self.shape.length)
+        return slice(0, self.shape.length) if axis is None else axis.cut(np.asarray(examples), 1)
+
     def _cut(self, tensor: torch.Tensor, chosen: IntArray, rows: IntArray, cuts: Mapping[int, slice]) -> torch.Tensor:
         if tensor.dim() and tensor.shape[0] in (self.shape.rows, self.examples) and len(chosen) < self.examples:
             places = rows if tensor.shape[0] == self.shape.rows else chosen

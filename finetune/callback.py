@@ -446,7 +446,10 @@ class Evaluations:
         with self._pilot.evaluation():
             result = evaluate()
         share = self._pilot.evaluation_share
-        if share > 1 and rows > 1:
+        if share > 1 and self._pilot.evaluates_in_parts:
+            self._measured = 0
+            logger.warning("An evaluation took %.0f %% of the budget: the next one has smaller parts.", 100 * share)
+        elif share > 1 and rows > 1:
             self._own = self._own or rows
             self._have(max(1, int(EVALUATION_ROOM * rows / share)))
             logger.warning(

@@ -119,9 +119,13 @@ class _WithoutDropout:
     @property
     def rounding(self) -> float:
         """The relative difference that is rounding; see `ROUNDING`."""
-        lowest = max((ROUNDING.get(dtype, 0.0) for dtype in self.dtypes), default=0.0)
-        products = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32
-        return max(lowest, TF32_ROUNDING if products else FULL_ROUNDING)
+        return max(map(rounding_of, self.dtypes), default=rounding_of(torch.float32))
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """The relative difference that is rounding in results of this precision, or of products in it; see `ROUNDING`."""
+    products = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32
+    return max(ROUNDING.get(dtype, 0.0), TF32_ROUNDING if products else FULL_ROUNDING)
 
 
 def _entered_off(autocast: Any, enter: Callable[[Any], Any]) -> Any:
@@ -208,7 +212,7 @@ def _tested(run: TrainingRun, rows: BatchRows, turn: Callable[[], None], before:
     """The test on some rows; of what the loss was `before` it is still that, if it can be."""
     order = np.argsort(-rows.lengths, kind="stable")
     parts = [sorted(part.tolist()) for part in np.array_split(order, 2) if len(part)]
-    rows = _uneven(rows, parts)
+    rows = uneven(rows, parts)
     differences = dict.fromkeys(SHARES, 0.0)
     with _WithoutDropout(run.model) as found:
         for _ in range(1 if before else 2):
@@ -253,7 +257,7 @@ def _part_loss(run: TrainingRun, part: Batch, whole: Batch) -> torch.Tensor:
     return run.part_loss(part, whole) if run.part_loss else run.loss(part)
 
 
-def _uneven(rows: BatchRows, parts: Sequence[Sequence[int]]) -> BatchRows:
+def uneven(rows: BatchRows, parts: Sequence[Sequence[int]]) -> BatchRows:
     """The same rows with fewer counted labels in one, so that means over rows and over tokens are two numbers.
 
     That row counts its first token, which causal language models predict from nothing.

@@ -8,6 +8,7 @@ A plan is priced with one row of the longest length then, alone: whatever the ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -159,6 +160,11 @@ class StepParts(Participant):
     def on(self) -> bool:
         """Whether steps run in parts."""
         return bool(self._kind)
+
+    @property
+    def each(self) -> int:
+        """Rows of an example."""
+        return self._each
 
     def decide(self, found: Exactness, each: int) -> None:
         """Take what a test has found.
@@ -331,6 +337,31 @@ class StepParts(Participant):
         """Let processes exchange gradients in the last part alone."""
         wrapper = self._keeper.run.replicas.wrapper
         return nullcontext() if last or wrapper is None else wrapper.no_sync()
+
+    def of_evaluation(self, rows: BatchRows, token_bytes: float, share: float) -> tuple[Part, ...]:
+        """The parts of a batch that is evaluated.
+
+        Its forward pass is taken to need no more than a step in which all layers are checkpointed.
+
+        Args:
+            rows: of the batch.
+            token_bytes: of what a token returns.
+            share: by which the bytes are multiplied; infinite for rows alone.
+        """
+        if math.isinf(share):
+            return tuple(Part((row,), int(length), 0) for row, length in enumerate(rows.lengths))
+        cost, given = self._bytes_now(rows.shape), rows.token_bytes + token_bytes
+        most, longest = cost.levels[-1], rows.lengths.max(keepdims=True)
+        seconds = self._seconds
+        assert seconds is not None, "made with the bytes"
+
+        def bytes_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
+            return share * cost(examples, tokens, layers) + given * examples * tokens
+
+        whole = token_bytes * rows.examples * rows.shape.length  # what is put together lies beside the parts
+        room = self._keeper.room_for(self._keeper.applier.ranks) - whole
+        room = max(room, float(bytes_of(np.ones(1, dtype=np.int64), longest, most)[0]))
+        return plan_parts(rows.lengths, room, (most,), bytes_of, seconds)
 
     def _plan(self, rows: BatchRows) -> tuple[Part, ...]:
         """The parts of a batch."""

@@ -20,6 +20,7 @@ from ..cost.recording import BatchShape
 from ..cost.savers import is_compiled
 from ..decide.applier import PlanApplier
 from ..errors import BudgetError, UnsupportedError
+from .evaluated_parts import EvaluatedParts
 from .journal import Journal, PlanChange
 from .parts import StepParts
 from .plan_keeper import PlanKeeper, PlanState
@@ -45,6 +46,7 @@ class PeakGuard(Participant):
         plan: keeps the plan inside the budget.
         shortage: takes from the plan while memory is short, and gives it back.
         parts: runs steps in parts.
+        evaluated: runs evaluations in parts.
         evaluation_share: the peak of the latest evaluation as a share of the budget; 0 before the first.
         checks: (step, predicted bytes, measured bytes) of the first measured step after each change of ranks.
     """
@@ -54,6 +56,7 @@ class PeakGuard(Participant):
         self.plan: PlanKeeper = PlanKeeper(self.meter)
         self.shortage: Shortage = Shortage(self.plan)
         self.parts: StepParts = StepParts(self.plan, tell, fewest=fewest)
+        self.evaluated: EvaluatedParts = EvaluatedParts(self.parts, tell)
         self.checks: list[tuple[int, float, int]] = []
         self.evaluation_share: float = 0.0
         self._step_shape, self._batches = BatchShape(0, 0), StepBatches(0)
@@ -226,6 +229,8 @@ class PeakGuard(Participant):
         peak = self.meter.end_other()
         if peak is not None:
             self.evaluation_share = peak / self.plan.applier.limit
+            if self.evaluation_share > 1:
+                self.evaluated.shrink(self.evaluation_share)
 
     # Gradients --------------------------------------------------------------------------------------------------------
 

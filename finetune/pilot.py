@@ -22,6 +22,7 @@ from ..decide.settings import DecisionSchedule
 from ..errors import ConfigError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import resizable_targets
+from .evaluated_parts import Result
 from .journal import Journal
 from .options import GivenOptions, PilotOptions
 from .piloted_run import PilotedRun
@@ -306,6 +307,15 @@ class RankPilot:
     def evaluation(self) -> AbstractContextManager[None]:
         """Measure the evaluation that runs inside the block; see `evaluation_share`."""
         return _begun(self._piloted).guard.evaluation()
+
+    def evaluated(self, evaluate: Callable[[Batch], Result], batch: Batch, *, whole: str = "") -> Result:
+        """Evaluate a batch, in parts where those of steps are; see `EvaluatedParts.run`."""
+        return _begun(self._piloted).guard.evaluated.run(evaluate, batch, whole)
+
+    @property
+    def evaluates_in_parts(self) -> bool:
+        """Whether batches of evaluations run in parts."""
+        return bool(self._piloted and self._piloted.guard.evaluated.on)
 
     @property
     def evaluation_share(self) -> float:

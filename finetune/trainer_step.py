@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from ..cost.batch_shape import Batch
 from ..errors import UnsupportedError
+from .evaluated_parts import Result
 from .pilot import RankPilot
 from .put_back import put_back
 from .rollouts import Rollouts, makes_rollouts, refuse_answers, refuse_to_plan
@@ -27,6 +28,9 @@ from .run import TrainingRun, data_of, probe_rate
 
 RESUME = "resume_from_checkpoint"
 """The first argument of `Trainer.train`."""
+
+COUNTED_BY_CALL = ("_metrics", "_stored_metrics")
+"""Where trainers of TRL note figures of each batch."""
 
 _ABSENT: Any = object()
 
@@ -187,6 +191,8 @@ class TrainerStep:
         self._replace("log", self._log)
         if self.rollouts:
             self._replace("_prepare_inputs", self._prepare_inputs)
+        elif listener.pilot.in_parts:
+            self._replace("prediction_step", self._prediction_step)
         self._replace("_save_checkpoint", self._save_checkpoint)
 
     def _get_batch_samples(self, run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -238,6 +244,14 @@ class TrainerStep:
                 losses[-1] = losses[-1] * share
             del part, copied  # before the next one is there
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _prediction_step(
+        self, run: Callable[..., Result], model: Any, inputs: Any, *rest: Any, **options: Any
+    ) -> Result:
+        """Evaluate a batch in parts."""
+        by_call = any(vars(self.trainer).get(name) for name in COUNTED_BY_CALL)
+        whole = f"{type(self.trainer).__name__} shows means over them" if by_call else ""
+        return self._listener.pilot.evaluated(lambda part: run(model, part, *rest, **options), inputs, whole=whole)
 
     def _log(self, run: Callable[..., Any], logs: dict[str, float], *rest: Any, **options: Any) -> None:
         """Log with the figures of the ranks, and the rate that steps really have."""

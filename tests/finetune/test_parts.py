@@ -44,6 +44,7 @@ class Launched:
         config: LlamaConfig,
         *,
         data: Any = None,
+        held_out: Any = None,
         trainer: type[Trainer] = Trainer,
         parts: str = "auto",
         budget: str = "100%",
@@ -60,6 +61,7 @@ class Launched:
             args=arguments(folder, **settings | options),
             data_collator=collate,
             train_dataset=MIXED if data is None else data,
+            eval_dataset=held_out,
             callbacks=[self.recorder],
         )
         self.callback = rankpilot.attach(
@@ -309,6 +311,84 @@ def test_processes_hear_of_the_last_part_alone(llama_config: LlamaConfig, tmp_pa
     last = exchanges[-10:]
     assert not all(last)
     assert exchanges[-1]
+
+
+# Evaluations ----------------------------------------------------------------------------------------------------------
+
+HELD_OUT = texts([40, 3, 30, 7, 5, 12, 6, 40, 9], seed=5)
+
+
+def evaluated(launch: Callable[..., Launched], **options: Any) -> tuple[Launched, list[dict[str, float]], Any]:
+    """A run with its evaluations and the predictions that its last step makes."""
+    options = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8} | options
+    run, found = launch(held_out=HELD_OUT, **options), list[Any]()
+    run.trainer.compute_metrics = lambda result: {
+        "right": float((result.predictions[0].argmax(-1) == result.label_ids).sum())
+        if isinstance(result.predictions, tuple)
+        else float((result.predictions.argmax(-1) == result.label_ids).sum())
+    }
+    run.recorder.at_step = lambda step: found.append(run.trainer.predict(HELD_OUT)) if step == STEPS else None
+    run.train()
+    return run, [row for row in run.trainer.state.log_history if "eval_loss" in row], found[0]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_evaluations_and_predictions_are_the_same_in_parts(
+    launch: Callable[..., Launched], capsys: pytest.CaptureFixture[str], side: str
+) -> None:
+    def sided(rows: list[dict[str, Any]]) -> Any:
+        batch = collate(rows)
+        batch["labels"][:, 0] = -100  # padding on the left would predict it
+        if side == "right":
+            return batch
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        return {
+            name: torch.stack([row.roll(-length) for row, length in zip(values, lengths, strict=True)])
+            for name, values in batch.items()
+        }
+
+    run, evaluations, predicted = evaluated(launch, budget="65%", collate=sided)
+    assert run.guard.evaluated.on
+    _, expected, whole = evaluated(launch, parts="off", collate=sided)
+    for one, two in zip(evaluations, expected, strict=True):
+        assert one["eval_loss"] == pytest.approx(two["eval_loss"], rel=1e-4)
+        assert one["eval_right"] == two["eval_right"]
+    assert np.array_equal(predicted.label_ids, whole.label_ids)
+    real = whole.label_ids != -100
+    assert predicted.predictions.shape == whole.predictions.shape
+    assert np.allclose(predicted.predictions[real], whole.predictions[real], atol=2e-3)
+    assert (predicted.predictions[~real] == -100).any(), "padding did not run"
+
+
+def test_an_evaluation_whose_rows_meet_runs_as_it_is(
+    launch: Callable[..., Launched], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class MeetIn(Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
+            loss = loss if model.training else in_batch_negatives(model, inputs)
+            return (loss, outputs) if return_outputs else loss
+
+    run, *_ = evaluated(launch, trainer=MeetIn, budget="60%")
+    assert run.guard.parts.tally.batches == STEPS
+    assert run.guard.evaluated.on is False
+    assert capsys.readouterr().out.count("Batches of evaluations run as they are") == 1
+
+
+def test_an_evaluation_that_runs_out_of_memory_takes_smaller_parts(launch: Callable[..., Launched]) -> None:
+    """As long as its rows are more than one."""
+
+    class Large(Trainer):  # type: ignore[misc]
+        most = 2
+
+        def prediction_step(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+            if len(inputs["input_ids"]) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().prediction_step(model, inputs, *rest, **options)
+
+    _, found, _ = evaluated(launch, budget="60%", trainer=Large)
+    _, expected, _ = evaluated(launch, parts="off")
+    assert [row["eval_loss"] for row in found] == pytest.approx([row["eval_loss"] for row in expected], rel=1e-4)
 
 
 # A loss that becomes another one --------------------------------------------------------------------------------------

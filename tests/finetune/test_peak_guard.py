@@ -375,7 +375,7 @@ class Budgeted:
 
     def __init__(self, *shares: float) -> None:
         self.shares = list(shares)
-        self.evaluation_share = 0.0
+        self.evaluation_share, self.evaluates_in_parts = 0.0, False
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

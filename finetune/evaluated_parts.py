@@ -1,0 +1,181 @@
+"""Evaluations in parts: a batch that is evaluated runs as those of training do, and its results are put together again.
+
+Losses of a Trainer's evaluations need not count as those of its steps, and what it returns is its own business. So the
+first batch is tested: some of its rows as a whole and in two parts. Where the results differ, batches run as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..cost.batch_shape import Batch
+from ..data.batches import IGNORED
+from ..errors import first_line
+from .batch_rows import SHARES, BatchRows
+from .exact_parts import TESTED_ROWS, rounding_of, rows_of, uneven
+from .parts import StepParts
+
+SMALLER = 4.0
+"""By what the bytes of parts are multiplied after one that ran out of memory; after a second one rows run alone."""
+
+Result = tuple[torch.Tensor | None, Any, Any]
+"""What `Trainer.prediction_step` returns: loss, predictions and labels, each tensors in any nesting, or None."""
+
+
+class EvaluatedParts:
+    """The evaluations of a run.
+
+    Args:
+        parts: of the run's steps.
+        tell: gets a line where batches run as they are.
+
+    Attributes:
+        on: whether batches of evaluations run in parts; None before the first.
+    """
+
+    def __init__(self, parts: StepParts, tell: Callable[[str], None]) -> None:
+        self._parts, self._tell = parts, tell
+        self.on: bool | None = None
+        self._kind, self._token_bytes, self._share = "", 0.0, 1.0
+
+    def run(self, evaluate: Callable[[Batch], Result], batch: Batch, whole: str) -> Result:
+        """Evaluate a batch.
+
+        Args:
+            evaluate: runs the Trainer's step on a batch.
+            batch: as the Trainer has it.
+            whole: why batches run as they are, for people; empty where nothing speaks against parts.
+
+        Raises:
+            torch.OutOfMemoryError: a row alone is too much.
+        """
+        rows = rows_of(batch, 1) if self._parts.on and self.on is not False else None
+        if rows is None or rows.examples < 2:
+            return evaluate(batch)
+        if self.on is None:
+            self._decide(evaluate, rows, whole)
+            if not self.on:
+                return evaluate(batch)
+        for smaller in (1.0, SMALLER, math.inf):
+            self._share *= smaller
+            parts = [part.rows for part in self._parts.of_evaluation(rows, self._token_bytes, self._share)]
+            try:
+                if len(parts) == 1 and rows.part(parts[0]) is batch:
+                    return evaluate(batch)
+                return self._joined(rows, parts, [evaluate(rows.part(part)) for part in parts])
+            except torch.OutOfMemoryError:  # outside of it, since it holds the tensors of the part
+                if len(parts) == rows.examples:
+                    raise
+        raise AssertionError("the last parts are rows alone")
+
+    def shrink(self, share: float) -> None:
+        """Let parts take less, after an evaluation whose peak was this share of the budget."""
+        self._share *= share
+
+    def _decide(self, evaluate: Callable[[Batch], Result], rows: BatchRows, whole: str) -> None:
+        """Test on some rows whether results of parts are those of a batch."""
+        reason = whole or ("an example has several rows" if self._parts.each > 1 else "")
+        if not reason:
+            try:
+                reason = self._tested(evaluate, rows, TESTED_ROWS)
+            except torch.OutOfMemoryError:
+                reason = "rows run out of memory"
+            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+                reason = f"they do not take a part of a batch ({first_line(error)})"
+        self.on = not reason
+        if reason:
+            self._tell(f"Batches of evaluations run as they are, and not in parts: {reason}.")
+
+    def _tested(self, evaluate: Callable[[Batch], Result], rows: BatchRows, count: int) -> str:
+        """Why batches run as they are, by a test of the shortest rows, as many as there is memory for; else nothing."""
+        order = np.argsort(rows.lengths, kind="stable")[:count]
+        some = BatchRows.of(rows.part(sorted(order.tolist())))
+        parts = [sorted(part.tolist()) for part in np.array_split(np.argsort(-some.lengths, kind="stable"), 2)]
+        some = uneven(some, parts)
+        try:
+            whole, each = evaluate(some.batch), [evaluate(some.part(part)) for part in parts]
+        except torch.OutOfMemoryError:
+            if count <= 2:
+                raise
+            whole = None
+        if whole is None:
+            return self._tested(evaluate, rows, 2)
+        rounding = max(rounding_of(tensor.dtype) for tensor in _tensors(whole)) if _tensors(whole) else 0.0
+        if whole[0] is not None:
+            losses = {kind: _loss(some, parts, kind, each) for kind in SHARES}
+            differences = {kind: abs(loss / float(whole[0]) - 1) for kind, loss in losses.items()}
+            self._kind = min(SHARES, key=lambda kind: (not differences[kind] <= rounding, SHARES.index(kind)))
+            if not differences[self._kind] <= rounding:
+                return f"in parts the loss differs by {min(differences.values()):.2g}"
+        found = self._joined(some, parts, each)
+        outputs = sum(tensor.nbytes for tensor in _tensors(whole[1:]))
+        self._token_bytes = 2.0 * outputs / (some.examples * some.shape.length)
+        pairs = zip(_tensors(found[1:]), _tensors(whole[1:]), strict=True)
+        same = all(_close(one, other, rounding) for one, other in pairs)
+        return "" if same else "in parts predictions are others"
+
+    def _joined(self, rows: BatchRows, parts: Sequence[Sequence[int]], results: Sequence[Result]) -> Result:
+        """The result of a batch by those of its parts; what is not known of padding is `IGNORED`."""
+        loss = None
+        if (first := results[0][0]) is not None:
+            loss = first.new_tensor(_loss(rows, parts, self._kind, results))
+        spans = [rows.span(part) for part in parts]
+
+        def join(values: Sequence[Any]) -> Any:
+            one = values[0]
+            if isinstance(one, Mapping):
+                return type(one)({name: join([value[name] for value in values]) for name in one})
+            if isinstance(one, list | tuple):
+                return type(one)(map(join, zip(*values, strict=True)))
+            return None if one is None else _placed(rows, parts, spans, values)
+
+        return loss, join([result[1] for result in results]), join([result[2] for result in results])
+
+
+def _loss(rows: BatchRows, parts: Sequence[Sequence[int]], kind: str, results: Sequence[Result]) -> float:
+    """The loss of a batch; a part without predictions, whose mean is no number, adds nothing."""
+    shares = rows.shares(parts, kind)
+    return sum(
+        share * float(loss) for share, (loss, _, _) in zip(shares, results, strict=True) if share and loss is not None
+    )
+
+
+def _placed(
+    rows: BatchRows, parts: Sequence[Sequence[int]], spans: Sequence[slice], values: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Tensors of parts in one of the batch: rows where they were, and tokens too."""
+    length = rows.shape.length
+    sizes = [value.shape[1] for value in values if value.dim() > 1]
+    by_token = bool(sizes) and sizes == [span.stop - span.start for span in spans]
+    shape = [rows.examples, *([length] if by_token else values[0].shape[1:2]), *values[0].shape[2:]]
+    found = values[0].new_full(shape, IGNORED)
+    for part, span, value in zip(parts, spans, values, strict=True):
+        if value.shape[0] != len(part):
+            raise ValueError(f"{value.shape[0]} results for {len(part)} rows")
+        places = torch.as_tensor(part, device=value.device)
+        if by_token:
+            found[places, span] = value
+        else:
+            found[places] = value
+    return found
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        return [values]
+    inside = values.values() if isinstance(values, Mapping) else values if isinstance(values, list | tuple) else ()
+    return [tensor for value in inside for tensor in _tensors(value)]
+
+
+def _close(one: torch.Tensor, other: torch.Tensor, rounding: float) -> bool:
+    """Whether predictions are the same, but for padding that did not run."""
+    if one.shape != other.shape:
+        return False
+    known = (one != IGNORED) | (other == IGNORED)
+    most = float(other.float().abs().max()) if other.numel() else 0.0
+    return bool(((one - other).float().abs()[known] <= rounding * most + 1e-7).all())
