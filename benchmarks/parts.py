@@ -195,7 +195,7 @@ class Stepper:
         batch = self.labelled(with_padding(padded([np.arange(1, most.length + 1) % 900] * most.rows)))
         memory = calibrate(model, found, batch, self.optimizer, loss=partial(self.loss, None), signal_bytes=False)
         memory = replace(memory, accumulates=True)
-        self.bytes = PlanBytes(memory, ranks, most, chooses=True, whole=False, each=1)
+        self.bytes = PlanBytes(memory, ranks, most, chooses=True, each=1)
         self.seconds = PartSeconds.of(model, int(memory.recording.created.max()), len(self.bytes.layers))
         self.optimizer_step()
 

@@ -187,11 +187,14 @@ def _largest_that_fits(
         return memory.shape
 
 
-def what_times_mean(limit: TimeLimit | None, run: TrainingRun) -> str:
-    """What the times of steps are, where frozen layers run once a row; else empty."""
-    if limit is None or not limit.left_out:
+def what_times_mean(limit: TimeLimit | None, run: TrainingRun, *, in_parts: bool) -> str:
+    """What the times of steps are, where frozen layers run once a row or steps run in parts; else empty."""
+    if limit is None:
         return ""
-    return (
+    whole = "Times are of the largest batch as a whole: steps in parts take less, and no limit counts on that."
+    if not limit.left_out:
+        return whole if in_parts else ""
+    return (whole + " ") * in_parts + (
         f"Times of steps are means over {run.epochs:.3g} epochs: layers below the lowest adapter count in "
         f"{1 - limit.left_out:.0%} of the steps, since later epochs take what they return from memory and disk "
         "(prefix_cache)."

@@ -23,7 +23,7 @@ from ..cost.batch_shape import Batch
 from ..cost.model import MemoryModel, ShapeBytes, holding_layers
 from ..cost.part_seconds import PartSeconds
 from ..cost.recording import BatchShape
-from ..plan.parts import Part, longest_that_fits, parts_sentence, plan_parts
+from ..plan.parts import Part, ShapeCost, longest_that_fits, parts_sentence, plan_parts
 from .batch_rows import SHARES, BatchRows
 from .exact_parts import TESTED_ROWS, Exactness, rows_of, still_exact, way_of
 from .plan_keeper import GOOD_STEPS, PlanKeeper
@@ -41,6 +41,9 @@ FIRST_CHECKS, CHECK_EVERY = (1, 25, 50), 100
 CHECKS_APART = 25
 """Steps between two tests in the mean, at least, beside the first three: each takes up to a fifth of a step."""
 
+MORE = 1.25
+"""By what the bytes of parts rise that are to be few, until they take no more seconds than the padded batch."""
+
 SMALLER = 0.8
 """The share of what a part was predicted to take that parts may take after it ran out of memory."""
 
@@ -53,7 +56,6 @@ class PlanBytes:
         ranks: the plan, int64 (modules,).
         most: the largest shape that will be asked for.
         chooses: whether layers may be chosen.
-        whole: whether all that hold something are checkpointed, whatever the room.
         each: rows of an example.
 
     Attributes:
@@ -62,15 +64,13 @@ class PlanBytes:
         most: as above.
     """
 
-    def __init__(
-        self, memory: MemoryModel, ranks: IntArray, most: BatchShape, *, chooses: bool, whole: bool, each: int
-    ) -> None:
+    def __init__(self, memory: MemoryModel, ranks: IntArray, most: BatchShape, *, chooses: bool, each: int) -> None:
         self._memory, self._ranks, self._each, self.most = memory, ranks, each, most
         self._first = replace(memory, accumulates=False)
         self.layers = holding_layers(memory, ranks) if chooses else ()
         self._chooses, count = chooses, len(self.layers)
         spread = np.unique(np.linspace(0, count, MOST_LEVELS + 1).round().astype(int))
-        self.levels: tuple[int, ...] = (count,) if whole else tuple(spread.tolist())
+        self.levels: tuple[int, ...] = tuple(spread.tolist())
         self._of_level: dict[int, ShapeBytes] = {}
 
     def __call__(self, examples: IntArray, lengths: IntArray, layers: int) -> FloatArray:
@@ -134,7 +134,8 @@ class StepParts(Participant):
     Args:
         keeper: keeps the plan, and knows its run, its limit and its byte model.
         tell: gets a line where steps run as a whole, and why.
-        fewest: whether a step takes as few bytes as its longest row alone, in place of the least seconds.
+        fewest: whether parts take as few bytes as the longest row of the run, where that takes no more seconds than
+            the padded batch with all layers checkpointed.
 
     Attributes:
         on: whether steps run in parts.
@@ -368,24 +369,33 @@ class StepParts(Participant):
         lengths = rows.lengths
         if self._keeper.run.device.type == "cuda":
             lengths = np.minimum(-(-lengths // MULTIPLE) * MULTIPLE, rows.shape.length)
-        cost = self._bytes_now(BatchShape(rows.shape.rows, rows.shape.length))
-        seconds = self._seconds
+        own = int(lengths.max())
+        longest = max(own, self._keeper.now.shape.length) if self._fewest else own
+        cost, seconds = self._bytes_now(BatchShape(rows.shape.rows, max(rows.shape.length, longest))), self._seconds
         assert seconds is not None, "made with the bytes"
-        longest = np.array([lengths.max()])
-        least = float(cost(np.ones(1, dtype=np.int64), longest, cost.levels[-1])[0] + rows.token_bytes * longest[0])
-        room = self._keeper.room_for(self._keeper.applier.ranks)
-        room = room if self._most is None else min(room, self._most)
-        if self._fewest:
-            room = min(room, least)
-        if self._keeper.applier.fits():  # the row alone does, by the exact prediction
-            room = max(room, least)
 
         def bytes_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
             return cost(examples, tokens, layers) + rows.token_bytes * examples * tokens
 
-        return plan_parts(
-            lengths, room, cost.levels, bytes_of, lambda *shape: seconds(shape[0] * self._each, *shape[1:])
-        )
+        def seconds_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
+            return seconds(examples * self._each, tokens, layers)
+
+        def least_of(count: int, length: int, of: ShapeCost) -> float:
+            return float(of(np.array([count]), np.array([length]), cost.levels[-1])[0])
+
+        room = self._keeper.room_for(self._keeper.applier.ranks)
+        room = room if self._most is None else min(room, self._most)
+        if self._keeper.applier.fits():  # the row alone does, by the exact prediction
+            room = max(room, least_of(1, own, bytes_of))
+        if not self._fewest:
+            return plan_parts(lengths, room, cost.levels, bytes_of, seconds_of)
+        given, whole = min(room, least_of(1, longest, bytes_of)), least_of(rows.examples, own, seconds_of)
+        while True:
+            parts = plan_parts(lengths, given, cost.levels, bytes_of, seconds_of)
+            shapes = ((np.array([len(part.rows)]), np.array([part.length]), part.layers) for part in parts)
+            if given >= room or sum(float(seconds_of(*shape)[0]) for shape in shapes) <= whole:
+                return parts
+            given = min(MORE * given, room)
 
     def _bytes_now(self, shape: BatchShape) -> PlanBytes:
         """The bytes of parts under the plan of now, for batches up to a shape.
@@ -406,7 +416,6 @@ class StepParts(Participant):
                 keeper.applier.ranks,
                 most,
                 chooses=checkpointing is not None,
-                whole=checkpointing is not None and checkpointing.whole,
                 each=self._each,
             )
             operators = int(memory.recording.created.max()) + 1

@@ -156,7 +156,8 @@ class PilotedRun:
             if time:
                 timer = before_training.StepTimer(run, targets, costs.memory, self.applier.limit, checkpointing)
                 timer.agree_with_steps(self.applier, self._ask)
-            journal.note(before_training.what_times_mean(self.applier.time, run))
+            in_parts = self.guard.parts.on
+            journal.note(before_training.what_times_mean(self.applier.time, run, in_parts=in_parts))
             self.decide()
             assert self.rate is not None
             journal.note(self.rate.told())

@@ -112,7 +112,7 @@ def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> Step
     order = np.random.default_rng(seed).permutation(np.resize(lengths, max(len(lengths), rows)))
     batches = order[: len(order) // rows * rows][: MOST_STEPS * rows].reshape(-1, rows)
     limit = outlook.room_for_tensors if outlook.card else outlook.limit_bytes or np.inf
-    bytes_of = PlanBytes(memory, ranks, whole, chooses=bool(memory.segments), whole=False, each=1)
+    bytes_of = PlanBytes(memory, ranks, whole, chooses=bool(memory.segments), each=1)
     seconds = _seconds(outlook, len(bytes_of.layers))
     return _drawn(batches, limit, bytes_of, seconds, len(fewest_checkpointed(memory, ranks, limit, whole)))
 

@@ -51,6 +51,7 @@ class Launched:
         policy: Any = None,
         checkpointing: Any = "auto",
         collate: Any = collate,
+        goal: Any = "quality",
         **options: Any,
     ) -> None:
         self.model = adapted(config)
@@ -72,6 +73,7 @@ class Launched:
             measure_every=1,
             keep_rate=True,
             prefix_cache="off",
+            goal=goal,
             gradient_checkpointing=checkpointing,
         )
 
@@ -161,6 +163,19 @@ def test_a_run_that_is_resumed_goes_on_bit_for_bit(tmp_path: Path, launch: Calla
     there = again.adapters()
     assert all(torch.equal(value, there[name]) for name, value in whole.adapters().items())
     assert again.logged["padding_saved"] == whole.logged["padding_saved"]
+
+
+@pytest.mark.parametrize("launch_seconds", [0.0, 1.0])
+def test_the_fewest_bytes_take_no_more_time_than_a_checkpointed_rectangle(
+    launch: Callable[..., Launched], monkeypatch: pytest.MonkeyPatch, launch_seconds: float
+) -> None:
+    """Parts take what the longest row of the run alone does; where a part costs a second, there is one."""
+    monkeypatch.setattr("rankpilot.cost.part_seconds.PROCESSOR_LAUNCH", launch_seconds)
+    run = launch(data=texts([24, 24, *[4] * 22]), goal="bytes", policy="default").train()
+    assert (run.guard.parts.tally.parts > STEPS) == (launch_seconds == 0)
+    (_, alone), *_ = run.callback.predictions
+    if launch_seconds == 0:
+        assert max(peak for _, peak in run.callback.peaks) <= 1.02 * alone
 
 
 @pytest.mark.parametrize("part", [1, 2])
