@@ -45,8 +45,9 @@ class Memory(MemoryConfig):
     answer tells what fits that card, and what each choice costs. The exit status is 3 where nothing fits.
 
     Attributes:
-        lengths: a file with the tokens of each row of your data, whole numbers: also show what steps of such rows take
-            in parts, beside padded ones (docs/parts.md), and the longest row that fits.
+        lengths: DATASET:COLUMN, whose texts the model's tokenizer counts, or a file with the tokens of each row, whole
+            numbers: also show what steps of such rows take in parts, beside padded ones (docs/parts.md), and the
+            longest row that fits.
         output: folder for the picture and all figures; without one, nothing is written.
         details: print every choice, the batches that fit, and where the bytes are.
         json: print all figures as JSON, and nothing else.
@@ -58,7 +59,7 @@ class Memory(MemoryConfig):
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
     quantization: Annotated[Quantization, tyro.conf.arg(aliases=["--quantize"])] = field(default="none", kw_only=True)
-    lengths: Path | None = None
+    lengths: str | None = None
     output: Path | None = None
     details: bool = False
     json: bool = False
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.lengths:  # now, and not after minutes of work
         from ..study import lengths as of_lengths
 
-        rows = of_lengths.read_lengths(options.lengths)
+        rows = of_lengths.lengths_of(options.lengths, options.model, options.max_length)
     outlook = _of_card(options, options.card, file) if options.card else _here(options)
     found = None if rows is None else of_lengths.steps_of_lengths(outlook, rows, options.seed)
     told = not (options.json or (options.python and outlook.best))

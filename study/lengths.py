@@ -21,7 +21,10 @@ from ..cost.model import fewest_checkpointed
 from ..cost.outlook import Outlook, card_rates
 from ..cost.part_seconds import PartSeconds, rates_of
 from ..cost.recording import BatchShape
-from ..errors import BudgetError, DataError, UnsupportedError, shown
+from ..data.columns import check_rows, kind_of, not_text
+from ..data.models import load_tokenizer
+from ..data.workload import load_splits
+from ..errors import AssetError, BudgetError, DataError, UnknownNameError, UnsupportedError, first_line, shown
 from ..finetune.parts import PlanBytes
 from ..plan.parts import longest_that_fits, plan_parts
 
@@ -91,6 +94,53 @@ def read_lengths(path: Path) -> IntArray:
             "between spaces, commas or line ends."
         )
     return np.array([int(word) for word in words], dtype=np.int64)
+
+
+def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
+    """The tokens of rows from a file of lengths, or of a data set's column.
+
+    Args:
+        given: the file, or DATASET:COLUMN, as rotten-tomatoes:text or rows.jsonl:prompt. A column holds texts, or lists
+            of tokens.
+        model: name of the model whose tokenizer counts the tokens of texts.
+        max_length: at which rows of a column are cut, as training cuts them; 0 for nowhere.
+
+    Raises:
+        DataError, UnknownNameError, AssetError: there is no such file, data set, column or tokenizer, or a row holds
+            something else.
+        RunFolderError: the file cannot be read.
+    """
+    name, _, column = given.rpartition(":")
+    if Path(given).is_file():
+        return read_lengths(Path(given))
+    if not name:
+        raise DataError(f"There is no file {given}: give one with the tokens of each row, or DATASET:COLUMN.")
+    splits = load_splits(name)
+    part = splits["train"] if "train" in splits else next(iter(splits.values()))
+    if column not in part.column_names:
+        raise UnknownNameError.of("column", column, part.column_names)
+    is_tokens = len(part) > 0 and isinstance(part[0][column], list)
+    advice = f"--lengths {given} counts texts, or lists of tokens."
+    check_rows(
+        part, column, (lambda row: None if isinstance(row, list) else kind_of(row)) if is_tokens else not_text, advice
+    )
+    rows: Any = part[column][:]
+    if not is_tokens:
+        rows = _tokenizer(model)(rows, verbose=False)["input_ids"] if rows else []
+    found = np.array([len(row) for row in rows if len(row)], dtype=np.int64)
+    if not len(found):
+        raise DataError(f"The column {column!r} of {name} holds no tokens: its {len(part)} rows are empty.")
+    return np.minimum(found, max_length) if max_length else found
+
+
+def _tokenizer(model: str) -> Any:
+    try:
+        return load_tokenizer(model)
+    except (UnknownNameError, AssetError) as error:
+        raise AssetError(
+            f"The tokens of a column are counted by the tokenizer of {model}, which is not here: {first_line(error)} "
+            "Give the folder of the model, or a file with the tokens of each row."
+        ) from error
 
 
 def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> StepsOfLengths:

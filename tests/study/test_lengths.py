@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ from rankpilot.cli import main as cli
 from rankpilot.common.files import read_json
 from rankpilot.cost.memory_of import memory_of
 from rankpilot.cost.outlook import Outlook
-from rankpilot.errors import DataError
-from rankpilot.study.lengths import lengths_figures, read_lengths, steps_of_lengths
+from rankpilot.errors import AssetError, DataError, RankPilotError
+from rankpilot.study.lengths import lengths_figures, lengths_of, read_lengths, steps_of_lengths
 from transformers import LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -42,6 +43,45 @@ def test_what_is_no_length_is_named(tmp_path: Path, text: str, named: str) -> No
     path.write_text(text)
     with pytest.raises(DataError, match=f"holds {named} where"):
         read_lengths(path)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    values = [{"text": "a b " * size, "ids": [1] * size, "number": size} for size in (1, 4, 40)]
+    path.write_text("\n".join(map(json.dumps, values)))
+    return path
+
+
+def test_a_column_is_counted_in_tokens(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankpilot.study.lengths.load_tokenizer", lambda model: lambda texts, **_: Split(texts))
+    assert lengths_of(f"{rows}:text", "a model").tolist() == [2, 8, 80]
+    assert lengths_of(f"{rows}:text", "a model", 32).tolist() == [2, 8, 32]
+    assert lengths_of(f"{rows}:ids", "no model").tolist() == [1, 4, 40]
+
+
+class Split(dict[str, list[list[str]]]):
+    def __init__(self, texts: list[str]) -> None:
+        super().__init__(input_ids=[text.split() for text in texts])
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("{rows}:txt", "Unknown column 'txt'"),
+        ("{rows}:number", "--lengths .*:number counts texts"),
+        ("{rows}.gone:text", "There is no data file|Unknown data set"),
+        ("gone.txt", "gone.txt"),
+    ],
+)
+def test_a_column_that_cannot_be_counted_is_named(rows: Path, given: str, named: str) -> None:
+    with pytest.raises(RankPilotError, match=named):
+        lengths_of(given.format(rows=rows), "a model")
+
+
+def test_a_model_without_a_tokenizer_is_named(rows: Path) -> None:
+    with pytest.raises(AssetError, match="tokenizer of /no/such/model"):
+        lengths_of(f"{rows}:text", "/no/such/model")
 
 
 def test_parts_take_less_time_and_no_step_above_the_limit(outlook: Outlook) -> None:
