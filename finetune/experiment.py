@@ -214,7 +214,7 @@ def _result(
     targets, energy = find_target_modules(trainer.model), metrics.energy
     logged: dict[str, Any] = next((row for row in reversed(trainer.state.log_history) if "parts" in row), {})
     return {
-        **{name: logged[name] for name in ("parts", "padding_saved") if name in logged},
+        **{name: logged[name] for name in ("parts", "padding_saved", "batches_too_large") if name in logged},
         "held_out_loss": held_out["eval_loss"],
         "held_out_accuracy": held_out.get("eval_accuracy"),
         "adapter_parameters": sum(target.rank * (target.d_in + target.d_out) for target in targets),

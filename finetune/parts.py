@@ -82,6 +82,10 @@ class PlanBytes:
             self._of_level[layers] = self._with(layers).at_shapes(self._ranks, corners)
         return self._of_level[layers](examples * self._each, lengths)
 
+    def of(self, part: Part) -> float:
+        """Bytes of a part at its peak, between shapes that are predicted."""
+        return float(self(np.array([len(part.rows)]), np.array([part.length]), part.layers)[0])
+
     def exact(self, part: Part, *, first: bool = False) -> float:
         """Bytes at the peak of a part, as a step is predicted; of the `first` one, beside which are no gradients."""
         shape = BatchShape(len(part.rows) * self._each, part.length)
@@ -103,6 +107,7 @@ class Tally:
         real: tokens without padding.
         in_parts: tokens of all parts, padding included.
         layers: checkpointed layers of all parts, by their tokens.
+        too_large: batches that would not have fit as a whole, with all layers checkpointed.
     """
 
     batches: int = 0
@@ -111,10 +116,12 @@ class Tally:
     real: int = 0
     in_parts: int = 0
     layers: int = 0
+    too_large: int = 0
 
-    def add(self, rows: BatchRows, parts: Sequence[Part]) -> None:
-        """Count a batch."""
+    def add(self, rows: BatchRows, parts: Sequence[Part], *, fits: bool) -> None:
+        """Count a batch, and whether it would have fit as a whole."""
         self.batches += 1
+        self.too_large += not fits
         self.parts += len(parts)
         self.rectangle += rows.examples * rows.shape.length
         self.real += int(rows.lengths.sum())
@@ -319,7 +326,10 @@ class StepParts(Participant):
         # A mean over no predictions is NaN: a part without any is left out, as it adds nothing.
         pairs = [pair for pair in pairs if pair[1]] or pairs
         multiple = MULTIPLE if self._keeper.run.device.type == "cuda" else 1
-        self.tally.add(rows, parts)
+        assert self._bytes is not None, "the parts have a price"
+        whole = Part(tuple(range(rows.examples)), rows.shape.length, self._bytes.levels[-1])
+        room = self._keeper.room_for(self._keeper.applier.ranks)
+        self.tally.add(rows, parts, fits=self._bytes.of(whole) <= room)
         checkpointing, layers = self._keeper.checkpointing, self._keeper.checkpointed
         try:
             for number, (part, share) in enumerate(pairs):
@@ -468,4 +478,5 @@ class StepParts(Participant):
         """What a training log shows of parts."""
         if not self.on or not self.tally.batches:
             return {}
-        return {"parts": self.tally.parts / self.tally.batches, "padding_saved": self.tally.padding_saved}
+        mean, tally = self.tally.parts / self.tally.batches, self.tally
+        return {"parts": mean, "padding_saved": tally.padding_saved, "batches_too_large": float(tally.too_large)}

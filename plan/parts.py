@@ -118,9 +118,11 @@ def parts_sentence(figures: Mapping[str, float]) -> str:
     """How the steps of a run ran, by what its training log shows of parts; empty where they ran as a whole."""
     if figures.get("parts", 1.0) <= 1 and not figures.get("padding_saved"):
         return ""
+    count = int(figures.get("batches_too_large", 0))
+    large = f" As a whole, {count:,} of them would not have fit." if count else ""
     return (
         f"Batches ran in {figures['parts']:.1f} parts in the mean, without {figures['padding_saved']:.0%} of their "
-        "padding."
+        f"padding.{large}"
     )
 
 

@@ -111,6 +111,7 @@ def test_losses_are_those_of_whole_steps_in_fewer_bytes(launch: Callable[..., La
     assert_close(parts, whole)
     assert parts.logged["parts"] > 1
     assert parts.logged["padding_saved"] > 0.3
+    assert 0 < parts.logged["batches_too_large"] <= STEPS
     assert max(p for _, p in parts.callback.peaks) <= parts.callback.limit < max(p for _, p in whole.callback.peaks)
     for _, predicted, measured in parts.callback.pilot.checks:
         assert measured == pytest.approx(predicted, rel=0.01)
