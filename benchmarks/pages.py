@@ -305,6 +305,65 @@ def smollm2_came() -> str:
     return table(("", "rankpilot", "plain LoRA"), rows)
 
 
+MODEL_NAMES = {"all-minilm-l6-v2": "MiniLM", "smollm2-135m-instruct": "SmolLM2-135M"}
+
+
+def steps_in_parts() -> str:
+    """Steps in parts over padded rectangles, by the text whose rows have their lengths."""
+    found, rows = _figures("parts"), []
+    for key in (name.removesuffix(".time") for name in found if name.endswith(".time")):
+        model, text, count = key.split(".")
+        values = (found[f"{key}.{name}"] for name in ("time", "time checkpointed", "peak"))
+        lengths = f"{found[f'{key}.mean length']:.0f}, {found[f'{key}.longest']}"
+        differs = (f"{found[f'{key}.gradient{half}']:.0e}" for half in ("", " bf16"))
+        rows.append((MODEL_NAMES[model], f"{count} of {text}", lengths, *(f"{v:.2f}" for v in values), *differs))
+    columns = ("", "rows", "tokens in the mean, at most", "time", "where all layers must be checkpointed", "peak")
+    return table((*columns, "gradient differs, fp32", "bf16 autocast"), rows, 2)
+
+
+def parts_and_others() -> str:
+    """Four batches in the ways of others over padded rectangles."""
+    found, rows = _figures("parts"), []
+    for key in (name.removesuffix(".rectangle.speed") for name in found if name.endswith(".rectangle.speed")):
+        model, text, count = key.split(".")
+        for way in (name.removesuffix(".speed") for name in found if re.fullmatch(rf"{key}\..+\.speed", name)):
+            way = way.removeprefix(f"{key}.")
+            speed, peak, differs = (found[f"{key}.{way}.{name}"] for name in ("speed", "peak", "gradient"))
+            rows.append(
+                (f"{MODEL_NAMES[model]}, {count} of {text}", way, f"{speed:.2f}", f"{peak:.2f}", f"{differs:.0e}")
+            )
+    return table(("rows", "", "rows a second", "peak", "gradient differs"), rows, 2)
+
+
+def parts_hold() -> str:
+    """What holds of any batch in parts."""
+    found, rows = _figures("parts"), list[tuple[str, str]]()
+    if "losses.steps" in found:
+        rows.append(
+            (
+                f"losses of {found['losses.steps']} steps of MiniLM differ by",
+                f"{found['losses.difference']:.0e} at most",
+            )
+        )
+    if "budgets.batches" in found:
+        rows += [
+            (
+                f"{found['budgets.batches']:,} random batches under budgets of 30 to 100 %: peaks above",
+                f"{found['budgets.above']}",
+            ),
+            (
+                "measured over predicted peak",
+                f"{100 * found['budgets.least']:+.1f} to {100 * found['budgets.most']:+.1f} %",
+            ),
+        ]
+    if "errors.runs" in found:
+        rows += [
+            (f"runs of {found['errors.runs']} that went on after an error at some part", f"{found['errors.met']}"),
+            ("their adapters differ from an undisturbed run's by", f"{found['errors.difference']:.0e} at most"),
+        ]
+    return table(("", "measured"), rows)
+
+
 def _figures(name: str) -> dict[str, Any]:
     """The stored figures of a benchmark, by their flat names."""
     return read_object(RESULTS / f"{name}.json")
@@ -330,6 +389,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "time accuracy": time_accuracy,
     "SmolLM2 tells": smollm2_told,
     "SmolLM2 came to": smollm2_came,
+    "steps in parts": steps_in_parts,
+    "parts and others": parts_and_others,
+    "parts hold": parts_hold,
     "published memory": lambda: published_page.page(_list("published_rows")),
 }
 """What each block is made by."""

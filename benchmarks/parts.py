@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.common.arrays import FloatArray, IntArray
+from rankpilot.common.files import read_object, write_json
 from rankpilot.common.text import make_table
 from rankpilot.cost.batch_shape import padded as with_padding
 from rankpilot.cost.calibration import calibrate
@@ -65,6 +66,7 @@ class Options:
         steps: of two runs whose losses are compared.
         errors: runs with an error at some part.
         quick: little of each.
+        resume: keep the figures that the file of `json` has, and measure the others.
         json: also write figures to this file.
     """
 
@@ -76,21 +78,38 @@ class Options:
     steps: int = 200
     errors: int = 100
     quick: bool = False
+    resume: bool = False
     json: Path | None = None
 
 
 def benchmark(options: Options, console: Console) -> Figures:
     """All tables; their figures by model, text, rows and kind of step."""
     torch.set_num_threads(1)
-    few = options.quick
-    figures: Figures = {}
+    path = options.json if options.resume else None
+    figures: Figures = dict(read_object(path)) if path and path.exists() else {}
+    for key, work in _pieces(options, console).items():
+        if key not in figures:
+            figures |= work()
+            if options.json:
+                write_json(options.json, figures)
+    return figures
+
+
+def _pieces(options: Options, console: Console) -> dict[str, Callable[[], Figures]]:
+    """The tables by one of their figures."""
+    few, found = options.quick, dict[str, Callable[[], Figures]]()
     for model in options.models[-1:] if few else options.models:
         for rows in options.rows[:1] if few else options.rows:
             for text in options.texts[:1] if few else options.texts:
-                figures |= _steps(model, text, rows, 2 if few else options.rounds, console)
-    figures |= _under_budgets(50 if few else options.batches, console) if options.batches else {}
-    figures |= _losses(10 if few else options.steps, console) if options.steps else {}
-    return figures | (_errors(3 if few else options.errors, console) if options.errors else {})
+                rounds = 2 if few else options.rounds
+                found[f"{model}.{text}.{rows}.time"] = partial(_steps, model, text, rows, rounds, console)
+    if options.batches:
+        found["budgets.batches"] = partial(_under_budgets, 50 if few else options.batches, console)
+    if options.steps:
+        found["losses.steps"] = partial(_losses, 10 if few else options.steps, console)
+    if options.errors:
+        found["errors.runs"] = partial(_errors, 3 if few else options.errors, console)
+    return found
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
