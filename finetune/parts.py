@@ -35,11 +35,9 @@ MOST_LEVELS = 8
 MULTIPLE = 8
 """Of which the tokens of a row are one on a GPU, as far as its batch has padding: its products are quicker then."""
 
-FIRST_CHECKS, CHECK_EVERY = (1, 25, 50), 100
-"""Steps before which it is tested again whether parts are exact: these, and then every so many."""
-
-CHECKS_APART = 25
-"""Steps between two tests in the mean, at least, beside the first three: each takes up to a fifth of a step."""
+CHECK_EVERY = 100
+"""Steps from one test of parts to the next, after one before the second step. As many are between those that a new way
+to compute the loss asks for, in the mean and beside the first three. A test takes half of a step, or two thirds."""
 
 MORE = 1.25
 """By what the bytes of parts rise that are to be few, until they take no more seconds than the padded batch."""
@@ -161,7 +159,7 @@ class StepParts(Participant):
         self._ran: list[tuple[Part, float]] = []  # in the step so far, and the bytes of what goes in
         self._told_whole = self._accumulates = False
         self._ways: set[int] = set()  # in which losses were computed, with the modes of the model
-        self._heard = -1  # the latest step whose modes are known
+        self._heard = -1  # the latest step whose way is known
         self._asked, self._checks, self._checked = False, 0, 0
 
     @property
@@ -232,26 +230,23 @@ class StepParts(Participant):
         self._step, self._ran = step, []
         if self._most is not None and step - self._since >= self._wait:
             self._most, self._wait = None, 2 * self._wait
-        due = step in FIRST_CHECKS or (step > 0 and step % CHECK_EVERY == 0)
+        due = step == 1 or (step > 0 and step % CHECK_EVERY == 0)
         alone = self._keeper.run.replicas.processes.count == 1  # else all have to agree on the step
-        asked = alone and self._asked and self._checks <= 2 + step // CHECKS_APART
+        asked = alone and self._asked and self._checks <= 2 + step // CHECK_EVERY
         if self.on and batches and (due or asked):
             self._check(batches[0])
 
     def hear(self, loss: torch.Tensor) -> None:
-        """Hear of the loss of a part, before its backward pass.
+        """Hear of the loss of a part, before its backward pass; that of the first part of a step tells of the step.
 
         Where it is computed in a way that is new in this run, or modules have another mode, parts are tested before
         the next step.
         """
-        if not self.on:
+        if not self.on or self._heard == self._step:
             return
-        ways = {way_of(loss)}
-        if self._heard != self._step:
-            self._heard = self._step
-            ways.add(hash(tuple(module.training for module in self._keeper.run.model.modules())))
+        ways = {way_of(loss), hash(tuple(module.training for module in self._keeper.run.model.modules()))}
         self._asked |= self._step > 0 and not ways <= self._ways
-        self._ways |= ways
+        self._ways, self._heard = self._ways | ways, self._step
 
     def _check(self, batch: Batch) -> None:
         """Test on some rows of a batch whether parts are still exact; else steps run as a whole from now on."""

@@ -152,7 +152,7 @@ class RankPilot:
         """Hear of the loss of a part, with its graph, before its backward pass; a Trainer's steps call this.
 
         Where it is computed in a way that is new in this run, it is tested before the next step whether parts still
-        have the gradient of the batch. Without this, a loop is tested after 1, 25, 50 and each hundred steps.
+        have the gradient of the batch. Without this, a loop is tested before its second step and each hundredth.
         """
         _begun(self._piloted).guard.parts.hear(loss)
 

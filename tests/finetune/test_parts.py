@@ -444,7 +444,7 @@ def test_a_loss_in_which_rows_begin_to_meet_runs_whole(
     whole_from: int,
 ) -> None:
     """A new way of computing it is noticed in its first step, and another number of it at the next test."""
-    monkeypatch.setattr("rankpilot.finetune.parts.FIRST_CHECKS", (1, 5))
+    monkeypatch.setattr("rankpilot.finetune.parts.CHECK_EVERY", 5)
     run = launch(trainer=trainer, data=MIXED * 8, max_steps=whole_from + 2, parts="auto", budget="100%")
     on: list[bool] = []
     run.recorder.at_step = lambda step: on.append(run.guard.parts.on)
@@ -469,7 +469,7 @@ def test_a_loss_that_begins_to_count_otherwise_is_counted_so(
 
 def test_tests_are_few_and_leave_no_trace(launch: Callable[..., Launched], monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of many shapes, in layers that are checkpointed or not, are one way to compute a loss."""
-    monkeypatch.setattr("rankpilot.finetune.parts.FIRST_CHECKS", (1, 5))
+    monkeypatch.setattr("rankpilot.finetune.parts.CHECK_EVERY", 5)
     runs = [launch(data=MIXED * 2, max_steps=8, budget="60%") for _ in range(2)]
     checks: list[int] = []
     check = StepParts._check
