@@ -31,9 +31,9 @@ print(f"{len(best.checkpointed)} of {best.layers} layers checkpointed, {best.tim
 # %% [markdown]
 # ## Train
 #
-# `attach` is the one line that is new. It measures a few small steps, checkpoints as few layers as the budget needs, runs
-# each batch in parts without padding, and corrects the learning rate while it trains. TRL checkpoints all layers unless it
-# is told not to.
+# `attach` is the one line that is new. It measures a few small steps, checkpoints as few layers as the budget needs,
+# runs each batch in parts without padding, and corrects the learning rate while it trains. TRL checkpoints all layers
+# unless it is told not to.
 
 # %%
 trainer = SFTTrainer(
