@@ -28,6 +28,7 @@ def test_public_names() -> None:
     for name in rankpilot.__all__:
         assert getattr(rankpilot, name) is not None
     assert rankpilot.RankPilotError is RankPilotError
+    assert set(rankpilot.__all__) <= set(dir(rankpilot)), "a console completes the names"
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = rankpilot.Nothing
     with pytest.raises(ImportError):
