@@ -109,4 +109,4 @@ def test_the_callback_loads_no_library_that_a_trainer_does_not_load() -> None:
         "gymnasium stable_baselines3 matplotlib tyro rich",
     )
     callback = f"from rankpilot import attach; assert not (set(sys.modules) - first) & set('{absent}'.split())"
-    assert added_modules(callback, trainer) == {"rankpilot"}
+    assert added_modules(callback, trainer) == {"rankpilot", "platformdirs"}
