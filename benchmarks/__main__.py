@@ -25,6 +25,7 @@ BENCHMARKS = {
     "elastic": ("elastic", "another process takes memory in the middle of runs, and gives it back"),
     "gpu-evidence": ("gpu_evidence", "what is claimed of CUDA, predicted and measured on the card that is here"),
     "pages": ("pages", "figures of the documentation, written again from stored rows"),
+    "pictures": ("pictures", "pictures of the documentation, drawn again from stored rows"),
     "worth": ("worth", "what a plan is worth: fitted on real fine-tunes, judged on those left out"),
 }
 """The module of each benchmark and what it measures; a module has `Options` and `benchmark(options, console)`."""
