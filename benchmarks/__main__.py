@@ -16,6 +16,7 @@ BENCHMARKS = {
     "savers": ("savers", "the same losses in fewer bytes and seconds, on a language model"),
     "parts": ("parts", "steps in parts, beside the padded rectangle and other ways to avoid its padding"),
     "published": ("published", "peaks that others measured on GPUs, and predicted"),
+    "estimators": ("estimators", "what other estimators tell of peaks that were measured on a T4"),
     "published-time": ("published_time", "seconds of steps that others measured on a GPU, and predicted"),
     "peft-experiment": ("peft_experiment", "a plan for PEFT's own comparison, and what its row should show"),
     "rates": ("rates", "what the rule for the learning rate costs beside each task's best rate"),

@@ -14,13 +14,9 @@ from rankpilot.cli.main import COMMANDS
 
 from .pages import ROOT
 
-API = ROOT / "docs" / "api.md"
 DIRECTIVE = re.compile(r"^\.\. (?:auto(?:class|function|exception)|py:data):: (\S+)", re.M)
-HEADINGS = [(found.start(), found[1]) for found in re.finditer(r"^## (.+)$", API.read_text(encoding="utf-8"), re.M)]
-DESCRIBED = {
-    found[1]: max(heading for heading in HEADINGS if heading[0] < found.start())[1]
-    for found in DIRECTIVE.finditer(API.read_text(encoding="utf-8"))
-}
+PARTS = re.split(r"^## ", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), flags=re.M)
+DESCRIBED = {name: part.partition("\n")[0] for part in PARTS for name in DIRECTIVE.findall(part)}
 """The heading under which each name is described."""
 
 
