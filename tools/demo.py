@@ -68,8 +68,8 @@ def parts_sentence(lengths: dict[str, Any]) -> str:
     return (
         f"Batches of {lengths['rows']} functions of Python's standard library, of up to {lengths['longest']:,} tokens: "
         f"in parts, each padded to its own longest row, the same gradients take {lengths['time']:.0%} of the time of "
-        f"padded batches. {lengths['padding_saved']:.0%} of the padding is left out, and {lengths['layers']:.1f} layers "
-        f"are checkpointed in the mean instead of {lengths['rectangle_layers']}."
+        f"padded batches. {lengths['padding_saved']:.0%} of the padding is left out, and in the mean "
+        f"{lengths['layers']:.1f} layers are checkpointed instead of {lengths['rectangle_layers']}."
     )
 
 
