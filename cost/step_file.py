@@ -43,7 +43,7 @@ def packed(arrays: Mapping[str, NDArray[Any]], text: Json, *, small: bool) -> by
     plain = {name: np.ascontiguousarray(narrow(lagged(array, lags.get(name, 0)))) for name, array in arrays.items()}
     said = json.dumps([text, {name: lag for name, lag in lags.items() if lag}])
     content = save({**plain, _TEXT: np.frombuffer(said.encode(), dtype=np.uint8)})
-    return lzma.compress(content, preset=9 if small else 1)
+    return lzma.compress(content, preset=9 | lzma.PRESET_EXTREME if small else 1)
 
 
 def unpacked(content: bytes) -> tuple[Arrays, Json]:
