@@ -160,6 +160,11 @@ def narrow(values: NDArray[Any]) -> NDArray[Any]:
     return values.astype(kind)
 
 
+def _wide(values: NDArray[Any]) -> NDArray[Any]:
+    """What `narrow` wrote."""
+    return values if values.dtype.kind == "f" else values.astype(np.int64)
+
+
 class _Sets:
     """A table of sets of modules."""
 
@@ -303,7 +308,7 @@ def read_memory(arrays: Mapping[str, Any], text: Json, states: ModelStates, shap
         recorded=BatchShape(*text["recorded"]),
         length_ratio=text["length_ratio"],
         tile_tokens=tiles and TileTokens(tiles[0], tiles[1], TileSize(*tiles[2:])),
-        **{name: arrays[name] for name in OF_STORAGES},
+        **{name: _wide(arrays[name]) for name in OF_STORAGES},
     )
     base = arrays["base"] if "base" in arrays else recording.sizes - RANK * slope
     return MemoryModel(shape, False, states, recording, base, slope, growth, text["block_bytes"])

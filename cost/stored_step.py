@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,6 +75,8 @@ class Recorder(StepSource, Protocol):
 @cache
 def versions() -> dict[str, str]:
     """The installed versions of `LIBRARIES`, absent ones left out, and a check sum of the code that records."""
+    from importlib.metadata import PackageNotFoundError, version  # which takes a while, and what ships does not ask
+
     found = {}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -102,6 +103,7 @@ class StepFile:
 
     Args:
         key: of the step; see `step_key`.
+        content: what a file holds; None for nothing yet.
 
     Attributes:
         arrays: by the name of the part and of the array, with a slash between.
@@ -111,16 +113,15 @@ class StepFile:
     arrays: Arrays
     text: Json
 
-    def __init__(self, key: str) -> None:
-        self.arrays = {}
-        self.text = {"schema": SCHEMA, "key": key, "versions": versions(), "level": 0, "parts": {}}
+    def __init__(self, key: str, content: tuple[Arrays, Json] | None = None) -> None:
+        empty = {"schema": SCHEMA, "key": key, "level": 0, "parts": {}}
+        self.arrays, self.text = content or ({}, {**empty, "versions": versions()})
 
     @classmethod
     def read(cls, path: Path, key: str) -> StepFile | None:
         """Read a file; None if there is none that is whole, and of this step and schema."""
-        found = cls(key)
         try:
-            found.arrays, found.text = unpacked(path.read_bytes())
+            found = cls(key, unpacked(path.read_bytes()))
             whole = found.text["schema"] == SCHEMA and found.text["key"] == key and "model" in found.text["parts"]
         except (OSError, DataError, LookupError, TypeError):
             return None
