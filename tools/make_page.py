@@ -60,13 +60,14 @@ class Options:
 
 
 def packed_model(name: str, quantization: Quantization) -> bytes | None:
-    """What the page knows of a model; None if nothing ships."""
+    """What the page knows of a model; None if nothing ships, or if it is none that continues texts."""
     settings = StepConfig(quantization=quantization, bf16=True)
     path = shipped(name, settings)
     file = StepFile.read(path, AskedStep(name, settings).key)
     if file is None:
         return None
-    return packed_step(StoredStep(file, _refuse, None), settings, repeats_of(path.read_bytes()))
+    source = StoredStep(file, _refuse, None)
+    return packed_step(source, settings, repeats_of(path.read_bytes())) if source.model.continues else None
 
 
 def packed_step(source: StoredStep, settings: StepConfig, repeats: Mapping[str, int]) -> bytes:

@@ -234,7 +234,8 @@ function inOrder(step, sizes, tensors, isGradient) {
     keys.push(2 * died + 1);
     events.push(-1 - i);
   });
-  const order = keys.map((_, i) => i).sort((a, b) => keys[a] - keys[b] || a - b).map((i) => events[i]);
+  const most = 2 ** 18, sorted = Float64Array.from(keys, (key, i) => key * most + i).sort(); // numbers sort faster than pairs
+  const order = Array.from(sorted, (packed) => events[packed % most]);
   const staying = [...Array(count).keys()].filter((i) => used[i][2] === NEVER);
   return {
     sizes: used.map(([serial]) => Math.trunc(sizes[serial])),
