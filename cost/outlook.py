@@ -191,11 +191,7 @@ class Outlook:
 
     @cached_property
     def _time(self) -> StepTime | None:
-        return self._free_time if self.step is self._free else _time_of(self.step, self.card, self.dtype)
-
-    @cached_property
-    def _free_time(self) -> StepTime | None:
-        return _time_of(self._free, self.card, self.dtype)
+        return _time_of(self.step, self.card, self.dtype)
 
     @property
     def memory(self) -> MemoryModel:
@@ -322,8 +318,9 @@ class Outlook:
     @cached_property
     def plain_seconds(self) -> float:
         """Of a batch under plain LoRA, rank 8 on all modules, without gradient checkpointing."""
-        assert self._free_time is not None, "the step was made without its work"
-        return reference_seconds(self._free_time, self._highest)
+        time = self._time if self.step is self._free else _time_of(self._free, self.card, self.dtype)
+        assert time is not None, "the step was made without its work"
+        return reference_seconds(time, self._highest)
 
     def breakdown(self, choice: Choice) -> Breakdown:
         """The peak of a choice's step by layer and kind of bytes."""

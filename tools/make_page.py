@@ -11,7 +11,7 @@ import json
 import struct
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -83,11 +83,11 @@ def packed_step(source: StoredStep, settings: StepConfig, repeats: Mapping[str, 
     model, file = source.model, source.file
     highest = highest_ranks(model.targets)
     arrays: Parts = [(-1, "highest", highest, 0), (-1, "frozen", np.array(model.frozen), 0)]
-    states = {}
+    states: dict[str, Any] = {}
     for optimizer in get_args(OptimizerName):
         held = asdict(source.states(optimizer))
         states[optimizer] = {key: _plain(value) for key, value in held.items()}
-    steps = []
+    steps: list[dict[str, Any]] = []
     for part in file.text["parts"]:
         kind, _, rest = part.partition(" ")
         found = file.part(part)
@@ -98,7 +98,7 @@ def packed_step(source: StoredStep, settings: StepConfig, repeats: Mapping[str, 
                 steps.append(_step(memory, savers, shape))
                 lags = repeats.get(f"{part}/created", 0), repeats.get(f"{part}/created, backward", 0)
                 arrays += _arrays(memory, len(steps) - 1, lags)
-    text = {
+    text: dict[str, Any] = {
         "arrays": [], "steps": steps, "states": states, "parameters": model.parameters, "outside": model.outside,
         "widest": model.widest, "positions": model.positions, "windows": model.windows, "isEager": model.is_eager,
         "keepsState": model.keeps_state, "named": model.named, "times": _times(source, settings),
@@ -175,7 +175,9 @@ def _arrays(memory: MemoryModel, owner: int, lags: tuple[int, int]) -> Parts:
     segments = [_segment(memory, index) for index in range(len(recording.segments))]
     inputs = [(serial, index) for index, each in enumerate(recording.segments) for serial in each.inputs]
     saved = [(serial, index) for index, each in enumerate(recording.segments) for serial in each.saved]
-    tables = {"gradients": gradients, "segments": segments, "inputs": inputs, "saved": saved}
+    tables: dict[str, Sequence[tuple[int, ...]]] = {
+        "gradients": gradients, "segments": segments, "inputs": inputs, "saved": saved,
+    }  # fmt: skip
     for name, rows in tables.items():
         table = np.array(rows, dtype=np.int64).reshape(len(rows), -1)
         if name in ("inputs", "saved") and len(table):

@@ -16,12 +16,14 @@ from rankpilot.common.files import write_text
 from rankpilot.cost.card_use import card_use
 from rankpilot.cost.cards import device_table
 from rankpilot.cost.configured_step import ConfiguredStep, Shards
+from rankpilot.cost.known_models import short_name
 from rankpilot.cost.memory_of import AskedStep, shipped
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.saver_prices import ACTIVATIONS, free_savers
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
 from rankpilot.cost.stored_step import StepFile, StoredStep
 from rankpilot.lora.spec import highest_ranks
+from rankpilot.study.trainer_file import read_trainer_file
 
 from tools.make_page import SAVERS, SOURCE, packed_model, packed_step, page, page_models
 from tools.record_models import steps
@@ -233,3 +235,21 @@ def test_it_fits_a_phone(visit: Callable[..., Visit], scheme: str) -> None:
     assert here.page.evaluate("document.documentElement.scrollWidth") == 360
     paper = here.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (paper == "rgb(16, 19, 23)") == (scheme == "dark")
+
+
+@pytest.mark.parametrize(("tab", "program"), [("axolotl", "axolotl"), ("LLaMA-Factory", "LLaMA-Factory")])
+def test_files_of_other_programs_mean_what_was_asked(
+    tab: str, program: str, visit: Callable[..., Visit], tmp_path: Path
+) -> None:
+    asked = "#model=smollm2-135m&rank=32&rows=3&length=777&accumulation=4&optimizer=paged_adamw8bit&savers=no"
+    here = visit(f"{asked}&checkpointing=all")
+    here.page.get_by_role("tab", name=tab).click()
+    path = tmp_path / "train.yaml"
+    path.write_text(here.text("#lines code"))
+    found = read_trainer_file(path)
+    assert found.program == program
+    assert found.unread == ()
+    wanted = {"rank": 32, "batch_size": 3, "max_length": 777, "accumulation": 4, "optimizer": "paged_adamw8bit"}
+    wanted |= {"quantization": "nf4", "gradient_checkpointing": True}
+    assert {name: found.settings[name] for name in wanted} == wanted
+    assert short_name(found.settings["model"]) == "smollm2-135m"
