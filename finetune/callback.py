@@ -443,10 +443,10 @@ class Evaluations:
         if rows == self._measured:
             return evaluate()
         self._measured = rows
-        with self._pilot.evaluation():
+        with self._pilot.guard.evaluation():
             result = evaluate()
-        share = self._pilot.evaluation_share
-        if share > 1 and self._pilot.evaluates_in_parts:
+        share = self._pilot.guard.evaluation_share
+        if share > 1 and self._pilot.guard.evaluated.on:
             self._measured = 0
             logger.warning("An evaluation took %.0f %% of the budget: the next one has smaller parts.", 100 * share)
         elif share > 1 and rows > 1:

@@ -22,9 +22,9 @@ from ..decide.settings import DecisionSchedule
 from ..errors import ConfigError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import resizable_targets
-from .evaluated_parts import Result
 from .journal import Journal
 from .options import GivenOptions, PilotOptions
+from .peak_guard import PeakGuard
 from .piloted_run import PilotedRun
 from .probing import Progress
 from .run import TrainingRun, check_run
@@ -146,7 +146,7 @@ class RankPilot:
             ...     loss = share * model(**part).loss
             ...     loss.backward()
         """
-        return _begun(self._piloted).guard.parts.of(batch)
+        return self.guard.parts.of(batch)
 
     def hear_loss(self, loss: torch.Tensor) -> None:
         """Hear of the loss of a part, with its graph, before its backward pass; a Trainer's steps call this.
@@ -154,7 +154,7 @@ class RankPilot:
         Where it is computed in a way that is new in this run, it is tested before the next step whether parts still
         have the gradient of the batch. Without this, a loop is tested before its second step and each hundredth.
         """
-        _begun(self._piloted).guard.parts.hear(loss)
+        self.guard.parts.hear(loss)
 
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
         """Read the gradients, which are complete now; call before they are cleared.
@@ -221,7 +221,7 @@ class RankPilot:
             BudgetError: other processes are in the middle of the step.
         """
         error = error or torch.OutOfMemoryError("A training step ran out of memory.")
-        _begun(self._piloted).guard.out_of_memory(error)
+        self.guard.out_of_memory(error)
 
     def finish(self) -> None:
         """Stop measuring, checkpoint the layers of before, and write the ranks to PEFT's configuration for saving.
@@ -271,11 +271,6 @@ class RankPilot:
         return self.journal.predictions
 
     @property
-    def in_parts(self) -> bool:
-        """Whether the steps of the run are in parts now."""
-        return bool(self._piloted and self._piloted.guard.parts.on)
-
-    @property
     def peaks(self) -> list[tuple[int, int]]:
         """(step, bytes at its peak) of each measured step; the highest of all processes."""
         return self._piloted.guard.meter.history if self._piloted else []
@@ -302,25 +297,12 @@ class RankPilot:
 
     def aside(self) -> AbstractContextManager[None]:
         """Let what runs inside the block be no part of a step, as where the model writes what it learns from."""
-        return _begun(self._piloted).guard.aside()
-
-    def evaluation(self) -> AbstractContextManager[None]:
-        """Measure the evaluation that runs inside the block; see `evaluation_share`."""
-        return _begun(self._piloted).guard.evaluation()
-
-    def evaluated(self, evaluate: Callable[[Batch], Result], batch: Batch, *, whole: str = "") -> Result:
-        """Evaluate a batch, in parts where those of steps are; see `EvaluatedParts.run`."""
-        return _begun(self._piloted).guard.evaluated.run(evaluate, batch, whole)
+        return self.guard.aside()
 
     @property
-    def evaluates_in_parts(self) -> bool:
-        """Whether batches of evaluations run in parts."""
-        return bool(self._piloted and self._piloted.guard.evaluated.on)
-
-    @property
-    def evaluation_share(self) -> float:
-        """The peak of the latest evaluation as a share of the budget; above 1 its batch is too large."""
-        return self._piloted.guard.evaluation_share if self._piloted else 0.0
+    def guard(self) -> PeakGuard:
+        """Watches what the run's steps and evaluations take, and runs them in parts; it is there from `begin` on."""
+        return _begun(self._piloted).guard
 
     def figures(self) -> dict[str, float]:
         """What a training log shows of the ranks: mean rank, adapted modules, cost of the plan and limit.

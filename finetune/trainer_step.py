@@ -191,7 +191,7 @@ class TrainerStep:
         self._replace("log", self._log)
         if self.rollouts:
             self._replace("_prepare_inputs", self._prepare_inputs)
-        elif listener.pilot.in_parts:
+        elif listener.pilot.guard.parts.on:
             self._replace("prediction_step", self._prediction_step)
         self._replace("_save_checkpoint", self._save_checkpoint)
 
@@ -238,7 +238,7 @@ class TrainerStep:
         for part, share in pilot.parts(inputs):
             copied = dict(part) if type(part) is dict else part  # a step may take out what it has read
             scaled = partial(_scaled, backward, pilot.hear_loss, share)
-            with _standing(accelerator, "backward", scaled) if pilot.in_parts else nullcontext():
+            with _standing(accelerator, "backward", scaled) if pilot.guard.parts.on else nullcontext():
                 losses.append(run(model, copied, *rest, **options))
             if share != 1:
                 losses[-1] = losses[-1] * share
@@ -251,7 +251,7 @@ class TrainerStep:
         """Evaluate a batch in parts."""
         by_call = any(vars(self.trainer).get(name) for name in COUNTED_BY_CALL)
         whole = f"{type(self.trainer).__name__} shows means over them" if by_call else ""
-        return self._listener.pilot.evaluated(lambda part: run(model, part, *rest, **options), inputs, whole=whole)
+        return self._listener.pilot.guard.evaluated.run(lambda part: run(model, part, *rest, **options), inputs, whole)
 
     def _log(self, run: Callable[..., Any], logs: dict[str, float], *rest: Any, **options: Any) -> None:
         """Log with the figures of the ranks, and the rate that steps really have."""

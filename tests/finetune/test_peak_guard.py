@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -375,7 +376,8 @@ class Budgeted:
 
     def __init__(self, *shares: float) -> None:
         self.shares = list(shares)
-        self.evaluation_share, self.evaluates_in_parts = 0.0, False
+        self.evaluation_share = 0.0
+        self.guard, self.evaluated = self, SimpleNamespace(on=False)
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
