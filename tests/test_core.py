@@ -1,4 +1,4 @@
-"""The core works without the packages of the extras `train` and `study`, and names the extra where one is needed."""
+"""What needs no extra works without its packages, and what does names the extra."""
 
 from __future__ import annotations
 
@@ -16,14 +16,21 @@ from .data.small_models import WORDS, save, write_rows
 ABSENT = """
 import sys
 
-for name in ("gymnasium", "stable_baselines3", "scipy", "matplotlib", "optuna", "ray", "trl"):
-    sys.modules[name] = None  # so that importing it fails
+class Absent:
+    def find_spec(self, name, *arguments):
+        if name.partition(".")[0] in {names}.split():
+            raise ModuleNotFoundError(name=name)
+
+sys.meta_path.insert(0, Absent())
 import rankpilot
 from rankpilot.__main__ import silence_libraries
 
 silence_libraries()
 from rankpilot.cli.main import run
 """
+
+EXTRAS = "gymnasium stable_baselines3 scipy matplotlib optuna ray trl"
+HEAVY = "torch transformers peft accelerate datasets filelock psutil tqdm"
 
 COMMANDS = """
 model, data, *modules = sys.argv[1:]
@@ -32,6 +39,12 @@ assert run(["memory", model, "--device-memory", "24GiB", *small, "--output", "me
 assert run(["plan", model, data, *small, "--steps", "8", "--budget", "80%", "--output", "plan.json"]) == 0
 steps = ["--steps", "4", "--eval-every", "4", "--held-out-rows", "8"]
 assert run(["finetune", model, data, *small, *steps, "--budget", "80%", "--output", "run"]) == 0
+"""
+
+LIGHT = """
+assert run(["memory", "llama-3.1-8b", "--device", "RTX 4090"]) == 0
+assert run(["memory", "llama-3.1-8b", "--device", "T4"]) == 1
+assert run(["finetune", "model", "data"]) == 1
 """
 
 NEEDING = """
@@ -61,12 +74,12 @@ ROOT = Path(__file__).parents[1]
 MORE = ("rankpilot.agents.sb3_policy", "rankpilot.common.statistics")
 """Modules outside of the environment that need its extra."""
 
-LINE = "Policies and their environments need gymnasium and stable-baselines3: pip install 'rankpilot[train]'."
+LINE = "Policies and their environments need gymnasium and stable-baselines3: pip install 'rankpilot[agent]'."
 
 
-def run_without(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_without(code: str, folder: Path, *arguments: str, names: str = EXTRAS) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", ABSENT + code, *arguments],
+        [sys.executable, "-c", ABSENT.replace("{names}", repr(names)) + code, *arguments],
         cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -91,6 +104,13 @@ def test_memory_plans_and_fine_tunes_need_no_extra_and_each_module_names_its_own
     assert set(refused.values()) == {LINE}
     assert {"rankpilot.env.fine_tune", "rankpilot.agents.sb3_policy"} <= {*refused}
     assert all(name.startswith("rankpilot.env.") or name in MORE for name in refused)
+
+
+def test_a_stored_step_is_told_without_torch(tmp_path: Path) -> None:
+    done = run_without(LIGHT, tmp_path, names=f"{HEAVY} {EXTRAS}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Fits with") == 1
+    assert done.stderr.count("need torch, transformers and peft: pip install 'rankpilot[train]'.") == 2
 
 
 @pytest.mark.long
