@@ -2,7 +2,7 @@
 
 The road is short. Candidates are one rank, or one for each kind of module, on the parts of a model that matter (kinds,
 depths, every other layer); who gets which rank within a kind decided nothing on real texts (docs/experiments.md). Where
-parameters are so few that not every module can have rank 1, coverage decides: one small module in every layer. Each
+parameters are so few that not even every other layer can have rank 1, coverage decides: one module of each layer. Each
 has a cost, which is computed, and an expected loss with a spread, which was learned from real fine-tunes
 (`plan/worth.py`). `Choice.best` is the decision. Later decisions keep the ranks.
 """
@@ -77,22 +77,24 @@ def _layers(count: int) -> str:
 
 
 def outputs(observation: Observation) -> dict[str, BoolArray]:
-    """Where parameters are too few for rank 1 on all modules, one part by name: outputs of MLPs; empty elsewhere.
+    """Where parameters are too few for rank 1 on every other layer, one part by name: outputs of MLPs; empty elsewhere.
 
     They are in all layers, or in every second one from the top, or in fewer, so that they can have rank 1 there.
-    Measured at a mean rank of an eighth to 1 on gated MLPs, where one module in seven leads out, and true of those
+    Measured at mean ranks of an eighth to a half on gated MLPs, where one module in seven leads out, and true of those
     alone (docs/experiments.md). What plans are worth was learned from higher ranks, and would adapt few layers whole.
     """
     problem = observation.problem
-    if not isinstance(problem.cost, ParameterCost) or problem.fits(_within(problem, np.ones_like(problem.ranks))):
+    _, turn = np.unique(problem.blocks, return_inverse=True)
+    below_top = turn.max() - turn
+    other_layers = _within(problem, (below_top % 2 == 0).astype(np.int64))
+    if not isinstance(problem.cost, ParameterCost) or problem.fits(other_layers):
         return {}
     wide, shape = module_feature(observation, "wide") > 0.5, module_feature(observation, "shape")
     leads_out = wide & (shape < 0)
     if (wide & (shape > 0)).sum() < 2 * leads_out.sum():
         return {}
-    _, turn = np.unique(problem.blocks, return_inverse=True)
     for every in range(1, int(turn.max()) + 2):
-        part = leads_out & ((turn.max() - turn) % every == 0)
+        part = leads_out & (below_top % every == 0)
         ranks = _within(problem, part.astype(np.int64))
         if ranks.any() and problem.fits(ranks):
             where = "" if every == 1 else f" of one layer in {every}"

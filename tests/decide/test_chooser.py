@@ -171,17 +171,20 @@ def test_plain_lora_of_narrow_modules_has_no_feature_and_can_be_taken() -> None:
 
 def parameters(limit: float, layers: int = 4, **changes: Any) -> Observation:
     """Layers of an attention module and a gated MLP, whose third module leads out; a rank takes 10 parameters."""
-    observation = seen(layers, "ammm", cost=ParameterCost(np.full((1, 4 * layers), 10.0)), limit=limit, **changes)
+    cost = ParameterCost(np.full((1, 4 * layers), 10.0))
+    observation = seen(layers, "ammm", **{"cost": cost, "limit": limit} | changes)
     observation.modules[:, MODULE_FEATURES.index("shape")] = np.tile([0.0, 1.0, 1.0, -1.0], layers)
     return observation
 
 
 def test_few_parameters_go_to_the_outputs_of_mlps_in_all_layers() -> None:
-    enough = chosen(parameters(160.0))
+    enough = chosen(parameters(80.0))
     assert not any("outputs" in name for name in enough.names)
-    few = chosen(parameters(159.0))
-    assert few.plans[few.taken].tolist() == [0, 0, 0, 2] * 4
-    assert few.names == (PLAIN, *(f"rank {rank} on the outputs of MLPs" for rank in (1, 2)))
+    few = chosen(parameters(79.0))
+    assert few.plans[few.taken].tolist() == [0, 0, 0, 1] * 4
+    assert few.names == (PLAIN, "rank 1 on the outputs of MLPs")
+    cheap = ParameterCost(np.tile([10.0, 10.0, 10.0, 5.0], 4)[None])
+    assert chosen(parameters(69.0, cost=cheap)).plans[-1].tolist() == [0, 0, 0, 2] * 4
     assert chosen(parameters(40.0)).names[1:] == ("rank 1 on the outputs of MLPs",)
 
 
@@ -200,7 +203,7 @@ def test_where_outputs_of_mlps_can_have_no_rank_other_plans_are_weighed() -> Non
 
 
 def test_an_mlp_that_is_not_gated_has_no_plan_of_outputs_alone() -> None:
-    observation = parameters(119.0)
+    observation = parameters(79.0)
     observation.modules[1::4, MODULE_FEATURES.index("wide")] = 0.0
     assert not any("outputs" in name for name in chosen(observation).names)
 
