@@ -17,7 +17,7 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3.common.logger import Logger
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--updates", type=int, default=40, help="updates of the policy, each on 24 fine-tunes")
+parser.add_argument("--updates", type=int, default=12, help="updates of the policy, each on 24 fine-tunes")
 parser.add_argument("--tests", type=int, default=32, help="tasks of the comparison, which training never sees")
 options = parser.parse_args()
 
