@@ -278,7 +278,7 @@ class Stepper:
         self.optimizer.zero_grad()
         return found
 
-    def peak(self, batches: Sequence[Any], items: int, layers: Sequence[int]) -> int:
+    def peak(self, batches: Sequence[Any], items: float | Sequence[float], layers: Sequence[int]) -> int:
         """Bytes at the peak of a step, with weights and the optimizer's state."""
         with LivePeak() as live:
             self.run(batches, items, layers)

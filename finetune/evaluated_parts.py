@@ -129,7 +129,7 @@ class EvaluatedParts:
         def join(values: Sequence[Any]) -> Any:
             one = values[0]
             if isinstance(one, Mapping):
-                return type(one)({name: join([value[name] for value in values]) for name in one})
+                return {name: join([value[name] for value in values]) for name in one}
             if isinstance(one, list | tuple):
                 return type(one)(map(join, zip(*values, strict=True)))
             return None if one is None else _placed(rows, parts, spans, values)
