@@ -31,7 +31,7 @@ def record(losses: list[float], alignments: list[float], total: int = 200) -> Ru
 
 def seen(**values: float) -> Any:
     """An observation; features that are not given are 0, with the whole rate of the schedule after 30 steps."""
-    usual = {"schedule": 1.0, "steps": math.log2(30 / 5) / 4, "spread_of_the_alignment": 0.2} | values
+    usual = {"schedule": 1.0, "time": 0.17, "steps": math.log2(30 / 5) / 4, "spread_of_the_alignment": 0.2} | values
     known = [name.replace(" ", "_").replace("-", "_") for name in FEATURES]
     assert usual.keys() <= {*known}
     return np.array([[usual.get(name, 0.0) for name in known]])
@@ -102,6 +102,8 @@ RULES = [
     (LOW | {"alignment": 0.07}, 0.0),
     (LOW | {"warm_up": 1.0, "schedule": 0.6}, 0.0),
     (LOW | {"warm_up": 1.0, "schedule": 0.8}, 1.0),
+    (LOW | {"warm_up": 1.0, "schedule": 0.8, "alignment_over_the_first": 0.6}, 0.5),
+    (LOW | {"warm_up": 1.0, "schedule": 0.8, "alignment_over_the_first": 0.4}, 0.0),
     (LOW | {"steps": 0.0}, 0.0),
     (HIGH, -1.0),
     (HIGH | {"alignment_over_the_first": -1.0}, -2.0),
@@ -126,6 +128,18 @@ def test_the_rule_goes_back_where_the_loss_has_risen_beyond_its_noise() -> None:
     assert rule.act(seen(**risen)) == [UNDO]
     assert rule.act(seen(**risen, noise=2.0)) != [UNDO]
     assert rule.act(seen(**risen | {"alignment": 0.1})) != [UNDO], "steps that go on do no damage"
+
+
+def test_the_rule_goes_back_where_the_first_steps_surely_take_back() -> None:
+    rule, early = AlignmentRule(), HIGH | {"time": 0.1}
+    assert rule.act(seen(**early)) == [UNDO]
+    for values in (
+        early | {"time": 0.17},
+        early | {"moved": -1 / 3},
+        early | {"evidence": -0.3},
+        early | {"alignment_over_the_first": -0.15},
+    ):
+        assert rule.act(seen(**values)) != [UNDO]
 
 
 def test_other_rules() -> None:
