@@ -210,9 +210,9 @@ class AlignmentRule:
         lower_product: lower nothing while that number times the share is below this.
         gains: log2 of a rise and of a fall of the rate for each unit of that share. A rise is at most twofold, a fall
             to a quarter at most.
-        back_below: undo where the mean alignment is surely below this share of that of the first steps, early in the run
-            and as long as nothing was lowered. What steps at a rate that is four times too high have learned is worth
-            less than the steps.
+        back_below: undo where the mean alignment is surely below this share of that of the first steps, early in the
+            run and as long as nothing was lowered. What steps at a rate that is four times too high have learned is
+            worth less than the steps.
         back_until: share of the run up to which that is early.
         undo_threshold: undo when log(loss / initial loss) exceeds this and the alignment is negative.
         undo_noise: by how much that threshold rises for each standard deviation of the log loss.
