@@ -1,4 +1,4 @@
-"""The core works without the packages of the extras `train` and `study`, and names the extra where one is needed."""
+"""What needs no extra works without its packages, and what does names the extra."""
 
 from __future__ import annotations
 
@@ -13,11 +13,25 @@ import pytest
 
 from .data.small_models import WORDS, save, write_rows
 
-ABSENT = """
+WITHOUT_EXTRAS = """
 import sys
 
-for name in ("gymnasium", "stable_baselines3", "scipy", "matplotlib", "optuna", "ray", "trl"):
-    sys.modules[name] = None  # so that importing it fails
+for name in "gymnasium stable_baselines3 scipy matplotlib optuna ray trl".split():
+    sys.modules[name] = None  # so that importing it fails, and a library that looks for it does not find it
+"""
+
+WITHOUT_TORCH = """
+import sys
+
+class Absent:  # tyro takes a torch in sys.modules for one that is there
+    def find_spec(self, name, *arguments):
+        if name.partition(".")[0] in "torch transformers peft accelerate datasets filelock psutil tqdm".split():
+            raise ModuleNotFoundError(name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+RUN = """
 import rankpilot
 from rankpilot.__main__ import silence_libraries
 
@@ -32,6 +46,12 @@ assert run(["memory", model, "--device-memory", "24GiB", *small, "--output", "me
 assert run(["plan", model, data, *small, "--steps", "8", "--budget", "80%", "--output", "plan.json"]) == 0
 steps = ["--steps", "4", "--eval-every", "4", "--held-out-rows", "8"]
 assert run(["finetune", model, data, *small, *steps, "--budget", "80%", "--output", "run"]) == 0
+"""
+
+LIGHT = """
+assert run(["memory", "llama-3.1-8b", "--device", "RTX 4090"]) == 0
+assert run(["memory", "llama-3.1-8b", "--device", "T4"]) == 1
+assert run(["finetune", "model", "data"]) == 1
 """
 
 NEEDING = """
@@ -61,12 +81,14 @@ ROOT = Path(__file__).parents[1]
 MORE = ("rankpilot.agents.sb3_policy", "rankpilot.common.statistics")
 """Modules outside of the environment that need its extra."""
 
-LINE = "Policies and their environments need gymnasium and stable-baselines3: pip install 'rankpilot[train]'."
+LINE = "Policies and their environments need gymnasium and stable-baselines3: pip install 'rankpilot[agent]'."
 
 
-def run_without(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_without(
+    code: str, folder: Path, *arguments: str, absent: str = WITHOUT_EXTRAS
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", ABSENT + code, *arguments],
+        [sys.executable, "-c", absent + RUN + code, *arguments],
         cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -91,6 +113,13 @@ def test_memory_plans_and_fine_tunes_need_no_extra_and_each_module_names_its_own
     assert set(refused.values()) == {LINE}
     assert {"rankpilot.env.fine_tune", "rankpilot.agents.sb3_policy"} <= {*refused}
     assert all(name.startswith("rankpilot.env.") or name in MORE for name in refused)
+
+
+def test_a_stored_step_is_told_without_torch(tmp_path: Path) -> None:
+    done = run_without(LIGHT, tmp_path, absent=WITHOUT_EXTRAS + WITHOUT_TORCH)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Fits with") == 1
+    assert done.stderr.count("need torch, transformers and peft: pip install 'rankpilot[train]'.") == 2
 
 
 @pytest.mark.long
