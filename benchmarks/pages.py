@@ -64,9 +64,10 @@ def signed(value: float | str, digits: int = 1) -> str:
 
 
 def ranged(figures: Figures, key: str) -> str:
-    """An estimate in per cent with its interval."""
+    """An estimate in per cent with its interval; a single text has none."""
     value, low, high = (figures[f"{key}: {name}"] for name in ("value", "low", "high"))
-    return f"{signed(value, 2)} ({low:+.2f} to {high:+.2f})"
+    around = "one text" if figures[f"{key}: texts"] == 1 else f"{low:+.2f} to {high:+.2f}"
+    return f"{signed(value, 2)} ({around})"
 
 
 @cache
@@ -125,10 +126,12 @@ def one_run_in_short() -> str:
     for factor, words in {0.25: "a rate of a quarter of the best", 4.0: "a rate of four times the best"}.items():
         cells = []
         for prefix in models.values():
-            alone, corrected = (f"{prefix}{side} at {factor:g}: value" for side in ("plain", "controlled"))
-            known = alone in figures and corrected in figures
-            told = "{} if left alone, {} with control".format
-            cells.append(told(signed(figures[alone]), signed(figures[corrected])) if known else "")
+            sides = {"plain": "if left alone", "controlled": "with control"}
+            keys = {f"{prefix}{side} at {factor:g}": how for side, how in sides.items()}
+            known = {key: how for key, how in keys.items() if f"{key}: value" in figures}
+            told = ", ".join(f"{signed(figures[f'{key}: value'])} {how}" for key, how in known.items())
+            texts = figures.get(f"{prefix}controlled at {factor:g}: texts")
+            cells.append(told + (" (one text)" if texts == 1 else ""))
         rows.append((words, *cells, "", ""))
     return table(("", "SmolLM2-135M", "models of width 64", "bytes there", "versus checkpointed"), rows)
 

@@ -186,15 +186,6 @@ class RateControl(Protocol):
 
 
 @dataclass(frozen=True)
-class LeaveAlone:
-    """No change."""
-
-    def act(self, observations: FloatArray) -> Sequence[int]:
-        """See `RateControl`."""
-        return [KEEP] * len(observations)
-
-
-@dataclass(frozen=True)
 class AlignmentRule:
     """Raise the rate while steps go on where the last one went, and lower it where they take it back.
 
@@ -262,27 +253,3 @@ class AlignmentRule:
 def _nearest(wanted: float) -> int:
     """The action that comes nearest to a change of log2 of the rate and goes not back."""
     return min(range(1, UNDO), key=lambda action: abs(CHANGES[action] - wanted))
-
-
-@dataclass(frozen=True)
-class Plateau:
-    """Halve the rate where the loss is above the best window's, as ReduceLROnPlateau does.
-
-    Attributes:
-        above: log of the loss over the best window's.
-    """
-
-    above: float = 0.0
-
-    def act(self, observations: FloatArray) -> Sequence[int]:
-        """See `RateControl`."""
-        place = list(FEATURES).index("above the best")
-        return [CHANGES.index(-1.0) if value > 4 * self.above else KEEP for value in observations[:, place]]
-
-
-RATE_CONTROLS: dict[str, RateControl] = {
-    "leave alone": LeaveAlone(),
-    "alignment": AlignmentRule(),
-    "plateau": Plateau(),
-}
-"""Rate controls that follow a rule, by name."""

@@ -15,8 +15,6 @@ from rankpilot.decide.rate_control import (
     SHARES,
     UNDO,
     AlignmentRule,
-    LeaveAlone,
-    Plateau,
     RunRecord,
     decision_steps,
 )
@@ -140,9 +138,3 @@ def test_the_rule_goes_back_where_the_first_steps_surely_take_back() -> None:
         early | {"alignment_over_the_first": -0.15},
     ):
         assert rule.act(seen(**values)) != [UNDO]
-
-
-def test_other_rules() -> None:
-    observations = np.concatenate([seen(above_the_best=0.1), seen()])
-    assert LeaveAlone().act(observations) == [KEEP, KEEP]
-    assert [CHANGES[action] for action in Plateau().act(observations)] == [-1.0, 0.0]
