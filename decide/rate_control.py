@@ -60,7 +60,7 @@ FEATURES = {
 MOST_FEATURE = 3.0
 
 LEAST_RAISE = 0.25
-"""A smaller rise of log2 of the rate is none: it is nearer to 0 than to any of `CHANGES`."""
+"""A smaller rise of log2 of the rate, beyond what a warm-up still adds, is none."""
 
 FIRST = 2
 """Steps whose mean loss is that of the start: the second one has hardly changed the model."""
@@ -208,8 +208,8 @@ class AlignmentRule:
         undo_threshold: undo when log(loss / initial loss) exceeds this and the alignment is negative.
         undo_noise: by how much that threshold rises for each standard deviation of the log loss.
         first_raise: optimizer steps before which the rate is not raised: the first ones agree at any rate.
-        warm: share of its peak below which a rate that the schedule still raises is not raised further. Above it the
-            rise is smaller by what the schedule itself still adds.
+        warm: share of its peak below which a rate that the schedule still raises is not raised further. Above it
+            nothing is raised where what the schedule itself still adds is about as much as is wanted.
     """
 
     raise_above: float = 0.25
@@ -246,8 +246,9 @@ class AlignmentRule:
         warming = seen["warm-up"] and seen["schedule"] < self.warm
         if warming or 5 * 2 ** (4 * seen["steps"]) < self.first_raise:
             return KEEP
-        wanted = self.gains[0] * share + (math.log2(seen["schedule"]) if seen["warm-up"] else 0.0)
-        return _nearest(min(max(wanted, 0.5), 1.0)) if wanted >= LEAST_RAISE else KEEP
+        wanted = self.gains[0] * share
+        beyond = wanted + (math.log2(seen["schedule"]) if seen["warm-up"] else 0.0)
+        return _nearest(min(max(wanted, 0.5), 1.0)) if beyond >= LEAST_RAISE else KEEP
 
 
 def _nearest(wanted: float) -> int:

@@ -100,7 +100,7 @@ RULES = [
     (LOW | {"alignment": 0.07}, 0.0),
     (LOW | {"warm_up": 1.0, "schedule": 0.6}, 0.0),
     (LOW | {"warm_up": 1.0, "schedule": 0.8}, 1.0),
-    (LOW | {"warm_up": 1.0, "schedule": 0.8, "alignment_over_the_first": 0.6}, 0.5),
+    (LOW | {"warm_up": 1.0, "schedule": 0.8, "alignment_over_the_first": 0.5}, 0.5),
     (LOW | {"warm_up": 1.0, "schedule": 0.8, "alignment_over_the_first": 0.4}, 0.0),
     (LOW | {"steps": 0.0}, 0.0),
     (HIGH, -1.0),
