@@ -182,7 +182,7 @@ def look() -> str:
     """What the look before the first step takes."""
     figures = without_a_sweep()
     whole, small = (100 * float(figures[f"{name}: look"]) for name in ("SmolLM2-135M", "byte models"))
-    return f"It takes {whole:.1f} % of the time of 100 steps on SmolLM2-135M, and {small:.1f} % on models of width 64."
+    return f"This look takes {whole:.1f} % of the time of 100 steps on SmolLM2-135M, and {small:.1f} % on models of width 64."
 
 
 def agent_table() -> str:
