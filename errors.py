@@ -112,11 +112,9 @@ class UnsupportedError(RankPilotError, TypeError):
 
 _EXTRAS = {
     "A picture needs matplotlib: pip install 'rankpilot[study]'.": "matplotlib",
-    "Policies and their environments need gymnasium and stable-baselines3: pip install 'rankpilot[agent]'.": (
-        "gymnasium stable_baselines3 scipy"
-    ),
-    "Training, and models whose step is not stored yet, need torch, transformers and peft: "
-    "pip install 'rankpilot[train]'.": "accelerate datasets filelock peft psutil torch tqdm transformers",
+    "Policies and environments need gymnasium: pip install 'rankpilot[agent]'.": "gymnasium stable_baselines3 scipy",
+    "Training, and steps that are not stored, need torch and transformers: pip install 'rankpilot[train]'.": "torch "
+    "transformers peft accelerate datasets filelock psutil tqdm",
 }
 """What to do where one of some packages is missing, which an extra installs."""
 

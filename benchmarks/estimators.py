@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from rankpilot.common.files import read_json, write_text
 from rankpilot.common.text import make_table
-from rankpilot.cost.from_config import find_configuration
+from rankpilot.cost.published import find_configuration
 from rich.console import Console
 
 from .harness import Figures
@@ -145,7 +145,7 @@ def errors(rows: list[dict[str, Any]], name: str) -> Any:
 def table_rows() -> list[tuple[str, ...]]:
     """Each estimator with its mean and worst errors, and how many steps it tells more than 5 % too little."""
     found = stored()
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for name, words in NAMES.items():
         of = errors(found, name)
         mean, low, high = float(np.abs(of).mean()), max(-of.min(), 0.0), max(of.max(), 0.0)

@@ -70,13 +70,14 @@ def ask() -> dict[str, Any]:
             if (each.layers, each.rank) == (layers, rank) and len(each.checkpointed) >= least
         )
         assert choice.use
+        assert choice.time
         found[name] = {
             "step": round(choice.step_bytes / GIB, 2),
             "card": round(choice.use.total_bytes / GIB, 2),
             "time": round(choice.time, 2),
         }
-    assert outlook.card
-    frozen, limit = choice.use.base_bytes / GIB, outlook.card.memory_bytes / GIB
+        assert outlook.card
+        frozen, limit = choice.use.base_bytes / GIB, outlook.card.memory_bytes / GIB
     return {"frozen": round(frozen, 2), "limit": round(limit, 2), "rows": found}
 
 
@@ -264,14 +265,14 @@ def split() -> str:
         y = top + tall * index
         picture.box(20, y, wide * max(BATCH), tall - 3, "pale")
         picture.box(20, y, wide * length, tall - 3, "a")
-    y = float(top)
+    at = float(top)
     for part in parts:
         for row in sorted(part.rows, key=lambda row: -BATCH[row]):
-            picture.box(400, y, wide * part.length, tall - 3, "pale")
-            picture.box(400, y, wide * BATCH[row], tall - 3, "a")
-            y += tall
-        y += 10
-    return picture.svg(y + 14)
+            picture.box(400, at, wide * part.length, tall - 3, "pale")
+            picture.box(400, at, wide * BATCH[row], tall - 3, "a")
+            at += tall
+        at += 10
+    return picture.svg(at + 14)
 
 
 def environment() -> str:
