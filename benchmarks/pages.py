@@ -127,8 +127,8 @@ def one_run_in_short() -> str:
         cells = []
         for prefix in models.values():
             sides = {"plain": "if left alone", "controlled": "with control"}
-            keys = {f"{prefix}{side} at {factor:g}": how for side, how in sides.items()}
-            known = {key: how for key, how in keys.items() if f"{key}: value" in figures}
+            ends = {f"{prefix}{side} at {factor:g}": how for side, how in sides.items()}
+            known = {key: how for key, how in ends.items() if f"{key}: value" in figures}
             told = ", ".join(f"{signed(figures[f'{key}: value'])} {how}" for key, how in known.items())
             texts = figures.get(f"{prefix}controlled at {factor:g}: texts")
             cells.append(told + (" (one text)" if texts == 1 else ""))
@@ -182,7 +182,8 @@ def look() -> str:
     """What the look before the first step takes."""
     figures = without_a_sweep()
     whole, small = (100 * float(figures[f"{name}: look"]) for name in ("SmolLM2-135M", "byte models"))
-    return f"This look takes {whole:.1f} % of the time of 100 steps on SmolLM2-135M, and {small:.1f} % on models of width 64."
+    of_what = "of the time of 100 steps on SmolLM2-135M"
+    return f"This look takes {whole:.1f} % {of_what}, and {small:.1f} % on models of width 64."
 
 
 def agent_table() -> str:
