@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-long test-oldest fuzz check docs demo bench gpu-evidence clean
+.PHONY: help setup test test-long test-oldest fuzz check docs page demo bench gpu-evidence clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ check: $(VENV)/.installed-dev ## lint, format, types, import rules and size
 docs: $(VENV)/.installed-docs ## make the pages of docs/ in build/docs, where a browser opens index.html
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --nitpicky --quiet -d build/doctrees docs build/docs
 	@echo "The pages are in build/docs/index.html."
+
+page: $(VENV)/.installed-test ## write build/memory.html, the page that tells what fits a card
+	@$(BIN)/python -m tools.make_page
 
 SEEN := runs/demo
 DEMO := all-minilm-l6-v2 rotten-tomatoes --max-steps 60 --per-device-train-batch-size 16 --max-length 48 --held-out-rows 400 --eval-steps 20 --resume

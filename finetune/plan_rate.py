@@ -51,6 +51,24 @@ def follows_rule(optimizer: torch.optim.Optimizer) -> bool:
     return "adam" in name and not any(part in name for part in _OWN_RATE)
 
 
+def check_follows(optimizer: torch.optim.Optimizer, asked: str, instead: str) -> None:
+    """Refuse to correct the rate of an optimizer that is no kind of Adam: the alignment of its steps is not known.
+
+    Args:
+        optimizer: of the run.
+        asked: what its user asked for, for the error.
+        instead: what to do.
+
+    Raises:
+        ConfigError: it is none, or chooses its rate itself.
+    """
+    if not follows_rule(optimizer):
+        raise ConfigError(
+            f"{asked} corrects the learning rate by the steps of Adam and its variants; "
+            f"{type(unwrap_optimizer(optimizer)).__name__} is none, or chooses its rate itself. {instead}"
+        )
+
+
 def rule_knows(run: TrainingRun) -> bool:
     """Whether the rule says something of a run: of its optimizer, its model and its loss."""
     return follows_rule(run.optimizer) and hidden_width(run.model) is not None and not run.learns_preferences

@@ -195,7 +195,7 @@ def test_without_control_nothing_is_read(llama_config: LlamaConfig, monkeypatch:
 def test_what_cannot_be_controlled(llama_config: LlamaConfig) -> None:
     loop = Loop(deepcopy(llama_config), 1e-3)
     loop.optimizer = torch.optim.SGD(loop.parameters, lr=1e-3)  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="control=True, and a policy that steers the rate, read the steps of Adam"):
+    with pytest.raises(ConfigError, match="control=True corrects the learning rate by the steps of Adam"):
         loop.pilot.begin(loop.run)
     with pytest.raises(ConfigError, match="control is True or False"):
         rankpilot.PilotOptions(control="yes")  # type: ignore[arg-type]
