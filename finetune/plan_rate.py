@@ -22,7 +22,7 @@ from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, unwrap
 from ..plan.rate import RULE, TYPICAL, InitialLoss, RateRange
 from ..plan.worth import KNOWN
-from .run import FIRST_ROWS, FirstRows, Participant, TrainingRun, own_rate, probe_rate
+from .run import FIRST_ROWS, FirstRows, Participant, TrainingRun, adapter_rates, own_rate, probe_rate
 
 FAR = 4.0
 """A rate so many times above or below the rule's is told."""
@@ -115,6 +115,22 @@ LABELS = 0.05
 """A loss that counts a smaller share of the tokens is of labels."""
 
 
+def _groups_at_zero(run: TrainingRun) -> list[int]:
+    """The numbers of the optimizer's groups whose adapters have a rate of 0 while others have one.
+
+    Raises:
+        ConfigError: the rate of a group with adapters is negative or not finite.
+    """
+    rates = adapter_rates(run.model, run.optimizer)
+    for group, rate in rates.items():
+        if not 0 <= rate < math.inf:
+            raise ConfigError(
+                f"The optimizer's learning rate is {rate} in group {group}, and nothing trains at that: make the "
+                "optimizer with numbers above 0, or use TrainingArguments.learning_rate."
+            )
+    return [group for group, rate in rates.items() if not rate and any(rates.values())]
+
+
 def _scale(targets: Sequence[TargetModule]) -> float:
     """The scale of plain LoRA, the geometric mean over the modules."""
     return float(np.exp(np.mean([math.log(target.scaling_at(REFERENCE_RANK)) for target in targets])))
@@ -176,11 +192,7 @@ class PlanRate(Participant):
                 "rate above 0 (TrainingArguments.learning_rate)."
             )
         self.own: float = own or probe_rate(run.model, run.optimizer)
-        if not 0 < self.own < math.inf:
-            raise ConfigError(
-                f"The optimizer's learning rate is {self.own}, and nothing trains at that: make the optimizer with a "
-                "number above 0, or use TrainingArguments.learning_rate."
-            )
+        self._still = _groups_at_zero(run)
         self._plain = np.array([target.scaling_at(REFERENCE_RANK) for target in targets])
         self.rule: float | None = None
         self.initial: InitialLoss | None = initial
@@ -232,6 +244,11 @@ class PlanRate(Participant):
     def told(self) -> str:
         """A line on the rate; empty where it is the user's, and near the rule's."""
         lines = []
+        if self._still:
+            groups = ", ".join(map(str, self._still))
+            lines.append(
+                f"Adapters in group {groups} of the optimizer have a learning rate of 0, and train nothing at it."
+            )
         if not np.allclose(self._plain, self._plain[0]):
             lines.append("Modules differ in lora_alpha (alpha_pattern): each keeps its own.")
         if self._decides and self.rule:

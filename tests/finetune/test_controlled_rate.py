@@ -14,7 +14,7 @@ import rankpilot
 import torch
 from rankpilot.common.files import read_json_lines
 from rankpilot.decide.log import CONTROL
-from rankpilot.decide.rate_control import CHANGES, FEATURES, KEEP, RATE_CONTROLS, UNDO, decision_steps
+from rankpilot.decide.rate_control import CHANGES, FEATURES, KEEP, UNDO, decision_steps
 from rankpilot.errors import ConfigError
 from rankpilot.finetune import piloted_run
 from rankpilot.finetune.controlled_rate import alignment
@@ -80,7 +80,7 @@ class Loop:
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *actions: int) -> Scripted:
     script = Scripted(list(actions))
-    monkeypatch.setitem(RATE_CONTROLS, piloted_run.CONTROLLER, script)
+    monkeypatch.setattr(piloted_run, "CONTROL", script)
     return script
 
 
