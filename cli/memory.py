@@ -85,6 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     check_model(options.model, options.card)
     from ..common.files import refuse_file
     from ..study import memory_report as report
+    from ..study.memory_doubts import doubts_text
     from ..study.memory_report import saver_table
 
     if options.output:
@@ -100,6 +101,8 @@ def main(arguments: Sequence[str]) -> int:
     if told:  # what is asked for first, and then what takes seconds more
         console.print(f"[bold]{escape(report.subject(outlook, options))}[/]", highlight=False)
         console.print(report.verdict_text(outlook), markup=False, highlight=False)
+        if doubtful := doubts_text(outlook):
+            console.print(doubtful, markup=False, highlight=False)
         if options.details or options.budget:
             console.print(report.choice_table(outlook))
         if len(outlook.step.saved) > 1:

@@ -95,6 +95,8 @@ class LoadedModel:
         named: names of modules to give in place of "all-linear", where that is of others in PEFT; else empty.
         is_eager: whether attention holds the scores of all pairs of tokens.
         has_xielu: whether it has the activation function xIELU.
+        words: of its vocabulary.
+        own_code: whether its configuration names code that comes with the weights, where transformers' is priced.
         task_type: what PEFT calls the task.
         saved_modules: names of modules that train as a whole, such as a new classifier.
     """
@@ -116,6 +118,8 @@ class LoadedModel:
     named: tuple[str, ...] = ()
     is_eager: bool = False
     has_xielu: bool = False
+    words: int = 0
+    own_code: bool = False
     task_type: str | None = None
     saved_modules: tuple[str, ...] = ()
 
