@@ -95,8 +95,8 @@ class LoadedModel:
         named: names of modules to give in place of "all-linear", where that is of others in PEFT; else empty.
         is_eager: whether attention holds the scores of all pairs of tokens.
         has_xielu: whether it has the activation function xIELU.
-        words: of its vocabulary.
-        own_code: whether its configuration names code that comes with the weights, where transformers' is priced.
+        words: of its vocabulary, as its configuration tells; 0 if it does not.
+        own_code: whether that names code that comes with the weights; what is priced is that of transformers.
         task_type: what PEFT calls the task.
         saved_modules: names of modules that train as a whole, such as a new classifier.
     """

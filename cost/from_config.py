@@ -178,8 +178,6 @@ class StepRecorder:
             named=_named(model) if left_out(base) else (),
             is_eager=getattr(base.config, "_attn_implementation", "") == "eager",
             has_xielu=any(type(module).__name__ == "XIELUActivation" for module in base.modules()),
-            words=int(getattr(base.config.get_text_config(), "vocab_size", 0) or 0),
-            own_code=bool(getattr(base.config, "auto_map", None)),
             task_type=lora.task_type and str(getattr(lora.task_type, "value", lora.task_type)),
             saved_modules=tuple(lora.modules_to_save or ()),
         )

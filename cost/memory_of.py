@@ -141,7 +141,19 @@ class AskedStep:
         found = source.configured(step)
         if step.gradient_checkpointing is True and not found.memory.segments:
             self.recorder(optional=False)  # which tells that the model has none
-        return found, step
+        return self._with_what_is_said(found), step
+
+    def _with_what_is_said(self, found: ConfiguredStep) -> ConfiguredStep:
+        """The step with what the configuration tells of its model, and no recording does."""
+        said = _fields(self.model)
+        words = said.get("vocab_size") or (said.get("text_config") or {}).get("vocab_size") or 0
+        model = replace(found.model, words=words, own_code=bool(said.get("auto_map")))
+
+        def leaner() -> ConfiguredStep | None:
+            lean = found.leaner()
+            return lean and replace(lean, model=model)
+
+        return replace(found, model=model, leaner=leaner)
 
     def stored(self) -> StoredStep:
         """The step, from the files that are there."""

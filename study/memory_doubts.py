@@ -55,8 +55,9 @@ def _doubts(outlook: Outlook) -> Iterator[Doubt]:
     model, loaded, settings = outlook.step.model, outlook.step.loaded, outlook.settings
     shape, shards = outlook.memory.shape, outlook.shards
     if loaded.loss == "cut":
-        logits = format_bytes(float(LOGIT_BYTES * shape.rows * shape.length * model.words))
-        yield Doubt(f"where cut cross-entropy is not installed for this model, logits take {logits} more", "more")
+        logits = float(LOGIT_BYTES * shape.rows * shape.length * model.words)
+        more = f"up to {format_bytes(logits)} more" if logits else "bytes of their own"
+        yield Doubt(f"where cut cross-entropy does not run for this model, logits take {more}", "more")
     if settings.quantization != "none" and model.fused and loaded.experts != "transformers":
         yield Doubt("published runs with quantised experts took 3 to 32 % more than predicted", "more")
     elif settings.quantization == "int8":
