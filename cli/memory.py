@@ -114,6 +114,7 @@ def main(arguments: Sequence[str]) -> int:
         console.out(report.configuration_text(outlook), highlight=False)
     if options.json:
         figures = report.figures(outlook) | ({"lengths": of_lengths.lengths_figures(found)} if found else {})
+        figures |= {"unread": list(file.unread)} if file else {}
         console.out(json.dumps(figures, indent=2), highlight=False)
     if told:
         if options.details and outlook.grid:

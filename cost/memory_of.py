@@ -62,7 +62,7 @@ def memory_of(
             compute under bf16 autocast with bf16.
         padded: whether rows of a batch are padded, which takes other attention kernels.
         gpus: how many such cards train together, each with its own batch; figures are of one.
-        sharding: what they share: "ddp", "fsdp2" or "zero3"; see `Shards`.
+        sharding: what they share: "ddp", "zero2", "fsdp2" or "zero3"; see `Shards`.
         attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa where no fused kernel is there.
         lora_dropout: see `peft.LoraConfig`.
         settings: of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments, adapter ...; and of

@@ -26,6 +26,8 @@ from . import training_step
 from .live_storages import META_STANDS_FOR
 from .step_config import ExpertBits, Quantization
 
+logger = logging.getLogger(__name__)
+
 BLOCK = 64
 """Weights that share one scale in nf4."""
 
@@ -72,6 +74,7 @@ def quantise(
     loaded = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}[quantization]
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**{loaded: True}), pre_quantized=False)
     skipped = quantizer.get_modules_to_not_convert(model, kept, model._keep_in_fp32_modules)
+    skipped += _read_past_layers(model)
     compute_dtype = model.dtype
     for name, module in list(model.named_modules()):
         if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skipped):
@@ -92,6 +95,19 @@ def quantise(
     if prepare:
         prepare_quantised(model)
     return model.requires_grad_(False)
+
+
+def _read_past_layers(model: nn.Module) -> list[str]:
+    """Mixers of Mamba that multiply with the weight of a layer itself, which has no shape in fewer bits."""
+    found = [
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "A_log") and isinstance(getattr(module, "dt_proj", None), nn.Linear)
+    ]
+    if found:
+        mixer = found[0].rpartition(".")[2]
+        logger.warning("layers of Mamba stay as they are: load it with llm_int8_skip_modules=[%r].", mixer)
+    return found
 
 
 def _quantise_experts(

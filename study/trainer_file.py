@@ -184,7 +184,8 @@ def _sharding(keys: _Keys) -> str | None:
     if "fsdp_config" in keys.values or keys.get("fsdp"):
         keys.get("fsdp_config"), keys.get("fsdp_version")
         return "fsdp2"
-    return "zero3" if "3" in re.findall(r"zero_?(?:stage)?(\d)", str(deepspeed).lower()) else None
+    stages = re.findall(r"zero_?(?:stage)?(\d)", str(deepspeed).lower())
+    return next((f"zero{stage}" for stage in ("3", "2") if stage in stages), None)
 
 
 def _axolotl(keys: _Keys) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rankpilot.cost.allocator import CachingAllocator, replay
 from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.from_config import base_on_meta, from_config
 from rankpilot.cost.model_states import frozen_bytes
+from rankpilot.cost.quantised import quantise
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError, UnknownNameError
 
@@ -151,6 +152,16 @@ def test_each_adapter_of_quantised_experts_has_a_gradient():
     adapted = [number for number, target in enumerate(step.targets) if target.experts > 1]
     assert len(adapted) == 4
     assert set(adapted) < set(step.memory.recording.gradients.values())
+
+
+def test_layers_that_read_weights_past_the_quantised_ones_stay_as_they_are():
+    pytest.importorskip("bitsandbytes")
+    sizes = {"num_experts": 2, "attn_layer_offset": 1, "attn_layer_period": 2}
+    with torch.device("meta"):
+        jamba = base_on_meta(t.JambaConfig(**_SIZES, **sizes, dtype="bfloat16"), "AutoModelForCausalLM")
+        quantise(jamba, "nf4")
+    kinds = {name.rpartition(".")[2]: type(module).__name__ for name, module in jamba.named_modules()}
+    assert (kinds["dt_proj"], kinds["q_proj"]) == ("Linear", "Linear4bit")
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -107,6 +107,7 @@ def test_axolotl(tmp_path):
         ("lora_target_parameters: [mlp.experts.down_proj]", "target_parameters", "mlp.experts.down_proj"),
         ("fsdp_config: {fsdp_version: 2}", "sharding", "fsdp2"),
         ("deepspeed: deepspeed_configs/zero3.json", "sharding", "zero3"),
+        ("deepspeed: deepspeed_configs/zero2.json", "sharding", "zero2"),
         ("optimizer: adamw_torch_4bit", "optimizer", "adamw4bit"),
     ],
 )
@@ -142,7 +143,8 @@ def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys
     assert "4 x 512 tokens, rank 16" in printed
     assert "flux_capacitor" in printed
     assert cli.run([*command, "--batch-size", "2", "--json"]) == 0, "options go before the file"
-    assert json.loads(capsys.readouterr().out)["rows"] == 2
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["rows"], figures["unread"]) == (2, ["flux_capacitor"])
     assert cli.run([*command, "--os", "windows"]) == 0
     assert "Sysmem Fallback" in " ".join(capsys.readouterr().out.split())
 
