@@ -65,7 +65,7 @@ _LAZY = {
     "save_checkpoint": ".finetune.loop_checkpoint",
     "static_plan": ".finetune.allocate",
 }
-"""The module of each public name, and after a colon its name there if it is another."""
+"""The module of each public name."""
 
 __all__ = [
     "ENV_ID",
@@ -104,6 +104,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'rankpilot' has no attribute {name!r}")
-    module, _, there = _LAZY[name].partition(":")
     with naming_extras():
-        return getattr(import_module(module, __name__), there or name)
+        return getattr(import_module(_LAZY[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

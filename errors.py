@@ -110,11 +110,13 @@ class UnsupportedError(RankPilotError, TypeError):
     """A model, adapter or optimizer whose ranks cannot be changed safely."""
 
 
-_EXTRAS = {"matplotlib": "A picture needs matplotlib: pip install 'rankpilot[study]'."} | dict.fromkeys(
-    ("gymnasium", "stable_baselines3", "scipy"),
-    "Policies and their environments need gymnasium and stable-baselines3: pip install 'rankpilot[train]'.",
-)
-"""What to do where a package is missing that is installed with an extra."""
+_EXTRAS = {
+    "A picture needs matplotlib: pip install 'rankpilot[study]'.": "matplotlib",
+    "Policies and environments need gymnasium: pip install 'rankpilot[agent]'.": "gymnasium stable_baselines3 scipy",
+    "Training, and steps that are not stored, need torch and transformers: pip install 'rankpilot[train]'.": "torch "
+    "transformers peft accelerate datasets filelock psutil tqdm",
+}
+"""What to do where one of some packages is missing, which an extra installs."""
 
 
 @contextmanager
@@ -122,15 +124,16 @@ def naming_extras() -> Iterator[None]:
     """Where a package of an extra is missing, let the error name the extra.
 
     Raises:
-        UnsupportedError: gymnasium, Stable-Baselines3, scipy or matplotlib is imported in the block and not installed.
+        UnsupportedError: a package of an extra, such as torch or gymnasium, is imported and not installed.
     """
     try:
         yield
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
-        if package not in _EXTRAS:
-            raise
-        raise UnsupportedError(_EXTRAS[package]) from error
+        for told, packages in _EXTRAS.items():
+            if package in packages.split():
+                raise UnsupportedError(told) from error
+        raise
 
 
 class DataError(RankPilotError, ValueError):

@@ -30,7 +30,7 @@ class Train:
         steps: optimizer steps of a fine-tune; drawn from 80 to 160 if not given.
         rule: where training begins, and what rewards compare with.
         workers: processes that train; the policy is the same for any number.
-        cluster: train on a Ray cluster: "local", "auto", or HOST:PORT (docs/cluster.md).
+        cluster: train on a Ray cluster: "local", "auto", or HOST:PORT (docs/train-policy.md).
         validate_every: rounds between two validations.
         validation_tasks: of each of four regimes.
         width: of the network.

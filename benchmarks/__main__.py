@@ -16,6 +16,7 @@ BENCHMARKS = {
     "savers": ("savers", "the same losses in fewer bytes and seconds, on a language model"),
     "parts": ("parts", "steps in parts, beside the padded rectangle and other ways to avoid its padding"),
     "published": ("published", "peaks that others measured on GPUs, and predicted"),
+    "estimators": ("estimators", "what other estimators tell of peaks that were measured on a T4"),
     "published-time": ("published_time", "seconds of steps that others measured on a GPU, and predicted"),
     "peft-experiment": ("peft_experiment", "a plan for PEFT's own comparison, and what its row should show"),
     "rates": ("rates", "what the rule for the learning rate costs beside each task's best rate"),
@@ -25,6 +26,7 @@ BENCHMARKS = {
     "elastic": ("elastic", "another process takes memory in the middle of runs, and gives it back"),
     "gpu-evidence": ("gpu_evidence", "what is claimed of CUDA, predicted and measured on the card that is here"),
     "pages": ("pages", "figures of the documentation, written again from stored rows"),
+    "pictures": ("pictures", "pictures of the documentation, drawn again from stored rows"),
     "worth": ("worth", "what a plan is worth: fitted on real fine-tunes, judged on those left out"),
 }
 """The module of each benchmark and what it measures; a module has `Options` and `benchmark(options, console)`."""

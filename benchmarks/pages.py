@@ -24,7 +24,7 @@ from rankpilot.errors import DataError, UnknownNameError
 from rankpilot.plan.rate import RULE
 from rich.console import Console
 
-from . import agent, no_sweep, published_page, rates, worth
+from . import agent, estimators, no_sweep, published_page, rates, worth
 from .harness import Figures
 from .loss_runs import HARD
 from .published_time import KINDS
@@ -83,6 +83,9 @@ SIDES = {
     "rslora-64": "plain LoRA of rank 64 (rsLoRA) at the best of its rates",
     "usual": "plain LoRA at 3e-4",
 }
+SHORT = "auto", "quality", "bytes"
+"""The sides that the README shows."""
+
 RIVALS = {
     "top 3/4": "adapters on the top three quarters of the layers",
     "EVA": "EVA",
@@ -107,6 +110,40 @@ def one_run() -> str:
                 rows.append((told, ranged(figures, key), worst, *sizes, texts))
         tables.append(table((words, "loss", "worst text", *beside, "texts"), rows))
     return "\n\n".join(tables)
+
+
+def one_run_in_short() -> str:
+    """One run of rankpilot versus plain LoRA at the best of its rates, and a wrong rate with and without control."""
+    figures, models = without_a_sweep(), {"SmolLM2-135M": "SmolLM2-135M, ", "byte models": ""}
+    beside = "bytes", "bytes beside checkpointed"
+    rows = []
+    for side in SHORT:
+        keys = [f"{part}, admitted, {side}" for part in models]
+        losses = [ranged(figures, key) if f"{key}: value" in figures else "" for key in keys]
+        at = next(key for key in reversed(keys) if f"{key}: value" in figures)
+        rows.append((SIDES[side], *losses, *(f"{figures[f'{at}: {name}']:.2f}" for name in beside)))
+    for factor, words in {0.25: "a rate of a quarter of the best", 4.0: "a rate of four times the best"}.items():
+        cells = []
+        for prefix in models.values():
+            alone, corrected = (f"{prefix}{side} at {factor:g}: value" for side in ("plain", "controlled"))
+            known = alone in figures and corrected in figures
+            told = "{} if left alone, {} with control".format
+            cells.append(told(signed(figures[alone]), signed(figures[corrected])) if known else "")
+        rows.append((words, *cells, "", ""))
+    return table(("", "SmolLM2-135M", "models of width 64", "bytes there", "versus checkpointed"), rows)
+
+
+def estimators_in_short() -> str:
+    """The same, an estimator a column."""
+    names, means, low, *_ = zip(*estimators.table_rows(), strict=True)
+    heads = [name.partition(",")[0] for name in names]
+    return table(("43 steps on a T4", *heads), (("mean error of bytes", *means), ("too low, at most", *low)))
+
+
+def estimator_table() -> str:
+    """Estimators of memory by how far they are from tensors that were measured on a T4."""
+    heads = ("43 steps on a T4", "mean error", "too low, at most", "too high, at most", "more than 5 % too low")
+    return table(heads, estimators.table_rows())
 
 
 def rivals() -> str:
@@ -160,8 +197,11 @@ PARTS = {
 }
 
 
-def parts() -> str:
-    """What adapters on a part of SmolLM2-135M lose versus plain LoRA at the best of three rates."""
+def parts_of_whole() -> list[tuple[str, int, int, list[float]]]:
+    """Adapters on parts of SmolLM2-135M: the part, the least and the highest rank, and the losses in per cent.
+
+    Losses are versus plain LoRA at the best of three rates, one for each plan; the best part comes first.
+    """
     found: dict[tuple[str, bool], list[tuple[int, float]]] = defaultdict(list)
     for packed in json.loads(worth.PACKED.read_text(encoding="utf-8")):
         if packed["task"][0] == "smollm2-135m" and packed["task"][1] in HARD:
@@ -172,9 +212,17 @@ def parts() -> str:
     rows = []
     for (part, _), runs in sorted(found.items(), key=lambda item: np.mean([loss for _, loss in item[1]])):
         ranks, losses = zip(*runs, strict=True)
-        told = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"{ranks[0]}"
+        rows.append((part, min(ranks), max(ranks), [*losses]))
+    return rows
+
+
+def parts() -> str:
+    """What adapters on a part of SmolLM2-135M lose versus plain LoRA at the best of three rates."""
+    rows = []
+    for part, least, most, losses in parts_of_whole():
+        told = f"{least} to {most}" if least < most else f"{least}"
         least_to_most = f"{min(losses):+.1f} to {max(losses):+.1f}"
-        rows.append((PARTS[part], told, f"{len(runs)}", signed(float(np.mean(losses))), least_to_most))
+        rows.append((PARTS[part], told, f"{len(losses)}", signed(float(np.mean(losses))), least_to_most))
     return table(("adapters on", "ranks", "plans", "loss", "least to most"), rows, left=2)
 
 
@@ -319,6 +367,9 @@ def _list(name: str) -> list[Any]:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "one run": one_run,
+    "one run in short": one_run_in_short,
+    "estimators": estimator_table,
+    "estimators in short": estimators_in_short,
     "rivals": rivals,
     "parts of SmolLM2": parts,
     "rates": published_rates,

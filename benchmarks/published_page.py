@@ -1,4 +1,4 @@
-"""What others measured, and what configurations alone predict: tables of docs/published-memory.md, of stored rows."""
+"""What others measured, and what configurations alone predict: tables of docs/known-models.md, of stored rows."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def page(rows: Sequence[StoredRow]) -> str:
     lines += ["", _verdicts(rows)]
     for key, found in groups.items():
         group = GROUPS[key]
-        lines += ["", f"## {group.title}", ""]
+        lines += ["", f"### {group.title}", ""]
         for told in group.told:
             lines += [told.format(fitted=_fitted(found)), ""]
         lines += ["| run | predicted | measured | error, % |", "|---|---:|---:|---:|"]
@@ -137,7 +137,7 @@ def page(rows: Sequence[StoredRow]) -> str:
             for row in found
             for error in [f"{_errors([row])[0]:+.2f}" if row["measured"] else ""]
         ]
-    lines += ["", "## Not compared", "", "| what | why |", "|---|---|"]
+    lines += ["", "### Not compared", "", "| what | why |", "|---|---|"]
     lines += [f"| {what} | {why} |" for what, why in NOT_PREDICTED]
     return "\n".join(lines)
 

@@ -84,7 +84,7 @@ def _connected(address: str) -> Any:
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        needs = "the same versions of Python and Ray, and know its token if it has one (docs/cluster.md)"
+        needs = "the same versions of Python and Ray, and know its token if it has one (docs/train-policy.md)"
         trouble = f"The cluster at {address!r} cannot be joined: {first_line(error)}"
         raise ConfigError(f"{trouble}. This machine must be part of it, with {needs}.") from error
     return ray

@@ -19,7 +19,7 @@ memory is not cut up. does not fit: not even these do."""
 
 SLACK = 0.03
 """The share of a card within which predictions err. 99.2 % of the verdicts on published runs are right where the card
-is farther from what they took, and 73 % where it is nearer (docs/published-memory.md)."""
+is farther from what they took, and 73 % where it is nearer (docs/known-models.md)."""
 
 
 @dataclass(frozen=True)

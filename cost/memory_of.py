@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..common.checks import is_count
 from ..common.files import cache_folder, read_object
-from ..errors import ConfigError, UnknownNameError, shown
+from ..errors import ConfigError, UnknownNameError, naming_extras, shown
 from ..lora.spec import REFERENCE_RANK, check_rank
 from .cards import DeviceSpec, find_device_spec
 from .configured_step import DTYPES, ConfiguredStep, Implementation, LoadedAs, Sharding, Shards
@@ -166,7 +166,8 @@ class AskedStep:
 
     def recorder(self, *, optional: bool = True) -> StepRecorder:
         """What records the step with all layers checkpointed; with `optional`, with none where the model cannot."""
-        from .from_config import StepRecorder
+        with naming_extras():
+            from .from_config import StepRecorder
 
         step = replace(self.settings, gradient_checkpointing=True)
         return StepRecorder(self.model, step, self.loaded, checkpointing_optional=optional)

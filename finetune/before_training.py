@@ -1,4 +1,4 @@
-"""What happens before the first step: the cost of plans is measured, bytes and seconds, and the modules are probed."""
+"""What a run measures before its first step: what plans of ranks cost, in bytes and in seconds."""
 
 from __future__ import annotations
 
@@ -48,30 +48,31 @@ from .put_back import LayerCheckpointing
 from .run import FIRST_ROWS, FirstRows, TrainingRun
 
 UNSEEN: FirstRows = (0.0, [(1, 1)])
-"""What stands for a look at a run whose data are yet to be made."""
+"""The loss and shapes of the first rows, for a run whose training data do not exist yet."""
 
 LEAST_LENGTH = 16
-"""Texts are not cut below this many tokens, so that the time of a step is more than that of its overhead."""
+"""Rows of timed steps are never shorter than this many tokens: below, overhead would be most of the time."""
 
 Ask = Callable[[Observation], Decision]
-"""Asks a policy for a decision."""
+"""Asks the policy of the run for a decision."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepTimer:
-    """Times the steps of a run that is about to begin.
+    """Times steps of a run that is about to begin, to predict the time of any plan.
 
-    Steps that are timed stay within the limit of bytes as well: if one would not with the largest batch, fewer rows or
-    shorter texts are timed, and time counts in proportion to tokens. A step is an optimiser's step, with all its
-    batches.
+    Timed steps stay within the limit of bytes too. If a step with the largest batch would not, fewer rows or shorter
+    ones are timed, and the time is scaled by the number of tokens. A step is a step of the optimizer, with all batches
+    that it accumulates.
 
     Attributes:
         run: the run.
         targets: the target modules of its model.
-        memory: predicts bytes, where the budget counts them; with all layers checkpointed under `checkpointing`.
-        limit: of bytes, if `memory` is given.
-        checkpointing: chooses the checkpointed layers; all are while a method runs, and afterwards.
-        cache_bytes: what the prefix cache may take, see `prefix_cache`; 0 for none.
+        memory: the byte model, if the budget counts bytes; of a step with all layers checkpointed if `checkpointing` is
+            given.
+        limit: the limit of bytes, if `memory` is given.
+        checkpointing: chooses the checkpointed layers. While a method runs and afterwards, all layers are checkpointed.
+        cache_bytes: the most that the prefix cache may take, in bytes (see `prefix_cache`); 0 for no cache.
     """
 
     run: TrainingRun
@@ -82,7 +83,7 @@ class StepTimer:
     cache_bytes: float | None = 0.0
 
     def time_limit(self, budget: TimeBudget) -> TimeLimit:
-        """Measure the time of a step under any plan, and set it the limit that its user gave.
+        """Measure the time of steps, and make the limit of time that the user gave.
 
         Raises:
             DataError, UnsupportedError: see `TrainingRun.largest_batch` and `measure_step_time`.
@@ -93,11 +94,11 @@ class StepTimer:
         time = self.run.measured(self._step_time)
         return self._limit(budget, time, fewest, self._left_out(time))
 
-    def other_limit(self, before: TimeLimit | None, budget: TimeBudget | None) -> TimeLimit | None:
-        """The limit of a run that is resumed with another time: of the time that was measured before, if it was.
+    def limit_of_resumed_run(self, before: TimeLimit | None, budget: TimeBudget | None) -> TimeLimit | None:
+        """The limit of time of a resumed run whose user gave another one.
 
         Args:
-            before: the limit of the run that is resumed; None if it had none.
+            before: the limit that the run had, whose measurement is used again; None to measure now.
             budget: the new limit; None for none.
         """
         if budget is None:
@@ -105,10 +106,12 @@ class StepTimer:
         return self._limit(budget, before.time, before.layers, before.left_out) if before else self.time_limit(budget)
 
     def agree_with_steps(self, applier: PlanApplier[PeftAdapters], ask: Ask) -> None:
-        """Let the limit of time agree with steps under the first plan that it leads to; see `TimeLimit.agreed`.
+        """Correct the limit of time until its prediction agrees with timed steps of the first plan.
+
+        See `TimeLimit.agreed`.
 
         Args:
-            applier: before its first decision, with a limit of time; it gets the new one.
+            applier: an applier before its first decision that has a limit of time; it gets the corrected one.
             ask: the policy.
         """
         given = applier.time
@@ -145,19 +148,22 @@ class StepTimer:
         return TimeLimit(time, budget.resolve(mean, most), layers, beside, left_out)
 
     def _left_out(self, time: StepTime) -> float:
-        """See `TimeLimit.left_out`: 0 without a prefix cache, or with several processes, whose rows change."""
+        """The share of steps in which frozen layers are served from the prefix cache (see `TimeLimit.left_out`).
+
+        It is 0 without a cache, and with several processes, whose rows change between epochs.
+        """
         run = self.run
         cache = None if run.replicas.processes.count > 1 else prefix_cache(run, self.cache_bytes, lambda line: None)
         return cache.expected_share(len(time.layers), other_trainable(run.model, self.targets)) if cache else 0.0
 
     def _step_time(self) -> StepTime:
-        """The time of a step with the run's largest batch."""
+        """Measure the time of a step with the run's largest batch, for any plan."""
         batch, share = self._timed_batch()
         time = measure_step_time(self.run.step, self.targets, batch, self._take)
         return time.scaled(np.full(len(PARTS), self.run.accumulation / share))
 
     def _timed_batch(self) -> tuple[Batch, float]:
-        """The batch of timed steps, and its tokens as a share of those of the run's largest one."""
+        """The batch for timed steps, and its number of tokens as a share of that of the run's largest batch."""
         batch, each = self.run.largest_batch(), self.run.step.rows_per_example
         whole = shape = shape_of(batch)
         if self.memory:
@@ -170,7 +176,7 @@ class StepTimer:
 def _largest_that_fits(
     memory: MemoryModel, plans: Sequence[TimedPlan], limit: float, rows_per_example: int
 ) -> BatchShape:
-    """The largest batch with which all plans keep the limit of bytes; the smallest that is tried if none does."""
+    """The largest batch shape with which all plans stay within the limit of bytes; if none does, the smallest tried."""
     rows, length = memory.shape.rows, memory.shape.length
     shapes = [BatchShape(few, length) for few in range(rows, 0, -rows_per_example)]
     while length // 2 >= LEAST_LENGTH:
@@ -187,8 +193,8 @@ def _largest_that_fits(
         return memory.shape
 
 
-def what_times_mean(limit: TimeLimit | None, run: TrainingRun) -> str:
-    """What the times of steps are, where frozen layers run once a row; else empty."""
+def times_explained(limit: TimeLimit | None, run: TrainingRun) -> str:
+    """A line that explains what times of steps mean in a run with a prefix cache; empty without one."""
     if limit is None or not limit.left_out:
         return ""
     return (
@@ -199,12 +205,12 @@ def what_times_mean(limit: TimeLimit | None, run: TrainingRun) -> str:
 
 
 def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str], None]) -> PrefixCache | None:
-    """What lets the frozen layers of a run that begins run once a row; None where nothing reads a row twice.
+    """Make the prefix cache of a run, which keeps outputs of the frozen layers; None if no row is read twice.
 
     Args:
-        run: the run.
-        most_bytes: that it may take in all processes; a share of what is free by default, and at most; 0 for none.
-        tell: gets a line when it begins or ends.
+        run: the run that begins.
+        most_bytes: the most that all processes together may keep; None for a share of what is free, 0 for no cache.
+        tell: gets a line when the cache begins or ends.
     """
     evaluates = run.evaluations is None or run.evaluations > 1
     if most_bytes == 0 or run.replicas.sharded or is_compiled(run.wrapped) or (run.epochs < 2 and not evaluates):
@@ -233,19 +239,20 @@ def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str
 
 
 SAMPLED_ROWS = 32
-"""Rows whose tokens are counted to tell how many all rows have."""
+"""The number of rows whose tokens are counted to estimate how many tokens the data set has."""
 
 
 def faster_plan(keeper: PlanKeeper, applier: PlanApplier[Any], ask: Ask, decision: Decision) -> str:
-    """What a first plan would be without checkpointed layers, in words; empty where it needs none, or none is known.
+    """A line about the plan that would be taken without gradient checkpointing, which would be faster.
 
-    Plans are priced afterwards as they were for the decision.
+    It is empty if the first plan checkpoints no layer, or if the policy expects nothing of plans. Afterwards the costs
+    of plans are what they were before.
 
     Args:
-        keeper: has priced plans for this decision.
-        applier: of the run.
+        keeper: has set the costs for this decision.
+        applier: changes the ranks of the run.
         ask: the policy.
-        decision: the first one, which is yet to be applied.
+        decision: the first decision, before it is applied.
     """
     expected, found = _expected(decision), decision.choice
     if not keeper.layers_of(applier.propose(decision).ranks):
@@ -254,7 +261,7 @@ def faster_plan(keeper: PlanKeeper, applier: PlanApplier[Any], ask: Ask, decisio
         return "gradient_checkpointing=False takes less time, and more bytes."
     if expected is None:
         return ""
-    keeper.deciding(checkpointing=False)
+    keeper.price_for_decision(checkpointing=False)
     try:
         check_budget(applier.problem(), list(applier.names))
         other = ask(applier.observe(0))
@@ -262,7 +269,7 @@ def faster_plan(keeper: PlanKeeper, applier: PlanApplier[Any], ask: Ask, decisio
     except BudgetError:
         return "Without gradient checkpointing, no plan fits this budget."
     finally:
-        keeper.deciding()
+        keeper.price_for_decision()
     loss = _expected(other)
     if loss is None:
         return ""
@@ -274,13 +281,13 @@ def faster_plan(keeper: PlanKeeper, applier: PlanApplier[Any], ask: Ask, decisio
 
 
 def _expected(decision: Decision) -> float | None:
-    """The loss that is expected beside plain LoRA; None of a rule, and under a goal of cost."""
+    """The expected log loss versus plain LoRA; None for decisions of a rule, and under a goal of cost."""
     found = decision.choice
     return None if found is None or found.goal.saves else float(found.expected[found.taken])
 
 
 MUCH_LOST = 1.01
-"""A loss that rises by this factor under a first plan is worth a warning."""
+"""If the first plan raises the loss by more than this factor, that is told as a warning."""
 
 logger = logging.getLogger(__name__)
 
@@ -293,15 +300,15 @@ def try_parts(
     budget: Budget,
     seed: int,
 ) -> None:
-    """Find out whether steps may run in parts, if that is wanted.
+    """Test whether the steps of a run may run in parts, if its user wants that.
 
     Args:
         run: the run.
         targets: the target modules of its model.
-        parts: gets what was found out.
-        options: of the pilot.
-        budget: as its user gave it.
-        seed: of the test.
+        parts: gets the result of the test.
+        options: the options of the pilot.
+        budget: the budget as its user gave it.
+        seed: the seed of the test.
     """
     if options.parts == "off" or not run.in_parts or budget.kind == "parameters":
         return
@@ -323,21 +330,20 @@ def run_costs(
     whole: bool = False,
     each: int | None = None,
 ) -> PlanCosts:
-    """What plans cost on a run's largest batch, and the limit that a budget sets them.
+    """Measure what plans cost with a run's largest batch, and resolve its budget to a limit.
 
     Args:
         run: the run.
         targets: the target modules of its model.
-        budget: the limit as its user gave it.
-        signals: whether plans pay for signal buffers.
-        least: what the least possible plan takes under a cost, where layers may be checkpointed; see
-            `plan_costs`.
+        budget: the budget as its user gave it.
+        signals: whether the costs of plans include signal buffers.
+        least: the cost of the cheapest possible plan, if layers may be checkpointed (see `plan_costs`).
         savers: the exact savers that are on.
-        kept: ranks of adapters that are trained already; see `Budget.resolve`.
-        whole: all layers are checkpointed; see `checkpointed_cost`.
-        each: rows of an example, where steps run in parts; see `plan_costs`.
+        kept: the ranks of adapters that are trained already, int64 (modules,) (see `Budget.resolve`).
+        whole: whether all layers are checkpointed (see `checkpointed_cost`).
+        each: the number of rows of an example, if steps run in parts (see `plan_costs`).
     """
-    budget = within_all(run, budget)
+    budget = budget_for_all_processes(run, budget)
     costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept, whole=whole, each=each)
     found = run.measured(lambda: costs(run.step, targets, run.largest_batch()))
     if savers and found.saved:
@@ -345,8 +351,8 @@ def run_costs(
     return found
 
 
-def within_all(run: TrainingRun, budget: Budget) -> Budget:
-    """The budget; "auto" as the share of the first process's free memory that every other process has as well."""
+def budget_for_all_processes(run: TrainingRun, budget: Budget) -> Budget:
+    """The budget that every process can keep: under "auto" the process with the least free memory counts."""
     if budget.kind != "auto":
         return budget
     replicas, free = run.replicas, float(free_bytes(run.device))
@@ -357,25 +363,31 @@ def within_all(run: TrainingRun, budget: Budget) -> Budget:
 def run_memory(
     run: TrainingRun, targets: Sequence[TargetModule], batch: Batch | None = None, *, signals: bool = False
 ) -> MemoryModel:
-    """The byte model of a run's step; on its largest batch, or another.
+    """Measure the byte model of a run's step.
 
     Args:
         run: the run.
         targets: the target modules of its model.
-        batch: the batch to measure the step with, on the device.
-        signals: whether plans pay for signal buffers.
+        batch: the batch to measure with, on the device; by default the run's largest one.
+        signals: whether the costs of plans include signal buffers.
     """
     return run.measured(
         lambda: measure_memory(run.step, targets, run.largest_batch() if batch is None else batch, signals=signals)
     )
 
 
-def new_state(run: TrainingRun, targets: Sequence[TargetModule], *, keeps: bool) -> None:
-    """Take what the optimiser holds of adapters that begin anew; of those that are kept, what does not fit them."""
+def clear_adapter_state(run: TrainingRun, targets: Sequence[TargetModule], *, keeps: bool) -> None:
+    """Clear the optimizer's state of the adapters.
+
+    Args:
+        run: the run.
+        targets: the target modules of its model.
+        keeps: whether the adapters are trained already and kept. Then only state that does not fit them is cleared.
+    """
     parameters = [parameter for target in targets for parameter in target.parameters.values()]
     if keeps:
         drop_foreign_state(run.optimizer, parameters)
-    else:  # the optimiser may have a state all the same: `auto_find_batch_size` trains again
+    else:  # the optimizer may have a state all the same: `auto_find_batch_size` trains again
         reset_state(run.optimizer, parameters)
 
 
@@ -389,14 +401,14 @@ ROLLOUTS = "It holds for training steps; the rollouts between them are not count
 def budget_text(
     run: TrainingRun, targets: Sequence[TargetModule], budget: Budget, limit: Limit, *, stay: bool = False
 ) -> str:
-    """What a run's budget allows, and what the rank of its LoraConfig means, as the first line for people.
+    """The first line that a run tells: what its budget allows, and what the rank of its LoraConfig means.
 
     Args:
         run: the run.
-        targets: the target modules, which are at rank 1 where their adapters are new.
-        budget: as its user gave it.
-        limit: that it led to.
-        stay: whether ranks and rate stay, since the run makes its data while it trains.
+        targets: the target modules; new adapters are at rank 1.
+        budget: the budget as its user gave it.
+        limit: the limit that the budget was resolved to.
+        stay: whether ranks and rate stay as they are, because the run makes its data while it trains.
     """
     if stay:
         return f"{STAY} {budget.told(limit, kept=True)} {ROLLOUTS}"
@@ -408,7 +420,7 @@ def budget_text(
 
 
 def warn_of_other_adapters(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
-    """Tell of another adapter of the model that trains as well: a budget of parameters does not count it."""
+    """Warn of other adapters of the model that train too, which a budget of parameters does not count."""
     adapter = targets[0].adapter
     others = [name for name in unwrap(run.model).peft_config if name != adapter]
     trained = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad and ".lora_" in name]
@@ -433,16 +445,18 @@ KEPT = (
 
 
 @contextmanager
-def learned_kept(run: TrainingRun, applier: PlanApplier[PeftAdapters], note: Callable[[str], None]) -> Iterator[None]:
-    """Let the first decision, which is made inside, take away nothing that adapters have learned already.
+def keep_what_was_learned(
+    run: TrainingRun, applier: PlanApplier[PeftAdapters], note: Callable[[str], None]
+) -> Iterator[None]:
+    """A context for the first decision that keeps what trained adapters have learned, as far as the budget allows.
 
-    No adapter shrinks there if all fit as they are, which is told. If they do not, some must: then the loss on a few
-    rows before and after is told.
+    If all trained adapters fit at their ranks, none may shrink. If they do not fit, some have to; then the loss on a
+    few rows before and after the decision is told.
 
     Args:
         run: the run.
-        applier: takes the decision.
-        note: tells a line.
+        applier: applies the decision.
+        note: gets the line to tell.
     """
     if not any(map(is_trained, applier.targets)):
         yield
@@ -472,14 +486,14 @@ def learned_kept(run: TrainingRun, applier: PlanApplier[PeftAdapters], note: Cal
         logger.warning(told)
 
 
-def ranks_that_hold(targets: Sequence[TargetModule]) -> IntArray:
-    """The least ranks of the ladder that take nothing from the adapters, int64 (modules,)."""
+def ranks_that_keep_all(targets: Sequence[TargetModule]) -> IntArray:
+    """The least ranks of the ladder at which no adapter has to shrink, int64 (modules,)."""
     ranks, ladder = np.array([target.rank for target in targets], dtype=np.int64), RankLadder()
     return np.maximum(ranks, np.minimum(ladder.array[ladder.rung_above(ranks)], highest_ranks(targets)))
 
 
 def _some_plan_fits(applier: PlanApplier[PeftAdapters]) -> bool:
-    """Whether a plan fits the budget, and the time, within the bounds that an applier has now."""
+    """Whether any plan fits the budget and the limit of time, within the applier's bounds."""
     problem = applier.problem()
     try:
         check_budget(problem, list(applier.names))
@@ -498,7 +512,7 @@ def check_possible(
     high: IntArray,
     share: float | None,
 ) -> None:
-    """Raise BudgetError if no plan within the bounds fits the budget and the time."""
+    """Raise `BudgetError` if no plan within the bounds fits the budget and the limit of time."""
     limit = costs.limit.value
     cost = timed.added_to(costs.cost, limit) if timed else costs.cost
     problem = AllocationProblem.of(targets, cost, limit, low=low, high=high)

@@ -130,7 +130,7 @@ class PilotOptions(PlanOptions):
             `{"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)}`.
         schedule: when to decide; by default as the policy was trained to.
         scaling: what stays when a rank changes: "alpha", the model's `lora_alpha`, so that one learning rate fits all
-            ranks; or "constant", the factor `lora_alpha / r` that the model begins with (docs/scaling.md).
+            ranks; or "constant", the factor `lora_alpha / r` that the model begins with (docs/learning-rate.md).
         fresh: begin with new adapters. By default trained ones are kept, and the first plan resizes them.
         seed: of the probe and of fresh rows; by default `TrainingArguments.seed` under a Trainer, and 0 in a loop.
         measure_every: measure the real peak every so many steps, and after each change of ranks.

@@ -157,7 +157,7 @@ class PilotedRun:
             if time:
                 timer = before_training.StepTimer(run, targets, costs.memory, self.applier.limit, checkpointing)
                 timer.agree_with_steps(self.applier, self._ask)
-            journal.note(before_training.what_times_mean(self.applier.time, run))
+            journal.note(before_training.times_explained(self.applier.time, run))
             self.decide()
             assert self.rate is not None
             journal.note(self.rate.told())
@@ -182,7 +182,7 @@ class PilotedRun:
         checkpointing = self._checkpointing
         low, high = rank_bounds(targets, options.bounds or {})
         keeps = self._stays or (not options.fresh and any(map(is_trained, targets)))
-        before_training.new_state(run, targets, keeps=keeps)
+        before_training.clear_adapter_state(run, targets, keeps=keeps)
         costs = before_training.run_costs(
             run,
             targets,
@@ -190,7 +190,7 @@ class PilotedRun:
             signals=True,
             least=partial(least_cost, targets, low, high) if checkpointing else None,
             savers=self._savers,
-            kept=before_training.ranks_that_hold(targets) if keeps else None,
+            kept=before_training.ranks_that_keep_all(targets) if keeps else None,
             whole=checkpointing is not None and checkpointing.whole,
             each=run.step.rows_per_example if self.guard.parts.on else None,
         )
@@ -266,7 +266,7 @@ class PilotedRun:
         if before.get("time") != settings["time"]:
             cache_bytes = self.options.prefix_cache_bytes
             timer = before_training.StepTimer(run, targets, memory, limit, checkpointing, cache_bytes)
-            applier.time = timer.other_limit(applier.time, self.options.time_read)
+            applier.time = timer.limit_of_resumed_run(applier.time, self.options.time_read)
         self.guard.attach(run, applier, memory, journal, self._corrected, checkpointing)
         run.replicas.changed(targets, step)
         self._have_control(state)
@@ -399,10 +399,10 @@ class PilotedRun:
     def decide(self) -> None:
         """Ask the policy, apply what it wants as far as the budget allows, and write it down."""
         applier, step, loss, keeper = self.applier, self.step, self._losses.mean(), self.guard.plan
-        keeper.deciding()
+        keeper.price_for_decision()
         by_hand = isinstance(self._policy, PlanFile)  # who wrote the plan may shrink trained adapters
         keeps = not by_hand and not self._stays and not applier.decision
-        with before_training.learned_kept(self.run, applier, self.journal.note) if keeps else nullcontext():
+        with before_training.keep_what_was_learned(self.run, applier, self.journal.note) if keeps else nullcontext():
             share = self.control.read(step) if self.control and self._steers else 1.0
             steps = self.control.record if self.control and self._steers else None
             observation = applier.observe(step, loss, steps, share)
@@ -432,7 +432,7 @@ class PilotedRun:
     def take(self, ranks: Mapping[str, int]) -> None:
         """Give the modules these ranks, by full name, in place of a decision that is due, or beside the schedule."""
         applier, step, loss = self.applier, self.step, self._losses.mean()
-        self.guard.plan.deciding()
+        self.guard.plan.price_for_decision()
         observation = applier.observation_now(step)
         decision, plan = given_ranks(observation, ranks)
         applier.set_plan(decision.ranks, step, self.run.optimizer, decides=self.due)

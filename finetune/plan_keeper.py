@@ -1,4 +1,4 @@
-"""Keeps the plan of a run inside its budget: it prices plans, checkpoints layers, and shrinks the plan if needed."""
+"""Keeps the plan of a run within its budget: predicts costs, checkpoints layers, and shrinks the plan if needed."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from .run import TrainingRun
 logger = logging.getLogger(__name__)
 
 GOOD_STEPS = 20
-"""After so many steps without an error a plan comes back, and after twice as many each time that it was no use."""
+"""A plan that shrank grows back after so many steps without an error; the wait doubles each time it fails again."""
 
 
 @dataclass(frozen=True, eq=False)
 class PlanReduction:
-    """What out-of-memory errors, or a limit that fell, have taken from a plan for a while.
+    """The plan as it was before memory became short, to which it grows back, and how far it has shrunk.
 
     Attributes:
-        ranks: of the plan before the first, int64 (modules,).
-        layers: that were checkpointed under it.
-        limit: of its cost at that time.
-        cost: of that plan, in the unit of the limit.
-        saved: what each smaller plan takes less than the one before, in that unit; 0 where none would be a help.
-        times: how many times it has shrunk since, 0 to `MOST_TRIES`.
-        step: the optimiser steps done at the latest error.
+        ranks: the ranks of the original plan, int64 (modules,).
+        layers: the names of the layers that were checkpointed with it.
+        limit: the limit of costs at that time.
+        cost: the cost of the original plan, in the unit of the limit.
+        saved: how much each further reduction saves, in that unit; 0 if none would help.
+        times: how many times the plan has shrunk since, 0 to `MOST_TRIES`.
+        step: the optimizer steps done at the latest error or fall of the limit.
     """
 
     ranks: IntArray
@@ -64,7 +64,7 @@ class PlanReduction:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> PlanReduction:
-        """What was taken at the time of `state`."""
+        """Restore a reduction from what `state` returned."""
         return cls(
             ranks=state["ranks"].numpy().copy(),
             layers=tuple(state["layers"]),
@@ -78,19 +78,18 @@ class PlanReduction:
 
 @dataclass(frozen=True, eq=False)
 class PlanState:
-    """How a plan is kept at a moment: all of it is put back with a step that does not pass.
+    """The state of the plan keeper at a moment. It is replaced as a whole, and restored after a step that fails.
 
     Attributes:
-        wait: the steps before what was taken comes back.
-        shape: the largest number of rows and the largest length of a batch so far.
-        underestimate: bytes by which measured peaks were above predictions; all plans pay for them.
+        wait: the number of good steps before a plan that shrank grows back.
+        shape: the largest number of rows and the largest length of any batch so far.
+        underestimate: bytes by which measured peaks were above predictions; they are added to the cost of all plans.
         unchecked: whether no step has been measured since the ranks changed.
-        before: the ranks before the last decision, int64 (modules,), to which a peak above the budget goes back; None
-            where there is no way back.
-        memory: predicts the bytes of other batch shapes under the layers that are checkpointed; None where it is not
-            known.
-        reduction: what errors, or a limit that fell, have taken from the plan; None for nothing.
-        cuts: the directions that were cut away with that, the oldest first.
+        before: the ranks before the last decision, int64 (modules,), which come back if a peak is above the budget;
+            None if there is nothing to go back to.
+        memory: the byte model of the step with the layers that are checkpointed now; None if it is not known.
+        reduction: how far the plan has shrunk while memory is short; None if it has not.
+        cuts: the directions that were cut from ranks then, the oldest first.
     """
 
     wait: int
@@ -115,7 +114,7 @@ class PlanState:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> PlanState:
-        """How the plan was kept at the time of `state`, without the byte model and what was cut."""
+        """Restore from what `state` returned; the byte model and the directions that were cut are not part of it."""
         return cls(
             counted(state.get("wait", GOOD_STEPS), 1),
             BatchShape(counted(state["rows"]), counted(state["length"])),
@@ -129,19 +128,19 @@ class PlanState:
 class PlanKeeper:
     """Keeps the plan of one run within its limit of bytes or parameters, and of time.
 
-    Where gradient checkpointing may be used, more layers are checkpointed before the plan changes. A plan without any
-    adapter is never the result: where nothing else fits, the run stops with `BudgetError`.
+    If the plan does not fit, more layers are checkpointed first, where gradient checkpointing is allowed, and only then
+    do ranks shrink. The result always has at least one adapter: if no such plan fits, the run stops with `BudgetError`.
 
     Args:
-        meter: measures steps; it is asked to measure the next one after each change.
+        meter: measures the peak of steps; it is asked to measure the next step after each change.
 
     Attributes:
-        now: how the plan is kept; it is replaced, never changed.
+        now: the present state; it is replaced as a whole, never changed.
         step: the optimizer steps done.
         run: the run.
         applier: changes the ranks.
-        journal: forgets corrections that are put back.
-        checkpointing: chooses the layers to checkpoint; None where none is chosen.
+        journal: records decisions and corrections.
+        checkpointing: chooses the layers to checkpoint; None if the run may not checkpoint any.
     """
 
     run: TrainingRun
@@ -162,16 +161,16 @@ class PlanKeeper:
         checkpointing: LayerCheckpointing | None,
         shape: BatchShape | None,
     ) -> None:
-        """Begin to keep the plan.
+        """Begin to keep the plan of a run.
 
         Args:
             run: the run; its optimizer's state is mapped to new ranks.
             applier: changes the ranks.
-            memory: predicts the cost of other batch shapes; if it is None, it is made when it is needed.
-            journal: forgets corrections that are put back.
+            memory: the byte model, which predicts costs of other batch shapes; None to measure it when it is needed.
+            journal: records decisions and corrections.
             corrected: called with each correction.
-            checkpointing: chooses the layers to checkpoint; `memory` is of the step in which all are.
-            shape: with which plans are priced; by default that of the run's largest batch.
+            checkpointing: chooses the layers to checkpoint. `memory` is then of a step with all layers checkpointed.
+            shape: the batch shape for which plans are priced; by default that of the run's largest batch.
         """
         self.run, self.applier, self.journal, self.checkpointing = run, applier, journal, checkpointing
         self._corrected, self.meter.highest = corrected, run.replicas.highest
@@ -195,17 +194,19 @@ class PlanKeeper:
         return isinstance(self.applier.cost, ByteCost)
 
     def warn(self, text: str, *values: object) -> None:
-        """Log a warning, in the first process: all processes come to the same."""
+        """Log a warning in the first process alone, since all processes come to the same conclusion."""
         if self.run.replicas.processes.first:
             logger.warning(text, *values)
 
     # Decisions --------------------------------------------------------------------------------------------------------
 
-    def deciding(self, *, checkpointing: bool = True) -> None:
-        """Price plans for a decision, where layers may be checkpointed; see `checkpointed_cost`.
+    def price_for_decision(self, *, checkpointing: bool = True) -> None:
+        """Set the costs that a decision sees: of each plan with the layers checkpointed that it needs to fit.
+
+        Without layers that may be checkpointed, costs stay as they are. See `checkpointed_cost`.
 
         Args:
-            checkpointing: whether they may in this decision.
+            checkpointing: whether the decision may count on gradient checkpointing.
         """
         if self.checkpointing and self.checkpointing.memory:
             applier, targets, now = self.applier, self.applier.targets, self.now
@@ -216,10 +217,13 @@ class PlanKeeper:
             applier.cost = replace(cost, constant=cost.constant + now.underestimate)
 
     def decided(self, before: IntArray, step: int, *, by_hand: bool = False) -> None:
-        """Note that a decision has changed the ranks; those that it changed do not come back with memory.
+        """Settle after a decision: choose the checkpointed layers, and measure the next step.
+
+        Ranks that the decision changed, or all of them if a person gave them, no longer grow back to what they were
+        before memory became short.
 
         Args:
-            before: the ranks before it, int64 (modules,).
+            before: the ranks before the decision, int64 (modules,).
             step: the optimizer steps before it.
             by_hand: whether a person has given all ranks.
         """
@@ -235,11 +239,11 @@ class PlanKeeper:
     # What makes plans cost more ---------------------------------------------------------------------------------------
 
     def larger_batch(self, batches: Sequence[Batch], shape: BatchShape) -> None:
-        """Predict the cost of a shape larger than all before, and shrink the plan if it no longer fits.
+        """Predict costs for batches larger than all before, and shrink the plan if it no longer fits.
 
         Args:
-            batches: of the step that begins; the model has not seen them.
-            shape: the largest number of rows and the largest length, with theirs.
+            batches: the batches of the step that begins; the model has not seen them.
+            shape: the largest number of rows and the largest length of any batch so far, these included.
         """
         self.now = replace(self.now, shape=shape)
         if not self.limits_bytes:
@@ -257,7 +261,7 @@ class PlanKeeper:
         self._fit(text, f"batch of {shape}", unknown_lengths(self.run.dataset))
 
     def count_gradients(self) -> None:
-        """Count gradients all the time from now on, since the loop keeps them."""
+        """Add the bytes of gradients to every moment of a step, because the loop keeps them between steps."""
         checkpointing, memory = self.checkpointing, self.now.memory
         self.run.keep_gradients()
         if checkpointing and checkpointing.memory:
@@ -271,15 +275,15 @@ class PlanKeeper:
         self._fit(text, "gradients stay")
 
     def above(self, peak: int, cause: str, predicted: float | None = None) -> None:
-        """Correct the prediction by a peak above the limit, in bytes, and the plan with it.
+        """Correct the prediction after a measured peak above the limit, and make the plan fit again.
 
-        The last change of ranks is rolled back, as far as the plan before it fits the corrected prediction. If there is
-        no plan before it, the plan shrinks.
+        The ranks go back to those before the last decision, as far as these fit the corrected prediction. If there was
+        no decision before, they shrink.
 
         Args:
-            peak: of the step.
-            cause: of the difference, for people.
-            predicted: of the step, in bytes; by default what the plan costs.
+            peak: the measured peak of the step, in bytes.
+            cause: why the peak is above the prediction, in words for people; empty if it is not known.
+            predicted: the predicted peak of the step, in bytes; by default the cost of the plan.
 
         Raises:
             BudgetError: no plan with an adapter fits the corrected prediction.
@@ -299,13 +303,13 @@ class PlanKeeper:
         text = f"{text}, {cause}" if cause else f"{text}."
         if self.step == applier.total_steps:
             self.warn("%s It was the last step: the plan stays.", text)
-        elif not self.relieved(text):
+        elif not self.fits_with_checkpointing(text):
             self.check_possible(f"{text} With the prediction corrected by that, no adapter fits.")
             self.warn("%s The plan is %s.", text, "rolled back" if back else "shrunk by the difference")
             self.correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", before)
 
     def new_limit(self, limit: float, step: int) -> None:
-        """Take another limit for a run that is resumed, and shrink the plan if it no longer fits.
+        """Change the limit of a run that is resumed, and shrink the plan if it no longer fits.
 
         Raises:
             BudgetError: no plan fits.
@@ -314,17 +318,17 @@ class PlanKeeper:
         if limit != applier.limit:
             self.now = replace(self.now, reduction=None)
         applier.limit, self.step = limit, step
-        if not self.relieved(reason) and not applier.fits():
+        if not self.fits_with_checkpointing(reason) and not applier.fits():
             self.check_possible(reason)
             self.correct("shrunk: another budget or time", applier.ranks)
 
     # How a plan is made to fit ----------------------------------------------------------------------------------------
 
     def cost_of_shape(self, shape: BatchShape, memory: MemoryModel | None = None) -> ByteCost:
-        """What plans cost with batches of a shape.
+        """The cost of plans for a batch shape, in bytes.
 
         Args:
-            shape: of the largest batch.
+            shape: the shape of the largest batch.
             memory: the byte model to ask; by default that of the layers that are checkpointed now.
 
         Raises:
@@ -337,11 +341,11 @@ class PlanKeeper:
         return replace(cost, constant=cost.constant + self.now.underestimate)
 
     def measure_again(self, batch: Batch | None, shape: BatchShape) -> None:
-        """Measure the byte model anew.
+        """Measure the byte model again, with a step of a given shape.
 
         Args:
-            batch: to measure with, made larger to the shape; None for the run's largest batch.
-            shape: of the step that is measured.
+            batch: the batch to measure with, extended to the shape; None for the run's largest batch.
+            shape: the shape of the measured step.
         """
         run, targets, checkpointing = self.run, self.applier.targets, self.checkpointing
         if checkpointing:
@@ -361,21 +365,25 @@ class PlanKeeper:
             self.checkpoint_fewest()
 
     def layers_of(self, ranks: IntArray) -> tuple[str, ...]:
-        """Names of the layers that a plan of these ranks, int64 (modules,), needs to checkpoint."""
+        """The names of the layers that have to be checkpointed for a plan of these ranks, int64 (modules,), to fit."""
         if self.checkpointing is None:
             return ()
         return self.checkpointing.fewest(ranks, self.room_for(ranks), self.now.shape)
 
     def room_for(self, ranks: IntArray) -> float:
-        """Bytes that a step of a plan, int64 (modules,), may take by the byte model."""
+        """The bytes that the byte model may predict for a plan, int64 (modules,), within the limit."""
         return self.applier.limit - self.now.underestimate + self.unpaid(ranks)
 
     def unpaid(self, ranks: IntArray) -> float:
-        """Bytes that the byte model counts of a plan and that a step does not take: where no signals are measured."""
+        """The bytes of signal buffers, which the byte model counts, in a run that measures no signals; else 0."""
         return 0.0 if self.applier.measures else float(signal_buffer_bytes(self.applier.targets) @ ranks)
 
-    def relieved(self, reason: str) -> bool:
-        """Whether the plan fits, because other layers are checkpointed from now on; the reason is told then."""
+    def fits_with_checkpointing(self, reason: str) -> bool:
+        """Try to make the plan fit by checkpointing other layers alone; True if it fits, with the ranks as they are.
+
+        Args:
+            reason: why it may not fit, for the warning if the layers change.
+        """
         before = self.checkpointed
         if self.checkpointing is None or not self.checkpoint_fewest():
             return False
@@ -385,12 +393,12 @@ class PlanKeeper:
         return True
 
     def correct(self, reason: str, wanted: IntArray, *, keeps: bool = False) -> None:
-        """Bring the ranks within the limit.
+        """Bring the ranks within the limit, as near to some wanted ranks as it allows.
 
         Args:
             reason: for the decision log.
-            wanted: the ranks to come as near to as the limit allows, int64 (modules,).
-            keeps: whether what that cuts away is kept in main memory.
+            wanted: the wanted ranks, int64 (modules,).
+            keeps: whether the directions that are cut are kept in main memory.
         """
         applier = self.applier
         observation = applier.observation_now(self.step)
@@ -401,10 +409,16 @@ class PlanKeeper:
         self.changed(PlanChange.correction(self.step, reason, wanted, observation, plan))
 
     def _fit(self, text: str, cause: str, hint: str = "") -> None:
-        """Make the plan fit the costs of now, which are higher for a cause, and tell it."""
+        """Make the plan fit after costs rose, and say what was done.
+
+        Args:
+            text: what happened, the beginning of the line that is told.
+            cause: why costs rose, for the decision log.
+            hint: what else to tell if no plan fits.
+        """
         if self.applier.fits():
             self.warn("%s The plan still fits.", text)
-        elif not self.relieved(text):
+        elif not self.fits_with_checkpointing(text):
             self.check_possible(text + hint)
             self.warn("%s The plan is shrunk.", text)
             self.correct(f"shrunk: {cause}", self.applier.ranks)
@@ -417,24 +431,24 @@ class PlanKeeper:
             raise BudgetError(f"{context} {error}") from error
 
     def changed(self, change: PlanChange) -> None:
-        """Settle after a change of ranks, and have it recorded."""
+        """Settle after ranks were corrected: choose checkpointed layers, measure the next step, record the change."""
         self.checkpoint_fewest()
         self.now = replace(self.now, before=None)
         self.measure_next()
         self._corrected(change)
 
     def measure_next(self) -> None:
-        """Measure the next step, and hold its peak against the prediction."""
+        """Ask for the peak of the next step, to be compared with the prediction."""
         self.meter.request()
         self.now = replace(self.now, unchecked=True)
 
     def checkpoint_fewest(self) -> bool:
-        """Checkpoint the fewest layers with which the plan fits; whether it does now."""
+        """Checkpoint the fewest layers with which the plan fits; returns whether it fits then."""
         self.checkpoint(self.layers_of(self.applier.ranks))
         return self.applier.fits()
 
     def checkpoint(self, layers: Sequence[str]) -> None:
-        """Checkpoint these layers where layers can be chosen, and price plans with them."""
+        """Checkpoint these layers, if layers may be chosen, and update the costs of plans."""
         if self.checkpointing:
             self.checkpointing.take(layers)
             self.now = replace(self.now, memory=self.checkpointing.memory_now())

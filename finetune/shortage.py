@@ -1,7 +1,9 @@
-"""What a plan gives up while memory is short, after an out-of-memory error or when a limit falls, and gets back later.
+"""Shrinks the plan while memory is short, and lets it grow back when there is memory again.
 
-A smaller plan is tried at most twice, and only where the prediction says that it takes noticeably fewer bytes. If the
-step passes, the plan comes back later; if it does not, all is as it was before the step.
+Memory is short after an out-of-memory error, or when the budget's limit falls during the run. After an error the step
+is taken again with a smaller plan: at most twice, and only if the smaller plan is predicted to take noticeably fewer
+bytes. If the step then succeeds, the plan grows back some steps later. If it fails again, ranks, adapters and optimizer
+are restored as they were before the step.
 """
 
 from __future__ import annotations
@@ -25,27 +27,27 @@ from .plan_keeper import PlanKeeper, PlanReduction, PlanState
 from .put_back import AdapterSnapshot, adapter_bytes
 
 ROOM = 1.02
-"""A plan comes back where the limit is so many times what it takes, or as high as it was; a part of it as well."""
+"""The plan, or a part of it, grows back when the limit is this many times its cost, or as high as it was before."""
 
 MOST_TRIES = 2
-"""A step that ran out of memory is taken again so many times at most."""
+"""How often a step that ran out of memory is taken again, at most."""
 
 STEP_SHARE = 0.1
-"""The share of the whole step's bytes by which each try is smaller than the one before."""
+"""Each try takes less memory than the one before by at most this share of the step's bytes."""
 
 PLAN_SHARE = 0.25
-"""The share of what adapters, and layers that can be checkpointed, take by which each try is smaller at most. So
-two tries leave half of the rank."""
+"""Each try takes less memory than the one before by at most this share of what can be saved: the bytes of adapters, and
+of layers that can be checkpointed. So two tries leave at least half of the rank."""
 
 LEAST_SHARE = 0.01
-"""The share of the whole step's bytes below which a smaller plan is no help."""
+"""A plan that saves less than this share of the step's bytes is not worth a try."""
 
 ROUNDING = 16
-"""Bytes by which rounding may raise the price of a plan when fewer layers are checkpointed for its smaller ranks."""
+"""A plan of smaller ranks needs fewer checkpointed layers; by rounding its price may then be so many bytes too high."""
 
 
-def nothing_taken(plan: PlanKeeper) -> PlanReduction:
-    """Nothing yet: the plan that is in place is the one that comes back."""
+def no_reduction_yet(plan: PlanKeeper) -> PlanReduction:
+    """A reduction of nothing, which remembers the plan as it is now: the one that will grow back."""
     applier, ranks, checkpointing = plan.applier, plan.applier.ranks, plan.checkpointing
     cost, whole = applier.cost_now(), None
     if isinstance(cost, ByteCost):
@@ -64,30 +66,30 @@ def nothing_taken(plan: PlanKeeper) -> PlanReduction:
         layers=plan.checkpointed,
         limit=applier.limit,
         cost=plan_cost(cost, ranks),
-        saved=saved_by_a_try(whole, reducible),
+        saved=saving_of_a_try(whole, reducible),
         times=0,
         step=plan.step,
     )
 
 
-def smaller_limit(reduction: PlanReduction, cost: float) -> float | None:
-    """What the next smaller plan may cost; None where there is none, or it would be no help.
+def next_limit(reduction: PlanReduction, cost: float) -> float | None:
+    """The limit of the next smaller plan, in the unit of costs; None if no further try would help.
 
     Args:
-        reduction: what was taken so far.
-        cost: of the plan as it is, in the unit of the limit.
+        reduction: by how much the plan has shrunk so far.
+        cost: of the plan as it is now, in the unit of the limit.
     """
     if not reduction.saved or reduction.times == MOST_TRIES:
         return None
     return min(cost, reduction.cost - reduction.times * reduction.saved) - reduction.saved
 
 
-def saved_by_a_try(whole: float | None, reducible: float) -> float:
-    """What each smaller plan should take less than the one before; 0 where none would be a noticeable help.
+def saving_of_a_try(whole: float | None, reducible: float) -> float:
+    """How much each smaller plan should save compared with the one before; 0 if no saving would be noticeable.
 
     Args:
-        whole: what the step takes in all, in the unit of costs; None where it is not known.
-        reducible: what adapters, and layers that can be checkpointed, take of it.
+        whole: the cost of the whole step, in the unit of costs; None if it is not known.
+        reducible: the part of it that can be saved: adapters, and layers that can be checkpointed.
     """
     if whole is None:
         return PLAN_SHARE * reducible
@@ -96,18 +98,18 @@ def saved_by_a_try(whole: float | None, reducible: float) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class BeforeStep:
-    """All that a step may change before it has passed, as it was before.
+class StepSnapshot:
+    """A copy of everything that a step may change, taken before the step, to restore it if the step fails.
 
     Attributes:
         adapters: the adapters, PEFT's configuration and the optimizer's state.
-        signals: of the adapters.
-        decisions: how many decisions and corrections the journal held.
-        plan: how the plan was kept.
-        limit: of plans, in the unit of `cost`.
-        cost: what plans cost.
-        layers: the checkpointed layers.
-        memory: the byte model of the step in which all layers are checkpointed; None where it is not known.
+        signals: what the signal meter has accumulated.
+        decisions: the number of decisions and corrections in the journal.
+        plan: the state of the plan keeper.
+        limit: the limit of plans, in the unit of `cost`.
+        cost: the cost model of plans.
+        layers: the names of the checkpointed layers.
+        memory: the byte model of a step with all layers checkpointed; None if it is not known.
     """
 
     adapters: AdapterSnapshot
@@ -121,32 +123,32 @@ class BeforeStep:
 
 
 class Shortage:
-    """Takes from the plan while memory is short, gives it back later, and puts back a step that does not pass.
+    """Shrinks the plan while memory is short, lets it grow back later, and restores the state after a failed step.
 
-    What a limit that falls during the run cuts from ranks is kept in main memory, unless the budget counts bytes of
-    main memory, and put back beside what the modules have learned since: that gives the function what it had lost, so
-    far as ranks have room. A decision drops the copy, and a checkpoint has none: then ranks come back with directions
-    that start at zero, as after an out-of-memory error.
+    When the limit falls during the run and ranks are cut, the directions that were cut are kept in main memory, unless
+    the budget itself counts main memory. When ranks grow back, these directions are added to what the modules have
+    learned since, as far as ranks have room. The copy is dropped at a decision and is not part of a checkpoint; ranks
+    then grow back with directions that start at zero, as they do after an out-of-memory error.
 
     Args:
-        plan: keeps the plan of the run.
+        plan: keeps the plan of the run within its budget.
 
     Attributes:
-        follows: whether the limit has moved since the run began. Then what was taken comes back before a step, by the
-            limit of the moment.
+        follows: whether the limit has moved since the run began. If so, the plan grows back before a step and as far as
+            the present limit allows, instead of after a number of good steps.
     """
 
     def __init__(self, plan: PlanKeeper) -> None:
         self._plan, self.follows = plan, False
-        self._before: BeforeStep | None = None
+        self._before: StepSnapshot | None = None
         self._tried: list[str] = []
 
     def keep(self) -> None:
-        """Note all that the present step may change before it has passed; the first call of a step counts."""
+        """Take a snapshot of everything that the present step may change; later calls in the same step do nothing."""
         if self._before:
             return
         plan, applier, checkpointing = self._plan, self._plan.applier, self._plan.checkpointing
-        self._before = BeforeStep(
+        self._before = StepSnapshot(
             adapters=AdapterSnapshot(plan.run.model, applier.targets, plan.run.optimizer),
             signals=applier.adapters.meter.state_dict(),
             decisions=len(plan.journal.predictions),
@@ -158,7 +160,7 @@ class Shortage:
         )
 
     def put_back(self) -> None:
-        """Put back what the present step has changed, since it does not pass."""
+        """Restore the snapshot, because the present step failed for good."""
         before, self._before = self._before, None
         self._tried.clear()
         if before is None:
@@ -173,21 +175,22 @@ class Shortage:
         plan.journal.forget(before.decisions)
 
     def passed(self) -> None:
-        """Forget how things were, since the step has passed."""
+        """Drop the snapshot, because the step has succeeded."""
         self._before = None
         self._tried.clear()
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> None:
-        """Shrink the plan after a step that ran out of memory, so that the step can be taken again.
+        """Prepare a step that ran out of memory to be taken again, with a smaller plan.
 
-        That is done at most `MOST_TRIES` times a step, and only where it is predicted to be a noticeable help. An error
-        under a plan that has shrunk before and has passed steps since is taken for a passing one: the plan stays once.
+        That is done at most `MOST_TRIES` times a step, and only if the smaller plan is predicted to save noticeably. If
+        the plan has shrunk before and steps have succeeded with it since, the error may have been a chance: the step is
+        then taken again once with the same plan.
 
         Args:
             error: of the step. The tensors that its traceback holds are freed.
 
         Raises:
-            torch.OutOfMemoryError: this error. Smaller plans are no help, and all is as it was before the step.
+            torch.OutOfMemoryError: this error, if no smaller plan helps. The state before the step is restored.
             BudgetError: other processes are in the middle of the step.
         """
         plan = self._plan
@@ -207,10 +210,10 @@ class Shortage:
         raise error
 
     def drop_step(self, error: torch.OutOfMemoryError) -> None:
-        """Free what a step that ran out of memory holds, so that it can be taken again from its first batch.
+        """Free the tensors and gradients of a step that ran out of memory, so that it can begin again.
 
         Args:
-            error: of the step.
+            error: the error of the step.
 
         Raises:
             BudgetError: other processes are in the middle of the step.
@@ -227,22 +230,22 @@ class Shortage:
         plan.meter.request()
 
     def _try_again(self, number: int) -> bool:
-        """Prepare the step of this number, from 1, to be taken again; whether that may be a help."""
+        """Prepare the step of this number, counted from 1, to be taken again; False if no smaller plan would help."""
         plan, applier, reduction = self._plan, self._plan.applier, self._plan.now.reduction
         if reduction and not self._tried:
             plan.warn("Step %d ran out of memory, and is taken again: this plan has passed steps before.", number)
             self._tried.append("the plan of the steps before")
             plan.now = replace(plan.now, reduction=replace(reduction, step=plan.step))
             return True
-        reduction = reduction or nothing_taken(plan)
-        limit = smaller_limit(reduction, plan_cost(applier.cost_now(), applier.ranks))
+        reduction = reduction or no_reduction_yet(plan)
+        limit = next_limit(reduction, plan_cost(applier.cost_now(), applier.ranks))
         if limit is None:
             return False
         applier.limit = limit
         share = f"{100 * limit / reduction.cost:.0f} %"
         self._tried.append(f"a plan of {share} of its cost")
         plan.now = replace(plan.now, reduction=replace(reduction, times=reduction.times + 1, step=plan.step))
-        if plan.relieved(f"Step {number} ran out of memory, and is taken again."):
+        if plan.fits_with_checkpointing(f"Step {number} ran out of memory, and is taken again."):
             return True
         plan.warn(
             "Step %d ran out of memory. The plan shrinks to %s of its cost, and the step is taken again.", number, share
@@ -257,23 +260,23 @@ class Shortage:
         return applier.fits()
 
     def follow(self, limit: float, step: int) -> None:
-        """Take the limit of the moment, before a step.
+        """Adapt the plan to the present limit, before a step.
 
-        A plan that no longer fits shrinks, after more layers are checkpointed. What that took comes back after
-        `GOOD_STEPS` steps at least: all of it where there is room for it, and else layers, then ranks, as far as the
-        limit allows.
+        If the plan no longer fits, more layers are checkpointed first, and then ranks shrink. After `GOOD_STEPS` steps
+        at the earliest the plan grows back: as a whole if there is room, otherwise fewer layers are checkpointed first,
+        and then ranks grow as far as the limit allows.
 
         Raises:
-            BudgetError: no plan fits.
+            BudgetError: no plan fits the limit.
         """
         plan, applier, reduction = self._plan, self._plan.applier, self._plan.now.reduction
         plan.step, self.follows = step, True
         if plan_cost(applier.cost_now(), applier.ranks) > limit:
             self.keep()
-            plan.now = replace(plan.now, reduction=replace(reduction or nothing_taken(plan), step=plan.step))
+            plan.now = replace(plan.now, reduction=replace(reduction or no_reduction_yet(plan), step=plan.step))
             applier.limit = limit
             reason = f"At step {plan.step} there is room for {cost_text(limit, applier.cost.unit)}."
-            if not plan.relieved(reason):
+            if not plan.fits_with_checkpointing(reason):
                 self._shrink(reason)
         elif reduction is None or limit < applier.limit:
             applier.limit = limit
@@ -282,12 +285,12 @@ class Shortage:
                 self._give_back(reduction, limit)
             else:
                 applier.limit, plan.now = limit, replace(plan.now, reduction=replace(reduction, step=plan.step))
-                plan.relieved("There is more memory.")
+                plan.fits_with_checkpointing("There is more memory.")
                 if len(plan.checkpointed) <= len(reduction.layers):
                     self._give_back(reduction, limit, whole=False)
 
     def _shrink(self, reason: str) -> None:
-        """Shrink the plan for a limit that moved; where no plan fits, all is as it was before the step."""
+        """Shrink the ranks to the present limit; if no plan fits, restore the state before the step and raise."""
         try:
             self._plan.check_possible(reason)
         except BudgetError:
@@ -298,11 +301,11 @@ class Shortage:
 
     @property
     def _keeps_cuts(self) -> bool:
-        """Whether what a fall cuts from ranks waits in main memory; bytes of the budget's would cost more ranks."""
+        """Whether directions that are cut are kept in main memory: not if the budget itself counts main memory."""
         return not self._plan.limits_bytes or self._plan.run.device.type == "cuda"
 
     def give_back_if_room(self) -> None:
-        """Give back what an out-of-memory error has taken, once enough steps have passed and there is memory again."""
+        """Let the plan grow back after an out-of-memory error, once enough steps succeeded and memory is free again."""
         plan, run, applier = self._plan, self._plan.run, self._plan.applier
         reduction, history = plan.now.reduction, plan.meter.history
         if self.follows or reduction is None or plan.step >= applier.total_steps:
@@ -318,13 +321,13 @@ class Shortage:
         self._give_back(reduction, reduction.limit)
 
     def _give_back(self, reduction: PlanReduction, limit: float, *, whole: bool = True) -> None:
-        """Give the plan this limit, its layers, its ranks of before an error, and what was cut from them.
+        """Let the plan grow back: its limit, checkpointed layers and ranks, with the directions that were cut.
 
         Args:
-            reduction: the plan to go back to.
-            limit: of the plan from now on.
-            whole: whether there is room for all of it; else modules get their ranks back while there is room, and the
-                others later.
+            reduction: remembers the plan to go back to.
+            limit: the limit of plans from now on.
+            whole: whether there is room for the whole plan. If not, modules get their ranks back one after another
+                while there is room, and the others later.
         """
         plan, applier, step = self._plan, self._plan.applier, self._plan.step
         applier.limit = limit if whole else limit / ROOM

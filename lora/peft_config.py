@@ -6,7 +6,7 @@ loads them, as resuming and `load_best_model_at_end` need.
 
 The scaling is the factor s in delta W = s B A. At a constant s a module learns faster the more rank it has: under Adam
 each of its r components takes steps of the same size. At a constant alpha, s = alpha / r, the best learning rate hardly
-depends on the rank (docs/scaling.md). So alpha stays when a rank changes, as PEFT's `rank_pattern` has it: s is
+depends on the rank (docs/learning-rate.md). So alpha stays when a rank changes, as PEFT's `rank_pattern` has it: s is
 alpha / r, and alpha / sqrt(r) under `use_rslora` (Kalajdzievski, 2023, arXiv:2312.03732).
 """
 

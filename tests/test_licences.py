@@ -37,8 +37,8 @@ def name(requirement: str) -> str:
 
 
 def listed() -> dict[str, tuple[str, str]]:
-    """(licence, extra) of each package in docs/licences.md."""
-    text = (ROOT / "docs" / "licences.md").read_text()
+    """(licence, extra) of each package in LICENCES.md."""
+    text = (ROOT / "LICENCES.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     kept = [row for row in rows if row[0] != "package" and not row[0].startswith("---")]
     assert all(all(row) for row in kept), "an empty cell"

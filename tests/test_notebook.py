@@ -47,7 +47,7 @@ def test_an_8b_is_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert re.search(r"Ranks: \{'.+': \d+", told)
 
 
-@pytest.mark.parametrize("notebook", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", sorted(FOLDER.parent.glob("*/*.py")), ids=lambda path: path.stem)
 def test_cells_are_markdown_or_code(notebook: Path) -> None:
     """What jupytext takes for Markdown is comments alone, so that nothing of it is lost."""
     cells = re.split(r"^# %%", notebook.read_text(encoding="utf-8"), flags=re.M)

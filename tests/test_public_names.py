@@ -28,6 +28,7 @@ def test_public_names() -> None:
     for name in rankpilot.__all__:
         assert getattr(rankpilot, name) is not None
     assert rankpilot.RankPilotError is RankPilotError
+    assert set(rankpilot.__all__) <= set(dir(rankpilot)), "a console completes the names"
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = rankpilot.Nothing
     with pytest.raises(ImportError):
@@ -108,4 +109,4 @@ def test_the_callback_loads_no_library_that_a_trainer_does_not_load() -> None:
         "gymnasium stable_baselines3 matplotlib tyro rich",
     )
     callback = f"from rankpilot import attach; assert not (set(sys.modules) - first) & set('{absent}'.split())"
-    assert added_modules(callback, trainer) == {"rankpilot"}
+    assert added_modules(callback, trainer) == {"rankpilot", "platformdirs"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rankpilot.errors import DataError, UnknownNameError
 
-from benchmarks import pages
+from benchmarks import pages, pictures
 from benchmarks.__main__ import run
 
 from .pages import ROOT
@@ -15,6 +15,10 @@ from .pages import ROOT
 
 def test_pages_are_up_to_date() -> None:
     assert [page.relative_to(ROOT).as_posix() for page in pages.outdated()] == []
+
+
+def test_pictures_are_up_to_date() -> None:
+    assert [path.name for path in pictures.outdated()] == []
 
 
 def test_every_block_stands_on_a_page() -> None:

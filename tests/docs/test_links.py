@@ -55,7 +55,7 @@ def test_a_wrong_link_is_found(tmp_path: Path) -> None:
     assert faults_of(page) == ["page.md#title", "none.md"]
 
 
-HISTORY = ("CHANGELOG.md", "docs/changelog.md", "docs/experiments.md")
+HISTORY = ("CHANGELOG.md", "docs/experiments.md")
 """Texts that name files as they were at the time."""
 
 
@@ -68,7 +68,7 @@ def test_sources_that_a_text_names_exist(text: Path) -> None:
 
 
 def test_pages_that_the_code_names_exist() -> None:
-    """Errors, help texts and comments name pages, such as docs/cluster.md."""
+    """Errors, help texts and comments name pages, such as docs/control.md."""
     listed = subprocess.run(["git", "ls-files", "*.py", "*.md", "*.toml"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("only a git checkout tells which files belong to it")
@@ -82,5 +82,7 @@ def test_pages_that_the_code_names_exist() -> None:
 
 
 def test_every_picture_is_shown() -> None:
-    shown = {name for text in TEXTS for name in re.findall(r"images/(\w+\.png)\)", text.read_text(encoding="utf-8"))}
+    shown = {
+        name for text in TEXTS for name in re.findall(r"images/(\w+\.(?:png|svg))\)", text.read_text(encoding="utf-8"))
+    }
     assert {picture.name for picture in (ROOT / "docs" / "images").iterdir()} == shown

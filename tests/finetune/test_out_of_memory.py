@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.settings import ONCE
 from rankpilot.finetune.plan_keeper import GOOD_STEPS
-from rankpilot.finetune.shortage import MOST_TRIES, PLAN_SHARE, Shortage, saved_by_a_try
+from rankpilot.finetune.shortage import MOST_TRIES, PLAN_SHARE, Shortage, saving_of_a_try
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -460,4 +460,4 @@ def test_factors_that_cannot_shrink_change_nothing(make: Launch) -> None:
 
 def test_a_smaller_plan_saves_a_tenth_of_the_step_or_a_quarter_of_the_plan() -> None:
     for whole, reducible, expected in ((1000, 1000, 100), (1000, 200, 50), (1000, 30, 0), (None, 200, 50)):
-        assert saved_by_a_try(whole, reducible) == pytest.approx(expected)
+        assert saving_of_a_try(whole, reducible) == pytest.approx(expected)
