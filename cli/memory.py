@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -14,18 +15,21 @@ from rich.markup import escape
 from ..cost.step_config import Quantization, StepConfig
 from ..errors import ConfigError
 from ..study.memory_config import MemoryConfig
-from ..study.trainer_file import TrainerFile, read_trainer_file
 from .options import parse, peek
 from .progress import console
 
 if TYPE_CHECKING:
     from ..cost.outlook import Outlook
+    from ..study.trainer_file import TrainerFile
 
 SPILLS = (
     "On Windows the driver moves what does not fit the card into main memory, without an error: a step then takes many "
     "times as long. So keep to what fits, or switch that off (CUDA - Sysmem Fallback Policy)."
 )
 """What to know where the card is in a machine with Windows."""
+
+FEW_COLLECTIONS = 100_000
+"""Objects after which Python looks for circles of them; an answer makes many objects, and none in circles."""
 
 NOTHING_FITS = 3
 """The exit status where nothing fits the card."""
@@ -73,8 +77,9 @@ class Memory(MemoryConfig):
 
 def main(arguments: Sequence[str]) -> int:
     """Show where the bytes go, and write the picture; returns the exit status."""
+    gc.set_threshold(FEW_COLLECTIONS)
     path = peek(arguments, "--config")
-    file = read_trainer_file(path) if path else None
+    file = _trainer_file(path) if path else None
     default = _defaults(file, arguments)
     options = parse(Memory, arguments, default, "rankpilot memory")
     if (options.python or file) and not options.card:
@@ -131,6 +136,12 @@ def main(arguments: Sequence[str]) -> int:
     if told and written:
         console.print(written, soft_wrap=True, markup=False)
     return NOTHING_FITS if options.card and not outlook.best else 0
+
+
+def _trainer_file(path: str) -> TrainerFile:
+    from ..study.trainer_file import read_trainer_file
+
+    return read_trainer_file(path)
 
 
 def _here(options: Memory) -> Outlook:

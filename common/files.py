@@ -20,13 +20,13 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 from zipfile import ZIP_STORED, ZipFile
 
 import platformdirs
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CHECK_PATH, ConfigError, DataError, RankPilotError, RunFolderError, first_line, not_written, shown
@@ -255,14 +255,19 @@ _FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, 
 """What PyYAML raises besides its own errors, for values such as `!!int ''` or a 13th month."""
 
 
-class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # the library has no types
-    """The safe loader, without references: a few lines of them stand for more values than any memory holds."""
+@cache
+def _plain_loader() -> Any:
+    """PyYAML, and its safe loader without references: a few of them stand for more values than any memory holds."""
+    import yaml  # which takes a while, and most commands read none
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "references (*name) are not read; write values out", mark)
-        return super().compose_node(parent, index)
+    class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # the library has no types
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                mark = self.peek_event().start_mark
+                raise yaml.composer.ComposerError(None, None, "references (*name) are not read; write values out", mark)
+            return super().compose_node(parent, index)
+
+    return yaml, PlainLoader
 
 
 def parse_yaml(text: str) -> Any:
@@ -272,8 +277,9 @@ def parse_yaml(text: str) -> Any:
         YAMLError: it is no YAML, is nested more deeply than Python reads, has references (`*name`), or tags that ask
             for objects.
     """
+    yaml, loader = _plain_loader()
     try:
-        return yaml.load(text, _PlainLoader)
+        return yaml.load(text, loader)
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
     except _FAULTS as error:

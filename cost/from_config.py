@@ -52,6 +52,7 @@ from .saver_prices import free_savers
 from .savers import ExactSavers
 from .step_config import OptimizerName, StepConfig, check_length
 from .step_time import StepWork
+from .work_growth import MASK_ALIGNMENT
 
 _NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS")
 
@@ -384,10 +385,6 @@ def base_on_meta(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype |
     return base
 
 
-MASK_ALIGNMENT = 16
-"""The memory-efficient kernel copies a mask whose rows are no multiple of this long."""
-
-
 _WINDOWS = ("sliding_window", "local_attention", "attention_window", "attention_chunk_size")
 """What configurations call the tokens that a token sees at the most."""
 
@@ -402,11 +399,14 @@ def calibration_shape(config: PreTrainedConfig, shape: BatchShape, *, padded: bo
     """A shape, at least as large, such that all steps of a calibration on it run the operators that `shape` runs.
 
     Calibration halves lengths. So half of this length is beyond an attention window that `shape` is beyond, and a
-    multiple of `MASK_ALIGNMENT` where there is padding. Without contents larger steps cost nothing.
+    multiple of `MASK_ALIGNMENT` where there is padding, or where there is a window and `shape` is one; or else neither
+    is. Without contents larger steps cost nothing.
     """
     length = max([shape.length, *(2 * window for window in _windows(config) if window <= shape.length)])
-    if padded:
+    if padded or (length > shape.length and shape.length % MASK_ALIGNMENT == 0):
         length += -length % (2 * MASK_ALIGNMENT)
+    elif length > shape.length:
+        length += (4 - length) % (2 * MASK_ALIGNMENT)
     return BatchShape(max(shape.rows, 4), length)
 
 

@@ -25,6 +25,9 @@ class Growth:
         length_power: the power of the length, from two lengths.
         length_ratio: the shorter of these lengths over the other; 1 if there was only one.
         missing: tokens by which the length is too high where a storage is proportional to the rest, else 0.
+        multiple: to multiples of so many tokens a kernel rounds the length, int64; 1 where none does. The power of the
+            length is then 0 or 1, on top of that.
+        rounded: the share of the recorded bytes that follows the rounded length, where the rest follows the length.
         tiles: the tokens of the tile of the loss that it was recorded as; 0 for others.
         tile_tokens: how many tokens a tile has in a step; None without tiles.
     """
@@ -35,6 +38,8 @@ class Growth:
     length_power: FloatArray
     length_ratio: float
     missing: FloatArray
+    multiple: IntArray
+    rounded: FloatArray
     tiles: IntArray
     tile_tokens: TileTokens | None
 
@@ -49,6 +54,8 @@ class Growth:
             length_power=zeros,
             length_ratio=1.0,
             missing=zeros,
+            multiple=np.ones(storages, dtype=np.int64),
+            rounded=zeros,
             tiles=np.zeros(storages, dtype=np.int64),
             tile_tokens=None,
         )
@@ -81,14 +88,23 @@ class Growth:
         if wide[irregular].sum() > 0.01 * wide.sum():  # as a mixture of experts', whose sizes follow the data
             return None
         length_ratio = shorter.length / small.length
-        missing = _missing_tokens(base, short, small.length, shorter.length)
+        missing = np.zeros(len(base))
+        length_power, multiple, rounded = _power(base, short, 1 / length_ratio), np.ones(len(base), np.int64), missing
+        if length_ratio != 1:
+            missing = _missing_tokens(base, short, small.length, shorter.length)
+            scratch = recordings[0].freed == recordings[0].created
+            length_power, multiple, rounded = _rounded(
+                (base, short), (small.length, shorter.length), length_power, (missing == 0) & (recorded == 0), scratch
+            )
         return cls(
             whole=whole,
             recorded=small,
             row_power=row_power,
-            length_power=_power(base, short, 1 / length_ratio),
+            length_power=length_power,
             length_ratio=length_ratio,
-            missing=np.zeros(len(base)) if length_ratio == 1 else missing,
+            missing=missing,
+            multiple=multiple,
+            rounded=rounded,
             tiles=recorded,
             tile_tokens=tokens,
         )
@@ -120,10 +136,9 @@ class Growth:
     @cached_property
     def kinds(self) -> tuple[Growth, IntArray]:
         """The growth of one storage of each kind that grows alike, and the kind of each storage, int64 (storages,)."""
-        table = np.stack([self.row_power, self.length_power, self.missing, self.tiles], axis=1)
+        table = np.stack([getattr(self, name) for name in OF_STORAGES], axis=1)
         _, first, kind = np.unique(table, axis=0, return_index=True, return_inverse=True)
-        names = ("row_power", "length_power", "missing", "tiles")
-        return replace(self, **{name: getattr(self, name)[first] for name in names}), kind.ravel()
+        return replace(self, **{name: getattr(self, name)[first] for name in OF_STORAGES}), kind.ravel()
 
     def factors(self, rows: IntArray, lengths: IntArray) -> FloatArray:
         """`factor` at many shapes that can be told, by their rows and lengths, both (shapes,): (shapes, storages)."""
@@ -142,7 +157,16 @@ class Growth:
         whole = np.floor(self.length_power + 1e-9)
         share = (measured ** (self.length_power - whole) - measured) / (1 - measured)
         growth = (length / recorded) ** whole * (share + (1 - share) * length / recorded)
-        return np.where(self.missing > 0, (length - self.missing) / (recorded - self.missing), growth)
+        growth = np.where(self.missing > 0, (length - self.missing) / (recorded - self.missing), growth)
+        if (self.multiple == 1).all():
+            return growth
+        up = -(-length // self.multiple) / -(-recorded // self.multiple)
+        parts = self.rounded * up + (1 - self.rounded) * length / recorded
+        return np.where(self.multiple > 1, parts * (length / recorded) ** self.length_power, growth)
+
+
+OF_STORAGES = ("row_power", "length_power", "missing", "multiple", "rounded", "tiles")
+"""The attributes of `Growth` that have a value for each storage."""
 
 
 def _proportional(sizes: Sequence[IntArray], tokens: Sequence[int]) -> BoolArray:
@@ -150,6 +174,56 @@ def _proportional(sizes: Sequence[IntArray], tokens: Sequence[int]) -> BoolArray
     (base, short, wide), (tile, short_tile, wide_tile) = sizes, tokens
     same: BoolArray = (base * short_tile == short * tile) & (wide * short_tile == short * wide_tile) & (base > 0)
     return same
+
+
+_MULTIPLES = (8, 16, 32, 64, 128)
+"""To multiples of how many tokens kernels of attention round lengths."""
+
+
+def _rounded(
+    sizes: tuple[IntArray, IntArray],
+    lengths: tuple[int, int],
+    powers: FloatArray,
+    asked: BoolArray,
+    scratch: BoolArray,
+) -> tuple[FloatArray, IntArray, FloatArray]:
+    """`Growth.length_power`, `multiple` and `rounded` from sizes at two lengths, all (storages,).
+
+    Args:
+        sizes: at these lengths, (storages,) each.
+        lengths: the larger one first.
+        powers: of the length, where none is rounded.
+        asked: which storages have sizes that nothing else explains.
+        scratch: which are inside one operator, so that one may stand for several of its tensors.
+    """
+    powers, multiple, rounded = powers.copy(), np.ones(len(powers), dtype=np.int64), np.zeros(len(powers))
+    odd = asked & (np.abs(powers - np.round(powers)) > 1e-9)
+    table = np.stack([*sizes, scratch], axis=1)[odd]
+    for row in np.unique(table, axis=0).tolist():
+        if found := _law((row[0], row[1]), lengths, parts=bool(row[2])):
+            same = odd & (sizes[0] == row[0]) & (sizes[1] == row[1]) & (scratch == row[2])
+            multiple[same], rounded[same], powers[same] = found
+    return powers, multiple, rounded
+
+
+def _law(sizes: tuple[int, int], lengths: tuple[int, int], *, parts: bool) -> tuple[int, float, int] | None:
+    """The multiple, the rounded share and the further power of the length that explain two sizes; None if none do."""
+    (large, small), (length, shorter) = sizes, lengths
+    ups = [(each, length + -length % each, shorter + -shorter % each) for each in _MULTIPLES]
+    for power in (0, 1):
+        for multiple, up, down in ups:
+            if large * down * shorter**power == small * up * length**power:
+                return multiple, 1.0, power
+    for multiple, up, down in ups[::-1] if parts else ():
+        whole = up * shorter - down * length
+        if whole == 0:
+            continue
+        (first, left), (second, also) = (
+            divmod(value, whole) for value in (large * shorter - small * length, small * up - large * down)
+        )
+        if first > 0 and second > 0 and left == also == 0:
+            return multiple, first * up / large, 0
+    return None
 
 
 def _power(larger: IntArray, smaller: IntArray, factor: float) -> FloatArray:

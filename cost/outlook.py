@@ -166,6 +166,7 @@ class Outlook:
         self._asked, self._limit, self._others = asked, limit, list[Choice]()
         self._by_depth: dict[int, tuple[Choice, ...]] = {}
         self._found: dict[tuple[int, int, tuple[str, ...]], Choice] = {}
+        self._uses: dict[tuple[int, BatchShape, tuple[int, ...]], tuple[MemoryModel, CardUse]] = {}
         self._blocks = np.array([target.block for target in step.targets])
         self._highest = highest_ranks(step.targets)
         self._plain = np.minimum(REFERENCE_RANK, self._highest)
@@ -307,13 +308,17 @@ class Outlook:
     def _use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
         assert self.card is not None, "there is no card"
         shape = shape or memory.shape
-        expandable = self._free.loaded.expandable_segments
-        return card_use(memory, ranks, self._loaded, self.card, shape=shape, evaluation=shape, expandable=expandable)
+        key = id(memory), shape, tuple(ranks.tolist())
+        if key not in self._uses:
+            expandable = self._free.loaded.expandable_segments
+            use = card_use(memory, ranks, self._loaded, self.card, shape=shape, evaluation=shape, expandable=expandable)
+            self._uses[key] = memory, use  # the byte model is kept, so that no other one gets its id
+        return self._uses[key][1]
 
     @cached_property
     def plain_seconds(self) -> float:
         """Of a batch under plain LoRA, rank 8 on all modules, without gradient checkpointing."""
-        time = _time_of(self._free, self.card, self.dtype)
+        time = self._time if self.step is self._free else _time_of(self._free, self.card, self.dtype)
         assert time is not None, "the step was made without its work"
         return reference_seconds(time, self._highest)
 

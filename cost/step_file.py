@@ -22,7 +22,7 @@ from safetensors.numpy import load, save
 from ..common.arrays import Arrays, IntArray
 from ..errors import DataError, first_line
 from .cost import ModuleSet
-from .growth import Growth
+from .growth import OF_STORAGES, Growth
 from .model import RANK, MemoryModel, ModelStates
 from .recording import NEVER, BatchShape, Recording, Segment
 from .step_time import StepWork
@@ -40,10 +40,10 @@ _TEXT = "text"
 def packed(arrays: Mapping[str, NDArray[Any]], text: Json, *, small: bool) -> bytes:
     """A file of arrays by name and a JSON text; `small` takes seconds, to find out how often layers repeat."""
     lags = {name: _lag(array) for name, array in arrays.items() if small and array.dtype.kind == "i"}
-    plain = {name: np.ascontiguousarray(_narrow(_lagged(array, lags.get(name, 0)))) for name, array in arrays.items()}
+    plain = {name: np.ascontiguousarray(narrow(lagged(array, lags.get(name, 0)))) for name, array in arrays.items()}
     said = json.dumps([text, {name: lag for name, lag in lags.items() if lag}])
     content = save({**plain, _TEXT: np.frombuffer(said.encode(), dtype=np.uint8)})
-    return lzma.compress(content, preset=9 if small else 1)
+    return lzma.compress(content, preset=9 | lzma.PRESET_EXTREME if small else 1)
 
 
 def unpacked(content: bytes) -> tuple[Arrays, Json]:
@@ -65,6 +65,12 @@ def unpacked(content: bytes) -> tuple[Arrays, Json]:
     return arrays, text
 
 
+def repeats_of(content: bytes) -> dict[str, int]:
+    """After how many rows the arrays of a file repeat themselves, by name; see `lagged`."""
+    lags: dict[str, int] = json.loads(load(lzma.decompress(content))[_TEXT].tobytes())[1]
+    return lags
+
+
 _LONGEST_LAG, _SEARCHED = 2000, 6000
 
 
@@ -79,7 +85,7 @@ def _lag(values: NDArray[Any]) -> int:
     return best
 
 
-def _lagged(values: NDArray[Any], lag: int) -> NDArray[Any]:
+def lagged(values: NDArray[Any], lag: int) -> NDArray[Any]:
     """The difference of each row from the one so many rows before."""
     if not lag:
         return values
@@ -142,7 +148,7 @@ def names_told(written: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _narrow(values: NDArray[Any]) -> NDArray[Any]:
+def narrow(values: NDArray[Any]) -> NDArray[Any]:
     """Whole numbers in as few bytes as they need."""
     if values.dtype == np.bool_:
         return values.astype(np.uint8)
@@ -152,6 +158,11 @@ def _narrow(values: NDArray[Any]) -> NDArray[Any]:
     low, high = int(values.min()), int(values.max())
     kind = next((kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max), np.int64)
     return values.astype(kind)
+
+
+def _wide(values: NDArray[Any]) -> NDArray[Any]:
+    """What `narrow` wrote."""
+    return values if values.dtype.kind == "f" else values.astype(np.int64)
 
 
 class _Sets:
@@ -198,7 +209,6 @@ def _rows(table: NDArray[Any]) -> list[list[int]]:
     return rows
 
 
-_GROWTH = ("row_power", "length_power", "missing", "tiles")
 _INDICES = ("name_index", "target_index", "segment_index")
 
 
@@ -239,7 +249,7 @@ def memory_arrays(memory: MemoryModel) -> tuple[Arrays, Json]:
         "slope": memory._slope,
         "needed": needed,
         **{name: getattr(recording, name) for name in _INDICES},
-        **{name: getattr(growth, name) for name in _GROWTH},
+        **{name: getattr(growth, name) for name in OF_STORAGES},
     }
     if not np.array_equal(memory._base, recording.sizes - RANK * memory._slope):  # experts have higher ranks
         columns["base"] = memory._base
@@ -298,7 +308,7 @@ def read_memory(arrays: Mapping[str, Any], text: Json, states: ModelStates, shap
         recorded=BatchShape(*text["recorded"]),
         length_ratio=text["length_ratio"],
         tile_tokens=tiles and TileTokens(tiles[0], tiles[1], TileSize(*tiles[2:])),
-        **{name: arrays[name] for name in _GROWTH},
+        **{name: _wide(arrays[name]) for name in OF_STORAGES},
     )
     base = arrays["base"] if "base" in arrays else recording.sizes - RANK * slope
     return MemoryModel(shape, False, states, recording, base, slope, growth, text["block_bytes"])

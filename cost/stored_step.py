@@ -2,8 +2,9 @@
 
 A step is recorded once for a model's configuration and the settings that a recording depends on: quantisation,
 precision, attention kernels, padding, target modules. Any rank, batch, optimizer and card follows from the file,
-without torch. One recording tells all lengths that run the same operators. A model whose layers keep a state, or whose
-sizes do not follow the rows, has one for each shape of a batch.
+without torch. One recording tells all lengths that run the same operators: above or below the window of attention,
+and with a mask whose rows are aligned or not. A model whose layers keep a state, or whose sizes do not follow the rows,
+has one for each shape of a batch.
 
 What a file lacks is recorded and added to it. A file that is damaged, or was written by another version of this
 package, counts as absent.
@@ -17,7 +18,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from .configured_step import ConfiguredStep, LoadedAs, LoadedModel, StepSource, 
 from .model import MemoryModel, ModelStates
 from .recording import BatchShape
 from .saver_prices import free_savers
-from .step_config import OptimizerName, StepConfig
+from .step_config import MOST_TOKENS, OptimizerName, StepConfig
 from .step_file import (
     Json,
     memory_arrays,
@@ -46,13 +46,20 @@ from .step_file import (
     work_arrays,
 )
 from .step_time import StepWork
-from .work_growth import WorkGrowth, counted_shapes
+from .work_growth import MASK_ALIGNMENT, WorkGrowth, counted_shapes
 
-SCHEMA = 1
+SCHEMA = 2
 """The version of the files."""
 
-USUAL = BatchShape(4, 2048)
+USUAL = BatchShape(4, 2080)
 """The batch that is recorded for all, where nothing is in the way."""
+
+ALIGNED, UNALIGNED = (32, 256), (4, 512)
+"""The rest of a recorded length, and of what multiple, where the rows of a mask are aligned and where they are not.
+
+So is a half of it. Neither has the share in a multiple of 8, 16, ... 128 that the other has, so that it is seen to
+what multiples a kernel rounds lengths; those up to 16 are of masks alone, and do nothing where rows are aligned.
+"""
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 """What a recording depends on, beside this package."""
@@ -68,6 +75,8 @@ class Recorder(StepSource, Protocol):
 @cache
 def versions() -> dict[str, str]:
     """The installed versions of `LIBRARIES`, absent ones left out, and a check sum of the code that records."""
+    from importlib.metadata import PackageNotFoundError, version  # which takes a while, and what ships does not ask
+
     found = {}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -94,6 +103,7 @@ class StepFile:
 
     Args:
         key: of the step; see `step_key`.
+        content: what a file holds; None for nothing yet.
 
     Attributes:
         arrays: by the name of the part and of the array, with a slash between.
@@ -103,16 +113,15 @@ class StepFile:
     arrays: Arrays
     text: Json
 
-    def __init__(self, key: str) -> None:
-        self.arrays = {}
-        self.text = {"schema": SCHEMA, "key": key, "versions": versions(), "level": 0, "parts": {}}
+    def __init__(self, key: str, content: tuple[Arrays, Json] | None = None) -> None:
+        empty = {"schema": SCHEMA, "key": key, "level": 0, "parts": {}}
+        self.arrays, self.text = content or ({}, {**empty, "versions": versions()})
 
     @classmethod
     def read(cls, path: Path, key: str) -> StepFile | None:
         """Read a file; None if there is none that is whole, and of this step and schema."""
-        found = cls(key)
         try:
-            found.arrays, found.text = unpacked(path.read_bytes())
+            found = cls(key, unpacked(path.read_bytes()))
             whole = found.text["schema"] == SCHEMA and found.text["key"] == key and "model" in found.text["parts"]
         except (OSError, DataError, LookupError, TypeError):
             return None
@@ -197,7 +206,7 @@ class StoredStep:
         Raises:
             UnsupportedError: see `from_config`.
         """
-        states = self._states()
+        states = self.states(self._step.optimizer)
         for level, known in enumerate(self._shapes(shape)):
             if level < self.file.text["level"]:
                 continue
@@ -224,9 +233,15 @@ class StoredStep:
         model, rows = self.model, USUAL.rows
         same_length = BatchShape(rows if shape.rows > 1 else 1, shape.length)
         below = max((window for window in model.windows if window <= shape.length), default=0)
+        masked = below and not (self._loaded.padded or model.is_eager)
+        rest, multiple = UNALIGNED if masked and shape.length % MASK_ALIGNMENT else ALIGNED
         ends = [*model.windows, *([] if model.positions is None else [model.positions + 1])]
-        length = min([max(USUAL.length, 4 * below), *(end - 1 for end in ends if end > shape.length)])
-        usual = BatchShape(rows, shape.length if shape.length % _STEP or length < _STEP else length - length % _STEP)
+        most = min((end - 1 for end in ends if end > shape.length), default=MOST_TOKENS)
+        length = max(USUAL.length, 2 * below)
+        length += (rest - length) % multiple
+        if length > most:
+            length = most - (most - rest) % multiple
+        usual = BatchShape(rows, length if length >= max(2 * below, rest) else shape.length)
         return same_length if model.keeps_state else usual, same_length, shape
 
     def _memory(self, savers: tuple[str, ...], known: BatchShape, states: ModelStates) -> MemoryModel:
@@ -247,11 +262,12 @@ class StoredStep:
             self._add(name, work_arrays(work))
         return work
 
-    def _states(self) -> ModelStates:
-        name = f"states {self._step.optimizer}"
+    def states(self, optimizer: OptimizerName) -> ModelStates:
+        """What the adapters and this optimizer hold between steps."""
+        name = f"states {optimizer}"
         if part := self.file.part(name):
             return read_states(*part)
-        states = self._recorder().states(self._step.optimizer)
+        states = self._recorder().states(optimizer)
         self._add(name, states_arrays(states))
         return states
 
@@ -260,10 +276,6 @@ class StoredStep:
             self.file = StepFile(self.file.text["key"])
         self.file.add(name, part)
         self._changed = True
-
-
-_STEP = 128
-"""Kernels of attention pad rows to multiples of so many tokens, so that other lengths tell of themselves alone."""
 
 
 def _named(savers: tuple[str, ...]) -> str:

@@ -10,11 +10,22 @@ import numpy as np
 from ..common.arrays import FloatArray
 from .recording import BatchShape
 from .step_time import StepWork
+from .tile_size import LEAST_TOKENS, TILES
+
+MASK_ALIGNMENT = 16
+"""The memory-efficient kernel copies a mask whose rows are no multiple of this long."""
 
 
 def counted_shapes(shape: BatchShape) -> tuple[BatchShape, ...]:
-    """The shapes that are counted: that of a recording, and a half and a quarter of its length."""
-    return tuple(BatchShape(shape.rows, max(shape.length // part, 2)) for part in (1, 2, 4))
+    """The shapes that are counted: that of a recording, a half of its length, and about three quarters.
+
+    The last two differ by a multiple of `MASK_ALIGNMENT`, so that rows of a mask are aligned in both or in neither.
+    There are so many rows that the loss has all its tiles.
+    """
+    half = max(shape.length // 2, 2)
+    between = half + shape.length // 64 * MASK_ALIGNMENT if shape.length >= 64 else max(shape.length // 4, 2)
+    rows = max(shape.rows, -(-TILES * LEAST_TOKENS // max(half - 1, 1)))
+    return tuple(BatchShape(rows, length) for length in (shape.length, half, between))
 
 
 @dataclass(frozen=True, eq=False)

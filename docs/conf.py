@@ -101,8 +101,17 @@ def dashes(app: Any, page: nodes.document) -> None:
             text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
 
 
+def memory_page(app: Any, error: Exception | None) -> None:
+    """The page that tells what fits a card, beside the pages of a site."""
+    if error is None and app.builder.format == "html":
+        from tools.make_page import main
+
+        main(["--output", str(Path(app.outdir) / "fits.html")])
+
+
 def setup(app: Any) -> None:
     """What Sphinx calls with the application."""
+    app.connect("build-finished", memory_page)
     app.add_directive("docstring", Docstring)
     app.connect("autodoc-process-signature", readable_signature)
     app.connect("doctree-read", dashes)

@@ -14,6 +14,7 @@ from rankpilot.cost.known_models import published_models
 from rankpilot.cost.memory_of import AskedStep, shipped
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
 from rankpilot.cost.stored_step import StepFile, StoredStep, versions
+from rankpilot.cost.work_growth import MASK_ALIGNMENT
 from rankpilot.errors import RankPilotError
 from rich.console import Console
 
@@ -26,11 +27,8 @@ FIRST = (
 
 QUANTIZATIONS: tuple[Quantization, ...] = ("none", "nf4")
 
-ROWS, LENGTHS = (1, 2, 8), (512, 1024, 2048, 4096, 8192)
-"""Batches whose answers the files hold; most other batches follow from the same recordings."""
-
-LENGTHS_OF_STATES = (1024, 2048)
-"""The same where each length takes a recording of its own."""
+LENGTHS = (512, 1024, 2048, 4096)
+"""Lengths whose answers the files hold where each takes a recording of its own; else any length follows from a few."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,17 @@ class Options:
 
 
 def steps(source: StoredStep, settings: StepConfig) -> Iterator[StepConfig]:
-    """The steps whose answers a file holds."""
-    lengths = LENGTHS_OF_STATES if source.model.keeps_state else LENGTHS
-    known = [length for length in lengths if length <= (source.model.positions or length)]
-    for length in known or [source.model.positions or lengths[0]]:
-        for rows in ROWS:
+    """The steps whose answers a file holds, and from which all others follow: on both sides of windows and of masks."""
+    model = source.model
+    aligned = [window + -window % MASK_ALIGNMENT for window in model.windows]
+    lengths = LENGTHS if model.keeps_state else (512, *model.windows, *aligned)
+    lengths += () if model.keeps_state else tuple(length + by for length in aligned for by in (-MASK_ALIGNMENT, 1))
+    most = model.positions or max(lengths)
+    for length in dict.fromkeys(min(max(length, 2), most) for length in lengths):
+        for rows in (2, 1) if model.keeps_state else (2,):
             yield replace(settings, batch_size=rows, max_length=length)
     for optimizer in get_args(OptimizerName):
-        yield replace(settings, batch_size=2, max_length=(known or [lengths[0]])[0], optimizer=optimizer)
+        yield replace(settings, batch_size=2, max_length=min(lengths[0], most), optimizer=optimizer)
 
 
 def record(name: str, quantization: Quantization) -> Path:

@@ -26,8 +26,18 @@ SIZES: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def growth(sizes: Callable[[int, int], int], shapes: Any = SHAPES) -> Any:
-    recordings: Any = [SimpleNamespace(sizes=np.array([sizes(shape.rows, shape.length)])) for shape in shapes]
+def up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def growth(sizes: Callable[[int, int], int], shapes: Any = SHAPES, *, scratch: bool = False) -> Any:
+    created = np.zeros(1)
+    recordings: Any = [
+        SimpleNamespace(
+            sizes=np.array([sizes(shape.rows, shape.length)]), created=created, freed=created + (not scratch)
+        )
+        for shape in shapes
+    ]
     return Growth.of(WHOLE, shapes, recordings, LossTiles(WHOLE))
 
 
@@ -38,6 +48,28 @@ def test_a_size_at_another_shape(name: str, shape: BatchShape, length: int) -> N
     sizes, half = SIZES[name], -(-length // 2)
     found = growth(sizes, (BatchShape(2, length), BatchShape(2, half), BatchShape(3, half)))
     assert sizes(2, length) * found.factor(shape)[0] == pytest.approx(sizes(shape.rows, shape.length))
+
+
+ROUNDED: dict[str, Callable[[int, int], int]] = {
+    "sums of logarithms": lambda rows, length: 12 * rows * up(length, 32),
+    "a mask": lambda rows, length: 2 * rows * length * up(length, 16),
+    "scratch": lambda rows, length: 4 * rows * up(length, 64) * 3,
+    "scratch, rounded in part": lambda rows, length: 4 * rows * (65 * up(length, 128) + 128 * length),
+    "scratch that is not rounded": lambda rows, length: 6 * rows * length,
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("whole", [BatchShape(4, 2080), BatchShape(4, 2052)], ids=str)
+def test_lengths_that_a_kernel_rounds(name: str, whole: BatchShape) -> None:
+    if name == "a mask" and whole.length % 16 == 0:
+        pytest.skip("its rows are aligned, so that none is seen to be rounded")
+    sizes, generator = ROUNDED[name], np.random.default_rng(0)
+    half = whole.length // 2
+    shapes = BatchShape(2, whole.length), BatchShape(2, half), BatchShape(3, half)
+    found = growth(sizes, shapes, scratch=name.startswith("scratch"))
+    for rows, length in generator.integers(1, [9, 9000], (200, 2)).tolist():
+        assert round(sizes(2, whole.length) * found.factor(BatchShape(rows, length))[0]) == sizes(rows, length)
 
 
 def test_sizes_that_follow_the_data() -> None:

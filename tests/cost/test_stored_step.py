@@ -22,7 +22,7 @@ from rankpilot.cost.known_models import published_models
 from rankpilot.cost.memory_of import AskedStep, memory_of, shipped
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.saver_prices import COPIES, TILES
-from rankpilot.cost.step_config import OptimizerName, StepConfig
+from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
 from rankpilot.cost.step_file import memory_arrays, packed, read_memory, unpacked
 from rankpilot.cost.stored_step import StepFile, StoredStep
 from rankpilot.errors import DataError, UnsupportedError
@@ -102,6 +102,48 @@ def test_one_recording_tells_what_others_would(
     assert mine.work is not None
     assert its.work is not None
     assert mine.work.flops.sum() == pytest.approx(its.work.flops.sum(), rel=0.01)
+
+
+WINDOWED = t.Gemma3TextConfig(
+    **{"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+    **{"num_hidden_layers": 3, "vocab_size": 120, "sliding_window": 256, "max_position_embeddings": 4096},
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+)
+"""Its attention has a mask from 256 tokens on, whose rows the kernel aligns."""
+
+
+@pytest.mark.parametrize("model", [config("llama"), WINDOWED], ids=["llama", "windowed"])
+def test_a_few_recordings_tell_any_rows_and_length(model: t.PreTrainedConfig) -> None:
+    step = StepConfig(optimizer="sgd", bf16=True, exact_savers=False)
+    asked = AskedStep(model, step)
+    source = StoredStep(StepFile(asked.key), asked.recorder, None)
+    for length in (250, 2048, 2049):
+        source.configured(replace(step, batch_size=2, max_length=length))
+    known, generator = len(source.file.text["parts"]), np.random.default_rng(1)
+    for rows, length in [*generator.integers(2, [7, 2000], (2, 2)).tolist(), (3, 255), (5, 1008)]:
+        one = replace(step, batch_size=rows, max_length=length)
+        memory, its = source.configured(one).memory, fresh(model, one).memory
+        for layers in ((), [its.segments[0].name]):
+            pair = [each.with_checkpointed(layers).peak(np.full(len(each.states.weights), 4)) for each in (memory, its)]
+            assert pair[0] == pair[1], (rows, length, layers)
+    assert len(source.file.text["parts"]) == known, "nothing was recorded for a length"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "quantization"), [("qwen3-0.6b", "nf4"), ("gemma-3-1b", "none")])
+def test_what_ships_tells_any_rows_and_length(name: str, quantization: Quantization) -> None:
+    generator, missing = np.random.default_rng(2), []
+
+    def refuse() -> Any:
+        missing.append(name)
+        raise AssertionError("it is recorded")
+
+    for rows, length in generator.integers(2, [12, 9000], (3, 2)).tolist():
+        step = StepConfig(quantization=quantization, batch_size=rows, max_length=length, accumulation=8, bf16=True)
+        file = StepFile.read(shipped(name, step), AskedStep(name, step).key)
+        assert file is not None
+        mine = StoredStep(file, refuse, None).configured(step)
+        assert_same_answers(mine, fresh(name, step), BatchShape(rows, length))
 
 
 @pytest.mark.parametrize("stem", first_cases(1, sorted(SHIPPED, key=lambda stem: (stem != "smollm2-135m-nf4", stem))))

@@ -1,0 +1,255 @@
+"""The page that tells what fits a card: its arithmetic is Python's, to the byte, and it works by keyboard and link."""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import transformers as t
+from rankpilot.common.files import write_text
+from rankpilot.cost.card_use import card_use
+from rankpilot.cost.cards import device_table
+from rankpilot.cost.configured_step import ConfiguredStep, Shards
+from rankpilot.cost.known_models import short_name
+from rankpilot.cost.memory_of import AskedStep, shipped
+from rankpilot.cost.recording import BatchShape
+from rankpilot.cost.saver_prices import ACTIVATIONS, free_savers
+from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
+from rankpilot.cost.stored_step import StepFile, StoredStep
+from rankpilot.lora.spec import highest_ranks
+from rankpilot.study.trainer_file import read_trainer_file
+
+from tools.make_page import SAVERS, SOURCE, packed_model, packed_step, page, page_models
+from tools.record_models import steps
+
+from .test_browser import BROWSER
+from .test_browser import browser as browser
+
+playwright = pytest.importorskip("playwright.sync_api", reason='playwright is missing: pip install -e ".[test]"')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no browser for the page")]
+
+SETTINGS = StepConfig(bf16=True)
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = {
+    "llama": t.LlamaConfig(**_SIZES, num_hidden_layers=3, vocab_size=120, max_position_embeddings=4096),
+    "windowed": t.Gemma3TextConfig(
+        **_SIZES,
+        **{"num_hidden_layers": 2, "head_dim": 8, "vocab_size": 120, "sliding_window": 256},
+        layer_types=["sliding_attention", "full_attention"],
+        max_position_embeddings=4096,
+    ),
+}
+CARDS = sorted(name for name, card in device_table().items() if card.has_flash_attention)
+COMPUTE = """async ([models, cards, asked]) => {
+  const found = [], known = {};
+  for (const each of asked) {
+    const model = (known[each.model] ||= await unpackModel(models[each.model]));
+    const step = recordedStep(model, each.savers, each.rows, each.length);
+    const checkpointed = Math.min(each.checkpointed, step.segments.length);
+    const use = cardUse(model, step, cards[each.card], { ...each, checkpointed });
+    const parts = use.parts.reduce((sum, bytes) => sum + bytes, 0);
+    found.push([Math.max(use.allocated, use.evaluation), use.reserved, use.margin, use.total, use.verdict, parts]);
+  }
+  return found;
+}"""
+
+
+def drawn(sources: dict[str, StoredStep], count: int) -> list[dict[str, Any]]:
+    """So many random settings."""
+    generator, found = random.Random(0), []
+    for _ in range(count):
+        model, gpus = generator.choice(sorted(sources)), generator.choice([1, 1, 2, 8])
+        found.append(
+            {
+                "model": model,
+                "card": generator.choice(CARDS),
+                "savers": generator.choice(SAVERS),
+                "rank": generator.choice([1, 3, 8, 16, 64, 300]),
+                "rows": generator.randint(1, 9),
+                "length": generator.randint(2, min(4096, sources[model].model.positions or 4096)),
+                "optimizer": generator.choice(get_args(OptimizerName)),
+                "gpus": gpus,
+                "sharding": generator.choice(["ddp", "fsdp2", "zero3"]) if gpus > 1 else "ddp",
+                "checkpointed": generator.choice([0, 1, 2, 999]),
+                "accumulates": generator.random() < 0.5,
+                "expandable": generator.random() < 0.3,
+            }
+        )
+    return found
+
+
+def in_python(source: StoredStep, asked: dict[str, Any]) -> list[Any]:
+    """What the command line would say of these settings."""
+    model, shards = source.model, Shards(asked["gpus"], asked["sharding"])
+    names = () if asked["savers"] == "none" else (*free_savers(model.targets),)
+    names += (ACTIVATIONS,) if asked["savers"] == "selective" else ()
+    shape = BatchShape(asked["rows"], asked["length"])
+    source._step = StepConfig(optimizer=asked["optimizer"], accumulation=1 + asked["accumulates"])
+    memory = shards.of(ConfiguredStep(source.memory(names, shape), model)).memory
+    layers = [segment.name for segment in memory.segments][: asked["checkpointed"]]
+    use = card_use(
+        memory.with_checkpointed(layers),
+        np.minimum(asked["rank"], highest_ranks(model.targets)),
+        shards.loaded(model),
+        device_table()[asked["card"]],
+        shape=shape,
+        evaluation=shape,
+        expandable=asked["expandable"],
+    )
+    allocated = use.allocated_bytes
+    return [allocated, use.reserved_bytes, use.margin_bytes, use.total_bytes, use.verdict, allocated]
+
+
+def check_same(browser: Any, models: dict[str, bytes], sources: dict[str, StoredStep]) -> None:
+    asked = drawn(sources, 500)
+    wanted = [in_python(sources[each["model"]], each) for each in asked]
+    cards = {
+        name: {"memory": card.memory_bytes, "context": card.context_bytes, "workspace": card.workspace_bytes}
+        for name, card in device_table().items()
+    }
+    here = browser.new_page()
+    here.add_script_tag(content=(SOURCE / "memory.js").read_text())
+    texts = {name: base64.b64encode(content).decode() for name, content in models.items()}
+    found = here.evaluate(COMPUTE, [texts, cards, asked])
+    here.close()
+    apart = [(one, mine, its) for one, mine, its in zip(asked, found, wanted, strict=True) if mine != its]
+    assert not apart, f"{len(apart)} of 500, such as {apart[0]}"
+
+
+def test_the_arithmetic_is_that_of_python(browser: Any) -> None:
+    models, sources = {}, {}
+    for name, config in TINY.items():
+        asked = AskedStep(config, SETTINGS)
+        source = StoredStep(StepFile(asked.key), asked.recorder, None)
+        for step in steps(source, SETTINGS):
+            source.configured(step).leaner()
+        missing = [(*free_savers(source.model.targets), *more) for more in ((), (ACTIVATIONS,))]
+        for length in (200, 512, 513):  # what lowers no peak of a tiny model is asked about as well
+            for names in missing:
+                source.memory(names, BatchShape(2, length))
+        models[name], sources[name] = packed_step(source, SETTINGS, {}), source
+    check_same(browser, models, sources)
+
+
+@pytest.mark.long
+def test_the_arithmetic_is_that_of_python_for_what_ships(browser: Any) -> None:
+    models, sources = {}, {}
+    shipping: tuple[tuple[str, Quantization], ...] = (
+        *(("llama-3.2-1b", "none"), ("qwen3-0.6b", "nf4"), ("smollm2-135m", "none"), ("gemma-3-270m", "nf4")),
+    )
+    for name, quantization in shipping:
+        settings = StepConfig(quantization=quantization, bf16=True)
+        file = StepFile.read(shipped(name, settings), AskedStep(name, settings).key)
+        content = packed_model(name, quantization)
+        assert file
+        assert content
+        models[name], sources[name] = content, StoredStep(file, AskedStep(name, settings).recorder, None)
+    check_same(browser, models, sources)
+
+
+@dataclass
+class Visit:
+    """A page that is open, and what it complained of or asked a network for."""
+
+    page: Any
+    complaints: list[str] = field(default_factory=list)
+
+    def wait(self, before: str = "") -> None:
+        """Wait until all is shown, and not what was shown before."""
+        self.page.wait_for_selector(f"body[data-done]:not([data-done='{before}'])")
+
+    @property
+    def done(self) -> str:
+        return str(self.page.evaluate("document.body.dataset.done"))
+
+    def text(self, selector: str) -> str:
+        return str(self.page.locator(selector).first.inner_text())
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "memory.html"
+    write_text(path, page(page_models(("smollm2-135m",))))
+    return path
+
+
+@pytest.fixture
+def visit(browser: Any, page_file: Path) -> Iterator[Callable[..., Visit]]:
+    visits = []
+
+    def opened(state: str = "", width: int = 1200, scheme: str = "light") -> Visit:
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True)
+        here = Visit(context.new_page())
+        visits.append(here)
+        here.page.on("console", lambda message: here.complaints.append(message.text))
+        here.page.on("pageerror", lambda error: here.complaints.append(str(error)))
+        here.page.on("request", lambda request: request.is_navigation_request() or here.complaints.append(request.url))
+        here.page.goto(f"{page_file.as_uri()}{state}")
+        here.wait()
+        return here
+
+    yield opened
+    for each in visits:
+        assert each.complaints == []
+        each.page.context.close()
+
+
+def test_an_answer_is_linked_and_followed(visit: Callable[..., Visit]) -> None:
+    here = visit("#model=smollm2-135m&card=RTX+4070&rows=4&savers=no")
+    assert here.text(".verdict .mark") == "fits"
+    before = here.done
+    here.page.get_by_label("Rows in a batch").fill("256")
+    here.wait(before)
+    assert here.text(".verdict .mark") == "does not fit"
+    assert "rows=256" in here.page.url
+    again = visit("#" + here.page.url.partition("#")[2])
+    assert again.text(".verdict") == here.text(".verdict")
+    assert again.text("#ways") == here.text("#ways")
+
+
+def test_lines_are_chosen_by_keyboard(visit: Callable[..., Visit]) -> None:
+    here = visit("#model=smollm2-135m&bits=nf4&rank=32")
+    assert "rankpilot.attach(trainer" in here.text("#lines code")
+    here.page.get_by_role("tab", name="PEFT and TRL").focus()
+    here.page.keyboard.press("ArrowRight")
+    assert "lora_r: 32" in here.text("#lines code")
+    assert here.page.evaluate("document.activeElement.textContent") == "axolotl"
+
+
+def test_what_cannot_be_asked_is_told(visit: Callable[..., Visit]) -> None:
+    here = visit("#model=smollm2-135m")
+    here.page.get_by_label("Tokens in a row").fill("100000")
+    here.page.wait_for_selector("#answer .mark", state="detached")
+    assert "8,192" in here.text("#answer")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone(visit: Callable[..., Visit], scheme: str) -> None:
+    here = visit("#model=smollm2-135m", width=360, scheme=scheme)
+    assert here.page.evaluate("document.documentElement.scrollWidth") == 360
+    paper = here.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(16, 19, 23)") == (scheme == "dark")
+
+
+@pytest.mark.parametrize(("tab", "program"), [("axolotl", "axolotl"), ("LLaMA-Factory", "LLaMA-Factory")])
+def test_files_of_other_programs_mean_what_was_asked(
+    tab: str, program: str, visit: Callable[..., Visit], tmp_path: Path
+) -> None:
+    asked = "#model=smollm2-135m&rank=32&rows=3&length=777&accumulation=4&optimizer=paged_adamw8bit&savers=no"
+    here = visit(f"{asked}&checkpointing=all")
+    here.page.get_by_role("tab", name=tab).click()
+    path = tmp_path / "train.yaml"
+    path.write_text(here.text("#lines code"))
+    found = read_trainer_file(path)
+    assert found.program == program
+    assert found.unread == ()
+    wanted = {"rank": 32, "batch_size": 3, "max_length": 777, "accumulation": 4, "optimizer": "paged_adamw8bit"}
+    wanted |= {"quantization": "nf4", "gradient_checkpointing": True}
+    assert {name: found.settings[name] for name in wanted} == wanted
+    assert short_name(found.settings["model"]) == "smollm2-135m"

@@ -1,0 +1,283 @@
+// The form, and what it shows: verdict, bar, other ways, longest row, lines to paste. The state is the page's address.
+
+const known = JSON.parse(document.getElementById("known").textContent);
+const form = document.getElementById("form"), answer = document.getElementById("answer");
+const DEFAULTS = {
+  model: "llama-3.1-8b", bits: "nf4", card: "RTX 4090", length: 2048, rows: 2, rank: 16, checkpointing: "auto", savers: true,
+  optimizer: "adamw", accumulation: 8, gpus: 1, sharding: "ddp", expandable: false,
+};
+const OPTIMIZERS = {
+  adamw: "AdamW", adamw8bit: "AdamW, 8 bits", paged_adamw8bit: "AdamW, 8 bits, paged", adamw4bit: "AdamW, 4 bits", adafactor: "Adafactor", sgd: "SGD",
+};
+const IN_TRAINERS = { adamw: "adamw_torch", adamw8bit: "adamw_8bit", paged_adamw8bit: "paged_adamw_8bit", adamw4bit: "adamw_torch_4bit", adafactor: "adafactor", sgd: "sgd" };
+const PARTS = [
+  ["frozen", "frozen model"], ["adapters", "adapters, gradients, optimizer"], ["held", "activations kept for backward"],
+  ["inputs", "inputs of checkpointed layers"], ["temporary", "logits and other temporary tensors"],
+  ["reserve", "kept by the allocator"], ["context", "CUDA context and workspaces"], ["spare", "free"],
+];
+const MARKS = { fits: ["fits", "fits"], tight: ["tight", "tight"], "does not fit": ["does not fit", "over"] };
+const LONGEST = 131072;
+
+function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+const mark = (verdict, small) => element("span", { class: `mark ${MARKS[verdict][1]}${small ? " small" : ""}` }, MARKS[verdict][0]);
+const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(Math.abs(bytes) < 2 ** 30 ? 2 : 1)} GiB`;
+const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
+
+// The address holds what differs from the defaults, so that an answer can be linked.
+function readAddress() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  for (const [name, usual] of Object.entries(DEFAULTS)) {
+    const field = form.elements.namedItem(name), value = given.get(name);
+    if (typeof usual === "boolean") field.checked = value === null ? usual : value === "yes";
+    else field.value = value === null ? usual : value;
+    if (field.tagName === "SELECT" && field.selectedIndex < 0) field.selectedIndex = 0;
+  }
+  document.getElementById("more").open ||= ["optimizer", "accumulation", "sharding", "expandable"].some((name) => given.has(name));
+}
+
+function readForm() {
+  const read = (name, usual) => {
+    const field = form.elements.namedItem(name);
+    return typeof usual === "boolean" ? field.checked : typeof usual === "number" ? Math.trunc(Number(field.value)) : field.value;
+  };
+  return Object.fromEntries(Object.entries(DEFAULTS).map(([name, usual]) => [name, read(name, usual)]));
+}
+
+function writeAddress(asked) {
+  const changed = Object.entries(asked).filter(([name, value]) => value !== DEFAULTS[name]);
+  const text = new URLSearchParams(changed.map(([name, value]) => [name, typeof value === "boolean" ? (value ? "yes" : "no") : value]));
+  history.replaceState(null, "", `#${text}`);
+}
+
+const unpacked = new Map();
+async function modelOf(asked) {
+  const id = `${asked.model}/${asked.bits}`;
+  if (!unpacked.has(id)) unpacked.set(id, unpackModel(document.getElementById(id).textContent));
+  return unpacked.get(id);
+}
+
+// What one way to train takes; null where no recording tells of it. Answers are kept for as long as the page is open.
+const uses = new Map();
+function use(model, asked, savers, checkpointed) {
+  const { rank, rows, length, optimizer, gpus, expandable } = asked;
+  const settings = { rank, rows, length, optimizer, gpus, expandable, checkpointed, sharding: gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
+  const key = JSON.stringify([asked.model, asked.bits, asked.card, savers, settings]);
+  if (!uses.has(key)) {
+    const step = recordedStep(model, savers, rows, length);
+    const layers = step ? Math.min(checkpointed, step.segments.length) : 0;
+    uses.set(key, step && { savers, layers, of: step.segments.length, ...cardUse(model, step, known.cards[asked.card], { ...settings, checkpointed: layers }) });
+  }
+  return uses.get(key);
+}
+
+const pause = () => new Promise((resolve) => setTimeout(resolve));
+const ALL = 1e6;
+
+// The way that takes least time and fits: savers without a price, then selective checkpointing, then as few layers as it
+// takes. Where none fits, the one that takes least.
+async function fastest(model, asked) {
+  if (asked.checkpointing !== "auto") return use(model, asked, asked.savers ? "free" : "none", asked.checkpointing === "all" ? ALL : 0);
+  const fits = (way) => way.verdict === "fits";
+  let ways = (asked.savers ? ["free", "selective"] : ["none"]).filter((savers) => recordedStep(model, savers, asked.rows, asked.length));
+  const without = ways.map((savers) => use(model, asked, savers, 0)), found = without.find(fits);
+  if (found || !ways.length) return found || null;
+  await pause();
+  const whole = ways.map((savers) => use(model, asked, savers, ALL)), best = [...whole].reverse().find(fits);
+  if (!best) return [...without, ...whole].reduce((least, way) => (way.total < least.total ? way : least));
+  let low = 0, high = best.layers;
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (fits(use(model, asked, best.savers, middle))) high = middle;
+    else low = middle;
+    await pause();
+  }
+  return use(model, asked, best.savers, high);
+}
+
+// The most tokens of a row for which there is a way, to multiples of 64; 0 if there is none.
+async function longestRow(model, asked, isLatest) {
+  const limit = Math.min(LONGEST, model.positions ?? LONGEST), unit = 64;
+  const ways = asked.checkpointing === "auto" ? (asked.savers ? [["selective", ALL], ["free", ALL], ["free", 0]] : [["none", ALL], ["none", 0]]) : [[asked.savers ? "free" : "none", asked.checkpointing === "all" ? ALL : 0]];
+  const fits = (length) => ways.some(([savers, layers]) => use(model, { ...asked, length }, savers, layers)?.verdict === "fits");
+  if (model.keepsState) {
+    const known = [...new Set(model.steps.map((step) => step.shape[1]))].sort((a, b) => b - a);
+    return known.find(fits) || 0;
+  }
+  let low = 0, high = Math.floor(limit / unit) + 1;
+  for (let step = 16; low + step < high && isLatest(); step *= 2) {
+    await pause();
+    if (fits((low + step) * unit)) low += step;
+    else high = low + step;
+  }
+  while (high - low > 1 && isLatest()) {
+    const middle = (low + high) >> 1;
+    await pause();
+    if (fits(middle * unit)) low = middle;
+    else high = middle;
+  }
+  return low * unit;
+}
+
+function planText(model, way) {
+  const parts = [];
+  if (way.savers !== "none") parts.push("exact savers");
+  if (way.savers === "selective") parts.push("selective checkpointing");
+  parts.push(way.layers ? `${way.layers === way.of ? "all" : `${way.layers} of`} ${way.of} layers checkpointed` : "no layer checkpointed");
+  const again = ((model.times.checkpointed ?? 1) - 1) * (way.of ? way.layers / way.of : 0), more = way.savers === "selective" ? (model.times.selective ?? 1) - 1 : 0;
+  const time = again + more;
+  return `${parts.join(", ")}${time > 0.005 ? `; a step takes about ${(1 + time).toFixed(2)} of the time without` : ""}`;
+}
+
+function showAnswer(model, asked, way, counted) {
+  const card = known.cards[asked.card], { id, parameters } = known.about[asked.model];
+  const each = asked.gpus > 1 ? `each of ${asked.gpus} x ${asked.card}` : `one ${asked.card}`;
+  const left = way.spare >= 0 ? `${gib(way.spare)} to spare` : `${gib(-way.spare)} too much`;
+  const bytes = Object.fromEntries(KINDS.map((kind, i) => [kind, way.parts[i]]));
+  bytes.context = card.context + bytes.workspace;
+  bytes.reserve = way.total - card.context - KINDS.reduce((sum, kind) => sum + (kind === "context" || kind === "reserve" ? 0 : way.parts[KINDS.indexOf(kind)]), 0);
+  bytes.spare = Math.max(way.spare, 0);
+  const whole = Math.max(way.total, card.memory), shown = PARTS.filter(([kind]) => bytes[kind] > 0);
+  const bar = element("div", { class: "bar", role: "img", "aria-label": shown.map(([kind, words]) => `${words} ${gib(bytes[kind])}`).join(", ") });
+  for (const [kind, words] of shown) bar.append(element("span", { class: kind, style: `flex: ${bytes[kind] / whole} 0 0`, title: `${words}: ${gib(bytes[kind])}` }));
+  if (way.spare < 0) bar.append(element("i", { class: "edge", style: `left: ${(100 * card.memory) / whole}%` }));
+  const limit = element("div", { class: "limit" }, element("span", {}, "0"), element("span", { style: way.spare < 0 ? `right: ${100 - (100 * card.memory) / whole}%` : "right: 0" }, gib(card.memory)));
+  answer.replaceChildren(
+    element("p", { class: "verdict" }, mark(way.verdict), `${gib(way.total)} of ${gib(card.memory)}, ${left}`),
+    element("p", {}, `${asked.model} (${(parameters / 1e9).toPrecision(3)}B) ${asked.bits === "nf4" ? "in 4 bits" : "in bf16"} on ${each}, ${count(asked.rows, "row")} of ${count(asked.length, "token")}, rank ${asked.rank} on all linear modules: ${planText(model, way)}.`),
+    ...(counted === asked.length ? [] : [element("p", { class: "faint" }, `Its layers keep a state, and the page knows a few lengths: ${asked.length} tokens count as ${counted}.`)]),
+    ...(way.verdict === "tight" ? [element("p", { class: "faint" }, "Tight: less than 3 % of the card is to spare, within which predictions err, or it fits only with expandable_segments.")] : []),
+    bar, limit,
+    element("ul", { class: "parts" }, ...shown.map(([kind, words]) => element("li", {}, element("i", { class: `chip ${kind}` }), words, element("b", {}, gib(bytes[kind]))))),
+  );
+}
+
+function showWays(model, asked, best) {
+  const rows = [["plain LoRA, no checkpointing", "none", 0], ["plain LoRA, all layers checkpointed (TRL's default)", "none", ALL], ["exact savers, no checkpointing", "free", 0], ["exact savers, all layers checkpointed", "free", ALL], ["exact and selective, all layers checkpointed", "selective", ALL]];
+  const made = rows.map(([words, savers, layers]) => [words, use(model, asked, savers, layers), layers]).filter(([, way, layers]) => way && (way.of || !layers));
+  if (!made.some(([, way]) => way === best)) made.push([planText(model, best).split(";")[0], best]);
+  document.getElementById("ways").replaceChildren(
+    ...made.sort(([, one], [, other]) => other.total - one.total).map(([words, way]) =>
+      element("tr", way === best ? { class: "chosen" } : {}, element("td", {}, words), element("td", { class: "figure" }, gib(way.total)), element("td", {}, mark(way.verdict, true)))),
+  );
+}
+
+// What each program is told. axolotl and LLaMA-Factory checkpoint all layers or none, and know no savers.
+function programs(asked, way) {
+  const { id } = known.about[asked.model], four = asked.bits === "nf4", again = way.layers > 0, budget = Math.ceil((way.allocated + way.margin - way.parts[0] - known.cards[asked.card].workspace) / MIB);
+  const partly = way.savers === "selective" || (way.layers > 0 && way.layers < way.of), attach = way.savers !== "none" || partly;
+  const name = (text) => JSON.stringify(text), optimizer = IN_TRAINERS[asked.optimizer];
+  const peft = [
+    "from peft import LoraConfig", "from trl import SFTConfig, SFTTrainer", "import torch", `from transformers import AutoModelForCausalLM${four ? ", BitsAndBytesConfig" : ""}`, ...(attach ? ["import rankpilot"] : []), "",
+    `lora = LoraConfig(r=${asked.rank}, lora_alpha=${2 * asked.rank}, target_modules="all-linear")`,
+    "arguments = SFTConfig(", `    per_device_train_batch_size=${asked.rows},`, `    gradient_accumulation_steps=${asked.accumulation},`, `    max_length=${asked.length},`, `    gradient_checkpointing=${again && !partly ? "True" : "False"},`, `    optim=${name(optimizer)},`, "    bf16=True,", ")",
+    ...(four
+      ? ["bits = BitsAndBytesConfig(", "    load_in_4bit=True,", '    bnb_4bit_quant_type="nf4",', "    bnb_4bit_use_double_quant=True,", "    bnb_4bit_compute_dtype=torch.bfloat16,", ")", "model = AutoModelForCausalLM.from_pretrained(", `    ${name(id)}, quantization_config=bits`, ")"]
+      : [`model = AutoModelForCausalLM.from_pretrained(${name(id)}, dtype=torch.bfloat16)`]),
+    "trainer = SFTTrainer(model, arguments, train_dataset=..., peft_config=lora)",
+    ...(attach ? [partly ? "# Exact savers, and as few checkpointed layers as this takes:" : "# Exact savers, the same losses in fewer bytes:", `rankpilot.attach(trainer, budget="${budget}MiB step")`] : []),
+    "trainer.train()",
+  ];
+  const axolotl = [
+    `base_model: ${id}`, `adapter: ${four ? "qlora" : "lora"}`, ...(four ? ["load_in_4bit: true"] : []), `lora_r: ${asked.rank}`, `lora_alpha: ${2 * asked.rank}`, "lora_target_linear: true",
+    `sequence_len: ${asked.length}`, `micro_batch_size: ${asked.rows}`, `gradient_accumulation_steps: ${asked.accumulation}`, `gradient_checkpointing: ${again}`, `optimizer: ${optimizer}`, "bf16: true",
+  ];
+  const factory = [
+    `model_name_or_path: ${id}`, "stage: sft", "do_train: true", "finetuning_type: lora", "lora_target: all", `lora_rank: ${asked.rank}`, `lora_alpha: ${2 * asked.rank}`, ...(four ? ["quantization_bit: 4", "quantization_method: bnb"] : []),
+    `cutoff_len: ${asked.length}`, `per_device_train_batch_size: ${asked.rows}`, `gradient_accumulation_steps: ${asked.accumulation}`, ...(again ? [] : ["disable_gradient_checkpointing: true"]), `optim: ${optimizer}`, "bf16: true",
+  ];
+  const command = [
+    `rankpilot memory ${asked.model} --device ${name(asked.card)} --quantization ${asked.bits} --rank ${asked.rank} \\`,
+    `    --batch-size ${asked.rows} --max-length ${asked.length} --accumulation ${asked.accumulation} --optimizer ${asked.optimizer}${asked.gpus > 1 ? ` --gpus ${asked.gpus} --sharding ${asked.sharding}` : ""}`,
+  ];
+  return { "PEFT and TRL": [peft, way], axolotl: [axolotl, null], "LLaMA-Factory": [factory, null], "command line": [command, way] };
+}
+
+let chosen = "PEFT and TRL";
+function showLines(model, asked, way) {
+  const all = programs(asked, way), tabs = document.getElementById("tabs"), lines = document.getElementById("lines");
+  const choose = (name, focus) => {
+    chosen = name;
+    for (const tab of tabs.children) {
+      const on = tab.textContent === name;
+      tab.setAttribute("aria-selected", on);
+      tab.tabIndex = on ? 0 : -1;
+      if (on && focus) tab.focus();
+    }
+    const [text, itself] = all[name], taken = itself || use(model, asked, "none", way.layers ? ALL : 0);
+    const copy = element("button", { type: "button", class: "copy" }, "Copy");
+    copy.onclick = () => navigator.clipboard?.writeText(text.join("\n")).then(() => (copy.textContent = "Copied"));
+    const how = itself ? [] : [element("p", { class: "faint" }, `${name} checkpoints all layers or none, and has no exact savers: ${gib(taken.total)}, `, mark(taken.verdict, true))];
+    if (itself?.verdict === "does not fit") how.push(element("p", { class: "faint" }, "Nothing fits. These are the lines of the way that takes least."));
+    lines.replaceChildren(element("pre", {}, element("code", {}, text.join("\n"))), ...how, copy);
+    lines.setAttribute("aria-label", name);
+  };
+  const names = Object.keys(all);
+  tabs.replaceChildren(...names.map((name) => element("button", { type: "button", role: "tab", "aria-controls": "lines" }, name)));
+  tabs.onclick = (event) => event.target.role === "tab" && choose(event.target.textContent);
+  tabs.onkeydown = (event) => {
+    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (by) choose(names[(names.indexOf(chosen) + by + names.length) % names.length], true);
+  };
+  choose(chosen);
+}
+
+let latest = 0;
+async function show() {
+  const asked = readForm(), own = ++latest, isLatest = () => own === latest;
+  for (const option of form.elements.bits.options) option.disabled = !document.getElementById(`${asked.model}/${option.value}`);
+  if (form.elements.bits.selectedOptions[0].disabled) {
+    form.elements.bits.value = [...form.elements.bits.options].find((option) => !option.disabled).value;
+    return show();
+  }
+  form.elements.sharding.disabled = asked.gpus < 2;
+  if (!form.checkValidity()) return answer.replaceChildren(element("p", { class: "verdict" }, form.querySelector(":invalid").validationMessage));
+  writeAddress(asked);
+  answer.setAttribute("aria-busy", "true");
+  const longest = document.getElementById("longest");
+  longest.textContent = "";
+  await pause();
+  const model = await modelOf(asked);
+  if (!isLatest()) return;
+  const complain = (text) => {
+    answer.replaceChildren(element("p", { class: "verdict" }, text));
+    answer.setAttribute("aria-busy", "false");
+    document.getElementById("ways").replaceChildren();
+  };
+  if (model.positions && asked.length > model.positions) return complain(`${asked.model} reads ${count(model.positions, "token")} at the most.`);
+  const counted = model.keepsState ? Math.min(...model.steps.map((step) => step.shape[1]).filter((length) => length >= asked.length)) : asked.length;
+  const there = { ...asked, length: counted }, way = Number.isFinite(counted) ? await fastest(model, there) : null;
+  if (!isLatest()) return;
+  if (!way) return complain("The page has no recording for this batch. The command line records it: rankpilot memory.");
+  showAnswer(model, asked, way, counted);
+  answer.setAttribute("aria-busy", "false");
+  await pause();
+  showWays(model, there, way);
+  showLines(model, there, way);
+  longest.textContent = "Looking for the longest row that fits ...";
+  const most = await longestRow(model, there, isLatest);
+  if (!isLatest()) return;
+  const cap = Math.min(LONGEST, model.positions ?? LONGEST);
+  longest.textContent = most ? `Longest row that fits, ${count(asked.rows, "row")} at a time: ${most + 64 > cap ? `${count(cap, "token")}, ${cap === LONGEST ? "where the page stops looking" : "all that the model reads"}` : count(most, "token")}${asked.checkpointing === "auto" ? ", with all layers checkpointed if need be" : ""}.` : `No row fits, ${count(asked.rows, "row")} at a time.`;
+  document.body.dataset.done = own;
+}
+
+const [models, cards] = [Object.keys(known.about), Object.entries(known.cards).sort(([, one], [, other]) => one.memory - other.memory)];
+form.elements.model.append(...models.map((name) => element("option", {}, name)));
+form.elements.card.append(...cards.map(([name, { memory }]) => element("option", { value: name }, `${name} (${gib(memory)})`)));
+form.elements.optimizer.append(...Object.entries(OPTIMIZERS).map(([name, words]) => element("option", { value: name }, words)));
+document.getElementById("foot").append(element("p", {}, "Bytes are those of rankpilot memory, to the byte: a step of the model was recorded, and is replayed here for your batch, rank, optimizer and card. Adapters are on all linear modules, attention is torch's flash attention where the model's mask allows it, and a 4-bit model is prepared with prepare_model_for_kbit_training. Predictions err by some per cent: leave 3 % of a card, and in 4 bits more."));
+let waiting = 0;
+form.addEventListener("input", () => {
+  clearTimeout(waiting);
+  waiting = setTimeout(show, 120);
+});
+form.addEventListener("submit", (event) => event.preventDefault());
+addEventListener("hashchange", () => (readAddress(), show()));
+readAddress();
+show();
