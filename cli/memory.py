@@ -105,9 +105,8 @@ def main(arguments: Sequence[str]) -> int:
     told = not (options.json or (options.python and outlook.best))
     if told:  # what is asked for first, and then what takes seconds more
         console.print(f"[bold]{escape(report.subject(outlook, options))}[/]", highlight=False)
-        console.print(report.verdict_text(outlook), markup=False, highlight=False)
-        if doubtful := doubts_text(outlook):
-            console.print(doubtful, markup=False, highlight=False)
+        verdict = filter(None, (report.verdict_text(outlook), doubts_text(outlook)))
+        console.print("\n".join(verdict), markup=False, highlight=False)
         if options.details or options.budget:
             console.print(report.choice_table(outlook))
         if len(outlook.step.saved) > 1:
