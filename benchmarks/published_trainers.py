@@ -9,6 +9,7 @@ from typing import Any
 
 from rankpilot.common.text import make_table
 from rankpilot.cost.memory_of import memory_of
+from rankpilot.cost.outlook import Outlook
 from rich.console import Console
 
 from .harness import Figures
@@ -18,7 +19,7 @@ FILE = Path(__file__).with_name("published_peaks") / "axolotl.csv"
 GIB = 2**30
 
 _NUMBERS = {"rank": int, "batch_size": int, "max_length": int, "accumulation": int, "lora_dropout": float}
-_SWITCHES = ("packed", "reentrant", "offload", "expandable_segments")
+_SWITCHES = ("packed", "reentrant", "offload", "expandable_segments", "prepare_kbit")
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,15 @@ class Example:
     settings: dict[str, Any]
 
     @property
-    def predicted_gib(self) -> float:
-        """What torch's allocator reserves, on an A100 of 80 GB."""
+    def outlook(self) -> Outlook:
+        """On an A100 of 80 GB."""
         settings = dict(self.settings)
-        outlook = memory_of(settings.pop("model"), "A100 80GB", **settings)
+        return memory_of(settings.pop("model"), "A100 80GB", **settings)
+
+    @property
+    def predicted_gib(self) -> float:
+        """What torch's allocator reserves there."""
+        outlook = self.outlook
         use = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use
         assert use is not None, "there is a card"
         return use.reserved_bytes / GIB
@@ -62,9 +68,8 @@ def examples() -> list[Example]:
 def _settings(row: dict[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {name: value for name, value in row.items() if value}
     found |= {name: kind(row[name]) for name, kind in _NUMBERS.items()}
-    found |= {name: row[name] == "True" for name in _SWITCHES}
-    prepared = {"prepare_kbit": False} if row["quantization"] else {}
-    return found | prepared | {"exact_savers": False, "gradient_checkpointing": True}
+    found |= {name: row[name] == "True" for name in _SWITCHES if row[name]}
+    return found | {"exact_savers": False, "gradient_checkpointing": True}
 
 
 def compare_examples(console: Console) -> Figures:

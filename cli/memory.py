@@ -91,6 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     check_model(options.model, options.card)
     from ..common.files import refuse_file
     from ..study import memory_report as report
+    from ..study.memory_doubts import doubts_text
     from ..study.memory_report import saver_table
 
     if options.output:
@@ -105,7 +106,8 @@ def main(arguments: Sequence[str]) -> int:
     told = not (options.json or (options.python and outlook.best))
     if told:  # what is asked for first, and then what takes seconds more
         console.print(f"[bold]{escape(report.subject(outlook, options))}[/]", highlight=False)
-        console.print(report.verdict_text(outlook), markup=False, highlight=False)
+        verdict = filter(None, (report.verdict_text(outlook), doubts_text(outlook)))
+        console.print("\n".join(verdict), markup=False, highlight=False)
         if options.details or options.budget:
             console.print(report.choice_table(outlook))
         if len(outlook.step.saved) > 1:
@@ -117,6 +119,7 @@ def main(arguments: Sequence[str]) -> int:
         console.out(report.configuration_text(outlook), highlight=False)
     if options.json:
         figures = report.figures(outlook) | ({"lengths": of_lengths.lengths_figures(found)} if found else {})
+        figures |= {"unread": list(file.unread)} if file else {}
         console.out(json.dumps(figures, indent=2), highlight=False)
     if told:
         if options.details and outlook.grid:

@@ -292,7 +292,9 @@ class _Events:
             last = int(recording.created[own].max())
         serials = np.flatnonzero(within & (recording.created <= last))
         soon = start + np.minimum(recording.freed_if_unsaved[serials], last) - segment.start
-        died = np.where(saved[serials], self._scaled(recording.freed[serials]), soon)
+        # What functions keep on their contexts goes with the graph of the second run.
+        freed = np.where(recording.freed[serials] == NEVER, self._backward_end(index), recording.freed[serials])
+        died = np.where(saved[serials], self._scaled(freed), soon)
         if segment.reentrant:
             died[np.isin(serials, segment.outputs)] = self._scale * self._backward_end(index)
         return serials, start + recording.created[serials] - segment.start, died

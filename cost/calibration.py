@@ -299,7 +299,8 @@ def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: B
         signal_bytes=signals,
         accumulates=step.accumulates,
     )
-    return replace(memory, states=step_states(step, targets, signals=signals))
+    memory = replace(memory, states=step_states(step, targets, signals=signals))
+    return memory.offloaded() if step.offloads else memory
 
 
 def step_states(step: TrainingStep, targets: Sequence[TargetModule], *, signals: bool) -> ModelStates:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -95,6 +95,8 @@ class LoadedModel:
         named: names of modules to give in place of "all-linear", where that is of others in PEFT; else empty.
         is_eager: whether attention holds the scores of all pairs of tokens.
         has_xielu: whether it has the activation function xIELU.
+        words: of its vocabulary, as its configuration tells; 0 if it does not.
+        own_code: whether that names code that comes with the weights; what is priced is that of transformers.
         task_type: what PEFT calls the task.
         saved_modules: names of modules that train as a whole, such as a new classifier.
     """
@@ -116,6 +118,8 @@ class LoadedModel:
     named: tuple[str, ...] = ()
     is_eager: bool = False
     has_xielu: bool = False
+    words: int = 0
+    own_code: bool = False
     task_type: str | None = None
     saved_modules: tuple[str, ...] = ()
 
@@ -190,7 +194,7 @@ def configured_step(source: StepSource, shape: BatchShape, savers: Sequence[str]
     return replace(found, leaner=leaner) if savers and priced.memory.segments else found
 
 
-Sharding = Literal["ddp", "fsdp2", "zero3"]
+Sharding = Literal["ddp", "zero2", "fsdp2", "zero3"]
 
 LIVE_PARAMETERS = 10**9
 """DeepSpeed's `stage3_max_live_parameters`."""
@@ -203,6 +207,7 @@ class Shards:
     """How many GPUs train together, and what they share; every figure is of one of them, with its own batch.
 
     * ddp: each holds the whole frozen model, and one copy more of the adapters' gradients, in buckets.
+    * zero2: the same, and a part of the optimizer's state.
     * fsdp2: each holds a part of the frozen model, two layers that are gathered, and all that lies outside the layers
       (embeddings, head), as `fully_shard` of each layer and of the model leaves it.
     * zero3: each holds a part of the frozen model, and up to `LIVE_PARAMETERS` that are gathered.
@@ -219,14 +224,14 @@ class Shards:
     def __post_init__(self) -> None:
         if type(self.gpus) is not int or not 1 <= self.gpus <= MOST_GPUS:
             raise ConfigError(f"gpus is a whole number from 1 to {MOST_GPUS:,}; got {self.gpus!r}.")
-        if self.sharding not in ("ddp", "fsdp2", "zero3"):
-            raise ConfigError(f"sharding is ddp, fsdp2 or zero3; got {self.sharding!r}.")
+        if self.sharding not in get_args(Sharding):
+            raise ConfigError(f"sharding is {', '.join(get_args(Sharding))}; got {self.sharding!r}.")
         if self.gpus == 1 and self.sharding != "ddp":
             raise ConfigError(f"sharding {self.sharding} is for several GPUs: give gpus, at least 2, with it.")
 
     def loaded(self, model: LoadedModel) -> tuple[int, ...]:
         """Bytes of each storage of the frozen model on one GPU; the last is what is gathered."""
-        if self.sharding == "ddp":
+        if self.sharding in ("ddp", "zero2"):
             return model.frozen
         return *(-(-size // self.gpus) for size in model.frozen), min(self._gathered(model), model.frozen_bytes)
 
@@ -240,9 +245,11 @@ class Shards:
         if self.gpus == 1:
             return step
         states = step.memory.states
-        if self.sharding == "ddp":
+        if self.sharding in ("ddp", "zero2"):
             states = states.with_buckets(1.0)
-        else:
+        if self.sharding == "zero2":
+            states = replace(states, optimizer=np.ceil(states.optimizer / self.gpus))
+        elif self.sharding != "ddp":
             names = ("weights", "optimizer", "fixed", "others", "other_gradients")
             states = replace(states, **{name: np.ceil(getattr(states, name) / self.gpus) for name in names})
         memory = replace(step.memory, states=states)

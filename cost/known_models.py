@@ -15,7 +15,7 @@ from ..errors import AssetError, UnknownNameError
 _MODELS = Path(__file__).with_name("published_models.json")
 
 
-_VARIANTS = ("-instruct", "-it", "-pt", "-chat", "-base")
+_VARIANTS = ("-instruct", "-it", "-pt", "-chat", "-base", "-hf")
 """Ends of names of models that have the sizes of the model without them."""
 
 

@@ -62,7 +62,7 @@ def memory_of(
             compute under bf16 autocast with bf16.
         padded: whether rows of a batch are padded, which takes other attention kernels.
         gpus: how many such cards train together, each with its own batch; figures are of one.
-        sharding: what they share: "ddp", "fsdp2" or "zero3"; see `Shards`.
+        sharding: what they share: "ddp", "zero2", "fsdp2" or "zero3"; see `Shards`.
         attention: "eager", "sdpa", "flash" or "flex"; or "math", sdpa where no fused kernel is there.
         lora_dropout: see `peft.LoraConfig`.
         settings: of `LoadedAs`: experts, loss, reentrant, packed, offload, expandable_segments, adapter ...; and of
@@ -141,7 +141,19 @@ class AskedStep:
         found = source.configured(step)
         if step.gradient_checkpointing is True and not found.memory.segments:
             self.recorder(optional=False)  # which tells that the model has none
-        return found, step
+        return self._with_what_is_said(found), step
+
+    def _with_what_is_said(self, found: ConfiguredStep) -> ConfiguredStep:
+        """The step with what the configuration tells of its model, and no recording does."""
+        said = _fields(self.model)
+        words = said.get("vocab_size") or (said.get("text_config") or {}).get("vocab_size") or 0
+        model = replace(found.model, words=words, own_code=bool(said.get("auto_map")))
+
+        def leaner() -> ConfiguredStep | None:
+            lean = found.leaner()
+            return lean and replace(lean, model=model)
+
+        return replace(found, model=model, leaner=leaner)
 
     def stored(self) -> StoredStep:
         """The step, from the files that are there."""

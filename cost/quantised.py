@@ -26,6 +26,8 @@ from . import training_step
 from .live_storages import META_STANDS_FOR
 from .step_config import ExpertBits, Quantization
 
+logger = logging.getLogger(__name__)
+
 BLOCK = 64
 """Weights that share one scale in nf4."""
 
@@ -72,6 +74,7 @@ def quantise(
     loaded = {"nf4": "load_in_4bit", "int8": "load_in_8bit"}[quantization]
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(**{loaded: True}), pre_quantized=False)
     skipped = quantizer.get_modules_to_not_convert(model, kept, model._keep_in_fp32_modules)
+    skipped += _read_past_layers(model)
     compute_dtype = model.dtype
     for name, module in list(model.named_modules()):
         if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skipped):
@@ -92,6 +95,19 @@ def quantise(
     if prepare:
         prepare_quantised(model)
     return model.requires_grad_(False)
+
+
+def _read_past_layers(model: nn.Module) -> list[str]:
+    """Mixers of Mamba that multiply with the weight of a layer itself, which has no shape in fewer bits."""
+    found = [
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "A_log") and isinstance(getattr(module, "dt_proj", None), nn.Linear)
+    ]
+    if found:
+        mixer = found[0].rpartition(".")[2]
+        logger.warning("layers of Mamba stay as they are: load it with llm_int8_skip_modules=[%r].", mixer)
+    return found
 
 
 def _quantise_experts(
@@ -116,7 +132,9 @@ def _quantise_experts(
             codes, scales = torch.empty(weight.shape, dtype=torch.int8), [torch.empty(count * rows)]
         del part._parameters[name]
         part.register_parameter(name, nn.Parameter(codes, requires_grad=False))
-        dequantised = _Dequantised(scales, (count if whole else 1, rows, columns), count, dtype)
+        eight = quantization == "int8" and whole  # which bitsandbytes makes in fp32, by two products
+        of_one = (count if whole else 1, rows, columns)
+        dequantised = _Dequantised(scales, of_one, count, torch.float32 if eight else dtype, products=1 + eight)
         parametrize.register_parametrization(part, name, dequantised, unsafe=True)
     # A parameter that is read twice in one pass is made once, as bitsandbytes' hooks have it.
     part.register_forward_pre_hook(lambda *_: setattr(parametrize, "_cache_enabled", parametrize._cache_enabled + 1))
@@ -125,24 +143,43 @@ def _quantise_experts(
 
 @contextmanager
 def adapters_on_quantised_experts() -> Iterator[None]:
-    """Let PEFT take its own parametrisation off again where there is another one below it.
+    """Let PEFT adapt experts that are dequantised where they are read, as 0.19 does, which axolotl has.
 
-    Up to 0.21 it looks for one of another class, finds none, and leaves one more with each pass.
+    From 0.21 on it reads a weight in a cache that its adapter is not in yet, so one of two adapters never trains.
     """
-    usual = ParamWrapper._remove_parametrizations
+    usual = ParamWrapper._activate_lora
 
-    def remove(self: Any) -> None:
-        stack = self.get_base_layer().parametrizations[self.parameter_name]
-        if len(stack) == 1:
-            usual(self)
-        else:
-            del stack[-1]
+    @contextmanager
+    def activate(self: Any, adapters: list[str]) -> Iterator[None]:
+        base, name = self.get_base_layer(), self.parameter_name
+        if name not in getattr(base, "parametrizations", ()) or len(adapters) != 1 or adapters[0] not in self.lora_A:
+            with usual(self, adapters):
+                yield
+            return
+        change = self.get_delta_weight(adapters[0])
+        parametrize.register_parametrization(base, name, _Changed(change))
+        try:
+            yield
+        finally:
+            del base.parametrizations[name][-1]
 
-    ParamWrapper._remove_parametrizations = remove
+    ParamWrapper._activate_lora = activate
     try:
         yield
     finally:
-        ParamWrapper._remove_parametrizations = usual
+        ParamWrapper._activate_lora = usual
+
+
+class _Changed(nn.Module):
+    """Adds what an adapter changes to the weights of all experts."""
+
+    def __init__(self, change: torch.Tensor) -> None:
+        super().__init__()
+        self._change = change
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """The effective weights, (experts, ...)."""
+        return weight + self._change
 
 
 def _forget(*_: Any) -> None:
@@ -154,15 +191,18 @@ def _forget(*_: Any) -> None:
 class _Dequantised(nn.Module):
     """Makes the weights of experts from codes, wherever they are read."""
 
-    def __init__(self, scales: list[Any], shape: tuple[int, ...], experts: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, scales: list[Any], shape: tuple[int, ...], experts: int, dtype: torch.dtype, *, products: int = 1
+    ) -> None:
         super().__init__()
         self.quant_state = scales[0]
-        self._shape, self._experts, self._dtype = shape, experts, dtype
+        self._shape, self._experts, self._dtype, self._products = shape, experts, dtype, products
 
     @torch.no_grad()
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         """The weights, (experts, ...); where experts are dequantised one by one they share one's memory."""
-        made = torch.empty(self._shape, dtype=self._dtype, device=codes.device)
+        for _ in range(self._products):  # each is there until the next one is
+            made = torch.empty(self._shape, dtype=self._dtype, device=codes.device)
         return made.expand(self._experts, *self._shape[1:])
 
 

@@ -141,6 +141,9 @@ class PilotOptions(PlanOptions):
         control: correct the learning rate in the first half of the run by what its steps show, and take back damage
             that too high a rate has done (docs/control.md). For Adam and its variants, and runs of 60 steps or more. By
             default it is on under learning_rate="auto", and off for a rate of your own.
+        offload: keep the inputs of checkpointed layers in main memory until they are needed: the same losses, and fewer
+            layers are checkpointed within the same bytes. For CUDA, where nobody has measured its time yet; a limit of
+            time does.
 
     Example:
         >>> options = PilotOptions(budget="80%", time="75%", bounds={"q_proj": 8})
@@ -156,6 +159,7 @@ class PilotOptions(PlanOptions):
     log: str | Path | None = None
     learning_rate: Literal["auto"] | None = None
     control: bool | None = None
+    offload: bool = False
 
     @property
     def budget_read(self) -> Budget:
@@ -179,6 +183,7 @@ class PilotOptions(PlanOptions):
             check_seed(self.seed)
         check_scaling(self.scaling)
         _check_switch("fresh", self.fresh)
+        _check_switch("offload", self.offload)
         if isinstance(self.control, str | Path):
             raise ConfigError(
                 f"control is True or False; got {shown(str(self.control))}. An agent steers ranks and learning rate "

@@ -36,6 +36,7 @@ from . import before_training
 from .controlled_rate import ControlledRate
 from .elastic import ElasticBudget
 from .journal import Journal, PlanChange
+from .offload import can_offload, offload_inputs
 from .options import PilotOptions
 from .peak_guard import PeakGuard
 from .plan_rate import PlanRate, initial_loss
@@ -303,6 +304,12 @@ class PilotedRun:
         if options.chooses_layers and self.elastic.budget.kind != "parameters" and could_checkpoint(run.model):
             self._checkpointing = LayerCheckpointing(run.model, whole=options.goal == "bytes")
             self._switches.callback(self._checkpointing.put_back)
+        if options.offload and can_offload(run.wrapped):
+            self._switches.callback(offload_inputs(run.model))
+            run.offload_inputs()
+            self.journal.note("Inputs of checkpointed layers lie in main memory, but for the nearest (offload=True).")
+        elif options.offload:
+            self.journal.note("offload=True changes nothing: the model is in main memory already, or it is compiled.")
 
     def _have_rate(self, initial: InitialLoss | None, own: float | None = None) -> None:
         """Have the learning rate follow the plan until the run ends."""

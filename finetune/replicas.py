@@ -275,7 +275,8 @@ def check_arguments(args: TrainingArguments) -> None:
     if getattr(args, "activation_offloading", False):
         raise UnsupportedError(
             "With activation_offloading=True the tensors of a step leave the device, so its memory cannot be measured "
-            "before training. Leave it out, or use gradient checkpointing, which is measured."
+            "before training. Leave it out, and give rankpilot offload=True: it keeps inputs of checkpointed layers in "
+            "main memory, and knows their bytes."
         )
 
 

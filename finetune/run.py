@@ -242,6 +242,10 @@ class TrainingRun:
         """Measure steps from now on as those of a loop that keeps its gradients."""
         vars(self)["step"] = replace(self.step, accumulates=True)
 
+    def offload_inputs(self) -> None:
+        """Measure steps from now on as those in which inputs of checkpointed layers lie in main memory."""
+        vars(self)["step"] = replace(self.step, offloads=True)
+
     @property
     def tells_positions(self) -> bool:
         """Whether batches hold the positions of their tokens."""

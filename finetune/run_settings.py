@@ -35,6 +35,7 @@ def run_settings(options: PilotOptions, budget: Budget, policy: Policy, schedule
         "learning_rate": options.learning_rate,
         "keep_rate": options.keep_rate,
         "control": options.control,
+        **({"offload": True} if options.offload else {}),
     }
 
 

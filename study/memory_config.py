@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ..cost.budget import Budget
+from ..cost.configured_step import Sharding
 from ..cost.step_config import ExpertBits, StepConfig, check_seed
 from ..data.task import Task
 from ..errors import ConfigError
@@ -47,7 +48,8 @@ class MemoryConfig(StepConfig):
             Hugging Face id, a folder or a config.json.
         device_memory: the same for a card of which you tell the memory: "24GiB".
         gpus: so many such cards train together, each with a batch of its own; all figures are per GPU.
-        sharding: what they share: ddp, nothing; fsdp2 and zero3, the frozen model and what trains.
+        sharding: what they share: ddp, nothing; zero2, the optimizer's state; fsdp2 and zero3, the frozen model and
+            what trains.
         dtype: precision of the frozen model on that card: bf16, fp16 or fp32; by default bf16 where the card has it.
             With bf16, steps compute under bf16 autocast.
         lora_dropout: the share of an adapter's inputs that is dropped at random; its masks and products take bytes.
@@ -81,7 +83,7 @@ class MemoryConfig(StepConfig):
     device: str | None = None
     device_memory: str | None = None
     gpus: int = 1
-    sharding: Literal["ddp", "fsdp2", "zero3"] = "ddp"
+    sharding: Sharding = "ddp"
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     lora_dropout: float = 0.0
     experts: ExpertBits = "transformers"

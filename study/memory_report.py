@@ -25,6 +25,7 @@ from ..cost.saver_prices import ACTIVATIONS, Saved
 from ..errors import BudgetError, UnsupportedError
 from ..lora.spec import REFERENCE_RANK
 from .memory_config import MemoryConfig
+from .memory_doubts import doubts, of_loading
 
 if TYPE_CHECKING:
     from .lengths import StepsOfLengths
@@ -300,41 +301,9 @@ def remarks(outlook: Outlook) -> Iterator[str]:
     if outlook.card and not outlook.checkpointable:
         yield f"{outlook.step.model.kind} does not support gradient checkpointing."
     if outlook.card:
-        yield from _of_loading(outlook)
+        yield from of_loading(outlook)
     yield from _measured(outlook)
     yield from outlook.notes
-
-
-def _of_loading(outlook: Outlook) -> Iterator[str]:
-    """What another way to load and to run the model would take, where it takes much less."""
-    step, settings = outlook.step, outlook.settings
-    loaded, how = step.loaded, settings.quantization
-    if how != "none" and step.model.fused and loaded.experts == "transformers":
-        whole, fewer = 2.0 * step.model.fused, step.model.fused * (0.52 if how == "nf4" else 1.0)
-        yield (
-            f"transformers does not quantise fused experts: they take {format_bytes(whole)}. With axolotl's "
-            f"quantize_moe_experts (--experts axolotl) they take {format_bytes(fewer)} in {how}. "
-            "prepare_model_for_kbit_training of PEFT casts them to fp32, "
-            f"{format_bytes(2 * whole)}; rankpilot's preparation does not."
-        )
-    elif how != "none" and step.model.fused:
-        yield "Loading may take more than training: tensors are there in 16 bits until they are quantised."
-    if how == "int8" and not loaded.reentrant and settings.gradient_checkpointing is not False:
-        yield (
-            "In int8 a checkpointed layer still holds the inputs of its products (bitsandbytes keeps them outside of "
-            "what checkpointing sees). With use_reentrant=True (--reentrant) it does not."
-        )
-    if step.model.has_xielu and loaded.fused_activations:
-        yield "xIELU is counted as its CUDA kernel (pip install of nickjbrowning/XIELU); without it a step takes more."
-    if step.model.is_eager and outlook.memory.shape.length > SHORT:
-        yield (
-            f"Attention is eager: scores take the square of {outlook.memory.shape.length:,} tokens. "
-            "With --attention flash (a kernel for this model's sinks, if it has any) they take none."
-        )
-
-
-SHORT = 512
-"""Tokens up to which scores of eager attention take little."""
 
 
 def _moment_text(label: str) -> str:
@@ -485,6 +454,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
             for cell in outlook.grid
         ],
         "measured": asdict(outlook.measured) if outlook.measured else None,
+        "doubts": [asdict(each) for each in doubts(outlook)],
         "notes": outlook.notes,
     }
 

@@ -161,7 +161,23 @@ def _names(given: Any) -> str | None:
 
 def _adapter(keys: _Keys, **names: str) -> dict[str, Any]:
     """Further arguments of `LoraConfig`, by the keys that the program has for them."""
-    return {name: value for name, key in names.items() if (value := keys.get(key))}
+    found = {name: value for name, key in names.items() if (value := keys.get(key))}
+    return {
+        name: value.split(",") if name == "modules_to_save" and isinstance(value, str) else value
+        for name, value in found.items()
+    }
+
+
+def _quantization(keys: _Keys) -> str | None:
+    """How the frozen model is stored.
+
+    Raises:
+        ConfigError: both of two ways are asked for.
+    """
+    four, eight = keys.flag("load_in_4bit"), keys.flag("load_in_8bit")
+    if four and eight:
+        raise ConfigError(f"{keys.path} has load_in_4bit and load_in_8bit: set one of them.")
+    return "nf4" if four else "int8" if eight else None
 
 
 def _rows(keys: _Keys, batch: str, default: int, length: int, *, flat: bool) -> dict[str, Any]:
@@ -184,7 +200,8 @@ def _sharding(keys: _Keys) -> str | None:
     if "fsdp_config" in keys.values or keys.get("fsdp"):
         keys.get("fsdp_config"), keys.get("fsdp_version")
         return "fsdp2"
-    return "zero3" if "3" in re.findall(r"zero_?(?:stage)?(\d)", str(deepspeed).lower()) else None
+    stages = re.findall(r"zero_?(?:stage)?(\d)", str(deepspeed).lower())
+    return next((f"zero{stage}" for stage in ("3", "2") if stage in stages), None)
 
 
 def _axolotl(keys: _Keys) -> dict[str, Any]:
@@ -193,7 +210,6 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         raise keys.refuse(f"trains {'everything' if adapter is None else f'with adapter: {shown(adapter)}'}")
     if rl:
         raise keys.refuse(f"trains by rl: {shown(rl)}")
-    four, eight = keys.flag("load_in_4bit"), keys.flag("load_in_8bit")
     plugins = str(keys.get("plugins", ""))
     cut = keys.flag("cut_cross_entropy", "CutCrossEntropy" in plugins) or keys.flag("liger_fused_linear_cross_entropy")
     flags = [name for name in ("flash", "sdp", "flex", "eager", "xformers") if keys.flag(f"{name}_attention")]
@@ -213,7 +229,7 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         "target_modules": "all-linear" if linear else named or None,
         "target_parameters": _names(keys.get("lora_target_parameters")),
         "adapter": _adapter(keys, use_dora="peft_use_dora", modules_to_save="lora_modules_to_save"),
-        "quantization": "nf4" if four else "int8" if eight else None,
+        "quantization": _quantization(keys),
         "experts": "axolotl" if keys.flag("quantize_moe_experts") else None,
         "optimizer": _optimizer(keys, "optimizer", "adamw_torch_fused"),
         "dtype": "bf16" if precise else "fp16" if keys.flag("fp16") else "fp32",
@@ -230,7 +246,7 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
 def _trl(keys: _Keys) -> dict[str, Any]:
     if "use_peft" in keys.values and not keys.flag("use_peft"):
         raise keys.refuse("trains everything (use_peft: false)")
-    four, eight = keys.flag("load_in_4bit"), keys.flag("load_in_8bit")
+    quantization = _quantization(keys)
     keys.flag("use_peft"), keys.get("bnb_4bit_quant_type")
     attention = _attention(keys.get("attn_implementation"))
     flat = attention == "flash" and (keys.flag("packing") or keys.flag("padding_free"))
@@ -242,8 +258,8 @@ def _trl(keys: _Keys) -> dict[str, Any]:
         "target_modules": _names(keys.get("lora_target_modules")) or "q_proj,v_proj",
         "target_parameters": _names(keys.get("lora_target_parameters")),
         "adapter": _adapter(keys, use_dora="use_dora", modules_to_save="lora_modules_to_save"),
-        "quantization": "nf4" if four else "int8" if eight else None,
-        "double_quantization": keys.flag("use_bnb_nested_quant") if four else None,
+        "quantization": quantization,
+        "double_quantization": keys.flag("use_bnb_nested_quant") if quantization == "nf4" else None,
         "optimizer": _optimizer(keys, "optim", "adamw_torch_fused"),
         "dtype": {"float32": "fp32", "float16": "fp16"}.get(str(keys.get("dtype", "bfloat16")), "bf16"),
         "bf16": keys.flag("bf16", not keys.flag("fp16")),

@@ -10,6 +10,7 @@ import pytest
 from rankpilot.common.files import read_json, read_object
 from rankpilot.cost.cards import device_table
 from rankpilot.cost.outlook import card_rates
+from rankpilot.study.memory_doubts import doubts
 
 from benchmarks import published_page
 from benchmarks.published import (
@@ -124,8 +125,13 @@ def test_times_are_judged_by_seconds_and_by_shares():
     assert lengths["nf4", "Mistral-7B"].seconds == pytest.approx(8 * 4096 / 2987.456)
 
 
-EXPLAINED = ("hunyuan-v1-dense-qlora", "lora-8b", "glm47-flash-qlora", "glm47-flash-qlora+experts")
-"""Examples of axolotl whose figures are of something else than their files say, as their notes tell."""
+FAR = {
+    "hunyuan-v1-dense-qlora": 0.75,
+    "glm47-flash-qlora": 0.25,
+    "glm47-flash-qlora+experts": 0.2,
+    "lfm2-8b-a1b-lora": 0.2,
+}
+"""Examples of axolotl that take more than a tenth more than predicted, and how much is missing at the most."""
 
 
 @pytest.mark.parametrize(
@@ -133,9 +139,13 @@ EXPLAINED = ("hunyuan-v1-dense-qlora", "lora-8b", "glm47-flash-qlora", "glm47-fl
     [
         pytest.param(each, id=each.name, marks=() if each.name.startswith("ministral") else pytest.mark.long)
         for each in examples()
-        if each.name not in EXPLAINED
     ],
 )
-def test_examples_of_axolotl_are_within_a_tenth(example: Example) -> None:
+def test_examples_of_axolotl_are_within_a_tenth_or_the_answer_doubts_itself(example: Example) -> None:
     pytest.importorskip("bitsandbytes")
-    assert example.predicted_gib == pytest.approx(example.published_gib, rel=0.1)
+    missing = 1 - example.predicted_gib / example.published_gib
+    if example.name in FAR:
+        assert 0.1 < missing < FAR[example.name]
+        assert "more" in {each.direction for each in doubts(example.outlook)}
+    else:
+        assert abs(missing) < 0.1

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as t
-from rankpilot.cost.allocator import CachingAllocator
+from rankpilot.cost.allocator import CachingAllocator, replay
 from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs
 from rankpilot.cost.from_config import base_on_meta, from_config
 from rankpilot.cost.model_states import frozen_bytes
+from rankpilot.cost.quantised import quantise
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError, UnknownNameError
 
@@ -141,6 +142,36 @@ def test_experts_of_a_real_layer_take_the_predicted_bytes():
     assert frozen_bytes(model) < plain
     assert hollow.model.frozen_bytes == frozen_bytes(model)
     assert largest_price_error(hollow.memory, memory) < 0.02
+
+
+def test_each_adapter_of_quantised_experts_has_a_gradient():
+    pytest.importorskip("bitsandbytes")
+    step = step_of(
+        MIXTRAL, {"quantization": "nf4", "prepare_kbit": False, "target_parameters": "all-experts"}, experts="axolotl"
+    )
+    adapted = [number for number, target in enumerate(step.targets) if target.experts > 1]
+    assert len(adapted) == 4
+    assert set(adapted) < set(step.memory.recording.gradients.values())
+
+
+def test_layers_that_read_weights_past_the_quantised_ones_stay_as_they_are():
+    pytest.importorskip("bitsandbytes")
+    sizes = {"num_experts": 2, "attn_layer_offset": 1, "attn_layer_period": 2}
+    with torch.device("meta"):
+        jamba = base_on_meta(t.JambaConfig(**_SIZES, **sizes, dtype="bfloat16"), "AutoModelForCausalLM")
+        quantise(jamba, "nf4")
+    kinds = {name.rpartition(".")[2]: type(module).__name__ for name, module in jamba.named_modules()}
+    assert (kinds["dt_proj"], kinds["q_proj"]) == ("Linear", "Linear4bit")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_a_context_keeps_goes_with_the_second_run(reentrant):
+    pytest.importorskip("bitsandbytes")
+    deep = t.LlamaConfig(**{**_SIZES, "num_hidden_layers": 8}, dtype="bfloat16")
+    step = step_of(deep, {"quantization": "int8", "gradient_checkpointing": True}, reentrant=reentrant)
+    ranks, memory = np.full(len(step.targets), 4), step.memory
+    replayed = replay(memory, ranks, step.model.frozen).allocated - step.model.frozen_bytes
+    assert replayed <= 1.05 * memory.peak(ranks)
 
 
 # Target modules ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import re
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import rankpilot
 import transformers as t
@@ -83,6 +84,9 @@ def test_several_gpus_share_what_their_scheme_shares() -> None:
     ddp, fsdp, zero = (Shards(4, sharding).of(step) for sharding in ("ddp", "fsdp2", "zero3"))
     peak, of_ddp, of_fsdp = (each.memory.with_checkpointed(()).peak(plan) for each in (step, ddp, fsdp))
     assert Shards().of(step) is step
+    two = Shards(4, "zero2").of(step)
+    assert two.model == ddp.model
+    np.testing.assert_array_equal(two.memory.states.optimizer, np.ceil(ddp.memory.states.optimizer / 4))
     assert ddp.model.frozen_bytes == whole
     assert of_ddp - peak == 4 * trained  # its buckets, of fp32
     assert 0 <= fsdp.model.frozen_bytes - (whole / 4 + 2 * layer + outside) < 100  # rounded up by tensor

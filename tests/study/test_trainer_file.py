@@ -107,6 +107,7 @@ def test_axolotl(tmp_path):
         ("lora_target_parameters: [mlp.experts.down_proj]", "target_parameters", "mlp.experts.down_proj"),
         ("fsdp_config: {fsdp_version: 2}", "sharding", "fsdp2"),
         ("deepspeed: deepspeed_configs/zero3.json", "sharding", "zero3"),
+        ("deepspeed: deepspeed_configs/zero2.json", "sharding", "zero2"),
         ("optimizer: adamw_torch_4bit", "optimizer", "adamw4bit"),
     ],
 )
@@ -131,6 +132,12 @@ def test_llama_factory(tmp_path):
     assert (file.settings["attention"], file.settings["reentrant"]) == ("flash", True)
 
 
+def test_modules_in_one_text_are_several(tmp_path):
+    values = yaml.safe_load(LLAMA_FACTORY) | {"additional_target": "embed_tokens,lm_head"}
+    file = read_trainer_file(read(tmp_path, yaml.safe_dump(values)))
+    assert file.settings["adapter"] == {"modules_to_save": ["embed_tokens", "lm_head"]}
+
+
 def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
     LlamaConfig(vocab_size=256, **sizes, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "model")
@@ -142,7 +149,8 @@ def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys
     assert "4 x 512 tokens, rank 16" in printed
     assert "flux_capacitor" in printed
     assert cli.run([*command, "--batch-size", "2", "--json"]) == 0, "options go before the file"
-    assert json.loads(capsys.readouterr().out)["rows"] == 2
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["rows"], figures["unread"]) == (2, ["flux_capacitor"])
     assert cli.run([*command, "--os", "windows"]) == 0
     assert "Sysmem Fallback" in " ".join(capsys.readouterr().out.split())
 
@@ -157,6 +165,7 @@ def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys
         ("base_model: m\nadapter: lora\nrl: dpo", "trains by rl: .dpo"),
         ("base_model: m\nadapter: lora\noptimizer: adamw_8bits", "Did you mean 'adamw_8bit'"),
         ("base_model: m\nadapter: lora\nlora_r: many", "lora_r is a number"),
+        ("base_model: m\nadapter: lora\nload_in_4bit: true\nload_in_8bit: true", "set one of them"),
         ("model_name_or_path: m\nfinetuning_type: full", "finetuning_type: .full"),
         ("model_name_or_path: m\nuse_peft: false", "use_peft: false"),
     ],
