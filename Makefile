@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-long test-oldest fuzz check docs demo bench gpu-evidence clean
+.PHONY: help setup test test-long test-oldest fuzz check docs page demo bench gpu-evidence clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -33,10 +33,14 @@ docs: $(VENV)/.installed-docs ## make the pages of docs/ in build/docs, where a 
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --nitpicky --quiet -d build/doctrees docs build/docs
 	@echo "The pages are in build/docs/index.html."
 
+page: $(VENV)/.installed-test ## write build/memory.html, the page that tells what fits a card
+	@$(BIN)/python -m tools.make_page
+
 SEEN := runs/demo
 DEMO := all-minilm-l6-v2 rotten-tomatoes --max-steps 60 --per-device-train-batch-size 16 --max-length 48 --held-out-rows 400 --eval-steps 20 --resume
-demo: $(VENV)/.installed-demo ## an 8B on a card, a fine-tune beside plain LoRA, memory that is taken away, a policy trained (goes on where it was interrupted)
+demo: $(VENV)/.installed-demo ## an 8B on a card, its steps in parts, a fine-tune beside plain LoRA, memory that is taken away, a policy trained (goes on where it was interrupted)
 	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --output $(SEEN)/memory
+	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --batch-size 4 --max-length 2048 --lengths examples/lengths.txt --output $(SEEN)/parts
 	$(BIN)/rankpilot finetune $(DEMO) --goal bytes --compare-all-linear --output $(SEEN)/saves
 	$(BIN)/rankpilot finetune $(DEMO) --budget "1MiB step" --output $(SEEN)/small 2>&1 | tee $(SEEN)/too-small.txt
 	$(BIN)/python -m benchmarks elastic --quick --json $(SEEN)/elastic.json

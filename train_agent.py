@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import tyro
-from rankpilot.agents.policy_file import CARD, LearnedPolicy, save_policy
+from rankpilot.agents.policy_file import CARD, LearnedPolicy, read_card, save_policy
 from rankpilot.agents.sb3_policy import GroupPolicy, clone, read_checkpoint, write_checkpoint
 from rankpilot.agents.training import TOGETHER, Train
 from rankpilot.common import files
@@ -63,9 +63,12 @@ class Progress(BaseCallback):
         self.write(row)
 
     def _on_rollout_start(self) -> None:  # the update of the round before is done
+        self._on_training_end()
+        set_random_seed(1000 * self.options.seed + self.done)  # so that a run that goes on draws the same
+
+    def _on_training_end(self) -> None:
         more = {"done": self.done, "best": self.best}
         write_checkpoint(self.options.output / CHECKPOINT, cast(MaskablePPO, self.model), more)
-        set_random_seed(1000 * self.options.seed + self.done)  # so that a run that goes on draws the same
 
     def validate(self) -> float:
         """The held-out loss above the rule's on validation tasks, %; the network that did best is kept."""
@@ -96,8 +99,9 @@ def train(options: Train, tell: Callable[[str], object] = lambda line: None) -> 
     FineTuneConfig(steps=options.steps, against=options.rule)  # refuses what no episode has, before a folder is made
     settings = options.settings
     with files.open_run(options.output, settings, resume=options.resume):
-        if (options.output / CARD).exists():
-            return options.output  # it has ended
+        if (options.output / CARD).exists() and (had := read_card(options.output).get("rounds", 0)) >= options.rounds:
+            tell(f"It has had {had} rounds. With more --rounds it goes on.")
+            return options.output
         envs = StackVecEnv(
             options.episodes, stacks=options.stacks, workers=options.workers, cluster=options.cluster,
             seed=options.seed, soft=SOFT, against=options.rule, episodes_per_task=TOGETHER, steps=options.steps,

@@ -13,8 +13,8 @@ from ..errors import ConfigError, shown
 TOGETHER = 8
 """Episodes that share a task."""
 
-ELSEWHERE = ("output", "workers", "cluster", "resume")
-"""Options that change nothing in the policy."""
+MAY_CHANGE = ("output", "rounds", "workers", "cluster", "resume")
+"""Options that a run which goes on may have anew: all but the rounds change nothing in the policy."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Train:
         validation_tasks: of each of four regimes.
         width: of the network.
         seed: of all that is drawn.
-        resume: go on with an interrupted run.
+        resume: go on with a run that was interrupted, or that has ended and is to have more rounds.
     """
 
     output: Path = Path("runs/policy")
@@ -62,5 +62,5 @@ class Train:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides which policy comes out, as JSON values."""
-        return {name: value for name, value in as_json(Train, self).items() if name not in ELSEWHERE}
+        """All that decides which policy comes out, but for the rounds, as JSON values."""
+        return {name: value for name, value in as_json(Train, self).items() if name not in MAY_CHANGE}

@@ -66,7 +66,7 @@ SWEPT = (0.5, 1.0, 2.0)
 MOST_SWEPT = 8.0
 
 WRONG = (0.25, 1.0, 4.0)
-"""Rates at which plain LoRA is left alone, and controlled, over that rule's."""
+"""Rates at which plain LoRA is left alone, and controlled, over the best one of its sweep."""
 
 SEEDS = (0, 1)
 
@@ -128,8 +128,6 @@ class Options:
 def next_runs(text: str, seed: int, rows: Mapping[Run, Mapping[str, Any]]) -> Iterator[Run]:
     """The runs of a text that are missing, as far as the rows so far tell."""
     once = [Run(text, side, seed=seed) for side in (*GOALS, "auto", "usual", *RIVALS)]
-    corrected = ("controlled", *(CORRECTIONS if text not in WHOLE and not seed else ()))
-    once += [Run(text, side, factor, seed) for side in ("plain", *corrected) for factor in WRONG]
     yield from (run for run in once if run not in rows)
     for side in ("plain", "rslora-64"):
         wanted = [Run(text, side, factor, seed) for factor in SWEPT]
@@ -137,11 +135,20 @@ def next_runs(text: str, seed: int, rows: Mapping[Run, Mapping[str, Any]]) -> It
         yield from missing
         if missing:
             continue
-        swept = {run.factor: _loss(row) for run, row in rows.items() if run == Run(text, side, run.factor, seed)}
+        swept = _swept(text, side, seed, rows)
         best = min(swept, key=lambda factor: swept[factor])
-        for edge, beyond in ((max(swept), 2.0), (min(swept), 0.5)):
-            if best == edge and 1 / MOST_SWEPT < best * beyond < MOST_SWEPT:
-                yield Run(text, side, best * beyond, seed)
+        beyond = [best * by for edge, by in ((max(swept), 2.0), (min(swept), 0.5)) if best == edge]
+        edges = [Run(text, side, factor, seed) for factor in beyond if 1 / MOST_SWEPT < factor < MOST_SWEPT]
+        yield from edges
+        if side == "plain" and not edges:
+            corrected = ("controlled", *(CORRECTIONS if text not in WHOLE and not seed else ()))
+            wrong = [Run(text, name, best * factor, seed) for name in ("plain", *corrected) for factor in WRONG]
+            yield from (run for run in wrong if run not in rows)
+
+
+def _swept(text: str, side: str, seed: int, rows: Mapping[Run, Mapping[str, Any]]) -> dict[float, float]:
+    """The losses of a sweep by factor of the rate."""
+    return {run.factor: _loss(row) for run, row in rows.items() if run == Run(text, side, run.factor, seed)}
 
 
 def _loss(row: Mapping[str, Any]) -> float:
@@ -371,7 +378,19 @@ def stored_rows() -> dict[Run, Any]:
 def report(rows: Mapping[Run, Mapping[str, Any]], console: Console) -> Figures:
     """Print tables of all sides and of control, and return their figures."""
     best = best_rows(rows)
-    return _report_sides(best, console) | _report_control(rows, best, console)
+    return _report_sides(best, console) | _report_control(rows, best, console) | _report_look(rows, console)
+
+
+def _report_look(rows: Mapping[Run, Mapping[str, Any]], console: Console) -> Figures:
+    """The share of the CPU time of 100 steps of plain LoRA that the look before the first one takes, medians."""
+    figures: Figures = {}
+    for is_whole, name in ((True, "SmolLM2-135M"), (False, "byte models")):
+        looks = {run: row for run, row in rows.items() if run.side == "plain" and (run.text in WHOLE) is is_whole}
+        if looks:
+            shares = [row["setup_s"] / row["all_s"] * run.task.steps / 100 for run, row in looks.items()]
+            figures[f"{name}: look"] = float(np.median(shares))
+            console.print(f"The look takes {100 * np.median(shares):.1f} % of 100 steps ({name}, {len(looks)} runs).")
+    return figures
 
 
 def _report_sides(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console: Console) -> Figures:
@@ -429,7 +448,9 @@ def _report_control(
         for side in ("plain", "controlled", *CORRECTIONS):
             losses: dict[bool, dict[Cell, float]] = {False: {}, True: {}}
             for text, seed in best:
-                runs = {name: Run(text, name, factor, seed) for name in ("plain", "controlled", side)}
+                swept = _swept(text, "plain", seed, rows)
+                at = factor * min(swept, key=lambda each: swept[each])
+                runs = {name: Run(text, name, at, seed) for name in ("plain", "controlled", side)}
                 paired = runs["controlled"] in rows and (text in WHOLE or runs["plain"] in rows)
                 if runs[side] in rows and paired and not reason_to_leave_out(text, best):
                     losses[text in WHOLE][text, seed] = 100 * _beside(rows[runs[side]], best[text, seed]["plain"])
@@ -444,7 +465,7 @@ def _report_control(
                 named = prefix + ("left alone" if side == "plain" else side)
                 table.append((f"{factor:g}", named, str(len(found)), f"{change:+.2f}", f"{max(found.values()):+.1f}"))
     if table:
-        columns = ("rate over the rule's", "", "cells", "log loss, %", "worst")
+        columns = ("rate over the best", "", "cells", "log loss, %", "worst")
         console.print(make_table("Plain LoRA beside itself at its best rate; admitted texts", columns, table))
     return figures
 

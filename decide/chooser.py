@@ -1,7 +1,8 @@
 """The policy that ships: at the first decision, the plan that its goal asks for by what plans are expected to lose.
 
 The road is short. Candidates are one rank, or one for each kind of module, on the parts of a model that matter (kinds,
-depths, every other layer); who gets which rank within a kind decided nothing on real texts (docs/experiments.md). Each
+depths, every other layer); who gets which rank within a kind decided nothing on real texts (docs/experiments.md). Where
+parameters are so few that not even every other layer can have rank 1, coverage decides: one module of each layer. Each
 has a cost, which is computed, and an expected loss with a spread, which was learned from real fine-tunes
 (`plan/worth.py`). `Choice.best` is the decision. Later decisions keep the ranks.
 """
@@ -15,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..common.arrays import BoolArray, FloatArray, IntArray
-from ..cost.cost import TimedCost, moment_costs
+from ..cost.cost import ParameterCost, TimedCost, moment_costs
 from ..errors import ConfigError
 from ..lora.spec import REFERENCE_RANK
 from ..plan.goal import Goal
@@ -75,15 +76,42 @@ def _layers(count: int) -> str:
     return "layer" if count == 1 else f"{count} layers"
 
 
+def outputs(observation: Observation) -> dict[str, BoolArray]:
+    """Where parameters are too few for rank 1 on every other layer, one part by name: outputs of MLPs; empty elsewhere.
+
+    They are in all layers, or in every second one from the top, or in fewer, so that they can have rank 1 there.
+    Measured at mean ranks of an eighth to a half on gated MLPs, where one module in seven leads out, and true of those
+    alone (docs/experiments.md). What plans are worth was learned from higher ranks, and would adapt few layers whole.
+    """
+    problem = observation.problem
+    _, turn = np.unique(problem.blocks, return_inverse=True)
+    below_top = turn.max() - turn
+    other_layers = _within(problem, (below_top % 2 == 0).astype(np.int64))
+    if not isinstance(problem.cost, ParameterCost) or problem.fits(other_layers):
+        return {}
+    wide, shape = module_feature(observation, "wide") > 0.5, module_feature(observation, "shape")
+    leads_out = wide & (shape < 0)
+    if (wide & (shape > 0)).sum() < 2 * leads_out.sum():
+        return {}
+    for every in range(1, int(turn.max()) + 2):
+        part = leads_out & (below_top % every == 0)
+        ranks = _within(problem, part.astype(np.int64))
+        if ranks.any() and problem.fits(ranks):
+            where = "" if every == 1 else f" of one layer in {every}"
+            return {f"the outputs of MLPs{where}": part}
+    return {}
+
+
 def candidates(observation: Observation) -> Iterator[tuple[str, IntArray]]:
     """Plans by name: plain LoRA as it is, then others within the bounds, int64 (modules,); the limit plays no part."""
     problem = observation.problem
     yield PLAIN, plain_lora(problem)
     yield PLAIN_WITHIN, _within(problem, plain_lora(problem))
-    wide = module_feature(observation, "wide") > 0.5
-    yield "as much rank as fits", top_down(problem)
-    for name, part in parts(observation).items():
-        for rank in RANKS:
+    wide, few = module_feature(observation, "wide") > 0.5, outputs(observation)
+    if not few:
+        yield "as much rank as fits", top_down(problem)
+    for name, part in (few or parts(observation)).items():
+        for rank in problem.ladder.ranks[1:] if few else RANKS:
             if (named := f"rank {rank} on {name}") != PLAIN:
                 yield named, _within(problem, np.where(part, rank, 0))
     for more, less in PAIRS:

@@ -59,6 +59,9 @@ FEATURES = {
 
 MOST_FEATURE = 3.0
 
+LEAST_RAISE = 0.25
+"""A smaller rise of log2 of the rate, beyond what a warm-up still adds, is none."""
+
 FIRST = 2
 """Steps whose mean loss is that of the start: the second one has hardly changed the model."""
 
@@ -183,15 +186,6 @@ class RateControl(Protocol):
 
 
 @dataclass(frozen=True)
-class LeaveAlone:
-    """No change."""
-
-    def act(self, observations: FloatArray) -> Sequence[int]:
-        """See `RateControl`."""
-        return [KEEP] * len(observations)
-
-
-@dataclass(frozen=True)
 class AlignmentRule:
     """Raise the rate while steps go on where the last one went, and lower it where they take it back.
 
@@ -207,10 +201,15 @@ class AlignmentRule:
         lower_product: lower nothing while that number times the share is below this.
         gains: log2 of a rise and of a fall of the rate for each unit of that share. A rise is at most twofold, a fall
             to a quarter at most.
+        back_below: undo where the mean alignment is surely below this share of that of the first steps, early in the
+            run and as long as nothing was lowered. What steps at a rate that is four times too high have learned is
+            worth less than the steps.
+        back_until: share of the run up to which that is early.
         undo_threshold: undo when log(loss / initial loss) exceeds this and the alignment is negative.
         undo_noise: by how much that threshold rises for each standard deviation of the log loss.
         first_raise: optimizer steps before which the rate is not raised: the first ones agree at any rate.
-        warm: share of its peak below which a rate that the schedule still raises is not raised further.
+        warm: share of its peak below which a rate that the schedule still raises is not raised further. Above it
+            nothing is raised where what the schedule itself still adds is about as much as is wanted.
     """
 
     raise_above: float = 0.25
@@ -219,6 +218,8 @@ class AlignmentRule:
     lower_evidence: float = 1.5
     lower_product: float = 0.4
     gains: tuple[float, float] = (1.2, 2.0)
+    back_below: float = -0.2
+    back_until: float = 0.16
     undo_threshold: float = 0.05
     undo_noise: float = 1.5
     first_raise: int = 9
@@ -230,39 +231,26 @@ class AlignmentRule:
         return [self._one(dict(zip(names, row, strict=True))) for row in observations.tolist()]
 
     def _one(self, seen: dict[str, float]) -> int:
-        if seen["alignment"] < 0 and seen["loss"] / 2 > self.undo_threshold + self.undo_noise * seen["noise"] / 4:
-            return UNDO
-        warming = seen["warm-up"] and seen["schedule"] < self.warm
-        early = warming or 5 * 2 ** (4 * seen["steps"]) < self.first_raise
         share, evidence = seen["alignment over the first"], 4 * seen["evidence"]
+        risen = seen["loss"] / 2 > self.undo_threshold + self.undo_noise * seen["noise"] / 4
+        early = seen["time"] <= self.back_until and seen["moved"] >= 0
+        if (seen["alignment"] < 0 and risen) or (early and share < self.back_below and evidence < -self.lower_evidence):
+            return UNDO
         if share > self.raise_above and seen["alignment"] / 4 >= self.least_alignment:
-            wanted = float(np.clip(self.gains[0] * share, 0.5, 1.0))
-            surely = not early and evidence > self.raise_evidence
-        else:
-            wanted = float(np.clip(self.gains[1] * share, -2.0, -0.5))
-            surely = evidence < -self.lower_evidence and evidence * share > self.lower_product
-        return min(range(1, UNDO), key=lambda action: abs(CHANGES[action] - wanted)) if surely else KEEP
+            return self._raised(seen, share) if evidence > self.raise_evidence else KEEP
+        surely = evidence < -self.lower_evidence and evidence * share > self.lower_product
+        return _nearest(float(np.clip(self.gains[1] * share, -2.0, -0.5))) if surely else KEEP
+
+    def _raised(self, seen: dict[str, float], share: float) -> int:
+        """How far to raise the rate, if at all."""
+        warming = seen["warm-up"] and seen["schedule"] < self.warm
+        if warming or 5 * 2 ** (4 * seen["steps"]) < self.first_raise:
+            return KEEP
+        wanted = self.gains[0] * share
+        beyond = wanted + (math.log2(seen["schedule"]) if seen["warm-up"] else 0.0)
+        return _nearest(min(max(wanted, 0.5), 1.0)) if beyond >= LEAST_RAISE else KEEP
 
 
-@dataclass(frozen=True)
-class Plateau:
-    """Halve the rate where the loss is above the best window's, as ReduceLROnPlateau does.
-
-    Attributes:
-        above: log of the loss over the best window's.
-    """
-
-    above: float = 0.0
-
-    def act(self, observations: FloatArray) -> Sequence[int]:
-        """See `RateControl`."""
-        place = list(FEATURES).index("above the best")
-        return [CHANGES.index(-1.0) if value > 4 * self.above else KEEP for value in observations[:, place]]
-
-
-RATE_CONTROLS: dict[str, RateControl] = {
-    "leave alone": LeaveAlone(),
-    "alignment": AlignmentRule(),
-    "plateau": Plateau(),
-}
-"""Rate controls that follow a rule, by name."""
+def _nearest(wanted: float) -> int:
+    """The action that comes nearest to a change of log2 of the rate and goes not back."""
+    return min(range(1, UNDO), key=lambda action: abs(CHANGES[action] - wanted))

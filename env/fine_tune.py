@@ -102,7 +102,7 @@ class FineTuneConfig:
         base: the proxy base of all tasks; drawn anew for each round of episodes if None.
         regime: what is wrong with the runs, see `REGIMES`; drawn for each task if None.
         steps: optimizer steps of the runs; drawn if None.
-        task: the one task of all episodes; with it, the others play no part.
+        tasks: the tasks that episodes are drawn from; with them, the fields above play no part.
         against: the rule with whose run on the same task, seed and batches the reward compares; see `GROUP_RULES`.
         episodes_per_task: so many neighbours of a vector share a task.
         logs: a folder; the decisions of each episode are logged in a folder of it, as those of a real run are.
@@ -116,15 +116,18 @@ class FineTuneConfig:
     base: str | None = None
     regime: Regime | None = None
     steps: int | None = None
-    task: FineTuneTask | None = None
+    tasks: Sequence[FineTuneTask] | None = None
     against: str = AGAINST
     episodes_per_task: int = 1
     logs: Path | str | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.task is not None:
-            check_task(self.task)
+        if self.tasks is not None:
+            if not isinstance(self.tasks, Sequence) or not self.tasks:
+                raise ConfigError(f"tasks are a list of FineTuneTask with one at least; got {shown(self.tasks)}.")
+            for task in self.tasks:
+                check_task(task)
         if self.base is not None:
             find_base(self.base)
         if self.steps is not None and not (is_count(self.steps) and self.steps >= SHORTEST):
@@ -139,14 +142,17 @@ class FineTuneConfig:
 
     def draw(self, generator: np.random.Generator, base: str) -> FineTuneTask:
         """The task of the next episode, on a base."""
-        return self.task or draw_task(generator, self.split, base, self.regime, self.steps)
+        if self.tasks:
+            on_base = [task for task in self.tasks if task.base == base]
+            return on_base[int(generator.integers(len(on_base)))]
+        return draw_task(generator, self.split, base, self.regime, self.steps)
 
     def draw_base(self, generator: np.random.Generator) -> str:
         """The base of the next round of episodes."""
-        if self.task:
-            return self.task.base
-        bases = SPLITS[self.split].bases
-        return self.base or bases[int(generator.integers(len(bases)))]
+        if self.base and not self.tasks:
+            return self.base
+        bases = [task.base for task in self.tasks] if self.tasks else SPLITS[self.split].bases
+        return bases[int(generator.integers(len(bases)))]
 
 
 SHORTEST = 25
@@ -376,11 +382,11 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
     """Steer one short fine-tune while it goes.
 
     ## Description
-    A small pretrained transformer is fine-tuned by LoRA under a hard budget, on text, labels or the answers of a
-    teacher. It begins with the plan of the default policy. Twelve decisions, denser early, move ranks and the learning
-    rate, and the run goes on from there. Tasks differ in what is wrong with them: few ranks, a rate that is up to 8
-    times too low or too high, a budget that moves, a text that changes. Ranks and rate move by the code that real runs
-    use, so what is trained here can steer one.
+    A small pretrained transformer is fine-tuned by LoRA under a hard budget of parameters, on text, labels or the
+    answers of a teacher. It begins with the plan of the default policy. Twelve decisions, denser early, move ranks and
+    the learning rate, and the run goes on from there. Tasks differ in what is wrong with them: few ranks, a rate that
+    is up to 8 times too low or too high, a budget that moves, a text that changes. Ranks and rate move by the code that
+    real runs use, so what is trained here can steer one.
 
     ## Action Space
     `Discrete(52)`: 0 keeps all; 1 halves the learning rate and 2 doubles it; 3 goes back to the adapters and the
@@ -407,7 +413,7 @@ class FineTuneEnv(gym.Env[Arrays, int], gym.utils.EzPickle):
     After the last optimizer step.
 
     ## Arguments
-    Fields of `FineTuneConfig`: `split`, `base`, `regime`, `steps`, `task`, `against`, `logs`, `device`.
+    Fields of `FineTuneConfig`: `split`, `base`, `regime`, `steps`, `tasks`, `against`, `logs`, `device`.
 
     ## Version History
     * v5: decisions on ranks and rate in one environment, in groups of modules; it replaces RankAllocation and

@@ -12,11 +12,10 @@ import torch
 from ..common.checks import counted, finite
 from ..cost.batch_shape import Batch
 from ..decide.rate_control import CHANGES, FEATURES, HALVED, PATIENCE, UNDO, RateControl, RunRecord
-from ..errors import ConfigError
-from ..lora.optimizer_state import last_direction, unwrap_optimizer
+from ..lora.optimizer_state import last_direction
 from ..lora.targets import TargetModule
 from .journal import Journal
-from .plan_rate import PlanRate, follows_rule
+from .plan_rate import PlanRate
 from .put_back import AdapterSnapshot
 from .run import Participant, TrainingRun
 
@@ -59,9 +58,6 @@ class ControlledRate(Participant):
 
     Attributes:
         record: what the run has shown.
-
-    Raises:
-        ConfigError: the optimizer is no kind of Adam.
     """
 
     def __init__(
@@ -73,12 +69,6 @@ class ControlledRate(Participant):
         steps: Sequence[int],
         journal: Journal,
     ) -> None:
-        if not follows_rule(run.optimizer):
-            raise ConfigError(
-                "control=True, and a policy that steers the rate, read the steps of Adam and its variants; "
-                f"{type(unwrap_optimizer(run.optimizer)).__name__} is none, or chooses its "
-                "rate itself. Leave control out, and pass another policy."
-            )
         self._run, self._targets, self._rate, self._control, self._journal = run, targets, rate, control, journal
         self._steps = tuple(steps)
         self._seen: list[tuple[torch.Tensor | float, torch.Tensor]] = []

@@ -179,6 +179,11 @@ class PilotOptions(PlanOptions):
             check_seed(self.seed)
         check_scaling(self.scaling)
         _check_switch("fresh", self.fresh)
+        if isinstance(self.control, str | Path):
+            raise ConfigError(
+                f"control is True or False; got {shown(str(self.control))}. An agent steers ranks and learning rate "
+                "alike: pass its folder as policy=."
+            )
         if self.control is not None:
             _check_switch("control", self.control)
         if self.bounds is not None and not isinstance(self.bounds, Mapping):

@@ -17,7 +17,7 @@ from ..cost.budget import Budget, GivenBudget, TimeBudget
 from ..decide.applier import PlanApplier
 from ..decide.chooser import DEFAULT, with_goal
 from ..decide.log import DecisionLog
-from ..decide.policy import Decision, Policy
+from ..decide.policy import Decision, Policy, steers_rate
 from ..decide.settings import DecisionSchedule
 from ..errors import ConfigError
 from ..lora.adapters import PeftAdapters
@@ -25,6 +25,7 @@ from ..lora.peft_config import resizable_targets
 from .journal import Journal
 from .options import GivenOptions, PilotOptions
 from .piloted_run import PilotedRun
+from .plan_rate import check_follows
 from .probing import Progress
 from .run import TrainingRun, check_run
 
@@ -332,6 +333,10 @@ def _taking_over(pilot: RankPilot, run: TrainingRun) -> Iterator[PilotedRun]:
     """Begin a run in the place of an earlier one, which ends if it did not; after an error inside, end it."""
     targets = resizable_targets(run.model, pilot.options.scaling)
     check_run(run, targets)
+    if pilot.options.control:
+        check_follows(run.optimizer, "control=True", "Leave control out.")
+    if steers_rate(pilot.policy):
+        check_follows(run.optimizer, f"policy {pilot.policy.name!r}", f"Pass another, such as {DEFAULT!r}.")
     if pilot._piloted:
         pilot._piloted.stop()
     pilot._piloted = piloted = PilotedRun(run, targets, pilot.journal, pilot.policy, pilot.schedule, pilot.options)

@@ -21,7 +21,7 @@ from ..cost.savers import SAVERS, ExactSavers, is_compiled
 from ..decide.applier import PlanApplier
 from ..decide.observation import Observation
 from ..decide.policy import Decision, Policy, asked, reads_signals, rounding, steers_rate
-from ..decide.rate_control import RATE_CONTROLS, SHORTEST, decision_steps
+from ..decide.rate_control import SHORTEST, AlignmentRule, RateControl, decision_steps
 from ..decide.rules import AsConfigured, PlanFile, given_ranks
 from ..decide.settings import DecisionSchedule
 from ..errors import ConfigError
@@ -46,8 +46,8 @@ from .run import FirstRows, Participant, TrainingRun
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .watches import FiniteWatch, GradientWatch, LoopCalls, LossMeter
 
-CONTROLLER = "alignment"
-"""Who controls the learning rate; see `RATE_CONTROLS`."""
+CONTROL: RateControl = AlignmentRule()
+"""Who controls the learning rate."""
 
 
 class PilotedRun:
@@ -314,7 +314,7 @@ class PilotedRun:
         """Have the learning rate corrected while the run goes, if that is wanted."""
         if self._controls:
             assert self.rate is not None
-            control, total = None if self._steers else RATE_CONTROLS[CONTROLLER], self.run.total_steps
+            control, total = None if self._steers else CONTROL, self.run.total_steps
             steps = self._schedule.steps(total) if self._steers else decision_steps(total)
             self.control = ControlledRate(self.run, self._targets, self.rate, control, steps, self.journal)
             self.finite.control = self.control

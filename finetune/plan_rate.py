@@ -22,7 +22,7 @@ from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, unwrap
 from ..plan.rate import RULE, TYPICAL, InitialLoss, RateRange
 from ..plan.worth import KNOWN
-from .run import FIRST_ROWS, FirstRows, Participant, TrainingRun, own_rate, probe_rate
+from .run import FIRST_ROWS, FirstRows, Participant, TrainingRun, adapter_rates, own_rate, probe_rate
 
 FAR = 4.0
 """A rate so many times above or below the rule's is told."""
@@ -49,6 +49,24 @@ def follows_rule(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer is a kind of Adam whose rate its user chooses."""
     name = type(unwrap_optimizer(optimizer)).__name__.lower()
     return "adam" in name and not any(part in name for part in _OWN_RATE)
+
+
+def check_follows(optimizer: torch.optim.Optimizer, asked: str, instead: str) -> None:
+    """Refuse to correct the rate of an optimizer that is no kind of Adam: the alignment of its steps is not known.
+
+    Args:
+        optimizer: of the run.
+        asked: what its user asked for, for the error.
+        instead: what to do.
+
+    Raises:
+        ConfigError: it is none, or chooses its rate itself.
+    """
+    if not follows_rule(optimizer):
+        raise ConfigError(
+            f"{asked} corrects the learning rate by the steps of Adam and its variants; "
+            f"{type(unwrap_optimizer(optimizer)).__name__} is none, or chooses its rate itself. {instead}"
+        )
 
 
 def rule_knows(run: TrainingRun) -> bool:
@@ -95,6 +113,22 @@ def initial_loss(run: TrainingRun, first_rows: FirstRows) -> InitialLoss:
 
 LABELS = 0.05
 """A loss that counts a smaller share of the tokens is of labels."""
+
+
+def _groups_at_zero(run: TrainingRun) -> list[int]:
+    """The numbers of the optimizer's groups whose adapters have a rate of 0 while others have one.
+
+    Raises:
+        ConfigError: the rate of a group with adapters is negative or not finite.
+    """
+    rates = adapter_rates(run.model, run.optimizer)
+    for group, rate in rates.items():
+        if not 0 <= rate < math.inf:
+            raise ConfigError(
+                f"The optimizer's learning rate is {rate} in group {group}, and nothing trains at that: make the "
+                "optimizer with numbers above 0, or use TrainingArguments.learning_rate."
+            )
+    return [group for group, rate in rates.items() if not rate and any(rates.values())]
 
 
 def _scale(targets: Sequence[TargetModule]) -> float:
@@ -158,11 +192,7 @@ class PlanRate(Participant):
                 "rate above 0 (TrainingArguments.learning_rate)."
             )
         self.own: float = own or probe_rate(run.model, run.optimizer)
-        if not 0 < self.own < math.inf:
-            raise ConfigError(
-                f"The optimizer's learning rate is {self.own}, and nothing trains at that: make the optimizer with a "
-                "number above 0, or use TrainingArguments.learning_rate."
-            )
+        self._still = _groups_at_zero(run)
         self._plain = np.array([target.scaling_at(REFERENCE_RANK) for target in targets])
         self.rule: float | None = None
         self.initial: InitialLoss | None = initial
@@ -214,6 +244,11 @@ class PlanRate(Participant):
     def told(self) -> str:
         """A line on the rate; empty where it is the user's, and near the rule's."""
         lines = []
+        if self._still:
+            groups = ", ".join(map(str, self._still))
+            lines.append(
+                f"Adapters in group {groups} of the optimizer have a learning rate of 0, and train nothing at it."
+            )
         if not np.allclose(self._plain, self._plain[0]):
             lines.append("Modules differ in lora_alpha (alpha_pattern): each keeps its own.")
         if self._decides and self.rule:

@@ -367,15 +367,24 @@ def _check_optimized(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
         raise ConfigError(text)
 
 
-def own_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate of the adapters, which a schedule begins with or warms up to.
+def adapter_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    """The learning rates that a schedule begins with or warms up to, by number of those groups that hold adapters.
 
-    It is 0 where the optimiser finds its own (Adafactor), or a schedule that tells none begins at 0.
+    A rate is 0 where the optimiser finds its own (Adafactor), or a schedule that tells none begins at 0. Where no group
+    holds adapters, the rate is that of the first one.
     """
     adapters = {id(parameter) for name, parameter in model.named_parameters() if "lora_" in name}
-    groups = [group for group in optimizer.param_groups if any(id(p) in adapters for p in group["params"])]
-    group = (groups or optimizer.param_groups)[0]
-    return float(group.get("max_lr") or group.get("initial_lr") or group["lr"] or 0.0)  # max_lr: OneCycleLR
+    groups = dict(enumerate(optimizer.param_groups))
+    held = {at: group for at, group in groups.items() if any(id(p) in adapters for p in group["params"])}
+    return {
+        at: float(group.get("max_lr") or group.get("initial_lr") or group["lr"] or 0.0)  # max_lr: OneCycleLR
+        for at, group in (held or {0: groups[0]}).items()
+    }
+
+
+def own_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the adapters: that of the first group that holds some and has a rate; else 0."""
+    return next((rate for rate in adapter_rates(model, optimizer).values() if rate), 0.0)
 
 
 def probe_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:

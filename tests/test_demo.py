@@ -24,7 +24,7 @@ def test_each_command_of_the_demo_is_read() -> None:
     done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
     commands = [re.split(r" 2>&1 ", line)[0] for line in done.stdout.splitlines() if " runs/demo" in line]
     names = [shlex.split(line)[1] for line in commands]
-    assert names == ["memory", "finetune", "finetune", "-m", "policy", "finetune", "study", "-m"]
+    assert names == ["memory", "memory", "finetune", "finetune", "-m", "policy", "finetune", "study", "-m"]
     for program, *words in map(shlex.split, commands[:-1]):
         PROGRAMS[Path(program).name](words)
 
@@ -33,6 +33,8 @@ def test_the_last_words_hold_the_figures_of_the_runs() -> None:
     gib = 2**30
     card = {"parameters": 8e9, "memory_bytes": 24 * gib, "frozen_bytes": 15 * gib, "verdict": "Fits."}
     assert "15 GiB. On 24 GiB: Fits." in demo.card_sentence(card)
+    lengths = {"rows": 4, "longest": 1610, "time": 0.6, "padding_saved": 0.5, "layers": 0.9, "rectangle_layers": 27}
+    assert "1,610 tokens" in demo.parts_sentence(lengths)
     plain = {"held_out_loss": 0.5, "peak_bytes": 100 * 2**20, "median_step_s": 0.5}
     runs = {"all-linear": plain, "rankpilot": {"held_out_loss": 0.51, "peak_bytes": 25 * 2**20, "median_step_s": 0.4}}
     told = demo.saves_sentence(runs, [Saved("plain LoRA", 100 * 2**20, 26 * 2**20)])

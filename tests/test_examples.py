@@ -35,7 +35,7 @@ PRINTED = {
     "qlora": "highest peak",
     "resume": r"began and trained 100 steps",
     "several_processes": r"2 processes, highest peak",
-    "train_with_sb3": r"update 5: mean return",
+    "train_with_sb3": r"update 2: losses .*above that of left-alone.*above that of union\nsaved in",
     "trainer": "held-out loss",
     "trl_dpo": "highest peak",
     "trl_sft": "highest peak",

@@ -36,6 +36,24 @@ def test_a_run_is_studied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 @pytest.mark.long
+def test_an_agent_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two updates, and four tasks: what it says is there, and not what it wins."""
+    monkeypatch.setenv("RANKPILOT_UPDATES", "2")
+    told = run("train_agent.py", tmp_path, monkeypatch, capsys)
+    for key_result in (
+        r"oracle +[+-]\d+\.\d \(",
+        r"after update 2: [+-]\d+\.\d % above the rule's loss on validation tasks",
+        r"agent: the loss is [+-]\d+\.\d \(.* % above that of left-alone",
+        r"agent: the loss is [+-]\d+\.\d \(.* % above that of union",
+        r"decides at 12 moments of a run",
+    ):
+        assert re.search(key_result, told), key_result
+    assert (tmp_path / "learning_curve.png").stat().st_size > 10_000
+
+
+@pytest.mark.long
 @pytest.mark.assets
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
 def test_an_8b_is_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

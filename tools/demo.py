@@ -43,6 +43,7 @@ def seen(folder: Path) -> Iterator[str]:
         DataError: the budget that is too small was not refused.
     """
     yield card_sentence(read_object(folder / "memory" / "memory.json"))
+    yield parts_sentence(read_object(folder / "parts" / "memory.json")["lengths"])
     run = read_run(folder / "saves")
     yield saves_sentence(run.results, run.saved)
     yield refusal_sentence(read_text(folder / "too-small.txt", MOST_ERROR_BYTES))
@@ -59,6 +60,16 @@ def card_sentence(memory: dict[str, Any]) -> str:
     return (
         f"A model of {memory['parameters'] / 1e9:.1f}B parameters was read from its configuration alone. Its weights "
         f"take {frozen}. On {card}: {memory['verdict']}"
+    )
+
+
+def parts_sentence(lengths: dict[str, Any]) -> str:
+    """What steps in parts bring beside padded ones."""
+    return (
+        f"Batches of {lengths['rows']} functions of Python's standard library, of up to {lengths['longest']:,} tokens: "
+        f"in parts, each padded to its own longest row, the same gradients take {lengths['time']:.0%} of the time of "
+        f"padded batches. {lengths['padding_saved']:.0%} of the padding is left out, and in the mean "
+        f"{lengths['layers']:.1f} layers are checkpointed instead of {lengths['rectangle_layers']}."
     )
 
 

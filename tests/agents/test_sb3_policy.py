@@ -133,14 +133,20 @@ def test_a_training_from_end_to_end(tmp_path: Path) -> None:
     policy = load_policy(folder)
     assert isinstance(policy, LearnedPolicy)
     assert policy.schedule == STEERING
-    assert train(Train(output=folder, rounds=1, resume=True, **OPTIONS)) == folder, "it has ended"
+    card = (folder / "card.json").read_bytes()
+    assert train(Train(output=folder, rounds=1, resume=True, **OPTIONS), told.append) == folder, "it has ended"
+    assert (folder / "card.json").read_bytes() == card
+    assert len(told) == 3, "and says so"
+    train(Train(output=folder, rounds=2, resume=True, **OPTIONS))
+    assert [row["round"] for row in read_json_lines(folder / "progress.jsonl")] == [0, 1, 2]
+    assert read_json(folder / "card.json")["rounds"] == 2
     with pytest.raises(RunFolderError, match="--resume"):
         train(Train(output=folder, rounds=1, **OPTIONS))
 
 
 @pytest.mark.long
 @pytest.mark.usefixtures("_small", "one_thread")
-def test_a_training_that_was_interrupted_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_training_that_was_interrupted_or_made_longer_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     def stop(line: str) -> None:
         if line.startswith("round 2"):
             raise KeyboardInterrupt
@@ -148,7 +154,8 @@ def test_a_training_that_was_interrupted_ends_as_if_it_had_not_been(tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         train(Train(output=tmp_path / "parts", rounds=3, **OPTIONS), stop)
     parts = load_policy(train(Train(output=tmp_path / "parts", rounds=3, resume=True, **OPTIONS)))
-    whole = load_policy(train(Train(output=tmp_path / "whole", rounds=3, **OPTIONS)))
+    train(Train(output=tmp_path / "whole", rounds=2, **OPTIONS))
+    whole = load_policy(train(Train(output=tmp_path / "whole", rounds=3, resume=True, **OPTIONS)))
     assert isinstance(parts, LearnedPolicy)
     assert isinstance(whole, LearnedPolicy)
     for name, value in parts.network.state_dict().items():

@@ -169,6 +169,45 @@ def test_plain_lora_of_narrow_modules_has_no_feature_and_can_be_taken() -> None:
     assert not any("as far as" in name for name in found.names)
 
 
+def parameters(limit: float, layers: int = 4, **changes: Any) -> Observation:
+    """Layers of an attention module and a gated MLP, whose third module leads out; a rank takes 10 parameters."""
+    cost = ParameterCost(np.full((1, 4 * layers), 10.0))
+    observation = seen(layers, "ammm", **{"cost": cost, "limit": limit} | changes)
+    observation.modules[:, MODULE_FEATURES.index("shape")] = np.tile([0.0, 1.0, 1.0, -1.0], layers)
+    return observation
+
+
+def test_few_parameters_go_to_the_outputs_of_mlps_in_all_layers() -> None:
+    enough = chosen(parameters(80.0))
+    assert not any("outputs" in name for name in enough.names)
+    few = chosen(parameters(79.0))
+    assert few.plans[few.taken].tolist() == [0, 0, 0, 1] * 4
+    assert few.names == (PLAIN, "rank 1 on the outputs of MLPs")
+    cheap = ParameterCost(np.tile([10.0, 10.0, 10.0, 5.0], 4)[None])
+    assert chosen(parameters(69.0, cost=cheap)).plans[-1].tolist() == [0, 0, 0, 2] * 4
+    assert chosen(parameters(40.0)).names[1:] == ("rank 1 on the outputs of MLPs",)
+
+
+def test_fewer_still_go_to_outputs_of_evenly_spaced_layers() -> None:
+    found = chosen(parameters(39.0))
+    assert found.names[found.taken] == "rank 1 on the outputs of MLPs of one layer in 2"
+    assert found.plans[found.taken].tolist() == [0, 0, 0, 0, 0, 0, 0, 1] * 2
+    assert np.flatnonzero(chosen(parameters(19.0)).plans[1]).tolist() == [15]
+
+
+def test_where_outputs_of_mlps_can_have_no_rank_other_plans_are_weighed() -> None:
+    found = chosen(parameters(39.0, high=np.tile([256, 256, 256, 0], 4)))
+    assert not found.plans[found.taken][3::4].any()
+    assert found.plans[found.taken].any()
+    assert len(found.names) > 3
+
+
+def test_an_mlp_that_is_not_gated_has_no_plan_of_outputs_alone() -> None:
+    observation = parameters(79.0)
+    observation.modules[1::4, MODULE_FEATURES.index("wide")] = 0.0
+    assert not any("outputs" in name for name in chosen(observation).names)
+
+
 def test_what_worth_depends_on_in_a_model() -> None:
     modules = modules_of(seen(3, "am", max_ranks=np.array([64, 96, 32, 96, 64, 96])))
     assert modules.wide.tolist() == [False, True] * 3

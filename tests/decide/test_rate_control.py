@@ -15,8 +15,6 @@ from rankpilot.decide.rate_control import (
     SHARES,
     UNDO,
     AlignmentRule,
-    LeaveAlone,
-    Plateau,
     RunRecord,
     decision_steps,
 )
@@ -31,7 +29,7 @@ def record(losses: list[float], alignments: list[float], total: int = 200) -> Ru
 
 def seen(**values: float) -> Any:
     """An observation; features that are not given are 0, with the whole rate of the schedule after 30 steps."""
-    usual = {"schedule": 1.0, "steps": math.log2(30 / 5) / 4, "spread_of_the_alignment": 0.2} | values
+    usual = {"schedule": 1.0, "time": 0.17, "steps": math.log2(30 / 5) / 4, "spread_of_the_alignment": 0.2} | values
     known = [name.replace(" ", "_").replace("-", "_") for name in FEATURES]
     assert usual.keys() <= {*known}
     return np.array([[usual.get(name, 0.0) for name in known]])
@@ -102,6 +100,8 @@ RULES = [
     (LOW | {"alignment": 0.07}, 0.0),
     (LOW | {"warm_up": 1.0, "schedule": 0.6}, 0.0),
     (LOW | {"warm_up": 1.0, "schedule": 0.8}, 1.0),
+    (LOW | {"warm_up": 1.0, "schedule": 0.8, "alignment_over_the_first": 0.5}, 0.5),
+    (LOW | {"warm_up": 1.0, "schedule": 0.8, "alignment_over_the_first": 0.4}, 0.0),
     (LOW | {"steps": 0.0}, 0.0),
     (HIGH, -1.0),
     (HIGH | {"alignment_over_the_first": -1.0}, -2.0),
@@ -128,7 +128,13 @@ def test_the_rule_goes_back_where_the_loss_has_risen_beyond_its_noise() -> None:
     assert rule.act(seen(**risen | {"alignment": 0.1})) != [UNDO], "steps that go on do no damage"
 
 
-def test_other_rules() -> None:
-    observations = np.concatenate([seen(above_the_best=0.1), seen()])
-    assert LeaveAlone().act(observations) == [KEEP, KEEP]
-    assert [CHANGES[action] for action in Plateau().act(observations)] == [-1.0, 0.0]
+def test_the_rule_goes_back_where_the_first_steps_surely_take_back() -> None:
+    rule, early = AlignmentRule(), HIGH | {"time": 0.1}
+    assert rule.act(seen(**early)) == [UNDO]
+    for values in (
+        early | {"time": 0.17},
+        early | {"moved": -1 / 3},
+        early | {"evidence": -0.3},
+        early | {"alignment_over_the_first": -0.15},
+    ):
+        assert rule.act(seen(**values)) != [UNDO]

@@ -51,8 +51,8 @@ def test_checkers_find_nothing(make_task: MakeTask) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated")  # of transformers
-        check_env(gym.make(rankpilot.ENV_ID, task=make_task()).unwrapped)
-        check_sb3(gym.make(rankpilot.ENV_ID, task=make_task()))
+        check_env(gym.make(rankpilot.ENV_ID, tasks=[make_task()]).unwrapped)
+        check_sb3(gym.make(rankpilot.ENV_ID, tasks=[make_task()]))
 
 
 ONE_LINERS: list[Callable[[], Any]] = [
@@ -119,8 +119,20 @@ def test_episodes_of_a_task_share_seed_and_batches_and_the_rule_s_run_is_worth_n
     assert rewards.tolist() == [0, 0, 0, 0], "who does what the rule does gets nothing"
 
 
+def test_episodes_are_drawn_from_the_tasks_that_are_given(make_task: MakeTask) -> None:
+    tasks = [make_task(seed=seed, base=base) for base in ("llama-4x32", "bert-4x32") for seed in range(3)]
+    vector, seen = FineTuneVectorEnv(4, episodes_per_task=2, tasks=tasks), set[FineTuneTask]()
+    for seed in range(8):
+        vector.reset(seed=[10 * seed + slot for slot in range(4)])
+        assert len({task.base for task in vector.tasks.values()}) == 1
+        seen |= set(vector.tasks.values())
+    assert seen <= set(tasks)
+    assert len(seen) >= 4
+    assert len({task.base for task in seen}) == 2
+
+
 def test_what_is_not_allowed_keeps_all(make_task: MakeTask) -> None:
-    env = FineTuneEnv(task=make_task())
+    env = FineTuneEnv(tasks=[make_task()])
 
     def end(action: int) -> Any:
         env.reset(seed=0)
@@ -138,7 +150,7 @@ def test_what_is_not_allowed_keeps_all(make_task: MakeTask) -> None:
 
 @pytest.mark.parametrize(("action", "moved"), [(HALVE, 0.5), (DOUBLE, 2.0), (GO_BACK, 0.25), (NOTHING, 1.0)])
 def test_actions_on_the_rate(make_task: MakeTask, action: int, moved: float) -> None:
-    env = FineTuneEnv(task=make_task())
+    env = FineTuneEnv(tasks=[make_task()])
     rate = env.reset(seed=0)[1]["rate"]
     env.step(NOTHING)
     assert env.step(action)[4]["rate"] == pytest.approx(moved * rate)
@@ -146,7 +158,7 @@ def test_actions_on_the_rate(make_task: MakeTask, action: int, moved: float) -> 
 
 def test_actions_on_ranks(make_task: MakeTask) -> None:
     """A group that grows takes from others what does not fit; one that gives leaves room."""
-    env = FineTuneEnv(task=make_task(mean_rank=1.0))
+    env = FineTuneEnv(tasks=[make_task(mean_rank=1.0)])
     env.reset(seed=0)
     before = env.step(NOTHING)[4]["ranks"]
     grown = env.step(int(np.flatnonzero(env.action_masks()[4 : 4 + MOST_GROUPS])[0]) + 4)[4]["ranks"]
@@ -157,7 +169,7 @@ def test_actions_on_ranks(make_task: MakeTask) -> None:
 
 
 def test_episodes_are_logged_in_the_format_of_runs(make_task: MakeTask, tmp_path: Path) -> None:
-    env = FineTuneEnv(task=make_task(), logs=tmp_path)
+    env = FineTuneEnv(tasks=[make_task()], logs=tmp_path)
     roll(env, 0, 2)
     logs = sorted(path for path in tmp_path.iterdir() if len(DecisionLog(path)))
     assert [path.name for path in logs] == ["episode-00000", "episode-00001"]
@@ -171,7 +183,8 @@ def test_episodes_are_logged_in_the_format_of_runs(make_task: MakeTask, tmp_path
         ({"base": "llama-4x31"}, "Did you mean"),
         ({"regime": "rates"}, "Did you mean: 'rate'"),
         ({"steps": 10}, "at least 25 optimizer steps"),
-        ({"task": 1}, "A task is a FineTuneTask"),
+        ({"tasks": [1]}, "A task is a FineTuneTask"),
+        ({"tasks": []}, "tasks are a list of FineTuneTask"),
         ({"against": "unions"}, "Did you mean: 'union'"),
         ({"episodes_per_task": 0}, "episodes_per_task"),
         ({"bases": "llama-4x32"}, "Did you mean: 'base'"),
@@ -185,7 +198,7 @@ def test_settings_that_cannot_be_used(settings: dict[str, Any], message: str) ->
 
 @pytest.mark.parametrize("actions", [[0], [0, ACTIONS], [0, -1], [0.0, 1.0], [[0], [1]]])
 def test_actions_that_there_are_not(make_task: MakeTask, actions: Any) -> None:
-    vector = FineTuneVectorEnv(2, task=make_task())
+    vector = FineTuneVectorEnv(2, tasks=[make_task()])
     with pytest.raises(ConfigError, match="call reset"):
         vector.step(np.array([0, 0]))
     vector.reset(seed=0)

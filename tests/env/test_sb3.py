@@ -34,12 +34,12 @@ def story(envs: StackVecEnv, rounds: int = 2, between: Callable[[int], object] =
 
 @pytest.fixture
 def settings(make_task: MakeTask) -> dict[str, Any]:
-    return {"num_envs": 1, "stacks": 2, "seed": 5, "task": make_task("text", 5), "against": "union"}
+    return {"num_envs": 1, "stacks": 2, "seed": 5, "tasks": [make_task("text", 5)], "against": "union"}
 
 
 def test_the_stacks_are_vectors_side_by_side(settings: dict[str, Any]) -> None:
     envs = StackVecEnv(**settings | {"stacks": 1, "num_envs": 2})
-    seen, vector = envs.reset(), FineTuneVectorEnv(2, task=settings["task"], against="union")
+    seen, vector = envs.reset(), FineTuneVectorEnv(2, tasks=settings["tasks"], against="union")
     np.testing.assert_equal(seen, vector.reset(seed=envs._seeds[0])[0])
     over = np.zeros(2)
     while not over.all():

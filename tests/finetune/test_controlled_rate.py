@@ -14,7 +14,7 @@ import rankpilot
 import torch
 from rankpilot.common.files import read_json_lines
 from rankpilot.decide.log import CONTROL
-from rankpilot.decide.rate_control import CHANGES, FEATURES, KEEP, RATE_CONTROLS, UNDO, decision_steps
+from rankpilot.decide.rate_control import CHANGES, FEATURES, KEEP, UNDO, decision_steps
 from rankpilot.errors import ConfigError
 from rankpilot.finetune import piloted_run
 from rankpilot.finetune.controlled_rate import alignment
@@ -80,7 +80,7 @@ class Loop:
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *actions: int) -> Scripted:
     script = Scripted(list(actions))
-    monkeypatch.setitem(RATE_CONTROLS, piloted_run.CONTROLLER, script)
+    monkeypatch.setattr(piloted_run, "CONTROL", script)
     return script
 
 
@@ -195,7 +195,7 @@ def test_without_control_nothing_is_read(llama_config: LlamaConfig, monkeypatch:
 def test_what_cannot_be_controlled(llama_config: LlamaConfig) -> None:
     loop = Loop(deepcopy(llama_config), 1e-3)
     loop.optimizer = torch.optim.SGD(loop.parameters, lr=1e-3)  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="control=True, and a policy that steers the rate, read the steps of Adam"):
+    with pytest.raises(ConfigError, match="control=True corrects the learning rate by the steps of Adam"):
         loop.pilot.begin(loop.run)
     with pytest.raises(ConfigError, match="control is True or False"):
         rankpilot.PilotOptions(control="yes")  # type: ignore[arg-type]

@@ -196,6 +196,13 @@ def test_what_the_rule_cannot_know_is_refused(llama_config: LlamaConfig, monkeyp
             group["lr"] = group["initial_lr"] = rate
         with pytest.raises(ConfigError, match="nothing trains at that"):
             loop.train(Gives(), learning_rate=learning_rate)
+    for rate in (math.nan, -1e-3):
+        loop = Loop(llama_config)
+        last = loop.groups[0].pop()
+        loop.optimizer.param_groups[0]["params"] = loop.groups[0]
+        loop.optimizer.add_param_group({"params": [last], "lr": rate, "initial_lr": rate})
+        with pytest.raises(ConfigError, match=f"is {rate} in group 2"):
+            loop.train(Gives())
     with monkeypatch.context() as patched:
         patched.setattr(plan_rate, "_WIDTHS", ("breadth",))
         with pytest.raises(ConfigError, match="none of breadth"):
@@ -205,6 +212,20 @@ def test_what_the_rule_cannot_know_is_refused(llama_config: LlamaConfig, monkeyp
         )
     with pytest.raises(ConfigError, match=r"TrainingArguments.learning_rate"):
         RankPilot(Gives(), learning_rate=1e-3)
+
+
+@pytest.mark.parametrize("still", [0, 1])
+def test_adapters_at_a_rate_of_0_beside_others_are_told(llama_config: LlamaConfig, still: int) -> None:
+    model, told = adapted(llama_config), list[str]()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": parameters[:4]}, {"params": parameters[4:]}], lr=RATE)
+    optimizer.param_groups[still]["lr"] = 0.0
+    loader = DataLoader(ROWS, 4, collate_fn=default_data_collator)
+    pilot = RankPilot(Gives(), "400%", schedule=ONCE, learning_rate="auto", tell=told.append)
+    pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=3))
+    assert any(f"in group {still} of the optimizer have a learning rate of 0" in line for line in told)
+    assert pilot.rates[0] == pytest.approx(RATE * pilot.rate_factor)
+    pilot.finish()
 
 
 @pytest.mark.parametrize("rule", [None, "auto"])

@@ -122,6 +122,13 @@ def test_a_run_that_is_resumed_is_steered_as_the_whole_one(tmp_path: Path) -> No
         np.testing.assert_allclose(one.observation.modules, two.observation.modules, atol=1e-4)
 
 
-def test_other_optimizers_are_refused(agent: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a policy that steers the rate, read the steps of Adam"):
-        steered(tmp_path, load_policy(agent), optim="sgd", save_strategy="no")
+@pytest.mark.parametrize("optim", ["sgd", "adafactor"])
+def test_other_optimizers_are_refused_before_anything_is_measured(agent: Path, tmp_path: Path, optim: str) -> None:
+    with pytest.raises(ConfigError, match="policy 'agent' corrects the learning rate by the steps of Adam"):
+        steered(tmp_path, load_policy(agent), optim=optim, save_strategy="no")
+    assert not (tmp_path / "log").exists()
+
+
+def test_the_folder_of_an_agent_is_no_control(agent: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pass its folder as policy=\."):
+        rankpilot.RankPilot(control=agent)
