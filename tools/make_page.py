@@ -60,14 +60,15 @@ class Options:
 
 
 def packed_model(name: str, quantization: Quantization) -> bytes | None:
-    """What the page knows of a model; None if nothing ships, or if it is none that continues texts."""
+    """What the page knows of a model; None if nothing ships that tells any batch, or if it continues no texts."""
     settings = StepConfig(quantization=quantization, bf16=True)
     path = shipped(name, settings)
     file = StepFile.read(path, AskedStep(name, settings).key)
     if file is None:
         return None
     source = StoredStep(file, _refuse, None)
-    return packed_step(source, settings, repeats_of(path.read_bytes())) if source.model.continues else None
+    known = source.model.continues and source.file.text["level"] == 0
+    return packed_step(source, settings, repeats_of(path.read_bytes())) if known else None
 
 
 def packed_step(source: StoredStep, settings: StepConfig, repeats: Mapping[str, int]) -> bytes:
@@ -106,8 +107,12 @@ def packed_step(source: StoredStep, settings: StepConfig, repeats: Mapping[str, 
     return _deflated(text, arrays)
 
 
+class _NotRecordedError(LookupError):
+    """What a page would have to record."""
+
+
 def _refuse() -> Any:
-    raise AssertionError("nothing is recorded for the page")
+    raise _NotRecordedError
 
 
 def _plain(value: Any) -> Any:
@@ -199,7 +204,10 @@ def _segment(memory: MemoryModel, index: int) -> tuple[int, int, int, int, int]:
 def _times(source: StoredStep, settings: StepConfig) -> dict[str, float]:
     """Times of a step with all layers checkpointed, and with selective checkpointing, as shares of plain LoRA's."""
     length = min(1024, source.model.positions or 1024)
-    step = source.configured(StepConfig(**asdict(settings) | {"batch_size": 2, "max_length": length}))
+    try:
+        step = source.configured(StepConfig(**asdict(settings) | {"batch_size": 2, "max_length": length}))
+    except _NotRecordedError:  # no recording tells other batches
+        return {}
     rates, names = device_table()[USUAL_CARD].rates, [segment.name for segment in step.memory.segments]
     if step.work is None or rates is None:
         return {}

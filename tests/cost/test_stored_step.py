@@ -130,7 +130,7 @@ def test_a_few_recordings_tell_any_rows_and_length(model: t.PreTrainedConfig) ->
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "quantization"), [("qwen3-0.6b", "nf4"), ("gemma-3-1b", "none")])
+@pytest.mark.parametrize(("name", "quantization"), [("qwen3-0.6b", "nf4"), ("llama-3.2-1b", "none")])
 def test_what_ships_tells_any_rows_and_length(name: str, quantization: Quantization) -> None:
     generator, missing = np.random.default_rng(2), []
 

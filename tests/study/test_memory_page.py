@@ -153,6 +153,11 @@ def test_the_arithmetic_is_that_of_python_for_what_ships(browser: Any) -> None:
     check_same(browser, models, sources)
 
 
+@pytest.mark.long
+def test_the_page_of_all_that_ships_is_small() -> None:
+    assert len(page(page_models())) < 6e6
+
+
 @dataclass
 class Visit:
     """A page that is open, and what it complained of or asked a network for."""
