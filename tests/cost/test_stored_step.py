@@ -130,7 +130,14 @@ def test_a_few_recordings_tell_any_rows_and_length(model: t.PreTrainedConfig) ->
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "quantization"), [("qwen3-0.6b", "nf4"), ("llama-3.2-1b", "none")])
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [
+        ("qwen3-0.6b", "nf4"),
+        ("llama-3.2-1b", "none"),
+        pytest.param("gemma-3-1b", "none", marks=pytest.mark.xfail(reason="3 x 2687: 7e-6 above a fresh recording")),
+    ],
+)
 def test_what_ships_tells_any_rows_and_length(name: str, quantization: Quantization) -> None:
     generator, missing = np.random.default_rng(2), []
 
