@@ -220,7 +220,10 @@ def test_a_log_that_cannot_be_written_is_told_before_the_work(
 
 
 def test_calls_before_the_run() -> None:
-    for call in (rankpilot.RankPilot.evaluation, rankpilot.RankPilot.out_of_memory):
+    calls: list[Callable[[rankpilot.RankPilot], object]] = [
+        lambda pilot: pilot.guard, rankpilot.RankPilot.out_of_memory
+    ]  # fmt: skip
+    for call in calls:
         with pytest.raises(ConfigError, match="has not begun"):
             call(rankpilot.RankPilot("signal-mean"))
 
