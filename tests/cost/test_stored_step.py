@@ -156,11 +156,11 @@ def test_what_ships_tells_any_rows_and_length(name: str, quantization: Quantizat
 @pytest.mark.parametrize("stem", first_cases(1, sorted(SHIPPED, key=lambda stem: (stem != "smollm2-135m-nf4", stem))))
 def test_what_ships_is_what_is_recorded_now(stem: str) -> None:
     name, _, quantization = stem.rpartition("-")
-    step = StepConfig(quantization=quantization, batch_size=2, max_length=1024, accumulation=8, bf16=True)  # type: ignore[arg-type]
+    step = StepConfig(quantization=quantization, batch_size=2, max_length=512, accumulation=8, bf16=True)  # type: ignore[arg-type]
     asked = AskedStep(name, step)
     file = StepFile.read(shipped(name, step), asked.key)
     assert file is not None, "its key is another one now: run `python -m tools.record_models`"
-    assert_same_answers(StoredStep(file, asked.recorder, None).configured(step), fresh(name, step), BatchShape(2, 1024))
+    assert_same_answers(StoredStep(file, asked.recorder, None).configured(step), fresh(name, step), BatchShape(2, 512))
 
 
 def test_what_ships_is_small_and_of_known_models() -> None:
