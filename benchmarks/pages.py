@@ -128,9 +128,9 @@ def one_run_in_short() -> str:
         for prefix in models.values():
             sides = {"plain": "if left alone", "controlled": "with control"}
             ends = {f"{prefix}{side} at {factor:g}": how for side, how in sides.items()}
-            known = {key: how for key, how in ends.items() if f"{key}: value" in figures}
-            told = ", ".join(f"{signed(figures[f'{key}: value'])} {how}" for key, how in known.items())
             texts = figures.get(f"{prefix}controlled at {factor:g}: texts")
+            known = {key: how for key, how in ends.items() if texts and figures.get(f"{key}: texts") == texts}
+            told = ", ".join(f"{signed(figures[f'{key}: value'])} {how}" for key, how in known.items())
             cells.append(told + (" (one text)" if texts == 1 else ""))
         rows.append((words, *cells, "", ""))
     return table(("", "SmolLM2-135M", "models of width 64", "bytes there", "versus checkpointed"), rows)
@@ -167,13 +167,14 @@ def control() -> str:
     words = {0.25: "a quarter of the best", 1.0: "the best", 4.0: "four times that"}
     for prefix in ("SmolLM2-135M, ", ""):
         for factor, told in words.items():
-            cells = []
-            for side in sides:
-                key = f"{prefix}{side} at {factor:g}"
-                value, worst = figures.get(f"{key}: value"), figures.get(f"{key}: worst")
-                cells.append("" if value is None else f"{signed(value)} (worst {worst:.1f})")
+            cells, texts = [], figures.get(f"{prefix}controlled at {factor:g}: texts")
+            for key in (f"{prefix}{side} at {factor:g}" for side in sides):
+                same = texts and figures.get(f"{key}: texts") == texts
+                cells.append(
+                    f"{signed(figures[f'{key}: value'])} (worst {figures[f'{key}: worst']:.1f})" if same else ""
+                )
             if any(cells):
-                lines.append((prefix + told, f"{figures[f'{prefix}controlled at {factor:g}: texts']}", *cells))
+                lines.append((prefix + told, f"{texts}", *cells))
     columns = ("rate at the start", "texts", "left alone", "controlled", "forks", "hypergradient", "ReduceLROnPlateau")
     return table(columns, lines)
 

@@ -101,7 +101,7 @@ def test_several_gpus_share_what_their_scheme_shares() -> None:
     [
         ({"gpus": 0}, "gpus is a whole number from 1"),
         ({"sharding": "fsdp2"}, "sharding fsdp2 is for several GPUs: give gpus"),
-        ({"gpus": 2, "sharding": "tp"}, "sharding is ddp, fsdp2 or zero3; got 'tp'"),
+        ({"gpus": 2, "sharding": "tp"}, "sharding is ddp, zero2, fsdp2, zero3; got 'tp'"),
     ],
 )
 def test_shards_that_cannot_be(given: dict[str, Any], text: str) -> None:
