@@ -232,6 +232,10 @@ def test_what_cannot_be_asked_is_told(visit: Callable[..., Visit]) -> None:
     here.page.get_by_label("Tokens in a row").fill("100000")
     here.page.wait_for_selector("#answer .mark", state="detached")
     assert "8,192" in here.text("#answer")
+    here.page.evaluate("location.hash = 'model=nothing'")
+    here.page.get_by_text("no model nothing").wait_for()
+    here.page.get_by_label("Rows in a batch").fill("3")
+    here.page.wait_for_selector("#answer .mark")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

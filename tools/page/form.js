@@ -36,7 +36,10 @@ function readAddress() {
     const field = form.elements.namedItem(name), value = given.get(name);
     if (typeof usual === "boolean") field.checked = value === null ? usual : value === "yes";
     else field.value = value === null ? usual : value;
-    if (field.tagName === "SELECT" && field.selectedIndex < 0) field.selectedIndex = 0;
+    if (field.tagName !== "SELECT") continue;
+    const unknown = field.selectedIndex < 0;
+    if (unknown) field.selectedIndex = 0;
+    field.setCustomValidity(unknown ? `This page has no ${name} ${value}. Choose another.` : "");
   }
   document.getElementById("more").open ||= ["optimizer", "accumulation", "sharding", "expandable"].some((name) => given.has(name));
 }
@@ -274,6 +277,7 @@ form.elements.optimizer.append(...Object.entries(OPTIMIZERS).map(([name, words])
 document.getElementById("foot").append(element("p", {}, "Bytes are those of rankpilot memory, to the byte: a step of the model was recorded, and is replayed here for your batch, rank, optimizer and card. Adapters are on all linear modules, attention is torch's flash attention where the model's mask allows it, and a 4-bit model is prepared with prepare_model_for_kbit_training. Predictions err by some per cent: leave 3 % of a card, and in 4 bits more."));
 let waiting = 0;
 form.addEventListener("input", () => {
+  for (const field of form.elements) field.setCustomValidity("");
   clearTimeout(waiting);
   waiting = setTimeout(show, 120);
 });
