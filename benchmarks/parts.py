@@ -329,7 +329,8 @@ def _steps(name: str, text: str, rows: int, rounds: int, console: Console) -> Fi
     lengths, every = np.array([len(row) for row in batch]), stepper.bytes.levels[-1]
     whole = [stepper.labelled(padded(batch))]
     parts, layers, plan = stepper.in_parts(batch)
-    room = float(stepper.bytes(np.array([rows]), np.array([lengths.max()]), every)[0])
+    rectangle = Part(tuple(range(rows)), int(lengths.max()), every)
+    room = stepper.bytes.exact(rectangle, first=True)  # alone in its step, it has no gradients beside it
     least, least_layers, least_plan = stepper.in_parts(batch, room)
     kinds: dict[str, tuple[list[Any], list[int]]] = {
         "rectangle": (whole, [0]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,60 +120,44 @@ def step() -> str:
 # Losses ---------------------------------------------------------------------------------------------------------------
 
 
+def _measured(words: str, key: str, kind: str = "a") -> Interval:
+    """A choice on models of width 64, or what rankpilot does there ("c")."""
+    figures = without_a_sweep()
+    value, low, high = (float(figures[f"{key}: {name}"]) for name in ("value", "low", "high"))
+    return Interval(words, value, low, high, kind)
+
+
 def choices() -> str:
     """What single choices are worth in held-out loss."""
-    figures = without_a_sweep()
-
-    def measured(words: str, key: str, kind: str = "a") -> Interval:
-        value, low, high = (float(figures[f"{key}: {name}"]) for name in ("value", "low", "high"))
-        return Interval(words, value, low, high, kind)
-
     whole = {
-        (part, least): Interval(f"{PARTS[part]}", float(np.mean(losses)), min(losses), max(losses), "b")
+        (part, least): Interval(PARTS[part], float(np.mean(losses)), min(losses), max(losses), "b")
         for part, least, _, losses in parts_of_whole()
     }
+    ranks = [
+        replace(row, name=f"{'rank 4' if low == 4 else 'ranks 16 to 128'}, SmolLM2-135M")
+        for (part, low), row in whole.items()
+        if part == "all"
+    ]
     small = partial("byte models, admitted, {}".format)
     groups: list[tuple[str, Sequence[Interval]]] = [
         (
             "Learning rate",
             (
-                measured("3e-4 on narrow models", small("usual")),
-                measured("four times the best", "plain at 4"),
-                measured("four times, with control", "controlled at 4", "c"),
-                measured("a quarter of the best", "plain at 0.25"),
-                measured("a quarter, with control", "controlled at 0.25", "c"),
-                measured('learning_rate="auto"', small("auto"), "c"),
+                _measured("3e-4 on narrow models", small("usual")),
+                _measured("four times the best", "plain at 4"),
+                _measured("four times, with control", "controlled at 4", "c"),
+                _measured("a quarter of the best", "plain at 0.25"),
+                _measured("a quarter, with control", "controlled at 0.25", "c"),
+                _measured('learning_rate="auto"', small("auto"), "c"),
             ),
         ),
-        (
-            "Coverage, SmolLM2-135M",
-            [row for (part, low), row in whole.items() if part != "all"],
-        ),
-        (
-            "Rank",
-            (
-                *(
-                    Interval(
-                        f"{'rank 4' if low == 4 else 'ranks 16 to 128'}, SmolLM2-135M",
-                        row.value,
-                        row.low,
-                        row.high,
-                        "b",
-                    )
-                    for (part, low), row in whole.items()
-                    if part == "all"
-                ),
-                measured("rank 64 with rsLoRA", small("rslora-64")),
-            ),
-        ),
+        ("Coverage, SmolLM2-135M", [row for (part, low), row in whole.items() if part != "all"]),
+        ("Rank", (*ranks, _measured("rank 64 with rsLoRA", small("rslora-64")))),
         (
             "Methods at a mean rank of 8",
             (
-                measured("Prodigy", small("Prodigy")),
-                measured("AdaLoRA", small("AdaLoRA")),
-                measured("LoRA+", small("LoRA+")),
-                measured("EVA", small("EVA")),
-                measured('goal="quality"', small("quality"), "c"),
+                *(_measured(name, small(name)) for name in ("Prodigy", "AdaLoRA", "LoRA+", "EVA")),
+                _measured('goal="quality"', small("quality"), "c"),
             ),
         ),
     ]

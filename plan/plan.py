@@ -278,9 +278,6 @@ def top_down(problem: AllocationProblem) -> IntArray:
     return project(fresh, pack(fresh, scores, RANK_FLOOR), scores).ranks
 
 
-SCORE_BOUND = 4.0
-"""Scores and the numbers of the placement lie between minus and plus this."""
-
 PLACEMENT = ("rank_floor", "depth_bias")
 """The numbers of the placement: log2 of a factor on the rank floor, and what is added to the depth bias."""
 

@@ -21,9 +21,6 @@ from rich.console import Console
 
 MOST_ERROR_BYTES = 10**5
 
-SAME = 5e-4
-"""Shares that differ by less read the same."""
-
 
 @dataclass(frozen=True)
 class Options:
