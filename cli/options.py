@@ -9,10 +9,10 @@ from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import tyro
-import yaml
 
 from ..common.files import MOST_YAML_BYTES, from_json, parse_yaml, read_json, read_text
 from ..errors import ConfigError, shown
@@ -69,7 +69,7 @@ def parse(kind: type[Settings], arguments: Sequence[str], default: Settings, pro
     groups: dict[str, Any] = {}
 
     def option(name: str) -> tuple[str, Any, Any]:
-        hint = hints[name]
+        hint = _quick(hints[name])
         if other := TRAINER_NAMES.get(name):
             hint = Annotated[hint, tyro.conf.arg(aliases=[f"--{other.replace('_', '-')}"])]
         return name, hint, getattr(default, name)
@@ -90,6 +90,24 @@ def parse(kind: type[Settings], arguments: Sequence[str], default: Settings, pro
         kind.__name__, [each for each in made if each[0] not in groups], frozen=True, namespace=checked
     )
     return flat(tyro.cli(whole, args=arguments, prog=prog, config=(tyro.conf.OmitArgPrefixes,)))
+
+
+_TEXTS = tyro.constructors.PrimitiveConstructorSpec[Any](
+    nargs="*",
+    metavar="[STR [STR ...]]",
+    instance_from_str=tuple,
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=list,
+)
+
+
+def _quick(hint: Any) -> Any:
+    """A type as tyro checks it by itself; for `X | Y` and `tuple[str, ...]` it would load typeguard, and asyncio."""
+    if get_origin(hint) is Annotated:
+        return Annotated[(_quick(hint.__origin__), *hint.__metadata__)]
+    if isinstance(hint, UnionType):
+        return Union[get_args(hint)]  # noqa: UP007
+    return Annotated[tuple, _TEXTS] if hint == tuple[str, ...] else hint
 
 
 def _attributes(kind: type) -> str:
@@ -133,9 +151,11 @@ def _read(path: Path) -> Any:
     """The values in a JSON file, or in a YAML file by its suffix; ValueError if they cannot be read."""
     if path.suffix not in (".yaml", ".yml"):
         return read_json(path)
+    from yaml import YAMLError  # of a library that takes a while to load
+
     try:
         values = parse_yaml(read_text(path, MOST_YAML_BYTES))
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     trainer = values.get("trainer") if isinstance(values, dict) else None
     if isinstance(trainer, dict):  # as people write it there

@@ -24,7 +24,6 @@ from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-from zipfile import ZIP_STORED, ZipFile
 
 import platformdirs
 from safetensors import SafetensorError, safe_open
@@ -46,6 +45,8 @@ def is_whole_archive(path: Path) -> bool:
     Raises:
         OSError, BadZipFile, NotImplementedError, RuntimeError, EOFError: it cannot be read as an archive.
     """
+    from zipfile import ZIP_STORED, ZipFile
+
     with ZipFile(path) as archive:
         entries = archive.infolist()
         plain = all(entry.compress_type == ZIP_STORED for entry in entries)

@@ -41,6 +41,9 @@ LARGE_BLOCK_BYTES = 10 * _MIB
 _LARGE_ADDRESSES = 2**60
 """Where the expandable segment of large blocks begins."""
 
+_SIZE, _ADDRESS = 2**62, 2**62 - 1
+"""A free block is a number, its size times the first plus its address: numbers are compared quicker than pairs."""
+
 
 @dataclass(slots=True)
 class _Block:
@@ -72,7 +75,7 @@ class CachingAllocator:
         self._last: dict[bool, int] | None = {} if expandable else None  # by pool, the block at the end of its segment
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self._blocks: dict[int, _Block] = {}  # by address
-        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # sizes and addresses, by pool
+        self._free: dict[bool, list[int]] = {True: [], False: []}  # by pool, see `_SIZE`
         self._next_address = 0
 
     def allocate(self, size: int) -> int:
@@ -80,8 +83,8 @@ class CachingAllocator:
         size += -size % BLOCK_BYTES
         small = size <= SMALL_BYTES
         free, blocks = self._free[small], self._blocks
-        index = bisect_left(free, (size, -1))
-        address = free.pop(index)[1] if index < len(free) else self._new_block(size, small)
+        index = bisect_left(free, size * _SIZE)
+        address = free.pop(index) & _ADDRESS if index < len(free) else self._new_block(size, small)
         block = blocks[address]
         block.free = False
         left = block.size - size
@@ -92,7 +95,7 @@ class CachingAllocator:
                 blocks[after].before = rest
             elif self._last is not None:
                 self._last[small] = rest
-            insort(free, (left, rest))
+            insort(free, left * _SIZE + rest)
             block.size, block.after = size, rest
         self.allocated += block.size
         if self.allocated > self.peak_allocated:
@@ -106,14 +109,14 @@ class CachingAllocator:
         self.allocated -= block.size
         free, after, before = self._free[block.small], block.after, block.before
         if after is not None and (other := blocks[after]).free:
-            del free[bisect_left(free, (other.size, after))]
+            del free[bisect_left(free, other.size * _SIZE + after)]
             self._join(address, block, after)
         if before is not None and (other := blocks[before]).free:
-            del free[bisect_left(free, (other.size, before))]
+            del free[bisect_left(free, other.size * _SIZE + before)]
             self._join(before, other, address)
             address, block = before, other
         block.free = True
-        insort(free, (block.size, address))
+        insort(free, block.size * _SIZE + address)
 
     def restart_peak(self) -> int:
         """Let `peak_allocated` begin anew; returns its value."""
@@ -125,11 +128,11 @@ class CachingAllocator:
         if self._last is not None:
             return
         for free in self._free.values():
-            for size, address in list(free):
-                block = self._blocks[address]
+            for number in list(free):
+                block = self._blocks[address := number & _ADDRESS]
                 if block.before is None and block.after is None:
-                    free.remove((size, address))
-                    self.reserved -= size
+                    free.remove(number)
+                    self.reserved -= block.size
                     del self._blocks[address]
 
     def _new_block(self, size: int, small: bool) -> int:
@@ -151,7 +154,7 @@ class CachingAllocator:
         end = last.get(small)
         tail = None if end is None else self._blocks[end]
         if end is not None and tail is not None and tail.free:
-            self._free[small].remove((tail.size, end))
+            self._free[small].remove(tail.size * _SIZE + end)
             address, more = end, -(-(size - tail.size) // unit) * unit
             tail.size += more
         else:

@@ -60,6 +60,11 @@ class CardUse:
         return self.reserved_bytes + self.context_bytes + self.margin_bytes
 
     @property
+    def reserve_share(self) -> float:
+        """What the allocator holds beyond tensors, as a share of all else."""
+        return self.reserve_bytes / (self.total_bytes - self.reserve_bytes)
+
+    @property
     def spare_bytes(self) -> int:
         """Bytes of the card that `total_bytes` leaves; below 0, those that are missing."""
         return self.device.memory_bytes - self.total_bytes

@@ -161,7 +161,7 @@ class AskedStep:
         path = cache_folder() / "steps" / f"{key}.xz"
         file = StepFile.read(path, key)
         if file is None or file.text["versions"] != versions():
-            file = StepFile.read(shipped(self.model, self.settings), key) or StepFile(key)
+            file = StepFile.read(shipped(self.model), key) or StepFile(key)
         return StoredStep(file, self.recorder, path, self.loaded)
 
     def recorder(self, *, optional: bool = True) -> StepRecorder:
@@ -176,10 +176,12 @@ class AskedStep:
 _RECORDED = ("quantization", "prepare_kbit", "target_modules", "target_parameters", "bf16")
 
 
-def shipped(model: str | PreTrainedConfig, settings: StepConfig) -> Path:
-    """The file that ships for a model that is known by name, if any does."""
-    name = short_name(model) if isinstance(model, str) else ""
-    return Path(__file__).with_name("recorded") / f"{name or 'unknown'}-{settings.quantization}.xz"
+def shipped(model: str | PreTrainedConfig) -> Path:
+    """The file that ships for a model that is known by name, and for others that are built alike."""
+    name = short_name(model) if isinstance(model, str) else None
+    built = published_models()[name]["config"] if name else {}
+    layers = built.get("num_hidden_layers", built.get("num_layers"))
+    return Path(__file__).with_name("recorded") / f"{built.get('model_type')}-{layers}.xz"
 
 
 def _fields(model: str | PreTrainedConfig) -> Mapping[str, Any]:

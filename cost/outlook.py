@@ -35,8 +35,11 @@ ROWS, LENGTHS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192)
 SHARES = (0.75, 0.5, 0.25)
 """Shares of the layers, from the top, that are shown beside all of them."""
 
-SURELY = 0.9
-"""The share of a predicted peak that tensors take at the least, far below what rounding makes of it."""
+SURELY = 0.98
+"""The share of a predicted peak that tensors take at the least, far below what margin and rounding make of it."""
+
+RESERVE = 0.025
+"""The allocator's reserve as a share of all tensors, as a first guess."""
 
 RANKS = (1, 8, 16, 64)
 """Ranks on all modules that are shown beside the one that was asked for."""
@@ -74,6 +77,7 @@ class Choice:
     _memory: MemoryModel = field(repr=False, kw_only=True)
     _use: Callable[[], CardUse | None] = field(repr=False, kw_only=True)
     _within: bool | None = field(repr=False, kw_only=True)
+    _has_slack: bool = field(repr=False, kw_only=True)
 
     @property
     def use(self) -> CardUse | None:
@@ -86,6 +90,11 @@ class Choice:
         if self._within is not None:
             return "fits" if self._within else "does not fit"
         return use.verdict if (use := self.use) else None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits, on a card with slack; the allocator is replayed only where tensors leave as much."""
+        return self._has_slack and self.verdict == "fits"
 
 
 @dataclass(frozen=True)
@@ -303,6 +312,7 @@ class Outlook:
             _memory=memory,
             _use=cache(lambda: self._use(memory, ranks, shape) if self.card else None),
             _within=within,
+            _has_slack=not self.card or not _is_hopeless(self, step_bytes, SLACK),
         )
 
     def _use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
@@ -331,11 +341,22 @@ class Outlook:
         if self._set is not None:
             return self.choice(layers, rank, self._set, kind)
         ranks = self.plan(layers, rank)
-        chosen = fewest_checkpointed(self.memory, ranks, self.room_for_tensors)
-        choice, holding = self.choice(layers, rank, chosen, kind), holding_layers(self.memory, ranks)
-        while choice.verdict != "fits" and len(choice.checkpointed) < len(holding):
-            choice = self.choice(layers, rank, holding[: len(choice.checkpointed) + 1], kind)
-        return choice
+        holding = holding_layers(self.memory, ranks)
+
+        def checkpointing(count: int) -> Choice:
+            return self.choice(layers, rank, holding[:count], kind)
+
+        def guess(reserve: float) -> int:
+            return len(fewest_checkpointed(self.memory, ranks, self.room_beside(reserve)))
+
+        count = guess(RESERVE)
+        if checkpointing(count)._has_slack and (use := checkpointing(count).use):
+            count = guess(use.reserve_share)
+        while not checkpointing(count).fits and count < len(holding):
+            count += 1
+        while count and checkpointing(count - 1).fits:
+            count -= 1
+        return checkpointing(count)
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
@@ -349,7 +370,7 @@ class Outlook:
 
         Where none fits with slack, it is the one that leaves most to spare of those that are tight.
         """
-        if fitting := next((choice for choice in self.by_depth() if choice.verdict == "fits"), None):
+        if fitting := next((choice for choice in self.by_depth() if choice.fits), None):
             return fitting
         tight = [choice for choice in self.by_depth() if choice.use and choice.use.spare_bytes >= 0]
         return min(tight, key=lambda choice: (choice.step_bytes, -choice.layers), default=None)
@@ -380,28 +401,33 @@ class Outlook:
 
     @property
     def room_for_tensors(self) -> float:
-        """Bytes of tensors that fit: `room` with slack, the reserve being the share of the batch that was asked for."""
+        """Bytes of tensors that fit any batch, the reserve being the share of the batch that was asked for."""
+        return self.room_beside(_reserve_share(self))
+
+    def room_beside(self, reserve: float) -> float:
+        """Bytes of tensors that fit: `room` with slack, where the allocator's reserve is this share of all tensors."""
         assert self.card is not None, "there is no card"
-        return self.room - self.card.memory_bytes * (1 - (1 - SLACK) / (1 + _reserve_share(self)))
+        return self.room - self.card.memory_bytes * (1 - (1 - SLACK) / (1 + reserve))
 
 
 def _reserve_share(outlook: Outlook) -> float:
     """The allocator's reserve as a share of all tensors, all layers checkpointed on the batch asked for."""
     use = outlook.choice(outlook.blocks, outlook.rank, outlook.checkpointable).use
     assert use is not None, "there is no card"
-    return use.reserve_bytes / (use.total_bytes - use.reserve_bytes)
+    return use.reserve_share
 
 
 def _fits(outlook: Outlook, plain: MemoryModel) -> bool:
     """Whether plain LoRA fits the card."""
-    if _is_hopeless(outlook, plain.peak(outlook._plain)):
+    if _is_hopeless(outlook, plain.peak(outlook._plain), SLACK):
         return False
     return outlook._use(plain, outlook._plain).verdict == "fits"
 
 
-def _is_hopeless(outlook: Outlook, step_bytes: float) -> bool:
-    """Whether a step takes so much more than there is room for that what the allocator adds need not be known."""
-    return SURELY * step_bytes > outlook.room
+def _is_hopeless(outlook: Outlook, step_bytes: float, slack: float = 0.0) -> bool:
+    """Whether tensors alone leave no such share of the card, so that what the allocator adds need not be known."""
+    assert outlook.card is not None, "there is no card"
+    return SURELY * step_bytes > outlook.room - slack * outlook.card.memory_bytes
 
 
 def _depths(outlook: Outlook) -> list[int]:
@@ -432,7 +458,7 @@ def _depth_choices(outlook: Outlook, layers: int) -> Iterator[Choice]:
     if not holding or (as_asked and layers == outlook.blocks):
         return
     every = outlook.choice(layers, outlook.rank, holding)
-    if outlook.card and none.verdict != "fits" and every.verdict != "does not fit":
+    if outlook.card and not none.fits:
         fitting = outlook.fitting(layers, outlook.rank)
         if fitting.checkpointed != every.checkpointed:
             yield fitting

@@ -1,23 +1,23 @@
-"""Files of recorded steps: arrays in the safetensors format and a JSON text among them, compressed as a whole.
+"""Files of recorded steps: a JSON text and arrays, compressed as a whole.
 
-Layers are alike, so that their storages differ by steady steps: times are written as differences, sets of modules as
-numbers into a table, whole numbers in as few bytes as they need. What is left compresses to some per cent. Files are
-read by numpy alone, and a damaged one is told by its check sum.
+A file holds steps of models that are built alike, and arrays that are equal are in it once. Layers are alike as well,
+so that their storages differ by steady steps: times are written as differences, sets of modules as numbers into a
+table, whole numbers in as few bytes as they need. What is left compresses to some per cent. Files are read by numpy
+alone, and a damaged one is told by its check sum.
 """
 
 from __future__ import annotations
 
 import json
 import lzma
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
 from ..common.arrays import Arrays, IntArray
 from ..errors import DataError, first_line
@@ -34,20 +34,46 @@ MOST_BYTES = 2**28
 
 Json = dict[str, Any]
 
-_TEXT = "text"
+Part = tuple[Arrays, Json]
+"""The arrays, by name, and the text of a part of a step."""
+
+Step = tuple[Json, dict[str, Part]]
+"""What is told of a step as a whole, and its parts by name."""
 
 
-def packed(arrays: Mapping[str, NDArray[Any]], text: Json, *, small: bool) -> bytes:
-    """A file of arrays by name and a JSON text; `small` takes seconds, to find out how often layers repeat."""
-    lags = {name: _lag(array) for name, array in arrays.items() if small and array.dtype.kind == "i"}
-    plain = {name: np.ascontiguousarray(narrow(lagged(array, lags.get(name, 0)))) for name, array in arrays.items()}
-    said = json.dumps([text, {name: lag for name, lag in lags.items() if lag}])
-    content = save({**plain, _TEXT: np.frombuffer(said.encode(), dtype=np.uint8)})
+def packed(steps: Mapping[str, Step], *, small: bool) -> bytes:
+    """A file of steps by key; `small` takes seconds, to find out how often layers repeat.
+
+    Eight bytes tell how long the text is. Then come the text, which has the numbers of each part's arrays, and the
+    arrays in that order.
+    """
+    found: dict[Any, tuple[str, NDArray[Any]]] = {}
+    for _, parts in steps.values():
+        for arrays, _ in parts.values():
+            for name, array in arrays.items():
+                found.setdefault(_same(array), (name, array))
+    ordered = sorted(found, key=lambda same: found[same][0])  # what is alike compresses better side by side
+    numbers = {same: number for number, same in enumerate(ordered)}
+    heads, bodies = zip(*(_written(found[same][1], small) for same in ordered), strict=True)
+    told = {
+        key: (
+            said,
+            {part: (text, {name: numbers[_same(own[name])] for name in own}) for part, (own, text) in parts.items()},
+        )
+        for key, (said, parts) in steps.items()
+    }
+    text = json.dumps([told, heads], separators=(",", ":")).encode()
+    content = b"".join((len(text).to_bytes(8, "little"), text, *bodies))
     return lzma.compress(content, preset=9 | lzma.PRESET_EXTREME if small else 1)
 
 
-def unpacked(content: bytes) -> tuple[Arrays, Json]:
-    """The arrays and the text of a file.
+def _same(array: NDArray[Any]) -> Any:
+    """What equal arrays have in common."""
+    return array.dtype.str, array.shape, array.tobytes()
+
+
+def unpacked(content: bytes, keys: Collection[str] | None = None) -> dict[str, Step]:
+    """The steps of a file by key, of these keys alone if there are any.
 
     Raises:
         DataError: it is damaged, or too large.
@@ -57,38 +83,69 @@ def unpacked(content: bytes) -> tuple[Arrays, Json]:
         plain = reader.decompress(content, max_length=MOST_BYTES)
         if not reader.eof:
             raise DataError(f"It is cut off, or unpacks to more than {MOST_BYTES:,} bytes.")
-        arrays = load(plain)
-        text, lags = json.loads(arrays.pop(_TEXT).tobytes())
-        arrays |= {name: _unlagged(arrays[name], lag) for name, lag in lags.items()}
-    except (lzma.LZMAError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"It is no file of a recorded step: {first_line(error)}") from error
-    return arrays, text
+        start = 8 + int.from_bytes(plain[:8], "little")
+        told, heads = json.loads(plain[8:start])
+        sizes = [np.dtype(head[0]).itemsize * math.prod(head[2]) for head in heads]
+        starts = np.cumsum([start, *sizes]).tolist()
+
+        def array(number: int) -> NDArray[Any]:
+            return _read(heads[number], plain[starts[number] : starts[number + 1]])
+
+        return {
+            key: (said, {name: ({each: array(own[each]) for each in own}, text) for name, (text, own) in parts.items()})
+            for key, (said, parts) in told.items()
+            if keys is None or key in keys
+        }
+    except (lzma.LZMAError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"It is no file of recorded steps: {first_line(error)}") from error
 
 
-def repeats_of(content: bytes) -> dict[str, int]:
-    """After how many rows the arrays of a file repeat themselves, by name; see `lagged`."""
-    lags: dict[str, int] = json.loads(load(lzma.decompress(content))[_TEXT].tobytes())[1]
-    return lags
+def _written(array: NDArray[Any], small: bool) -> tuple[Any, bytes]:
+    """What the text says of an array, and its bytes."""
+    values = array
+    if array.dtype.kind == "f" and np.isfinite(array).all() and np.array_equal(whole := array.astype(np.int64), array):
+        values = whole
+    lag, times = 0, 0
+    if small and values.dtype.kind == "i":
+        lag, times = repeats(values if values.ndim == 1 else values[:, 0])
+    for _ in range(times):
+        values = lagged(values, lag)
+    values = narrow(values)
+    return (values.dtype.str, array.dtype.str, array.shape, lag, times), values.tobytes()
 
 
-_LONGEST_LAG, _SEARCHED = 2000, 6000
+def _read(head: Any, content: bytes) -> NDArray[Any]:
+    written, kind, shape, lag, times = head
+    values: NDArray[Any] = np.frombuffer(content, dtype=written).reshape(shape)
+    if times and not 0 < lag <= _LONGEST_LAG:
+        raise DataError(f"Its rows repeat after {lag:,}.")
+    for _ in range(min(times, 2)):
+        values = _unlagged(values, lag)
+    return values.astype(kind, copy=False)
 
 
-def _lag(values: NDArray[Any]) -> int:
-    """After how many rows a table repeats itself, but for steady steps, so that fewest changes are left; 0 for none."""
-    column = (values if values.ndim == 1 else values[:, 0])[-_SEARCHED:].astype(np.int64)
-    best, least = 0, np.count_nonzero(np.diff(column))
-    for lag in range(1, min(_LONGEST_LAG, len(column) // 3)):
-        changes = np.count_nonzero(np.diff(column[lag:] - column[:-lag]))
-        if changes < least:
-            best, least = lag, changes
+_LONGEST_LAG = 2000
+
+
+def repeats(values: NDArray[Any]) -> tuple[int, int]:
+    """After how many rows values repeat themselves but for steady steps, and how often a difference is to be taken.
+
+    What is left after `lagged` has fewest changes. Steps are steady within each kind of row, so that a difference of
+    differences is often 0; (0, 0) if nothing helps.
+    """
+    best, least = (0, 0), np.count_nonzero(np.diff(values))
+    for lag in range(1, min(_LONGEST_LAG, len(values) // 3)):
+        changed = values
+        for times in (1, 2):
+            changed = lagged(changed, lag)
+            changes = np.count_nonzero(changed[1:] != changed[:-1])
+            if changes < least:
+                best, least = (lag, times), changes
     return best
 
 
 def lagged(values: NDArray[Any], lag: int) -> NDArray[Any]:
     """The difference of each row from the one so many rows before."""
-    if not lag:
-        return values
     changed = values.astype(np.int64)
     changed[lag:] -= values[:-lag]
     return changed
@@ -160,11 +217,6 @@ def narrow(values: NDArray[Any]) -> NDArray[Any]:
     return values.astype(kind)
 
 
-def _wide(values: NDArray[Any]) -> NDArray[Any]:
-    """What `narrow` wrote."""
-    return values if values.dtype.kind == "f" else values.astype(np.int64)
-
-
 class _Sets:
     """A table of sets of modules."""
 
@@ -185,14 +237,28 @@ def _sets_of(array: NDArray[Any]) -> list[ModuleSet]:
     return [int.from_bytes(row.tobytes(), "little") for row in array]
 
 
-def _after(times: IntArray, starts: IntArray) -> IntArray:
-    """Times as spans from others, -1 for never."""
-    return np.where(times == NEVER, -1, times - starts)
+def _anchors(created: IntArray, segments: IntArray, forward_end: int) -> IntArray:
+    """From when on it is told when each storage is freed, int64 (storages,).
+
+    From the backward pass of its own segment, so that the same is told of each layer, or from its creation.
+    """
+    backward = np.flatnonzero(created > forward_end)[::-1]
+    first = np.zeros(segments.max(initial=-1) + 2, dtype=np.int64)  # the last is for storages of no segment
+    first[segments[backward]] = created[backward]  # the earliest stays
+    first[-1] = 0
+    return np.maximum(created, first[segments])
 
 
-def _times(spans: NDArray[Any], starts: IntArray) -> IntArray:
-    spans = spans.astype(np.int64)
-    return np.where(spans == -1, NEVER, spans + starts)
+def _after(times: IntArray, created: IntArray, anchors: IntArray) -> IntArray:
+    """Times as spans from anchors, or, below -1, from the creation; -1 for never."""
+    spans = np.where(times < anchors, created - times - 2, times - anchors)
+    return np.where(times == NEVER, -1, spans)
+
+
+def _times(spans: IntArray, created: IntArray, anchors: IntArray) -> IntArray:
+    """The times that `_after` wrote."""
+    times = np.where(spans < -1, created - spans - 2, anchors + spans)
+    return np.where(spans == -1, NEVER, times)
 
 
 def _table(rows: Sequence[Sequence[int]], width: int) -> IntArray:
@@ -216,6 +282,7 @@ def memory_arrays(memory: MemoryModel) -> tuple[Arrays, Json]:
     """A byte model without its states and the shape of its batch."""
     recording, growth, sets = memory.recording, memory._growth, _Sets()
     created = recording.created
+    anchors = _anchors(created, recording.segment_index, recording.forward_end)
     needed = np.zeros(len(created), dtype=np.int64)
     for serial, modules in recording.needed.items():
         needed[serial] = 1 + sets.number(modules)
@@ -243,8 +310,8 @@ def memory_arrays(memory: MemoryModel) -> tuple[Arrays, Json]:
     columns = {
         "sizes": recording.sizes,
         "created": np.diff(created, prepend=0),
-        "freed": _after(recording.freed, created),
-        "freed_if_unsaved": _after(recording.freed_if_unsaved, created),
+        "freed": _after(recording.freed, created, anchors),
+        "freed_if_unsaved": _after(recording.freed_if_unsaved, created, anchors),
         "uses_saved": recording.uses_saved,
         "slope": memory._slope,
         "needed": needed,
@@ -257,7 +324,6 @@ def memory_arrays(memory: MemoryModel) -> tuple[Arrays, Json]:
     arrays = _halves(columns, forward) | {name: _table(*table) for name, table in tables.items()}
     tiles = growth.tile_tokens
     text = {
-        "names": names_alike(recording.names),
         "segments": names_alike([each.name for _, each in segments]),
         "forward_end": recording.forward_end,
         "inputs_on_device": recording.inputs_on_device,
@@ -266,7 +332,12 @@ def memory_arrays(memory: MemoryModel) -> tuple[Arrays, Json]:
         "length_ratio": growth.length_ratio,
         "tiles": tiles and [tiles.of_token, tiles.of_row, tiles.size.parts, tiles.size.least, tiles.size.most],
     }
-    return {**arrays, "sets": sets.array()}, text
+    return {**arrays, "names": _letters(recording.names), "sets": sets.array()}, text
+
+
+def _letters(names: Sequence[str]) -> NDArray[np.uint8]:
+    """Names as an array, which is in a file once."""
+    return np.frombuffer("\n".join(names_alike(names)).encode(), dtype=np.uint8)
 
 
 def _numbers_of(shape: BatchShape) -> list[int]:
@@ -278,6 +349,7 @@ def read_memory(arrays: Mapping[str, Any], text: Json, states: ModelStates, shap
     arrays = _whole(arrays)
     sets = _sets_of(arrays["sets"])
     created = np.cumsum(arrays["created"], dtype=np.int64)
+    anchors = _anchors(created, arrays["segment_index"], text["forward_end"])
     times = created.tolist()
     rows = {name: _rows(arrays[name]) for name in ("later", "context", "gradients", "added")}
     later: dict[int, Any] = {}
@@ -287,8 +359,8 @@ def read_memory(arrays: Mapping[str, Any], text: Json, states: ModelStates, shap
     recording = Recording(
         sizes=arrays["sizes"].astype(np.int64),
         created=created,
-        freed=_times(arrays["freed"], created),
-        freed_if_unsaved=_times(arrays["freed_if_unsaved"], created),
+        freed=_times(arrays["freed"], created, anchors),
+        freed_if_unsaved=_times(arrays["freed_if_unsaved"], created, anchors),
         **{name: arrays[name].astype(np.int64) for name in _INDICES},
         needed={serial: sets[needed[serial] - 1] for serial in np.flatnonzero(needed).tolist()},
         needed_later=later,
@@ -296,7 +368,7 @@ def read_memory(arrays: Mapping[str, Any], text: Json, states: ModelStates, shap
         uses_saved=arrays["uses_saved"].astype(np.bool_),
         gradients=dict(rows["gradients"]),  # type: ignore[arg-type]
         added_at={serial: times[serial] + span for serial, span in rows["added"]},
-        names=names_told(text["names"]),
+        names=names_told(arrays["names"].tobytes().decode().split("\n")),
         forward_end=text["forward_end"],
         inputs_on_device=text.get("inputs_on_device", 0),
         segments=_segments(arrays, names_told(text["segments"]), sets),
@@ -308,7 +380,7 @@ def read_memory(arrays: Mapping[str, Any], text: Json, states: ModelStates, shap
         recorded=BatchShape(*text["recorded"]),
         length_ratio=text["length_ratio"],
         tile_tokens=tiles and TileTokens(tiles[0], tiles[1], TileSize(*tiles[2:])),
-        **{name: _wide(arrays[name]) for name in OF_STORAGES},
+        **{name: arrays[name] for name in OF_STORAGES},
     )
     base = arrays["base"] if "base" in arrays else recording.sizes - RANK * slope
     return MemoryModel(shape, False, states, recording, base, slope, growth, text["block_bytes"])

@@ -23,7 +23,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..common.arrays import Arrays
 from ..common.files import atomic_path
 from ..errors import DataError, UnsupportedError
 from ..lora.spec import ModuleSpec
@@ -34,6 +33,8 @@ from .saver_prices import free_savers
 from .step_config import MOST_TOKENS, OptimizerName, StepConfig
 from .step_file import (
     Json,
+    Part,
+    Step,
     memory_arrays,
     names_alike,
     names_told,
@@ -48,7 +49,7 @@ from .step_file import (
 from .step_time import StepWork
 from .work_growth import MASK_ALIGNMENT, WorkGrowth, counted_shapes
 
-SCHEMA = 2
+SCHEMA = 3
 """The version of the files."""
 
 USUAL = BatchShape(4, 2080)
@@ -106,44 +107,34 @@ class StepFile:
         content: what a file holds; None for nothing yet.
 
     Attributes:
-        arrays: by the name of the part and of the array, with a slash between.
-        text: the version of the schema, the key, versions of libraries, and a text for each part.
+        key: of the step.
+        text: the version of the schema, versions of libraries, and from which of `StoredStep`'s shapes on recordings
+            tell of batches.
+        parts: arrays and a text of each, by name.
     """
 
-    arrays: Arrays
+    key: str
     text: Json
+    parts: dict[str, Part]
 
-    def __init__(self, key: str, content: tuple[Arrays, Json] | None = None) -> None:
-        empty = {"schema": SCHEMA, "key": key, "level": 0, "parts": {}}
-        self.arrays, self.text = content or ({}, {**empty, "versions": versions()})
+    def __init__(self, key: str, content: Step | None = None) -> None:
+        self.key = key
+        self.text, self.parts = content or ({"schema": SCHEMA, "level": 0, "versions": versions()}, {})
 
     @classmethod
     def read(cls, path: Path, key: str) -> StepFile | None:
-        """Read a file; None if there is none that is whole, and of this step and schema."""
+        """Read a step from a file; None if there is none that is whole, and of this schema."""
         try:
-            found = cls(key, unpacked(path.read_bytes()))
-            whole = found.text["schema"] == SCHEMA and found.text["key"] == key and "model" in found.text["parts"]
+            found = cls(key, unpacked(path.read_bytes(), (key,))[key])
+            whole = found.text["schema"] == SCHEMA and "model" in found.parts
         except (OSError, DataError, LookupError, TypeError):
             return None
         return found if whole else None
 
-    def write(self, path: Path, *, small: bool) -> None:
-        """Write it in one step; see `packed`."""
+    def write(self, path: Path) -> None:
+        """Write it in one step, alone in its file."""
         with atomic_path(path) as temporary:
-            temporary.write_bytes(packed(self.arrays, self.text, small=small))
-
-    def part(self, name: str) -> tuple[Arrays, Json] | None:
-        """The arrays and the text of a part; None if it is not there."""
-        if name not in self.text["parts"]:
-            return None
-        start = f"{name}/"
-        own = {key.removeprefix(start): value for key, value in self.arrays.items() if key.startswith(start)}
-        return own, self.text["parts"][name]
-
-    def add(self, name: str, part: tuple[Arrays, Json]) -> None:
-        """Put a part in, in place of one of its name."""
-        arrays, self.text["parts"][name] = part
-        self.arrays |= {f"{name}/{key}": value for key, value in arrays.items()}
+            temporary.write_bytes(packed({self.key: (self.text, self.parts)}, small=False))
 
 
 class StoredStep:
@@ -186,7 +177,7 @@ class StoredStep:
     def _keep(self) -> None:
         if self._changed and self._path:
             with suppress(OSError):
-                self.file.write(self._path, small=False)
+                self.file.write(self._path)
         self._changed = False
 
     @property
@@ -197,7 +188,7 @@ class StoredStep:
     @property
     def model(self) -> LoadedModel:
         """What is known of the model."""
-        part = self.file.part("model")
+        part = self.file.parts.get("model")
         return _read_model(*part) if part else self._recorder().model
 
     def memory(self, savers: tuple[str, ...], shape: BatchShape) -> MemoryModel:
@@ -246,7 +237,7 @@ class StoredStep:
 
     def _memory(self, savers: tuple[str, ...], known: BatchShape, states: ModelStates) -> MemoryModel:
         name = f"memory {known} {_named(savers)}"
-        if part := self.file.part(name):
+        if part := self.file.parts.get(name):
             return read_memory(*part, states, known)
         memory = self._recorder().memory(savers, known)
         self._add(name, memory_arrays(memory))
@@ -255,7 +246,7 @@ class StoredStep:
 
     def _work(self, savers: tuple[str, ...], shapes: tuple[BatchShape, ...]) -> WorkGrowth | None:
         name = f"work {shapes[0]} {_named(savers)}"
-        if part := self.file.part(name):
+        if part := self.file.parts.get(name):
             return read_work(*part, np.array([target.d_in + target.d_out for target in self.model.targets]))
         work = WorkGrowth.of(shapes, [self._recorder().work(savers, shape) for shape in shapes])
         if work:
@@ -265,16 +256,16 @@ class StoredStep:
     def states(self, optimizer: OptimizerName) -> ModelStates:
         """What the adapters and this optimizer hold between steps."""
         name = f"states {optimizer}"
-        if part := self.file.part(name):
+        if part := self.file.parts.get(name):
             return read_states(*part)
         states = self._recorder().states(optimizer)
         self._add(name, states_arrays(states))
         return states
 
-    def _add(self, name: str, part: tuple[Arrays, Json]) -> None:
+    def _add(self, name: str, part: Part) -> None:
         if self.file.text["versions"] != versions():  # it shipped, and does not mix with what is recorded now
-            self.file = StepFile(self.file.text["key"])
-        self.file.add(name, part)
+            self.file = StepFile(self.file.key)
+        self.file.parts[name] = part
         self._changed = True
 
 
@@ -282,7 +273,7 @@ def _named(savers: tuple[str, ...]) -> str:
     return ", ".join(savers) or "plain"
 
 
-def _model_arrays(model: LoadedModel) -> tuple[Arrays, Json]:
+def _model_arrays(model: LoadedModel) -> Part:
     text = {name: value for name, value in asdict(model).items() if name not in ("targets", "frozen")}
     text["targets"] = names_alike([target.name for target in model.targets])
     widths = [(target.block, target.d_in, target.d_out) for target in model.targets]
@@ -291,7 +282,7 @@ def _model_arrays(model: LoadedModel) -> tuple[Arrays, Json]:
     return arrays | ({"experts": experts} if (experts > 1).any() else {}), text
 
 
-def _read_model(arrays: Arrays, text: Json) -> LoadedModel:
+def _read_model(arrays: Mapping[str, Any], text: Json) -> LoadedModel:
     rows = zip(names_told(text["targets"]), arrays["widths"].tolist(), strict=True)
     experts = arrays.get("experts", np.ones(len(text["targets"]), dtype=np.int64)).tolist()
     targets = tuple(ModuleSpec(name, *row, experts=count) for (name, row), count in zip(rows, experts, strict=True))

@@ -166,7 +166,7 @@ def _time_text(outlook: Outlook, best: Choice) -> str:
     text = f", at {best.time:.2f} of the time of plain LoRA without checkpointing"
     timed = ((each.time, each) for each in outlook.by_depth() if each.time is not None)
     for time, other in timed:
-        if time < 0.9 * best.time and other.verdict == "fits":
+        if time < 0.9 * best.time and other.fits:
             return f"{text}. Quicker, but with fewer adapters: {choice_text(outlook, other)}, at {time:.2f}"
     return text
 

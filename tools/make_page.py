@@ -11,7 +11,7 @@ import json
 import struct
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -29,7 +29,7 @@ from rankpilot.cost.outlook import card_rates
 from rankpilot.cost.recording import NEVER, BatchShape
 from rankpilot.cost.saver_prices import ACTIVATIONS
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
-from rankpilot.cost.step_file import lagged, narrow, read_memory, repeats_of
+from rankpilot.cost.step_file import lagged, narrow, read_memory, repeats
 from rankpilot.cost.stored_step import StepFile, StoredStep
 from rankpilot.lora.spec import highest_ranks
 
@@ -62,16 +62,15 @@ class Options:
 def packed_model(name: str, quantization: Quantization) -> bytes | None:
     """What the page knows of a model; None if nothing ships that tells any batch, or if it continues no texts."""
     settings = StepConfig(quantization=quantization, bf16=True)
-    path = shipped(name, settings)
-    file = StepFile.read(path, AskedStep(name, settings).key)
+    file = StepFile.read(shipped(name), AskedStep(name, settings).key)
     if file is None:
         return None
     source = StoredStep(file, _refuse, None)
-    known = source.model.continues and source.file.text["level"] == 0
-    return packed_step(source, settings, repeats_of(path.read_bytes())) if known else None
+    known = source.model.continues and file.text["level"] == 0
+    return packed_step(source, settings) if known else None
 
 
-def packed_step(source: StoredStep, settings: StepConfig, repeats: Mapping[str, int]) -> bytes:
+def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
     """What the page knows of a stored step: a text and arrays, deflated.
 
     Four bytes tell how long the text is. Then come the text in JSON and the arrays, in the order that it tells.
@@ -79,7 +78,6 @@ def packed_step(source: StoredStep, settings: StepConfig, repeats: Mapping[str, 
     Args:
         source: the step.
         settings: with which it was recorded.
-        repeats: see `repeats_of`; what is left out takes more bytes.
     """
     model, file = source.model, source.file
     highest = highest_ranks(model.targets)
@@ -89,16 +87,14 @@ def packed_step(source: StoredStep, settings: StepConfig, repeats: Mapping[str, 
         held = asdict(source.states(optimizer))
         states[optimizer] = {key: _plain(value) for key, value in held.items()}
     steps: list[dict[str, Any]] = []
-    for part in file.text["parts"]:
+    for part, found in file.parts.items():
         kind, _, rest = part.partition(" ")
-        found = file.part(part)
-        if kind == "memory" and found and (savers := _savers(rest, file)):
+        if kind == "memory" and (savers := _savers(rest, file)):
             shape = BatchShape(*map(int, rest.split()[0:3:2]))
             memory = read_memory(*found, source.states("adamw"), shape)
             if np.isfinite(memory._growth.row_power).all():
                 steps.append(_step(memory, savers, shape))
-                lags = repeats.get(f"{part}/created", 0), repeats.get(f"{part}/created, backward", 0)
-                arrays += _arrays(memory, len(steps) - 1, lags)
+                arrays += _arrays(memory, len(steps) - 1)
     text: dict[str, Any] = {
         "arrays": [], "steps": steps, "states": states, "parameters": model.parameters, "outside": model.outside,
         "widest": model.widest, "positions": model.positions, "windows": model.windows, "isEager": model.is_eager,
@@ -130,7 +126,7 @@ def _savers(rest: str, file: StepFile) -> str:
     start = f"memory {' '.join(shape)} "
     free = [
         part.removeprefix(start)
-        for part in file.text["parts"]
+        for part in file.parts
         if part.startswith(start) and ACTIVATIONS not in part and not part.endswith("plain")
     ]
     best = max(free, key=lambda each: (each.count(","), each), default="")
@@ -153,7 +149,7 @@ def _step(memory: MemoryModel, savers: str, shape: BatchShape) -> dict[str, Any]
     }
 
 
-def _arrays(memory: MemoryModel, owner: int, lags: tuple[int, int]) -> Parts:
+def _arrays(memory: MemoryModel, owner: int) -> Parts:
     """The arrays of a step in which all modules are adapted, those of storages cut behind the forward pass."""
     recording, (_, kind) = memory.recording, memory._growth.kinds
     created, count = recording.created, len(recording.created)
@@ -174,8 +170,9 @@ def _arrays(memory: MemoryModel, owner: int, lags: tuple[int, int]) -> Parts:
     }
     forward = int(np.searchsorted(created, recording.forward_end, side="right"))
     found: Parts = []
-    for name, values in columns.items():
-        found += [(owner, name, values[:forward], lags[0]), (owner, name, values[forward:], lags[1])]
+    for half in (slice(forward), slice(forward, None)):
+        lag, _ = repeats(columns["created"][half])
+        found += [(owner, name, values[half], lag) for name, values in columns.items()]
     gradients = [(serial, module, recording.added_at[serial]) for serial, module in recording.gradients.items()]
     segments = [_segment(memory, index) for index in range(len(recording.segments))]
     inputs = [(serial, index) for index, each in enumerate(recording.segments) for serial in each.inputs]

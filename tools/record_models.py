@@ -6,13 +6,17 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Annotated, get_args
 
 import tyro
+from rankpilot.common.files import atomic_path
 from rankpilot.cost.known_models import published_models
 from rankpilot.cost.memory_of import AskedStep, shipped
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
+from rankpilot.cost.step_file import packed, unpacked
 from rankpilot.cost.stored_step import StepFile, StoredStep, versions
 from rankpilot.cost.work_growth import MASK_ALIGNMENT
 from rankpilot.errors import RankPilotError
@@ -60,22 +64,31 @@ def steps(source: StoredStep, settings: StepConfig) -> Iterator[StepConfig]:
         yield replace(settings, batch_size=2, max_length=min(lengths[0], most), optimizer=optimizer)
 
 
+@cache
+def known_keys() -> dict[str, tuple[str, Quantization]]:
+    """The model and its quantisation, by the key of each step that may ship."""
+    settings = (StepConfig(bf16=True, quantization=each) for each in QUANTIZATIONS)
+    asked = product(published_models(), settings)
+    return {AskedStep(name, each).key: (name, each.quantization) for name, each in asked}
+
+
 def record(name: str, quantization: Quantization) -> Path:
-    """Record one model, and write its file."""
+    """Record one model, and write it into its file, beside those that are there; steps that nothing asks for go."""
     settings = StepConfig(bf16=True, quantization=quantization)
-    asked = AskedStep(name, settings)
+    asked, path = AskedStep(name, settings), shipped(name)
     source = StoredStep(StepFile(asked.key), asked.recorder, None)
     for step in steps(source, settings):
         source.configured(step).leaner()
-    path = shipped(name, settings)
-    source.file.write(path, small=True)
+    there = unpacked(path.read_bytes()) if path.exists() else {}
+    there[asked.key] = source.file.text, source.file.parts
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(packed({key: there[key] for key in known_keys() if key in there}, small=True))
     return path
 
 
 def is_current(name: str, quantization: Quantization) -> bool:
-    """Whether a model's file is there, and was recorded by the installed libraries."""
-    settings = StepConfig(bf16=True, quantization=quantization)
-    file = StepFile.read(shipped(name, settings), AskedStep(name, settings).key)
+    """Whether a model's step is there, and was recorded by the installed libraries."""
+    file = StepFile.read(shipped(name), AskedStep(name, StepConfig(bf16=True, quantization=quantization)).key)
     return file is not None and file.text["versions"] | {"code": ""} == versions() | {"code": ""}
 
 
@@ -98,7 +111,8 @@ def main(arguments: list[str]) -> int:
                 failed = 1
                 continue
             taken = time.process_time() - before
-            console.print(f"{path.name}: {path.stat().st_size / 1000:.1f} kB, {taken:.0f} CPU seconds", highlight=False)
+            size = path.stat().st_size / 1000
+            console.print(f"{name} {quantization}: {taken:.0f} CPU seconds, {path.name} {size:.1f} kB", highlight=False)
     return failed
 
 

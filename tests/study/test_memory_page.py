@@ -133,7 +133,7 @@ def test_the_arithmetic_is_that_of_python(browser: Any) -> None:
         for length in (200, 512, 513):  # what lowers no peak of a tiny model is asked about as well
             for names in missing:
                 source.memory(names, BatchShape(2, length))
-        models[name], sources[name] = packed_step(source, SETTINGS, {}), source
+        models[name], sources[name] = packed_step(source, SETTINGS), source
     check_same(browser, models, sources)
 
 
