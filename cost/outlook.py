@@ -180,7 +180,7 @@ class Outlook:
         self._highest = highest_ranks(step.targets)
         self._plain = np.minimum(REFERENCE_RANK, self._highest)
         self._loaded = self.shards.loaded(step.model) if card else ()
-        self.blocks: int = len(np.unique(self._blocks))
+        self.blocks: int = len({*self._blocks.tolist()})
 
     @cached_property
     def step(self) -> ConfiguredStep:
@@ -254,7 +254,7 @@ class Outlook:
 
     def plan(self, layers: int, rank: int) -> IntArray:
         """The ranks of so many layers from the top, int64 (modules,)."""
-        lowest = np.unique(self._blocks)[-layers]
+        lowest = sorted({*self._blocks.tolist()})[-layers]
         return np.where(self._blocks >= lowest, np.minimum(rank, self._highest), 0)
 
     def choice(self, layers: int, rank: int, checkpointed: tuple[str, ...], kind: ChoiceKind = "depth") -> Choice:

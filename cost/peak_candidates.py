@@ -113,7 +113,7 @@ class PeakFinder:
         recording = self._recording
         parts = [PartOfStep(recording.created[self._forward], -1, False, self._in_forward_pass)]
         backward = ~self._forward & ~self._gradient
-        for index in np.unique(recording.segment_index[backward]).tolist():
+        for index in sorted(set(recording.segment_index[backward].tolist())):
             own = backward & (recording.segment_index == index)
             candidates = partial(self._in_backward_pass, own, index)
             parts.append(PartOfStep(recording.created[own], index, False, candidates))
@@ -283,12 +283,11 @@ class PeakFinder:
         created = self._recording.created[among]
         if not len(created):
             return []
-        end = int(created.max()) + 1
-        change = np.zeros(end + 2)
-        np.add.at(change, created, sizes[among])
-        np.add.at(change, np.minimum(freed[among], end) + 1, -sizes[among])
+        end = int(created[-1]) + 1
+        change = np.bincount(created, sizes[among], minlength=end + 2)
+        change -= np.bincount(np.minimum(freed[among], end) + 1, sizes[among], minlength=end + 2)
         level = np.cumsum(change)
-        times = np.unique(created)[:: -1 if latest else 1]
+        times = created[np.diff(created, append=-1) != 0][:: -1 if latest else 1]
         levels = level[times]
         before = np.maximum.accumulate(np.concatenate([[-1.0], levels[:-1]]))
         highest: list[int] = times[levels > before].tolist()

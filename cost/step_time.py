@@ -381,8 +381,9 @@ class StepWork:
     def _bits(self, sets: list[ModuleSet]) -> BoolArray:
         """Which modules each set holds, bool (sets, modules); a set that counts always holds all."""
         count = len(self.widths)
-        rows = [[bool(modules >> m & 1) or bool(modules >> count) for m in range(count)] for modules in sets]
-        return np.array(rows, dtype=np.bool_).reshape(len(rows), count)
+        written = b"".join(modules.to_bytes(count // 8 + 1, "little") for modules in sets)
+        bits = np.unpackbits(np.frombuffer(written, dtype=np.uint8), bitorder="little").reshape(len(sets), -1) > 0
+        return bits[:, :count] | bits[:, count : count + 1]
 
 
 def _sums(indices: IntArray, values: FloatArray, count: int) -> FloatArray:

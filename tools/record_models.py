@@ -79,6 +79,9 @@ def record(name: str, quantization: Quantization) -> Path:
     source = StoredStep(StepFile(asked.key), asked.recorder, None)
     for step in steps(source, settings):
         source.configured(step).leaner()
+    if source.file.text["level"]:  # a recording tells of its own length alone
+        for length in LENGTHS:
+            source.configured(replace(settings, batch_size=2, max_length=length)).leaner()
     there = unpacked(path.read_bytes()) if path.exists() else {}
     there[asked.key] = source.file.text, source.file.parts
     with atomic_path(path) as temporary:
