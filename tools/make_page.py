@@ -43,7 +43,7 @@ SAVERS = ("none", "free", "selective")
 """Exact savers of a recorded step: none, those that take no time, and selective checkpointing beside them."""
 
 Parts = list[tuple[int, str, NDArray[Any], int]]
-"""Owner (a step's number, -1 for the model), name, values and lag of each array; see `lagged`."""
+"""Owner (a step's number, -1 for the model), name and values of each array, and after how many rows it repeats."""
 
 
 @dataclass(frozen=True)
@@ -221,10 +221,13 @@ def _deflated(text: dict[str, Any], arrays: Parts) -> bytes:
     content = []
     for owner, name, values, lag in arrays:
         whole = values.astype(np.int64)
-        is_whole = np.array_equal(whole, values)
-        changed, used = (narrow(lagged(whole, lag)), lag) if is_whole else (values, 0)
+        ways = [whole if np.array_equal(whole, values) else values]
+        while lag and ways[0] is whole and len(ways) < 3:
+            ways.append(lagged(ways[-1], lag))
+        times = min(range(len(ways)), key=lambda index: np.count_nonzero(np.diff(ways[index])))
+        changed = narrow(ways[times])
         changed = changed if changed.dtype.name in WIDTHS else changed.astype(np.float64)
-        text["arrays"].append([owner, name, WIDTHS[changed.dtype.name], used, len(changed)])
+        text["arrays"].append([owner, name, WIDTHS[changed.dtype.name], lag, times, len(changed)])
         content.append(np.ascontiguousarray(changed).tobytes())
     said = json.dumps(text, separators=(",", ":")).encode()
     compressor = zlib.compressobj(9, zlib.DEFLATED, -15)

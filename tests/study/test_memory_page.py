@@ -17,7 +17,7 @@ from rankpilot.cost.card_use import card_use
 from rankpilot.cost.cards import device_table
 from rankpilot.cost.configured_step import ConfiguredStep, Shards
 from rankpilot.cost.known_models import short_name
-from rankpilot.cost.memory_of import AskedStep, shipped
+from rankpilot.cost.memory_of import AskedStep, memory_of, shipped
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.saver_prices import ACTIVATIONS, free_savers
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
@@ -28,6 +28,7 @@ from rankpilot.study.trainer_file import read_trainer_file
 from tools.make_page import SAVERS, SOURCE, packed_model, packed_step, page, page_models
 from tools.record_models import steps
 
+from ..cases import first_cases
 from .test_browser import BROWSER
 from .test_browser import browser as browser
 
@@ -145,7 +146,7 @@ def test_the_arithmetic_is_that_of_python_for_what_ships(browser: Any) -> None:
     )
     for name, quantization in shipping:
         settings = StepConfig(quantization=quantization, bf16=True)
-        file = StepFile.read(shipped(name, settings), AskedStep(name, settings).key)
+        file = StepFile.read(shipped(name), AskedStep(name, settings).key)
         content = packed_model(name, quantization)
         assert file
         assert content
@@ -216,6 +217,28 @@ def test_an_answer_is_linked_and_followed(visit: Callable[..., Visit]) -> None:
     again = visit("#" + here.page.url.partition("#")[2])
     assert again.text(".verdict") == here.text(".verdict")
     assert again.text("#ways") == here.text("#ways")
+
+
+@pytest.mark.parametrize(
+    ("card", "rows", "length", "rank"),
+    first_cases(
+        2,
+        [
+            *(("RTX 4070", 8, 2048, 64), ("RTX 3090", 24, 2048, 8), ("RTX 4070", 16, 1024, 8)),
+            *(("RTX 3090", 24, 2048, 64), ("RTX 4070", 24, 2048, 8), ("RTX 3090", 32, 1024, 64)),
+        ],
+    ),
+)
+def test_the_command_chooses_the_same_way(
+    card: str, rows: int, length: int, rank: int, visit: Callable[..., Visit]
+) -> None:
+    """As few layers are checkpointed as fit, with selective checkpointing before."""
+    settings = {"batch_size": rows, "max_length": length, "accumulation": 8}
+    best = memory_of("smollm2-135m", card, rank=rank, quantization="nf4", **settings).best
+    assert best
+    assert 0 < len(best.checkpointed) < 30, "a case that tells nothing"
+    here = visit(f"#model=smollm2-135m&bits=nf4&card={card}&rows={rows}&length={length}&rank={rank}&accumulation=8")
+    assert f"selective checkpointing, {len(best.checkpointed)} of 30 layers checkpointed" in here.text("#answer")
 
 
 def test_lines_are_chosen_by_keyboard(visit: Callable[..., Visit]) -> None:

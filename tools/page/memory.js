@@ -14,10 +14,11 @@ async function unpackModel(base64) {
   const bytes = await new Response(stream).arrayBuffer(), view = new DataView(bytes);
   const start = 4 + view.getUint32(0, true), model = JSON.parse(new TextDecoder().decode(new Uint8Array(bytes, 4, start - 4)));
   let offset = start;
-  for (const [owner, name, width, lag, count] of model.arrays) {
+  for (const [owner, name, width, lag, times, count] of model.arrays) {
     const read = { 1: "getInt8", 2: "getInt16", 4: "getInt32", 8: "getFloat64" }[width];
     const values = new Float64Array(count);
-    for (let i = 0; i < count; i++, offset += width) values[i] = view[read](offset, true) + (lag && i >= lag ? values[i - lag] : 0);
+    for (let i = 0; i < count; i++, offset += width) values[i] = view[read](offset, true);
+    for (let time = 0; time < times; time++) for (let i = lag; i < count; i++) values[i] += values[i - lag];
     const place = owner < 0 ? model : model.steps[owner];
     place[name] = place[name] ? Float64Array.from([...place[name], ...values]) : values; // the forward pass, then the backward pass
   }
