@@ -241,10 +241,11 @@ class AlignmentRule:
         early = seen["time"] <= self.back_until and seen["moved"] >= 0
         if (seen["alignment"] < 0 and risen) or (early and share < self.back_below and evidence < -self.lower_evidence):
             return UNDO
-        if share > self.raise_above and seen["alignment"] / 4 >= self.least_alignment:
+        goes_on = seen["alignment"] / 4 >= self.least_alignment
+        if goes_on and share > self.raise_above:
             return self._raised(seen, share) if evidence > self.raise_evidence else KEEP
-        if share > self.surely_above and evidence > self.surely_evidence:
-            return self._raised(seen, LEAST_RAISE / self.gains[0]) if not seen["warm-up"] else KEEP
+        if goes_on and share > self.surely_above and evidence > self.surely_evidence and not seen["warm-up"]:
+            return self._raised(seen, LEAST_RAISE / self.gains[0])
         surely = evidence < -self.lower_evidence and evidence * share > self.lower_product
         return _nearest(float(np.clip(self.gains[1] * share, -2.0, -0.5))) if surely else KEEP
 
