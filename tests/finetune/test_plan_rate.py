@@ -166,6 +166,13 @@ def test_a_loss_that_tells_nothing_counts_as_a_typical_one(
     pilot.finish()
 
 
+def test_a_loss_of_0_before_training_is_told(llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingRun, "read_first_rows", lambda *_: (0.0, [(11, 12)]))
+    loop, told = Loop(llama_config), list[str]()
+    loop.train(Gives(), tell=told.append, learning_rate="auto")
+    assert any("The loss is 0 before training" in line for line in told)
+
+
 def test_no_plan_of_a_wide_model_trains_faster_than_plain_lora(
     llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
