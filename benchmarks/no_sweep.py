@@ -54,13 +54,11 @@ WHOLE = {"news": "smollm2-135m", "docstrings": "smollm2-135m", "language-cs": "s
 """Texts that SmolLM2-135M learns; models of `SMALL` take turns with the others."""
 
 WIDER = tuple(
-    f"{model}/{text}"
-    for model in ("llama-8x256", "gpt2-4x384", "llama-4x512")
-    for text in ("french", "package-unittest", "templates")
+    f"{model}/{text}" for model in ("llama-8x256", "gpt2-4x384") for text in ("french", "package-unittest", "templates")
 )
-"""Texts that models of 256 to 512 wide learn, which `tools/pretrain.py` makes and nothing was fitted on."""
+"""Texts that models of 256 and 384 wide learn, which `tools/pretrain.py` makes and nothing was fitted on."""
 
-MODELS = ("byte models", "256 to 512 wide", "SmolLM2-135M")
+MODELS = ("byte models", "256 and 384 wide", "SmolLM2-135M")
 """Groups of models, by what is known of them."""
 
 QUICK = "package-urllib"
@@ -123,9 +121,8 @@ class Options:
         workers: processes of one thread each; 0 for as many as there are cores.
         minutes: stop after so many, when the runs that have begun are over; 0 for the rows that there are, or else
             those of the repository.
-        whole: also on SmolLM2-135M, which takes minutes a run.
-        wider: also on models of 256 to 512 wide, which `python -m tools.pretrain` makes first (its docstring).
-        pack: put the rows into the repository's file.
+        texts: which; SmolLM2-135M takes minutes a run, and models of `WIDER` are made first by `tools/pretrain.py`.
+        pack: put the rows into the repository's file, beside those that it has.
         quick: under a minute: one text, a run a side.
         json: also write figures to this file.
     """
@@ -133,8 +130,7 @@ class Options:
     output: Path = Path("runs/no-sweep")
     workers: int = 0
     minutes: float | None = None
-    whole: bool = True
-    wider: bool = False
+    texts: tuple[str, ...] = JUDGED
     pack: bool = False
     quick: bool = False
     json: Path | None = None
@@ -369,8 +365,9 @@ def benchmark(options: Options, console: Console) -> Figures:
     rows = stored_rows() if options.minutes == 0 and not path.is_file() else {}
     for line in read_json_lines(path) if path.is_file() else []:
         rows[Run(**line["run"])] = line["row"]
-    texts = [QUICK] if options.quick else [text for text in JUDGED if options.whole or text not in WHOLE]
-    texts += WIDER if options.wider else ()
+    if unknown := {*options.texts} - {*JUDGED, *WIDER}:
+        raise ConfigError(f"--texts are of {', '.join((*JUDGED, *WIDER))}; got {', '.join(sorted(unknown))}.")
+    texts = (QUICK,) if options.quick else options.texts
     collect_rows(
         path,
         rows,
@@ -386,7 +383,7 @@ def benchmark(options: Options, console: Console) -> Figures:
     if options.pack:
         lines = [
             json.dumps([[run.text, run.side, run.factor, run.seed], row], separators=(",", ":"))
-            for run, row in rows.items()
+            for run, row in (stored_rows() | rows).items()
         ]
         write_text(PACKED, "[\n" + ",\n".join(lines) + "\n]\n")
     return {**machine_facts(torch.device("cpu")), **report(rows, console)}

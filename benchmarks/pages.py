@@ -99,7 +99,7 @@ RIVALS = {
 
 MODELS = {
     "SmolLM2-135M": "SmolLM2-135M",
-    "256 to 512 wide": "models 256 to 512 wide",
+    "256 and 384 wide": "models 256 and 384 wide",
     "byte models": "models of width 64",
 }
 """Groups of models as pages name them, real ones first."""

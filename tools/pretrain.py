@@ -1,7 +1,7 @@
 """Make proxy bases: `python -m tools.pretrain llama-4x64 bert-4x64`.
 
-Bases of 256 to 512 wide, on which rules are judged, take a quarter of an hour each:
-`python -m tools.pretrain llama-8x256 gpt2-4x384 llama-4x512 --bf16 --steps 3000 --learning-rate 1e-3`.
+Bases of 256 and 384 wide, on which rules are judged, take a quarter of an hour each:
+`python -m tools.pretrain llama-8x256 gpt2-4x384 --bf16 --steps 3000 --learning-rate 1e-3`.
 
 Pretrains on Python's documentation (byte level) and writes `env/weights/NAME/model.safetensors` in fp16, with a
 card of how it came about. The bases of training and validation ship with the package; those of the test split and of
