@@ -286,11 +286,8 @@ class StepParts(Participant):
         shortest = [row for row in np.argsort(rows.lengths, kind="stable").tolist() if counts[row]]
         for count in range(min(TESTED_ROWS, len(shortest)), 1, -1):
             lengths = rows.lengths[shortest[:count]]
-            whole = (
-                Part((), int(lengths.sum()), cost.levels[-1], packed=True)
-                if rows.packed
-                else Part(tuple(shortest[:count]), int(lengths[-1]), cost.levels[-1])
-            )
+            length = int(lengths.sum() if rows.packed else lengths[-1])
+            whole = Part(tuple(shortest[:count]), length, cost.levels[-1], rows.packed)
             if cost.of(whole) + rows.token_bytes * whole.tokens <= room:
                 return BatchRows.of(rows.part(sorted(shortest[:count])), self._each)
         return None

@@ -78,10 +78,9 @@ def plan_parts(
     order = np.argsort(-lengths, kind="stable")
     longest = lengths[order]
     starts, ends = np.triu_indices(len(order))
-    rows, tokens = ends + 1 - starts, longest[starts]
-    if packed:
-        sums = np.append(0, longest.cumsum())
-        rows, tokens = np.ones_like(starts), sums[ends + 1] - sums[starts]
+    sums = np.append(0, longest.cumsum())
+    together = np.ones_like(starts), sums[ends + 1] - sums[starts]
+    rows, tokens = together if packed else (ends + 1 - starts, longest[starts])
     chosen = np.zeros(len(rows), dtype=np.int64)
     seconds = np.full(len(rows), np.inf)
     waiting = np.arange(len(rows))
@@ -106,9 +105,9 @@ def plan_parts(
     end = len(order)
     while end:
         start = int(first[end])
-        together = tuple(sorted(order[start:end].tolist()))
+        chosen_rows = tuple(sorted(order[start:end].tolist()))
         length = longest[start:end].sum() if packed else longest[start]
-        parts.append(Part(together, int(length), int(layers_of[end, start]), packed))
+        parts.append(Part(chosen_rows, int(length), int(layers_of[end, start]), packed))
         end = start
     return tuple(reversed(parts))
 
