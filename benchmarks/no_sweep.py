@@ -144,7 +144,8 @@ def models_of(text: str) -> str:
 def next_runs(text: str, seed: int, rows: Mapping[Run, Mapping[str, Any]]) -> Iterator[Run]:
     """The runs of a text that are missing, as far as the rows so far tell."""
     small = models_of(text) == MODELS[0]
-    once = [Run(text, side, seed=seed) for side in (*GOALS, "auto", "usual", *(RIVALS if text not in WIDER else ()))]
+    sides = ("quality", "bytes", "auto") if text in WIDER else (*GOALS, "auto", "usual", *RIVALS)
+    once = [Run(text, side, seed=seed) for side in sides]
     yield from (run for run in once if run not in rows)
     for side in ("plain", "rslora-64") if text not in WIDER else ("plain",):
         wanted = [Run(text, side, factor, seed) for factor in SWEPT]

@@ -202,7 +202,7 @@ class PlanRate(Participant):
         self._raised = controlled and self.initial != TYPICAL  # of labels steps tell nothing
         self._auto = 1.0
         if auto and self.rule:
-            self._auto = (RateRange.around(self.rule).start if self._raised else self.rule) / self.own
+            self._auto = (RateRange.around(self.rule).low if self._raised else self.rule) / self.own
         wide = (hidden_width(run.model) or 0) > KNOWN["width"][1]
         self._most = 1.0 if wide else math.inf  # on wider models no plan is known to want more than plain LoRA
         self.factor: float = 1.0

@@ -144,7 +144,7 @@ def test_a_rate_by_rule_begins_low_and_is_controlled(
     assert pilot._piloted.rate is not None
     rule = pilot._piloted.rate.rule
     assert rule is not None
-    begins = RateRange.around(rule).start if controls else rule
+    begins = RateRange.around(rule).low if controls else rule
     assert begins <= rule
     assert pilot.rates == pytest.approx((begins, begins))
     assert (pilot._piloted.control is not None) is controls
