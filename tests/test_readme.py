@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+from rankpilot.study.run_data import read_run
 
 from .as_printed import ROOT, checked, run_line
 from .small_assets import cache as cache
@@ -55,3 +56,29 @@ def test_every_block_of_the_readme_runs(warm_python: WarmPython, tmp_path: Path)
     assert (tmp_path / "runs/finetune/study.html").is_file()
     assert (tmp_path / "runs/served/adapter_model.safetensors").is_file()
     assert any((tmp_path / "runs/sft/decisions").iterdir())
+
+
+AGENT = re.search(r"^## Train an agent\n.*?```text\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S | re.M)
+
+TINY = {
+    "python": "--rounds 1 --warm-rounds 1 --stacks 1 --episodes 8 --steps 25 --workers 1 --validation-tasks 1",
+    "rankpilot finetune": "--max-steps 12 --per-device-train-batch-size 4 --held-out-rows 32",
+    "rankpilot study": "",
+}
+"""Numbers in place of the defaults of the lines that train an agent: hours become seconds."""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_cache")
+def test_the_lines_that_train_an_agent_run(warm_python: WarmPython, tmp_path: Path) -> None:
+    """With the least that the training takes, some 15 CPU seconds."""
+    (tmp_path / "train_agent.py").symlink_to(ROOT / "train_agent.py")
+    assert AGENT
+    install, *lines = AGENT[1].strip().splitlines()
+    assert install == 'pip install -e ".[agent]"'
+    for line, (start, numbers) in zip(lines, TINY.items(), strict=True):
+        assert line.startswith(start)
+        run_line(warm_python, f"{line.partition('#')[0]} {numbers}", tmp_path)
+    decisions = read_run(tmp_path / "runs/flown").decisions
+    assert len(decisions) > 1, "the agent decided once the run was under way"
+    assert (tmp_path / "runs/flown/study.html").is_file()
