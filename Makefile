@@ -37,16 +37,17 @@ page: $(VENV)/.installed-test ## write build/memory.html, the page that tells wh
 	@$(BIN)/python -m tools.make_page
 
 SEEN := runs/demo
-DEMO := all-minilm-l6-v2 rotten-tomatoes --max-steps 60 --per-device-train-batch-size 16 --max-length 48 --held-out-rows 400 --eval-steps 20 --resume
-demo: $(VENV)/.installed-demo ## an 8B on a card, its steps in parts, a fine-tune beside plain LoRA, memory that is taken away, a policy trained (goes on where it was interrupted)
+DEMO := all-minilm-l6-v2 rotten-tomatoes --max-steps 40 --per-device-train-batch-size 16 --max-length 48 --held-out-rows 200 --eval-steps 20 --resume
+demo: $(VENV)/.installed-demo ## an 8B on a card, its steps in parts, a fine-tune beside plain LoRA, memory that is taken away, a policy trained, the page of what fits (goes on where it was interrupted)
 	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --output $(SEEN)/memory
 	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --batch-size 4 --max-length 2048 --lengths examples/lengths.txt --output $(SEEN)/parts
 	$(BIN)/rankpilot finetune $(DEMO) --goal bytes --compare-all-linear --output $(SEEN)/saves
 	$(BIN)/rankpilot finetune $(DEMO) --budget "1MiB step" --output $(SEEN)/small 2>&1 | tee $(SEEN)/too-small.txt
 	$(BIN)/python -m benchmarks elastic --quick --json $(SEEN)/elastic.json
-	$(BIN)/rankpilot policy train --rounds 3 --warm-rounds 1 --episodes 16 --steps 40 --validation-tasks 1 --output $(SEEN)/policy --resume
+	$(BIN)/rankpilot policy train --rounds 3 --warm-rounds 1 --stacks 1 --episodes 16 --steps 40 --validation-tasks 1 --output $(SEEN)/policy --resume
 	$(BIN)/rankpilot finetune $(DEMO) --policy $(SEEN)/policy --budget "20k params" --output $(SEEN)/steered
 	$(BIN)/rankpilot study $(SEEN)/saves --output $(SEEN)/study.html
+	$(BIN)/python -m tools.make_page --output $(SEEN)/memory.html
 	$(BIN)/python -m tools.demo $(SEEN)
 
 bench: setup ## measure what a step costs, how its memory and time are predicted

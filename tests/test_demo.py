@@ -24,7 +24,7 @@ def test_each_command_of_the_demo_is_read() -> None:
     done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
     commands = [re.split(r" 2>&1 ", line)[0] for line in done.stdout.splitlines() if " runs/demo" in line]
     names = [shlex.split(line)[1] for line in commands]
-    assert names == ["memory", "memory", "finetune", "finetune", "-m", "policy", "finetune", "study", "-m"]
+    assert names == ["memory", "memory", "finetune", "finetune", "-m", "policy", "finetune", "study", "-m", "-m"]
     for program, *words in map(shlex.split, commands[:-1]):
         PROGRAMS[Path(program).name](words)
 

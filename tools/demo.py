@@ -48,7 +48,8 @@ def seen(folder: Path) -> Iterator[str]:
     rows = list(read_json_lines(folder / "policy" / "progress.jsonl"))
     yield policy_sentence(rows)
     yield steered_sentence(read_run(folder / "steered").decisions)
-    yield f"The page {folder / 'study.html'} explains each decision of the fine-tune: open it in a browser."
+    yield f"The page {folder / 'study.html'} explains each decision of the fine-tune."
+    yield f"To ask what fits a card, of any model that ships: open {folder / 'memory.html'}"
 
 
 def card_sentence(memory: dict[str, Any]) -> str:
