@@ -347,7 +347,7 @@ class Outlook:
             return self.choice(layers, rank, holding[:count], kind)
 
         def guess(reserve: float) -> int:
-            return len(fewest_checkpointed(self.memory, ranks, self.room_beside(reserve)))
+            return len(fewest_checkpointed(self.memory, ranks, _room_beside(self, reserve)))
 
         count = guess(RESERVE)
         if checkpointing(count)._has_slack and (use := checkpointing(count).use):
@@ -402,12 +402,13 @@ class Outlook:
     @property
     def room_for_tensors(self) -> float:
         """Bytes of tensors that fit any batch, the reserve being the share of the batch that was asked for."""
-        return self.room_beside(_reserve_share(self))
+        return _room_beside(self, _reserve_share(self))
 
-    def room_beside(self, reserve: float) -> float:
-        """Bytes of tensors that fit: `room` with slack, where the allocator's reserve is this share of all tensors."""
-        assert self.card is not None, "there is no card"
-        return self.room - self.card.memory_bytes * (1 - (1 - SLACK) / (1 + reserve))
+
+def _room_beside(outlook: Outlook, reserve: float) -> float:
+    """Bytes of tensors that fit: the room with slack, where the allocator's reserve is this share of all tensors."""
+    assert outlook.card is not None, "there is no card"
+    return outlook.room - outlook.card.memory_bytes * (1 - (1 - SLACK) / (1 + reserve))
 
 
 def _reserve_share(outlook: Outlook) -> float:
