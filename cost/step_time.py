@@ -381,8 +381,9 @@ class StepWork:
     def _bits(self, sets: list[ModuleSet]) -> BoolArray:
         """Which modules each set holds, bool (sets, modules); a set that counts always holds all."""
         count = len(self.widths)
-        written = b"".join(modules.to_bytes(count // 8 + 1, "little") for modules in sets)
-        bits = np.unpackbits(np.frombuffer(written, dtype=np.uint8), bitorder="little").reshape(len(sets), -1) > 0
+        width = count // 8 + 1
+        written = np.frombuffer(b"".join(modules.to_bytes(width, "little") for modules in sets), dtype=np.uint8)
+        bits = np.unpackbits(written, bitorder="little").reshape(len(sets), 8 * width) > 0
         return bits[:, :count] | bits[:, count : count + 1]
 
 
