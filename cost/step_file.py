@@ -14,13 +14,14 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..common.arrays import Arrays, IntArray
-from ..errors import DataError, first_line
+from ..errors import DataError, first_line, shown
 from .cost import ModuleSet
 from .growth import OF_STORAGES, Growth
 from .model import RANK, MemoryModel, ModelStates
@@ -88,6 +89,7 @@ def unpacked(content: bytes, keys: Collection[str] | None = None) -> dict[str, S
         sizes = [np.dtype(head[0]).itemsize * math.prod(head[2]) for head in heads]
         starts = np.cumsum([start, *sizes]).tolist()
 
+        @cache
         def array(number: int) -> NDArray[Any]:
             return _read(heads[number], plain[starts[number] : starts[number + 1]])
 
@@ -117,14 +119,16 @@ def _written(array: NDArray[Any], small: bool) -> tuple[Any, bytes]:
 def _read(head: Any, content: bytes) -> NDArray[Any]:
     written, kind, shape, lag, times = head
     values: NDArray[Any] = np.frombuffer(content, dtype=written).reshape(shape)
-    if times and not 0 < lag <= _LONGEST_LAG:
-        raise DataError(f"Its rows repeat after {lag:,}.")
+    if not {written, kind} <= _TYPES or (times and not 0 < lag <= _LONGEST_LAG):
+        raise DataError(f"An array is {shown(head)}.")
     for _ in range(min(times, 2)):
         values = _unlagged(values, lag)
     return values.astype(kind, copy=False)
 
 
 _LONGEST_LAG = 2000
+
+_TYPES = {"|b1", "|u1", "|i1", "<i2", "<i4", "<i8", "<f8"}
 
 
 def repeats(values: NDArray[Any]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -269,6 +270,12 @@ def test_unpacking_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rankpilot.cost.step_file.MOST_BYTES", 4096)
     with pytest.raises(DataError, match=r"unpacks to more than 4,096 bytes"):
         unpacked(content)
+
+
+def test_an_array_of_another_kind_is_refused() -> None:
+    plain = lzma.decompress(packed({"a": ({}, {"zeros": ({"zeros": np.zeros(9)}, {})})}, small=True))
+    with pytest.raises(DataError, match="An array is"):
+        unpacked(lzma.compress(plain.replace(b"<f8", b"<U8")))
 
 
 def test_checkpointing_that_a_model_lacks_is_told_from_the_cache_as_well(tmp_path: Path, recorded: list[str]) -> None:
