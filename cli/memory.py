@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -183,7 +184,8 @@ def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
         del settings["bf16"]  # the card decides
     if file:
         settings |= {name: file.settings[name] for name in _FURTHER if file.settings.get(name) is not None}
-    with console.status(f"reading the step of {options.model} from its configuration ..."):
+    told = f"reading the step of {options.model} from its configuration ..."
+    with console.status(told) if console.is_terminal else nullcontext():  # which loads more of a library
         return memory_of(
             _configured(options.model),
             card,
@@ -195,9 +197,12 @@ def _of_card(options: Memory, card: str, file: TrainerFile | None) -> Outlook:
 def _configured(model: str) -> str:
     """A model whose configuration is known by name, or the folder of a packaged one."""
     from ..cost.known_models import short_name
+
+    if short_name(model):
+        return model
     from ..data.assets import ASSETS
 
-    if model not in ASSETS or short_name(model):
+    if model not in ASSETS:
         return model
     from ..data.models import resolve_model
 
