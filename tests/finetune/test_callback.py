@@ -7,6 +7,7 @@ import logging
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from rankpilot.errors import BudgetError, NonFiniteError, RankPilotError, Unsupp
 from rankpilot.finetune.callback import attach
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.plan.plan import project
+from torch.optim import LBFGS, Adamax
 from transformers import LlamaConfig, Trainer, TrainerCallback
 
 from .tiny_runs import Run, arguments, counting, logits, new_base, ranks_of
@@ -265,13 +267,26 @@ def test_other_data_sets(launch: Launch, data: Any) -> None:
     assert run.highest <= run.pilot.limit
 
 
+def test_an_optimizer_of_unknown_state_decides_resumes_and_is_told(
+    launch: Launch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"optimizer": partial(Adamax, lr=1e-2), "exact_savers": False, "plain": True}
+    run = launch(**options)
+    assert capsys.readouterr().out.count("Adamax keeps state of a form that is not known") == 1
+    assert len(run.decided) == len(DECISIONS)
+    assert run.highest <= run.pilot.limit
+    assert run.highest == pytest.approx(max(cost for _, cost in run.pilot.predictions), rel=0.01)
+    again = launch(resume=9, **options)
+    run.assert_same_adapter(again)
+
+
 # What is refused ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"optim": "adagrad"}, UnsupportedError, "Adagrad cannot be carried"),
+        ({"optimizer": LBFGS}, UnsupportedError, "LBFGS cannot step on a parameter that it has no state of"),
         ({"budget": "5 params"}, BudgetError, "The smallest that works is 48 parameters"),
         ({"budget": "3k params", "learning_rate": 1e30}, NonFiniteError, "probe step"),
     ],
