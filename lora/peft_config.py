@@ -289,6 +289,8 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     alphas = {t.name: t.layer.lora_alpha[adapter] for t in adapted}
     config.alpha_pattern = _patterns({} if set(alphas.values()) <= {config.lora_alpha} else alphas)
     dropped = [target for target in targets if target.rank == 0 and target.experts == 1]
+    if config.bias == "lora_only" and dropped:  # which saves no bias of a module without a pair
+        config.bias = "all"
     config.exclude_modules = _excluded(user_excluded, [target.name for target in dropped])
     # PEFT refuses to load an adapter whose target modules match no module, except under this dummy name.
     linear = any(target.rank > 0 and target.experts == 1 for target in targets)
@@ -390,6 +392,8 @@ class _LoadHook:
                 plain = f"{prefix}{path}{name.replace(f'.{target.adapter}', '', 1)}"
                 if plain in state:
                     state[key] = state.pop(plain)
+            if f"{prefix}{path}bias" in state:  # see `_omit_rank_0`
+                state[f"{prefix}{path}base_layer.bias"] = state.pop(f"{prefix}{path}bias")
             loads.append((target, keys, state.get(next(iter(keys)))))
         if all(weight_a is None for _, _, weight_a in loads):
             return  # the state dict holds other weights, not this adapter
@@ -412,13 +416,15 @@ class _LoadHook:
 def _omit_rank_0(
     target: TargetModule, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
 ) -> None:
-    """Remove a pair at rank 0 from the state dict, since plain PEFT cannot load it.
+    """Remove a pair at rank 0 from the state dict, since plain PEFT cannot load it, and name its bias as there is none.
 
     Experts get one of rank 1 that is zero: PEFT wraps both parameters of a layer, and excludes none.
     """
     if target.exists and target.rank == 0:
         for name in target.parameters:
             state.pop(f"{prefix}{name}", None)
+        if f"{prefix}base_layer.bias" in state:
+            state[f"{prefix}bias"] = state.pop(f"{prefix}base_layer.bias")
         if target.experts > 1:
             state |= {f"{prefix}{name}": zero for name, zero in zip(target.parameters, target.zeros(1), strict=True)}
 

@@ -271,12 +271,8 @@ def _refuse_config(config: LoraConfig) -> None:
         raise UnsupportedError(
             f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights by an amount that PEFT "
             "computes from the rank each time it loads the adapter, so an adapter of new ranks would load wrong. "
-            "Use the default, or 'eva'."
-        )
-    if config.bias != "none":
-        raise UnsupportedError(
-            f"bias={config.bias!r} trains biases of the frozen model, and PEFT does not load the biases of modules at "
-            "rank 0. Use bias='none', or `lora_bias=True` for biases that belong to the adapter."
+            "Use the default, or 'eva'. Ranks for such a start come from `allocate` under the default one: set "
+            "init_lora_weights in the LoraConfig that it returns, and train without rankpilot."
         )
 
 

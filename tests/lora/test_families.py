@@ -109,6 +109,7 @@ def test_the_modules_that_peft_adapted_are_found(family):
     assert bool(expected) == bool(family.options.keys() & {"use_dora", "lora_bias"})
 
 
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_growth_leaves_the_function_alone(family, dtype, tolerance):
     model = family.model(dtype)
@@ -353,12 +354,6 @@ def test_starts_that_change_the_frozen_base_are_refused(named_family, start):
     model = named_family("llama").model(**{"init_lora_weights": start} if plain else {})
     model.peft_config["default"].init_lora_weights = start
     assert "Use " in refused(model, f"init_lora_weights='{start}'")
-
-
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_training_the_biases_of_the_base_is_refused(named_family, bias):
-    """PEFT loads such a bias only if the file has an adapter on the module, so a dropped module would lose it."""
-    assert "lora_bias" in refused(named_family("bert").model(bias=bias), f"bias='{bias}'")
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva"])
