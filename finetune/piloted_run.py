@@ -27,7 +27,7 @@ from ..decide.settings import DecisionSchedule
 from ..errors import ConfigError
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import layout_of, unwrap_optimizer
-from ..lora.peft_config import finish_load, start_kept
+from ..lora.peft_config import absent_targets, finish_load, start_kept
 from ..lora.resize import is_trained
 from ..lora.targets import TargetModule, check_trains
 from ..plan.plan import least_cost
@@ -153,6 +153,8 @@ class PilotedRun:
             costs = self._prepare(seed, None if probes else first_rows, timed, progress)
             journal.note(before_training.budget_text(run, targets, budget, costs.limit, stay=stay))
             journal.note_saved(costs.saved)
+            if names := absent_targets(run.model):
+                journal.note(f"target_modules has {', '.join(names)}: this model has no module of that name.")
             if layout_of(run.optimizer) is None:
                 name = type(unwrap_optimizer(run.optimizer)).__name__
                 journal.note(f"{name} keeps state of a form that is not known: where a rank changes, it begins anew.")

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, UnknownNameError
 from .resize import is_trained, resize
-from .spec import REFERENCE_RANK, Scaling
+from .spec import REFERENCE_RANK, Scaling, absent, is_pattern
 from .targets import CONSTANT_SCALING, TargetModule, find_target_modules, guard_base, is_router, unwrap
 
 logger = logging.getLogger(__name__)
@@ -190,40 +190,25 @@ def _trained_heads(base: PreTrainedModel, peft_type: str | None) -> dict[str, An
     return {"modules_to_save": heads, "exclude_modules": rf"(?:{'|'.join(map(re.escape, heads))})(?:\..*)?"}
 
 
-_PATTERN = re.compile(r"[\\*+?|()\[\]^$]")
-"""What no name of a module has, and a regular expression does."""
-
-
-_OF_MODELS = re.compile(
-    "(q|k|v|o|gate|up|down|qkv|gate_up|c|in|out|x)_proj|query_key_value|dense(_h_to_4h|_4h_to_h)?|c_(attn|fc)|fc[12]|w[123]"
-    "|lm_head|embed_tokens"
-)
-"""Names of modules that lists for several families of models have, as those of trainers do."""
-
-
 def _existing(base: PreTrainedModel, target_modules: str) -> str | list[str]:
     """Names in a list that is separated by commas, or a regular expression for whole names, as PEFT takes them.
 
-    Names that other models have and this one has not are left out, as PEFT leaves them out, and a warning tells.
+    Names that the model has not are passed over, as PEFT does, as long as it has one of them.
 
     Raises:
-        UnknownNameError: none is a module that can be adapted, or one is none of any model.
+        UnknownNameError: none is a module that can be adapted.
         ConfigError: the expression cannot be read, or matches no such module.
     """
     kinds = (nn.Linear, nn.Embedding, Conv1D)
     paths = [path for path, module in base.named_modules() if isinstance(module, kinds)]
-    if _PATTERN.search(target_modules):
+    if is_pattern(target_modules):
         return _matching(base, paths, target_modules)
     names = [part.strip() for part in target_modules.split(",")]
-    missing = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
-    unknown = [name for name in missing if not _OF_MODELS.fullmatch(name)]
-    if unknown or len(missing) == len(names):
+    if len(missing := absent(names, paths)) == len(names):
         linear = [path for path in paths if not isinstance(base.get_submodule(path), nn.Embedding)]
         ends = dict.fromkeys(path.rpartition(".")[2] for path in linear)
-        raise UnknownNameError.of("target module", (unknown or missing)[0], ends, "all-linear takes all linear layers.")
-    if missing:
-        logger.warning("target_modules leaves out %s: this model has none of that name.", ", ".join(missing))
-    return [name for name in names if name not in missing]
+        raise UnknownNameError.of("target module", missing[0], ends, "all-linear takes all linear layers.")
+    return names
 
 
 def _matching(base: PreTrainedModel, paths: Sequence[str], pattern: str) -> str:
@@ -237,6 +222,14 @@ def _matching(base: PreTrainedModel, paths: Sequence[str], pattern: str) -> str:
             f"has to match whole names, such as {paths[-1]!r}."
         )
     return pattern
+
+
+def absent_targets(model: nn.Module) -> list[str]:
+    """Names among the target modules of a PEFT model's adapter that the model has not."""
+    peft_model = unwrap(model)
+    names = getattr(peft_model.peft_config[peft_model.active_adapter], "target_modules", None)
+    named = [] if names is None or isinstance(names, str) else sorted({*names} - {DUMMY_TARGET_MODULES})
+    return absent(named, dict(peft_model.get_base_model().named_modules()))
 
 
 def choose_scaling(targets: Sequence[TargetModule], scaling: Scaling) -> None:

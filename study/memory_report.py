@@ -23,7 +23,7 @@ from ..cost.cards import USUAL_CARD
 from ..cost.outlook import Choice, GridCell, Outlook
 from ..cost.saver_prices import ACTIVATIONS, Saved
 from ..errors import BudgetError, UnsupportedError
-from ..lora.spec import REFERENCE_RANK
+from ..lora.spec import REFERENCE_RANK, absent, is_pattern
 from .memory_config import MemoryConfig
 from .memory_doubts import doubts, of_loading
 
@@ -61,7 +61,7 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
         f"{Path(config.model).name}, {outlook.facts['task']}" if outlook.facts else Path(config.model).name,
         f"{f'{billions:.3g}B' if billions >= 1 else f'{1e3 * billions:.3g}M'} parameters on {where}",
         f"{shape.rows} x {shape.length} tokens",
-        f"rank {outlook.rank} on {len(step.targets)} modules of {outlook.blocks} layers",
+        f"rank {outlook.rank} on {len(step.targets)} modules of {outlook.blocks} layers{_absent_text(outlook)}",
         *([] if named else [settings.optimizer]),
         *([f"frozen model in {settings.quantization}"] if settings.quantization != "none" else []),
         *([_experts_text(outlook)] if step.model.fused and settings.quantization != "none" else []),
@@ -78,6 +78,14 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
 
 _AS_LOADED = (("packed", "packed rows"), ("reentrant", "use_reentrant"), ("offload", "offloaded activations"))
 """Settings of `LoadedAs` that are told where they are set."""
+
+
+def _absent_text(outlook: Outlook) -> str:
+    """Target modules that were asked for and are not there."""
+    asked = outlook.settings.target_modules
+    names = [] if asked == "all-linear" or is_pattern(asked) else [name.strip() for name in asked.split(",")]
+    missing = absent(names, (target.name for target in outlook.step.targets))
+    return f" (none is named {', '.join(missing)})" if missing else ""
 
 
 def _experts_text(outlook: Outlook) -> str:

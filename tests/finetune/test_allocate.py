@@ -98,6 +98,15 @@ def test_plain_peft_makes_an_adapter_of_the_plan(llama_config: LlamaConfig, tmp_
     assert plan.line().endswith(f"mean rank {sum(plan.ranks.values()) / len(plan.ranks):.1f}")
 
 
+def test_target_modules_that_are_not_there_are_told(
+    llama_config: LlamaConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = adapted(llama_config, target_modules=["q_proj", "v_proj", "query"])
+    for _ in range(2):
+        assert allocate(model, batches(ROWS), **OPTIONS | {"budget": "100%"}).rank_pattern
+        assert capsys.readouterr().out.count("target_modules has query: this model has no module of that name") == 1
+
+
 def test_a_name_is_no_model() -> None:
     with pytest.raises(ConfigError, match=r"a model that is loaded, .*; got 'gpt2'\. .*the command `rankpilot plan`"):
         allocate("gpt2", batches(ROWS))  # type: ignore[arg-type]
