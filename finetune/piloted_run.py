@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -47,6 +48,8 @@ from .put_back import AdapterSnapshot, LayerCheckpointing, adapters_put_back, al
 from .run import FirstRows, Participant, TrainingRun
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .watches import FiniteWatch, GradientWatch, LoopCalls, LossMeter
+
+logger = logging.getLogger(__name__)
 
 CONTROL: RateControl = AlignmentRule()
 """Who controls the learning rate."""
@@ -153,8 +156,8 @@ class PilotedRun:
             costs = self._prepare(seed, None if probes else first_rows, timed, progress)
             journal.note(before_training.budget_text(run, targets, budget, costs.limit, stay=stay))
             journal.note_saved(costs.saved)
-            if names := absent_targets(run.model):
-                journal.note(f"target_modules has {', '.join(names)}: this model has no module of that name.")
+            if run.replicas.processes.first and (names := absent_targets(run.model)):
+                logger.warning("target_modules has %s: this model has no module of that name.", ", ".join(names))
             if layout_of(run.optimizer) is None:
                 name = type(unwrap_optimizer(run.optimizer)).__name__
                 journal.note(f"{name} keeps state of a form that is not known: where a rank changes, it begins anew.")
