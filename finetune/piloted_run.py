@@ -30,7 +30,7 @@ from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import layout_of, unwrap_optimizer
 from ..lora.peft_config import absent_targets, finish_load, start_kept
 from ..lora.resize import is_trained
-from ..lora.targets import TargetModule, check_trains
+from ..lora.targets import TargetModule, check_trains, tied_pairs, unwrap
 from ..plan.plan import least_cost
 from ..plan.problem import floor_of_experts, rank_bounds
 from ..plan.rate import InitialLoss
@@ -156,6 +156,8 @@ class PilotedRun:
             costs = self._prepare(seed, None if probes else first_rows, timed, progress)
             journal.note(before_training.budget_text(run, targets, budget, costs.limit, stay=stay))
             journal.note_saved(costs.saved)
+            if tied := tied_pairs(unwrap(run.model), targets):
+                journal.note(f"{' and '.join(tied)} share one adapter, which keeps its rank (ensure_weight_tying).")
             if run.replicas.processes.first and (names := absent_targets(run.model)):
                 logger.warning("target_modules has %s: this model has no module of that name.", ", ".join(names))
             if layout_of(run.optimizer) is None:

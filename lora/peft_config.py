@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConfigError, UnknownNameError
 from .resize import is_trained, resize
 from .spec import REFERENCE_RANK, Scaling, absent, is_pattern
-from .targets import CONSTANT_SCALING, TargetModule, find_target_modules, guard_base, is_router, unwrap
+from .targets import CONSTANT_SCALING, TargetModule, find_target_modules, guard_base, is_router, tied_pairs, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -278,15 +278,18 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
         settings[adapter] = config, config.exclude_modules, config.target_modules
     _, user_excluded, user_targets = settings[adapter]
     adapted = [target for target in targets if target.rank > 0 or target.experts > 1]
-    config.rank_pattern = _patterns({t.name: max(t.rank, 1) for t in adapted})
+    tied = tied_pairs(peft_model, targets)
+    ranks = {t.name: max(t.rank, 1) for t in adapted} | {name: layer.r[adapter] for name, layer in tied.items()}
+    config.rank_pattern = _patterns(ranks)
     alphas = {t.name: t.layer.lora_alpha[adapter] for t in adapted}
+    alphas |= {name: layer.lora_alpha[adapter] for name, layer in tied.items()}
     config.alpha_pattern = _patterns({} if set(alphas.values()) <= {config.lora_alpha} else alphas)
     dropped = [target for target in targets if target.rank == 0 and target.experts == 1]
     if config.bias == "lora_only" and dropped:  # which saves no bias of a module without a pair
         config.bias = "all"
     config.exclude_modules = _excluded(user_excluded, [target.name for target in dropped])
     # PEFT refuses to load an adapter whose target modules match no module, except under this dummy name.
-    linear = any(target.rank > 0 and target.experts == 1 for target in targets)
+    linear = tied or any(target.rank > 0 and target.experts == 1 for target in targets)
     none = DUMMY_TARGET_MODULES if dropped or not adapted else user_targets
     config.target_modules = user_targets if linear else none
     if config.init_lora_weights == "orthogonal":  # fails at odd ranks, and loading overwrites the weights anyway

@@ -110,6 +110,19 @@ def test_target_modules_that_are_not_there_are_told(
         assert len(told) == count
 
 
+def test_a_tied_pair_keeps_its_rank_in_a_plan(llama_config: LlamaConfig) -> None:
+    config = deepcopy(llama_config)
+    config.tie_word_embeddings = True
+    lora = {"target_modules": ["embed_tokens", "q_proj", "down_proj"], "ensure_weight_tying": True, "r": 4}
+    plan = allocate(adapted(config, **lora), batches(ROWS), **OPTIONS | {"budget": "95%"})
+    model = get_peft_model(new_base(config), plan)
+    base = model.get_base_model()
+    pair = base.model.embed_tokens.lora_embedding_A["default"], base.lm_head.lora_B["default"].weight
+    assert pair[0].data_ptr() == pair[1].data_ptr()
+    assert pair[0].shape[0] == 4
+    assert all(target.rank for target in find_target_modules(model))
+
+
 def test_a_name_is_no_model() -> None:
     with pytest.raises(ConfigError, match=r"a model that is loaded, .*; got 'gpt2'\. .*the command `rankpilot plan`"):
         allocate("gpt2", batches(ROWS))  # type: ignore[arg-type]

@@ -316,14 +316,26 @@ def refused(model, reason):
     return str(caught.value)
 
 
-def test_an_adapter_shared_between_embedding_and_head_is_refused(named_family):
+@pytest.mark.parametrize("plan", [{"q_proj": 2, "down_proj": 0}, {"q_proj": 0, "down_proj": 0}])
+def test_an_adapter_shared_between_embedding_and_head_keeps_its_rank(named_family, plan, tmp_path):
     """The two modules are views of one storage; new storage for one would cut the tie without an error."""
-    model = named_family("llama-tied-embedding").model(ensure_weight_tying=True)
+    family = named_family("llama-tied-embedding")
+    model = family.model(ensure_weight_tying=True, rank_pattern={"embed_tokens": 3, "lm_head": 3})
+    targets = find_target_modules(model)
+    assert {target.name.rpartition(".")[2] for target in targets} == {"q_proj", "down_proj"}
+    make_resizable(model, targets)
+    optimizer = adamw(model)
+    for ranks in (dict.fromkeys(plan, 6), plan):
+        set_ranks(targets, {t.name: ranks[t.name.rpartition(".")[2]] for t in targets}, optimizer)
+        family.train(model, optimizer, 1)
     inner = model.get_base_model()
     pair = inner.model.embed_tokens.lora_embedding_A["default"], inner.lm_head.lora_B["default"].weight
     assert pair[0].data_ptr() == pair[1].data_ptr()
-    text = refused(model, "embed_tokens.*lm_head")
-    assert "ensure_weight_tying" in text
+    assert pair[0].shape == (3, 48)
+    sync_config(model, targets)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(family.base(), tmp_path)
+    assert torch.equal(family.logits(again), family.logits(model))
 
 
 @pytest.mark.parametrize(
