@@ -268,7 +268,8 @@ class StateMap:
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Raise UnsupportedError if the optimiser can neither carry state through a change of rank nor begin with none."""
     inner = unwrap_optimizer(optimizer)
-    if layout_of(inner) is None and _after_a_step(inner, torch.empty(4, 4)) is None:
+    device = next(parameter.device for group in inner.param_groups for parameter in group["params"])
+    if layout_of(inner) is None and _after_a_step(inner, torch.empty(4, 4, device=device)) is None:
         raise UnsupportedError(
             f"{type(inner).__name__} cannot step on a parameter that it has no state of, as one has after a change of "
             "rank. Use another optimizer, such as AdamW (optim='adamw_torch')."
@@ -294,8 +295,14 @@ _MEASURED: WeakKeyDictionary[torch.optim.Optimizer, dict[Any, int]] = WeakKeyDic
 
 
 def _after_a_step(optimizer: torch.optim.Optimizer, like: torch.Tensor) -> int | None:
-    """Bytes of state after a step of a copy of this optimiser that has one new parameter; None if it cannot step."""
-    for device in ("meta", "cpu"):  # on the meta device nothing is computed, and some optimisers read numbers
+    """Bytes of state after a step of a copy of this optimiser that has one new parameter; None if it cannot step.
+
+    One that holds another optimiser, which the copy would step, or that ends what it holds outside of Python, has none.
+    """
+    held = [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
+    if held or hasattr(type(optimizer), "__del__"):
+        return None
+    for device in ("meta", "cpu", like.device):  # on the meta device nothing is computed, and some read numbers
         parameter = nn.Parameter(torch.ones(like.shape, dtype=like.dtype, device=device))
         parameter.grad = torch.ones_like(parameter)
         probe = object.__new__(type(optimizer))

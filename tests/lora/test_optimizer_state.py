@@ -382,6 +382,17 @@ class HomeMade(torch.optim.Optimizer):
         super().__init__(params, {"lr": 1e-2})
 
 
+class Around(torch.optim.Optimizer):
+    """One that leaves the step to another one, as wrappers do."""
+
+    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+        self.inner = torch.optim.AdamW(params, lr=1e-2)
+        super().__init__(self.inner.param_groups, {"lr": 1e-2})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step(closure)
+
+
 class ReshapedAdamW(torch.optim.AdamW):
     """A subclass of a supported optimiser that defines `step` itself."""
 
@@ -424,9 +435,11 @@ def test_state_of_unknown_form_begins_anew_where_a_rank_changes(name):
     assert all(t.weight_b.any() for t in chosen)
 
 
-@pytest.mark.parametrize("make", [torch.optim.LBFGS, HomeMade])
+@pytest.mark.parametrize("make", [torch.optim.LBFGS, HomeMade, Around])
 def test_those_that_cannot_begin_anew_are_refused_before_anything_changes(make):
     run = Run(make, r=4)
+    for weight, _ in run.weights:  # which a step would take
+        weight.grad = torch.ones_like(weight)
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
     for rank in (2, 8, 0):
         with pytest.raises(UnsupportedError, match=make.__name__):
