@@ -53,6 +53,14 @@ SMALL = ("gpt2-8x64", "llama-8x64", "gpt2-4x64", "llama-4x64")
 WHOLE = {"news": "smollm2-135m", "docstrings": "smollm2-135m", "language-cs": "smollm2-135m"}
 """Texts that SmolLM2-135M learns; models of `SMALL` take turns with the others."""
 
+WIDER = tuple(
+    f"{model}/{text}" for model in ("llama-8x256", "gpt2-4x384") for text in ("french", "package-unittest", "templates")
+)
+"""Texts that models of 256 and 384 wide learn, which `tools/pretrain.py` makes and nothing was fitted on."""
+
+MODELS = ("byte models", "256 and 384 wide", "SmolLM2-135M")
+"""Groups of models, by what is known of them."""
+
 QUICK = "package-urllib"
 """A text whose model ships with the package."""
 
@@ -80,7 +88,7 @@ class Run:
     """One fine-tune.
 
     Attributes:
-        text: of `JUDGED`.
+        text: of `JUDGED`, or of `WIDER`.
         side: "plain" LoRA of rank 8, "controlled" for that under control of its rate or another of `CORRECTIONS`,
             "auto" for plain LoRA under `learning_rate="auto"`, "rslora-64" on all modules, "usual" for plain LoRA at
             `USUAL`, a goal, or a rival.
@@ -96,9 +104,12 @@ class Run:
     @property
     def task(self) -> TextTask:
         """What is trained."""
-        model = WHOLE.get(self.text) or SMALL[JUDGED.index(self.text) % len(SMALL)]
-        steps, rows, held_out, train = (100, 4, 48, 600) if self.text in WHOLE else (200, 8, 192, 4000)
-        return TextTask(model, self.text, steps, rows, held_out, train)
+        model, _, text = self.text.rpartition("/")
+        if model:
+            return TextTask(model, text, 100, 8, 192, 4000)
+        if text in WHOLE:
+            return TextTask(WHOLE[text], text, 100, 4, 48, 600)
+        return TextTask(SMALL[JUDGED.index(text) % len(SMALL)], text, 200, 8, 192, 4000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +121,8 @@ class Options:
         workers: processes of one thread each; 0 for as many as there are cores.
         minutes: stop after so many, when the runs that have begun are over; 0 for the rows that there are, or else
             those of the repository.
-        whole: also on SmolLM2-135M, which takes minutes a run.
-        pack: put the rows into the repository's file.
+        texts: which; SmolLM2-135M takes minutes a run, and models of `WIDER` are made first by `tools/pretrain.py`.
+        pack: put the rows into the repository's file, beside those that it has.
         quick: under a minute: one text, a run a side.
         json: also write figures to this file.
     """
@@ -119,17 +130,24 @@ class Options:
     output: Path = Path("runs/no-sweep")
     workers: int = 0
     minutes: float | None = None
-    whole: bool = True
+    texts: tuple[str, ...] = JUDGED
     pack: bool = False
     quick: bool = False
     json: Path | None = None
 
 
+def models_of(text: str) -> str:
+    """Which of `MODELS` learn a text."""
+    return MODELS[1] if text in WIDER else MODELS[2] if text in WHOLE else MODELS[0]
+
+
 def next_runs(text: str, seed: int, rows: Mapping[Run, Mapping[str, Any]]) -> Iterator[Run]:
     """The runs of a text that are missing, as far as the rows so far tell."""
-    once = [Run(text, side, seed=seed) for side in (*GOALS, "auto", "usual", *RIVALS)]
+    small = models_of(text) == MODELS[0]
+    sides = ("quality", "bytes", "auto") if text in WIDER else (*GOALS, "auto", "usual", *RIVALS)
+    once = [Run(text, side, seed=seed) for side in sides]
     yield from (run for run in once if run not in rows)
-    for side in ("plain", "rslora-64"):
+    for side in ("plain", "rslora-64") if text not in WIDER else ("plain",):
         wanted = [Run(text, side, factor, seed) for factor in SWEPT]
         missing = [run for run in wanted if run not in rows]
         yield from missing
@@ -141,7 +159,7 @@ def next_runs(text: str, seed: int, rows: Mapping[Run, Mapping[str, Any]]) -> It
         edges = [Run(text, side, factor, seed) for factor in beyond if 1 / MOST_SWEPT < factor < MOST_SWEPT]
         yield from edges
         if side == "plain" and not edges:
-            corrected = ("controlled", *(CORRECTIONS if text not in WHOLE and not seed else ()))
+            corrected = ("controlled", *(CORRECTIONS if small and not seed else ()))
             wrong = [Run(text, name, best * factor, seed) for name in ("plain", *corrected) for factor in WRONG]
             yield from (run for run in wrong if run not in rows)
 
@@ -348,7 +366,9 @@ def benchmark(options: Options, console: Console) -> Figures:
     rows = stored_rows() if options.minutes == 0 and not path.is_file() else {}
     for line in read_json_lines(path) if path.is_file() else []:
         rows[Run(**line["run"])] = line["row"]
-    texts = [text for text in JUDGED if options.whole or text not in WHOLE] if not options.quick else [QUICK]
+    if unknown := {*options.texts} - {*JUDGED, *WIDER}:
+        raise ConfigError(f"--texts are of {', '.join((*JUDGED, *WIDER))}; got {', '.join(sorted(unknown))}.")
+    texts = (QUICK,) if options.quick else options.texts
     collect_rows(
         path,
         rows,
@@ -364,7 +384,7 @@ def benchmark(options: Options, console: Console) -> Figures:
     if options.pack:
         lines = [
             json.dumps([[run.text, run.side, run.factor, run.seed], row], separators=(",", ":"))
-            for run, row in rows.items()
+            for run, row in (stored_rows() | rows).items()
         ]
         write_text(PACKED, "[\n" + ",\n".join(lines) + "\n]\n")
     return {**machine_facts(torch.device("cpu")), **report(rows, console)}
@@ -384,8 +404,8 @@ def report(rows: Mapping[Run, Mapping[str, Any]], console: Console) -> Figures:
 def _report_look(rows: Mapping[Run, Mapping[str, Any]], console: Console) -> Figures:
     """The share of the CPU time of 100 steps of plain LoRA that the look before the first one takes, medians."""
     figures: Figures = {}
-    for is_whole, name in ((True, "SmolLM2-135M"), (False, "byte models")):
-        looks = {run: row for run, row in rows.items() if run.side == "plain" and (run.text in WHOLE) is is_whole}
+    for name in MODELS:
+        looks = {run: row for run, row in rows.items() if run.side == "plain" and models_of(run.text) == name}
         if looks:
             shares = [row["setup_s"] / row["all_s"] * run.task.steps / 100 for run, row in looks.items()]
             figures[f"{name}: look"] = float(np.median(shares))
@@ -402,8 +422,7 @@ def _report_sides(best: Mapping[Cell, Mapping[str, Mapping[str, Any]]], console:
     for part, texts in (
         ("all texts", set(reasons)),
         ("admitted", admitted),
-        ("byte models, admitted", admitted - set(WHOLE)),
-        ("SmolLM2-135M, admitted", admitted & set(WHOLE)),
+        *((f"{name}, admitted", {text for text in admitted if models_of(text) == name}) for name in MODELS),
     ):
         for side in (*GOALS, "auto", "plain, rule", "usual", "rslora-64", *RIVALS):
             found = [cell for cell in best if cell[0] in texts and side in best[cell]]
@@ -440,24 +459,25 @@ def _report_control(
 ) -> Figures:
     """Log losses of plain LoRA at wrong rates, left alone and controlled, beside that at its best rate.
 
-    Figures of byte models have no prefix, and are of pairs; those of SmolLM2 have its name.
+    Figures of byte models have no prefix, and are of pairs; those of others have the name of their group.
     """
     figures: Figures = {}
     table = []
     for factor in WRONG:
         for side in ("plain", "controlled", *CORRECTIONS):
-            losses: dict[bool, dict[Cell, float]] = {False: {}, True: {}}
+            losses: dict[str, dict[Cell, float]] = {name: {} for name in MODELS}
             for text, seed in best:
                 swept = _swept(text, "plain", seed, rows)
                 at = factor * min(swept, key=lambda each: swept[each])
                 runs = {name: Run(text, name, at, seed) for name in ("plain", "controlled", side)}
-                paired = runs["controlled"] in rows and (text in WHOLE or runs["plain"] in rows)
+                of_models = models_of(text)
+                paired = runs["controlled"] in rows and (of_models != MODELS[0] or runs["plain"] in rows)
                 if runs[side] in rows and paired and not reason_to_leave_out(text, best):
-                    losses[text in WHOLE][text, seed] = 100 * _beside(rows[runs[side]], best[text, seed]["plain"])
-            for is_whole, found in losses.items():
+                    losses[of_models][text, seed] = 100 * _beside(rows[runs[side]], best[text, seed]["plain"])
+            for of_models, found in losses.items():
                 if not found:
                     continue
-                prefix = "SmolLM2-135M, " if is_whole else ""
+                prefix = f"{of_models}, " if of_models != MODELS[0] else ""
                 change = estimate(list(found.values()), [text for text, _ in found])
                 figures |= {f"{prefix}{side} at {factor:g}: {name}": value for name, value in vars(change).items()}
                 figures |= {f"{prefix}{side} at {factor:g}: worst": max(found.values())}

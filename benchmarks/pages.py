@@ -97,11 +97,19 @@ RIVALS = {
 }
 
 
+MODELS = {
+    "SmolLM2-135M": "SmolLM2-135M",
+    "256 and 384 wide": "models 256 and 384 wide",
+    "byte models": "models of width 64",
+}
+"""Groups of models as pages name them, real ones first."""
+
+
 def one_run() -> str:
     """One run of rankpilot versus plain LoRA at the best of its rates, whole models first."""
     figures, tables = without_a_sweep(), []
     beside = "bytes of a step", "versus plain LoRA checkpointed"
-    for part, words in (("SmolLM2-135M", "SmolLM2-135M"), ("byte models", "models of width 64")):
+    for part, words in MODELS.items():
         rows = []
         for side, told in SIDES.items():
             key = f"{part}, admitted, {side}"
@@ -115,7 +123,7 @@ def one_run() -> str:
 
 def one_run_in_short() -> str:
     """One run of rankpilot versus plain LoRA at the best of its rates, and a wrong rate with and without control."""
-    figures, models = without_a_sweep(), {"SmolLM2-135M": "SmolLM2-135M, ", "byte models": ""}
+    figures, models = without_a_sweep(), {name: f"{name}, " if name != "byte models" else "" for name in MODELS}
     beside = "bytes", "bytes beside checkpointed"
     rows = []
     for side in SHORT:
@@ -133,7 +141,7 @@ def one_run_in_short() -> str:
             told = ", ".join(f"{signed(figures[f'{key}: value'])} {how}" for key, how in known.items())
             cells.append(told + (" (one text)" if texts == 1 else ""))
         rows.append((words, *cells, "", ""))
-    return table(("", "SmolLM2-135M", "models of width 64", "bytes there", "versus checkpointed"), rows)
+    return table(("", *MODELS.values(), "bytes there", "versus checkpointed"), rows)
 
 
 def estimators_in_short() -> str:
@@ -165,7 +173,7 @@ def control() -> str:
     figures, lines = without_a_sweep(), []
     sides = ("plain", "controlled", "forks", "hypergradient, .3", "reduced on a plateau")
     words = {0.25: "a quarter of the best", 1.0: "the best", 4.0: "four times that"}
-    for prefix in ("SmolLM2-135M, ", ""):
+    for prefix in (f"{name}, " if name != "byte models" else "" for name in MODELS):
         for factor, told in words.items():
             cells, texts = [], figures.get(f"{prefix}controlled at {factor:g}: texts")
             for key in (f"{prefix}{side} at {factor:g}" for side in sides):
@@ -182,9 +190,8 @@ def control() -> str:
 def look() -> str:
     """What the look before the first step takes."""
     figures = without_a_sweep()
-    whole, small = (100 * float(figures[f"{name}: look"]) for name in ("SmolLM2-135M", "byte models"))
-    of_what = "of the time of 100 steps on SmolLM2-135M"
-    return f"This look takes {whole:.1f} % {of_what}, and {small:.1f} % on models of width 64."
+    shares = ", ".join(f"{100 * float(figures[f'{name}: look']):.1f} % on {words}" for name, words in MODELS.items())
+    return f"This look takes of the time of 100 steps {shares}."
 
 
 def agent_table() -> str:

@@ -42,7 +42,7 @@ RUNS = ROWS.with_name("loss_runs.json")
 
 WHOLE = "smollm2-135m"
 
-QUANTILES = (ENDS, BELOW[False], 0.5, 1 - ENDS)
+QUANTILES = (ENDS, BELOW, 0.5, 1 - ENDS)
 
 CONSTANT = 3e-4
 """The rate of wide models, at `PUBLISHED_ALPHA`."""

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +39,7 @@ class SteerRate:
         control: reads the steps.
     """
 
-    control: RateControl = AlignmentRule()  # noqa: RUF009  (it is frozen)
+    control: RateControl = AlignmentRule(surely_above=math.inf)  # noqa: RUF009  (frozen; where steps are sure of a little, twofold is too much)
 
     def act(self, view: GroupView) -> int:
         """See `Actor`."""

@@ -27,7 +27,7 @@ LEAST_WINDOW = 5
 SHORTEST = 60
 """A shorter run is left alone: its first decisions would see too little."""
 
-CHANGES = (0.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, -2.0)
+CHANGES = (0.0, -2.0, -1.0, -0.5, 0.5, 1.0, 1.5, -2.0)
 """What an action does to log2 of the rate. The last action also goes back to the copy that was kept."""
 
 KEEP, UNDO = 0, len(CHANGES) - 1
@@ -195,11 +195,14 @@ class AlignmentRule:
         raise_above: raise nothing while the mean alignment is below this share of that of the first steps. At the best
             rate it is about a tenth of that, at half of it a half, and below a third of it nearly as large.
         raise_evidence: raise nothing while it is less than so many of its standard errors above 0.
+        surely_above: after the warm-up, raise by the least from this share on, where the mean alignment is more than
+            `surely_evidence` of its standard errors above 0: half of the best rate may look so.
+        surely_evidence: see there.
         least_alignment: raise nothing while the mean alignment, a cosine, is below this.
         lower_evidence: lower nothing while it is less than so many of its standard errors below 0. A rate that is too
             high costs more than one that is too low.
         lower_product: lower nothing while that number times the share is below this.
-        gains: log2 of a rise and of a fall of the rate for each unit of that share. A rise is at most twofold, a fall
+        gains: log2 of a rise and of a fall of the rate for each unit of that share. A rise is at most 2.8-fold, a fall
             to a quarter at most.
         back_below: undo where the mean alignment is surely below this share of that of the first steps, early in the
             run and as long as nothing was lowered. What steps at a rate that is four times too high have learned is
@@ -214,6 +217,8 @@ class AlignmentRule:
 
     raise_above: float = 0.25
     raise_evidence: float = 2.0
+    surely_above: float = 0.12
+    surely_evidence: float = 3.0
     least_alignment: float = 0.02
     lower_evidence: float = 1.5
     lower_product: float = 0.4
@@ -236,8 +241,11 @@ class AlignmentRule:
         early = seen["time"] <= self.back_until and seen["moved"] >= 0
         if (seen["alignment"] < 0 and risen) or (early and share < self.back_below and evidence < -self.lower_evidence):
             return UNDO
-        if share > self.raise_above and seen["alignment"] / 4 >= self.least_alignment:
+        goes_on = seen["alignment"] / 4 >= self.least_alignment
+        if goes_on and share > self.raise_above:
             return self._raised(seen, share) if evidence > self.raise_evidence else KEEP
+        if goes_on and share > self.surely_above and evidence > self.surely_evidence and not seen["warm-up"]:
+            return self._raised(seen, LEAST_RAISE / self.gains[0])
         surely = evidence < -self.lower_evidence and evidence * share > self.lower_product
         return _nearest(float(np.clip(self.gains[1] * share, -2.0, -0.5))) if surely else KEEP
 
@@ -248,7 +256,7 @@ class AlignmentRule:
             return KEEP
         wanted = self.gains[0] * share
         beyond = wanted + (math.log2(seen["schedule"]) if seen["warm-up"] else 0.0)
-        return _nearest(min(max(wanted, 0.5), 1.0)) if beyond >= LEAST_RAISE else KEEP
+        return _nearest(min(max(wanted, 0.5), 1.5)) if beyond >= LEAST_RAISE else KEEP
 
 
 def _nearest(wanted: float) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..common.arrays import BoolArray, IntArray
-from ..cost.batch_shape import LIMITS, LONGEST, MASK, Batch, shape_of
+from ..cost.batch_shape import LIMITS, LONGEST, MASK, PLACES, Batch, shape_of
 from ..cost.recording import BatchShape
 from ..data.batches import IGNORED
 from ..errors import UnsupportedError
@@ -63,6 +63,7 @@ class BatchRows:
         lengths: tokens of each example without the padding that can be cut, int64 (examples,); those of the longest row
             where an example has several. 1 where the batch has no axis of tokens.
         each: rows of an example, one in each block of the batch.
+        packed: whether examples are texts side by side in one row, told apart by their positions.
         predicted: predictions of each example that the loss counts, and those but for a first token, int64 (2,
             examples); None without labels of tokens.
     """
@@ -74,6 +75,7 @@ class BatchRows:
     each: int
     predicted: IntArray | None
     _axes: Mapping[int, _Axis]
+    packed: bool = False
 
     @classmethod
     def of(cls, batch: Batch, each: int = 1) -> BatchRows:
@@ -88,6 +90,9 @@ class BatchRows:
         """
         texts = [value for name, value in _named(batch) if name.endswith((*_TEXTS, MASK))]
         shape = shape_of(texts or batch)
+        if each == 1 and (starts := _starts_of_texts(batch)) is not None:
+            lengths = np.diff(starts, append=shape.length)
+            return cls(batch, shape, len(starts), lengths, 1, _predicted_in_texts(batch, starts), {}, packed=True)
         examples = max(shape.rows // each, 1)
         axes: dict[int, _Axis] = {}
         if examples > 1 or each == 1:
@@ -108,6 +113,8 @@ class BatchRows:
             multiple: of which the tokens of a row are one, as far as there is padding.
         """
         chosen = np.asarray(examples)
+        if self.packed:
+            return self.batch if len(chosen) == self.examples else self._texts(chosen)
         rows = np.concatenate([block * self.examples + chosen for block in range(self.each)])
         cuts = {size: axis.cut(rows, multiple) for size, axis in self._axes.items()}
         whole = len(chosen) == self.examples
@@ -121,6 +128,30 @@ class BatchRows:
             return value if places is None or whole else type(value)(value[place] for place in places.tolist())
 
         return _changed(self.batch, change)
+
+    def _texts(self, chosen: IntArray) -> Batch:
+        """Some texts of a packed row side by side, with limits of their own where the batch has limits."""
+        lengths, ends = self.lengths[chosen], self.lengths.cumsum()
+        places = torch.cat([torch.arange(ends[text] - self.lengths[text], ends[text]) for text in chosen])
+        limits = np.append(0, lengths.cumsum())
+
+        def change(name: str, value: Any) -> Any:
+            if name in LONGEST and value is not None:
+                return int(lengths.max())
+            if not isinstance(value, torch.Tensor):
+                return value
+            return (
+                value.new_tensor(limits) if name in LIMITS else value[:, torch.as_tensor(places, device=value.device)]
+            )
+
+        return {name: change(name, value) for name, value in self.batch.items()}
+
+    def of_example(self, tensor: torch.Tensor, example: int) -> torch.Tensor:
+        """What a tensor with the batch's tokens has of an example, as a view; of its first row if it has several."""
+        if not self.packed:
+            return tensor[example]
+        end = int(self.lengths[: example + 1].sum())
+        return tensor[0, end - int(self.lengths[example]) : end]
 
     def span(self, examples: Sequence[int]) -> slice:
         """The tokens of the batch that a part of these examples has."""
@@ -136,10 +167,15 @@ class BatchRows:
         return tensor[:, cut].contiguous()  # losses take views of labels
 
     @property
+    def tokens(self) -> int:
+        """Tokens of the batch, padding included; of an example with several rows those of one."""
+        return (1 if self.packed else self.examples) * self.shape.length
+
+    @property
     def token_bytes(self) -> float:
-        """Bytes of a batch for each token of a row, padding included: a part has a copy of its own."""
+        """Bytes of a batch for each of its tokens: a part has a copy of its own."""
         tensors = (value for _, value in _named(self.batch) if isinstance(value, torch.Tensor))
-        return sum(tensor.nbytes for tensor in tensors) / max(self.examples * self.shape.length, 1)
+        return sum(tensor.nbytes for tensor in tensors) / max(self.tokens, 1)
 
     def shares(self, parts: Sequence[Sequence[int]], kind: str) -> list[float]:
         """By what the loss of each part is multiplied, so that they add up to that of the batch.
@@ -198,6 +234,37 @@ def _check_rows(name: str, value: Any, rows: int, examples: int) -> None:
         raise UnsupportedError(f"{name or 'a tensor'} has {size} entries where the batch has {rows} rows")
     if isinstance(value, list | tuple) and value and len(value) not in (rows, examples):
         raise UnsupportedError(f"{name or 'a list'} has {len(value)} entries where the batch has {rows} rows")
+
+
+def _starts_of_texts(batch: Batch) -> IntArray | None:
+    """Where the texts of a packed batch begin, int64 (texts,): one row, in which positions begin again at each text.
+
+    None where there is no such row, or something in the batch belongs to no token.
+    """
+    places = batch.get(PLACES) if isinstance(batch, Mapping) else None
+    if not isinstance(places, torch.Tensor) or places.dim() != 2 or len(places) != 1:
+        return None
+    for name, value in batch.items():
+        whole = isinstance(value, torch.Tensor) and value.shape == places.shape
+        if value is not None and name not in (*LIMITS, *LONGEST) and not whole:
+            return None
+    starts = np.flatnonzero(np.diff(places[0].cpu().numpy(), prepend=-2) != 1)
+    return starts if len(starts) > 1 else None
+
+
+def longest_text(batch: Batch) -> int | None:
+    """Tokens of the longest text of a packed batch; None of any other one."""
+    starts = _starts_of_texts(batch)
+    return None if starts is None else int(np.diff(starts, append=shape_of(batch).length).max())
+
+
+def _predicted_in_texts(batch: Batch, starts: IntArray) -> IntArray | None:
+    """See `BatchRows.predicted`."""
+    if batch.get("labels") is None:
+        return None
+    counted = (batch["labels"][0] != IGNORED).cpu().numpy().astype(np.int64)
+    sums = np.add.reduceat(counted, starts)
+    return np.array([sums, sums - counted[starts]])
 
 
 def _is_told_apart(tensor: torch.Tensor) -> bool:

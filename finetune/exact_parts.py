@@ -260,21 +260,24 @@ def _part_loss(run: TrainingRun, part: Batch, whole: Batch) -> torch.Tensor:
 def uneven(rows: BatchRows, parts: Sequence[Sequence[int]]) -> BatchRows:
     """The same rows with fewer counted labels in one, so that means over rows and over tokens are two numbers.
 
-    That row counts its first token, which causal language models predict from nothing.
+    That row counts its first token, which causal language models predict from nothing. In a packed row they would
+    predict it from the text before.
     """
     if rows.predicted is None or len(parts) < 2:
         return rows
     labels = rows.batch["labels"].clone()
-    row = int(rows.predicted[1].argmax())
-    counted = (labels[row] != IGNORED).nonzero().flatten()
+    own = rows.of_example(labels, int(rows.predicted[1].argmax()))
+    counted = (own != IGNORED).nonzero().flatten()
     if not len(counted):
         return rows
-    labels[row, :1] = labels[row, counted[0]]
+    if not rows.packed:
+        own[:1] = own[counted[0]]
+    kinds = (ROWS, TOKENS) if rows.packed else (ROWS, TOKENS, NEXT_TOKENS)
     found = BatchRows.of({**rows.batch, "labels": labels.clone()}, rows.each)
     for place in reversed(counted[1:].tolist()):
-        if len({round(found.shares(parts, kind)[0], 3) for kind in (ROWS, TOKENS, NEXT_TOKENS)}) == 3:
+        if len({round(found.shares(parts, kind)[0], 3) for kind in kinds}) == len(kinds):
             break
-        labels[row, place] = IGNORED
+        own[place] = IGNORED
         found = BatchRows.of({**rows.batch, "labels": labels.clone()}, rows.each)
     return found
 

@@ -19,12 +19,12 @@ import torch
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.checks import counted, finite
-from ..cost.batch_shape import Batch
+from ..cost.batch_shape import Batch, shape_of
 from ..cost.model import MemoryModel, ShapeBytes, holding_layers
 from ..cost.part_seconds import PartSeconds
 from ..cost.recording import BatchShape
 from ..plan.parts import Part, ShapeCost, longest_that_fits, parts_sentence, plan_parts
-from .batch_rows import SHARES, BatchRows
+from .batch_rows import SHARES, BatchRows, longest_text
 from .exact_parts import TESTED_ROWS, Exactness, rows_of, still_exact, way_of
 from .plan_keeper import GOOD_STEPS, PlanKeeper
 from .run import Participant, TrainingRun
@@ -82,11 +82,11 @@ class PlanBytes:
 
     def of(self, part: Part) -> float:
         """Bytes of a part at its peak, between shapes that are predicted."""
-        return float(self(np.array([len(part.rows)]), np.array([part.length]), part.layers)[0])
+        return float(self(np.array([part.height]), np.array([part.length]), part.layers)[0])
 
     def exact(self, part: Part, *, first: bool = False) -> float:
         """Bytes at the peak of a part, as a step is predicted; of the `first` one, beside which are no gradients."""
-        shape = BatchShape(len(part.rows) * self._each, part.length)
+        shape = BatchShape(part.height * self._each, part.length)
         return self._with(part.layers, self._first if first else self._memory).peak(self._ranks, shape)
 
     def _with(self, layers: int, memory: MemoryModel | None = None) -> MemoryModel:
@@ -121,10 +121,10 @@ class Tally:
         self.batches += 1
         self.too_large += not fits
         self.parts += len(parts)
-        self.rectangle += rows.examples * rows.shape.length
+        self.rectangle += rows.tokens
         self.real += int(rows.lengths.sum())
-        self.in_parts += sum(len(part.rows) * part.length for part in parts)
-        self.layers += sum(len(part.rows) * part.length * part.layers for part in parts)
+        self.in_parts += sum(part.tokens for part in parts)
+        self.layers += sum(part.tokens * part.layers for part in parts)
 
     @property
     def padding_saved(self) -> float:
@@ -285,17 +285,19 @@ class StepParts(Participant):
         counts = np.ones(rows.examples) if rows.predicted is None else rows.predicted[1]
         shortest = [row for row in np.argsort(rows.lengths, kind="stable").tolist() if counts[row]]
         for count in range(min(TESTED_ROWS, len(shortest)), 1, -1):
-            length = rows.lengths[shortest[count - 1 : count]]
-            if (
-                float(cost(np.array([count]), length, cost.levels[-1])[0] + rows.token_bytes * count * length[0])
-                <= room
-            ):
+            lengths = rows.lengths[shortest[:count]]
+            length = int(lengths.sum() if rows.packed else lengths[-1])
+            whole = Part(tuple(shortest[:count]), length, cost.levels[-1], rows.packed)
+            if cost.of(whole) + rows.token_bytes * whole.tokens <= room:
                 return BatchRows.of(rows.part(sorted(shortest[:count])), self._each)
         return None
 
-    def shape_of(self, shape: BatchShape) -> BatchShape:
-        """The shape with which plans are priced that have to run batches of a shape: one example of its length."""
-        return BatchShape(self._each, shape.length) if self.on else shape
+    def shape_of(self, batch: Batch) -> BatchShape:
+        """The shape with which plans are priced that have to run a batch: its longest example alone."""
+        shape = shape_of(batch)
+        if not self.on:
+            return shape
+        return BatchShape(self._each, longest_text(batch) or shape.length)
 
     def of(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
         """Yield the parts of a batch, and by what the loss of each is multiplied.
@@ -322,14 +324,14 @@ class StepParts(Participant):
         pairs = [pair for pair in pairs if pair[1]] or pairs
         multiple = MULTIPLE if self._keeper.run.device.type == "cuda" else 1
         assert self._bytes is not None, "the parts have a price"
-        whole = Part(tuple(range(rows.examples)), rows.shape.length, self._bytes.levels[-1])
+        whole = Part(tuple(range(rows.examples)), rows.shape.length, self._bytes.levels[-1], rows.packed)
         room = self._keeper.room_for(self._keeper.applier.ranks)
         self.tally.add(rows, parts, fits=self._bytes.of(whole) <= room)
         checkpointing, layers = self._keeper.checkpointing, self._keeper.checkpointed
         try:
             for number, (part, share) in enumerate(pairs):
-                own = len(part.rows) < rows.examples or part.length < rows.shape.length
-                self._ran.append((part, own * rows.token_bytes * len(part.rows) * part.length))
+                own = part.tokens < rows.tokens
+                self._ran.append((part, own * rows.token_bytes * part.tokens))
                 if checkpointing and self._bytes:
                     checkpointing.take(self._bytes.layers[: part.layers])
                     checkpointing.before_step()
@@ -372,7 +374,7 @@ class StepParts(Participant):
     def _plan(self, rows: BatchRows) -> tuple[Part, ...]:
         """The parts of a batch."""
         lengths = rows.lengths
-        if self._keeper.run.device.type == "cuda":
+        if self._keeper.run.device.type == "cuda" and not rows.packed:
             lengths = np.minimum(-(-lengths // MULTIPLE) * MULTIPLE, rows.shape.length)
         own = int(lengths.max())
         longest = max(own, self._keeper.now.shape.length) if self._fewest else own
@@ -393,11 +395,12 @@ class StepParts(Participant):
         if self._keeper.applier.fits():  # the row alone does, by the exact prediction
             room = max(room, least_of(1, own, bytes_of))
         if not self._fewest:
-            return plan_parts(lengths, room, cost.levels, bytes_of, seconds_of)
-        given, whole = min(room, least_of(1, longest, bytes_of)), least_of(rows.examples, own, seconds_of)
+            return plan_parts(lengths, room, cost.levels, bytes_of, seconds_of, packed=rows.packed)
+        rectangle = (1, rows.shape.length) if rows.packed else (rows.examples, own)
+        given, whole = min(room, least_of(1, longest, bytes_of)), least_of(*rectangle, seconds_of)
         while True:
-            parts = plan_parts(lengths, given, cost.levels, bytes_of, seconds_of)
-            shapes = ((np.array([len(part.rows)]), np.array([part.length]), part.layers) for part in parts)
+            parts = plan_parts(lengths, given, cost.levels, bytes_of, seconds_of, packed=rows.packed)
+            shapes = ((np.array([part.height]), np.array([part.length]), part.layers) for part in parts)
             if given >= room or sum(float(seconds_of(*shape)[0]) for shape in shapes) <= whole:
                 return parts
             given = min(MORE * given, room)

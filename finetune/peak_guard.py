@@ -94,7 +94,9 @@ class PeakGuard(Participant):
         """Begin to keep the plan, priced with one row where steps run in parts; see `PlanKeeper.attach`."""
         if self.parts.on and not run.step.accumulates:
             self.parts.begin_to_keep(run)
-        shape = self.parts.shape_of(memory.shape) if memory else None
+        shape = memory.shape if memory else None
+        if shape and self.parts.on:
+            shape = run.replicas.largest_shape([self.parts.shape_of(run.largest_batch())])
         self.plan.attach(run, applier, memory, journal, corrected, checkpointing, shape=shape)
 
     # A step -----------------------------------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ class PeakGuard(Participant):
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
         """Look at the batches of the step that begins, and measure it if it is due."""
         run, plan = self.plan.run, self.plan
-        plan.step, self._step_shape = step, self.parts.shape_of(run.replicas.largest_shape(batches))
+        plan.step, self._step_shape = step, run.replicas.largest_shape(map(self.parts.shape_of, batches))
         if plan.now.unchecked:
             self._batches = StepBatches.of(batches)
         if self._keeps_gradients is None and plan.limits_bytes and self._gradients_stay():

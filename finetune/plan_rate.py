@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..lora.optimizer_state import unwrap_optimizer
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, unwrap
-from ..plan.rate import RULE, TYPICAL, InitialLoss, RateRange
+from ..plan.rate import LEAST_LOSS, RULE, TYPICAL, InitialLoss, RateRange
 from ..plan.worth import KNOWN
 from .run import FIRST_ROWS, FirstRows, Participant, TrainingRun, adapter_rates, own_rate, probe_rate
 
@@ -202,7 +202,7 @@ class PlanRate(Participant):
         self._raised = controlled and self.initial != TYPICAL  # of labels steps tell nothing
         self._auto = 1.0
         if auto and self.rule:
-            self._auto = (RateRange.around(self.rule).start if self._raised else self.rule) / self.own
+            self._auto = (RateRange.around(self.rule).low if self._raised else self.rule) / self.own
         wide = (hidden_width(run.model) or 0) > KNOWN["width"][1]
         self._most = 1.0 if wide else math.inf  # on wider models no plan is known to want more than plain LoRA
         self.factor: float = 1.0
@@ -251,6 +251,8 @@ class PlanRate(Participant):
             )
         if not np.allclose(self._plain, self._plain[0]):
             lines.append("Modules differ in lora_alpha (alpha_pattern): each keeps its own.")
+        if self.initial and self.initial.loss < LEAST_LOSS:
+            lines.append(f"The loss is {self.initial.loss:.2g} before training: are the labels right?")
         if self._decides and self.rule:
             ends = RateRange.around(self.rule)
             begins = "steps of the run raise it" if self._raised else "no steps are sure to raise it here"

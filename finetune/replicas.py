@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_map_only
 from transformers import TrainingArguments
 
 from ..common.processes import Processes
-from ..cost.batch_shape import Batch, shape_of
 from ..cost.budget import Budget
 from ..cost.recording import BatchShape
 from ..errors import BudgetError, ProcessError, UnsupportedError
@@ -127,11 +126,11 @@ class Replicas:
 
     # What all processes agree on --------------------------------------------------------------------------------------
 
-    def largest_shape(self, batches: Sequence[Batch]) -> BatchShape:
-        """The largest number of rows and the largest length of these batches, in any process."""
+    def largest_shape(self, shapes: Iterable[BatchShape]) -> BatchShape:
+        """The largest number of rows and the largest length of these shapes, in any process."""
         shape = BatchShape(0, 0)
-        for batch in batches:
-            shape = shape.joined(shape_of(batch))
+        for each in shapes:
+            shape = shape.joined(each)
         return BatchShape(*map(int, self.processes.most(shape.rows, shape.length)))
 
     def highest(self, peak: int) -> int:

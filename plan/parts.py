@@ -31,15 +31,33 @@ class Part:
         rows: their places in the batch, rising.
         length: tokens of the longest.
         layers: how many layers are checkpointed.
+        packed: whether they are texts side by side in one row, of whose tokens the length is the sum.
     """
 
     rows: tuple[int, ...]
     length: int
     layers: int
+    packed: bool = False
+
+    @property
+    def height(self) -> int:
+        """Rows of the rectangle."""
+        return 1 if self.packed else len(self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the rectangle, padding included."""
+        return self.height * self.length
 
 
 def plan_parts(
-    lengths: IntArray, room: float, layers: Sequence[int], bytes_of: ShapeCost, seconds_of: ShapeCost
+    lengths: IntArray,
+    room: float,
+    layers: Sequence[int],
+    bytes_of: ShapeCost,
+    seconds_of: ShapeCost,
+    *,
+    packed: bool = False,
 ) -> tuple[Part, ...]:
     """The parts of a step that take the least seconds within some bytes; the longest rows come first.
 
@@ -51,6 +69,8 @@ def plan_parts(
         layers: how many layers may be checkpointed, rising. Fewer of them take less time and more bytes.
         bytes_of: of a part at its peak; it must rise with rows and length.
         seconds_of: of a part; it must rise with rows and length.
+        packed: rows are texts, and those of a part lie side by side in one row. Then only splits of texts in the order
+            of their length are weighed.
 
     Raises:
         BudgetError: the longest row does not fit alone with the most layers checkpointed; see `too_long`.
@@ -58,7 +78,9 @@ def plan_parts(
     order = np.argsort(-lengths, kind="stable")
     longest = lengths[order]
     starts, ends = np.triu_indices(len(order))
-    rows, tokens = ends + 1 - starts, longest[starts]
+    sums = np.append(0, longest.cumsum())
+    together = np.ones_like(starts), sums[ends + 1] - sums[starts]
+    rows, tokens = together if packed else (ends + 1 - starts, longest[starts])
     chosen = np.zeros(len(rows), dtype=np.int64)
     seconds = np.full(len(rows), np.inf)
     waiting = np.arange(len(rows))
@@ -83,8 +105,9 @@ def plan_parts(
     end = len(order)
     while end:
         start = int(first[end])
-        together = tuple(sorted(order[start:end].tolist()))
-        parts.append(Part(together, int(longest[start]), int(layers_of[end, start])))
+        chosen_rows = tuple(sorted(order[start:end].tolist()))
+        length = longest[start:end].sum() if packed else longest[start]
+        parts.append(Part(chosen_rows, int(length), int(layers_of[end, start]), packed))
         end = start
     return tuple(reversed(parts))
 
@@ -129,5 +152,5 @@ def parts_sentence(figures: Mapping[str, float]) -> str:
 def padding_share(lengths: IntArray, parts: Sequence[Part]) -> float:
     """The share of the padding of one rectangle that some parts leave out, 0 where it has none."""
     rectangle, real = len(lengths) * int(lengths.max()), int(lengths.sum())
-    in_parts = sum(len(part.rows) * part.length for part in parts)
+    in_parts = sum(part.tokens for part in parts)
     return (rectangle - in_parts) / (rectangle - real) if rectangle > real else 0.0

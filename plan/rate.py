@@ -33,11 +33,12 @@ SPREAD = 0.55
 ENDS = 0.1
 """The share of models whose best rate is below the lower end of an interval, and of those that are above the upper."""
 
-BELOW = {False: 0.25, True: 0.03}
-"""The share of models whose best rate is below that with which a run begins, by whether its steps correct the rate.
+BELOW = 0.25
+"""The share of models whose best rate is below what the rule says.
 
-Left alone, a rate costs three times as much where it is too high as where it is as far too low. Steps mend a low one
-nearly for nothing (docs/control.md), so a run that they correct begins lower. The rule says the rate of one left alone.
+Left alone, a rate costs three times as much where it is too high as where it is as far too low. Where steps correct it
+both cost about as much, and little (docs/control.md). Such a run begins at the lower end of the interval, since what it
+has not learned at first it can learn later.
 """
 
 MOST_TOKENS = 2000
@@ -72,13 +73,11 @@ class RateRange:
     """Where the best rate of plain LoRA lies on a model that nobody fitted.
 
     Attributes:
-        start: where a run begins whose steps correct the rate.
-        low: a tenth of such models want less.
+        low: a tenth of such models want less. A run whose steps correct the rate begins here.
         middle: half of them want less.
         high: a tenth of them want more.
     """
 
-    start: float
     low: float
     middle: float
     high: float
@@ -86,9 +85,8 @@ class RateRange:
     @classmethod
     def around(cls, rate: float) -> RateRange:
         """The interval of what the rule says, which is below the middle."""
-        shares = BELOW[True], ENDS, 0.5, 1 - ENDS
-        lean = NormalDist().inv_cdf(BELOW[False])
-        return cls(*(rate * math.exp(SPREAD * (NormalDist().inv_cdf(share) - lean)) for share in shares))
+        lean = NormalDist().inv_cdf(BELOW)
+        return cls(*(rate * math.exp(SPREAD * (NormalDist().inv_cdf(share) - lean)) for share in (ENDS, 0.5, 1 - ENDS)))
 
 
 @dataclass(frozen=True)

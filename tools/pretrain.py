@@ -1,5 +1,8 @@
 """Make proxy bases: `python -m tools.pretrain llama-4x64 bert-4x64`.
 
+Bases of 256 and 384 wide, on which rules are judged, take a quarter of an hour each:
+`python -m tools.pretrain llama-8x256 gpt2-4x384 --bf16 --steps 3000 --learning-rate 1e-3`.
+
 Pretrains on Python's documentation (byte level) and writes `env/weights/NAME/model.safetensors` in fp16, with a
 card of how it came about. The bases of training and validation ship with the package; those of the test split and of
 benchmarks are at commit a1dc0e36 (tag evidence-0.3), or made here.
@@ -50,6 +53,8 @@ class PretrainConfig:
     """Peak of a cosine schedule with 200 steps of warm-up."""
     corpus: str = "documentation"
     """What they read."""
+    bf16: bool = False
+    """Multiply matrices in bf16, which is three times faster on processors that have it."""
     causal_share: float = 0.125
     """Share of the steps in which a masked language model first learns to predict the next byte. Without them it stays
     at the frequencies of single bytes for thousands of steps."""
@@ -141,7 +146,9 @@ def _train(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for _ in track(range(steps), f"{base.name}, next byte" if causal else base.name):
-        _loss(model, base, data, config.batch_size, config.length, generator, causal=causal).backward()  # type: ignore[no-untyped-call]
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            loss = _loss(model, base, data, config.batch_size, config.length, generator, causal=causal)
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

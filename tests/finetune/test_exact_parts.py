@@ -218,7 +218,7 @@ def test_a_loss_that_takes_no_part_is_told(make_llama: MakeModel) -> None:
             ("dpo", ROWS),
             ("reward", ROWS),
             ("sft-assistant-only", SUM),
-            ("sft-packing", ""),
+            ("sft-packing", SUM),
             ("seq2seq", TOKENS),
             ("token-classification", TOKENS),
             ("class-weights", ""),

@@ -17,7 +17,7 @@ from rankpilot.finetune.parts import StepParts
 from rankpilot.finetune.run import MEASURING, TrainingRun
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, Trainer
+from transformers import DataCollatorWithFlattening, LlamaConfig, Trainer
 
 from .test_exact_parts import collate, hidden, in_batch_negatives
 from .tiny_runs import Recorder, adapted, arguments, messages_of
@@ -115,6 +115,27 @@ def test_losses_are_those_of_whole_steps_in_fewer_bytes(launch: Callable[..., La
     assert max(p for _, p in parts.callback.peaks) <= parts.callback.limit < max(p for _, p in whole.callback.peaks)
     for _, predicted, measured in parts.callback.pilot.checks:
         assert measured == pytest.approx(predicted, rel=0.01)
+
+
+@pytest.mark.parametrize("limits", [True, False])
+def test_packed_texts_go_into_parts(limits: bool, launch: Callable[..., Launched]) -> None:
+    """Their losses are those of the whole row, in a budget in which that row does not fit."""
+    packed = DataCollatorWithFlattening(return_flash_attn_kwargs=limits, return_seq_idx=limits)
+
+    def collate(rows: list[dict[str, Any]]) -> Any:
+        return packed([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+
+    own: dict[str, Any] = {"collate": collate, "max_grad_norm": 0.1}
+    parts, whole = launch(budget="40%", **own).train(), launch(parts="off", **own).train()
+    assert parts.recorder.losses == pytest.approx(whole.recorder.losses, abs=2e-5)
+    assert_close(parts, whole)
+    assert parts.logged["parts"] > 1
+    assert parts.logged["batches_too_large"] > 0
+    assert max(p for _, p in parts.callback.peaks) <= parts.callback.limit < max(p for _, p in whole.callback.peaks)
+    for _, predicted, measured in parts.callback.pilot.checks:
+        assert measured == pytest.approx(predicted, rel=0.01)
+    with pytest.raises(BudgetError):
+        launch(budget="40%", parts="off", **own).train()
 
 
 @pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 2}, {"bf16": True}, {"max_grad_norm": 1e-3}])

@@ -144,7 +144,7 @@ def test_a_rate_by_rule_begins_low_and_is_controlled(
     assert pilot._piloted.rate is not None
     rule = pilot._piloted.rate.rule
     assert rule is not None
-    begins = RateRange.around(rule).start if controls else rule
+    begins = RateRange.around(rule).low if controls else rule
     assert begins <= rule
     assert pilot.rates == pytest.approx((begins, begins))
     assert (pilot._piloted.control is not None) is controls
@@ -164,6 +164,13 @@ def test_a_loss_that_tells_nothing_counts_as_a_typical_one(
     rule = rate_by_rule(loop.model, find_target_modules(loop.model), SHORTEST)
     assert pilot.rates == pytest.approx((rule, rule))
     pilot.finish()
+
+
+def test_a_loss_of_0_before_training_is_told(llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingRun, "read_first_rows", lambda *_: (0.0, [(11, 12)]))
+    loop, told = Loop(llama_config), list[str]()
+    loop.train(Gives(), tell=told.append, learning_rate="auto")
+    assert any("The loss is 0 before training" in line for line in told)
 
 
 def test_no_plan_of_a_wide_model_trains_faster_than_plain_lora(

@@ -45,5 +45,5 @@ def test_the_rate_falls_with_width_and_length() -> None:
 
 def test_an_interval_has_both_ends_and_begins_below_the_rule() -> None:
     found = RateRange.around(1e-3)
-    assert found.start < found.low < 1e-3 < found.middle < found.high
+    assert found.low < 1e-3 < found.middle < found.high
     assert found.middle == pytest.approx(math.sqrt(found.low * found.high))
