@@ -27,7 +27,7 @@ LEAST_WINDOW = 5
 SHORTEST = 60
 """A shorter run is left alone: its first decisions would see too little."""
 
-CHANGES = (0.0, -2.0, -1.0, -0.5, 0.5, 1.0, 1.5, -2.0)
+CHANGES = (0.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, -2.0)
 """What an action does to log2 of the rate. The last action also goes back to the copy that was kept."""
 
 KEEP, UNDO = 0, len(CHANGES) - 1
@@ -202,7 +202,7 @@ class AlignmentRule:
         lower_evidence: lower nothing while it is less than so many of its standard errors below 0. A rate that is too
             high costs more than one that is too low.
         lower_product: lower nothing while that number times the share is below this.
-        gains: log2 of a rise and of a fall of the rate for each unit of that share. A rise is at most 2.8-fold, a fall
+        gains: log2 of a rise and of a fall of the rate for each unit of that share. A rise is at most twofold, a fall
             to a quarter at most.
         back_below: undo where the mean alignment is surely below this share of that of the first steps, early in the
             run and as long as nothing was lowered. What steps at a rate that is four times too high have learned is
@@ -256,7 +256,7 @@ class AlignmentRule:
             return KEEP
         wanted = self.gains[0] * share
         beyond = wanted + (math.log2(seen["schedule"]) if seen["warm-up"] else 0.0)
-        return _nearest(min(max(wanted, 0.5), 1.5)) if beyond >= LEAST_RAISE else KEEP
+        return _nearest(min(max(wanted, 0.5), 1.0)) if beyond >= LEAST_RAISE else KEEP
 
 
 def _nearest(wanted: float) -> int:

@@ -96,7 +96,6 @@ RULES = [
     (LOW, 1.0),
     (LOW | {"alignment_over_the_first": 0.4}, 0.5),
     (LOW | {"evidence": 0.25}, 0.0),
-    (LOW | {"alignment_over_the_first": 1.2}, 1.5),
     (LOW | {"alignment_over_the_first": 0.2}, 0.5),
     (LOW | {"alignment_over_the_first": 0.2, "evidence": 0.7}, 0.0),
     (LOW | {"alignment_over_the_first": 0.2, "warm_up": 1.0}, 0.0),
