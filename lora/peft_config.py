@@ -275,8 +275,8 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     config = _own_config(peft_model, adapter)
     settings = peft_model.__dict__.setdefault(_SETTINGS, {})
     if settings.get(adapter, (None,))[0] is not config:  # a later adapter of this name has settings of its own
-        settings[adapter] = config, config.exclude_modules, config.target_modules
-    _, user_excluded, user_targets = settings[adapter]
+        settings[adapter] = config, config.exclude_modules, config.target_modules, config.bias
+    _, user_excluded, user_targets, bias = settings[adapter]
     adapted = [target for target in targets if target.rank > 0 or target.experts > 1]
     tied = tied_pairs(peft_model, targets)
     ranks = {t.name: max(t.rank, 1) for t in adapted} | {name: layer.r[adapter] for name, layer in tied.items()}
@@ -285,8 +285,8 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     alphas |= {name: layer.lora_alpha[adapter] for name, layer in tied.items()}
     config.alpha_pattern = _patterns({} if set(alphas.values()) <= {config.lora_alpha} else alphas)
     dropped = [target for target in targets if target.rank == 0 and target.experts == 1]
-    if config.bias == "lora_only" and dropped:  # which saves no bias of a module without a pair
-        config.bias = "all"
+    # "lora_only" saves no bias of a module without a pair.
+    config.bias = "all" if bias == "lora_only" and dropped else bias
     config.exclude_modules = _excluded(user_excluded, [target.name for target in dropped])
     # PEFT refuses to load an adapter whose target modules match no module, except under this dummy name.
     linear = tied or any(target.rank > 0 and target.experts == 1 for target in targets)
@@ -294,6 +294,14 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     config.target_modules = user_targets if linear else none
     if config.init_lora_weights == "orthogonal":  # fails at odd ranks, and loading overwrites the weights anyway
         config.init_lora_weights = True
+
+
+def config_for_others(model: PeftModel, adapter: str) -> LoraConfig:
+    """A copy of an adapter's configuration for a fresh fine-tune, which trains the biases that its user named."""
+    config: LoraConfig = copy.deepcopy(model.peft_config[adapter])
+    config.inference_mode = False
+    config.bias = model.__dict__[_SETTINGS][adapter][3]
+    return config
 
 
 def _own_config(model: Any, adapter: str) -> Any:

@@ -123,6 +123,15 @@ def test_a_tied_pair_keeps_its_rank_in_a_plan(llama_config: LlamaConfig) -> None
     assert all(target.rank for target in find_target_modules(model))
 
 
+def test_a_plan_trains_the_biases_that_its_user_wanted(llama_config: LlamaConfig) -> None:
+    config = deepcopy(llama_config)
+    config.attention_bias = True
+    model = adapted(config, bias="lora_only")
+    plan = allocate(model, batches(ROWS), **OPTIONS)
+    assert len(plan.rank_pattern) < len(find_target_modules(model))
+    assert plan.bias == model.peft_config["default"].bias == "lora_only"
+
+
 def test_a_name_is_no_model() -> None:
     with pytest.raises(ConfigError, match=r"a model that is loaded, .*; got 'gpt2'\. .*the command `rankpilot plan`"):
         allocate("gpt2", batches(ROWS))  # type: ignore[arg-type]
