@@ -104,6 +104,18 @@ def _prepared(prepares: bool) -> str:
     return f"{how} prepare_model_for_kbit_training, which keeps in fp32 what is not quantised"
 
 
+def _offload_text(outlook: Outlook) -> str:
+    """What inputs of checkpointed layers in main memory would bring, where not all layers fit without."""
+    if (found := outlook.offloaded()) is None:
+        return ""
+    spare, seconds = found
+    return (
+        f" With offload=True (activation_offloading of TRL and axolotl) adapters on all layers fit with "
+        f"{format_bytes(spare)} to spare: inputs of checkpointed layers lie in main memory, and copies of them take "
+        f"{seconds:.2g} s a step at most."
+    )
+
+
 def verdict_text(outlook: Outlook) -> str:
     """What came out, in a few sentences: on a card whether it fits, else where the bytes are."""
     how, prepares = outlook.settings.quantization, outlook.settings.prepare_kbit
@@ -112,7 +124,7 @@ def verdict_text(outlook: Outlook) -> str:
     plain, again = outlook.reference_bytes, outlook.checkpointed_bytes
     both = f", and {format_bytes(again)} with all layers checkpointed" if again and again < plain else ""
     told = f" Rank {REFERENCE_RANK} on all modules takes {format_bytes(plain)} a step{both}."
-    return (_finding(outlook) if outlook.card is None else _fit(outlook)) + told + prepared
+    return (_finding(outlook) if outlook.card is None else _fit(outlook)) + _offload_text(outlook) + told + prepared
 
 
 def _fit(outlook: Outlook) -> str:
