@@ -48,9 +48,11 @@ def finetune_command(options: Finetune) -> None:
     from ..data.assets import check_model
 
     check_model(options.model)
+    from ..common.processes import is_first_process
     from ..finetune.experiment import finetune
 
     finetune(
         options, options.output, resume=options.resume, on_phase=lambda text: console.rule(escape(text), align="left")
     )
-    write_study((options.output,))
+    if is_first_process():
+        write_study((options.output,))

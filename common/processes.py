@@ -6,6 +6,7 @@ Messages go from one host's memory to another's over gloo, so that no accelerato
 from __future__ import annotations
 
 import builtins
+import os
 import pickle
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,6 +21,11 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(days=2)
 """How long a process waits for another, which may wait for a person. One that has died is noticed at once."""
+
+
+def is_first_process() -> bool:
+    """Whether a launcher such as torchrun has started no process before this one; before any group of them is there."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Processes:

@@ -91,6 +91,12 @@ class DeviceSpec:
         return self.has_bf16
 
     @property
+    def bus_bytes_per_s(self) -> float:
+        """What 16 lanes of its bus (PCI Express 3, 4 from Ampere, 5 from Hopper on) move one way; 4 if not known."""
+        major = 8 if self.capability is None else self.capability[0]
+        return 15.75e9 * (1 if major < 8 else 2 if major == 8 else 4)
+
+    @property
     def workspace_bytes(self) -> int:
         """What cuBLAS takes through the allocator: a workspace each for the forward and the backward pass's thread."""
         large = self.capability is None or self.capability[0] in (9, 10)

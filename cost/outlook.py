@@ -383,6 +383,21 @@ class Outlook:
         for layers in _depths(self):
             yield from sorted(_of_depth(self, layers), key=lambda choice: len(choice.checkpointed))
 
+    def offloaded(self) -> tuple[float, float] | None:
+        """Bytes to spare if inputs of checkpointed layers lay in main memory, and seconds a step that copies then take.
+
+        None where all layers have adapters without that, or have none with it. Copies overlap with the passes, so the
+        seconds are what they take at most, at the rate of the card's bus.
+        """
+        if not self.card or self.step.loaded.offload or not self.checkpointable:
+            return None
+        ranks, best = self.plan(self.blocks, self.rank), self.best
+        use = self._use(self.memory.offloaded(), ranks)
+        if (best and best.layers == self.blocks) or use.verdict != "fits":
+            return None
+        moved = self.memory.peak(ranks) - self.memory.offloaded().peak(ranks)
+        return use.spare_bytes, 2 * moved / self.card.bus_bytes_per_s
+
     @property
     def main(self) -> Choice:
         """The choice that words and pictures are about: what was asked for, or on a card the best that fits."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -29,9 +28,9 @@ from ..decide.policy import Policy, decision_line
 from ..decide.rules import plan_text
 from ..errors import ConfigError, UnsupportedError, shown
 from ..lora.adapter_file import pattern_config
-from ..lora.peft_config import adapter_ranks, fresh_adapters
+from ..lora.peft_config import adapter_ranks, config_for_others, fresh_adapters
 from ..lora.spec import REFERENCE_RANK
-from ..lora.targets import find_target_modules, unwrap, wrappers_of
+from ..lora.targets import find_target_modules, tied_pairs, unwrap, wrappers_of
 from .callback import bar_of_trainer, ready_to_train, tell_beside_bar
 from .options import GivenOptions, PilotOptions
 from .pilot import RankPilot
@@ -287,13 +286,13 @@ def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) 
     applier, decision = pilot.applier, pilot.decision
     assert applier is not None
     assert decision is not None
-    config: LoraConfig = copy.deepcopy(unwrap(model).peft_config[applier.targets[0].adapter])
-    config.inference_mode = False
+    adapter, tied = applier.targets[0].adapter, tied_pairs(unwrap(model), applier.targets)
     found = decision.choice if frontier else None
     return StaticPlan(
-        config=config,
-        ranks=adapter_ranks(applier.targets),
-        alphas={target.name: target.alpha for target in applier.targets},
+        config=config_for_others(unwrap(model), adapter),
+        ranks=adapter_ranks(applier.targets) | {name: layer.r[adapter] for name, layer in tied.items()},
+        alphas={target.name: target.alpha for target in applier.targets}
+        | {name: layer.lora_alpha[adapter] for name, layer in tied.items()},
         cost=pilot.predictions[-1][1],
         limit=pilot.limit,
         unit=applier.cost.unit,

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..agents.policy_file import load_policy, policy_schedule
 from ..common import files
 from ..common.devices import find_energy_counter
+from ..common.processes import Processes, is_first_process
 from ..common.termination import Terminated, on_sigterm
 from ..cost.budget import Budget
 from ..cost.peak_meter import PeakMeter
@@ -63,6 +64,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Run a fine-tune under a policy and, if asked for, those that it is compared with.
 
+    Each process that torchrun or accelerate has started calls this; the first one writes, and tells what happens.
+
     Args:
         config: what to run.
         folder: the run's folder.
@@ -74,12 +77,14 @@ def finetune(
         UnknownNameError, AssetError, DataError, PolicyFileError, BudgetError, UnsupportedError: bad input, before any
             training.
     """
-    tell = on_phase or (lambda text: None)
+    tell = on_phase if on_phase and is_first_process() else lambda text: None
     policy = load_policy(config.policy)
     config, workload = read_workload(config, tell)
     check_arguments(new_arguments(config, workload.task, folder))  # so that a setting that does not fit is told now
     rank_bounds_of(config.bounds)
-    with files.open_run(folder, files.as_json(FinetuneConfig, config), resume=resume):
+    processes, settings = Processes.of_this_run(), files.as_json(FinetuneConfig, config)
+    with ExitStack() as stack:
+        processes.on_first(lambda: stack.enter_context(files.open_run(folder, settings, resume=resume)))
         runs = {}
         for name, under in _runs(config, policy.name).items():
             tell(f"fine-tuning {under}")
@@ -93,7 +98,7 @@ def finetune(
             **_head(workload),
             "runs": runs,
         }
-        files.write_json(folder / "summary.json", summary)
+        processes.on_first(lambda: files.write_json(folder / "summary.json", summary))
     return summary
 
 
@@ -166,16 +171,16 @@ def run_one(
     Raises:
         Terminated: the process was asked to end; a checkpoint is saved if steps were done.
     """
-    result_path = folder / f"result-{name}.json"
-    with suppress(FileNotFoundError, DataError):  # the run of a torn result goes on from its last checkpoint
-        return files.read_object(result_path)
+    processes, result_path = Processes.of_this_run(), folder / f"result-{name}.json"
+    if known := processes.on_first(lambda: _read_result(result_path)):
+        return known
     model = new_model(config, workload)
     piloted, metrics_path = name == PILOT, folder / f"metrics-{name}.jsonl"
     device = new_arguments(config, workload.task, folder / name).device
     hardware, energy = hardware_facts(device), find_energy_counter(device)
     metrics = RunMetrics(metrics_path, None if piloted else PeakMeter(MEASURE_EVERY), energy)
-    stop = StopWithCheckpoint()
-    trainer = new_trainer(config, workload, model, folder / name, [metrics, stop])
+    stop = StopWithCheckpoint(processes)
+    trainer = new_trainer(config, workload, model, folder / name, [metrics, stop] if processes.first else [stop])
     decides = pilot(trainer) if pilot else _decides(config, trainer, folder, name)
     checkpoint = last_checkpoint(folder / name, piloted=piloted, tell=tell)
     set_seed(config.seed)
@@ -189,19 +194,47 @@ def run_one(
             f"is {last_checkpoint(folder / name, piloted=piloted, tell=tell)}. Lower the learning rate."
         )
     held_out = trainer.evaluate()
-    _save_adapter(model, workload, folder / name)
-    if not math.isfinite(held_out["eval_loss"]):
+
+    def result() -> dict[str, Any]:
+        return _result(trainer, metrics, held_out, decides) | {"hardware": hardware}
+
+    return processes.on_first(lambda: _written(config, workload, model, result_path, result, held_out["eval_loss"]))
+
+
+def _written(
+    config: FinetuneConfig,
+    workload: Workload,
+    model: PeftModel,
+    path: Path,
+    result: Callable[[], dict[str, Any]],
+    held_out: float,
+) -> dict[str, Any]:
+    """Save the adapter of a run that has ended, and write its result.
+
+    Raises:
+        NonFiniteError: the held-out loss is not finite; the adapter is saved.
+    """
+    folder = path.parent / path.stem.removeprefix("result-")
+    _save_adapter(model, workload, folder)
+    if not math.isfinite(held_out):
         raise NonFiniteError(
-            f"The held-out loss is {held_out['eval_loss']}: training diverged, or no row that is held out has a label "
-            f"that counts. The adapter is in {folder / name / 'adapter'}."
+            f"The held-out loss is {held_out}: training diverged, or no row that is held out has a label that counts. "
+            f"The adapter is in {folder / 'adapter'}."
         )
-    result = _result(trainer, metrics, held_out, decides) | {"hardware": hardware}
+    found = result()
     if config.merge:
-        with files.atomic_path(folder / name / "merged") as temporary:
+        with files.atomic_path(folder / "merged") as temporary:
             model.merge_and_unload().save_pretrained(temporary)
             workload.tokenizer.save_pretrained(temporary)
-    files.write_json(result_path, result)
-    return result
+    files.write_json(path, found)
+    return found
+
+
+def _read_result(path: Path) -> dict[str, Any] | None:
+    """The result of a run that has ended; one whose file is torn goes on from its last checkpoint."""
+    with suppress(FileNotFoundError, DataError):
+        return files.read_object(path)
+    return None
 
 
 def _result(
@@ -332,6 +365,7 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         self._put_back.callback(rate.end)
         if state.global_step > 0:
             finish_load(model, targets)
+            run.replicas.changed(targets, state.global_step)
             rate.ranks_changed()
             if checkpointing:
                 checkpointing.take(checkpointing.fewest(adapters.ranks, self.limit))
@@ -349,6 +383,7 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         check_budget(problem, [target.name for target in targets], options.budget_read.share)
         ranks = uniform_ranks(timed.choose(problem, uniform_ranks) if timed else problem)
         adapters.set_ranks(ranks, optimizer, seed=options.seed or 0, step=0)
+        run.replicas.changed(targets, 0)
         rate.ranks_changed()
         if checkpointing:
             checkpointing.take(checkpointing.fewest(ranks, self.limit))

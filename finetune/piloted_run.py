@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -26,9 +27,10 @@ from ..decide.rules import AsConfigured, PlanFile, given_ranks
 from ..decide.settings import DecisionSchedule
 from ..errors import ConfigError
 from ..lora.adapters import PeftAdapters
-from ..lora.peft_config import finish_load, start_kept
+from ..lora.optimizer_state import layout_of, unwrap_optimizer
+from ..lora.peft_config import absent_targets, finish_load, start_kept
 from ..lora.resize import is_trained
-from ..lora.targets import TargetModule, check_trains
+from ..lora.targets import TargetModule, check_trains, tied_pairs, unwrap
 from ..plan.plan import least_cost
 from ..plan.problem import floor_of_experts, rank_bounds
 from ..plan.rate import InitialLoss
@@ -46,6 +48,8 @@ from .put_back import AdapterSnapshot, LayerCheckpointing, adapters_put_back, al
 from .run import FirstRows, Participant, TrainingRun
 from .run_settings import adapter_settings, changes, check_same, predictions_of, readable_state, run_settings
 from .watches import FiniteWatch, GradientWatch, LoopCalls, LossMeter
+
+logger = logging.getLogger(__name__)
 
 CONTROL: RateControl = AlignmentRule()
 """Who controls the learning rate."""
@@ -152,6 +156,13 @@ class PilotedRun:
             costs = self._prepare(seed, None if probes else first_rows, timed, progress)
             journal.note(before_training.budget_text(run, targets, budget, costs.limit, stay=stay))
             journal.note_saved(costs.saved)
+            if tied := tied_pairs(unwrap(run.model), targets):
+                journal.note(f"{' and '.join(tied)} share one adapter, which keeps its rank (ensure_weight_tying).")
+            if run.replicas.processes.first and (names := absent_targets(run.model)):
+                logger.warning("target_modules has %s: this model has no module of that name.", ", ".join(names))
+            if layout_of(run.optimizer) is None:
+                name = type(unwrap_optimizer(run.optimizer)).__name__
+                journal.note(f"{name} keeps state of a form that is not known: where a rank changes, it begins anew.")
             self.elastic.first_limit(costs.limit)
             self.guard.attach(run, self.applier, costs.memory, journal, self._corrected, checkpointing)
             if time:

@@ -219,17 +219,17 @@ def check_possible(config: FinetuneConfig) -> None:
     """Refuse settings that this machine cannot run.
 
     Raises:
-        UnsupportedError: there are several processes, the library of the optimizer or of the quantisation is missing,
-            or the GPU does not compute in bfloat16.
+        UnsupportedError: the library of the optimizer or of the quantisation is missing, or the GPU does not compute in
+            bfloat16.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UnsupportedError(
-            "A fine-tune from the command line runs in one process. With several, call `rankpilot.attach` in a script "
-            "of your own, as examples/several_processes.py does."
-        )
     check_installed(config.optimizer, config.quantization)
     if config.bf16 and torch.cuda.is_available() and not is_torch_bf16_gpu_available():
         raise UnsupportedError("This GPU does not compute in bfloat16. Leave --bf16 out.")
+
+
+def started_processes() -> int:
+    """How many processes a launcher such as torchrun has started for this run, as it tells them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def read_workload(config: FinetuneConfig, tell: Callable[[str], None]) -> tuple[FinetuneConfig, Workload]:
@@ -322,7 +322,8 @@ def new_trainer(
         # Losses of both runs in the same unit, whatever the model does with the Trainer's token counts.
         trainer.model_accepts_loss_kwargs = False
     if config.learning_rate == "auto":
-        batches = -(-len(workload.train) // (config.batch_size * config.accumulation))
+        rows = config.batch_size * config.accumulation * arguments.world_size
+        batches = -(-len(workload.train) // rows)
         steps = config.steps if config.epochs is None else max(1, math.ceil(config.epochs * batches))
         trainer.args.learning_rate = rate_by_rule(trainer.model, find_target_modules(trainer.model), steps)
     trainer.remove_callback(ProgressCallback)
@@ -392,7 +393,8 @@ def new_arguments(config: FinetuneConfig, task: Task, folder: Path) -> TrainingA
         "per_device_eval_batch_size": config.eval_batch_size or config.batch_size,
         "gradient_accumulation_steps": config.accumulation,
         "bf16": config.bf16,
-        "use_cpu": config.bf16 and not torch.cuda.is_available(),  # or the Trainer refuses bf16 where there is no GPU
+        # Where there is no GPU, the Trainer else refuses bf16, and joins no processes.
+        "use_cpu": (config.bf16 or started_processes() > 1) and not torch.cuda.is_available(),
         "optim": OPTIMIZERS[config.optimizer],
         "learning_rate": _TO_BE_RULED if config.learning_rate == "auto" else config.learning_rate,
         "logging_steps": 5,

@@ -35,6 +35,8 @@ from ..common.files import atomic_path, read_object
 from ..errors import ConfigError, NonFiniteError, RunFolderError, UnsupportedError, first_line, shown
 from .targets import CHANGES_THE_BASE
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 MOST_CONFIG_BYTES = 2**24
@@ -105,7 +107,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
         UnsupportedError: the adapter is not LoRA on modules, holds no LoRA pair, or is pickled.
         RunFolderError: a file is missing or corrupt.
     """
-    config, tensors = _read_config(folder), _read_tensors(folder)
+    (config, older), tensors = _read_config(folder), _read_tensors(folder)
     ranks, stacks = _ranks(folder, tensors), dict[str, tuple[str, int]]()
     try:
         for module in [name for name in ranks if name.removesuffix(".base_layer").endswith("experts")]:
@@ -125,7 +127,42 @@ def read_adapter(folder: Path) -> SavedAdapter:
                 f"{name} has rank {rank} in the weights of {folder} and {expected[name]} in its configuration, so that "
                 "its scale is unknown, and plain PEFT cannot load it. Save again after `sync_config(model, targets)`."
             )
-    return SavedAdapter(config, tensors, ranks, alphas, stacks)
+    return SavedAdapter(config, _turned(folder, tensors, stacks) if older else tensors, ranks, alphas, stacks)
+
+
+def _turned(
+    folder: Path, tensors: dict[str, torch.Tensor], stacks: Mapping[str, tuple[str, int]]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a file of PEFT before 0.19, laid out as later ones read them: A reads inputs, but in Llama 4.
+
+    The older A belongs to the first axis of the experts' weights. Widths tell which one that is: what goes into
+    `gate_up_proj` comes out of `down_proj`, and half of what comes out of the one goes into the other.
+
+    Raises:
+        UnsupportedError: not both of these have adapters.
+    """
+    factors: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}
+    for key, tensor in tensors.items():
+        match = PAIR_KEY.fullmatch(key)
+        if match and match.group(1) in stacks:
+            factors.setdefault(stacks[match.group(1)][0], {})[match.group(2)] = key, tensor
+    turned = dict(tensors)
+    for name, experts in stacks.values():
+        stem = name.rpartition(".")[0]
+        up, down = (factors.get(f"{stem}.{leaf}") for leaf in ("gate_up_proj", "down_proj"))
+        if not up or not down:
+            raise UnsupportedError(
+                f"{folder} holds adapters of experts by PEFT before 0.19, and those of gate_up_proj or of down_proj "
+                "alone, which do not show which way round they are. Merge it with that version, or train it again."
+            )
+        inputs = (up["A"][1].shape[1], 2 * down["A"][1].shape[1]) == (down["B"][1].shape[0], up["B"][1].shape[0])
+        if inputs == stem.endswith("feed_forward.experts"):  # of Llama 4
+            (key_a, a), (key_b, b) = factors[name]["A"], factors[name]["B"]
+            turned[key_a] = b.reshape(len(b), -1, experts).permute(2, 1, 0).flatten(0, 1).contiguous()
+            turned[key_b] = a.reshape(experts, -1, a.shape[1]).permute(2, 1, 0).flatten(1).contiguous()
+    if any(turned[key] is not tensor for key, tensor in tensors.items()):
+        logger.warning("%s has adapters of experts as PEFT before 0.19 laid them out. They are turned round.", folder)
+    return turned
 
 
 _STACKED = ("gate_up_proj", "up_proj", "down_proj")
@@ -169,7 +206,8 @@ def _ranks(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     return {name: sizes["A"] for name, sizes in sides.items()}
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def _read_config(folder: Path) -> tuple[LoraConfig, bool]:
+    """The configuration, and whether adapters of experts are laid out as PEFT had them before 0.19."""
     path = folder / CONFIG_NAME
     values = _read_file(path, lambda: read_object(path, MOST_CONFIG_BYTES))
     if values.get("peft_type") not in list(PeftType):
@@ -186,13 +224,8 @@ def _read_config(folder: Path) -> LoraConfig:
             f"{path} has target_parameters {', '.join(others)}, which are not known. Known: those that end in "
             f"{', '.join(_STACKED)}."
         )
-    version = str(values.get("peft_version") or "")
-    if config.target_parameters and re.match(r"0\.(\d|1[0-8])(\D|$)", version):
-        raise UnsupportedError(
-            f"{path} was written by PEFT {version}, which lays pairs of experts out the other way round than PEFT from "
-            "0.19 on. Load it with that version, merge it, or train it again."
-        )
-    return config
+    version = str(values.get("peft_version") or "0.17")  # which did not write its own
+    return config, bool(config.target_parameters) and bool(re.match(r"0\.(\d|1[0-8])(\D|$)", version))
 
 
 def _check_types(path: Path, values: Mapping[str, object]) -> None:
@@ -241,8 +274,6 @@ def _read_file(path: Path, read: Callable[[], T]) -> T:
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, SafetensorError) as error:
         raise RunFolderError(f"{path} is corrupt or foreign: {first_line(error)}") from error
 
-
-logger = logging.getLogger(__name__)
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM allows for `max_lora_rank` (`MaxLoRARanks` in vllm/config/lora.py)."""

@@ -5,19 +5,22 @@ g_A' = P^T g_A and g_B' = g_B Q^T on the remaining directions. First moments tak
 map with squared entries, and the step count stays. Where a parameter is divided by a number because its scaling grows
 by it, gradients grow by it too (`scale_state`).
 
-A table has the layout of each supported optimiser: which tensors are first or second moments, and how they are stored.
-An optimiser that is not in the table is refused, because a moment that is mapped wrongly would do harm without an
-error. Third-party optimisers are recognised by name, so none of them needs to be installed.
+A table has the layout of each known optimiser: which tensors are first or second moments, and how they are stored. A
+moment that is mapped wrongly would do harm without an error, so under any other optimiser a parameter of a new shape
+begins with new state. Third-party optimisers are recognised by name, so none of them needs to be installed.
 """
 
 import copy
 import inspect
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedError
 
@@ -182,12 +185,6 @@ _BITSANDBYTES: dict[str, dict[str, Moment]] = {
     "rmsprop": {"state1": "second"},
 }
 
-_SUPPORTED = (
-    "AdamW, Adam, NAdam, RMSprop, SGD and Adafactor of torch.optim, Adafactor of transformers, AdamW, Adam, Lion, SGD "
-    "and RMSprop of bitsandbytes (8-bit, 32-bit, paged), AdamW and Adam of torchao.optim (8-bit, 4-bit, fp8), and "
-    "lion_pytorch.Lion; in TrainingArguments for example optim='adamw_torch', 'adamw_bnb_8bit' or 'adafactor'"
-)
-
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The optimiser inside accelerate's wrapper."""
@@ -195,24 +192,12 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def layout_of(optimizer: torch.optim.Optimizer) -> StateLayout:
-    """The layout of this optimiser's state.
-
-    Raises:
-        UnsupportedError: the optimiser or one of its settings is not supported; the message lists what is.
-    """
+def layout_of(optimizer: torch.optim.Optimizer) -> StateLayout | None:
+    """The layout of this optimiser's state; None if it is not known."""
     inner = unwrap_optimizer(optimizer)
-    layout = _find(inner)
-    if layout is None:
-        kind = type(inner)
-        raise UnsupportedError(
-            f"The state of {kind.__module__}.{kind.__name__} cannot be carried through a change of rank: "
-            f"{_reason(inner)}. Supported: {_SUPPORTED}."
-        )
     if isinstance(inner, torch.optim.RMSprop) and any(group["centered"] for group in inner.param_groups):
-        # Its variance is a difference of the two moments, which could become negative after the map.
-        raise UnsupportedError("RMSprop(centered=True) cannot be carried through a change of rank. Use centered=False.")
-    return layout
+        return None  # its variance is a difference of two moments, which the map could make negative
+    return _find(inner)
 
 
 def _find(optimizer: torch.optim.Optimizer) -> StateLayout | None:
@@ -232,15 +217,6 @@ def _defines_step(kind: type) -> bool:
     """Whether a class defines `step` itself. Torch puts a wrapped copy of an inherited `step` into every class."""
     step = vars(kind).get("step")
     return step is not None and bool(inspect.unwrap(step).__qualname__ == f"{kind.__qualname__}.step")
-
-
-def _reason(optimizer: torch.optim.Optimizer) -> str:
-    name = type(optimizer).__name__
-    if "ScheduleFree" in name:
-        return "it keeps an average of past weights, which belongs to the old factors"
-    if "Muon" in name:
-        return "its updates mix the directions of a factor, so new ones would change the old ones"
-    return "its layout is not known"
 
 
 Fill = Literal["zero", "mean"]
@@ -290,15 +266,58 @@ class StateMap:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise UnsupportedError if the optimiser's state cannot be carried through a change of rank."""
-    layout_of(optimizer)
+    """Raise UnsupportedError if the optimiser can neither carry state through a change of rank nor begin with none."""
+    inner = unwrap_optimizer(optimizer)
+    device = next(parameter.device for group in inner.param_groups for parameter in group["params"])
+    if layout_of(inner) is None and _after_a_step(inner, torch.empty(4, 4, device=device)) is None:
+        raise UnsupportedError(
+            f"{type(inner).__name__} cannot step on a parameter that it has no state of, as one has after a change of "
+            "rank. Use another optimizer, such as AdamW (optim='adamw_torch')."
+        )
 
 
 def state_bytes_of(optimizer: torch.optim.Optimizer | None, like: torch.Tensor) -> int:
     """Bytes of optimiser state for a parameter with the shape and dtype of `like`; None counts as AdamW."""
     if optimizer is None:
         return 2 * like.nbytes
-    return layout_of(optimizer).bytes_of(unwrap_optimizer(optimizer), like)
+    inner, layout = unwrap_optimizer(optimizer), layout_of(optimizer)
+    if layout is not None:
+        return layout.bytes_of(inner, like)
+    measured, key = _MEASURED.setdefault(inner, {}), (like.shape, like.dtype)
+    if key not in measured:
+        found = _after_a_step(inner, like)
+        measured[key] = 2 * like.nbytes if found is None else found
+    return measured[key]
+
+
+_MEASURED: WeakKeyDictionary[torch.optim.Optimizer, dict[Any, int]] = WeakKeyDictionary()
+"""Bytes of state that optimisers of unknown layout have made, by the shape and dtype of the parameter."""
+
+
+def _after_a_step(optimizer: torch.optim.Optimizer, like: torch.Tensor) -> int | None:
+    """Bytes of state after a step of a copy of this optimiser that has one new parameter; None if it cannot step.
+
+    One that holds another optimiser, which the copy would step, or that ends what it holds outside of Python, has none.
+    """
+    held = [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
+    if held or hasattr(type(optimizer), "__del__"):
+        return None
+    for device in ("meta", "cpu", like.device):  # on the meta device nothing is computed, and some read numbers
+        parameter = nn.Parameter(torch.ones(like.shape, dtype=like.dtype, device=device))
+        parameter.grad = torch.ones_like(parameter)
+        probe = object.__new__(type(optimizer))
+        groups = [{**optimizer.param_groups[0], "params": [parameter]}]
+        vars(probe).update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in vars(optimizer).items()})
+        vars(probe).update(state=defaultdict(dict), param_groups=groups)
+        vars(probe).update(_optimizer_step_pre_hooks=OrderedDict(), _optimizer_step_post_hooks=OrderedDict())
+        try:  # methods of the class: those of the object may be a scheduler's, which step the original
+            getattr(type(optimizer), "train", id)(probe)  # of schedule-free ones
+            type(optimizer).step(probe)
+        except Exception:  # whatever the step of a stranger raises
+            continue
+        tensors = [t for t in tree_leaves(dict(probe.state[parameter])) if isinstance(t, torch.Tensor) and t.dim()]
+        return sum(tensor.nbytes for tensor in tensors)
+    return None
 
 
 def last_direction(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.Tensor | None:
@@ -318,19 +337,17 @@ def last_direction(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) ->
 def map_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, change: StateMap) -> None:
     """Map the optimiser's state of `parameter`; call before the parameter itself gets its new shape.
 
-    Raises:
-        UnsupportedError: the state holds a tensor of the parameter's shape that is not in the optimiser's layout.
+    State that holds a tensor of the parameter's shape which is in no layout is deleted, so that it begins as new.
     """
     if optimizer is None:
         return
     inner = unwrap_optimizer(optimizer)
-    layout = layout_of(inner)
-    state = inner.state.get(parameter, {})
-    known = layout.moments.keys() | layout.factored.keys()
-    for key, value in state.items():
-        if key not in known and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-            name = type(inner).__name__
-            raise UnsupportedError(f"{name} keeps a state tensor {key!r} that cannot be mapped to a new rank.")
+    layout, state = layout_of(inner), inner.state.get(parameter, {})
+    known = layout.moments.keys() | layout.factored.keys() if layout else set()
+    shaped = {key for key, value in state.items() if getattr(value, "shape", None) == parameter.shape}
+    if layout is None or not shaped <= known:
+        reset_state(inner, [parameter])
+        return
     for key, moment in layout.moments.items():
         if isinstance(state.get(key), torch.Tensor):  # SGD stores None before its first step
             mapped = change.apply(layout.form.read(parameter, state, key), second=moment == "second")
@@ -348,6 +365,9 @@ def scale_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter
         return
     inner = unwrap_optimizer(optimizer)
     layout, state = layout_of(inner), inner.state.get(parameter, {})
+    if layout is None:
+        reset_state(inner, [parameter])
+        return
     for key, moment in layout.moments.items():
         if isinstance(state.get(key), torch.Tensor) and _POWERS[moment]:
             scaled = layout.form.read(parameter, state, key) * factor ** _POWERS[moment]
@@ -379,8 +399,9 @@ def drop_foreign_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn
     layout = layout_of(inner)
     for parameter in parameters:
         state, shape = inner.state.get(parameter, {}), parameter.shape
-        moments = [state[key] for key in layout.moments if isinstance(state.get(key), torch.Tensor)]
-        averages = [(state[key], axes) for key, axes in layout.factored.items() if key in state]
+        tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        moments = [v for k, v in tensors.items() if (k in layout.moments if layout else v.dim() == len(shape))]
+        averages = [(state[key], axes) for key, axes in (layout.factored if layout else {}).items() if key in state]
         fits = all(moment.shape == shape for moment in moments) and all(
             average.shape[axis] == shape[of] for average, (of, axis) in averages
         )

@@ -28,8 +28,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, UnknownNameError
 from .resize import is_trained, resize
-from .spec import REFERENCE_RANK, Scaling
-from .targets import CONSTANT_SCALING, TargetModule, find_target_modules, guard_base, is_router, unwrap
+from .spec import REFERENCE_RANK, Scaling, absent, is_pattern
+from .targets import CONSTANT_SCALING, TargetModule, find_target_modules, guard_base, is_router, tied_pairs, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -190,40 +190,25 @@ def _trained_heads(base: PreTrainedModel, peft_type: str | None) -> dict[str, An
     return {"modules_to_save": heads, "exclude_modules": rf"(?:{'|'.join(map(re.escape, heads))})(?:\..*)?"}
 
 
-_PATTERN = re.compile(r"[\\*+?|()\[\]^$]")
-"""What no name of a module has, and a regular expression does."""
-
-
-_OF_MODELS = re.compile(
-    "(q|k|v|o|gate|up|down|qkv|gate_up|c|in|out|x)_proj|query_key_value|dense(_h_to_4h|_4h_to_h)?|c_(attn|fc)|fc[12]|w[123]"
-    "|lm_head|embed_tokens"
-)
-"""Names of modules that lists for several families of models have, as those of trainers do."""
-
-
 def _existing(base: PreTrainedModel, target_modules: str) -> str | list[str]:
     """Names in a list that is separated by commas, or a regular expression for whole names, as PEFT takes them.
 
-    Names that other models have and this one has not are left out, as PEFT leaves them out, and a warning tells.
+    Names that the model has not are passed over, as PEFT does, as long as it has one of them.
 
     Raises:
-        UnknownNameError: none is a module that can be adapted, or one is none of any model.
+        UnknownNameError: none is a module that can be adapted.
         ConfigError: the expression cannot be read, or matches no such module.
     """
     kinds = (nn.Linear, nn.Embedding, Conv1D)
     paths = [path for path, module in base.named_modules() if isinstance(module, kinds)]
-    if _PATTERN.search(target_modules):
+    if is_pattern(target_modules):
         return _matching(base, paths, target_modules)
     names = [part.strip() for part in target_modules.split(",")]
-    missing = [name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths)]
-    unknown = [name for name in missing if not _OF_MODELS.fullmatch(name)]
-    if unknown or len(missing) == len(names):
+    if len(missing := absent(names, paths)) == len(names):
         linear = [path for path in paths if not isinstance(base.get_submodule(path), nn.Embedding)]
         ends = dict.fromkeys(path.rpartition(".")[2] for path in linear)
-        raise UnknownNameError.of("target module", (unknown or missing)[0], ends, "all-linear takes all linear layers.")
-    if missing:
-        logger.warning("target_modules leaves out %s: this model has none of that name.", ", ".join(missing))
-    return [name for name in names if name not in missing]
+        raise UnknownNameError.of("target module", missing[0], ends, "all-linear takes all linear layers.")
+    return names
 
 
 def _matching(base: PreTrainedModel, paths: Sequence[str], pattern: str) -> str:
@@ -237,6 +222,14 @@ def _matching(base: PreTrainedModel, paths: Sequence[str], pattern: str) -> str:
             f"has to match whole names, such as {paths[-1]!r}."
         )
     return pattern
+
+
+def absent_targets(model: nn.Module) -> list[str]:
+    """Names among the target modules of a PEFT model's adapter that the model has not."""
+    peft_model = unwrap(model)
+    names = getattr(peft_model.peft_config[peft_model.active_adapter], "target_modules", None)
+    named = [] if names is None or isinstance(names, str) else sorted({*names} - {DUMMY_TARGET_MODULES})
+    return absent(named, dict(peft_model.get_base_model().named_modules()))
 
 
 def choose_scaling(targets: Sequence[TargetModule], scaling: Scaling) -> None:
@@ -282,20 +275,33 @@ def sync_config(model: nn.Module, targets: Sequence[TargetModule]) -> None:
     config = _own_config(peft_model, adapter)
     settings = peft_model.__dict__.setdefault(_SETTINGS, {})
     if settings.get(adapter, (None,))[0] is not config:  # a later adapter of this name has settings of its own
-        settings[adapter] = config, config.exclude_modules, config.target_modules
-    _, user_excluded, user_targets = settings[adapter]
+        settings[adapter] = config, config.exclude_modules, config.target_modules, config.bias
+    _, user_excluded, user_targets, bias = settings[adapter]
     adapted = [target for target in targets if target.rank > 0 or target.experts > 1]
-    config.rank_pattern = _patterns({t.name: max(t.rank, 1) for t in adapted})
+    tied = tied_pairs(peft_model, targets)
+    ranks = {t.name: max(t.rank, 1) for t in adapted} | {name: layer.r[adapter] for name, layer in tied.items()}
+    config.rank_pattern = _patterns(ranks)
     alphas = {t.name: t.layer.lora_alpha[adapter] for t in adapted}
+    alphas |= {name: layer.lora_alpha[adapter] for name, layer in tied.items()}
     config.alpha_pattern = _patterns({} if set(alphas.values()) <= {config.lora_alpha} else alphas)
     dropped = [target for target in targets if target.rank == 0 and target.experts == 1]
+    # "lora_only" saves no bias of a module without a pair.
+    config.bias = "all" if bias == "lora_only" and dropped else bias
     config.exclude_modules = _excluded(user_excluded, [target.name for target in dropped])
     # PEFT refuses to load an adapter whose target modules match no module, except under this dummy name.
-    linear = any(target.rank > 0 and target.experts == 1 for target in targets)
+    linear = tied or any(target.rank > 0 and target.experts == 1 for target in targets)
     none = DUMMY_TARGET_MODULES if dropped or not adapted else user_targets
     config.target_modules = user_targets if linear else none
     if config.init_lora_weights == "orthogonal":  # fails at odd ranks, and loading overwrites the weights anyway
         config.init_lora_weights = True
+
+
+def config_for_others(model: PeftModel, adapter: str) -> LoraConfig:
+    """A copy of an adapter's configuration for a fresh fine-tune, which trains the biases that its user named."""
+    config: LoraConfig = copy.deepcopy(model.peft_config[adapter])
+    config.inference_mode = False
+    config.bias = model.__dict__[_SETTINGS][adapter][3]
+    return config
 
 
 def _own_config(model: Any, adapter: str) -> Any:
@@ -390,6 +396,8 @@ class _LoadHook:
                 plain = f"{prefix}{path}{name.replace(f'.{target.adapter}', '', 1)}"
                 if plain in state:
                     state[key] = state.pop(plain)
+            if f"{prefix}{path}bias" in state:  # see `_omit_rank_0`
+                state[f"{prefix}{path}base_layer.bias"] = state.pop(f"{prefix}{path}bias")
             loads.append((target, keys, state.get(next(iter(keys)))))
         if all(weight_a is None for _, _, weight_a in loads):
             return  # the state dict holds other weights, not this adapter
@@ -412,13 +420,15 @@ class _LoadHook:
 def _omit_rank_0(
     target: TargetModule, module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object
 ) -> None:
-    """Remove a pair at rank 0 from the state dict, since plain PEFT cannot load it.
+    """Remove a pair at rank 0 from the state dict, since plain PEFT cannot load it, and name its bias as there is none.
 
     Experts get one of rank 1 that is zero: PEFT wraps both parameters of a layer, and excludes none.
     """
     if target.exists and target.rank == 0:
         for name in target.parameters:
             state.pop(f"{prefix}{name}", None)
+        if f"{prefix}base_layer.bias" in state:
+            state[f"{prefix}bias"] = state.pop(f"{prefix}base_layer.bias")
         if target.experts > 1:
             state |= {f"{prefix}{name}": zero for name, zero in zip(target.parameters, target.zeros(1), strict=True)}
 

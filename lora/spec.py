@@ -5,7 +5,8 @@ Nothing here loads torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
@@ -91,6 +92,17 @@ class ModuleSpec:
     def max_rank(self) -> int:
         """The largest rank that can add anything: min(d_in, d_out), of one expert."""
         return min(self.d_in, self.d_out) // self.experts
+
+
+def is_pattern(target_modules: str) -> bool:
+    """Whether target modules are a regular expression: it has what no name of a module has."""
+    return re.search(r"[\\*+?|()\[\]^$]", target_modules) is not None
+
+
+def absent(names: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """Those of the names in a list of target modules that no path ends in: PEFT passes over them if others match."""
+    ends = tuple(f".{path}" for path in paths)
+    return [name for name in names if not any(end.endswith(f".{name}") for end in ends)]
 
 
 Scaling = Literal["alpha", "constant"]

@@ -6,8 +6,10 @@ torchao, optimum-quanto). Its parameters then hold codes or packed bytes, which 
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -271,12 +273,8 @@ def _refuse_config(config: LoraConfig) -> None:
         raise UnsupportedError(
             f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights by an amount that PEFT "
             "computes from the rank each time it loads the adapter, so an adapter of new ranks would load wrong. "
-            "Use the default, or 'eva'."
-        )
-    if config.bias != "none":
-        raise UnsupportedError(
-            f"bias={config.bias!r} trains biases of the frozen model, and PEFT does not load the biases of modules at "
-            "rank 0. Use bias='none', or `lora_bias=True` for biases that belong to the adapter."
+            "Use the default, or 'eva'. Ranks for such a start come from `allocate` under the default one: set "
+            "init_lora_weights in the LoraConfig that it returns, and train without rankpilot."
         )
 
 
@@ -296,8 +294,7 @@ def _refuse_unsloth(base: nn.Module) -> None:
             )
 
 
-def _refuse_shards_and_ties(targets: Sequence[TargetModule]) -> None:
-    names: dict[int, str] = {}
+def _refuse_shards(targets: Sequence[TargetModule]) -> None:
     for target in targets:
         for weight in (target.weight_a, target.weight_b):
             if type(weight.data) is not torch.Tensor:
@@ -305,17 +302,19 @@ def _refuse_shards_and_ties(targets: Sequence[TargetModule]) -> None:
                     f"Target module {target.name!r}: its factors are sharded ({type(weight.data).__name__}), so their "
                     f"rank cannot change. Leave the adapters whole (fully_shard with ignored_params). {PLAN_FIRST}"
                 )
-            address = weight.data_ptr()  # 0 if the tensor is empty or on the meta device
-            if address and names.setdefault(address, target.name) != target.name:
-                raise UnsupportedError(
-                    f"Target modules {names[address]!r} and {target.name!r} share one adapter (tied "
-                    "weights), which cannot change rank. Leave one of them out of `target_modules`, and "
-                    "`ensure_weight_tying` off."
-                )
+
+
+def _without_tied(targets: Sequence[TargetModule]) -> list[TargetModule]:
+    """The target modules whose pair is theirs alone: one that two modules share keeps the rank of its LoraConfig."""
+    addresses = [[weight.data_ptr() for weight in (target.weight_a, target.weight_b)] for target in targets]
+    count = Counter(chain.from_iterable(addresses))  # 0 if a tensor is empty or on the meta device
+    return [t for t, each in zip(targets, addresses, strict=True) if all(not a or count[a] == 1 for a in each)]
 
 
 def find_target_modules(model: nn.Module) -> list[TargetModule]:
     """All target modules of the active adapter, in the order in which the model lists them.
+
+    Modules that share one pair (`ensure_weight_tying`) are none of them.
 
     Args:
         model: a PeftModel, possibly wrapped.
@@ -349,11 +348,19 @@ def find_target_modules(model: nn.Module) -> list[TargetModule]:
         block, embedding = blocks.setdefault(_layer_key(path), len(blocks)), isinstance(layer, Embedding)
         widths = experts * d_in, experts * d_out
         targets.append(TargetModule(path, block, *widths, name, layer, embedding, experts=experts))
-    _refuse_shards_and_ties(targets)
+    _refuse_shards(targets)
+    targets = _without_tied(targets)
     if not targets:
         kind = "" if isinstance(config, LoraConfig) else f": it is {config.peft_type.value}. Adapt it with LoraConfig"
         raise UnsupportedError(f"Adapter {name!r} of {type(base).__name__} has no LoRA target module{kind}.")
     return targets
+
+
+def tied_pairs(model: PeftModel, targets: Sequence[TargetModule]) -> dict[str, LoraLayer]:
+    """The layers by name with a pair of the same adapter that are none of its target modules: see `_without_tied`."""
+    known, adapter = {id(target.layer) for target in targets}, targets[0].adapter
+    layers = (item for item in model.get_base_model().named_modules() if isinstance(item[1], LoraLayer))
+    return {name: layer for name, layer in layers if adapter in layer.r and id(layer) not in known}
 
 
 def unwrap(model: nn.Module) -> PeftModel:

@@ -23,7 +23,7 @@ from ..cost.cards import USUAL_CARD
 from ..cost.outlook import Choice, GridCell, Outlook
 from ..cost.saver_prices import ACTIVATIONS, Saved
 from ..errors import BudgetError, UnsupportedError
-from ..lora.spec import REFERENCE_RANK
+from ..lora.spec import REFERENCE_RANK, absent, is_pattern
 from .memory_config import MemoryConfig
 from .memory_doubts import doubts, of_loading
 
@@ -61,7 +61,7 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
         f"{Path(config.model).name}, {outlook.facts['task']}" if outlook.facts else Path(config.model).name,
         f"{f'{billions:.3g}B' if billions >= 1 else f'{1e3 * billions:.3g}M'} parameters on {where}",
         f"{shape.rows} x {shape.length} tokens",
-        f"rank {outlook.rank} on {len(step.targets)} modules of {outlook.blocks} layers",
+        f"rank {outlook.rank} on {len(step.targets)} modules of {outlook.blocks} layers{_absent_text(outlook)}",
         *([] if named else [settings.optimizer]),
         *([f"frozen model in {settings.quantization}"] if settings.quantization != "none" else []),
         *([_experts_text(outlook)] if step.model.fused and settings.quantization != "none" else []),
@@ -80,6 +80,14 @@ _AS_LOADED = (("packed", "packed rows"), ("reentrant", "use_reentrant"), ("offlo
 """Settings of `LoadedAs` that are told where they are set."""
 
 
+def _absent_text(outlook: Outlook) -> str:
+    """Target modules that were asked for and are not there."""
+    asked = outlook.settings.target_modules
+    names = [] if asked == "all-linear" or is_pattern(asked) else [name.strip() for name in asked.split(",")]
+    missing = absent(names, (target.name for target in outlook.step.targets))
+    return f" (none is named {', '.join(missing)})" if missing else ""
+
+
 def _experts_text(outlook: Outlook) -> str:
     """How a quantised model keeps fused experts."""
     bits = outlook.settings.quantization
@@ -96,6 +104,18 @@ def _prepared(prepares: bool) -> str:
     return f"{how} prepare_model_for_kbit_training, which keeps in fp32 what is not quantised"
 
 
+def _offload_text(outlook: Outlook) -> str:
+    """What inputs of checkpointed layers in main memory would bring, where not all layers fit without."""
+    if (found := outlook.offloaded()) is None:
+        return ""
+    spare, seconds = found
+    return (
+        f" With offload=True (activation_offloading of TRL and axolotl) adapters on all layers fit with "
+        f"{format_bytes(spare)} to spare: inputs of checkpointed layers lie in main memory, and copies of them take "
+        f"{seconds:.2g} s a step at most."
+    )
+
+
 def verdict_text(outlook: Outlook) -> str:
     """What came out, in a few sentences: on a card whether it fits, else where the bytes are."""
     how, prepares = outlook.settings.quantization, outlook.settings.prepare_kbit
@@ -104,7 +124,7 @@ def verdict_text(outlook: Outlook) -> str:
     plain, again = outlook.reference_bytes, outlook.checkpointed_bytes
     both = f", and {format_bytes(again)} with all layers checkpointed" if again and again < plain else ""
     told = f" Rank {REFERENCE_RANK} on all modules takes {format_bytes(plain)} a step{both}."
-    return (_finding(outlook) if outlook.card is None else _fit(outlook)) + told + prepared
+    return (_finding(outlook) if outlook.card is None else _fit(outlook)) + _offload_text(outlook) + told + prepared
 
 
 def _fit(outlook: Outlook) -> str:

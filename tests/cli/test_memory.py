@@ -182,7 +182,7 @@ def test_a_model_without_checkpointing(memory: Memory, models: Path, capsys: pyt
         ("{models}/bert --output {models}/bert/config.json", "config.json is a file. Pass the name of a folder"),
         ("{models}/bert --budget '1KiB step'", "is too small for any adapter. The smallest that works is"),
         ("{models}/bert --budget 1%", "a share of"),
-        ("{models}/llama --target-modules 'q_proj, k_porj'", "Unknown target module 'k_porj'. Did you mean: 'k_proj'"),
+        ("{models}/llama --target-modules 'q_porj, k_porj'", "Unknown target module 'q_porj'. Did you mean: 'q_proj'"),
         ("{models}/bert --rank 100000", "No module has a rank above 64"),
         ("{models}/bert --trainer labl_smoothing_factor=1", "Did you mean: 'label_smoothing_factor'"),
         ("{models}/bert --trainer max_steps=1", "max_steps is decided by --max-steps"),

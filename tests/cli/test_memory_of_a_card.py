@@ -65,6 +65,15 @@ def test_a_short_answer_that_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_target_modules_that_are_not_there_are_told_each_time(
+    configuration: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["--target-modules", "q_proj, v_proj, query"]
+    for _ in range(2):  # the second answer comes from a file
+        assert cli.run(["memory", str(configuration), "--device", "rtx 4090", *BATCH, *names]) == 0
+        assert "rank 8 on 6 modules of 3 layers (none is named query)," in " ".join(capsys.readouterr().out.split())
+
+
 def test_every_figure_is_described(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs/command-line.md").read_text().partition("| field | what it is |")[2]
     rows = [row.split("|")[1:3] for row in page.partition("\n\n")[0].splitlines()[2:]]

@@ -155,6 +155,23 @@ def test_a_recommended_budget_fits_the_card() -> None:
     assert outlook.best.step_bytes <= budget <= outlook.best.step_bytes + outlook.best.use.spare_bytes
 
 
+def test_what_offloading_brings_is_told_where_not_all_layers_fit() -> None:
+    given: dict[str, Any] = {"card": "24GiB", "batch_size": 1}
+    told = memory_of("llama-3.1-8b", max_length=12288, **given)
+    assert told.best
+    assert told.best.layers < told.blocks
+    ranks, (spare, seconds) = told.plan(told.blocks, 8), told.offloaded() or (0.0, 0.0)
+    again = memory_of("llama-3.1-8b", max_length=12288, offload=True, **given)
+    assert again.offloaded() is None
+    assert again.best
+    assert again.best.layers == told.blocks
+    every = again.choice(told.blocks, 8, again.checkpointable)
+    assert every.use
+    assert spare == every.use.spare_bytes > 0
+    assert seconds == pytest.approx(2 * (told.memory.peak(ranks) - every.step_bytes) / 31.5e9)
+    assert "With offload=True" in verdict_text(told)
+
+
 def test_nothing_fits_a_card_that_the_model_fills() -> None:
     outlook = llama(card_with(1))
     assert outlook.best is None

@@ -15,6 +15,7 @@ from rankpilot.data.batches import IGNORED
 from rankpilot.data.models import adapt, load_model
 from rankpilot.data.workload import Workload, held_out_split, load_workload
 from rankpilot.errors import AssetError, ConfigError, DataError, UnknownNameError
+from rankpilot.lora.peft_config import absent_targets
 from rankpilot.lora.targets import find_target_modules
 from tokenizers import ByteLevelBPETokenizer
 from transformers import RobertaConfig, RobertaTokenizer
@@ -305,7 +306,13 @@ def test_other_weights_of_another_shape_are_refused(model_folder: ModelFolder, t
         load_model(str(folder), "classification", ("a", "b"), None)
 
 
-def test_an_unknown_target_module_among_known_ones(model_folder: ModelFolder) -> None:
-    model = load_model(model_folder("llama"), "causal-lm", (), None)
+def test_names_that_the_model_has_not_are_passed_over_unless_it_has_none(model_folder: ModelFolder) -> None:
+    def targets(names: str) -> tuple[set[str], list[str]]:
+        base = load_model(model_folder("llama"), "causal-lm", (), None)
+        model = adapt(base, "llama", "causal-lm", target_modules=names, r=2, lora_alpha=4)
+        return {target.name.rpartition(".")[2] for target in find_target_modules(model)}, absent_targets(model)
+
+    assert targets("v_proj,q_porj, query") == ({"v_proj"}, ["q_porj", "query"])
+    assert targets("v_proj,self_attn.q_proj") == ({"v_proj", "q_proj"}, [])
     with pytest.raises(UnknownNameError, match=r"Unknown target module 'q_porj'. Did you mean: 'q_proj'"):
-        adapt(model, "llama", "causal-lm", target_modules="v_proj,q_porj", r=2, lora_alpha=4)
+        targets("q_porj,query")

@@ -98,6 +98,40 @@ def test_plain_peft_makes_an_adapter_of_the_plan(llama_config: LlamaConfig, tmp_
     assert plan.line().endswith(f"mean rank {sum(plan.ranks.values()) / len(plan.ranks):.1f}")
 
 
+def test_target_modules_that_are_not_there_are_told(
+    llama_config: LlamaConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = adapted(llama_config, target_modules=["q_proj", "v_proj", "query"])
+    for count in (1, 2):
+        assert allocate(model, batches(ROWS), **OPTIONS | {"budget": "100%"}).rank_pattern
+        told = [
+            row for row in caplog.records if row.levelname == "WARNING" and "target_modules has query:" in row.message
+        ]
+        assert len(told) == count
+
+
+def test_a_tied_pair_keeps_its_rank_in_a_plan(llama_config: LlamaConfig) -> None:
+    config = deepcopy(llama_config)
+    config.tie_word_embeddings = True
+    lora = {"target_modules": ["embed_tokens", "q_proj", "down_proj"], "ensure_weight_tying": True, "r": 4}
+    plan = allocate(adapted(config, **lora), batches(ROWS), **OPTIONS | {"budget": "95%"})
+    model = get_peft_model(new_base(config), plan)
+    base = model.get_base_model()
+    pair = base.model.embed_tokens.lora_embedding_A["default"], base.lm_head.lora_B["default"].weight
+    assert pair[0].data_ptr() == pair[1].data_ptr()
+    assert pair[0].shape[0] == 4
+    assert all(target.rank for target in find_target_modules(model))
+
+
+def test_a_plan_trains_the_biases_that_its_user_wanted(llama_config: LlamaConfig) -> None:
+    config = deepcopy(llama_config)
+    config.attention_bias = True
+    model = adapted(config, bias="lora_only")
+    plan = allocate(model, batches(ROWS), **OPTIONS)
+    assert len(plan.rank_pattern) < len(find_target_modules(model))
+    assert plan.bias == model.peft_config["default"].bias == "lora_only"
+
+
 def test_a_name_is_no_model() -> None:
     with pytest.raises(ConfigError, match=r"a model that is loaded, .*; got 'gpt2'\. .*the command `rankpilot plan`"):
         allocate("gpt2", batches(ROWS))  # type: ignore[arg-type]

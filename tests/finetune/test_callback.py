@@ -7,6 +7,8 @@ import logging
 import random
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from rankpilot.errors import BudgetError, NonFiniteError, RankPilotError, Unsupp
 from rankpilot.finetune.callback import attach
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.plan.plan import project
+from torch.optim import LBFGS, Adamax
 from transformers import LlamaConfig, Trainer, TrainerCallback
 
+from ..cases import first_cases
 from .tiny_runs import Run, arguments, counting, logits, new_base, ranks_of
 
 STEPS, LENGTH = 12, 20
@@ -265,13 +269,41 @@ def test_other_data_sets(launch: Launch, data: Any) -> None:
     assert run.highest <= run.pilot.limit
 
 
+def test_an_optimizer_of_unknown_state_decides_resumes_and_is_told(
+    launch: Launch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"optimizer": partial(Adamax, lr=1e-2), "exact_savers": False, "plain": True}
+    run = launch(**options)
+    assert capsys.readouterr().out.count("Adamax keeps state of a form that is not known") == 1
+    assert len(run.decided) == len(DECISIONS)
+    assert run.highest <= run.pilot.limit
+    assert run.highest == pytest.approx(max(cost for _, cost in run.pilot.predictions), rel=0.01)
+    again = launch(resume=9, **options)
+    run.assert_same_adapter(again)
+
+
+@pytest.mark.parametrize("bias", first_cases(1, ["lora_only", "all"]))
+def test_biases_that_train_are_counted_resumed_and_saved_where_a_module_is_dropped(
+    tmp_path: Path, llama_config: LlamaConfig, bias: str
+) -> None:
+    config = deepcopy(llama_config)
+    config.attention_bias = config.mlp_bias = True
+    options = USUAL | {"lora": {"bias": bias}, "budget": "60%", "max_steps": 6, "plain": True}
+    run = Run(tmp_path / "run", config, **options).train()
+    assert 0 in run.recorder.ranks[-1].values()
+    assert run.highest <= run.pilot.limit
+    assert run.highest == pytest.approx(max(cost for _, cost in run.pilot.predictions), rel=0.01)
+    run.assert_same_adapter(Run(tmp_path / "run", config, **options).train(3))
+    assert torch.equal(logits(run.plain(run.checkpoint(6))), logits(run.model))
+
+
 # What is refused ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"optim": "adagrad"}, UnsupportedError, "Adagrad cannot be carried"),
+        ({"optimizer": LBFGS}, UnsupportedError, "LBFGS cannot step on a parameter that it has no state of"),
         ({"budget": "5 params"}, BudgetError, "The smallest that works is 48 parameters"),
         ({"budget": "3k params", "learning_rate": 1e30}, NonFiniteError, "probe step"),
     ],

@@ -34,6 +34,8 @@ from rankpilot.finetune import experiment as module
 from rankpilot.finetune import trainer as trainer_module
 from rankpilot.finetune.experiment import branch, finetune
 from rankpilot.finetune.options import FinetuneConfig
+from rankpilot.finetune.replicas import digest_of
+from rankpilot.lora.targets import find_target_modules
 from rankpilot.study.page import page_data
 from rankpilot.study.pictures import write_rank_picture
 from rankpilot.study.run_data import read_run
@@ -45,6 +47,7 @@ from ..cases import first_cases
 from ..data.small_models import WORDS, save, tokenizer, write_rows
 from ..warm_python import WarmPython
 from .reloading import reloaded
+from .several import in_processes
 
 
 @pytest.fixture(scope="module")
@@ -230,14 +233,36 @@ def test_both_runs_let_layers_run_again_where_the_budget_needs_it(
     assert "1 of 2 layers use gradient checkpointing" in capsys.readouterr().out
 
 
+def one_of_several(config: FinetuneConfig, folder: Path, resume: bool) -> tuple[Any, list[str], list[str]]:
+    """What a process makes of a fine-tune, what it tells, and the adapters with which its runs end."""
+    told: list[str] = []
+    with recorded() as trainers:
+        summary = finetune(config, folder, resume=resume, on_phase=told.append)
+    return summary, told, [digest_of(find_target_modules(trainer.model)) for trainer in trainers]
+
+
+def test_several_processes_make_one_fine_tune(make_config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+    config = make_config(steps=6, eval_every=3, compare_uniform=True, batch_size=2)
+    first, second = in_processes(2, one_of_several, config, tmp_path / "run", False)
+    assert first[0] == second[0] == read_json(tmp_path / "run/summary.json")
+    assert (len(first[1]), second[1]) == (3, []), "loading, and two runs"
+    assert first[2] == second[2]
+    assert len(set(first[2])) == 2
+    for name, run in first[0]["runs"].items():
+        assert run["peak_bytes"] <= run["budget_bytes"]
+        rows = read_json_lines(tmp_path / f"run/metrics-{name}.jsonl")
+        assert [row["step"] for row in rows if "eval_loss" in row] == [3, 6]
+    for name in ("summary.json", "result-rankpilot.json"):
+        (tmp_path / "run" / name).unlink()
+    again = in_processes(2, one_of_several, config, tmp_path / "run", True)
+    assert again[0][0] == again[1][0]
+    assert again[0][2] == again[1][2] == first[2][:1], "from its last checkpoint; the other one has ended"
+
+
 def test_what_is_refused_before_anything_is_written(
     make_config: Callable[..., FinetuneConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several processes, and an optimiser that is not installed."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UnsupportedError, match=r"runs in one process.*examples/several_processes\.py"):
-        finetune(make_config(), tmp_path / "run")
-    monkeypatch.delenv("WORLD_SIZE")
+    """An optimiser that is not installed."""
     monkeypatch.setattr("rankpilot.cost.training_step.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"needs bitsandbytes: pip install 'rankpilot\[quant\]'"):
         finetune(make_config(optimizer="adamw8bit"), tmp_path / "run")

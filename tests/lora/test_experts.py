@@ -17,7 +17,7 @@ from rankpilot.lora.peft_config import fresh_adapters, make_resizable, sync_conf
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.routed_rows import route_rows
 from rankpilot.lora.targets import TargetModule, find_target_modules
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ..finetune.test_architectures import random_base
 
@@ -256,13 +256,44 @@ def test_ranks_of_experts_start_a_fresh_fine_tune(tmp_path: Path):
     assert {target.name: target.rank for target in find_target_modules(fresh)} == wanted
 
 
-def test_files_of_the_older_layout_are_refused(tmp_path: Path):
-    model, _ = adapted("qwen3-moe")
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_version": "0.18.1"}))
-    with pytest.raises(UnsupportedError, match=r"PEFT 0\.18\.1.*other way round"):
-        export_padded(tmp_path, tmp_path / "padded")
+def of_an_older_version(folder: Path, factors: dict[str, torch.Tensor], version: str | None) -> None:
+    """Give a saved adapter other factors, by key, and the version of PEFT that lays them out so."""
+    file, path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    save_file({key: factors.get(key, tensor) for key, tensor in load_file(file).items()}, file)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_version": version}))
+
+
+@pytest.mark.parametrize(("name", "version"), [("qwen3-moe", "0.18.1"), ("gpt-oss", "0.18.0"), ("llama4", None)])
+def test_files_of_the_older_layout_are_turned_round_and_told(
+    name: str, version: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT 0.18 adds s B[o, r, e] A[e, r, i] to the weights at [e, i, o], whichever axis is the one of the inputs."""
+    model, targets = adapted(name)
+    model.eval().save_pretrained(tmp_path / "old")
+    paths = {module: path for path, module in model.named_modules()}
+    factors = {}
+    with torch.no_grad():
+        for target in experts_of(targets):
+            weight = target.layer.get_param()
+            experts, first, second = weight.shape
+            a, b = torch.randn(experts, 4, first), 0.3 * torch.randn(second, 4, experts)
+            weight.add_(2 * torch.einsum("ore,eri->eio", b, a))
+            target.weight_b.zero_()
+            factors[f"{paths[target.layer]}.lora_A.weight"] = a.flatten(0, 1)
+            factors[f"{paths[target.layer]}.lora_B.weight"] = b.flatten(1)
+    of_an_older_version(tmp_path / "old", factors, version)
+    export_padded(tmp_path / "old", tmp_path / "new")
+    assert ["They are turned round" in row.message for row in caplog.records] == [True] * (name != "gpt-oss")
+    loaded = PeftModel.from_pretrained(random_base(name), tmp_path / "new").eval()
+    assert torch.allclose(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-5)
+
+
+def test_a_file_of_the_older_layout_that_does_not_show_it_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_modules": "q_proj", "target_parameters": "experts.down_proj", "r": 2}
+    fresh_adapters(random_base("mixtral"), "m", None, new_head=False, **options).save_pretrained(tmp_path / "old")
+    of_an_older_version(tmp_path / "old", {}, "0.18.1")
+    with pytest.raises(UnsupportedError, match="which way round"):
+        export_padded(tmp_path / "old", tmp_path / "new")
 
 
 # Names -------------------------------------------------------------------------------------------------------------

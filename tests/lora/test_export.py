@@ -115,7 +115,7 @@ def test_padded_is_the_same_adapter(family: Any, tmp_path: Path, caplog: pytest.
         return
     with caplog.at_level(logging.WARNING):
         assert export_padded(tmp_path / "mixed", tmp_path / "padded") == tmp_path / "padded"
-    assert bool(caplog.records) == bool(family.options.keys() & {"lora_bias", "modules_to_save"})
+    assert bool(caplog.records) == bool(family.options.keys() & {"bias", "lora_bias", "modules_to_save"})
     expected = reloaded(family, tmp_path / "mixed")
     assert relative(reloaded(family, tmp_path / "padded"), expected) < 1e-6
     assert relative(family.logits(family.base()), expected) > 1e-2, "the adapter matters"
