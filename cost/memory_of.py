@@ -127,9 +127,14 @@ class AskedStep:
     def key(self) -> str:
         """The key of its file, in which only settings count that are not the usual ones."""
         usual = asdict(LoadedAs())
-        loaded = {name: value for name, value in asdict(self.loaded).items() if value != usual[name]}
+        loaded = {name: value for name, value in asdict(self._recorded).items() if value != usual[name]}
         step = {name: getattr(self.settings, name) for name in _RECORDED}
         return step_key(_fields(self.model), loaded | step)
+
+    @property
+    def _recorded(self) -> LoadedAs:
+        """How the model is loaded, without what a recording is the same for."""
+        return replace(self.loaded, offload=False, expandable_segments=False)
 
     def configured(self) -> tuple[ConfiguredStep, StepConfig]:
         """The step, and its settings with a batch of the usual size in place of none."""
@@ -170,7 +175,7 @@ class AskedStep:
             from .from_config import StepRecorder
 
         step = replace(self.settings, gradient_checkpointing=True)
-        return StepRecorder(self.model, step, self.loaded, checkpointing_optional=optional)
+        return StepRecorder(self.model, step, self._recorded, checkpointing_optional=optional)
 
 
 _RECORDED = ("quantization", "prepare_kbit", "target_modules", "target_parameters", "bf16")

@@ -383,21 +383,6 @@ class Outlook:
         for layers in _depths(self):
             yield from sorted(_of_depth(self, layers), key=lambda choice: len(choice.checkpointed))
 
-    def offloaded(self) -> tuple[float, float] | None:
-        """Bytes to spare if inputs of checkpointed layers lay in main memory, and seconds a step that copies then take.
-
-        None where all layers have adapters without that, or have none with it. Copies overlap with the passes, so the
-        seconds are what they take at most, at the rate of the card's bus.
-        """
-        if not self.card or self.step.loaded.offload or not self.checkpointable:
-            return None
-        ranks, best = self.plan(self.blocks, self.rank), self.best
-        use = self._use(self.memory.offloaded(), ranks)
-        if (best and best.layers == self.blocks) or use.verdict != "fits":
-            return None
-        moved = self.memory.peak(ranks) - self.memory.offloaded().peak(ranks)
-        return use.spare_bytes, 2 * moved / self.card.bus_bytes_per_s
-
     @property
     def main(self) -> Choice:
         """The choice that words and pictures are about: what was asked for, or on a card the best that fits."""
@@ -424,6 +409,22 @@ def _room_beside(outlook: Outlook, reserve: float) -> float:
     """Bytes of tensors that fit: the room with slack, where the allocator's reserve is this share of all tensors."""
     assert outlook.card is not None, "there is no card"
     return outlook.room - outlook.card.memory_bytes * (1 - (1 - SLACK) / (1 + reserve))
+
+
+def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
+    """Bytes to spare if inputs of checkpointed layers lay in main memory, and seconds a step that copies then take.
+
+    None where all layers have adapters without that, or have none with it. Copies overlap with the passes, so the
+    seconds are what they take at most, at the rate of the card's bus.
+    """
+    if not outlook.card or outlook.step.loaded.offload or not outlook.checkpointable:
+        return None
+    ranks, best, lighter = outlook.plan(outlook.blocks, outlook.rank), outlook.best, outlook.memory.offloaded()
+    use = outlook._use(lighter, ranks)
+    if (best and best.layers == outlook.blocks) or use.verdict != "fits":
+        return None
+    moved = outlook.memory.peak(ranks) - lighter.peak(ranks)
+    return use.spare_bytes, 2 * moved / outlook.card.bus_bytes_per_s
 
 
 def _reserve_share(outlook: Outlook) -> float:

@@ -204,7 +204,8 @@ class StoredStep:
             with nullcontext() if known == shape else suppress(UnsupportedError):
                 memory = self._memory(savers, known, states)
                 if memory.predicts(shape):
-                    return replace(memory, shape=shape, accumulates=self._step.accumulation > 1)
+                    memory = replace(memory, shape=shape, accumulates=self._step.accumulation > 1)
+                    return memory.offloaded() if self._loaded.offload else memory
             self.file.text["level"] = level + 1
         raise AssertionError("a recorded batch tells of itself")
 

@@ -20,7 +20,7 @@ from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.breakdown import KINDS, Kind
 from ..cost.card_use import SLACK
 from ..cost.cards import USUAL_CARD
-from ..cost.outlook import Choice, GridCell, Outlook
+from ..cost.outlook import Choice, GridCell, Outlook, brought_by_offloading
 from ..cost.saver_prices import ACTIVATIONS, Saved
 from ..errors import BudgetError, UnsupportedError
 from ..lora.spec import REFERENCE_RANK, absent, is_pattern
@@ -106,7 +106,7 @@ def _prepared(prepares: bool) -> str:
 
 def _offload_text(outlook: Outlook) -> str:
     """What inputs of checkpointed layers in main memory would bring, where not all layers fit without."""
-    if (found := outlook.offloaded()) is None:
+    if (found := brought_by_offloading(outlook)) is None:
         return ""
     spare, seconds = found
     return (

@@ -16,7 +16,7 @@ from rankpilot.cost.card_use import SLACK
 from rankpilot.cost.cards import find_device_spec
 from rankpilot.cost.configured_step import Shards
 from rankpilot.cost.memory_of import memory_of
-from rankpilot.cost.outlook import Outlook, card_rates
+from rankpilot.cost.outlook import Outlook, brought_by_offloading, card_rates
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.study.memory_report import configuration_text, verdict_text
@@ -160,9 +160,9 @@ def test_what_offloading_brings_is_told_where_not_all_layers_fit() -> None:
     told = memory_of("llama-3.1-8b", max_length=12288, **given)
     assert told.best
     assert told.best.layers < told.blocks
-    ranks, (spare, seconds) = told.plan(told.blocks, 8), told.offloaded() or (0.0, 0.0)
+    ranks, (spare, seconds) = told.plan(told.blocks, 8), brought_by_offloading(told) or (0.0, 0.0)
     again = memory_of("llama-3.1-8b", max_length=12288, offload=True, **given)
-    assert again.offloaded() is None
+    assert brought_by_offloading(again) is None
     assert again.best
     assert again.best.layers == told.blocks
     every = again.choice(told.blocks, 8, again.checkpointable)
