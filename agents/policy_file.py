@@ -119,12 +119,17 @@ def save_policy(
     return folder
 
 
+SHIPPED = Path(__file__).with_name("shipped") / "agent"
+"""The trained policy that ships, under the name of its folder; docs/train-policy.md says how it was made."""
+
+
 def load_policy(given: str | Path | Policy) -> Policy:
     """A policy by name or folder.
 
     Args:
-        given: "default" for the policy that ships with the package, the name of a rule ("signal-mean", "union"),
-            the folder of a trained policy, a plan in a .yaml file, or a policy object, which is returned.
+        given: "default" for the policy that chooses a plan, "agent" for a trained one that ships, the name of a rule
+            ("signal-mean", "union"), the folder of a trained policy, a plan in a .yaml file, or a policy object, which
+            is returned.
 
     Raises:
         PolicyFileError: the folder is incomplete, corrupt, or of another format, schema, feature set or ladder.
@@ -141,15 +146,15 @@ def load_policy(given: str | Path | Policy) -> Policy:
         return given
     if str(given) == DEFAULT:
         return PlanChooser()
-    folder = Path(given)
+    folder = SHIPPED if str(given) == SHIPPED.name else Path(given)
     if folder.suffix in FILE_SUFFIXES and not folder.is_dir():
         return PlanFile(folder)
     if not folder.exists():
         if folder.name == str(given):
             return GROUP_RULES.get(str(given)) or find_rule(str(given))
         raise UnknownNameError(
-            f"There is no policy folder {folder}. Pass one made by `rankpilot policy train`, {DEFAULT!r}, or a rule: "
-            f"{', '.join((*RULES, *GROUP_RULES))}."
+            f"There is no policy folder {folder}. Pass one made by `rankpilot policy train`, {DEFAULT!r}, "
+            f"{SHIPPED.name!r}, or a rule: {', '.join((*RULES, *GROUP_RULES))}."
         )
     if folder.is_file():
         raise PolicyFileError(
@@ -248,6 +253,7 @@ def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
     """When a policy was trained to decide, or a plan file is read; the default schedule for all others."""
     if str(given) == DEFAULT or isinstance(given, PlanChooser):
         return ONCE
+    given = SHIPPED if str(given) == SHIPPED.name else given
     policy = load_policy(given) if Path(str(given)).suffix in FILE_SUFFIXES else given
     if isinstance(policy, PlanFile | AsConfigured | LearnedPolicy | Steering):
         return policy.schedule

@@ -18,10 +18,10 @@ from .progress import console, progress_bar
 class Evaluate:
     """Compare policies and rules on the same short fine-tunes: same tasks, seeds, batches and budgets.
 
-    A POLICY is "default", the folder of a trained policy, or a rule: left-alone, rate, halving, union, uniform,
-    top-down, signal-mean. Tasks are of four regimes: few ranks, a rate that is off, a budget and a text that change,
-    and nothing of that. A figure is by how many per cent the held-out loss is above that of the first policy, with the
-    95 % interval of a bootstrap over tasks: below 0 is better, and an interval that holds 0 decides nothing.
+    A POLICY is "default", "agent", the folder of a trained policy, or a rule: left-alone, rate, halving, union,
+    uniform, top-down, signal-mean. Tasks are of four regimes: few ranks, a rate that is off, a budget and a text that
+    change, and nothing of that. A figure is by how many per cent the held-out loss is above that of the first policy,
+    with the 95 % interval of a bootstrap over tasks: below 0 is better, and an interval that holds 0 decides nothing.
 
     Attributes:
         output: folder of the comparison: rows.jsonl has a line for each run.

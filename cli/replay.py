@@ -23,7 +23,7 @@ class ReplayOptions:
 
     Attributes:
         run: the folder of the run.
-        policy: the folder of a trained policy, "default", or a rule such as signal-mean; by default who decided.
+        policy: "default", "agent", the folder of a trained policy, or a rule such as union; by default who decided.
         json: print the agreement as JSON.
     """
 

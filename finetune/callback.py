@@ -153,7 +153,7 @@ def attach(
 
     Args:
         trainer: a transformers Trainer or one of TRL, with a PEFT model.
-        policy: "default", which ships with the package, the folder of a trained policy, the name of a rule
+        policy: "default", "agent", which was trained and ships, the folder of a trained policy, a rule's name
             ("signal-mean", "top-down"), a plan that a person edited ("plan.yaml"), or a policy object.
         options: all options, or the budget alone.
         changes: single options by their names; see `PilotOptions`.

@@ -243,9 +243,9 @@ class FinetuneConfig(StepConfig, PlanOptions):
     Attributes:
         model: a packaged model (rankpilot assets lists them), a Hugging Face id or a local folder.
         data: a packaged data set, a Hugging Face id, a local file (csv, json, jsonl, parquet, txt) or a folder.
-        policy: who decides the ranks: "default", the policy that ships with rankpilot; the folder of a trained policy;
-            a rule such as signal-mean (rankpilot policy evaluate --help lists the rules); or a plan that rankpilot plan
-            wrote and you edited (plan.yaml).
+        policy: who decides the ranks: "default", which chooses a plan; "agent", which was trained to steer a run and
+            ships with rankpilot; the folder of another trained policy; a rule such as signal-mean (rankpilot policy
+            evaluate --help lists the rules); or a plan that rankpilot plan wrote and you edited (plan.yaml).
         compare_uniform: also run uniform rank in the same budget, which is one rank on as many top layers as can have
             rank 8, and compare.
         compare_all_linear: also run plain LoRA, rank 8 on all modules, without any budget, and compare.

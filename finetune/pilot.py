@@ -41,7 +41,7 @@ class RankPilot:
     `before_optimizer_step`, `after_step`. `attach` has them called in the runs of a transformers Trainer.
 
     Args:
-        policy: "default", which ships with the package, the folder of a trained policy, the name of a rule
+        policy: "default", "agent", which was trained and ships, the folder of a trained policy, a rule's name
             ("signal-mean", "top-down"), a plan that a person edited ("plan.yaml"), or a policy object.
         options: all options, or the budget alone.
         tell: called with a line for each decision and each correction; by default they go to the log of this module.

@@ -12,7 +12,7 @@ import rankpilot
 import torch
 from peft import LoraConfig, get_peft_model
 from rankpilot.agents.networks import GroupNetwork, NetworkConfig
-from rankpilot.agents.policy_file import load_policy, policy_of, save_policy
+from rankpilot.agents.policy_file import load_policy, policy_of, policy_schedule, read_card, save_policy
 from rankpilot.cli import main as cli
 from rankpilot.decide.groups import DOUBLE, GO_BACK, STEERING, GroupView, Steering
 from rankpilot.decide.log import CONTROL, POLICY, DecisionLog
@@ -74,6 +74,15 @@ def test_ranks_and_rate_change_on_the_way_and_the_log_says_so(agent: Path, tmp_p
     assert "learning rate" in json.dumps(told)
     assert cli.run(["replay", str(log.folder)]) == 0
     assert cli.run(["study", str(log.folder), "--output", str(tmp_path / "page.html")]) == 0
+
+
+def test_the_agent_that_ships_steers_a_run(tmp_path: Path) -> None:
+    assert policy_schedule("agent") == STEERING
+    log = steered(tmp_path, "agent", save_strategy="no")
+    moves = [json.loads(line) for line in (log.folder / CONTROL).read_text().splitlines()]
+    grown = [(record.rank_after != record.rank_before).any() for record in log.read()[1:]]
+    assert any(grown) or any(move["change"] for move in moves), "something changes in mid-run"
+    assert read_card(log.folder / POLICY)["training"]["rule"] == "union"
 
 
 class Doubles:
