@@ -45,8 +45,8 @@ demo: $(VENV)/.installed-demo ## an 8B on a card, its steps in parts, a fine-tun
 	$(BIN)/rankpilot finetune $(DEMO) --budget "1MiB step" --output $(SEEN)/small 2>&1 | tee $(SEEN)/too-small.txt
 	$(BIN)/python -m benchmarks elastic --quick --json $(SEEN)/elastic.json
 	$(BIN)/rankpilot policy train --rounds 3 --warm-rounds 1 --stacks 1 --episodes 16 --steps 40 --validation-tasks 1 --output $(SEEN)/policy --resume
-	$(BIN)/rankpilot finetune $(DEMO) --policy $(SEEN)/policy --budget "20k params" --output $(SEEN)/steered
-	$(BIN)/rankpilot study $(SEEN)/saves --output $(SEEN)/study.html
+	$(BIN)/rankpilot finetune $(DEMO) --policy agent --budget "20k params" --output $(SEEN)/steered
+	$(BIN)/rankpilot study $(SEEN)/steered --output $(SEEN)/study.html
 	$(BIN)/python -m tools.make_page --output $(SEEN)/memory.html
 	$(BIN)/python -m tools.demo $(SEEN)
 

@@ -48,7 +48,7 @@ def seen(folder: Path) -> Iterator[str]:
     rows = list(read_json_lines(folder / "policy" / "progress.jsonl"))
     yield policy_sentence(rows)
     yield steered_sentence(read_run(folder / "steered").decisions)
-    yield f"The page {folder / 'study.html'} explains each decision of the fine-tune."
+    yield f"The page {folder / 'study.html'} explains each of its decisions."
     yield f"To ask what fits a card, of any model that ships: open {folder / 'memory.html'}"
 
 
@@ -122,7 +122,7 @@ def steered_sentence(decisions: Sequence[DecisionRecord]) -> str:
     moved = sum(bool((each.rank_after != each.rank_before).any()) for each in later)
     rates = sum(each.decision.change != KEEP for each in later)
     return (
-        f"The agent steered a fine-tune: of {len(later)} decisions after the first step, {moved} moved ranks and "
+        f"The agent that ships steered a fine-tune: of {len(later)} decisions after the first step, {moved} moved ranks and "
         f"{rates} the learning rate."
     )
 
@@ -131,8 +131,8 @@ def policy_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     """What minutes of training an agent brought, and how it stands beside the rule that it started from."""
     episodes = sum(row.get("episodes", 0) for row in rows)
     return (
-        f"An agent was trained on {episodes} short fine-tunes. {learning_sentence(rows)}. Minutes show that training "
-        "runs, and that what it saves steers a fine-tune; docs/train-policy.md tells what more of it brings."
+        f"An agent was trained on {episodes} short fine-tunes. {learning_sentence(rows)}. That shows that training "
+        "runs; docs/train-policy.md tells what more of it brings. The one that ships had 36 rounds of 48."
     )
 
 
