@@ -207,6 +207,8 @@ class AlignmentRule:
         back_below: undo where the mean alignment is surely below this share of that of the first steps, early in the
             run and as long as nothing was lowered. What steps at a rate that is four times too high have learned is
             worth less than the steps.
+        back_product: undo nothing for that while its standard errors times the share are below this: right rates come
+            to 0.65 by chance, and those that are four times too high to 0.74 and more.
         back_until: share of the run up to which that is early.
         undo_threshold: undo when log(loss / initial loss) exceeds this and the alignment is negative.
         undo_noise: by how much that threshold rises for each standard deviation of the log loss.
@@ -224,6 +226,7 @@ class AlignmentRule:
     lower_product: float = 0.4
     gains: tuple[float, float] = (1.2, 2.0)
     back_below: float = -0.2
+    back_product: float = 0.7
     back_until: float = 0.16
     undo_threshold: float = 0.05
     undo_noise: float = 1.5
@@ -239,7 +242,8 @@ class AlignmentRule:
         share, evidence = seen["alignment over the first"], 4 * seen["evidence"]
         risen = seen["loss"] / 2 > self.undo_threshold + self.undo_noise * seen["noise"] / 4
         early = seen["time"] <= self.back_until and seen["moved"] >= 0
-        if (seen["alignment"] < 0 and risen) or (early and share < self.back_below and evidence < -self.lower_evidence):
+        takes_back = share < self.back_below and evidence < -self.lower_evidence
+        if (seen["alignment"] < 0 and risen) or (early and takes_back and evidence * share > self.back_product):
             return UNDO
         goes_on = seen["alignment"] / 4 >= self.least_alignment
         if goes_on and share > self.raise_above:
