@@ -139,5 +139,6 @@ def test_the_rule_goes_back_where_the_first_steps_surely_take_back() -> None:
         early | {"moved": -1 / 3},
         early | {"evidence": -0.3},
         early | {"alignment_over_the_first": -0.15},
+        early | {"alignment_over_the_first": -0.3, "evidence": -0.5},
     ):
         assert rule.act(seen(**values)) != [UNDO]
