@@ -122,8 +122,8 @@ def steered_sentence(decisions: Sequence[DecisionRecord]) -> str:
     moved = sum(bool((each.rank_after != each.rank_before).any()) for each in later)
     rates = sum(each.decision.change != KEEP for each in later)
     return (
-        f"The agent that ships steered a fine-tune: of {len(later)} decisions after the first step, {moved} moved ranks "
-        f"and {rates} the learning rate."
+        f"The agent that ships steered a fine-tune: of {len(later)} decisions after the first step, {moved} moved "
+        f"ranks and {rates} the learning rate."
     )
 
 
