@@ -177,10 +177,9 @@ def test_what_a_context_keeps_goes_with_the_second_run(reentrant):
 # Target modules ----------------------------------------------------------------------------------------------------
 
 
-def test_targets_that_a_model_lacks_are_left_out_as_peft_does(caplog):
+def test_targets_that_a_model_lacks_are_left_out_as_peft_does():
     named = step_of(APERTUS, {"target_modules": "gate_proj,up_proj"})
     assert {target.name.rpartition(".")[2] for target in named.targets} == {"up_proj"}
-    assert "gate_proj" in caplog.text
     with pytest.raises(UnknownNameError, match="Unknown target module"):
         step_of(APERTUS, {"target_modules": "gate_proj,gate"})
 

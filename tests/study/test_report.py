@@ -57,6 +57,12 @@ def breakdown(layers: int, scale: float = 1.0) -> Breakdown:
     return Breakdown("backward: base_model.model", names, table, 0.0, tuple(np.repeat(names[1 : layers + 1], 2)))
 
 
+@pytest.fixture(autouse=True)
+def _no_bytes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outlook of given numbers has no byte model to offload."""
+    monkeypatch.setattr("rankpilot.study.memory_report.brought_by_offloading", lambda outlook: None)
+
+
 def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measured: MeasuredStep | None = None) -> Any:
     """An outlook of given numbers, without a model."""
     count = 2 * layers
@@ -84,6 +90,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
             _memory=None,
             _use=lambda: use,
             _within=within,
+            _has_slack=True,
         )
         scales[id(made)] = scale
         return made
