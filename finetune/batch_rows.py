@@ -253,9 +253,9 @@ def _starts_of_texts(batch: Batch) -> IntArray | None:
 
 
 def longest_text(batch: Batch) -> int | None:
-    """Tokens of the longest text of a packed batch; None of any other one."""
-    starts = _starts_of_texts(batch)
-    return None if starts is None else int(np.diff(starts, append=shape_of(batch).length).max())
+    """Tokens of the longest text of a packed batch, and one that `in_texts` may have cut off; None of any other one."""
+    starts, length = _starts_of_texts(batch), shape_of(batch).length
+    return None if starts is None else min(int(np.diff(starts, append=length).max()) + 1, length)
 
 
 def _predicted_in_texts(batch: Batch, starts: IntArray) -> IntArray | None:
