@@ -37,7 +37,7 @@ page: $(VENV)/.installed-test ## write build/memory.html, the page that tells wh
 	@$(BIN)/python -m tools.make_page
 
 SEEN := runs/demo
-DEMO := all-minilm-l6-v2 rotten-tomatoes --max-steps 40 --per-device-train-batch-size 16 --max-length 48 --held-out-rows 200 --eval-steps 20 --resume
+DEMO := all-minilm-l6-v2 rotten-tomatoes --max-steps 60 --per-device-train-batch-size 16 --max-length 48 --held-out-rows 400 --eval-steps 20 --resume
 demo: $(VENV)/.installed-demo ## an 8B on a card, its steps in parts, a fine-tune beside plain LoRA, memory that is taken away, a policy trained, the page of what fits (goes on where it was interrupted)
 	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --output $(SEEN)/memory
 	$(BIN)/rankpilot memory llama-3.1-8b --device-memory 24GiB --batch-size 4 --max-length 2048 --lengths examples/lengths.txt --output $(SEEN)/parts

@@ -78,7 +78,8 @@ def saves_sentence(runs: Mapping[str, Mapping[str, Any]], saved: Sequence[Saved]
     again = saved[0].again_bytes if saved else None
     return (
         f"The fine-tune for the fewest bytes ended at a held-out loss of {ours['held_out_loss']:.4f}, plain LoRA at "
-        f"the rate of the rule at {plain['held_out_loss']:.4f}: {loss - 1:+.1%}, with one seed. Its steps peaked at "
+        f"the rate of the rule at {plain['held_out_loss']:.4f}: {loss - 1:+.1%}, with one seed, and dropout "
+        f"that draws other numbers in parts. Its steps peaked at "
         f"{format_bytes(ours['peak_bytes'])} and took {step:.0%} of the time; those of plain LoRA at "
         f"{format_bytes(plain['peak_bytes'])} ({peak:.0%})"
         + (
