@@ -153,9 +153,14 @@ class RunData:
         ]
 
     def peaks(self) -> dict[str, Points]:
-        """(step, bytes at its peak) of each run that was measured; a run that goes on has those of its decisions."""
+        """(step, bytes at its peak) of each run that was measured; a run that goes on has those of its decisions.
+
+        None under a budget of parameters, beside which bytes say nothing.
+        """
+        if self.unit != "bytes":
+            return {}
         peaks = {run: self.points(run, "peak_bytes") for run in RUNS}
-        if not peaks[PILOT] and self.unit == "bytes":
+        if not peaks[PILOT]:
             measured = [(record.step, record.measured_cost) for record in self.decisions]
             peaks[PILOT] = [(step, cost) for step, cost in measured if cost is not None]
         return {run: points for run, points in peaks.items() if points}

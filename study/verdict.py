@@ -225,7 +225,7 @@ def loss_sentence(lasts: Mapping[str, float]) -> str:
 def cost_sentence(run: RunData) -> str:
     """Whether a run keeps to its budget, and how near it comes; empty without a budget."""
     limits, predicted = finite_points(run.limits), finite_points(run.predicted())
-    peaks = {name: finite_points(points) for name, points in run.peaks().items()} if run.unit == "bytes" else {}
+    peaks = {name: finite_points(points) for name, points in run.peaks().items()}
     measured = [(name, points) for name, points in peaks.items() if len(points)]
     if not len(limits):
         return ""

@@ -259,6 +259,7 @@ def test_a_budget_of_parameters_is_not_given_in_bytes(tmp_path: Path, run_folder
     page = page_of(run_folder)
     assert table_rows(page)["budget"] == ["300,000 parameters"] * 2
     assert page["unit"] == "parameters"
+    assert page["peaks"] == {}, "bytes are no parameters"
     assert page["sentences"]["costs"] == "Plans take at most 288,000 of 300,000 parameters"
     line = "step 0: 18 of 36 modules adapted, 270,000 of 300,000 parameters, mean rank 2.0"
     assert page["decisions"][0]["line"] == line
