@@ -123,6 +123,11 @@ SHIPPED = Path(__file__).with_name("shipped") / "agent"
 """The trained policy that ships, under the name of its folder; docs/train-policy.md says how it was made."""
 
 
+def _folder(given: str | Path) -> Path:
+    """The folder of a policy; one that is here goes before the one of that name that ships."""
+    return SHIPPED if str(given) == SHIPPED.name and not Path(given).exists() else Path(given)
+
+
 def load_policy(given: str | Path | Policy) -> Policy:
     """A policy by name or folder.
 
@@ -146,7 +151,7 @@ def load_policy(given: str | Path | Policy) -> Policy:
         return given
     if str(given) == DEFAULT:
         return PlanChooser()
-    folder = SHIPPED if str(given) == SHIPPED.name else Path(given)
+    folder = _folder(given)
     if folder.suffix in FILE_SUFFIXES and not folder.is_dir():
         return PlanFile(folder)
     if not folder.exists():
@@ -253,15 +258,13 @@ def policy_schedule(given: str | Path | Policy) -> DecisionSchedule:
     """When a policy was trained to decide, or a plan file is read; the default schedule for all others."""
     if str(given) == DEFAULT or isinstance(given, PlanChooser):
         return ONCE
-    given = SHIPPED if str(given) == SHIPPED.name else given
     policy = load_policy(given) if Path(str(given)).suffix in FILE_SUFFIXES else given
     if isinstance(policy, PlanFile | AsConfigured | LearnedPolicy | Steering):
         return policy.schedule
     if isinstance(policy, str) and policy in GROUP_RULES:
         return GROUP_RULES[policy].schedule
-    if not isinstance(given, str | Path) or not Path(given).is_dir():
-        return DecisionSchedule()
-    return _schedule(Path(given), read_card(Path(given)))
+    folder = _folder(given) if isinstance(given, str | Path) else None
+    return _schedule(folder, read_card(folder)) if folder and folder.is_dir() else DecisionSchedule()
 
 
 def _schedule(folder: Path, card: dict[str, Any]) -> DecisionSchedule:

@@ -36,10 +36,10 @@ class SteerRate:
     """Does to the rate what a rate control says, in factors of 2.
 
     Attributes:
-        control: reads the steps.
+        control: reads the steps. A rise is twofold here, too much where steps are sure of a little.
     """
 
-    control: RateControl = AlignmentRule(surely_above=math.inf)  # noqa: RUF009  (frozen; where steps are sure of a little, twofold is too much)
+    control: RateControl = AlignmentRule(surely_above=math.inf)  # noqa: RUF009  (it is frozen)
 
     def act(self, view: GroupView) -> int:
         """See `Actor`."""

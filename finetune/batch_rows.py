@@ -140,9 +140,7 @@ class BatchRows:
                 return int(lengths.max())
             if not isinstance(value, torch.Tensor):
                 return value
-            return (
-                value.new_tensor(limits) if name in LIMITS else value[:, torch.as_tensor(places, device=value.device)]
-            )
+            return value.new_tensor(limits) if name in LIMITS else value[:, places.to(value.device)]
 
         return {name: change(name, value) for name, value in self.batch.items()}
 

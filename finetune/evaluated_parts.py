@@ -55,7 +55,7 @@ class EvaluatedParts:
             torch.OutOfMemoryError: a row alone is too much.
         """
         rows = rows_of(batch, 1) if self._parts.on and self.on is not False else None
-        if rows is None or rows.examples < 2 or rows.packed:
+        if rows is None or rows.examples < 2:
             return evaluate(batch)
         if self.on is None:
             self._decide(evaluate, rows, whole)

@@ -12,7 +12,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, partialmethod
 from typing import Any
 
@@ -52,11 +52,13 @@ class Exactness:
         kind: what the loss is of its rows, one of `SHARES`; empty where steps run as a whole.
         reason: why they do, for people.
         draws: whether the step draws numbers at random, as dropout does.
+        packed: whether the rows of the test were texts of one packed row; else such a row is not split.
     """
 
     kind: str
     reason: str = ""
     draws: bool = False
+    packed: bool = False
 
 
 class _WithoutDropout:
@@ -154,7 +156,7 @@ def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int) -
         try:
             rows = BatchRows.of(batch, run.step.rows_per_example)
             with _shaken(targets, seed) as turn:
-                return _tested(run, rows, turn)
+                return replace(_tested(run, rows, turn), packed=rows.packed)
         except UnsupportedError as error:
             return Exactness("", str(error).rstrip("."))
         except torch.OutOfMemoryError:
@@ -308,9 +310,10 @@ def _gradient(run: TrainingRun, loss: Callable[[], torch.Tensor]) -> tuple[torch
             parameter.grad = gradient
 
 
-def rows_of(batch: Batch, each: int) -> BatchRows | None:
-    """The rows of a batch; None where something in it belongs to no row."""
+def rows_of(batch: Batch, each: int, *, packed: bool = False) -> BatchRows | None:
+    """The rows of a batch; None where something in it belongs to no row, or where it is `packed` and may not be."""
     try:
-        return BatchRows.of(batch, each)
+        rows = BatchRows.of(batch, each)
     except UnsupportedError:
         return None
+    return rows if packed or not rows.packed else None

@@ -149,7 +149,7 @@ class StepParts(Participant):
 
     def __init__(self, keeper: PlanKeeper, tell: Callable[[str], None], *, fewest: bool = False) -> None:
         self._keeper, self._tell, self._fewest, self.tally = keeper, tell, fewest, Tally()
-        self._kind, self._each = "", 1
+        self._kind, self._each, self._packed = "", 1, False
         self._bytes: PlanBytes | None = None  # of the latest batch
         self._of_shapes: dict[BatchShape, PlanBytes] = {}
         self._memory: MemoryModel | None = None
@@ -179,7 +179,7 @@ class StepParts(Participant):
             found: by it.
             each: rows of an example.
         """
-        self._kind, self._each = found.kind, each
+        self._kind, self._each, self._packed = found.kind, each, found.packed
         if not found.kind and found.reason:
             self._tell(f"Steps run as a whole, and not in parts: {found.reason}.")
         if found.kind and found.draws:
@@ -201,7 +201,7 @@ class StepParts(Participant):
         own = state["parts"]
         if own["kind"] and own["kind"] not in SHARES:
             raise ValueError(f"parts of kind {own['kind']!r}")
-        self._kind, self._each = str(own["kind"]), counted(own["each"], 1)
+        self._kind, self._each, self._packed = str(own["kind"]), counted(own["each"], 1), bool(own["packed"])
         self._most = None if own["most"] is None else finite(own["most"])
         self._since, self._wait = counted(own["since"]), counted(own["wait"], 1)
         self._asked = True  # the loss may be another one now
@@ -209,7 +209,7 @@ class StepParts(Participant):
 
     def state(self) -> dict[str, Any]:
         """What `begin` needs to go on, as JSON values."""
-        own = {"kind": self._kind, "each": self._each, "most": self._most, "since": self._since, "wait": self._wait}
+        own = {name: getattr(self, f"_{name}") for name in ("kind", "each", "packed", "most", "since", "wait")}
         return {"parts": {**own, "tally": vars(self.tally)}}
 
     def ranks_changed(self) -> None:
@@ -276,7 +276,7 @@ class StepParts(Participant):
 
     def _some_rows(self, batch: Batch) -> BatchRows | None:
         """The shortest rows of a batch, as many as a test takes and as fit; None where two do not."""
-        rows = rows_of(batch, self._each)
+        rows = rows_of(batch, self._each, packed=self._packed)
         if rows is None:
             return None
         cost = self._bytes_now(rows.shape)
@@ -297,7 +297,7 @@ class StepParts(Participant):
         shape = shape_of(batch)
         if not self.on:
             return shape
-        return BatchShape(self._each, longest_text(batch) or shape.length)
+        return BatchShape(self._each, (self._packed and longest_text(batch)) or shape.length)
 
     def of(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
         """Yield the parts of a batch, and by what the loss of each is multiplied.
@@ -311,7 +311,7 @@ class StepParts(Participant):
         Raises:
             BudgetError: a row does not fit alone.
         """
-        rows = rows_of(batch, self._each) if self.on else None
+        rows = rows_of(batch, self._each, packed=self._packed) if self.on else None
         if rows is None:
             if self.on and not self._told_whole:
                 self._told_whole = True
@@ -461,7 +461,8 @@ class StepParts(Participant):
 
     def longest_row(self, batches: Sequence[Batch]) -> str:
         """The longest row of some batches and the longest one that fits alone, for an error."""
-        found = [(rows.lengths, number) for number, batch in enumerate(batches) if (rows := rows_of(batch, self._each))]
+        told = (rows_of(batch, self._each, packed=self._packed) for batch in batches)
+        found = [(rows.lengths, number) for number, rows in enumerate(told) if rows]
         if not found:
             return ""
         lengths, number = max(found, key=lambda pair: int(pair[0].max()))

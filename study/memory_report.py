@@ -108,11 +108,10 @@ def _offload_text(outlook: Outlook) -> str:
     """What inputs of checkpointed layers in main memory would bring, where not all layers fit without."""
     if (found := brought_by_offloading(outlook)) is None:
         return ""
-    spare, seconds = found
     return (
         f" With offload=True (activation_offloading of TRL and axolotl) adapters on all layers fit with "
-        f"{format_bytes(spare)} to spare: inputs of checkpointed layers lie in main memory, and copies of them take "
-        f"{seconds:.2g} s a step at most."
+        f"{format_bytes(found[0])} to spare: inputs of checkpointed layers lie in main memory, and copies of them take "
+        f"{found[1]:.2g} s a step at most."
     )
 
 

@@ -94,7 +94,7 @@ def test_round_trip(folder: Path, network: GroupNetwork, make_observation: Calla
 def test_rules_and_objects() -> None:
     assert load_policy("signal-mean") is RULES["signal-mean"]
     assert load_policy("union") is GROUP_RULES["union"]
-    assert policy_schedule("union") == STEERING
+    assert policy_schedule("union") == policy_schedule("agent") == STEERING
     mine = SignalRule(name="mine", gain=2)
     assert load_policy(mine) is mine
     assert policy_schedule("signal-mean") == policy_schedule(mine) == DecisionSchedule()

@@ -158,13 +158,11 @@ def test_a_recommended_budget_fits_the_card() -> None:
 def test_what_offloading_brings_is_told_where_not_all_layers_fit() -> None:
     given: dict[str, Any] = {"card": "24GiB", "batch_size": 1}
     told = memory_of("llama-3.1-8b", max_length=12288, **given)
-    assert told.best
-    assert told.best.layers < told.blocks
+    assert 0 < getattr(told.best, "layers", 0) < told.blocks
     ranks, (spare, seconds) = told.plan(told.blocks, 8), brought_by_offloading(told) or (0.0, 0.0)
     again = memory_of("llama-3.1-8b", max_length=12288, offload=True, **given)
     assert brought_by_offloading(again) is None
-    assert again.best
-    assert again.best.layers == told.blocks
+    assert getattr(again.best, "layers", 0) == told.blocks
     every = again.choice(told.blocks, 8, again.checkpointable)
     assert every.use
     assert spare == every.use.spare_bytes > 0

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from rankpilot.decide.rules import AsConfigured
 from rankpilot.errors import BudgetError, ConfigError
+from rankpilot.finetune.exact_parts import Exactness
 from rankpilot.finetune.parts import StepParts
 from rankpilot.finetune.run import MEASURING, TrainingRun
 from torch.nn.parallel import DistributedDataParallel
@@ -136,6 +137,8 @@ def test_packed_texts_go_into_parts(limits: bool, launch: Callable[..., Launched
         assert measured == pytest.approx(predicted, rel=0.01)
     with pytest.raises(BudgetError):
         launch(budget="40%", parts="off", **own).train()
+    parts.guard.parts.decide(Exactness("sum"), 1)
+    assert parts.guard.parts.shape_of(collate(MIXED[:2])).length == sum(len(row["labels"]) for row in MIXED[:2])
 
 
 @pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 2}, {"bf16": True}, {"max_grad_norm": 1e-3}])
