@@ -304,9 +304,9 @@ def measure_memory(step: TrainingStep, targets: Sequence[TargetModule], batch: B
 
 
 def step_states(step: TrainingStep, targets: Sequence[TargetModule], *, signals: bool) -> ModelStates:
-    """What a training loop holds between steps, with its scalars and buckets; see `measure_memory`."""
+    """What a training loop holds between steps, with its scalars, buckets and messages; see `measure_memory`."""
     states = model_states(step.model, targets, step.optimizer, signals)
-    states = replace(states, others=states.others + LOOP_BYTES)
+    states = replace(states, others=states.others + LOOP_BYTES + step.message_bytes)
     return states.with_buckets(step.bucket_copies)
 
 
@@ -321,7 +321,7 @@ def plan_costs(
     savers: ExactSavers | None = None,
     kept: IntArray | None = None,
     whole: bool = False,
-    each: int | None = None,
+    in_parts: TrainingStep | None = None,
 ) -> PlanCosts:
     """What plans cost in this step, on its largest batch, and the limit that a budget sets them.
 
@@ -330,8 +330,8 @@ def plan_costs(
     it is set: plans cost what `checkpointed_cost` says, and a share is one of what plain LoRA takes where none does.
     Where plain LoRA does not fit, activations are checkpointed first; see `ExactSavers.within`.
     Under a budget of parameters nothing is measured. See `Budget.resolve` for `kept`, `checkpointed_cost` for `whole`,
-    and `measure_memory` for the other arguments. With `each`, the rows of an example, steps run in parts: plans are
-    priced with one example of the batch's length, beside the gradients of others, if the byte model can tell of it.
+    and `measure_memory` for the other arguments. With `in_parts`, the step as it is taken in parts, plans are priced
+    with one example of the batch's length, beside the gradients of others, if the byte model can tell of it.
     """
     if budget.kind == "parameters":
         return PlanCosts(*limited_cost(budget, targets, None, kept), None)
@@ -344,15 +344,16 @@ def plan_costs(
     cost, limit = limited_cost(
         beside_model(budget, step.model), targets, plain.with_checkpointed(()) if least else plain, kept
     )
-    alone = BatchShape(each, plain.shape.length) if each else None
+    alone = BatchShape(in_parts.rows_per_example, plain.shape.length) if in_parts else None
     alone = alone if alone and plain.predicts(alone) else None
     if least and savers and priced:
         priced = savers.within(limit.value, priced, measured, targets, least, alone)
     memory = priced.memory if priced else plain
     if signals:
         memory = replace(memory, states=replace(memory.states, signals=signal_buffer_bytes(targets)))
-    if alone:
-        memory = replace(memory, accumulates=True)
+    if alone and in_parts:
+        states = memory.states.with_buckets(in_parts.bucket_copies - step.bucket_copies)
+        memory = replace(memory, accumulates=True, states=states)
     if least:
         highest = highest_ranks(targets)
         cost = checkpointed_cost(memory, highest, limit.value, alone, kept=kept, least=least, whole=whole)

@@ -82,7 +82,7 @@ class ModelStates:
         """The same where all gradients are held so many times more, in buckets that are sent to other processes."""
         return replace(
             self,
-            buckets=np.ceil(copies * self.weights),
+            buckets=self.buckets + np.ceil(copies * self.weights),
             fixed=self.fixed + np.ceil(copies * self.unranked),
             others=self.others + float(np.ceil(copies * self.other_weights)),
         )

@@ -32,6 +32,7 @@ class TrainingStep:
         rows_per_example: rows of a batch that one example takes; see `reshaped`.
         accumulates: whether gradients are there all the time, because they are kept over several batches of each step.
         bucket_copies: how often the loop holds all gradients besides, all the time, to send them to other processes.
+        message_bytes: bytes of the model's buffers on their way to other processes while a forward pass runs.
         offloads: whether inputs of checkpointed layers lie in main memory until they run again.
     """
 
@@ -41,6 +42,7 @@ class TrainingStep:
     rows_per_example: int = 1
     accumulates: bool = False
     bucket_copies: float = 0.0
+    message_bytes: int = 0
     offloads: bool = False
 
 

@@ -317,6 +317,8 @@ def try_parts(
         return
     if reason := run.whole or ("the model is sharded" if run.replicas.sharded else ""):
         parts.turn_off(reason)
+    elif run.replicas.all_passes_alike:
+        parts.turn_off("static_graph of DistributedDataParallel takes all passes for alike")
     elif is_compiled(run.wrapped):
         parts.turn_off("each shape would be compiled")
     else:
@@ -333,7 +335,7 @@ def run_costs(
     savers: ExactSavers | None = None,
     kept: IntArray | None = None,
     whole: bool = False,
-    each: int | None = None,
+    in_parts: bool = False,
 ) -> PlanCosts:
     """Measure what plans cost with a run's largest batch, and resolve its budget to a limit.
 
@@ -346,10 +348,11 @@ def run_costs(
         savers: the exact savers that are on.
         kept: the ranks of adapters that are trained already, int64 (modules,) (see `Budget.resolve`).
         whole: whether all layers are checkpointed (see `checkpointed_cost`).
-        each: the number of rows of an example, if steps run in parts (see `plan_costs`).
+        in_parts: whether steps run in parts.
     """
     budget = budget_for_all_processes(run, budget)
-    costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept, whole=whole, each=each)
+    costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept, whole=whole)
+    costs = partial(costs, in_parts=run.step_in_parts if in_parts else None)
     found = run.measured(lambda: costs(run.step, targets, run.largest_batch()))
     if savers and found.saved:
         savers.take(found.savers)  # in each process what the first has found out

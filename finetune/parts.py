@@ -187,7 +187,7 @@ class StepParts(Participant):
 
     def begin_to_keep(self, run: TrainingRun) -> None:
         """Keep the gradients of one part beside the next one, which the run's step is measured with from now on."""
-        self._accumulates = run.step.accumulates
+        self._accumulates = run.accumulation > 1
         run.keep_gradients()
 
     def turn_off(self, reason: str) -> None:

@@ -92,7 +92,7 @@ class PeakGuard(Participant):
         checkpointing: LayerCheckpointing | None,
     ) -> None:
         """Begin to keep the plan, priced with one row where steps run in parts; see `PlanKeeper.attach`."""
-        if self.parts.on and not run.step.accumulates:
+        if self.parts.on:
             self.parts.begin_to_keep(run)
         shape = memory.shape if memory else None
         if shape and self.parts.on:

@@ -204,7 +204,7 @@ class PilotedRun:
             savers=self._savers,
             kept=before_training.ranks_that_keep_all(targets) if keeps else None,
             whole=checkpointing is not None and checkpointing.whole,
-            each=run.step.rows_per_example if self.guard.parts.on else None,
+            in_parts=self.guard.parts.on,
         )
         if self.guard.parts.on and costs.memory and not costs.alone:
             self.guard.parts.turn_off("the operations of this model depend on its data, so parts cannot be predicted")

@@ -102,12 +102,30 @@ class Replicas:
         """Whether gradients lie in DDP's buckets, which are there all the time."""
         return self.wrapper is not None and bool(self.wrapper.gradient_as_bucket_view)
 
-    @property
-    def bucket_copies(self) -> float:
-        """How often DDP holds all gradients besides: in buckets, and in the messages of a hook that rounds them."""
+    def bucket_copies(self, *, several: bool) -> float:
+        """How often DDP holds all gradients besides: in buckets, and in the messages of a hook that rounds them.
+
+        Args:
+            several: whether a step takes several passes. Gradients lie beside their buckets until the last one.
+        """
         if self.wrapper is None:
             return 0.0
-        return (0.0 if self.gradients_stay else 1.0) + (0.5 if self.wrapper._comm_hooks else 0.0)
+        return (0.0 if self.gradients_stay and not several else 1.0) + (0.5 if self.wrapper._comm_hooks else 0.0)
+
+    @property
+    def all_passes_alike(self) -> bool:
+        """Whether DDP takes all passes for alike (`static_graph`), with gradients exchanged in each of them."""
+        return self.wrapper is not None and bool(self.wrapper.static_graph)
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of the message by which DDP sends the model's buffers before a forward pass.
+
+        A thread of its own lets go of it, so that it may outlast the beginning of the pass or the whole of it.
+        """
+        if self.wrapper is None or not self.wrapper.broadcast_buffers:
+            return 0
+        return sum(int(buffer.nbytes) for buffer in self.wrapper.module.buffers())
 
     def begin_measuring(self) -> int:
         """Bytes of DDP's buckets, now that a step begins that is measured; gradients inside them are not counted."""

@@ -235,12 +235,18 @@ class TrainingRun:
             self.optimizer,
             max(each, 1),
             accumulates=self.accumulation > 1 or replicas.gradients_stay,
-            bucket_copies=replicas.bucket_copies,
+            bucket_copies=replicas.bucket_copies(several=self.accumulation > 1),
+            message_bytes=replicas.message_bytes,
         )
+
+    @property
+    def step_in_parts(self) -> TrainingStep:
+        """The step where it takes several passes, each beside the gradients of those before."""
+        return replace(self.step, accumulates=True, bucket_copies=self.replicas.bucket_copies(several=True))
 
     def keep_gradients(self) -> None:
         """Measure steps from now on as those of a loop that keeps its gradients."""
-        vars(self)["step"] = replace(self.step, accumulates=True)
+        vars(self)["step"] = self.step_in_parts
 
     def offload_inputs(self) -> None:
         """Measure steps from now on as those in which inputs of checkpointed layers lie in main memory."""

@@ -32,6 +32,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "static graph": {"arguments": {"ddp_static_graph": True, "ddp_find_unused_parameters": False}},
     "no unused parameters": {"arguments": {"ddp_find_unused_parameters": False}},
     "bucket views": {"handler": {"gradient_as_bucket_view": True}},
+    "accumulation into bucket views": {
+        "arguments": {"gradient_accumulation_steps": 2},
+        "rows": 16,
+        "handler": {"gradient_as_bucket_view": True},
+    },
     "checkpointing": {
         "arguments": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     },
