@@ -315,8 +315,8 @@ def try_parts(
     """
     if options.parts == "off" or not run.in_parts or budget.kind == "parameters":
         return
-    if reason := run.whole or ("the model is sharded" if run.replicas.sharded else ""):
-        parts.turn_off(reason)
+    if run.whole:
+        parts.turn_off(run.whole)
     elif run.replicas.all_passes_alike:
         parts.turn_off("static_graph of DistributedDataParallel takes all passes for alike")
     elif is_compiled(run.wrapped):

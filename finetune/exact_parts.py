@@ -159,8 +159,9 @@ def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int) -
                 return replace(_tested(run, rows, turn), packed=rows.packed)
         except UnsupportedError as error:
             return Exactness("", str(error).rstrip("."))
-        except torch.OutOfMemoryError:
-            pass  # which holds the tensors of the step until it is left
+        except torch.OutOfMemoryError:  # which holds the tensors of the step until it is left
+            if run.replicas.sharded:  # and the other processes in the middle of the test
+                raise
         except CUT_FAILS as error:
             return Exactness("", f"the loss does not take a part of a batch ({first_line(error)})")
 
@@ -187,6 +188,8 @@ def still_exact(run: TrainingRun, targets: Sequence[TargetModule], rows: BatchRo
         with _shaken(targets, seed) as turn:
             return _tested(run, rows, turn, kind)
     except torch.OutOfMemoryError:
+        if run.replicas.sharded:
+            raise
         return Exactness(kind)
     except (UnsupportedError, *CUT_FAILS) as error:
         return Exactness("", f"the loss does not take a part of a batch ({first_line(error)})")

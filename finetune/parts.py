@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.checks import counted, finite
-from ..cost.batch_shape import Batch, shape_of
+from ..cost.batch_shape import Batch, map_tensors, shape_of
 from ..cost.model import MemoryModel, ShapeBytes, holding_layers
 from ..cost.part_seconds import PartSeconds
 from ..cost.recording import BatchShape
@@ -255,8 +256,12 @@ class StepParts(Participant):
         self._asked, self._checks = False, self._checks + 1
 
         def tested() -> Exactness:
-            rows = self._some_rows(run.on_device(batch))
-            return still_exact(run, keeper.applier.targets, rows, kind, self._step) if rows else Exactness(kind)
+            some = partial(self._some_rows, batch)  # the same in all processes that run a sharded model together
+            found = run.replicas.processes.on_first(some) if run.replicas.sharded else some()
+            if found is None:
+                return Exactness(kind)
+            rows = BatchRows.of(run.on_device(found), self._each)
+            return still_exact(run, keeper.applier.targets, rows, kind, self._step)
 
         try:
             if checkpointing:
@@ -274,7 +279,7 @@ class StepParts(Participant):
             )
         self._kind, self._checked = found.kind, self._step
 
-    def _some_rows(self, batch: Batch) -> BatchRows | None:
+    def _some_rows(self, batch: Batch) -> Batch | None:
         """The shortest rows of a batch, as many as a test takes and as fit; None where two do not."""
         rows = rows_of(batch, self._each, packed=self._packed)
         if rows is None:
@@ -289,7 +294,7 @@ class StepParts(Participant):
             length = int(lengths.sum() if rows.packed else lengths[-1])
             whole = Part(tuple(shortest[:count]), length, cost.levels[-1], rows.packed)
             if cost.of(whole) + rows.token_bytes * whole.tokens <= room:
-                return BatchRows.of(rows.part(sorted(shortest[:count])), self._each)
+                return map_tensors(rows.part(sorted(shortest[:count])), torch.Tensor.cpu)
         return None
 
     def shape_of(self, batch: Batch) -> BatchShape:
@@ -312,21 +317,14 @@ class StepParts(Participant):
             BudgetError: a row does not fit alone.
         """
         rows = rows_of(batch, self._each, packed=self._packed) if self.on else None
-        if rows is None:
+        pairs = self._agreed(rows) if self.on else []
+        if rows is None or not pairs:
             if self.on and not self._told_whole:
                 self._told_whole = True
                 self._tell("A batch whose rows cannot be told apart runs as a whole.")
             yield batch, 1.0
             return
-        parts = self._plan(rows)
-        pairs = list(zip(parts, rows.shares([part.rows for part in parts], self._kind), strict=True))
-        # A mean over no predictions is NaN: a part without any is left out, as it adds nothing.
-        pairs = [pair for pair in pairs if pair[1]] or pairs
         multiple = MULTIPLE if self._keeper.run.device.type == "cuda" else 1
-        assert self._bytes is not None, "the parts have a price"
-        whole = Part(tuple(range(rows.examples)), rows.shape.length, self._bytes.levels[-1], rows.packed)
-        room = self._keeper.room_for(self._keeper.applier.ranks)
-        self.tally.add(rows, parts, fits=self._bytes.of(whole) <= room)
         checkpointing, layers = self._keeper.checkpointing, self._keeper.checkpointed
         try:
             for number, (part, share) in enumerate(pairs):
@@ -340,6 +338,34 @@ class StepParts(Participant):
         finally:
             if checkpointing:
                 checkpointing.take(layers)
+
+    def _agreed(self, rows: BatchRows | None) -> list[tuple[Part, float]]:
+        """The parts of a batch that run, and their shares; none where its rows cannot be told apart.
+
+        Processes that run a sharded model together take as many passes, each with as many layers checkpointed. One
+        that has fewer parts splits them further, and runs the last part again for nothing where it has no more rows.
+        """
+        together = self._keeper.run.replicas.together
+        parts, pairs = self._counted(rows) if rows else ((), [])
+        (most,) = together(len(pairs) or math.inf)
+        if rows is None or math.isinf(most):
+            return []
+        if len(pairs) < most:
+            parts, pairs = self._counted(rows, min(max(int(most), len(parts)), rows.examples))
+            pairs += [(pairs[-1][0], 0.0)] * (int(most) - len(pairs))
+        assert self._bytes is not None, "the parts have a price"
+        whole = Part(tuple(range(rows.examples)), rows.shape.length, self._bytes.levels[-1], rows.packed)
+        room = self._keeper.room_for(self._keeper.applier.ranks)
+        self.tally.add(rows, parts, fits=self._bytes.of(whole) <= room)
+        layers = together(*(part.layers for part, _ in pairs))
+        return [(replace(part, layers=int(own)), share) for (part, share), own in zip(pairs, layers, strict=True)]
+
+    def _counted(self, rows: BatchRows, count: int | None = None) -> tuple[tuple[Part, ...], list[tuple[Part, float]]]:
+        """The parts of a batch, so many if a count is given, and those that count in its loss, with their shares."""
+        parts = self._plan(rows, count)
+        pairs = list(zip(parts, rows.shares([part.rows for part in parts], self._kind), strict=True))
+        # A mean over no predictions is NaN: a part without any is left out, as it adds nothing.
+        return parts, [pair for pair in pairs if pair[1]] or pairs
 
     def _exchanging(self, last: bool) -> AbstractContextManager[Any]:
         """Let processes exchange gradients in the last part alone."""
@@ -371,8 +397,8 @@ class StepParts(Participant):
         room = max(room, float(bytes_of(np.ones(1, dtype=np.int64), longest, most)[0]))
         return plan_parts(rows.lengths, room, (most,), bytes_of, seconds)
 
-    def _plan(self, rows: BatchRows) -> tuple[Part, ...]:
-        """The parts of a batch."""
+    def _plan(self, rows: BatchRows, count: int | None) -> tuple[Part, ...]:
+        """The parts of a batch, so many if a count is given."""
         lengths = rows.lengths
         if self._keeper.run.device.type == "cuda" and not rows.packed:
             lengths = np.minimum(-(-lengths // MULTIPLE) * MULTIPLE, rows.shape.length)
@@ -395,11 +421,11 @@ class StepParts(Participant):
         if self._keeper.applier.fits():  # the row alone does, by the exact prediction
             room = max(room, least_of(1, own, bytes_of))
         if not self._fewest:
-            return plan_parts(lengths, room, cost.levels, bytes_of, seconds_of, packed=rows.packed)
+            return plan_parts(lengths, room, cost.levels, bytes_of, seconds_of, packed=rows.packed, count=count)
         rectangle = (1, rows.shape.length) if rows.packed else (rows.examples, own)
         given, whole = min(room, least_of(1, longest, bytes_of)), least_of(*rectangle, seconds_of)
         while True:
-            parts = plan_parts(lengths, given, cost.levels, bytes_of, seconds_of, packed=rows.packed)
+            parts = plan_parts(lengths, given, cost.levels, bytes_of, seconds_of, packed=rows.packed, count=count)
             shapes = ((np.array([part.height]), np.array([part.length]), part.layers) for part in parts)
             if given >= room or sum(float(seconds_of(*shape)[0]) for shape in shapes) <= whole:
                 return parts
@@ -433,10 +459,10 @@ class StepParts(Participant):
 
     # What a step takes ------------------------------------------------------------------------------------------------
 
-    def predicted(self) -> float | None:
-        """Bytes at the peak of the step that has run, by its parts; None where it ran as a whole."""
+    def predicted(self) -> float:
+        """Bytes at the peak of the step that has run, by its parts; 0 where it ran as a whole."""
         if not self._ran or self._bytes is None:
-            return None
+            return 0.0
         (first, given), *others = self._ran
         alone = self._bytes.exact(first, first=not self._accumulates) + given
         return max([alone, *(self._bytes.exact(part) + given for part, given in others)])

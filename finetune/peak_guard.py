@@ -180,8 +180,8 @@ class PeakGuard(Participant):
     def _predicted(self) -> float | None:
         """Bytes at the peak that the step was predicted to have; None where its shape is not known."""
         plan, applier = self.plan, self.plan.applier
-        of_parts = self.parts.predicted()
-        if of_parts is not None:
+        (of_parts,) = plan.run.replicas.processes.most(self.parts.predicted()) if self.parts.on else (0.0,)
+        if of_parts:  # that of the process whose parts take the most, as the peak is
             return of_parts + plan.now.underestimate - plan.unpaid(applier.ranks)
         cost = applier.cost
         if self._step_shape != plan.now.shape:  # a smaller batch than the plan was made for

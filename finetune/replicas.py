@@ -151,6 +151,10 @@ class Replicas:
             shape = shape.joined(each)
         return BatchShape(*map(int, self.processes.most(shape.rows, shape.length)))
 
+    def together(self, *numbers: float) -> list[float]:
+        """The largest of each number over the processes that run a sharded model together; elsewhere what is given."""
+        return self.processes.most(*numbers) if self.sharded else list(numbers)
+
     def highest(self, peak: int) -> int:
         """The highest of the peaks of all processes, in bytes, given that of the step of this one."""
         wrapper = self.wrapper

@@ -249,9 +249,10 @@ class TrainerStep:
         self, run: Callable[..., Result], model: Any, inputs: Any, *rest: Any, **options: Any
     ) -> Result:
         """Evaluate a batch in parts."""
-        by_call = any(vars(self.trainer).get(name) for name in COUNTED_BY_CALL)
+        by_call, guard = any(vars(self.trainer).get(name) for name in COUNTED_BY_CALL), self._listener.pilot.guard
         whole = f"{type(self.trainer).__name__} shows means over them" if by_call else ""
-        return self._listener.pilot.guard.evaluated.run(lambda part: run(model, part, *rest, **options), inputs, whole)
+        whole = "the model is sharded" if guard.plan.run.replicas.sharded else whole
+        return guard.evaluated.run(lambda part: run(model, part, *rest, **options), inputs, whole)
 
     def _log(self, run: Callable[..., Any], logs: dict[str, float], *rest: Any, **options: Any) -> None:
         """Log with the figures of the ranks, and the rate that steps really have."""

@@ -11,8 +11,9 @@ the sorted rows finds the least seconds of all splits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
@@ -58,6 +59,7 @@ def plan_parts(
     seconds_of: ShapeCost,
     *,
     packed: bool = False,
+    count: int | None = None,
 ) -> tuple[Part, ...]:
     """The parts of a step that take the least seconds within some bytes; the longest rows come first.
 
@@ -71,6 +73,7 @@ def plan_parts(
         seconds_of: of a part; it must rise with rows and length.
         packed: rows are texts, and those of a part lie side by side in one row. Then only splits of texts in the order
             of their length are weighed.
+        count: how many parts there are, from as many as take the least to the number of rows; by default the former.
 
     Raises:
         BudgetError: the longest row does not fit alone with the most layers checkpointed; see `too_long`.
@@ -84,11 +87,11 @@ def plan_parts(
     chosen = np.zeros(len(rows), dtype=np.int64)
     seconds = np.full(len(rows), np.inf)
     waiting = np.arange(len(rows))
-    for count in layers:
-        fits = bytes_of(rows[waiting], tokens[waiting], count) <= room
+    for again in layers:
+        fits = bytes_of(rows[waiting], tokens[waiting], again) <= room
         fitting = waiting[fits]
-        chosen[fitting] = count
-        seconds[fitting] = seconds_of(rows[fitting], tokens[fitting], count)
+        chosen[fitting] = again
+        seconds[fitting] = seconds_of(rows[fitting], tokens[fitting], again)
         waiting = waiting[~fits]
         if not len(waiting):
             break
@@ -96,20 +99,38 @@ def plan_parts(
         raise too_long(int(order[0]), int(longest[0]), room, layers[-1], bytes_of)
     table, layers_of = np.full((2, len(order) + 1, len(order)), np.inf)
     table[ends + 1, starts], layers_of[ends + 1, starts] = seconds, chosen
-    least, first = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=np.int64)
-    for end in range(1, len(order) + 1):
-        totals = least[:end] + table[end, :end]
-        first[end] = start = int(totals.argmin())
-        least[end] = totals[start]
     parts: list[Part] = []
-    end = len(order)
+    end, firsts = len(order), _first_rows(table, count)
     while end:
-        start = int(first[end])
+        start = int(next(firsts)[end])
         chosen_rows = tuple(sorted(order[start:end].tolist()))
         length = longest[start:end].sum() if packed else longest[start]
         parts.append(Part(chosen_rows, int(length), int(layers_of[end, start]), packed))
         end = start
     return tuple(reversed(parts))
+
+
+def _first_rows(table: FloatArray, count: int | None) -> Iterator[IntArray]:
+    """By where each part ends, where it begins, int64 (rows + 1,): of the last part first.
+
+    Args:
+        table: seconds by the end and the start of a part, (rows + 1, rows); infinite where it does not fit.
+        count: how many parts there are; None for as many as take the least seconds.
+    """
+    if count is None:
+        least, first = np.zeros(len(table)), np.zeros(len(table), dtype=np.int64)
+        for end in range(1, len(table)):
+            totals = least[:end] + table[end, :end]
+            first[end] = start = int(totals.argmin())
+            least[end] = totals[start]
+        return repeat(first)
+    least, firsts = np.full(len(table), np.inf), list[IntArray]()
+    least[0] = 0.0
+    for _ in range(count):
+        sums = least[:-1] + table
+        firsts.append(sums.argmin(axis=1))
+        least = sums.min(axis=1)
+    return reversed(firsts)
 
 
 def too_long(row: int, length: int, room: float, layers: int, bytes_of: ShapeCost) -> BudgetError:

@@ -20,6 +20,7 @@ from peft import PeftModel
 from rankpilot.cost import budget as budget_module
 from rankpilot.cost.calibration import LOOP_BYTES
 from rankpilot.cost.live_storages import LivePeak
+from rankpilot.decide.rules import AsConfigured
 from rankpilot.errors import NonFiniteError, UnsupportedError
 from rankpilot.finetune import before_training, probing
 from rankpilot.finetune import replicas as replicas_module
@@ -27,7 +28,7 @@ from rankpilot.finetune.journal import PlanChange
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.piloted_run import PilotedRun
 from rankpilot.finetune.replicas import Replicas, digest_of, rebuild_reducer, trained_bytes
-from rankpilot.finetune.run import TrainingRun
+from rankpilot.finetune.run import MEASURING, TrainingRun
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
@@ -38,6 +39,7 @@ from torch.nn.parallel import DistributedDataParallel as Ddp
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, DistributedSampler
 
+from ..cases import first_cases
 from .ddp_run import DECISIONS, ROWS, SCHEDULE, Round, Setting, budget_of, collate, make_model, texts
 from .several import ProcessFailed, in_processes, loaded_once
 from .tiny_runs import take_step
@@ -64,14 +66,21 @@ def loop(
     checkpoint: Path | None = None,
     first: int = 0,
     accelerate: bool = False,
+    lengths: tuple[int, ...] = (),
+    parts: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """A plain loop in each process, or one with accelerate; returns what is to be compared.
 
-    With a checkpoint, it is saved after step `CUT`; a loop whose first step is later goes on from it.
+    With a checkpoint, it is saved after step `CUT`; a loop whose first step is later goes on from it. With lengths,
+    rows have them in turn, and the second process has one row in each other step.
     """
     torch.set_num_threads(1)
     count, model, data = int(os.environ.get("WORLD_SIZE", "1")), make_model(SETTING), texts(lengths=False)
+    if lengths:
+        data = data.map(
+            lambda row, at: {name: row[name][: lengths[at % len(lengths)]] for name in row}, with_indices=True
+        )
     optimizer: Any = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
     loader: Any
     if accelerate:
@@ -79,14 +88,15 @@ def loop(
         prepared = model, optimizer, DataLoader(data, ROWS // count, collate_fn=collate)
         wrapped, optimizer, loader = accelerator.prepare(*prepared)
     else:
-        if wrap is not None:
+        if wrap is not None and not dist.is_initialized():
             dist.init_process_group("gloo")
         wrapped = wrap(model) if wrap else model
         sampler = DistributedSampler(data, count, int(os.environ.get("RANK", "0")), shuffle=False)
         loader = DataLoader(data, ROWS // count, sampler=sampler, collate_fn=collate)
     told: list[str] = []
     pilot = RankPilot(policy or Round(), budget or budget_of(model), schedule=SCHEDULE, tell=told.append, **options)
-    run = TrainingRun.of_loader(wrapped, optimizer, loader, total_steps=steps)
+    run = TrainingRun.of_loader(wrapped, optimizer, loader, total_steps=steps, in_parts=parts)
+    passes = count_passes(model)
     if first:
         assert checkpoint is not None
         assert rankpilot.load_checkpoint(pilot, run, checkpoint) == first
@@ -96,6 +106,8 @@ def loop(
     for number, batch in zip(range(steps), loader, strict=False):
         if number < first:
             continue
+        if lengths and number % 2 and os.environ["RANK"] == "1":
+            batch = {name: tensor[:1] for name, tensor in batch.items()}
         losses.append(take_step(pilot, optimizer, batch, lambda batch: wrapped(**batch).loss))
         digests.append(digest_of(find_target_modules(model)))
         if checkpoint and number + 1 == CUT:
@@ -103,8 +115,15 @@ def loop(
     pilot.finish()
     weights = [p.detach().clone().numpy() for p in model.parameters() if p.requires_grad]
     found = {"digests": digests, "weights": weights, "told": len(told), "decisions": len(pilot.predictions)}
-    found["checks"] = pilot.checks
+    found |= {"checks": pilot.checks, "passes": len(passes), "peaks": pilot.peaks, "limit": pilot.limit}
     return found | {"losses": losses, "ranks": [target.rank for target in find_target_modules(model)]}
+
+
+def count_passes(model: PeftModel) -> list[int]:
+    """A one for each pass of a step that is none of a test."""
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: None if MEASURING.get() else passes.append(1))
+    return passes
 
 
 def accelerated() -> dict[str, Any]:
@@ -115,9 +134,9 @@ def ddp(model: nn.Module) -> nn.Module:
     return Ddp(model)
 
 
-def close(a: Any, b: Any) -> None:
+def close(a: Any, b: Any, most: float = 1e-12) -> None:
     assert [value.shape for value in a] == [value.shape for value in b]
-    assert max(abs(x - y).max(initial=0) for x, y in zip(a, b, strict=True)) < 1e-12
+    assert max(abs(x - y).max(initial=0) for x, y in zip(a, b, strict=True)) < most
 
 
 def test_a_plain_loop_trains_as_in_one_process() -> None:
@@ -166,6 +185,31 @@ def test_peaks_of_a_base_in_parts_are_predicted() -> None:
     assert first["checks"] == second["checks"]
     assert len(first["checks"]) >= 2
     assert all(abs((measured + LOOP_BYTES) / predicted - 1) <= 0.01 for _, predicted, measured in first["checks"])
+
+
+MIXED = (16, 2, 4, 2, 2, 2, 3, 2)
+"""Of rows, in turn: those of the first process go into two parts, and those of the second into one."""
+
+
+def whole_and_in_parts(wrap: Wrap) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same steps as a whole, and within half of their bytes."""
+    options: dict[str, Any] = {"policy": AsConfigured(), "lengths": MIXED, "steps": 4, "measure_every": 1}
+    whole = loop(wrap, **options, budget="100%")
+    return whole, loop(wrap, **options, budget="50%", parts=True)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "passes"), first_cases(1, [(ddp_of_parts, (2, 2)), (ddp, (2, 1))]), ids=["base in parts", "whole base"]
+)
+def test_processes_train_in_parts_as_they_do_in_whole_steps(wrap: Wrap, passes: tuple[int, int]) -> None:
+    """Where they run a base together, they take as many passes: two, of one row twice where there is no other."""
+    found = in_processes(2, whole_and_in_parts, wrap)
+    for (whole, parts), count in zip(found, passes, strict=True):
+        assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-6)  # transformers has them in fp32
+        close(parts["weights"], whole["weights"], 1e-6)
+        assert parts["passes"] == count * whole["passes"] == 4 * count
+        assert parts["checks"] == found[0][1]["checks"]
+        assert max(peak for _, peak in parts["peaks"]) <= parts["limit"] < max(peak for _, peak in whole["peaks"])
 
 
 def test_a_loop_with_accelerate_trains_as_in_one_process() -> None:

@@ -66,13 +66,16 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def take_step(pilot: RankPilot, optimizer: Any, batch: Any, loss: Callable[[Any], torch.Tensor]) -> float:
     """A step of a loop of one's own; returns its loss."""
     pilot.before_step(batch)
-    value = loss(batch)
-    value.backward()  # type: ignore[no-untyped-call]
-    pilot.before_optimizer_step(value.detach())
+    total = torch.zeros(())
+    for part, share in pilot.parts(batch):
+        value = share * loss(part)
+        value.backward()  # type: ignore[no-untyped-call]
+        total = total + value.detach()
+    pilot.before_optimizer_step(total)
     optimizer.step()
     optimizer.zero_grad()
     pilot.after_step()
-    return float(value.detach())
+    return float(total)
 
 
 def ranks_of(model: torch.nn.Module) -> dict[str, int]:

@@ -35,15 +35,16 @@ def splits(rows: list[int]) -> Iterator[list[list[int]]]:
             yield [*others[:place], [first, *part], *others[place + 1 :]]
 
 
-def least_seconds(lengths: np.ndarray, room: float) -> float:
-    """Of all splits and all layers of each part, one by one."""
+def least_seconds(lengths: np.ndarray, room: float, count: int | None = None) -> float:
+    """Of all splits, into so many parts if a count is given, and all layers of each part, one by one."""
 
     def of_part(part: list[int]) -> float:
         shape = np.array([len(part)]), np.array([max(lengths[part])])
         fitting = [k for k in LAYERS if bytes_of(*shape, k)[0] <= room]
         return min((float(seconds_of(*shape, k)[0]) for k in fitting), default=np.inf)
 
-    return min(sum(map(of_part, split)) for split in splits(list(range(len(lengths)))))
+    every = splits(list(range(len(lengths))))
+    return min(sum(map(of_part, split)) for split in every if count in (None, len(split)))
 
 
 def taken(parts: tuple[Part, ...]) -> float:
@@ -63,6 +64,10 @@ def test_no_split_of_any_rows_takes_less(seed: int) -> None:
         assert bytes_of(np.array([len(part.rows)]), np.array([part.length]), part.layers)[0] <= room
     assert taken(parts) == pytest.approx(least_seconds(lengths, room))
     assert all(one.length >= other.length for one, other in pairwise(parts))
+    for count in range(len(parts), len(lengths) + 1):
+        given = plan_parts(lengths, room, LAYERS, bytes_of, seconds_of, count=count)
+        assert len(given) == count
+        assert taken(given) == pytest.approx(least_seconds(lengths, room, count))
 
 
 def test_rows_of_one_length_stay_together_where_they_fit() -> None:
