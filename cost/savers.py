@@ -14,11 +14,14 @@ has as few of them as it needs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cache
+from inspect import getclosurevars
 
 import numpy as np
+import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
@@ -34,9 +37,30 @@ from .recording import BatchShape
 from .saver_prices import ACTIVATIONS, CACHE, COPIES, ROUTED, TILES, Priced, Saved, price_savers
 
 
+def _compiled(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if module._compiled_call_impl or isinstance(module, OptimizedModule)]
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether a model, or a part of it, runs compiled."""
-    return any(module._compiled_call_impl or isinstance(module, OptimizedModule) for module in model.modules())
+    return bool(_compiled(model))
+
+
+def graphs_per_plan(model: nn.Module) -> int:
+    """Graphs that one set of ranks takes in the fullest cache: 0 if nothing is compiled, 1 if the whole model is."""
+    return max(Counter(type(getattr(one, "_orig_mod", one)) for one in _compiled(model)).values(), default=0)
+
+
+def takes_any_shape(model: nn.Module) -> bool:
+    """Whether torch makes a compiled model's graphs anew for sizes that change; else each shape has a graph."""
+
+    def fixed(module: nn.Module) -> bool:
+        own = isinstance(module, OptimizedModule)
+        context = module.dynamo_ctx if own else getclosurevars(module._compiled_call_impl).nonlocals.get("self")
+        graphs = (getattr(context, "compiler_config", None) or {}).get("triton.cudagraphs")
+        return bool(graphs) or getattr(context, "_dynamic", False) is False
+
+    return torch._dynamo.config.automatic_dynamic_shapes and not any(map(fixed, _compiled(model)))
 
 
 def _tiled(model: nn.Module) -> Callable[[], None]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..common.arrays import IntArray
 from ..common.text import format_bytes
@@ -24,7 +25,7 @@ from ..cost.cost import ByteCost
 from ..cost.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
 from ..cost.model import MemoryModel, fewest_checkpointed
 from ..cost.recording import BatchShape
-from ..cost.savers import ExactSavers, is_compiled
+from ..cost.savers import ExactSavers, graphs_per_plan, is_compiled, takes_any_shape
 from ..cost.step_time import PARTS, StepTime
 from ..data.batches import count_predictions
 from ..decide.applier import PlanApplier
@@ -302,6 +303,7 @@ def try_parts(
     options: PilotOptions,
     budget: Budget,
     seed: int,
+    plans: int,
 ) -> None:
     """Test whether the steps of a run may run in parts, if its user wants that.
 
@@ -312,6 +314,7 @@ def try_parts(
         options: the options of the pilot.
         budget: the budget as its user gave it.
         seed: the seed of the test.
+        plans: how many the run makes.
     """
     if options.parts == "off" or not run.in_parts or budget.kind == "parameters":
         return
@@ -319,10 +322,28 @@ def try_parts(
         parts.turn_off(run.whole)
     elif run.replicas.all_passes_alike:
         parts.turn_off("static_graph of DistributedDataParallel takes all passes for alike")
-    elif is_compiled(run.wrapped):
-        parts.turn_off("each shape would be compiled")
+    elif reason := _reason_of_compiled(run, plans):
+        parts.turn_off(reason)
     else:
         parts.decide(exactness_of(run, targets, seed), run.step.rows_per_example)
+
+
+def _reason_of_compiled(run: TrainingRun, plans: int) -> str:
+    """Why steps of a compiled model run as a whole; empty where few graphs serve all parts, or nothing is compiled.
+
+    With its layers, a plan takes two: torch keeps those of one row apart (2.13). Two more are there before it has seen
+    which sizes change, and evaluations take as many again.
+    """
+    most = graphs_per_plan(run.wrapped) * (2 * plans + 2) * (2 if run.evaluations else 1)
+    if not most:
+        return ""
+    if run.replicas.processes.count > 1:
+        return "of a compiled model in several processes, the graphs of parts are not known"
+    if not takes_any_shape(run.wrapped):
+        return "each shape would be compiled"
+    limit: int = torch._dynamo.config.recompile_limit
+    beyond = f"in parts the compiled model may take {most} graphs, and torch._dynamo.config.recompile_limit is {limit}"
+    return beyond if most > limit else ""
 
 
 def run_costs(

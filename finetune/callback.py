@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..common.processes import Processes
 from ..common.termination import Terminated, is_unhandled, on_sigterm, terminate
 from ..cost.batch_shape import Batch
+from ..cost.savers import graphs_per_plan
 from ..decide.applier import PlanApplier
 from ..decide.chooser import DEFAULT
 from ..decide.log import DecisionLog
@@ -486,7 +486,7 @@ def warn_of_recompiles(model: nn.Module, args: TrainingArguments, plans: int) ->
         plans: the number of sets of ranks that the run may still have, the present one included.
     """
     limit: int = torch._dynamo.config.recompile_limit
-    needed = plans * graphs_per_plan(model, args)
+    needed = plans * (graphs_per_plan(model) or int(args.torch_compile))
     if needed > limit:
         logger.warning(
             "This run is compiled and plans %d sets of ranks, which takes %d graphs; "
@@ -498,14 +498,3 @@ def warn_of_recompiles(model: nn.Module, args: TrainingArguments, plans: int) ->
             limit,
             needed,
         )
-
-
-def graphs_per_plan(model: nn.Module, args: TrainingArguments) -> int:
-    """Graphs that one set of ranks takes in the fullest cache: 0 if nothing is compiled, 1 if the whole model is."""
-    regions: Counter[type[nn.Module]] = Counter()
-    for module in model.modules():
-        if isinstance(module, torch._dynamo.OptimizedModule):
-            regions[type(module._orig_mod)] += 1
-        elif module._compiled_call_impl is not None:
-            regions[type(module)] += 1
-    return max(regions.values(), default=int(args.torch_compile))

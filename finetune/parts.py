@@ -24,6 +24,7 @@ from ..cost.batch_shape import Batch, map_tensors, shape_of
 from ..cost.model import MemoryModel, ShapeBytes, holding_layers
 from ..cost.part_seconds import PartSeconds
 from ..cost.recording import BatchShape
+from ..cost.savers import is_compiled
 from ..plan.parts import Part, ShapeCost, longest_that_fits, parts_sentence, plan_parts
 from .batch_rows import SHARES, BatchRows, longest_text
 from .exact_parts import TESTED_ROWS, Exactness, rows_of, still_exact, way_of
@@ -158,7 +159,7 @@ class StepParts(Participant):
         self._most: float | None = None  # bytes of a part after an error
         self._since, self._wait, self._step = 0, GOOD_STEPS, 0
         self._ran: list[tuple[Part, float]] = []  # in the step so far, and the bytes of what goes in
-        self._told_whole = self._accumulates = False
+        self._told_whole = self._accumulates = self._compiled = False
         self._ways: set[int] = set()  # in which losses were computed, with the modes of the model
         self._heard = -1  # the latest step whose way is known
         self._asked, self._checks, self._checked = False, 0, 0
@@ -167,6 +168,12 @@ class StepParts(Participant):
     def on(self) -> bool:
         """Whether steps run in parts."""
         return bool(self._kind)
+
+    @property
+    def _levels(self) -> tuple[int, ...]:
+        """How many layers may be checkpointed: of a compiled model those of the plan, as others take further graphs."""
+        assert self._bytes is not None, "the parts have a price"
+        return (len(self._keeper.checkpointed),) if self._compiled else self._bytes.levels
 
     @property
     def each(self) -> int:
@@ -188,7 +195,7 @@ class StepParts(Participant):
 
     def begin_to_keep(self, run: TrainingRun) -> None:
         """Keep the gradients of one part beside the next one, which the run's step is measured with from now on."""
-        self._accumulates = run.accumulation > 1
+        self._accumulates, self._compiled = run.accumulation > 1, is_compiled(run.wrapped)
         run.keep_gradients()
 
     def turn_off(self, reason: str) -> None:
@@ -405,6 +412,7 @@ class StepParts(Participant):
         own = int(lengths.max())
         longest = max(own, self._keeper.now.shape.length) if self._fewest else own
         cost, seconds = self._bytes_now(BatchShape(rows.shape.rows, max(rows.shape.length, longest))), self._seconds
+        levels = self._levels
         assert seconds is not None, "made with the bytes"
 
         def bytes_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
@@ -414,18 +422,18 @@ class StepParts(Participant):
             return seconds(examples * self._each, tokens, layers)
 
         def least_of(count: int, length: int, of: ShapeCost) -> float:
-            return float(of(np.array([count]), np.array([length]), cost.levels[-1])[0])
+            return float(of(np.array([count]), np.array([length]), levels[-1])[0])
 
         room = self._keeper.room_for(self._keeper.applier.ranks)
         room = room if self._most is None else min(room, self._most)
         if self._keeper.applier.fits():  # the row alone does, by the exact prediction
             room = max(room, least_of(1, own, bytes_of))
         if not self._fewest:
-            return plan_parts(lengths, room, cost.levels, bytes_of, seconds_of, packed=rows.packed, count=count)
+            return plan_parts(lengths, room, levels, bytes_of, seconds_of, packed=rows.packed, count=count)
         rectangle = (1, rows.shape.length) if rows.packed else (rows.examples, own)
         given, whole = min(room, least_of(1, longest, bytes_of)), least_of(*rectangle, seconds_of)
         while True:
-            parts = plan_parts(lengths, given, cost.levels, bytes_of, seconds_of, packed=rows.packed, count=count)
+            parts = plan_parts(lengths, given, levels, bytes_of, seconds_of, packed=rows.packed, count=count)
             shapes = ((np.array([part.height]), np.array([part.length]), part.layers) for part in parts)
             if given >= room or sum(float(seconds_of(*shape)[0]) for shape in shapes) <= whole:
                 return parts
@@ -472,7 +480,7 @@ class StepParts(Participant):
         if not self._ran or self._bytes is None:
             return False
         part, _ = self._ran[-1]
-        if len(part.rows) == 1 and part.layers == self._bytes.levels[-1]:
+        if len(part.rows) == 1 and part.layers == self._levels[-1]:
             return False
         self._most, self._since = SMALLER * self._bytes.exact(part), self._step
         self._ran = []

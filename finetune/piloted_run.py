@@ -151,7 +151,8 @@ class PilotedRun:
             looks = options.learning_rate == "auto" or not probes
             first_rows = before_training.UNSEEN if stay else run.read_first_rows(seed) if looks else None
             self._have_rate(initial_loss(run, first_rows) if first_rows and not stay else None)
-            before_training.try_parts(run, targets, self.guard.parts, options, budget, seed)
+            plans = 1 + sum(at > 0 for at in self._schedule.steps(run.total_steps))
+            before_training.try_parts(run, targets, self.guard.parts, options, budget, seed, plans)
             timed, checkpointing = time or (TimeBudget.unlimited() if times_plans else None), self._checkpointing
             costs = self._prepare(seed, None if probes else first_rows, timed, progress)
             journal.note(before_training.budget_text(run, targets, budget, costs.limit, stay=stay))

@@ -16,6 +16,7 @@ from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune.exact_parts import Exactness
 from rankpilot.finetune.parts import StepParts
 from rankpilot.finetune.run import MEASURING, TrainingRun
+from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithFlattening, LlamaConfig, Trainer
@@ -53,6 +54,7 @@ class Launched:
         checkpointing: Any = "auto",
         collate: Any = collate,
         goal: Any = "quality",
+        measure_every: int = 1,
         **options: Any,
     ) -> None:
         self.model = adapted(config)
@@ -71,7 +73,7 @@ class Launched:
             policy or AsConfigured(),
             budget=budget,
             parts=parts,  # type: ignore[arg-type]
-            measure_every=1,
+            measure_every=measure_every,
             keep_rate=True,
             prefix_cache="off",
             goal=goal,
@@ -351,6 +353,38 @@ def test_processes_hear_of_the_last_part_alone(llama_config: LlamaConfig, tmp_pa
     last = exchanges[-10:]
     assert not all(last)
     assert exchanges[-1]
+
+
+# Compiled models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "limit", "on"),
+    [({}, 8, True), ({}, 3, False), ({"mode": "reduce-overhead"}, 8, False), ({"dynamic": False}, 8, False)],
+)
+def test_a_compiled_model_runs_in_parts_if_few_graphs_serve_all_shapes(
+    launch: Callable[..., Launched], options: dict[str, Any], limit: int, on: bool
+) -> None:
+    """Its steps are measured here, and so run uncompiled."""
+    run = launch(max_steps=1)
+    run.model.compile(**options)
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        run.train()
+    assert ("parts" in run.trainer.state.log_history[0]) == on
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed")
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_parts_of_all_shapes_take_four_graphs(launch: Callable[..., Launched]) -> None:
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"data": MIXED * 2, "max_steps": 2 * STEPS}
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager", "measure_every": 99}
+    before = counters["stats"]["unique_graphs"]
+    parts, whole = launch(budget="30%", **options, **compiled).train(), launch(parts="off", **options).train()
+    assert 1 < parts.recorder.graphs[-1] - before <= 4
+    assert parts.recorder.losses == pytest.approx(whole.recorder.losses, abs=2e-5)
+    assert parts.logged["parts"] > 3
 
 
 # Evaluations ----------------------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from rankpilot.cost.savers import graphs_per_plan
 from rankpilot.decide.observation import RUN_FEATURES, Observation
 from rankpilot.decide.policy import Decision, decision_from_plan
 from rankpilot.decide.rules import SignalRule
 from rankpilot.decide.settings import DecisionSchedule
 from rankpilot.errors import UnsupportedError
-from rankpilot.finetune.callback import graphs_per_plan, warn_of_recompiles
+from rankpilot.finetune.callback import warn_of_recompiles
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from safetensors.torch import load_file
@@ -435,13 +436,12 @@ def test_layers_compiled_one_by_one_are_counted_together(
     make_llama: Callable[..., PeftModel], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make_llama()
-    plain, whole = SimpleNamespace(torch_compile=False), SimpleNamespace(torch_compile=True)
-    assert graphs_per_plan(model, plain) == 0
-    assert graphs_per_plan(model, whole) == 1
-    assert graphs_per_plan(torch.compile(model), plain) == 1
+    plain = SimpleNamespace(torch_compile=False)
+    assert graphs_per_plan(model) == 0
+    assert graphs_per_plan(torch.compile(model)) == 1
     for layer in model.get_base_model().model.layers:
         layer.compile(backend="eager")
-    assert graphs_per_plan(model, plain) == 2
+    assert graphs_per_plan(model) == 2
     limit = torch._dynamo.config.recompile_limit
     warn_of_recompiles(model, plain, limit // 2)
     assert messages_of(caplog, "recompile_limit") == []
