@@ -32,7 +32,7 @@ from .live_storages import device_kind
 from .loss_tiles import scaled
 from .model import RANK, MemoryModel, ModelStates, checkpointed_cost
 from .model_states import frozen_bytes, model_states, trained_outside
-from .recorder import Recorder
+from .recorder import AGREE, Recorder
 from .recording import BatchShape, Recording
 from .saver_prices import Saved
 from .savers import ExactSavers
@@ -86,6 +86,8 @@ def calibrate(
         shapes = _small_shapes(shape, rows_per_example, cut=not keeps_state(model))
         batches = [reshaped(batch, other, rows_per_example) for other in shapes]
         small, series = batches[0], _same_series(recorder, batches)
+        if not series and AGREE.get():
+            series = _same_series(recorder, batches)
         growth = series and Growth.of(shape, [shape_of(each) for each in batches], series, tiles)
         if series and growth:
             base = series[0]
@@ -346,6 +348,8 @@ def plan_costs(
     )
     alone = BatchShape(in_parts.rows_per_example, plain.shape.length) if in_parts else None
     alone = alone if alone and plain.predicts(alone) else None
+    if priced and alone and not priced.memory.predicts(alone):
+        alone = None
     if least and savers and priced:
         priced = savers.within(limit.value, priced, measured, targets, least, alone)
     memory = priced.memory if priced else plain

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -34,6 +35,10 @@ _FOREIGN_HOOKS = (
     "in a model's own code, or of torch.autograd.graph.save_on_cpu. So what it holds cannot be measured. Leave them "
     "out (gradient_checkpointing=True is measured), or give a budget of parameters ('300k params')."
 )
+
+AGREE: ContextVar[Callable[[Callable[[], Recording]], Recording] | None] = ContextVar("AGREE", default=None)
+"""Gives the recording of the first of several processes that run a model together, where threads free what they send:
+no two recordings are quite the same, and all processes have to take the same decisions. None elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ class _Run:
         freed = np.array(self._freed, dtype=np.int64)
         for parameter in self._recorder.parameters:
             parameter.grad = None
-        return Recording(
+        recording = Recording(
             sizes=np.array(self._sizes, dtype=np.int64),
             created=np.array(self._created, dtype=np.int64),
             freed=freed,
@@ -205,6 +210,8 @@ class _Run:
             forward_end=forward_end,
             segments=tuple(self._segments),
         )
+        agree = AGREE.get()
+        return agree(lambda: recording) if agree else recording
 
     # Storages -----------------------------------------------------------------------------------------------------
 

@@ -55,8 +55,8 @@ def takes_any_shape(model: nn.Module) -> bool:
     """Whether torch makes a compiled model's graphs anew for sizes that change; else each shape has a graph."""
 
     def fixed(module: nn.Module) -> bool:
-        own = isinstance(module, OptimizedModule)
-        context = module.dynamo_ctx if own else getclosurevars(module._compiled_call_impl).nonlocals.get("self")
+        call = module._compiled_call_impl
+        context = getclosurevars(call).nonlocals.get("self") if call else module.dynamo_ctx
         graphs = (getattr(context, "compiler_config", None) or {}).get("triton.cudagraphs")
         return bool(graphs) or getattr(context, "_dynamic", False) is False
 

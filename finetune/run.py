@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from ..cost.batch_shape import Batch, map_tensors, shape_of, tensors_of
 from ..cost.model_states import trained_outside
+from ..cost.recorder import AGREE
 from ..cost.training_step import LossFunction, TrainingStep, checked_loss, model_loss, release_inputs
 from ..data.batches import Collate, count_predictions, first_example, largest_batch, small_batches
 from ..errors import ConfigError, UnsupportedError, shown
@@ -287,8 +288,12 @@ class TrainingRun:
             ):
                 return work()
 
-        if self.replicas.sharded:  # all take part in each pass, and find the same
-            found = alone()
+        if self.replicas.sharded:  # all take part in each pass
+            agree = AGREE.set(self.replicas.processes.on_first)
+            try:
+                found = alone()
+            finally:
+                AGREE.reset(agree)
             return self.replicas.processes.on_first(lambda: found)
         return self.replicas.processes.on_first(alone)
 
