@@ -86,8 +86,7 @@ def calibrate(
         shapes = _small_shapes(shape, rows_per_example, cut=not keeps_state(model))
         batches = [reshaped(batch, other, rows_per_example) for other in shapes]
         small, series = batches[0], _same_series(recorder, batches)
-        if not series and AGREE.get():
-            series = _same_series(recorder, batches)
+        series = _same_series(recorder, batches) if AGREE.get() and not series else series
         growth = series and Growth.of(shape, [shape_of(each) for each in batches], series, tiles)
         if series and growth:
             base = series[0]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -168,12 +167,6 @@ class StepParts(Participant):
     def on(self) -> bool:
         """Whether steps run in parts."""
         return bool(self._kind)
-
-    @property
-    def _levels(self) -> tuple[int, ...]:
-        """How many layers may be checkpointed: of a compiled model those of the plan, as others take further graphs."""
-        assert self._bytes is not None, "the parts have a price"
-        return (len(self._keeper.checkpointed),) if self._compiled else self._bytes.levels
 
     @property
     def each(self) -> int:
@@ -340,7 +333,7 @@ class StepParts(Participant):
                 if checkpointing and self._bytes:
                     checkpointing.take(self._bytes.layers[: part.layers])
                     checkpointing.before_step()
-                with self._exchanging(number + 1 == len(pairs)):
+                with self._keeper.run.replicas.exchanging(number + 1 == len(pairs)):
                     yield rows.part(part.rows, multiple), share
         finally:
             if checkpointing:
@@ -349,16 +342,19 @@ class StepParts(Participant):
     def _agreed(self, rows: BatchRows | None) -> list[tuple[Part, float]]:
         """The parts of a batch that run, and their shares; none where its rows cannot be told apart.
 
-        Processes that run a sharded model together take as many passes, each with as many layers checkpointed. One
-        that has fewer parts splits them further, and runs the last part again for nothing where it has no more rows.
+        Processes that run a sharded model together take as many passes, with as many layers checkpointed, inside which
+        modules may be gathered again. One that has fewer parts splits them further, and runs the last part again for
+        nothing where it has no more rows.
         """
         together = self._keeper.run.replicas.together
-        parts, pairs = self._counted(rows) if rows else ((), [])
+        parts = self._plan(rows, None) if rows else ()
+        pairs = _counted(rows, parts, self._kind) if rows else []
         (most,) = together(len(pairs) or math.inf)
         if rows is None or math.isinf(most):
             return []
         if len(pairs) < most:
-            parts, pairs = self._counted(rows, min(max(int(most), len(parts)), rows.examples))
+            parts = self._plan(rows, min(max(int(most), len(parts)), rows.examples))
+            pairs = _counted(rows, parts, self._kind)
             pairs += [(pairs[-1][0], 0.0)] * (int(most) - len(pairs))
         assert self._bytes is not None, "the parts have a price"
         whole = Part(tuple(range(rows.examples)), rows.shape.length, self._bytes.levels[-1], rows.packed)
@@ -366,18 +362,6 @@ class StepParts(Participant):
         self.tally.add(rows, parts, fits=self._bytes.of(whole) <= room)
         layers = together(*(part.layers for part, _ in pairs))
         return [(replace(part, layers=int(own)), share) for (part, share), own in zip(pairs, layers, strict=True)]
-
-    def _counted(self, rows: BatchRows, count: int | None = None) -> tuple[tuple[Part, ...], list[tuple[Part, float]]]:
-        """The parts of a batch, so many if a count is given, and those that count in its loss, with their shares."""
-        parts = self._plan(rows, count)
-        pairs = list(zip(parts, rows.shares([part.rows for part in parts], self._kind), strict=True))
-        # A mean over no predictions is NaN: a part without any is left out, as it adds nothing.
-        return parts, [pair for pair in pairs if pair[1]] or pairs
-
-    def _exchanging(self, last: bool) -> AbstractContextManager[Any]:
-        """Let processes exchange gradients in the last part alone."""
-        wrapper = self._keeper.run.replicas.wrapper
-        return nullcontext() if last or wrapper is None else wrapper.no_sync()
 
     def of_evaluation(self, rows: BatchRows, token_bytes: float, share: float) -> tuple[Part, ...]:
         """The parts of a batch that is evaluated.
@@ -412,7 +396,6 @@ class StepParts(Participant):
         own = int(lengths.max())
         longest = max(own, self._keeper.now.shape.length) if self._fewest else own
         cost, seconds = self._bytes_now(BatchShape(rows.shape.rows, max(rows.shape.length, longest))), self._seconds
-        levels = self._levels
         assert seconds is not None, "made with the bytes"
 
         def bytes_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
@@ -422,18 +405,18 @@ class StepParts(Participant):
             return seconds(examples * self._each, tokens, layers)
 
         def least_of(count: int, length: int, of: ShapeCost) -> float:
-            return float(of(np.array([count]), np.array([length]), levels[-1])[0])
+            return float(of(np.array([count]), np.array([length]), cost.levels[-1])[0])
 
         room = self._keeper.room_for(self._keeper.applier.ranks)
         room = room if self._most is None else min(room, self._most)
         if self._keeper.applier.fits():  # the row alone does, by the exact prediction
             room = max(room, least_of(1, own, bytes_of))
         if not self._fewest:
-            return plan_parts(lengths, room, levels, bytes_of, seconds_of, packed=rows.packed, count=count)
+            return plan_parts(lengths, room, cost.levels, bytes_of, seconds_of, packed=rows.packed, count=count)
         rectangle = (1, rows.shape.length) if rows.packed else (rows.examples, own)
         given, whole = min(room, least_of(1, longest, bytes_of)), least_of(*rectangle, seconds_of)
         while True:
-            parts = plan_parts(lengths, given, levels, bytes_of, seconds_of, packed=rows.packed, count=count)
+            parts = plan_parts(lengths, given, cost.levels, bytes_of, seconds_of, packed=rows.packed, count=count)
             shapes = ((np.array([part.height]), np.array([part.length]), part.layers) for part in parts)
             if given >= room or sum(float(seconds_of(*shape)[0]) for shape in shapes) <= whole:
                 return parts
@@ -463,6 +446,8 @@ class StepParts(Participant):
             operators = int(memory.recording.created.max()) + 1
             self._seconds = PartSeconds.of(keeper.run.model, operators, len(found.layers))
         self._bytes = self._of_shapes[most]
+        if self._compiled:  # others than those of the plan take further graphs
+            self._bytes.levels = (len(keeper.checkpointed),)
         return self._bytes
 
     # What a step takes ------------------------------------------------------------------------------------------------
@@ -480,7 +465,7 @@ class StepParts(Participant):
         if not self._ran or self._bytes is None:
             return False
         part, _ = self._ran[-1]
-        if len(part.rows) == 1 and part.layers == self._levels[-1]:
+        if len(part.rows) == 1 and part.layers == self._bytes.levels[-1]:
             return False
         self._most, self._since = SMALLER * self._bytes.exact(part), self._step
         self._ran = []
@@ -513,3 +498,10 @@ class StepParts(Participant):
             return {}
         mean, tally = self.tally.parts / self.tally.batches, self.tally
         return {"parts": mean, "padding_saved": tally.padding_saved, "batches_too_large": float(tally.too_large)}
+
+
+def _counted(rows: BatchRows, parts: Sequence[Part], kind: str) -> list[tuple[Part, float]]:
+    """The parts that count in the loss of a batch, of which it is one of `SHARES`, with their shares."""
+    pairs = list(zip(parts, rows.shares([part.rows for part in parts], kind), strict=True))
+    # A mean over no predictions is NaN: a part without any is left out, as it adds nothing.
+    return [pair for pair in pairs if pair[1]] or pairs

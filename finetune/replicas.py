@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -150,6 +150,10 @@ class Replicas:
         for each in shapes:
             shape = shape.joined(each)
         return BatchShape(*map(int, self.processes.most(shape.rows, shape.length)))
+
+    def exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        """Let processes exchange gradients in the last part of a step alone."""
+        return nullcontext() if last or self.wrapper is None else self.wrapper.no_sync()
 
     def together(self, *numbers: float) -> list[float]:
         """The largest of each number over the processes that run a sharded model together; elsewhere what is given."""
