@@ -103,7 +103,7 @@ def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
         given: the file, or DATASET:COLUMN, as rotten-tomatoes:text or rows.jsonl:prompt. A column holds texts, or lists
             of tokens.
         model: name of the model whose tokenizer counts the tokens of texts.
-        max_length: at which rows of a column are cut, as training cuts them; 0 for nowhere.
+        max_length: at which rows are cut, as training cuts them; 0 for nowhere.
 
     Raises:
         DataError, UnknownNameError, AssetError: there is no such file, data set, column or tokenizer, or a row holds
@@ -112,7 +112,8 @@ def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
     """
     name, _, column = given.rpartition(":")
     if Path(given).is_file():
-        return read_lengths(Path(given))
+        found = read_lengths(Path(given))
+        return np.minimum(found, max_length or found)
     if not name:
         raise DataError(f"There is no file {given}: give one with the tokens of each row, or DATASET:COLUMN.")
     splits = load_splits(name)
@@ -130,7 +131,7 @@ def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
     found = np.array([len(row) for row in rows if len(row)], dtype=np.int64)
     if not len(found):
         raise DataError(f"The column {column!r} of {name} holds no tokens: its {len(part)} rows are empty.")
-    return np.minimum(found, max_length) if max_length else found
+    return np.minimum(found, max_length or found)
 
 
 def _tokenizer(model: str) -> Any:
@@ -168,8 +169,7 @@ def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> Step
 
 
 def _seconds(outlook: Outlook, layers: int) -> PartSeconds:
-    operators = int(outlook.memory.recording.created.max())
-    model = outlook.step.model
+    operators, model = int(outlook.memory.recording.created.max()), outlook.step.model
     if not outlook.card:
         device = torch.device(outlook.facts["device"])
         rates, overlaps = rates_of(device, getattr(torch, model.precision)), device.type == "cuda"
@@ -271,8 +271,7 @@ def lengths_picture(found: StepsOfLengths) -> Figure:
 
 def lengths_figures(found: StepsOfLengths) -> dict[str, Any]:
     """All figures, as JSON values; a limit that is infinite is null."""
-    values = asdict(found)
-    values |= {"limit": None if np.isinf(found.limit) else found.limit}
+    values = asdict(found) | {"limit": None if np.isinf(found.limit) else found.limit}
     values["rectangle_bytes"] = found.rectangle_bytes.tolist()
     values["parts_bytes"] = [None if np.isnan(peak) else peak for peak in found.parts_bytes.tolist()]
     return dict(json.loads(json.dumps(values)))

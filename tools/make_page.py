@@ -11,7 +11,6 @@ import json
 import struct
 import sys
 import zlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -26,10 +25,10 @@ from rankpilot.cost.known_models import published_models
 from rankpilot.cost.memory_of import AskedStep, shipped
 from rankpilot.cost.model import MemoryModel
 from rankpilot.cost.outlook import card_rates
-from rankpilot.cost.recording import NEVER, BatchShape
+from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.saver_prices import ACTIVATIONS
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
-from rankpilot.cost.step_file import lagged, narrow, read_memory, repeats
+from rankpilot.cost.step_file import anchors_of, lagged, narrow, read_memory, repeats, spans_after
 from rankpilot.cost.stored_step import StepFile, StoredStep
 from rankpilot.lora.spec import highest_ranks
 
@@ -41,6 +40,9 @@ WIDTHS = {"int8": 1, "int16": 2, "int32": 4, "float64": 8}
 
 SAVERS = ("none", "free", "selective")
 """Exact savers of a recorded step: none, those that take no time, and selective checkpointing beside them."""
+
+LONGEST_LAG = 12_000
+"""After how many rows layers may repeat themselves: where four kinds take turns, and each has thousands."""
 
 Parts = list[tuple[int, str, NDArray[Any], int]]
 """Owner (a step's number, -1 for the model), name and values of each array, and after how many rows it repeats."""
@@ -60,14 +62,14 @@ class Options:
 
 
 def packed_model(name: str, quantization: Quantization) -> bytes | None:
-    """What the page knows of a model; None if nothing ships that tells any batch, or if it continues no texts."""
+    """What the page knows of a model; None if nothing ships of it, or if it continues no texts."""
     settings = StepConfig(quantization=quantization, bf16=True)
     file = StepFile.read(shipped(name), AskedStep(name, settings).key)
     if file is None:
         return None
     source = StoredStep(file, _refuse, None)
-    known = source.model.continues and file.text["level"] == 0
-    return packed_step(source, settings) if known else None
+    exact = file.text["level"] > 1  # a recording tells of its own batch alone
+    return packed_step(source, settings) if source.model.continues and not exact else None
 
 
 def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
@@ -98,7 +100,8 @@ def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
     text: dict[str, Any] = {
         "arrays": [], "steps": steps, "states": states, "parameters": model.parameters, "outside": model.outside,
         "widest": model.widest, "positions": model.positions, "windows": model.windows, "isEager": model.is_eager,
-        "keepsState": model.keeps_state, "named": model.named, "times": _times(source, settings),
+        "byLength": model.keeps_state or file.text["level"] > 0, "products": model.products,
+        "times": _times(source, settings),
     }  # fmt: skip
     return _deflated(text, arrays)
 
@@ -155,12 +158,20 @@ def _arrays(memory: MemoryModel, owner: int) -> Parts:
     created, count = recording.created, len(recording.created)
     freed, needed = recording.freed.copy(), np.zeros(count, dtype=np.int64)
     needed[[*recording.needed]] = 1
+    needed[[*recording.on_context_until]] += 2  # which a second run copies
     for serial, phases in recording.needed_later.items():
         freed[serial] = next((time for time, modules in phases if not modules), freed[serial])
+    saved = np.zeros(count, dtype=np.int64)
+    saved[[*recording.saved_in_segment]] = 1
+    soonest = recording.freed.copy()
+    soonest[[*recording.needed_later]] = [phases[0][0] for phases in recording.needed_later.values()]
+    anchors = anchors_of(created, recording.segment_index, recording.forward_end)
     columns = {
         "created": np.diff(created, prepend=0),
-        "freed": np.where(freed == NEVER, -1, freed - created),
-        "unsaved": np.where(recording.freed_if_unsaved == NEVER, -1, recording.freed_if_unsaved - created),
+        "freed": spans_after(freed, created, anchors),
+        "unsaved": spans_after(recording.freed_if_unsaved, created, anchors),
+        "sooner": np.where(soonest < recording.freed, soonest - created, -1),
+        "saved": saved,
         "segment": recording.segment_index,
         "target": recording.target_index,
         "needed": needed,
@@ -171,20 +182,26 @@ def _arrays(memory: MemoryModel, owner: int) -> Parts:
     forward = int(np.searchsorted(created, recording.forward_end, side="right"))
     found: Parts = []
     for half in (slice(forward), slice(forward, None)):
-        lag, _ = repeats(columns["created"][half])
+        lag, _ = repeats(columns["created"][half], LONGEST_LAG)
         found += [(owner, name, values[half], lag) for name, values in columns.items()]
-    gradients = [(serial, module, recording.added_at[serial]) for serial, module in recording.gradients.items()]
-    segments = [_segment(memory, index) for index in range(len(recording.segments))]
-    inputs = [(serial, index) for index, each in enumerate(recording.segments) for serial in each.inputs]
-    saved = [(serial, index) for index, each in enumerate(recording.segments) for serial in each.saved]
-    tables: dict[str, Sequence[tuple[int, ...]]] = {
-        "gradients": gradients, "segments": segments, "inputs": inputs, "saved": saved,
-    }  # fmt: skip
-    for name, rows in tables.items():
-        table = np.array(rows, dtype=np.int64).reshape(len(rows), -1)
-        if name in ("inputs", "saved") and len(table):
-            table[:, 0] = np.diff(table[:, 0], prepend=0)
-        found.append((owner, name, table.ravel(), 3 if name == "gradients" else 5 if name == "segments" else 0))
+    segments = list(enumerate(recording.segments))
+    tables: dict[str, tuple[int, list[tuple[int, ...]]]] = {
+        "gradients": (3, [(each, module, recording.added_at[each]) for each, module in recording.gradients.items()]),
+        "segments": (5, [_segment(memory, index) for index, _ in segments]),
+        "inputs": (2, [(serial, index) for index, each in segments for serial in each.inputs]),
+        "savedOutside": (
+            2,
+            [
+                (serial, index)
+                for index, each in segments
+                for serial in each.saved
+                if recording.segment_index[serial] != index
+            ],
+        ),
+    }
+    for name, (width, rows) in tables.items():
+        table = np.array(rows, dtype=np.int64).reshape(-1, width)
+        found += [(owner, f"{name} {place}", np.diff(table[:, place], prepend=0), 0) for place in range(width)]
     return found
 
 
@@ -218,7 +235,8 @@ def _times(source: StoredStep, settings: StepConfig) -> dict[str, float]:
 
 
 def _deflated(text: dict[str, Any], arrays: Parts) -> bytes:
-    content = []
+    content: list[bytes] = []
+    known: dict[tuple[Any, ...], int] = {}
     for owner, name, values, lag in arrays:
         whole = values.astype(np.int64)
         ways = [whole if np.array_equal(whole, values) else values]
@@ -226,9 +244,16 @@ def _deflated(text: dict[str, Any], arrays: Parts) -> bytes:
             ways.append(lagged(ways[-1], lag))
         times = min(range(len(ways)), key=lambda index: np.count_nonzero(np.diff(ways[index])))
         changed = narrow(ways[times])
-        changed = changed if changed.dtype.name in WIDTHS else changed.astype(np.float64)
-        text["arrays"].append([owner, name, WIDTHS[changed.dtype.name], lag, times, len(changed)])
-        content.append(np.ascontiguousarray(changed).tobytes())
+        changed = np.ascontiguousarray(changed if changed.dtype.name in WIDTHS else changed.astype(np.float64))
+        how, width = [WIDTHS[changed.dtype.name], lag, times, len(changed)], WIDTHS[changed.dtype.name]
+        # The lowest bytes of all numbers first, then the next: they are more alike.
+        bytes_of = changed.tobytes() if width == 8 else changed.view(np.uint8).reshape(-1, width).T.tobytes()
+        if (key := (*how, bytes_of)) in known:
+            text["arrays"].append([owner, name, known[key]])
+            continue
+        known[key] = len(text["arrays"])
+        text["arrays"].append([owner, name, *how])
+        content.append(bytes_of)
     said = json.dumps(text, separators=(",", ":")).encode()
     compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
     return compressor.compress(struct.pack("<I", len(said)) + said + b"".join(content)) + compressor.flush()
@@ -248,7 +273,12 @@ def page_models(names: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
 def page(models: dict[str, dict[str, str]]) -> str:
     """The page."""
     cards = {
-        name: {"memory": card.memory_bytes, "context": card.context_bytes, "workspace": card.workspace_bytes}
+        name: {
+            "memory": card.memory_bytes,
+            "context": card.context_bytes,
+            "workspace": card.workspace_bytes,
+            "flops": card_rates(card.rates or device_table()[USUAL_CARD].rates, "bf16").flops,
+        }
         for name, card in device_table().items()
         if card.has_flash_attention
     }
@@ -257,8 +287,9 @@ def page(models: dict[str, dict[str, str]]) -> str:
         name: {"parameters": published[name]["parameters"], "id": f"{published[name]['owner']}/{name}"}
         for name in models
     }
-    known = {"cards": cards, "about": about}
-    script = "\n".join((SOURCE / each).read_text() for each in ("memory.js", "form.js"))
+    order = np.random.PCG64(0).state["state"]
+    known = {"cards": cards, "about": about, "order": {"state": str(order["state"]), "increment": str(order["inc"])}}
+    script = "\n".join((SOURCE / each).read_text() for each in ("memory.js", "parts.js", "form.js"))
     parts = {
         "style": (SOURCE / "page.css").read_text(),
         "known": json.dumps(known, separators=(",", ":")),

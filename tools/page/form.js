@@ -4,8 +4,9 @@ const known = JSON.parse(document.getElementById("known").textContent);
 const form = document.getElementById("form"), answer = document.getElementById("answer");
 const DEFAULTS = {
   model: "llama-3.1-8b", bits: "nf4", card: "RTX 4090", length: 2048, rows: 2, rank: 16, checkpointing: "auto", savers: true,
-  optimizer: "adamw", accumulation: 8, gpus: 1, sharding: "ddp", expandable: false,
+  optimizer: "adamw", accumulation: 8, gpus: 1, sharding: "ddp", expandable: false, lengths: "",
 };
+const LONGEST_IN_ADDRESS = 1500; // letters of lengths
 const OPTIMIZERS = {
   adamw: "AdamW", adamw8bit: "AdamW, 8 bits", paged_adamw8bit: "AdamW, 8 bits, paged", adamw4bit: "AdamW, 4 bits", adafactor: "Adafactor", sgd: "SGD",
 };
@@ -41,6 +42,7 @@ function readAddress() {
     if (unknown) field.selectedIndex = 0;
     field.setCustomValidity(unknown ? `This page has no ${name} ${value}. Choose another.` : "");
   }
+  document.getElementById("differing").open ||= given.has("lengths");
   document.getElementById("more").open ||= ["optimizer", "accumulation", "sharding", "expandable"].some((name) => given.has(name));
 }
 
@@ -53,7 +55,7 @@ function readForm() {
 }
 
 function writeAddress(asked) {
-  const changed = Object.entries(asked).filter(([name, value]) => value !== DEFAULTS[name]);
+  const changed = Object.entries(asked).filter(([name, value]) => value !== DEFAULTS[name] && !(value.length > LONGEST_IN_ADDRESS));
   const text = new URLSearchParams(changed.map(([name, value]) => [name, typeof value === "boolean" ? (value ? "yes" : "no") : value]));
   history.replaceState(null, "", `#${text}`);
 }
@@ -108,7 +110,7 @@ async function longestRow(model, asked, isLatest) {
   const limit = Math.min(LONGEST, model.positions ?? LONGEST), unit = 64;
   const ways = asked.checkpointing === "auto" ? (asked.savers ? [["selective", ALL], ["free", ALL], ["free", 0]] : [["none", ALL], ["none", 0]]) : [[asked.savers ? "free" : "none", asked.checkpointing === "all" ? ALL : 0]];
   const fits = (length) => ways.some(([savers, layers]) => use(model, { ...asked, length }, savers, layers)?.verdict === "fits");
-  if (model.keepsState) {
+  if (model.byLength) {
     const known = [...new Set(model.steps.map((step) => step.shape[1]))].sort((a, b) => b - a);
     return known.find(fits) || 0;
   }
@@ -134,7 +136,7 @@ function planText(model, way) {
   parts.push(way.layers ? `${way.layers === way.of ? "all" : `${way.layers} of`} ${way.of} layers checkpointed` : "no layer checkpointed");
   const again = ((model.times.checkpointed ?? 1) - 1) * (way.of ? way.layers / way.of : 0), more = way.savers === "selective" ? (model.times.selective ?? 1) - 1 : 0;
   const time = again + more;
-  return `${parts.join(", ")}${time > 0.005 ? `; a step takes about ${(1 + time).toFixed(2)} of the time without` : ""}`;
+  return `${parts.join(", ")}${time > 0.005 ? `; a step takes about ${(1 + time).toFixed(2)} times as long as without checkpointing` : ""}`;
 }
 
 function showAnswer(model, asked, way, counted) {
@@ -153,7 +155,7 @@ function showAnswer(model, asked, way, counted) {
   answer.replaceChildren(
     element("p", { class: "verdict" }, mark(way.verdict), `${gib(way.total)} of ${gib(card.memory)}, ${left}`),
     element("p", {}, `${asked.model} (${(parameters / 1e9).toPrecision(3)}B) ${asked.bits === "nf4" ? "in 4 bits" : "in bf16"} on ${each}, ${count(asked.rows, "row")} of ${count(asked.length, "token")}, rank ${asked.rank} on all linear modules: ${planText(model, way)}.`),
-    ...(counted === asked.length ? [] : [element("p", { class: "faint" }, `Its layers keep a state, and the page knows a few lengths: ${asked.length} tokens count as ${counted}.`)]),
+    ...(counted === asked.length ? [] : [element("p", { class: "faint" }, `The page knows this model at a few lengths: ${asked.length} tokens count as ${counted}.`)]),
     ...(way.verdict === "tight" ? [element("p", { class: "faint" }, "Tight: less than 3 % of the card is to spare, within which predictions err, or it fits only with expandable_segments.")] : []),
     bar, limit,
     element("ul", { class: "parts" }, ...shown.map(([kind, words]) => element("li", {}, element("i", { class: `chip ${kind}` }), words, element("b", {}, gib(bytes[kind]))))),
@@ -167,6 +169,39 @@ function showWays(model, asked, best) {
   document.getElementById("ways").replaceChildren(
     ...made.sort(([, one], [, other]) => other.total - one.total).map(([words, way]) =>
       element("tr", way === best ? { class: "chosen" } : {}, element("td", {}, words), element("td", { class: "figure" }, gib(way.total)), element("td", {}, mark(way.verdict, true)))),
+  );
+}
+
+// Steps of rows of these lengths, as they are padded and in parts. Parts choose the layers that they checkpoint.
+async function showRows(model, asked, given, isLatest) {
+  const section = document.getElementById("rows"), heading = element("h2", {}, "Your rows, padded and in parts");
+  section.hidden = !given.length;
+  if (!given.length) return;
+  section.replaceChildren(heading, element("p", { class: "faint" }, "Splitting steps of your rows ..."));
+  await pause();
+  const quick = use(model, { ...asked, rank: 8 }, "free", 0), lean = quick?.verdict !== "fits" && recordedStep(model, "selective", asked.rows, asked.length);
+  const savers = !asked.savers ? "none" : lean ? "selective" : "free", step = recordedStep(model, savers, asked.rows, asked.length), card = known.cards[asked.card];
+  if (step.lengthRatio === 1) return section.replaceChildren(heading, element("p", {}, "The layers of this model keep a state, so each length takes a recording of its own, and the page cannot tell steps in parts."));
+  const settings = { ...asked, sharding: asked.gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
+  const limit = roomForTensors(model, card, settings, use(model, asked, savers, ALL));
+  const lengths = given.map((length) => Math.min(length, asked.length)), cut = given.filter((length) => length > asked.length).length;
+  const found = await stepsOfLengths(model, step, settings, lengths, { rows: asked.rows, limit, flops: card.flops, order: known.order }, pause);
+  if (!isLatest()) return;
+  const of = (number) => (number ? `${number} of ${found.steps}` : "none");
+  const row = (...cells) => element("tr", {}, ...cells.map((cell, i) => element("td", i ? { class: "figure" } : {}, cell)));
+  const head = element("tr", {}, ...["steps", "time", "peak beside the frozen model", "layers checkpointed", "steps that do not fit"].map((cell, i) => element("th", i ? { class: "figure" } : {}, cell)));
+  const none = found.partsPeak === null, saved = `${Math.round(100 * found.paddingSaved)} % of the padding`, few = (number) => number.toFixed(1).replace(/\.0$/, "");
+  const body = element("tbody", {},
+    row("padded to the longest row", "1.00", gib(found.rectanglePeak), `${found.rectangleLayers} in every step`, of(found.rectangleTooLarge)),
+    row(`in parts, ${few(found.parts)} on average`, ...(none ? ["", "", ""] : [found.time.toFixed(2), gib(found.partsPeak), `${few(found.layers)} on average`]), of(found.tooLong)));
+  const brings = none ? "" : found.tooLong || !found.rectangleTooLarge ? `Parts leave out ${saved}. ` : `In parts every step fits, and ${saved} is left out. `;
+  const fits = found.fits === found.longest ? `Every row fits alone, the longest with ${count(found.longest, "token")}.` : found.fits ? `The longest row that fits alone has ${count(found.fits, "token")}.` : "Not even one row fits alone.";
+  section.replaceChildren(heading,
+    element("p", {}, `${count(found.steps, "step")} of ${count(asked.rows, "row")}, drawn from ${count(given.length, "row")} of up to ${count(found.longest, "token")}${cut ? `. ${count(cut, "row")} ${cut === 1 ? "is" : "are"} cut to ${count(asked.length, "token")}` : ""}.`),
+    element("div", { class: "scroll" }, element("table", {}, element("thead", {}, head), body)),
+    element("p", { class: "finding" }, `${brings}${fits}`),
+    element("p", { class: "faint" }, `In parts, rows of similar length run together, and their gradients add up to those of the whole step. rankpilot.attach(trainer, budget=...) does this.${found.filling > 1 ? ` Fewer than ${count(found.filling, "token")} take no less time on this card.` : ""} Times are estimates from published rates.`),
+    ...(asked.lengths.length > LONGEST_IN_ADDRESS ? [element("p", { class: "faint" }, "A link to this answer leaves out your lengths, which are too many for an address.")] : []),
   );
 }
 
@@ -196,7 +231,8 @@ function programs(asked, way) {
   ];
   const command = [
     `rankpilot memory ${asked.model} --device ${name(asked.card)} --quantization ${asked.bits} --rank ${asked.rank} \\`,
-    `    --batch-size ${asked.rows} --max-length ${asked.length} --accumulation ${asked.accumulation} --optimizer ${asked.optimizer}${asked.gpus > 1 ? ` --gpus ${asked.gpus} --sharding ${asked.sharding}` : ""}`,
+    `    --batch-size ${asked.rows} --max-length ${asked.length} --accumulation ${asked.accumulation} --optimizer ${asked.optimizer}${asked.gpus > 1 ? ` --gpus ${asked.gpus} --sharding ${asked.sharding}` : ""}${asked.lengths ? " --lengths lengths.txt" : ""}`,
+    ...(asked.lengths ? ["# lengths.txt holds the tokens of each row, one number a line."] : []),
   ];
   return { "PEFT and TRL": [peft, way], axolotl: [axolotl, null], "LLaMA-Factory": [factory, null], "command line": [command, way] };
 }
@@ -233,12 +269,11 @@ function showLines(model, asked, way) {
 let latest = 0;
 async function show() {
   const asked = readForm(), own = ++latest, isLatest = () => own === latest;
-  for (const option of form.elements.bits.options) option.disabled = !document.getElementById(`${asked.model}/${option.value}`);
-  if (form.elements.bits.selectedOptions[0].disabled) {
-    form.elements.bits.value = [...form.elements.bits.options].find((option) => !option.disabled).value;
-    return show();
-  }
-  form.elements.sharding.disabled = asked.gpus < 2;
+  const { bits, lengths, sharding } = form.elements, read = readLengths(asked.lengths);
+  for (const option of bits.options) option.disabled = !document.getElementById(`${asked.model}/${option.value}`);
+  if (bits.selectedOptions[0].disabled) bits.setCustomValidity(`This page has no recording of ${asked.model} in ${asked.bits}. Choose other weights, or ask the command line: rankpilot memory ${asked.model} --quantization ${asked.bits} --device ${JSON.stringify(asked.card)}`);
+  if (read.wrong) lengths.setCustomValidity(`“${read.wrong.slice(0, 40)}” is neither the tokens of a row, a whole number above 0, nor a quantile such as p50 300.`);
+  sharding.disabled = asked.gpus < 2;
   if (!form.checkValidity()) return answer.replaceChildren(element("p", { class: "verdict" }, form.querySelector(":invalid").validationMessage));
   writeAddress(asked);
   answer.setAttribute("aria-busy", "true");
@@ -251,9 +286,10 @@ async function show() {
     answer.replaceChildren(element("p", { class: "verdict" }, text));
     answer.setAttribute("aria-busy", "false");
     document.getElementById("ways").replaceChildren();
+    document.getElementById("rows").hidden = true;
   };
   if (model.positions && asked.length > model.positions) return complain(`${asked.model} reads ${count(model.positions, "token")} at the most.`);
-  const counted = model.keepsState ? Math.min(...model.steps.map((step) => step.shape[1]).filter((length) => length >= asked.length)) : asked.length;
+  const counted = model.byLength ? Math.min(...model.steps.map((step) => step.shape[1]).filter((length) => length >= asked.length)) : asked.length;
   const there = { ...asked, length: counted }, way = Number.isFinite(counted) ? await fastest(model, there) : null;
   if (!isLatest()) return;
   if (!way) return complain("The page has no recording for this batch. The command line records it: rankpilot memory.");
@@ -262,6 +298,8 @@ async function show() {
   await pause();
   showWays(model, there, way);
   showLines(model, there, way);
+  await showRows(model, there, read.lengths, isLatest);
+  if (!isLatest()) return;
   longest.textContent = "Looking for the longest row that fits ...";
   const most = await longestRow(model, there, isLatest);
   if (!isLatest()) return;
@@ -280,6 +318,15 @@ form.addEventListener("input", () => {
   for (const field of form.elements) field.setCustomValidity("");
   clearTimeout(waiting);
   waiting = setTimeout(show, 120);
+});
+form.elements.lengths.addEventListener("input", () => {
+  const longest = (readLengths(form.elements.lengths.value).lengths ?? []).reduce((most, length) => Math.max(most, length), 0);
+  if (longest > 1) form.elements.namedItem("length").value = Math.min(longest, LONGEST); // what trainers would pad to; lower it to cut rows
+});
+document.getElementById("file").addEventListener("change", async ({ target }) => {
+  if (!target.files.length) return;
+  form.elements.lengths.value = await target.files[0].text();
+  form.elements.lengths.dispatchEvent(new Event("input", { bubbles: true }));
 });
 form.addEventListener("submit", (event) => event.preventDefault());
 addEventListener("hashchange", () => (readAddress(), show()));
