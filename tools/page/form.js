@@ -187,20 +187,23 @@ async function showRows(model, asked, given, isLatest) {
   const lengths = given.map((length) => Math.min(length, asked.length)), cut = given.filter((length) => length > asked.length).length;
   const found = await stepsOfLengths(model, step, settings, lengths, { rows: asked.rows, limit, flops: card.flops, order: known.order }, pause);
   if (!isLatest()) return;
-  const of = (number) => (number ? `${number} of ${found.steps}` : "none");
-  const row = (...cells) => element("tr", {}, ...cells.map((cell, i) => element("td", i ? { class: "figure" } : {}, cell)));
-  const head = element("tr", {}, ...["steps", "time", "peak beside the frozen model", "layers checkpointed", "steps that do not fit"].map((cell, i) => element("th", i ? { class: "figure" } : {}, cell)));
-  const none = found.partsPeak === null, saved = `${Math.round(100 * found.paddingSaved)} % of the padding`, few = (number) => number.toFixed(1).replace(/\.0$/, "");
-  const body = element("tbody", {},
-    row("padded to the longest row", "1.00", gib(found.rectanglePeak), `${found.rectangleLayers} in every step`, of(found.rectangleTooLarge)),
-    row(`in parts, ${few(found.parts)} on average`, ...(none ? ["", "", ""] : [found.time.toFixed(2), gib(found.partsPeak), `${few(found.layers)} on average`]), of(found.tooLong)));
-  const brings = none ? "" : found.tooLong || !found.rectangleTooLarge ? `Parts leave out ${saved}. ` : `In parts every step fits, and ${saved} is left out. `;
+  const none = found.partsPeak === null, saved = `${Math.round(100 * found.paddingSaved)} % of the padding`, fewest = (value) => (none ? "" : value), of = (number) => (number ? `${number} of ${found.steps}` : "none");
+  const mean = (number) => number.toFixed(1).replace(/\.0$/, "");
+  const table = [
+    ["parts of a step, on average", "1", fewest(mean(found.parts))],
+    ["time", "1.00", fewest(found.time.toFixed(2))],
+    ["peak, beside the frozen model", gib(found.rectanglePeak), fewest(gib(found.partsPeak))],
+    ["layers checkpointed, on average", `${found.rectangleLayers}`, fewest(mean(found.layers))],
+    ["steps that do not fit", of(found.rectangleTooLarge), of(found.tooLong)],
+  ];
+  const cells = (tag, row) => element("tr", {}, ...row.map((cell, i) => element(tag, i ? { class: "figure" } : {}, cell)));
+  const brings = none ? "" : found.paddingSaved < 0.005 ? "There is no padding to leave out. " : found.tooLong || !found.rectangleTooLarge ? `Parts leave out ${saved}. ` : `In parts every step fits, and ${saved} is left out. `;
   const fits = found.fits === found.longest ? `Every row fits alone, the longest with ${count(found.longest, "token")}.` : found.fits ? `The longest row that fits alone has ${count(found.fits, "token")}.` : "Not even one row fits alone.";
   section.replaceChildren(heading,
     element("p", {}, `${count(found.steps, "step")} of ${count(asked.rows, "row")}, drawn from ${count(given.length, "row")} of up to ${count(found.longest, "token")}${cut ? `. ${count(cut, "row")} ${cut === 1 ? "is" : "are"} cut to ${count(asked.length, "token")}` : ""}.`),
-    element("div", { class: "scroll" }, element("table", {}, element("thead", {}, head), body)),
+    element("div", { class: "scroll" }, element("table", {}, element("thead", {}, cells("th", ["", "padded to the longest row", "in parts"])), element("tbody", {}, ...table.map((row) => cells("td", row))))),
     element("p", { class: "finding" }, `${brings}${fits}`),
-    element("p", { class: "faint" }, `In parts, rows of similar length run together, and their gradients add up to those of the whole step. rankpilot.attach(trainer, budget=...) does this.${found.filling > 1 ? ` Fewer than ${count(found.filling, "token")} take no less time on this card.` : ""} Times are estimates from published rates.`),
+    element("p", { class: "faint" }, `In parts, rows of similar length run together, and their gradients add up to those of the whole step. rankpilot.attach(trainer, budget=...) does this.${found.filling > 1 ? ` On this card a part of fewer than ${count(found.filling, "token")} takes as long as one of that many.` : ""} Times are estimates from published rates.`),
     ...(asked.lengths.length > LONGEST_IN_ADDRESS ? [element("p", { class: "faint" }, "A link to this answer leaves out your lengths, which are too many for an address.")] : []),
   );
 }
@@ -274,25 +277,28 @@ async function show() {
   if (bits.selectedOptions[0].disabled) bits.setCustomValidity(`This page has no recording of ${asked.model} in ${asked.bits}. Choose other weights, or ask the command line: rankpilot memory ${asked.model} --quantization ${asked.bits} --device ${JSON.stringify(asked.card)}`);
   if (read.wrong) lengths.setCustomValidity(`“${read.wrong.slice(0, 40)}” is neither the tokens of a row, a whole number above 0, nor a quantile such as p50 300.`);
   sharding.disabled = asked.gpus < 2;
-  if (!form.checkValidity()) return answer.replaceChildren(element("p", { class: "verdict" }, form.querySelector(":invalid").validationMessage));
+  const complain = (text) => {
+    answer.replaceChildren(element("p", { class: "verdict" }, text));
+    answer.setAttribute("aria-busy", "false");
+    for (const id of ["rows", "others", "paste"]) document.getElementById(id).hidden = true;
+    document.body.dataset.done = own;
+  };
+  const unfit = form.querySelector(":is(input, select, textarea):invalid");
+  if (unfit) return complain(`${unfit.labels[0].firstChild.textContent.trim()}: ${unfit.validationMessage}`);
   writeAddress(asked);
   answer.setAttribute("aria-busy", "true");
   const longest = document.getElementById("longest");
   longest.textContent = "";
   await pause();
-  const model = await modelOf(asked);
+  const model = await modelOf(asked).catch(() => null);
   if (!isLatest()) return;
-  const complain = (text) => {
-    answer.replaceChildren(element("p", { class: "verdict" }, text));
-    answer.setAttribute("aria-busy", "false");
-    document.getElementById("ways").replaceChildren();
-    document.getElementById("rows").hidden = true;
-  };
+  if (!model) return complain("This browser is too old to unpack what the page holds. Chrome or Edge 103, Firefox 113 and Safari 16.4 can, and newer ones.");
   if (model.positions && asked.length > model.positions) return complain(`${asked.model} reads ${count(model.positions, "token")} at the most.`);
   const counted = model.byLength ? Math.min(...model.steps.map((step) => step.shape[1]).filter((length) => length >= asked.length)) : asked.length;
   const there = { ...asked, length: counted }, way = Number.isFinite(counted) ? await fastest(model, there) : null;
   if (!isLatest()) return;
   if (!way) return complain("The page has no recording for this batch. The command line records it: rankpilot memory.");
+  for (const id of ["others", "paste"]) document.getElementById(id).hidden = false;
   showAnswer(model, asked, way, counted);
   answer.setAttribute("aria-busy", "false");
   await pause();
