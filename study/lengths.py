@@ -155,9 +155,8 @@ def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> Step
     Raises:
         UnsupportedError: the operations of the model depend on its data, so that other shapes are not known.
     """
-    rows = outlook.memory.shape.rows
     memory, ranks = outlook.memory, (outlook.best or outlook.main).ranks
-    whole = BatchShape(rows, int(lengths.max()))
+    whole = BatchShape(rows := memory.shape.rows, int(lengths.max()))
     if not memory.predicts(whole) or not memory.predicts(BatchShape(1, 1)):
         raise UnsupportedError("The operations of this model depend on its data, so parts of a step are not known.")
     order = np.random.default_rng(seed).permutation(np.resize(lengths, max(len(lengths), rows)))
@@ -186,7 +185,6 @@ def _drawn(batches: IntArray, limit: float, bytes_of: PlanBytes, seconds: PartSe
     longest, every = batches.max(axis=1), bytes_of.levels[-1]
     rectangles = np.full(steps, rows)
     spent, found, peaks = 0.0, list[Any](), np.full(steps, np.nan)
-    kept = np.zeros(steps, dtype=np.bool_)
     for step, lengths in enumerate(batches):
         try:
             parts = plan_parts(lengths, limit, bytes_of.levels, bytes_of, seconds)
@@ -195,9 +193,8 @@ def _drawn(batches: IntArray, limit: float, bytes_of: PlanBytes, seconds: PartSe
         shapes = [(np.array([len(part.rows)]), np.array([part.length]), part.layers) for part in parts]
         peaks[step] = max(float(bytes_of(*shape)[0]) for shape in shapes)
         spent += sum(float(seconds(*shape)[0]) for shape in shapes)
-        kept[step] = True
         found += parts
-    tokens = sum(len(part.rows) * part.length for part in found)
+    kept, tokens = ~np.isnan(peaks), sum(len(part.rows) * part.length for part in found)
     padding = int((rows * longest - batches.sum(axis=1))[kept].sum())
     whole = float(seconds(rectangles, longest, layers)[kept].sum())
     return StepsOfLengths(

@@ -325,8 +325,12 @@ async function stepsOfLengths(model, step, settings, lengths, { rows, limit, flo
       found.partsPeak = Math.max(found.partsPeak, bytes.at(part.rows, part.length, part.layers));
     }
   }
-  let fits = 0;
-  while (fits < longest && bytes.at(1, fits + 1, every) <= limit) fits += 1;
+  let fits = 0, most = longest;
+  while (fits < most) {
+    const middle = Math.ceil((fits + most) / 2);
+    if (bytes.at(1, middle, every) <= limit) fits = middle;
+    else most = middle - 1;
+  }
   return { ...found, fits, parts: parts / Math.max(steps - found.tooLong, 1), layers: ofLayers / Math.max(tokens, 1), time: whole ? spent / whole : 1, paddingSaved: padding ? (padding - (tokens - real)) / padding : 0 };
 }
 
