@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 from rankpilot.common.files import write_text
-from rankpilot.cost.cards import USUAL_CARD, device_table
+from rankpilot.cost.cards import USUAL_CARD, DeviceSpec, device_table
 from rankpilot.cost.growth import OF_STORAGES
 from rankpilot.cost.known_models import published_models
 from rankpilot.cost.memory_of import AskedStep, shipped
@@ -29,6 +29,7 @@ from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.saver_prices import ACTIVATIONS
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
 from rankpilot.cost.step_file import anchors_of, lagged, narrow, read_memory, repeats, spans_after
+from rankpilot.cost.step_time import Rates
 from rankpilot.cost.stored_step import StepFile, StoredStep
 from rankpilot.lora.spec import highest_ranks
 
@@ -222,15 +223,15 @@ def _times(source: StoredStep, settings: StepConfig) -> dict[str, float]:
         step = source.configured(StepConfig(**asdict(settings) | {"batch_size": 2, "max_length": length}))
     except _NotRecordedError:  # no recording tells other batches
         return {}
-    rates, names = device_table()[USUAL_CARD].rates, [segment.name for segment in step.memory.segments]
-    if step.work is None or rates is None:
+    rates, names = _rates(device_table()[USUAL_CARD]), [segment.name for segment in step.memory.segments]
+    if step.work is None:
         return {}
     ranks = np.minimum(8, highest_ranks(step.targets))
-    time = step.work.time(card_rates(rates, "bf16"))
+    time = step.work.time(rates)
     plain, lean = time.seconds(ranks, ()), step.leaner()
     found = {"checkpointed": time.seconds(ranks, names) / plain}
     if lean and lean.work:
-        found["selective"] = lean.work.time(card_rates(rates, "bf16")).seconds(ranks, ()) / plain
+        found["selective"] = lean.work.time(rates).seconds(ranks, ()) / plain
     return {key: round(value, 3) for key, value in found.items()}
 
 
@@ -270,6 +271,12 @@ def page_models(names: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
     return found
 
 
+def _rates(card: DeviceSpec) -> Rates:
+    rates = card.rates or device_table()[USUAL_CARD].rates
+    assert rates is not None, "cards of the table have rates"
+    return card_rates(rates, "bf16")
+
+
 def page(models: dict[str, dict[str, str]]) -> str:
     """The page."""
     cards = {
@@ -277,7 +284,7 @@ def page(models: dict[str, dict[str, str]]) -> str:
             "memory": card.memory_bytes,
             "context": card.context_bytes,
             "workspace": card.workspace_bytes,
-            "flops": card_rates(card.rates or device_table()[USUAL_CARD].rates, "bf16").flops,
+            "flops": _rates(card).flops,
         }
         for name, card in device_table().items()
         if card.has_flash_attention
