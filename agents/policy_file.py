@@ -156,7 +156,7 @@ def load_policy(given: str | Path | Policy) -> Policy:
         return PlanFile(folder)
     if not folder.exists():
         if folder.name == str(given):
-            return GROUP_RULES.get(str(given)) or find_rule(str(given))
+            return GROUP_RULES.get(str(given)) or find_rule(str(given), (SHIPPED.name, *GROUP_RULES))
         raise UnknownNameError(
             f"There is no policy folder {folder}. Pass one made by `rankpilot policy train`, {DEFAULT!r}, "
             f"{SHIPPED.name!r}, or a rule: {', '.join((*RULES, *GROUP_RULES))}."

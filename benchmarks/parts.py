@@ -498,6 +498,7 @@ def _under_budgets(count: int, console: Console) -> Figures:
         "budgets.above": above,
         "budgets.least": float(errors.min()),
         "budgets.most": float(errors.max()),
+        "budgets.median": float(np.median(errors)),
     }
 
 

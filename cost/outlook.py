@@ -372,7 +372,8 @@ class Outlook:
         """
         if fitting := next((choice for choice in self.by_depth() if choice.fits), None):
             return fitting
-        tight = [choice for choice in self.by_depth() if choice.use and choice.use.spare_bytes >= 0]
+        near = (choice for choice in self.by_depth() if choice.verdict != "does not fit")
+        tight = [choice for choice in near if choice.use and choice.use.spare_bytes >= 0]
         return min(tight, key=lambda choice: (choice.step_bytes, -choice.layers), default=None)
 
     def by_depth(self) -> Iterator[Choice]:
@@ -411,6 +412,19 @@ def _room_beside(outlook: Outlook, reserve: float) -> float:
     return outlook.room - outlook.card.memory_bytes * (1 - (1 - SLACK) / (1 + reserve))
 
 
+def smallest_use(outlook: Outlook) -> tuple[Choice, int]:
+    """The choice that takes least of the card, and its bytes; only where tensors may leave as few is it replayed."""
+    assert outlook.card is not None, "there is no card"
+    beside, found = outlook.card.memory_bytes - outlook.room, list[tuple[int, int]]()
+    for index, choice in sorted(enumerate(outlook.choices), key=lambda pair: pair[1].step_bytes):
+        if found and beside + SURELY * choice.step_bytes > min(found)[0]:
+            break
+        if use := choice.use:
+            found.append((use.total_bytes, index))
+    total, index = min(found)
+    return outlook.choices[index], total
+
+
 def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
     """Bytes to spare if inputs of checkpointed layers lay in main memory, and seconds a step that copies then take.
 
@@ -420,10 +434,11 @@ def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
     if not outlook.card or outlook.step.loaded.offload or not outlook.checkpointable:
         return None
     ranks, best, lighter = outlook.plan(outlook.blocks, outlook.rank), outlook.best, outlook.memory.offloaded()
-    use = outlook._use(lighter, ranks)
-    if (best and best.layers == outlook.blocks) or use.verdict != "fits":
+    if (best and best.layers == outlook.blocks) or _is_hopeless(outlook, least := lighter.peak(ranks), SLACK):
         return None
-    moved = outlook.memory.peak(ranks) - lighter.peak(ranks)
+    use, moved = outlook._use(lighter, ranks), outlook.memory.peak(ranks) - least
+    if use.verdict != "fits":
+        return None
     return use.spare_bytes, 2 * moved / outlook.card.bus_bytes_per_s
 
 

@@ -24,7 +24,7 @@ from ..errors import ConfigError, UnknownNameError, shown
 from .chooser import PlanChooser
 from .observation import MODULE_FEATURES, RUN_FEATURES, Observation, mean_feature
 from .policy import Decision, decided_plan, decision_to_keep, is_first
-from .rate_control import DOUBLED, HALVED, KEEP, UNDO
+from .rate_control import DOUBLED, HALVED, KEEP, SHORTEST, UNDO
 from .settings import DecisionSchedule
 
 THIRDS = ("lower", "middle", "upper")
@@ -162,7 +162,8 @@ class GroupView:
         rungs, found = ladder.rung(self.ranks), np.zeros(self.actions, dtype=np.bool_)
         found[NOTHING] = True
         steps_seen = any(self.run_feature(name) for name in ("steps_loss", "steps_noise", "steps_time"))
-        found[[HALVE, DOUBLE, GO_BACK]] = steps_seen and not is_first(self.observation)
+        long = 10 ** (self.run_feature("horizon") + 2) > SHORTEST - 0.5  # else windows of a step or two see chance
+        found[[HALVE, DOUBLE, GO_BACK]] = steps_seen and long and not is_first(self.observation)
         can_rise, can_fall = (rungs < problem.tops) & ~problem.is_pinned, (rungs > problem.bottoms) & ~problem.is_pinned
         lowest = ladder.array[problem.bottoms]
         for group in range(len(self.groups.names)):

@@ -138,7 +138,7 @@ class RunRecord:
             4 * aligned.mean(),
             aligned.mean() / max(float(np.mean(self._first_alignments or [0.0])), LEAST_FIRST),
             4 * aligned.std(),
-            aligned.mean() / error / 4,
+            aligned.mean() / error / 4 if len(aligned) > 1 else 0.0,  # a single one tells no error
             2 * (mean - first),
             4 * (mean - before),
             4 * (mean - best),

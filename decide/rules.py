@@ -19,7 +19,7 @@ import hashlib
 import logging
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -447,11 +447,11 @@ _RULES: tuple[Policy, ...] = (
 RULES: dict[str, Policy] = {rule.name: rule for rule in _RULES}
 
 
-def find_rule(name: str) -> Policy:
-    """The rule of that name; UnknownNameError if there is none."""
+def find_rule(name: str, others: Sequence[str] = ()) -> Policy:
+    """The rule of that name; UnknownNameError, which tells `others` as well, if there is none."""
     if name not in RULES:
-        hint = "'default' is the policy that ships; others are a folder, or a plan's .yaml file."
+        hint = "Other policies: 'default', which chooses a plan, a folder, or a plan's .yaml file."
         if name.endswith(("%", "iB", "MB", "GB")):
             hint = f'It reads as a budget: pass budget="{name}", after the policy.'
-        raise UnknownNameError.of("rule", name, RULES, hint)
+        raise UnknownNameError.of("rule", name, (*others, *RULES), hint)
     return RULES[name]

@@ -20,7 +20,7 @@ from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.breakdown import KINDS, Kind
 from ..cost.card_use import SLACK
 from ..cost.cards import USUAL_CARD
-from ..cost.outlook import Choice, GridCell, Outlook, brought_by_offloading
+from ..cost.outlook import Choice, GridCell, Outlook, brought_by_offloading, smallest_use
 from ..cost.saver_prices import ACTIVATIONS, Saved
 from ..errors import BudgetError, UnsupportedError
 from ..lora.spec import REFERENCE_RANK, absent, is_pattern
@@ -137,10 +137,10 @@ def _fit(outlook: Outlook) -> str:
                 f"Tight: {choice_text(outlook, tight[0])} fits only without fragmentation. Set "
                 "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or take a smaller batch."
             )
-        least = min((choice.use.total_bytes, index) for index, choice in enumerate(outlook.choices) if choice.use)
+        smallest, least = smallest_use(outlook)
         return (
-            f"Does not fit: the smallest choice, {choice_text(outlook, outlook.choices[least[1]])}, takes "
-            f"{format_bytes(least[0], up=True)} of {format_bytes(card.memory_bytes)}.{_largest_text(outlook)}"
+            f"Does not fit: the smallest choice, {choice_text(outlook, smallest)}, takes "
+            f"{format_bytes(least, up=True)} of {format_bytes(card.memory_bytes)}.{_largest_text(outlook)}"
         )
     assert best.use is not None, "choices of a card have a use of it"
     spare = format_bytes(best.use.spare_bytes)

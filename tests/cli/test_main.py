@@ -111,6 +111,7 @@ def test_unknown_policy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     for policy, words in {
         "signal-man": "Unknown rule 'signal-man'. Did you mean: 'signal-mean'",
+        "agnet": "Unknown rule 'agnet'. Did you mean: 'agent'",
         "runs/none": "There is no policy folder",
         str(tmp_path / "empty"): "card.json is missing",
     }.items():

@@ -16,7 +16,7 @@ from rankpilot.cost.card_use import SLACK
 from rankpilot.cost.cards import find_device_spec
 from rankpilot.cost.configured_step import Shards
 from rankpilot.cost.memory_of import memory_of
-from rankpilot.cost.outlook import Outlook, brought_by_offloading, card_rates
+from rankpilot.cost.outlook import Outlook, brought_by_offloading, card_rates, smallest_use
 from rankpilot.cost.step_config import StepConfig
 from rankpilot.errors import ConfigError, UnknownNameError
 from rankpilot.study.memory_report import configuration_text, verdict_text
@@ -174,6 +174,7 @@ def test_nothing_fits_a_card_that_the_model_fills() -> None:
     outlook = llama(card_with(1))
     assert outlook.best is None
     assert {choice.use.verdict for choice in outlook.choices} <= {"does not fit", "tight"}
+    assert smallest_use(outlook)[1] == min(choice.use.total_bytes for choice in outlook.choices)
     assert outlook.grid[-1].checkpointed is None
 
 

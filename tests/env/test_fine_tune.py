@@ -148,9 +148,13 @@ def test_what_is_not_allowed_keeps_all(make_task: MakeTask) -> None:
         np.testing.assert_equal(end(action), end(NOTHING))
 
 
-@pytest.mark.parametrize(("action", "moved"), [(HALVE, 0.5), (DOUBLE, 2.0), (GO_BACK, 0.25), (NOTHING, 1.0)])
-def test_actions_on_the_rate(make_task: MakeTask, action: int, moved: float) -> None:
-    env = FineTuneEnv(tasks=[make_task()])
+@pytest.mark.parametrize(
+    ("steps", "action", "moved"),
+    [(60, HALVE, 0.5), (60, DOUBLE, 2.0), (60, GO_BACK, 0.25), (60, NOTHING, 1.0), (59, DOUBLE, 1.0)],
+)
+def test_actions_on_the_rate(make_task: MakeTask, steps: int, action: int, moved: float) -> None:
+    """A short run shows too little between two decisions."""
+    env = FineTuneEnv(tasks=[make_task(steps=steps)])
     rate = env.reset(seed=0)[1]["rate"]
     env.step(NOTHING)
     assert env.step(action)[4]["rate"] == pytest.approx(moved * rate)
