@@ -64,6 +64,9 @@ CONFIGURATIONS: dict[str, t.PreTrainedConfig] = {
     "t5": t.T5Config(**_T5, decoder_start_token_id=0),
     "flan-t5": t.T5Config(**_T5, decoder_start_token_id=0, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 }
+if hasattr(t, "Gemma4TextConfig"):  # its layers have numbers of heads of their own
+    _HEADS = {"head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    CONFIGURATIONS["gemma4"] = t.Gemma4TextConfig(**_GROUPED, **_HEADS, hidden_size_per_layer_input=0)
 
 
 RANKS = (0, 1, 4, 8, 16, 64)
