@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 from rankpilot.common.files import write_text
-from rankpilot.cost.cards import USUAL_CARD, DeviceSpec, device_table
+from rankpilot.cost.cards import USUAL_CARD, DeviceSpec, device_table, find_device_spec
 from rankpilot.cost.growth import OF_STORAGES
 from rankpilot.cost.known_models import published_models
 from rankpilot.cost.memory_of import AskedStep, shipped
@@ -38,6 +38,9 @@ from .record_models import FIRST, QUANTIZATIONS
 SOURCE = Path(__file__).with_name("page")
 
 WIDTHS = {"int8": 1, "int16": 2, "int32": 4, "float64": 8}
+
+OTHER = "another card"
+"""The card of which only the memory is known, which people give: the largest, so that it is the last of the list."""
 
 SAVERS = ("none", "free", "selective")
 """Exact savers of a recorded step: none, those that take no time, and selective checkpointing beside them."""
@@ -101,7 +104,7 @@ def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
     text: dict[str, Any] = {
         "arrays": [], "steps": steps, "states": states, "parameters": model.parameters, "outside": model.outside,
         "widest": model.widest, "positions": model.positions, "windows": model.windows, "isEager": model.is_eager,
-        "byLength": model.keeps_state or file.text["level"] > 0, "products": model.products,
+        "byLength": model.keeps_state or file.text["level"] > 0, "products": model.products, "fused": model.fused,
         "times": _times(source, settings),
     }  # fmt: skip
     return _deflated(text, arrays)
@@ -286,7 +289,7 @@ def page(models: dict[str, dict[str, str]]) -> str:
             "workspace": card.workspace_bytes,
             "flops": _rates(card).flops,
         }
-        for name, card in device_table().items()
+        for name, card in {**device_table(), OTHER: find_device_spec("1TiB")}.items()
         if card.has_flash_attention
     }
     published = published_models()

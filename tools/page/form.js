@@ -4,8 +4,9 @@ const known = JSON.parse(document.getElementById("known").textContent);
 const form = document.getElementById("form"), answer = document.getElementById("answer");
 const DEFAULTS = {
   model: "llama-3.1-8b", bits: "nf4", card: "RTX 4090", length: 2048, rows: 2, rank: 16, checkpointing: "auto", savers: true,
-  optimizer: "adamw", accumulation: 8, gpus: 1, sharding: "ddp", expandable: false, lengths: "",
+  memory: 12, optimizer: "adamw", accumulation: 8, gpus: 1, sharding: "ddp", expandable: false, lengths: "",
 };
+const OTHER = "another card"; // of which only the memory is known
 const LONGEST_IN_ADDRESS = 1500; // letters of lengths
 const OPTIMIZERS = {
   adamw: "AdamW", adamw8bit: "AdamW, 8 bits", paged_adamw8bit: "AdamW, 8 bits, paged", adamw4bit: "AdamW, 4 bits", adafactor: "Adafactor", sgd: "SGD",
@@ -49,7 +50,7 @@ function readAddress() {
 function readForm() {
   const read = (name, usual) => {
     const field = form.elements.namedItem(name);
-    return typeof usual === "boolean" ? field.checked : typeof usual === "number" ? Math.trunc(Number(field.value)) : field.value;
+    return typeof usual === "boolean" ? field.checked : typeof usual === "number" ? (field.step ? Number(field.value) : Math.trunc(Number(field.value))) : field.value;
   };
   return Object.fromEntries(Object.entries(DEFAULTS).map(([name, usual]) => [name, read(name, usual)]));
 }
@@ -59,6 +60,9 @@ function writeAddress(asked) {
   const text = new URLSearchParams(changed.map(([name, value]) => [name, typeof value === "boolean" ? (value ? "yes" : "no") : value]));
   history.replaceState(null, "", `#${text}`);
 }
+
+const cardOf = ({ card, memory }) => (card === OTHER ? { ...known.cards[card], memory: Math.trunc(memory * 2 ** 30) } : known.cards[card]);
+const option = ({ card, memory }) => (card === OTHER ? `--device-memory ${memory}GiB` : `--device ${JSON.stringify(card)}`);
 
 const unpacked = new Map();
 async function modelOf(asked) {
@@ -72,11 +76,11 @@ const uses = new Map();
 function use(model, asked, savers, checkpointed) {
   const { rank, rows, length, optimizer, gpus, expandable } = asked;
   const settings = { rank, rows, length, optimizer, gpus, expandable, checkpointed, sharding: gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
-  const key = JSON.stringify([asked.model, asked.bits, asked.card, savers, settings]);
+  const card = cardOf(asked), key = JSON.stringify([asked.model, asked.bits, asked.card, card.memory, savers, settings]);
   if (!uses.has(key)) {
     const step = recordedStep(model, savers, rows, length);
     const layers = step ? Math.min(checkpointed, step.segments.length) : 0;
-    uses.set(key, step && { savers, layers, of: step.segments.length, ...cardUse(model, step, known.cards[asked.card], { ...settings, checkpointed: layers }) });
+    uses.set(key, step && { savers, layers, of: step.segments.length, ...cardUse(model, step, card, { ...settings, checkpointed: layers }) });
   }
   return uses.get(key);
 }
@@ -140,8 +144,8 @@ function planText(model, way) {
 }
 
 function showAnswer(model, asked, way, counted) {
-  const card = known.cards[asked.card], { id, parameters } = known.about[asked.model];
-  const each = asked.gpus > 1 ? `each of ${asked.gpus} x ${asked.card}` : `one ${asked.card}`;
+  const card = cardOf(asked), { id, parameters } = known.about[asked.model], name = asked.card === OTHER ? `card of ${gib(card.memory)}` : asked.card;
+  const each = asked.gpus > 1 ? `each of ${asked.gpus} x ${name}` : `one ${name}`;
   const left = way.spare >= 0 ? `${gib(way.spare)} to spare` : `${gib(-way.spare)} too much`;
   const bytes = Object.fromEntries(KINDS.map((kind, i) => [kind, way.parts[i]]));
   bytes.context = card.context + bytes.workspace;
@@ -156,6 +160,7 @@ function showAnswer(model, asked, way, counted) {
     element("p", { class: "verdict" }, mark(way.verdict), `${gib(way.total)} of ${gib(card.memory)}, ${left}`),
     element("p", {}, `${asked.model} (${(parameters / 1e9).toPrecision(3)}B) ${asked.bits === "nf4" ? "in 4 bits" : "in bf16"} on ${each}, ${count(asked.rows, "row")} of ${count(asked.length, "token")}, rank ${asked.rank} on all linear modules: ${planText(model, way)}.`),
     ...(counted === asked.length ? [] : [element("p", { class: "faint" }, `The page knows this model at a few lengths: ${asked.length} tokens count as ${counted}.`)]),
+    ...(asked.bits !== "none" && model.fused ? [element("p", { class: "faint" }, `Its experts, ${gib(2 * model.fused)}, stay in 16 bits, as transformers leaves them. rankpilot memory --experts tells what axolotl and Unsloth make of them.`)] : []),
     ...(way.verdict === "tight" ? [element("p", { class: "faint" }, "Tight: less than 3 % of the card is to spare, within which predictions err, or it fits only with expandable_segments.")] : []),
     bar, limit,
     element("ul", { class: "parts" }, ...shown.map(([kind, words]) => element("li", {}, element("i", { class: `chip ${kind}` }), words, element("b", {}, gib(bytes[kind]))))),
@@ -180,7 +185,7 @@ async function showRows(model, asked, given, isLatest) {
   section.replaceChildren(heading, element("p", { class: "faint" }, "Splitting steps of your rows ..."));
   await pause();
   const quick = use(model, { ...asked, rank: 8 }, "free", 0), lean = quick?.verdict !== "fits" && recordedStep(model, "selective", asked.rows, asked.length);
-  const savers = !asked.savers ? "none" : lean ? "selective" : "free", step = recordedStep(model, savers, asked.rows, asked.length), card = known.cards[asked.card];
+  const savers = !asked.savers ? "none" : lean ? "selective" : "free", step = recordedStep(model, savers, asked.rows, asked.length), card = cardOf(asked);
   if (step.lengthRatio === 1) return section.replaceChildren(heading, element("p", {}, "The layers of this model keep a state, so each length takes a recording of its own, and the page cannot tell steps in parts."));
   const settings = { ...asked, sharding: asked.gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
   const limit = roomForTensors(model, card, settings, use(model, asked, savers, ALL));
@@ -210,7 +215,7 @@ async function showRows(model, asked, given, isLatest) {
 
 // What each program is told. axolotl and LLaMA-Factory checkpoint all layers or none, and know no savers.
 function programs(asked, way) {
-  const { id } = known.about[asked.model], four = asked.bits === "nf4", again = way.layers > 0, budget = Math.ceil((way.allocated + way.margin - way.parts[0] - known.cards[asked.card].workspace) / MIB);
+  const { id } = known.about[asked.model], four = asked.bits === "nf4", again = way.layers > 0, budget = Math.ceil((way.allocated + way.margin - way.parts[0] - cardOf(asked).workspace) / MIB);
   const partly = way.savers === "selective" || (way.layers > 0 && way.layers < way.of), attach = way.savers !== "none" || partly;
   const name = (text) => JSON.stringify(text), optimizer = IN_TRAINERS[asked.optimizer];
   const peft = [
@@ -233,7 +238,7 @@ function programs(asked, way) {
     `cutoff_len: ${asked.length}`, `per_device_train_batch_size: ${asked.rows}`, `gradient_accumulation_steps: ${asked.accumulation}`, ...(again ? [] : ["disable_gradient_checkpointing: true"]), `optim: ${optimizer}`, "bf16: true",
   ];
   const command = [
-    `rankpilot memory ${asked.model} --device ${name(asked.card)} --quantization ${asked.bits} --rank ${asked.rank} \\`,
+    `rankpilot memory ${asked.model} ${option(asked)} --quantization ${asked.bits} --rank ${asked.rank} \\`,
     `    --batch-size ${asked.rows} --max-length ${asked.length} --accumulation ${asked.accumulation} --optimizer ${asked.optimizer}${asked.gpus > 1 ? ` --gpus ${asked.gpus} --sharding ${asked.sharding}` : ""}${asked.lengths ? " --lengths lengths.txt" : ""}`,
     ...(asked.lengths ? ["# lengths.txt holds the tokens of each row, one number a line."] : []),
   ];
@@ -241,7 +246,7 @@ function programs(asked, way) {
 }
 
 let chosen = "PEFT and TRL";
-function showLines(model, asked, way) {
+function showLines(model, asked, there, way) {
   const all = programs(asked, way), tabs = document.getElementById("tabs"), lines = document.getElementById("lines");
   const choose = (name, focus) => {
     chosen = name;
@@ -251,7 +256,7 @@ function showLines(model, asked, way) {
       tab.tabIndex = on ? 0 : -1;
       if (on && focus) tab.focus();
     }
-    const [text, itself] = all[name], taken = itself || use(model, asked, "none", way.layers ? ALL : 0);
+    const [text, itself] = all[name], taken = itself || use(model, there, "none", way.layers ? ALL : 0);
     const copy = element("button", { type: "button", class: "copy" }, "Copy");
     copy.onclick = () => navigator.clipboard?.writeText(text.join("\n")).then(() => (copy.textContent = "Copied"));
     const how = itself ? [] : [element("p", { class: "faint" }, `${name} checkpoints all layers or none, and has no exact savers: ${gib(taken.total)}, `, mark(taken.verdict, true))];
@@ -274,9 +279,10 @@ async function show() {
   const asked = readForm(), own = ++latest, isLatest = () => own === latest;
   const { bits, lengths, sharding } = form.elements, read = readLengths(asked.lengths);
   for (const option of bits.options) option.disabled = !document.getElementById(`${asked.model}/${option.value}`);
-  if (bits.selectedOptions[0].disabled) bits.setCustomValidity(`This page has no recording of ${asked.model} in ${asked.bits}. Choose other weights, or ask the command line: rankpilot memory ${asked.model} --quantization ${asked.bits} --device ${JSON.stringify(asked.card)}`);
+  if (bits.selectedOptions[0].disabled) bits.setCustomValidity(`This page has no recording of ${asked.model} in ${asked.bits}. Choose other weights, or ask the command line: rankpilot memory ${asked.model} --quantization ${asked.bits} ${option(asked)}`);
   if (read.wrong) lengths.setCustomValidity(`“${read.wrong.slice(0, 40)}” is neither the tokens of a row, a whole number above 0, nor a quantile such as p50 300.`);
   sharding.disabled = asked.gpus < 2;
+  document.getElementById("memory").hidden = asked.card !== OTHER;
   const complain = (text) => {
     answer.replaceChildren(element("p", { class: "verdict" }, text));
     answer.setAttribute("aria-busy", "false");
@@ -303,7 +309,7 @@ async function show() {
   answer.setAttribute("aria-busy", "false");
   await pause();
   showWays(model, there, way);
-  showLines(model, there, way);
+  showLines(model, asked, there, way);
   await showRows(model, there, read.lengths, isLatest);
   if (!isLatest()) return;
   longest.textContent = "Looking for the longest row that fits ...";
@@ -316,9 +322,9 @@ async function show() {
 
 const [models, cards] = [Object.keys(known.about), Object.entries(known.cards).sort(([, one], [, other]) => one.memory - other.memory)];
 form.elements.model.append(...models.map((name) => element("option", {}, name)));
-form.elements.card.append(...cards.map(([name, { memory }]) => element("option", { value: name }, `${name} (${gib(memory)})`)));
+form.elements.card.append(...cards.map(([name, { memory }]) => element("option", { value: name }, name === OTHER ? `${name}, by its memory` : `${name} (${gib(memory)})`)));
 form.elements.optimizer.append(...Object.entries(OPTIMIZERS).map(([name, words]) => element("option", { value: name }, words)));
-document.getElementById("foot").append(element("p", {}, "Bytes are those of rankpilot memory, to the byte: a step of the model was recorded, and is replayed here for your batch, rank, optimizer and card. Adapters are on all linear modules, attention is torch's flash attention where the model's mask allows it, and a 4-bit model is prepared with prepare_model_for_kbit_training. Predictions err by some per cent: leave 3 % of a card, and in 4 bits more."));
+document.getElementById("foot").append(element("p", {}, "Bytes are those of rankpilot memory, to the byte: a step of the model was recorded, and is replayed here for your batch, rank, optimizer and card. Adapters are on all linear modules, attention is torch's flash attention where the model's mask allows it, and a 4-bit model is prepared with prepare_model_for_kbit_training. Predictions err by some per cent: leave 3 % of a card free, and in 4 bits up to 15 %."));
 let waiting = 0;
 form.addEventListener("input", () => {
   for (const field of form.elements) field.setCustomValidity("");
