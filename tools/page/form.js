@@ -202,7 +202,7 @@ async function showRows(model, asked, given, isLatest) {
     ["steps that do not fit", of(found.rectangleTooLarge), of(found.tooLong)],
   ];
   const cells = (tag, row) => element("tr", {}, ...row.map((cell, i) => element(tag, i ? { class: "figure" } : {}, cell)));
-  const brings = none ? "" : found.paddingSaved < 0.005 ? "There is no padding to leave out. " : found.tooLong || !found.rectangleTooLarge ? `Parts leave out ${saved}. ` : `In parts every step fits, and ${saved} is left out. `;
+  const brings = none ? "" : found.paddingSaved < 0.005 ? "Parts would save no padding here. " : found.tooLong || !found.rectangleTooLarge ? `Parts leave out ${saved}. ` : `In parts every step fits, and ${saved} is left out. `;
   const fits = found.fits === found.longest ? `Every row fits alone, the longest with ${count(found.longest, "token")}.` : found.fits ? `The longest row that fits alone has ${count(found.fits, "token")}.` : "Not even one row fits alone.";
   section.replaceChildren(heading,
     element("p", {}, `${count(found.steps, "step")} of ${count(asked.rows, "row")}, drawn from ${count(given.length, "row")} of up to ${count(found.longest, "token")}${cut ? `. ${count(cut, "row")} ${cut === 1 ? "is" : "are"} cut to ${count(asked.length, "token")}` : ""}.`),
@@ -338,6 +338,7 @@ form.elements.lengths.addEventListener("input", () => {
 document.getElementById("file").addEventListener("change", async ({ target }) => {
   if (!target.files.length) return;
   form.elements.lengths.value = await target.files[0].text();
+  target.value = ""; // so that the same file can be read again
   form.elements.lengths.dispatchEvent(new Event("input", { bubbles: true }));
 });
 form.addEventListener("submit", (event) => event.preventDefault());
