@@ -49,9 +49,6 @@ CONFIGURATIONS: dict[str, t.PreTrainedConfig] = {
     "qwen3": t.Qwen3Config(**_GROUPED, head_dim=16),
     "gemma2": t.Gemma2Config(**_GROUPED, head_dim=16),
     "gemma3": t.Gemma3TextConfig(**_GROUPED, head_dim=16, sliding_window=8),
-    "gemma4": t.Gemma4TextConfig(  # layers have numbers of heads of their own
-        **_GROUPED, head_dim=16, hidden_size_per_layer_input=0, num_global_key_value_heads=1, attention_k_eq_v=True
-    ),
     "phi3": t.Phi3Config(**_GROUPED, pad_token_id=0),
     "falcon": t.FalconConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
     "bloom": t.BloomConfig(vocab_size=256, hidden_size=64, n_layer=2, n_head=4),
