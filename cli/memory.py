@@ -52,7 +52,7 @@ class Memory(MemoryConfig):
     Attributes:
         lengths: DATASET:COLUMN, whose texts the model's tokenizer counts, or a file with the tokens of each row, whole
             numbers: also show what steps of such rows take in parts, beside padded ones (docs/parts.md), and the
-            longest row that fits.
+            longest row that fits. Rows longer than --max-length are cut.
         output: folder for the picture and all figures; without one, nothing is written.
         details: print every choice, the batches that fit, and where the bytes are.
         json: print all figures as JSON, and nothing else.

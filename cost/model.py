@@ -34,6 +34,9 @@ from .recording import BatchShape, Recording, Segment, adapted_modules
 INPUTS_ON_DEVICE = 5
 """Inputs that TRL's offloading has on the device at once, so that copies overlap (`max_fwd_stash_size`)."""
 
+NOISE = 1e-3
+"""Bytes, far more than what a sum of products of floating point is off, and far less than one."""
+
 RANK = 2
 """The rank of every module while steps are recorded; at rank 1 some operators take short cuts."""
 
@@ -363,7 +366,7 @@ class ShapeBytes:
     def __call__(self, rows: IntArray, lengths: IntArray) -> FloatArray:
         """Bytes at shapes, by their rows and lengths, all (shapes,)."""
         highest = (self.growth.factors(rows, lengths) @ self.amounts.T + self.fixed).max(axis=1)
-        found: FloatArray = np.ceil((self.between + highest) * self.raised) + self.signals
+        found: FloatArray = np.ceil((self.between + highest) * self.raised - NOISE) + self.signals
         return found
 
 

@@ -131,14 +131,14 @@ _LONGEST_LAG = 2000
 _TYPES = {"|b1", "|u1", "|i1", "<i2", "<i4", "<i8", "<f8"}
 
 
-def repeats(values: NDArray[Any]) -> tuple[int, int]:
+def repeats(values: NDArray[Any], longest: int = _LONGEST_LAG) -> tuple[int, int]:
     """After how many rows values repeat themselves but for steady steps, and how often a difference is to be taken.
 
     What is left after `lagged` has fewest changes. Steps are steady within each kind of row, so that a difference of
-    differences is often 0; (0, 0) if nothing helps.
+    differences is often 0; (0, 0) if nothing helps. Up to `longest` rows are looked at.
     """
     best, least = (0, 0), np.count_nonzero(np.diff(values))
-    for lag in range(1, min(_LONGEST_LAG, len(values) // 3)):
+    for lag in range(1, min(longest, len(values) // 3)):
         changed = values
         for times in (1, 2):
             changed = lagged(changed, lag)
@@ -241,7 +241,7 @@ def _sets_of(array: NDArray[Any]) -> list[ModuleSet]:
     return [int.from_bytes(row.tobytes(), "little") for row in array]
 
 
-def _anchors(created: IntArray, segments: IntArray, forward_end: int) -> IntArray:
+def anchors_of(created: IntArray, segments: IntArray, forward_end: int) -> IntArray:
     """From when on it is told when each storage is freed, int64 (storages,).
 
     From the backward pass of its own segment, so that the same is told of each layer, or from its creation.
@@ -253,7 +253,7 @@ def _anchors(created: IntArray, segments: IntArray, forward_end: int) -> IntArra
     return np.maximum(created, first[segments])
 
 
-def _after(times: IntArray, created: IntArray, anchors: IntArray) -> IntArray:
+def spans_after(times: IntArray, created: IntArray, anchors: IntArray) -> IntArray:
     """Times as spans from anchors, or, below -1, from the creation; -1 for never."""
     spans = np.where(times < anchors, created - times - 2, times - anchors)
     return np.where(times == NEVER, -1, spans)
@@ -286,7 +286,7 @@ def memory_arrays(memory: MemoryModel) -> tuple[Arrays, Json]:
     """A byte model without its states and the shape of its batch."""
     recording, growth, sets = memory.recording, memory._growth, _Sets()
     created = recording.created
-    anchors = _anchors(created, recording.segment_index, recording.forward_end)
+    anchors = anchors_of(created, recording.segment_index, recording.forward_end)
     needed = np.zeros(len(created), dtype=np.int64)
     for serial, modules in recording.needed.items():
         needed[serial] = 1 + sets.number(modules)
@@ -314,8 +314,8 @@ def memory_arrays(memory: MemoryModel) -> tuple[Arrays, Json]:
     columns = {
         "sizes": recording.sizes,
         "created": np.diff(created, prepend=0),
-        "freed": _after(recording.freed, created, anchors),
-        "freed_if_unsaved": _after(recording.freed_if_unsaved, created, anchors),
+        "freed": spans_after(recording.freed, created, anchors),
+        "freed_if_unsaved": spans_after(recording.freed_if_unsaved, created, anchors),
         "uses_saved": recording.uses_saved,
         "slope": memory._slope,
         "needed": needed,
@@ -353,7 +353,7 @@ def read_memory(arrays: Mapping[str, Any], text: Json, states: ModelStates, shap
     arrays = _whole(arrays)
     sets = _sets_of(arrays["sets"])
     created = np.cumsum(arrays["created"], dtype=np.int64)
-    anchors = _anchors(created, arrays["segment_index"], text["forward_end"])
+    anchors = anchors_of(created, arrays["segment_index"], text["forward_end"])
     times = created.tolist()
     rows = {name: _rows(arrays[name]) for name in ("later", "context", "gradients", "added")}
     later: dict[int, Any] = {}

@@ -281,7 +281,7 @@ def check_model(name: str, card: str | None = None) -> None:
         card: for which its configuration alone is needed.
     """
     from ..cost.cards import find_device_spec
-    from ..cost.known_models import check_known
+    from ..cost.known_models import check_known, short_name
 
     if card:
         find_device_spec(card)
@@ -297,6 +297,9 @@ def check_model(name: str, card: str | None = None) -> None:
     try:
         hf_hub_download(name, "config.json")
     except (OSError, ValueError) as error:
+        if short_name(name):
+            needs = f"`rankpilot memory {name} --device CARD` needs none."
+            raise AssetError(f"{name} is not here: give a folder or a Hugging Face id. {needs}") from error
         raise not_found("model", name, MODELS, error) from error
 
 

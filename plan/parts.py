@@ -11,6 +11,7 @@ the sorted rows finds the least seconds of all splits.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -153,9 +154,8 @@ def too_long(row: int, length: int, room: float, layers: int, bytes_of: ShapeCos
 
 def longest_that_fits(most: int, room: float, layers: int, bytes_of: ShapeCost) -> int:
     """The tokens of the longest row that fits alone, up to `most`; 0 if none does. See `plan_parts`."""
-    lengths = np.arange(1, most + 1)
-    needed = bytes_of(np.ones_like(lengths), lengths, layers)
-    return int(np.searchsorted(np.maximum.accumulate(needed), room, side="right"))
+    one = np.ones(1, dtype=np.int64)
+    return bisect_right(range(1, most + 1), room, key=lambda length: float(bytes_of(one, length * one, layers)[0]))
 
 
 def parts_sentence(figures: Mapping[str, float]) -> str:

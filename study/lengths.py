@@ -103,7 +103,7 @@ def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
         given: the file, or DATASET:COLUMN, as rotten-tomatoes:text or rows.jsonl:prompt. A column holds texts, or lists
             of tokens.
         model: name of the model whose tokenizer counts the tokens of texts.
-        max_length: at which rows of a column are cut, as training cuts them; 0 for nowhere.
+        max_length: at which rows are cut, as training cuts them; 0 for nowhere.
 
     Raises:
         DataError, UnknownNameError, AssetError: there is no such file, data set, column or tokenizer, or a row holds
@@ -112,7 +112,8 @@ def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
     """
     name, _, column = given.rpartition(":")
     if Path(given).is_file():
-        return read_lengths(Path(given))
+        found = read_lengths(Path(given))
+        return np.minimum(found, max_length or found)
     if not name:
         raise DataError(f"There is no file {given}: give one with the tokens of each row, or DATASET:COLUMN.")
     splits = load_splits(name)
@@ -130,7 +131,7 @@ def lengths_of(given: str, model: str, max_length: int = 0) -> IntArray:
     found = np.array([len(row) for row in rows if len(row)], dtype=np.int64)
     if not len(found):
         raise DataError(f"The column {column!r} of {name} holds no tokens: its {len(part)} rows are empty.")
-    return np.minimum(found, max_length) if max_length else found
+    return np.minimum(found, max_length or found)
 
 
 def _tokenizer(model: str) -> Any:
@@ -154,9 +155,8 @@ def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> Step
     Raises:
         UnsupportedError: the operations of the model depend on its data, so that other shapes are not known.
     """
-    rows = outlook.memory.shape.rows
     memory, ranks = outlook.memory, (outlook.best or outlook.main).ranks
-    whole = BatchShape(rows, int(lengths.max()))
+    whole = BatchShape(rows := memory.shape.rows, int(lengths.max()))
     if not memory.predicts(whole) or not memory.predicts(BatchShape(1, 1)):
         raise UnsupportedError("The operations of this model depend on its data, so parts of a step are not known.")
     order = np.random.default_rng(seed).permutation(np.resize(lengths, max(len(lengths), rows)))
@@ -168,8 +168,7 @@ def steps_of_lengths(outlook: Outlook, lengths: IntArray, seed: int = 0) -> Step
 
 
 def _seconds(outlook: Outlook, layers: int) -> PartSeconds:
-    operators = int(outlook.memory.recording.created.max())
-    model = outlook.step.model
+    operators, model = int(outlook.memory.recording.created.max()), outlook.step.model
     if not outlook.card:
         device = torch.device(outlook.facts["device"])
         rates, overlaps = rates_of(device, getattr(torch, model.precision)), device.type == "cuda"
@@ -186,7 +185,6 @@ def _drawn(batches: IntArray, limit: float, bytes_of: PlanBytes, seconds: PartSe
     longest, every = batches.max(axis=1), bytes_of.levels[-1]
     rectangles = np.full(steps, rows)
     spent, found, peaks = 0.0, list[Any](), np.full(steps, np.nan)
-    kept = np.zeros(steps, dtype=np.bool_)
     for step, lengths in enumerate(batches):
         try:
             parts = plan_parts(lengths, limit, bytes_of.levels, bytes_of, seconds)
@@ -195,9 +193,8 @@ def _drawn(batches: IntArray, limit: float, bytes_of: PlanBytes, seconds: PartSe
         shapes = [(np.array([len(part.rows)]), np.array([part.length]), part.layers) for part in parts]
         peaks[step] = max(float(bytes_of(*shape)[0]) for shape in shapes)
         spent += sum(float(seconds(*shape)[0]) for shape in shapes)
-        kept[step] = True
         found += parts
-    tokens = sum(len(part.rows) * part.length for part in found)
+    kept, tokens = ~np.isnan(peaks), sum(len(part.rows) * part.length for part in found)
     padding = int((rows * longest - batches.sum(axis=1))[kept].sum())
     whole = float(seconds(rectangles, longest, layers)[kept].sum())
     return StepsOfLengths(
@@ -271,8 +268,7 @@ def lengths_picture(found: StepsOfLengths) -> Figure:
 
 def lengths_figures(found: StepsOfLengths) -> dict[str, Any]:
     """All figures, as JSON values; a limit that is infinite is null."""
-    values = asdict(found)
-    values |= {"limit": None if np.isinf(found.limit) else found.limit}
+    values = asdict(found) | {"limit": None if np.isinf(found.limit) else found.limit}
     values["rectangle_bytes"] = found.rectangle_bytes.tolist()
     values["parts_bytes"] = [None if np.isnan(peak) else peak for peak in found.parts_bytes.tolist()]
     return dict(json.loads(json.dumps(values)))

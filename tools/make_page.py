@@ -11,7 +11,6 @@ import json
 import struct
 import sys
 import zlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -20,16 +19,17 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 from rankpilot.common.files import write_text
-from rankpilot.cost.cards import USUAL_CARD, device_table
+from rankpilot.cost.cards import USUAL_CARD, DeviceSpec, device_table, find_device_spec
 from rankpilot.cost.growth import OF_STORAGES
 from rankpilot.cost.known_models import published_models
 from rankpilot.cost.memory_of import AskedStep, shipped
 from rankpilot.cost.model import MemoryModel
 from rankpilot.cost.outlook import card_rates
-from rankpilot.cost.recording import NEVER, BatchShape
+from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.saver_prices import ACTIVATIONS
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
-from rankpilot.cost.step_file import lagged, narrow, read_memory, repeats
+from rankpilot.cost.step_file import anchors_of, lagged, narrow, read_memory, repeats, spans_after
+from rankpilot.cost.step_time import Rates
 from rankpilot.cost.stored_step import StepFile, StoredStep
 from rankpilot.lora.spec import highest_ranks
 
@@ -39,8 +39,14 @@ SOURCE = Path(__file__).with_name("page")
 
 WIDTHS = {"int8": 1, "int16": 2, "int32": 4, "float64": 8}
 
+OTHER = "another card"
+"""The card of which only the memory is known, which people give: the largest, so that it is the last of the list."""
+
 SAVERS = ("none", "free", "selective")
 """Exact savers of a recorded step: none, those that take no time, and selective checkpointing beside them."""
+
+LONGEST_LAG = 12_000
+"""After how many rows layers may repeat themselves: where four kinds take turns, and each has thousands."""
 
 Parts = list[tuple[int, str, NDArray[Any], int]]
 """Owner (a step's number, -1 for the model), name and values of each array, and after how many rows it repeats."""
@@ -60,14 +66,14 @@ class Options:
 
 
 def packed_model(name: str, quantization: Quantization) -> bytes | None:
-    """What the page knows of a model; None if nothing ships that tells any batch, or if it continues no texts."""
+    """What the page knows of a model; None if nothing ships of it, or if it continues no texts."""
     settings = StepConfig(quantization=quantization, bf16=True)
     file = StepFile.read(shipped(name), AskedStep(name, settings).key)
     if file is None:
         return None
     source = StoredStep(file, _refuse, None)
-    known = source.model.continues and file.text["level"] == 0
-    return packed_step(source, settings) if known else None
+    exact = file.text["level"] > 1  # a recording tells of its own batch alone
+    return packed_step(source, settings) if source.model.continues and not exact else None
 
 
 def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
@@ -98,7 +104,8 @@ def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
     text: dict[str, Any] = {
         "arrays": [], "steps": steps, "states": states, "parameters": model.parameters, "outside": model.outside,
         "widest": model.widest, "positions": model.positions, "windows": model.windows, "isEager": model.is_eager,
-        "keepsState": model.keeps_state, "named": model.named, "times": _times(source, settings),
+        "byLength": model.keeps_state or file.text["level"] > 0, "products": model.products, "fused": model.fused,
+        "times": _times(source, settings),
     }  # fmt: skip
     return _deflated(text, arrays)
 
@@ -155,12 +162,20 @@ def _arrays(memory: MemoryModel, owner: int) -> Parts:
     created, count = recording.created, len(recording.created)
     freed, needed = recording.freed.copy(), np.zeros(count, dtype=np.int64)
     needed[[*recording.needed]] = 1
+    needed[[*recording.on_context_until]] += 2  # which a second run copies
     for serial, phases in recording.needed_later.items():
         freed[serial] = next((time for time, modules in phases if not modules), freed[serial])
+    saved = np.zeros(count, dtype=np.int64)
+    saved[[*recording.saved_in_segment]] = 1
+    soonest = recording.freed.copy()
+    soonest[[*recording.needed_later]] = [phases[0][0] for phases in recording.needed_later.values()]
+    anchors = anchors_of(created, recording.segment_index, recording.forward_end)
     columns = {
         "created": np.diff(created, prepend=0),
-        "freed": np.where(freed == NEVER, -1, freed - created),
-        "unsaved": np.where(recording.freed_if_unsaved == NEVER, -1, recording.freed_if_unsaved - created),
+        "freed": spans_after(freed, created, anchors),
+        "unsaved": spans_after(recording.freed_if_unsaved, created, anchors),
+        "sooner": np.where(soonest < recording.freed, soonest - created, -1),
+        "saved": saved,
         "segment": recording.segment_index,
         "target": recording.target_index,
         "needed": needed,
@@ -171,20 +186,26 @@ def _arrays(memory: MemoryModel, owner: int) -> Parts:
     forward = int(np.searchsorted(created, recording.forward_end, side="right"))
     found: Parts = []
     for half in (slice(forward), slice(forward, None)):
-        lag, _ = repeats(columns["created"][half])
+        lag, _ = repeats(columns["created"][half], LONGEST_LAG)
         found += [(owner, name, values[half], lag) for name, values in columns.items()]
-    gradients = [(serial, module, recording.added_at[serial]) for serial, module in recording.gradients.items()]
-    segments = [_segment(memory, index) for index in range(len(recording.segments))]
-    inputs = [(serial, index) for index, each in enumerate(recording.segments) for serial in each.inputs]
-    saved = [(serial, index) for index, each in enumerate(recording.segments) for serial in each.saved]
-    tables: dict[str, Sequence[tuple[int, ...]]] = {
-        "gradients": gradients, "segments": segments, "inputs": inputs, "saved": saved,
-    }  # fmt: skip
-    for name, rows in tables.items():
-        table = np.array(rows, dtype=np.int64).reshape(len(rows), -1)
-        if name in ("inputs", "saved") and len(table):
-            table[:, 0] = np.diff(table[:, 0], prepend=0)
-        found.append((owner, name, table.ravel(), 3 if name == "gradients" else 5 if name == "segments" else 0))
+    segments = list(enumerate(recording.segments))
+    tables: dict[str, tuple[int, list[tuple[int, ...]]]] = {
+        "gradients": (3, [(each, module, recording.added_at[each]) for each, module in recording.gradients.items()]),
+        "segments": (5, [_segment(memory, index) for index, _ in segments]),
+        "inputs": (2, [(serial, index) for index, each in segments for serial in each.inputs]),
+        "savedOutside": (
+            2,
+            [
+                (serial, index)
+                for index, each in segments
+                for serial in each.saved
+                if recording.segment_index[serial] != index
+            ],
+        ),
+    }
+    for name, (width, rows) in tables.items():
+        table = np.array(rows, dtype=np.int64).reshape(-1, width)
+        found += [(owner, f"{name} {place}", np.diff(table[:, place], prepend=0), 0) for place in range(width)]
     return found
 
 
@@ -205,20 +226,21 @@ def _times(source: StoredStep, settings: StepConfig) -> dict[str, float]:
         step = source.configured(StepConfig(**asdict(settings) | {"batch_size": 2, "max_length": length}))
     except _NotRecordedError:  # no recording tells other batches
         return {}
-    rates, names = device_table()[USUAL_CARD].rates, [segment.name for segment in step.memory.segments]
-    if step.work is None or rates is None:
+    rates, names = _rates(device_table()[USUAL_CARD]), [segment.name for segment in step.memory.segments]
+    if step.work is None:
         return {}
     ranks = np.minimum(8, highest_ranks(step.targets))
-    time = step.work.time(card_rates(rates, "bf16"))
+    time = step.work.time(rates)
     plain, lean = time.seconds(ranks, ()), step.leaner()
     found = {"checkpointed": time.seconds(ranks, names) / plain}
     if lean and lean.work:
-        found["selective"] = lean.work.time(card_rates(rates, "bf16")).seconds(ranks, ()) / plain
+        found["selective"] = lean.work.time(rates).seconds(ranks, ()) / plain
     return {key: round(value, 3) for key, value in found.items()}
 
 
 def _deflated(text: dict[str, Any], arrays: Parts) -> bytes:
-    content = []
+    content: list[bytes] = []
+    known: dict[tuple[Any, ...], int] = {}
     for owner, name, values, lag in arrays:
         whole = values.astype(np.int64)
         ways = [whole if np.array_equal(whole, values) else values]
@@ -226,9 +248,16 @@ def _deflated(text: dict[str, Any], arrays: Parts) -> bytes:
             ways.append(lagged(ways[-1], lag))
         times = min(range(len(ways)), key=lambda index: np.count_nonzero(np.diff(ways[index])))
         changed = narrow(ways[times])
-        changed = changed if changed.dtype.name in WIDTHS else changed.astype(np.float64)
-        text["arrays"].append([owner, name, WIDTHS[changed.dtype.name], lag, times, len(changed)])
-        content.append(np.ascontiguousarray(changed).tobytes())
+        changed = np.ascontiguousarray(changed if changed.dtype.name in WIDTHS else changed.astype(np.float64))
+        how, width = [WIDTHS[changed.dtype.name], lag, times, len(changed)], WIDTHS[changed.dtype.name]
+        # The lowest bytes of all numbers first, then the next: they are more alike.
+        bytes_of = changed.tobytes() if width == 8 else changed.view(np.uint8).reshape(-1, width).T.tobytes()
+        if (key := (*how, bytes_of)) in known:
+            text["arrays"].append([owner, name, known[key]])
+            continue
+        known[key] = len(text["arrays"])
+        text["arrays"].append([owner, name, *how])
+        content.append(bytes_of)
     said = json.dumps(text, separators=(",", ":")).encode()
     compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
     return compressor.compress(struct.pack("<I", len(said)) + said + b"".join(content)) + compressor.flush()
@@ -245,11 +274,22 @@ def page_models(names: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
     return found
 
 
+def _rates(card: DeviceSpec) -> Rates:
+    rates = card.rates or device_table()[USUAL_CARD].rates
+    assert rates is not None, "cards of the table have rates"
+    return card_rates(rates, "bf16")
+
+
 def page(models: dict[str, dict[str, str]]) -> str:
     """The page."""
     cards = {
-        name: {"memory": card.memory_bytes, "context": card.context_bytes, "workspace": card.workspace_bytes}
-        for name, card in device_table().items()
+        name: {
+            "memory": card.memory_bytes,
+            "context": card.context_bytes,
+            "workspace": card.workspace_bytes,
+            "flops": _rates(card).flops,
+        }
+        for name, card in {**device_table(), OTHER: find_device_spec("1TiB")}.items()
         if card.has_flash_attention
     }
     published = published_models()
@@ -257,8 +297,9 @@ def page(models: dict[str, dict[str, str]]) -> str:
         name: {"parameters": published[name]["parameters"], "id": f"{published[name]['owner']}/{name}"}
         for name in models
     }
-    known = {"cards": cards, "about": about}
-    script = "\n".join((SOURCE / each).read_text() for each in ("memory.js", "form.js"))
+    order = np.random.PCG64(0).state["state"]
+    known = {"cards": cards, "about": about, "order": {"state": str(order["state"]), "increment": str(order["inc"])}}
+    script = "\n".join((SOURCE / each).read_text() for each in ("memory.js", "parts.js", "form.js"))
     parts = {
         "style": (SOURCE / "page.css").read_text(),
         "known": json.dumps(known, separators=(",", ":")),

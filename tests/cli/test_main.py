@@ -50,6 +50,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_unknown_model(capsys: pytest.CaptureFixture[str], offline: Path) -> None:
     assert "Unknown model 'bert-tinny'" in failure("finetune bert-tinny sst2", capsys)
+    assert "needs none" in failure("memory qwen3-8b", capsys)
     assert "There is no model folder" in failure("finetune ./nowhere sst2", capsys)
     line = failure("memory all-minilm-l6-v3", capsys)
     assert "Unknown model 'all-minilm-l6-v3'. Did you mean: 'all-minilm-l6-v2'" in line

@@ -35,6 +35,7 @@ def test_lengths_are_read_as_people_write_them(tmp_path: Path, text: str) -> Non
     path = tmp_path / "lengths.txt"
     path.write_text(text)
     assert read_lengths(path).tolist() == [3, 5, 9]
+    assert lengths_of(str(path), "no model", 6).tolist() == [3, 5, 6]
 
 
 @pytest.mark.parametrize(("text", "named"), [("", "nothing"), ("3 x", "'x'"), ("3 0", "'0'"), ("4.5", "'4.5'")])

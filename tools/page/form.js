@@ -4,8 +4,10 @@ const known = JSON.parse(document.getElementById("known").textContent);
 const form = document.getElementById("form"), answer = document.getElementById("answer");
 const DEFAULTS = {
   model: "llama-3.1-8b", bits: "nf4", card: "RTX 4090", length: 2048, rows: 2, rank: 16, checkpointing: "auto", savers: true,
-  optimizer: "adamw", accumulation: 8, gpus: 1, sharding: "ddp", expandable: false,
+  memory: 12, optimizer: "adamw", accumulation: 8, gpus: 1, sharding: "ddp", expandable: false, lengths: "",
 };
+const OTHER = "another card"; // of which only the memory is known
+const LONGEST_IN_ADDRESS = 1500; // letters of lengths
 const OPTIMIZERS = {
   adamw: "AdamW", adamw8bit: "AdamW, 8 bits", paged_adamw8bit: "AdamW, 8 bits, paged", adamw4bit: "AdamW, 4 bits", adafactor: "Adafactor", sgd: "SGD",
 };
@@ -41,22 +43,26 @@ function readAddress() {
     if (unknown) field.selectedIndex = 0;
     field.setCustomValidity(unknown ? `This page has no ${name} ${value}. Choose another.` : "");
   }
+  document.getElementById("differing").open ||= given.has("lengths");
   document.getElementById("more").open ||= ["optimizer", "accumulation", "sharding", "expandable"].some((name) => given.has(name));
 }
 
 function readForm() {
   const read = (name, usual) => {
     const field = form.elements.namedItem(name);
-    return typeof usual === "boolean" ? field.checked : typeof usual === "number" ? Math.trunc(Number(field.value)) : field.value;
+    return typeof usual === "boolean" ? field.checked : typeof usual === "number" ? (field.step ? Number(field.value) : Math.trunc(Number(field.value))) : field.value;
   };
   return Object.fromEntries(Object.entries(DEFAULTS).map(([name, usual]) => [name, read(name, usual)]));
 }
 
 function writeAddress(asked) {
-  const changed = Object.entries(asked).filter(([name, value]) => value !== DEFAULTS[name]);
+  const changed = Object.entries(asked).filter(([name, value]) => value !== DEFAULTS[name] && !(value.length > LONGEST_IN_ADDRESS));
   const text = new URLSearchParams(changed.map(([name, value]) => [name, typeof value === "boolean" ? (value ? "yes" : "no") : value]));
   history.replaceState(null, "", `#${text}`);
 }
+
+const cardOf = ({ card, memory }) => (card === OTHER ? { ...known.cards[card], memory: Math.trunc(memory * 2 ** 30) } : known.cards[card]);
+const option = ({ card, memory }) => (card === OTHER ? `--device-memory ${memory}GiB` : `--device ${JSON.stringify(card)}`);
 
 const unpacked = new Map();
 async function modelOf(asked) {
@@ -70,11 +76,11 @@ const uses = new Map();
 function use(model, asked, savers, checkpointed) {
   const { rank, rows, length, optimizer, gpus, expandable } = asked;
   const settings = { rank, rows, length, optimizer, gpus, expandable, checkpointed, sharding: gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
-  const key = JSON.stringify([asked.model, asked.bits, asked.card, savers, settings]);
+  const card = cardOf(asked), key = JSON.stringify([asked.model, asked.bits, asked.card, card.memory, savers, settings]);
   if (!uses.has(key)) {
     const step = recordedStep(model, savers, rows, length);
     const layers = step ? Math.min(checkpointed, step.segments.length) : 0;
-    uses.set(key, step && { savers, layers, of: step.segments.length, ...cardUse(model, step, known.cards[asked.card], { ...settings, checkpointed: layers }) });
+    uses.set(key, step && { savers, layers, of: step.segments.length, ...cardUse(model, step, card, { ...settings, checkpointed: layers }) });
   }
   return uses.get(key);
 }
@@ -108,7 +114,7 @@ async function longestRow(model, asked, isLatest) {
   const limit = Math.min(LONGEST, model.positions ?? LONGEST), unit = 64;
   const ways = asked.checkpointing === "auto" ? (asked.savers ? [["selective", ALL], ["free", ALL], ["free", 0]] : [["none", ALL], ["none", 0]]) : [[asked.savers ? "free" : "none", asked.checkpointing === "all" ? ALL : 0]];
   const fits = (length) => ways.some(([savers, layers]) => use(model, { ...asked, length }, savers, layers)?.verdict === "fits");
-  if (model.keepsState) {
+  if (model.byLength) {
     const known = [...new Set(model.steps.map((step) => step.shape[1]))].sort((a, b) => b - a);
     return known.find(fits) || 0;
   }
@@ -134,12 +140,12 @@ function planText(model, way) {
   parts.push(way.layers ? `${way.layers === way.of ? "all" : `${way.layers} of`} ${way.of} layers checkpointed` : "no layer checkpointed");
   const again = ((model.times.checkpointed ?? 1) - 1) * (way.of ? way.layers / way.of : 0), more = way.savers === "selective" ? (model.times.selective ?? 1) - 1 : 0;
   const time = again + more;
-  return `${parts.join(", ")}${time > 0.005 ? `; a step takes about ${(1 + time).toFixed(2)} of the time without` : ""}`;
+  return `${parts.join(", ")}${time > 0.005 ? `; a step takes about ${(1 + time).toFixed(2)} times as long as without checkpointing` : ""}`;
 }
 
 function showAnswer(model, asked, way, counted) {
-  const card = known.cards[asked.card], { id, parameters } = known.about[asked.model];
-  const each = asked.gpus > 1 ? `each of ${asked.gpus} x ${asked.card}` : `one ${asked.card}`;
+  const card = cardOf(asked), { id, parameters } = known.about[asked.model], name = asked.card === OTHER ? `card of ${gib(card.memory)}` : asked.card;
+  const each = asked.gpus > 1 ? `each of ${asked.gpus} x ${name}` : `one ${name}`;
   const left = way.spare >= 0 ? `${gib(way.spare)} to spare` : `${gib(-way.spare)} too much`;
   const bytes = Object.fromEntries(KINDS.map((kind, i) => [kind, way.parts[i]]));
   bytes.context = card.context + bytes.workspace;
@@ -153,7 +159,8 @@ function showAnswer(model, asked, way, counted) {
   answer.replaceChildren(
     element("p", { class: "verdict" }, mark(way.verdict), `${gib(way.total)} of ${gib(card.memory)}, ${left}`),
     element("p", {}, `${asked.model} (${(parameters / 1e9).toPrecision(3)}B) ${asked.bits === "nf4" ? "in 4 bits" : "in bf16"} on ${each}, ${count(asked.rows, "row")} of ${count(asked.length, "token")}, rank ${asked.rank} on all linear modules: ${planText(model, way)}.`),
-    ...(counted === asked.length ? [] : [element("p", { class: "faint" }, `Its layers keep a state, and the page knows a few lengths: ${asked.length} tokens count as ${counted}.`)]),
+    ...(counted === asked.length ? [] : [element("p", { class: "faint" }, `The page knows this model at a few lengths: ${asked.length} tokens count as ${counted}.`)]),
+    ...(asked.bits !== "none" && model.fused ? [element("p", { class: "faint" }, `Its experts, ${gib(2 * model.fused)}, stay in 16 bits, as transformers leaves them. rankpilot memory --experts tells what axolotl and Unsloth make of them.`)] : []),
     ...(way.verdict === "tight" ? [element("p", { class: "faint" }, "Tight: less than 3 % of the card is to spare, within which predictions err, or it fits only with expandable_segments.")] : []),
     bar, limit,
     element("ul", { class: "parts" }, ...shown.map(([kind, words]) => element("li", {}, element("i", { class: `chip ${kind}` }), words, element("b", {}, gib(bytes[kind]))))),
@@ -170,9 +177,45 @@ function showWays(model, asked, best) {
   );
 }
 
+// Steps of rows of these lengths, as they are padded and in parts. Parts choose the layers that they checkpoint.
+async function showRows(model, asked, given, isLatest) {
+  const section = document.getElementById("rows"), heading = element("h2", {}, "Your rows, padded and in parts");
+  section.hidden = !given.length;
+  if (!given.length) return;
+  section.replaceChildren(heading, element("p", { class: "faint" }, "Splitting steps of your rows ..."));
+  await pause();
+  const quick = use(model, { ...asked, rank: 8 }, "free", 0), lean = quick?.verdict !== "fits" && recordedStep(model, "selective", asked.rows, asked.length);
+  const savers = !asked.savers ? "none" : lean ? "selective" : "free", step = recordedStep(model, savers, asked.rows, asked.length), card = cardOf(asked);
+  if (step.lengthRatio === 1) return section.replaceChildren(heading, element("p", {}, "The layers of this model keep a state, so each length takes a recording of its own, and the page cannot tell steps in parts."));
+  const settings = { ...asked, sharding: asked.gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
+  const limit = roomForTensors(model, card, settings, use(model, asked, savers, ALL));
+  const lengths = given.map((length) => Math.min(length, asked.length)), cut = given.filter((length) => length > asked.length).length;
+  const found = await stepsOfLengths(model, step, settings, lengths, { rows: asked.rows, limit, flops: card.flops, order: known.order }, pause);
+  if (!isLatest()) return;
+  const none = found.partsPeak === null, saved = `${Math.round(100 * found.paddingSaved)} % of the padding`, fewest = (value) => (none ? "" : value), of = (number) => (number ? `${number} of ${found.steps}` : "none");
+  const mean = (number) => number.toFixed(1).replace(/\.0$/, "");
+  const table = [
+    ["parts of a step, on average", "1", fewest(mean(found.parts))],
+    ["time", "1.00", fewest(found.time.toFixed(2))],
+    ["peak, beside the frozen model", gib(found.rectanglePeak), fewest(gib(found.partsPeak))],
+    ["layers checkpointed, on average", `${found.rectangleLayers}`, fewest(mean(found.layers))],
+    ["steps that do not fit", of(found.rectangleTooLarge), of(found.tooLong)],
+  ];
+  const cells = (tag, row) => element("tr", {}, ...row.map((cell, i) => element(tag, i ? { class: "figure" } : {}, cell)));
+  const brings = none ? "" : found.paddingSaved < 0.005 ? "Parts would save no padding here. " : found.tooLong || !found.rectangleTooLarge ? `Parts leave out ${saved}. ` : `In parts every step fits, and ${saved} is left out. `;
+  const fits = found.fits === found.longest ? `Every row fits alone, the longest with ${count(found.longest, "token")}.` : found.fits ? `The longest row that fits alone has ${count(found.fits, "token")}.` : "Not even one row fits alone.";
+  section.replaceChildren(heading,
+    element("p", {}, `${count(found.steps, "step")} of ${count(asked.rows, "row")}, drawn from ${count(given.length, "row")} of up to ${count(found.longest, "token")}${cut ? `. ${count(cut, "row")} ${cut === 1 ? "is" : "are"} cut to ${count(asked.length, "token")}` : ""}.`),
+    element("div", { class: "scroll" }, element("table", {}, element("thead", {}, cells("th", ["", "padded to the longest row", "in parts"])), element("tbody", {}, ...table.map((row) => cells("td", row))))),
+    element("p", { class: "finding" }, `${brings}${fits}`),
+    element("p", { class: "faint" }, `In parts, rows of similar length run together, and their gradients add up to those of the whole step. rankpilot.attach(trainer, budget=...) does this.${found.filling > 1 ? ` On this card a part of fewer than ${count(found.filling, "token")} takes as long as one of that many.` : ""} Times are estimates from published rates.`),
+    ...(asked.lengths.length > LONGEST_IN_ADDRESS ? [element("p", { class: "faint" }, "A link to this answer leaves out your lengths, which are too many for an address.")] : []),
+  );
+}
+
 // What each program is told. axolotl and LLaMA-Factory checkpoint all layers or none, and know no savers.
 function programs(asked, way) {
-  const { id } = known.about[asked.model], four = asked.bits === "nf4", again = way.layers > 0, budget = Math.ceil((way.allocated + way.margin - way.parts[0] - known.cards[asked.card].workspace) / MIB);
+  const { id } = known.about[asked.model], four = asked.bits === "nf4", again = way.layers > 0, budget = Math.ceil((way.allocated + way.margin - way.parts[0] - cardOf(asked).workspace) / MIB);
   const partly = way.savers === "selective" || (way.layers > 0 && way.layers < way.of), attach = way.savers !== "none" || partly;
   const name = (text) => JSON.stringify(text), optimizer = IN_TRAINERS[asked.optimizer];
   const peft = [
@@ -195,14 +238,15 @@ function programs(asked, way) {
     `cutoff_len: ${asked.length}`, `per_device_train_batch_size: ${asked.rows}`, `gradient_accumulation_steps: ${asked.accumulation}`, ...(again ? [] : ["disable_gradient_checkpointing: true"]), `optim: ${optimizer}`, "bf16: true",
   ];
   const command = [
-    `rankpilot memory ${asked.model} --device ${name(asked.card)} --quantization ${asked.bits} --rank ${asked.rank} \\`,
-    `    --batch-size ${asked.rows} --max-length ${asked.length} --accumulation ${asked.accumulation} --optimizer ${asked.optimizer}${asked.gpus > 1 ? ` --gpus ${asked.gpus} --sharding ${asked.sharding}` : ""}`,
+    `rankpilot memory ${asked.model} ${option(asked)} --quantization ${asked.bits} --rank ${asked.rank} \\`,
+    `    --batch-size ${asked.rows} --max-length ${asked.length} --accumulation ${asked.accumulation} --optimizer ${asked.optimizer}${asked.gpus > 1 ? ` --gpus ${asked.gpus} --sharding ${asked.sharding}` : ""}${asked.lengths ? " --lengths lengths.txt" : ""}`,
+    ...(asked.lengths ? ["# lengths.txt holds the tokens of each row, one number a line."] : []),
   ];
   return { "PEFT and TRL": [peft, way], axolotl: [axolotl, null], "LLaMA-Factory": [factory, null], "command line": [command, way] };
 }
 
 let chosen = "PEFT and TRL";
-function showLines(model, asked, way) {
+function showLines(model, asked, there, way) {
   const all = programs(asked, way), tabs = document.getElementById("tabs"), lines = document.getElementById("lines");
   const choose = (name, focus) => {
     chosen = name;
@@ -212,7 +256,7 @@ function showLines(model, asked, way) {
       tab.tabIndex = on ? 0 : -1;
       if (on && focus) tab.focus();
     }
-    const [text, itself] = all[name], taken = itself || use(model, asked, "none", way.layers ? ALL : 0);
+    const [text, itself] = all[name], taken = itself || use(model, there, "none", way.layers ? ALL : 0);
     const copy = element("button", { type: "button", class: "copy" }, "Copy");
     copy.onclick = () => navigator.clipboard?.writeText(text.join("\n")).then(() => (copy.textContent = "Copied"));
     const how = itself ? [] : [element("p", { class: "faint" }, `${name} checkpoints all layers or none, and has no exact savers: ${gib(taken.total)}, `, mark(taken.verdict, true))];
@@ -233,35 +277,41 @@ function showLines(model, asked, way) {
 let latest = 0;
 async function show() {
   const asked = readForm(), own = ++latest, isLatest = () => own === latest;
-  for (const option of form.elements.bits.options) option.disabled = !document.getElementById(`${asked.model}/${option.value}`);
-  if (form.elements.bits.selectedOptions[0].disabled) {
-    form.elements.bits.value = [...form.elements.bits.options].find((option) => !option.disabled).value;
-    return show();
-  }
-  form.elements.sharding.disabled = asked.gpus < 2;
-  if (!form.checkValidity()) return answer.replaceChildren(element("p", { class: "verdict" }, form.querySelector(":invalid").validationMessage));
+  const { bits, lengths, sharding } = form.elements, read = readLengths(asked.lengths);
+  for (const option of bits.options) option.disabled = !document.getElementById(`${asked.model}/${option.value}`);
+  if (bits.selectedOptions[0].disabled) bits.setCustomValidity(`This page has no recording of ${asked.model} in ${asked.bits}. Choose other weights, or ask the command line: rankpilot memory ${asked.model} --quantization ${asked.bits} ${option(asked)}`);
+  if (read.wrong) lengths.setCustomValidity(`“${read.wrong.slice(0, 40)}” is neither the tokens of a row, a whole number above 0, nor a quantile such as p50 300.`);
+  sharding.disabled = asked.gpus < 2;
+  document.getElementById("memory").hidden = asked.card !== OTHER;
+  const complain = (text) => {
+    answer.replaceChildren(element("p", { class: "verdict" }, text));
+    answer.setAttribute("aria-busy", "false");
+    for (const id of ["rows", "others", "paste"]) document.getElementById(id).hidden = true;
+    document.body.dataset.done = own;
+  };
+  const unfit = form.querySelector(":is(input, select, textarea):invalid");
+  if (unfit) return complain(`${unfit.labels[0].firstChild.textContent.trim()}: ${unfit.validationMessage}`);
   writeAddress(asked);
   answer.setAttribute("aria-busy", "true");
   const longest = document.getElementById("longest");
   longest.textContent = "";
   await pause();
-  const model = await modelOf(asked);
+  const model = await modelOf(asked).catch(() => null);
   if (!isLatest()) return;
-  const complain = (text) => {
-    answer.replaceChildren(element("p", { class: "verdict" }, text));
-    answer.setAttribute("aria-busy", "false");
-    document.getElementById("ways").replaceChildren();
-  };
+  if (!model) return complain("This browser is too old to unpack what the page holds. Chrome or Edge 103, Firefox 113 and Safari 16.4 can, and newer ones.");
   if (model.positions && asked.length > model.positions) return complain(`${asked.model} reads ${count(model.positions, "token")} at the most.`);
-  const counted = model.keepsState ? Math.min(...model.steps.map((step) => step.shape[1]).filter((length) => length >= asked.length)) : asked.length;
+  const counted = model.byLength ? Math.min(...model.steps.map((step) => step.shape[1]).filter((length) => length >= asked.length)) : asked.length;
   const there = { ...asked, length: counted }, way = Number.isFinite(counted) ? await fastest(model, there) : null;
   if (!isLatest()) return;
   if (!way) return complain("The page has no recording for this batch. The command line records it: rankpilot memory.");
+  for (const id of ["others", "paste"]) document.getElementById(id).hidden = false;
   showAnswer(model, asked, way, counted);
   answer.setAttribute("aria-busy", "false");
   await pause();
   showWays(model, there, way);
-  showLines(model, there, way);
+  showLines(model, asked, there, way);
+  await showRows(model, there, read.lengths, isLatest);
+  if (!isLatest()) return;
   longest.textContent = "Looking for the longest row that fits ...";
   const most = await longestRow(model, there, isLatest);
   if (!isLatest()) return;
@@ -272,14 +322,24 @@ async function show() {
 
 const [models, cards] = [Object.keys(known.about), Object.entries(known.cards).sort(([, one], [, other]) => one.memory - other.memory)];
 form.elements.model.append(...models.map((name) => element("option", {}, name)));
-form.elements.card.append(...cards.map(([name, { memory }]) => element("option", { value: name }, `${name} (${gib(memory)})`)));
+form.elements.card.append(...cards.map(([name, { memory }]) => element("option", { value: name }, name === OTHER ? `${name}, by its memory` : `${name} (${gib(memory)})`)));
 form.elements.optimizer.append(...Object.entries(OPTIMIZERS).map(([name, words]) => element("option", { value: name }, words)));
-document.getElementById("foot").append(element("p", {}, "Bytes are those of rankpilot memory, to the byte: a step of the model was recorded, and is replayed here for your batch, rank, optimizer and card. Adapters are on all linear modules, attention is torch's flash attention where the model's mask allows it, and a 4-bit model is prepared with prepare_model_for_kbit_training. Predictions err by some per cent: leave 3 % of a card, and in 4 bits more."));
+document.getElementById("foot").append(element("p", {}, "Bytes are those of rankpilot memory, to the byte: a step of the model was recorded, and is replayed here for your batch, rank, optimizer and card. Adapters are on all linear modules, attention is torch's flash attention where the model's mask allows it, and a 4-bit model is prepared with prepare_model_for_kbit_training. Predictions err by some per cent: leave 3 % of a card free, and in 4 bits up to 15 %."));
 let waiting = 0;
 form.addEventListener("input", () => {
   for (const field of form.elements) field.setCustomValidity("");
   clearTimeout(waiting);
   waiting = setTimeout(show, 120);
+});
+form.elements.lengths.addEventListener("input", () => {
+  const longest = (readLengths(form.elements.lengths.value).lengths ?? []).reduce((most, length) => Math.max(most, length), 0);
+  if (longest > 1) form.elements.namedItem("length").value = Math.min(longest, LONGEST); // what trainers would pad to; lower it to cut rows
+});
+document.getElementById("file").addEventListener("change", async ({ target }) => {
+  if (!target.files.length) return;
+  form.elements.lengths.value = await target.files[0].text();
+  target.value = ""; // so that the same file can be read again
+  form.elements.lengths.dispatchEvent(new Event("input", { bubbles: true }));
 });
 form.addEventListener("submit", (event) => event.preventDefault());
 addEventListener("hashchange", () => (readAddress(), show()));

@@ -13,12 +13,12 @@ async function unpackModel(base64) {
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
   const bytes = await new Response(stream).arrayBuffer(), view = new DataView(bytes);
   const start = 4 + view.getUint32(0, true), model = JSON.parse(new TextDecoder().decode(new Uint8Array(bytes, 4, start - 4)));
+  const arrays = [];
   let offset = start;
-  for (const [owner, name, width, lag, times, count] of model.arrays) {
-    const read = { 1: "getInt8", 2: "getInt16", 4: "getInt32", 8: "getFloat64" }[width];
-    const values = new Float64Array(count);
-    for (let i = 0; i < count; i++, offset += width) values[i] = view[read](offset, true);
-    for (let time = 0; time < times; time++) for (let i = lag; i < count; i++) values[i] += values[i - lag];
+  for (const [owner, name, ...how] of model.arrays) {
+    const values = how.length === 1 ? arrays[how[0]].slice() : numbers(view, offset, how);
+    if (how.length > 1) offset += how[0] * how[3];
+    arrays.push(values);
     const place = owner < 0 ? model : model.steps[owner];
     place[name] = place[name] ? Float64Array.from([...place[name], ...values]) : values; // the forward pass, then the backward pass
   }
@@ -26,21 +26,47 @@ async function unpackModel(base64) {
   return model;
 }
 
+// Numbers of so many bytes, the lowest bytes of all first, or of floating point; each was told by the one a lag before.
+function numbers(view, offset, [width, lag, times, count]) {
+  const values = new Float64Array(count);
+  for (let i = 0; i < count; i++) {
+    if (width === 8) values[i] = view.getFloat64(offset + 8 * i, true);
+    else {
+      for (let plane = width - 1; plane >= 0; plane--) values[i] = 256 * values[i] + view.getUint8(offset + plane * count + i);
+      if (values[i] >= 2 ** (8 * width - 1)) values[i] -= 2 ** (8 * width);
+    }
+  }
+  for (let time = 0; time < times; time++) for (let i = lag; i < count; i++) values[i] += values[i - lag];
+  return values;
+}
+
+const summed = (values) => {
+  for (let i = 1; i < values.length; i++) values[i] += values[i - 1];
+  return values;
+};
+
 // Times from spans, and the tables of a recorded step.
 function restore(step) {
-  for (let i = 1; i < step.created.length; i++) step.created[i] += step.created[i - 1];
-  for (const name of ["freed", "unsaved"]) step[name] = step[name].map((span, i) => (span < 0 ? NEVER : span + step.created[i]));
+  const created = summed(step.created), count = created.length;
   step.forward = 0;
-  while (step.forward < step.created.length && step.created[step.forward] <= step.forwardEnd) step.forward++;
-  const rows = (flat, width) => Array.from({ length: flat.length / width }, (_, i) => [...flat.subarray(i * width, (i + 1) * width)]);
-  step.segments = rows(step.segments, 5).map(([first, end, second, last, backwardEnd]) => ({ first, end, second, last, backwardEnd, inputs: [], saved: [] }));
-  const owners = (flat, name) => {
-    let serial = 0;
-    for (const [span, number] of rows(flat, 2)) step.segments[number][name].push((serial += span));
+  while (step.forward < count && created[step.forward] <= step.forwardEnd) step.forward++;
+  const backward = new Map(); // when the backward pass of each segment begins, from which some times are told
+  for (let i = count - 1; i >= step.forward; i--) if (step.segment[i] >= 0) backward.set(step.segment[i], created[i]);
+  const anchor = (i) => Math.max(created[i], backward.get(step.segment[i]) ?? 0);
+  for (const name of ["freed", "unsaved"])
+    step[name] = step[name].map((span, i) => (span === -1 ? NEVER : span < -1 ? created[i] - span - 2 : anchor(i) + span));
+  step.sooner = step.sooner.map((span, i) => (span < 0 ? step.freed[i] : created[i] + span));
+  step.onContext = step.needed.map((bits) => bits >> 1);
+  step.needed = step.needed.map((bits) => bits & 1);
+  const table = (name, width) => {
+    const columns = Array.from({ length: width }, (_, place) => summed(step[`${name} ${place}`]));
+    return Array.from(columns[0], (_, row) => columns.map((column) => column[row]));
   };
-  owners(step.inputs, "inputs");
-  owners(step.saved, "saved");
-  step.gradients = rows(step.gradients, 3); // serial number, module or -1, when it is added
+  step.segments = table("segments", 5).map(([first, end, second, last, backwardEnd]) => ({ first, end, second, last, backwardEnd, inputs: [], saved: [] }));
+  for (const [serial, number] of table("inputs", 2)) step.segments[number].inputs.push(serial);
+  step.saved.forEach((own, serial) => own && step.segments[step.segment[serial]].saved.push(serial));
+  for (const [serial, number] of table("savedOutside", 2)) step.segments[number].saved.push(serial);
+  step.gradients = table("gradients", 3); // serial number, module or -1, when it is added
 }
 
 const roundUp = (value, multiple) => Math.ceil(value / multiple) * multiple;
@@ -370,14 +396,14 @@ function cardUse(model, step, card, settings) {
   const reserved = allocator.peakReserved, total = reserved + card.context + margin, spare = card.memory - total;
   const reserve = reserved - Math.max(allocated, evaluation);
   const verdict = spare >= SLACK * card.memory ? "fits" : spare + reserve >= 0 ? "tight" : "does not fit";
-  return { allocated, evaluation, reserved, margin, total, spare, verdict, parts: evaluation > allocated ? allocator.atPeak : parts };
+  return { allocated, evaluation, reserved, reserve, margin, total, spare, verdict, parts: evaluation > allocated ? allocator.atPeak : parts };
 }
 
 // The recorded batch that tells of this one; see `StoredStep._shapes`. None where no recording does.
 function recordedStep(model, savers, rows, length) {
   const own = model.steps.filter((step) => step.savers === savers);
   const exact = own.find((step) => step.shape[1] === length && step.shape[0] === (rows > 1 ? 4 : 1));
-  if (model.keepsState) return exact || null;
+  if (model.byLength) return exact || null;
   const below = Math.max(0, ...model.windows.filter((window) => window <= length));
   const [rest, multiple] = below && !model.isEager && length % 16 ? [4, 512] : [32, 256];
   const ends = [...model.windows, ...(model.positions === null ? [] : [model.positions + 1])].filter((end) => end > length);
