@@ -47,7 +47,7 @@ demo: $(VENV)/.installed-demo ## an 8B on a card, its steps in parts, a fine-tun
 	$(BIN)/rankpilot policy train --rounds 3 --warm-rounds 1 --stacks 1 --episodes 16 --steps 40 --validation-tasks 1 --output $(SEEN)/policy --resume
 	$(BIN)/rankpilot finetune $(DEMO) --policy agent --budget "20k params" --output $(SEEN)/steered
 	$(BIN)/rankpilot study $(SEEN)/steered --output $(SEEN)/study.html
-	$(BIN)/python -m tools.make_page --output $(SEEN)/memory.html
+	$(BIN)/python -m tools.make_page --output $(SEEN)/memory.html --models llama-3.1-8b qwen3-8b mistral-7b-v0.3 smollm2-135m gpt-oss-20b
 	$(BIN)/python -m tools.demo $(SEEN)
 
 bench: setup ## measure what a step costs, how its memory and time are predicted

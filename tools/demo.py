@@ -49,7 +49,7 @@ def seen(folder: Path) -> Iterator[str]:
     yield policy_sentence(rows)
     yield steered_sentence(read_run(folder / "steered").decisions)
     yield f"The page {folder / 'study.html'} explains each of its decisions."
-    yield f"To ask what fits a card, of any model that ships: open {folder / 'memory.html'}"
+    yield f"To ask what fits a card, of five models (of all: make page): open {folder / 'memory.html'}"
 
 
 def card_sentence(memory: dict[str, Any]) -> str:
