@@ -128,6 +128,9 @@ def _read(head: Any, content: bytes) -> NDArray[Any]:
 
 _LONGEST_LAG = 2000
 
+_LAST, _TRIED = 4000, 60
+"""How many values tell which lags are tried on all of them, and how many lags are."""
+
 _TYPES = {"|b1", "|u1", "|i1", "<i2", "<i4", "<i8", "<f8"}
 
 
@@ -135,10 +138,11 @@ def repeats(values: NDArray[Any], longest: int = _LONGEST_LAG) -> tuple[int, int
     """After how many rows values repeat themselves but for steady steps, and how often a difference is to be taken.
 
     What is left after `lagged` has fewest changes. Steps are steady within each kind of row, so that a difference of
-    differences is often 0; (0, 0) if nothing helps. Up to `longest` rows are looked at.
+    differences is often 0; (0, 0) if nothing helps. Up to `longest` rows are looked at: all values, where the last ones
+    repeat themselves best.
     """
     best, least = (0, 0), np.count_nonzero(np.diff(values))
-    for lag in range(1, min(longest, len(values) // 3)):
+    for lag in _likely(values.astype(np.int64), min(longest, len(values) // 3)):
         changed = values
         for times in (1, 2):
             changed = lagged(changed, lag)
@@ -146,6 +150,16 @@ def repeats(values: NDArray[Any], longest: int = _LONGEST_LAG) -> tuple[int, int
             if changes < least:
                 best, least = (lag, times), changes
     return best
+
+
+def _likely(values: NDArray[np.int64], longest: int) -> list[int]:
+    """The numbers of rows, below `longest`, after which the last values repeat themselves best, rising."""
+    last = min(_LAST, len(values) - longest)
+    changes = np.zeros(max(longest, 1), dtype=np.int64)
+    for lag in range(1, longest):
+        changed = values[-last:] - values[len(values) - last - lag : -lag]
+        changes[lag] = np.count_nonzero(changed[1:] != changed[:-1])
+    return sorted((np.argsort(changes[1:], kind="stable")[:_TRIED] + 1).tolist())
 
 
 def lagged(values: NDArray[Any], lag: int) -> NDArray[Any]:
