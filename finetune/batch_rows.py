@@ -1,8 +1,12 @@
-"""The rows of a batch: how long each is without padding, and the batch that holds only some of them."""
+"""The rows of a batch: how long each is without padding, and the batch that holds only some of them.
+
+Numbers beside each other are tokens only where their count follows the length of the text: features of 16 numbers are
+none, also in a batch whose texts have 16 tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +21,59 @@ from ..errors import UnsupportedError
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """What may be cut from the batches of a run.
+
+    Attributes:
+        groups: names of the tensors whose second axis holds tokens, those together that always have one number of them.
+        left: whether padding on the left may be cut as well as that on the right.
+    """
+
+    groups: tuple[frozenset[str], ...]
+    left: bool = False
+
+    @classmethod
+    def seen_in(cls, batches: Iterable[Batch], *, left: bool) -> Cuts:
+        """What a few batches of one example each show: of an axis that never changes, its name has to tell.
+
+        Args:
+            batches: of different examples.
+            left: see above.
+        """
+        sizes: dict[str, list[int]] = {}
+        count, odd = 0, set[str]()
+        for count, batch in enumerate(batches, 1):
+            for name, value in _named(batch):
+                if isinstance(value, torch.Tensor) and value.dim() >= 2:
+                    sizes.setdefault(name, []).append(value.shape[1])
+                    odd |= {name} if value.is_floating_point() and value.dim() == 2 else set()
+        groups: dict[tuple[int, ...], set[str]] = {}
+        for name, each in sizes.items():
+            by_name = name.endswith(_TOKENS) and name not in odd
+            if len(each) == count and (len(set(each)) > 1 or by_name):
+                groups.setdefault(tuple(each), set()).add(name)
+        if any(len(set(each)) > 1 for each in groups):  # then a constant is none
+            groups = {each: names for each, names in groups.items() if len(set(each)) > 1}
+        return cls(tuple(map(frozenset, groups.values())), left)
+
+
+_TOKENS = (
+    "input_ids",
+    "labels",
+    MASK,
+    "token_type_ids",
+    PLACES,
+    "inputs_embeds",
+    "completion_mask",
+    "special_tokens_mask",
+    "assistant_masks",
+)
+"""Ends of the names of tensors that have a number for each token."""
+
+
+@dataclass(frozen=True)
 class _Axis:
-    """The tokens of those tensors of a batch that have one number of them.
+    """The tokens of a group of tensors.
 
     Attributes:
         size: tokens, padding included.
@@ -31,10 +86,10 @@ class _Axis:
     end: IntArray
 
     @classmethod
-    def of(cls, size: int, real: BoolArray) -> _Axis:
-        """Of the tokens that are no padding, bool (rows, tokens)."""
+    def of(cls, size: int, real: BoolArray, *, left: bool) -> _Axis:
+        """Of the tokens that are no padding, bool (rows, tokens); of that on the `left` if it may be cut."""
         some = real.any(axis=1)
-        first = np.where(some, real.argmax(axis=1), 0)
+        first = np.where(some & left, real.argmax(axis=1), 0)
         return cls(size, first, np.where(some, size - real[:, ::-1].argmax(axis=1), 1))
 
     @property
@@ -74,15 +129,16 @@ class BatchRows:
     lengths: IntArray
     each: int
     predicted: IntArray | None
-    _axes: Mapping[int, _Axis]
+    _axes: Mapping[frozenset[str], _Axis]
     packed: bool = False
 
     @classmethod
-    def of(cls, batch: Batch, each: int = 1) -> BatchRows:
+    def of(cls, batch: Batch, cuts: Cuts, each: int = 1) -> BatchRows:
         """Tell the examples of a batch apart.
 
         Args:
             batch: with one tensor or list entry for each row, in any nesting.
+            cuts: what may be cut from it.
             each: rows that an example takes; see `reshaped`.
 
         Raises:
@@ -94,13 +150,13 @@ class BatchRows:
             lengths = np.diff(starts, append=shape.length)
             return cls(batch, shape, len(starts), lengths, 1, _predicted_in_texts(batch, starts), {}, packed=True)
         examples = max(shape.rows // each, 1)
-        axes: dict[int, _Axis] = {}
+        axes: dict[frozenset[str], _Axis] = {}
         if examples > 1 or each == 1:
             for name, value in _named(batch):
                 _check_rows(name, value, shape.rows, examples)
-            axes = _axes_of(batch, shape.rows, examples)
+            axes = _axes_of(batch, cuts, shape.rows)
         lengths = np.full(examples, shape.length)
-        if shape.length in axes:
+        if any(axis.size == shape.length for axis in axes.values()):
             tokens = [-(-axis.lengths * shape.length // axis.size) for axis in axes.values()]
             lengths = _of_examples(np.max(tokens, axis=0), each).max(axis=0)
         return cls(batch, shape, examples, lengths, each, _predicted(batch, shape.rows, each), axes)
@@ -116,18 +172,23 @@ class BatchRows:
         if self.packed:
             return self.batch if len(chosen) == self.examples else self._texts(chosen)
         rows = np.concatenate([block * self.examples + chosen for block in range(self.each)])
-        cuts = {size: axis.cut(rows, multiple) for size, axis in self._axes.items()}
+        cuts = {name: axis.cut(rows, multiple) for names, axis in self._axes.items() for name in names}
         whole = len(chosen) == self.examples
-        if whole and all(cut == slice(0, size) for size, cut in cuts.items()):
+        if whole and all(cuts[min(names)] == slice(0, axis.size) for names, axis in self._axes.items()):
             return self.batch
 
-        def change(value: Any) -> Any:
+        def change(name: str, value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                return self._cut(value, chosen, rows, cuts)
+                return self._cut(value, chosen, rows, cuts.get(name))
             places = {self.shape.rows: rows, self.examples: chosen}.get(len(value))
             return value if places is None or whole else type(value)(value[place] for place in places.tolist())
 
         return _changed(self.batch, change)
+
+    def with_labels(self, labels: torch.Tensor, cuts: Cuts) -> BatchRows:
+        """The same rows with other labels."""
+        batch = type(self.batch)({**self.batch, "labels": labels})
+        return BatchRows.of(batch, cuts, self.each)
 
     def _texts(self, chosen: IntArray) -> Batch:
         """Some texts of a packed row side by side, with limits of their own where the batch has limits."""
@@ -153,16 +214,20 @@ class BatchRows:
 
     def span(self, examples: Sequence[int]) -> slice:
         """The tokens of the batch that a part of these examples has."""
-        axis = self._axes.get(self.shape.length)
+        axis = next((axis for axis in self._axes.values() if axis.size == self.shape.length), None)
         return slice(0, self.shape.length) if axis is None else axis.cut(np.asarray(examples), 1)
 
-    def _cut(self, tensor: torch.Tensor, chosen: IntArray, rows: IntArray, cuts: Mapping[int, slice]) -> torch.Tensor:
+    def _cut(self, tensor: torch.Tensor, chosen: IntArray, rows: IntArray, cut: slice | None) -> torch.Tensor:
         if tensor.dim() and tensor.shape[0] in (self.shape.rows, self.examples) and len(chosen) < self.examples:
             places = rows if tensor.shape[0] == self.shape.rows else chosen
             tensor = tensor[torch.as_tensor(places, device=tensor.device)]
-        if tensor.dim() < 2 or (cut := cuts.get(tensor.shape[1])) is None or _is_told_apart(tensor):
+        if cut is None or tensor.dim() < 2:
             return tensor
         return tensor[:, cut].contiguous()  # losses take views of labels
+
+    def named(self) -> Iterator[tuple[str, Any]]:
+        """The tensors and lists of the batch with their names."""
+        yield from _named(self.batch)
 
     @property
     def tokens(self) -> int:
@@ -199,10 +264,10 @@ SUM, ROWS, TOKENS, NEXT_TOKENS = SHARES = ("sum", "mean over rows", "mean over t
 
 
 def _named(batch: Batch, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The tensors and lists of a batch with their names."""
+    """The tensors and lists of a batch with their names, those of mappings inside of others after a dot."""
     if isinstance(batch, Mapping):
         for key, value in batch.items():
-            yield from _named(value, str(key))
+            yield from _named(value, f"{name}.{key}" if name else str(key))
     elif isinstance(batch, torch.Tensor) or (isinstance(batch, list | tuple) and not _holds_tensors(batch)):
         yield name, batch
     elif isinstance(batch, list | tuple):
@@ -214,13 +279,14 @@ def _holds_tensors(values: Sequence[Any]) -> bool:
     return any(isinstance(value, torch.Tensor | Mapping | list | tuple) for value in values)
 
 
-def _changed(batch: Batch, change: Callable[[Any], Any]) -> Batch:
-    """The batch with each of its tensors and lists changed; mappings become dictionaries."""
+def _changed(batch: Batch, change: Callable[[str, Any], Any], name: str = "") -> Batch:
+    """The batch with each of its tensors and lists changed, which get their names as of `_named`."""
     if isinstance(batch, Mapping):
-        return {name: _changed(value, change) for name, value in batch.items()}
+        items = {key: _changed(value, change, f"{name}.{key}" if name else str(key)) for key, value in batch.items()}
+        return type(batch)(items)  # type: ignore[call-arg]
     if isinstance(batch, torch.Tensor) or (isinstance(batch, list | tuple) and not _holds_tensors(batch)):
-        return change(batch)
-    return type(batch)(_changed(value, change) for value in batch) if isinstance(batch, list | tuple) else batch
+        return change(name, batch)
+    return type(batch)(_changed(value, change, name) for value in batch) if isinstance(batch, list | tuple) else batch
 
 
 def _check_rows(name: str, value: Any, rows: int, examples: int) -> None:
@@ -265,38 +331,34 @@ def _predicted_in_texts(batch: Batch, starts: IntArray) -> IntArray | None:
     return np.array([sums, sums - counted[starts]])
 
 
-def _is_told_apart(tensor: torch.Tensor) -> bool:
-    """Whether numbers beside each other are no tokens: scores of classes, and pictures."""
-    return tensor.is_floating_point() and tensor.dim() in (2, 4)
+def _axes_of(batch: Batch, cuts: Cuts, rows: int) -> dict[frozenset[str], _Axis]:
+    """The axes of tokens of a batch by their group; of one that nothing tells about, no padding is known.
 
-
-def _axes_of(batch: Batch, rows: int, examples: int) -> dict[int, _Axis]:
-    """The axes of tokens of a batch by their size; of one that nothing tells about, no padding is known.
-
-    A mask tells the padding of tensors of its size, and so do labels that no loss counts; one that some loss counts is
+    A mask tells the padding of tensors of its group, and so do labels that no loss counts; one that some loss counts is
     no padding. Where inputs have no mask, all of their tokens are read.
     """
-    found: dict[int, list[tuple[str, torch.Tensor]]] = {}
-    for name, value in _named(batch):
-        if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[0] in (rows, examples, 1):
-            if value.shape[0] != 1 and not value.is_floating_point() and value.dim() == 2:
-                found.setdefault(value.shape[1], []).append((name, value))
-            elif value.dim() == 4 and value.shape[-1] == value.shape[-2]:
-                found.setdefault(value.shape[-1], []).append((f"4-D {name}", value))
-    axes: dict[int, _Axis] = {}
-    for size, tensors in found.items():
-        masks = [value for name, value in tensors if name.endswith(MASK)]
-        labels = [value for name, value in tensors if name.endswith("labels")]
-        reads = any(name.endswith("input_ids") and not name.startswith("decoder") for name, _ in tensors)
-        if any(name.startswith("4-D") for name, _ in tensors) or (reads and not masks) or not (masks or labels):
-            axes[size] = _Axis(size, np.zeros(rows, dtype=np.int64), np.full(rows, size))
+    named = [(name, value) for name, value in _named(batch) if isinstance(value, torch.Tensor)]
+    square = {value.shape[-1] for _, value in named if value.dim() == 4 and value.shape[-1] == value.shape[-2]}
+    axes: dict[frozenset[str], _Axis] = {}
+    for group in cuts.groups:
+        own = [(name, value) for name, value in named if name in group and value.dim() >= 2]
+        sizes = {value.shape[1] for _, value in own}
+        if len(sizes) != 1 or any(len(value) not in (rows, 1) for _, value in own):
+            continue
+        (size,) = sizes
+        flat = [(name, value) for name, value in own if value.dim() == 2]
+        masks = [value for name, value in flat if name.endswith(MASK)]
+        labels = [value for name, value in flat if name.endswith("labels") and not value.is_floating_point()]
+        reads = any(name.endswith("input_ids") and "decoder_" not in name for name, _ in flat)
+        if size in square or (reads and not masks) or not (masks or labels):
+            axes[group] = _Axis(size, np.zeros(rows, dtype=np.int64), np.full(rows, size))
             continue
         real = np.zeros((rows, size), dtype=np.bool_)
         for value in masks:
             real |= np.resize((value != 0).cpu().numpy(), real.shape)
         for value in labels:
             real |= np.resize((value != IGNORED).cpu().numpy(), real.shape)
-        axes[size] = _Axis.of(size, real)
+        axes[group] = _Axis.of(size, real, left=cuts.left)
     return axes
 
 
@@ -307,8 +369,11 @@ def _of_examples(values: IntArray, each: int) -> IntArray:
 
 def _predicted(batch: Batch, rows: int, each: int) -> IntArray | None:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.is_floating_point() or len(labels) != rows:
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or not labels.dim() or len(labels) != rows:
         return None
-    counted = (labels != IGNORED).cpu().numpy()
-    sums = [_of_examples(of.sum(axis=1), each).sum(axis=0) for of in (counted, counted[:, 1:])]
+    if labels.dim() > 2:
+        return None
+    counted = (labels != IGNORED).reshape(rows, -1).cpu().numpy()
+    after = counted[:, 1:] if labels.dim() == 2 else counted
+    sums = [_of_examples(of.sum(axis=1), each).sum(axis=0) for of in (counted, after)]
     return np.array(sums, dtype=np.int64)

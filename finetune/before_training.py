@@ -40,6 +40,7 @@ from ..lora.spec import REFERENCE_RANK, RankLadder, highest_ranks
 from ..lora.targets import TargetModule, other_trainable, unwrap
 from ..plan.plan import FewestLayers, TimeLimit, check_budget
 from ..plan.problem import AllocationProblem
+from .batch_rows import BatchRows, Cuts
 from .exact_parts import exactness_of
 from .options import PilotOptions
 from .parts import StepParts
@@ -47,6 +48,7 @@ from .plan_keeper import PlanKeeper
 from .prefix_cache import PrefixCache, Room
 from .put_back import LayerCheckpointing
 from .run import FIRST_ROWS, FirstRows, TrainingRun
+from .watched_parts import Watch
 
 UNSEEN: FirstRows = (0.0, [(1, 1)])
 """The loss and shapes of the first rows, for a run whose training data do not exist yet."""
@@ -242,6 +244,9 @@ def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str
         return None
 
 
+SAMPLED_BATCHES = 4
+"""The number of batches whose padding is counted."""
+
 SAMPLED_ROWS = 32
 """The number of rows whose tokens are counted to estimate how many tokens the data set has."""
 
@@ -324,8 +329,25 @@ def try_parts(
         parts.turn_off("static_graph of DistributedDataParallel takes all passes for alike")
     elif reason := _reason_of_compiled(run, plans):
         parts.turn_off(reason)
+    elif (unknown := run.unknown()) and not parts.asked:
+        padding = run.measured(partial(_padding, run, run.cuts, seed))
+        brings = f"and {padding:.0%} of the tokens are padding"
+        parts.turn_off(f'{unknown}, so rows may meet in it. parts="on" tests that, {brings}')
+    elif unknown and run.replicas.processes.count > 1:
+        parts.turn_off(f"{unknown}, and several processes do not test their batches")
     else:
-        parts.decide(exactness_of(run, targets, seed), run.step.rows_per_example)
+        found = exactness_of(run, targets, seed, known=not unknown)
+        parts.decide(found, run.step.rows_per_example, watch=Watch(seed) if unknown and found.kind else None)
+
+
+def _padding(run: TrainingRun, cuts: Cuts, seed: int) -> float:
+    """The share of padding in a few batches of a run; 0 where nothing tells it."""
+    try:
+        batches = run.small_batches(SAMPLED_BATCHES, run.rows, seed)
+        found = [BatchRows.of(batch, cuts, run.step.rows_per_example) for batch in batches]
+    except UnsupportedError:
+        return 0.0
+    return 1 - sum(int(rows.lengths.sum()) for rows in found) / max(sum(rows.tokens for rows in found), 1)
 
 
 def _reason_of_compiled(run: TrainingRun, plans: int) -> str:

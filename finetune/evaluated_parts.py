@@ -2,12 +2,14 @@
 
 Losses of a Trainer's evaluations need not count as those of its steps, and what it returns is its own business. So the
 first batch is tested: some of its rows as a whole and in two parts. Where the results differ, batches run as they are.
+Under a loss that is not known, whole batches are tested in their parts, as those of training are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from ..errors import first_line
 from .batch_rows import SHARES, BatchRows
 from .exact_parts import TESTED_ROWS, rounding_of, rows_of, uneven
 from .parts import StepParts
+from .watched_parts import Watch
 
 SMALLER = 4.0
 """By what the bytes of parts are multiplied after one that ran out of memory; after a second one rows run alone."""
@@ -42,23 +45,26 @@ class EvaluatedParts:
         self._parts, self._tell = parts, tell
         self.on: bool | None = None
         self._kind, self._token_bytes, self._share = "", 0.0, 1.0
+        self._watch: Watch | None = None
+        self._batches = 0
 
-    def run(self, evaluate: Callable[[Batch], Result], batch: Batch, whole: str) -> Result:
+    def run(self, evaluate: Callable[[Batch], Result], batch: Batch, whole: str, unknown: str) -> Result:
         """Evaluate a batch.
 
         Args:
             evaluate: runs the Trainer's step on a batch.
             batch: as the Trainer has it.
             whole: why batches run as they are, for people; empty where nothing speaks against parts.
+            unknown: why the loss is not known; then they do unless its user asks for parts.
 
         Raises:
             torch.OutOfMemoryError: a row alone is too much.
         """
-        rows = rows_of(batch, 1) if self._parts.on and self.on is not False else None
+        rows = rows_of(batch, self._parts.cuts, 1) if self._parts.on and self.on is not False else None
         if rows is None or rows.examples < 2:
             return evaluate(batch)
         if self.on is None:
-            self._decide(evaluate, rows, whole)
+            self._decide(evaluate, rows, whole, unknown)
             if not self.on:
                 return evaluate(batch)
         for smaller in (1.0, SMALLER, math.inf):
@@ -67,19 +73,45 @@ class EvaluatedParts:
             try:
                 if len(parts) == 1 and rows.part(parts[0]) is batch:
                     return evaluate(batch)
-                return self._joined(rows, parts, [evaluate(rows.part(part)) for part in parts])
+                found = self._joined(rows, parts, [evaluate(rows.part(part)) for part in parts])
+                return self._compared(evaluate, rows, parts, found)
             except torch.OutOfMemoryError:  # outside of it, since it holds the tensors of the part
-                if len(parts) == rows.examples:
+                if math.isinf(self._share):
                     raise
         raise AssertionError("the last parts are rows alone")
+
+    def _compared(
+        self, evaluate: Callable[[Batch], Result], rows: BatchRows, parts: Sequence[Sequence[int]], found: Result
+    ) -> Result:
+        """The result of a batch in parts, or that of the whole one if it is tested, and theirs differ."""
+        self._batches += 1
+        if self._watch is None or not self._watch.due(self._batches, rows, parts):
+            return found
+        try:
+            whole = evaluate(rows.batch)
+        except torch.OutOfMemoryError:
+            return found
+        loss = (whole[0], found[0])
+        rounding = max((rounding_of(tensor.dtype) for tensor in _tensors(whole)), default=0.0)
+        same = loss[0] is None or loss[1] is None or abs(float(loss[1]) / float(loss[0]) - 1) <= rounding
+        if same and all(map(partial(_close, rounding=rounding), _tensors(found[1:]), _tensors(whole[1:]))):
+            return found
+        self._stop("in parts another batch has other results")
+        return whole
+
+    def _stop(self, reason: str) -> None:
+        self.on = False
+        self._tell(f"Batches of evaluations run as they are, and not in parts: {reason}.")
 
     def shrink(self, share: float) -> None:
         """Let parts take less, after an evaluation whose peak was this share of the budget."""
         self._share *= share
 
-    def _decide(self, evaluate: Callable[[Batch], Result], rows: BatchRows, whole: str) -> None:
+    def _decide(self, evaluate: Callable[[Batch], Result], rows: BatchRows, whole: str, unknown: str) -> None:
         """Test on some rows whether results of parts are those of a batch."""
+        self._watch = Watch(0) if unknown and self._parts.asked else None
         reason = whole or ("an example has several rows" if self._parts.each > 1 else "")
+        reason = reason or (unknown if not self._watch else "")
         if not reason:
             try:
                 reason = self._tested(evaluate, rows, TESTED_ROWS)
@@ -87,16 +119,17 @@ class EvaluatedParts:
                 reason = "rows run out of memory"
             except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
                 reason = f"they do not take a part of a batch ({first_line(error)})"
-        self.on = not reason
+        self.on = True
         if reason:
-            self._tell(f"Batches of evaluations run as they are, and not in parts: {reason}.")
+            self._stop(reason)
 
     def _tested(self, evaluate: Callable[[Batch], Result], rows: BatchRows, count: int) -> str:
         """Why batches run as they are, by a test of the shortest rows, as many as there is memory for; else nothing."""
         order = np.argsort(rows.lengths, kind="stable")[:count]
-        some = BatchRows.of(rows.part(sorted(order.tolist())))
+        cuts = self._parts.cuts
+        some = BatchRows.of(rows.part(sorted(order.tolist())), cuts)
         parts = [sorted(part.tolist()) for part in np.array_split(np.argsort(-some.lengths, kind="stable"), 2)]
-        some = uneven(some, parts)
+        some = uneven(some, parts, cuts, known=self._watch is None)
         try:
             whole, each = evaluate(some.batch), [evaluate(some.part(part)) for part in parts]
         except torch.OutOfMemoryError:

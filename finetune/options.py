@@ -37,9 +37,10 @@ class PlanOptions:
             memory, more time, the same losses. True checkpoints all layers, and False none. A model that checkpoints
             already stays as it is. Under goal time, or where a budget counts parameters, "auto" is False.
         parts: "auto" runs the rows of a batch in parts, each padded to its own longest row and with the layers
-            checkpointed that it needs: the same gradient in less time and fewer bytes, where a test shows that
-            (docs/parts.md). Plans are priced with one row then. "off" runs each batch as it is, and so does a budget
-            that counts parameters.
+            checkpointed that it needs: the same gradient in less time and fewer bytes. It does so where the loss is
+            known to be a sum over rows or tokens, as those of transformers and TRL (docs/parts.md). "on" does so under
+            any loss, and tests real batches during the run. Plans are priced with one row then, or two under a loss
+            that is not known. "off" runs each batch as it is, and so does a budget that counts parameters.
         prefix_cache: run the frozen layers below the lowest adapter once for each row, and cache their outputs for
             later epochs and evaluations: "auto" uses up to an eighth of the free main memory and half of the free disk,
             "20GiB" so many bytes, "off" nothing.
@@ -58,7 +59,7 @@ class PlanOptions:
     time: str | TimeBudget | None = None
     exact_savers: bool = True
     gradient_checkpointing: Checkpointing = "auto"
-    parts: Literal["auto", "off"] = "auto"
+    parts: Literal["auto", "on", "off"] = "auto"
     prefix_cache: str = "auto"
     goal: GoalKind = "quality"
     tolerance: float | None = None
@@ -71,8 +72,8 @@ class PlanOptions:
             raise ConfigError(
                 f'gradient_checkpointing is "auto", True or False; got {shown(self.gradient_checkpointing)}.'
             )
-        if self.parts not in ("auto", "off"):
-            raise ConfigError(f'parts is "auto" or "off"; got {shown(self.parts)}.')
+        if self.parts not in ("auto", "on", "off"):
+            raise ConfigError(f'parts is "auto", "on" or "off"; got {shown(self.parts)}.')
         _ = self.time_read, self.aim, self.prefix_cache_bytes
 
     @property

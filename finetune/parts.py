@@ -25,10 +25,11 @@ from ..cost.part_seconds import PartSeconds
 from ..cost.recording import BatchShape
 from ..cost.savers import is_compiled
 from ..plan.parts import Part, ShapeCost, longest_that_fits, parts_sentence, plan_parts
-from .batch_rows import SHARES, BatchRows, longest_text
-from .exact_parts import TESTED_ROWS, Exactness, rows_of, still_exact, way_of
+from .batch_rows import SHARES, BatchRows, Cuts, longest_text
+from .exact_parts import TESTED_ROWS, Exactness, difference_of, rows_of
 from .plan_keeper import GOOD_STEPS, PlanKeeper
 from .run import Participant, TrainingRun
+from .watched_parts import Watch
 
 MOST_LEVELS = 8
 """Numbers of checkpointed layers that parts may have beside none, evenly spread."""
@@ -37,8 +38,7 @@ MULTIPLE = 8
 """Of which the tokens of a row are one on a GPU, as far as its batch has padding: its products are quicker then."""
 
 CHECK_EVERY = 100
-"""Steps from one test of parts to the next, after one before the second step. As many are between those that a new way
-to compute the loss asks for, in the mean and beside the first three. A test takes half of a step, or two thirds."""
+"""Steps from one look at the modules of a model whose loss is known to the next; a new hook is noticed at once."""
 
 MORE = 1.25
 """By what the bytes of parts rise that are to be few, until they take no more seconds than the padded batch."""
@@ -144,7 +144,7 @@ class StepParts(Participant):
             the padded batch with all layers checkpointed.
 
     Attributes:
-        on: whether steps run in parts.
+        asked: whether the user asks for parts under any loss.
         tally: of the run so far.
     """
 
@@ -159,9 +159,10 @@ class StepParts(Participant):
         self._since, self._wait, self._step = 0, GOOD_STEPS, 0
         self._ran: list[tuple[Part, float]] = []  # in the step so far, and the bytes of what goes in
         self._told_whole = self._accumulates = self._compiled = False
-        self._ways: set[int] = set()  # in which losses were computed, with the modes of the model
-        self._heard = -1  # the latest step whose way is known
-        self._asked, self._checks, self._checked = False, 0, 0
+        self._watch: Watch | None = None  # under a loss that is not known
+        self.asked = False
+        self._modules: list[torch.nn.Module] = []
+        self._hooks = -1
 
     @property
     def on(self) -> bool:
@@ -173,14 +174,25 @@ class StepParts(Participant):
         """Rows of an example."""
         return self._each
 
-    def decide(self, found: Exactness, each: int) -> None:
+    @property
+    def cuts(self) -> Cuts:
+        """What may be cut from batches."""
+        return self._keeper.run.cuts
+
+    @property
+    def _least(self) -> int:
+        """Examples of a part at least: rows may meet in a loss that is not known, so none is alone."""
+        return 2 if self._watch else 1
+
+    def decide(self, found: Exactness, each: int, *, watch: Watch | None = None) -> None:
         """Take what a test has found.
 
         Args:
             found: by it.
             each: rows of an example.
+            watch: tests real batches, under a loss that is not known.
         """
-        self._kind, self._each, self._packed = found.kind, each, found.packed
+        self._kind, self._each, self._packed, self._watch = found.kind, each, found.packed, watch
         if not found.kind and found.reason:
             self._tell(f"Steps run as a whole, and not in parts: {found.reason}.")
         if found.kind and found.draws:
@@ -203,15 +215,16 @@ class StepParts(Participant):
         if own["kind"] and own["kind"] not in SHARES:
             raise ValueError(f"parts of kind {own['kind']!r}")
         self._kind, self._each, self._packed = str(own["kind"]), counted(own["each"], 1), bool(own["packed"])
+        self._watch = None if own["watched"] is None else Watch(counted(own["watched"]))
         self._most = None if own["most"] is None else finite(own["most"])
         self._since, self._wait = counted(own["since"]), counted(own["wait"], 1)
-        self._asked = True  # the loss may be another one now
         self.tally = Tally(**{name: counted(own["tally"][name]) for name in vars(Tally())})
 
     def state(self) -> dict[str, Any]:
         """What `begin` needs to go on, as JSON values."""
         own = {name: getattr(self, f"_{name}") for name in ("kind", "each", "packed", "most", "since", "wait")}
-        return {"parts": {**own, "tally": vars(self.tally)}}
+        watched = self._watch.seed if self._watch else None
+        return {"parts": {**own, "watched": watched, "tally": vars(self.tally)}}
 
     def ranks_changed(self) -> None:
         """Price parts anew."""
@@ -231,78 +244,87 @@ class StepParts(Participant):
         self._step, self._ran = step, []
         if self._most is not None and step - self._since >= self._wait:
             self._most, self._wait = None, 2 * self._wait
-        due = step == 1 or (step > 0 and step % CHECK_EVERY == 0)
-        alone = self._keeper.run.replicas.processes.count == 1  # else all have to agree on the step
-        asked = alone and self._asked and self._checks <= 2 + step // CHECK_EVERY
-        if self.on and batches and (due or asked):
-            self._check(batches[0])
+        if self.on and (reason := self._tested(batches) if self._watch else self._unknown()):
+            self.turn_off(f"from step {step + 1} on. {reason[:1].upper()}{reason[1:]}")
+
+    def _unknown(self) -> str:
+        """Why the loss is not known any more, for people; empty where it is."""
+        run = self._keeper.run
+        self._modules = self._modules or list(run.model.modules())
+        hooks = sum(
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) + ("forward" in m.__dict__)
+            for m in self._modules
+        )
+        looks = hooks != self._hooks or self._step % CHECK_EVERY == 0
+        self._hooks = hooks
+        return run.unknown() if looks else run.foreign()
 
     def hear(self, loss: torch.Tensor) -> None:
         """Hear of the loss of a part, before its backward pass; that of the first part of a step tells of the step.
 
-        Where it is computed in a way that is new in this run, or modules have another mode, parts are tested before
-        the next step.
+        Where it is computed in a way that is new in this run, or modules have another mode, the next step is tested.
         """
-        if not self.on or self._heard == self._step:
-            return
-        ways = {way_of(loss), hash(tuple(module.training for module in self._keeper.run.model.modules()))}
-        self._asked |= self._step > 0 and not ways <= self._ways
-        self._ways, self._heard = self._ways | ways, self._step
+        if self._watch:
+            self._watch.hear(self._step, loss, self._keeper.run.model)
 
-    def _check(self, batch: Batch) -> None:
-        """Test on some rows of a batch whether parts are still exact; else steps run as a whole from now on."""
-        keeper, kind = self._keeper, self._kind
+    def _tested(self, batches: Sequence[Batch]) -> str:
+        """Why batches may not run in parts, by tests of those that are due, for people; else nothing."""
+        keeper, watch, kind = self._keeper, self._watch, self._kind
         run, checkpointing, layers = keeper.run, keeper.checkpointing, keeper.checkpointed
-        self._asked, self._checks = False, self._checks + 1
+        assert watch is not None, "the loss is not known"
+        for batch in batches:
+            rows = self._rows_of(batch)
+            parts = [part.rows for part in self._plan(rows, None)] if rows else []
+            if rows is None or (len(parts) == 1 and rows.part(parts[0]) is batch):
+                continue
+            if not watch.due(self._step, rows, parts):
+                continue
+            rows, parts = self._that_fit(BatchRows.of(run.on_device(batch), self.cuts, self._each), parts)
+            try:
+                if checkpointing:
+                    checkpointing.all()
+                    checkpointing.before_step()
+                tested = partial(difference_of, run, keeper.applier.targets, rows, parts, kind, self._step)
+                if reason := run.measured(tested):
+                    return reason
+            except torch.OutOfMemoryError:
+                self._tell(f"Step {self._step + 1}: a batch ran out of memory in the test of its parts.")
+            finally:
+                if checkpointing:
+                    checkpointing.take(layers)
+        return ""
 
-        def tested() -> Exactness:
-            some = partial(self._some_rows, batch)  # the same in all processes that run a sharded model together
-            found = run.replicas.processes.on_first(some) if run.replicas.sharded else some()
-            if found is None:
-                return Exactness(kind)
-            rows = BatchRows.of(run.on_device(found), self._each)
-            return still_exact(run, keeper.applier.targets, rows, kind, self._step)
-
-        try:
-            if checkpointing:
-                checkpointing.all()
-                checkpointing.before_step()
-            found = run.measured(tested)
-        finally:
-            if checkpointing:
-                checkpointing.take(layers)
-        if found.kind != kind:
-            count = f"its parts count as a {found.kind}" if found.kind else f"steps run as a whole: {found.reason}"
-            self._tell(
-                f"Step {self._step + 1}: the loss is another one than at the test before step {self._checked + 1}. "
-                f"From now on {count}."
-            )
-        self._kind, self._checked = found.kind, self._step
-
-    def _some_rows(self, batch: Batch) -> Batch | None:
-        """The shortest rows of a batch, as many as a test takes and as fit; None where two do not."""
-        rows = rows_of(batch, self._each, packed=self._packed)
-        if rows is None:
-            return None
+    def _that_fit(
+        self, rows: BatchRows, parts: Sequence[Sequence[int]]
+    ) -> tuple[BatchRows, Sequence[Sequence[int]]]:
+        """As many rows of a batch as fit as a whole, and their parts: its own if all fit, else two."""
         cost = self._bytes_now(rows.shape)
         adapters = sum(p.nbytes for target in self._keeper.applier.targets for p in target.parameters.values())
         room = self._keeper.room_for(self._keeper.applier.ranks) - adapters
-        counts = np.ones(rows.examples) if rows.predicted is None else rows.predicted[1]
-        shortest = [row for row in np.argsort(rows.lengths, kind="stable").tolist() if counts[row]]
-        for count in range(min(TESTED_ROWS, len(shortest)), 1, -1):
-            lengths = rows.lengths[shortest[:count]]
-            length = int(lengths.sum() if rows.packed else lengths[-1])
-            whole = Part(tuple(shortest[:count]), length, cost.levels[-1], rows.packed)
+        order = np.argsort(rows.lengths, kind="stable")
+        for count in range(rows.examples, TESTED_ROWS, -1):
+            chosen = sorted(order[np.linspace(0, rows.examples - 1, count).round().astype(int)].tolist())
+            length = int(rows.lengths[chosen].sum() if rows.packed else rows.lengths[chosen].max())
+            whole = Part(tuple(chosen), length, cost.levels[-1], rows.packed)
             if cost.of(whole) + rows.token_bytes * whole.tokens <= room:
-                return map_tensors(rows.part(sorted(shortest[:count])), torch.Tensor.cpu)
-        return None
+                break
+        else:
+            chosen = sorted(order[:TESTED_ROWS].tolist())
+        if len(chosen) == rows.examples:
+            return rows, parts
+        some = BatchRows.of(rows.part(chosen), self.cuts, self._each)
+        return some, [sorted(part.tolist()) for part in np.array_split(np.argsort(-some.lengths, kind="stable"), 2)]
+
+    def _rows_of(self, batch: Batch) -> BatchRows | None:
+        return rows_of(batch, self.cuts, self._each, packed=self._packed)
 
     def shape_of(self, batch: Batch) -> BatchShape:
         """The shape with which plans are priced that have to run a batch: its longest example alone."""
         shape = shape_of(batch)
         if not self.on:
             return shape
-        return BatchShape(self._each, (self._packed and longest_text(batch)) or shape.length)
+        longest = (self._packed and longest_text(batch)) or shape.length
+        return BatchShape(min(self._least * self._each, shape.rows), longest)
 
     def of(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
         """Yield the parts of a batch, and by what the loss of each is multiplied.
@@ -316,7 +338,7 @@ class StepParts(Participant):
         Raises:
             BudgetError: a row does not fit alone.
         """
-        rows = rows_of(batch, self._each, packed=self._packed) if self.on else None
+        rows = self._rows_of(batch) if self.on else None
         pairs = self._agreed(rows) if self.on else []
         if rows is None or not pairs:
             if self.on and not self._told_whole:
@@ -374,7 +396,8 @@ class StepParts(Participant):
             share: by which the bytes are multiplied; infinite for rows alone.
         """
         if math.isinf(share):
-            return tuple(Part((row,), int(length), 0) for row, length in enumerate(rows.lengths))
+            pieces = np.array_split(np.arange(rows.examples), max(rows.examples // self._least, 1))
+            return tuple(Part(tuple(piece.tolist()), int(rows.lengths[piece].max()), 0) for piece in pieces)
         cost, given = self._bytes_now(rows.shape), rows.token_bytes + token_bytes
         most, longest = cost.levels[-1], rows.lengths.max(keepdims=True)
         seconds = self._seconds
@@ -385,8 +408,8 @@ class StepParts(Participant):
 
         whole = token_bytes * rows.examples * rows.shape.length  # what is put together lies beside the parts
         room = self._keeper.room_for(self._keeper.applier.ranks) - whole
-        room = max(room, float(bytes_of(np.ones(1, dtype=np.int64), longest, most)[0]))
-        return plan_parts(rows.lengths, room, (most,), bytes_of, seconds)
+        room = max(room, float(bytes_of(np.full(1, self._least), longest, most)[0]))
+        return plan_parts(rows.lengths, room, (most,), bytes_of, seconds, least=self._least)
 
     def _plan(self, rows: BatchRows, count: int | None) -> tuple[Part, ...]:
         """The parts of a batch, so many if a count is given."""
@@ -410,13 +433,23 @@ class StepParts(Participant):
         room = self._keeper.room_for(self._keeper.applier.ranks)
         room = room if self._most is None else min(room, self._most)
         if self._keeper.applier.fits():  # the row alone does, by the exact prediction
-            room = max(room, least_of(1, own, bytes_of))
+            room = max(room, least_of(self._least, own, bytes_of))
+        plan = partial(
+            plan_parts,
+            lengths,
+            layers=cost.levels,
+            bytes_of=bytes_of,
+            seconds_of=seconds_of,
+            packed=rows.packed,
+            count=count,
+            least=self._least,
+        )
         if not self._fewest:
-            return plan_parts(lengths, room, cost.levels, bytes_of, seconds_of, packed=rows.packed, count=count)
+            return plan(room)
         rectangle = (1, rows.shape.length) if rows.packed else (rows.examples, own)
-        given, whole = min(room, least_of(1, longest, bytes_of)), least_of(*rectangle, seconds_of)
+        given, whole = min(room, least_of(self._least, longest, bytes_of)), least_of(*rectangle, seconds_of)
         while True:
-            parts = plan_parts(lengths, given, cost.levels, bytes_of, seconds_of, packed=rows.packed, count=count)
+            parts = plan(given)
             shapes = ((np.array([part.height]), np.array([part.length]), part.layers) for part in parts)
             if given >= room or sum(float(seconds_of(*shape)[0]) for shape in shapes) <= whole:
                 return parts
@@ -465,7 +498,7 @@ class StepParts(Participant):
         if not self._ran or self._bytes is None:
             return False
         part, _ = self._ran[-1]
-        if len(part.rows) == 1 and part.layers == self._bytes.levels[-1]:
+        if len(part.rows) <= self._least and part.layers == self._bytes.levels[-1]:
             return False
         self._most, self._since = SMALLER * self._bytes.exact(part), self._step
         self._ran = []
@@ -480,8 +513,7 @@ class StepParts(Participant):
 
     def longest_row(self, batches: Sequence[Batch]) -> str:
         """The longest row of some batches and the longest one that fits alone, for an error."""
-        told = (rows_of(batch, self._each, packed=self._packed) for batch in batches)
-        found = [(rows.lengths, number) for number, rows in enumerate(told) if rows]
+        found = [(rows.lengths, number) for number, rows in enumerate(map(self._rows_of, batches)) if rows]
         if not found:
             return ""
         lengths, number = max(found, key=lambda pair: int(pair[0].max()))

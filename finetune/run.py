@@ -6,7 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +26,8 @@ from ..data.batches import Collate, count_predictions, first_example, largest_ba
 from ..errors import ConfigError, UnsupportedError, shown
 from ..lora.optimizer_state import check_optimizer
 from ..lora.targets import TargetModule, check_trains, check_unmerged, unwrap
+from .batch_rows import Cuts
+from .known_losses import cuts_left, unknown_model
 from .put_back import put_back
 from .replicas import Replicas, check_one_device
 
@@ -34,8 +36,14 @@ T = TypeVar("T")
 PROBE_RATE = 1e-3
 """The learning rate of the probe where the optimiser finds its own."""
 
+LOOKED_AT = 16
+"""Examples that tell which axes of a batch hold tokens."""
+
 FIRST_ROWS = 16
 """Rows that are read before a run; see `TrainingRun.read_first_rows`."""
+
+StepOfPart = Callable[[Batch, Batch, float], torch.Tensor]
+"""Runs a step, forward and backward, on a part of a batch, the batch, and the share of the part; returns its loss."""
 
 FirstRows = tuple[float, list[tuple[int, int]]]
 """A loss before training, and `count_predictions` of each batch."""
@@ -121,6 +129,8 @@ class TrainingRun:
         whole: why batches run as a whole all the same, for people; empty where nothing speaks against parts.
         part_loss: the loss of a part of a batch, as it counts in that of the whole batch, which is the second argument;
             None for `loss` of the part.
+        foreign: tells why the loss is not one of transformers or TRL, for people; empty where it is.
+        stepping: yields what runs the loop's own step on a part; see `aside`. By default the loss and its gradient.
         wrapped: the model as the loop calls it, where wrappers are around it, such as DistributedDataParallel; by
             default `model`, which may be wrapped itself.
         replicas: its copies in the processes of the run. `model` is the one of this process, without their wrapper.
@@ -145,6 +155,8 @@ class TrainingRun:
     in_parts: bool = False
     whole: str = ""
     part_loss: Callable[[Batch, Batch], torch.Tensor] | None = None
+    foreign: Callable[[], str] = str
+    stepping: Callable[[], AbstractContextManager[StepOfPart]] | None = None
     wrapped: nn.Module = None  # type: ignore[assignment]
     replicas: Replicas = field(init=False)
 
@@ -192,11 +204,51 @@ class TrainingRun:
             raise ConfigError(f"The optimizer of a run is a torch.optim.Optimizer; got {shown(optimizer)}.")
         dataset, collate, rows = data_of(loader)
         rate = probe_rate(model, optimizer) if learning_rate is None else learning_rate
+        foreign = "the loss is a function of your own" if loss else ""
         if not callable(loss := loss or model_loss(model)):
             raise ConfigError(f"loss is a function of a batch, which returns a scalar tensor; got {shown(loss)}.")
         return cls(
-            model, optimizer, loss, dataset, collate, rows, total_steps, accumulation, float(rate), in_parts=in_parts
+            model,
+            optimizer,
+            loss,
+            dataset,
+            collate,
+            rows,
+            total_steps,
+            accumulation,
+            float(rate),
+            in_parts=in_parts,
+            foreign=lambda: foreign,
         )
+
+    def unknown(self) -> str:
+        """Why the loss is not known to be a sum over rows or tokens, for people; empty where it is."""
+        return self.foreign() or unknown_model(self.model, lambda: shape_of(self.largest_batch()).length)
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """What may be cut from batches, as batches of single examples show it."""
+
+        def seen() -> Cuts:
+            batches = small_batches(self.dataset, self._collate, LOOKED_AT, 1, 0)
+            return Cuts.seen_in(batches, left=cuts_left(self.model))
+
+        return self.measured(seen)
+
+    @contextmanager
+    def aside(self) -> Iterator[StepOfPart]:
+        """Yield what runs the loop's own steps, which are none of the run, on parts of a batch."""
+        if self.stepping:
+            with self.stepping() as step:
+                yield step
+            return
+
+        def stepped(part: Batch, whole: Batch, share: float) -> torch.Tensor:
+            loss = self.loss(part)
+            (share * loss).backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        yield stepped
 
     @property
     def epochs(self) -> float:

@@ -7,7 +7,7 @@ the model twice (DPO), weigh classes or smooth labels. So the Trainer's `trainin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from ..cost.batch_shape import Batch
 from ..errors import UnsupportedError
 from .evaluated_parts import Result
+from .known_losses import EVALUATION, STEP, unknown_trainer
 from .pilot import RankPilot
 from .put_back import put_back
 from .rollouts import Rollouts, makes_rollouts, refuse_answers, refuse_to_plan
@@ -82,20 +83,8 @@ class TrainerStep:
             UnsupportedError: the step makes no loss of the batch.
         """
         trainer, losses = self.trainer, []
-        batch = dict(batch) if isinstance(batch, Mapping) else batch  # a step may take out what it has read
-        with (
-            put_back(trainer),
-            self._unfollowed(),
-            _standing(trainer.accelerator, "backward", lambda loss, **_: losses.append(loss)),
-            _standing(trainer.model, "generate", partial(refuse_answers, trainer)),
-        ):
-            trainer.current_gradient_accumulation_steps = 1
-            trainer.log = lambda *_, **__: None  # what the step logs is no step of the run
-            if self.rollouts:
-                batch = self.rollouts.inputs(batch)
-                trainer._prepare_inputs = lambda inputs: inputs
-            _, count = trainer.get_batch_samples(iter([whole or batch]), 1, trainer.args.device)
-            trainer.training_step(trainer.model_wrapped, batch, count)
+        with self._aside(lambda loss, **_: losses.append(loss)) as step:
+            step(batch, whole or batch)
         if len(losses) != 1 or not losses[0].requires_grad:
             problem = (
                 f"called `accelerator.backward` {len(losses)} times" if len(losses) != 1 else "has a constant loss"
@@ -107,6 +96,49 @@ class TrainerStep:
             )
         loss: torch.Tensor = losses[0]
         return loss
+
+    @contextmanager
+    def aside(self) -> Iterator[Callable[[Batch, Batch, float], torch.Tensor]]:
+        """Run whole training steps inside that are none of the run; see `TrainingRun.aside`."""
+        backward, shares = self.trainer.accelerator.backward, [1.0]
+
+        def scaled(loss: torch.Tensor, **options: Any) -> None:
+            backward(shares[0] * loss, **options)
+
+        def stepped(part: Batch, whole: Batch, share: float) -> torch.Tensor:
+            shares[0] = share
+            return step(part, whole)
+
+        with self._aside(scaled) as step:
+            yield stepped
+
+    @contextmanager
+    def _aside(self, backward: Callable[..., None]) -> Iterator[Callable[[Batch, Batch], torch.Tensor]]:
+        """Yield the Trainer's step on a part of a batch; what it writes into the Trainer is put back afterwards.
+
+        Args:
+            backward: stands for the accelerator's.
+        """
+        trainer = self.trainer
+
+        def step(batch: Batch, whole: Batch) -> torch.Tensor:
+            copied = type(batch)(batch) if isinstance(batch, Mapping) else batch  # a step may take out what it has read
+            if self.rollouts:
+                copied = self.rollouts.inputs(copied)
+                trainer._prepare_inputs = lambda inputs: inputs
+            _, count = trainer.get_batch_samples(iter([whole]), 1, trainer.args.device)
+            loss: torch.Tensor = trainer.training_step(trainer.model_wrapped, copied, count)
+            return loss
+
+        with (
+            put_back(trainer),
+            self._unfollowed(),
+            _standing(trainer.accelerator, "backward", backward),
+            _standing(trainer.model, "generate", partial(refuse_answers, trainer)),
+        ):
+            trainer.current_gradient_accumulation_steps = 1
+            trainer.log = lambda *_, **__: None  # what the step logs is no step of the run
+            yield step
 
     def run(self, args: TrainingArguments, state: TrainerState, objects: Mapping[str, Any]) -> TrainingRun:
         """The run that begins.
@@ -139,7 +171,16 @@ class TrainerStep:
             in_parts=True,
             whole=self._whole,
             part_loss=self.loss,
+            foreign=partial(self._foreign, STEP),
+            stepping=self.aside,
             wrapped=self.trainer.model_wrapped,
+        )
+
+    def _foreign(self, methods: Sequence[str]) -> str:
+        """Why the loss of this Trainer is not known; see `unknown_trainer`."""
+        ours = {name: self._before[name] for name, own in self._ours.items() if vars(self.trainer).get(name) is own}
+        return unknown_trainer(
+            self.trainer, methods, {name: None if before is _ABSENT else before for name, before in ours.items()}
         )
 
     @property
@@ -252,7 +293,8 @@ class TrainerStep:
         by_call, guard = any(vars(self.trainer).get(name) for name in COUNTED_BY_CALL), self._listener.pilot.guard
         whole = f"{type(self.trainer).__name__} shows means over them" if by_call else ""
         whole = "the model is sharded" if guard.plan.run.replicas.sharded else whole
-        return guard.evaluated.run(lambda part: run(model, part, *rest, **options), inputs, whole)
+        unknown = self._foreign(EVALUATION)
+        return guard.evaluated.run(lambda part: run(model, part, *rest, **options), inputs, whole, unknown)
 
     def _log(self, run: Callable[..., Any], logs: dict[str, float], *rest: Any, **options: Any) -> None:
         """Log with the figures of the ranks, and the rate that steps really have."""

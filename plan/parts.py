@@ -61,6 +61,7 @@ def plan_parts(
     *,
     packed: bool = False,
     count: int | None = None,
+    least: int = 1,
 ) -> tuple[Part, ...]:
     """The parts of a step that take the least seconds within some bytes; the longest rows come first.
 
@@ -75,13 +76,14 @@ def plan_parts(
         packed: rows are texts, and those of a part lie side by side in one row. Then only splits of texts in the order
             of their length are weighed.
         count: how many parts there are, from as many as take the least to the number of rows; by default the former.
+        least: rows of a part at least, where there are so many.
 
     Raises:
         BudgetError: the longest row does not fit alone with the most layers checkpointed; see `too_long`.
     """
     order = np.argsort(-lengths, kind="stable")
     longest = lengths[order]
-    starts, ends = np.triu_indices(len(order))
+    starts, ends = np.triu_indices(len(order), min(least, len(order)) - 1)
     sums = np.append(0, longest.cumsum())
     together = np.ones_like(starts), sums[ends + 1] - sums[starts]
     rows, tokens = together if packed else (ends + 1 - starts, longest[starts])
@@ -96,7 +98,7 @@ def plan_parts(
         waiting = waiting[~fits]
         if not len(waiting):
             break
-    if not np.isfinite(seconds[0]):  # the first pair is the longest row alone
+    if not np.isfinite(seconds[0]):  # the first pair is the longest row alone, or the fewest that a part has
         raise too_long(int(order[0]), int(longest[0]), room, layers[-1], bytes_of)
     table, layers_of = np.full((2, len(order) + 1, len(order)), np.inf)
     table[ends + 1, starts], layers_of[ends + 1, starts] = seconds, chosen

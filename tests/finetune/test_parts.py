@@ -13,7 +13,8 @@ import torch
 from peft import PeftModel
 from rankpilot.decide.rules import AsConfigured
 from rankpilot.errors import BudgetError, ConfigError
-from rankpilot.finetune.exact_parts import Exactness
+from rankpilot.finetune import known_losses
+from rankpilot.finetune.exact_parts import Exactness, difference_of
 from rankpilot.finetune.parts import StepParts
 from rankpilot.finetune.run import MEASURING, TrainingRun
 from torch._dynamo.utils import counters
@@ -108,6 +109,19 @@ def launch(tmp_path: Path, llama_config: LlamaConfig) -> Callable[..., Launched]
     return lambda **options: Launched(options.pop("folder", tmp_path / str(next(count))), llama_config, **options)
 
 
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part costs nothing, so that there are as many as padding asks for."""
+    monkeypatch.setattr("rankpilot.cost.part_seconds.PROCESSOR_LAUNCH", 0.0)
+
+
+@pytest.fixture
+def observing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks of a test only look on, as rankpilot cannot know."""
+    known = known_losses._OURS | {__name__.partition(".")[0]}
+    monkeypatch.setattr("rankpilot.finetune.known_losses._OURS", known)
+
+
 def test_losses_are_those_of_whole_steps_in_fewer_bytes(launch: Callable[..., Launched]) -> None:
     parts, whole = launch(budget="60%").train(), launch(parts="off").train()
     assert parts.recorder.losses == pytest.approx(whole.recorder.losses, abs=2e-5)
@@ -151,19 +165,20 @@ def test_what_the_trainer_does_around_a_batch_stays(launch: Callable[..., Launch
     assert parts.logged["parts"] > 1
 
 
-def test_means_over_rows_count_by_rows(launch: Callable[..., Launched]) -> None:
+def test_means_over_rows_count_by_rows(launch: Callable[..., Launched], many: None) -> None:
     class MeanOfRows(Trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
             logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
             mask = inputs["attention_mask"][..., None]
             return ((logits * mask).sum(dim=1) / mask.sum(dim=1)).square().mean()
 
-    parts, whole = (launch(trainer=MeanOfRows, parts=how, budget="70%").train() for how in ("auto", "off"))
+    parts, whole = (launch(trainer=MeanOfRows, parts=how, budget="70%").train() for how in ("on", "off"))
+    assert parts.logged["parts"] > 1
     assert parts.recorder.losses == pytest.approx(whole.recorder.losses, abs=1e-6)
     assert_close(parts, whole)
 
 
-def test_layers_follow_the_part(launch: Callable[..., Launched]) -> None:
+def test_layers_follow_the_part(launch: Callable[..., Launched], observing: None) -> None:
     """A long row is checkpointed, and short ones are not."""
     data = texts([30, 4, 4, 4, 4, 4] * STEPS)
     run = launch(data=data, budget="24%")
@@ -207,7 +222,7 @@ def test_the_fewest_bytes_take_no_more_time_than_a_checkpointed_rectangle(
 
 @pytest.mark.parametrize("part", [1, 2])
 def test_a_part_that_runs_out_of_memory_is_taken_again_smaller(
-    launch: Callable[..., Launched], part: int, caplog: pytest.LogCaptureFixture
+    launch: Callable[..., Launched], part: int, caplog: pytest.LogCaptureFixture, observing: None
 ) -> None:
     """In the second step the part of this number fails once."""
     undisturbed, run = launch(budget="45%").train(), launch(budget="45%")
@@ -230,7 +245,7 @@ def test_a_part_that_runs_out_of_memory_is_taken_again_smaller(
     assert_close(run, undisturbed)
 
 
-def test_a_row_that_fails_alone_is_named_with_the_error(launch: Callable[..., Launched]) -> None:
+def test_a_row_that_fails_alone_is_named_with_the_error(launch: Callable[..., Launched], observing: None) -> None:
     run = launch(budget="60%")
 
     def fail(model: Any, inputs: Any, options: Any) -> None:
@@ -285,7 +300,7 @@ def test_where_the_trainer_looks_for_its_batch_size_steps_are_whole(
 
 
 def test_an_option_that_is_no_way_to_run_is_an_error() -> None:
-    with pytest.raises(ConfigError, match='parts is "auto" or "off"; got 4'):
+    with pytest.raises(ConfigError, match='parts is "auto", "on" or "off"; got 4'):
         rankpilot.PilotOptions(parts=4)  # type: ignore[arg-type]
 
 
@@ -330,12 +345,12 @@ def test_rows_without_predictions_are_left_out(launch: Callable[..., Launched]) 
         def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
             return model(**inputs).loss
 
-    parts, whole = (launch(data=data, trainer=OwnMean, parts=how, budget="100%").train() for how in ("auto", "off"))
+    parts, whole = (launch(data=data, trainer=OwnMean, parts=how, budget="100%").train() for how in ("on", "off"))
     assert parts.recorder.losses == pytest.approx(whole.recorder.losses, abs=2e-5)
     assert_close(parts, whole)
 
 
-def test_processes_hear_of_the_last_part_alone(llama_config: LlamaConfig, tmp_path: Path) -> None:
+def test_processes_hear_of_the_last_part_alone(llama_config: LlamaConfig, tmp_path: Path, observing: None) -> None:
     """Under DistributedDataParallel the others add to gradients without an exchange."""
     store = f"file://{tmp_path / 'store'}"
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
@@ -443,7 +458,7 @@ def test_an_evaluation_whose_rows_meet_runs_as_it_is(
             loss = loss if model.training else in_batch_negatives(model, inputs)
             return (loss, outputs) if return_outputs else loss
 
-    run, *_ = evaluated(launch, trainer=MeetIn, budget="60%")
+    run, *_ = evaluated(launch, trainer=MeetIn, budget="100%", parts="on")
     assert run.guard.parts.tally.batches == STEPS
     assert run.guard.evaluated.on is False
     assert capsys.readouterr().out.count("Batches of evaluations run as they are") == 1
@@ -460,7 +475,7 @@ def test_an_evaluation_that_runs_out_of_memory_takes_smaller_parts(launch: Calla
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return super().prediction_step(model, inputs, *rest, **options)
 
-    _, found, _ = evaluated(launch, budget="60%", trainer=Large)
+    _, found, _ = evaluated(launch, budget="100%", trainer=Large, parts="on")
     _, expected, _ = evaluated(launch, parts="off")
     assert [row["eval_loss"] for row in found] == pytest.approx([row["eval_loss"] for row in expected], rel=1e-4)
 
@@ -493,52 +508,80 @@ class Normed(Changing):
         return model.norm(hidden(model, inputs)).pow(4).mean()
 
 
-@pytest.mark.parametrize(("trainer", "whole_from"), [(Changing, 3), (Normed, 3), (ByWeight, 5)])
+@pytest.mark.parametrize(("trainer", "chance"), [(Changing, 0.0), (Normed, 0.0), (ByWeight, 1.0)])
 def test_a_loss_in_which_rows_begin_to_meet_runs_whole(
     launch: Callable[..., Launched],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    many: None,
     trainer: type[Trainer],
-    whole_from: int,
+    chance: float,
 ) -> None:
     """A new way of computing it is noticed in its first step, and another number of it at the next test."""
-    monkeypatch.setattr("rankpilot.finetune.parts.CHECK_EVERY", 5)
-    run = launch(trainer=trainer, data=MIXED * 8, max_steps=whole_from + 2, parts="auto", budget="100%")
+    monkeypatch.setattr("rankpilot.finetune.watched_parts.CHANCE", chance)
+    run = launch(trainer=trainer, data=MIXED * 8, max_steps=5, parts="on", budget="100%")
     on: list[bool] = []
     run.recorder.at_step = lambda step: on.append(run.guard.parts.on)
     run.train()
-    assert on == [True] * whole_from + [False] * 2
-    assert capsys.readouterr().out.count("From now on steps run as a whole") == 1
+    assert on[:2] == [True] * 2
+    assert not any(on[3:])
+    assert capsys.readouterr().out.count("Steps run as a whole") == 1
 
 
-def test_a_loss_that_begins_to_count_otherwise_is_counted_so(
-    launch: Callable[..., Launched], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("changed", ["compute_loss_func", "forward", "hook"])
+def test_a_known_loss_that_is_replaced_runs_whole(
+    launch: Callable[..., Launched], capsys: pytest.CaptureFixture[str], many: None, changed: str
 ) -> None:
-    class OtherMean(Trainer):  # type: ignore[misc]
-        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
-            own = super().compute_loss(model, inputs, *rest, **options)
-            return own if self.state.global_step < 2 else hidden(model, inputs).square().mean()
+    run, expected = (launch(parts=how, budget="100%", max_steps=4) for how in ("auto", "off"))
 
-    run, expected = launch(trainer=OtherMean).train(), launch(trainer=OtherMean, parts="off").train()
-    assert run.guard.parts.tally.batches == STEPS
-    assert "its parts count as a mean over rows" in capsys.readouterr().out
-    assert run.recorder.losses[:2] == pytest.approx(expected.recorder.losses[:2], abs=2e-5)
+    def change(own: Launched, step: int) -> None:
+        if step != 2:
+            return
+        if changed == "compute_loss_func":
+            own.trainer.compute_loss_func = lambda outputs, labels, **_: outputs.logits.square().mean()
+        elif changed == "hook":
+            own.model.register_forward_hook(lambda *_: None)
+        else:
+            forward = own.model.forward
+            own.model.forward = lambda *rest, **options: forward(*rest, **options)
+
+    on: list[bool] = []
+    expected.recorder.at_step = lambda step: change(expected, step)
+    run.recorder.at_step = lambda step: (on.append(run.guard.parts.on), change(run, step))[0]
+    run.train()
+    assert on == [True, True, False, False]
+    assert capsys.readouterr().out.count("from step 3 on") == 1
+    assert run.recorder.losses == pytest.approx(expected.train().recorder.losses, abs=2e-5)
 
 
-def test_tests_are_few_and_leave_no_trace(launch: Callable[..., Launched], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of many shapes, in layers that are checkpointed or not, are one way to compute a loss."""
-    monkeypatch.setattr("rankpilot.finetune.parts.CHECK_EVERY", 5)
-    runs = [launch(data=MIXED * 2, max_steps=8, budget="60%") for _ in range(2)]
-    checks: list[int] = []
-    check = StepParts._check
-    monkeypatch.setattr(StepParts, "_check", lambda self, batch: (checks.append(self._step), check(self, batch))[1])
+def test_tests_are_few_and_leave_no_trace(
+    launch: Callable[..., Launched], monkeypatch: pytest.MonkeyPatch, many: None
+) -> None:
+    """The first batch, and those that show something new; under a loss that is known there is none."""
+
+    class Own(Trainer):  # type: ignore[misc]
+        def compute_loss(self, *rest: Any, **options: Any) -> Any:
+            return super().compute_loss(*rest, **options)
+
+    options: dict[str, Any] = {"data": MIXED * 2, "max_steps": 8, "budget": "100%", "trainer": Own, "parts": "on"}
+    runs = [launch(**options) for _ in range(2)]
+    tested: list[int] = []
+
+    def difference(run: Any, targets: Any, rows: Any, parts: Any, kind: str, step: int) -> str:
+        tested.append(step)
+        return difference_of(run, targets, rows, parts, kind, step)
+
+    monkeypatch.setattr("rankpilot.finetune.parts.difference_of", difference)
     runs[0].train()
-    assert checks == [1, 5]
-    monkeypatch.setattr(StepParts, "_check", lambda self, batch: None)
+    assert tested[0] == 0
+    assert 1 <= len(tested) < 5
+    monkeypatch.setattr("rankpilot.finetune.parts.difference_of", lambda *_: "")
     runs[1].train()
     assert runs[0].recorder.losses == runs[1].recorder.losses
     there = runs[1].adapters()
     assert all(torch.equal(value, there[name]) for name, value in runs[0].adapters().items())
+    monkeypatch.setattr("rankpilot.finetune.parts.difference_of", None)
+    assert launch(**options | {"trainer": Trainer}).train().logged["parts"] > 1
 
 
 def test_a_run_that_goes_on_with_another_loss_is_tested_first(tmp_path: Path, launch: Callable[..., Launched]) -> None:

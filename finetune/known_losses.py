@@ -1,0 +1,195 @@
+"""Which losses are known to be a sum over rows or tokens, so that a step may run in parts without being asked to.
+
+No test of some rows proves that rows never meet in a loss: a class with a weight of its own may be in none of them. So
+a loss is known by the code that computes it: that of transformers or TRL, and nobody's on top of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from transformers import PreTrainedModel, Trainer
+from transformers.loss import loss_utils
+from transformers.models.auto import modeling_auto as auto
+from transformers.trainer_pt_utils import LabelSmoother
+
+from ..cost.later_logits import tiled_causal_lm_loss
+from ..lora.targets import unwrap
+
+STEP = ("training_step", "compute_loss", "_compute_loss", "compute_loss_context_manager", "get_batch_samples")
+EVALUATION = ("prediction_step", "compute_loss", "_compute_loss")
+"""Methods of a Trainer that compute the loss of a step, and of an evaluation."""
+
+_TRAINERS = (
+    "transformers.trainer",
+    "transformers.trainer_seq2seq",
+    "trl.trainer.sft_trainer",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.reward_trainer",
+)
+"""Modules whose trainers are known."""
+
+_SUMS = (
+    tiled_causal_lm_loss,
+    loss_utils.ForCausalLMLoss,
+    loss_utils.ForMaskedLMLoss,
+    loss_utils.ForSequenceClassificationLoss,
+    loss_utils.ForTokenClassification,
+)
+
+_HEADS = [
+    auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+]
+
+_MASKED = frozenset(
+    "albert bart bert camembert data2vec-text deberta deberta-v2 distilbert electra ernie m2m_100 marian mbart "
+    "modernbert mpnet mt5 pegasus roberta t5 umt5 xlm-roberta xlm-roberta-xl".split()
+)
+"""Families that read tokens on both sides, and none that a mask hides. A causal model reads none to the right."""
+
+_MEET = frozenset("big_bird bigbird_pegasus nllb-moe reformer switch_transformers xlnet".split())
+"""Families whose rows meet, or in which the length of a batch changes what is computed."""
+
+_LENGTHS_CHANGE = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies follow the longest row."""
+
+_LEFT = frozenset(
+    "cohere cohere2 gemma gemma2 gemma3_text glm glm4 gpt_neox granite llama mistral olmo olmo2 olmo3 phi phi3 qwen2 "
+    "qwen3 smollm3 stablelm starcoder2".split()
+)
+"""Families that know the distance of two tokens and no position: padding on the left changes nothing."""
+
+_PAIRS = frozenset(
+    "sigmoid hinge ipo exo_pair nca_pair robust sppo_hard apo_zero apo_down discopop sigmoid_norm".split()
+)
+"""Losses of DPO that are a mean over pairs."""
+
+_OURS = frozenset(
+    "accelerate auto_gptq awq bitsandbytes gptqmodel optimum peft rankpilot torch torchao transformers trl".split()
+)
+"""Packages whose modules and hooks compute each row for itself."""
+
+
+def unknown_trainer(trainer: Trainer, methods: Iterable[str], replaced: Mapping[str, Any]) -> str:
+    """Why the loss of a Trainer is not known to be a sum over rows or tokens, for people; empty where it is.
+
+    Args:
+        trainer: the Trainer.
+        methods: `STEP` or `EVALUATION`.
+        replaced: what stands in the Trainer's attributes for rankpilot's own functions, by name.
+    """
+    attributes = {**vars(trainer), **replaced}
+    for name in methods:
+        own = attributes.get(name) or getattr(type(trainer), name, None)
+        if own is not None and _written_in(own) not in _TRAINERS:
+            return f"{name} of {type(trainer).__name__} is not that of transformers or TRL"
+    if trainer.compute_loss_func is not None:
+        return "compute_loss_func is a function of your own"
+    if type(trainer.label_smoother) not in (type(None), LabelSmoother):
+        return f"{type(trainer.label_smoother).__name__} is no label smoother of transformers"
+    if "backward" in vars(trainer.accelerator):
+        return "accelerator.backward is a function of your own"
+    if trainer.neftune_noise_alpha is not None:
+        return "the noise of NEFTune depends on the padding"
+    if getattr(trainer, "aux_loss_enabled", False):
+        return "rows meet in the balance loss of the experts"
+    if odd := set(getattr(trainer, "loss_types", ())) - _PAIRS:
+        return f"rows meet in the loss {min(odd)}"
+    return ""
+
+
+def unknown_model(model: nn.Module, longest: Callable[[], int]) -> str:
+    """Why the loss that a model returns is not known to be a sum over rows or tokens, for people; empty where it is.
+
+    Args:
+        model: the PEFT model.
+        longest: tells the tokens of the longest row.
+    """
+    base: Any = unwrap(model).get_base_model()
+    kind, config = type(base).__name__, getattr(base, "config", None)
+    if not isinstance(base, PreTrainedModel) or kind not in _names(_HEADS) or base.loss_function not in _SUMS:
+        return f"the loss of {kind} is none that rankpilot knows"
+    family, causal = config.model_type, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    both = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    reads_left = family not in both and (family in causal or kind in _names(_HEADS[-1:]))
+    if family in _MEET or not (reads_left or family in _MASKED):
+        return f"what padding does in {kind} is not known"
+    for part in _configs(config):
+        if getattr(part, "output_router_logits", False):
+            return "rows meet in the balance loss of the experts"
+        if (most := _same_up_to(part)) < math.inf and longest() > most:
+            return "rotary embeddings follow the longest row of a batch"
+    return _foreign(model)
+
+
+def cuts_left(model: nn.Module) -> bool:
+    """Whether padding on the left can be left out of a model without telling it the positions that are left."""
+    config = getattr(unwrap(model).get_base_model(), "config", None)
+    known = getattr(config, "model_type", "") in _LEFT
+    return known and all(_same_up_to(part) == math.inf for part in _configs(config))
+
+
+def _foreign(model: nn.Module) -> str:
+    """Why modules, parameters or hooks may let rows meet, for people; empty where all are of packages that are known."""
+    kinds: dict[type, None] = {}
+    for name, module in model.named_modules():
+        kinds[type(module)] = None
+        own, kept = module.__dict__, ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        hooks = [hook for name in kept if own[name] for hook in own[name].values()]
+        for function in (*hooks, own["forward"]) if "forward" in own else hooks:
+            if _package(_written_in(function)) not in _OURS:
+                return f"{_written_in(function)} has a hook on {name or 'the model'} or replaces its forward"
+    for kind in kinds:
+        if issubclass(kind, _NormBase) and "Batch" in kind.__name__:
+            return f"rows meet in {kind.__name__}"
+        if not {_package(kind.__module__), _package(_written_in(kind.forward))} <= _OURS:  # type: ignore[attr-defined]
+            return f"{kind.__module__}.{kind.__name__} is a module of your own"
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
+            return f"{name} has a hook that reads its gradient"
+    return ""
+
+
+def _names(mappings: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The names of classes in mappings of transformers, whose values are a name or several."""
+    values = (value for mapping in mappings for value in mapping.values())
+    return {name for value in values for name in (value if isinstance(value, tuple | list) else (value,))}
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A configuration and those of the models inside, such as that of the texts."""
+    yield config
+    yield from (part for name, part in vars(config).items() if name.endswith("_config") and hasattr(part, "to_dict"))
+
+
+def _same_up_to(config: Any) -> float:
+    """Tokens up to which rotary embeddings of a model do not depend on the length of the batch."""
+    given = getattr(config, "rope_parameters", None) or {}
+    each = [one for one in (given, *given.values()) if isinstance(one, Mapping)]
+    if not any(one.get("rope_type") in _LENGTHS_CHANGE for one in each):
+        return math.inf
+    bounds = [one["original_max_position_embeddings"] for one in each if "original_max_position_embeddings" in one]
+    return min(bounds, default=getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
+
+
+def _written_in(function: Callable[..., Any]) -> str:
+    """The module whose code a function is; decorators cannot rename it."""
+    while isinstance(function, partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    scope = getattr(function, "__globals__", None)
+    return str(scope["__name__"]) if scope else type(function).__module__
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
