@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel, Trainer
 from transformers.loss import loss_utils
@@ -119,6 +120,8 @@ def unknown_model(model: nn.Module, longest: Callable[[], int]) -> str:
     kind, config = type(base).__name__, getattr(base, "config", None)
     if not isinstance(base, PreTrainedModel) or kind not in _names(_HEADS) or base.loss_function not in _SUMS:
         return f"the loss of {kind} is none that rankpilot knows"
+    if _package(_written_in(functional.cross_entropy)) != "torch":
+        return "torch.nn.functional.cross_entropy is a function of your own"
     family, causal = config.model_type, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     both = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
     reads_left = family not in both and (family in causal or kind in _names(_HEADS[-1:]))

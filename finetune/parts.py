@@ -294,9 +294,7 @@ class StepParts(Participant):
                     checkpointing.take(layers)
         return ""
 
-    def _that_fit(
-        self, rows: BatchRows, parts: Sequence[Sequence[int]]
-    ) -> tuple[BatchRows, Sequence[Sequence[int]]]:
+    def _that_fit(self, rows: BatchRows, parts: Sequence[Sequence[int]]) -> tuple[BatchRows, Sequence[Sequence[int]]]:
         """As many rows of a batch as fit as a whole, and their parts: its own if all fit, else two."""
         cost = self._bytes_now(rows.shape)
         adapters = sum(p.nbytes for target in self._keeper.applier.targets for p in target.parameters.values())

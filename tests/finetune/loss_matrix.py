@@ -133,7 +133,6 @@ everything = partial(collated, names=("labels", "weight", "special", "group"))
 of_tokens = partial(collated, labels=lambda row: row["input_ids"])
 
 
-
 # Models and Trainers --------------------------------------------------------------------------------------------------
 
 SIZES = {"vocab_size": WORDS, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -777,7 +776,9 @@ def plain(case: Case, rare: bool, seed: int) -> Ran:
     return train(Cell(case, rare, seed, ""), "")
 
 
-_WHOLE = re.compile(r"\b(runs?|ran|goes?|went|going)\b[^.]*\bwhole\b|loss is another|evaluations run as they are", re.IGNORECASE)
+_WHOLE = re.compile(
+    r"\b(runs?|ran|goes?|went|going)\b[^.]*\bwhole\b|loss is another|evaluations run as they are", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

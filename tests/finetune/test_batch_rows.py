@@ -132,7 +132,10 @@ def test_shares_of_parts_add_up_to_the_batch() -> None:
 def test_an_axis_holds_tokens_only_if_it_follows_their_number() -> None:
     """Features of 6 numbers are none, also in a batch whose texts have 6 tokens."""
     features, weights = torch.arange(24.0).view(4, 6, 1), torch.ones(4, 6)
-    short, batch = padded((2, 1)), padded() | {"features": features, "weights": weights, "tags": features[..., 0].long()}
+    short, batch = (
+        padded((2, 1)),
+        padded() | {"features": features, "weights": weights, "tags": features[..., 0].long()},
+    )
     seen = short | {"features": features[:2], "weights": weights[:2, :2], "tags": features[:2, :, 0].long()}
     cuts = Cuts.seen_in([seen, batch], left=False)
     assert cuts.groups == (frozenset({"input_ids", "attention_mask", "labels", "weights"}),)
