@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..common.arrays import BoolArray, IntArray
-from ..cost.batch_shape import LIMITS, LONGEST, MASK, PLACES, Batch, shape_of
+from ..cost.batch_shape import LIMITS, LONGEST, MASK, PLACES, Batch, like, shape_of
 from ..cost.recording import BatchShape
 from ..data.batches import IGNORED
 from ..errors import UnsupportedError
@@ -215,9 +215,9 @@ def _holds_tensors(values: Sequence[Any]) -> bool:
 
 
 def _changed(batch: Batch, change: Callable[[Any], Any]) -> Batch:
-    """The batch with each of its tensors and lists changed; mappings become dictionaries."""
+    """The batch with each of its tensors and lists changed; mappings keep their type."""
     if isinstance(batch, Mapping):
-        return {name: _changed(value, change) for name, value in batch.items()}
+        return like(batch, {name: _changed(value, change) for name, value in batch.items()})
     if isinstance(batch, torch.Tensor) or (isinstance(batch, list | tuple) and not _holds_tensors(batch)):
         return change(batch)
     return type(batch)(_changed(value, change) for value in batch) if isinstance(batch, list | tuple) else batch

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from pathlib import Path
 from traceback import clear_frames
@@ -82,7 +83,7 @@ class TrainerStep:
             UnsupportedError: the step makes no loss of the batch.
         """
         trainer, losses = self.trainer, []
-        batch = dict(batch) if isinstance(batch, Mapping) else batch  # a step may take out what it has read
+        batch = copy(batch) if isinstance(batch, Mapping) else batch  # a step may take out what it has read
         with (
             put_back(trainer),
             self._unfollowed(),
@@ -236,7 +237,7 @@ class TrainerStep:
         accelerator, losses, pilot = self.trainer.accelerator, list[torch.Tensor](), self._listener.pilot
         backward = accelerator.backward
         for part, share in pilot.parts(inputs):
-            copied = dict(part) if type(part) is dict else part  # a step may take out what it has read
+            copied = copy(part) if isinstance(part, Mapping) else part  # a step may take out what it has read
             scaled = partial(_scaled, backward, pilot.hear_loss, share)
             with _standing(accelerator, "backward", scaled) if pilot.guard.parts.on else nullcontext():
                 losses.append(run(model, copied, *rest, **options))
