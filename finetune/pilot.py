@@ -292,6 +292,12 @@ class RankPilot:
         return self._piloted.rate.factor if self._piloted and self._piloted.rate else 1.0
 
     @property
+    def last_rate(self) -> float | None:
+        """The learning rate of the optimizer's first group in its last step; None before one."""
+        last = self._piloted.rate.last if self._piloted and self._piloted.rate else None
+        return None if last is None else float(last)
+
+    @property
     def rates(self) -> tuple[float, float] | None:
         """The peak of the learning rate for plain LoRA, and under the plan; None before `begin`."""
         return self._piloted.rate.rates if self._piloted and self._piloted.rate else None

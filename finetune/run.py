@@ -123,6 +123,7 @@ class TrainingRun:
             None for `loss` of the part.
         wrapped: the model as the loop calls it, where wrappers are around it, such as DistributedDataParallel; by
             default `model`, which may be wrapped itself.
+        scheduler: sets the rates of the optimizer; None where that is not known, as of a loop.
         replicas: its copies in the processes of the run. `model` is the one of this process, without their wrapper.
 
     Raises:
@@ -146,6 +147,7 @@ class TrainingRun:
     whole: str = ""
     part_loss: Callable[[Batch, Batch], torch.Tensor] | None = None
     wrapped: nn.Module = None  # type: ignore[assignment]
+    scheduler: Any = None
     replicas: Replicas = field(init=False)
 
     def __post_init__(self) -> None:

@@ -115,7 +115,7 @@ class TrainerStep:
         Args:
             args: of the event in which training begins.
             state: of that event.
-            objects: model, optimiser and loader of that event.
+            objects: model, optimiser, scheduler and loader of that event.
 
         Raises:
             ConfigError: the loader is no DataLoader, or its batches have no fixed number of examples.
@@ -141,6 +141,7 @@ class TrainerStep:
             whole=self._whole,
             part_loss=self.loss,
             wrapped=self.trainer.model_wrapped,
+            scheduler=objects["lr_scheduler"],
         )
 
     @property
@@ -258,7 +259,7 @@ class TrainerStep:
     def _log(self, run: Callable[..., Any], logs: dict[str, float], *rest: Any, **options: Any) -> None:
         """Log with the figures of the ranks, and the rate that steps really have."""
         pilot = self._listener.pilot
-        rates = {"learning_rate": logs["learning_rate"] * pilot.rate_factor} if "learning_rate" in logs else {}
+        rates = {"learning_rate": pilot.last_rate} if "learning_rate" in logs and pilot.last_rate is not None else {}
         run({**logs, **rates, **(pilot.figures() if "loss" in logs else {})}, *rest, **options)
 
     def _save_checkpoint(self, run: Callable[..., Any], model: Any, trial: Any = None) -> None:
