@@ -96,7 +96,7 @@ class RankPilot:
 
         Raises:
             BudgetError: no plan fits the budget.
-            UnsupportedError: the model, the optimiser or the loss cannot be handled.
+            UnsupportedError: the model, the optimiser or the loss cannot be handled, or another thread trains.
             DataError, NonFiniteError: the training set is empty, or the loss is NaN or infinite.
             ProcessError: the first of several processes failed, or they no longer hold the same adapters.
         """

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from accelerate import skip_first_batches
 from peft import PeftModel
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import BudgetError, ConfigError
+from rankpilot.errors import BudgetError, ConfigError, UnsupportedError
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
 from torch.utils.data import DataLoader
@@ -75,6 +76,32 @@ def test_a_loop_whose_optimizer_lacks_dropped_modules_is_refused(new_model: NewM
     with pytest.raises(ConfigError, match=r"left some at rank 0, where they require none: make the optimizer of `\[p"):
         begin("6k params")
     begin("6k params", *(p for name, p in model.named_parameters() if not p.requires_grad and "lora_" in name))
+
+
+def test_of_two_trainers_in_threads_the_second_is_refused(llama_config: LlamaConfig, tmp_path: Path) -> None:
+    """Measured steps change classes and functions of torch and transformers, which all threads share."""
+    errors = list[BaseException]()
+
+    def train(run: Run) -> None:
+        try:
+            run.train()
+        except UnsupportedError as error:
+            errors.append(error)
+
+    def in_a_thread(_: int) -> None:
+        thread = Thread(target=train, args=[other])
+        thread.start()
+        thread.join()
+
+    other, alone = (Run(tmp_path / name, llama_config, schedule=ONCE) for name in ("other", "alone"))
+    alone.train()
+    beside = Run(tmp_path / "beside", llama_config, schedule=ONCE, at_step=in_a_thread).train()
+    assert [str(error)[:14] for error in errors] == ["Another thread"] * 4
+    assert other.trainer.state.global_step == 0
+    beside.assert_same_adapter(alone)
+    in_a_thread(0)
+    assert other.trainer.state.global_step == 4, "it may once the first is done"
+    other.assert_same_adapter(alone)
 
 
 @pytest.mark.long
