@@ -19,6 +19,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from ..common.files import writing
 from ..cost.batch_shape import Batch
 from ..errors import UnsupportedError
 from .evaluated_parts import Result
@@ -265,7 +266,8 @@ class TrainerStep:
     def _save_checkpoint(self, run: Callable[..., Any], model: Any, trial: Any = None) -> None:
         folder = Path(self.trainer._get_output_dir(trial=trial)) / f"checkpoint-{self.trainer.state.global_step}"
         if self._listener.save_state(folder):
-            run(model, trial)
+            with writing(folder):
+                run(model, trial)
 
     def prepare_new_models(self, prepare: Callable[[Any], Any]) -> None:
         """Let a function see each model that `model_init` makes, before a checkpoint is loaded into it."""
