@@ -192,7 +192,8 @@ def _lengths(dataset: Any) -> tuple[NDArray[np.int64], NDArray[np.int64] | None,
     if len(places) and "labels" in names and np.ndim(table["labels"][0]) == 1:
         columns.append("labels")  # which a decoder may read
     lengths = {name: np.array([len(ids) for ids in table[name]], dtype=np.int64) for name in columns}
-    prompt = sum(size for name, size in lengths.items() if name.endswith(_PROMPT))
+    prompts = (size for name, size in lengths.items() if name.endswith(_PROMPT))
+    prompt: NDArray[np.int64] = sum(prompts, np.zeros(len(places), dtype=np.int64))
     after = [prompt + size for name, size in lengths.items() if name.endswith(_ANSWERS)]
     whole = [size for name, size in lengths.items() if not name.endswith((_PROMPT, *_ANSWERS))]
     return places, np.array([*after, *whole] or [prompt]), names

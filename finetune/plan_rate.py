@@ -211,7 +211,7 @@ class PlanRate(Participant):
         self.moved: float = 1.0
         self.last: float | torch.Tensor | None = None
         self._of_plan, self._scheduler = 1.0, run.scheduler
-        self._before: list[tuple[dict[str, Any], Any, Any]] = []
+        self._before: list[tuple[dict[str, Any], Any]] = []
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._apply(optimizer)),
             optimizer.register_step_post_hook(lambda *_: self._put_back()),
@@ -298,19 +298,19 @@ class PlanRate(Participant):
                 continue
             rate = group["lr"]
             if isinstance(rate, torch.Tensor):  # of a captured graph, which reads it where it is
-                self._before.append((group, rate.clone(), rate))
+                self._before.append((group, rate.clone()))
                 rate.mul_(self.factor)
             else:
+                self._before.append((group, rate))
                 written = not math.isclose(rate, scheduled.get(at, rate))
                 group["lr"] = rate * (self._of_plan if written else self.factor)
-                self._before.append((group, rate, group["lr"]))
         first = optimizer.param_groups[0]["lr"]
         self.last = first.clone() if isinstance(first, torch.Tensor) else first
 
     def _put_back(self) -> None:
-        for group, before, ours in self._before:
+        for group, before in self._before:
             if isinstance(before, torch.Tensor):
                 group["lr"].copy_(before)
-            elif group["lr"] == ours:  # else a user's hook has written another one
+            else:
                 group["lr"] = before
         self._before = []

@@ -316,28 +316,19 @@ def test_a_checkpoint_with_another_bit_is_passed_over(
     cut.assert_same_adapter(whole)
 
 
-def test_files_that_a_resumed_run_goes_on_without_are_told(
-    ended: Launch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-
-    def told(*missing: str) -> str:
-        for name in missing:
-            (cut.checkpoint(8) / name).unlink()
-        capsys.readouterr()
-        caplog.clear()
+def test_files_that_a_resumed_run_goes_on_without_are_told(ended: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    cut, missing = ended(), list[str]()
+    cut.train(resume=8)
+    assert "holds no" not in capsys.readouterr().out
+    for name in ("rng_state", "optimizer", "scheduler"):
+        next(cut.checkpoint(8).glob(f"{name}*")).unlink()
+        missing.append(name)
         cut.train(resume=8)
-        lines = [*capsys.readouterr().out.splitlines(), *messages_of(caplog)]
-        return "".join(line for line in lines if "checkpoint-8 holds no" in line)
-
-    cut = ended()
-    assert told() == ""
-    assert "rng_state:" in told("rng_state.pth")
-    assert "rng_state, optimizer, scheduler:" in told("optimizer.pt", "scheduler.pt")
+        assert f"checkpoint-8 holds no {', '.join(missing)}:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("most", [3_000, 7_000, 30_000])
-def test_files_of_a_checkpoint_that_cannot_be_written(ended: Launch, whole: Run, most: int) -> None:
+def test_files_of_a_checkpoint_that_cannot_be_written(ended: Launch, most: int) -> None:
     """The state of rankpilot, the adapter and the optimizer's state are too large."""
 
     def limit(step: int) -> None:
@@ -354,8 +345,6 @@ def test_files_of_a_checkpoint_that_cannot_be_written(ended: Launch, whole: Run,
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert rankpilot.last_checkpoint(cut.folder) == cut.checkpoint(8)
-    ended_again = Run(cut.folder, cut.config, **USUAL).train(resume=True)
-    ended_again.assert_same_adapter(whole)
 
 
 def test_a_model_saved_alone_is_no_torn_checkpoint(make: Launch) -> None:

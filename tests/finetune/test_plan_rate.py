@@ -292,16 +292,6 @@ def test_a_rate_that_a_callback_writes_is_read_as_any_of_plain_lora(
     assert logged == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_rate_that_a_hook_of_the_step_writes_stays(llama_config: LlamaConfig) -> None:
-    loop = Loop(llama_config)
-    pilot = RankPilot(Gives(1), "400%", schedule=ONCE)
-    pilot.begin(TrainingRun.of_loader(loop.model, loop.optimizer, loop.loader, total_steps=3))
-    loop.optimizer.register_step_pre_hook(lambda *_: loop.optimizer.param_groups[0].update(lr=0.25))
-    take_step(pilot, loop.optimizer, next(iter(loop.loader)), lambda rows: loop.model(**rows).loss)
-    assert [group["lr"] for group in loop.optimizer.param_groups] == [0.25, 3e-3]
-    pilot.finish()
-
-
 def test_a_resumed_loop_that_sets_its_rates_goes_on_at_the_same_factor(
     llama_config: LlamaConfig, tmp_path: Path
 ) -> None:
