@@ -292,12 +292,6 @@ class RankPilot:
         return self._piloted.rate.factor if self._piloted and self._piloted.rate else 1.0
 
     @property
-    def last_rate(self) -> float | None:
-        """The learning rate of the optimizer's first group in its last step; None before one."""
-        last = self._piloted.rate.last if self._piloted and self._piloted.rate else None
-        return None if last is None else float(last)
-
-    @property
     def rates(self) -> tuple[float, float] | None:
         """The peak of the learning rate for plain LoRA, and under the plan; None before `begin`."""
         return self._piloted.rate.rates if self._piloted and self._piloted.rate else None
@@ -314,7 +308,7 @@ class RankPilot:
     def figures(self) -> dict[str, float]:
         """What a training log shows of the ranks: mean rank, adapted modules, cost of the plan and limit.
 
-        The highest peak is among them if a step was measured since the last call.
+        The highest peak is among them if a step was measured since the last call, and after a step its learning rate.
         """
         piloted = _begun(self._piloted)
         fresh, piloted.shown = self.peaks[piloted.shown :], len(self.peaks)
@@ -334,6 +328,8 @@ class RankPilot:
             if applier.time.beside is None:
                 figures["budget_seconds"] = applier.time.seconds
         figures |= piloted.guard.parts.figures()
+        if piloted.rate and piloted.rate.last is not None:
+            figures["learning_rate"] = float(piloted.rate.last)
         if fresh:
             figures["peak_bytes"] = float(max(peak for _, peak in fresh))
         return figures

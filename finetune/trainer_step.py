@@ -259,9 +259,7 @@ class TrainerStep:
 
     def _log(self, run: Callable[..., Any], logs: dict[str, float], *rest: Any, **options: Any) -> None:
         """Log with the figures of the ranks, and the rate that steps really have."""
-        pilot = self._listener.pilot
-        rates = {"learning_rate": pilot.last_rate} if "learning_rate" in logs and pilot.last_rate is not None else {}
-        run({**logs, **rates, **(pilot.figures() if "loss" in logs else {})}, *rest, **options)
+        run({**logs, **(self._listener.pilot.figures() if "loss" in logs else {})}, *rest, **options)
 
     def _save_checkpoint(self, run: Callable[..., Any], model: Any, trial: Any = None) -> None:
         folder = Path(self.trainer._get_output_dir(trial=trial)) / f"checkpoint-{self.trainer.state.global_step}"
