@@ -58,7 +58,10 @@ CONTROL: RateControl = AlignmentRule()
 
 
 _UNDER_WAY: WeakKeyDictionary[PilotedRun, Thread] = WeakKeyDictionary()
-_BEGINS = Lock()
+"""The runs that have begun and not ended, and the threads in which they began."""
+
+_RUNS = Lock()
+"""Held while runs that are under way are looked at or changed."""
 
 
 class PilotedRun:
@@ -120,7 +123,7 @@ class PilotedRun:
         self._checkpointing: LayerCheckpointing | None = None
         self._found: AdapterSnapshot | None = None  # until a step has passed
         self._switches, self._heard = ExitStack(), b""
-        with _BEGINS:
+        with _RUNS:
             if any(thread is not current_thread() and thread.is_alive() for thread in _UNDER_WAY.values()):
                 raise UnsupportedError(
                     "Another thread of this process trains under rankpilot, and what steps take cannot be told apart. "
@@ -371,7 +374,8 @@ class PilotedRun:
             part.end()
         self._switches.close()
         self._found = None
-        _UNDER_WAY.pop(self, None)
+        with _RUNS:
+            _UNDER_WAY.pop(self, None)
 
     def finish(self, *, checks: bool) -> None:
         """Stop, write the ranks to PEFT's configuration for saving, and see that what was trained is sound if asked."""

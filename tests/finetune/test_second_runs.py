@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -78,8 +79,11 @@ def test_a_loop_whose_optimizer_lacks_dropped_modules_is_refused(new_model: NewM
     begin("6k params", *(p for name, p in model.named_parameters() if not p.requires_grad and "lora_" in name))
 
 
-def test_of_two_trainers_in_threads_the_second_is_refused(llama_config: LlamaConfig, tmp_path: Path) -> None:
+def test_of_two_trainers_in_threads_the_second_is_refused(
+    llama_config: LlamaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Measured steps change classes and functions of torch and transformers, which all threads share."""
+    monkeypatch.setattr("rankpilot.finetune.piloted_run._UNDER_WAY", WeakKeyDictionary())  # of other tests
     found = list[BaseException | None]()
 
     def in_a_thread(_: int) -> None:
