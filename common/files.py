@@ -86,9 +86,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         RunFolderError: the system refuses to write it, as on a full disk.
     """
+    with writing(path), _whole(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise RunFolderError where the system refuses what the block writes to `path`, as on a full disk."""
     try:
-        with _whole(path) as temporary:
-            yield temporary
+        yield
     except Exception as error:
         if isinstance(error, RankPilotError) or not not_written(error):
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,12 +45,19 @@ def tensors_of(batch: Batch) -> list[torch.Tensor]:
     return [tensor for item in items for tensor in tensors_of(item)]
 
 
+def like(batch: Mapping[str, Any], entries: dict[str, Any]) -> Batch:
+    """Entries in a mapping of the batch's type, as `Trainer._prepare_input` makes it; a dictionary where that fails."""
+    with suppress(TypeError):
+        return type(batch)(entries)  # type: ignore[call-arg]
+    return entries
+
+
 def map_tensors(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-    """The batch with each tensor changed, and everything else as it is; mappings become dictionaries."""
+    """The batch with each tensor changed, and everything else as it is; mappings keep their type."""
     if isinstance(batch, torch.Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
-        return {name: map_tensors(item, change) for name, item in batch.items()}
+        return like(batch, {name: map_tensors(item, change) for name, item in batch.items()})
     if type(batch) in (list, tuple):
         return type(batch)(map_tensors(item, change) for item in batch)
     return batch
@@ -63,7 +71,7 @@ def padded(batch: Batch) -> Batch:
     masks = {name: mask.clone() for name, mask in _masks(batch).items() if mask.dim() == 2}
     for mask in masks.values():  # padding is on the left if the first column has any
         mask[-1, 0 if mask.shape[1] > 1 and not mask[:, 0].all() else -1] = 0
-    return {**batch, **masks} if masks else batch
+    return like(batch, {**batch, **masks}) if masks else batch
 
 
 def in_texts(batch: Batch) -> Batch:
@@ -72,7 +80,7 @@ def in_texts(batch: Batch) -> Batch:
         return batch
     places = batch[PLACES].clone()
     places[-1, -1] = 0
-    return {**batch, PLACES: places}
+    return like(batch, {**batch, PLACES: places})
 
 
 def _tells_places(batch: Batch) -> bool:
@@ -138,7 +146,7 @@ def _with_limits(result: Batch, tokens: int, before: int) -> Batch:
         return result
     moved = {name: (result[name].long() * tokens // before).int() for name in LIMITS if result.get(name) is not None}
     longest = {name: -(-result[name] * tokens // before) for name in LONGEST if result.get(name) is not None}
-    return {**result, **moved, **longest}
+    return like(result, {**result, **moved, **longest})
 
 
 def _with_ends(result: Batch, batch: Batch) -> Batch:
@@ -159,7 +167,7 @@ def _with_ends(result: Batch, batch: Batch) -> Batch:
         real = torch.ones_like(whole) if mask is None else mask
         last = (real * torch.arange(before, device=whole.device)).argmax(dim=1)[rows]
         tokens[:, -1] = torch.where(last >= length, whole[rows, last], tokens[:, -1])
-    return {**result, "input_ids": tokens}
+    return like(result, {**result, "input_ids": tokens})
 
 
 def _cycled(count: int, size: int, like: torch.Tensor) -> torch.Tensor:

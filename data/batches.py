@@ -49,13 +49,13 @@ def largest_batch(dataset: Any, collate: Collate, rows: int) -> Batch:
         examples = list(islice(iter(dataset), rows))
     else:
         places, lengths, names = _lengths(dataset)
-        order = np.arange(len(places)) if lengths is None else np.argsort(-lengths, kind="stable")
+        order = np.arange(len(places)) if lengths is None else _longest_first(lengths)
         examples = _rows_at(dataset, places[order[:rows]].tolist())
     if not examples:
         raise DataError(_EMPTY)
     batch = collate([examples[index % len(examples)] for index in range(rows)])
     # The longest rows may need no padding while others do. Rows of one length without a mask never need any.
-    alike = lengths is not None and len(lengths) == len(dataset) and len(np.unique(lengths)) == 1
+    alike = lengths is not None and lengths.shape[1] == len(dataset) and len(np.unique(lengths)) == 1
     never = alike and MASK not in names
     batch = batch if never else padded(batch)
     first = examples[0]
@@ -149,14 +149,30 @@ def _holds_token_ids(dataset: Any) -> bool:
     return any(isinstance(example, Mapping) and bool(_of_token_ids(example)) for example in first)
 
 
+_PROMPT, _ANSWERS = "prompt_ids", ("chosen_ids", "rejected_ids", "completion_ids", "reference_ids")
+"""How columns of TRL end that hold a prompt, and answers that its collators put after it."""
+
+
 def _of_token_ids(names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.endswith(("input_ids", "prompt_ids", "chosen_ids", "rejected_ids"))]
+    return [name for name in names if name.endswith(("input_ids", _PROMPT, *_ANSWERS))]
+
+
+def _longest_first(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places of examples from the longest on; the longest of each text goes before all others, int64 (examples,).
+
+    Args:
+        lengths: tokens of the texts that an example becomes, int64 (texts, examples).
+    """
+    longest = lengths.max(axis=0)
+    of_a_text = np.isin(np.arange(len(longest)), lengths.argmax(axis=1))
+    return np.lexsort((-longest, ~of_a_text))
 
 
 def _lengths(dataset: Any) -> tuple[NDArray[np.int64], NDArray[np.int64] | None, list[str]]:
-    """Places of examples, the tokens of each, and the names of what they hold; no lengths if nothing holds token ids.
+    """Places of examples, tokens of their texts, and names of what they hold; no lengths if nothing holds token ids.
 
-    Of several columns of token ids the longest counts, after the prompt's if there is one, as in pairs of answers.
+    A text is a column of input ids, or the prompt with one of its answers: int64 (texts, examples). A collator may pad
+    each to a length of its own, as that of KTO does.
     """
     places = np.arange(len(dataset))
     names = list(getattr(dataset, "column_names", None) or ())
@@ -173,12 +189,14 @@ def _lengths(dataset: Any) -> tuple[NDArray[np.int64], NDArray[np.int64] | None,
     columns = _of_token_ids(names)
     if not columns:
         return places, None, names
+    if len(places) and "labels" in names and np.ndim(table["labels"][0]) == 1:
+        columns.append("labels")  # which a decoder may read
     lengths = {name: np.array([len(ids) for ids in table[name]], dtype=np.int64) for name in columns}
-    zeros = np.zeros(len(places), dtype=np.int64)
-    prompts = [size for name, size in lengths.items() if "prompt" in name]
-    answers = [size for name, size in lengths.items() if "prompt" not in name]
-    total: NDArray[np.int64] = np.sum([zeros, *prompts], axis=0) + np.max([zeros, *answers], axis=0)
-    return places, total, names
+    prompts = (size for name, size in lengths.items() if name.endswith(_PROMPT))
+    prompt: NDArray[np.int64] = sum(prompts, np.zeros(len(places), dtype=np.int64))
+    after = [prompt + size for name, size in lengths.items() if name.endswith(_ANSWERS)]
+    whole = [size for name, size in lengths.items() if not name.endswith((_PROMPT, *_ANSWERS))]
+    return places, np.array([*after, *whole] or [prompt]), names
 
 
 def small_batches(dataset: Any, collate: Collate, steps: int, rows: int, seed: int) -> Iterator[Batch]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..common.arrays import BoolArray, IntArray
-from ..cost.batch_shape import LIMITS, LONGEST, MASK, PLACES, Batch, shape_of
+from ..cost.batch_shape import LIMITS, LONGEST, MASK, PLACES, Batch, like, shape_of
 from ..cost.recording import BatchShape
 from ..data.batches import IGNORED
 from ..errors import UnsupportedError
@@ -41,8 +41,8 @@ class Cuts:
             left: see above.
         """
         sizes: dict[str, list[int]] = {}
-        count, odd = 0, set[str]()
-        for count, batch in enumerate(batches, 1):
+        looked, odd = list(batches), set[str]()
+        for batch in looked:
             for name, value in _named(batch):
                 if isinstance(value, torch.Tensor) and value.dim() >= 2:
                     sizes.setdefault(name, []).append(value.shape[1])
@@ -50,7 +50,7 @@ class Cuts:
         groups: dict[tuple[int, ...], set[str]] = {}
         for name, each in sizes.items():
             by_name = name.endswith(_TOKENS) and name not in odd
-            if len(each) == count and (len(set(each)) > 1 or by_name):
+            if len(each) == len(looked) and (len(set(each)) > 1 or by_name):
                 groups.setdefault(tuple(each), set()).add(name)
         if any(len(set(each)) > 1 for each in groups):  # then a constant is none
             groups = {each: names for each, names in groups.items() if len(set(each)) > 1}
@@ -187,8 +187,7 @@ class BatchRows:
 
     def with_labels(self, labels: torch.Tensor, cuts: Cuts) -> BatchRows:
         """The same rows with other labels."""
-        batch = type(self.batch)({**self.batch, "labels": labels})
-        return BatchRows.of(batch, cuts, self.each)
+        return BatchRows.of(like(self.batch, {**self.batch, "labels": labels}), cuts, self.each)
 
     def _texts(self, chosen: IntArray) -> Batch:
         """Some texts of a packed row side by side, with limits of their own where the batch has limits."""
@@ -203,7 +202,7 @@ class BatchRows:
                 return value
             return value.new_tensor(limits) if name in LIMITS else value[:, places.to(value.device)]
 
-        return {name: change(name, value) for name, value in self.batch.items()}
+        return like(self.batch, {name: change(name, value) for name, value in self.batch.items()})
 
     def of_example(self, tensor: torch.Tensor, example: int) -> torch.Tensor:
         """What a tensor with the batch's tokens has of an example, as a view; of its first row if it has several."""
@@ -283,7 +282,7 @@ def _changed(batch: Batch, change: Callable[[str, Any], Any], name: str = "") ->
     """The batch with each of its tensors and lists changed, which get their names as of `_named`."""
     if isinstance(batch, Mapping):
         items = {key: _changed(value, change, f"{name}.{key}" if name else str(key)) for key, value in batch.items()}
-        return type(batch)(items)  # type: ignore[call-arg]
+        return like(batch, items)
     if isinstance(batch, torch.Tensor) or (isinstance(batch, list | tuple) and not _holds_tensors(batch)):
         return change(name, batch)
     return type(batch)(_changed(value, change, name) for value in batch) if isinstance(batch, list | tuple) else batch

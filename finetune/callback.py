@@ -280,6 +280,8 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step > 0:
             folder = self._resumed or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             pilot.resume(run, load_state(folder), step=state.global_step, name=name)
+            if absent := [kind for kind in ("rng_state", "optimizer", "scheduler") if not any(folder.glob(f"{kind}*"))]:
+                pilot.journal.note(f"{folder.name} holds no {', '.join(absent)}: the run goes on without.")
         else:
             pilot.begin(run, name=name)
         if args.use_liger_kernel:

@@ -5,9 +5,11 @@ The two files of rankpilot are written first; the Trainer's own follow, of which
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 from zipfile import BadZipFile
@@ -148,7 +150,7 @@ def fault_of(checkpoint: Path, *, piloted: bool) -> str:
                 whole = isinstance(files.read_json(path), dict)
             elif path.suffix == ".safetensors":
                 with safe_open(path, "pt"):  # compares the length of the file with its header
-                    whole = True
+                    whole = path.name != TENSORS or _is_as_written(checkpoint, files.read_object(checkpoint / STATE))
             else:
                 whole = files.is_whole_archive(path)
         except (ValueError, SafetensorError, BadZipFile, NotImplementedError, RuntimeError, EOFError):
@@ -156,6 +158,17 @@ def fault_of(checkpoint: Path, *, piloted: bool) -> str:
         if not whole:
             return f"{name} is torn"
     return ""
+
+
+def _checksum(checkpoint: Path, values: Mapping[str, Any]) -> str:
+    """The sha256 of these values and of the tensors beside them, in hexadecimal."""
+    return sha256(json.dumps([values, files.sha256(checkpoint / TENSORS)]).encode()).hexdigest()
+
+
+def _is_as_written(checkpoint: Path, state: dict[str, Any]) -> bool:
+    """Whether tensors and values are those that were written; takes format and checksum out of the values."""
+    state.pop("format", None)
+    return state.pop("checksum", None) in (None, _checksum(checkpoint, state))
 
 
 def save_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
@@ -169,7 +182,7 @@ def save_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
     values, tensors = _split(state)
     with files.atomic_path(checkpoint / TENSORS) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    files.write_json(checkpoint / STATE, {"format": FORMAT, **values})
+    files.write_json(checkpoint / STATE, {"format": FORMAT, "checksum": _checksum(checkpoint, values), **values})
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -189,13 +202,15 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         state = files.read_object(checkpoint / STATE)
     except DataError as error:
         raise RunFolderError(f"{error} {way_out(checkpoint.parent)}") from error
-    if state.pop("format", 1) != FORMAT:
+    if state.get("format", 1) != FORMAT:
         raise RunFolderError(
             f"{checkpoint} was written by another version of rankpilot and cannot be resumed by this one. Resume with "
             "the version that wrote it, or start the run again in a new folder."
         )
     try:
         files.check_tensor_file(checkpoint / TENSORS, MOST_STATE_BYTES)
+        if not _is_as_written(checkpoint, state):
+            raise DataError("it is not what was written")
         tensors = load_file(checkpoint / TENSORS)
     except (ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         raise RunFolderError(

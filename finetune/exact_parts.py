@@ -33,6 +33,11 @@ from .run import TrainingRun
 TESTED_ROWS = 4
 """Examples of the test at most: two parts of two."""
 
+TRIES = 4
+"""Batches that are tried until one has a loss: all labels of a few rows may be masked."""
+
+NOT_FINITE = "the loss of the first rows is not finite"
+
 ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
 """The relative difference of two gradients that is rounding, by the lowest precision of the step: two last places of a
 number. `FULL_ROUNDING` in full precision, where a gradient in parts differs by 4e-7 to 2e-6."""
@@ -174,13 +179,16 @@ def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int, *
     cuts = run.cuts
 
     def tested(count: int = TESTED_ROWS) -> Exactness:
-        (batch,) = run.small_batches(1, min(run.rows, count), seed)
         try:
-            rows = BatchRows.of(batch, cuts, run.step.rows_per_example)
-            if not known and rows.examples < TESTED_ROWS:
-                return Exactness("", f"a test of it takes {TESTED_ROWS} rows")
-            with _shaken(targets, seed) as turn:
-                return replace(_tested(run, rows, turn, known=known), packed=rows.packed)
+            for batch in run.small_batches(TRIES, min(run.rows, count), seed):
+                rows = BatchRows.of(batch, cuts, run.step.rows_per_example)
+                if not known and rows.examples < TESTED_ROWS:
+                    return Exactness("", f"a test of it takes {TESTED_ROWS} rows")
+                with _shaken(targets, seed) as turn:
+                    found = replace(_tested(run, rows, turn, known=known), packed=rows.packed)
+                if found.reason != NOT_FINITE:
+                    break
+            return found
         except UnsupportedError as error:
             return Exactness("", str(error).rstrip("."))
         except torch.OutOfMemoryError:  # which holds the tensors of the step until it is left
@@ -272,7 +280,7 @@ def _tested(run: TrainingRun, rows: BatchRows, turn: Callable[[], None], *, know
                 if now.get(name) is not buffer or not torch.equal(buffer, before):
                     return Exactness("", f"a forward pass writes into {name}")
             if not (math.isfinite(loss) and bool(whole.isfinite().all())):
-                return Exactness("", "the loss of the first rows is not finite")
+                return Exactness("", NOT_FINITE)
             each = []
             for part in parts:
                 found.begin(len(part))

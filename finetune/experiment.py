@@ -516,6 +516,7 @@ def _copy(source: Path, output: Path, checkpoint: Path, plan: GivenPlan) -> None
         shutil.copytree(checkpoint, copied)
         state = files.read_object(copied / STATE)
         state["settings"] |= policy_settings(plan)
+        state.pop("checksum", None)  # of other values
         files.write_json(copied / STATE, state)
 
 

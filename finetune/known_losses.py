@@ -52,31 +52,38 @@ _HEADS = [
     auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 ]
 
-_MASKED = frozenset(
+
+def _set(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+_MASKED = _set(
     "albert bart bert camembert data2vec-text deberta deberta-v2 distilbert electra ernie m2m_100 marian mbart "
-    "modernbert mpnet mt5 pegasus roberta t5 umt5 xlm-roberta xlm-roberta-xl".split()
+    "modernbert mpnet mt5 pegasus roberta t5 umt5 xlm-roberta xlm-roberta-xl"
 )
 """Families that read tokens on both sides, and none that a mask hides. A causal model reads none to the right."""
 
-_MEET = frozenset("big_bird bigbird_pegasus nllb-moe reformer switch_transformers xlnet".split())
+_MEET = _set(
+    "big_bird bigbird_pegasus nllb-moe reformer switch_transformers xlnet"
+)
 """Families whose rows meet, or in which the length of a batch changes what is computed."""
 
 _LENGTHS_CHANGE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies follow the longest row."""
 
-_LEFT = frozenset(
-    "cohere cohere2 gemma gemma2 gemma3_text glm glm4 gpt_neox granite llama mistral olmo olmo2 olmo3 phi phi3 qwen2 "
-    "qwen3 smollm3 stablelm starcoder2".split()
+_LEFT = _set(
+    "cohere cohere2 gemma gemma2 gemma3_text glm glm4 gpt_neox granite llama mistral olmo olmo2 olmo3 phi phi3 "
+    "qwen2 qwen3 smollm3 stablelm starcoder2"
 )
 """Families that know the distance of two tokens and no position: padding on the left changes nothing."""
 
-_PAIRS = frozenset(
-    "sigmoid hinge ipo exo_pair nca_pair robust sppo_hard apo_zero apo_down discopop sigmoid_norm".split()
+_PAIRS = _set(
+    "sigmoid hinge ipo exo_pair nca_pair robust sppo_hard apo_zero apo_down discopop sigmoid_norm"
 )
 """Losses of DPO that are a mean over pairs."""
 
-_OURS = frozenset(
-    "accelerate auto_gptq awq bitsandbytes gptqmodel optimum peft rankpilot torch torchao transformers trl".split()
+_OURS = _set(
+    "accelerate auto_gptq awq bitsandbytes gptqmodel optimum peft rankpilot torch torchao transformers trl"
 )
 """Packages whose modules and hooks compute each row for itself."""
 
@@ -143,7 +150,7 @@ def cuts_left(model: nn.Module) -> bool:
 
 
 def _foreign(model: nn.Module) -> str:
-    """Why modules, parameters or hooks may let rows meet, for people; empty where all are of packages that are known."""
+    """Why modules, parameters or hooks may let rows meet, for people; empty where all are of known packages."""
     kinds: dict[type, None] = {}
     for name, module in model.named_modules():
         kinds[type(module)] = None

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from ..common import files
 from ..common.checks import counted
 from ..cost.model_states import trained_outside
-from ..errors import RunFolderError, first_line
+from ..errors import DataError, RunFolderError, first_line
 from ..lora.peft_config import resizable_targets
 from ..lora.targets import TargetModule
 from .checkpoint import MOST_STATE_BYTES, STATE, TENSORS, load_state, save_state
@@ -49,8 +49,8 @@ def save_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path) -> N
     _check_replaceable(path)
     with files.atomic_path(path) as temporary:
         temporary.mkdir()
-        save_state(temporary, state)
         save_file(_trained(run, pilot.applier.targets), temporary / WEIGHTS)
+        save_state(temporary, {**state, WEIGHTS: files.sha256(temporary / WEIGHTS)})
         torch.save(run.optimizer.state_dict(), temporary / OPTIMIZER)
 
 
@@ -77,6 +77,8 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
     targets = resizable_targets(run.model, pilot.options.scaling)
     try:
         files.check_tensor_file(folder / WEIGHTS, MOST_STATE_BYTES)
+        if state.pop(WEIGHTS, None) not in (None, files.sha256(folder / WEIGHTS)):
+            raise DataError(f"{WEIGHTS} is not what was written")
         weights = load_file(folder / WEIGHTS)
         moments = files.load_archive(folder / OPTIMIZER, "cpu")  # the optimiser moves what belongs on the device
     except Exception as error:  # whatever a torn or foreign file makes the readers raise

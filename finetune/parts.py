@@ -19,7 +19,7 @@ import torch
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.checks import counted, finite
-from ..cost.batch_shape import Batch, map_tensors, shape_of
+from ..cost.batch_shape import Batch, shape_of
 from ..cost.model import MemoryModel, ShapeBytes, holding_layers
 from ..cost.part_seconds import PartSeconds
 from ..cost.recording import BatchShape

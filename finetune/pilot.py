@@ -96,7 +96,7 @@ class RankPilot:
 
         Raises:
             BudgetError: no plan fits the budget.
-            UnsupportedError: the model, the optimiser or the loss cannot be handled.
+            UnsupportedError: the model, the optimiser or the loss cannot be handled, or another thread trains.
             DataError, NonFiniteError: the training set is empty, or the loss is NaN or infinite.
             ProcessError: the first of several processes failed, or they no longer hold the same adapters.
         """
@@ -308,7 +308,7 @@ class RankPilot:
     def figures(self) -> dict[str, float]:
         """What a training log shows of the ranks: mean rank, adapted modules, cost of the plan and limit.
 
-        The highest peak is among them if a step was measured since the last call.
+        The highest peak is among them if a step was measured since the last call, and after a step its learning rate.
         """
         piloted = _begun(self._piloted)
         fresh, piloted.shown = self.peaks[piloted.shown :], len(self.peaks)
@@ -328,6 +328,8 @@ class RankPilot:
             if applier.time.beside is None:
                 figures["budget_seconds"] = applier.time.seconds
         figures |= piloted.guard.parts.figures()
+        if piloted.rate and piloted.rate.last is not None:
+            figures["learning_rate"] = float(piloted.rate.last)
         if fresh:
             figures["peak_bytes"] = float(max(peak for _, peak in fresh))
         return figures

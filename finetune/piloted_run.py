@@ -6,7 +6,9 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from threading import Lock, Thread, current_thread
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from ..decide.policy import Decision, Policy, asked, reads_signals, rounding, st
 from ..decide.rate_control import SHORTEST, AlignmentRule, RateControl, decision_steps
 from ..decide.rules import AsConfigured, PlanFile, given_ranks
 from ..decide.settings import DecisionSchedule
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import layout_of, unwrap_optimizer
 from ..lora.peft_config import absent_targets, finish_load, start_kept
@@ -55,6 +57,13 @@ CONTROL: RateControl = AlignmentRule()
 """Who controls the learning rate."""
 
 
+_UNDER_WAY: WeakKeyDictionary[PilotedRun, Thread] = WeakKeyDictionary()
+"""The runs that have begun and not ended, and the threads in which they began."""
+
+_RUNS = Lock()
+"""Held while runs that are under way are looked at or changed."""
+
+
 class PilotedRun:
     """One run under a pilot, from its begin to its end.
 
@@ -78,6 +87,9 @@ class PilotedRun:
         rate: multiplies the learning rate by the factor of the plan; None before `begin`.
         control: corrects the learning rate; None where nothing does.
         prefix: leaves out frozen layers; None where no row is read twice.
+
+    Raises:
+        UnsupportedError: a run is under way in another thread.
     """
 
     applier: PlanApplier[PeftAdapters]
@@ -112,6 +124,14 @@ class PilotedRun:
         self._checkpointing: LayerCheckpointing | None = None
         self._found: AdapterSnapshot | None = None  # until a step has passed
         self._switches, self._heard = ExitStack(), b""
+        with _RUNS:
+            if any(thread is not current_thread() and thread.is_alive() for thread in _UNDER_WAY.values()):
+                raise UnsupportedError(
+                    "Another thread of this process trains under rankpilot, and what steps take cannot be told apart. "
+                    "Train one run after the other, or each in a process of its own. A loop that was broken off ends "
+                    "with `pilot.finish()`."
+                )
+            _UNDER_WAY[self] = current_thread()
 
     @property
     def participants(self) -> list[Participant]:
@@ -355,6 +375,8 @@ class PilotedRun:
             part.end()
         self._switches.close()
         self._found = None
+        with _RUNS:
+            _UNDER_WAY.pop(self, None)
 
     def finish(self, *, checks: bool) -> None:
         """Stop, write the ranks to PEFT's configuration for saving, and see that what was trained is sound if asked."""

@@ -1,7 +1,8 @@
 """The learning rate follows the plan: adapters train at the rate of their optimizer times a factor.
 
 The factor is applied around each step of the optimizer, so that schedules, warm-up, several groups, and loops that set
-the rate themselves go on as they are. Between two steps the groups show the user's rate.
+the rate themselves go on as they are. Between two steps the groups show the user's rate. One that a callback of a
+Trainer's user writes there, beside its schedule, is no matter of the rule and of control.
 """
 
 from __future__ import annotations
@@ -154,6 +155,7 @@ class PlanRate(Participant):
         rule: what the rule says for plain LoRA; None where the optimizer is no Adam, or the width is unknown.
         factor: by which the rate is multiplied now.
         moved: the part of it that control of the run has added.
+        last: the rate of the optimizer's first group in its last step; None before one.
 
     Raises:
         ConfigError: the optimizer's rate is negative or not finite; or `auto`, and the rule says nothing here: of
@@ -207,6 +209,8 @@ class PlanRate(Participant):
         self._most = 1.0 if wide else math.inf  # on wider models no plan is known to want more than plain LoRA
         self.factor: float = 1.0
         self.moved: float = 1.0
+        self.last: float | torch.Tensor | None = None
+        self._of_plan, self._scheduler = 1.0, run.scheduler
         self._before: list[tuple[dict[str, Any], Any]] = []
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._apply(optimizer)),
@@ -235,11 +239,11 @@ class PlanRate(Participant):
 
     def ranks_changed(self) -> None:
         """Take the factor of the plan that is in place."""
-        self.factor = self.plain / self.own
         if not self._keep and self._follows:
             ranks = np.array([target.rank for target in self._targets], dtype=np.int64)
             of_plan = RULE.factor(ranks, np.array([target.scaling for target in self._targets]), self._plain)
-            self.factor *= min(of_plan, self._most)
+            self._of_plan = min(of_plan, self._most)
+        self.factor = self.plain / self.own * self._of_plan
 
     def told(self) -> str:
         """A line on the rate; empty where it is the user's, and near the rule's."""
@@ -288,17 +292,20 @@ class PlanRate(Participant):
 
     def _apply(self, optimizer: torch.optim.Optimizer) -> None:
         self._put_back()
-        if self.factor == 1.0:
-            return
-        for group in optimizer.param_groups:
-            if any(id(parameter) in self._adapters for parameter in group["params"]):
-                rate = group["lr"]
-                if isinstance(rate, torch.Tensor):  # of a captured graph, which reads it where it is
-                    self._before.append((group, rate.clone()))
-                    rate.mul_(self.factor)
-                else:
-                    self._before.append((group, rate))
-                    group["lr"] = rate * self.factor
+        scheduled = dict(enumerate(self._scheduler.get_last_lr() if self._scheduler else ()))
+        for at, group in enumerate(optimizer.param_groups):
+            if not any(id(parameter) in self._adapters for parameter in group["params"]):
+                continue
+            rate = group["lr"]
+            if isinstance(rate, torch.Tensor):  # of a captured graph, which reads it where it is
+                self._before.append((group, rate.clone()))
+                rate.mul_(self.factor)
+            else:
+                self._before.append((group, rate))
+                written = not math.isclose(rate, scheduled.get(at, rate))
+                group["lr"] = rate * (self._of_plan if written else self.factor)
+        first = optimizer.param_groups[0]["lr"]
+        self.last = first.clone() if isinstance(first, torch.Tensor) else first
 
     def _put_back(self) -> None:
         for group, before in self._before:

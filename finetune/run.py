@@ -133,6 +133,7 @@ class TrainingRun:
         stepping: yields what runs the loop's own step on a part; see `aside`. By default the loss and its gradient.
         wrapped: the model as the loop calls it, where wrappers are around it, such as DistributedDataParallel; by
             default `model`, which may be wrapped itself.
+        scheduler: sets the rates of the optimizer; None where that is not known, as of a loop.
         replicas: its copies in the processes of the run. `model` is the one of this process, without their wrapper.
 
     Raises:
@@ -158,6 +159,7 @@ class TrainingRun:
     foreign: Callable[[], str] = str
     stepping: Callable[[], AbstractContextManager[StepOfPart]] | None = None
     wrapped: nn.Module = None  # type: ignore[assignment]
+    scheduler: Any = None
     replicas: Replicas = field(init=False)
 
     def __post_init__(self) -> None:
@@ -580,11 +582,16 @@ def _base(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _training_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into training mode for a while; modes and buffers (running statistics) are restored afterwards.
+    """Put a model into training mode for a while; modes, buffers and numbers of modules are restored afterwards.
+
+    Those are running statistics, and the length up to which a rotary embedding is known.
 
     Parts of a model in training mode that its user has put into evaluation mode stay so.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    numbers = [
+        (own, {name: value for name, value in own.items() if isinstance(value, int | float)})
+        for own in map(vars, model.modules())
+    ]
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -595,8 +602,8 @@ def _training_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for own, before in numbers:
+            own.update(before)
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 buffer.copy_(value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from pathlib import Path
 from traceback import clear_frames
@@ -18,6 +19,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from ..common.files import writing
 from ..cost.batch_shape import Batch
 from ..errors import UnsupportedError
 from .evaluated_parts import Result
@@ -84,7 +86,11 @@ class TrainerStep:
         """
         trainer, losses = self.trainer, []
         with self._aside(lambda loss, **_: losses.append(loss)) as step:
-            step(batch, whole or batch)
+            try:
+                step(batch, whole or batch)
+            except Exception:
+                if not losses:  # what a step does after its backward pass may ask for gradients
+                    raise
         if len(losses) != 1 or not losses[0].requires_grad:
             problem = (
                 f"called `accelerator.backward` {len(losses)} times" if len(losses) != 1 else "has a constant loss"
@@ -122,7 +128,7 @@ class TrainerStep:
         trainer = self.trainer
 
         def step(batch: Batch, whole: Batch) -> torch.Tensor:
-            copied = type(batch)(batch) if isinstance(batch, Mapping) else batch  # a step may take out what it has read
+            copied = copy(batch) if isinstance(batch, Mapping) else batch  # a step may take out what it has read
             if self.rollouts:
                 copied = self.rollouts.inputs(copied)
                 trainer._prepare_inputs = lambda inputs: inputs
@@ -146,7 +152,7 @@ class TrainerStep:
         Args:
             args: of the event in which training begins.
             state: of that event.
-            objects: model, optimiser and loader of that event.
+            objects: model, optimiser, scheduler and loader of that event.
 
         Raises:
             ConfigError: the loader is no DataLoader, or its batches have no fixed number of examples.
@@ -174,6 +180,7 @@ class TrainerStep:
             foreign=partial(self._foreign, STEP),
             stepping=self.aside,
             wrapped=self.trainer.model_wrapped,
+            scheduler=objects["lr_scheduler"],
         )
 
     def _foreign(self, methods: Sequence[str]) -> str:
@@ -277,7 +284,7 @@ class TrainerStep:
         accelerator, losses, pilot = self.trainer.accelerator, list[torch.Tensor](), self._listener.pilot
         backward = accelerator.backward
         for part, share in pilot.parts(inputs):
-            copied = dict(part) if type(part) is dict else part  # a step may take out what it has read
+            copied = copy(part) if isinstance(part, Mapping) else part  # a step may take out what it has read
             scaled = partial(_scaled, backward, pilot.hear_loss, share)
             with _standing(accelerator, "backward", scaled) if pilot.guard.parts.on else nullcontext():
                 losses.append(run(model, copied, *rest, **options))
@@ -298,14 +305,13 @@ class TrainerStep:
 
     def _log(self, run: Callable[..., Any], logs: dict[str, float], *rest: Any, **options: Any) -> None:
         """Log with the figures of the ranks, and the rate that steps really have."""
-        pilot = self._listener.pilot
-        rates = {"learning_rate": logs["learning_rate"] * pilot.rate_factor} if "learning_rate" in logs else {}
-        run({**logs, **rates, **(pilot.figures() if "loss" in logs else {})}, *rest, **options)
+        run({**logs, **(self._listener.pilot.figures() if "loss" in logs else {})}, *rest, **options)
 
     def _save_checkpoint(self, run: Callable[..., Any], model: Any, trial: Any = None) -> None:
         folder = Path(self.trainer._get_output_dir(trial=trial)) / f"checkpoint-{self.trainer.state.global_step}"
         if self._listener.save_state(folder):
-            run(model, trial)
+            with writing(folder):
+                run(model, trial)
 
     def prepare_new_models(self, prepare: Callable[[Any], Any]) -> None:
         """Let a function see each model that `model_init` makes, before a checkpoint is loaded into it."""

@@ -91,6 +91,34 @@ def test_the_longest_rows_are_found_in_any_data_set(kind: str) -> None:
     assert largest_batch(dataset, padding, 2)["input_ids"].shape == (2, 11)
 
 
+TEXTS: dict[str, tuple[dict[str, list[int]], list[tuple[str, ...]]]] = {
+    "KTO": (
+        {"prompt_ids": [9, 1, 2, 2, 8], "completion_ids": [1, 12, 4, 2, 3], "KL_completion_ids": [3, 1, 14, 4, 2]},
+        [("prompt_ids", "completion_ids"), ("prompt_ids", "KL_completion_ids")],
+    ),
+    "ORPO": ({"prompt_input_ids": [9, 8, 1], "chosen_input_ids": [10, 10, 14]}, [("chosen_input_ids",)]),
+    "encoder-decoder": ({"input_ids": [9, 8, 2, 7], "labels": [1, 2, 12, 3]}, [("input_ids",), ("labels",)]),
+    "prompts alone": ({"prompt_ids": [3, 9, 4]}, [("prompt_ids",)]),
+}
+"""Lengths of the columns of some data sets, and the columns of which each tensor of a batch is made."""
+
+
+@pytest.mark.parametrize("kind", ["datasets", "list"])
+@pytest.mark.parametrize(("columns", "texts"), TEXTS.values(), ids=TEXTS)
+def test_no_batch_has_a_longer_text_than_the_largest(
+    columns: dict[str, list[int]], texts: list[tuple[str, ...]], kind: str
+) -> None:
+    def widths(rows: list[Any]) -> dict[str, torch.Tensor]:
+        most = [max(sum(len(row[name]) for name in text) for row in rows) for text in texts]
+        return {"+".join(text): torch.ones(len(rows), size) for text, size in zip(texts, most, strict=True)}
+
+    examples = [{name: [5] * columns[name][at] for name in columns} for at in range(len(min(columns.values())))]
+    dataset: Any = Dataset.from_list(examples) if kind == "datasets" else examples
+    largest = largest_batch(dataset, widths, 2)
+    for name, tensor in widths(examples).items():
+        assert tensor.shape[1] == largest[name].shape[1], name
+
+
 def test_of_a_large_data_set_some_rows_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "MOST_EXAMPLES", 10)
     rows = Rows([1 + index % 7 for index in range(95)])

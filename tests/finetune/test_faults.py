@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.settings import ONCE, DecisionSchedule
 from rankpilot.errors import BudgetError, ConfigError, DataError, RunFolderError, UnsupportedError
 from rankpilot.finetune.callback import RankPilotCallback, StopOnSigterm, StopWithCheckpoint
-from rankpilot.finetune.checkpoint import STATE
+from rankpilot.finetune.checkpoint import STATE, load_state
 from rankpilot.lora.targets import find_target_modules
 from transformers import LlamaConfig, Trainer, TrainerCallback
 
@@ -289,6 +290,61 @@ def test_the_last_whole_checkpoint_is_resumed(
         cut.train(resume=True)
     assert rankpilot.last_checkpoint(cut.folder) is None
     assert rankpilot.last_checkpoint(tmp_path / "nowhere") is None
+
+
+def flip(path: Path) -> None:
+    """Change a bit of a number near the end of a file: of one of those that JSON writes with another first digit."""
+    content = bytearray(path.read_bytes())
+    digits = (at for at in range(1, len(content)) if content[at - 1] == ord(" ") and content[at] in b"23456789")
+    place = max(digits) if path.suffix == ".json" else len(content) - 8
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["rankpilot.safetensors", "rankpilot.json"])
+def test_a_checkpoint_with_another_bit_is_passed_over(
+    ended: Launch, whole: Run, file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut = ended()
+    flip(cut.checkpoint(12) / file)
+    with pytest.raises(RunFolderError, match=r"is torn\. The last whole checkpoint is .*checkpoint-8: pass"):
+        cut.train(resume=12)
+    with pytest.raises(RunFolderError, match="not what was written"):
+        load_state(cut.checkpoint(12))
+    cut.train(resume=True)
+    assert "checkpoint-12 is passed over: rankpilot.safetensors is torn" in caplog.text
+    cut.assert_same_adapter(whole)
+
+
+def test_files_that_a_resumed_run_goes_on_without_are_told(ended: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    cut, missing = ended(), list[str]()
+    cut.train(resume=8)
+    assert "holds no" not in capsys.readouterr().out
+    for name in ("rng_state", "optimizer", "scheduler"):
+        next(cut.checkpoint(8).glob(f"{name}*")).unlink()
+        missing.append(name)
+        cut.train(resume=8)
+        assert f"checkpoint-8 holds no {', '.join(missing)}:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("most", [3_000, 7_000, 30_000])
+def test_files_of_a_checkpoint_that_cannot_be_written(ended: Launch, most: int) -> None:
+    """The state of rankpilot, the adapter and the optimizer's state are too large."""
+
+    def limit(step: int) -> None:
+        if step == 10:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+
+    cut = ended(at_step=limit)
+    shutil.rmtree(cut.checkpoint(12))
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(RunFolderError, match=r"checkpoint-12.* cannot be written: .*the disk has room\."):
+            cut.train(resume=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert rankpilot.last_checkpoint(cut.folder) == cut.checkpoint(8)
 
 
 def test_a_model_saved_alone_is_no_torn_checkpoint(make: Launch) -> None:

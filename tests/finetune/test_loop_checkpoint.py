@@ -15,6 +15,7 @@ from rankpilot.errors import BudgetError, ConfigError, RunFolderError
 from rankpilot.finetune.loop_checkpoint import OPTIMIZER, WEIGHTS
 from transformers import LlamaConfig
 
+from .test_faults import flip
 from .test_pilot import STEPS, Loop
 from .tiny_runs import adapted
 
@@ -86,11 +87,12 @@ def test_another_budget_counts_at_once(whole: Loop, llama_config: LlamaConfig, t
     ("damage", "words"),
     [
         (lambda folder: (folder / WEIGHTS).write_bytes(b"torn"), "cannot be read: .*Take an earlier one"),
+        (lambda folder: flip(folder / WEIGHTS), "cannot be read: .*not what was written.*Take an earlier one"),
         (lambda folder: (folder / OPTIMIZER).write_bytes(b"torn"), "cannot be read: .*Take an earlier one"),
         (lambda folder: (folder / OPTIMIZER).unlink(), "cannot be read: .*Take an earlier one"),
         (lambda folder: (folder / "rankpilot.json").unlink(), "holds no rankpilot.json"),
     ],
-    ids=["weights", "optimizer", "no optimizer", "no state"],
+    ids=["weights", "a bit of the weights", "optimizer", "no optimizer", "no state"],
 )
 def test_a_torn_checkpoint(
     whole: Loop, llama_config: LlamaConfig, tmp_path: Path, damage: Callable[[Path], object], words: str

@@ -22,13 +22,14 @@ from rankpilot.finetune import plan_rate
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.plan_rate import hidden_width, rate_by_rule
 from rankpilot.finetune.run import TrainingRun
+from rankpilot.lora.optimizer_state import unwrap_optimizer
 from rankpilot.lora.targets import find_target_modules
 from rankpilot.plan.rate import RULE, InitialLoss, RateRange
 from rankpilot.plan.worth import KNOWN
 from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, default_data_collator
+from transformers import LlamaConfig, TrainerCallback, default_data_collator
 
 from .tiny_runs import Run, adapted, counting, take_step
 from .tiny_runs import llama_config as llama_config
@@ -257,6 +258,38 @@ def test_the_trainer_logs_the_real_rate_and_goes_on_with_it(
     other = new(keep_rate=True)
     with pytest.raises(RunFolderError, match="keep_rate"):
         other.train(2)
+
+
+class Writes(TrainerCallback):
+    """Writes a rate at an event of the second step, and notes those that the optimizer's steps have."""
+
+    def __init__(self, event: str) -> None:
+        self.event, self.real = event, list[float]()
+        setattr(self, event, self.write)
+
+    def on_train_begin(self, *event: Any, **objects: Any) -> None:
+        optimizer: Any = unwrap_optimizer(objects["optimizer"])
+        optimizer.register_step_pre_hook(lambda *_: self.real.append(optimizer.param_groups[0]["lr"]))
+
+    def write(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        if state.global_step == 1:
+            objects["optimizer"].param_groups[0]["lr"] = 0.5
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_step_end", "on_pre_optimizer_step", "on_epoch_end"])
+@pytest.mark.parametrize("rule", [None, "auto"])
+def test_a_rate_that_a_callback_writes_is_read_as_any_of_plain_lora(
+    llama_config: LlamaConfig, tmp_path: Path, rule: Any, event: str
+) -> None:
+    """The rule chooses the peak of the schedule, and nothing else."""
+    writes = Writes(event)
+    options: dict[str, Any] = {"policy": Gives(1), "learning_rate_option": rule, "callbacks": (writes,)}
+    run = Run(tmp_path, llama_config, budget="400%", schedule=ONCE, data=counting(4), **options).train()
+    peak = run.pilot.pilot.rates[1]
+    expected = [peak, 0.5 * QUARTER, peak / 2, peak / 4]
+    assert writes.real == pytest.approx(expected, rel=1e-6)
+    logged = [row["learning_rate"] for row in run.trainer.state.log_history if "learning_rate" in row]
+    assert logged == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_resumed_loop_that_sets_its_rates_goes_on_at_the_same_factor(

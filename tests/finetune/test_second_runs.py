@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from accelerate import skip_first_batches
 from peft import PeftModel
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.settings import DecisionSchedule
-from rankpilot.errors import BudgetError, ConfigError
+from rankpilot.errors import BudgetError, ConfigError, UnsupportedError
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
 from torch.utils.data import DataLoader
@@ -75,6 +77,29 @@ def test_a_loop_whose_optimizer_lacks_dropped_modules_is_refused(new_model: NewM
     with pytest.raises(ConfigError, match=r"left some at rank 0, where they require none: make the optimizer of `\[p"):
         begin("6k params")
     begin("6k params", *(p for name, p in model.named_parameters() if not p.requires_grad and "lora_" in name))
+
+
+def test_of_two_trainers_in_threads_the_second_is_refused(
+    llama_config: LlamaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured steps change classes and functions of torch and transformers, which all threads share."""
+    monkeypatch.setattr("rankpilot.finetune.piloted_run._UNDER_WAY", WeakKeyDictionary())  # of other tests
+    found = list[BaseException | None]()
+
+    def in_a_thread(_: int) -> None:
+        with ThreadPoolExecutor() as pool:
+            found.append(pool.submit(other.train).exception())
+
+    other, alone = (Run(tmp_path / name, llama_config, schedule=ONCE) for name in ("other", "alone"))
+    alone.train()
+    beside = Run(tmp_path / "beside", llama_config, schedule=ONCE, at_step=in_a_thread).train()
+    assert all(isinstance(error, UnsupportedError) and "Another thread" in str(error) for error in found)
+    assert len(found) == 4
+    assert other.trainer.state.global_step == 0
+    beside.assert_same_adapter(alone)
+    in_a_thread(0)
+    assert found[-1] is None, "it may once the first is done"
+    other.assert_same_adapter(alone)
 
 
 @pytest.mark.long

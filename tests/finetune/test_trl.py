@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,16 @@ import rankpilot
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from rankpilot.cost.batch_shape import in_texts, map_tensors, padded, reshaped
 from rankpilot.cost.calibration import LOOP_BYTES
+from rankpilot.cost.recording import BatchShape
 from rankpilot.errors import BudgetError, NoGradientError, UnsupportedError
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
-from transformers import Trainer
+from transformers import BatchEncoding, BatchFeature, Trainer
 
 from ..cases import first_cases
-from .trainer_kinds import TEXTS, classification, conversations, dpo, llama, rollouts, sft, word_tokenizer
+from .trainer_kinds import STEPS, TEXTS, classification, conversations, dpo, kto, llama, rollouts, sft, word_tokenizer
 
 SCHEDULE = rankpilot.DecisionSchedule(probe_steps=2, fractions=(0.0, 0.5))
 
@@ -50,6 +54,21 @@ def test_sft_under_a_share_trains_and_saves_its_adapter(tmp_path: Path, checkpoi
         reloaded = PeftModel.from_pretrained(llama(), str(tmp_path / "adapter")).eval()
         assert torch.equal(reloaded(tokens).logits, trained)
     assert any(adapter_ranks(find_target_modules(reloaded)).values())
+
+
+@pytest.mark.parametrize("long", ["prompts", "answers"])
+def test_kto_meets_no_batch_that_is_larger_than_planned(tmp_path: Path, long: str) -> None:
+    """Prompts shrink while answers grow, and the other way round."""
+    more = [" ".join(TEXTS[0].split()[:3] * (1 + number // 3)) for number in range(40)]
+    less = ["after " * (6 - number // 8) for number in range(40)]
+    prompts, answers = (more, less) if long == "prompts" else (less, more)
+    trainer = kto(tmp_path, [f"{text} " for text in prompts], answers, max_steps=10, bf16=False)
+    pilot = attached(trainer, exact_savers=False)
+    trainer.train()
+    assert trainer.state.global_step == 10
+    assert max(peak for _, peak in pilot.peaks) <= pilot.limit
+    longest = max(len(row["prompt_ids"] + row["completion_ids"]) for row in trainer.train_dataset)
+    assert pilot.pilot.guard.plan.now.shape.length == longest
 
 
 WHOLE = {"gradient_checkpointing": False}
@@ -220,6 +239,38 @@ def test_a_training_step_of_its_own_is_measured_and_trains(tmp_path: Path) -> No
     assert trainer.seen == trainer.state.global_step, "what was measured before training was put back"
     assert max(peak for _, peak in pilot.peaks) <= pilot.limit
     assert all(abs(peak / cost - 1) <= 0.01 for _, cost, peak in pilot.pilot.checks)
+
+
+class ReadsAttributes(Trainer):  # type: ignore[misc]
+    """Reads a part of its batches by attribute, and takes its labels out."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        tokens, labels = inputs.input_ids, inputs.pop("labels")
+        outputs = model(tokens, attention_mask=inputs["attention_mask"], labels=labels)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+@pytest.mark.parametrize("parts", ["auto", "off"])
+@pytest.mark.parametrize("kind", [BatchEncoding, BatchFeature])
+def test_batches_keep_their_type(tmp_path: Path, kind: Callable[[Any], Any], parts: str) -> None:
+    trainer = classification(tmp_path, ReadsAttributes)
+    pad, trainer.eval_dataset = trainer.data_collator, trainer.train_dataset.select(range(6))
+    trainer.data_collator = lambda rows: kind(dict(pad(rows)))
+    trainer.args.eval_strategy, trainer.args.eval_steps = "steps", 2
+    attached(trainer, parts=parts)
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+    assert sum("eval_loss" in row for row in trainer.state.log_history) == STEPS // 2
+
+
+def test_batches_of_other_shapes_keep_their_type() -> None:
+    ones = torch.ones(2, 5, dtype=torch.int64)
+    batch = {"input_ids": ones, "attention_mask": ones, "position_ids": torch.arange(5).expand(2, -1)}
+    larger, negative = partial(reshaped, shape=BatchShape(6, 9)), partial(map_tensors, change=torch.neg)
+    for changed in (padded, in_texts, larger, negative):
+        for kind in (dict, BatchEncoding, BatchFeature):
+            assert type(changed(kind(batch))) is kind
+        assert type(changed(defaultdict(list, batch))) is dict, "nobody but the class knows how to make one"
 
 
 @pytest.mark.parametrize("budget", ["100%", "3k params"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,9 @@ def dpo(folder: Path, **options: Any) -> Trainer:
     return _trl("DPO", folder, pairs(), options)
 
 
-def kto(folder: Path, **options: Any) -> Trainer:
-    rows = [{"prompt": "after ", "completion": text, "label": row % 2 == 0} for row, text in enumerate(TEXTS)]
+def kto(folder: Path, prompts: Sequence[str] = ("after ",), answers: Sequence[str] = TEXTS, **options: Any) -> Trainer:
+    texts = zip(cycle(prompts), answers, strict=False)
+    rows = [{"prompt": one, "completion": other, "label": row % 2 == 0} for row, (one, other) in enumerate(texts)]
     return _trl("KTO", folder, Dataset.from_list(rows), options)
 
 
