@@ -47,5 +47,3 @@ def test_no_loss_trains_wrongly_in_silence(cell: Cell) -> None:
         assert found.parts == 1, "it is not known, so it runs as a whole"
     if cell.case.sums:
         assert found.parts > 1, "what is known runs in parts"
-
-
