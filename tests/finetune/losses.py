@@ -24,6 +24,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
     Phi3Config,
@@ -194,7 +195,7 @@ def triplet(z: torch.Tensor, each: torch.Tensor, group: torch.Tensor) -> torch.T
 
 def halves(z: torch.Tensor, each: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     half = len(z) // 2
-    return contrast(z[:half], z[half : 2 * half])
+    return (z[:half] - z[half : 2 * half]).square().mean()
 
 
 def sorted_margins(z: torch.Tensor, each: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
@@ -407,13 +408,13 @@ def hooked(ask: Ask, *, backward: bool) -> Any:
     return trainer(ask, model, by_class)
 
 
-def replaced(ask: Ask, where: str, undo: ExitStack) -> Any:
+def replaced(ask: Ask, undo: ExitStack, where: str) -> Any:
     """Class weights that are put in place of something of an object."""
-    found = trainer(ask, bert(), by_class)
+    calls = where in ("loss_function", "mapping")  # as BERT does not
+    found = trainer(ask, llama(LlamaForSequenceClassification, num_labels=CLASSES) if calls else bert(), by_class)
     base = found.model.get_base_model()
     if where == "loss_function":
         base.loss_function = lambda labels, pooled_logits, config, **_: weighted(pooled_logits, labels)
-        base.config.problem_type = "single_label_classification"
     elif where == "mapping":
         name = "ForSequenceClassification"
         own = {name: lambda labels, pooled_logits, config, **_: weighted(pooled_logits, labels)}
