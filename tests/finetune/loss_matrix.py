@@ -148,7 +148,7 @@ SOMETIMES: tuple[Case, ...] = (
 WHOLE: tuple[Case, ...] = (
     *(case(name, of.own_loss, loss, seeds=3) for name, loss in of.OWN.items()),
     *(case(name, of.own_loss, loss, both=False) for name, loss in of.SUMS.items()),
-    *(case(f"meet-{name}", of.meets, name) for name in of.MEET),
+    *(case(f"meet-{name}", of.meets, name, both=name != "above-four") for name in of.MEET),
     case(
         "mean-over-padding",
         of.own_loss,

@@ -255,7 +255,7 @@ def r_drop(trainer: Any, model: Any, batch: Tensors, *, passes: int) -> torch.Te
     apart = functional.kl_div(p, q, log_target=True, reduction="sum") + functional.kl_div(
         q, p, log_target=True, reduction="sum"
     )
-    return (each_row(one, batch) + each_row(other, batch)).mean() + 4.0 * apart / 2
+    return (each_row(one, batch) + each_row(other, batch)).mean() + 40.0 * apart / 2
 
 
 def over_padding(trainer: Any, model: Any, batch: Tensors) -> torch.Tensor:
