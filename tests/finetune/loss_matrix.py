@@ -42,7 +42,7 @@ EQUAL = 1e-4
 NAIVE = "naive"
 """The mode in which all losses run in halves without rankpilot, which tells how far off a wrong promise would be."""
 
-LOOSE = 0.3
+LOOSE = 0.2
 """The same for the mean loss of a run whose dropout draws other numbers in parts."""
 
 
