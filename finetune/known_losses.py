@@ -63,9 +63,7 @@ _MASKED = _set(
 )
 """Families that read tokens on both sides, and none that a mask hides. A causal model reads none to the right."""
 
-_MEET = _set(
-    "big_bird bigbird_pegasus nllb-moe reformer switch_transformers xlnet"
-)
+_MEET = _set("big_bird bigbird_pegasus nllb-moe reformer switch_transformers xlnet")
 """Families whose rows meet, or in which the length of a batch changes what is computed."""
 
 _LENGTHS_CHANGE = ("dynamic", "longrope")
@@ -77,14 +75,10 @@ _LEFT = _set(
 )
 """Families that know the distance of two tokens and no position: padding on the left changes nothing."""
 
-_PAIRS = _set(
-    "sigmoid hinge ipo exo_pair nca_pair robust sppo_hard apo_zero apo_down discopop sigmoid_norm"
-)
+_PAIRS = _set("sigmoid hinge ipo exo_pair nca_pair robust sppo_hard apo_zero apo_down discopop sigmoid_norm")
 """Losses of DPO that are a mean over pairs."""
 
-_OURS = _set(
-    "accelerate auto_gptq awq bitsandbytes gptqmodel optimum peft rankpilot torch torchao transformers trl"
-)
+_OURS = _set("accelerate auto_gptq awq bitsandbytes gptqmodel optimum peft rankpilot torch torchao transformers trl")
 """Packages whose modules and hooks compute each row for itself."""
 
 

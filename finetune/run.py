@@ -589,7 +589,7 @@ def _training_mode(model: nn.Module) -> Iterator[None]:
     Parts of a model in training mode that its user has put into evaluation mode stay so.
     """
     numbers = [
-        (own, {name: value for name, value in own.items() if isinstance(value, int | float)})
+        (own, {name: value for name, value in own.items() if name == "training" or type(value) in (int, float)})
         for own in map(vars, model.modules())
     ]
     buffers = [
