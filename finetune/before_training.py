@@ -48,7 +48,6 @@ from .plan_keeper import PlanKeeper
 from .prefix_cache import PrefixCache, Room
 from .put_back import LayerCheckpointing
 from .run import FIRST_ROWS, FirstRows, TrainingRun
-from .watched_parts import Watch
 
 UNSEEN: FirstRows = (0.0, [(1, 1)])
 """The loss and shapes of the first rows, for a run whose training data do not exist yet."""
@@ -337,7 +336,7 @@ def try_parts(
         parts.turn_off(f"{unknown}, and several processes do not test their batches")
     else:
         found = exactness_of(run, targets, seed, known=not unknown)
-        parts.decide(found, run.step.rows_per_example, watch=Watch(seed) if unknown and found.kind else None)
+        parts.decide(found, run.step.rows_per_example, seed=seed if unknown else None)
 
 
 def _padding(run: TrainingRun, cuts: Cuts, seed: int) -> float:

@@ -21,7 +21,7 @@ from ..errors import first_line
 from .batch_rows import SHARES, BatchRows
 from .exact_parts import TESTED_ROWS, rounding_of, rows_of, uneven
 from .parts import StepParts
-from .watched_parts import Watch
+from .watched_parts import News
 
 SMALLER = 4.0
 """By what the bytes of parts are multiplied after one that ran out of memory; after a second one rows run alone."""
@@ -45,7 +45,7 @@ class EvaluatedParts:
         self._parts, self._tell = parts, tell
         self.on: bool | None = None
         self._kind, self._token_bytes, self._share = "", 0.0, 1.0
-        self._watch: Watch | None = None
+        self._news: News | None = None
         self._batches = 0
 
     def run(self, evaluate: Callable[[Batch], Result], batch: Batch, whole: str, unknown: str) -> Result:
@@ -85,7 +85,7 @@ class EvaluatedParts:
     ) -> Result:
         """The result of a batch in parts, or that of the whole one if it is tested, and theirs differ."""
         self._batches += 1
-        if self._watch is None or not self._watch.due(self._batches, rows, parts):
+        if self._news is None or not self._news.due(self._batches, rows, parts):
             return found
         try:
             whole = evaluate(rows.batch)
@@ -109,9 +109,9 @@ class EvaluatedParts:
 
     def _decide(self, evaluate: Callable[[Batch], Result], rows: BatchRows, whole: str, unknown: str) -> None:
         """Test on some rows whether results of parts are those of a batch."""
-        self._watch = Watch(0) if unknown and self._parts.asked else None
+        self._news = News(0) if unknown and self._parts.asked else None
         reason = whole or ("an example has several rows" if self._parts.each > 1 else "")
-        reason = reason or (unknown if not self._watch else "")
+        reason = reason or (unknown if not self._news else "")
         if not reason:
             try:
                 reason = self._tested(evaluate, rows, TESTED_ROWS)
@@ -129,7 +129,7 @@ class EvaluatedParts:
         cuts = self._parts.cuts
         some = BatchRows.of(rows.part(sorted(order.tolist())), cuts)
         parts = [sorted(part.tolist()) for part in np.array_split(np.argsort(-some.lengths, kind="stable"), 2)]
-        some = uneven(some, parts, cuts, known=self._watch is None)
+        some = uneven(some, parts, cuts, known=self._news is None)
         try:
             whole, each = evaluate(some.batch), [evaluate(some.part(part)) for part in parts]
         except torch.OutOfMemoryError:

@@ -209,6 +209,7 @@ def difference_of(
     targets: Sequence[TargetModule],
     rows: BatchRows,
     parts: Sequence[Sequence[int]],
+    *,
     kind: str,
     seed: int,
 ) -> str:
@@ -332,7 +333,9 @@ def uneven(rows: BatchRows, parts: Sequence[Sequence[int]], cuts: Cuts, *, known
         return rows
     labels = rows.batch["labels"].clone()
     if labels.dim() == 1:
-        if known and len(parts[0]) > 1:
+        counted = labels[labels != IGNORED]
+        if known and len(parts[0]) > 1 and len(counted):
+            labels[labels == IGNORED] = counted[0]
             labels[parts[0][0]] = IGNORED
         return rows.with_labels(labels, cuts)
     own = rows.of_example(labels, int(rows.predicted[1].argmax()))

@@ -26,19 +26,16 @@ from ..cost.recording import BatchShape
 from ..cost.savers import is_compiled
 from ..plan.parts import Part, ShapeCost, longest_that_fits, parts_sentence, plan_parts
 from .batch_rows import SHARES, BatchRows, Cuts, longest_text
-from .exact_parts import TESTED_ROWS, Exactness, difference_of, rows_of
+from .exact_parts import Exactness, rows_of
 from .plan_keeper import GOOD_STEPS, PlanKeeper
 from .run import Participant, TrainingRun
-from .watched_parts import Watch
+from .watched_parts import Known, Watch
 
 MOST_LEVELS = 8
 """Numbers of checkpointed layers that parts may have beside none, evenly spread."""
 
 MULTIPLE = 8
 """Of which the tokens of a row are one on a GPU, as far as its batch has padding: its products are quicker then."""
-
-CHECK_EVERY = 100
-"""Steps from one look at the modules of a model whose loss is known to the next; a new hook is noticed at once."""
 
 MORE = 1.25
 """By what the bytes of parts rise that are to be few, until they take no more seconds than the padded batch."""
@@ -159,10 +156,9 @@ class StepParts(Participant):
         self._since, self._wait, self._step = 0, GOOD_STEPS, 0
         self._ran: list[tuple[Part, float]] = []  # in the step so far, and the bytes of what goes in
         self._told_whole = self._accumulates = self._compiled = False
-        self._watch: Watch | None = None  # under a loss that is not known
+        self._watch: Known | Watch | None = None
+        self._seed: int | None = None
         self.asked = False
-        self._modules: list[torch.nn.Module] = []
-        self._hooks = -1
 
     @property
     def on(self) -> bool:
@@ -181,18 +177,18 @@ class StepParts(Participant):
 
     @property
     def _least(self) -> int:
-        """Examples of a part at least: rows may meet in a loss that is not known, so none is alone."""
-        return 2 if self._watch else 1
+        """Examples of a part at least."""
+        return 1 if self._seed is None else 2  # in a loss that is not known rows may meet, so none is alone
 
-    def decide(self, found: Exactness, each: int, *, watch: Watch | None = None) -> None:
+    def decide(self, found: Exactness, each: int, *, seed: int | None = None) -> None:
         """Take what a test has found.
 
         Args:
             found: by it.
             each: rows of an example.
-            watch: tests real batches, under a loss that is not known.
+            seed: of further tests, under a loss that is not known.
         """
-        self._kind, self._each, self._packed, self._watch = found.kind, each, found.packed, watch
+        self._kind, self._each, self._packed, self._seed = found.kind, each, found.packed, seed
         if not found.kind and found.reason:
             self._tell(f"Steps run as a whole, and not in parts: {found.reason}.")
         if found.kind and found.draws:
@@ -215,16 +211,15 @@ class StepParts(Participant):
         if own["kind"] and own["kind"] not in SHARES:
             raise ValueError(f"parts of kind {own['kind']!r}")
         self._kind, self._each, self._packed = str(own["kind"]), counted(own["each"], 1), bool(own["packed"])
-        self._watch = None if own["watched"] is None else Watch(counted(own["watched"]))
+        self._seed = None if own["seed"] is None else counted(own["seed"])
         self._most = None if own["most"] is None else finite(own["most"])
         self._since, self._wait = counted(own["since"]), counted(own["wait"], 1)
         self.tally = Tally(**{name: counted(own["tally"][name]) for name in vars(Tally())})
 
     def state(self) -> dict[str, Any]:
         """What `begin` needs to go on, as JSON values."""
-        own = {name: getattr(self, f"_{name}") for name in ("kind", "each", "packed", "most", "since", "wait")}
-        watched = self._watch.seed if self._watch else None
-        return {"parts": {**own, "watched": watched, "tally": vars(self.tally)}}
+        own = {name: getattr(self, f"_{name}") for name in ("kind", "each", "packed", "seed", "most", "since", "wait")}
+        return {"parts": {**own, "tally": vars(self.tally)}}
 
     def ranks_changed(self) -> None:
         """Price parts anew."""
@@ -244,74 +239,33 @@ class StepParts(Participant):
         self._step, self._ran = step, []
         if self._most is not None and step - self._since >= self._wait:
             self._most, self._wait = None, 2 * self._wait
-        if self.on and (reason := self._tested(batches) if self._watch else self._unknown()):
+        if self.on and (reason := self._watching().reason(step, batches)):
             self.turn_off(f"from step {step + 1} on. {reason[:1].upper()}{reason[1:]}")
 
-    def _unknown(self) -> str:
-        """Why the loss is not known any more, for people; empty where it is."""
-        run = self._keeper.run
-        self._modules = self._modules or list(run.model.modules())
-        hooks = sum(
-            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) + ("forward" in m.__dict__)
-            for m in self._modules
-        )
-        looks = hooks != self._hooks or self._step % CHECK_EVERY == 0
-        self._hooks = hooks
-        return run.unknown() if looks else run.foreign()
+    def _watching(self) -> Known | Watch:
+        """What notices that batches may not run in parts any more."""
+        if self._watch is None:
+            keeper, seed = self._keeper, self._seed
+
+            def plan(rows: BatchRows) -> list[Sequence[int]]:
+                return [part.rows for part in self._plan(rows, None)]
+
+            watch = partial(Watch, keeper, self._rows_of, plan, self._fits, self._kind)
+            self._watch = Known(keeper.run) if seed is None else watch(seed)
+        return self._watch
 
     def hear(self, loss: torch.Tensor) -> None:
-        """Hear of the loss of a part, before its backward pass; that of the first part of a step tells of the step.
-
-        Where it is computed in a way that is new in this run, or modules have another mode, the next step is tested.
-        """
+        """Hear of the loss of a part, before its backward pass; that of the first part of a step tells of the step."""
         if self._watch:
-            self._watch.hear(self._step, loss, self._keeper.run.model)
+            self._watch.hear(self._step, loss)
 
-    def _tested(self, batches: Sequence[Batch]) -> str:
-        """Why batches may not run in parts, by tests of those that are due, for people; else nothing."""
-        keeper, watch, kind = self._keeper, self._watch, self._kind
-        run, checkpointing, layers = keeper.run, keeper.checkpointing, keeper.checkpointed
-        assert watch is not None, "the loss is not known"
-        for batch in batches:
-            rows = self._rows_of(batch)
-            parts = [part.rows for part in self._plan(rows, None)] if rows else []
-            if rows is None or (len(parts) == 1 and rows.part(parts[0]) is batch):
-                continue
-            if not watch.due(self._step, rows, parts):
-                continue
-            rows, parts = self._that_fit(BatchRows.of(run.on_device(batch), self.cuts, self._each), parts)
-            try:
-                if checkpointing:
-                    checkpointing.all()
-                    checkpointing.before_step()
-                tested = partial(difference_of, run, keeper.applier.targets, rows, parts, kind, self._step)
-                if reason := run.measured(tested):
-                    return reason
-            except torch.OutOfMemoryError:
-                self._tell(f"Step {self._step + 1}: a batch ran out of memory in the test of its parts.")
-            finally:
-                if checkpointing:
-                    checkpointing.take(layers)
-        return ""
-
-    def _that_fit(self, rows: BatchRows, parts: Sequence[Sequence[int]]) -> tuple[BatchRows, Sequence[Sequence[int]]]:
-        """As many rows of a batch as fit as a whole, and their parts: its own if all fit, else two."""
+    def _fits(self, rows: BatchRows) -> bool:
+        """Whether rows fit as a whole, with all layers checkpointed and a copy of the adapters."""
         cost = self._bytes_now(rows.shape)
         adapters = sum(p.nbytes for target in self._keeper.applier.targets for p in target.parameters.values())
+        whole = Part(tuple(range(rows.examples)), rows.shape.length, cost.levels[-1], rows.packed)
         room = self._keeper.room_for(self._keeper.applier.ranks) - adapters
-        order = np.argsort(rows.lengths, kind="stable")
-        for count in range(rows.examples, TESTED_ROWS, -1):
-            chosen = sorted(order[np.linspace(0, rows.examples - 1, count).round().astype(int)].tolist())
-            length = int(rows.lengths[chosen].sum() if rows.packed else rows.lengths[chosen].max())
-            whole = Part(tuple(chosen), length, cost.levels[-1], rows.packed)
-            if cost.of(whole) + rows.token_bytes * whole.tokens <= room:
-                break
-        else:
-            chosen = sorted(order[:TESTED_ROWS].tolist())
-        if len(chosen) == rows.examples:
-            return rows, parts
-        some = BatchRows.of(rows.part(chosen), self.cuts, self._each)
-        return some, [sorted(part.tolist()) for part in np.array_split(np.argsort(-some.lengths, kind="stable"), 2)]
+        return cost.of(whole) + rows.token_bytes * whole.tokens <= room
 
     def _rows_of(self, batch: Batch) -> BatchRows | None:
         return rows_of(batch, self.cuts, self._each, packed=self._packed)

@@ -567,20 +567,20 @@ def test_tests_are_few_and_leave_no_trace(
     runs = [launch(**options) for _ in range(2)]
     tested: list[int] = []
 
-    def difference(run: Any, targets: Any, rows: Any, parts: Any, kind: str, step: int) -> str:
-        tested.append(step)
-        return difference_of(run, targets, rows, parts, kind, step)
+    def difference(*tested_with: Any, seed: int, **options: Any) -> str:
+        tested.append(seed)
+        return difference_of(*tested_with, seed=seed, **options)
 
-    monkeypatch.setattr("rankpilot.finetune.parts.difference_of", difference)
+    monkeypatch.setattr("rankpilot.finetune.watched_parts.difference_of", difference)
     runs[0].train()
     assert tested[0] == 0
     assert 1 <= len(tested) < 5
-    monkeypatch.setattr("rankpilot.finetune.parts.difference_of", lambda *_: "")
+    monkeypatch.setattr("rankpilot.finetune.watched_parts.difference_of", lambda *_, **__: "")
     runs[1].train()
     assert runs[0].recorder.losses == runs[1].recorder.losses
     there = runs[1].adapters()
     assert all(torch.equal(value, there[name]) for name, value in runs[0].adapters().items())
-    monkeypatch.setattr("rankpilot.finetune.parts.difference_of", None)
+    monkeypatch.setattr("rankpilot.finetune.watched_parts.difference_of", None)
     assert launch(**options | {"trainer": Trainer}).train().logged["parts"] > 1
 
 
