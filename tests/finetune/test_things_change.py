@@ -132,9 +132,11 @@ SAME_OPERATORS = {"masks and labels": CHANGE + 2}
 def test_a_run_in_parts_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, change: str, family: str) -> None:
     """Each row is a part, as launches cost nothing here. Dropout draws other numbers, so it is left out."""
     monkeypatch.setattr("rankpilot.cost.part_seconds.PROCESSOR_LAUNCH", 0.0)
+    monkeypatch.setattr("rankpilot.finetune.exact_parts.TESTED_ROWS", AT_ONCE)
+    monkeypatch.setattr("rankpilot.finetune.parts.StepParts._least", 1)
     expected, (found, parts) = plain_run(family, torch.float32, change), run_in_parts(family, CHANGES[change])
     assert parts == (1 if change in WHOLE else 2)
-    told = [line for line in found.lines if "From now on steps run as a whole" in line]
+    told = [line for line in found.lines if "from step" in line]
     later = change in WHOLE_LATER and (change, family) != ("hidden states", "bert")
     assert bool(told) == later
     steps = CHANGE if later else SAME_OPERATORS.get(change, STEPS)
@@ -158,7 +160,7 @@ def run_in_parts(family: str, change: Change) -> tuple[Outcome, int]:
 
     loader = DataLoader(rows * 4, batch_size=AT_ONCE, collate_fn=joined)  # type: ignore[arg-type]
     options: dict[str, Any] = {"prefix_cache": "off", "keep_rate": True, "tell": outcome.lines.append} | PLAIN
-    pilot = rankpilot.RankPilot(AsConfigured(), "1GiB step", **options)
+    pilot = rankpilot.RankPilot(AsConfigured(), "1GiB step", parts="on", **options)
     run = rankpilot.TrainingRun.of_loader(
         model,
         optimizer,
