@@ -68,6 +68,12 @@ FIRST = 2
 FIRST_ALIGNMENTS, LEAST_FIRST = 5, 0.02
 """Alignments whose mean the later ones are held against, and what it counts as at least."""
 
+SURE, RISEN, MOVED = (7.0, 5.5), 5.0, 1.5
+"""Standard errors. With fewer than the first two, alignments and loss together are noise, too weak for a higher and for
+a lower rate. A rise of the loss below the next one is noise as well. A loss that was never farther from that of the
+start than the last one has not moved.
+"""
+
 
 def decision_steps(total_steps: int) -> tuple[int, ...]:
     """The optimizer steps before which a run is controlled; none for a short one."""
@@ -101,6 +107,7 @@ class RunRecord:
     _first: list[float] = field(default_factory=list)
     _first_alignments: list[float] = field(default_factory=list)
     _means: list[float] = field(default_factory=list)
+    _spreads: list[float] = field(default_factory=lambda: [0.0] * 5)
     _undone: bool = False
     _schedule: float = 0.0
     _now: float = 0.0
@@ -153,6 +160,41 @@ class RunRecord:
         self._now = schedule
         return np.asarray(np.clip(np.array(values), -MOST_FEATURE, MOST_FEATURE))
 
+    def judged(self, schedule: float) -> FloatArray:
+        """What `observe` returns, but what noise alone could show counts as 0: nobody moves a rate on noise.
+
+        The share of the first alignment is 0 unless alignments and loss together are surely not noise, and is not below
+        0 where the loss has not moved. A rise of the loss is 0 unless it is sure.
+
+        Args:
+            schedule: the schedule's rate now, as a share of its peak.
+        """
+        seen, names = self.observe(schedule), list(FEATURES)
+        share, loss = names.index("alignment over the first"), names.index("loss")
+        pairs, squares, freedom, spread, aligned = self._spreads_now()
+        noise, first = math.sqrt(squares / max(pairs, 1)) + 1e-3, math.log(np.mean(self._first))
+        risen = (float(np.log(self.losses).mean()) - first) / noise / math.sqrt(1 / len(self.losses) + 1 / FIRST)
+        shown = math.hypot(math.sqrt(aligned) / (math.sqrt(spread / max(freedom, 1)) + 1e-3), risen)
+        means = [*self._means, math.log(np.mean(self.losses))]
+        moved = max(abs(mean - first) for mean in means) / noise / math.sqrt(1 / LEAST_WINDOW + 1 / FIRST)
+        lowers = bool(seen[share] < 0)
+        if shown < SURE[lowers] or (lowers and moved < MOVED):
+            seen[share] = 0.0
+        if shown < SURE[1] and risen < RISEN:
+            seen[loss] = min(seen[loss], 0.0)
+        return seen
+
+    def _spreads_now(self) -> list[float]:
+        """Sums over all windows, from which errors follow.
+
+        Of differences between successive log losses their number and half of their squares, which no trend adds to; of
+        alignments degrees of freedom, squares about the mean of a window, and steps times the square of that mean.
+        """
+        steps, aligned = np.diff(np.log(self.losses)), np.array(self.alignments or [0.0])
+        size, mean = len(aligned), float(aligned.mean())
+        window = len(steps), float(steps @ steps) / 2, size - 1, size * float(aligned.var()), size * mean**2
+        return [before + now for before, now in zip(self._spreads, window, strict=True)]
+
     @property
     def loss_error(self) -> float:
         """The standard error of the mean log loss since the last decision; 0 where no step was."""
@@ -160,6 +202,7 @@ class RunRecord:
 
     def take(self, action: int, *, undone: bool = False) -> None:
         """An action is taken, of which `UNDO` goes back, others only where the run was `undone`; a window begins."""
+        self._spreads = self._spreads_now()
         self.moved += CHANGES[action]
         self.changed |= action != KEEP
         self._undone = undone or action == UNDO

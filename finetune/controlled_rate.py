@@ -78,8 +78,6 @@ class ControlledRate(Participant):
         self._kept_at = 0
         self._broken = (-1, 0)  # the last step that left something not finite, and how many did before it in a row
         self.record: RunRecord = RunRecord(run.total_steps)
-        if not self._steps:
-            journal.note(f"The learning rate is not controlled: a run of {run.total_steps} steps shows too little.")
 
     def _keep(self, step: int) -> None:
         self._kept, self._kept_at = (
@@ -148,8 +146,9 @@ class ControlledRate(Participant):
             self._take(change, step, "Adapters and optimizer are back at their copy." if back else "", {}, back=back)
 
     def _decide(self, step: int, control: RateControl) -> None:
-        seen = self.record.observe(self.read(step))
-        action = self._run.replicas.processes.on_first(lambda: int(control.act(seen[None])[0]))
+        schedule = self.read(step)
+        seen, judged = self.record.observe(schedule), self.record.judged(schedule)
+        action = self._run.replicas.processes.on_first(lambda: int(control.act(judged[None])[0]))
         named = dict(zip(FEATURES, seen.round(4).tolist(), strict=True))
         said = (
             f"Alignment of the last steps {named['alignment'] / 4:+.2f}, loss {math.exp(named['loss'] / 2):.2f} of the "
@@ -196,18 +195,13 @@ class ControlledRate(Participant):
             self._journal.note("The checkpoint could not hold the copy for undoing: an undo goes back to this step.")
         last, row = state.get("broken", self._broken)
         self._broken = int(last), counted(row)
+        lists = ("losses", "alignments", "_first", "_first_alignments", "_means", "_spreads")
         self.record = RunRecord(
             self._run.total_steps,
-            losses=[finite(value) for value in state["losses"]],
-            alignments=[finite(value) for value in state["alignments"]],
-            moved=finite(state["moved"]),
             changed=bool(state["changed"]),
             step=counted(state["step"]),
-            _first=[finite(value) for value in state["_first"]],
-            _first_alignments=[finite(value) for value in state["_first_alignments"]],
-            _means=[finite(value) for value in state["_means"]],
             _undone=bool(state["_undone"]),
-            _schedule=finite(state["_schedule"]),
-            _now=finite(state["_now"]),
+            **{name: [finite(value) for value in state[name]] for name in lists},
+            **{name: finite(state[name]) for name in ("moved", "_schedule", "_now")},
         )
         self._rate.move(2**self.record.moved)
