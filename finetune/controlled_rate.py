@@ -79,11 +79,10 @@ class ControlledRate(Participant):
         self._broken = (-1, 0)  # the last step that left something not finite, and how many did before it in a row
         self.record: RunRecord = RunRecord(run.total_steps)
 
-    def _keep(self, step: int) -> None:
-        self._kept, self._kept_at = (
-            AdapterSnapshot(self._run.model, self._targets, self._run.optimizer, steps=True),
-            step,
-        )
+    def _keep(self, step: int) -> AdapterSnapshot:
+        kept = self._kept = AdapterSnapshot(self._run.model, self._targets, self._run.optimizer, steps=True)
+        self._kept_at = step
+        return kept
 
     def ranks_changed(self) -> None:
         """A copy of other ranks is of no use."""
@@ -150,10 +149,8 @@ class ControlledRate(Participant):
         seen, judged = self.record.observe(schedule), self.record.judged(schedule)
         action = self._run.replicas.processes.on_first(lambda: int(control.act(judged[None])[0]))
         named = dict(zip(FEATURES, seen.round(4).tolist(), strict=True))
-        said = (
-            f"Alignment of the last steps {named['alignment'] / 4:+.2f}, loss {math.exp(named['loss'] / 2):.2f} of the "
-            "first."
-        )
+        aligned, loss = named["alignment"] / 4, math.exp(named["loss"] / 2)
+        said = f"Alignment of the last steps {aligned:+.2f}, loss {loss:.2f} of the first."
         if back := action == UNDO and self._kept is not None:
             said += " Adapters and optimizer are back where the rate was last kept or raised."
         self._take(action, step, said, {"seen": named}, back=back)
@@ -167,13 +164,10 @@ class ControlledRate(Participant):
         self.record.take(action, undone=back)
         before = self._rate.rate
         self._rate.move(2**self.record.moved)
+        rate = self._rate.rate
         if CHANGES[action]:
-            self._journal.note(
-                f"step {step}: the learning rate goes from {before:.2g} to {self._rate.rate:.2g}. {said}".rstrip()
-            )
-        self._journal.log_control(
-            {"step": step, "change": CHANGES[action], "undone": back, "rate": self._rate.rate, **row}
-        )
+            self._journal.note(f"step {step}: the learning rate goes from {before:.2g} to {rate:.2g}. {said}".rstrip())
+        self._journal.log_control({"step": step, "change": CHANGES[action], "undone": back, "rate": rate, **row})
 
     def state(self) -> dict[str, Any]:
         """What `begin` needs, as tensors and JSON values; the copy is part of it."""
@@ -188,9 +182,7 @@ class ControlledRate(Participant):
         if not state:
             return
         if state.get("kept"):
-            self._keep(counted(state["kept_at"]))
-            assert self._kept is not None
-            self._kept.load_state_dict(state["kept"])
+            self._keep(counted(state["kept_at"])).load_state_dict(state["kept"])
         elif state.get("kept_at") is not None:
             self._journal.note("The checkpoint could not hold the copy for undoing: an undo goes back to this step.")
         last, row = state.get("broken", self._broken)

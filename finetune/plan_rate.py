@@ -259,9 +259,7 @@ class PlanRate(Participant):
         lines = []
         if self._still:
             groups = ", ".join(map(str, self._still))
-            lines.append(
-                f"Adapters in group {groups} of the optimizer have a learning rate of 0, and train nothing at it."
-            )
+            lines.append(f"Adapters in the optimizer's group {groups} train nothing at their learning rate of 0.")
         if not np.allclose(self._plain, self._plain[0]):
             lines.append("Modules differ in lora_alpha (alpha_pattern): each keeps its own.")
         if self.initial and self.initial.loss < LEAST_LOSS:
@@ -271,12 +269,9 @@ class PlanRate(Participant):
             raised = self._raised and not self.of_labels
             begins = "steps of the run raise it" if raised else "no steps are sure to raise it here"
             of_plan = "" if self.rate == self.plain else f", {self.rate:.2g} under this plan"
-            lines.insert(
-                0,
-                f"The best learning rate of plain LoRA is likely between {ends.low:.2g} and {ends.high:.2g} here, with "
-                f"{ends.middle:.2g} in the middle. The run begins at {self.plain:.2g}{of_plan}; {begins}.",
-            )
-            return " ".join(lines)
+            between = f"between {ends.low:.2g} and {ends.high:.2g} here, with {ends.middle:.2g} in the middle"
+            begin = f"The run begins at {self.plain:.2g}{of_plan}; {begins}."
+            return " ".join([f"The best learning rate of plain LoRA is likely {between}. {begin}", *lines])
         if abs(self.factor - 1) > 0.01:
             lines.append(
                 f"The learning rate of {self.own:.3g} is read as that of plain LoRA; this plan trains at "
