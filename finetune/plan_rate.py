@@ -259,7 +259,7 @@ class PlanRate(Participant):
         lines = []
         if self._still:
             groups = ", ".join(map(str, self._still))
-            lines.append(f"Adapters in the optimizer's group {groups} train nothing at their learning rate of 0.")
+            lines.append(f"Adapters in group {groups} of the optimizer have a learning rate of 0, and train nothing.")
         if not np.allclose(self._plain, self._plain[0]):
             lines.append("Modules differ in lora_alpha (alpha_pattern): each keeps its own.")
         if self.initial and self.initial.loss < LEAST_LOSS:
