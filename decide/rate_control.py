@@ -157,10 +157,11 @@ class RunRecord:
         return np.asarray(np.clip(np.array(values), -MOST_FEATURE, MOST_FEATURE))
 
     def judged(self, schedule: float) -> FloatArray:
-        """What `observe` returns, but what noise alone could show counts as 0: nobody moves a rate on noise.
+        """What `observe` returns for a run on labels, where what noise alone could show counts as 0.
 
         The share of the first alignment is 0 unless alignments and loss together are surely not noise, and is not below
-        0 where the loss has not moved. A rise of the loss is 0 unless it is sure.
+        0 where the loss has not moved. A rise of the loss is 0 unless it is sure. Texts are not judged so: at a rate
+        that is too high their loss may not move at all.
 
         Args:
             schedule: the schedule's rate now, as a share of its peak.

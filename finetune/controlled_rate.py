@@ -145,8 +145,8 @@ class ControlledRate(Participant):
             self._take(change, step, "Adapters and optimizer are back at their copy." if back else "", {}, back=back)
 
     def _decide(self, step: int, control: RateControl) -> None:
-        schedule = self.read(step)
-        seen, judged = self.record.observe(schedule), self.record.judged(schedule)
+        seen = self.record.observe(schedule := self.read(step))
+        judged = self.record.judged(schedule) if self._rate.of_labels else seen
         action = self._run.replicas.processes.on_first(lambda: int(control.act(judged[None])[0]))
         named = dict(zip(FEATURES, seen.round(4).tolist(), strict=True))
         aligned, loss = named["alignment"] / 4, math.exp(named["loss"] / 2)
