@@ -22,6 +22,7 @@ BENCHMARKS = {
     "rates": ("rates", "what the rule for the learning rate costs beside each task's best rate"),
     "loss-runs": ("loss_runs", "fine-tunes from which the rate's rule and the loss of a plan are fitted"),
     "no-sweep": ("no_sweep", "one run of rankpilot at its own rate beside plain LoRA at its best rate"),
+    "labels": ("labels", "the default learning rate on labels, versus the rate at which it begins"),
     "agent": ("agent", "a trained agent beside hand rules, on families and texts that nobody learned"),
     "elastic": ("elastic", "another process takes memory in the middle of runs, and gives it back"),
     "gpu-evidence": ("gpu_evidence", "what is claimed of CUDA, predicted and measured on the card that is here"),

@@ -206,7 +206,7 @@ def perform(run: Run) -> dict[str, Any]:
         if run.side in CORRECTIONS:
             CORRECTIONS[run.side](task, model, optimizer, new_loader(task, data, seed))
         else:
-            _train(task, model, optimizer, new_loader(task, data, seed), pilot)
+            train(task.steps, model, optimizer, new_loader(task, data, seed), pilot)
     spent = time.process_time() - begun
     loss = held_out_loss(model, data, task)
     if run.side == "plain":
@@ -291,8 +291,8 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def _train(
-    task: TextTask,
+def train(
+    steps: int,
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
     loader: DataLoader[Any],
@@ -302,7 +302,7 @@ def _train(
     peaks = [group["lr"] for group in optimizer.param_groups]
     for step, batch in enumerate(loader):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor_at(step, task.steps)
+            group["lr"] = peak * factor_at(step, steps)
         if pilot:
             pilot.before_step(batch)
         loss = model(**batch).loss

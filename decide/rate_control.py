@@ -113,14 +113,12 @@ class RunRecord:
             alignment: of the step before it with its gradient; NaN where there is none.
         """
         self.step += 1
-        (loss,) = _finite([loss]).tolist()
-        if len(self._first) < FIRST:
-            self._first.append(loss)
+        loss = max(float(np.nan_to_num(loss, nan=1e6, posinf=1e6)), 1e-6)  # its logarithm is finite
+        self._first = [*self._first, loss][:FIRST]
         self.losses.append(loss)
         if math.isfinite(alignment):
             self.alignments.append(alignment)
-            if len(self._first_alignments) < FIRST_ALIGNMENTS:
-                self._first_alignments.append(alignment)
+            self._first_alignments = [*self._first_alignments, alignment][:FIRST_ALIGNMENTS]
 
     def observe(self, schedule: float) -> FloatArray:
         """`FEATURES` now, float64 (len(FEATURES),).
@@ -128,20 +126,18 @@ class RunRecord:
         Args:
             schedule: the schedule's rate now, as a share of its peak.
         """
-        losses = np.log(self.losses)
-        aligned = np.array(self.alignments or [0.0])
+        losses, aligned = np.log(self.losses), np.array(self.alignments or [0.0])
         mean, first = float(losses.mean()), math.log(np.mean(self._first))
         error = float(aligned.std()) / math.sqrt(len(aligned)) + 1e-3
-        before = self._means[-1] if self._means else first
-        best = min([first, *self._means])
+        means = [first, *self._means]
         values = (
             4 * aligned.mean(),
             aligned.mean() / max(float(np.mean(self._first_alignments or [0.0])), LEAST_FIRST),
             4 * aligned.std(),
             aligned.mean() / error / 4 if len(aligned) > 1 else 0.0,  # a single one tells no error
             2 * (mean - first),
-            4 * (mean - before),
-            4 * (mean - best),
+            4 * (mean - means[-1]),
+            4 * (mean - min(means)),
             4 * losses.std(),
             self.moved / 3,
             self.step / self.total_steps,
@@ -165,13 +161,7 @@ class RunRecord:
         self._undone = undone or action == UNDO
         if not self._undone:
             self._means.append(math.log(np.mean(self.losses)))
-        self._schedule = self._now
-        self.losses, self.alignments = [], []
-
-
-def _finite(losses: Sequence[float]) -> FloatArray:
-    """Losses as numbers whose logarithm is finite; those that are none count as a million."""
-    return np.asarray(np.maximum(np.nan_to_num(losses, nan=1e6, posinf=1e6), 1e-6))
+        self._schedule, self.losses, self.alignments = self._now, [], []
 
 
 class RateControl(Protocol):

@@ -78,14 +78,11 @@ class ControlledRate(Participant):
         self._kept_at = 0
         self._broken = (-1, 0)  # the last step that left something not finite, and how many did before it in a row
         self.record: RunRecord = RunRecord(run.total_steps)
-        if not self._steps:
-            journal.note(f"The learning rate is not controlled: a run of {run.total_steps} steps shows too little.")
 
-    def _keep(self, step: int) -> None:
-        self._kept, self._kept_at = (
-            AdapterSnapshot(self._run.model, self._targets, self._run.optimizer, steps=True),
-            step,
-        )
+    def _keep(self, step: int) -> AdapterSnapshot:
+        kept = self._kept = AdapterSnapshot(self._run.model, self._targets, self._run.optimizer, steps=True)
+        self._kept_at = step
+        return kept
 
     def ranks_changed(self) -> None:
         """A copy of other ranks is of no use."""
@@ -148,13 +145,11 @@ class ControlledRate(Participant):
             self._take(change, step, "Adapters and optimizer are back at their copy." if back else "", {}, back=back)
 
     def _decide(self, step: int, control: RateControl) -> None:
-        seen = self.record.observe(self.read(step))
+        seen = self.record.observe(schedule := self.read(step))
         action = self._run.replicas.processes.on_first(lambda: int(control.act(seen[None])[0]))
         named = dict(zip(FEATURES, seen.round(4).tolist(), strict=True))
-        said = (
-            f"Alignment of the last steps {named['alignment'] / 4:+.2f}, loss {math.exp(named['loss'] / 2):.2f} of the "
-            "first."
-        )
+        aligned, loss = named["alignment"] / 4, math.exp(named["loss"] / 2)
+        said = f"Alignment of the last steps {aligned:+.2f}, loss {loss:.2f} of the first."
         if back := action == UNDO and self._kept is not None:
             said += " Adapters and optimizer are back where the rate was last kept or raised."
         self._take(action, step, said, {"seen": named}, back=back)
@@ -168,13 +163,10 @@ class ControlledRate(Participant):
         self.record.take(action, undone=back)
         before = self._rate.rate
         self._rate.move(2**self.record.moved)
+        rate = self._rate.rate
         if CHANGES[action]:
-            self._journal.note(
-                f"step {step}: the learning rate goes from {before:.2g} to {self._rate.rate:.2g}. {said}".rstrip()
-            )
-        self._journal.log_control(
-            {"step": step, "change": CHANGES[action], "undone": back, "rate": self._rate.rate, **row}
-        )
+            self._journal.note(f"step {step}: the learning rate goes from {before:.2g} to {rate:.2g}. {said}".rstrip())
+        self._journal.log_control({"step": step, "change": CHANGES[action], "undone": back, "rate": rate, **row})
 
     def state(self) -> dict[str, Any]:
         """What `begin` needs, as tensors and JSON values; the copy is part of it."""
@@ -189,25 +181,18 @@ class ControlledRate(Participant):
         if not state:
             return
         if state.get("kept"):
-            self._keep(counted(state["kept_at"]))
-            assert self._kept is not None
-            self._kept.load_state_dict(state["kept"])
+            self._keep(counted(state["kept_at"])).load_state_dict(state["kept"])
         elif state.get("kept_at") is not None:
             self._journal.note("The checkpoint could not hold the copy for undoing: an undo goes back to this step.")
         last, row = state.get("broken", self._broken)
         self._broken = int(last), counted(row)
+        lists = ("losses", "alignments", "_first", "_first_alignments", "_means")
         self.record = RunRecord(
             self._run.total_steps,
-            losses=[finite(value) for value in state["losses"]],
-            alignments=[finite(value) for value in state["alignments"]],
-            moved=finite(state["moved"]),
             changed=bool(state["changed"]),
             step=counted(state["step"]),
-            _first=[finite(value) for value in state["_first"]],
-            _first_alignments=[finite(value) for value in state["_first_alignments"]],
-            _means=[finite(value) for value in state["_means"]],
             _undone=bool(state["_undone"]),
-            _schedule=finite(state["_schedule"]),
-            _now=finite(state["_now"]),
+            **{name: [finite(value) for value in state[name]] for name in lists},
+            **{name: finite(state[name]) for name in ("moved", "_schedule", "_now")},
         )
         self._rate.move(2**self.record.moved)

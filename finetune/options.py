@@ -137,11 +137,11 @@ class PilotOptions(PlanOptions):
         measure_every: measure the real peak every so many steps, and after each change of ranks.
         log: the folder of the decision log. By default `decisions` in a Trainer's output folder, and none in a loop.
         learning_rate: "auto" trains at the rate that a rule says for the model and the length of the run, in place of
-            the optimizer's. With control it begins at half of it, and the run's steps raise it. It is for Adam and its
-            variants.
+            the optimizer's. With control on texts it begins at seven tenths of it, and the run's steps raise it. It is
+            for Adam and its variants.
         control: correct the learning rate in the first half of the run by what its steps show, and take back damage
             that too high a rate has done (docs/control.md). For Adam and its variants, and runs of 60 steps or more. By
-            default it is on under learning_rate="auto", and off for a rate of your own.
+            default it is on under learning_rate="auto", and off for a rate of your own. On labels it moves nothing.
         offload: keep the inputs of checkpointed layers in main memory until they are needed: the same losses, and fewer
             layers are checkpointed within the same bytes. For CUDA, where nobody has measured its time yet; a limit of
             time does.
@@ -185,11 +185,6 @@ class PilotOptions(PlanOptions):
         check_scaling(self.scaling)
         _check_switch("fresh", self.fresh)
         _check_switch("offload", self.offload)
-        if isinstance(self.control, str | Path):
-            raise ConfigError(
-                f"control is True or False; got {shown(str(self.control))}. An agent steers ranks and learning rate "
-                "alike: pass its folder as policy=."
-            )
         if self.control is not None:
             _check_switch("control", self.control)
         if self.bounds is not None and not isinstance(self.bounds, Mapping):
@@ -275,8 +270,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
         report_to: trackers that get losses, ranks and peaks: tensorboard, wandb, trackio, mlflow ...
         trainer: further settings of transformers' TrainingArguments (TRL's SFTConfig for causal-lm), as NAME=VALUE:
             warmup_steps=0.1 lr_scheduler_type=cosine optim=paged_adamw_8bit assistant_only_loss=true.
-        control: correct a learning rate of your own, too, in the first half of the run by what its steps show
-            (docs/control.md).
+        control: correct the learning rate by what the first half of the run shows, also your own (docs/control.md).
 
     Raises:
         ConfigError: a value is out of range.

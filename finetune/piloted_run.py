@@ -356,7 +356,11 @@ class PilotedRun:
         if self._controls:
             assert self.rate is not None
             control, total = None if self._steers else CONTROL, self.run.total_steps
-            steps = self._schedule.steps(total) if self._steers else decision_steps(total)
+            labels = self.rate.of_labels and not self._steers
+            steps = () if labels else self._schedule.steps(total) if self._steers else decision_steps(total)
+            if not steps:
+                shows = "the steps of a run on labels show" if labels else f"a run of {total} steps shows"
+                self.journal.note(f"The learning rate is not controlled: {shows} too little.")
             self.control = ControlledRate(self.run, self._targets, self.rate, control, steps, self.journal)
             self.finite.control = self.control
             with readable_state():

@@ -116,6 +116,17 @@ LABELS = 0.05
 """A loss that counts a smaller share of the tokens is of labels."""
 
 
+def learns_labels(run: TrainingRun, initial: InitialLoss | None) -> bool:
+    """Whether a run learns labels: its model has no output layer over tokens, or its loss counts hardly any of them.
+
+    Args:
+        run: that begins.
+        initial: what `initial_loss` returned; None where no row was read.
+    """
+    output = getattr(unwrap(run.model), "get_output_embeddings", None)
+    return initial == TYPICAL or (output is not None and output() is None)
+
+
 def _groups_at_zero(run: TrainingRun) -> list[int]:
     """The numbers of the optimizer's groups whose adapters have a rate of 0 while others have one.
 
@@ -152,6 +163,7 @@ class PlanRate(Participant):
     Attributes:
         initial: the loss before training; None where no row was read.
         own: the rate that the optimizer begins with or warms up to.
+        of_labels: whether the run learns labels.
         rule: what the rule says for plain LoRA; None where the optimizer is no Adam, or the width is unknown.
         factor: by which the rate is multiplied now.
         moved: the part of it that control of the run has added.
@@ -201,7 +213,8 @@ class PlanRate(Participant):
         self._decides = auto
         if auto or rule_knows(run):
             self.rule = rate_by_rule(run.model, targets, run.total_steps, initial or TYPICAL)
-        self._raised = controlled and self.initial != TYPICAL  # of labels steps tell nothing
+        self.of_labels: bool = learns_labels(run, initial)
+        self._raised = controlled and self.initial != TYPICAL
         self._auto = 1.0
         if auto and self.rule:
             self._auto = (RateRange.around(self.rule).low if self._raised else self.rule) / self.own
@@ -250,23 +263,19 @@ class PlanRate(Participant):
         lines = []
         if self._still:
             groups = ", ".join(map(str, self._still))
-            lines.append(
-                f"Adapters in group {groups} of the optimizer have a learning rate of 0, and train nothing at it."
-            )
+            lines.append(f"Adapters in group {groups} of the optimizer have a learning rate of 0, and train nothing.")
         if not np.allclose(self._plain, self._plain[0]):
             lines.append("Modules differ in lora_alpha (alpha_pattern): each keeps its own.")
         if self.initial and self.initial.loss < LEAST_LOSS:
             lines.append(f"The loss is {self.initial.loss:.2g} before training: are the labels right?")
         if self._decides and self.rule:
             ends = RateRange.around(self.rule)
-            begins = "steps of the run raise it" if self._raised else "no steps are sure to raise it here"
+            raised = self._raised and not self.of_labels
+            begins = "steps of the run raise it" if raised else "no steps are sure to raise it here"
             of_plan = "" if self.rate == self.plain else f", {self.rate:.2g} under this plan"
-            lines.insert(
-                0,
-                f"The best learning rate of plain LoRA is likely between {ends.low:.2g} and {ends.high:.2g} here, with "
-                f"{ends.middle:.2g} in the middle. The run begins at {self.plain:.2g}{of_plan}; {begins}.",
-            )
-            return " ".join(lines)
+            between = f"between {ends.low:.2g} and {ends.high:.2g} here, with {ends.middle:.2g} in the middle"
+            begin = f"The run begins at {self.plain:.2g}{of_plan}; {begins}."
+            return " ".join([f"The best learning rate of plain LoRA is likely {between}. {begin}", *lines])
         if abs(self.factor - 1) > 0.01:
             lines.append(
                 f"The learning rate of {self.own:.3g} is read as that of plain LoRA; this plan trains at "

@@ -7,23 +7,28 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import rankpilot
 import torch
+import transformers
+from peft import LoraConfig, get_peft_model
 from rankpilot.common.files import read_json_lines
 from rankpilot.decide.log import CONTROL
 from rankpilot.decide.rate_control import CHANGES, FEATURES, KEEP, UNDO, decision_steps
 from rankpilot.errors import ConfigError
 from rankpilot.finetune import piloted_run
 from rankpilot.finetune.controlled_rate import alignment
+from rankpilot.finetune.plan_rate import learns_labels
 from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.targets import find_target_modules
+from rankpilot.plan.rate import TYPICAL
 from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, Trainer, default_data_collator
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, Trainer, default_data_collator
 
 from .tiny_runs import PLAIN, adapted, arguments, counting, take_step
 from .tiny_runs import llama_config as llama_config
@@ -190,6 +195,31 @@ def test_without_control_nothing_is_read(llama_config: LlamaConfig, monkeypatch:
     plain = Loop(llama_config, 1e-3, control=False).begin().steps(MOMENTS[1])
     assert not script.seen
     assert plain.pilot.rate_factor == 1
+
+
+@pytest.mark.parametrize("control", [None, True])
+def test_labels_are_left_alone(
+    llama_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch, control: bool | None
+) -> None:
+    script = scripted(monkeypatch, CHANGES.index(-1.0))
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda self: None)
+    options = {"learning_rate": "auto", "keep_rate": False, "control": control}
+    loop = Loop(llama_config, 1e-3, **options).begin().steps(MOMENTS[0] + 1)
+    assert not script.seen
+    assert loop.rates[-1] == loop.rates[0]
+    assert any("not controlled" in line for line in loop.told)
+    loop.parameters[0].register_hook(lambda gradient: gradient * torch.nan)
+    loop.steps(1)
+    assert all(each.isfinite().all() for each in loop.state()), "what is not finite is undone all the same"
+
+
+@pytest.mark.parametrize(("kind", "labels"), [("TokenClassification", True), ("MaskedLM", False)])
+def test_labels_are_known_by_the_output_layer(kind: str, labels: bool) -> None:
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    base = getattr(transformers, f"BertFor{kind}")(config)
+    run: Any = SimpleNamespace(model=get_peft_model(base, LoraConfig(target_modules=["query"])))
+    assert learns_labels(run, None) == labels
+    assert learns_labels(run, TYPICAL), "no row has more than a label"
 
 
 def test_what_cannot_be_controlled(llama_config: LlamaConfig) -> None:

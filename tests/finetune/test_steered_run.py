@@ -135,8 +135,3 @@ def test_other_optimizers_are_refused_before_anything_is_measured(agent: Path, t
     with pytest.raises(ConfigError, match="policy 'agent' corrects the learning rate by the steps of Adam"):
         steered(tmp_path, load_policy(agent), optim=optim, save_strategy="no")
     assert not (tmp_path / "log").exists()
-
-
-def test_the_folder_of_an_agent_is_no_control(agent: Path) -> None:
-    with pytest.raises(ConfigError, match=r"pass its folder as policy=\."):
-        rankpilot.RankPilot(control=agent)
