@@ -36,7 +36,7 @@ from rankpilot.decide.rules import AsConfigured
 from rankpilot.errors import BudgetError
 from rankpilot.finetune.batch_rows import BatchRows, Cuts
 from rankpilot.finetune.callback import attach
-from rankpilot.finetune.parts import PlanBytes
+from rankpilot.finetune.part_plans import PlanBytes
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.put_back import LayerCheckpointing
 from rankpilot.finetune.run import TrainingRun

@@ -145,7 +145,7 @@ class ControlledRate(Participant):
             self._take(change, step, "Adapters and optimizer are back at their copy." if back else "", {}, back=back)
 
     def _decide(self, step: int, control: RateControl) -> None:
-        seen = self.record.observe(schedule := self.read(step))
+        seen = self.record.observe(self.read(step))
         action = self._run.replicas.processes.on_first(lambda: int(control.act(seen[None])[0]))
         named = dict(zip(FEATURES, seen.round(4).tolist(), strict=True))
         aligned, loss = named["alignment"] / 4, math.exp(named["loss"] / 2)
@@ -187,12 +187,13 @@ class ControlledRate(Participant):
         last, row = state.get("broken", self._broken)
         self._broken = int(last), counted(row)
         lists = ("losses", "alignments", "_first", "_first_alignments", "_means")
+        further: dict[str, Any] = {name: [finite(value) for value in state[name]] for name in lists}
+        further |= {name: finite(state[name]) for name in ("moved", "_schedule", "_now")}
         self.record = RunRecord(
             self._run.total_steps,
             changed=bool(state["changed"]),
             step=counted(state["step"]),
             _undone=bool(state["_undone"]),
-            **{name: [finite(value) for value in state[name]] for name in lists},
-            **{name: finite(state[name]) for name in ("moved", "_schedule", "_now")},
+            **further,
         )
         self._rate.move(2**self.record.moved)

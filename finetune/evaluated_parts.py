@@ -69,7 +69,7 @@ class EvaluatedParts:
                 return evaluate(batch)
         for smaller in (1.0, SMALLER, math.inf):
             self._share *= smaller
-            parts = [part.rows for part in self._parts.of_evaluation(rows, self._token_bytes, self._share)]
+            parts = [part.rows for part in self._parts.plans.of_evaluation(rows, self._token_bytes, self._share)]
             try:
                 if len(parts) == 1 and rows.part(parts[0]) is batch:
                     return evaluate(batch)
@@ -110,7 +110,7 @@ class EvaluatedParts:
     def _decide(self, evaluate: Callable[[Batch], Result], rows: BatchRows, whole: str, unknown: str) -> None:
         """Test on some rows whether results of parts are those of a batch."""
         self._news = News(0) if unknown and self._parts.asked else None
-        reason = whole or ("an example has several rows" if self._parts.each > 1 else "")
+        reason = whole or ("an example has several rows" if self._parts.plans.each > 1 else "")
         reason = reason or (unknown if not self._news else "")
         if not reason:
             try:

@@ -118,11 +118,12 @@ def unknown_model(model: nn.Module, longest: Callable[[], int]) -> str:
         longest: tells the tokens of the longest row.
     """
     base: Any = unwrap(model).get_base_model()
-    kind, config = type(base).__name__, getattr(base, "config", None)
+    kind = type(base).__name__
     if not isinstance(base, PreTrainedModel) or kind not in _names(_HEADS) or base.loss_function not in _SUMS:
         return f"the loss of {kind} is none that rankpilot knows"
     if _package(_written_in(functional.cross_entropy)) != "torch":
         return "torch.nn.functional.cross_entropy is a function of your own"
+    config: Any = base.config
     family, causal = config.model_type, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     both = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
     reads_left = family not in both and (family in causal or kind in _names(_HEADS[-1:]))
@@ -183,7 +184,9 @@ def _same_up_to(config: Any) -> float:
     if not any(one.get("rope_type") in _LENGTHS_CHANGE for one in each):
         return math.inf
     bounds = [one["original_max_position_embeddings"] for one in each if "original_max_position_embeddings" in one]
-    return min(bounds, default=getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
+    return float(
+        min(bounds, default=getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
+    )
 
 
 def _written_in(function: Callable[..., Any]) -> str:

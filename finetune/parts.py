@@ -14,82 +14,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
-from ..common.arrays import FloatArray, IntArray
 from ..common.checks import counted, finite
 from ..cost.batch_shape import Batch, shape_of
-from ..cost.model import MemoryModel, ShapeBytes, holding_layers
-from ..cost.part_seconds import PartSeconds
 from ..cost.recording import BatchShape
 from ..cost.savers import is_compiled
-from ..plan.parts import Part, ShapeCost, longest_that_fits, parts_sentence, plan_parts
+from ..plan.parts import Part, parts_sentence
 from .batch_rows import SHARES, BatchRows, Cuts, longest_text
 from .exact_parts import Exactness, rows_of
+from .part_plans import MULTIPLE, PartPlans
 from .plan_keeper import GOOD_STEPS, PlanKeeper
 from .run import Participant, TrainingRun
 from .watched_parts import Known, Watch
 
-MOST_LEVELS = 8
-"""Numbers of checkpointed layers that parts may have beside none, evenly spread."""
-
-MULTIPLE = 8
-"""Of which the tokens of a row are one on a GPU, as far as its batch has padding: its products are quicker then."""
-
-MORE = 1.25
-"""By what the bytes of parts rise that are to be few, until they take no more seconds than the padded batch."""
-
 SMALLER = 0.8
 """The share of what a part was predicted to take that parts may take after it ran out of memory."""
-
-
-class PlanBytes:
-    """Bytes of the parts that a step may have under one plan.
-
-    Args:
-        memory: the byte model of the step, with all layers checkpointed where they may be chosen.
-        ranks: the plan, int64 (modules,).
-        most: the largest shape that will be asked for.
-        chooses: whether layers may be chosen.
-        each: rows of an example.
-
-    Attributes:
-        layers: names of the layers that hold something for the backward pass, the lowest first.
-        levels: how many of them may be checkpointed, rising.
-        most: as above.
-    """
-
-    def __init__(self, memory: MemoryModel, ranks: IntArray, most: BatchShape, *, chooses: bool, each: int) -> None:
-        self._memory, self._ranks, self._each, self.most = memory, ranks, each, most
-        self._first = replace(memory, accumulates=False)
-        self.layers = holding_layers(memory, ranks) if chooses else ()
-        self._chooses, count = chooses, len(self.layers)
-        spread = np.unique(np.linspace(0, count, MOST_LEVELS + 1).round().astype(int))
-        self.levels: tuple[int, ...] = tuple(spread.tolist())
-        self._of_level: dict[int, ShapeBytes] = {}
-
-    def __call__(self, examples: IntArray, lengths: IntArray, layers: int) -> FloatArray:
-        """Bytes of parts at their peak by their examples and lengths, (parts,); see `ShapeCost`."""
-        if layers not in self._of_level:
-            rows, length = self.most.rows, self.most.length
-            tokens = np.unique(np.geomspace(min(8, length), length, 4).round().astype(int)).tolist()
-            corners = [BatchShape(count, size) for count in {self._each, rows} for size in tokens]
-            self._of_level[layers] = self._with(layers).at_shapes(self._ranks, corners)
-        return self._of_level[layers](examples * self._each, lengths)
-
-    def of(self, part: Part) -> float:
-        """Bytes of a part at its peak, between shapes that are predicted."""
-        return float(self(np.array([part.height]), np.array([part.length]), part.layers)[0])
-
-    def exact(self, part: Part, *, first: bool = False) -> float:
-        """Bytes at the peak of a part, as a step is predicted; of the `first` one, beside which are no gradients."""
-        shape = BatchShape(part.height * self._each, part.length)
-        return self._with(part.layers, self._first if first else self._memory).peak(self._ranks, shape)
-
-    def _with(self, layers: int, memory: MemoryModel | None = None) -> MemoryModel:
-        memory = memory or self._memory
-        return memory.with_checkpointed(self.layers[:layers]) if self._chooses else memory
 
 
 @dataclass
@@ -146,16 +86,11 @@ class StepParts(Participant):
     """
 
     def __init__(self, keeper: PlanKeeper, tell: Callable[[str], None], *, fewest: bool = False) -> None:
-        self._keeper, self._tell, self._fewest, self.tally = keeper, tell, fewest, Tally()
-        self._kind, self._each, self._packed = "", 1, False
-        self._bytes: PlanBytes | None = None  # of the latest batch
-        self._of_shapes: dict[BatchShape, PlanBytes] = {}
-        self._memory: MemoryModel | None = None
-        self._seconds: PartSeconds | None = None
-        self._most: float | None = None  # bytes of a part after an error
+        self._keeper, self._tell, self.tally, self.plans = keeper, tell, Tally(), PartPlans(keeper, fewest=fewest)
+        self._kind, self._packed = "", False
         self._since, self._wait, self._step = 0, GOOD_STEPS, 0
         self._ran: list[tuple[Part, float]] = []  # in the step so far, and the bytes of what goes in
-        self._told_whole = self._accumulates = self._compiled = False
+        self._told_whole = self._accumulates = False
         self._watch: Known | Watch | None = None
         self._seed: int | None = None
         self.asked = False
@@ -166,19 +101,9 @@ class StepParts(Participant):
         return bool(self._kind)
 
     @property
-    def each(self) -> int:
-        """Rows of an example."""
-        return self._each
-
-    @property
     def cuts(self) -> Cuts:
         """What may be cut from batches."""
         return self._keeper.run.cuts
-
-    @property
-    def _least(self) -> int:
-        """Examples of a part at least."""
-        return 1 if self._seed is None else 2  # in a loss that is not known rows may meet, so none is alone
 
     def decide(self, found: Exactness, each: int, *, seed: int | None = None) -> None:
         """Take what a test has found.
@@ -188,15 +113,20 @@ class StepParts(Participant):
             each: rows of an example.
             seed: of further tests, under a loss that is not known.
         """
-        self._kind, self._each, self._packed, self._seed = found.kind, each, found.packed, seed
+        self._kind, self._packed = found.kind, found.packed
+        self._take(each, seed)
         if not found.kind and found.reason:
             self._tell(f"Steps run as a whole, and not in parts: {found.reason}.")
         if found.kind and found.draws:
             self._tell("Steps run in parts: the same gradients, but that dropout draws other numbers for other shapes.")
 
+    def _take(self, each: int, seed: int | None) -> None:
+        """Have examples of so many rows; under a loss that is not known rows may meet, so none is alone in a part."""
+        self._seed, self.plans.each, self.plans.least = seed, each, 1 if seed is None else 2
+
     def begin_to_keep(self, run: TrainingRun) -> None:
         """Keep the gradients of one part beside the next one, which the run's step is measured with from now on."""
-        self._accumulates, self._compiled = run.accumulation > 1, is_compiled(run.wrapped)
+        self._accumulates, self.plans.compiled = run.accumulation > 1, is_compiled(run.wrapped)
         run.keep_gradients()
 
     def turn_off(self, reason: str) -> None:
@@ -210,21 +140,21 @@ class StepParts(Participant):
         own = state["parts"]
         if own["kind"] and own["kind"] not in SHARES:
             raise ValueError(f"parts of kind {own['kind']!r}")
-        self._kind, self._each, self._packed = str(own["kind"]), counted(own["each"], 1), bool(own["packed"])
-        self._seed = None if own["seed"] is None else counted(own["seed"])
-        self._most = None if own["most"] is None else finite(own["most"])
+        self._kind, self._packed = str(own["kind"]), bool(own["packed"])
+        self._take(counted(own["each"], 1), None if own["seed"] is None else counted(own["seed"]))
+        self.plans.most = None if own["most"] is None else finite(own["most"])
         self._since, self._wait = counted(own["since"]), counted(own["wait"], 1)
         self.tally = Tally(**{name: counted(own["tally"][name]) for name in vars(Tally())})
 
     def state(self) -> dict[str, Any]:
         """What `begin` needs to go on, as JSON values."""
-        own = {name: getattr(self, f"_{name}") for name in ("kind", "each", "packed", "seed", "most", "since", "wait")}
+        own = {name: getattr(self, f"_{name}") for name in ("kind", "packed", "seed", "since", "wait")}
+        own |= {"each": self.plans.each, "most": self.plans.most}
         return {"parts": {**own, "tally": vars(self.tally)}}
 
     def ranks_changed(self) -> None:
         """Price parts anew."""
-        self._bytes = None
-        self._of_shapes.clear()
+        self.plans.forget()
 
     def end(self) -> None:
         """Tell what parts have brought; a second call tells nothing."""
@@ -237,8 +167,8 @@ class StepParts(Participant):
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
         """Begin a step, after a test if one is due; what an error has taken from parts comes back after good steps."""
         self._step, self._ran = step, []
-        if self._most is not None and step - self._since >= self._wait:
-            self._most, self._wait = None, 2 * self._wait
+        if self.plans.most is not None and step - self._since >= self._wait:
+            self.plans.most, self._wait = None, 2 * self._wait
         if self.on and (reason := self._watching().reason(step, batches)):
             self.turn_off(f"from step {step + 1} on. {reason[:1].upper()}{reason[1:]}")
 
@@ -248,9 +178,9 @@ class StepParts(Participant):
             keeper, seed = self._keeper, self._seed
 
             def plan(rows: BatchRows) -> list[Sequence[int]]:
-                return [part.rows for part in self._plan(rows, None)]
+                return [part.rows for part in self.plans.of(rows, None)]
 
-            watch = partial(Watch, keeper, self._rows_of, plan, self._fits, self._kind)
+            watch = partial(Watch, keeper, self._rows_of, plan, self.plans.fits, self._kind)
             self._watch = Known(keeper.run) if seed is None else watch(seed)
         return self._watch
 
@@ -259,16 +189,8 @@ class StepParts(Participant):
         if self._watch:
             self._watch.hear(self._step, loss)
 
-    def _fits(self, rows: BatchRows) -> bool:
-        """Whether rows fit as a whole, with all layers checkpointed and a copy of the adapters."""
-        cost = self._bytes_now(rows.shape)
-        adapters = sum(p.nbytes for target in self._keeper.applier.targets for p in target.parameters.values())
-        whole = Part(tuple(range(rows.examples)), rows.shape.length, cost.levels[-1], rows.packed)
-        room = self._keeper.room_for(self._keeper.applier.ranks) - adapters
-        return cost.of(whole) + rows.token_bytes * whole.tokens <= room
-
     def _rows_of(self, batch: Batch) -> BatchRows | None:
-        return rows_of(batch, self.cuts, self._each, packed=self._packed)
+        return rows_of(batch, self.cuts, self.plans.each, packed=self._packed)
 
     def shape_of(self, batch: Batch) -> BatchShape:
         """The shape with which plans are priced that have to run a batch: its longest example alone."""
@@ -276,7 +198,7 @@ class StepParts(Participant):
         if not self.on:
             return shape
         longest = (self._packed and longest_text(batch)) or shape.length
-        return BatchShape(min(self._least * self._each, shape.rows), longest)
+        return BatchShape(min(self.plans.least * self.plans.each, shape.rows), longest)
 
     def of(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
         """Yield the parts of a batch, and by what the loss of each is multiplied.
@@ -304,8 +226,8 @@ class StepParts(Participant):
             for number, (part, share) in enumerate(pairs):
                 own = part.tokens < rows.tokens
                 self._ran.append((part, own * rows.token_bytes * part.tokens))
-                if checkpointing and self._bytes:
-                    checkpointing.take(self._bytes.layers[: part.layers])
+                if checkpointing and self.plans.bytes:
+                    checkpointing.take(self.plans.bytes.layers[: part.layers])
                     checkpointing.before_step()
                 with self._keeper.run.replicas.exchanging(number + 1 == len(pairs)):
                     yield rows.part(part.rows, multiple), share
@@ -321,138 +243,40 @@ class StepParts(Participant):
         nothing where it has no more rows.
         """
         together = self._keeper.run.replicas.together
-        parts = self._plan(rows, None) if rows else ()
+        parts = self.plans.of(rows, None) if rows else ()
         pairs = _counted(rows, parts, self._kind) if rows else []
         (most,) = together(len(pairs) or math.inf)
         if rows is None or math.isinf(most):
             return []
         if len(pairs) < most:
-            parts = self._plan(rows, min(max(int(most), len(parts)), rows.examples))
+            parts = self.plans.of(rows, min(max(int(most), len(parts)), rows.examples))
             pairs = _counted(rows, parts, self._kind)
             pairs += [(pairs[-1][0], 0.0)] * (int(most) - len(pairs))
-        assert self._bytes is not None, "the parts have a price"
-        whole = Part(tuple(range(rows.examples)), rows.shape.length, self._bytes.levels[-1], rows.packed)
+        assert self.plans.bytes is not None, "the parts have a price"
+        whole = Part(tuple(range(rows.examples)), rows.shape.length, self.plans.bytes.levels[-1], rows.packed)
         room = self._keeper.room_for(self._keeper.applier.ranks)
-        self.tally.add(rows, parts, fits=self._bytes.of(whole) <= room)
+        self.tally.add(rows, parts, fits=self.plans.bytes.of(whole) <= room)
         layers = together(*(part.layers for part, _ in pairs))
         return [(replace(part, layers=int(own)), share) for (part, share), own in zip(pairs, layers, strict=True)]
-
-    def of_evaluation(self, rows: BatchRows, token_bytes: float, share: float) -> tuple[Part, ...]:
-        """The parts of a batch that is evaluated.
-
-        Its forward pass is taken to need no more than a step in which all layers are checkpointed.
-
-        Args:
-            rows: of the batch.
-            token_bytes: of what a token returns.
-            share: by which the bytes are multiplied; infinite for rows alone.
-        """
-        if math.isinf(share):
-            pieces = np.array_split(np.arange(rows.examples), max(rows.examples // self._least, 1))
-            return tuple(Part(tuple(piece.tolist()), int(rows.lengths[piece].max()), 0) for piece in pieces)
-        cost, given = self._bytes_now(rows.shape), rows.token_bytes + token_bytes
-        most, longest = cost.levels[-1], rows.lengths.max(keepdims=True)
-        seconds = self._seconds
-        assert seconds is not None, "made with the bytes"
-
-        def bytes_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
-            return share * cost(examples, tokens, layers) + given * examples * tokens
-
-        whole = token_bytes * rows.examples * rows.shape.length  # what is put together lies beside the parts
-        room = self._keeper.room_for(self._keeper.applier.ranks) - whole
-        room = max(room, float(bytes_of(np.full(1, self._least), longest, most)[0]))
-        return plan_parts(rows.lengths, room, (most,), bytes_of, seconds, least=self._least)
-
-    def _plan(self, rows: BatchRows, count: int | None) -> tuple[Part, ...]:
-        """The parts of a batch, so many if a count is given."""
-        lengths = rows.lengths
-        if self._keeper.run.device.type == "cuda" and not rows.packed:
-            lengths = np.minimum(-(-lengths // MULTIPLE) * MULTIPLE, rows.shape.length)
-        own = int(lengths.max())
-        longest = max(own, self._keeper.now.shape.length) if self._fewest else own
-        cost, seconds = self._bytes_now(BatchShape(rows.shape.rows, max(rows.shape.length, longest))), self._seconds
-        assert seconds is not None, "made with the bytes"
-
-        def bytes_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
-            return cost(examples, tokens, layers) + rows.token_bytes * examples * tokens
-
-        def seconds_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
-            return seconds(examples * self._each, tokens, layers)
-
-        def least_of(count: int, length: int, of: ShapeCost) -> float:
-            return float(of(np.array([count]), np.array([length]), cost.levels[-1])[0])
-
-        room = self._keeper.room_for(self._keeper.applier.ranks)
-        room = room if self._most is None else min(room, self._most)
-        if self._keeper.applier.fits():  # the row alone does, by the exact prediction
-            room = max(room, least_of(self._least, own, bytes_of))
-        plan = partial(
-            plan_parts,
-            lengths,
-            layers=cost.levels,
-            bytes_of=bytes_of,
-            seconds_of=seconds_of,
-            packed=rows.packed,
-            count=count,
-            least=self._least,
-        )
-        if not self._fewest:
-            return plan(room)
-        rectangle = (1, rows.shape.length) if rows.packed else (rows.examples, own)
-        given, whole = min(room, least_of(self._least, longest, bytes_of)), least_of(*rectangle, seconds_of)
-        while True:
-            parts = plan(given)
-            shapes = ((np.array([part.height]), np.array([part.length]), part.layers) for part in parts)
-            if given >= room or sum(float(seconds_of(*shape)[0]) for shape in shapes) <= whole:
-                return parts
-            given = min(MORE * given, room)
-
-    def _bytes_now(self, shape: BatchShape) -> PlanBytes:
-        """The bytes of parts under the plan of now, for batches up to a shape.
-
-        They are of the next power of two tokens, whatever came before: a run that is resumed has the same ones.
-        """
-        keeper = self._keeper
-        checkpointing = keeper.checkpointing
-        memory = (checkpointing.memory if checkpointing else None) or keeper.now.memory
-        assert memory is not None, "steps in parts have a byte model"
-        if self._memory is not memory:
-            self._memory = memory
-            self._of_shapes.clear()
-        most = BatchShape(shape.rows, 1 << (shape.length - 1).bit_length())
-        if most not in self._of_shapes:
-            self._of_shapes[most] = found = PlanBytes(
-                memory,
-                keeper.applier.ranks,
-                most,
-                chooses=checkpointing is not None,
-                each=self._each,
-            )
-            operators = int(memory.recording.created.max()) + 1
-            self._seconds = PartSeconds.of(keeper.run.model, operators, len(found.layers))
-        self._bytes = self._of_shapes[most]
-        if self._compiled:  # others than those of the plan take further graphs
-            self._bytes.levels = (len(keeper.checkpointed),)
-        return self._bytes
 
     # What a step takes ------------------------------------------------------------------------------------------------
 
     def predicted(self) -> float:
         """Bytes at the peak of the step that has run, by its parts; 0 where it ran as a whole."""
-        if not self._ran or self._bytes is None:
+        if not self._ran or self.plans.bytes is None:
             return 0.0
         (first, given), *others = self._ran
-        alone = self._bytes.exact(first, first=not self._accumulates) + given
-        return max([alone, *(self._bytes.exact(part) + given for part, given in others)])
+        alone = self.plans.bytes.exact(first, first=not self._accumulates) + given
+        return max([alone, *(self.plans.bytes.exact(part) + given for part, given in others)])
 
     def shrink(self) -> bool:
         """Let parts take less after one that ran out of memory; False if that was a row alone with all layers."""
-        if not self._ran or self._bytes is None:
+        if not self._ran or self.plans.bytes is None:
             return False
         part, _ = self._ran[-1]
-        if len(part.rows) <= self._least and part.layers == self._bytes.levels[-1]:
+        if len(part.rows) <= self.plans.least and part.layers == self.plans.bytes.levels[-1]:
             return False
-        self._most, self._since = SMALLER * self._bytes.exact(part), self._step
+        self.plans.most, self._since = SMALLER * self.plans.bytes.exact(part), self._step
         self._ran = []
         return True
 
@@ -465,16 +289,7 @@ class StepParts(Participant):
 
     def longest_row(self, batches: Sequence[Batch]) -> str:
         """The longest row of some batches and the longest one that fits alone, for an error."""
-        found = [(rows.lengths, number) for number, rows in enumerate(map(self._rows_of, batches)) if rows]
-        if not found:
-            return ""
-        lengths, number = max(found, key=lambda pair: int(pair[0].max()))
-        row, length = int(lengths.argmax()), int(lengths.max())
-        cost = self._bytes_now(BatchShape(self._each, length))
-        room = self._keeper.room_for(self._keeper.applier.ranks)
-        fits = longest_that_fits(length, room, cost.levels[-1], cost)
-        where = f" of batch {number}" if len(batches) > 1 else ""
-        return f"Row {row}{where} has {length:,} tokens; the longest that fits alone has {fits:,}."
+        return self.plans.longest_row(list(map(self._rows_of, batches)))
 
     def figures(self) -> dict[str, float]:
         """What a training log shows of parts."""

@@ -207,5 +207,5 @@ def _held(rows: BatchRows, parts: Sequence[Sequence[int]]) -> Iterator[tuple[str
             low, high = value.detach().aminmax()
             yield name, (float(low), float(high))
         elif not value.is_complex() and not value.is_floating_point():
-            found = value.unique()
+            found = torch.unique(value)
             yield name, set(found[: MOST_VALUES + 1].tolist())

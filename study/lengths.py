@@ -25,7 +25,7 @@ from ..data.columns import check_rows, kind_of, not_text
 from ..data.models import load_tokenizer
 from ..data.workload import load_splits
 from ..errors import AssetError, BudgetError, DataError, UnknownNameError, UnsupportedError, first_line, shown
-from ..finetune.parts import PlanBytes
+from ..finetune.part_plans import PlanBytes
 from ..plan.parts import longest_that_fits, plan_parts
 
 if TYPE_CHECKING:

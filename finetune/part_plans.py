@@ -1,0 +1,225 @@
+"""What parts of a step take under one plan, and the parts of a batch that take the least seconds within its limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from ..common.arrays import FloatArray, IntArray
+from ..cost.model import MemoryModel, ShapeBytes, holding_layers
+from ..cost.part_seconds import PartSeconds
+from ..cost.recording import BatchShape
+from ..plan.parts import Part, ShapeCost, longest_that_fits, plan_parts
+from .batch_rows import BatchRows
+from .plan_keeper import PlanKeeper
+
+MOST_LEVELS = 8
+"""Numbers of checkpointed layers that parts may have beside none, evenly spread."""
+
+MULTIPLE = 8
+"""Of which the tokens of a row are one on a GPU, as far as its batch has padding: its products are quicker then."""
+
+MORE = 1.25
+"""By what the bytes of parts rise that are to be few, until they take no more seconds than the padded batch."""
+
+
+class PlanBytes:
+    """Bytes of the parts that a step may have under one plan.
+
+    Args:
+        memory: the byte model of the step, with all layers checkpointed where they may be chosen.
+        ranks: the plan, int64 (modules,).
+        most: the largest shape that will be asked for.
+        chooses: whether layers may be chosen.
+        each: rows of an example.
+
+    Attributes:
+        layers: names of the layers that hold something for the backward pass, the lowest first.
+        levels: how many of them may be checkpointed, rising.
+        most: as above.
+    """
+
+    def __init__(self, memory: MemoryModel, ranks: IntArray, most: BatchShape, *, chooses: bool, each: int) -> None:
+        self._memory, self._ranks, self._each, self.most = memory, ranks, each, most
+        self._first = replace(memory, accumulates=False)
+        self.layers = holding_layers(memory, ranks) if chooses else ()
+        self._chooses, count = chooses, len(self.layers)
+        spread = np.unique(np.linspace(0, count, MOST_LEVELS + 1).round().astype(int))
+        self.levels: tuple[int, ...] = tuple(spread.tolist())
+        self._of_level: dict[int, ShapeBytes] = {}
+
+    def __call__(self, examples: IntArray, lengths: IntArray, layers: int) -> FloatArray:
+        """Bytes of parts at their peak by their examples and lengths, (parts,); see `ShapeCost`."""
+        if layers not in self._of_level:
+            rows, length = self.most.rows, self.most.length
+            tokens = np.unique(np.geomspace(min(8, length), length, 4).round().astype(int)).tolist()
+            corners = [BatchShape(count, size) for count in {self._each, rows} for size in tokens]
+            self._of_level[layers] = self._with(layers).at_shapes(self._ranks, corners)
+        return self._of_level[layers](examples * self._each, lengths)
+
+    def of(self, part: Part) -> float:
+        """Bytes of a part at its peak, between shapes that are predicted."""
+        return float(self(np.array([part.height]), np.array([part.length]), part.layers)[0])
+
+    def exact(self, part: Part, *, first: bool = False) -> float:
+        """Bytes at the peak of a part, as a step is predicted; of the `first` one, beside which are no gradients."""
+        shape = BatchShape(part.height * self._each, part.length)
+        return self._with(part.layers, self._first if first else self._memory).peak(self._ranks, shape)
+
+    def _with(self, layers: int, memory: MemoryModel | None = None) -> MemoryModel:
+        memory = memory or self._memory
+        return memory.with_checkpointed(self.layers[:layers]) if self._chooses else memory
+
+
+class PartPlans:
+    """Chooses the parts of batches.
+
+    Args:
+        keeper: keeps the plan of ranks, and knows its run, its limit and its byte model.
+        fewest: whether parts take as few bytes as the longest row of the run, where that takes no more seconds than
+            the padded batch with all layers checkpointed.
+
+    Attributes:
+        each: rows of an example.
+        least: examples of a part at least.
+        compiled: whether the model is, so that all parts have the layers of the plan checkpointed.
+        most: bytes that a part may take after an error; None for no further bound.
+        bytes: of parts, up to the shape of the latest batch; None before the first.
+    """
+
+    def __init__(self, keeper: PlanKeeper, *, fewest: bool) -> None:
+        self._keeper, self._fewest = keeper, fewest
+        self.each, self.least, self.compiled = 1, 1, False
+        self.most: float | None = None
+        self.bytes: PlanBytes | None = None
+        self._of_shapes: dict[BatchShape, PlanBytes] = {}
+        self._memory: MemoryModel | None = None
+        self._seconds: PartSeconds | None = None
+
+    def forget(self) -> None:
+        """Price parts again, since ranks have changed."""
+        self.bytes = None
+        self._of_shapes.clear()
+
+    def fits(self, rows: BatchRows) -> bool:
+        """Whether rows fit as a whole, with all layers checkpointed and a copy of the adapters."""
+        cost = self.bytes_now(rows.shape)
+        adapters = sum(p.nbytes for target in self._keeper.applier.targets for p in target.parameters.values())
+        whole = Part(tuple(range(rows.examples)), rows.shape.length, cost.levels[-1], rows.packed)
+        room = self._keeper.room_for(self._keeper.applier.ranks) - adapters
+        return cost.of(whole) + rows.token_bytes * whole.tokens <= room
+
+    def of_evaluation(self, rows: BatchRows, token_bytes: float, share: float) -> tuple[Part, ...]:
+        """The parts of a batch that is evaluated.
+
+        Its forward pass is taken to need no more than a step in which all layers are checkpointed.
+
+        Args:
+            rows: of the batch.
+            token_bytes: of what a token returns.
+            share: by which the bytes are multiplied; infinite for rows alone.
+        """
+        if math.isinf(share):
+            pieces = np.array_split(np.arange(rows.examples), max(rows.examples // self.least, 1))
+            return tuple(Part(tuple(piece.tolist()), int(rows.lengths[piece].max()), 0) for piece in pieces)
+        cost, given = self.bytes_now(rows.shape), rows.token_bytes + token_bytes
+        most, longest = cost.levels[-1], rows.lengths.max(keepdims=True)
+        seconds = self._seconds
+        assert seconds is not None, "made with the bytes"
+
+        def bytes_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
+            return share * cost(examples, tokens, layers) + given * examples * tokens
+
+        whole = token_bytes * rows.examples * rows.shape.length  # what is put together lies beside the parts
+        room = self._keeper.room_for(self._keeper.applier.ranks) - whole
+        room = max(room, float(bytes_of(np.full(1, self.least), longest, most)[0]))
+        return plan_parts(rows.lengths, room, (most,), bytes_of, seconds, least=self.least)
+
+    def of(self, rows: BatchRows, count: int | None) -> tuple[Part, ...]:
+        """The parts of a batch, so many if a count is given."""
+        lengths = rows.lengths
+        if self._keeper.run.device.type == "cuda" and not rows.packed:
+            lengths = np.minimum(-(-lengths // MULTIPLE) * MULTIPLE, rows.shape.length)
+        own = int(lengths.max())
+        longest = max(own, self._keeper.now.shape.length) if self._fewest else own
+        cost, seconds = self.bytes_now(BatchShape(rows.shape.rows, max(rows.shape.length, longest))), self._seconds
+        assert seconds is not None, "made with the bytes"
+
+        def bytes_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
+            return cost(examples, tokens, layers) + rows.token_bytes * examples * tokens
+
+        def seconds_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
+            return seconds(examples * self.each, tokens, layers)
+
+        def least_of(count: int, length: int, of: ShapeCost) -> float:
+            return float(of(np.array([count]), np.array([length]), cost.levels[-1])[0])
+
+        room = self._keeper.room_for(self._keeper.applier.ranks)
+        room = room if self.most is None else min(room, self.most)
+        if self._keeper.applier.fits():  # the row alone does, by the exact prediction
+            room = max(room, least_of(self.least, own, bytes_of))
+        plan = partial(
+            plan_parts,
+            lengths,
+            layers=cost.levels,
+            bytes_of=bytes_of,
+            seconds_of=seconds_of,
+            packed=rows.packed,
+            count=count,
+            least=self.least,
+        )
+        if not self._fewest:
+            return plan(room)
+        rectangle = (1, rows.shape.length) if rows.packed else (rows.examples, own)
+        given, whole = min(room, least_of(self.least, longest, bytes_of)), least_of(*rectangle, seconds_of)
+        while True:
+            parts = plan(given)
+            shapes = ((np.array([part.height]), np.array([part.length]), part.layers) for part in parts)
+            if given >= room or sum(float(seconds_of(*shape)[0]) for shape in shapes) <= whole:
+                return parts
+            given = min(MORE * given, room)
+
+    def bytes_now(self, shape: BatchShape) -> PlanBytes:
+        """The bytes of parts under the plan of now, for batches up to a shape.
+
+        They are of the next power of two tokens, whatever came before: a run that is resumed has the same ones.
+        """
+        keeper = self._keeper
+        checkpointing = keeper.checkpointing
+        memory = (checkpointing.memory if checkpointing else None) or keeper.now.memory
+        assert memory is not None, "steps in parts have a byte model"
+        if self._memory is not memory:
+            self._memory = memory
+            self._of_shapes.clear()
+        most = BatchShape(shape.rows, 1 << (shape.length - 1).bit_length())
+        if most not in self._of_shapes:
+            self._of_shapes[most] = found = PlanBytes(
+                memory,
+                keeper.applier.ranks,
+                most,
+                chooses=checkpointing is not None,
+                each=self.each,
+            )
+            operators = int(memory.recording.created.max()) + 1
+            self._seconds = PartSeconds.of(keeper.run.model, operators, len(found.layers))
+        self.bytes = self._of_shapes[most]
+        if self.compiled:  # others than those of the plan take further graphs
+            self.bytes.levels = (len(keeper.checkpointed),)
+        return self.bytes
+
+    def longest_row(self, each: Sequence[BatchRows | None]) -> str:
+        """The longest row of some batches and the longest one that fits alone, for an error."""
+        found = [(rows.lengths, number) for number, rows in enumerate(each) if rows]
+        if not found:
+            return ""
+        lengths, number = max(found, key=lambda pair: int(pair[0].max()))
+        row, length = int(lengths.argmax()), int(lengths.max())
+        cost = self.bytes_now(BatchShape(self.each, length))
+        room = self._keeper.room_for(self._keeper.applier.ranks)
+        fits = longest_that_fits(length, room, cost.levels[-1], cost)
+        where = f" of batch {number}" if len(each) > 1 else ""
+        return f"Row {row}{where} has {length:,} tokens; the longest that fits alone has {fits:,}."

@@ -1,0 +1,123 @@
+"""What a run leaves as it was while its steps are measured: random states, modes, buffers, gradients."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..data.batches import Collate
+from ..lora.targets import unwrap
+from .put_back import put_back
+
+
+@contextmanager
+def undisturbed(collate: Collate) -> Iterator[None]:
+    """Restore random states afterwards, so that the run draws the numbers that it would draw without us.
+
+    Those of generators that a collator has as attributes too, and its attributes. A compiled model runs uncompiled
+    meanwhile: each plan that is tried would take one of the few graphs that torch keeps.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (a user's collator may draw from it)
+    owners = list(_owners(collate))
+    values = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
+    own = [value for value in values if isinstance(value, GENERATORS)]
+    states = [copy.deepcopy(_state_of(generator)) for generator in own]
+    try:
+        with (
+            put_back(*owners),  # transformers' collators make their generator with the first batch
+            torch.random.fork_rng(devices=devices),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            yield
+    finally:
+        for generator, state in zip(own, states, strict=True):
+            _set_state(generator, state)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+GENERATORS = (torch.Generator, np.random.Generator, random.Random)
+"""Of random numbers, which objects of a user's may have."""
+
+
+def _owners(collate: Any, depth: int = 3) -> Iterator[Any]:
+    """A collator and the callables that it has as attributes, as one that the Trainer has wrapped has the user's."""
+    yield collate
+    if depth:
+        inside = (getattr(collate, "__self__", None), getattr(collate, "func", None))
+        for value in (*inside, *getattr(collate, "__dict__", {}).values()):
+            if callable(value) and not isinstance(value, type | nn.Module):
+                yield from _owners(value, depth - 1)
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state() if isinstance(generator, torch.Generator) else generator.getstate()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    else:
+        generator.setstate(state)
+
+
+@contextmanager
+def gradients_put_back(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Give parameters no gradients for a while, and then those that they had."""
+    before = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+
+def _base(model: nn.Module) -> nn.Module:
+    find = getattr(unwrap(model), "get_base_model", None)
+    base: nn.Module = find() if find else model
+    return base
+
+
+@contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into training mode for a while; modes, buffers and numbers of modules are restored afterwards.
+
+    Those are running statistics, and the length up to which a rotary embedding is known.
+
+    Parts of a model in training mode that its user has put into evaluation mode stay so.
+    """
+    numbers = [
+        (own, {name: value for name, value in own.items() if name == "training" or type(value) in (int, float)})
+        for own in map(vars, model.modules())
+    ]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    if not (model.training and _base(model).training):  # a model that was loaded is in evaluation mode inside of PEFT
+        model.train()
+    try:
+        yield
+    finally:
+        for own, before in numbers:
+            own.update(before)
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                buffer.copy_(value)
+                setattr(module, name, buffer)
