@@ -208,7 +208,7 @@ async function showRows(model, asked, given, isLatest) {
     element("p", {}, `${count(found.steps, "step")} of ${count(asked.rows, "row")}, drawn from ${count(given.length, "row")} of up to ${count(found.longest, "token")}${cut ? `. ${count(cut, "row")} ${cut === 1 ? "is" : "are"} cut to ${count(asked.length, "token")}` : ""}.`),
     element("div", { class: "scroll" }, element("table", {}, element("thead", {}, cells("th", ["", "padded to the longest row", "in parts"])), element("tbody", {}, ...table.map((row) => cells("td", row))))),
     element("p", { class: "finding" }, `${brings}${fits}`),
-    element("p", { class: "faint" }, `In parts, rows of similar length run together, and their gradients add up to those of the whole step. rankpilot.attach(trainer, budget=...) does this.${found.filling > 1 ? ` On this card a part of fewer than ${count(found.filling, "token")} takes as long as one of that many.` : ""} Times are estimates from published rates.`),
+    element("p", { class: "faint" }, `In parts, rows of similar length run together, and their gradients add up to those of the whole step. rankpilot.attach(trainer, budget=...) does this by itself under the losses of transformers and TRL, and on request under others.${found.filling > 1 ? ` On this card a part of fewer than ${count(found.filling, "token")} takes as long as one of that many.` : ""} Times are estimates from published rates.`),
     ...(asked.lengths.length > LONGEST_IN_ADDRESS ? [element("p", { class: "faint" }, "A link to this answer leaves out your lengths, which are too many for an address.")] : []),
   );
 }
