@@ -37,9 +37,8 @@ Batch = dict[str, torch.Tensor]
 Loss = Callable[[Any, Batch, int], torch.Tensor]
 
 HEADS: dict[str, Any] = {"num_hidden_layers": LAYERS, "num_attention_heads": 2, "hidden_size": WIDTH}
-HEADS |= {
-    "use_cache": False
-}  # a cache lays keys and values out in another way, and products with dropout round with it
+# A cache lays keys and values out in another way, and products with dropout round with it.
+HEADS |= {"use_cache": False}
 EXPERTS: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
 UNDROPPED = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import pytest
 import rankpilot
@@ -136,8 +135,7 @@ def run_in_parts(family: str, change: Change) -> tuple[Outcome, int]:
         return padded_rows(family, [row["input_ids"][0, : int(row["attention_mask"].sum())] for row in rows])
 
     loader = DataLoader(rows * 4, batch_size=AT_ONCE, collate_fn=joined)  # type: ignore[arg-type]
-    options: dict[str, Any] = {"keep_rate": True, "tell": outcome.lines.append} | PLAIN
-    pilot = rankpilot.RankPilot(AsConfigured(), "1GiB step", **options)
+    pilot = rankpilot.RankPilot(AsConfigured(), "1GiB step", keep_rate=True, tell=outcome.lines.append, **PLAIN)
     run = rankpilot.TrainingRun.of_loader(
         model,
         optimizer,
