@@ -126,7 +126,6 @@ def trial(number: int, other: Other | None, tell: Callable[[str], None]) -> dict
     pilot = RankPilot(
         budget="100%",
         seed=number,
-        prefix_cache="off",
         gradient_checkpointing=checkpointing,
         measure_every=1,
         tell=tell,

@@ -288,7 +288,7 @@ def _trained(machine: Machine, kind: type[Trainer], steps: int, **options: Any) 
         settings: dict[str, Any] = {"report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
         settings |= {"use_cpu": machine.dry, "max_steps": steps, "per_device_train_batch_size": size.rows}
         trainer = kind(model, TrainingArguments(folder, **settings), train_dataset=rows)
-        callback = rankpilot.attach(trainer, prefix_cache="off", **options)
+        callback = rankpilot.attach(trainer, **options)
         trainer.train()
     return trainer, callback
 
@@ -312,7 +312,7 @@ def elastic_budget(machine: Machine) -> list[Row]:
     model = get_peft_model(machine.base(MODELS[1]), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     optimizer, loader = new_optimizer("adamw", model), random_loader("llama", machine.size(8, 512), 0)
     run = rankpilot.TrainingRun.of_loader(model, optimizer, loader, total_steps=100)
-    pilot = rankpilot.RankPilot(budget="100%", prefix_cache="off", measure_every=1, tell=lambda line: None)
+    pilot = rankpilot.RankPilot(budget="100%", measure_every=1, tell=lambda line: None)
     pilot.begin(run)
     room, batch = int(ROOM * pilot.predictions[0][1]), machine.batch(8, 512)
     shares, sizes = [], []

@@ -246,9 +246,7 @@ class Plain:
         return Decision(np.full(modules, REFERENCE_RANK, dtype=np.int64), np.zeros(modules), exact=True)
 
 
-CONTROLLED = PilotOptions(
-    budget="400%", control=True, keep_rate=True, exact_savers=False, gradient_checkpointing=False, prefix_cache="off"
-)
+CONTROLLED = PilotOptions(budget="400%", control=True, keep_rate=True, exact_savers=False, gradient_checkpointing=False)
 """Plain LoRA whose rate is controlled, and nothing else."""
 
 PLAIN_OPTIONS = {"controlled": CONTROLLED, "auto": replace(CONTROLLED, learning_rate="auto", keep_rate=False)}
@@ -263,7 +261,6 @@ def pilot_options(goal: str, seed: int) -> PilotOptions:
         learning_rate="auto",
         seed=seed,
         gradient_checkpointing="auto" if goal == "bytes" else False,
-        prefix_cache="off",
     )
 
 

@@ -603,7 +603,7 @@ def _short_run(seed: int, fails_at: int | None) -> tuple[torch.Tensor, bool]:
     trains = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trains, lr=1e-3)
     loader: DataLoader[Any] = DataLoader(data, batch_size=8, collate_fn=_of_ids)  # type: ignore[arg-type]
-    pilot = RankPilot(AsConfigured(), "40%", tell=lambda line: None, prefix_cache="off", keep_rate=True)
+    pilot = RankPilot(AsConfigured(), "40%", tell=lambda line: None, keep_rate=True)
     pilot.begin(TrainingRun.of_loader(model, optimizer, loader, total_steps=6, in_parts=True))
     number, failed = 0, False
     for batch in loader:

@@ -1,14 +1,12 @@
-"""The same losses in fewer bytes and seconds: exact savers, and frozen layers that run once a row."""
+"""The same losses in fewer bytes and seconds: exact savers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,12 +18,9 @@ from rankpilot.cost.live_storages import LivePeak
 from rankpilot.cost.saver_prices import ACTIVATIONS, ROUTED
 from rankpilot.cost.savers import SAVERS, ExactSavers
 from rankpilot.data.models import load_model, load_tokenizer
-from rankpilot.finetune.frozen_state import FrozenState, layers_in_order, modules_below
-from rankpilot.finetune.prefix_cache import PrefixCache, Room
-from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from .harness import Figures, estimate_figures, interleave, usual_ratio
 
@@ -41,10 +36,8 @@ class Options:
         rows: of a batch.
         length: tokens of a row.
         rounds: steps of each kind, which take turns.
-        batches: of an epoch of the runs with the cache; 0 leaves them out.
         bf16: compute under bf16 autocast.
         experts: of a layer of which adapters run PEFT's way and on routed rows; 0 leaves that out.
-        vocabulary: keep so many tokens of it, as in a model whose head is a small part of the work; 0 keeps all.
         json: the file for the figures.
     """
 
@@ -52,42 +45,32 @@ class Options:
     rows: int = 4
     length: int = 96
     rounds: int = 7
-    batches: int = 6
     bf16: bool = False
     experts: int = 64
-    vocabulary: int = 0
     json: Path | None = None
 
 
 def benchmark(options: Options, console: Console) -> Figures:
-    """Measure steps of plain LoRA with each saver more, and whole runs with and without the cache."""
+    """Measure steps of plain LoRA with each saver more, and steps of a mixture of experts."""
     torch.set_num_threads(1)
     figures = _steps(options, console)
-    if options.batches:
-        figures |= _runs(options, console)
     if options.experts:
         figures |= _experts(options, console)
-    return figures | _checks(options, console)
+    return figures
 
 
-def _model(options: Options, share: float, rank: int) -> Any:
-    """Plain LoRA of a rank on all linear layers of the top share of the layers."""
+def _model(options: Options) -> Any:
+    """Plain LoRA: rank 8 on all linear layers."""
     torch.manual_seed(0)
     base = load_model(options.model, "causal-lm", (), load_tokenizer(options.model)).float()
-    if options.vocabulary:
-        base.resize_token_embeddings(options.vocabulary)
-    count = base.config.num_hidden_layers
     kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    layers = [*range(count - round(share * count), count)]
-    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=16, target_modules=kinds, layers_to_transform=layers))
-    return model.train()
+    return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=kinds)).train()
 
 
-def _batches(options: Options, count: int) -> list[dict[str, torch.Tensor]]:
+def _batch(options: Options) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    tokens, size = options.vocabulary or 40_000, (options.rows, options.length)
-    rows = [torch.randint(min(1000, tokens // 2), tokens, size, generator=generator) for _ in range(count)]
-    return [{"input_ids": ids, "labels": ids} for ids in rows]
+    ids = torch.randint(1000, 40_000, (options.rows, options.length), generator=generator)
+    return {"input_ids": ids, "labels": ids}
 
 
 def _optimizer(model: Any) -> torch.optim.Optimizer:
@@ -100,17 +83,16 @@ def _loss(model: Any, batch: dict[str, torch.Tensor], options: Options) -> torch
     return loss
 
 
-def _step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], options: Options) -> float:
+def _step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], options: Options) -> None:
     loss = _loss(model, batch, options)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss.detach())
 
 
 def _steps(options: Options, console: Console) -> Figures:
-    model = _model(options, 1.0, 8)
-    optimizer, (batch,), targets = _optimizer(model), _batches(options, 1), find_target_modules(model)
+    model = _model(options)
+    optimizer, batch, targets = _optimizer(model), _batch(options), find_target_modules(model)
     _step(model, optimizer, batch, options)
     every = [*SAVERS, ACTIVATIONS]
     ranks, names, measured, work = np.full(len(targets), 8), ["plain LoRA", *every], {}, {}
@@ -193,82 +175,3 @@ def _experts(options: Options, console: Console) -> Figures:
     console.print(table)
     figures: Figures = {f"experts.{name.replace(' ', '_')}.bytes": peak for name, peak in peaks.items()}
     return figures | estimate_figures("experts.time", ratio)
-
-
-EPOCHS = 3
-
-
-def _runs(options: Options, console: Console) -> Figures:
-    """Three epochs with an evaluation each: plain LoRA, the top half, and the top half with the cache."""
-    batches = _batches(options, options.batches)
-    table = make_table(
-        f"{EPOCHS} epochs of {options.batches} batches, an evaluation after each: CPU seconds over plain LoRA's",
-        ("run", "whole run", "a later epoch", "last loss"),
-    )
-    kinds = {"plain LoRA": (1.0, 8, False), "top half": (0.5, 32, False), "top half, cached": (0.5, 32, True)}
-    spent: dict[str, list[float]] = {name: [] for name in kinds}
-    last: dict[str, float] = {}
-    with TemporaryDirectory() as folder:
-        runs = {}
-        for name, (share, rank, cached) in kinds.items():
-            model = _model(options, share, rank)
-            ExactSavers(model, [] if name == "plain LoRA" else [*SAVERS])
-            if cached:
-                tokens = options.batches * options.rows * options.length
-                room = Room.of(Path(folder))
-                cache = PrefixCache(model, room, epochs=EPOCHS, tokens=tokens, evaluates=True, tell=console.print)
-                cache.ranks_changed()
-            runs[name] = model, _optimizer(model)
-        for _ in range(EPOCHS):
-            for name, (model, optimizer) in runs.items():
-                model.train()
-                began = time.process_time()
-                for batch in batches:
-                    last[name] = _step(model, optimizer, batch, options)
-                spent[name].append(time.process_time() - began)
-            for name, (model, _) in runs.items():
-                model.eval()
-                began = time.process_time()
-                with torch.no_grad():
-                    for batch in batches:
-                        _loss(model, batch, options)
-                spent[name].append(time.process_time() - began)
-    figures: Figures = {}
-    for name, seconds in spent.items():
-        whole, later = sum(seconds) / sum(spent["plain LoRA"]), seconds[4] / spent["plain LoRA"][4]
-        table.add_row(name, f"{whole:.3f}", f"{later:.3f}", f"{last[name]:.6f}")
-        key = name.replace(" ", "_").replace(",", "")
-        figures |= {f"{key}.run": whole, f"{key}.later_epoch": later, f"{key}.loss": last[name]}
-    console.print(table)
-    return figures
-
-
-NARROW: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4}
-CHECKED_STEPS = 20
-
-
-def _checks(options: Options, console: Console) -> Figures:
-    """What it takes to look, before a pass, whether frozen layers have changed: CPU time over that of a plain step.
-
-    The lower half of the layers has adapters of rank 0, as after a plan, so that as much is looked at as there can be.
-    """
-    torch.manual_seed(0)
-    config = LlamaConfig(**NARROW, num_hidden_layers=4, vocab_size=1000, use_cache=False)
-    narrow = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules="all-linear")).train()
-    columns = "model", "a look", "of a plain step"
-    table, figures = make_table("Before each pass: is all below the lowest adapter as it was?", columns), Figures()
-    for name, model in {options.model: _model(options, 1.0, 8), "a Llama of width 64": narrow}.items():
-        (body, layers), targets = layers_in_order(model), find_target_modules(model)
-        half = len(layers) // 2
-        set_ranks(targets, {target.name: 0 for target in targets if target.block < half})
-        (batch,), optimizer = _batches(replace(options, vocabulary=1000), 1), _optimizer(model)
-        state = FrozenState(modules_below(body, layers[half:]), body.config)
-        step_of = partial(_step, model, optimizer, batch, options)
-        work = {"step": lambda turn, run=step_of: run(), "look": lambda turn, run=state.change: run()}
-        seconds = interleave(work, CHECKED_STEPS, torch.device("cpu"), clock=time.process_time)
-        look, step = (float(np.median(seconds[key])) for key in ("look", "step"))
-        table.add_row(name, f"{1e6 * look:.0f} us", f"{look / step:.3%}")
-        key = name.replace(" ", "_")
-        figures |= {f"look.{key}.seconds": look, f"look.{key}.share": look / step}
-    console.print(table)
-    return figures

@@ -23,7 +23,6 @@ COMMANDS = {
     "memory": "show where the bytes of a training step go, and what fits a card",
     "study": "write a page about runs and their decisions, for a browser",
     "replay": "show what another policy would have decided in a run",
-    "branch": "run a fine-tune again with another plan from one step on",
     "export": "write an adapter for vLLM, llama.cpp or axolotl",
     "assets": "list or download packaged models and data",
     "policy train": "train an agent that steers fine-tunes, on small ones",

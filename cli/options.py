@@ -38,7 +38,7 @@ TRAINER_NAMES = {
 GROUPS = {
     "plan": (
         "Who decides the ranks, and within what.",
-        "policy budget time goal tolerance bounds exact_savers gradient_checkpointing prefix_cache keep_rate",
+        "policy budget time goal tolerance bounds exact_savers gradient_checkpointing keep_rate",
     ),
     "step": (
         "What a training step reads, and how it computes.",

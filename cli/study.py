@@ -1,4 +1,4 @@
-"""`rankpilot study`, and the page that `finetune` and `branch` write at the end of a run."""
+"""`rankpilot study`, and the page that `finetune` writes at the end of a run."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _check(options: StudyOptions) -> None:
         if not folder.is_dir():
             raise RunFolderError(
                 f"There is no folder {str(folder)!r}. Each word after `rankpilot study` is the folder of a run; "
-                "`rankpilot replay` and `rankpilot branch` are commands of their own."
+                "`rankpilot replay` is a command of its own."
             )
     output = options.output
     if output is None and len(options.runs) > 1 and not options.json:

@@ -88,7 +88,6 @@ class StepTime:
         needs: which modules need each of them: it is there if any of them is adapted, bool (groups, modules).
         layers: names of the layers that can be checkpointed, in forward order.
         running_again: names of those that do in the step as it was set.
-        forward: seconds of each layer's forward pass, a part of `constant`, (layers,).
         layer_seconds: seconds of each layer's second run, its adapters left out, (layers,).
         layer_needs: which modules need it, bool (layers, modules).
         layer_of: the layer of each module, -1 for none, int64 (modules,).
@@ -103,7 +102,6 @@ class StepTime:
     needs: BoolArray
     layers: tuple[str, ...]
     running_again: tuple[str, ...]
-    forward: FloatArray
     layer_seconds: FloatArray
     layer_needs: BoolArray
     layer_of: IntArray
@@ -138,34 +136,12 @@ class StepTime:
         return replace(
             self,
             constant=self.constant * constant,
-            forward=self.forward * constant,
             groups=self.groups * backward,
             adapters=self.adapters * adapters,
             per_rank=self.per_rank * growing,
             layer_seconds=self.layer_seconds * again,
             again=self.again * again,
             again_per_rank=self.again_per_rank * again,
-        )
-
-    def with_left_out(self, share: float) -> StepTime:
-        """The mean of steps, in a share of which the layers below the lowest adapted module are left out.
-
-        What is left out there becomes groups: a layer's is paid if a module is adapted that lies in it, below it, or in
-        no layer. `forward` and `constant` are those of the mean then.
-
-        Args:
-            share: from 0 to below 1.
-        """
-        if not share:
-            return self
-        saved = share * self.forward
-        reached = self.layer_of <= np.arange(len(self.layers))[:, None]
-        return replace(
-            self,
-            constant=self.constant - float(saved.sum()),
-            forward=self.forward - saved,
-            groups=np.concatenate([self.groups, saved]),
-            needs=np.concatenate([self.needs, reached]),
         )
 
     def state(self) -> dict[str, Any]:
@@ -345,7 +321,6 @@ class StepWork:
             needs=needs,
             layers=self.layers,
             running_again=self.running_again,
-            forward=layer_seconds,
             layer_seconds=layer_seconds,
             layer_needs=layer_needs,
             layer_of=layer_of,

@@ -29,13 +29,12 @@ import yaml
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.files import MOST_YAML_BYTES, parse_yaml, read_text
-from ..common.text import cost_text, format_bytes, kinds_in_layers
+from ..common.text import cost_text, format_bytes
 from ..cost.cost import plan_cost, unit_cost
 from ..errors import BudgetError, ConfigError, DataError, UnknownNameError, first_line, shown
 from ..lora.spec import DEFAULT_RANKS
 from ..plan.plan import Plan, uniform_ranks
 from ..plan.problem import AllocationProblem
-from .log import DecisionRecord
 from .observation import Observation, mean_feature
 from .policy import Decision, Policy, decided_plan, decision_from_plan, decision_from_scores, decision_to_keep, is_first
 from .settings import ONCE, DecisionSchedule
@@ -269,38 +268,6 @@ def _flat(modules: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flat(value, f"{full}.")
         else:
             yield full, value
-
-
-def shuffled_plan(logged: DecisionRecord, seed: int) -> dict[str, int]:
-    """The ranks after a decision, dealt anew among the modules of each kind; under bytes, among the adapted ones.
-
-    Args:
-        logged: the decision.
-        seed: decides the deal.
-    """
-    names, problem = logged.observation.names, logged.problem
-    kinds = dict(zip(names, kinds_in_layers(names, problem.blocks.tolist()), strict=True))
-    return shuffled_within_kinds(logged.plan(), kinds, seed, adapted_alone=problem.cost.unit == "bytes")
-
-
-def shuffled_within_kinds(
-    ranks: Mapping[str, int], kinds: Mapping[str, str], seed: int, *, adapted_alone: bool
-) -> dict[str, int]:
-    """The same ranks dealt anew among the modules of each kind; the adapter keeps its size.
-
-    Args:
-        ranks: of each module, by its name.
-        kinds: the kind of each module, such as "self_attn.q_proj".
-        seed: decides the deal.
-        adapted_alone: modules without an adapter stay without: under a budget of bytes, an adapter in a lower layer
-            would not fit.
-    """
-    generator, dealt = np.random.default_rng(seed), dict(ranks)
-    for kind in sorted(set(kinds.values())):
-        members = [name for name, rank in ranks.items() if kinds[name] == kind and (rank > 0 or not adapted_alone)]
-        values = generator.permutation([ranks[name] for name in members]).tolist()
-        dealt |= dict(zip(members, values, strict=True))
-    return dealt
 
 
 MEAN_SIGNALS = ("sensitivity", "snr", "relative_change")

@@ -280,7 +280,7 @@ def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) 
         pilot.options = replace(pilot.options, gradient_checkpointing=pilot.options.gradient_checkpointing is True)
         pilot.times_plans = True
     # No row is read twice here, no step is taken that could correct a rate, and who trains runs whole batches.
-    pilot.options = replace(pilot.options, prefix_cache="off", control=False, parts="off")
+    pilot.options = replace(pilot.options, control=False, parts="off")
     pilot.begin(run)
     pilot.finish()
     applier, decision = pilot.applier, pilot.decision

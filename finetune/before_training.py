@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
-import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..common.arrays import IntArray
-from ..common.text import format_bytes
 from ..cost.batch_shape import Batch, reshaped, shape_of
 from ..cost.budget import Budget, Limit, TimeBudget, beyond_device, free_bytes
 from ..cost.calibration import PlanCosts, measure_memory, plan_costs
@@ -25,19 +21,18 @@ from ..cost.cost import ByteCost
 from ..cost.measured_time import TimedPlan, measure_step_time, measured_share, timed_plans
 from ..cost.model import MemoryModel, fewest_checkpointed
 from ..cost.recording import BatchShape
-from ..cost.savers import ExactSavers, graphs_per_plan, is_compiled, takes_any_shape
+from ..cost.savers import ExactSavers, graphs_per_plan, takes_any_shape
 from ..cost.step_time import PARTS, StepTime
-from ..data.batches import count_predictions
 from ..decide.applier import PlanApplier
 from ..decide.choice import percent
 from ..decide.observation import Observation
 from ..decide.policy import Decision
-from ..errors import BudgetError, UnsupportedError, first_line
+from ..errors import BudgetError, UnsupportedError
 from ..lora.adapters import PeftAdapters
 from ..lora.optimizer_state import drop_foreign_state, reset_state
 from ..lora.resize import is_trained
 from ..lora.spec import REFERENCE_RANK, RankLadder, highest_ranks
-from ..lora.targets import TargetModule, other_trainable, unwrap
+from ..lora.targets import TargetModule, unwrap
 from ..plan.plan import FewestLayers, TimeLimit, check_budget
 from ..plan.problem import AllocationProblem
 from .batch_rows import BatchRows, Cuts
@@ -45,7 +40,6 @@ from .exact_parts import exactness_of
 from .options import PilotOptions
 from .parts import StepParts
 from .plan_keeper import PlanKeeper
-from .prefix_cache import PrefixCache, Room
 from .put_back import LayerCheckpointing
 from .run import FIRST_ROWS, FirstRows, TrainingRun
 
@@ -74,7 +68,6 @@ class StepTimer:
             given.
         limit: the limit of bytes, if `memory` is given.
         checkpointing: chooses the checkpointed layers. While a method runs and afterwards, all layers are checkpointed.
-        cache_bytes: the most that the prefix cache may take, in bytes (see `prefix_cache`); 0 for no cache.
     """
 
     run: TrainingRun
@@ -82,7 +75,6 @@ class StepTimer:
     memory: MemoryModel | None
     limit: float
     checkpointing: LayerCheckpointing | None
-    cache_bytes: float | None = 0.0
 
     def time_limit(self, budget: TimeBudget) -> TimeLimit:
         """Measure the time of steps, and make the limit of time that the user gave.
@@ -94,7 +86,7 @@ class StepTimer:
             partial(fewest_checkpointed, self.memory, limit=self.limit) if self.checkpointing and self.memory else None
         )
         time = self.run.measured(self._step_time)
-        return self._limit(budget, time, fewest, self._left_out(time))
+        return self._limit(budget, time, fewest)
 
     def limit_of_resumed_run(self, before: TimeLimit | None, budget: TimeBudget | None) -> TimeLimit | None:
         """The limit of time of a resumed run whose user gave another one.
@@ -105,7 +97,7 @@ class StepTimer:
         """
         if budget is None:
             return None
-        return self._limit(budget, before.time, before.layers, before.left_out) if before else self.time_limit(budget)
+        return self._limit(budget, before.time, before.layers) if before else self.time_limit(budget)
 
     def agree_with_steps(self, applier: PlanApplier[PeftAdapters], ask: Ask) -> None:
         """Correct the limit of time until its prediction agrees with timed steps of the first plan.
@@ -143,20 +135,11 @@ class StepTimer:
     def _take(self) -> Callable[..., None] | None:
         return self.checkpointing.take if self.checkpointing else None
 
-    def _limit(self, budget: TimeBudget, time: StepTime, layers: FewestLayers | None, left_out: float) -> TimeLimit:
-        most, mean = highest_ranks(self.targets), time.with_left_out(left_out)
+    def _limit(self, budget: TimeBudget, time: StepTime, layers: FewestLayers | None) -> TimeLimit:
+        most = highest_ranks(self.targets)
         plain = np.minimum(REFERENCE_RANK, most)  # beside it with the layers that the user's step checkpoints
-        beside = mean.seconds(plain) if budget == TimeBudget.unlimited() else None
-        return TimeLimit(time, budget.resolve(mean, most), layers, beside, left_out)
-
-    def _left_out(self, time: StepTime) -> float:
-        """The share of steps in which frozen layers are served from the prefix cache (see `TimeLimit.left_out`).
-
-        It is 0 without a cache, and with several processes, whose rows change between epochs.
-        """
-        run = self.run
-        cache = None if run.replicas.processes.count > 1 else prefix_cache(run, self.cache_bytes, lambda line: None)
-        return cache.expected_share(len(time.layers), other_trainable(run.model, self.targets)) if cache else 0.0
+        beside = time.seconds(plain) if budget == TimeBudget.unlimited() else None
+        return TimeLimit(time, budget.resolve(time, most), layers, beside)
 
     def _step_time(self) -> StepTime:
         """Measure the time of a step with the run's largest batch, for any plan."""
@@ -195,59 +178,13 @@ def _largest_that_fits(
         return memory.shape
 
 
-def times_explained(limit: TimeLimit | None, run: TrainingRun, *, in_parts: bool) -> str:
-    """A line that explains what times of steps mean with a prefix cache, or in parts; empty without both."""
-    if limit is None:
-        return ""
-    whole = "Times are of the largest batch as a whole: steps in parts take less, and no limit counts on that."
-    if not limit.left_out:
-        return whole if in_parts else ""
-    return (whole + " ") * in_parts + (
-        f"Times of steps are means over {run.epochs:.3g} epochs: layers below the lowest adapter count in "
-        f"{1 - limit.left_out:.0%} of the steps, since later epochs take what they return from memory and disk "
-        "(prefix_cache)."
-    )
-
-
-def prefix_cache(run: TrainingRun, most_bytes: float | None, tell: Callable[[str], None]) -> PrefixCache | None:
-    """Make the prefix cache of a run, which keeps outputs of the frozen layers; None if no row is read twice.
-
-    Args:
-        run: the run that begins.
-        most_bytes: the most that all processes together may keep; None for a share of what is free, 0 for no cache.
-        tell: gets a line when the cache begins or ends.
-    """
-    evaluates = run.evaluations is None or run.evaluations > 1
-    if most_bytes == 0 or run.replicas.sharded or is_compiled(run.wrapped) or (run.epochs < 2 and not evaluates):
-        return None  # of a compiled model each way of running layers takes a graph
-    folder, tokens = run.folder or Path(tempfile.gettempdir()), 0.0
-    if run.epochs >= 2:
-        batches = run.small_batches
-        counts = run.measured(lambda: [count_predictions(batch)[1] for batch in batches(SAMPLED_ROWS, 1, 0)])
-        tokens = float(np.mean(counts)) * len(run.dataset)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        room = Room.of(folder, most_bytes or math.inf, count := run.replicas.processes.count)
-        if most_bytes and count * room.whole < most_bytes:
-            tell(
-                f"prefix_cache is {format_bytes(most_bytes)}, and takes {format_bytes(count * room.whole)} at most: an "
-                "eighth of the main memory and half of the disk that are free."
-            )
-        passes = run.total_steps * run.accumulation
-        return PrefixCache(
-            run.model, room, epochs=run.epochs, passes=passes, tokens=tokens, evaluates=evaluates, tell=tell
-        )
-    except (LookupError, OSError) as error:  # a folder that cannot be written is no reason to end the run
-        if run.epochs >= 2:
-            tell(f"Frozen layers run for every row: {first_line(error)}.")
-        return None
-
+TIMES_OF_WHOLE_BATCHES = (
+    "Times are of the largest batch as a whole: steps in parts take less, and no limit counts on that."
+)
+"""A line for a run in parts whose plans have times."""
 
 SAMPLED_BATCHES = 4
 """The number of batches whose padding is counted."""
-
-SAMPLED_ROWS = 32
-"""The number of rows whose tokens are counted to estimate how many tokens the data set has."""
 
 
 def faster_plan(keeper: PlanKeeper, applier: PlanApplier[Any], ask: Ask, decision: Decision) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from ..agents.policy_file import load_policy, policy_schedule
+from ..agents.policy_file import load_policy
 from ..common import files
 from ..common.devices import find_energy_counter
 from ..common.processes import Processes, is_first_process
@@ -26,9 +25,7 @@ from ..cost.peak_meter import PeakMeter
 from ..cost.savers import ExactSavers
 from ..data.workload import Workload
 from ..decide.log import DecisionLog
-from ..decide.rules import GivenPlan, read_plan, shuffled_plan
-from ..decide.settings import ONCE
-from ..errors import BudgetError, ConfigError, DataError, NonFiniteError, RunFolderError
+from ..errors import DataError, NonFiniteError
 from ..lora.adapters import PeftAdapters
 from ..lora.peft_config import adapter_ranks, finish_load, make_resizable
 from ..lora.spec import REFERENCE_RANK
@@ -38,13 +35,11 @@ from ..plan.problem import AllocationProblem
 from .allocate import StaticPlan, static_plan
 from .before_training import StepTimer, run_costs
 from .callback import RankPilotCallback, StopWithCheckpoint, attach
-from .checkpoint import STATE, fault_of, last_checkpoint
+from .checkpoint import last_checkpoint
 from .options import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig, PilotOptions, rank_bounds_of
-from .pilot import RankPilot
 from .plan_rate import PlanRate
 from .put_back import LayerCheckpointing, could_checkpoint
 from .replicas import check_arguments
-from .run_settings import policy_settings
 from .trainer import RunMetrics, hardware_facts, new_arguments, new_model, new_trainer, read_workload
 from .trainer_step import TrainerStep, add_before_users
 from .watches import all_finite
@@ -153,7 +148,6 @@ def run_one(
     folder: Path,
     name: str,
     tell: Callable[[str], None] = logger.warning,
-    pilot: Callable[[Trainer], RankPilotCallback] | None = None,
 ) -> dict[str, Any]:
     """Run one fine-tune to its end, from its last complete checkpoint if there is one.
 
@@ -163,7 +157,6 @@ def run_one(
         folder: of all runs.
         name: `PILOT`, `UNIFORM` for equal ranks, or `ALL_LINEAR` for plain LoRA.
         tell: called with a line for each checkpoint that cannot be read.
-        pilot: attaches what decides the ranks of a Trainer; by default what the settings say.
 
     Returns:
         What `result-NAME.json` holds. If that file is there already, nothing runs.
@@ -181,7 +174,7 @@ def run_one(
     metrics = RunMetrics(metrics_path, None if piloted else PeakMeter(MEASURE_EVERY), energy)
     stop = StopWithCheckpoint(processes)
     trainer = new_trainer(config, workload, model, folder / name, [metrics, stop] if processes.first else [stop])
-    decides = pilot(trainer) if pilot else _decides(config, trainer, folder, name)
+    decides = _decides(config, trainer, folder, name)
     checkpoint = last_checkpoint(folder / name, piloted=piloted, tell=tell)
     set_seed(config.seed)
     with on_sigterm(stop.stop):
@@ -282,12 +275,8 @@ def _decides(
     if name == UNIFORM:
         options = config.pilot_options(budget=_uniform_budget(config, folder), seed=config.seed)
         return UniformRanks(trainer, options)
-    return attach(trainer, config.policy, piloted_options(config, folder))
-
-
-def piloted_options(config: FinetuneConfig, folder: Path, **further: Any) -> PilotOptions:
-    """The options of the run under a policy in a folder of runs, with further ones by name."""
-    return config.pilot_options(log=folder / "decisions", measure_every=MEASURE_EVERY, **further)
+    options = config.pilot_options(log=folder / "decisions", measure_every=MEASURE_EVERY)
+    return attach(trainer, config.policy, options)
 
 
 def _save_adapter(model: PeftModel, workload: Workload, folder: Path) -> None:
@@ -387,171 +376,3 @@ class UniformRanks(TrainerCallback):  # type: ignore[misc]
         rate.ranks_changed()
         if checkpointing:
             checkpointing.take(checkpointing.fewest(ranks, self.limit))
-
-
-class _TakesPlan(TrainerCallback):  # type: ignore[misc]
-    """Takes a plan at one step of a run that goes on from there; one of a later step has it already."""
-
-    def __init__(self, pilot: RankPilot, plan: GivenPlan, at: int) -> None:
-        self._pilot, self._plan, self._at = pilot, plan, at
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **objects: Any) -> None:
-        """Take the plan where the run goes on at its step; the pilot has heard of the event before.
-
-        Raises:
-            BudgetError: the plan does not fit the run's budget.
-        """
-        if state.global_step != self._at:
-            return
-        if self._at > 0:
-            self._pilot.take(self._plan.ranks)
-        assert self._pilot.applier is not None, "the run has begun"
-        short = [
-            target.name
-            for target in self._pilot.applier.targets
-            if target.rank != min(self._plan.ranks[target.name], target.max_rank)
-        ]
-        if short:
-            raise BudgetError(
-                f"The plan does not fit the run's budget of {self._pilot.budget}: {len(short)} modules would have "
-                f"other ranks, such as {short[0]}. Branch with a plan that costs less, or from a run with a larger "
-                "budget."
-            )
-
-
-def branch(
-    source: Path,
-    output: Path,
-    plan: Mapping[str, int],
-    *,
-    at: int = 0,
-    label: str = "branch",
-    resume: bool = False,
-    tell: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """Run a fine-tune once more with a given plan from one step on.
-
-    Everything else is that of the run: data, seed, batches, budget, learning rates. What the policy would have decided
-    afterwards is not asked for; the plan stays.
-
-    Args:
-        source: the folder of a `rankpilot finetune` run.
-        output: a new folder, of the same kind.
-        plan: the rank of each target module, by its full name.
-        at: the optimizer step from which the plan is in place: 0, or that of a checkpoint which `source` still has.
-        label: what logs and pages call the plan.
-        resume: go on with an interrupted branch.
-        tell: called with what is done next.
-
-    Returns:
-        What `summary.json` of the output folder holds.
-
-    Raises:
-        RunFolderError: the source is no such run, has no such checkpoint, or the output folder holds something else.
-        BudgetError: the plan does not fit the budget.
-        UnknownNameError, ConfigError: the plan does not fit the modules.
-    """
-    config = _config(source)
-    checkpoint = _checkpoint(source, at)
-    given = GivenPlan(label, dict(plan))
-    settings = {**files.as_json(FinetuneConfig, config), "branch": {"at": at, "label": label, "plan": dict(plan)}}
-    config, workload = read_workload(config, tell or (lambda text: None))
-    with files.open_run(output, settings, resume=resume):
-        if checkpoint is not None and not (output / PILOT).exists():
-            _copy(source, output, checkpoint, given)
-
-        def attached(trainer: Trainer) -> RankPilotCallback:
-            # From the start one decision is enough; it may then spend what signal buffers would take.
-            options = piloted_options(config, output, goal="quality", tolerance=None)
-            schedule = policy_schedule(config.policy) if at else ONCE
-            bounds = options.bounds if at else None
-            callback = attach(trainer, given, options, schedule=schedule, bounds=bounds)
-            trainer.add_callback(_TakesPlan(callback.pilot, given, at))
-            return callback
-
-        result = run_one(config, workload, output, PILOT, pilot=attached)
-        summary: dict[str, Any] = {"model": config.model, "data": config.data, "policy": label, "seed": config.seed}
-        summary |= {"steps": result["steps"], "branch": {"of": str(source), "at": at}, "runs": {PILOT: result}}
-        files.write_json(output / "summary.json", summary)
-    return summary
-
-
-def _config(source: Path) -> FinetuneConfig:
-    try:
-        values = files.read_object(source / files.CONFIG)
-        values.pop("branch", None)
-        return files.from_json(FinetuneConfig, values)
-    except (OSError, ValueError) as error:
-        raise RunFolderError(
-            f"{source} holds no run of `rankpilot finetune` that this version can go on with: {error}"
-        ) from error
-
-
-def _checkpoint(source: Path, at: int) -> Path | None:
-    """The checkpoint of a step; None for step 0."""
-    if at == 0:
-        return None
-    path = source / PILOT / f"checkpoint-{at}"
-    fault = fault_of(path, piloted=True)
-    if fault:
-        numbers = [found.name.rpartition("-")[2] for found in path.parent.glob("checkpoint-*")]
-        there = sorted(int(number) for number in numbers if number.isdecimal())
-        raise RunFolderError(
-            f"{source} cannot be branched at step {at}: {fault}. It has checkpoints of the steps "
-            f"{', '.join(map(str, there)) or 'none'}; step 0 is possible always. A run keeps more of them with "
-            "--trainer save_total_limit=100."
-        )
-    return path
-
-
-def _copy(source: Path, output: Path, checkpoint: Path, plan: GivenPlan) -> None:
-    """Begin a branch with what its run was at a checkpoint, under the policy that keeps the plan."""
-    for path in [source / "decisions", *source.glob(f"metrics-{PILOT}.jsonl")]:
-        if path.is_dir():
-            shutil.copytree(path, output / path.name, dirs_exist_ok=True)  # a copy may have been interrupted
-        else:
-            shutil.copy(path, output / path.name)
-    with files.atomic_path(output / PILOT) as temporary:
-        copied = temporary / checkpoint.name
-        shutil.copytree(checkpoint, copied)
-        state = files.read_object(copied / STATE)
-        state["settings"] |= policy_settings(plan)
-        state.pop("checksum", None)  # of other values
-        files.write_json(copied / STATE, state)
-
-
-NAMED = {
-    "final": "the ranks with which the run ended",
-    "first": "the ranks of its first plan",
-    "shuffled": "the final ranks, shuffled among the modules of each kind, or the adapted ones if bytes count",
-    "uniform": "one rank on as many top layers as can have rank 8 in the budget, rounded down onto the ladder",
-}
-"""Plans by name."""
-
-
-def other_plan(log: DecisionLog, which: str, seed: int = 0) -> Mapping[str, int]:
-    """A plan by name, or from a file.
-
-    Args:
-        log: of the run.
-        which: one of `NAMED`, or a file that `read_plan` reads.
-        seed: of a shuffled plan.
-
-    Raises:
-        ConfigError: no such plan or file, or it holds no ranks.
-        RunFolderError: the log cannot be read.
-    """
-    if which not in NAMED:
-        if not Path(which).exists():
-            known = ", ".join(f"{name} ({meaning})" for name, meaning in NAMED.items())
-            raise ConfigError(f"{which} is no file and no plan by name. Plans by name: {known}.")
-        return read_plan(Path(which))
-    if which == "first":
-        return log.logged(0).plan()
-    last = log.read()[-1]
-    if which == "shuffled":
-        return shuffled_plan(last, seed)
-    if which == "uniform":
-        ladder, ranks = last.problem.ladder, uniform_ranks(last.problem.fresh())
-        return dict(zip(last.observation.names, ladder.array[ladder.rung(ranks)].tolist(), strict=True))
-    return last.plan()

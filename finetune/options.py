@@ -14,7 +14,7 @@ from ..cost.budget import Budget, GivenBudget, TimeBudget, budget_now
 from ..cost.step_config import Checkpointing, StepConfig, check_seed
 from ..data.task import Task
 from ..decide.settings import DecisionSchedule
-from ..errors import BudgetError, ConfigError, UnknownNameError, shown
+from ..errors import ConfigError, UnknownNameError, shown
 from ..lora.spec import Scaling, check_scaling
 from ..plan.goal import Goal, GoalKind, goal_of
 from ..plan.problem import Bounds, bound_of
@@ -41,9 +41,6 @@ class PlanOptions:
             known to be a sum over rows or tokens, as those of transformers and TRL (docs/parts.md). "on" does so under
             any loss, and tests real batches during the run. Plans are priced with one row then, or two under a loss
             that is not known. "off" runs each batch as it is, and so does a budget that counts parameters.
-        prefix_cache: run the frozen layers below the lowest adapter once for each row, and cache their outputs for
-            later epochs and evaluations: "auto" uses up to an eighth of the free main memory and half of the free disk,
-            "20GiB" so many bytes, "off" nothing.
         goal: quality, the lowest loss within the budget; time or bytes, the cheapest plan whose loss is surely within
             the tolerance of rank 8 on all modules.
         tolerance: by how much the log loss may be higher under goal time or bytes: 0.01, the default, is 1 %.
@@ -60,7 +57,6 @@ class PlanOptions:
     exact_savers: bool = True
     gradient_checkpointing: Checkpointing = "auto"
     parts: Literal["auto", "on", "off"] = "auto"
-    prefix_cache: str = "auto"
     goal: GoalKind = "quality"
     tolerance: float | None = None
     keep_rate: bool = False
@@ -74,7 +70,7 @@ class PlanOptions:
             )
         if self.parts not in ("auto", "on", "off"):
             raise ConfigError(f'parts is "auto", "on" or "off"; got {shown(self.parts)}.')
-        _ = self.time_read, self.aim, self.prefix_cache_bytes
+        _ = self.time_read, self.aim
 
     @property
     def budget_read(self) -> Budget:
@@ -90,25 +86,6 @@ class PlanOptions:
     def aim(self) -> Goal:
         """The goal with its tolerance."""
         return goal_of(self.goal, self.tolerance, budget_unit=self.budget_read.unit)
-
-    @property
-    def prefix_cache_bytes(self) -> float | None:
-        """The bytes that the prefix cache may take; None for the default, 0 for no cache.
-
-        Raises:
-            ConfigError: what the user wrote is no number of bytes.
-        """
-        if self.prefix_cache in ("auto", "off"):
-            return None if self.prefix_cache == "auto" else 0.0
-        try:
-            read = Budget.parse(self.prefix_cache)
-        except BudgetError:
-            read = None
-        if read is None or read.kind != "total":
-            raise ConfigError(
-                f'prefix_cache is "auto", "off" or bytes such as "20GiB"; got {shown(self.prefix_cache)}.'
-            )
-        return read.value
 
     @property
     def chooses_layers(self) -> bool:

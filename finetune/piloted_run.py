@@ -44,7 +44,6 @@ from .offload import can_offload, offload_inputs
 from .options import PilotOptions
 from .peak_guard import PeakGuard
 from .plan_rate import PlanRate, initial_loss
-from .prefix_cache import PrefixCache
 from .probing import Progress, first_signals
 from .put_back import AdapterSnapshot, LayerCheckpointing, adapters_put_back, all_running_again, could_checkpoint
 from .run import FirstRows, Participant, TrainingRun
@@ -86,7 +85,6 @@ class PilotedRun:
         finite: notices losses, gradients and weights that are NaN or infinite.
         rate: multiplies the learning rate by the factor of the plan; None before `begin`.
         control: corrects the learning rate; None where nothing does.
-        prefix: leaves out frozen layers; None where no row is read twice.
 
     Raises:
         UnsupportedError: a run is under way in another thread.
@@ -117,7 +115,6 @@ class PilotedRun:
         self.finite = FiniteWatch(run, journal)
         self.rate: PlanRate | None = None
         self.control: ControlledRate | None = None
-        self.prefix: PrefixCache | None = None
         self._losses = LossMeter(run.replicas.processes)
         self._watches = LoopCalls(run, self.break_off), GradientWatch(targets, self.guard.meter)
         self._savers: ExactSavers | None = None
@@ -140,12 +137,12 @@ class PilotedRun:
         The calls of the loop are checked before anything trusts them. The budget of the moment may change ranks, so it
         goes before the copy that control makes of them, and that before the guard, which measures the step as it then
         is. A loss counts once its gradients are known to train something. What is not finite is undone after the peak
-        was compared, and the prefix cache serves what all others have left frozen.
+        was compared.
         """
         calls, gradients = self._watches
         before = calls, self.elastic, self.rate, self.control, self.guard.parts
         every = *before, self.guard, gradients, self._losses, self.finite
-        return [part for part in (*every, self.prefix) if part is not None]
+        return [part for part in every if part is not None]
 
     # The begin and the end --------------------------------------------------------------------------------------------
 
@@ -190,14 +187,13 @@ class PilotedRun:
             if time:
                 timer = before_training.StepTimer(run, targets, costs.memory, self.applier.limit, checkpointing)
                 timer.agree_with_steps(self.applier, self._ask)
-            in_parts = self.guard.parts.on
-            journal.note(before_training.times_explained(self.applier.time, run, in_parts=in_parts))
+            if self.applier.time and self.guard.parts.on:
+                journal.note(before_training.TIMES_OF_WHOLE_BATCHES)
             self.decide()
             assert self.rate is not None
             journal.note(self.rate.told())
             self._have_control(None)
         self._found = found
-        self._have_prefix_cache(None)
 
     def _prepare(
         self,
@@ -230,8 +226,8 @@ class PilotedRun:
         )
         if self.guard.parts.on and costs.memory and not costs.alone:
             self.guard.parts.turn_off("the operations of this model depend on its data, so parts cannot be predicted")
-        limit, cache_bytes = costs.limit.value, options.prefix_cache_bytes
-        timer = before_training.StepTimer(run, targets, costs.memory, limit, checkpointing, cache_bytes)
+        limit = costs.limit.value
+        timer = before_training.StepTimer(run, targets, costs.memory, limit, checkpointing)
         timed = timer.time_limit(time) if time else None
         before_training.check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
         low = floor_of_experts(targets, costs.cost, limit, low, high)
@@ -298,8 +294,7 @@ class PilotedRun:
         if before.get("budget") != settings["budget"]:
             limit = self.elastic.limit(applier)
         if before.get("time") != settings["time"]:
-            cache_bytes = self.options.prefix_cache_bytes
-            timer = before_training.StepTimer(run, targets, memory, limit, checkpointing, cache_bytes)
+            timer = before_training.StepTimer(run, targets, memory, limit, checkpointing)
             applier.time = timer.limit_of_resumed_run(applier.time, self.options.time_read)
         self.guard.attach(run, applier, memory, journal, self._corrected, checkpointing)
         run.replicas.changed(targets, step)
@@ -308,7 +303,6 @@ class PilotedRun:
             journal.note(f"step {step}: {changed}")
             self.guard.plan.new_limit(limit, step)
         self._ranks_changed()
-        self._have_prefix_cache(state)
 
     def _applier_of(self, state: Mapping[str, Any]) -> PlanApplier[PeftAdapters]:
         """The applier of a run that is resumed."""
@@ -365,13 +359,6 @@ class PilotedRun:
             self.finite.control = self.control
             with readable_state():
                 self.control.begin(state)
-
-    def _have_prefix_cache(self, state: Mapping[str, Any] | None) -> None:
-        """Let frozen layers run once a row, where later epochs or evaluations are served by that."""
-        most_bytes = self.options.prefix_cache_bytes
-        self.prefix = before_training.prefix_cache(self.run, most_bytes, self.journal.note)
-        if self.prefix:
-            self.prefix.begin(state)
 
     def stop(self) -> None:
         """Let all that takes part end, the last first, and a step run as it did before the run."""

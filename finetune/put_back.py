@@ -23,7 +23,6 @@ from ..lora.optimizer_state import OptimizerSnapshot, state_bytes_of
 from ..lora.resize import shrink_maps, update_peft_records, write_in_place
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import TargetModule, other_trainable, unwrap
-from .frozen_state import drops_itself
 
 
 def adapter_bytes(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer) -> int:
@@ -383,6 +382,11 @@ def could_checkpoint(model: nn.Module) -> bool:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     switched = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     return training_step.has_checkpointing(unwrap(model)) and bool(layers) and not switched
+
+
+def drops_itself(module: nn.Module) -> bool:
+    """Whether a module has a share of numbers to drop that no module of dropout inside of it tells."""
+    return any(isinstance(share, float) and share > 0 and "drop" in name for name, share in vars(module).items())
 
 
 def all_running_again(model: nn.Module) -> Callable[[], None]:

@@ -59,7 +59,7 @@ def left_alone(trainer: Trainer, policy: str | Path | Policy, options: PilotOpti
             f"{type(trainer).__name__} makes its data while it trains, and ranks and learning rate stay as they are "
             f"there: leave out {', '.join(given)}. {PLAN_FIRST}"
         )
-    return AsConfigured(), replace(options, keep_rate=True, prefix_cache="off")
+    return AsConfigured(), replace(options, keep_rate=True)
 
 
 def refuse_to_plan(trainer: Trainer) -> None:

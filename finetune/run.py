@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -48,20 +47,6 @@ FirstRows = tuple[float, list[tuple[int, int]]]
 
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 """Settings of transformers models that leave layers out at random in training."""
-
-
-MEASURING: ContextVar[bool] = ContextVar("MEASURING", default=False)
-"""Whether steps are measured that are none of the run."""
-
-
-@contextmanager
-def paused() -> Iterator[None]:
-    """Let all layers run inside, where steps are measured that are none of the run."""
-    token = MEASURING.set(True)
-    try:
-        yield
-    finally:
-        MEASURING.reset(token)
 
 
 class Participant:
@@ -251,14 +236,6 @@ class TrainingRun:
         yield stepped
 
     @property
-    def epochs(self) -> float:
-        """How often the run reads each row; 0 where the data set does not tell how many it has."""
-        if not hasattr(self.dataset, "__len__") or not len(self.dataset):
-            return 0.0
-        read = self.total_steps * self.accumulation * self.rows * self.replicas.processes.count
-        return read / len(self.dataset)
-
-    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
@@ -336,7 +313,6 @@ class TrainingRun:
                 training_mode(self.model),
                 gradients_put_back(outside),
                 self.replicas.apart(),
-                paused(),
             ):
                 return work()
 

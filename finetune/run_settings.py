@@ -22,10 +22,13 @@ MAY_CHANGE = ("budget", "time")
 def run_settings(options: PilotOptions, budget: Budget, policy: Policy, schedule: DecisionSchedule) -> dict[str, Any]:
     """What a resumed run is held against, as JSON values; the budget is the one that was read last."""
     time, bounds = options.time_read, options.bounds or {}
+    goal = getattr(policy, "goal", None)  # of learned policies alone, as the sha256
     return {
         "budget": str(budget),
         "time": None if time is None else str(time),
-        **policy_settings(policy),
+        "policy": policy.name,
+        "policy_sha256": getattr(policy, "sha256", None),
+        "goal": str(goal) if goal and goal.saves else None,
         "schedule": repr(schedule),
         "bounds": {name: list(bound) if isinstance(bound, tuple) else bound for name, bound in bounds.items()},
         "exact_savers": options.exact_savers,
@@ -36,16 +39,6 @@ def run_settings(options: PilotOptions, budget: Budget, policy: Policy, schedule
         "keep_rate": options.keep_rate,
         "control": options.control,
         **({"offload": True} if options.offload else {}),
-    }
-
-
-def policy_settings(policy: Policy) -> dict[str, Any]:
-    """Those that tell which policy decides."""
-    goal = getattr(policy, "goal", None)  # of learned policies alone, as the sha256
-    return {
-        "policy": policy.name,
-        "policy_sha256": getattr(policy, "sha256", None),
-        "goal": str(goal) if goal and goal.saves else None,
     }
 
 

@@ -21,7 +21,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -321,28 +320,20 @@ class TimeLimit:
         layers: chooses the checkpointed layers of each plan; None where they are those that the step was measured with.
         beside: seconds of a step of plain LoRA, with which messages compare plans where the user set no limit; no plan
             reaches `seconds` then. None where the user set one.
-        left_out: the share of the run's steps that run without the layers below the lowest adapted module, from 0 to
-            below 1. Seconds of plans are means over all steps; `time` is of a step in which all layers run.
     """
 
     time: StepTime
     seconds: float
     layers: FewestLayers | None = None
     beside: float | None = None
-    left_out: float = 0.0
-
-    @cached_property
-    def mean(self) -> StepTime:
-        """The time of a step in the mean of the run."""
-        return self.time.with_left_out(self.left_out)
 
     def added_to(self, cost: UntimedCost, limit: float) -> TimedCost:
         """A cost with the time of a step as one more moment; without second runs where `layers` chooses them."""
-        return self.mean.row(() if self.layers else None).added_to(cost, limit, self.seconds)
+        return self.time.row(() if self.layers else None).added_to(cost, limit, self.seconds)
 
     def of(self, ranks: IntArray) -> float:
         """The seconds of a step under a plan, int64 (modules,), second runs included."""
-        return self.mean.seconds(ranks, self.layers(ranks) if self.layers else None)
+        return self.time.seconds(ranks, self.layers(ranks) if self.layers else None)
 
     def fits(self, ranks: IntArray) -> bool:
         """Whether a step under a plan, second runs included, is within the limit."""
@@ -395,7 +386,7 @@ class TimeLimit:
 
         Args:
             plan: makes the plan under a limit, int64 (modules,); BudgetError if there is none.
-            measured: times a step under a plan in which all layers run, as a share of the reference.
+            measured: times a step under a plan, as a share of the reference.
             reference: what a step of the reference takes by this limit's `time`, in seconds.
 
         Returns:
@@ -407,7 +398,7 @@ class TimeLimit:
                 ranks = plan(limit)
             except BudgetError:
                 break
-            error = measured(ranks) * reference / replace(limit, left_out=0.0).of(ranks)
+            error = measured(ranks) * reference / limit.of(ranks)
             if abs(math.log(error)) < least:
                 best, least = limit, abs(math.log(error))
             if least <= SETTLED:
@@ -424,22 +415,19 @@ class TimeLimit:
     def text(self, ranks: IntArray) -> str:
         """The time of a plan beside its limit, or beside plain LoRA where there is none, for people."""
         seconds = self.of(ranks)
-        takes = "a step takes" + (" on average" if self.left_out else "")
         if self.beside is None:
-            return f"{takes} {seconds:.3g} of {self.seconds:.3g} s"
-        return f"{takes} {seconds:.3g} s, {seconds / self.beside:.0%} of that with rank 8 on all modules"
+            return f"a step takes {seconds:.3g} of {self.seconds:.3g} s"
+        return f"a step takes {seconds:.3g} s, {seconds / self.beside:.0%} of that with rank 8 on all modules"
 
     def state(self) -> dict[str, Any]:
         """All that `from_state` needs, as arrays and JSON values."""
-        numbers = {"seconds": self.seconds, "beside": self.beside, "left_out": self.left_out}
-        return numbers | {"time": self.time.state()}
+        return {"seconds": self.seconds, "beside": self.beside, "time": self.time.state()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TimeLimit:
         """The limit that `state` described; who chooses `layers` says so again."""
-        beside, seconds, left_out = state["beside"], float(state["seconds"]), float(state["left_out"])
-        beside = None if beside is None else float(beside)
-        return cls(StepTime.from_state(state["time"]), seconds, beside=beside, left_out=left_out)
+        beside = None if state["beside"] is None else float(state["beside"])
+        return cls(StepTime.from_state(state["time"]), float(state["seconds"]), beside=beside)
 
     def _over(self, ranks: IntArray) -> float:
         return self.of(ranks) / self.seconds

@@ -24,9 +24,6 @@ DIVERGED = 0.05
 BLOWN_UP = 10
 """A held-out loss that is so many times the first training loss is that of a run that diverged."""
 
-ONE_RUN_EACH = "One run each, so luck counts too"
-"""What belongs to a difference between the losses of two runs."""
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -185,7 +182,7 @@ def _against(run: RunData, name: str, what: str) -> str:
         return ""
     word = "lower" if change < 0 else "higher"
     differs = f"{abs(change):.1%} {word} than" if abs(change) >= 0.0005 else "the same as"
-    sentence = f"{ONE_RUN_EACH}: rankpilot's held-out loss is {differs} that of {what}"
+    sentence = f"One run each, so luck counts too: rankpilot's held-out loss is {differs} that of {what}"
     if name == UNIFORM and (ranks := [rank for rank in (other.get("ranks") or {}).values() if rank]):
         sentence += f", rank {max(ranks)} on {len(ranks)} of {len(other['ranks'])} modules"
     shares = [

@@ -102,7 +102,7 @@ def test_mistakes(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         f"{run_folder} --json --open": "Pass one of them",
     }.items():
         assert told in failure(f"study {words}", capsys)
-    assert "`rankpilot replay` and `rankpilot branch` are commands of their own" in failure("study why", capsys)
+    assert "`rankpilot replay` is a command of its own" in failure("study why", capsys)
     assert script.read_text() == "echo mine"
 
 

@@ -206,7 +206,6 @@ def test_a_share_is_one_of_plain_lora():
         needs=np.zeros((0, 2), dtype=bool),
         layers=("a",),
         running_again=("a",),
-        forward=np.array([1.0]),
         layer_seconds=np.array([100.0]),
         layer_needs=np.array([[True, True]]),
         layer_of=np.array([0, 0]),

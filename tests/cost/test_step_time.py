@@ -27,7 +27,6 @@ def time() -> StepTime:
         needs=np.array([[True, True, False, False, False], [True, True, True, True, False]]),
         layers=("lower", "upper"),
         running_again=(),
-        forward=np.array([3.0, 4.0]),
         layer_seconds=np.array([20.0, 30.0]),
         layer_needs=np.array([[True, True, False, False, False], [True, True, True, True, False]]),
         layer_of=np.array([0, 0, 1, 1, -1]),
@@ -64,23 +63,6 @@ def test_the_seconds_are_those_of_the_row(time, layers):
     row, generator = time.row(layers), np.random.default_rng(0)
     for ranks in generator.choice([0, 1, 8], size=(20, 5)):
         assert time.seconds(ranks, layers) == row.seconds(ranks)
-
-
-def test_later_epochs_leave_layers_below_the_lowest_adapter_out(time):
-    mean, whole = time.with_left_out(2 / 3), time.seconds
-    assert time.with_left_out(0.0) is time
-    for ranks, spared in [((0, 0, 2, 0, 0), 3), ((0, 0, 0, 1, 0), 3), ((1, 0, 2, 0, 0), 0), ((0, 0, 0, 0, 4), 0)]:
-        plan = np.array(ranks)
-        of_epochs = [whole(plan), whole(plan) - spared, whole(plan) - spared]  # all layers run in the first
-        assert mean.seconds(plan) == mean.row().seconds(plan) == pytest.approx(sum(of_epochs) / 3)
-        assert mean.seconds(plan, time.layers) - mean.seconds(plan) == pytest.approx(
-            whole(plan, time.layers) - whole(plan)
-        ), "second runs stay"
-    factors = np.array([2.0, 3.0, 1.0, 5.0, 7.0])
-    plan = np.array([0, 0, 2, 0, 0])
-    assert time.scaled(factors).with_left_out(2 / 3).seconds(plan) == pytest.approx(
-        time.scaled(factors).seconds(plan) - 2 * 2 / 3 * 3
-    ), "a first run is a part of what every plan takes"
 
 
 def test_factors_scale_the_parts(time):

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.cost.saver_prices import ACTIVATIONS, COPIES, ROUTED, TILES
 from rankpilot.cost.savers import ExactSavers
 from rankpilot.finetune.pilot import RankPilot
-from rankpilot.finetune.prefix_cache import PrefixCache, Room
 from rankpilot.finetune.put_back import LayerCheckpointing
 from torch import nn
 from torch.nn import functional
@@ -33,15 +31,14 @@ WORDS, WIDTH, LAYERS, FROZEN = 64, 16, 4, 2
 ROWS, AT_ONCE, EPOCHS = 6, 2, 4
 STEPS = ROWS // AT_ONCE * EPOCHS
 CHANGE, RESUME = 7, 2
-"""The steps before which something changes, and a run is gone on with: by then all rows are kept again."""
+"""The steps before which something changes, and a run is gone on with."""
 
 Batch = dict[str, torch.Tensor]
 Loss = Callable[[Any, Batch, int], torch.Tensor]
 
 HEADS: dict[str, Any] = {"num_hidden_layers": LAYERS, "num_attention_heads": 2, "hidden_size": WIDTH}
-HEADS |= {
-    "use_cache": False
-}  # a cache lays keys and values out in another way, and products with dropout round with it
+# A cache lays keys and values out in another way, and products with dropout round with it.
+HEADS |= {"use_cache": False}
 EXPERTS: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
 UNDROPPED = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -87,11 +84,10 @@ def stacks(family: str) -> list[str]:
     return names if family == "qwen3-moe" else []
 
 
-def new_model(family: str, dtype: torch.dtype, *, everywhere: bool = False) -> PeftModel:
-    """A model whose upper layers, or all, have adapters that do something already."""
+def new_model(family: str, dtype: torch.dtype) -> PeftModel:
+    """A model whose upper layers have adapters that do something already."""
     torch.manual_seed(0)
-    modules = (EVERYWHERE if everywhere else ADAPTED)[family]
-    lora = LoraConfig(r=2, lora_alpha=8, target_modules=modules, target_parameters=stacks(family))
+    lora = LoraConfig(r=2, lora_alpha=8, target_modules=ADAPTED[family], target_parameters=stacks(family))
     model = get_peft_model(MODELS[family]().to(dtype), lora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -99,12 +95,12 @@ def new_model(family: str, dtype: torch.dtype, *, everywhere: bool = False) -> P
     return model.train()
 
 
-def batches(family: str, *, shuffled: bool) -> list[list[Batch]]:
+def batches(family: str) -> list[list[Batch]]:
     """Batches of each epoch, with padding on the right."""
     generator, found = torch.Generator().manual_seed(1), []
     rows = [torch.randint(2, WORDS, (5 + 2 * i,), generator=generator) for i in range(ROWS)]
     for epoch in range(EPOCHS):
-        order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(epoch if shuffled else 0)).tolist()
+        order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(epoch)).tolist()
         chosen = [[rows[i] for i in order[at : at + AT_ONCE]] for at in range(0, ROWS, AT_ONCE)]
         found.append([padded_rows(family, each) for each in chosen])
     return found
@@ -276,41 +272,35 @@ class Change:
     Attributes:
         once: done to the model before the step `CHANGE`.
         loss: of a batch.
-        shuffled: whether epochs have other batches; where padding is read they have the same, so that it is served.
         micro: batches of a step.
         evaluates: whether held-out losses are read after each epoch.
-        told: words of the line that has to be there in a run with the cache.
-        differs: whether one step may differ, since its line says so.
     """
 
     once: Callable[[PeftModel], None] = nothing
     loss: Loss = own_loss
-    shuffled: bool = True
     micro: int = 1
     evaluates: bool = False
-    told: str = ""
-    differs: bool = False
 
 
 CHANGES = {
-    "a layer trains": Change(unfreeze, told="trains now"),
+    "a layer trains": Change(unfreeze),
     "the head trains": Change(unfreeze_head),
-    "weights are written": Change(write_weights, told="changed, so what frozen layers returned is forgotten"),
-    "weights are written past versions": Change(write_data, told="changed, so"),
-    "a hook": Change(add_hook, told="layer 0 has a hook"),
-    "a hook of the embeddings": Change(add_pre_hook, told="changed, so"),
-    "dropout": Change(drop, told="at random (dropout)"),
-    "another module": Change(replace_a_module, told="changed, so"),
-    "another forward": Change(replace_a_forward, told="changed, so"),
-    "a second adapter": Change(add_adapter, near_another_adapter, shuffled=False, told="changed, so"),
-    "other attention": Change(attend_otherwise, told="changed, so"),
+    "weights are written": Change(write_weights),
+    "weights are written past versions": Change(write_data),
+    "a hook": Change(add_hook),
+    "a hook of the embeddings": Change(add_pre_hook),
+    "dropout": Change(drop),
+    "another module": Change(replace_a_module),
+    "another forward": Change(replace_a_forward),
+    "a second adapter": Change(add_adapter, near_another_adapter),
+    "other attention": Change(attend_otherwise),
     "masks and labels": Change(loss=other_masks),
-    "two passes": Change(loss=two_passes, shuffled=False),
-    "z-loss": Change(loss=all_logits, shuffled=False, told="The loss reads padding. Rows"),
-    "z-loss later": Change(loss=all_logits_later, told="reads padding, and the pass before", differs=True),
+    "two passes": Change(loss=two_passes),
+    "z-loss": Change(loss=all_logits),
+    "z-loss later": Change(loss=all_logits_later),
     "hidden states": Change(loss=hidden_states),
-    "KL to the base": Change(loss=near_the_base, shuffled=False, told="The loss reads padding. Rows"),
-    "embeddings": Change(loss=embedded, shuffled=False),
+    "KL to the base": Change(loss=near_the_base),
+    "embeddings": Change(loss=embedded),
     "accumulation": Change(micro=2),
     "evaluations": Change(evaluates=True),
 }
@@ -321,30 +311,19 @@ CHANGES = {
 
 @dataclass
 class Outcome:
-    """What a run did: losses, gradients and the weights at its end, the lines that it told, and passes left out."""
+    """What a run did: losses, gradients and the weights at its end, and the lines that it told."""
 
     losses: list[torch.Tensor] = field(default_factory=list)
     gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
-    left_out: int = 0
 
 
-Saver = Callable[[PeftModel, Outcome, Path], Any]
-
-
-@contextmanager
-def _cache(model: PeftModel, outcome: Outcome, folder: Path) -> Iterator[Callable[[], None]]:
-    room = Room(folder, 2**14, 2**20)
-    cache = PrefixCache(model, room, epochs=EPOCHS, tokens=100, evaluates=True, tell=outcome.lines.append)
-    cache.ranks_changed()
-    yield lambda: None
-    cache.end()
-    outcome.left_out += cache.left_out
+Saver = Callable[[PeftModel], Any]
 
 
 @contextmanager
-def _layers(model: PeftModel, outcome: Outcome, folder: Path) -> Iterator[Callable[[], None]]:
+def _layers(model: PeftModel) -> Iterator[Callable[[], None]]:
     checkpointing = LayerCheckpointing(model)
     yield checkpointing.before_step
     checkpointing.put_back()
@@ -352,7 +331,7 @@ def _layers(model: PeftModel, outcome: Outcome, folder: Path) -> Iterator[Callab
 
 def _saver(name: str) -> Saver:
     @contextmanager
-    def switched(model: PeftModel, outcome: Outcome, folder: Path) -> Iterator[Callable[[], None]]:
+    def switched(model: PeftModel) -> Iterator[Callable[[], None]]:
         savers = ExactSavers(model, [name])
         yield lambda: None
         savers.put_back()
@@ -361,13 +340,12 @@ def _saver(name: str) -> Saver:
 
 
 @contextmanager
-def plain(model: PeftModel, outcome: Outcome, folder: Path) -> Iterator[Callable[[], None]]:
+def plain(model: PeftModel) -> Iterator[Callable[[], None]]:
     """A run without rankpilot."""
     yield lambda: None
 
 
 SAVERS: dict[str, Saver] = {
-    "cache": _cache,
     "tiled loss": _saver(TILES),
     "input copies": _saver(COPIES),
     "routed rows": _saver(ROUTED),
@@ -376,9 +354,9 @@ SAVERS: dict[str, Saver] = {
 }
 
 
-def train(family: str, dtype: torch.dtype, change: Change, saver: Saver, folder: Path, *, resumed: bool) -> Outcome:
+def train(family: str, dtype: torch.dtype, change: Change, saver: Saver, *, resumed: bool) -> Outcome:
     """Train, as one run, or as one that ends after some steps and another that goes on from its checkpoint."""
-    outcome, state, epochs = Outcome(), None, batches(family, shuffled=change.shuffled)
+    outcome, state, epochs = Outcome(), None, batches(family)
     for start, stop in [(0, RESUME), (RESUME, STEPS)] if resumed else [(0, STEPS)]:
         model = new_model(family, dtype)
         every = [parameter for name, parameter in model.named_parameters()]
@@ -386,7 +364,7 @@ def train(family: str, dtype: torch.dtype, change: Change, saver: Saver, folder:
         if state:
             model.load_state_dict(state[0])
             optimizer.load_state_dict(state[1])
-        with saver(model, outcome, folder) as before_step:
+        with saver(model) as before_step:
             for step in range(start, stop):
                 _step(model, optimizer, change, step, before_step, outcome, epochs)
         state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())

@@ -58,7 +58,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0)
         self.loader = DataLoader(counting(), 8, collate_fn=default_data_collator)  # type: ignore[arg-type]
         self.batches = cycle(list(self.loader))
-        settings: dict[str, Any] = {"budget": "400%", "control": True, "keep_rate": True, "prefix_cache": "off"}
+        settings: dict[str, Any] = {"budget": "400%", "control": True, "keep_rate": True}
         self.pilot = rankpilot.RankPilot("uniform", tell=self.told.append, **PLAIN | settings | options)
 
     @property

@@ -123,7 +123,7 @@ def test_what_is_cut_from_ranks_comes_back(
 ) -> None:
     """As on a GPU, in two parts. Nothing is learned in between, so that what comes back is what was cut."""
     monkeypatch.setattr(Shortage, "_keeps_cuts", True)
-    run = loop(gradient_checkpointing=False, prefix_cache="off")
+    run = loop(gradient_checkpointing=False)
     run.steps(8)
     learned, limit = logits(run.model.train()), run.pilot.limit
     run.optimizer.param_groups[0]["lr"] = 0.0
@@ -299,7 +299,7 @@ def test_what_a_function_took_comes_back_in_a_resumed_run(
             if step == stops_at:
                 raise KeyboardInterrupt
 
-        rankpilot.attach(made, budget=lambda: budget(len(sums)), prefix_cache="off", **PLAIN)
+        rankpilot.attach(made, budget=lambda: budget(len(sums)), **PLAIN)
         made.add_callback(Recorder(ended))
         with suppress(KeyboardInterrupt):
             made.train(**options)
@@ -334,7 +334,7 @@ def test_a_run_for_which_no_memory_is_left_is_saved(
 ) -> None:
     def trainer(budget: Any) -> Trainer:
         made = Trainer(adapted(llama_config), arguments(tmp_path / "run"), train_dataset=counting())
-        rankpilot.attach(made, budget=budget, prefix_cache="off", exact_savers=False)
+        rankpilot.attach(made, budget=budget, exact_savers=False)
         return made
 
     steps: list[int] = []

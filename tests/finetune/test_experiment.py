@@ -23,7 +23,6 @@ from rankpilot.decide.log import DecisionLog
 from rankpilot.errors import (
     AssetError,
     BudgetError,
-    ConfigError,
     DataError,
     NonFiniteError,
     RunFolderError,
@@ -32,7 +31,7 @@ from rankpilot.errors import (
 )
 from rankpilot.finetune import experiment as module
 from rankpilot.finetune import trainer as trainer_module
-from rankpilot.finetune.experiment import branch, finetune
+from rankpilot.finetune.experiment import finetune
 from rankpilot.finetune.options import FinetuneConfig
 from rankpilot.finetune.replicas import digest_of
 from rankpilot.lora.targets import find_target_modules
@@ -40,7 +39,6 @@ from rankpilot.study.page import page_data
 from rankpilot.study.pictures import write_rank_picture
 from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
-from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, set_seed
 
 from ..cases import first_cases
@@ -482,87 +480,3 @@ def test_a_run_that_diverges_says_so(make_config: Callable[..., FinetuneConfig],
     assert not (tmp_path / "run" / "rankpilot" / "adapter").exists()
     if policy == "uniform":
         assert verdict(read_run(tmp_path / "run")).warnings[0].startswith("The run diverged: losses, gradients or")
-
-
-# Branches -------------------------------------------------------------------------------------------------------------
-
-
-def final_ranks(folder: Path) -> dict[str, int]:
-    ranks: dict[str, int] = read_json(folder / "summary.json")["runs"]["rankpilot"]["ranks"]
-    return ranks
-
-
-def test_a_branch_with_the_same_plan_is_the_same_run(compared: Path, tmp_path: Path) -> None:
-    """From step 8 on all decisions are taken: the same ranks from there give the same adapter, bit for bit."""
-    ranks = final_ranks(compared)
-    summary = branch(compared, tmp_path / "same", ranks, at=8)
-    assert summary["runs"]["rankpilot"]["ranks"] == ranks
-    adapters = [
-        load_file(folder / "rankpilot" / "adapter" / "adapter_model.safetensors")
-        for folder in (compared, tmp_path / "same")
-    ]
-    assert adapters[0].keys() == adapters[1].keys()
-    for name, tensor in adapters[0].items():
-        assert torch.equal(tensor, adapters[1][name]), name
-    table = DecisionLog(tmp_path / "same" / "decisions").to_pandas()
-    assert table["correction"].tolist()[-1] is True
-    assert table["step"].tolist()[-1] == 8
-
-
-@pytest.mark.parametrize("at", first_cases(1, [0, 4, 8]))
-def test_a_branch_takes_its_plan_and_keeps_it(compared: Path, tmp_path: Path, at: int) -> None:
-    ranks = final_ranks(compared)
-    lowest = {name: min(rank, 1) for name, rank in ranks.items()}
-    output = tmp_path / "branch"
-    summary = branch(compared, output, lowest, at=at, label="thin")
-    assert summary["runs"]["rankpilot"]["ranks"] == lowest
-    assert summary["policy"] == "thin"
-    table = DecisionLog(output / "decisions").to_pandas()
-    steps, before = (set(log["step"].tolist()) for log in (table, DecisionLog(compared / "decisions").to_pandas()))
-    assert at in steps
-    assert {step for step in steps if step < at} == {step for step in before if step < at}
-    rows = [row["step"] for row in read_json_lines(output / "metrics-rankpilot.jsonl") if "eval_loss" in row]
-    assert rows == [4, 8, 12]
-    with pytest.raises(RunFolderError, match="exists already"):
-        branch(compared, output, lowest, at=at)
-
-
-def test_a_branch_whose_copy_was_interrupted_resumes(
-    compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ranks, copied = final_ranks(compared), []
-    copytree = shutil.copytree
-
-    def second_fails(source: Path, *arguments: Any, **options: Any) -> Any:
-        copied.append(source.name)
-        if len(copied) == 2:
-            raise KeyboardInterrupt
-        return copytree(source, *arguments, **options)
-
-    monkeypatch.setattr(shutil, "copytree", second_fails)
-    with pytest.raises(KeyboardInterrupt):
-        branch(compared, tmp_path / "branch", ranks, at=8)
-    summary = branch(compared, tmp_path / "branch", ranks, at=8, resume=True)
-    assert copied == ["decisions", "checkpoint-8"] * 2
-    assert summary["runs"]["rankpilot"]["ranks"] == ranks
-
-
-@pytest.mark.long
-def test_branches_that_cannot_be(compared: Path, tmp_path: Path) -> None:
-    ranks = final_ranks(compared)
-    source = tmp_path / "source"
-    shutil.copytree(compared, source)
-    (mine := source / "rankpilot" / "checkpoint-best").mkdir()
-    with pytest.raises(RunFolderError, match=r"there is no such folder\. It has checkpoints of the steps 4, 8"):
-        branch(source, tmp_path / "a", ranks, at=5)
-    mine.rmdir()
-    with pytest.raises(RunFolderError, match="holds no run of `rankpilot finetune`"):
-        branch(tmp_path, tmp_path / "b", ranks)
-    with pytest.raises(UnknownNameError, match="target module"):
-        branch(source, tmp_path / "c", {"wrong": 1, **ranks})
-    with pytest.raises(ConfigError, match=r"cannot have rank 3\. Allowed: 0, 1, 2, 4, 8"):
-        branch(source, tmp_path / "e", ranks | {next(iter(ranks)): 3}, at=8)
-    with pytest.raises(BudgetError, match="does not fit the budget"):
-        branch(source, tmp_path / "d", dict.fromkeys(ranks, 16), at=8)
-    with pytest.raises(BudgetError, match=r"does not fit the run's budget of .* modules would have other ranks"):
-        branch(source, tmp_path / "f", dict.fromkeys(ranks, 16))

@@ -37,7 +37,7 @@ def new_model() -> PeftModel:
 
 def trained(folder: Path, resume: Path | None = None, **options: Any) -> Trainer:
     trainer = Trainer(model=new_model(), args=arguments(folder, save_steps=2, **options), train_dataset=counting(96))
-    attach(trainer, "signal-mean", "80%", prefix_cache="off")
+    attach(trainer, "signal-mean", "80%")
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
@@ -99,7 +99,7 @@ def loop(processes: int) -> tuple[dict[str, int], str]:
     data = [{key: torch.tensor(row[key]) for key in row} for row in rows[rank::processes]]
     loader = DataLoader(data, batch_size=8 // processes)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    pilot = RankPilot("top-down", "80%", prefix_cache="off", gradient_checkpointing=False)
+    pilot = RankPilot("top-down", "80%", gradient_checkpointing=False)
     pilot.begin(TrainingRun.of_loader(wrapped, optimizer, loader, total_steps=4))
     losses = [take_step(pilot, optimizer, batch, lambda given: wrapped(**given).loss) for batch in loader]
     pilot.finish()
@@ -127,7 +127,7 @@ def test_trl_trains_experts(tmp_path: Path) -> None:
         processing_class=word_tokenizer(),
         peft_config=LoraConfig(**LORA),
     )
-    attach(trainer, "top-down", "100%", prefix_cache="off")
+    attach(trainer, "top-down", "100%")
     trainer.train()
     assert all(rank for name, rank in ranks_of(trainer.model).items() if "experts" in name)
     trainer.save_model(str(tmp_path / "adapter"))

@@ -26,7 +26,7 @@ from rankpilot.study.run_data import read_run
 from rankpilot.study.verdict import verdict
 from transformers import LlamaConfig, Trainer
 
-from .test_time import begun, counted_times
+from .test_time import counted_times
 from .tiny_runs import PLAIN, adapted, arguments, counting, ranks_of
 from .tiny_runs import llama_config as llama_config
 
@@ -75,20 +75,6 @@ def test_the_cheapest_plan_is_trained(policy: PlanChooser, trainer: Trainer, tmp
     assert list(ranks_of(trainer.model).values()) == ranks.tolist()
     assert redecide(first, replace(policy, goal=found.goal)).differences == redecide(later, policy).differences == ()
     assert max(peak for _, peak in callback.peaks) <= callback.limit
-
-
-def test_later_epochs_make_upper_layers_cheaper(
-    policy: PlanChooser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    counted_times(monkeypatch)
-    pilot, _ = begun(tmp_path, policy=policy, goal="time")
-    time, found = pilot.applier.time.time, pilot.decision.choice
-    blocks = np.array([target.block for target in pilot.applier.targets])
-    spared = np.array([time.forward[: blocks[ranks > 0].min()].sum() for ranks in found.plans])
-    of_one_epoch = np.array([time.seconds(ranks) for ranks in found.plans])
-    np.testing.assert_allclose(found.seconds, of_one_epoch - 2 / 3 * spared, rtol=1e-4)
-    assert spared.max() > 0.1 * of_one_epoch.max()
-    assert found.seconds[found.taken] <= 1.01 * found.seconds[found.fits].min()
 
 
 def test_what_is_expected_is_told_before_the_first_step(

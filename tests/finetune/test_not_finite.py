@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, Trainer, TrainerCallback
 
 from .test_controlled_rate import MOMENTS, STEPS, Loop, scripted
-from .tiny_runs import PLAIN, Run, adapted, arguments, counting
+from .tiny_runs import PLAIN, adapted, arguments, counting
 from .tiny_runs import llama_config as llama_config
 
 Break = Callable[[Any], object]
@@ -274,20 +273,3 @@ def test_a_resumed_run_undoes_what_the_whole_one_undoes_bit_for_bit(
     assert all(torch.equal(a, b) for a, b in zip(whole.state(), again.state(), strict=True))
     assert again.pilot.rate_factor == whole.pilot.rate_factor
     assert (tmp_path / "log" / "control.jsonl").read_text() == moves
-
-
-@pytest.mark.parametrize(("cache", "lines"), [("auto", 1), ("off", 0)])
-def test_a_resumed_run_tells_that_its_cache_is_empty(
-    llama_config: LlamaConfig, tmp_path: Path, cache: str, lines: int
-) -> None:
-    config = deepcopy(llama_config)
-    config.num_hidden_layers = 2
-    options: dict[str, Any] = {"policy": "top-half", "budget": "100%", "plain": True, "prefix_cache": cache}
-    options |= {"data": counting(8), "save_steps": 4, "max_steps": 6}
-    whole = Run(tmp_path, config, **options).train()
-    told: list[str] = []
-    again = Run(tmp_path, config, **options)
-    again.pilot.pilot.journal.tell = told.append
-    again.train(resume=4)
-    assert sum("is computed anew" in line for line in told) == lines
-    whole.assert_same_adapter(again)  # rows of one length have no padding beside them

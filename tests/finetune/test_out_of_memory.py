@@ -186,7 +186,7 @@ def test_a_plan_that_rounding_puts_above_its_limit_is_tried(tmp_path: Path) -> N
     arguments = TrainingArguments(str(tmp_path), max_steps=3, report_to=[], disable_tqdm=True, use_cpu=True)
     trainer = Short(model, arguments, train_dataset=rows)
     trainer.asked, trainer.lacks = [], lambda asked: asked.number == 1  # type: ignore[method-assign]
-    rankpilot.attach(trainer, budget="60%", parts="off", prefix_cache="off")
+    rankpilot.attach(trainer, budget="60%", parts="off")
     trainer.train()
     assert trainer.state.global_step == 3
 

@@ -16,14 +16,14 @@ from rankpilot.errors import BudgetError, ConfigError
 from rankpilot.finetune import known_losses
 from rankpilot.finetune.exact_parts import Exactness, difference_of
 from rankpilot.finetune.parts import StepParts
-from rankpilot.finetune.run import MEASURING, TrainingRun
+from rankpilot.finetune.run import TrainingRun
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithFlattening, LlamaConfig, Trainer
 
 from .test_exact_parts import collate, hidden, in_batch_negatives
-from .tiny_runs import Recorder, adapted, arguments, messages_of
+from .tiny_runs import Recorder, adapted, arguments, is_measured, messages_of
 
 ROWS, STEPS = 6, 4
 
@@ -76,7 +76,6 @@ class Launched:
             parts=parts,  # type: ignore[arg-type]
             measure_every=measure_every,
             keep_rate=True,
-            prefix_cache="off",
             goal=goal,
             gradient_checkpointing=checkpointing,
         )
@@ -186,7 +185,7 @@ def test_layers_follow_the_part(launch: Callable[..., Launched], observing: None
 
     def note(model: Any, inputs: Any, options: Any) -> None:
         layers = [layer.gradient_checkpointing for layer in model.model.layers]
-        if model.training and run.trainer.state.global_step and not MEASURING.get():
+        if model.training and run.trainer.state.global_step and not is_measured():
             seen.append((options["input_ids"].shape[1], sum(layers)))
 
     base = run.model.get_base_model()
@@ -231,7 +230,7 @@ def test_a_part_that_runs_out_of_memory_is_taken_again_smaller(
     def fail(model: Any, inputs: Any, options: Any) -> None:
         step = run.trainer.state.global_step
         number[:] = [number[0] + 1, step] if number[1] == step else [1, step]
-        if MEASURING.get():
+        if is_measured():
             number[0] -= 1
         elif model.training and step == 1 and number[0] == part and not failed:
             failed.append(part)
@@ -310,7 +309,7 @@ def loop(model: PeftModel, *, in_parts: bool = True, wrapped: Any = None, budget
     optimizer = torch.optim.AdamW(trains, lr=1e-2)
     loader = DataLoader(MIXED, batch_size=ROWS, collate_fn=collate)  # type: ignore[arg-type]
     called = wrapped or model
-    pilot = rankpilot.RankPilot(AsConfigured(), budget, measure_every=1, keep_rate=True, prefix_cache="off")
+    pilot = rankpilot.RankPilot(AsConfigured(), budget, measure_every=1, keep_rate=True)
     pilot.begin(TrainingRun.of_loader(called, optimizer, loader, total_steps=STEPS, in_parts=in_parts))
     losses = []
     for batch in loader:

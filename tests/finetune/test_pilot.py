@@ -300,7 +300,6 @@ def trainer(llama_config: LlamaConfig, tmp_path_factory: pytest.TempPathFactory)
         ({"fresh": "no"}, "fresh is True or False; got 'no'"),
         ({"gradient_checkpointing": "some"}, "gradient_checkpointing is \"auto\", True or False; got 'some'"),
         ({"exact_savers": 1}, "exact_savers is True or False; got 1"),
-        ({"prefix_cache": "80%"}, 'prefix_cache is "auto", "off" or bytes'),
         ({"bounds": ["q_proj"]}, r"bounds are a dictionary.*got \['q_proj'\]"),
         ({"seed": -1}, "seed is a whole number from 0 to"),
         ({"seed": "1"}, "seed is a whole number from 0 to"),

@@ -28,7 +28,7 @@ from rankpilot.finetune.journal import PlanChange
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.piloted_run import PilotedRun
 from rankpilot.finetune.replicas import Replicas, digest_of, rebuild_reducer, trained_bytes
-from rankpilot.finetune.run import MEASURING, TrainingRun
+from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.resize import set_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch import nn
@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from ..cases import first_cases
 from .ddp_run import DECISIONS, ROWS, SCHEDULE, Round, Setting, budget_of, collate, make_model, texts
 from .several import ProcessFailed, in_processes, loaded_once
-from .tiny_runs import take_step
+from .tiny_runs import is_measured, take_step
 
 STEPS, CUT = 10, 5
 SETTING = Setting(None, dtype=torch.float64)  # type: ignore[arg-type]
@@ -123,7 +123,7 @@ def count_passes(model: PeftModel) -> list[int]:
     """A one for each pass of a step that is none of a test."""
     passes: list[int] = []
     known_losses._OURS |= {__name__.partition(".")[0]}  # of a hook that only looks on
-    model.register_forward_pre_hook(lambda *_: None if MEASURING.get() else passes.append(1))
+    model.register_forward_pre_hook(lambda *_: None if is_measured() else passes.append(1))
     return passes
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import rankpilot
-import torch
 from rankpilot.cost.budget import Budget, reference_seconds
 from rankpilot.cost.calibration import resident_bytes
 from rankpilot.cost.measured_time import count_work
@@ -20,7 +19,6 @@ from rankpilot.cost.step_time import Rates
 from rankpilot.errors import BudgetError
 from rankpilot.finetune import before_training as time_before_training
 from rankpilot.finetune.options import FinetuneConfig
-from rankpilot.finetune.run import TrainingRun
 from transformers import Trainer
 
 from ..cases import first_cases
@@ -168,41 +166,6 @@ def test_checkpointing_keeps_bytes_and_time(tmp_path: Path, budget: str, time: s
     unlimited, other = attached(tmp_path / "unlimited", budget, None, gradient_checkpointing="auto", arguments=SHORT)
     unlimited.train()
     assert len(names) <= len(other.pilot._piloted.guard.plan.checkpointed) <= LAYERS
-
-
-def begun(folder: Path, epochs: int = 3, policy: Any = "signal-mean", **options: Any) -> tuple[Any, list[str]]:
-    """A run of so many epochs of ten steps, after its first decision, and the lines that were told."""
-    trainer, told = trainer_of(folder, dropout=options.pop("dropout", 0.0)), list[str]()
-    once = rankpilot.DecisionSchedule(probe_steps=1, fractions=(0.0,))
-    pilot = rankpilot.RankPilot(policy, "400%", schedule=once, tell=told.append, **PLAIN | options)
-    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=1e-2)
-    pilot.begin(
-        TrainingRun.of_loader(trainer.model, optimizer, trainer.get_train_dataloader(), total_steps=10 * epochs)
-    )
-    pilot.finish()
-    return pilot, told
-
-
-def test_later_epochs_count_with_kept_states(tmp_path: Path) -> None:
-    pilot, told = begun(tmp_path, time="60%")
-    limit, ranks = pilot.applier.time, pilot.applier.ranks
-    lowest = min(target.block for target, rank in zip(pilot.applier.targets, ranks, strict=True) if rank)
-    assert limit.left_out == pytest.approx(2 / 3)
-    assert lowest > 0
-    spared = 2 / 3 * limit.time.forward[:lowest].sum()
-    assert limit.of(ranks) == pytest.approx(limit.time.seconds(ranks) - spared)
-    assert limit.of(ranks) <= limit.seconds < limit.time.seconds(ranks), "the first epoch takes more"
-    assert sum("means over 3 epochs: layers below the lowest adapter count in 33% of the steps" in x for x in told) == 1
-
-
-@pytest.mark.parametrize("options", first_cases(2, [{"epochs": 1}, {"prefix_cache": "off"}, {"dropout": 0.1}]))
-def test_where_no_state_is_kept_times_are_those_of_each_step(tmp_path: Path, options: dict[str, Any]) -> None:
-    pilot, told = begun(tmp_path, time="60%", **options)
-    limit, ranks = pilot.applier.time, pilot.applier.ranks
-    assert limit.mean is limit.time
-    assert limit.of(ranks) == limit.time.seconds(ranks) <= limit.seconds
-    assert limit.seconds == 0.6 * reference_seconds(limit.time, np.array([t.max_rank for t in pilot.applier.targets]))
-    assert not any("means over" in line or "on average" in line for line in told)
 
 
 def test_a_time_that_fits_nothing(tmp_path: Path) -> None:

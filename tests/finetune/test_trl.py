@@ -173,7 +173,7 @@ def test_exact_savers_leave_losses_and_adapters_as_they_are(
     found = []
     for on in (False, True):
         trainer = kind(tmp_path, max_steps=3, **options)
-        rankpilot.attach(trainer, "signal-mean", "3k params", exact_savers=on, prefix_cache="off", schedule=SCHEDULE)
+        rankpilot.attach(trainer, "signal-mean", "3k params", exact_savers=on, schedule=SCHEDULE)
         trainer.train()
         trained = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
         found.append([torch.tensor([float(row["loss"]) for row in trainer.state.log_history[:3]]), *trained])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from traceback import walk_stack
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rankpilot.decide.log import DecisionLog
 from rankpilot.finetune.callback import attach
 from rankpilot.finetune.pilot import RankPilot
+from rankpilot.finetune.run import TrainingRun
 from rankpilot.lora.peft_config import adapter_ranks
 from rankpilot.lora.targets import find_target_modules
 from torch._dynamo.utils import counters
@@ -82,6 +84,11 @@ def ranks_of(model: torch.nn.Module) -> dict[str, int]:
     return adapter_ranks(find_target_modules(model))
 
 
+def is_measured() -> bool:
+    """Whether the code that runs is part of a measured step, which is none of the run."""
+    return any(frame.f_code is TrainingRun.measured.__code__ for frame, _ in walk_stack(None))
+
+
 def messages_of(caplog: pytest.LogCaptureFixture, word: str = "") -> list[str]:
     """What rankpilot has logged, as far as a word is in it."""
     return [row.message for row in caplog.records if row.name.startswith("rankpilot") and word in row.message]
@@ -111,7 +118,7 @@ class Recorder(TrainerCallback):
         self.at_step(state.global_step)
 
 
-ATTACHED = {"schedule", "measure_every", "bounds", "fresh", "log", "keep_rate", "prefix_cache", "exact_savers", "parts"}
+ATTACHED = {"schedule", "measure_every", "bounds", "fresh", "log", "keep_rate", "exact_savers", "parts"}
 """Options of a run that are those of `attach`; the others are the Trainer's."""
 
 

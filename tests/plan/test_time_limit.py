@@ -31,7 +31,6 @@ def step_time() -> StepTime:
         needs=needs,
         layers=NAMES,
         running_again=(),
-        forward=np.full(LAYERS, 0.9),
         layer_seconds=np.ones(LAYERS),
         layer_needs=needs,
         layer_of=BLOCKS,
@@ -193,27 +192,6 @@ def test_the_nearest_prediction_is_kept_where_none_holds() -> None:
     assert len(timed) == CHECKS
     assert limit is predicted[2], "10 % off"
     assert with_high_ranks(limit).tolist() == timed[2]
-
-
-def test_kept_states_make_room_and_timed_steps_have_none() -> None:
-    given, upper = TimeLimit(step_time(), 10.0, left_out=2 / 3), np.where(BLOCKS >= LAYERS - 2, 16, 0)
-    spared = 2 / 3 * 4 * 0.9
-    assert given.of(upper) == pytest.approx(given.time.seconds(upper) - spared)
-    tight = given.of(upper) + 0.1
-    problems = [problem_of(TimeLimit(step_time(), tight, left_out=share)) for share in (0.0, 2 / 3)]
-    assert [problem.fits(upper) for problem in problems] == [False, True]
-    timed: list[IntArray] = []
-
-    def measured(ranks: IntArray) -> float:
-        timed.append(ranks)
-        return given.time.seconds(ranks) / 20.0
-
-    assert given.agreed(with_high_ranks, measured, 20.0) is given
-    assert len(timed) == 1, "the very first prediction holds"
-    assert given.time.seconds(timed[0]) > 10.0 >= given.of(timed[0]) > 9.5
-    again = TimeLimit.from_state(given.state())
-    assert again.of(upper) == given.of(upper)
-    assert again.text(upper).startswith("a step takes on average ")
 
 
 def test_it_is_saved_and_read_and_without_a_limit_plans_are_told_beside_plain_lora() -> None:
