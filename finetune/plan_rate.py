@@ -303,9 +303,9 @@ class PlanRate(Participant):
         self._put_back()
         scheduled = dict(enumerate(self._scheduler.get_last_lr() if self._scheduler else ()))
         for at, group in enumerate(optimizer.param_groups):
-            if not any(id(parameter) in self._adapters for parameter in group["params"]):
-                continue
             rate = group["lr"]
+            if rate is None or not any(id(parameter) in self._adapters for parameter in group["params"]):
+                continue  # None: the optimizer finds its own
             if isinstance(rate, torch.Tensor):  # of a captured graph, which reads it where it is
                 self._before.append((group, rate.clone()))
                 rate.mul_(self.factor)

@@ -198,7 +198,7 @@ def test_a_trainer_under_control_saves_nothing_broken(llama_config: LlamaConfig,
     assert_whole(tmp_path)
     assert trains_finite(trainer.optimizer, moments=True)
     rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
-    assert rates == pytest.approx([1e-2] * at + [5e-3] * (6 - at))
+    assert rates == pytest.approx([1e-2] * (at + 1) + [5e-3] * (5 - at)), "those of the steps"
 
 
 @pytest.mark.parametrize("at", [0, 2, 5])
