@@ -42,8 +42,9 @@ ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
 """The relative difference of two gradients that is rounding, by the lowest precision of the step: two last places of a
 number. `FULL_ROUNDING` in full precision, where a gradient in parts differs by 4e-7 to 2e-6."""
 
-SHAKEN = 0.1
-"""The standard deviation of what is added to adapters in the test."""
+SHAKEN, NUDGED = 0.1, 0.01
+"""Standard deviations of what is added to adapters, before training and in tests of real batches: many of the rows of a
+model that is shaken look alike."""
 
 FULL_ROUNDING, TF32_ROUNDING = 1e-5, 2**-9
 
@@ -231,7 +232,7 @@ def difference_of(
     """
     steps = list(zip(map(rows.part, parts), rows.shares(parts, kind), map(len, parts), strict=True))
     try:
-        with _shaken(targets, seed), _EqualDropout(run.model, known=False) as found:
+        with _shaken(targets, seed, NUDGED), _EqualDropout(run.model, known=False) as found:
             whole, loss = _stepped(run, found, rows.batch, [(rows.batch, 1.0, rows.examples)])
             each, sums = _stepped(run, found, rows.batch, [step for step in steps if step[1]])
     except torch.OutOfMemoryError:
@@ -297,7 +298,7 @@ def _tested(run: TrainingRun, rows: BatchRows, turn: Callable[[], None], *, know
 
 
 @contextmanager
-def _shaken(targets: Sequence[TargetModule], seed: int) -> Iterator[Callable[[], None]]:
+def _shaken(targets: Sequence[TargetModule], seed: int, by: float = SHAKEN) -> Iterator[Callable[[], None]]:
     """Add random values to the adapters inside; yields what gives B the other sign."""
     generator = torch.Generator().manual_seed(seed)
     before = [(weight, weight.detach().clone()) for t in targets for weight in (t.weight_a, t.weight_b)]
@@ -305,7 +306,7 @@ def _shaken(targets: Sequence[TargetModule], seed: int) -> Iterator[Callable[[],
         with torch.no_grad():
             for weight, _ in before:
                 noise = torch.randn(weight.shape, generator=generator).to(weight)
-                weight.add_(noise, alpha=SHAKEN)
+                weight.add_(noise, alpha=by)
 
         def turn() -> None:
             with torch.no_grad():

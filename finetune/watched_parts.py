@@ -24,6 +24,9 @@ from .run import TrainingRun
 LOOK_EVERY = 100
 """Steps from one look at the modules of a model whose loss is known to the next; a new hook is noticed at once."""
 
+FIRST = 2
+"""Batches that are tested at the beginning: rows may not meet in one of them by chance."""
+
 CHANCE = 1 / 150
 """Of a step to be tested that shows nothing new."""
 
@@ -164,12 +167,12 @@ class News:
     """
 
     def __init__(self, seed: int) -> None:
-        self._seed, self._first = seed, True
+        self._seed, self._looked = seed, 0
         self._values: dict[str, set[Any]] = {}
         self._ranges: dict[str, tuple[float, float]] = {}
 
     def due(self, step: int, rows: BatchRows, parts: Sequence[Sequence[int]]) -> bool:
-        """Whether a batch is to be tested before it runs: the first, one with something new, and some at random.
+        """Whether a batch is to be tested before it runs: the first ones, those with something new, some at random.
 
         Args:
             step: a number of the batch.
@@ -177,9 +180,8 @@ class News:
             parts: the places of their examples.
         """
         new = self._learns(rows, parts)
-        due = new or self._first or np.random.default_rng([self._seed, step]).random() < CHANCE
-        self._first = False
-        return due
+        self._looked += 1
+        return new or self._looked <= FIRST or np.random.default_rng([self._seed, step]).random() < CHANCE
 
     def _learns(self, rows: BatchRows, parts: Sequence[Sequence[int]]) -> bool:
         """Whether a batch holds what none before it held; it is remembered from now on."""
