@@ -39,9 +39,6 @@ from . import trainer_kinds as kinds
 EQUAL = 1e-4
 """The distance of two runs that is rounding: of weights over how far they moved, and of losses."""
 
-NAIVE = "naive"
-"""The mode in which all losses run in halves without rankpilot, which tells how far off a wrong promise would be."""
-
 LOOSE = 0.2
 """The same for the mean loss of a run whose dropout draws other numbers in parts."""
 
@@ -251,9 +248,7 @@ def train(cell: Cell, mode: str) -> Ran:
     with TemporaryDirectory() as folder, ExitStack() as undo, heard() as lines:
         torch.manual_seed(cell.seed)
         made = cell.case.build(of.Ask(Path(folder), cell.seed, cell.rare), undo)
-        if mode == NAIVE:
-            in_halves(made)
-        elif mode:
+        if mode:
             more = {"parts": mode, "keep_rate": True, "control": False}
             rankpilot.attach(made, AsConfigured(), budget="8 GiB", **more)
         undo.enter_context(patch("rankpilot.cost.part_seconds.PROCESSOR_LAUNCH", 2e-7))  # some more parts
@@ -264,27 +259,6 @@ def train(cell: Cell, mode: str) -> Ran:
         losses = [[row[name] for row in history if name in row] for name in ("loss", "eval_loss")]
         parts = max((row["parts"] for row in history if "parts" in row), default=1.0)
         return Ran(start, trained(made.model), *losses, parts, lines)
-
-
-def in_halves(trainer: Any) -> None:
-    """Let a Trainer run the shorter and the longer half of each batch as if all losses were means over rows."""
-    step, backward = trainer.training_step, trainer.accelerator.backward
-
-    def halved(model: Any, inputs: Any, *rest: Any, **options: Any) -> torch.Tensor:
-        lengths = inputs["attention_mask"].sum(1)
-        losses = []
-        for rows in lengths.argsort().chunk(2):
-            share = len(rows) / len(lengths)
-            part = {name: value[rows] for name, value in inputs.items()}
-            cut = slice(0, int(lengths[rows].max())) if part["attention_mask"][:, 0].all() else slice(None)
-            texts = {name: part[name] for name in part if part[name].shape[1:] == inputs["attention_mask"].shape[1:]}
-            part |= {name: value[:, cut] for name, value in texts.items()}
-            scaled = partial(lambda loss, share, **more: backward(loss * share, **more), share=share)
-            with patch.object(trainer.accelerator, "backward", scaled):
-                losses.append(share * step(model, part, *rest, **options))
-        return torch.stack(losses).sum()
-
-    trainer.training_step = halved
 
 
 def trained(model: nn.Module) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,11 @@ from rankpilot.cost.batch_shape import Batch
 from rankpilot.finetune.batch_rows import NEXT_TOKENS, ROWS, SUM, TOKENS
 from rankpilot.finetune.exact_parts import Exactness, exactness_of
 from rankpilot.finetune.run import TrainingRun
-from rankpilot.finetune.trainer_step import run_of_trainer
 from rankpilot.lora.targets import find_target_modules
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from ..cases import first_cases
 from ..conftest import MakeModel
-from .trainer_kinds import TRAINER_KINDS, TRL_KINDS
 
 Loss = Callable[[Any, Batch], torch.Tensor]
 
@@ -207,25 +203,3 @@ def test_a_loss_that_takes_no_part_is_told(make_llama: MakeModel) -> None:
         return own(model, batch)
 
     assert "four rows, please" in exactness(run_of(make_llama(), of_four)).reason
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    first_cases(
-        2,
-        [
-            ("kto", ""),
-            ("dpo", ROWS),
-            ("reward", ROWS),
-            ("sft-assistant-only", SUM),
-            ("sft-packing", SUM),
-            ("seq2seq", TOKENS),
-            ("token-classification", TOKENS),
-            ("class-weights", ""),
-            ("neftune", ""),
-        ],
-    ),
-)
-def test_losses_of_trainers(tmp_path: Path, name: str, kind: str) -> None:
-    (row,) = (row for row in (*TRL_KINDS, *TRAINER_KINDS) if row.name == name)
-    assert exactness(run_of_trainer(row.build(tmp_path))).kind == kind

@@ -164,19 +164,6 @@ def test_what_the_trainer_does_around_a_batch_stays(launch: Callable[..., Launch
     assert parts.logged["parts"] > 1
 
 
-def test_means_over_rows_count_by_rows(launch: Callable[..., Launched], many: None) -> None:
-    class MeanOfRows(Trainer):  # type: ignore[misc]
-        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-            mask = inputs["attention_mask"][..., None]
-            return ((logits * mask).sum(dim=1) / mask.sum(dim=1)).square().mean()
-
-    parts, whole = (launch(trainer=MeanOfRows, parts=how, budget="70%").train() for how in ("on", "off"))
-    assert parts.logged["parts"] > 1
-    assert parts.recorder.losses == pytest.approx(whole.recorder.losses, abs=1e-6)
-    assert_close(parts, whole)
-
-
 def test_layers_follow_the_part(launch: Callable[..., Launched], observing: None) -> None:
     """A long row is checkpointed, and short ones are not."""
     data = texts([30, 4, 4, 4, 4, 4] * STEPS)
@@ -275,19 +262,6 @@ def test_a_row_that_never_fits_is_named(launch: Callable[..., Launched]) -> None
     run = launch(data=Stream(), budget="145 KiB step")
     with pytest.raises(BudgetError, match=r"Row 1 has 300 tokens; the longest that fits alone has \d+\."):
         run.train()
-
-
-def test_a_loss_in_which_rows_meet_runs_whole(
-    launch: Callable[..., Launched], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Contrastive(Trainer):  # type: ignore[misc]
-        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
-            return in_batch_negatives(model, inputs)
-
-    run = launch(trainer=Contrastive).train()
-    assert not run.guard.parts.on
-    assert "parts" not in run.trainer.state.log_history[0]
-    assert capsys.readouterr().out.count("Steps run as a whole") == 1
 
 
 def test_where_the_trainer_looks_for_its_batch_size_steps_are_whole(
