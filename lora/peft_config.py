@@ -26,9 +26,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, UnknownNameError
+from ..errors import ConfigError, UnknownNameError, shown
 from .resize import is_trained, resize
-from .spec import REFERENCE_RANK, Scaling, absent, is_pattern
+from .spec import MOST_REPEATS, REFERENCE_RANK, Scaling, absent, is_pattern, is_slow_pattern
 from .targets import CONSTANT_SCALING, TargetModule, find_target_modules, guard_base, is_router, tied_pairs, unwrap
 
 logger = logging.getLogger(__name__)
@@ -212,6 +212,11 @@ def _existing(base: PreTrainedModel, target_modules: str) -> str | list[str]:
 
 
 def _matching(base: PreTrainedModel, paths: Sequence[str], pattern: str) -> str:
+    if is_slow_pattern(pattern):
+        raise ConfigError(
+            f"target_modules={shown(pattern)} may take very long to match. Repeat no group and at most "
+            f"{MOST_REPEATS} other parts, or write out the names of the modules."
+        )
     try:
         found = [path for path in paths if re.fullmatch(pattern, path)]
     except re.error as error:

@@ -99,6 +99,31 @@ def is_pattern(target_modules: str) -> bool:
     return re.search(r"[\\*+?|()\[\]^$]", target_modules) is not None
 
 
+MOST_PATTERN, MOST_REPEATS = 2000, 4
+_TOKEN = re.compile(r"\\.|\[\^?\]?[^\]]*\]|[()|]|(?<!\()[*+?][*+?]?|\{\d*,?\d*\}")
+
+
+def is_slow_pattern(pattern: str) -> bool:
+    """Whether a regular expression may match without end: it repeats a group, or has many repeats on one way."""
+    repeats, last = 0, ""
+    groups = [(0, 0)]  # repeats before each open group, and the most on a way through it so far
+    for token in _TOKEN.finditer(pattern):
+        kind, before = token[0][0], pattern[token.start() - 1]
+        if kind in "*+?{":
+            repeats += 1
+            if repeats > MOST_REPEATS or (last == before == ")" and kind != "?"):
+                return True
+        elif kind == "(":
+            groups.append((repeats, repeats))
+        elif kind == "|":
+            groups[-1] = groups[-1][0], max(groups[-1][1], repeats)
+            repeats = groups[-1][0]
+        elif kind == ")" and len(groups) > 1:
+            repeats = max(groups.pop()[1], repeats)
+        last = token[0]
+    return len(pattern) > MOST_PATTERN
+
+
 def absent(names: Iterable[str], paths: Iterable[str]) -> list[str]:
     """Those of the names in a list of target modules that no path ends in: PEFT passes over them if others match."""
     ends = tuple(f".{path}" for path in paths)
