@@ -6,7 +6,7 @@ import gc
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     """Show where the bytes go, and write the picture; returns the exit status."""
     gc.set_threshold(FEW_COLLECTIONS)
     path = peek(arguments, "--config")
-    file = _trainer_file(path) if path else None
+    file = _trainer_file(path, arguments) if path else None
     default = _defaults(file, arguments)
     options = parse(Memory, arguments, default, "rankpilot memory")
     if (options.python or file) and not options.card:
@@ -120,17 +120,15 @@ def main(arguments: Sequence[str]) -> int:
         console.out(report.configuration_text(outlook), highlight=False)
     if options.json:
         figures = report.figures(outlook) | ({"lengths": of_lengths.lengths_figures(found)} if found else {})
-        figures |= {"unread": list(file.unread)} if file else {}
+        figures |= {"unread": list(file.unread), "unpriced": list(file.unpriced)} if file else {}
         console.out(json.dumps(figures, indent=2), highlight=False)
     if told:
         if options.details and outlook.grid:
             console.print(report.grid_table(outlook))
         if options.os == "windows":
             console.print(SPILLS, markup=False)
-        if file and file.unread:
-            console.print(
-                f"Not understood in {options.config}, so not counted: {', '.join(file.unread)}.", markup=False
-            )
+        for note in file.remarks(str(options.config)) if file else ():
+            console.print(note, markup=False, highlight=False)
         for note in [*(report.notes(outlook) if options.details else ()), *report.remarks(outlook)]:
             console.print(note, markup=False, highlight=False)
     written = report.write_memory_report(outlook, options, options.output, found) if options.output else ""
@@ -139,10 +137,21 @@ def main(arguments: Sequence[str]) -> int:
     return NOTHING_FITS if options.card and not outlook.best else 0
 
 
-def _trainer_file(path: str) -> TrainerFile:
+def _trainer_file(path: str, arguments: Sequence[str]) -> TrainerFile:
+    """What a file says, where the command line gives what it has not.
+
+    Raises:
+        ConfigError: rows are not cut, and no length is given.
+    """
     from ..study.trainer_file import read_trainer_file
 
-    return read_trainer_file(path)
+    file = read_trainer_file(path)
+    if "max_length" not in file.settings and not peek(arguments, "--max-length"):
+        raise ConfigError(f"{path} cuts no row (max_length: null). Give --max-length, the tokens of the longest one.")
+    if "sharding" in file.settings and not peek(arguments, "--gpus"):
+        told = f"{file.settings.pop('sharding')} (priced as one GPU: give --gpus)"
+        return replace(file, unpriced=(*file.unpriced, told))
+    return file
 
 
 def _here(options: Memory) -> Outlook:
@@ -161,8 +170,6 @@ def _defaults(file: TrainerFile | None, arguments: Sequence[str]) -> Memory:
     card = next((each for each in ("--device", "--device-memory") if peek(arguments, each)), None)
     if card is None:
         raise ConfigError("--config is of a card: give --device or --device-memory with it.")
-    if not (peek(arguments, "--gpus") or settings.get("gpus")):
-        settings.pop("sharding", None)
     default = object.__new__(Memory)  # it is not checked before the command line has had its say
     for each in fields(Memory):
         object.__setattr__(default, each.name, settings.get(each.name, each.default))

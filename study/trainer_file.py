@@ -1,14 +1,17 @@
 """Settings of `rankpilot memory` from the file with which another program trains: axolotl, TRL or LLaMA-Factory.
 
 The file is read as it is. What decides bytes is translated, with that program's own defaults; what decides none, such
-as data and rates, is passed over; what is not understood is told by name.
+as data and rates, is passed over; what is not priced, and what that program does not know, is told by name. The keys of
+each program stand in trainer_keys.json.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from typing import Any
 import yaml
 
 from ..common.files import MOST_YAML_BYTES, parse_yaml, read_text
-from ..errors import ConfigError, shown
+from ..errors import MOST_NAME, ConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,37 @@ class TrainerFile:
     Attributes:
         program: whose it is.
         settings: by name, of `MemoryConfig`.
-        unread: keys that are not understood, so that what they do is not counted.
+        unread: keys that the program does not know, so that what they do is not counted.
+        unpriced: what changes the memory of a step and is not counted: keys, some with a reason.
     """
 
     program: str
     settings: dict[str, Any]
     unread: tuple[str, ...]
+    unpriced: tuple[str, ...] = ()
+
+    def remarks(self, path: str) -> Iterator[str]:
+        """A line for each kind of key that is not counted."""
+        if self.unpriced:
+            yield f"Changes memory in {path}, and is not priced: {', '.join(self.unpriced)}."
+        if self.unread:
+            table = KEYS[self.program]
+            known = [*table["priced"], *table["unpriced"], *table["harmless"]]
+            near = {key: difflib.get_close_matches(key[:MOST_NAME], known, 1, 0.75) for key in self.unread}
+            told = (f"{key} (did you mean {near[key][0]}?)" if near[key] else key for key in self.unread)
+            yield f"Not known to {self.program} {table['version']} in {path}, so not counted: {', '.join(told)}."
+
+
+KEYS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("trainer_keys.json").read_text("utf-8"))
+"""What is known of a program's keys, by program.
+
+version: of the program, for which the lists were made.
+priced: what the readers below ask for.
+unpriced: what changes bytes, by the value that changes none: null for all that is off, "=key" for the value of another
+    key, "<key" for no more than it.
+harmless, older: what touches no memory; the latter is of earlier versions.
+refused: keys of other trainings, which are not priced at all, with the trainings that know them.
+"""
 
 
 def read_trainer_file(path: str | Path) -> TrainerFile:
@@ -53,44 +81,40 @@ def read_trainer_file(path: str | Path) -> TrainerFile:
             f"{path} is no file of axolotl (base_model), TRL (model_name_or_path) or LLaMA-Factory (model_name_or_path "
             f"and finetuning_type). It has: {', '.join(map(shown, list(values)[:5]))}."
         )
-    keys = _Keys({key: value for key, value in values.items() if value is not None}, str(path))
+    keys = _Keys(values, str(path))
+    table = KEYS[program]
+    if foreign := [key for key in table["refused"] if keys.get(key, False) is not False]:
+        known = Counter(training for key in foreign for training in table["refused"][key])
+        most = [training for training, count in known.most_common(3) if count == max(known.values())]
+        raise keys.refuse(f"is of another training, {' or '.join(most)} ({', '.join(foreign[:4])})")
     settings = _READERS[program](keys) | {"exact_savers": False}
     if settings.get("quantization"):
         settings["prepare_kbit"] = False  # all three keep norms and embeddings in 16 bits
-    unread = tuple(key for key in keys.left() if not _HARMLESS.fullmatch(key))
-    return TrainerFile(program, {name: value for name, value in settings.items() if value is not None}, unread)
+    keys.notes += [key for key, rule in table["unpriced"].items() if keys.changes(key, rule)]
+    every = {key for kind in ("priced", "unpriced", "harmless", "older", "refused") for key in table[kind]}
+    unread = tuple(key for key in keys.values if key not in every)
+    settings = {name: value for name, value in settings.items() if value is not None}
+    return TrainerFile(program, settings, unread, tuple(keys.notes))
 
 
 def _program(values: Mapping[str, Any]) -> str:
     if "base_model" in values:
         return "axolotl"
     if "model_name_or_path" in values or "per_device_train_batch_size" in values:
-        return "LLaMA-Factory" if {"finetuning_type", "stage", "cutoff_len"} & set(values) else "TRL"
+        own = {"finetuning_type", "stage", "cutoff_len", "lora_rank", "lora_target", "quantization_bit", "template"}
+        return "LLaMA-Factory" if own & set(values) else "TRL"
     return ""
 
 
-_HARMLESS = re.compile(
-    r"(dataset|data_|wandb|mlflow|comet|trackio|swanlab|ray_|hub|push_to|save|load_best|eval|val_|test_|log|report|lr_|"
-    r"warmup|learning_rate|num_|max_steps|max_grad|max_samples|weight_decay|adam|chat_template|tokenizer|special|tokens|"
-    r"output|overwrite|resume|preproc|train_on|template|seed|shuffle|dataloader|pad|strict|plugins|saves|evals|early|"
-    r"debug|tf32|ddp|group_by|local_rank|xformers|trust|remove_unused|do_|cosine|loss_watchdog|excess|image|"
-    r"skip_|is_|eot|default|additional_special|unfrozen|s2_|lora_(alpha|model_dir|fan|on_cpu|mlp|qkv|o_|emb)|loraplus|"
-    r"model_(type|config|revision)|revision|type_of|bnb_config|experimental|low_cpu|run_name|disable_|plot|cache|stage|"
-    r"enable_thinking|assistant_only|completion_only|eos_token|formatting|use_(kernels|fast|cache)|script|max_length_"
-    r"|streaming|packing_strategy|include_|ignore|neftune|average|label_names|optim_args|bf16_full).*"
-)
-"""Keys that decide no bytes, or none that another key has not decided."""
-
-
 class _Keys:
-    """The settings of a file, which knows those that were not asked for."""
+    """The settings of a file, and notes of what in them is not priced."""
 
     def __init__(self, values: dict[str, Any], path: str) -> None:
-        self.values, self.path, self._asked = values, path, set[str]()
+        self.values = {key: value for key, value in values.items() if value is not None}
+        self.empty, self.path, self.notes = set(values) - set(self.values), path, list[str]()
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a key."""
-        self._asked.add(name)
         return self.values.get(name, default)
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -98,16 +122,34 @@ class _Keys:
         value = self.get(name, default)
         return value.lower() not in ("false", "no", "none", "") if isinstance(value, str) else bool(value)
 
-    def number(self, name: str, default: float) -> Any:
-        """A number from 0 on; it may be written as text (2e-4)."""
+    def number(self, name: str, default: float, least: int = 1) -> Any:
+        """A number, whole where the default is; it may be written as text (2e-4)."""
         value = self.get(name, default)
         try:
             found = type(default)(value)
+            good = found >= least and found == float(value) and not isinstance(value, bool)
         except (TypeError, ValueError, OverflowError):
-            found = type(default)(-1)
-        if isinstance(value, bool) or found < 0:
-            raise ConfigError(f"{self.path}: {name} is a number from 0 on; got {shown(value)}.")
+            good = False
+        if not good:
+            kind = "whole number" if isinstance(default, int) else "number"
+            raise ConfigError(f"{self.path}: {name} is a {kind} from {least} on; got {shown(value)}.")
         return found
+
+    def names(self, name: str, default: str | None = None) -> list[str] | str | None:
+        """Names of modules, or one text: names between commas, or a regular expression."""
+        value = self.get(name, default)
+        if value is None or isinstance(value, str) or (isinstance(value, list) and all(map(_is_name, value))):
+            return value or None
+        raise ConfigError(f"{self.path}: {name} is a name or a list of names; got {shown(value)}.")
+
+    def changes(self, name: str, rule: Any) -> bool:
+        """Whether a key that is not priced has a value that changes bytes (see `KEYS`)."""
+        value, other = self.get(name), self.get(rule[1:]) if isinstance(rule, str) else None
+        if value is None or rule is None:
+            return self.flag(name)
+        if str(rule).startswith("<"):
+            return not (isinstance(value, int) and isinstance(other, int) and value <= other)
+        return bool(value) != bool(other) if str(rule).startswith("=") else value != rule
 
     def model(self, name: str) -> str | None:
         """The name of the model; None where the command line has to give it."""
@@ -116,13 +158,9 @@ class _Keys:
             raise ConfigError(f"{self.path}: {name} is the name of a model or a folder; got {shown(value)}.")
         return value
 
-    def left(self) -> list[str]:
-        """Keys that nobody asked for."""
-        return [key for key in self.values if key not in self._asked]
-
-    def refuse(self, what: str) -> ConfigError:
+    def refuse(self, what: str, do: str = "Measure it in your own trainer: rankpilot.attach(trainer)") -> ConfigError:
         """The error for a training that cannot be priced."""
-        return ConfigError(f"{self.path} {what}. rankpilot prices LoRA and QLoRA of a language model.")
+        return ConfigError(f"{self.path} {what}. Here rankpilot prices SFT with LoRA or QLoRA. {do}.")
 
 
 _OPTIMIZERS = {
@@ -154,18 +192,24 @@ def _attention(given: Any) -> str | None:
     return {"eager": "eager", "disabled": "eager", "sdpa": "sdpa", "xformers": "sdpa"}.get(name)
 
 
-def _names(given: Any) -> str | None:
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _names(keys: _Keys, name: str, default: str | None = None) -> str | None:
     """Names of modules as one text, or a regular expression as it is."""
-    return ",".join(map(str, given)) if isinstance(given, list) else None if given is None else str(given)
+    given = keys.names(name, default)
+    if isinstance(given, str):  # a model is built without its vision tower where it can be, and then has no such part
+        return re.sub(r"(model\\?\.)language_model(\\?\.)", r"\1(language_model\2)?", given)
+    return ",".join(given) if given else None
 
 
-def _adapter(keys: _Keys, **names: str) -> dict[str, Any]:
+def _adapter(keys: _Keys, *, use_dora: str, modules_to_save: str) -> dict[str, Any]:
     """Further arguments of `LoraConfig`, by the keys that the program has for them."""
-    found = {name: value for name, key in names.items() if (value := keys.get(key))}
-    return {
-        name: value.split(",") if name == "modules_to_save" and isinstance(value, str) else value
-        for name, value in found.items()
-    }
+    found: dict[str, Any] = {"use_dora": True} if keys.flag(use_dora) else {}
+    saved = keys.names(modules_to_save)
+    saved = saved.split(",") if isinstance(saved, str) else saved
+    return found | ({"modules_to_save": saved} if saved else {})
 
 
 def _quantization(keys: _Keys) -> str | None:
@@ -188,46 +232,66 @@ def _rows(keys: _Keys, batch: str, default: int, length: int, *, flat: bool) -> 
 
 
 def _checkpointing(keys: _Keys, on: bool, reentrant: bool) -> dict[str, Any]:
-    given = keys.get("gradient_checkpointing_kwargs") or {}
+    on = keys.flag("activation_checkpointing", on)  # the name from transformers 5.24 on
+    given = keys.get("activation_checkpointing_kwargs") or keys.get("gradient_checkpointing_kwargs") or {}
     if not isinstance(given, dict):
         raise ConfigError(f"{keys.path}: gradient_checkpointing_kwargs are settings by name; got {shown(given)}.")
+    keys.notes += ["every_n_layers"] if given.get("every_n_layers", 1) != 1 else []
     return {"gradient_checkpointing": on, "reentrant": on and bool(given.get("use_reentrant", reentrant))}
 
 
 def _sharding(keys: _Keys) -> str | None:
     """What several GPUs share, which a number of them has to be given for."""
-    deepspeed = keys.get("deepspeed")
-    if "fsdp_config" in keys.values or keys.get("fsdp"):
-        keys.get("fsdp_config"), keys.get("fsdp_version")
+    if keys.get("fsdp") or keys.get("fsdp_config"):
+        text = f"{keys.get('fsdp')} {keys.get('fsdp_config')}".lower()
+        keys.notes += ["offload of FSDP"] if re.search(r"offload_params\W+true|\boffload\b", text) else []
         return "fsdp2"
-    stages = re.findall(r"zero_?(?:stage)?(\d)", str(deepspeed).lower())
-    return next((f"zero{stage}" for stage in ("3", "2") if stage in stages), None)
+    given = keys.get("deepspeed")
+    if not given:
+        return None
+    if isinstance(given, str) and (file := Path(keys.path).parent / given).is_file():
+        try:
+            given = parse_yaml(read_text(file, MOST_YAML_BYTES))  # JSON is YAML
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"Cannot read {file}: {' '.join(str(error).split())}") from error
+    zero = given.get("zero_optimization") if isinstance(given, dict) else None
+    text = f"zero{zero.get('stage')} {zero}" if isinstance(zero, dict) else str(given)
+    stage = re.search(r"(?<![a-z])z(?:ero)?_?(?:stage)?_?([0-3])", text.lower())
+    keys.notes += ["offload of DeepSpeed"] if re.search(r"offload(?!\w*\W+device\W+none)", text.lower()) else []
+    keys.notes += [] if stage else ["deepspeed (its ZeRO stage is not told)"]
+    return f"zero{stage[1]}" if stage and stage[1] in "23" else None
 
 
 def _axolotl(keys: _Keys) -> dict[str, Any]:
     adapter, rl = keys.get("adapter"), keys.get("rl")
     if adapter not in ("lora", "qlora"):
-        raise keys.refuse(f"trains {'everything' if adapter is None else f'with adapter: {shown(adapter)}'}")
+        what = "everything" if adapter is None else f"with adapter: {shown(adapter)}"
+        raise keys.refuse(f"trains {what}", "Set adapter: lora or qlora")
     if rl:
         raise keys.refuse(f"trains by rl: {shown(rl)}")
-    plugins = str(keys.get("plugins", ""))
-    cut = keys.flag("cut_cross_entropy", "CutCrossEntropy" in plugins) or keys.flag("liger_fused_linear_cross_entropy")
-    flags = [name for name in ("flash", "sdp", "flex", "eager", "xformers") if keys.flag(f"{name}_attention")]
+    plugins = keys.get("plugins") or []
+    plugins = [str(name) for name in (plugins if isinstance(plugins, list) else [plugins])]
+    keys.notes += [name for name in plugins if not re.search("CutCrossEntropy|Liger|LMEval|SwanLab", name)]
+    switches = [key for key in keys.values if re.fullmatch("lora_(mlp|qkv|o|embedding)_kernel", key)]
+    if not (switches or keys.flag("trust_remote_code") or (adapter == "lora" and keys.flag("load_in_8bit"))):
+        keys.notes.append("lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel (on by default)")
+    cut = keys.flag("cut_cross_entropy", "CutCrossEntropy" in str(plugins))
+    cut = cut or keys.flag("liger_fused_linear_cross_entropy")
+    flags = [name for name in ("flash", "sdp", "flex", "eager", "xformers", "sage") if keys.flag(f"{name}_attention")]
     attention = _attention(keys.get("attn_implementation") or (flags[0].replace("sdp", "sdpa") if flags else None))
     packs = keys.flag("sample_packing") and attention in ("flash", "flex", None)
     offload = keys.get("activation_offloading", False) not in (False, "false")
     checkpointed = keys.flag("gradient_checkpointing")
     if str(keys.values.get("gradient_checkpointing")).startswith("offload"):
         offload = True
-    linear = keys.flag("lora_target_linear")
-    named = _names(keys.get("lora_target_modules"))
+    named = _names(keys, "lora_target_modules")
     precise = keys.flag("bf16", True) or keys.flag("bfloat16")
     return {
         "model": keys.model("base_model"),
         "rank": keys.number("lora_r", 8),
-        "lora_dropout": keys.number("lora_dropout", 0.0),
-        "target_modules": "all-linear" if linear else named or None,
-        "target_parameters": _names(keys.get("lora_target_parameters")),
+        "lora_dropout": keys.number("lora_dropout", 0.0, 0),
+        "target_modules": "all-linear" if keys.flag("lora_target_linear") else named,
+        "target_parameters": _names(keys, "lora_target_parameters"),
         "adapter": _adapter(keys, use_dora="peft_use_dora", modules_to_save="lora_modules_to_save"),
         "quantization": _quantization(keys),
         "experts": "axolotl" if keys.flag("quantize_moe_experts") else None,
@@ -236,7 +300,7 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         "attention": attention,
         "loss": "cut" if cut else None,
         "expandable_segments": True,
-        **_rows(keys, "micro_batch_size", 1, keys.number("sequence_len", 2048), flat=packs),
+        **_rows(keys, "micro_batch_size", 1, keys.number("sequence_len", 512), flat=packs),
         **_checkpointing(keys, checkpointed, True),
         "offload": offload,
         "sharding": _sharding(keys),
@@ -244,28 +308,31 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
 
 
 def _trl(keys: _Keys) -> dict[str, Any]:
-    if "use_peft" in keys.values and not keys.flag("use_peft"):
-        raise keys.refuse("trains everything (use_peft: false)")
+    if not keys.flag("use_peft"):
+        raise keys.refuse("trains everything, since TRL's use_peft is false by default", "Set use_peft: true")
+    loss = keys.get("loss_type", "nll")
+    if loss not in ("nll", "chunked_nll", "dft"):
+        raise keys.refuse(f"has loss_type: {shown(loss)}, which is no loss of SFT")
     quantization = _quantization(keys)
-    keys.flag("use_peft"), keys.get("bnb_4bit_quant_type")
     attention = _attention(keys.get("attn_implementation"))
     flat = attention == "flash" and (keys.flag("packing") or keys.flag("padding_free"))
-    keys.flag("packing"), keys.flag("padding_free"), keys.get("torch_dtype")
+    length = keys.number("max_length", 1024)
     return {
         "model": keys.model("model_name_or_path"),
         "rank": keys.number("lora_r", 16),
-        "lora_dropout": keys.number("lora_dropout", 0.05 if "lora_target_parameters" not in keys.values else 0.0),
-        "target_modules": _names(keys.get("lora_target_modules")) or "q_proj,v_proj",
-        "target_parameters": _names(keys.get("lora_target_parameters")),
+        "lora_dropout": keys.number("lora_dropout", 0.05 if "lora_target_parameters" not in keys.values else 0.0, 0),
+        "target_modules": _names(keys, "lora_target_modules", "q_proj,v_proj"),
+        "target_parameters": _names(keys, "lora_target_parameters"),
         "adapter": _adapter(keys, use_dora="use_dora", modules_to_save="lora_modules_to_save"),
         "quantization": quantization,
         "double_quantization": keys.flag("use_bnb_nested_quant") if quantization == "nf4" else None,
         "optimizer": _optimizer(keys, "optim", "adamw_torch_fused"),
-        "dtype": {"float32": "fp32", "float16": "fp16"}.get(str(keys.get("dtype", "bfloat16")), "bf16"),
+        "dtype": {"float32": "fp32", "float16": "fp16"}.get(str(keys.get("dtype", "float32")), "bf16"),
         "bf16": keys.flag("bf16", not keys.flag("fp16")),
         "attention": attention,
-        "loss": "chunked" if keys.get("loss_type", "nll") in ("nll", "chunked_nll") else None,
-        **_rows(keys, "per_device_train_batch_size", 8, keys.number("max_length", 1024), flat=flat),
+        "loss": "chunked" if loss != "dft" else None,
+        **_rows(keys, "per_device_train_batch_size", 8, length, flat=flat),
+        **({"max_length": None} if "max_length" in keys.empty else {}),
         **_checkpointing(keys, keys.flag("gradient_checkpointing", True), False),
         "offload": keys.flag("activation_offloading"),
         "sharding": _sharding(keys),
@@ -275,17 +342,18 @@ def _trl(keys: _Keys) -> dict[str, Any]:
 def _llama_factory(keys: _Keys) -> dict[str, Any]:
     kind, stage = keys.get("finetuning_type", "lora"), keys.get("stage", "sft")
     if kind != "lora":
-        raise keys.refuse(f"trains with finetuning_type: {shown(kind)}")
+        raise keys.refuse(f"trains with finetuning_type: {shown(kind)}", "Set finetuning_type: lora")
     if stage not in ("sft", "pt"):
         raise keys.refuse(f"trains in stage: {shown(stage)}")
-    bits, target = keys.number("quantization_bit", 0), _names(keys.get("lora_target", "all"))
+    bits, target = keys.number("quantization_bit", 0, 0), _names(keys, "lora_target", "all")
+    if bits not in (0, 4, 8):
+        raise ConfigError(f"{keys.path}: quantization_bit: {bits} is not priced. Set 4 or 8.")
     flash = _attention(keys.get("flash_attn", "auto"))
     flat = keys.flag("neat_packing") and flash == "flash"
-    keys.flag("packing"), keys.get("quantization_method")
     return {
         "model": keys.model("model_name_or_path"),
         "rank": keys.number("lora_rank", 8),
-        "lora_dropout": keys.number("lora_dropout", 0.0),
+        "lora_dropout": keys.number("lora_dropout", 0.0, 0),
         "target_modules": "all-linear" if target == "all" else target,
         "adapter": _adapter(keys, use_dora="use_dora", modules_to_save="additional_target"),
         "quantization": {4: "nf4", 8: "int8"}.get(bits),

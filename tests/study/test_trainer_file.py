@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from rankpilot.cli import main as cli
 from rankpilot.errors import ConfigError
-from rankpilot.study.trainer_file import read_trainer_file
+from rankpilot.lora.spec import is_slow_pattern
+from rankpilot.study import trainer_file
+from rankpilot.study.trainer_file import KEYS, read_trainer_file
 from transformers import LlamaConfig
 
 from ..cli.mistakes import failure, usage_error
@@ -70,7 +74,8 @@ def read(folder: Path, text: str) -> Path:
 
 def test_axolotl(tmp_path):
     file = read_trainer_file(read(tmp_path, AXOLOTL))
-    assert (file.program, file.unread) == ("axolotl", ())
+    kernels = "lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel (on by default)"
+    assert (file.program, file.unread, file.unpriced) == ("axolotl", (), (kernels,))
     wanted = {
         "model": "Qwen/Qwen3-4B",
         "rank": 32,
@@ -123,6 +128,7 @@ def test_trl(tmp_path):
     assert (settings["batch_size"], settings["max_length"], settings["accumulation"]) == (4, 512, 2)
     assert (settings["loss"], settings["gradient_checkpointing"], settings["reentrant"]) == ("chunked", True, False)
     assert (settings["lora_dropout"], settings["double_quantization"]) == (0.05, False)
+    assert settings["dtype"] == "fp32", "TRL 1.16 loads in fp32 unless told"
 
 
 def test_llama_factory(tmp_path):
@@ -141,16 +147,18 @@ def test_modules_in_one_text_are_several(tmp_path):
 def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
     LlamaConfig(vocab_size=256, **sizes, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "model")
-    values = yaml.safe_load(TRL) | {"model_name_or_path": str(tmp_path / "model"), "flux_capacitor": 1}
-    path = read(tmp_path, yaml.safe_dump(values | {"load_in_4bit": False}))
+    values = yaml.safe_load(TRL) | {"model_name_or_path": str(tmp_path / "model"), "flux_capacitor": 1, "lora_rr": 2}
+    path = read(tmp_path, yaml.safe_dump(values | {"load_in_4bit": False, "fsdp": "full_shard"}))
     command = ["memory", "--config", str(path), "--device", "T4"]
     assert cli.run(command) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "4 x 512 tokens, rank 16" in printed
     assert "flux_capacitor" in printed
+    assert "did you mean lora_r?" in printed
     assert cli.run([*command, "--batch-size", "2", "--json"]) == 0, "options go before the file"
     figures = json.loads(capsys.readouterr().out)
-    assert (figures["rows"], figures["unread"]) == (2, ["flux_capacitor"])
+    assert (figures["rows"], figures["unread"]) == (2, ["flux_capacitor", "lora_rr"])
+    assert "fsdp2" in figures["unpriced"][0], "one GPU shards nothing"
     assert cli.run([*command, "--os", "windows"]) == 0
     assert "Sysmem Fallback" in " ".join(capsys.readouterr().out.split())
 
@@ -164,10 +172,24 @@ def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys
         ("base_model: m", "trains everything"),
         ("base_model: m\nadapter: lora\nrl: dpo", "trains by rl: .dpo"),
         ("base_model: m\nadapter: lora\noptimizer: adamw_8bits", "Did you mean 'adamw_8bit'"),
-        ("base_model: m\nadapter: lora\nlora_r: many", "lora_r is a number"),
+        ("base_model: m\nadapter: lora\nlora_r: many", "lora_r is a whole number"),
         ("base_model: m\nadapter: lora\nload_in_4bit: true\nload_in_8bit: true", "set one of them"),
         ("model_name_or_path: m\nfinetuning_type: full", "finetuning_type: .full"),
-        ("model_name_or_path: m\nuse_peft: false", "use_peft: false"),
+        ("model_name_or_path: m\nuse_peft: false", "use_peft"),
+        ("model_name_or_path: m\nlora_r: 8", "use_peft: true"),
+        ("model_name_or_path: m\nuse_peft: true\nuse_vllm: true\nnum_generations: 8\nepsilon: 0.2", "GRPO"),
+        ("model_name_or_path: m\nuse_peft: true\nprecompute_ref_log_probs: true\nbeta: 0.0", "DPO or KTO"),
+        ("model_name_or_path: m\nuse_peft: true\nloss_type: [sigmoid]", "no loss of SFT"),
+        ("model_name_or_path: m\nuse_peft: true\ncenter_rewards_coefficient: 0.01", "reward"),
+        ("model_name_or_path: m\nuse_peft: true\nreward_model_path: r", "online DPO"),
+        ("base_model: m\nadapter: lora\nreward_model: true", "a reward model"),
+        ("model_name_or_path: m\nstage: dpo\nfinetuning_type: lora", "stage: .dpo"),
+        ("model_name_or_path: m\nstage: sft\nfinetuning_type: freeze", "finetuning_type: .freeze"),
+        ("model_name_or_path: m\nlora_rank: 8\nquantization_bit: 3", "Set 4 or 8"),
+        ("base_model: m\nadapter: lora\nmicro_batch_size: 0", "micro_batch_size .* from 1 on"),
+        ("base_model: m\nadapter: lora\nlora_r: 2.9", "lora_r .* got 2.9"),
+        ("base_model: m\nadapter: lora\nlora_modules_to_save: [1, 2]", "lora_modules_to_save .* a list of names"),
+        ("base_model: m\nadapter: lora\nlora_target_modules: {a: 1}", "lora_target_modules .* a list of names"),
     ],
 )
 def test_bad_files_get_one_line(text, message, tmp_path):
@@ -176,8 +198,97 @@ def test_bad_files_get_one_line(text, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("base", "change", "told"),
+    [
+        (AXOLOTL, "lora_mlp_kernel: true", "lora_mlp_kernel"),
+        (AXOLOTL, "{lora_mlp_kernel: false, eval_batch_size: 2, sample_packing: true, eval_sample_packing: true}", ""),
+        (AXOLOTL, "eval_batch_size: 8", "eval_batch_size"),
+        (AXOLOTL, "eval_sample_packing: false", "eval_sample_packing"),
+        (AXOLOTL, "bnb_config_kwargs: {bnb_4bit_use_double_quant: false}", "bnb_config_kwargs"),
+        (AXOLOTL, "unfrozen_parameters: [lm_head]", "unfrozen_parameters"),
+        (AXOLOTL, "{do_causal_lm_eval: true, is_multimodal: true}", "do_causal_lm_eval, is_multimodal"),
+        (AXOLOTL, "image_size: 512", "image_size"),
+        (AXOLOTL, "plugins: [a.SpectrumPlugin, b.LigerPlugin]", "a.SpectrumPlugin"),
+        (AXOLOTL, "fsdp_config: {offload_params: true}", "offload of FSDP"),
+        (AXOLOTL, "fsdp: [full_shard, offload]", "offload of FSDP"),
+        (AXOLOTL, "deepspeed: deepspeed_configs/zero3_bf16_cpuoffload_all.json", "offload of DeepSpeed"),
+        (AXOLOTL, "deepspeed: {zero_optimization: {stage: 2, offload_optimizer: {device: none}}}", ""),
+        (AXOLOTL, "deepspeed: other.json", "ZeRO stage"),
+        (TRL, "{neftune_noise_alpha: 5, label_smoothing_factor: 0.0}", "neftune_noise_alpha"),
+        (TRL, "{per_device_eval_batch_size: 16, eval_packing: false}", "per_device_eval_batch_size"),
+        (LLAMA_FACTORY, "{image_max_pixels: 262144, freeze_vision_tower: true}", "image_max_pixels"),
+        (LLAMA_FACTORY, "freeze_vision_tower: false", "freeze_vision_tower"),
+    ],
+)
+def test_what_is_not_priced_is_named(base, change, told, tmp_path):
+    values = yaml.safe_load(base) | yaml.safe_load(change)
+    file = read_trainer_file(read(tmp_path, yaml.safe_dump(values)))
+    named = [name for name in file.unpriced if "by default" not in name]
+    assert (told in ", ".join(named), bool(named), file.unread) == (True, bool(told), ())
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "sharding"),
+    [("ds.json", "zero3"), ("ds_z3_config.json", "zero3"), ({"zero_optimization": {"stage": 2}}, "zero2")],
+)
+def test_deepspeed_is_read_where_it_stands(deepspeed, sharding, tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    text = yaml.safe_dump(yaml.safe_load(LLAMA_FACTORY) | {"deepspeed": deepspeed})
+    assert read_trainer_file(read(tmp_path, text)).settings["sharding"] == sharding
+
+
+@pytest.mark.parametrize("program", KEYS)
+def test_priced_keys_are_those_that_are_asked_for(program):
+    source = Path(str(trainer_file.__file__)).read_text(encoding="utf-8")
+    asked = {*re.findall(r'"(\w+)"', source), *(f"{name}_attention" for name in re.findall(r'"(\w+)"', source))}
+    assert set(KEYS[program]["priced"]) - asked - {"fsdp_version"} == set(), "of axolotl, with fsdp_config"
+    kinds = [name for kind in ("priced", "unpriced", "harmless", "older", "refused") for name in KEYS[program][kind]]
+    assert len(kinds) == len(set(kinds)), "a key is of one kind"
+
+
+def test_keys_are_those_of_the_program():
+    trl = pytest.importorskip(
+        "trl", reason="axolotl and LLaMA-Factory are never there; their versions are in the table"
+    )
+    table = KEYS["TRL"]
+    if trl.__version__ != table["version"]:
+        pytest.skip(f"the table is of TRL {table['version']}")
+    known = {each.name for kind in (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments) for each in fields(kind)}
+    assert known <= {*table["priced"], *table["unpriced"], *table["harmless"]}
+    for name, kind in {"GRPO": trl.GRPOConfig, "DPO": trl.DPOConfig, "KTO": trl.KTOConfig}.items():
+        assert {each.name for each in fields(kind)} - known <= {
+            key for key, of in table["refused"].items() if name in of
+        }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "slow"),
+    [
+        ("(([a-z_.0-9])+)+X", True),
+        ("(a|a)*b", True),
+        (".*.*.*.*.*X", True),
+        ("a?" * 30, True),
+        (r"model.layers.[\d]+.(_checkpoint_wrapped_module.)?(mlp|self_attn).(up|down|q|k)_proj", False),
+        (r".*\.layers\.(3|7)\.self_attn\.q_proj|.*\.mlp\.up_proj|.*k_proj|.*o_proj|.*\.mlp\.(?:gate|down)_proj", False),
+    ],
+)
+def test_expressions_without_end_are_refused(pattern, slow):
+    assert is_slow_pattern(pattern) == slow
+
+
+def test_language_model_is_found_where_it_stands_alone(tmp_path):
+    text = yaml.safe_dump(
+        yaml.safe_load(AXOLOTL) | {"lora_target_modules": r"model.language_model.layers.[\d]+.mlp.up"}
+    )
+    pattern = read_trainer_file(read(tmp_path, text)).settings["target_modules"]
+    assert all(re.fullmatch(pattern, f"model.{part}layers.1.mlp.up") for part in ("", "language_model."))
+
+
 def test_bad_commands_get_one_line(tmp_path, capsys):
     assert "No such file" in failure(["memory", "--config", str(tmp_path / "none.yaml"), "--device", "T4"], capsys)
     path = read(tmp_path, TRL)
     assert "give --device" in failure(["memory", "--config", str(path)], capsys)
+    uncut = read(tmp_path, TRL.replace("max_length: 512", "max_length: null"))
+    assert "Give --max-length" in failure(["memory", "--config", str(uncut), "--device", "T4"], capsys)
     assert "of a card" in usage_error(["memory", "qwen3-4b", "--attention", "flash"], capsys)
