@@ -65,6 +65,7 @@ def subject(outlook: Outlook, config: MemoryConfig) -> str:
         *([] if named else [settings.optimizer]),
         *([f"frozen model in {settings.quantization}"] if settings.quantization != "none" else []),
         *([_experts_text(outlook)] if step.model.fused and settings.quantization != "none" else []),
+        *(["loaded in fp32"] if outlook.card and outlook.dtype == "fp32" else []),
         *(["gradients accumulated"] if settings.accumulation > 1 else []),
         *(["bf16 autocast"] if settings.bf16 else []),
         *(["gradient checkpointing"] if config.gradient_checkpointing is True else []),

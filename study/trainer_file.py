@@ -45,8 +45,9 @@ class TrainerFile:
         if self.unread:
             table = KEYS[self.program]
             known = [*table["priced"], *table["unpriced"], *table["harmless"]]
-            near = {key: difflib.get_close_matches(key[:MOST_NAME], known, 1, 0.75) for key in self.unread}
-            told = (f"{key} (did you mean {near[key][0]}?)" if near[key] else key for key in self.unread)
+            near = {key: difflib.get_close_matches(key[:MOST_NAME], known, 1, 0.75) for key in self.unread[:20]}
+            near |= {key: [new] for key, new in table["renamed"].items()}
+            told = (f"{key} (did you mean {near[key][0]}?)" if near.get(key) else key for key in self.unread)
             yield f"Not known to {self.program} {table['version']} in {path}, so not counted: {', '.join(told)}."
 
 
@@ -58,6 +59,7 @@ priced: what the readers below ask for.
 unpriced: what changes bytes, by the value that changes none: null for all that is off, "=key" for the value of another
     key, "<key" for no more than it.
 harmless, older: what touches no memory; the latter is of earlier versions.
+renamed: keys of earlier versions that this one does not read, by what they are called now.
 refused: keys of other trainings, which are not priced at all, with the trainings that know them.
 """
 
@@ -360,7 +362,7 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
         "double_quantization": keys.flag("double_quantization", True) if bits == 4 else None,
         "experts": "unsloth" if keys.flag("use_unsloth") and bits == 4 else None,
         "optimizer": _optimizer(keys, "optim", "adamw_torch"),
-        "dtype": "bf16" if keys.flag("bf16") or keys.flag("pure_bf16") else "fp16" if keys.flag("fp16") else "fp32",
+        "dtype": "bf16" if keys.flag("bf16") or keys.flag("pure_bf16") else "fp16" if keys.flag("fp16") else None,
         "attention": flash,
         "loss": "cut" if keys.flag("enable_liger_kernel") else None,
         **_rows(keys, "per_device_train_batch_size", 8, keys.number("cutoff_len", 2048), flat=flat),

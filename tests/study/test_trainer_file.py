@@ -138,6 +138,11 @@ def test_llama_factory(tmp_path):
     assert (file.settings["attention"], file.settings["reentrant"]) == ("flash", True)
 
 
+def test_llama_factory_without_a_precision_is_loaded_as_the_card_has_it(tmp_path):
+    file = read_trainer_file(read(tmp_path, LLAMA_FACTORY.replace("bf16: true", "")))
+    assert "dtype" not in file.settings
+
+
 def test_modules_in_one_text_are_several(tmp_path):
     values = yaml.safe_load(LLAMA_FACTORY) | {"additional_target": "embed_tokens,lm_head"}
     file = read_trainer_file(read(tmp_path, yaml.safe_dump(values)))
@@ -147,17 +152,19 @@ def test_modules_in_one_text_are_several(tmp_path):
 def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
     LlamaConfig(vocab_size=256, **sizes, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "model")
-    values = yaml.safe_load(TRL) | {"model_name_or_path": str(tmp_path / "model"), "flux_capacitor": 1, "lora_rr": 2}
+    values = yaml.safe_load(TRL) | {"flux_capacitor": 1, "torch_dtype": "bfloat16"}
+    values["model_name_or_path"] = str(tmp_path / "model")
     path = read(tmp_path, yaml.safe_dump(values | {"load_in_4bit": False, "fsdp": "full_shard"}))
     command = ["memory", "--config", str(path), "--device", "T4"]
     assert cli.run(command) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "4 x 512 tokens, rank 16" in printed
+    assert "loaded in fp32" in printed
     assert "flux_capacitor" in printed
-    assert "did you mean lora_r?" in printed
+    assert "did you mean dtype?" in printed
     assert cli.run([*command, "--batch-size", "2", "--json"]) == 0, "options go before the file"
     figures = json.loads(capsys.readouterr().out)
-    assert (figures["rows"], figures["unread"]) == (2, ["flux_capacitor", "lora_rr"])
+    assert (figures["rows"], figures["unread"]) == (2, ["flux_capacitor", "torch_dtype"])
     assert "fsdp2" in figures["unpriced"][0], "one GPU shards nothing"
     assert cli.run([*command, "--os", "windows"]) == 0
     assert "Sysmem Fallback" in " ".join(capsys.readouterr().out.split())
