@@ -503,10 +503,14 @@ def write_memory_report(
 
     Existing files are replaced.
     """
-    from .lengths import lengths_figures, lengths_picture  # which load torch, as pictures do
     from .pictures import memory_picture
 
-    write_json(folder / "memory.json", figures(outlook) | ({"lengths": lengths_figures(lengths)} if lengths else {}))
+    told = figures(outlook)
+    if lengths:
+        from .lengths import lengths_figures, lengths_picture  # which load torch
+
+        told["lengths"] = lengths_figures(lengths)
+    write_json(folder / "memory.json", told)
     try:
         if lengths:
             save_figure(lengths_picture(lengths), folder / "lengths.png")
