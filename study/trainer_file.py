@@ -162,6 +162,9 @@ def _names(given: Any) -> str | None:
 def _adapter(keys: _Keys, **names: str) -> dict[str, Any]:
     """Further arguments of `LoraConfig`, by the keys that the program has for them."""
     found = {name: value for name, key in names.items() if (value := keys.get(key))}
+    saved = found.get("modules_to_save", "")
+    if not isinstance(saved, str) and not (isinstance(saved, list) and all(isinstance(each, str) for each in saved)):
+        raise ConfigError(f"{keys.path}: {names['modules_to_save']} is names of modules; got {shown(saved)}.")
     return {
         name: value.split(",") if name == "modules_to_save" and isinstance(value, str) else value
         for name, value in found.items()
