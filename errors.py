@@ -93,7 +93,9 @@ class UnknownNameError(RankPilotError, LookupError):
         """
         names = list(allowed)
         short = isinstance(given, str) and len(given) <= MOST_NAME
-        near = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5) if short else []
+        written = {each.lower(): each for each in names}
+        near = difflib.get_close_matches(str(given).lower(), written, n=3, cutoff=0.5) if short else []
+        near = [written[each] for each in near]
         listed = near or names[:8]
         lead = "Did you mean" if near else "Allowed"
         more = "" if near or len(names) <= 8 else f" and {len(names) - 8} more"
