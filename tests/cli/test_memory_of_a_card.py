@@ -45,12 +45,18 @@ def test_a_verdict_comes_first_and_all_figures_are_written(
     assert cli.run([*arguments, "--details"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "parameters on RTX 4090, 8 x 1024 tokens, rank 8 on 21 modules of 3 layers" in printed
+    assert re.match(r"Fits: 0\.\d of 23\.5 GiB \(8 x 1,024 tokens, rank 8\)\. llama, ", printed)
     assert printed.index("Fits with") < printed.index("Layers to checkpoint")
+    assert "A row is tight if less than 3% of the card is to spare" in printed
     assert "all layers at rank 8 with no checkpointing" in printed
     figures = read_json(tmp_path / "card/memory.json")
     assert figures["fits"]
     assert figures["memory_bytes"] < 24 * 2**30
     assert (tmp_path / "card/memory.png").stat().st_size > 10_000
+    assert cli.run([*arguments, "--rank", "32", "--quantization", "nf4"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "GiB (8 x 1,024 tokens, rank 32, nf4)." in printed
+    assert "For comparison: plain LoRA at rank 8 on all modules takes" in printed
 
 
 def test_a_short_answer_that_writes_nothing(
