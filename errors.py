@@ -93,7 +93,9 @@ class UnknownNameError(RankPilotError, LookupError):
         """
         names = list(allowed)
         short = isinstance(given, str) and len(given) <= MOST_NAME
-        near = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5) if short else []
+        written = {each.lower(): each for each in names}
+        near = difflib.get_close_matches(str(given).lower(), written, n=3, cutoff=0.5) if short else []
+        near = [written[each] for each in near]
         listed = near or names[:8]
         lead = "Did you mean" if near else "Allowed"
         more = "" if near or len(names) <= 8 else f" and {len(names) - 8} more"
@@ -113,15 +115,18 @@ class UnsupportedError(RankPilotError, TypeError):
 _EXTRAS = {
     "A picture needs matplotlib: pip install 'rankpilot[study]'.": "matplotlib",
     "Policies and environments need gymnasium: pip install 'rankpilot[agent]'.": "gymnasium stable_baselines3 scipy",
-    "Training, and steps that are not stored, need torch and transformers: pip install 'rankpilot[train]'.": "torch "
-    "transformers peft accelerate datasets filelock psutil tqdm",
+    "Training, --lengths, and models or settings whose steps do not ship need torch and transformers: pip install "
+    "'rankpilot[train]'.": "torch transformers huggingface_hub peft accelerate datasets filelock psutil tqdm",
 }
 """What to do where one of some packages is missing, which an extra installs."""
 
 
 @contextmanager
-def naming_extras() -> Iterator[None]:
+def naming_extras(hint: str = "") -> Iterator[None]:
     """Where a package of an extra is missing, let the error name the extra.
+
+    Args:
+        hint: how to do without it.
 
     Raises:
         UnsupportedError: a package of an extra, such as torch or gymnasium, is imported and not installed.
@@ -132,7 +137,7 @@ def naming_extras() -> Iterator[None]:
         package = str(error.name).partition(".")[0]
         for told, packages in _EXTRAS.items():
             if package in packages.split():
-                raise UnsupportedError(told) from error
+                raise UnsupportedError(f"{told} {hint}".strip()) from error
         raise
 
 

@@ -93,7 +93,6 @@ def main(arguments: Sequence[str]) -> int:
     from ..common.files import refuse_file
     from ..study import memory_report as report
     from ..study.memory_doubts import doubts_text
-    from ..study.memory_report import saver_table
 
     if options.output:
         refuse_file(options.output)  # now, and not after minutes of work
@@ -106,13 +105,14 @@ def main(arguments: Sequence[str]) -> int:
     found = None if rows is None else of_lengths.steps_of_lengths(outlook, rows, options.seed)
     told = not (options.json or (options.python and outlook.best))
     if told:  # what is asked for first, and then what takes seconds more
-        console.print(f"[bold]{escape(report.subject(outlook, options))}[/]", highlight=False)
+        opening = report.headline(outlook) + report.subject(outlook, options)
+        console.print(f"[bold]{escape(opening)}[/]", highlight=False)
         verdict = filter(None, (report.verdict_text(outlook), doubts_text(outlook)))
         console.print("\n".join(verdict), markup=False, highlight=False)
         if options.details or options.budget:
             console.print(report.choice_table(outlook))
         if len(outlook.step.saved) > 1:
-            console.print(saver_table(outlook.step.saved))
+            console.print(report.saver_table(outlook.step.saved))
         if found:
             console.print(of_lengths.lengths_table(found))
             console.print(of_lengths.lengths_text(found), markup=False, highlight=False)

@@ -113,8 +113,8 @@ def find_device_spec(name: str) -> DeviceSpec:
     """A card by its name, or by its memory alone.
 
     Args:
-        name: "RTX 4090", "a100 80gb" or what the driver calls it ("NVIDIA A100-SXM4-80GB"); "24GiB" is a card of which
-            only the memory is known, all of which CUDA reports to programs.
+        name: "RTX 4090", "4060ti 16gb" or what the driver calls it ("NVIDIA A100-SXM4-80GB"); "24GiB" is a card of
+            which only the memory is known, all of which CUDA reports to programs.
 
     Raises:
         UnknownNameError: no card of the table has this name, or several have.
@@ -123,7 +123,9 @@ def find_device_spec(name: str) -> DeviceSpec:
         raise ConfigError(f"A card is its name or its memory ('RTX 4090', '24GiB'); got {shown(name)}.")
     if re.match(r"\s*[0-9.,_]+\s*[kmgt]i?b\s*$", name, re.IGNORECASE):
         return _of_memory(name)
-    words = set(re.findall(r"[a-z0-9]+", re.sub(r"(\d)\s+(gi?b)\b", r"\1\2", name.lower()).replace("gib", "gb")))
+    spelled = re.sub(r"(?<=[\s-])(\d+)\s*gi?b?\b", r"\1gb", name.lower().strip())
+    spelled = re.sub(r"(rtx|\d{4}|ti)(?=a?\d{4}|ti|super)", r"\1 ", spelled)  # "rtx4090", "4070tisuper"
+    words = set(re.findall(r"[a-z0-9]+", spelled))
     words -= _BRANDS
     distances: dict[str, int] = {}
     for card, row in _rows().items():

@@ -43,6 +43,7 @@ from .published import (
     check_sizes,
     find_configuration,
     most_positions,
+    said_of,
     stored_method,
 )
 from .quantised import adapters_on_quantised_experts, quantise, quiet
@@ -119,8 +120,8 @@ class StepRecorder:
         checkpointing_optional: bool = False,
     ) -> None:
         config = find_configuration(config) if isinstance(config, str) else copy.deepcopy(config)
-        check_reads_tokens(config)
         check_sizes(config)
+        check_reads_tokens(config)
         check_experts(config)
         stored_method(config, step.quantization)
         self.loaded = loaded = loaded or LoadedAs()
@@ -375,9 +376,9 @@ def base_on_meta(config: PreTrainedConfig, auto_class: str, dtype: torch.dtype |
         dtype = dtype or config.dtype or torch.float32
         kind = getattr(transformers, auto_class)
         base: PreTrainedModel = kind.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise ConfigError(
-            f"No {auto_class} can be made from this configuration of {config.model_type!r}: {first_line(error)}"
+            f"No {auto_class} can be made from this configuration of {config.model_type!r}: {said_of(error)}"
         ) from error
     if getattr(config, "scale_decoder_outputs", True) is False:
         # A T5 of version 1.1: its configuration says that the output layer is tied, and its weights say that it is not.

@@ -204,7 +204,9 @@ def _fields(model: str | PreTrainedConfig) -> Mapping[str, Any]:
         return fields
     with suppress(OSError, ValueError):
         if place := path if path.exists() else _downloaded(model):
-            return read_object(place / "config.json" if place.is_dir() else place)
+            file = place / "config.json" if place.is_dir() else place
+            if file.is_file():  # and no pipe, which may never end
+                return read_object(file)
     from .published import find_configuration
 
     return _plain(find_configuration(model))  # which downloads it, or tells what is wrong

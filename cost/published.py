@@ -73,7 +73,9 @@ def _read(name: str, place: str | Path) -> PreTrainedConfig:
         raise unusable(name, error) from error
 
 
-UNUSABLE = (StrictDataclassError, ArithmeticError, AttributeError, KeyError, TypeError, RecursionError)
+UNUSABLE = (
+    *(StrictDataclassError, ArithmeticError, AssertionError, AttributeError, KeyError, TypeError, RecursionError),
+)
 """What reading a configuration ends with where its fields make no model, besides ValueError."""
 
 
@@ -85,8 +87,14 @@ def unusable(name: str, error: Exception) -> ConfigError:
             "code. Take a model whose class is part of transformers."
         )
     cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
-    said = first_line(cause if isinstance(cause, Exception) else error)
-    return ConfigError(f"The configuration of {name!r} cannot be used: {said}")
+    told = said_of(cause if isinstance(cause, Exception) else error)
+    return ConfigError(f"The configuration of {name!r} cannot be used: {told}")
+
+
+def said_of(error: Exception) -> str:
+    """What an error says of a configuration, by the configuration's own names."""
+    said = first_line(error)
+    return "pad_token_id is not below vocab_size." if said.startswith("Padding_idx") else said
 
 
 def needs_code(error: Exception) -> bool:
@@ -100,7 +108,13 @@ _MOST_SIZES = dict.fromkeys(_WIDTHS, 2**24) | {"num_hidden_layers": 2**10}
 
 
 def check_sizes(config: PreTrainedConfig) -> None:
-    """Raise ConfigError for a size that no model has."""
+    """Raise ConfigError for a size that no model has, and for architectures that are no names."""
+    named = config.architectures
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ConfigError(
+            f"The configuration of {config.name_or_path or config.model_type!r} has architectures={shown(named)}. "
+            "Give a list of names, as in ['LlamaForCausalLM']."
+        )
     for name, most in _MOST_SIZES.items():
         try:
             size = getattr(config.get_text_config(), name, None)

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from ..common.files import CACHE_VARIABLE, cache_folder, read_json, sha256, write_json
-from ..errors import AssetError, UnknownNameError, first_line
+from ..errors import AssetError, UnknownNameError, first_line, naming_extras
 
 
 @dataclass(frozen=True)
@@ -285,12 +285,13 @@ def check_model(name: str, card: str | None = None) -> None:
 
     if card:
         find_device_spec(card)
+    else:
+        with naming_extras("`rankpilot memory MODEL --device CARD` needs neither."):
+            from huggingface_hub import hf_hub_download
     if name in MODELS or "/" in name or Path(name).expanduser().exists():
         return
     if card:
         return check_known(name)
-    from huggingface_hub import hf_hub_download
-
     from ..cost.published import try_hub_once
 
     try_hub_once()

@@ -7,6 +7,7 @@ what transformers, PEFT and TRL fine-tune: a folder with fp32 safetensors.
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -91,6 +92,12 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
     except (*UNUSABLE, OSError, ValueError, SafetensorError) as error:  # of a damaged file, too
         of_config = isinstance(error, UNUSABLE) or needs_code(error)
         raise (unusable(name, error) if of_config else not_found("model", name, MODELS, error)) from error
+    except (UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+            raise  # such as one that tells of too little memory
+        shapes = "do not have the shapes that its config.json says"
+        wrong = "are damaged, or more than tensors" if isinstance(error, UnpicklingError) else shapes
+        raise AssetError(f"The weights of {name!r} {wrong}. Get it again, with weights in safetensors.") from error
 
 
 def load_config(name: str) -> Any:

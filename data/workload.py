@@ -1,6 +1,5 @@
 """Data sets for a model, by packaged name, Hugging Face id or local path: the rows that a Trainer trains on."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset
 
+from ..common.files import parse_json
 from ..cost.published import try_hub_once
 from ..cost.step_config import StepConfig
 from ..errors import AssetError, ConfigError, DataError, first_line
@@ -240,7 +240,7 @@ def _broken_line(path: Path) -> str:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                json.loads(line)
+                parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:
                 if line.strip():
                     return f"line {number} is no JSON: {first_line(error)}"

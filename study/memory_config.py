@@ -9,7 +9,10 @@ from ..cost.budget import Budget
 from ..cost.configured_step import Sharding
 from ..cost.step_config import ExpertBits, StepConfig, check_seed
 from ..data.task import Task
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
+
+MOST_LABELS = 1_000_000
+"""Classes, at most."""
 
 AttentionKind = Literal["eager", "sdpa", "flash", "flex", "math"]
 
@@ -113,8 +116,9 @@ class MemoryConfig(StepConfig):
             raise ConfigError(f"lora_dropout is from 0 to below 1; got {self.lora_dropout}.")
         if self.experts != "transformers" and self.quantization == "none":
             raise ConfigError(f"experts={self.experts!r} is of a quantised model: give --quantization with it.")
-        if self.rank < 1 or self.labels < 2:
-            raise ConfigError(f"rank is at least 1 and labels at least 2; got {self.rank} and {self.labels}.")
+        if self.rank < 1 or not 2 <= self.labels <= MOST_LABELS:
+            given = f"got {shown(self.rank)} and {shown(self.labels)}"
+            raise ConfigError(f"rank is at least 1 and labels 2 to {MOST_LABELS:,}; {given}.")
         check_seed(self.seed)
         self._check_card()
 

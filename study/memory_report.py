@@ -49,6 +49,19 @@ HELD_BACK = 0.05, 8 * 2**20
 """Resident memory beyond the peak by this share of it and by these bytes is worth a note."""
 
 
+def headline(outlook: Outlook) -> str:
+    """A line of whether it fits, its bytes, and what was asked; empty without a card, or where nothing fits."""
+    best, card = outlook.best, outlook.card
+    if card is None or best is None or best.use is None:
+        return ""
+    shape, how = outlook.memory.shape, outlook.settings.quantization
+    unit, size = byte_unit(card.memory_bytes)
+    asked = [f"{shape.rows} x {shape.length:,} tokens", f"rank {best.rank}", *([how] if how != "none" else [])]
+    asked += [] if best.layers == outlook.blocks else [f"the top {best.layers} of {outlook.blocks} layers"]
+    taken = f"{best.use.total_bytes / size:.1f} of {card.memory_bytes / size:.1f} {unit}"
+    return f"{str(best.verdict).capitalize()}: {taken} ({', '.join(asked)}).\n"
+
+
 def subject(outlook: Outlook, config: MemoryConfig) -> str:
     """What was looked at, in one line."""
     step, settings, shape = outlook.step, outlook.settings, outlook.memory.shape
@@ -123,7 +136,8 @@ def verdict_text(outlook: Outlook) -> str:
     prepared = "" if how == "none" else f" The model in {how} trains {_prepared(prepares)} ({other})."
     plain, again = outlook.reference_bytes, outlook.checkpointed_bytes
     both = f", and {format_bytes(again)} with all layers checkpointed" if again and again < plain else ""
-    told = f" Rank {REFERENCE_RANK} on all modules takes {format_bytes(plain)} a step{both}."
+    what = "Rank" if outlook.rank == REFERENCE_RANK else "For comparison: plain LoRA at rank"
+    told = f" {what} {REFERENCE_RANK} on all modules takes {format_bytes(plain)} a step{both}."
     return (_finding(outlook) if outlook.card is None else _fit(outlook)) + _offload_text(outlook) + told + prepared
 
 
@@ -296,8 +310,8 @@ def notes(outlook: Outlook) -> Iterator[str]:
         taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
         yield (
             f"On the card: the frozen model ({frozen}), CUDA's context and workspaces ({taken}), the step, and what "
-            f"the allocator reserves beside it. Tight: less than {SLACK:.0%} of the card is to spare, within which "
-            "predictions err, or it fits only without that reserve."
+            f"the allocator reserves beside it. A row is tight if less than {SLACK:.0%} of the card is to spare, "
+            "within which predictions err, or if it fits only without that reserve."
         )
         if (model := outlook.step.model).fused:
             yield (
@@ -504,10 +518,14 @@ def write_memory_report(
 
     Existing files are replaced.
     """
-    from .lengths import lengths_figures, lengths_picture  # which load torch, as pictures do
     from .pictures import memory_picture
 
-    write_json(folder / "memory.json", figures(outlook) | ({"lengths": lengths_figures(lengths)} if lengths else {}))
+    told = figures(outlook)
+    if lengths:
+        from .lengths import lengths_figures, lengths_picture  # which load torch
+
+        told["lengths"] = lengths_figures(lengths)
+    write_json(folder / "memory.json", told)
     try:
         if lengths:
             save_figure(lengths_picture(lengths), folder / "lengths.png")

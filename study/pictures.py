@@ -25,12 +25,12 @@ from ..common.text import ShortName, format_bytes, layer_titles, plural, short_n
 from ..cost.breakdown import Breakdown, Kind
 from ..cost.outlook import Outlook
 from ..lora.spec import DEFAULT_RANKS
-from .run_data import RunData
-from .verdict import ranks_sentence
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the memory of a step is drawn without torch
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from .run_data import RunData
 
 KIND_COLORS: dict[Kind, tuple[str, str]] = {
     "saved": (drawing.COLORS[0], "saved for backward"),
@@ -284,6 +284,8 @@ def rank_heatmap(
         total_steps: where the run ends.
     """
     ranks = np.asarray(ranks)
+    from .verdict import ranks_sentence  # which loads torch
+
     title, rungs = ranks_sentence(ranks[-1]), _rungs(ranks)
     if len(modules) > MOST_LABELLED_ROWS:
         return _rank_panels(steps, ranks, modules, blocks, total_steps, title, rungs)

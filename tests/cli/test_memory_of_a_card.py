@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -44,12 +45,18 @@ def test_a_verdict_comes_first_and_all_figures_are_written(
     assert cli.run([*arguments, "--details"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "parameters on RTX 4090, 8 x 1024 tokens, rank 8 on 21 modules of 3 layers" in printed
+    assert re.match(r"Fits: 0\.\d of 23\.5 GiB \(8 x 1,024 tokens, rank 8\)\. llama, ", printed)
     assert printed.index("Fits with") < printed.index("Layers to checkpoint")
+    assert "A row is tight if less than 3% of the card is to spare" in printed
     assert "all layers at rank 8 with no checkpointing" in printed
     figures = read_json(tmp_path / "card/memory.json")
     assert figures["fits"]
     assert figures["memory_bytes"] < 24 * 2**30
     assert (tmp_path / "card/memory.png").stat().st_size > 10_000
+    assert cli.run([*arguments, "--rank", "32", "--quantization", "nf4"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "GiB (8 x 1,024 tokens, rank 32, nf4)." in printed
+    assert "For comparison: plain LoRA at rank 8 on all modules takes" in printed
 
 
 def test_a_short_answer_that_writes_nothing(
@@ -238,3 +245,37 @@ def test_what_is_not_known_is_one_line(
     configuration: Path, options: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in failure(f"memory {options.format(model=configuration)}", capsys)
+
+
+def test_a_folder_that_is_broken_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    LlamaForCausalLM(NARROW_KEYS).save_pretrained("whole")
+    config = read_json(Path("whole/config.json"))
+    wrong = {"pad_token_id": config["vocab_size"], "architectures": [5], "intermediate_size": 8, "vocab_size": 10**400}
+    for name, value in wrong.items():
+        shutil.copytree("whole", name)
+        Path(name, "config.json").write_text(json.dumps({**config, name: value}))
+    Path("pickled").mkdir()
+    shutil.copy("whole/config.json", "pickled")
+    Path("pickled/pytorch_model.bin").write_bytes(b"no tensors")
+    Path("pipe").mkdir()
+    os.mkfifo("pipe/config.json")
+    Path("deep.jsonl").write_text('{"text": "a"}\n{"text": ' + "[" * 3000 + "]" * 3000 + "}\n")
+    Path("trl.yaml").write_text("base_model: whole\nadapter: lora\nlora_modules_to_save: [1, 2]\n")
+    told = {
+        "pad_token_id": "pad_token_id is not below vocab_size",
+        "pad_token_id --device T4": "pad_token_id is not below vocab_size",
+        "architectures": "has architectures=[5]. Give a list of names",
+        "architectures --device T4": "has architectures=[5]. Give a list of names",
+        "vocab_size --device T4": "Give a whole number from 1 to",
+        "intermediate_size": "The weights of 'intermediate_size' do not have the shapes",
+        "pickled": "The weights of 'pickled' are damaged, or more than tensors",
+        "pipe --device T4": "The configuration of 'pipe' cannot be used",
+        "whole --device T4 --lengths deep.jsonl:text": "line 2 is no JSON: It is nested too deeply",
+        "--config trl.yaml --device T4": "lora_modules_to_save is names of modules; got [1, 2]",
+    }
+    for command, words in told.items():
+        assert words in failure(f"memory {command}", capsys), command
+    assert "labels 2 to 1,000,000; got 8 and a whole" in usage_error(f"memory whole --labels {10**400}", capsys)

@@ -11,11 +11,11 @@ from rankpilot.errors import UnknownNameError
 def test_cards_of_the_table_are_found_and_their_figures_are_possible(name):
     spec = find_device_spec(name)
     assert spec.name == name
-    assert 11 * 2**30 < spec.memory_bytes < 192 * 10**9
+    assert 5 * 2**30 < spec.memory_bytes < 192 * 10**9
     assert 100 * 2**20 <= spec.context_bytes <= 710 * 2**20
     assert spec.capability is not None
     assert spec.rates is not None
-    assert 3e11 <= spec.rates.bytes_per_s <= 8e12
+    assert 1.6e11 <= spec.rates.bytes_per_s <= 8e12
     flops = spec.rates.flops_per_s
     assert flops["fp16"] > 1.5 * flops["fp32"] > 1e13
     assert spec.has_bf16 == ("bf16" in flops) == spec.has_flash_attention
@@ -27,6 +27,14 @@ def test_cards_of_the_table_are_found_and_their_figures_are_possible(name):
     [
         ("rtx 4090", "RTX 4090"),
         ("4090", "RTX 4090"),
+        ("rtx4090", "RTX 4090"),
+        ("RTX5060ti 16gb", "RTX 5060 Ti 16GB"),
+        ("4070tisuper", "RTX 4070 Ti SUPER"),
+        ("4060 Ti 16GB", "RTX 4060 Ti 16GB"),
+        ("RTX 3060 12 GB", "RTX 3060 12GB"),
+        ("4060", "RTX 4060"),
+        ("rtxa6000", "RTX A6000"),
+        ("RTX 5090 32G", "RTX 5090"),
         ("NVIDIA GeForce RTX 3090", "RTX 3090"),
         ("a100-80gb", "A100 80GB"),
         ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
@@ -49,7 +57,10 @@ def test_names_of_people_and_of_the_driver_are_understood(given, name):
     [
         ("rtx 4095", "Did you mean: .*'RTX 4090'"),
         ("RTX 4090 Laptop GPU", "Unknown device"),
-        ("RTX 3080 Ti", "Unknown device"),
+        ("rtx4095", "Did you mean: .*'RTX 4090'"),
+        ("RTX 2080 Ti", "Unknown device"),
+        ("RTX 3060", "several cards: 'RTX 3060 8GB', 'RTX 3060 12GB'"),
+        ("RTX 3060 Laptop GPU", "Unknown device"),
         ("rtx 6000", "several cards: 'RTX 6000 Ada', 'RTX PRO 6000'"),
         ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "Unknown device"),
         ("a100", "several cards: 'A100 40GB', 'A100 80GB'"),
