@@ -86,11 +86,14 @@ class _Axis:
     end: IntArray
 
     @classmethod
-    def of(cls, size: int, real: BoolArray, *, left: bool) -> _Axis:
-        """Of the tokens that are no padding, bool (rows, tokens); of that on the `left` if it may be cut."""
+    def of(cls, size: int, real: BoolArray, *, left: bool, without: int) -> _Axis:
+        """Of the tokens that are no padding, bool (rows, tokens); of that on the `left` if it may be cut.
+
+        A row of padding alone has the tokens `without`.
+        """
         some = real.any(axis=1)
         first = np.where(some & left, real.argmax(axis=1), 0)
-        return cls(size, first, np.where(some, size - real[:, ::-1].argmax(axis=1), 1))
+        return cls(size, first, np.where(some, size - real[:, ::-1].argmax(axis=1), without))
 
     @property
     def lengths(self) -> IntArray:
@@ -145,6 +148,7 @@ class BatchRows:
             UnsupportedError: something in it belongs to no row.
         """
         texts = [value for name, value in _named(batch) if name.endswith((*_TEXTS, MASK))]
+        reads = any(name.endswith("input_ids") for name, _ in _named(batch))
         shape = shape_of(texts or batch)
         if each == 1 and (starts := _starts_of_texts(batch)) is not None:
             lengths = np.diff(starts, append=shape.length)
@@ -153,7 +157,7 @@ class BatchRows:
         axes: dict[frozenset[str], _Axis] = {}
         if examples > 1 or each == 1:
             for name, value in _named(batch):
-                _check_rows(name, value, shape.rows, examples)
+                _check_rows(name, value, shape.rows, examples, texts=reads)
             axes = _axes_of(batch, cuts, shape.rows)
         lengths = np.full(examples, shape.length)
         if any(axis.size == shape.length for axis in axes.values()):
@@ -255,6 +259,8 @@ class BatchRows:
         return [float(counts[list(part)].sum() / total) if total else 0.0 for part in parts]
 
 
+_PICTURES = ("pixel_", "image_", "video_")
+
 _TEXTS = ("input_ids", "labels")
 """What tells the rows of a batch where it is there, beside masks: pictures may lie in pieces of their own."""
 
@@ -288,8 +294,10 @@ def _changed(batch: Batch, change: Callable[[str, Any], Any], name: str = "") ->
     return type(batch)(_changed(value, change, name) for value in batch) if isinstance(batch, list | tuple) else batch
 
 
-def _check_rows(name: str, value: Any, rows: int, examples: int) -> None:
+def _check_rows(name: str, value: Any, rows: int, examples: int, *, texts: bool) -> None:
     """Raise UnsupportedError for something that has entries, and not one for each row."""
+    if name.startswith(_PICTURES) and texts:
+        raise UnsupportedError(f"{name} is of pictures, of which a row may have several")
     if name in (*LIMITS, *LONGEST):
         raise UnsupportedError(f"{name} tells where texts end that share a row")
     size = value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else None
@@ -357,7 +365,8 @@ def _axes_of(batch: Batch, cuts: Cuts, rows: int) -> dict[frozenset[str], _Axis]
             real |= np.resize((value != 0).cpu().numpy(), real.shape)
         for value in labels:
             real |= np.resize((value != IGNORED).cpu().numpy(), real.shape)
-        axes[group] = _Axis.of(size, real, left=cuts.left)
+        # Attention that is all masked may look at all tokens alike.
+        axes[group] = _Axis.of(size, real, left=cuts.left, without=size if masks else 1)
     return axes
 
 

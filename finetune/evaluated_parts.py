@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..cost.batch_shape import Batch
+from ..cost.calibration import CUT_FAILS
 from ..data.batches import IGNORED
 from ..errors import first_line
 from .batch_rows import SHARES, BatchRows
@@ -78,6 +79,9 @@ class EvaluatedParts:
             except torch.OutOfMemoryError:  # outside of it, since it holds the tensors of the part
                 if math.isinf(self._share):
                     raise
+            except CUT_FAILS as error:
+                self._stop(f"results of parts do not fit together ({first_line(error)})")
+                return evaluate(batch)
         raise AssertionError("the last parts are rows alone")
 
     def _compared(
@@ -93,7 +97,7 @@ class EvaluatedParts:
             return found
         loss = (whole[0], found[0])
         rounding = max((rounding_of(tensor.dtype) for tensor in _tensors(whole)), default=0.0)
-        same = loss[0] is None or loss[1] is None or abs(float(loss[1]) / float(loss[0]) - 1) <= rounding
+        same = loss[0] is None or loss[1] is None or abs(float(loss[1] - loss[0])) <= rounding * abs(float(loss[0]))
         if same and all(map(partial(_close, rounding=rounding), _tensors(found[1:]), _tensors(whole[1:]))):
             return found
         self._stop("in parts another batch has other results")
@@ -141,7 +145,8 @@ class EvaluatedParts:
         rounding = max(rounding_of(tensor.dtype) for tensor in _tensors(whole)) if _tensors(whole) else 0.0
         if whole[0] is not None:
             losses = {kind: _loss(some, parts, kind, each) for kind in SHARES}
-            differences = {kind: abs(loss / float(whole[0]) - 1) for kind, loss in losses.items()}
+            size = max(abs(float(whole[0])), 1e-12)
+            differences = {kind: abs(loss - float(whole[0])) / size for kind, loss in losses.items()}
             self._kind = min(SHARES, key=lambda kind: (not differences[kind] <= rounding, SHARES.index(kind)))
             if not differences[self._kind] <= rounding:
                 return f"in parts the loss differs by {min(differences.values()):.2g}"

@@ -7,6 +7,7 @@ a loss is known by the code that computes it: that of transformers or TRL, and n
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import _global_backward_hooks, _global_forward_hooks, _global_forward_pre_hooks
 from transformers import PreTrainedModel, Trainer
 from transformers.loss import loss_utils
 from transformers.models.auto import modeling_auto as auto
@@ -22,8 +24,9 @@ from transformers.trainer_pt_utils import LabelSmoother
 from ..cost.later_logits import tiled_causal_lm_loss
 from ..lora.targets import unwrap
 
-STEP = ("training_step", "compute_loss", "_compute_loss", "compute_loss_context_manager", "get_batch_samples")
-EVALUATION = ("prediction_step", "compute_loss", "_compute_loss")
+_LOSS = ("compute_loss", "_compute_loss", "compute_loss_context_manager", "_prepare_inputs", "compute_ref_log_probs")
+STEP = ("training_step", "get_batch_samples", "_prepare_context_parallel_inputs", *_LOSS)
+EVALUATION = ("prediction_step", *_LOSS)
 """Methods of a Trainer that compute the loss of a step, and of an evaluation."""
 
 _TRAINERS = (
@@ -97,9 +100,10 @@ def unknown_trainer(trainer: Trainer, methods: Iterable[str], replaced: Mapping[
             return f"{name} of {type(trainer).__name__} is not that of transformers or TRL"
     if trainer.compute_loss_func is not None:
         return "compute_loss_func is a function of your own"
-    if type(trainer.label_smoother) not in (type(None), LabelSmoother):
+    if type(trainer.label_smoother) not in (type(None), LabelSmoother) or not _is_of(LabelSmoother.__call__):
         return f"{type(trainer.label_smoother).__name__} is no label smoother of transformers"
-    if "backward" in vars(trainer.accelerator):
+    backward = vars(trainer.accelerator).get("backward") or type(trainer.accelerator).backward
+    if _package(_written_in(backward)) != "accelerate":
         return "accelerator.backward is a function of your own"
     if trainer.neftune_noise_alpha is not None:
         return "the noise of NEFTune depends on the padding"
@@ -121,8 +125,8 @@ def unknown_model(model: nn.Module, longest: Callable[[], int]) -> str:
     kind = type(base).__name__
     if not isinstance(base, PreTrainedModel) or kind not in _names(_HEADS) or base.loss_function not in _SUMS:
         return f"the loss of {kind} is none that rankpilot knows"
-    if _package(_written_in(functional.cross_entropy)) != "torch":
-        return "torch.nn.functional.cross_entropy is a function of your own"
+    if changed := next((each for each in _functions(base) if not _is_of(each)), None):
+        return f"{_written_in(changed)} replaces a function that computes losses"
     config: Any = base.config
     family, causal = config.model_type, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     both = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
@@ -137,6 +141,20 @@ def unknown_model(model: nn.Module, longest: Callable[[], int]) -> str:
     return _foreign(model)
 
 
+def _functions(base: nn.Module) -> Iterator[Callable[..., Any]]:
+    """What the losses of transformers call, as it is now."""
+    yield from (functional.cross_entropy, functional.mse_loss, functional.binary_cross_entropy_with_logits)
+    yield loss_utils.fixed_cross_entropy
+    own = vars(sys.modules[type(base).__module__])
+    for kind in (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss):
+        yield own.get(kind.__name__, kind).forward
+
+
+def _is_of(function: Callable[..., Any]) -> bool:
+    """Whether a function is one of packages whose modules compute each row for itself."""
+    return _package(_written_in(function)) in _OURS
+
+
 def cuts_left(model: nn.Module) -> bool:
     """Whether padding on the left can be left out of a model without telling it the positions that are left."""
     config = getattr(unwrap(model).get_base_model(), "config", None)
@@ -147,17 +165,25 @@ def cuts_left(model: nn.Module) -> bool:
 def _foreign(model: nn.Module) -> str:
     """Why modules, parameters or hooks may let rows meet, for people; empty where all are of known packages."""
     kinds: dict[type, None] = {}
+    for hook in (
+        *_global_forward_hooks.values(),
+        *_global_forward_pre_hooks.values(),
+        *_global_backward_hooks.values(),
+    ):
+        if not _is_of(hook):
+            return f"{_written_in(hook)} has a hook on all modules"
     for name, module in model.named_modules():
         kinds[type(module)] = None
         own, kept = module.__dict__, ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         hooks = [hook for name in kept if own[name] for hook in own[name].values()]
         for function in (*hooks, own["forward"]) if "forward" in own else hooks:
-            if _package(_written_in(function)) not in _OURS:
+            if not _is_of(function):
                 return f"{_written_in(function)} has a hook on {name or 'the model'} or replaces its forward"
     for kind in kinds:
         if issubclass(kind, _NormBase) and "Batch" in kind.__name__:
             return f"rows meet in {kind.__name__}"
-        if not {_package(kind.__module__), _package(_written_in(kind.forward))} <= _OURS:  # type: ignore[attr-defined]
+        used: Any = kind
+        if _package(kind.__module__) not in _OURS or not (_is_of(used.forward) and _is_of(used.__call__)):
             return f"{kind.__module__}.{kind.__name__} is a module of your own"
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
@@ -191,9 +217,12 @@ def _same_up_to(config: Any) -> float:
 
 def _written_in(function: Callable[..., Any]) -> str:
     """The module whose code a function is; decorators cannot rename it."""
-    while isinstance(function, partial):
-        function = function.func
-    function = getattr(function, "__func__", function)
+    while True:
+        inner = function.func if isinstance(function, partial) else getattr(function, "__func__", None)
+        inner = inner or getattr(function, "__wrapped__", None)
+        if inner is None:
+            break
+        function = inner
     scope = getattr(function, "__globals__", None)
     return str(scope["__name__"]) if scope else type(function).__module__
 

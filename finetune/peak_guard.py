@@ -96,7 +96,8 @@ class PeakGuard(Participant):
             self.parts.begin_to_keep(run)
         shape = memory.shape if memory else None
         if shape and self.parts.on:
-            shape = run.replicas.largest_shape([self.parts.shape_of(run.largest_batch())])
+            largest = run.measured(lambda: self.parts.shape_of(run.largest_batch()))
+            shape = run.replicas.largest_shape([largest])
         self.plan.attach(run, applier, memory, journal, corrected, checkpointing, shape=shape)
 
     # A step -----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -208,14 +208,15 @@ class TrainingRun:
 
     def unknown(self) -> str:
         """Why the loss is not known to be a sum over rows or tokens, for people; empty where it is."""
-        return self.foreign() or unknown_model(self.model, lambda: shape_of(self.largest_batch()).length)
+        longest = partial(self.measured, lambda: shape_of(self.largest_batch()).length)
+        return self.foreign() or unknown_model(self.model, longest)
 
     @cached_property
     def cuts(self) -> Cuts:
         """What may be cut from batches, as batches of single examples show it."""
 
         def seen() -> Cuts:
-            batches = small_batches(self.dataset, self._collate, LOOKED_AT, 1, 0)
+            batches = small_batches(self.dataset, self._collate, LOOKED_AT, min(2, self.rows), 0)
             return Cuts.seen_in(batches, left=cuts_left(self.model))
 
         return self.measured(seen)
@@ -295,7 +296,7 @@ class TrainingRun:
     @cached_property
     def _names(self) -> frozenset[str]:
         """The names of the parts that a batch has; empty where they have none."""
-        batch = self.measured(lambda: self._collate([first_example(self.dataset)]))
+        batch = self.measured(lambda: self._collate([first_example(self.dataset)] * self.rows))
         return (
             frozenset(name for name in batch if batch[name] is not None) if isinstance(batch, Mapping) else frozenset()
         )

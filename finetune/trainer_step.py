@@ -71,6 +71,7 @@ class TrainerStep:
         self.rollouts: Rollouts | None = None
         self._done: list[tuple[Any, ...]] = []  # batches of the optimiser step that is under way
         self._listener: StepListener
+        self._counts: tuple[bool, ...] = ()
 
     def loss(self, batch: Batch, whole: Batch | None = None) -> torch.Tensor:
         """Run the Trainer's step on a batch up to its loss, which is not divided by the accumulated batches.
@@ -158,6 +159,7 @@ class TrainerStep:
             ConfigError: the loader is no DataLoader, or its batches have no fixed number of examples.
             UnsupportedError: ranks cannot change inside a wrapper of the model.
         """
+        self._counts = self._counts_now()
         dataset, collate, rows = data_of(objects["train_dataloader"], state.train_batch_size)
         if makes_rollouts(self.trainer):
             self.rollouts = Rollouts(self.trainer)
@@ -185,10 +187,17 @@ class TrainerStep:
 
     def _foreign(self, methods: Sequence[str]) -> str:
         """Why the loss of this Trainer is not known; see `unknown_trainer`."""
+        if self._counts != self._counts_now():
+            return "the loss counts otherwise than before training"
         ours = {name: self._before[name] for name, own in self._ours.items() if vars(self.trainer).get(name) is own}
         return unknown_trainer(
             self.trainer, methods, {name: None if before is _ABSENT else before for name, before in ours.items()}
         )
+
+    def _counts_now(self) -> tuple[bool, ...]:
+        """What decides how the losses of parts add up."""
+        trainer = self.trainer
+        return trainer.label_smoother is None, bool(trainer.model_accepts_loss_kwargs)
 
     @property
     def _whole(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from ..cost.batch_shape import Batch
 from .batch_rows import BatchRows
@@ -60,7 +61,8 @@ class Known:
     """
 
     def __init__(self, run: TrainingRun) -> None:
-        self._run, self._modules, self._hooks = run, list(run.model.modules()), -1
+        self._run = run
+        self._seen: tuple[int, ...] | None = None
 
     def reason(self, step: int, batches: Sequence[Batch]) -> str:
         """Why batches may not run in parts any more, for people; empty where they may.
@@ -69,11 +71,16 @@ class Known:
             step: the optimizer steps done.
             batches: of the step that begins.
         """
-        hooks = sum(
-            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) + ("forward" in m.__dict__)
-            for m in self._modules
+        modules = list(self._run.model.modules())
+        kept = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        seen = (
+            len(modules),
+            sum(len(own[name]) for m in modules if (own := m.__dict__) for name in kept),
+            sum("forward" in m.__dict__ or "_loss_function" in m.__dict__ for m in modules),
+            sum(bool(p._backward_hooks) for p in self._run.model.parameters() if p.requires_grad),
+            id(functional.cross_entropy),
         )
-        looks, self._hooks = hooks != self._hooks or step % LOOK_EVERY == 0, hooks
+        looks, self._seen = seen != self._seen or step % LOOK_EVERY == 0, seen
         return self._run.unknown() if looks else self._run.foreign()
 
     def hear(self, step: int, loss: torch.Tensor) -> None:
