@@ -147,7 +147,8 @@ def _functions(base: nn.Module) -> Iterator[Callable[..., Any]]:
     yield loss_utils.fixed_cross_entropy
     own = vars(sys.modules[type(base).__module__])
     for kind in (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss):
-        yield own.get(kind.__name__, kind).forward
+        used = own.get(kind.__name__, kind)
+        yield getattr(used, "forward", used)
 
 
 def _is_of(function: Callable[..., Any]) -> bool:

@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithFlattening, LlamaConfig, Trainer
+from transformers.trainer_pt_utils import LabelSmoother
 
 from .test_exact_parts import collate, hidden, in_batch_negatives
 from .tiny_runs import Recorder, adapted, arguments, is_measured, messages_of
@@ -162,6 +163,15 @@ def test_what_the_trainer_does_around_a_batch_stays(launch: Callable[..., Launch
     assert parts.trainer.state.global_step == whole.trainer.state.global_step
     assert parts.recorder.losses == pytest.approx(whole.recorder.losses, abs=2e-2 if "bf16" in options else 2e-5)
     assert parts.logged["parts"] > 1
+
+
+def test_a_collator_draws_as_in_whole_steps(launch: Callable[..., Launched]) -> None:
+    def drawing(rows: list[dict[str, Any]]) -> Any:
+        batch = collate(rows)
+        return batch | {"labels": batch["labels"].masked_fill(torch.rand(batch["labels"].shape) < 0.5, -100)}
+
+    parts, whole = (launch(parts=how, collate=drawing, budget="100%").train() for how in ("auto", "off"))
+    assert parts.recorder.losses == pytest.approx(whole.recorder.losses, abs=2e-5)
 
 
 def test_layers_follow_the_part(launch: Callable[..., Launched], observing: None) -> None:
@@ -501,7 +511,7 @@ def test_a_loss_in_which_rows_begin_to_meet_runs_whole(
     assert capsys.readouterr().out.count("Steps run as a whole") == 1
 
 
-@pytest.mark.parametrize("changed", ["compute_loss_func", "forward", "hook"])
+@pytest.mark.parametrize("changed", ["compute_loss_func", "label_smoother", "loss_function", "forward", "hook"])
 def test_a_known_loss_that_is_replaced_runs_whole(
     launch: Callable[..., Launched], capsys: pytest.CaptureFixture[str], many: None, changed: str
 ) -> None:
@@ -512,6 +522,10 @@ def test_a_known_loss_that_is_replaced_runs_whole(
             return
         if changed == "compute_loss_func":
             own.trainer.compute_loss_func = lambda outputs, labels, **_: outputs.logits.square().mean()
+        elif changed == "label_smoother":
+            own.trainer.label_smoother = LabelSmoother(0.2)
+        elif changed == "loss_function":
+            own.model.get_base_model().loss_function = lambda logits, labels, **_: logits.square().mean()
         elif changed == "hook":
             own.model.register_forward_hook(lambda *_: None)
         else:
