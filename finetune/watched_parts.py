@@ -25,9 +25,6 @@ from .run import TrainingRun
 LOOK_EVERY = 100
 """Steps from one look at the modules of a model whose loss is known to the next; a new hook is noticed at once."""
 
-FIRST = 2
-"""Batches that are tested at the beginning: rows may not meet in one of them by chance."""
-
 CHANCE = 1 / 150
 """Of a step to be tested that shows nothing new."""
 
@@ -174,12 +171,12 @@ class News:
     """
 
     def __init__(self, seed: int) -> None:
-        self._seed, self._looked = seed, 0
+        self._seed, self._first = seed, True
         self._values: dict[str, set[Any]] = {}
         self._ranges: dict[str, tuple[float, float]] = {}
 
     def due(self, step: int, rows: BatchRows, parts: Sequence[Sequence[int]]) -> bool:
-        """Whether a batch is to be tested before it runs: the first ones, those with something new, some at random.
+        """Whether a batch is to be tested before it runs: the first, those with something new, some at random.
 
         Args:
             step: a number of the batch.
@@ -187,8 +184,8 @@ class News:
             parts: the places of their examples.
         """
         new = self._learns(rows, parts)
-        self._looked += 1
-        return new or self._looked <= FIRST or np.random.default_rng([self._seed, step]).random() < CHANCE
+        first, self._first = self._first, False
+        return new or first or np.random.default_rng([self._seed, step]).random() < CHANCE
 
     def _learns(self, rows: BatchRows, parts: Sequence[Sequence[int]]) -> bool:
         """Whether a batch holds what none before it held; it is remembered from now on."""
