@@ -119,6 +119,7 @@ def outlook(layers: int = 6, *, budget: bool = True, card: bool = False, measure
         room=CARD.memory_bytes - CARD.context_bytes - 90 * MIB,
         plain_seconds=0.5,
         rank=8,
+        dtype="bf16",
         blocks=layers,
         checkpointable=tuple(f"layer.{number}" for number in range(layers)),
         reference_bytes=whole,
