@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import _global_backward_hooks, _global_forward_hooks, _global_forward_pre_hooks
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import PreTrainedModel, Trainer
 from transformers.loss import loss_utils
 from transformers.models.auto import modeling_auto as auto
@@ -166,6 +168,9 @@ def cuts_left(model: nn.Module) -> bool:
 def _foreign(model: nn.Module) -> str:
     """Why modules, parameters or hooks may let rows meet, for people; empty where all are of known packages."""
     kinds: dict[type, None] = {}
+    for mode in map(type, (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())):
+        if _package(mode.__module__) not in _OURS:
+            return f"{mode.__module__}.{mode.__name__} changes what functions compute"
     for hook in (
         *_global_forward_hooks.values(),
         *_global_forward_pre_hooks.values(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,14 +22,13 @@ from .put_back import put_back
 def undisturbed(collate: Collate) -> Iterator[None]:
     """Restore random states afterwards, so that the run draws the numbers that it would draw without us.
 
-    Those of generators that a collator has as attributes too, and its attributes. A compiled model runs uncompiled
+    Those of generators that a collator holds too, and its attributes. A compiled model runs uncompiled
     meanwhile: each plan that is tried would take one of the few graphs that torch keeps.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (a user's collator may draw from it)
     owners = list(_owners(collate))
-    values = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
-    own = [value for value in values if isinstance(value, GENERATORS)]
+    own = [value for owner in owners for value in _held(owner) if isinstance(value, GENERATORS)]
     states = [copy.deepcopy(_state_of(generator)) for generator in own]
     try:
         with (
@@ -45,7 +45,7 @@ def undisturbed(collate: Collate) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-GENERATORS = (torch.Generator, np.random.Generator, random.Random)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 """Of random numbers, which objects of a user's may have."""
 
 
@@ -54,24 +54,38 @@ def _owners(collate: Any, depth: int = 3) -> Iterator[Any]:
     yield collate
     if depth:
         inside = (getattr(collate, "__self__", None), getattr(collate, "func", None))
-        for value in (*inside, *getattr(collate, "__dict__", {}).values()):
+        for value in (*inside, *_in_closure(collate), *getattr(collate, "__dict__", {}).values()):
             if callable(value) and not isinstance(value, type | nn.Module):
                 yield from _owners(value, depth - 1)
+
+
+def _held(owner: Any) -> Iterator[Any]:
+    """The attributes of a callable, and the variables of its closure and of its file that its code names."""
+    yield from getattr(owner, "__dict__", {}).values()
+    yield from _in_closure(owner)
+    called = owner if hasattr(owner, "__code__") else type(owner).__call__
+    if code := getattr(called, "__code__", None):
+        yield from (called.__globals__[name] for name in code.co_names if name in called.__globals__)
+
+
+def _in_closure(function: Any) -> list[Any]:
+    return list(inspect.getclosurevars(function).nonlocals.values()) if inspect.isfunction(function) else []
 
 
 def _state_of(generator: Any) -> Any:
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
-    return generator.get_state() if isinstance(generator, torch.Generator) else generator.getstate()
+    of_python = isinstance(generator, random.Random)
+    return generator.getstate() if of_python else generator.get_state()
 
 
 def _set_state(generator: Any, state: Any) -> None:
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
-    elif isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    else:
+    elif isinstance(generator, random.Random):
         generator.setstate(state)
+    else:
+        generator.set_state(state)
 
 
 @contextmanager

@@ -171,7 +171,16 @@ WHOLE: tuple[Case, ...] = (
     Case("dpo-squared", lambda ask, undo: of.own_dpo(ask), both=False),
     *(
         Case(f"weights-in-{where}", partial(of.replaced, where=where), seeds=2)
-        for where in ("loss_function", "mapping", "cross_entropy", "compute_loss", "forward")
+        for where in (
+            "loss_function",
+            "mapping",
+            "cross_entropy",
+            "compute_loss",
+            "forward",
+            "mode",
+            "hook_on_all",
+            "backward",
+        )
     ),
 )
 """Losses of users: by default they run as a whole, and so are those of plain steps."""

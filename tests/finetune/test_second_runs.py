@@ -371,6 +371,7 @@ class Masks:
 
     def __init__(self) -> None:
         self.torch, self.numpy, self.python = torch.Generator(), np.random.default_rng(0), random.Random(0)
+        self.older = np.random.RandomState(0)
         self.late: torch.Generator | None = None
         self.calls, self.sizes = 0, {"rows": list[int]()}
 
@@ -379,7 +380,7 @@ class Masks:
         self.calls += 1
         self.sizes["rows"].append(len(rows))
         of_torch = [torch.rand((), generator=generator).item() for generator in (self.torch, self.late)]
-        self.drawn = (*of_torch, self.numpy.random(), self.python.random())
+        self.drawn = (*of_torch, self.numpy.random(), self.older.random(), self.python.random())
         random.random()
         np.random.random()  # noqa: NPY002  (as collators of users do)
         return default_data_collator(rows)
@@ -415,3 +416,25 @@ def test_buffers_and_random_numbers_of_users_are_as_before(new_model: NewModel, 
     assert (masks.calls, masks.sizes) == (0, {"rows": []}), "what it counts too"
     masks(ROWS[:4])
     assert masks.drawn == expected.drawn
+
+
+FILE = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("of", ["closure", "file"])
+def test_random_numbers_that_a_function_reaches_are_as_before(new_model: NewModel, of: str) -> None:
+    inside = np.random.RandomState(0)
+
+    def of_closure(rows: list[Any]) -> Any:
+        inside.random()
+        return default_data_collator(rows)
+
+    def of_file(rows: list[Any]) -> Any:
+        FILE.random()
+        return default_data_collator(rows)
+
+    generator, collate = (inside, of_closure) if of == "closure" else (FILE, of_file)
+    loader: DataLoader[Any] = DataLoader(ROWS, 4, collate_fn=collate)
+    before = repr(generator.__getstate__())
+    rankpilot.RankPilot("signal-mean", "60%", schedule=ONCE).begin(run_of(new_model(), loader))
+    assert repr(generator.__getstate__()) == before
