@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,6 @@ from rankpilot.data.packaged_data import read_reviews
 from rankpilot.decide.rules import AsConfigured
 from rankpilot.errors import BudgetError
 from rankpilot.finetune.batch_rows import BatchRows, Cuts
-from rankpilot.finetune.callback import attach
 from rankpilot.finetune.part_plans import PlanBytes
 from rankpilot.finetune.pilot import RankPilot
 from rankpilot.finetune.put_back import LayerCheckpointing
@@ -44,8 +42,8 @@ from rankpilot.lora.targets import find_target_modules
 from rankpilot.plan.parts import Part, padding_share, plan_parts
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
+from .asked_parts import MODEL, ROWS, asked_steps
 from .harness import Figures, interleave, usual_ratio, with_progress
 from .models import LORA, Size, random_model
 from .texts import instructions
@@ -115,8 +113,8 @@ def _pieces(options: Options, console: Console) -> dict[str, Callable[[], Figure
     if options.errors:
         found["errors.runs"] = partial(_errors, 3 if few else options.errors, console)
     if options.asked:
-        steps, rounds = (8, 1) if few else (options.asked, options.rounds)
-        found["asked.steps"] = partial(_asked, steps, rounds, console)
+        steps = 8 if few else options.asked
+        found["asked.steps"] = partial(_tests, steps, console)
     return found
 
 
@@ -511,43 +509,8 @@ def _under_budgets(count: int, console: Console) -> Figures:
     }
 
 
-class _OwnLoss(Trainer):  # type: ignore[misc]
-    """A Trainer whose loss nobody knows."""
-
-    def compute_loss(self, *inputs: Any, **options: Any) -> Any:
-        return super().compute_loss(*inputs, **options)
-
-
-def _asked(steps: int, rounds: int, console: Console) -> Figures:
-    """Runs of MiniLM on chats: CPU time of parts under a loss that is not known, one that is, and of whole steps."""
-    name, rows = "all-minilm-l6-v2", 16
-    texts = [{"input_ids": ids, "labels": int(ids[1] % 2)} for ids in rows_of_text("chat", name, rows * min(steps, 50))]
-    ways: dict[str, tuple[type[Trainer], Any]] = {
-        "whole": (Trainer, "off"),
-        "known": (Trainer, "auto"),
-        "asked": (_OwnLoss, "on"),
-    }
-    own: dict[str, Any] = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True}
-
-    def train(kind: type[Trainer], parts: Any, turn: int) -> None:
-        tokenizer = load_tokenizer(name)
-        base = load_model(name, "classification", ("no", "yes"), tokenizer)
-        targets = ["query", "key", "value", "dense"]
-        model = get_peft_model(base, LoraConfig(r=8, target_modules=targets, modules_to_save=["classifier"]))
-        with TemporaryDirectory() as folder:
-            args = TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=rows, seed=turn, **own)
-            trainer = kind(model, args, DataCollatorWithPadding(tokenizer), texts)
-            attach(trainer, AsConfigured(), budget="100%", parts=parts, keep_rate=True)
-            trainer.train()
-
-    work = {way: partial(train, *of_way) for way, of_way in ways.items()}
-    seconds = interleave(work, rounds, torch.device("cpu"), clock=time.process_time)
-    known, asked = (usual_ratio(seconds[way], seconds["whole"]).value for way in ("known", "asked"))
-    console.print(
-        f"{steps} steps of MiniLM under a loss that is not known: {asked:.3f} of the time of whole steps, {known:.3f} "
-        f"if it is known. Tests take {asked - known:.3f}."
-    )
-    return {"asked.steps": steps, "asked.known": known, "asked.time": asked}
+def _tests(steps: int, console: Console) -> Figures:
+    return asked_steps(steps, rows_of_text("chat", MODEL, ROWS * min(steps, 50)), console)
 
 
 def _losses(steps: int, console: Console) -> Figures:

@@ -18,6 +18,7 @@ from ..lora.spec import REFERENCE_RANK, check_rank
 from .cards import DeviceSpec, find_device_spec
 from .configured_step import DTYPES, ConfiguredStep, Implementation, LoadedAs, Sharding, Shards
 from .known_models import check_known, published_models, short_name
+from .of_targets import OfTargets, places_of
 from .outlook import Outlook
 from .step_config import StepConfig, check_length
 from .stored_step import StepFile, StoredStep, step_key, versions
@@ -166,8 +167,22 @@ class AskedStep:
         path = cache_folder() / "steps" / f"{key}.xz"
         file = StepFile.read(path, key)
         if file is None or file.text["versions"] != versions():
-            file = StepFile.read(shipped(self.model), key) or StepFile(key)
-        return StoredStep(file, self.recorder, path, self.loaded)
+            file = StepFile.read(shipped(self.model), key)
+        if file is None and (step := self._of_all_linear()):
+            return step
+        return StoredStep(file or StepFile(key), self.recorder, path, self.loaded)
+
+    def _of_all_linear(self) -> StoredStep | None:
+        """The step of some modules, from the file of one in which all linear ones have an adapter, if that is there."""
+        usual = self.settings.target_modules == "all-linear" or self.settings.target_parameters
+        if usual or self.loaded.adapter.get("use_dora"):  # whose magnitudes are held for more than its own modules
+            return None
+        whole = replace(self, settings=replace(self.settings, target_modules="all-linear"))
+        if "model" not in (step := whole.stored()).file.parts:
+            return None
+        targets = step.model.targets
+        places = places_of(self.settings.target_modules, targets)
+        return None if places is None else step.of(OfTargets(places, len(targets)))
 
     def recorder(self, *, optional: bool = True) -> StepRecorder:
         """What records the step with all layers checkpointed; with `optional`, with none where the model cannot."""

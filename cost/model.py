@@ -472,7 +472,7 @@ class _Groups:
         modules = 0
         for index in indices:
             modules |= self._sets[index]
-        if not modules or modules >> self._count:
+        if not modules or modules >> self._count & 1:
             return -1
         return self._numbers.setdefault(modules, len(self._numbers))
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
+from copy import copy
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ from ..errors import DataError, UnsupportedError
 from ..lora.spec import ModuleSpec
 from .configured_step import ConfiguredStep, LoadedAs, LoadedModel, StepSource, configured_step
 from .model import MemoryModel, ModelStates
+from .of_targets import OfTargets
 from .recording import BatchShape
 from .saver_prices import free_savers
 from .step_config import MOST_TOKENS, OptimizerName, StepConfig
@@ -156,8 +158,15 @@ class StoredStep:
         self, file: StepFile, recorder: Callable[[], Recorder], path: Path | None, loaded: LoadedAs | None = None
     ) -> None:
         self.file, self._recorder, self._path = file, cache(recorder), path
+        self._targets: OfTargets | None = None
         self._loaded = loaded or LoadedAs()
         self._step, self._changed = StepConfig(), False
+
+    def of(self, targets: OfTargets) -> StoredStep:
+        """The same step, in which some of the modules alone have an adapter."""
+        found = copy(self)
+        found._targets = targets
+        return found
 
     def configured(self, step: StepConfig) -> ConfiguredStep:
         """The step of these settings, whose batch has a size."""
@@ -188,6 +197,10 @@ class StoredStep:
     @property
     def model(self) -> LoadedModel:
         """What is known of the model."""
+        return self._targets.model(self._recorded) if self._targets else self._recorded
+
+    @property
+    def _recorded(self) -> LoadedModel:
         part = self.file.parts.get("model")
         return _read_model(*part) if part else self._recorder().model
 
@@ -211,6 +224,10 @@ class StoredStep:
 
     def work(self, savers: tuple[str, ...], shape: BatchShape) -> StepWork:
         """What the step with these exact savers alone computes on a batch of this shape."""
+        work = self._work_at(savers, shape)
+        return self._targets.work(work) if self._targets else work
+
+    def _work_at(self, savers: tuple[str, ...], shape: BatchShape) -> StepWork:
         usual = self._shapes(shape)[0]
         if self.file.text["level"] == 0 and not self.model.keeps_state:
             if work := self._work(savers, counted_shapes(usual)):
@@ -239,16 +256,17 @@ class StoredStep:
     def _memory(self, savers: tuple[str, ...], known: BatchShape, states: ModelStates) -> MemoryModel:
         name = f"memory {known} {_named(savers)}"
         if part := self.file.parts.get(name):
-            return read_memory(*part, states, known)
-        memory = self._recorder().memory(savers, known)
-        self._add(name, memory_arrays(memory))
-        self._add("model", _model_arrays(self._recorder().model))  # as it is after a step
-        return replace(memory, states=states)
+            memory = read_memory(*part, states, known)
+        else:
+            memory = replace(self._recorder().memory(savers, known), states=states)
+            self._add(name, memory_arrays(memory))
+            self._add("model", _model_arrays(self._recorder().model))  # as it is after a step
+        return self._targets.memory(memory) if self._targets else memory
 
     def _work(self, savers: tuple[str, ...], shapes: tuple[BatchShape, ...]) -> WorkGrowth | None:
         name = f"work {shapes[0]} {_named(savers)}"
         if part := self.file.parts.get(name):
-            return read_work(*part, np.array([target.d_in + target.d_out for target in self.model.targets]))
+            return read_work(*part, np.array([target.d_in + target.d_out for target in self._recorded.targets]))
         work = WorkGrowth.of(shapes, [self._recorder().work(savers, shape) for shape in shapes])
         if work:
             self._add(name, work_arrays(work))
@@ -258,10 +276,11 @@ class StoredStep:
         """What the adapters and this optimizer hold between steps."""
         name = f"states {optimizer}"
         if part := self.file.parts.get(name):
-            return read_states(*part)
-        states = self._recorder().states(optimizer)
-        self._add(name, states_arrays(states))
-        return states
+            states = read_states(*part)
+        else:
+            states = self._recorder().states(optimizer)
+            self._add(name, states_arrays(states))
+        return self._targets.states(states) if self._targets else states
 
     def _add(self, name: str, part: Part) -> None:
         if self.file.text["versions"] != versions():  # it shipped, and does not mix with what is recorded now

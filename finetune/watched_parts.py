@@ -25,7 +25,7 @@ from .run import TrainingRun
 LOOK_EVERY = 100
 """Steps from one look at the modules of a model whose loss is known to the next; a new hook is noticed at once."""
 
-CHANCE = 1 / 150
+CHANCE = 1 / 400
 """Of a step to be tested that shows nothing new."""
 
 MOST_VALUES = 64
