@@ -135,7 +135,10 @@ class AskedStep:
     @property
     def _recorded(self) -> LoadedAs:
         """How the model is loaded, without what a recording is the same for."""
-        return replace(self.loaded, offload=False, expandable_segments=False)
+        adapter = self.loaded.adapter
+        if adapter.get("lora_dropout"):  # whatever share it is
+            adapter = {**adapter, "lora_dropout": 0.05}
+        return replace(self.loaded, offload=False, expandable_segments=False, adapter=adapter)
 
     def configured(self) -> tuple[ConfiguredStep, StepConfig]:
         """The step, and its settings with a batch of the usual size in place of none."""

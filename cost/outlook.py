@@ -9,6 +9,7 @@ a card is told by `cost/card_use.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -20,7 +21,7 @@ from ..common.arrays import IntArray
 from ..lora.spec import REFERENCE_RANK, highest_ranks
 from .breakdown import Breakdown, break_down
 from .budget import Limit, reference_seconds
-from .card_use import SLACK, CardUse, Verdict, card_use
+from .card_use import CardUse, Verdict, card_use, slack_of
 from .cards import USUAL_CARD, DeviceRates, DeviceSpec, device_table
 from .configured_step import ConfiguredStep, Shards
 from .cost import ParameterCost, plan_cost
@@ -37,9 +38,6 @@ SHARES = (0.75, 0.5, 0.25)
 
 SURELY = 0.98
 """The share of a predicted peak that tensors take at the least, far below what margin and rounding make of it."""
-
-RESERVE = 0.025
-"""The allocator's reserve as a share of all tensors, as a first guess."""
 
 RANKS = (1, 8, 16, 64)
 """Ranks on all modules that are shown beside the one that was asked for."""
@@ -151,6 +149,7 @@ class Outlook:
 
     Attributes:
         blocks: number of layers with target modules.
+        slack: the share of a card that is to spare where a choice fits.
         notes: what could not be shown, and why.
     """
 
@@ -181,6 +180,7 @@ class Outlook:
         self._plain = np.minimum(REFERENCE_RANK, self._highest)
         self._loaded = self.shards.loaded(step.model) if card else ()
         self.blocks: int = len({*self._blocks.tolist()})
+        self.slack: float = slack_of(settings.quantization)
 
     @cached_property
     def step(self) -> ConfiguredStep:
@@ -312,7 +312,7 @@ class Outlook:
             _memory=memory,
             _use=cache(lambda: self._use(memory, ranks, shape) if self.card else None),
             _within=within,
-            _has_slack=not self.card or not _is_hopeless(self, step_bytes, SLACK),
+            _has_slack=not self.card or not _is_hopeless(self, step_bytes, self.slack),
         )
 
     def _use(self, memory: MemoryModel, ranks: IntArray, shape: BatchShape | None = None) -> CardUse:
@@ -321,7 +321,16 @@ class Outlook:
         key = id(memory), shape, tuple(ranks.tolist())
         if key not in self._uses:
             expandable = self._free.loaded.expandable_segments
-            use = card_use(memory, ranks, self._loaded, self.card, shape=shape, evaluation=shape, expandable=expandable)
+            use = card_use(
+                memory,
+                ranks,
+                self._loaded,
+                self.card,
+                shape=shape,
+                evaluation=shape,
+                expandable=expandable,
+                slack=self.slack,
+            )
             self._uses[key] = memory, use  # the byte model is kept, so that no other one gets its id
         return self._uses[key][1]
 
@@ -340,21 +349,22 @@ class Outlook:
         """The same with as few checkpointed layers as fit the card, the allocator's reserve included if possible."""
         if self._set is not None:
             return self.choice(layers, rank, self._set, kind)
-        ranks = self.plan(layers, rank)
-        holding = holding_layers(self.memory, ranks)
+        holding = holding_layers(self.memory, self.plan(layers, rank))
 
         def checkpointing(count: int) -> Choice:
             return self.choice(layers, rank, holding[:count], kind)
 
-        def guess(reserve: float) -> int:
-            return len(fewest_checkpointed(self.memory, ranks, _room_beside(self, reserve)))
-
-        count = guess(RESERVE)
-        if checkpointing(count)._has_slack and (use := checkpointing(count).use):
-            count = guess(use.reserve_share)
+        none, every = checkpointing(0), checkpointing(len(holding))
+        if none.fits or not holding:
+            return none
+        assert self.card and none.use and every.use, "there is a card"  # noqa: PT018  (one fact)
+        most, least, limit = none.use.total_bytes, every.use.total_bytes, (1 - self.slack) * self.card.memory_bytes
+        count = len(holding)
+        if least <= limit < most:  # layers are much alike, so bytes fall nearly along a line
+            count = max(1, math.ceil((most - limit) / (most - least) * count))
         while not checkpointing(count).fits and count < len(holding):
             count += 1
-        while count and checkpointing(count - 1).fits:
+        while count > 1 and checkpointing(count - 1).fits:
             count -= 1
         return checkpointing(count)
 
@@ -409,7 +419,7 @@ class Outlook:
 def _room_beside(outlook: Outlook, reserve: float) -> float:
     """Bytes of tensors that fit: the room with slack, where the allocator's reserve is this share of all tensors."""
     assert outlook.card is not None, "there is no card"
-    return outlook.room - outlook.card.memory_bytes * (1 - (1 - SLACK) / (1 + reserve))
+    return outlook.room - outlook.card.memory_bytes * (1 - (1 - outlook.slack) / (1 + reserve))
 
 
 def smallest_use(outlook: Outlook) -> tuple[Choice, int]:
@@ -434,7 +444,7 @@ def brought_by_offloading(outlook: Outlook) -> tuple[float, float] | None:
     if not outlook.card or outlook.step.loaded.offload or not outlook.checkpointable:
         return None
     ranks, best, lighter = outlook.plan(outlook.blocks, outlook.rank), outlook.best, outlook.memory.offloaded()
-    if (best and best.layers == outlook.blocks) or _is_hopeless(outlook, least := lighter.peak(ranks), SLACK):
+    if (best and best.layers == outlook.blocks) or _is_hopeless(outlook, least := lighter.peak(ranks), outlook.slack):
         return None
     use, moved = outlook._use(lighter, ranks), outlook.memory.peak(ranks) - least
     if use.verdict != "fits":
@@ -451,7 +461,7 @@ def _reserve_share(outlook: Outlook) -> float:
 
 def _fits(outlook: Outlook, plain: MemoryModel) -> bool:
     """Whether plain LoRA fits the card."""
-    if _is_hopeless(outlook, plain.peak(outlook._plain), SLACK):
+    if _is_hopeless(outlook, plain.peak(outlook._plain), outlook.slack):
         return False
     return outlook._use(plain, outlook._plain).verdict == "fits"
 

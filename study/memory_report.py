@@ -18,7 +18,6 @@ from ..common.drawing import save_figure
 from ..common.files import write_json
 from ..common.text import byte_unit, format_bytes, make_table
 from ..cost.breakdown import KINDS, Kind
-from ..cost.card_use import SLACK
 from ..cost.cards import USUAL_CARD
 from ..cost.outlook import Choice, GridCell, Outlook, brought_by_offloading, smallest_use
 from ..cost.saver_prices import ACTIVATIONS, Saved
@@ -158,11 +157,12 @@ def _fit(outlook: Outlook) -> str:
             f"{format_bytes(least, up=True)} of {format_bytes(card.memory_bytes)}.{_largest_text(outlook)}"
         )
     assert best.use is not None, "choices of a card have a use of it"
-    spare = format_bytes(best.use.spare_bytes)
+    spare, least = format_bytes(best.use.spare_bytes), format_bytes(outlook.slack * card.memory_bytes)
     if best.verdict == "tight":
         return (
-            f"Tight: {choice_text(outlook, best)} leaves {spare}, and within {SLACK:.0%} of a card "
-            f"({format_bytes(SLACK * card.memory_bytes)}) predictions err. No plan of this batch leaves as much."
+            f"Tight: {choice_text(outlook, best)} leaves {spare}, and predictions err within {outlook.slack:.0%} of a "
+            f"card{'' if outlook.settings.quantization == 'none' else ' with a quantised model'} ({least}). No plan of "
+            "this batch leaves as much."
             f"{_largest_text(outlook)}"
         )
     return f"Fits with {spare} to spare: {choice_text(outlook, best)}{_time_text(outlook, best)}."
@@ -281,8 +281,8 @@ def grid_table(outlook: Outlook) -> Table:
     """Which batches fit the card, for all layers at the rank that was asked for, by tokens and rows."""
     cells = outlook.grid
     rows = sorted({cell.shape.rows for cell in cells})
-    fits = f"so that rank {outlook.rank} on all layers fits"
-    title = f"Layers to checkpoint {fits} ({SLACK:.0%} to spare); * with selective checkpointing; – does not fit"
+    fits = f"so that rank {outlook.rank} on all layers fits ({outlook.slack:.0%} to spare)"
+    title = f"Layers to checkpoint {fits}; * with selective checkpointing; – does not fit"
     table = make_table(title, ("tokens", *(f"{count} rows" if count > 1 else "1 row" for count in rows)))
     for length in sorted({cell.shape.length for cell in cells}):
         table.add_row(f"{length:,}", *(_cell_text(cell) for cell in cells if cell.shape.length == length))
@@ -310,8 +310,8 @@ def notes(outlook: Outlook) -> Iterator[str]:
         taken = format_bytes(outlook.card.context_bytes + outlook.card.workspace_bytes)
         yield (
             f"On the card: the frozen model ({frozen}), CUDA's context and workspaces ({taken}), the step, and what "
-            f"the allocator reserves beside it. A row is tight if less than {SLACK:.0%} of the card is to spare, "
-            "within which predictions err, or if it fits only without that reserve."
+            f"the allocator reserves beside it. A row that is tight leaves less than {outlook.slack:.0%} of the card, "
+            "within which predictions err, or fits only without that reserve."
         )
         if (model := outlook.step.model).fused:
             yield (

@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Annotated, get_args
 
 import tyro
 from rankpilot.common.files import atomic_path
+from rankpilot.cost.configured_step import LoadedAs
 from rankpilot.cost.known_models import published_models
 from rankpilot.cost.memory_of import AskedStep, shipped
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
@@ -30,6 +30,11 @@ FIRST = (
 """The models that people tune most come first."""
 
 QUANTIZATIONS: tuple[Quantization, ...] = ("none", "nf4")
+
+TRL = LoadedAs(dtype="bf16", loss="chunked")
+"""What TRL's SFTTrainer makes of a model in bf16; it trains quantised ones without preparing them."""
+
+LLAMA_FACTORY = LoadedAs(dtype="bf16", reentrant=True)
 
 LENGTHS = (512, 1024, 2048, 4096)
 """Lengths whose answers the files hold where each takes a recording of its own; else any length follows from a few."""
@@ -64,34 +69,63 @@ def steps(source: StoredStep, settings: StepConfig) -> Iterator[StepConfig]:
         yield replace(settings, batch_size=2, max_length=min(lengths[0], most), optimizer=optimizer)
 
 
+def of_trl(name: str, quantization: Quantization, loaded: LoadedAs = TRL) -> AskedStep:
+    """The step of a model whose trainer does not prepare it, as TRL's SFTTrainer."""
+    return AskedStep(name, replace(USUAL[quantization], prepare_kbit=quantization == "none"), loaded)
+
+
+USUAL = {each: StepConfig(bf16=True, quantization=each) for each in QUANTIZATIONS}
+
+
+def asked_steps(name: str) -> Iterator[AskedStep]:
+    """The steps of a model that ship: with the usual settings, and for models of `FIRST` those that yamls ask for."""
+    yield from (AskedStep(name, each) for each in USUAL.values())
+    if name in FIRST:
+        yield from (of_trl(name, quantization) for quantization in QUANTIZATIONS)
+        yield from _of_yamls(name)
+
+
+def _of_yamls(name: str) -> Iterator[AskedStep]:
+    """What the usual yamls of TRL and LLaMA-Factory ask for, which know no exact savers."""
+    dropout = {"lora_dropout": 0.05}
+    for quantization in QUANTIZATIONS:
+        for loaded in (replace(TRL, adapter=dropout), LLAMA_FACTORY):
+            yield _plain(of_trl(name, quantization, loaded))
+    for adapter in ({}, dropout):
+        yield _plain(of_trl(name, "nf4", replace(TRL, adapter=adapter, double_quantization=False)))
+
+
+def _plain(asked: AskedStep) -> AskedStep:
+    return replace(asked, settings=replace(asked.settings, exact_savers=False))
+
+
 @cache
-def known_keys() -> dict[str, tuple[str, Quantization]]:
-    """The model and its quantisation, by the key of each step that may ship."""
-    settings = (StepConfig(bf16=True, quantization=each) for each in QUANTIZATIONS)
-    asked = product(published_models(), settings)
-    return {AskedStep(name, each).key: (name, each.quantization) for name, each in asked}
+def known_keys() -> frozenset[str]:
+    """The key of each step that may ship."""
+    return frozenset(asked.key for name in published_models() for asked in asked_steps(name))
 
 
-def record(name: str, quantization: Quantization) -> Path:
-    """Record one model, and write it into its file, beside those that are there; steps that nothing asks for go."""
-    settings = StepConfig(bf16=True, quantization=quantization)
-    asked, path = AskedStep(name, settings), shipped(name)
+def record(asked: AskedStep) -> Path:
+    """Record a step, and write it into its file, beside those that are there; steps that nothing asks for go."""
+    settings, path = asked.settings, shipped(asked.model)
     source = StoredStep(StepFile(asked.key), asked.recorder, None)
     for step in steps(source, settings):
         source.configured(step).leaner()
+        if asked.loaded == TRL:  # of which yamls and the page ask
+            source.configured(replace(step, exact_savers=False))
     if source.file.text["level"]:  # a recording tells of its own length alone
         for length in LENGTHS:
             source.configured(replace(settings, batch_size=2, max_length=length)).leaner()
     there = unpacked(path.read_bytes()) if path.exists() else {}
     there[asked.key] = source.file.text, source.file.parts
     with atomic_path(path) as temporary:
-        temporary.write_bytes(packed({key: there[key] for key in known_keys() if key in there}, small=True))
+        temporary.write_bytes(packed({key: there[key] for key in sorted(known_keys() & set(there))}, small=True))
     return path
 
 
-def is_current(name: str, quantization: Quantization) -> bool:
-    """Whether a model's step is there, and was recorded by the installed libraries."""
-    file = StepFile.read(shipped(name), AskedStep(name, StepConfig(bf16=True, quantization=quantization)).key)
+def is_current(asked: AskedStep) -> bool:
+    """Whether a step is there, and was recorded by the installed libraries."""
+    file = StepFile.read(shipped(asked.model), asked.key)
     return file is not None and file.text["versions"] | {"code": ""} == versions() | {"code": ""}
 
 
@@ -101,14 +135,15 @@ def main(arguments: list[str]) -> int:
     begun, failed = time.monotonic(), 0
     names = options.models or tuple(dict.fromkeys((*FIRST, *published_models())))
     for name in names:
-        for quantization in QUANTIZATIONS:
-            if not options.again and is_current(name, quantization):
+        for asked in asked_steps(name):
+            if not options.again and is_current(asked):
                 continue
+            quantization = asked.settings.quantization
             if time.monotonic() - begun > 60 * options.minutes:
                 return failed
             before = time.process_time()
             try:
-                path = record(name, quantization)
+                path = record(asked)
             except RankPilotError as error:
                 console.print(f"{name} {quantization}: {error}", markup=False)
                 failed = 1

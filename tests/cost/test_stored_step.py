@@ -29,13 +29,16 @@ from rankpilot.cost.stored_step import StepFile, StoredStep
 from rankpilot.errors import DataError, UnsupportedError
 from rankpilot.lora.spec import highest_ranks
 
-from tools.record_models import known_keys
+from tools.record_models import asked_steps
 
 from ..cases import first_cases
 from .test_repeated_layers import MODELS, assert_same
 
-ALL = sorted(known_keys().values(), key=lambda each: (each != ("smollm2-135m", "nf4"), each))
-"""Models that ship, and their quantisation."""
+ALL = sorted(
+    (asked for name in published_models() for asked in asked_steps(name)),
+    key=lambda asked: (asked.model != "smollm2-135m", asked.settings.prepare_kbit, str(asked)),
+)
+"""Steps that ship, and perhaps do."""
 
 
 def config(name: str) -> t.PreTrainedConfig:
@@ -158,13 +161,14 @@ def test_what_ships_tells_any_rows_and_length(name: str, quantization: Quantizat
         assert_same_answers(mine, fresh(name, step), BatchShape(rows, length))
 
 
-@pytest.mark.parametrize(("name", "quantization"), first_cases(1, ALL))
-def test_what_ships_is_what_is_recorded_now(name: str, quantization: Quantization) -> None:
-    step = StepConfig(quantization=quantization, batch_size=2, max_length=512, accumulation=8, bf16=True)
-    asked = AskedStep(name, step)
-    file = StepFile.read(shipped(name), asked.key)
+@pytest.mark.parametrize("asked", first_cases(1, ALL), ids=lambda asked: f"{asked.model}-{asked.key[:4]}")
+def test_what_ships_is_what_is_recorded_now(asked: AskedStep) -> None:
+    step = replace(asked.settings, batch_size=2, max_length=512, accumulation=8)
+    file = StepFile.read(shipped(asked.model), asked.key)
     assert file is not None
-    assert_same_answers(StoredStep(file, asked.recorder, None).configured(step), fresh(name, step), BatchShape(2, 512))
+    mine = StoredStep(file, asked.recorder, None, asked.loaded).configured(step)
+    its = from_config(asked.model, replace(step, gradient_checkpointing=True), asked.loaded, counted=True)
+    assert_same_answers(mine, its, BatchShape(2, 512))
 
 
 def test_what_ships_is_small_and_of_known_models() -> None:
