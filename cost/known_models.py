@@ -27,8 +27,8 @@ _MIRRORS = ("nousresearch", "unsloth")
 def published_models() -> dict[str, dict[str, Any]]:
     """The models of the table by short name ("llama-3.1-8b").
 
-    Each has "owner" (of the Hugging Face id), "parameters" (their published number, without the head of a classifier)
-    and "config" (fields of the configuration).
+    Each has "id" (one that exists on Hugging Face), "parameters" (their published number, without the head of a
+    classifier) and "config" (fields of the configuration).
     """
     table: dict[str, dict[str, Any]] = json.loads(_MODELS.read_text())
     return table
@@ -48,10 +48,17 @@ def check_known(name: str) -> None:
 
 def short_name(name: str) -> str:
     """The name in the table that an id or a name would have."""
+    if known := _ids().get(name.lower()):
+        return known
     owner, _, model = name.lower().rpartition("/")
     model = model.removeprefix("meta-").replace("-instruct-", "-")
     for candidate in (model, *(model.removesuffix(variant) for variant in _VARIANTS)):
         entry = published_models().get(candidate)
-        if entry is not None and owner in ("", entry["owner"].lower(), *_MIRRORS):
+        if entry is not None and owner in ("", entry["id"].partition("/")[0].lower(), *_MIRRORS):
             return candidate
     return ""
+
+
+@cache
+def _ids() -> dict[str, str]:
+    return {entry["id"].lower(): name for name, entry in published_models().items()}

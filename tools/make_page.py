@@ -11,7 +11,8 @@ import json
 import struct
 import sys
 import zlib
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,12 +29,13 @@ from rankpilot.cost.outlook import card_rates
 from rankpilot.cost.recording import BatchShape
 from rankpilot.cost.saver_prices import ACTIVATIONS
 from rankpilot.cost.step_config import OptimizerName, Quantization, StepConfig
-from rankpilot.cost.step_file import anchors_of, lagged, narrow, read_memory, repeats, spans_after
-from rankpilot.cost.step_time import Rates
+from rankpilot.cost.step_file import anchors_of, lagged, narrow, read_memory, read_work, repeats, spans_after
+from rankpilot.cost.step_time import LAUNCH_SECONDS, Rates
 from rankpilot.cost.stored_step import StepFile, StoredStep
+from rankpilot.cost.work_growth import WorkGrowth
 from rankpilot.lora.spec import highest_ranks
 
-from .record_models import FIRST, QUANTIZATIONS
+from .record_models import FIRST, QUANTIZATIONS, USUAL, of_trl
 
 SOURCE = Path(__file__).with_name("page")
 
@@ -49,7 +51,8 @@ LONGEST_LAG = 12_000
 """After how many rows layers may repeat themselves: where four kinds take turns, and each has thousands."""
 
 Parts = list[tuple[int, str, NDArray[Any], int]]
-"""Owner (a step's number, -1 for the model), name and values of each array, and after how many rows it repeats."""
+"""Owner (the number of a step, -1 for the model, -2 and below for what steps compute), name and values of each array,
+and after how many rows it repeats."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,22 @@ class Options:
     models: tuple[str, ...] = ()
 
 
-def packed_model(name: str, quantization: Quantization) -> bytes | None:
+TRAINERS: dict[str, Callable[[str, Quantization], AskedStep]] = {
+    "trl": of_trl,
+    "trainer": lambda name, quantization: AskedStep(name, USUAL[quantization]),
+}
+"""Programs in which a step was recorded: TRL's SFTTrainer, and transformers' Trainer with a prepared model."""
+
+
+def packed_model(name: str, quantization: Quantization, trainer: str = "trainer") -> bytes | None:
     """What the page knows of a model; None if nothing ships of it, or if it continues no texts."""
-    settings = StepConfig(quantization=quantization, bf16=True)
-    file = StepFile.read(shipped(name), AskedStep(name, settings).key)
+    asked = TRAINERS[trainer](name, quantization)
+    file = StepFile.read(shipped(name), asked.key)
     if file is None:
         return None
-    source = StoredStep(file, _refuse, None)
+    source = StoredStep(file, _refuse, None, asked.loaded)
     exact = file.text["level"] > 1  # a recording tells of its own batch alone
-    return packed_step(source, settings) if source.model.continues and not exact else None
+    return packed_step(source, asked.settings) if source.model.continues and not exact else None
 
 
 def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
@@ -87,25 +97,31 @@ def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
     """
     model, file = source.model, source.file
     highest = highest_ranks(model.targets)
-    arrays: Parts = [(-1, "highest", highest, 0), (-1, "frozen", np.array(model.frozen), 0)]
+    widths = np.array([target.d_in + target.d_out for target in model.targets])
+    arrays: Parts = [(-1, "highest", highest, 0), (-1, "frozen", np.array(model.frozen), 0), (-1, "widths", widths, 0)]
     states: dict[str, Any] = {}
     for optimizer in get_args(OptimizerName):
         held = asdict(source.states(optimizer))
         states[optimizer] = {key: _plain(value) for key, value in held.items()}
-    steps: list[dict[str, Any]] = []
+    steps, works, names = list[dict[str, Any]](), list[dict[str, Any]](), saver_names(source, settings)
     for part, found in file.parts.items():
         kind, _, rest = part.partition(" ")
-        if kind == "memory" and (savers := _savers(rest, file)):
-            shape = BatchShape(*map(int, rest.split()[0:3:2]))
-            memory = read_memory(*found, source.states("adamw"), shape)
-            if np.isfinite(memory._growth.row_power).all():
-                steps.append(_step(memory, savers, shape))
-                arrays += _arrays(memory, len(steps) - 1)
+        if kind not in ("memory", "work") or (savers := names.get(rest.split(" ", 3)[3])) is None:
+            continue
+        shape = BatchShape(*map(int, rest.split()[0:3:2]))
+        if kind == "work":
+            growth = read_work(*found, widths)
+            works.append(_work(growth, savers))
+            arrays += _work_arrays(growth, -1 - len(works))
+            continue
+        memory = read_memory(*found, source.states("adamw"), shape)
+        if np.isfinite(memory._growth.row_power).all():
+            steps.append(_step(memory, savers, shape))
+            arrays += _arrays(memory, len(steps) - 1)
     text: dict[str, Any] = {
-        "arrays": [], "steps": steps, "states": states, "parameters": model.parameters, "outside": model.outside,
-        "widest": model.widest, "positions": model.positions, "windows": model.windows, "isEager": model.is_eager,
+        "arrays": [], "steps": steps, "works": works, "states": states, "parameters": model.parameters,
+        "outside": model.outside, "widest": model.widest, "positions": model.positions, "windows": model.windows, "isEager": model.is_eager,
         "byLength": model.keeps_state or file.text["level"] > 0, "products": model.products, "fused": model.fused,
-        "times": _times(source, settings),
     }  # fmt: skip
     return _deflated(text, arrays)
 
@@ -125,19 +141,13 @@ def _plain(value: Any) -> Any:
     return int(value) if float(value).is_integer() else value
 
 
-def _savers(rest: str, file: StepFile) -> str:
-    """Which of `SAVERS` a part of a file has; "" for those in between."""
-    shape, names = rest.split(" ", 3)[:3], rest.split(" ", 3)[3]
-    if names == "plain":
-        return "none"
-    start = f"memory {' '.join(shape)} "
-    free = [
-        part.removeprefix(start)
-        for part in file.parts
-        if part.startswith(start) and ACTIVATIONS not in part and not part.endswith("plain")
-    ]
-    best = max(free, key=lambda each: (each.count(","), each), default="")
-    return {best: "free", f"{best}, {ACTIVATIONS}": "selective"}.get(names, "")
+def saver_names(source: StoredStep, settings: StepConfig) -> dict[str, str]:
+    """The names of `SAVERS` by those of the savers that a usual batch has, as parts of a file are called."""
+    length = min(1024, source.model.positions or 1024)
+    step = source.configured(replace(settings, batch_size=2, max_length=length))
+    free = ", ".join(each.name for each in step.saved[1:])
+    lean = ", ".join(filter(None, (free, ACTIVATIONS)))
+    return {free: "free", lean: "selective", "plain": "none"}
 
 
 def _step(memory: MemoryModel, savers: str, shape: BatchShape) -> dict[str, Any]:
@@ -219,23 +229,27 @@ def _segment(memory: MemoryModel, index: int) -> tuple[int, int, int, int, int]:
     return segment.start, segment.end, recording.second_run_start(index), last, int(backward.max(initial=-1))
 
 
-def _times(source: StoredStep, settings: StepConfig) -> dict[str, float]:
-    """Times of a step with all layers checkpointed, and with selective checkpointing, as shares of plain LoRA's."""
-    length = min(1024, source.model.positions or 1024)
-    try:
-        step = source.configured(StepConfig(**asdict(settings) | {"batch_size": 2, "max_length": length}))
-    except _NotRecordedError:  # no recording tells other batches
-        return {}
-    rates, names = _rates(device_table()[USUAL_CARD]), [segment.name for segment in step.memory.segments]
-    if step.work is None:
-        return {}
-    ranks = np.minimum(8, highest_ranks(step.targets))
-    time = step.work.time(rates)
-    plain, lean = time.seconds(ranks, ()), step.leaner()
-    found = {"checkpointed": time.seconds(ranks, names) / plain}
-    if lean and lean.work:
-        found["selective"] = lean.work.time(rates).seconds(ranks, ()) / plain
-    return {key: round(value, 3) for key, value in found.items()}
+def _work(growth: WorkGrowth, savers: str) -> dict[str, Any]:
+    work = growth.work
+    return {
+        "savers": savers,
+        "shapes": [[shape.rows, shape.length] for shape in growth.shapes],
+        "rank": work.rank,
+        "layers": len(work.layers),
+    }
+
+
+def _work_arrays(growth: WorkGrowth, owner: int) -> Parts:
+    """The arrays of what a step computes, those of its operators cut behind the forward pass."""
+    work, found = growth.work, Parts()
+    columns = {"backward": work.backward.astype(np.int64), "module": work.module, "layer": work.layer}
+    for number in range(len(growth.shapes)):
+        columns |= {f"flops {number}": growth.flops[number], f"moved {number}": growth.moved[number]}
+    forward = int(np.count_nonzero(~work.backward))
+    for half in (slice(forward), slice(forward, None)):
+        lag, _ = repeats(columns["moved 0"][half].astype(np.int64), LONGEST_LAG)
+        found += [(owner, name, values[half], lag) for name, values in columns.items()]
+    return found
 
 
 def _deflated(text: dict[str, Any], arrays: Parts) -> bytes:
@@ -264,13 +278,14 @@ def _deflated(text: dict[str, Any], arrays: Parts) -> bytes:
 
 
 def page_models(names: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
-    """What the page knows, in base 64, by short name and quantisation."""
+    """What the page knows, in base 64, by short name, and by quantisation and trainer ("nf4/trl")."""
     ordered = names or tuple(dict.fromkeys((*FIRST, *published_models())))
     found: dict[str, dict[str, str]] = {}
     for name in ordered:
         for quantization in QUANTIZATIONS:
-            if content := packed_model(name, quantization):
-                found.setdefault(name, {})[quantization] = base64.b64encode(content).decode()
+            for trainer in TRAINERS:
+                if content := packed_model(name, quantization, trainer):
+                    found.setdefault(name, {})[f"{quantization}/{trainer}"] = base64.b64encode(content).decode()
     return found
 
 
@@ -288,25 +303,24 @@ def page(models: dict[str, dict[str, str]]) -> str:
             "context": card.context_bytes,
             "workspace": card.workspace_bytes,
             "flops": _rates(card).flops,
+            "bytes": _rates(card).bytes,
         }
         for name, card in {**device_table(), OTHER: find_device_spec("1TiB")}.items()
         if card.has_flash_attention
     }
     published = published_models()
-    about = {
-        name: {"parameters": published[name]["parameters"], "id": f"{published[name]['owner']}/{name}"}
-        for name in models
-    }
+    about = {name: {key: published[name][key] for key in ("parameters", "id")} for name in models}
     order = np.random.PCG64(0).state["state"]
     known = {"cards": cards, "about": about, "order": {"state": str(order["state"]), "increment": str(order["inc"])}}
-    script = "\n".join((SOURCE / each).read_text() for each in ("memory.js", "parts.js", "form.js"))
+    known["launch"] = LAUNCH_SECONDS
+    script = "\n".join((SOURCE / each).read_text() for each in ("memory.js", "seconds.js", "parts.js", "form.js"))
     parts = {
         "style": (SOURCE / "page.css").read_text(),
         "known": json.dumps(known, separators=(",", ":")),
         "models": "".join(
-            f'<script type="application/octet-stream" id="{name}/{quantization}">{content}</script>\n'
+            f'<script type="application/octet-stream" id="{name}/{kind}">{content}</script>\n'
             for name, kinds in models.items()
-            for quantization, content in kinds.items()
+            for kind, content in kinds.items()
         ),
         "script": script,
     }

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -28,6 +29,9 @@ FIRST = (
     *("gemma-3-1b", "gemma-3-12b", "gemma-3-27b", "llama-3.3-70b", "qwen3-1.7b", "gpt-oss-20b", "smollm2-135m"),
 )
 """The models that people tune most come first."""
+
+OF_YAMLS = tuple(name for name in FIRST if not name.startswith("gemma"))
+"""Of which the steps of other trainers ship as well; a recording of Gemma 3 takes minutes."""
 
 QUANTIZATIONS: tuple[Quantization, ...] = ("none", "nf4")
 
@@ -78,9 +82,9 @@ USUAL = {each: StepConfig(bf16=True, quantization=each) for each in QUANTIZATION
 
 
 def asked_steps(name: str) -> Iterator[AskedStep]:
-    """The steps of a model that ship: with the usual settings, and for models of `FIRST` those that yamls ask for."""
+    """The steps of a model that ship: with the usual settings, and for `OF_YAMLS` those of other trainers."""
     yield from (AskedStep(name, each) for each in USUAL.values())
-    if name in FIRST:
+    if name in OF_YAMLS:
         yield from (of_trl(name, quantization) for quantization in QUANTIZATIONS)
         yield from _of_yamls(name)
 
@@ -114,8 +118,8 @@ def record(asked: AskedStep) -> Path:
         if asked.loaded == TRL:  # of which yamls and the page ask
             source.configured(replace(step, exact_savers=False))
     if source.file.text["level"]:  # a recording tells of its own length alone
-        for length in LENGTHS:
-            source.configured(replace(settings, batch_size=2, max_length=length)).leaner()
+        for length, rows in product(LENGTHS, (2, 1)):
+            source.configured(replace(settings, batch_size=rows, max_length=length)).leaner()
     there = unpacked(path.read_bytes()) if path.exists() else {}
     there[asked.key] = source.file.text, source.file.parts
     with atomic_path(path) as temporary:

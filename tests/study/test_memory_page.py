@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import random
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,12 +14,13 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import transformers as t
+from rankpilot.cli.main import run
 from rankpilot.common.files import write_text
 from rankpilot.cost.card_use import SLACK, CardUse, card_use
 from rankpilot.cost.cards import USUAL_CARD, device_table
 from rankpilot.cost.configured_step import ConfiguredStep, LoadedAs, Shards
 from rankpilot.cost.known_models import short_name
-from rankpilot.cost.memory_of import AskedStep, memory_of, shipped
+from rankpilot.cost.memory_of import AskedStep, shipped
 from rankpilot.cost.model import MemoryModel
 from rankpilot.cost.outlook import Outlook, card_rates
 from rankpilot.cost.recording import BatchShape
@@ -28,7 +31,7 @@ from rankpilot.lora.spec import highest_ranks
 from rankpilot.study.lengths import steps_of_lengths
 from rankpilot.study.trainer_file import read_trainer_file
 
-from tools.make_page import SAVERS, SOURCE, packed_model, packed_step, page, page_models
+from tools.make_page import SAVERS, SOURCE, packed_model, packed_step, page, page_models, saver_names
 from tools.record_models import steps
 
 from ..cases import first_cases
@@ -83,6 +86,7 @@ def drawn(sources: dict[str, StoredStep], count: int) -> list[dict[str, Any]]:
                 "checkpointed": generator.choice([0, 1, 2, 999]),
                 "accumulates": generator.random() < 0.5,
                 "expandable": generator.random() < 0.3,
+                "slack": SLACK,
             }
         )
     return found
@@ -90,8 +94,8 @@ def drawn(sources: dict[str, StoredStep], count: int) -> list[dict[str, Any]]:
 
 def stored_memory(source: StoredStep, asked: dict[str, Any]) -> MemoryModel:
     """The byte model of these settings, on one GPU alone."""
-    names = () if asked["savers"] == "none" else (*free_savers(source.model.targets),)
-    names += (ACTIVATIONS,) if asked["savers"] == "selective" else ()
+    part = next(part for part, savers in saver_names(source, SETTINGS).items() if savers == asked["savers"])
+    names = tuple(part.split(", ")) if part not in ("plain", "") else ()
     source._step = StepConfig(optimizer=asked["optimizer"], accumulation=1 + asked["accumulates"])
     return source.memory(names, BatchShape(asked["rows"], asked["length"]))
 
@@ -304,32 +308,61 @@ def test_an_answer_is_linked_and_followed(visit: Callable[..., Visit]) -> None:
     assert again.text("#ways") == here.text("#ways")
 
 
-@pytest.mark.parametrize(
-    ("card", "rows", "length", "rank"),
-    first_cases(
-        2,
-        [
-            *(("RTX 4070", 8, 2048, 64), ("7.6GiB", 8, 2048, 8), ("RTX 4070", 16, 1024, 8)),
-            *(
-                ("RTX 3090", 24, 2048, 8),
-                ("RTX 3090", 24, 2048, 64),
-                ("RTX 4070", 24, 2048, 8),
-                ("RTX 3090", 32, 1024, 64),
-            ),
-        ],
-    ),
-)
-def test_the_command_chooses_the_same_way(
-    card: str, rows: int, length: int, rank: int, visit: Callable[..., Visit]
+PLANNED = """async (given) => {
+  const asked = { ...DEFAULTS, ...given }, model = await modelOf(asked), way = await planned(model, asked);
+  const [lines] = programs(asked, way)["command line"];
+  return [lines.join("\\n"), way.verdict, way.total, way.spare, way.layers, way.savers, timeOf(model, asked, way)];
+}"""
+
+
+def settings_drawn(count: int) -> list[dict[str, Any]]:
+    """So many random settings of the form, on cards of which most steps take a good part."""
+    generator, found = random.Random(3), []
+    for _ in range(count):
+        gpus = generator.choice([1, 1, 2])
+        trainer = generator.choice(["trl", "trl", "trainer"])
+        asked = {
+            "bits": generator.choice(["none", "nf4"]),
+            "trainer": trainer,
+            "card": "another card",
+            "memory": round(generator.choice([2, 3, 4, 6, 8, 12]) * generator.uniform(0.8, 1.2), 2),
+            "rank": generator.choice([1, 8, 16, 64, 200]),
+            "rows": generator.choice([1, 2, 4, 8]),
+            "length": generator.choice([256, 777, 1024, 2048]),
+            "accumulation": generator.choice([1, 8]),
+            "optimizer": generator.choice(["adamw", "adamw8bit", "sgd"]),
+            "checkpointing": generator.choice(["auto", "auto", "auto", "none", "all"]),
+            "savers": trainer == "trainer" or generator.random() < 0.7,
+            "gpus": gpus,
+            "sharding": generator.choice(["ddp", "fsdp2"]) if gpus > 1 else "ddp",
+            "expandable": generator.random() < 0.2,
+        }
+        found.append({"model": "smollm2-135m"} | asked)
+    return found
+
+
+@pytest.mark.parametrize("part", first_cases(1, range(5)))
+def test_the_command_that_is_pasted_says_what_the_page_says(
+    part: int, visit: Callable[..., Visit], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """As few layers are checkpointed as fit, with selective checkpointing before."""
-    settings = {"batch_size": rows, "max_length": length, "accumulation": 8}
-    best = memory_of("smollm2-135m", card, rank=rank, quantization="nf4", **settings).best
-    assert best
-    assert 0 < len(best.checkpointed) < 30, "a case that tells nothing"
-    card = f"another card&memory={card[:-3]}" if card.endswith("GiB") else card
-    here = visit(f"#model=smollm2-135m&bits=nf4&card={card}&rows={rows}&length={length}&rank={rank}&accumulation=8")
-    assert f"selective checkpointing, {len(best.checkpointed)} of 30 layers checkpointed" in here.text("#answer")
+    """The verdict, bytes on the card, checkpointed layers and time of a plan with adapters on all layers."""
+    here, plans = visit("#model=smollm2-135m"), set()
+    for asked in settings_drawn(50)[10 * part : 10 * part + 10]:
+        lines, verdict, total, spare, layers, savers, time = here.page.evaluate(PLANNED, asked)
+        words = [word for word in shlex.split(lines.replace("\\\n", " "), comments=True) if word.strip()]
+        run([*words[1:], "--json"])
+        told = json.loads(capsys.readouterr().out)
+        choices = [choice for choice in told["choices"] if choice["kind"] == "depth" and choice["layers"] == 30]
+        mine = next((choice for choice in choices if choice["checkpointed"] == layers), None)
+        assert mine, (lines, layers, [choice["checkpointed"] for choice in choices])
+        found = mine["verdict"], mine["total_bytes"], mine["spare_bytes"]
+        assert found == (verdict, total, spare), (lines, layers, savers)
+        assert mine["time"] == pytest.approx(time, rel=1e-6), lines
+        fitting = [choice["checkpointed"] for choice in choices if choice["verdict"] == "fits"]
+        assert verdict != "fits" or layers == min(fitting), lines
+        assert verdict == "fits" or not fitting, lines
+        plans.add((verdict, layers in (0, 30), savers))
+    assert len(plans) > 2, "cases that tell little"
 
 
 def test_lines_are_chosen_by_keyboard(visit: Callable[..., Visit]) -> None:

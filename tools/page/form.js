@@ -3,7 +3,7 @@
 const known = JSON.parse(document.getElementById("known").textContent);
 const form = document.getElementById("form"), answer = document.getElementById("answer");
 const DEFAULTS = {
-  model: "llama-3.1-8b", bits: "nf4", card: "RTX 4090", length: 2048, rows: 2, rank: 16, checkpointing: "auto", savers: true,
+  model: "llama-3.1-8b", bits: "nf4", trainer: "trl", card: "RTX 4090", length: 2048, rows: 2, rank: 16, checkpointing: "auto", savers: true,
   memory: 12, optimizer: "adamw", accumulation: 8, gpus: 1, sharding: "ddp", expandable: false, lengths: "",
 };
 const OTHER = "another card"; // of which only the memory is known
@@ -28,6 +28,7 @@ function element(tag, attributes = {}, ...children) {
 }
 
 const mark = (verdict, small) => element("span", { class: `mark ${MARKS[verdict][1]}${small ? " small" : ""}` }, MARKS[verdict][0]);
+const slackOf = ({ bits }) => (bits === "none" ? SLACK : QUANTISED_SLACK);
 const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(Math.abs(bytes) < 2 ** 30 ? 2 : 1)} GiB`;
 const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
 
@@ -64,9 +65,10 @@ function writeAddress(asked) {
 const cardOf = ({ card, memory }) => (card === OTHER ? { ...known.cards[card], memory: Math.trunc(memory * 2 ** 30) } : known.cards[card]);
 const option = ({ card, memory }) => (card === OTHER ? `--device-memory ${memory}GiB` : `--device ${JSON.stringify(card)}`);
 
+const idOf = ({ model, bits, trainer }) => `${model}/${bits}/${trainer}`;
 const unpacked = new Map();
 async function modelOf(asked) {
-  const id = `${asked.model}/${asked.bits}`;
+  const id = idOf(asked);
   if (!unpacked.has(id)) unpacked.set(id, unpackModel(document.getElementById(id).textContent));
   return unpacked.get(id);
 }
@@ -75,8 +77,8 @@ async function modelOf(asked) {
 const uses = new Map();
 function use(model, asked, savers, checkpointed) {
   const { rank, rows, length, optimizer, gpus, expandable } = asked;
-  const settings = { rank, rows, length, optimizer, gpus, expandable, checkpointed, sharding: gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
-  const card = cardOf(asked), key = JSON.stringify([asked.model, asked.bits, asked.card, card.memory, savers, settings]);
+  const settings = { rank, rows, length, optimizer, gpus, expandable, checkpointed, slack: slackOf(asked), sharding: gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
+  const card = cardOf(asked), key = JSON.stringify([idOf(asked), asked.card, card.memory, savers, settings]);
   if (!uses.has(key)) {
     const step = recordedStep(model, savers, rows, length);
     const layers = step ? Math.min(checkpointed, step.segments.length) : 0;
@@ -88,25 +90,38 @@ function use(model, asked, savers, checkpointed) {
 const pause = () => new Promise((resolve) => setTimeout(resolve));
 const ALL = 1e6;
 
-// The way that takes least time and fits: savers without a price, then selective checkpointing, then as few layers as it
-// takes. Where none fits, the one that takes least.
-async function fastest(model, asked) {
-  if (asked.checkpointing !== "auto") return use(model, asked, asked.savers ? "free" : "none", asked.checkpointing === "all" ? ALL : 0);
-  const fits = (way) => way.verdict === "fits";
-  let ways = (asked.savers ? ["free", "selective"] : ["none"]).filter((savers) => recordedStep(model, savers, asked.rows, asked.length));
-  const without = ways.map((savers) => use(model, asked, savers, 0)), found = without.find(fits);
-  if (found || !ways.length) return found || null;
+// The plan that the command chooses; see `Outlook.fitting`. Where none leaves enough to spare, the one that takes least.
+async function planned(model, asked) {
+  if (asked.checkpointing !== "auto") return use(model, asked, saversOf(asked), asked.checkpointing === "all" ? ALL : 0);
+  const savers = asked.savers && needsLean(model, asked) ? "selective" : saversOf(asked), fits = (way) => way.verdict === "fits";
+  const at = (layers) => use(model, asked, savers, layers), none = at(0);
+  if (!none || fits(none) || !none.of) return none;
   await pause();
-  const whole = ways.map((savers) => use(model, asked, savers, ALL)), best = [...whole].reverse().find(fits);
-  if (!best) return [...without, ...whole].reduce((least, way) => (way.total < least.total ? way : least));
-  let low = 0, high = best.layers;
-  while (high - low > 1) {
-    const middle = (low + high) >> 1;
-    if (fits(use(model, asked, best.savers, middle))) high = middle;
-    else low = middle;
-    await pause();
-  }
-  return use(model, asked, best.savers, high);
+  const every = at(ALL), limit = (1 - slackOf(asked)) * cardOf(asked).memory;
+  let layers = every.of;
+  if (every.total <= limit && limit < none.total) layers = Math.max(1, Math.ceil(((none.total - limit) / (none.total - every.total)) * layers));
+  for (; !fits(at(layers)) && layers < every.of; layers++) await pause();
+  for (; layers > 1 && fits(at(layers - 1)); layers--) await pause();
+  if (fits(at(layers))) return at(layers);
+  const ways = [none, every], tight = ways.filter(({ verdict, spare }) => verdict !== "does not fit" && spare >= 0);
+  return (tight.length ? tight : ways).reduce((least, way) => (way.total < least.total ? way : least));
+}
+
+const saversOf = (asked) => (asked.savers ? "free" : "none");
+
+// Whether activations are checkpointed first: plain LoRA does not fit, and it takes less with them; see `Outlook.step`.
+function needsLean(model, asked) {
+  const at = (savers, layers) => use(model, { ...asked, rank: 8 }, savers, layers), plain = at("free", 0), lean = at("selective", 0);
+  if (!plain || !lean || plain.verdict === "fits") return false;
+  const [every, leanEvery] = [at("free", ALL).allocated, at("selective", ALL).allocated];
+  return lean.allocated === plain.allocated ? leanEvery < every : lean.allocated < plain.allocated && leanEvery <= 1.01 * every;
+}
+
+// The time of a step as a share of plain LoRA's, rank 8 on all modules, without checkpointing; null where it is not known.
+function timeOf(model, asked, way) {
+  const { rows, length } = asked, card = cardOf(asked), [work, usual] = [way.savers, saversOf(asked)].map((savers) => workOf(model, savers, rows, length));
+  if (!work || !usual) return null;
+  return stepSeconds(model, work, card, known.launch, asked, way.layers) / stepSeconds(model, usual, card, known.launch, { ...asked, rank: 8 }, 0);
 }
 
 // The most tokens of a row for which there is a way, to multiples of 64; 0 if there is none.
@@ -133,14 +148,13 @@ async function longestRow(model, asked, isLatest) {
   return low * unit;
 }
 
-function planText(model, way) {
+function planText(model, asked, way) {
   const parts = [];
   if (way.savers !== "none") parts.push("exact savers");
   if (way.savers === "selective") parts.push("selective checkpointing");
   parts.push(way.layers ? `${way.layers === way.of ? "all" : `${way.layers} of`} ${way.of} layers checkpointed` : "no layer checkpointed");
-  const again = ((model.times.checkpointed ?? 1) - 1) * (way.of ? way.layers / way.of : 0), more = way.savers === "selective" ? (model.times.selective ?? 1) - 1 : 0;
-  const time = again + more;
-  return `${parts.join(", ")}${time > 0.005 ? `; a step takes about ${(1 + time).toFixed(2)} times as long as without checkpointing` : ""}`;
+  const time = timeOf(model, asked, way);
+  return `${parts.join(", ")}${time === null ? "" : `; at ${time.toFixed(2)} of the time of plain LoRA without checkpointing`}`;
 }
 
 function showAnswer(model, asked, way, counted) {
@@ -158,19 +172,20 @@ function showAnswer(model, asked, way, counted) {
   const limit = element("div", { class: "limit" }, element("span", {}, "0"), element("span", { style: way.spare < 0 ? `right: ${100 - (100 * card.memory) / whole}%` : "right: 0" }, gib(card.memory)));
   answer.replaceChildren(
     element("p", { class: "verdict" }, mark(way.verdict), `${gib(way.total)} of ${gib(card.memory)}, ${left}`),
-    element("p", {}, `${asked.model} (${(parameters / 1e9).toPrecision(3)}B) ${asked.bits === "nf4" ? "in 4 bits" : "in bf16"} on ${each}, ${count(asked.rows, "row")} of ${count(asked.length, "token")}, rank ${asked.rank} on all linear modules: ${planText(model, way)}.`),
+    element("p", {}, `${asked.model} (${(parameters / 1e9).toPrecision(3)}B) ${asked.bits === "nf4" ? "in 4 bits" : "in bf16"} on ${each}, ${count(asked.rows, "row")} of ${count(asked.length, "token")}, rank ${asked.rank} on all linear modules, in ${asked.trainer === "trl" ? "TRL's SFTTrainer" : "transformers' Trainer"}: ${planText(model, { ...asked, length: counted }, way)}.`),
     ...(counted === asked.length ? [] : [element("p", { class: "faint" }, `The page knows this model at a few lengths: ${asked.length} tokens count as ${counted}.`)]),
     ...(asked.bits !== "none" && model.fused ? [element("p", { class: "faint" }, `Its experts, ${gib(2 * model.fused)}, stay in 16 bits, as transformers leaves them. rankpilot memory --experts tells what axolotl and Unsloth make of them.`)] : []),
-    ...(way.verdict === "tight" ? [element("p", { class: "faint" }, "Tight: less than 3 % of the card is to spare, within which predictions err, or it fits only with expandable_segments.")] : []),
+    ...(way.verdict === "tight" ? [element("p", { class: "faint" }, `Tight: less than ${Math.round(100 * slackOf(asked))} % of the card is to spare, within which predictions err, or it fits only with expandable_segments.`)] : []),
+    ...(way.verdict === "fits" || asked.checkpointing !== "auto" ? [] : [element("p", { class: "faint" }, "With adapters on the top layers alone it may fit: the command line tells.")]),
     bar, limit,
     element("ul", { class: "parts" }, ...shown.map(([kind, words]) => element("li", {}, element("i", { class: `chip ${kind}` }), words, element("b", {}, gib(bytes[kind]))))),
   );
 }
 
 function showWays(model, asked, best) {
-  const rows = [["plain LoRA, no checkpointing", "none", 0], ["plain LoRA, all layers checkpointed (TRL's default)", "none", ALL], ["exact savers, no checkpointing", "free", 0], ["exact savers, all layers checkpointed", "free", ALL], ["exact and selective, all layers checkpointed", "selective", ALL]];
+  const rows = [["plain LoRA, no checkpointing", "none", 0], [`plain LoRA, all layers checkpointed${asked.trainer === "trl" ? " (TRL's default)" : ""}`, "none", ALL], ["exact savers, no checkpointing", "free", 0], ["exact savers, all layers checkpointed", "free", ALL], ["exact and selective, all layers checkpointed", "selective", ALL]];
   const made = rows.map(([words, savers, layers]) => [words, use(model, asked, savers, layers), layers]).filter(([, way, layers]) => way && (way.of || !layers));
-  if (!made.some(([, way]) => way === best)) made.push([planText(model, best).split(";")[0], best]);
+  if (!made.some(([, way]) => way === best)) made.push([planText(model, asked, best).split(";")[0], best]);
   document.getElementById("ways").replaceChildren(
     ...made.sort(([, one], [, other]) => other.total - one.total).map(([words, way]) =>
       element("tr", way === best ? { class: "chosen" } : {}, element("td", {}, words), element("td", { class: "figure" }, gib(way.total)), element("td", {}, mark(way.verdict, true)))),
@@ -184,10 +199,9 @@ async function showRows(model, asked, given, isLatest) {
   if (!given.length) return;
   section.replaceChildren(heading, element("p", { class: "faint" }, "Splitting steps of your rows ..."));
   await pause();
-  const quick = use(model, { ...asked, rank: 8 }, "free", 0), lean = quick?.verdict !== "fits" && recordedStep(model, "selective", asked.rows, asked.length);
-  const savers = !asked.savers ? "none" : lean ? "selective" : "free", step = recordedStep(model, savers, asked.rows, asked.length), card = cardOf(asked);
+  const savers = asked.savers && needsLean(model, asked) ? "selective" : saversOf(asked), step = recordedStep(model, savers, asked.rows, asked.length), card = cardOf(asked);
   if (step.lengthRatio === 1) return section.replaceChildren(heading, element("p", {}, "The layers of this model keep a state, so each length takes a recording of its own, and the page cannot tell steps in parts."));
-  const settings = { ...asked, sharding: asked.gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
+  const settings = { ...asked, slack: slackOf(asked), sharding: asked.gpus > 1 ? asked.sharding : "ddp", accumulates: asked.accumulation > 1 };
   const limit = roomForTensors(model, card, settings, use(model, asked, savers, ALL));
   const lengths = given.map((length) => Math.min(length, asked.length)), cut = given.filter((length) => length > asked.length).length;
   const found = await stepsOfLengths(model, step, settings, lengths, { rows: asked.rows, limit, flops: card.flops, order: known.order }, pause);
@@ -213,19 +227,23 @@ async function showRows(model, asked, given, isLatest) {
   );
 }
 
-// What each program is told. axolotl and LLaMA-Factory checkpoint all layers or none, and know no savers.
+// What each program is told, and a word on it. axolotl and LLaMA-Factory checkpoint all layers or none, and know no savers.
 function programs(asked, way) {
-  const { id } = known.about[asked.model], four = asked.bits === "nf4", again = way.layers > 0, budget = Math.ceil((way.allocated + way.margin - way.parts[0] - cardOf(asked).workspace) / MIB);
+  const { id } = known.about[asked.model], four = asked.bits === "nf4", trl = asked.trainer === "trl", again = way.layers > 0;
+  const budget = Math.ceil((way.allocated + way.margin - way.parts[0] - cardOf(asked).workspace) / MIB);
   const partly = way.savers === "selective" || (way.layers > 0 && way.layers < way.of), attach = way.savers !== "none" || partly;
   const name = (text) => JSON.stringify(text), optimizer = IN_TRAINERS[asked.optimizer];
   const peft = [
-    "from peft import LoraConfig", "from trl import SFTConfig, SFTTrainer", "import torch", `from transformers import AutoModelForCausalLM${four ? ", BitsAndBytesConfig" : ""}`, ...(attach ? ["import rankpilot"] : []), "",
+    `from peft import LoraConfig${trl ? "" : `, get_peft_model${four ? ", prepare_model_for_kbit_training" : ""}`}`, ...(trl ? ["from trl import SFTConfig, SFTTrainer"] : []), "import torch",
+    `from transformers import AutoModelForCausalLM${four ? ", BitsAndBytesConfig" : ""}${trl ? "" : ", Trainer, TrainingArguments"}`, ...(attach ? ["import rankpilot"] : []), "",
     `lora = LoraConfig(r=${asked.rank}, lora_alpha=${2 * asked.rank}, target_modules="all-linear")`,
-    "arguments = SFTConfig(", `    per_device_train_batch_size=${asked.rows},`, `    gradient_accumulation_steps=${asked.accumulation},`, `    max_length=${asked.length},`, `    gradient_checkpointing=${again && !partly ? "True" : "False"},`, `    optim=${name(optimizer)},`, "    bf16=True,", ")",
+    `arguments = ${trl ? "SFTConfig" : "TrainingArguments"}(`, `    per_device_train_batch_size=${asked.rows},`, `    gradient_accumulation_steps=${asked.accumulation},`, ...(trl ? [`    max_length=${asked.length},`] : []), `    gradient_checkpointing=${again && !partly ? "True" : "False"},`, '    gradient_checkpointing_kwargs={"use_reentrant": False},', `    optim=${name(optimizer)},`, "    bf16=True,", ")",
     ...(four
-      ? ["bits = BitsAndBytesConfig(", "    load_in_4bit=True,", '    bnb_4bit_quant_type="nf4",', "    bnb_4bit_use_double_quant=True,", "    bnb_4bit_compute_dtype=torch.bfloat16,", ")", "model = AutoModelForCausalLM.from_pretrained(", `    ${name(id)}, quantization_config=bits`, ")"]
+      ? ["bits = BitsAndBytesConfig(", "    load_in_4bit=True,", '    bnb_4bit_quant_type="nf4",', "    bnb_4bit_use_double_quant=True,", "    bnb_4bit_compute_dtype=torch.bfloat16,", ")", "model = AutoModelForCausalLM.from_pretrained(", `    ${name(id)}, quantization_config=bits, dtype=torch.bfloat16`, ")"]
       : [`model = AutoModelForCausalLM.from_pretrained(${name(id)}, dtype=torch.bfloat16)`]),
-    "trainer = SFTTrainer(model, arguments, train_dataset=..., peft_config=lora)",
+    ...(trl
+      ? ["trainer = SFTTrainer(model, arguments, train_dataset=..., peft_config=lora)"]
+      : [...(four ? ["model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)"] : []), `trainer = Trainer(get_peft_model(model, lora), arguments, train_dataset=...)  # rows of up to ${asked.length} tokens`]),
     ...(attach ? [partly ? "# Exact savers, and as few checkpointed layers as this takes:" : "# Exact savers, the same losses in fewer bytes:", `rankpilot.attach(trainer, budget="${budget}MiB step")`] : []),
     "trainer.train()",
   ];
@@ -237,16 +255,22 @@ function programs(asked, way) {
     `model_name_or_path: ${id}`, "stage: sft", "do_train: true", "finetuning_type: lora", "lora_target: all", `lora_rank: ${asked.rank}`, `lora_alpha: ${2 * asked.rank}`, ...(four ? ["quantization_bit: 4", "quantization_method: bnb"] : []),
     `cutoff_len: ${asked.length}`, `per_device_train_batch_size: ${asked.rows}`, `gradient_accumulation_steps: ${asked.accumulation}`, ...(again ? [] : ["disable_gradient_checkpointing: true"]), `optim: ${optimizer}`, "bf16: true",
   ];
+  const more = [
+    ...(asked.gpus > 1 ? [`--gpus ${asked.gpus} --sharding ${asked.sharding}`] : []), ...(trl ? ["--loss chunked"] : []), ...(trl && four ? ["--no-prepare-kbit"] : []), ...(asked.savers ? [] : ["--no-exact-savers"]),
+    ...(asked.checkpointing === "auto" ? [] : [`--gradient-checkpointing ${asked.checkpointing === "all" ? "True" : "False"}`]), ...(asked.expandable ? ["--expandable-segments"] : []), ...(asked.lengths ? ["--lengths lengths.txt"] : []),
+  ];
   const command = [
     `rankpilot memory ${asked.model} ${option(asked)} --quantization ${asked.bits} --rank ${asked.rank} \\`,
-    `    --batch-size ${asked.rows} --max-length ${asked.length} --accumulation ${asked.accumulation} --optimizer ${asked.optimizer}${asked.gpus > 1 ? ` --gpus ${asked.gpus} --sharding ${asked.sharding}` : ""}${asked.lengths ? " --lengths lengths.txt" : ""}`,
+    `    --batch-size ${asked.rows} --max-length ${asked.length} --accumulation ${asked.accumulation} --optimizer ${asked.optimizer}${more.length ? " \\" : ""}`,
+    ...(more.length ? [`    ${more.join(" ")}`] : []),
     ...(asked.lengths ? ["# lengths.txt holds the tokens of each row, one number a line."] : []),
   ];
-  return { "PEFT and TRL": [peft, way], axolotl: [axolotl, null], "LLaMA-Factory": [factory, null], "command line": [command, way] };
+  const own = (file) => `What these lines take is told by: rankpilot memory --config ${file} ${option(asked)}`;
+  return { [trl ? "PEFT and TRL" : "PEFT and Trainer"]: [peft, ""], axolotl: [axolotl, own("axolotl.yaml")], "LLaMA-Factory": [factory, own("llama_factory.yaml")], "command line": [command, ""] };
 }
 
 let chosen = "PEFT and TRL";
-function showLines(model, asked, there, way) {
+function showLines(asked, way) {
   const all = programs(asked, way), tabs = document.getElementById("tabs"), lines = document.getElementById("lines");
   const choose = (name, focus) => {
     chosen = name;
@@ -256,15 +280,16 @@ function showLines(model, asked, there, way) {
       tab.tabIndex = on ? 0 : -1;
       if (on && focus) tab.focus();
     }
-    const [text, itself] = all[name], taken = itself || use(model, there, "none", way.layers ? ALL : 0);
+    const [text, told] = all[name];
     const copy = element("button", { type: "button", class: "copy" }, "Copy");
     copy.onclick = () => navigator.clipboard?.writeText(text.join("\n")).then(() => (copy.textContent = "Copied"));
-    const how = itself ? [] : [element("p", { class: "faint" }, `${name} checkpoints all layers or none, and has no exact savers: ${gib(taken.total)}, `, mark(taken.verdict, true))];
-    if (itself?.verdict === "does not fit") how.push(element("p", { class: "faint" }, "Nothing fits. These are the lines of the way that takes least."));
+    const how = told ? [element("p", { class: "faint" }, `${name} checkpoints all layers or none, and has no exact savers. ${told}`)] : [];
+    if (!told && way.verdict === "does not fit") how.push(element("p", { class: "faint" }, "Nothing fits. These are the lines of the way that takes least."));
     lines.replaceChildren(element("pre", {}, element("code", {}, text.join("\n"))), ...how, copy);
     lines.setAttribute("aria-label", name);
   };
   const names = Object.keys(all);
+  if (!all[chosen]) chosen = names[0];
   tabs.replaceChildren(...names.map((name) => element("button", { type: "button", role: "tab", "aria-controls": "lines" }, name)));
   tabs.onclick = (event) => event.target.role === "tab" && choose(event.target.textContent);
   tabs.onkeydown = (event) => {
@@ -277,8 +302,10 @@ function showLines(model, asked, there, way) {
 let latest = 0;
 async function show() {
   const asked = readForm(), own = ++latest, isLatest = () => own === latest;
-  const { bits, lengths, sharding } = form.elements, read = readLengths(asked.lengths);
-  for (const option of bits.options) option.disabled = !document.getElementById(`${asked.model}/${option.value}`);
+  const { bits, trainer, lengths, sharding } = form.elements, ships = (bits, trainer) => document.getElementById(idOf({ ...asked, bits, trainer })), read = readLengths(asked.lengths);
+  for (const option of trainer.options) option.disabled = ![...bits.options].some(({ value }) => ships(value, option.value));
+  if (trainer.selectedOptions[0].disabled) trainer.value = asked.trainer = "trainer";
+  for (const option of bits.options) option.disabled = !ships(option.value, asked.trainer);
   if (bits.selectedOptions[0].disabled) bits.setCustomValidity(`This page has no recording of ${asked.model} in ${asked.bits}. Choose other weights, or ask the command line: rankpilot memory ${asked.model} --quantization ${asked.bits} ${option(asked)}`);
   if (read.wrong) lengths.setCustomValidity(`“${read.wrong.slice(0, 40)}” is neither the tokens of a row, a whole number above 0, nor a quantile such as p50 300.`);
   sharding.disabled = asked.gpus < 2;
@@ -301,15 +328,15 @@ async function show() {
   if (!model) return complain("This browser is too old to unpack what the page holds. Chrome or Edge 103, Firefox 113 and Safari 16.4 can, and newer ones.");
   if (model.positions && asked.length > model.positions) return complain(`${asked.model} reads ${count(model.positions, "token")} at the most.`);
   const counted = model.byLength ? Math.min(...model.steps.map((step) => step.shape[1]).filter((length) => length >= asked.length)) : asked.length;
-  const there = { ...asked, length: counted }, way = Number.isFinite(counted) ? await fastest(model, there) : null;
+  const there = { ...asked, length: counted }, way = Number.isFinite(counted) ? await planned(model, there) : null;
   if (!isLatest()) return;
-  if (!way) return complain("The page has no recording for this batch. The command line records it: rankpilot memory.");
+  if (!way) return complain(`The page knows ${asked.model} up to ${count(Math.max(...model.steps.map((step) => step.shape[1])), "token")} in a row. The command records other batches, with torch: pip install -e ".[train]"`);
   for (const id of ["others", "paste"]) document.getElementById(id).hidden = false;
   showAnswer(model, asked, way, counted);
   answer.setAttribute("aria-busy", "false");
   await pause();
   showWays(model, there, way);
-  showLines(model, asked, there, way);
+  showLines(asked, way);
   await showRows(model, there, read.lengths, isLatest);
   if (!isLatest()) return;
   longest.textContent = "Looking for the longest row that fits ...";
@@ -324,7 +351,7 @@ const [models, cards] = [Object.keys(known.about), Object.entries(known.cards).s
 form.elements.model.append(...models.map((name) => element("option", {}, name)));
 form.elements.card.append(...cards.map(([name, { memory }]) => element("option", { value: name }, name === OTHER ? `${name}, by its memory` : `${name} (${gib(memory)})`)));
 form.elements.optimizer.append(...Object.entries(OPTIMIZERS).map(([name, words]) => element("option", { value: name }, words)));
-document.getElementById("foot").append(element("p", {}, "Bytes are those of rankpilot memory, to the byte: a step of the model was recorded, and is replayed here for your batch, rank, optimizer and card. Adapters are on all linear modules, attention is torch's flash attention where the model's mask allows it, and a 4-bit model is prepared with prepare_model_for_kbit_training. Predictions err by some per cent: leave 3 % of a card free, and in 4 bits up to 15 %."));
+document.getElementById("foot").append(element("p", {}, "Bytes are those of rankpilot memory, to the byte: a step of the model was recorded, and is replayed here for your batch, rank, optimizer and card. Adapters are on all linear modules, and attention is torch's flash attention where the model's mask allows it. TRL's SFTTrainer computes the loss in chunks and prepares no 4-bit model; for transformers' Trainer one is prepared with prepare_model_for_kbit_training. Predictions err by some per cent: what fits leaves 3 % of a card free, and 8 % in 4 bits."));
 let waiting = 0;
 form.addEventListener("input", () => {
   for (const field of form.elements) field.setCustomValidity("");

@@ -2,7 +2,7 @@
 // cost/card_use.py, to the byte. A model is what `tools/make_page.py` writes of a recorded step.
 
 const MIB = 2 ** 20, NEVER = Infinity;
-const SLACK = 0.03; // the share of a card within which predictions err
+const SLACK = 0.03, QUANTISED_SLACK = 0.08; // the share of a card within which predictions err
 const CHECKPOINTING_MARGIN = 0.005;
 const LIVE_PARAMETERS = 1e9; // what DeepSpeed's ZeRO-3 gathers at the most
 const KINDS = ["frozen", "adapters", "held", "inputs", "temporary", "workspace"];
@@ -19,7 +19,7 @@ async function unpackModel(base64) {
     const values = how.length === 1 ? arrays[how[0]].slice() : numbers(view, offset, how);
     if (how.length > 1) offset += how[0] * how[3];
     arrays.push(values);
-    const place = owner < 0 ? model : model.steps[owner];
+    const place = owner < -1 ? model.works[-2 - owner] : owner < 0 ? model : model.steps[owner];
     place[name] = place[name] ? Float64Array.from([...place[name], ...values]) : values; // the forward pass, then the backward pass
   }
   model.steps.forEach(restore);
@@ -355,7 +355,7 @@ function ofFactors(step, parameters, ofModules, others) {
 }
 
 // Two steps and an evaluation through the allocator, and what the card must hold; see `replay` and `card_use`.
-// settings: {rank, rows, length, optimizer, gpus, sharding, checkpointed, accumulates, expandable}
+// settings: {rank, rows, length, optimizer, gpus, sharding, checkpointed, accumulates, expandable, slack}
 function cardUse(model, step, card, settings) {
   const states = shardedStates(model.states[settings.optimizer], settings), loaded = loadedSizes(model, settings);
   const ranks = [...model.highest].map((highest) => Math.min(settings.rank, highest));
@@ -395,13 +395,14 @@ function cardUse(model, step, card, settings) {
   const margin = Math.trunc((settings.checkpointed && step.segments.length ? CHECKPOINTING_MARGIN : 0) * (allocated - base));
   const reserved = allocator.peakReserved, total = reserved + card.context + margin, spare = card.memory - total;
   const reserve = reserved - Math.max(allocated, evaluation);
-  const verdict = spare >= SLACK * card.memory ? "fits" : spare + reserve >= 0 ? "tight" : "does not fit";
+  const verdict = spare >= settings.slack * card.memory ? "fits" : spare + reserve >= 0 ? "tight" : "does not fit";
   return { allocated, evaluation, reserved, reserve, margin, total, spare, verdict, parts: evaluation > allocated ? allocator.atPeak : parts };
 }
 
 // The recorded batch that tells of this one; see `StoredStep._shapes`. None where no recording does.
 function recordedStep(model, savers, rows, length) {
-  const own = model.steps.filter((step) => step.savers === savers);
+  const known = (name) => model.steps.filter((step) => step.savers === name), those = known(savers);
+  const own = savers === "free" && !those.length ? known("none") : those; // no saver lowers its peak
   const exact = own.find((step) => step.shape[1] === length && step.shape[0] === (rows > 1 ? 4 : 1));
   if (model.byLength) return exact || null;
   const below = Math.max(0, ...model.windows.filter((window) => window <= length));

@@ -338,5 +338,5 @@ async function stepsOfLengths(model, step, settings, lengths, { rows, limit, flo
 // checkpointed, on the batch that was asked for.
 function roomForTensors(model, card, settings, use) {
   const frozen = loadedSizes(model, settings).reduce((sum, size) => sum + size, 0), reserve = use.reserve / (use.total - use.reserve);
-  return card.memory - (frozen + card.context + card.workspace) - card.memory * (1 - (1 - SLACK) / (1 + reserve));
+  return card.memory - (frozen + card.context + card.workspace) - card.memory * (1 - (1 - settings.slack) / (1 + reserve));
 }
