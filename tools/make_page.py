@@ -19,6 +19,7 @@ from typing import Any, get_args
 import numpy as np
 import tyro
 from numpy.typing import NDArray
+from rankpilot.common.arrays import IntArray
 from rankpilot.common.files import write_text
 from rankpilot.cost.cards import USUAL_CARD, DeviceSpec, device_table, find_device_spec
 from rankpilot.cost.growth import OF_STORAGES
@@ -51,8 +52,7 @@ LONGEST_LAG = 12_000
 """After how many rows layers may repeat themselves: where four kinds take turns, and each has thousands."""
 
 Parts = list[tuple[int, str, NDArray[Any], int]]
-"""Owner (the number of a step, -1 for the model, -2 and below for what steps compute), name and values of each array,
-and after how many rows it repeats."""
+"""Owner (a step's number, -1 for the model), name and values of each array, and after how many rows it repeats."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,7 @@ def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
             continue
         shape = BatchShape(*map(int, rest.split()[0:3:2]))
         if kind == "work":
-            growth = read_work(*found, widths)
-            works.append(_work(growth, savers))
-            arrays += _work_arrays(growth, -1 - len(works))
+            works.append(_work(read_work(*found, widths), savers, highest))
             continue
         memory = read_memory(*found, source.states("adamw"), shape)
         if np.isfinite(memory._growth.row_power).all():
@@ -120,8 +118,9 @@ def packed_step(source: StoredStep, settings: StepConfig) -> bytes:
             arrays += _arrays(memory, len(steps) - 1)
     text: dict[str, Any] = {
         "arrays": [], "steps": steps, "works": works, "states": states, "parameters": model.parameters,
-        "outside": model.outside, "widest": model.widest, "positions": model.positions, "windows": model.windows, "isEager": model.is_eager,
-        "byLength": model.keeps_state or file.text["level"] > 0, "products": model.products, "fused": model.fused,
+        "outside": model.outside, "widest": model.widest, "positions": model.positions, "windows": model.windows,
+        "isEager": model.is_eager, "byLength": model.keeps_state or file.text["level"] > 0,
+        "products": model.products, "fused": model.fused,
     }  # fmt: skip
     return _deflated(text, arrays)
 
@@ -136,7 +135,7 @@ def _refuse() -> Any:
 
 def _plain(value: Any) -> Any:
     """An array as a list, whole numbers without a point."""
-    if isinstance(value, (np.ndarray, list)):
+    if isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim):
         return [_plain(each) for each in value]
     return int(value) if float(value).is_integer() else value
 
@@ -229,27 +228,26 @@ def _segment(memory: MemoryModel, index: int) -> tuple[int, int, int, int, int]:
     return segment.start, segment.end, recording.second_run_start(index), last, int(backward.max(initial=-1))
 
 
-def _work(growth: WorkGrowth, savers: str) -> dict[str, Any]:
+def _work(growth: WorkGrowth, savers: str, highest: IntArray) -> dict[str, Any]:
+    """What a step computes: operators that are alike, the highest rank of their module (0 for none), and how many."""
     work = growth.work
+    layers, (layer_of, _) = len(work.layers), work._layers()
+    adapter = work.module >= 0
+    layer, most = np.where(adapter, layer_of[work.module], work.layer), np.where(adapter, highest[work.module], 0)
+    counted: dict[tuple[Any, ...], IntArray] = {}
+    for key, place in zip(zip(*growth.flops, *growth.moved, work.backward, most, strict=True), layer, strict=True):
+        counted.setdefault(key, np.zeros(layers + 1, dtype=np.int64))[place] += 1  # the last is for those of no layer
+    operators = []
+    for (*amounts, backward, rank), (*inside, outside) in counted.items():
+        alike = inside[0] if len(set(inside)) == 1 else [int(each) for each in inside]
+        operators.append([*map(_plain, amounts), int(backward), int(rank), int(outside), _plain(np.array(alike))])
     return {
         "savers": savers,
         "shapes": [[shape.rows, shape.length] for shape in growth.shapes],
         "rank": work.rank,
-        "layers": len(work.layers),
+        "layers": layers,
+        "operators": operators,
     }
-
-
-def _work_arrays(growth: WorkGrowth, owner: int) -> Parts:
-    """The arrays of what a step computes, those of its operators cut behind the forward pass."""
-    work, found = growth.work, Parts()
-    columns = {"backward": work.backward.astype(np.int64), "module": work.module, "layer": work.layer}
-    for number in range(len(growth.shapes)):
-        columns |= {f"flops {number}": growth.flops[number], f"moved {number}": growth.moved[number]}
-    forward = int(np.count_nonzero(~work.backward))
-    for half in (slice(forward), slice(forward, None)):
-        lag, _ = repeats(columns["moved 0"][half].astype(np.int64), LONGEST_LAG)
-        found += [(owner, name, values[half], lag) for name, values in columns.items()]
-    return found
 
 
 def _deflated(text: dict[str, Any], arrays: Parts) -> bytes:

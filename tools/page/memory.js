@@ -19,7 +19,7 @@ async function unpackModel(base64) {
     const values = how.length === 1 ? arrays[how[0]].slice() : numbers(view, offset, how);
     if (how.length > 1) offset += how[0] * how[3];
     arrays.push(values);
-    const place = owner < -1 ? model.works[-2 - owner] : owner < 0 ? model : model.steps[owner];
+    const place = owner < 0 ? model : model.steps[owner];
     place[name] = place[name] ? Float64Array.from([...place[name], ...values]) : values; // the forward pass, then the backward pass
   }
   model.steps.forEach(restore);

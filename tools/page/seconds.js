@@ -22,22 +22,19 @@ function weights(shapes, rows, length) {
 
 // Seconds of operators at these rates, where so many of the lowest layers run again; see `StepWork._time`.
 function secondsAt(model, work, { rows, length }, { flops, bytes, operator }, rankOf, checkpointed) {
-  const by = weights(work.shapes, rows, length), count = work.module.length;
-  const grown = (name, i) => {
-    let sum = 0;
-    for (let shape = 0; shape < by.length; shape++) sum += by[shape] * work[`${name} ${shape}`][i];
+  const by = weights(work.shapes, rows, length), shapes = work.shapes.length;
+  const grown = (amounts, first) => {
+    const sum = by.reduce((total, weight, shape) => total + weight * amounts[first + shape], 0);
     return by.length > 1 ? Math.max(Math.round(sum), 0) : sum;
   };
-  const layerOf = new Map();
-  for (let i = 0; i < count; i++) if (work.module[i] >= 0 && work.layer[i] >= 0) layerOf.set(work.module[i], work.layer[i]);
   let seconds = 0;
-  for (let i = 0; i < count; i++) {
-    const done = grown("flops", i) / flops, moved = grown("moved", i) / bytes, module = work.module[i];
-    const own = module < 0 ? Math.max(done, moved) + operator : moved + operator + (done / work.rank) * rankOf(module);
-    const layer = module < 0 ? work.layer[i] : layerOf.get(module) ?? -1;
-    seconds += own * (!work.backward[i] && layer >= 0 && layer < checkpointed ? 2 : 1);
+  for (const each of work.operators) {
+    const done = grown(each, 0) / flops, moved = grown(each, shapes) / bytes, [backward, highest, outside, inside] = each.slice(2 * shapes);
+    const own = highest ? moved + operator + (done / work.rank) * rankOf(highest) : Math.max(done, moved) + operator;
+    const within = (layers) => (Array.isArray(inside) ? inside.slice(0, layers).reduce((sum, count) => sum + count, 0) : inside * layers);
+    seconds += own * (outside + within(work.layers) + (backward ? 0 : within(checkpointed)));
   }
-  for (let module = 0; module < model.widths.length; module++) seconds += (PARAMETER_BYTES * model.widths[module] * rankOf(module)) / bytes;
+  for (let module = 0; module < model.widths.length; module++) seconds += (PARAMETER_BYTES * model.widths[module] * rankOf(model.highest[module])) / bytes;
   return seconds;
 }
 
@@ -45,5 +42,5 @@ function secondsAt(model, work, { rows, length }, { flops, bytes, operator }, ra
 function stepSeconds(model, work, card, launch, { rank, rows, length }, checkpointed) {
   const batch = { rows, length }, rates = { flops: card.flops, bytes: card.bytes, operator: 0 }, alone = { flops: Infinity, bytes: Infinity, operator: launch };
   const [working, launching] = [rates, alone].map((each) => secondsAt(model, work, batch, each, () => work.rank, work.layers));
-  return secondsAt(model, work, batch, working >= launching ? rates : alone, (module) => Math.min(rank, model.highest[module]), checkpointed);
+  return secondsAt(model, work, batch, working >= launching ? rates : alone, (highest) => Math.min(rank, highest), checkpointed);
 }
