@@ -9,7 +9,6 @@ a card is told by `cost/card_use.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -38,6 +37,9 @@ SHARES = (0.75, 0.5, 0.25)
 
 SURELY = 0.98
 """The share of a predicted peak that tensors take at the least, far below what margin and rounding make of it."""
+
+RESERVE = 0.025
+"""The allocator's reserve as a share of all tensors, as a first guess."""
 
 RANKS = (1, 8, 16, 64)
 """Ranks on all modules that are shown beside the one that was asked for."""
@@ -349,22 +351,21 @@ class Outlook:
         """The same with as few checkpointed layers as fit the card, the allocator's reserve included if possible."""
         if self._set is not None:
             return self.choice(layers, rank, self._set, kind)
-        holding = holding_layers(self.memory, self.plan(layers, rank))
+        ranks = self.plan(layers, rank)
+        holding = holding_layers(self.memory, ranks)
 
         def checkpointing(count: int) -> Choice:
             return self.choice(layers, rank, holding[:count], kind)
 
-        none, every = checkpointing(0), checkpointing(len(holding))
-        if none.fits or not holding:
-            return none
-        assert self.card and none.use and every.use, "there is a card"  # noqa: PT018  (one fact)
-        most, least, limit = none.use.total_bytes, every.use.total_bytes, (1 - self.slack) * self.card.memory_bytes
-        count = len(holding)
-        if least <= limit < most:  # layers are much alike, so bytes fall nearly along a line
-            count = max(1, math.ceil((most - limit) / (most - least) * count))
+        def guess(reserve: float) -> int:
+            return len(fewest_checkpointed(self.memory, ranks, _room_beside(self, reserve)))
+
+        count = guess(RESERVE)
+        if checkpointing(count)._has_slack and (use := checkpointing(count).use):
+            count = guess(use.reserve_share)
         while not checkpointing(count).fits and count < len(holding):
             count += 1
-        while count > 1 and checkpointing(count - 1).fits:
+        while count and checkpointing(count - 1).fits:
             count -= 1
         return checkpointing(count)
 

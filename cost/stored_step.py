@@ -31,7 +31,7 @@ from .configured_step import ConfiguredStep, LoadedAs, LoadedModel, StepSource, 
 from .model import MemoryModel, ModelStates
 from .of_targets import OfTargets
 from .recording import BatchShape
-from .saver_prices import free_savers
+from .saver_prices import COPIES, ROUTED, free_savers
 from .step_config import MOST_TOKENS, OptimizerName, StepConfig
 from .step_file import (
     Json,
@@ -210,7 +210,7 @@ class StoredStep:
         Raises:
             UnsupportedError: see `from_config`.
         """
-        states = self.states(self._step.optimizer)
+        states, savers = self.states(self._step.optimizer), self._recorded_with(savers)
         for level, known in enumerate(self._shapes(shape)):
             if level < self.file.text["level"]:
                 continue
@@ -224,7 +224,7 @@ class StoredStep:
 
     def work(self, savers: tuple[str, ...], shape: BatchShape) -> StepWork:
         """What the step with these exact savers alone computes on a batch of this shape."""
-        work = self._work_at(savers, shape)
+        work = self._work_at(self._recorded_with(savers), shape)
         return self._targets.work(work) if self._targets else work
 
     def _work_at(self, savers: tuple[str, ...], shape: BatchShape) -> StepWork:
@@ -281,6 +281,12 @@ class StoredStep:
             states = self._recorder().states(optimizer)
             self._add(name, states_arrays(states))
         return self._targets.states(states) if self._targets else states
+
+    def _recorded_with(self, savers: tuple[str, ...]) -> tuple[str, ...]:
+        """Savers of the recorded step: where no modules share an input, to share copies of it does nothing."""
+        if self._targets and savers and COPIES not in savers:
+            return *(name for name in savers if name == ROUTED), COPIES, *(name for name in savers if name != ROUTED)
+        return savers
 
     def _add(self, name: str, part: Part) -> None:
         if self.file.text["versions"] != versions():  # it shipped, and does not mix with what is recorded now

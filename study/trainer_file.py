@@ -287,6 +287,9 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
     if str(keys.values.get("gradient_checkpointing")).startswith("offload"):
         offload = True
     named = _names(keys, "lora_target_modules")
+    if not named and not keys.flag("lora_target_linear"):
+        named = "q_proj,v_proj"
+        keys.notes.append("lora_target_modules (none are named: PEFT's own count, q_proj and v_proj for most models)")
     precise = keys.flag("bf16", True) or keys.flag("bfloat16")
     return {
         "model": keys.model("base_model"),

@@ -86,6 +86,7 @@ def asked_steps(name: str) -> Iterator[AskedStep]:
     yield from (AskedStep(name, each) for each in USUAL.values())
     if name in OF_YAMLS:
         yield from (of_trl(name, quantization) for quantization in QUANTIZATIONS)
+        yield of_trl(name, "nf4", LoadedAs(dtype="bf16"))
         yield from _of_yamls(name)
 
 
