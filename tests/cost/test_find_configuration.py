@@ -13,7 +13,7 @@ import transformers
 from huggingface_hub import constants
 from rankpilot.cost import published
 from rankpilot.cost.from_config import base_on_meta, usual_class
-from rankpilot.cost.known_models import published_models
+from rankpilot.cost.known_models import published_models, short_name
 from rankpilot.cost.published import find_configuration, try_hub_once
 from rankpilot.errors import AssetError, ConfigError, UnknownNameError
 from transformers import AutoConfig, LlamaConfig
@@ -104,3 +104,13 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
         assert session.head.call_count == 1
     finally:
         try_hub_once.cache_clear()
+
+
+def test_an_id_and_its_copies_are_the_model_that_they_name() -> None:
+    table = published_models()
+    for name, entry in table.items():
+        owner, _, own = entry["id"].partition("/")
+        assert short_name(entry["id"]) == short_name(entry["id"].lower()) == name
+        assert short_name(f"{owner}/{name}") == name
+        assert "/" not in own
+    assert len({entry["id"].lower() for entry in table.values()}) == len(table)
