@@ -51,7 +51,7 @@ def asked_steps(steps: int, rows: Sequence[IntArray], console: Console) -> Figur
         f"{steps} steps of MiniLM under a loss that is not known: {asked / whole:.3f} of the time of whole steps, of "
         f"which tests of batches take {own / whole:.3f}."
     )
-    return {"asked.steps": steps, "asked.time": asked / whole, "asked.tests": own / whole}
+    return {"asked.steps": steps, "asked.share": asked / whole, "asked.tests": own / whole}
 
 
 def _seconds(steps: int, texts: list[Any], kind: Callable[..., Trainer], *, parts: Any) -> float:

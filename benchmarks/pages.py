@@ -424,6 +424,13 @@ def parts_hold() -> str:
                 f"{found['losses.difference']:.0e} at most",
             )
         )
+    if "asked.steps" in found:
+        rows.append(
+            (
+                f"{found['asked.steps']} steps of MiniLM under another loss, over whole ones: all, and tests of batches",
+                f"{100 * found['asked.share']:.0f} %, {100 * found['asked.tests']:.1f} %",
+            )
+        )
     if "budgets.batches" in found:
         rows += [
             (
