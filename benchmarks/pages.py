@@ -427,7 +427,7 @@ def parts_hold() -> str:
     if "asked.steps" in found:
         rows.append(
             (
-                f"{found['asked.steps']} steps of MiniLM under another loss, over whole ones: all, and tests of batches",
+                f"{found['asked.steps']} steps of MiniLM under another loss, over whole ones: all, and the tests",
                 f"{100 * found['asked.share']:.0f} %, {100 * found['asked.tests']:.1f} %",
             )
         )
