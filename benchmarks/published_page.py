@@ -31,7 +31,7 @@ class Group:
 
 _T4 = (
     "Source: the open data of fitcheck-llm 0.3.1 (MIT licence). LoRA or QLoRA on q, k, v and o of models of 135M to "
-    "7B, in fp16, or nf4 without double quantisation; AdamW, gradient checkpointing, no padding. Nothing was fitted "
+    "3B, in fp16, or nf4 without double quantisation; AdamW, gradient checkpointing, no padding. Nothing was fitted "
     "on these rows by a number; which kernels and copies a Turing card takes was found with them.",
     "Not known: what loading left in the allocator (up to 24 MiB, which no configuration tells). The lowest rows "
     "are the smallest models, where that counts most.",

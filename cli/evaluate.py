@@ -25,7 +25,7 @@ class Evaluate:
 
     Attributes:
         output: folder of the comparison: rows.jsonl has a line for each run.
-        tasks: of each regime; one takes each policy about half a CPU second.
+        tasks: of each regime; one takes each policy about half a CPU second. One task alone gives no intervals.
         split: of the tasks: those of "test" have bases and texts that no training has seen.
         seed: of the tasks.
         oracle: also show what the plan reaches that knows what was planted; it plays in planted tasks alone.

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from ..finetune.options import FinetuneConfig
 from .options import parse, peek, read_config_file, with_file_settings
-from .progress import console
+from .progress import LIBRARIES, console
 from .study import write_study
 
 
@@ -49,6 +49,9 @@ def finetune_command(options: Finetune) -> None:
 
     check_model(options.model)
     from ..common.processes import is_first_process
+
+    if is_first_process():
+        console.rule(LIBRARIES, align="left")
     from ..finetune.experiment import finetune
 
     finetune(

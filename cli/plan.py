@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ from ..common.text import cost_text, make_table
 from ..errors import ConfigError
 from ..finetune.options import FinetuneConfig
 from .options import parse, peek, read_config_file, with_file_settings
-from .progress import console
+from .progress import LIBRARIES, console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,13 +85,15 @@ def main(arguments: Sequence[str]) -> None:
     from ..data.assets import check_model
 
     check_model(options.model)
-    from ..decide.rules import FILE_SUFFIXES
-    from ..finetune.experiment import plan_ahead
-
     # What is printed without --output can go on into a file or a program.
     notes = Console(stderr=True) if options.output is None else console
     tell = partial(notes.rule, align="left")
-    plan = plan_ahead(options, lambda text: tell(escape(text)), options.log, frontier=options.frontier)
+    tell(LIBRARIES)
+    from ..decide.rules import FILE_SUFFIXES
+    from ..finetune.experiment import plan_ahead
+
+    with redirect_stdout(sys.stderr) if options.output is None else nullcontext():
+        plan = plan_ahead(options, lambda text: tell(escape(text)), options.log, frontier=options.frontier)
     if plan.frontier is not None:
         notes.print(_frontier(plan))
     output = options.output

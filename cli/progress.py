@@ -8,6 +8,9 @@ from rich.console import Console
 console = Console()
 """Standard output."""
 
+LIBRARIES = "loading torch, transformers and PEFT"
+"""What a command says first that trains or plans: they take seconds."""
+
 
 @contextmanager
 def stage_bar(title: str, first: str = "") -> Iterator[Callable[[int, int, str], None]]:

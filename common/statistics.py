@@ -33,6 +33,8 @@ Statistic = Callable[[FloatArray, IntArray], FloatArray]
 class Estimate:
     """A figure with its 95 % interval; `f"{estimate:.3f}"` gives "1.042 (1.004 to 1.077)".
 
+    A single task tells no interval, so its figure stands alone.
+
     Attributes:
         value: of all runs.
         low: lower end of the interval.
@@ -44,7 +46,8 @@ class Estimate:
     high: float
 
     def __format__(self, form: str) -> str:
-        return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
+        interval = f" ({self.low:{form}} to {self.high:{form}})" if self.low < self.high else ""
+        return f"{self.value:{form}}{interval}"
 
 
 def means(values: FloatArray, counts: IntArray) -> FloatArray:

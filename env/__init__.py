@@ -2,7 +2,14 @@
 
 from ..errors import naming_extras
 
-ENV_ID = "rankpilot/FineTune-v5"
+
+class _Id(str):
+    """An id that each process registers which gets it, as those of `SubprocVecEnv` do: to unpickle it imports this."""
+
+    __slots__ = ()
+
+
+ENV_ID = _Id("rankpilot/FineTune-v5")
 """Id of the environment, for `gymnasium.make`, `gymnasium.make_vec` and Stable-Baselines3's `make_vec_env`."""
 
 

@@ -199,6 +199,12 @@ class StackVecEnv(VecEnv):
             rewards = np.arcsinh(rewards / self._soft)
         return self._seen(), rewards.astype(np.float32), np.full(self.num_envs, over), infos
 
+    def seed(self, seed: int | None = None) -> list[int | None]:
+        """Draw the tasks from this seed on at the next `reset`, from the first round; None changes nothing."""
+        if seed is not None:
+            self._seed, self.round = seed, 0
+        return [self._seed] * self.num_envs
+
     def rule_actions(self) -> NDArray[np.int64]:
         """What the rule that rewards compare with would do now, int64 (num_envs,)."""
         return np.concatenate([played.ruled for played in self._played])
@@ -209,10 +215,11 @@ class StackVecEnv(VecEnv):
             worker.shutdown(cancel_futures=True)
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """An attribute of the episodes: the masks, or what this object has."""
+        """An attribute of the episodes: the method that tells the masks, or what this object has."""
+        indices = list(self._get_indices(indices))
         if attr_name == "action_masks":
-            return self.env_method(attr_name, indices=indices)
-        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
+            return [lambda index=index: self.env_method(attr_name, indices=index)[0] for index in indices]
+        return [getattr(self, attr_name)] * len(indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Nothing of single episodes can be set."""

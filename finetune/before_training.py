@@ -378,6 +378,11 @@ def clear_adapter_state(run: TrainingRun, targets: Sequence[TargetModule], *, ke
         reset_state(run.optimizer, parameters)
 
 
+LOOKING = "Trying the training step on some rows ..."
+RECORDING = "Recording small training steps, to price plans ..."
+TIMING = "Timing training steps ..."
+"""Lines before work that takes a while."""
+
 STAY = (
     "Ranks and learning rate stay as they are: under reinforcement learning, ranks that follow gradients lose reward; "
     "plan them first (`rankpilot.allocate`)."

@@ -15,7 +15,7 @@ import torch
 
 from ..common.checks import finite
 from ..common.devices import without_autocast
-from ..common.text import plural
+from ..common.text import part_of, plural
 from ..cost.batch_shape import Batch
 from ..cost.budget import TimeBudget
 from ..cost.calibration import PlanCosts
@@ -167,6 +167,7 @@ class PilotedRun:
             self._switch()
             probes = reads_signals(self._policy)
             looks = options.learning_rate == "auto" or not probes
+            journal.note("" if stay else before_training.LOOKING)
             first_rows = before_training.UNSEEN if stay else run.read_first_rows(seed) if looks else None
             self._have_rate(initial_loss(run, first_rows) if first_rows and not stay else None)
             plans = 1 + sum(at > 0 for at in self._schedule.steps(run.total_steps))
@@ -210,6 +211,7 @@ class PilotedRun:
         run, targets, options, budget = self.run, self._targets, self.options, self.elastic.budget
         check_trains(targets)
         checkpointing = self._checkpointing
+        self.journal.note(before_training.RECORDING)
         low, high = rank_bounds(targets, options.bounds or {})
         keeps = self._stays or (not options.fresh and any(map(is_trained, targets)))
         before_training.clear_adapter_state(run, targets, keeps=keeps)
@@ -228,6 +230,7 @@ class PilotedRun:
             self.guard.parts.turn_off("the operations of this model depend on its data, so parts cannot be predicted")
         limit = costs.limit.value
         timer = before_training.StepTimer(run, targets, costs.memory, limit, checkpointing)
+        self.journal.note(before_training.TIMING if time else "")
         timed = timer.time_limit(time) if time else None
         before_training.check_possible(targets, costs, timed, low, high, budget.share)  # now, and not after the probe
         low = floor_of_experts(targets, costs.cost, limit, low, high)
@@ -265,6 +268,7 @@ class PilotedRun:
                 settings["budget"] = before["budget"]
             self.applier = self._applier_of(state)
             known, layers, names = predictions_of(state), frozenset(state["checkpointed"]), frozenset(state["savers"])
+            plan = self._plan_in_words(*known[-1])
             initial, own = (
                 InitialLoss(*map(finite, state["initial"])) if state["initial"] else None,
                 finite(state["own_rate"]),
@@ -280,6 +284,7 @@ class PilotedRun:
         self.begun = True
         finish_load(run.model, targets)
         journal.open(name, known, writes=run.replicas.processes.first)
+        journal.note(f"The run goes on after step {step} {plan}.")
         journal.forget_control(step)
         self._switch(names)
         checkpointing = self._checkpointing
@@ -287,6 +292,7 @@ class PilotedRun:
         parts = self.guard.parts.on
         if parts:
             self.guard.parts.begin_to_keep(run)
+        journal.note(before_training.RECORDING if checkpointing or parts else "")
         memory = before_training.run_memory(run, targets, signals=True) if checkpointing or parts else None
         if checkpointing:
             checkpointing.take(layers)
@@ -303,6 +309,12 @@ class PilotedRun:
             journal.note(f"step {step}: {changed}")
             self.guard.plan.new_limit(limit, step)
         self._ranks_changed()
+
+    def _plan_in_words(self, at: int, cost: float) -> str:
+        """What the plan of a step gives to modules, and what it takes."""
+        ranks, taken = self.applier.ranks, part_of(cost, self.applier.limit, self.applier.cost.unit)
+        adapted = f"{np.count_nonzero(ranks)} of {len(ranks)} modules adapted"
+        return f"with the plan of step {at}: {adapted}, {taken}, mean rank {ranks.mean():.1f}"
 
     def _applier_of(self, state: Mapping[str, Any]) -> PlanApplier[PeftAdapters]:
         """The applier of a run that is resumed."""
@@ -475,7 +487,8 @@ class PilotedRun:
         """Let all hear of other ranks, and write down why they are there."""
         self._ranks_changed()
         history, time, checkpointing = self.guard.meter.history, self.applier.time, self.guard.plan.checkpointing
-        remarks = str(checkpointing or ""), time.text(self.applier.ranks) if time else ""
+        alone = "priced with the longest row alone" if self.guard.parts.on else ""
+        remarks = str(checkpointing or ""), alone, time.text(self.applier.ranks) if time else ""
         self.journal.record(
             self.applier,
             change,

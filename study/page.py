@@ -93,12 +93,13 @@ def _run(run: RunData, explained: Explanations, name: str, by_type: bool) -> dic
         "adapter": _adapter(run),
         "settings": settings,
         "unit": run.unit,
+        "predicted_of": run.predicted_of,
         "steps": run.steps,
         "savers": saver_rows(run.saved) if run.saved else [],
         "energy_joules": plain(run.results.get(PILOT, {}).get("energy_joules")),
         "modules": modules.shown,
         "features": list(MODULE_FEATURES) if run.decisions else [],
-        "decisions": _decisions(run.decisions, modules, explained, by_type),
+        "decisions": _decisions(run, modules, explained, by_type),
     }
     return shown | _curves(run) | {"sentences": _sentences(run)}
 
@@ -208,7 +209,9 @@ def _sentences(run: RunData) -> dict[str, str]:
     """What each picture shows, in words."""
     said = {"costs": cost_sentence(run)} if run.limits else {}
     if run.decisions:
-        said["ranks"] = ranks_sentence(run.decisions[-1].rank_after)
+        modules = run.decisions[-1].modules
+        same = [record.rank_after for record in run.decisions if record.modules == modules]
+        said["ranks"] = ranks_sentence(np.stack(same), modules)
     ends = {}
     for name in run.metrics:
         held_out = [value for _, value in run.points(name, "eval_loss") if np.isfinite(value)]
@@ -219,14 +222,13 @@ def _sentences(run: RunData) -> dict[str, str]:
     return said
 
 
-def _decisions(
-    records: Sequence[DecisionRecord], modules: Modules, explained: Explanations, by_type: bool
-) -> list[dict[str, Any]]:
+def _decisions(run: RunData, modules: Modules, explained: Explanations, by_type: bool) -> list[dict[str, Any]]:
     by_number = {each["decision"]: each for each in explained if each}
     shown = []
-    for record, slots in zip(records, modules.slots, strict=True):
+    for record, slots in zip(run.decisions, modules.slots, strict=True):
         explanation = shown_explanation(by_number.get(record.number))
-        row = _decision(record, modules, slots) | {"explanation": explanation}
+        told = {"summary": moves_sentence(record, run.predicted_of), "explanation": explanation}
+        row = _decision(record, modules, slots) | told
         shown.append(row if by_type else row | _of_single_modules(record, modules, slots))
     return shown
 
@@ -239,7 +241,6 @@ def _decision(record: DecisionRecord, modules: Modules, slots: IntArray) -> dict
         "step": record.step,
         "policy": record.policy,
         "line": record.line(),
-        "summary": moves_sentence(record),
         "moved": int(np.count_nonzero(record.rank_before != record.rank_after)),
         "changed": int(np.count_nonzero(record.rank_clipped != record.rank_after)),
         **{name: plain(facts[name]) for name in FACTS},

@@ -286,7 +286,7 @@ def rank_heatmap(
     ranks = np.asarray(ranks)
     from .verdict import ranks_sentence  # which loads torch
 
-    title, rungs = ranks_sentence(ranks[-1]), _rungs(ranks)
+    title, rungs = ranks_sentence(ranks, modules), _rungs(ranks)
     if len(modules) > MOST_LABELLED_ROWS:
         return _rank_panels(steps, ranks, modules, blocks, total_steps, title, rungs)
     order = np.argsort(blocks, kind="stable")

@@ -142,6 +142,13 @@ class RunData:
         folders = [self.folder / PILOT / "adapter", self.folder, *checkpoints]
         return next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
 
+    @property
+    def predicted_of(self) -> str:
+        """What the predicted cost of a plan is of: where steps ran in parts, of the least that a part can be."""
+        rows = self.results.get(PILOT, {}), *self.metrics.get(PILOT, ())
+        alone = any("parts" in row for row in rows)
+        return "predicted cost with the longest row alone" if alone else "predicted cost"
+
     def predicted(self) -> Points:
         """(step, predicted cost of the plan) of each decision."""
         return [(record.step, record.predicted_cost) for record in self.decisions]
@@ -243,8 +250,13 @@ def control_sentence(run: RunData) -> str:
     return f"The learning rate was corrected by what steps showed: {', '.join(moves)}.{undone}"
 
 
-def moves_sentence(record: DecisionRecord) -> str:
-    """How many modules moved at a decision, what its plan costs, and how many ranks the budget changed."""
+def moves_sentence(record: DecisionRecord, predicted_of: str) -> str:
+    """How many modules moved at a decision, what its plan costs, and how many ranks the budget changed.
+
+    Args:
+        record: of the decision.
+        predicted_of: see `RunData.predicted_of`.
+    """
     before, after, unit = record.rank_before, record.rank_after, record.problem.cost.unit
     up, down = int((after > before).sum()), int((after < before).sum())
     moved = f"{up} up, {down} down, {len(after) - up - down} unchanged"
@@ -255,7 +267,7 @@ def moves_sentence(record: DecisionRecord) -> str:
     seen = f" (measured before it: {cost_text(measured, unit)})" if measured is not None else ""
     changed = int((record.rank_clipped != after).sum())
     budget = f" The budget changed what was asked for {changed} modules." if changed else ""
-    return f"{moved}; predicted cost {plan}{seen}.{budget}"
+    return f"{moved}; {predicted_of} {plan}{seen}.{budget}"
 
 
 def rates_sentence(record: DecisionRecord) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..common.arrays import FloatArray, IntArray
 from ..common.drawing import Points, finite_points
-from ..common.text import cost_text, format_bytes, make_table, part_of
+from ..common.text import cost_text, format_bytes, make_table, part_of, short_names
 from ..decide.choice import PLAIN
 from ..finetune.options import ALL_LINEAR, PILOT, UNIFORM
 from ..plan.parts import parts_sentence
@@ -265,8 +265,14 @@ def in_force(changes: FloatArray, steps: FloatArray) -> FloatArray:
     return np.asarray(changes[np.maximum(rows, 0), 1])
 
 
-def ranks_sentence(final: IntArray) -> str:
-    """How concentrated the final ranks are, int (modules,)."""
+def ranks_sentence(ranks: IntArray, modules: Sequence[str]) -> str:
+    """Which module's rank changed the most during a run, and how concentrated the final ranks are.
+
+    Args:
+        ranks: after each decision, int (decisions, modules).
+        modules: full names.
+    """
+    first, final = ranks[0], ranks[-1]
     if not final.any():
         return "No module ends with an adapter"
     if np.unique(final).size == 1:
@@ -275,7 +281,11 @@ def ranks_sentence(final: IntArray) -> str:
     few = int(np.searchsorted(reached, 0.8 - 1e-9)) + 1
     without = int((final == 0).sum())
     ending = f"; {without} {_end(without)} without an adapter" if without else ""
-    return f"{few} of {len(final)} modules {_end(few)} with {reached[few - 1]:.0%} of all rank{ending}"
+    change = np.abs(final - first)
+    most, moved = int(np.argmax(change)), int(np.count_nonzero(change))
+    beside = "the only change" if moved == 1 else f"the largest of {moved} changes"
+    event = f"{short_names(modules)[most]} went from rank {first[most]} to {final[most]}, {beside}; " if moved else ""
+    return f"{event}{few} of {len(final)} modules {_end(few)} with {reached[few - 1]:.0%} of all rank{ending}"
 
 
 def _end(count: int) -> str:

@@ -2,12 +2,14 @@
 # # SFT inside a memory budget
 #
 # How much memory does a LoRA fine-tune take, and how do you keep it below what your GPU has? This notebook asks before
-# anything is downloaded, trains with `SFTTrainer` inside the answer, and looks at what was decided. It runs on the free
-# T4 of Colab. (For TRL's examples/notebooks, as `sft_memory_budget.ipynb`: `jupytext --to ipynb` converts this file.)
+# anything is downloaded, trains with `SFTTrainer` inside the answer, and looks at what was decided. It is written for a
+# T4. (A draft for TRL's examples/notebooks, as `sft_memory_budget.ipynb`: `jupytext --to ipynb` converts this file.
+# Nobody has run it on a T4 or another GPU yet. We ran it on a CPU: the question as it is, and three steps of
+# SmolLM2-135M with `bf16=False` on film reviews. rankpilot is not on PyPI yet.)
 
 # %% [markdown]
 # ```bash
-# pip install "rankpilot[trl]"
+# pip install -e ".[trl]"  # in a clone of rankpilot
 # ```
 
 # %%

@@ -86,7 +86,7 @@ function facts(run, decision) {
     ["depth bias", decision.rank_floor ? decision.depth_bias : null, number],
     ["modules filled up", decision.filled || null, number], ["kept the ranks in place", decision.kept ? "yes" : null],
     ["correction by the guard", decision.correction ? "yes" : null],
-    ["predicted cost", decision.predicted_cost, (value) => costText(value, run.unit)],
+    [run.predicted_of, decision.predicted_cost, (value) => costText(value, run.unit)],
     ["measured before it", decision.measured_cost, (value) => costText(value, run.unit)],
   ].filter(([, value]) => known(value));
   return el("dl", { class: "facts" }, rows.map(([name, value, form]) => el("div", {}, el("dt", {}, name), el("dd", {}, form ? form(value) : value))));

@@ -103,7 +103,7 @@ function tiles(run) {
   if (!rows.length && last) {
     const ranks = last.after.filter(known), mean = ranks.reduce((sum, rank) => sum + rank, 0) / ranks.length;
     if (!data.by_type) shown.push(["adapted modules", String(ranks.filter((rank) => rank > 0).length), `of ${ranks.length}`], ["mean rank", number(mean), ""]);
-    shown.push(["predicted cost", costText(last.predicted_cost, run.unit), ""], ["decisions", String(run.decisions.length), ""]);
+    shown.push([run.predicted_of, costText(last.predicted_cost, run.unit), ""], ["decisions", String(run.decisions.length), ""]);
   }
   if (known(run.energy_joules)) shown.push(["energy", `${number(run.energy_joules / 1000)} kJ`, "measured"]);
   return shown.length ? el("dl", { class: "tiles" }, shown.map(([name, value, more]) => el("div", {}, el("dt", {}, name), el("dd", {}, value, more ? el("small", {}, more) : null)))) : null;
@@ -175,7 +175,7 @@ function lossesView() {
 
 function costSeries(run, index) {
   const style = (name) => styleOf(index, name), prefix = data.runs.length > 1 ? `${run.name}: ` : "", series = [];
-  if (run.predicted) series.push({ name: `${prefix}predicted`, color: () => (data.runs.length > 1 ? runColor(index) : cssColor("--ink")), dash: 0, curve: untilEnd(run.predicted, run.steps), kind: "stairs" });
+  if (run.predicted) series.push({ name: `${prefix}${run.predicted_of}`, color: () => (data.runs.length > 1 ? runColor(index) : cssColor("--ink")), dash: 0, curve: untilEnd(run.predicted, run.steps), kind: "stairs" });
   if (run.budgets) series.push({ name: `${prefix}budget`, color: () => cssColor("--limit"), dash: 3, curve: untilEnd({ x: [0, ...run.budgets.x.slice(1)], y: run.budgets.y }, run.steps), kind: "stairs" });
   for (const [name, curve] of Object.entries(run.peaks)) series.push({ name: `${style(name).label}, measured`, color: style(name).color, dash: style(name).dash, curve, kind: "points" });
   return series;

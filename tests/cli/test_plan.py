@@ -39,6 +39,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> list[FinetuneConfig]:
             FrontierPlan("narrow at 8", np.array([8, 0, 8]), 500.0, 0.0125, 1.02, 0.99, 1.05, fits=True, taken=True),
             FrontierPlan("all-linear", np.array([8, 8, 8]), 1200.0, None, 1.0, 1.0, 1.0, fits=False, taken=False),
         )
+        print("a line that the run tells")
         alphas, found = dict.fromkeys(RANKS, 16.0), plans if frontier else None
         return StaticPlan(config, RANKS, alphas, 900.0, 1000.0, "parameters", found, learning_rate=1 / 700)
 

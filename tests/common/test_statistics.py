@@ -40,6 +40,7 @@ def test_tasks_of_different_size_count_by_their_runs() -> None:
     result = estimate([1.0, 1.0, 1.0, 5.0], ["a", "a", "a", "b"])
     assert (result.value, result.low, result.high) == (2.0, 1.0, 5.0)
     assert f"{Estimate(1.0416, 0.98, 1.1):+.2f}" == "+1.04 (+0.98 to +1.10)"
+    assert f"{Estimate(1.0, 1.0, 1.0):.1f}" == "1.0", "one task tells no interval"
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say_where_tasks_are_few() -> None:

@@ -30,7 +30,7 @@ def test_commands_are_found() -> None:
     assert len(SHOWN) >= 3
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("command", SHOWN)
 def test_commands_print_what_pages_show(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -13,6 +13,7 @@ from rankpilot.env.fine_tune import ACTIONS, FineTuneVectorEnv
 from rankpilot.env.sb3 import StackVecEnv
 from rankpilot.env.tasks import FineTuneTask
 from rankpilot.errors import ConfigError, WorkerError
+from sb3_contrib.common.maskable.utils import is_masking_supported
 
 from ..ray_nodes import Nodes
 
@@ -100,4 +101,21 @@ def test_what_it_refuses(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="cannot be set"):
         envs.set_attr("task", None)
     assert envs.env_is_wrapped(object) == [False] * 2
-    assert envs.get_attr("action_masks")[0].shape == (ACTIONS,)
+
+
+def test_masks_are_found_before_the_first_round(settings: dict[str, Any]) -> None:
+    """As `evaluate_policy` of sb3-contrib looks for them."""
+    envs = StackVecEnv(**settings)
+    assert is_masking_supported(envs)
+    envs.reset()
+    assert [masks().shape for masks in envs.get_attr("action_masks")] == [(ACTIONS,)] * 2
+
+
+def test_a_seed_that_is_given_later(settings: dict[str, Any]) -> None:
+    late, fresh = StackVecEnv(**settings | {"seed": 6}), StackVecEnv(**settings)
+    for envs in (late, fresh):
+        envs.reset()
+    assert late._seeds != fresh._seeds
+    assert late.seed(settings["seed"]) == [5, 5]
+    late.reset()
+    assert late._seeds == fresh._seeds

@@ -89,6 +89,14 @@ def test_the_picture_of_the_ranks_can_be_made_again(run_folder: Path) -> None:
     assert write_rank_picture(replace(run, decisions=same)) is None, "a sheet of one colour"
 
 
+def test_a_run_in_parts_tells_what_its_predictions_are_of(run_folder: Path) -> None:
+    """A part has as many rows as the budget holds, so measured steps take more than the plan does with one row."""
+    edit_summary(run_folder, lambda summary: summary["runs"]["rankpilot"].update(parts=2.5, padding_saved=0.1))
+    found = page_of(run_folder)
+    for told in (found["predicted_of"], found["decisions"][2]["summary"]):
+        assert "longest row alone" in told
+
+
 def test_decisions_in_words_and_in_a_line_each(run_folder: Path) -> None:
     first, _, third, _ = page_of(run_folder)["decisions"]
     assert third["summary"] == (
