@@ -168,7 +168,8 @@ def cuts_left(model: nn.Module) -> bool:
 def _foreign(model: nn.Module) -> str:
     """Why modules, parameters or hooks may let rows meet, for people; empty where all are of known packages."""
     kinds: dict[type, None] = {}
-    for mode in map(type, (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())):
+    modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())  # type: ignore[no-untyped-call]
+    for mode in map(type, modes):
         if _package(mode.__module__) not in _OURS:
             return f"{mode.__module__}.{mode.__name__} changes what functions compute"
     for hook in (

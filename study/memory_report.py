@@ -157,11 +157,11 @@ def _fit(outlook: Outlook) -> str:
             f"{format_bytes(least, up=True)} of {format_bytes(card.memory_bytes)}.{_largest_text(outlook)}"
         )
     assert best.use is not None, "choices of a card have a use of it"
-    spare, least = format_bytes(best.use.spare_bytes), format_bytes(outlook.slack * card.memory_bytes)
+    spare, needed = format_bytes(best.use.spare_bytes), format_bytes(outlook.slack * card.memory_bytes)
     if best.verdict == "tight":
         return (
             f"Tight: {choice_text(outlook, best)} leaves {spare}, and predictions err within {outlook.slack:.0%} of a "
-            f"card{'' if outlook.settings.quantization == 'none' else ' with a quantised model'} ({least}). No plan of "
+            f"card{'' if outlook.settings.quantization == 'none' else ' with a quantised model'} ({needed}). No plan of "
             "this batch leaves as much."
             f"{_largest_text(outlook)}"
         )
