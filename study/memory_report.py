@@ -161,9 +161,8 @@ def _fit(outlook: Outlook) -> str:
     if best.verdict == "tight":
         return (
             f"Tight: {choice_text(outlook, best)} leaves {spare}, and predictions err within {outlook.slack:.0%} of a "
-            f"card{'' if outlook.settings.quantization == 'none' else ' with a quantised model'} ({needed}). No plan of "
-            "this batch leaves as much."
-            f"{_largest_text(outlook)}"
+            f"card{'' if outlook.settings.quantization == 'none' else ' with a quantised model'} ({needed}). "
+            f"No plan of this batch leaves as much.{_largest_text(outlook)}"
         )
     return f"Fits with {spare} to spare: {choice_text(outlook, best)}{_time_text(outlook, best)}."
 
