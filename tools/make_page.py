@@ -35,6 +35,8 @@ from rankpilot.cost.step_time import LAUNCH_SECONDS, Rates
 from rankpilot.cost.stored_step import StepFile, StoredStep
 from rankpilot.cost.work_growth import WorkGrowth
 from rankpilot.lora.spec import highest_ranks
+from rich.console import Console
+from rich.progress import track
 
 from .record_models import FIRST, QUANTIZATIONS, USUAL, of_trl
 
@@ -279,7 +281,7 @@ def page_models(names: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
     """What the page knows, in base 64, by short name, and by quantisation and trainer ("nf4/trl")."""
     ordered = names or tuple(dict.fromkeys((*FIRST, *published_models())))
     found: dict[str, dict[str, str]] = {}
-    for name in ordered:
+    for name in track(ordered, "Models of the page", console=Console(stderr=True)):
         for quantization in QUANTIZATIONS:
             for trainer in TRAINERS:
                 if content := packed_model(name, quantization, trainer):
