@@ -6,14 +6,13 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 
 from ..agents.policy_file import load_policy
 from ..common import files
@@ -22,26 +21,18 @@ from ..common.processes import Processes, is_first_process
 from ..common.termination import Terminated, on_sigterm
 from ..cost.budget import Budget
 from ..cost.peak_meter import PeakMeter
-from ..cost.savers import ExactSavers
 from ..data.workload import Workload
 from ..decide.log import DecisionLog
 from ..errors import DataError, NonFiniteError
-from ..lora.adapters import PeftAdapters
-from ..lora.peft_config import adapter_ranks, finish_load, make_resizable
+from ..lora.peft_config import adapter_ranks
 from ..lora.spec import REFERENCE_RANK
 from ..lora.targets import find_target_modules
-from ..plan.plan import check_budget, least_cost, uniform_ranks
-from ..plan.problem import AllocationProblem
 from .allocate import StaticPlan, static_plan
-from .before_training import StepTimer, run_costs
 from .callback import RankPilotCallback, StopWithCheckpoint, attach
 from .checkpoint import last_checkpoint
-from .options import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig, PilotOptions, rank_bounds_of
-from .plan_rate import PlanRate
-from .put_back import LayerCheckpointing, could_checkpoint
+from .options import ALL_LINEAR, PILOT, UNIFORM, FinetuneConfig, rank_bounds_of
 from .replicas import check_arguments
 from .trainer import RunMetrics, hardware_facts, new_arguments, new_model, new_trainer, read_workload
-from .trainer_step import TrainerStep, add_before_users
 from .watches import all_finite
 
 logger = logging.getLogger(__name__)
@@ -168,7 +159,7 @@ def run_one(
     if known := processes.on_first(lambda: _read_result(result_path)):
         return known
     model = new_model(config, workload)
-    piloted, metrics_path = name == PILOT, folder / f"metrics-{name}.jsonl"
+    piloted, metrics_path = name != ALL_LINEAR, folder / f"metrics-{name}.jsonl"
     device = new_arguments(config, workload.task, folder / name).device
     hardware, energy = hardware_facts(device), find_energy_counter(device)
     metrics = RunMetrics(metrics_path, None if piloted else PeakMeter(MEASURE_EVERY), energy)
@@ -231,10 +222,10 @@ def _read_result(path: Path) -> dict[str, Any] | None:
 
 
 def _result(
-    trainer: Trainer, metrics: RunMetrics, held_out: dict[str, float], decides: RankPilotCallback | UniformRanks | None
+    trainer: Trainer, metrics: RunMetrics, held_out: dict[str, float], decides: RankPilotCallback | None
 ) -> dict[str, Any]:
     """What is written down of a run that has ended."""
-    if isinstance(decides, RankPilotCallback):
+    if decides:
         for step, peak in decides.peaks:
             files.append_json_line(metrics.path, {"step": step, "peak_bytes": peak})
     targets, energy = find_target_modules(trainer.model), metrics.energy
@@ -257,15 +248,13 @@ def _result(
     }
 
 
-def _plain_rate(trainer: Trainer, decides: object) -> float:
+def _plain_rate(trainer: Trainer, decides: RankPilotCallback | None) -> float:
     """The peak of the learning rate for plain LoRA."""
-    rates = decides.pilot.rates if isinstance(decides, RankPilotCallback) else None
+    rates = decides.pilot.rates if decides else None
     return float(rates[0] if rates else trainer.args.learning_rate)
 
 
-def _decides(
-    config: FinetuneConfig, trainer: Trainer, folder: Path, name: str
-) -> RankPilotCallback | UniformRanks | None:
+def _decides(config: FinetuneConfig, trainer: Trainer, folder: Path, name: str) -> RankPilotCallback | None:
     """Let the ranks of a run be decided as the settings say; None for plain LoRA."""
     if name != PILOT and config.learning_rate == "auto":  # that of the run under the policy, which looked at it
         with suppress(FileNotFoundError, DataError, KeyError):
@@ -273,10 +262,10 @@ def _decides(
     if name == ALL_LINEAR:
         return None
     if name == UNIFORM:
-        options = config.pilot_options(budget=_uniform_budget(config, folder), seed=config.seed)
-        return UniformRanks(trainer, options)
-    options = config.pilot_options(log=folder / "decisions", measure_every=MEASURE_EVERY)
-    return attach(trainer, config.policy, options)
+        own = {"goal": "quality", "tolerance": None, "learning_rate": None, "control": None}
+        own |= {"budget": _uniform_budget(config, folder), "seed": config.seed}
+        return attach(trainer, UNIFORM, config.pilot_options(measure_every=MEASURE_EVERY, **own))
+    return attach(trainer, config.policy, config.pilot_options(log=folder / "decisions", measure_every=MEASURE_EVERY))
 
 
 def _save_adapter(model: PeftModel, workload: Workload, folder: Path) -> None:
@@ -294,85 +283,3 @@ def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
     if budget.kind != "auto":
         return budget
     return Budget("bytes", DecisionLog(folder / "decisions").logged(0).problem.limit)
-
-
-class UniformRanks(TrainerCallback):  # type: ignore[misc]
-    """Gives as many top layers as can have rank 8 the largest equal rank that fits a budget, before the first step.
-
-    Args:
-        trainer: whose ranks it sets, as one of its callbacks. Its model can load adapters of any ranks from now on.
-        options: budget, time, checkpointing and seed count.
-
-    Attributes:
-        limit: what the plan may cost, in bytes or parameters; 0 before training.
-    """
-
-    def __init__(self, trainer: Trainer, options: PilotOptions) -> None:
-        self._step, self._options, self._put_back = TrainerStep(trainer), options, ExitStack()
-        self.limit: float = 0.0
-        make_resizable(trainer.model, find_target_modules(trainer.model))
-        add_before_users(trainer, self)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
-        """Set the ranks; those of a checkpoint stay.
-
-        Raises:
-            BudgetError: no plan fits the budget.
-        """
-        self._put_back.close()  # of a run that broke
-        try:
-            self._begin(args, state, control, objects)
-        except BaseException:
-            self._put_back.close()
-            raise
-
-    def on_train_end(self, *event: Any, **objects: Any) -> None:
-        """Put back how a step ran before."""
-        self._put_back.close()
-
-    def _begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, objects: dict[str, Any]
-    ) -> None:
-        model, optimizer, options = objects["model"], objects["optimizer"], self._options
-        targets = find_target_modules(model)
-        adapters = PeftAdapters(model, targets)
-        savers = ExactSavers(model) if options.exact_savers else None
-        checkpointing = LayerCheckpointing(model) if options.chooses_layers and could_checkpoint(model) else None
-        if savers:
-            self._put_back.callback(savers.put_back)
-        if checkpointing:
-            self._put_back.callback(checkpointing.put_back)
-        run, least = self._step.run(args, state, objects), partial(least_cost, targets, None, None)
-        least_of = least if checkpointing else None
-        costs = run_costs(run, targets, options.budget_read, signals=False, least=least_of, savers=savers)
-        self.limit = costs.limit.value
-        if checkpointing:
-            checkpointing.memory = costs.memory
-        rate = PlanRate(run, targets, auto=False, keep=options.keep_rate)
-        self._put_back.callback(rate.end)
-        if state.global_step > 0:
-            finish_load(model, targets)
-            run.replicas.changed(targets, state.global_step)
-            rate.ranks_changed()
-            if checkpointing:
-                checkpointing.take(checkpointing.fewest(adapters.ranks, self.limit))
-            if state.global_step >= state.max_steps:
-                self._step.take_no_more()
-                control.should_training_stop = True
-            return
-        timed = None
-        if options.time_read:
-            timer = StepTimer(run, targets, costs.memory, self.limit, checkpointing)
-            timed = timer.time_limit(options.time_read)
-        problem = AllocationProblem.of(
-            targets, timed.added_to(costs.cost, self.limit) if timed else costs.cost, self.limit
-        )
-        check_budget(problem, [target.name for target in targets], options.budget_read.share)
-        ranks = uniform_ranks(timed.choose(problem, uniform_ranks) if timed else problem)
-        adapters.set_ranks(ranks, optimizer, seed=options.seed or 0, step=0)
-        run.replicas.changed(targets, 0)
-        rate.ranks_changed()
-        if checkpointing:
-            checkpointing.take(checkpointing.fewest(ranks, self.limit))

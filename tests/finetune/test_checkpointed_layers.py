@@ -15,13 +15,11 @@ import pytest
 import rankpilot
 import torch
 from peft import LoraConfig, get_peft_model
-from rankpilot.cost.saver_prices import Saved
 from rankpilot.decide.chooser import PlanChooser
 from rankpilot.decide.log import DecisionLog
 from rankpilot.decide.observation import Observation
 from rankpilot.decide.policy import Decision
 from rankpilot.errors import BudgetError, UnsupportedError
-from rankpilot.finetune.experiment import UniformRanks
 from rankpilot.finetune.options import PilotOptions
 from rankpilot.finetune.plan_keeper import GOOD_STEPS
 from rankpilot.finetune.put_back import LayerCheckpointing, all_running_again, could_checkpoint
@@ -208,30 +206,6 @@ def test_a_run_leaves_the_layers_and_the_cache_as_they_were(
     assert not any(flags(model))
     assert [layer._gradient_checkpointing_func for layer in layers] == functions
     assert model.config.use_cache
-
-
-@pytest.mark.parametrize("budget", ["60%", "2KiB step"])
-def test_uniform_ranks_leave_savers_and_layers_as_they_were(
-    tmp_path: Path, budget: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Saved, "is_less", lambda *_: True)  # they stay on where they are no help
-    trainer, refused = trainer_of(tmp_path, max_steps=1), budget == "2KiB step"
-    written = {"forward", "_cast_input_dtype", "_loss_function"}
-    UniformRanks(trainer, PilotOptions(budget=budget))
-    seen, during = list[bool](), TrainerCallback()
-    during.on_step_end = lambda *_, **__: seen.append(_has(trainer.model, written))  # type: ignore[method-assign]
-    trainer.add_callback(during)
-    with pytest.raises(BudgetError) if refused else nullcontext():
-        trainer.train()
-    assert seen == ([] if refused else [True])
-    assert any(checkpointed(trainer)) is not refused
-    assert not any(flags(trainer.model))
-    assert not _has(trainer.model, written)
-
-
-def _has(model: Any, attributes: set[str]) -> bool:
-    """Whether a module of a model holds one of these as its own."""
-    return any(attributes & vars(module).keys() for module in model.modules())
 
 
 def test_a_model_that_checkpoints_already_is_left_as_it_is(tmp_path: Path) -> None:
