@@ -184,7 +184,9 @@ def _against(run: RunData, name: str, what: str) -> str:
     differs = f"{abs(change):.1%} {word} than" if abs(change) >= 0.0005 else "the same as"
     sentence = f"One run each, so luck counts too: rankpilot's held-out loss is {differs} that of {what}"
     if name == UNIFORM and (ranks := [rank for rank in (other.get("ranks") or {}).values() if rank]):
-        sentence += f", rank {max(ranks)} on {len(ranks)} of {len(other['ranks'])} modules"
+        least, most = min(ranks), max(ranks)
+        equal = f"rank {most}" if least == most else f"ranks {least} and {most}"
+        sentence += f", {equal} on {len(ranks)} of {len(other['ranks'])} modules"
     shares = [
         f"{mine[key] / other[key]:.0%} of its {unit}"
         for key, unit in (("peak_bytes", "bytes"), ("median_step_s", "time a step"))

@@ -154,7 +154,7 @@ def test_a_run_writes_what_it_promises(comparison: Comparison) -> None:
         assert 0 <= run["held_out_accuracy"] <= 1
     assert summary["runs"]["rankpilot"]["budget_bytes"] == summary["runs"]["uniform"]["budget_bytes"]
     live = {rank for rank in summary["runs"]["uniform"]["ranks"].values() if rank}
-    assert len(live) == 1
+    assert live <= {8, 12}, "what a rung leaves of the budget is spent"
     assert len(DecisionLog(folder / "decisions")) == 4
     assert read_json(folder / "config.json")["steps"] == 12
     assert [type(trainer.optimizer.optimizer) for trainer in comparison.trainers] == [torch.optim.AdamW] * 3
