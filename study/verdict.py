@@ -185,7 +185,7 @@ def _against(run: RunData, name: str, what: str) -> str:
     sentence = f"One run each, so luck counts too: rankpilot's held-out loss is {differs} that of {what}"
     if name == UNIFORM and (ranks := [rank for rank in (other.get("ranks") or {}).values() if rank]):
         least, most = min(ranks), max(ranks)
-        equal = f"rank {most}" if least == most else f"ranks {least} and {most}"
+        equal = f"rank {most}" if least == most else f"ranks {least} to {most}"
         sentence += f", {equal} on {len(ranks)} of {len(other['ranks'])} modules"
     shares = [
         f"{mine[key] / other[key]:.0%} of its {unit}"
