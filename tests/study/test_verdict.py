@@ -57,7 +57,7 @@ def test_a_held_out_loss_that_rises_is_said_even_if_it_beats_uniform(with_metric
     )
     assert found.results == (
         "One run each, so luck counts too: "
-        "rankpilot's held-out loss is 0.4% lower than that of uniform ranks, rank 16 on 17 of 36 modules.",
+        "rankpilot's held-out loss is 0.4% lower than that of uniform ranks, ranks 4 to 16 on 17 of 36 modules.",
     )
     assert verdict(read_run(with_metrics({50: {"eval_loss": 0.675}, 200: {"eval_loss": 0.680}}))).warnings == ()
 
