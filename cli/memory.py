@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.output:
         refuse_file(options.output)  # now, and not after minutes of work
     rows = None
-    if options.lengths:  # now, and not after minutes of work
+    if options.lengths is not None:  # now, and not after minutes of work
         from ..study import lengths as of_lengths
 
         rows = of_lengths.lengths_of(options.lengths, options.model, options.max_length)

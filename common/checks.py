@@ -24,6 +24,9 @@ def is_positive(value: Any) -> bool:
     return is_real(value) and 0 < value < math.inf
 
 
+MOST_NUMBER = 2**53
+"""The largest whole number that is read of a run; all below are exact as floating-point numbers."""
+
 MOST = 2**63 - 1
 """The largest whole number that is taken."""
 
