@@ -122,9 +122,12 @@ class MemoryConfig(StepConfig):
         self._check_card()
 
     def _check_card(self) -> None:
+        if "" in (self.device, self.device_memory):
+            raise ConfigError("device is a card ('RTX 4090'), and device_memory the memory of one ('24GiB'); got ''.")
         if self.device and self.device_memory:
             raise ConfigError(
-                f"Give either the card ({self.device!r}) or its memory ({self.device_memory!r}): one tells the other."
+                f"Give either the card ({shown(self.device)}) or its memory ({shown(self.device_memory)}): "
+                "one tells the other."
             )
         if not self.card:
             defaults = {each.name: each.default for each in fields(self)}
