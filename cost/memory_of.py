@@ -85,10 +85,8 @@ def memory_of(
     spec, shards = find_device_spec(card), Shards(gpus, sharding)
     dtype = _dtype_on(spec, dtype)
     of_load = {name: settings.pop(name) for name in _OF_LOAD & set(settings)}
-    _check(rank, settings)
+    _check(rank, attention, settings)
     check_dropout(lora_dropout)
-    if attention not in (None, "math", *get_args(Implementation)):
-        raise UnknownNameError.of("attention", attention, ("math", *get_args(Implementation)))
     adapter = _adapter(of_load.pop("adapter", {})) | ({"lora_dropout": lora_dropout} if lora_dropout else {})
     loaded = replace(
         from_json(LoadedAs, {"padded": padded} | of_load),
@@ -103,8 +101,10 @@ def memory_of(
     return Outlook(configured, rank, step, card=spec, dtype=dtype, shards=shards)
 
 
-def _check(rank: object, settings: Mapping[str, Any]) -> None:
-    """Raise UnknownNameError or ConfigError for what is no setting of a step, or no rank."""
+def _check(rank: object, attention: object, settings: Mapping[str, Any]) -> None:
+    """Raise UnknownNameError or ConfigError for what is no setting of a step, no rank, or no kind of attention."""
+    if attention not in (None, "math", *get_args(Implementation)):
+        raise UnknownNameError.of("attention", attention, ("math", *get_args(Implementation)))
     known = {each.name for each in fields(StepConfig)}
     for name in settings:
         if name not in known:

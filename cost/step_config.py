@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from ..common.checks import is_real
 from ..errors import ConfigError, shown
@@ -117,7 +117,7 @@ def check_seed(seed: object) -> None:
         raise ConfigError(f"seed is a whole number from 0 to 2**32 - 1; got {seed!r}.")
 
 
-def check_dropout(share: object) -> None:
+def check_dropout(share: Any) -> None:
     """Raise ConfigError for what is no share of inputs that `peft.LoraConfig` drops."""
     if not is_real(share) or not 0 <= share < 1:
         raise ConfigError(f"lora_dropout is from 0 to below 1; got {shown(share)}.")

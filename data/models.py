@@ -30,7 +30,7 @@ from ..cost.published import (
 )
 from ..cost.step_config import Quantization, StepConfig
 from ..cost.training_step import check_installed
-from ..errors import AssetError, ConfigError
+from ..errors import AssetError, ConfigError, DataError
 from ..lora.peft_config import fresh_adapters, head_names, prepare_quantised
 from ..lora.targets import guard_base
 from .assets import ASSETS, MODELS, fetch_asset, not_found
@@ -100,7 +100,7 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
     except AssetError:
         raise
     except (*UNUSABLE, OSError, ValueError, SafetensorError) as error:  # of a damaged file, too
-        of_config = isinstance(error, (*UNUSABLE, ConfigError)) or needs_code(error)
+        of_config = isinstance(error, (*UNUSABLE, ConfigError, DataError)) or needs_code(error)
         raise (unusable(name, error) if of_config else not_found("model", name, MODELS, error)) from error
     except (UnpicklingError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
