@@ -36,6 +36,9 @@ OLD = {"allocate": "plan", "train": "policy train", "evaluate": "policy evaluate
 NO_MEMORY = ("out of memory", "can't allocate memory")
 """What torch's errors say when a device, or the machine, has no memory left."""
 
+MOST_MESSAGE = 2000
+"""Characters of an error that are printed; it may name what was given, such as a path."""
+
 RESUMABLE = ("policy train", "finetune")
 """Commands that SIGTERM ends in order, so that they can go on."""
 
@@ -98,5 +101,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _fail(message: str) -> int:
     """Print an error as one line; returns the exit status."""
+    if len(message) > MOST_MESSAGE:
+        message = f"{message[:MOST_MESSAGE]} ..."
     Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     return 1

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     """Show where the bytes go, and write the picture; returns the exit status."""
     gc.set_threshold(FEW_COLLECTIONS)
     path = peek(arguments, "--config")
-    file = _trainer_file(path, arguments) if path else None
+    file = None if path is None else _trainer_file(path, arguments)
     default = _defaults(file, arguments)
     options = parse(Memory, arguments, default, "rankpilot memory")
     if (options.python or file) and not options.card:
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.output:
         refuse_file(options.output)  # now, and not after minutes of work
     rows = None
-    if options.lengths:  # now, and not after minutes of work
+    if options.lengths is not None:  # now, and not after minutes of work
         from ..study import lengths as of_lengths
 
         rows = of_lengths.lengths_of(options.lengths, options.model, options.max_length)

@@ -24,6 +24,17 @@ def is_positive(value: Any) -> bool:
     return is_real(value) and 0 < value < math.inf
 
 
+MOST_NUMBER = 2**53
+"""The largest whole number that is read of a run; all below are exact as floating-point numbers."""
+
+
+def is_moderate(value: object) -> bool:
+    """Whether neither a value nor an item of a list is a whole number beyond `MOST_NUMBER`."""
+    if isinstance(value, list):
+        return all(map(is_moderate, value))
+    return not isinstance(value, int) or abs(value) <= MOST_NUMBER
+
+
 MOST = 2**63 - 1
 """The largest whole number that is taken."""
 

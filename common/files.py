@@ -140,6 +140,15 @@ def as_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a named pipe to which nobody writes is then empty, and not waited for."""
+    if not hasattr(os, "O_NONBLOCK"):
+        return os.open(path, flags)
+    opened = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(opened, True)
+    return opened
+
+
 def read_bytes(path: Path, most: int) -> bytes:
     """The content of a file; of a pipe or a device no more than `most` is read either.
 
@@ -147,7 +156,7 @@ def read_bytes(path: Path, most: int) -> bytes:
         OSError: there is no such file, or it cannot be read.
         DataError: it has more than `most` bytes.
     """
-    with path.open("rb") as stream:
+    with open(path, "rb", opener=_without_waiting) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
         raise DataError(f"{path} has more than {most:,} bytes, which is the most that is read of such a file.")
@@ -274,6 +283,15 @@ def _plain_loader() -> Any:
                 raise yaml.composer.ComposerError(None, None, "references (*name) are not read; write values out", mark)
             return super().compose_node(parent, index)
 
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[str] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
+                    told = f"{shown(key.value)} stands there twice"
+                    raise yaml.constructor.ConstructorError(None, None, told, key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
     return yaml, PlainLoader
 
 
@@ -281,8 +299,8 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text: dicts, lists and scalars, each in one place only.
 
     Raises:
-        YAMLError: it is no YAML, is nested more deeply than Python reads, has references (`*name`), or tags that ask
-            for objects.
+        YAMLError: it is no YAML, is nested more deeply than Python reads, has a key twice, references (`*name`), or
+            tags that ask for objects.
     """
     yaml, loader = _plain_loader()
     try:
@@ -346,6 +364,11 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
         raise DataError(f"{path} cannot be read as arrays: {first_line(error)}") from error
 
 
+def expanded(name: str) -> Path:
+    """A path with the home folder in place of ~; that of a user who is not there stays as it is."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111  (Path.expanduser would raise)
+
+
 CACHE_VARIABLE = "RANKPILOT_CACHE"
 """Environment variable that moves the cache folder."""
 
@@ -353,7 +376,7 @@ CACHE_VARIABLE = "RANKPILOT_CACHE"
 def cache_folder() -> Path:
     """The folder that holds downloads: `RANKPILOT_CACHE`, or else the user's cache folder for rankpilot."""
     chosen = os.environ.get(CACHE_VARIABLE)
-    return (Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("rankpilot")).absolute()
+    return (expanded(chosen) if chosen else platformdirs.user_cache_path("rankpilot")).absolute()
 
 
 CONFIG = "config.json"
@@ -408,7 +431,9 @@ def open_run(folder: Path, config: dict[str, Any], *, resume: bool) -> Iterator[
 
 
 def refuse_file(folder: Path) -> None:
-    """Raise RunFolderError where a folder is to be and a file is."""
+    """Raise RunFolderError where a folder is to be and a file is, or where none can be."""
+    if "\0" in str(folder):
+        raise RunFolderError(f"{shown(str(folder))} is no name of a folder. Pass another one as --output.")
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file. Pass the name of a folder as --output.")
 
@@ -492,7 +517,7 @@ def _read(expected: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name}: {error}") from error
     if origin is tuple and isinstance(value, list):
         return tuple(_read(arguments[0], item, name) for item in value)
-    if origin is Literal and value in arguments:
+    if origin is Literal and any(type(value) is type(each) and value == each for each in arguments):
         return value
     if expected is Path and isinstance(value, str):
         return Path(value)

@@ -91,7 +91,7 @@ class Budget:
         """
         if isinstance(given, Budget):
             return given
-        text = budget_text(given).replace(",", "").replace("_", "")
+        text = re.sub(r"(?<=[0-9])[,_](?=[0-9]{3}(?![0-9]))", "", budget_text(given))  # between thousands
         if text == "auto":
             return cls("auto", AUTO_SHARE)
         of_bytes = r"bytes|(?:[kmgt]i?)?b"

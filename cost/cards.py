@@ -28,6 +28,10 @@ UNKNOWN_CONTEXT_BYTES = 500 * _MIB
 """Bytes of the CUDA context of a card of which no error has shown them."""
 
 
+MOST_MEMORY = 2**50
+"""The largest memory of a device that is taken, in bytes."""
+
+
 USUAL_CARD = "RTX 4090"
 """Times on a card of which only the memory is known are by the rates of this one. They are told as shares."""
 
@@ -149,11 +153,10 @@ def _of_memory(given: str) -> DeviceSpec:
         memory = int(Budget.parse(given).value)
     except BudgetError as error:
         raise UnknownNameError(f"Cannot read the device memory {given!r}. Give it as '24GiB' or '24564MiB'.") from error
-    if memory <= UNKNOWN_CONTEXT_BYTES:
-        raise UnknownNameError(
-            f"A device of {given!r} would not hold the CUDA context, {UNKNOWN_CONTEXT_BYTES // _MIB} MiB. "
-            "Give its memory as '24GiB', or its name."
-        )
+    if not UNKNOWN_CONTEXT_BYTES < memory <= MOST_MEMORY:
+        small = f"would not hold the CUDA context, {UNKNOWN_CONTEXT_BYTES // _MIB} MiB"
+        why = small if memory <= MOST_MEMORY else "is larger than any"
+        raise UnknownNameError(f"A device of {shown(given)} {why}. Give its memory as '24GiB', or its name.")
     return DeviceSpec(given.strip(), memory, UNKNOWN_CONTEXT_BYTES)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..lora.spec import ModuleSpec, highest_ranks
 from .model import MemoryModel
 from .recording import BatchShape
@@ -223,9 +223,9 @@ class Shards:
 
     def __post_init__(self) -> None:
         if type(self.gpus) is not int or not 1 <= self.gpus <= MOST_GPUS:
-            raise ConfigError(f"gpus is a whole number from 1 to {MOST_GPUS:,}; got {self.gpus!r}.")
+            raise ConfigError(f"gpus is a whole number from 1 to {MOST_GPUS:,}; got {shown(self.gpus)}.")
         if self.sharding not in get_args(Sharding):
-            raise ConfigError(f"sharding is {', '.join(get_args(Sharding))}; got {self.sharding!r}.")
+            raise ConfigError(f"sharding is {', '.join(get_args(Sharding))}; got {shown(self.sharding)}.")
         if self.gpus == 1 and self.sharding != "ddp":
             raise ConfigError(f"sharding {self.sharding} is for several GPUs: give gpus, at least 2, with it.")
 

@@ -146,6 +146,8 @@ class StepRecorder:
             if loaded.loss != "model":
                 (cut_loss if loaded.loss == "cut" else use_chunked_loss)(base)
             self._targets = find_target_modules(model)
+            if empty := next((each.name for each in self._targets if each.max_rank < 1), ""):
+                raise ConfigError(f"The configuration of {config.model_type!r} makes {empty} with a width of 0.")
             self._training = training_step.TrainingStep(
                 model, _loss(model, step, loaded), _optimizer(step, model), accumulates=step.accumulation > 1
             )

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..common.files import expanded
 from ..errors import AssetError, UnknownNameError
 
 _MODELS = Path(__file__).with_name("published_models.json")
@@ -36,10 +37,10 @@ def published_models() -> dict[str, dict[str, Any]]:
 
 def check_known(name: str) -> None:
     """Raise UnknownNameError or AssetError for a model whose configuration is neither known nor a path or an id."""
-    if Path(name).expanduser().exists():
+    if expanded(name).exists():
         return
     if name.startswith((".", "/", "~")) or name.endswith(".json"):
-        path = Path(name).expanduser()
+        path = expanded(name)
         raise AssetError(f"There is no configuration at {path}. Give a folder with a config.json, or the file itself.")
     if "/" not in name and not short_name(name):
         hint = "A folder with a config.json or a Hugging Face id works too."

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..common.checks import is_count
-from ..common.files import cache_folder, read_object
+from ..common.files import cache_folder, expanded, from_json, read_object
 from ..errors import ConfigError, UnknownNameError, naming_extras, shown
 from ..lora.spec import REFERENCE_RANK, check_rank
 from .cards import DeviceSpec, find_device_spec
@@ -20,7 +20,7 @@ from .configured_step import DTYPES, ConfiguredStep, Implementation, LoadedAs, S
 from .known_models import check_known, published_models, short_name
 from .of_targets import OfTargets, places_of
 from .outlook import Outlook
-from .step_config import StepConfig, check_length
+from .step_config import StepConfig, check_dropout, check_length
 from .stored_step import StepFile, StoredStep, step_key, versions
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ _OF_LOAD = {each.name for each in fields(LoadedAs)} - {"device", "dtype", "atten
 
 def _dtype_on(card: DeviceSpec, dtype: str | None) -> str:
     """The precision that is asked for, if it is one, or else that of the card."""
-    dtype = dtype or ("bf16" if card.has_bf16 else "fp16")
-    if dtype not in DTYPES:
+    dtype = ("bf16" if card.has_bf16 else "fp16") if dtype is None else dtype
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UnknownNameError.of("dtype", dtype, DTYPES)
     return dtype
 
@@ -85,29 +85,41 @@ def memory_of(
     spec, shards = find_device_spec(card), Shards(gpus, sharding)
     dtype = _dtype_on(spec, dtype)
     of_load = {name: settings.pop(name) for name in _OF_LOAD & set(settings)}
-    _check(rank, settings)
-    loaded = LoadedAs(
+    _check(rank, attention, settings)
+    check_dropout(lora_dropout)
+    adapter = _adapter(of_load.pop("adapter", {})) | ({"lora_dropout": lora_dropout} if lora_dropout else {})
+    loaded = replace(
+        from_json(LoadedAs, {"padded": padded} | of_load),
         dtype=dtype,
         attention="math" if attention == "math" else "auto" if spec.has_flash_attention else "efficient",
-        padded=padded,
         implementation=None if attention == "math" else attention,
-        adapter=dict(of_load.pop("adapter", {})) | ({"lora_dropout": lora_dropout} if lora_dropout else {}),
-        **of_load,
+        adapter=adapter,
     )
-    asked = AskedStep(model, StepConfig(**{"bf16": dtype == "bf16"} | settings), loaded)
+    asked = AskedStep(model, from_json(StepConfig, {"bf16": dtype == "bf16"} | settings), loaded)
     configured, step = asked.configured()
     check_rank(rank, configured.targets)
     return Outlook(configured, rank, step, card=spec, dtype=dtype, shards=shards)
 
 
-def _check(rank: object, settings: Mapping[str, Any]) -> None:
-    """Raise UnknownNameError or ConfigError for what is no setting of a step, or no rank."""
+def _check(rank: object, attention: object, settings: Mapping[str, Any]) -> None:
+    """Raise UnknownNameError or ConfigError for what is no setting of a step, no rank, or no kind of attention."""
+    if attention not in (None, "math", *get_args(Implementation)):
+        raise UnknownNameError.of("attention", attention, ("math", *get_args(Implementation)))
     known = {each.name for each in fields(StepConfig)}
     for name in settings:
         if name not in known:
             raise UnknownNameError.of("setting of a step", name, known | _OF_LOAD)
     if not is_count(rank):
         raise ConfigError(f"rank is at least 1, a whole number; got {shown(rank)}.")
+
+
+def _adapter(given: object) -> dict[str, Any]:
+    """Further arguments of `peft.LoraConfig`, without those that are settings of the step."""
+    own = {"target_modules", "target_parameters", "task_type"}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) and name not in own for name in given):
+        told = f"adapter has arguments of peft.LoraConfig by name, without {', '.join(sorted(own))}"
+        raise ConfigError(f"{told}; got {shown(given)}.")
+    return dict(given)
 
 
 @dataclass(frozen=True)
@@ -216,7 +228,7 @@ def _fields(model: str | PreTrainedConfig) -> Mapping[str, Any]:
             raise ConfigError(f"model is a name, a path or a transformers configuration; got {shown(model)}.")
         return _plain(model)
     check_known(model)
-    path = Path(model).expanduser()
+    path = expanded(model)
     if not path.exists() and (short := short_name(model)):
         fields: Mapping[str, Any] = published_models()[short]["config"]
         return fields
@@ -231,7 +243,12 @@ def _fields(model: str | PreTrainedConfig) -> Mapping[str, Any]:
 
 
 def _plain(config: PreTrainedConfig) -> Mapping[str, Any]:
-    fields: Mapping[str, Any] = config.to_dict()
+    from .published import UNUSABLE, unusable
+
+    try:
+        fields: Mapping[str, Any] = config.to_dict()
+    except UNUSABLE as error:
+        raise unusable(str(config.name_or_path or type(config).__name__), error) from error
     return fields
 
 

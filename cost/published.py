@@ -8,6 +8,8 @@ tokens at all, and how many of them a row can have.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import constants, get_session
 from huggingface_hub.errors import StrictDataclassError
 
+from ..common.files import expanded, read_object
 from ..errors import AssetError, ConfigError, first_line, shown
 from .known_models import check_known, published_models, short_name
 from .step_config import Quantization
@@ -36,7 +39,7 @@ def find_configuration(name: str) -> PreTrainedConfig:
         ConfigError: the configuration names no model that transformers knows.
     """
     check_known(name)
-    path, short = Path(name).expanduser(), short_name(name)
+    path, short = expanded(name), short_name(name)
     if not path.exists() and short:
         from transformers import AutoConfig
 
@@ -57,13 +60,26 @@ def try_hub_once() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
-def _read(name: str, place: str | Path) -> PreTrainedConfig:
+def read_configuration(place: str | Path) -> PreTrainedConfig:
+    """What transformers makes of a folder, a config.json or an id.
+
+    Raises:
+        DataError, ConfigError: a file here is too large or no JSON, or has a number with which no answer would come.
+        Exception: whatever transformers raises.
+    """
     from transformers import AutoConfig
 
+    path = Path(place)
+    if (file := path / "config.json" if path.is_dir() else path).is_file():
+        _check_numbers(read_object(file), str(place))
+    return AutoConfig.from_pretrained(place, trust_remote_code=False)
+
+
+def _read(name: str, place: str | Path) -> PreTrainedConfig:
     if not Path(place).exists():
         try_hub_once()
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+        return read_configuration(place)
     except OSError as error:
         raise AssetError(
             f"The configuration of {name!r} could not be read: {first_line(error)} Check the id or path and the "
@@ -74,13 +90,16 @@ def _read(name: str, place: str | Path) -> PreTrainedConfig:
 
 
 UNUSABLE = (
-    *(StrictDataclassError, ArithmeticError, AssertionError, AttributeError, KeyError, TypeError, RecursionError),
+    *(StrictDataclassError, ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, RecursionError),
+    ImportError,
 )
 """What reading a configuration ends with where its fields make no model, besides ValueError."""
 
 
 def unusable(name: str, error: Exception) -> ConfigError:
     """The error for a configuration that makes no model, or only with code that comes with it."""
+    if isinstance(error, ConfigError):
+        return error
     if needs_code(error):
         return ConfigError(
             f"The model {name!r} needs Python code that comes with it (`auto_map`), and rankpilot never runs such "
@@ -102,29 +121,63 @@ def needs_code(error: Exception) -> bool:
     return "trust_remote_code" in str(error)
 
 
-_WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-_MOST_SIZES = dict.fromkeys(_WIDTHS, 2**24) | {"num_hidden_layers": 2**10}
-"""The largest sizes that are taken, far above those of any model: with more, no answer would come."""
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("num_hidden_layers", "max_position_embeddings", "state_size", "d_kv", "d_ff"),
+)
+"""Sizes that are at least 1 where a model of text has them."""
+
+_A_SIZE = re.compile(r"(n|d|num)_.+|.+_(size|dim|heads|layers|experts|rank|embeddings|kernel|labels|step)")
+"""What configurations call numbers of which something is made: all sizes, and more."""
+
+
+def _most(name: str) -> int:
+    """The largest size that is taken, far above that of any model: with more, no answer would come."""
+    return 2**9 if "layer" in name else 2**20 if "label" in name else 2**24
+
+
+def _check_numbers(fields: Mapping[str, Any], model: str) -> None:
+    """Raise ConfigError for a size beyond what is taken, in a configuration or in a part of it.
+
+    A part that is no model of text may have -1 for none.
+    """
+    for name, value in fields.items():
+        if isinstance(value, dict) and name.endswith("_config"):
+            _check_numbers(value, model)
+        elif type(value) is int and _A_SIZE.fullmatch(name) and not -1 <= value <= _most(name):
+            raise _wrong_size(model, name, value)
+
+
+def _wrong_size(model: str, name: str, value: object) -> ConfigError:
+    whole = f"a whole number from {int(name in _SIZES)} to {_most(name):,}"
+    return ConfigError(f"The configuration of {model!r} has {name}={shown(value)}. Give {whole}.")
 
 
 def check_sizes(config: PreTrainedConfig) -> None:
     """Raise ConfigError for a size that no model has, and for architectures that are no names."""
+    model = config.name_or_path or config.model_type
     named = config.architectures
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise ConfigError(
-            f"The configuration of {config.name_or_path or config.model_type!r} has architectures={shown(named)}. "
+            f"The configuration of {model!r} has architectures={shown(named)}. "
             "Give a list of names, as in ['LlamaForCausalLM']."
         )
-    for name, most in _MOST_SIZES.items():
+    try:
+        text: Any = config.get_text_config()
+        fields = vars(text)
+    except (ValueError, TypeError) as error:  # it has several, or something else in the place of one
+        raise ConfigError(f"The configuration of {model!r} has no one model of text: {first_line(error)}") from error
+    for name, value in fields.items():
+        if type(value) is int and _A_SIZE.fullmatch(name) and not 0 <= value <= _most(name):
+            raise _wrong_size(model, name, value)
+    for name in _SIZES:
         try:
-            size = getattr(config.get_text_config(), name, None)
+            size = getattr(text, name, None)
         except RuntimeError:  # layers have sizes of their own (Gemma 4)
             continue
-        if isinstance(size, int) and not 1 <= size <= most:
-            raise ConfigError(
-                f"The configuration of {config.name_or_path or config.model_type!r} has {name}={shown(size)}. "
-                f"Give a whole number from 1 to {most:,}."
-            )
+        of_class = isinstance(getattr(type(text), name, None), property)  # XLNet has -1 positions, which is any number
+        if isinstance(size, str | float) or (isinstance(size, int) and not of_class and not 1 <= size <= _most(name)):
+            raise _wrong_size(model, name, size)
 
 
 _TOKENS = ("input_ids", "inputs")
@@ -172,7 +225,9 @@ def stored_method(config: PreTrainedConfig, quantization: Quantization) -> str:
     """
     stored: Any = getattr(config, "quantization_config", None) or {}
     given: Any = stored.get("quant_method", "") if isinstance(stored, dict) else stored.quant_method
-    method = str(getattr(given, "value", given))
+    method = getattr(given, "value", given)
+    if not isinstance(method, str):
+        raise ConfigError(f"quant_method of the configuration is a name, as in 'gptq'; got {shown(method)}.")
     if method not in ("", "bitsandbytes") and quantization != "none":
         raise ConfigError(
             f"The weights of this {config.model_type!r} are stored in {method}, which transformers does not turn into "

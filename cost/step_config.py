@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
+from ..common.checks import is_real
 from ..errors import ConfigError, shown
 
 MOST_TOKENS = 2**24
@@ -83,7 +84,7 @@ class StepConfig:
     def __post_init__(self) -> None:
         rows, length = self.batch_size or 2, self.max_length or 64
         if rows * length > MOST_TOKENS:
-            asked = f"{rows} x {length}"
+            asked = f"{shown(rows)} x {shown(length)}"
             raise ConfigError(f"batch_size times max_length is at most {MOST_TOKENS:,} tokens; got {asked}.")
         if not self.prepare_kbit and self.quantization == "none":
             raise ConfigError("prepare_kbit is of a quantised model: give a quantization with it, nf4 or int8.")
@@ -91,7 +92,7 @@ class StepConfig:
         if least < 0 or self.max_length == 1 or self.accumulation > MOST_TOKENS:
             raise ConfigError(
                 f"batch_size is at least 1, accumulation 1 to {MOST_TOKENS:,}, max_length at least 2, and 0 is the "
-                f"usual of each; got {self.batch_size}, {shown(self.accumulation)} and {self.max_length}."
+                f"usual of each; got {shown(self.batch_size)}, {shown(self.accumulation)} and {shown(self.max_length)}."
             )
 
     def sized(self, *, continues: bool, positions: int | None = None) -> Self:
@@ -114,6 +115,12 @@ def check_seed(seed: object) -> None:
     """Raise ConfigError for a seed that NumPy's generators do not take."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed is a whole number from 0 to 2**32 - 1; got {seed!r}.")
+
+
+def check_dropout(share: Any) -> None:
+    """Raise ConfigError for what is no share of inputs that `peft.LoraConfig` drops."""
+    if not is_real(share) or not 0 <= share < 1:
+        raise ConfigError(f"lora_dropout is from 0 to below 1; got {shown(share)}.")
 
 
 def check_length(length: int, most: int | None) -> None:

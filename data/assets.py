@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ..common.files import CACHE_VARIABLE, cache_folder, read_json, sha256, write_json
+from ..common.files import CACHE_VARIABLE, cache_folder, expanded, read_json, sha256, write_json
 from ..errors import AssetError, UnknownNameError, first_line, naming_extras
 
 
@@ -288,7 +288,7 @@ def check_model(name: str, card: str | None = None) -> None:
     else:
         with naming_extras("`rankpilot memory MODEL --device CARD` needs neither."):
             from huggingface_hub import hf_hub_download
-    if name in MODELS or "/" in name or Path(name).expanduser().exists():
+    if name in MODELS or "/" in name or expanded(name).exists():
         return
     if card:
         return check_known(name)

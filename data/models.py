@@ -14,13 +14,23 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from ..common.devices import find_device
-from ..cost.published import UNUSABLE, check_sizes, needs_code, positions_of, stored_method, try_hub_once, unusable
+from ..common.files import expanded
+from ..cost.published import (
+    UNUSABLE,
+    check_sizes,
+    needs_code,
+    positions_of,
+    read_configuration,
+    stored_method,
+    try_hub_once,
+    unusable,
+)
 from ..cost.step_config import Quantization, StepConfig
 from ..cost.training_step import check_installed
-from ..errors import AssetError, ConfigError
+from ..errors import AssetError, ConfigError, DataError
 from ..lora.peft_config import fresh_adapters, head_names, prepare_quantised
 from ..lora.targets import guard_base
 from .assets import ASSETS, MODELS, fetch_asset, not_found
@@ -74,7 +84,7 @@ def resolve_model(name: str) -> str:
     if name in ASSETS and ASSETS[name].kind == "model":
         return str(fetch_asset(name))
     if name.startswith((".", "/", "~")):
-        folder = Path(name).expanduser()
+        folder = expanded(name)
         if not folder.is_dir():
             raise AssetError(f"There is no model folder {folder}.")
         return str(folder)
@@ -90,7 +100,7 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
     except AssetError:
         raise
     except (*UNUSABLE, OSError, ValueError, SafetensorError) as error:  # of a damaged file, too
-        of_config = isinstance(error, UNUSABLE) or needs_code(error)
+        of_config = isinstance(error, (*UNUSABLE, ConfigError, DataError)) or needs_code(error)
         raise (unusable(name, error) if of_config else not_found("model", name, MODELS, error)) from error
     except (UnpicklingError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
@@ -102,7 +112,7 @@ def _pretrained(name: str, load: Callable[[str], Any]) -> Any:
 
 def load_config(name: str) -> Any:
     """A model's configuration; UnknownNameError or AssetError if there is no such model."""
-    config = _pretrained(name, lambda path: AutoConfig.from_pretrained(path, trust_remote_code=False))
+    config = _pretrained(name, read_configuration)
     check_sizes(config)
     return config
 

@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset
 
-from ..common.files import parse_json
+from ..common.files import expanded, parse_json
 from ..cost.published import try_hub_once
 from ..cost.step_config import StepConfig
 from ..errors import AssetError, ConfigError, DataError, first_line
@@ -208,7 +208,7 @@ def load_splits(name: str) -> DatasetDict:
     """
     if name in DATASETS:
         return load_packaged_dataset(name)
-    path = Path(name).expanduser()
+    path = expanded(name)
     is_local = path.exists() or name.startswith((".", "/", "~")) or path.suffix in _READERS
     if is_local and not path.exists():
         raise AssetError(f"There is no data file or folder {path}.")

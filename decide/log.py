@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..common.arrays import Arrays, BoolArray, IntArray
-from ..common.checks import finite
+from ..common.checks import finite, is_moderate
 from ..common.files import MOST_LINES_BYTES, append_json_line, atomic_path, read_arrays, read_text, write_text
 from ..cost.cost import check_cost, cost_from_state, cost_state
 from ..cost.saver_prices import Saved
@@ -535,7 +535,7 @@ def _check_line(line: Any, where: str) -> None:
         )
     for kinds, names in _TYPES.items():
         for name in names:
-            if name not in line or type(line[name]) not in kinds:
+            if name not in line or type(line[name]) not in kinds or not is_moderate(line[name]):
                 value = shown(line[name]) if name in line else "missing"
                 raise RunFolderError(f"{where} is damaged: {name} is {value}.")
 

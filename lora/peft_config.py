@@ -64,11 +64,12 @@ def fresh_adapters(
     heads = _trained_heads(base, peft_type) if new_head else {}
     if target_parameters:
         heads["target_parameters"] = _experts_named(base, target_parameters)
-    lora = LoraConfig(target_modules=modules, task_type=peft_type, **heads, **options)
     try:
+        lora = LoraConfig(target_modules=modules, task_type=peft_type, **heads, **options)
         return get_peft_model(base, lora)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"Cannot adapt {name!r} with target_modules={target_modules!r}: {error}") from error
+    except (ValueError, TypeError, AttributeError, NotImplementedError, re.error) as error:
+        said = " ".join(re.sub(r"\(\n.*\n\)", "", str(error), flags=re.DOTALL).split())  # no module with all in it
+        raise ConfigError(f"Cannot adapt {name!r} with target_modules={shown(target_modules)}: {said}") from error
 
 
 def _experts_named(base: nn.Module, target_parameters: str) -> list[str]:

@@ -85,7 +85,8 @@ def read_lengths(path: Path) -> IntArray:
         RunFolderError: it cannot be read.
     """
     text = read_text(path, MOST_BYTES).strip()
-    words = re.split(r"[\s,]+", text.strip("[]").strip()) if text.strip("[]").strip() else []
+    text = text[1:-1].strip() if text[:1] + text[1:][-1:] == "[]" else text
+    words = re.split(r"[\s,]+", text) if text else []
     wrong = next((word for word in words if not re.fullmatch(r"[0-9]{1,9}", word) or not int(word)), None)
     if not words or wrong is not None:
         what = "nothing" if wrong is None else shown(wrong)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..cost.budget import Budget
 from ..cost.configured_step import Sharding
-from ..cost.step_config import ExpertBits, StepConfig, check_seed
+from ..cost.step_config import ExpertBits, StepConfig, check_dropout, check_seed
 from ..data.task import Task
 from ..errors import ConfigError, shown
 
@@ -112,8 +112,7 @@ class MemoryConfig(StepConfig):
         super().__post_init__()
         if self.budget is not None:
             Budget.parse(self.budget)
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout is from 0 to below 1; got {self.lora_dropout}.")
+        check_dropout(self.lora_dropout)
         if self.experts != "transformers" and self.quantization == "none":
             raise ConfigError(f"experts={self.experts!r} is of a quantised model: give --quantization with it.")
         if self.rank < 1 or not 2 <= self.labels <= MOST_LABELS:
@@ -123,9 +122,12 @@ class MemoryConfig(StepConfig):
         self._check_card()
 
     def _check_card(self) -> None:
+        if "" in (self.device, self.device_memory):
+            raise ConfigError("device is a card ('RTX 4090'), and device_memory the memory of one ('24GiB'); got ''.")
         if self.device and self.device_memory:
             raise ConfigError(
-                f"Give either the card ({self.device!r}) or its memory ({self.device_memory!r}): one tells the other."
+                f"Give either the card ({shown(self.device)}) or its memory ({shown(self.device_memory)}): "
+                "one tells the other."
             )
         if not self.card:
             defaults = {each.name: each.default for each in fields(self)}

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.checks import counted, finite
+from ..common.checks import MOST_NUMBER, counted, finite
 from ..common.drawing import Points
 from ..common.files import read_json_lines, read_object
 from ..common.text import cost_text
@@ -64,9 +64,6 @@ def unusual_features(names: Sequence[str], values: NDArray[np.floating]) -> list
 Rows = Sequence[Mapping[str, Any]]
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-MOST_NUMBER = 2**53
-"""The largest whole number that is read; all below are exact as floating-point numbers."""
 
 _RESULTS = (
     "held_out_loss", "held_out_accuracy", "adapter_parameters", "peak_bytes", "budget_bytes", "median_step_s",
@@ -352,7 +349,7 @@ def number_rows(lines: Iterable[Any]) -> list[dict[str, Any]]:
     """The numbers of each line of metrics by name, and its times of steps; lines of something else are left out."""
     objects = [line for line in lines if isinstance(line, dict)]
     rows = [{key: value for key, value in line.items() if _belongs(key, value)} for line in objects]
-    return [row for row in rows if is_number(row.get("step", 0)) and row.get("step", 0) >= 0]
+    return [row for row in rows if is_number(row.get("step", 0)) and 0 <= row.get("step", 0) <= MOST_NUMBER]
 
 
 def check_summary(summary: Any) -> None:

@@ -18,8 +18,11 @@ from typing import Any
 
 import yaml
 
-from ..common.files import MOST_YAML_BYTES, parse_yaml, read_text
+from ..common.files import parse_yaml, read_text
 from ..errors import MOST_NAME, ConfigError, shown
+
+MOST_BYTES = 2**20
+"""Bytes of a file, at most; reading them takes some seconds."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def read_trainer_file(path: str | Path) -> TrainerFile:
             model.
     """
     try:
-        values = parse_yaml(read_text(Path(path), MOST_YAML_BYTES))
+        values = parse_yaml(read_text(Path(path), MOST_BYTES))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"Cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -119,10 +122,29 @@ class _Keys:
         """The value of a key."""
         return self.values.get(name, default)
 
-    def flag(self, name: str, default: bool = False) -> bool:
-        """A switch, which may be "auto" or a word for what is switched on."""
-        value = self.get(name, default)
-        return value.lower() not in ("false", "no", "none", "") if isinstance(value, str) else bool(value)
+    def flag(self, name: str, default: bool = False, *words: str) -> bool:
+        """A switch, which `words` turn on as well."""
+        return self.switch(name, self.get(name, default), *words)
+
+    def switch(self, name: str, value: Any, *words: str) -> bool:
+        """What a value switches, which may be written as text; ConfigError if it is none."""
+        word = value.strip().lower() if isinstance(value, str) else value
+        if (isinstance(word, bool | int) and word in (0, 1)) or word in ("true", "yes", "on", *words):
+            return bool(word)
+        if word in ("false", "no", "off", "none", ""):
+            return False
+        raise ConfigError(f"{self.path}: {name} is {', '.join(('true', 'false', *words))}; got {shown(value)}.")
+
+    def any(self, *names: str) -> bool:
+        """Whether one of some switches is on; all are read, since each may be wrong."""
+        return True in [self.flag(name) for name in names]
+
+    def word(self, name: str, default: str | None = None) -> str:
+        """A name in small letters; empty for none."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{self.path}: {name} is a name; got {shown(value)}.")
+        return (value or default or "").lower()
 
     def number(self, name: str, default: float, least: int = 1) -> Any:
         """A number, whole where the default is; it may be written as text (2e-4)."""
@@ -148,7 +170,8 @@ class _Keys:
         """Whether a key that is not priced has a value that changes bytes (see `KEYS`)."""
         value, other = self.get(name), self.get(rule[1:]) if isinstance(rule, str) else None
         if value is None or rule is None:
-            return self.flag(name)
+            off = isinstance(value, str) and value.lower() in ("false", "no", "none", "")
+            return bool(value) and not off
         if str(rule).startswith("<"):
             return not (isinstance(value, int) and isinstance(other, int) and value <= other)
         return bool(value) != bool(other) if str(rule).startswith("=") else value != rule
@@ -185,13 +208,15 @@ def _optimizer(keys: _Keys, name: str, default: str) -> str:
     return _OPTIMIZERS[given]
 
 
-def _attention(given: Any) -> str | None:
-    """`MemoryConfig.attention` for a name of an implementation."""
-    name = str(given or "").lower()
+def _attention(keys: _Keys, key: str, default: str | None = None) -> str | None:
+    """`MemoryConfig.attention` for the name of an implementation; one that is not known is noted."""
+    name = keys.word(key, default)
     for part, found in (("flash", "flash"), ("fa2", "flash"), ("fa3", "flash"), ("flex", "flex"), ("sage", "flash")):
         if part in name:
             return found
-    return {"eager": "eager", "disabled": "eager", "sdpa": "sdpa", "xformers": "sdpa"}.get(name)
+    known = {"eager": "eager", "disabled": "eager", "sdpa": "sdpa", "xformers": "sdpa", "auto": None, "": None}
+    keys.notes += [] if name in known else [f"{key}: {shown(name)}"]
+    return known.get(name)
 
 
 def _is_name(value: object) -> bool:
@@ -239,11 +264,17 @@ def _checkpointing(keys: _Keys, on: bool, reentrant: bool) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ConfigError(f"{keys.path}: gradient_checkpointing_kwargs are settings by name; got {shown(given)}.")
     keys.notes += ["every_n_layers"] if given.get("every_n_layers", 1) != 1 else []
-    return {"gradient_checkpointing": on, "reentrant": on and bool(given.get("use_reentrant", reentrant))}
+    reentrant = keys.switch("use_reentrant", given.get("use_reentrant", reentrant))
+    return {"gradient_checkpointing": on, "reentrant": on and reentrant}
 
 
 def _sharding(keys: _Keys) -> str | None:
     """What several GPUs share, which a number of them has to be given for."""
+    for name, kinds in (("fsdp", bool | str | list), ("fsdp_config", str | dict), ("deepspeed", str | dict)):
+        value = keys.get(name)
+        names = value if isinstance(value, list) else ()
+        if not (value is False or isinstance(value, kinds | None)) or not all(map(_is_name, names)):
+            raise ConfigError(f"{keys.path}: {name} is a name, or settings by name; got {shown(value)}.")
     if keys.get("fsdp") or keys.get("fsdp_config"):
         text = f"{keys.get('fsdp')} {keys.get('fsdp_config')}".lower()
         keys.notes += ["offload of FSDP"] if re.search(r"offload_params\W+true|\boffload\b", text) else []
@@ -253,12 +284,12 @@ def _sharding(keys: _Keys) -> str | None:
         return None
     if isinstance(given, str) and (file := Path(keys.path).parent / given).is_file():
         try:
-            given = parse_yaml(read_text(file, MOST_YAML_BYTES))  # JSON is YAML
+            given = parse_yaml(read_text(file, MOST_BYTES))  # JSON is YAML
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"Cannot read {file}: {' '.join(str(error).split())}") from error
     zero = given.get("zero_optimization") if isinstance(given, dict) else None
     text = f"zero{zero.get('stage')} {zero}" if isinstance(zero, dict) else str(given)
-    stage = re.search(r"(?<![a-z])z(?:ero)?_?(?:stage)?_?([0-3])", text.lower())
+    stage = re.search(r"(?<![a-z])z(?:ero)?_?(?:stage)?_?([0-3])(?![0-9]|\.[0-9])", text.lower())
     keys.notes += ["offload of DeepSpeed"] if re.search(r"offload(?!\w*\W+device\W+none)", text.lower()) else []
     keys.notes += [] if stage else ["deepspeed (its ZeRO stage is not told)"]
     return f"zero{stage[1]}" if stage and stage[1] in "23" else None
@@ -277,20 +308,19 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
     switches = [key for key in keys.values if re.fullmatch("lora_(mlp|qkv|o|embedding)_kernel", key)]
     if not (switches or keys.flag("trust_remote_code") or (adapter == "lora" and keys.flag("load_in_8bit"))):
         keys.notes.append("lora_mlp_kernel, lora_qkv_kernel and lora_o_kernel (on by default)")
-    cut = keys.flag("cut_cross_entropy", "CutCrossEntropy" in str(plugins))
-    cut = cut or keys.flag("liger_fused_linear_cross_entropy")
+    liger, cut = keys.flag("liger_fused_linear_cross_entropy"), "CutCrossEntropy" in str(plugins)
+    cut = keys.flag("cut_cross_entropy", cut) or liger
     flags = [name for name in ("flash", "sdp", "flex", "eager", "xformers", "sage") if keys.flag(f"{name}_attention")]
-    attention = _attention(keys.get("attn_implementation") or (flags[0].replace("sdp", "sdpa") if flags else None))
+    attention = _attention(keys, "attn_implementation", flags[0].replace("sdp", "sdpa") if flags else None)
     packs = keys.flag("sample_packing") and attention in ("flash", "flex", None)
-    offload = keys.get("activation_offloading", False) not in (False, "false")
-    checkpointed = keys.flag("gradient_checkpointing")
-    if str(keys.values.get("gradient_checkpointing")).startswith("offload"):
-        offload = True
+    offload = keys.flag("activation_offloading", False, "legacy", "disk", "hidden_states")
+    checkpointed = keys.flag("gradient_checkpointing", False, "offload", "offload_disk", "unsloth")
+    offload = offload or str(keys.get("gradient_checkpointing")).startswith("offload")
     named = _names(keys, "lora_target_modules")
     if not named and not keys.flag("lora_target_linear"):
         named = "q_proj,v_proj"
         keys.notes.append("lora_target_modules (none are named: PEFT's own count, q_proj and v_proj for most models)")
-    precise = keys.flag("bf16", True) or keys.flag("bfloat16")
+    half, precise = keys.flag("fp16"), keys.flag("bfloat16") or keys.flag("bf16", True, "auto", "full")
     return {
         "model": keys.model("base_model"),
         "rank": keys.number("lora_r", 8),
@@ -301,7 +331,7 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
         "quantization": _quantization(keys),
         "experts": "axolotl" if keys.flag("quantize_moe_experts") else None,
         "optimizer": _optimizer(keys, "optimizer", "adamw_torch_fused"),
-        "dtype": "bf16" if precise else "fp16" if keys.flag("fp16") else "fp32",
+        "dtype": "bf16" if precise else "fp16" if half else "fp32",
         "attention": attention,
         "loss": "cut" if cut else None,
         "expandable_segments": True,
@@ -312,16 +342,22 @@ def _axolotl(keys: _Keys) -> dict[str, Any]:
     }
 
 
+_DTYPES = {"auto": "bf16", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+"""What TRL calls precisions; most models are saved in bfloat16, which "auto" takes."""
+
+
 def _trl(keys: _Keys) -> dict[str, Any]:
     if not keys.flag("use_peft"):
         raise keys.refuse("trains everything, since TRL's use_peft is false by default", "Set use_peft: true")
     loss = keys.get("loss_type", "nll")
     if loss not in ("nll", "chunked_nll", "dft"):
         raise keys.refuse(f"has loss_type: {shown(loss)}, which is no loss of SFT")
-    quantization = _quantization(keys)
-    attention = _attention(keys.get("attn_implementation"))
-    flat = attention == "flash" and (keys.flag("packing") or keys.flag("padding_free"))
-    length = keys.number("max_length", 1024)
+    quantization, nested = _quantization(keys), keys.flag("use_bnb_nested_quant")
+    attention = _attention(keys, "attn_implementation")
+    flat = keys.any("packing", "padding_free") and attention == "flash"
+    length, dtype = keys.number("max_length", 1024), keys.word("dtype", "float32").removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise ConfigError(f"{keys.path}: dtype is {', '.join(_DTYPES)}; got {shown(dtype)}.")
     return {
         "model": keys.model("model_name_or_path"),
         "rank": keys.number("lora_r", 16),
@@ -330,9 +366,9 @@ def _trl(keys: _Keys) -> dict[str, Any]:
         "target_parameters": _names(keys, "lora_target_parameters"),
         "adapter": _adapter(keys, use_dora="use_dora", modules_to_save="lora_modules_to_save"),
         "quantization": quantization,
-        "double_quantization": keys.flag("use_bnb_nested_quant") if quantization == "nf4" else None,
+        "double_quantization": nested if quantization == "nf4" else None,
         "optimizer": _optimizer(keys, "optim", "adamw_torch_fused"),
-        "dtype": {"float32": "fp32", "float16": "fp16"}.get(str(keys.get("dtype", "float32")), "bf16"),
+        "dtype": _DTYPES[dtype],
         "bf16": keys.flag("bf16", not keys.flag("fp16")),
         "attention": attention,
         "loss": "chunked" if loss != "dft" else None,
@@ -353,7 +389,7 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
     bits, target = keys.number("quantization_bit", 0, 0), _names(keys, "lora_target", "all")
     if bits not in (0, 4, 8):
         raise ConfigError(f"{keys.path}: quantization_bit: {bits} is not priced. Set 4 or 8.")
-    flash = _attention(keys.get("flash_attn", "auto"))
+    flash = _attention(keys, "flash_attn")
     flat = keys.flag("neat_packing") and flash == "flash"
     return {
         "model": keys.model("model_name_or_path"),
@@ -365,7 +401,7 @@ def _llama_factory(keys: _Keys) -> dict[str, Any]:
         "double_quantization": keys.flag("double_quantization", True) if bits == 4 else None,
         "experts": "unsloth" if keys.flag("use_unsloth") and bits == 4 else None,
         "optimizer": _optimizer(keys, "optim", "adamw_torch"),
-        "dtype": "bf16" if keys.flag("bf16") or keys.flag("pure_bf16") else "fp16" if keys.flag("fp16") else None,
+        "dtype": "bf16" if keys.any("bf16", "pure_bf16") else "fp16" if keys.flag("fp16") else None,
         "attention": flash,
         "loss": "cut" if keys.flag("enable_liger_kernel") else None,
         **_rows(keys, "per_device_train_batch_size", 8, keys.number("cutoff_len", 2048), flat=flat),

@@ -56,6 +56,8 @@ def test_names_of_people_and_of_the_driver_are_understood(given, name):
     ("given", "says"),
     [
         ("rtx 4095", "Did you mean: .*'RTX 4090'"),
+        ("24,5GiB", "Cannot read the device memory"),
+        ("999999999TiB", "is larger than any"),
         ("RTX 4090 Laptop GPU", "Unknown device"),
         ("rtx4095", "Did you mean: .*'RTX 4090'"),
         ("RTX 2080 Ti", "Unknown device"),

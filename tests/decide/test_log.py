@@ -312,6 +312,8 @@ def test_a_log_of_the_version_before_is_refused_in_one_line(tmp_path: Path) -> N
         ({"schema": 6}, "is no decision of log schema 7: its schema is 6. Read it with the version"),
         ({"schema": None}, "is no decision of log schema 7: its schema is None"),
         ({"step": "1"}, "is damaged: step is '1'"),
+        ({"step": 10**400}, "is damaged: step is a whole number of"),
+        ({"ladder": [0, 10**400]}, "is damaged: ladder is"),
         ({"decision": True}, "is damaged: decision is True"),
         ({"limit": None}, "is damaged: limit is None"),
         ({"ranks": [1, 2, 4]}, r"is damaged: ranks is \[1, 2, 4\]"),

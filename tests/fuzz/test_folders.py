@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from rankpilot.agents.networks import GroupNetwork, NetworkConfig
 from rankpilot.agents.policy_file import CARD, WEIGHTS, load_policy, policy_schedule, save_policy
+from rankpilot.common.checks import MOST_NUMBER
 from rankpilot.cost.cost import ParameterCost
 from rankpilot.decide.choice import frontier
 from rankpilot.decide.log import DecisionLog
@@ -26,7 +27,7 @@ from rankpilot.lora.adapter_file import export_padded, export_rank_pattern, rank
 from rankpilot.lora.spec import RankLadder
 from rankpilot.plan.problem import AllocationProblem
 from rankpilot.study.page import page_data, study_html
-from rankpilot.study.run_data import MOST_NUMBER, check_summary, number_rows, read_run
+from rankpilot.study.run_data import check_summary, number_rows, read_run
 from rankpilot.study.verdict import summary_table, verdict
 from safetensors.torch import save, save_file
 

@@ -38,7 +38,9 @@ def test_lengths_are_read_as_people_write_them(tmp_path: Path, text: str) -> Non
     assert lengths_of(str(path), "no model", 6).tolist() == [3, 5, 6]
 
 
-@pytest.mark.parametrize(("text", "named"), [("", "nothing"), ("3 x", "'x'"), ("3 0", "'0'"), ("4.5", "'4.5'")])
+@pytest.mark.parametrize(
+    ("text", "named"), [("", "nothing"), ("3 x", "'x'"), ("3 0", "'0'"), ("[3", r"'\[3'"), ("4.5", "'4.5'")]
+)
 def test_what_is_no_length_is_named(tmp_path: Path, text: str, named: str) -> None:
     path = tmp_path / "lengths.txt"
     path.write_text(text)

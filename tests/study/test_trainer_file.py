@@ -197,6 +197,13 @@ def test_what_is_not_understood_is_named_and_the_rest_is_priced(tmp_path, capsys
         ("base_model: m\nadapter: lora\nlora_r: 2.9", "lora_r .* got 2.9"),
         ("base_model: m\nadapter: lora\nlora_modules_to_save: [1, 2]", "lora_modules_to_save .* a list of names"),
         ("base_model: m\nadapter: lora\nlora_target_modules: {a: 1}", "lora_target_modules .* a list of names"),
+        ("base_model: m\nadapter: lora\nlora_r: 8\nlora_r: 9", "lora_r. stands there twice"),
+        ("base_model: m\nadapter: lora\nload_in_4bit: flase", "load_in_4bit is true, false; got .flase"),
+        ("base_model: m\nadapter: lora\nbf16: true\nfp16: 7", "fp16 is true, false; got 7"),
+        ("base_model: m\nadapter: lora\ngradient_checkpointing_kwargs: {use_reentrant: x}", "use_reentrant is true"),
+        ("base_model: m\nadapter: lora\nattn_implementation: 5", "attn_implementation is a name"),
+        ("base_model: m\nadapter: lora\nfsdp: 5", "fsdp is a name"),
+        ("model_name_or_path: m\nuse_peft: true\ndtype: bflot16", "dtype is auto, bfloat16"),
     ],
 )
 def test_bad_files_get_one_line(text, message, tmp_path):
@@ -222,6 +229,8 @@ def test_bad_files_get_one_line(text, message, tmp_path):
         (AXOLOTL, "deepspeed: deepspeed_configs/zero3_bf16_cpuoffload_all.json", "offload of DeepSpeed"),
         (AXOLOTL, "deepspeed: {zero_optimization: {stage: 2, offload_optimizer: {device: none}}}", ""),
         (AXOLOTL, "deepspeed: other.json", "ZeRO stage"),
+        (AXOLOTL, "attn_implementation: s2", "attn_implementation: 's2'"),
+        (AXOLOTL, "deepspeed: {zero_optimization: {stage: 3.7}}", "ZeRO stage"),
         (TRL, "{neftune_noise_alpha: 5, label_smoothing_factor: 0.0}", "neftune_noise_alpha"),
         (TRL, "{per_device_eval_batch_size: 16, eval_packing: false}", "per_device_eval_batch_size"),
         (LLAMA_FACTORY, "{image_max_pixels: 262144, freeze_vision_tower: true}", "image_max_pixels"),
