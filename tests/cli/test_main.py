@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import transformers
 from rankpilot.agents.training import Train
 from rankpilot.cli import finetune, train
 from rankpilot.cli import main as cli
@@ -40,7 +41,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     for owner, name in (
         (models.AutoTokenizer, "from_pretrained"),
-        (models.AutoConfig, "from_pretrained"),
+        (transformers.AutoConfig, "from_pretrained"),
         (workload, "load_dataset"),
     ):
         monkeypatch.setattr(owner, name, Mock(side_effect=ConnectionError("no network\nmore lines")))
