@@ -262,7 +262,7 @@ def _decides(config: FinetuneConfig, trainer: Trainer, folder: Path, name: str) 
     if name == ALL_LINEAR:
         return None
     if name == UNIFORM:
-        own = {"goal": "quality", "tolerance": None, "learning_rate": None, "control": None}
+        own: dict[str, Any] = {"goal": "quality", "tolerance": None, "learning_rate": None, "control": None}
         own |= {"budget": _uniform_budget(config, folder), "seed": config.seed}
         return attach(trainer, UNIFORM, config.pilot_options(measure_every=MEASURE_EVERY, **own))
     return attach(trainer, config.policy, config.pilot_options(log=folder / "decisions", measure_every=MEASURE_EVERY))

@@ -67,7 +67,7 @@ def steps(source: StoredStep, settings: StepConfig) -> Iterator[StepConfig]:
     lengths += () if model.keeps_state else tuple(length + by for length in aligned for by in (-MASK_ALIGNMENT, 1))
     most = model.positions or max(lengths)
     for length in dict.fromkeys(min(max(length, 2), most) for length in lengths):
-        for rows in (2, 1) if model.keeps_state else (2,):
+        for rows in (2, 1) if model.keeps_state else (2, 16):  # of which other savers may lower the peak
             yield replace(settings, batch_size=rows, max_length=length)
     for optimizer in get_args(OptimizerName):
         yield replace(settings, batch_size=2, max_length=min(lengths[0], most), optimizer=optimizer)
