@@ -213,7 +213,7 @@ class StepParts(Participant):
             BudgetError: a row does not fit alone.
         """
         if self.on and self._seed is None and (reason := self._watching().reason(self._step, ())):
-            self.turn_off(f"from step {self._step + 1} on. {reason[:1].upper()}{reason[1:]}")  # such as a callback's
+            self.turn_off(f"from step {self._step + 1} on. {reason[:1].upper()}{reason[1:]}")  # due to a callback
         rows = self._rows_of(batch) if self.on else None
         pairs = self._agreed(rows) if self.on else []
         if rows is None or not pairs:
