@@ -155,7 +155,7 @@ def rounding_of(dtype: torch.dtype) -> float:
 
 
 def _entered_off(autocast: Any, enter: Callable[[Any], Any]) -> Any:
-    """Enter an autocast disabled this time."""
+    """Enter an autocast context with autocast disabled."""
     before, autocast._enabled = autocast._enabled, False
     try:
         return enter(autocast)

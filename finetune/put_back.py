@@ -128,7 +128,7 @@ class CutDirections:
 
     @torch.no_grad()
     def put_back(self, at: int) -> int:
-        """Write them into a pair from direction `at` on, as far as there is room; return where they end."""
+        """Write the directions into a pair from index `at` on, as far as they fit; return the end index."""
         target, end = self.target, min(at + self.rows.shape[1], self.target.rank)
         factor = target.scaling / self.scaling if self.scaling else 1.0
         rows, columns = self.rows[:, : end - at], self.columns[:, :, : end - at]
