@@ -69,7 +69,7 @@ class StaticPlan:
         config: for a fine-tune by plain PEFT, with `rank_pattern` and `exclude_modules`, and with `alpha_pattern` if
             modules differ in alpha.
         ranks: the rank of each target module, by name.
-        alphas: the alpha of each, likewise.
+        alphas: the alpha of each, by name.
         cost: predicted peak of a training step, or number of parameters.
         limit: the budget, in the same unit.
         unit: "bytes" or "parameters".

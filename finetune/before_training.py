@@ -440,7 +440,7 @@ KEPT = (
 def keep_what_was_learned(
     run: TrainingRun, applier: PlanApplier[PeftAdapters], note: Callable[[str], None]
 ) -> Iterator[None]:
-    """Keep the trained adapters' weights in the first decision, inside this context, as far as the budget allows.
+    """Keep the trained adapters' weights in the first decision, inside this context, if the budget allows.
 
     If all trained adapters fit at their ranks, none may shrink. If they do not fit, some must; the loss on a few rows
     before and after the decision is then reported.

@@ -67,7 +67,7 @@ class Copies:
         return (there, tensor.device), self._copied(there, tensor, tensor.device)
 
     def to_device(self, there: Any) -> tuple[torch.Tensor, Any]:
-        """Return a copy on the device, likewise."""
+        """Return a copy on the device, and its completion event."""
         tensor, device = there
         here = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         return here, self._copied(here, tensor, device)

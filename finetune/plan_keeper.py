@@ -278,8 +278,8 @@ class PlanKeeper:
     def above(self, peak: int, cause: str, predicted: float | None = None) -> None:
         """Correct the prediction after a measured peak above the limit, and make the plan fit again.
 
-        The ranks return to those before the last decision, as far as these fit the corrected prediction. Without an
-        earlier decision, they shrink.
+        The ranks return to those before the last decision, reduced if necessary to fit the corrected prediction.
+        Without an earlier decision, they shrink.
 
         Args:
             peak: the measured peak of the step, in bytes.

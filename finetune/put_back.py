@@ -128,7 +128,7 @@ class CutDirections:
 
     @torch.no_grad()
     def put_back(self, at: int) -> int:
-        """Write the directions into a pair from index `at` on, as far as they fit; return the end index."""
+        """Write the directions into a pair from index `at` up to its rank; return the end index."""
         target, end = self.target, min(at + self.rows.shape[1], self.target.rank)
         factor = target.scaling / self.scaling if self.scaling else 1.0
         rows, columns = self.rows[:, : end - at], self.columns[:, :, : end - at]
@@ -308,7 +308,7 @@ class LayerCheckpointing:
     def before_step(self) -> None:
         """Put the chosen layers, but not their submodules, into training mode, as transformers' checkpointing requires.
 
-        Layers with dropout of their own are left alone, as without rankpilot.
+        Layers that apply dropout themselves are left alone, as without rankpilot.
         """
         for layer in map(self._layers.__getitem__, self.layers):
             layer.training = layer.training or not drops_itself(layer)

@@ -126,16 +126,16 @@ class Shortage:
     """Shrinks the plan while memory is short, restores it later, and undoes failed steps.
 
     When the limit drops during the run and ranks are cut, the cut directions are kept in main memory, unless the budget
-    itself counts main memory. When ranks grow back, these directions are added to the modules' newer weights, as far as
-    ranks have room. The copy is dropped at a decision and is not part of a checkpoint; ranks then grow back with
+    itself counts main memory. When ranks grow back, these directions are added to the modules' newer weights, up to
+    their ranks. The copy is dropped at a decision and is not part of a checkpoint; ranks then grow back with
     directions that start at zero, as after an out-of-memory error.
 
     Args:
         plan: keeps the plan of the run within its budget.
 
     Attributes:
-        follows: True if the limit has moved since the run began. The plan then grows back before a step, as far as the
-            current limit allows, instead of after a number of good steps.
+        follows: True if the limit has moved since the run began. The plan then grows back before a step, up to the
+            current limit, instead of after a number of good steps.
     """
 
     def __init__(self, plan: PlanKeeper) -> None:
@@ -264,7 +264,7 @@ class Shortage:
 
         If the plan no longer fits, more layers are checkpointed first, and then ranks shrink. It grows back after
         `GOOD_STEPS` steps or more: in full if there is room, otherwise fewer layers are checkpointed first, and then
-        ranks grow as far as the limit allows.
+        ranks grow up to the limit.
 
         Raises:
             BudgetError: no plan fits the limit.

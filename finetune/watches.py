@@ -205,7 +205,7 @@ class LossMeter(Participant):
 
 
 LARGEST = 1e18
-"""Largest gradient whose square, averaged by Adam, is finite in float32."""
+"""Bound on gradients: above it, the squares averaged by Adam may overflow in float32."""
 
 
 @torch.no_grad()
