@@ -25,9 +25,9 @@ class PlanOptions:
     """Limits and goal of a plan: the options shared with the command line.
 
     Attributes:
-        budget: limit that no training step may exceed: "24GiB" for everything on the device, frozen model included;
-            "6GiB step" for a step on top of the frozen model; "80%" of the memory of plain LoRA (rank 8 on all
-            modules); "auto" for nine tenths of the free device memory; or "300k params", which counts only the
+        budget: limit that no training step may exceed: "24GiB" for everything on the device, frozen model
+            included; "6GiB step" for a step on top of the frozen model; "80%" of the memory of plain LoRA (rank 8 on
+            all modules); "auto" for nine tenths of the free device memory; or "300k params", which counts only the
             adapter's parameters.
         time: limit on the time of a step, in addition to the budget: "75%" of the time of plain LoRA without gradient
             checkpointing, or "0.8s". Measured before training.
@@ -248,8 +248,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
         report_to: trackers of losses, ranks and peaks: tensorboard, wandb, trackio, mlflow ...
         trainer: further settings of transformers' TrainingArguments (TRL's SFTConfig for causal-lm), as NAME=VALUE:
             warmup_steps=0.1 lr_scheduler_type=cosine optim=paged_adamw_8bit assistant_only_loss=true.
-        control: correct the learning rate during the first half of the run, including a rate of your own
-            (docs/control.md).
+        control: correct the learning rate in the first half of the run, including your own (docs/control.md).
 
     Raises:
         ConfigError: a value is out of range.
