@@ -1,4 +1,4 @@
-"""A static allocation: the ranks that a run would begin with, as a LoraConfig, without training."""
+"""Static allocation: the initial ranks of a run, as a LoraConfig, without training."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from .trainer_step import run_of_trainer
 logger = logging.getLogger(__name__)
 
 DEFAULT_RATE = 1e-4
-"""The learning rate of the probe of a plan ahead, and of the plan where neither its user nor the rule tells one."""
+"""Learning rate of the probe of a static plan, and of the plan if neither the user nor the rule gives one."""
 
 TOTAL_STEPS = 1000
-"""Steps of the run that a DataLoader's plan is made for. They decide how many decisions would follow, and the rate."""
+"""Steps assumed for a plan from a DataLoader. They set the number of later decisions, and the rate."""
 
 
 _TASK_TYPES = {
@@ -55,10 +55,10 @@ _TASK_TYPES = {
     "ForQuestionAnswering": TaskType.QUESTION_ANS,
     "ForCausalLM": TaskType.CAUSAL_LM,
 }
-"""By a part of the name of a transformers class."""
+"""Task types by a substring of the name of a transformers class."""
 
 _NEW_HEADS = ("Classification", "MultipleChoice", "QuestionAnswering")
-"""In names of classes whose head is new where a fine-tune begins, and trains whole."""
+"""Substrings of the names of classes whose head is new in a fine-tune, and trains in full."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +66,16 @@ class StaticPlan:
     """A plan made before training.
 
     Attributes:
-        config: for a fine-tune by plain PEFT, with `rank_pattern` and `exclude_modules`, and with `alpha_pattern` where
+        config: for a fine-tune by plain PEFT, with `rank_pattern` and `exclude_modules`, and with `alpha_pattern` if
             modules differ in alpha.
         ranks: the rank of each target module, by name.
-        alphas: its alpha, likewise.
-        cost: what a training step is predicted to take at its peak, or the number of parameters.
+        alphas: the alpha of each, by name.
+        cost: predicted peak of a training step, or number of parameters.
         limit: the budget, in the same unit.
         unit: "bytes" or "parameters".
-        frontier: the plans that are worth their cost, the cheapest first; None unless they were asked for.
-        learning_rate: the peak that the plan wants: the rate that was given, or the rule's where none was,
-            times the plan's factor (docs/learning-rate.md).
+        frontier: the plans worth their cost, cheapest first; None unless requested.
+        learning_rate: peak rate for the plan: the given rate, or the rule's by default, times the plan's factor
+            (docs/learning-rate.md).
     """
 
     config: LoraConfig
@@ -88,16 +88,16 @@ class StaticPlan:
     learning_rate: float | None = None
 
     def by_name(self) -> LoraConfig:
-        """The same plan, with the full names of its modules as `target_modules`."""
+        """Return the same plan, with the full names of its modules as `target_modules`."""
         return pattern_config(self.config, self.ranks, self.alphas)
 
     def line(self) -> str:
-        """The plan in one line."""
+        """Return the plan in one line."""
         after = list(self.ranks.values())
         return decision_line(0, [0] * len(after), after, self.cost, self.limit, self.unit)  # type: ignore[arg-type]
 
     def text(self, name: str = "plan.yaml") -> str:
-        """The plan as a file that a person edits, and that can be the policy of a run; see `plan_text`."""
+        """Return the plan as an editable file, usable as the policy of a run; see `plan_text`."""
         return plan_text(self.ranks, self.cost, self.limit, self.unit, name)
 
 
@@ -110,27 +110,26 @@ def allocate(
     output: str | Path | None = None,
     **changes: Any,
 ) -> LoraConfig:
-    """The ranks that a policy gives before training, as a LoraConfig for plain PEFT; logs the memory that it predicts.
+    """Return the ranks of a policy before training, as a LoraConfig for plain PEFT; log the predicted memory.
 
-    A few small steps measure what plans cost and which modules matter. Nothing is trained: the model, its adapter and
-    the Trainer are afterwards as they were.
+    A few small steps measure the cost of plans and which modules matter. Nothing is trained: the model, its adapter and
+    the Trainer are restored afterwards.
 
     Args:
-        model: a Trainer that is ready to train, a PEFT model, or a transformers model, which then gets adapters on all
-            its linear layers, and a head that trains whole if its class has a new one, such as a classifier.
-        data: batches of the fine-tune; left out for a Trainer, which has its own.
-        policy: who decides; see `RankPilot`.
-        options: all options, or the budget alone. With `log`, a folder, the decision is logged as that of a run is.
-        output: also write the plan to this new file (plan.yaml). A person may edit it there, and it can be the `policy`
-            of a run.
-        changes: single options by their names; see `PilotOptions`. For a model also `loss`, `optimizer`,
-            `learning_rate` (of plain LoRA; by default the rule's), `accumulation` and `total_steps`, the length
-            of the run that is planned.
+        model: a Trainer that is ready to train, a PEFT model, or a transformers model. The latter gets adapters on all
+            its linear layers, and a fully trained head if its class has a new one, such as a classifier.
+        data: batches of the fine-tune; omitted for a Trainer, which has its own.
+        policy: decides the ranks; see `RankPilot`.
+        options: all options, or the budget alone. With `log`, a folder, the decision is logged like that of a run.
+        output: also write the plan to this new file (plan.yaml). It can be edited there, and used as the `policy` of a
+            run.
+        changes: single options by name; see `PilotOptions`. For a model also `loss`, `optimizer`, `learning_rate` (of
+            plain LoRA; by default the rule's), `accumulation` and `total_steps`, the length of the planned run.
 
     Raises:
         BudgetError: no plan fits the budget.
         ConfigError: there is no data, PEFT cannot adapt the model, or the output exists.
-        UnsupportedError: the model or its training step cannot be handled, or it holds adapters outside of a PeftModel.
+        UnsupportedError: the model or its training step is not supported, or it holds adapters outside of a PeftModel.
 
     Example:
         >>> config = rankpilot.allocate(model, loader, budget="60%")  # doctest: +SKIP
@@ -152,22 +151,22 @@ def frontier(
     options: GivenOptions = None,
     **changes: Any,
 ) -> list[FrontierPlan]:
-    """The plans that are worth their cost, before training: bytes, the time of a step, and the expected loss.
+    """Return the plans worth their cost, before training: bytes, the time of a step, and the expected loss.
 
-    No layer is checkpointed in them because a plan needs it, while a run may begin with a plan that does so.
+    They checkpoint no layers to make a plan fit, although a run may begin with such a plan.
 
     Args:
-        model: see `allocate`, as the other arguments.
+        model: see `allocate`, as for the other arguments.
         data: batches of the fine-tune.
-        policy: one that expects a loss of every plan, as "default" does.
-        options: no plan above the budget is among the plans, but for plain LoRA, with which all are compared.
+        policy: a policy that predicts the loss of every plan, such as "default".
+        options: plans above the budget are excluded, except for plain LoRA, the reference.
         changes: see `allocate`.
 
     Returns:
-        The cheapest first: by time under `goal="time"`, else by what the budget counts.
+        The plans, cheapest first: by time under `goal="time"`, else by the unit of the budget.
 
     Raises:
-        ConfigError: the policy expects no loss of plans, as rules do; and all that `allocate` raises.
+        ConfigError: the policy predicts no losses of plans, such as a rule; plus all errors of `allocate`.
     """
     plan = static_plan(model, data, policy, options, frontier=True, **changes)
     return list(plan.frontier or ())
@@ -182,19 +181,19 @@ def static_plan(
     frontier: bool = False,
     **changes: Any,
 ) -> StaticPlan:
-    """As `allocate`, with the ranks and the predicted memory beside the LoraConfig.
+    """Like `allocate`, but also return the ranks and the predicted memory.
 
     Args:
-        model: see `allocate`, as the other arguments.
+        model: see `allocate`, as for the other arguments.
         data: batches of the fine-tune.
-        policy: who decides.
+        policy: decides the ranks.
         options: all options, or the budget alone.
-        frontier: also fill `StaticPlan.frontier`. The time of steps is then measured as well, and no layer is
-            checkpointed because a plan needs it.
+        frontier: also fill `StaticPlan.frontier`. This measures the time of steps, and checkpoints no layers to make a
+            plan fit.
         changes: see `allocate`.
 
     Raises:
-        ConfigError: with `frontier`, the policy cannot tell plans of any cost apart; and all that `allocate` raises.
+        ConfigError: with `frontier`, the policy cannot compare plans of any cost; plus all errors of `allocate`.
     """
     if frontier:
         check_expects(load_policy(policy), "a frontier", "leave the frontier out")
@@ -275,11 +274,11 @@ def _plan_of_model(
 
 
 def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) -> StaticPlan:
-    """The plan that a run begins with, and if asked for the frontier of the decision that led to it."""
-    if frontier:  # plans of any cost are compared by their time, which depends on checkpointed layers
+    """Return the first plan of a run, with the frontier of its decision if requested."""
+    if frontier:  # plans of any cost are compared by time, which depends on checkpointed layers
         pilot.options = replace(pilot.options, gradient_checkpointing=pilot.options.gradient_checkpointing is True)
         pilot.times_plans = True
-    # No row is read twice here, no step is taken that could correct a rate, and who trains runs whole batches.
+    # No row is read twice here, no step could correct a rate, and the later training runs whole batches.
     pilot.options = replace(pilot.options, control=False, parts="off")
     pilot.begin(run)
     pilot.finish()
@@ -303,13 +302,13 @@ def _first_plan(pilot: RankPilot, run: TrainingRun, model: Any, frontier: bool) 
 
 @contextmanager
 def lent_adapters(model: nn.Module) -> Iterator[PeftModel]:
-    """The model with fresh adapters on all its linear layers; afterwards it has the modules that it had.
+    """Yield the model with fresh adapters on all its linear layers, then restore its modules.
 
     Args:
-        model: without adapters.
+        model: a model without adapters.
 
     Raises:
-        UnsupportedError: it holds adapters already, which could not be told from these.
+        UnsupportedError: it already holds adapters, indistinguishable from the new ones.
         ConfigError: PEFT cannot adapt it.
     """
     name = type(model).__name__
@@ -328,13 +327,13 @@ def lent_adapters(model: nn.Module) -> Iterator[PeftModel]:
 
 
 def task_type(model: nn.Module) -> TaskType | None:
-    """PEFT's task type of a model, by its class; None where it tells none, or where the model reads something else.
+    """Return PEFT's task type of a model, by its class; None if unknown, or if the model's main input is not text.
 
     Args:
-        model: of transformers, or any other.
+        model: a transformers model, or any other.
     """
     name, config = type(model).__name__, getattr(model, "config", None)
-    if "ForConditionalGeneration" in name:  # translation, speech, and models that continue a text beside a picture
+    if "ForConditionalGeneration" in name:  # translation, speech, and models of text and images
         if getattr(model, "main_input_name", "") != "input_ids":
             return None
         return TaskType.SEQ_2_SEQ_LM if getattr(config, "is_encoder_decoder", False) else TaskType.CAUSAL_LM
@@ -342,9 +341,9 @@ def task_type(model: nn.Module) -> TaskType | None:
 
 
 def _put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Give a model the modules that it had, by path; those that hold others come before them."""
+    """Restore the modules of a model, by path, parents before children."""
     for path, module in modules.items():
         if path and model.get_submodule(path) is not module:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, module)
-    vars(model).pop("peft_config", None)  # PEFT leaves it there where it fails, and warns of it later
+    vars(model).pop("peft_config", None)  # PEFT leaves it behind on failure, and warns about it later

@@ -1,7 +1,7 @@
-"""The rows of a batch: how long each is without padding, and the batch that holds only some of them.
+"""The rows of a batch: their lengths without padding, and sub-batches of some of them.
 
-Numbers beside each other are tokens only where their count follows the length of the text: features of 16 numbers are
-none, also in a batch whose texts have 16 tokens.
+An axis holds tokens only if its size varies with the length of the text: 16 features are not tokens, even in a batch of
+texts with 16 tokens.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ..errors import UnsupportedError
 
 @dataclass(frozen=True)
 class Cuts:
-    """What may be cut from the batches of a run.
+    """Axes of a run's batches that may be cut.
 
     Attributes:
-        groups: names of the tensors whose second axis holds tokens, those together that always have one number of them.
-        left: whether padding on the left may be cut as well as that on the right.
+        groups: names of the tensors with tokens on their second axis, grouped by equal sizes.
+        left: True if padding on the left may be cut, in addition to the right.
     """
 
     groups: tuple[frozenset[str], ...]
@@ -34,10 +34,10 @@ class Cuts:
 
     @classmethod
     def seen_in(cls, batches: Iterable[Batch], *, left: bool) -> Cuts:
-        """What a few batches of one example each show: of an axis that never changes, its name has to tell.
+        """Infer the axes from a few batches of one example each; an axis of constant size is recognized by name.
 
         Args:
-            batches: of different examples.
+            batches: batches of different examples.
             left: see above.
         """
         sizes: dict[str, list[int]] = {}
@@ -52,7 +52,7 @@ class Cuts:
             by_name = name.endswith(_TOKENS) and name not in odd
             if len(each) == len(looked) and (len(set(each)) > 1 or by_name):
                 groups.setdefault(tuple(each), set()).add(name)
-        if any(len(set(each)) > 1 for each in groups):  # then a constant is none
+        if any(len(set(each)) > 1 for each in groups):  # then a constant axis holds none
             groups = {each: names for each, names in groups.items() if len(set(each)) > 1}
         return cls(tuple(map(frozenset, groups.values())), left)
 
@@ -68,7 +68,7 @@ _TOKENS = (
     "special_tokens_mask",
     "assistant_masks",
 )
-"""Ends of the names of tensors that have a number for each token."""
+"""Suffixes of the names of tensors with one value per token."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class _Axis:
 
     Attributes:
         size: tokens, padding included.
-        first: the first token of each row that is no padding, int64 (rows,).
-        end: the token after the last one, int64 (rows,); all of a row without tokens are padding.
+        first: index of each row's first token other than padding, int64 (rows,).
+        end: index after its last one, int64 (rows,); a row without tokens is all padding.
     """
 
     size: int
@@ -87,9 +87,9 @@ class _Axis:
 
     @classmethod
     def of(cls, size: int, real: BoolArray, *, left: bool, without: int) -> _Axis:
-        """Of the tokens that are no padding, bool (rows, tokens); of that on the `left` if it may be cut.
+        """Build from a mask of the real tokens, bool (rows, tokens); padding on the `left` counts if it may be cut.
 
-        A row of padding alone has the tokens `without`.
+        A row of nothing but padding gets `without` tokens.
         """
         some = real.any(axis=1)
         first = np.where(some & left, real.argmax(axis=1), 0)
@@ -97,13 +97,13 @@ class _Axis:
 
     @property
     def lengths(self) -> IntArray:
-        """Tokens that each row takes where padding is cut on one side, the same for all rows, int64 (rows,)."""
+        """Tokens of each row after cutting padding on one side, the same for all rows, int64 (rows,)."""
         right, left = self.end - self.first.min(), self.end.max() - self.first
         lengths: IntArray = right if right.sum() <= left.sum() else left
         return lengths
 
     def cut(self, rows: IntArray, multiple: int) -> slice:
-        """The tokens of some rows without the padding that all of them have, a multiple of so many where there are."""
+        """Return the tokens of some rows without their common padding, rounded up to a multiple if possible."""
         first, end = int(self.first[rows].min()), int(self.end[rows].max())
         missing = -(end - first) % multiple
         after = min(missing, self.size - end)
@@ -112,18 +112,18 @@ class _Axis:
 
 @dataclass(frozen=True)
 class BatchRows:
-    """A batch whose examples can be told apart.
+    """A batch with separable examples.
 
     Attributes:
         batch: the batch.
-        shape: of the batch, padding included.
-        examples: how many it has.
-        lengths: tokens of each example without the padding that can be cut, int64 (examples,); those of the longest row
-            where an example has several. 1 where the batch has no axis of tokens.
+        shape: its shape, padding included.
+        examples: number of examples.
+        lengths: tokens of each example without padding that can be cut, int64 (examples,); those of the longest row if
+            an example has several. 1 if the batch has no axis of tokens.
         each: rows of an example, one in each block of the batch.
-        packed: whether examples are texts side by side in one row, told apart by their positions.
-        predicted: predictions of each example that the loss counts, and those but for a first token, int64 (2,
-            examples); None without labels of tokens.
+        packed: True if examples are texts concatenated in one row, separated by their positions.
+        predicted: predictions of each example counted by the loss, with and without a first token, int64 (2, examples);
+            None without labels of tokens.
     """
 
     batch: Batch
@@ -137,15 +137,15 @@ class BatchRows:
 
     @classmethod
     def of(cls, batch: Batch, cuts: Cuts, each: int = 1) -> BatchRows:
-        """Tell the examples of a batch apart.
+        """Separate the examples of a batch.
 
         Args:
-            batch: with one tensor or list entry for each row, in any nesting.
-            cuts: what may be cut from it.
-            each: rows that an example takes; see `reshaped`.
+            batch: a batch with one tensor or list entry per row, in any nesting.
+            cuts: the axes that may be cut.
+            each: rows of an example; see `reshaped`.
 
         Raises:
-            UnsupportedError: something in it belongs to no row.
+            UnsupportedError: an entry belongs to no row.
         """
         texts = [value for name, value in _named(batch) if name.endswith((*_TEXTS, MASK))]
         reads = any(name.endswith("input_ids") for name, _ in _named(batch))
@@ -166,11 +166,11 @@ class BatchRows:
         return cls(batch, shape, examples, lengths, each, _predicted(batch, shape.rows, each), axes)
 
     def part(self, examples: Sequence[int], multiple: int = 1) -> Batch:
-        """The batch of some examples, without the padding that all of them have.
+        """Return the batch of some examples, without their common padding.
 
         Args:
-            examples: their places, rising.
-            multiple: of which the tokens of a row are one, as far as there is padding.
+            examples: their indices, ascending.
+            multiple: round the tokens of a row up to this multiple, if there is padding.
         """
         chosen = np.asarray(examples)
         if self.packed:
@@ -190,11 +190,11 @@ class BatchRows:
         return _changed(self.batch, change)
 
     def with_labels(self, labels: torch.Tensor, cuts: Cuts) -> BatchRows:
-        """The same rows with other labels."""
+        """Return the same rows with other labels."""
         return BatchRows.of(like(self.batch, {**self.batch, "labels": labels}), cuts, self.each)
 
     def _texts(self, chosen: IntArray) -> Batch:
-        """Some texts of a packed row side by side, with limits of their own where the batch has limits."""
+        """Concatenate some texts of a packed row, with limits of texts if the batch has any."""
         lengths, ends = self.lengths[chosen], self.lengths.cumsum()
         places = torch.cat([torch.arange(ends[text] - self.lengths[text], ends[text]) for text in chosen])
         limits = np.append(0, lengths.cumsum())
@@ -209,14 +209,14 @@ class BatchRows:
         return like(self.batch, {name: change(name, value) for name, value in self.batch.items()})
 
     def of_example(self, tensor: torch.Tensor, example: int) -> torch.Tensor:
-        """What a tensor with the batch's tokens has of an example, as a view; of its first row if it has several."""
+        """Return a view of an example in a tensor of tokens; its first row if it has several."""
         if not self.packed:
             return tensor[example]
         end = int(self.lengths[: example + 1].sum())
         return tensor[0, end - int(self.lengths[example]) : end]
 
     def span(self, examples: Sequence[int]) -> slice:
-        """The tokens of the batch that a part of these examples has."""
+        """Return the token range in the batch of a part of these examples."""
         axis = next((axis for axis in self._axes.values() if axis.size == self.shape.length), None)
         return slice(0, self.shape.length) if axis is None else axis.cut(np.asarray(examples), 1)
 
@@ -229,25 +229,25 @@ class BatchRows:
         return tensor[:, cut].contiguous()  # losses take views of labels
 
     def named(self) -> Iterator[tuple[str, Any]]:
-        """The tensors and lists of the batch with their names."""
+        """Yield the tensors and lists of the batch with their names."""
         yield from _named(self.batch)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the batch, padding included; of an example with several rows those of one."""
+        """Tokens of the batch, padding included; one row per example."""
         return (1 if self.packed else self.examples) * self.shape.length
 
     @property
     def token_bytes(self) -> float:
-        """Bytes of a batch for each of its tokens: a part has a copy of its own."""
+        """Bytes of a batch per token: a part is a separate copy."""
         tensors = (value for _, value in _named(self.batch) if isinstance(value, torch.Tensor))
         return sum(tensor.nbytes for tensor in tensors) / max(self.tokens, 1)
 
     def shares(self, parts: Sequence[Sequence[int]], kind: str) -> list[float]:
-        """By what the loss of each part is multiplied, so that they add up to that of the batch.
+        """Return the factor of each part's loss, so that they add up to the batch's.
 
         Args:
-            parts: the places of their examples.
+            parts: the indices of their examples.
             kind: one of `SHARES`.
         """
         if kind == SUM:
@@ -262,14 +262,14 @@ class BatchRows:
 _PICTURES = ("pixel_", "image_", "video_")
 
 _TEXTS = ("input_ids", "labels")
-"""What tells the rows of a batch where it is there, beside masks: pictures may lie in pieces of their own."""
+"""Tensors that, along with masks, define the rows of a batch if present: pictures may be split into pieces."""
 
 SUM, ROWS, TOKENS, NEXT_TOKENS = SHARES = ("sum", "mean over rows", "mean over tokens", "mean over next tokens")
-"""What a loss is of its rows: their sum, or a mean over rows, over predictions, or over those but for a first token."""
+"""Ways a loss combines its rows: sum, or mean over rows, predictions, or predictions after a first token."""
 
 
 def _named(batch: Batch, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The tensors and lists of a batch with their names, those of mappings inside of others after a dot."""
+    """Yield the tensors and lists of a batch with their names; those in nested mappings have dotted names."""
     if isinstance(batch, Mapping):
         for key, value in batch.items():
             yield from _named(value, f"{name}.{key}" if name else str(key))
@@ -285,7 +285,7 @@ def _holds_tensors(values: Sequence[Any]) -> bool:
 
 
 def _changed(batch: Batch, change: Callable[[str, Any], Any], name: str = "") -> Batch:
-    """The batch with each of its tensors and lists changed, which get their names as of `_named`."""
+    """Return the batch with each of its tensors and lists changed, given their names as in `_named`."""
     if isinstance(batch, Mapping):
         items = {key: _changed(value, change, f"{name}.{key}" if name else str(key)) for key, value in batch.items()}
         return like(batch, items)
@@ -295,7 +295,7 @@ def _changed(batch: Batch, change: Callable[[str, Any], Any], name: str = "") ->
 
 
 def _check_rows(name: str, value: Any, rows: int, examples: int, *, texts: bool) -> None:
-    """Raise UnsupportedError for something that has entries, and not one for each row."""
+    """Raise UnsupportedError if a value has entries, but not one for each row."""
     if name.startswith(_PICTURES) and texts:
         raise UnsupportedError(f"{name} is of pictures, of which a row may have several")
     if name in (*LIMITS, *LONGEST):
@@ -308,9 +308,9 @@ def _check_rows(name: str, value: Any, rows: int, examples: int, *, texts: bool)
 
 
 def _starts_of_texts(batch: Batch) -> IntArray | None:
-    """Where the texts of a packed batch begin, int64 (texts,): one row, in which positions begin again at each text.
+    """Return the starts of a packed batch's texts, int64 (texts,): one row, whose positions restart at each text.
 
-    None where there is no such row, or something in the batch belongs to no token.
+    None if there is no such row, or if an entry belongs to no token.
     """
     places = batch.get(PLACES) if isinstance(batch, Mapping) else None
     if not isinstance(places, torch.Tensor) or places.dim() != 2 or len(places) != 1:
@@ -324,13 +324,13 @@ def _starts_of_texts(batch: Batch) -> IntArray | None:
 
 
 def longest_text(batch: Batch) -> int | None:
-    """Tokens of the longest text of a packed batch, and one that `in_texts` may have cut off; None of any other one."""
+    """Return the tokens of a packed batch's longest text, plus one that `in_texts` may have cut; else None."""
     starts, length = _starts_of_texts(batch), shape_of(batch).length
     return None if starts is None else min(int(np.diff(starts, append=length).max()) + 1, length)
 
 
 def _predicted_in_texts(batch: Batch, starts: IntArray) -> IntArray | None:
-    """See `BatchRows.predicted`."""
+    """Return `BatchRows.predicted` of packed texts."""
     if batch.get("labels") is None:
         return None
     counted = (batch["labels"][0] != IGNORED).cpu().numpy().astype(np.int64)
@@ -339,10 +339,10 @@ def _predicted_in_texts(batch: Batch, starts: IntArray) -> IntArray | None:
 
 
 def _axes_of(batch: Batch, cuts: Cuts, rows: int) -> dict[frozenset[str], _Axis]:
-    """The axes of tokens of a batch by their group; of one that nothing tells about, no padding is known.
+    """Return the token axes of a batch by group; without any mask or labels, no padding is known.
 
-    A mask tells the padding of tensors of its group, and so do labels that no loss counts; one that some loss counts is
-    no padding. Where inputs have no mask, all of their tokens are read.
+    A mask marks the padding of tensors of its group, as do labels ignored by every loss; a token with a counted label
+    is not padding. For inputs without a mask, all tokens are read.
     """
     named = [(name, value) for name, value in _named(batch) if isinstance(value, torch.Tensor)]
     square = {value.shape[-1] for _, value in named if value.dim() == 4 and value.shape[-1] == value.shape[-2]}
@@ -365,13 +365,13 @@ def _axes_of(batch: Batch, cuts: Cuts, rows: int) -> dict[frozenset[str], _Axis]
             real |= np.resize((value != 0).cpu().numpy(), real.shape)
         for value in labels:
             real |= np.resize((value != IGNORED).cpu().numpy(), real.shape)
-        # Attention that is all masked may look at all tokens alike.
+        # A fully masked query may attend to all tokens alike.
         axes[group] = _Axis.of(size, real, left=cuts.left, without=size if masks else 1)
     return axes
 
 
 def _of_examples(values: IntArray, each: int) -> IntArray:
-    """Values of rows, int64 (rows,), by block and example: (each, examples)."""
+    """Arrange values of rows, int64 (rows,), by block and example: (each, examples)."""
     return values.reshape(each, -1) if each > 1 and len(values) % each == 0 else values[None]
 
 

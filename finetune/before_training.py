@@ -1,4 +1,4 @@
-"""What a run measures before its first step: what plans of ranks cost, in bytes and in seconds."""
+"""Measurements before the first step of a run: the cost of plans of ranks, in bytes and in seconds."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ from .put_back import LayerCheckpointing
 from .run import FIRST_ROWS, FirstRows, TrainingRun
 
 UNSEEN: FirstRows = (0.0, [(1, 1)])
-"""The loss and shapes of the first rows, for a run whose training data do not exist yet."""
+"""Loss and shapes of the first rows, for a run without training data yet."""
 
 LEAST_LENGTH = 16
-"""Rows of timed steps are never shorter than this many tokens: below, overhead would be most of the time."""
+"""Minimum number of tokens in a row of timed steps: below, overhead would dominate the time."""
 
 Ask = Callable[[Observation], Decision]
-"""Asks the policy of the run for a decision."""
+"""Asks the run's policy for a decision."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepTimer:
-    """Times steps of a run that is about to begin, to predict the time of any plan.
+    """Times steps of a run about to begin, to predict the time of any plan.
 
-    Timed steps stay within the limit of bytes too. If a step with the largest batch would not, fewer rows or shorter
-    ones are timed, and the time is scaled by the number of tokens. A step is a step of the optimizer, with all batches
-    that it accumulates.
+    Timed steps also stay within the limit of bytes. If a step with the largest batch would not, fewer or shorter rows
+    are timed, and the time is scaled by the number of tokens. A step here is an optimizer step, with all batches it
+    accumulates.
 
     Attributes:
         run: the run.
@@ -67,7 +67,7 @@ class StepTimer:
         memory: the byte model, if the budget counts bytes; of a step with all layers checkpointed if `checkpointing` is
             given.
         limit: the limit of bytes, if `memory` is given.
-        checkpointing: chooses the checkpointed layers. While a method runs and afterwards, all layers are checkpointed.
+        checkpointing: chooses the checkpointed layers. Every method checkpoints all layers, and leaves them so.
     """
 
     run: TrainingRun
@@ -77,7 +77,7 @@ class StepTimer:
     checkpointing: LayerCheckpointing | None
 
     def time_limit(self, budget: TimeBudget) -> TimeLimit:
-        """Measure the time of steps, and make the limit of time that the user gave.
+        """Measure the time of steps, and create the user's limit of time.
 
         Raises:
             DataError, UnsupportedError: see `TrainingRun.largest_batch` and `measure_step_time`.
@@ -89,10 +89,10 @@ class StepTimer:
         return self._limit(budget, time, fewest)
 
     def limit_of_resumed_run(self, before: TimeLimit | None, budget: TimeBudget | None) -> TimeLimit | None:
-        """The limit of time of a resumed run whose user gave another one.
+        """Return the limit of time of a resumed run with a new one from the user.
 
         Args:
-            before: the limit that the run had, whose measurement is used again; None to measure now.
+            before: the run's earlier limit, whose measurement is reused; None to measure now.
             budget: the new limit; None for none.
         """
         if budget is None:
@@ -105,7 +105,7 @@ class StepTimer:
         See `TimeLimit.agreed`.
 
         Args:
-            applier: an applier before its first decision that has a limit of time; it gets the corrected one.
+            applier: an applier with a limit of time, before its first decision; it gets the corrected one.
             ask: the policy.
         """
         given = applier.time
@@ -137,7 +137,7 @@ class StepTimer:
 
     def _limit(self, budget: TimeBudget, time: StepTime, layers: FewestLayers | None) -> TimeLimit:
         most = highest_ranks(self.targets)
-        plain = np.minimum(REFERENCE_RANK, most)  # beside it with the layers that the user's step checkpoints
+        plain = np.minimum(REFERENCE_RANK, most)  # including the layers checkpointed in the user's step
         beside = time.seconds(plain) if budget == TimeBudget.unlimited() else None
         return TimeLimit(time, budget.resolve(time, most), layers, beside)
 
@@ -148,7 +148,7 @@ class StepTimer:
         return time.scaled(np.full(len(PARTS), self.run.accumulation / share))
 
     def _timed_batch(self) -> tuple[Batch, float]:
-        """The batch for timed steps, and its number of tokens as a share of that of the run's largest batch."""
+        """Return the batch for timed steps, and its tokens as a share of those of the run's largest batch."""
         batch, each = self.run.largest_batch(), self.run.step.rows_per_example
         whole = shape = shape_of(batch)
         if self.memory:
@@ -161,7 +161,7 @@ class StepTimer:
 def _largest_that_fits(
     memory: MemoryModel, plans: Sequence[TimedPlan], limit: float, rows_per_example: int
 ) -> BatchShape:
-    """The largest batch shape with which all plans stay within the limit of bytes; if none does, the smallest tried."""
+    """Return the largest batch shape for which all plans stay within the limit of bytes, or else the smallest tried."""
     rows, length = memory.shape.rows, memory.shape.length
     shapes = [BatchShape(few, length) for few in range(rows, 0, -rows_per_example)]
     while length // 2 >= LEAST_LENGTH:
@@ -174,24 +174,24 @@ def _largest_that_fits(
 
     try:
         return shapes[min(bisect_left(range(len(shapes)), True, key=fits), len(shapes) - 1)]
-    except UnsupportedError:  # the shape that was measured is the only one that is known
+    except UnsupportedError:  # only the measured shape is known
         return memory.shape
 
 
 TIMES_OF_WHOLE_BATCHES = (
     "Times are of the largest batch as a whole: steps in parts take less, and no limit counts on that."
 )
-"""A line for a run in parts whose plans have times."""
+"""Report line for a run in parts whose plans have times."""
 
 SAMPLED_BATCHES = 4
-"""The number of batches whose padding is counted."""
+"""Number of batches sampled to estimate padding."""
 
 
 def faster_plan(keeper: PlanKeeper, applier: PlanApplier[Any], ask: Ask, decision: Decision) -> str:
-    """A line about the plan that would be taken without gradient checkpointing, which would be faster.
+    """Describe the faster plan that the policy would choose without gradient checkpointing.
 
-    It is empty if the first plan checkpoints no layer, or if the policy expects nothing of plans. Afterwards the costs
-    of plans are what they were before.
+    The line is empty if the first plan checkpoints no layer, or if the policy predicts no losses. The costs of plans
+    are restored.
 
     Args:
         keeper: has set the costs for this decision.
@@ -226,13 +226,13 @@ def faster_plan(keeper: PlanKeeper, applier: PlanApplier[Any], ask: Ask, decisio
 
 
 def _expected(decision: Decision) -> float | None:
-    """The expected log loss versus plain LoRA; None for decisions of a rule, and under a goal of cost."""
+    """Return the expected log loss versus plain LoRA; None for decisions of a rule, and under a goal of cost."""
     found = decision.choice
     return None if found is None or found.goal.saves else float(found.expected[found.taken])
 
 
 MUCH_LOST = 1.01
-"""If the first plan raises the loss by more than this factor, that is told as a warning."""
+"""Factor on the loss above which the effect of the first plan is reported as a warning."""
 
 logger = logging.getLogger(__name__)
 
@@ -246,16 +246,16 @@ def try_parts(
     seed: int,
     plans: int,
 ) -> None:
-    """Test whether the steps of a run may run in parts, if its user wants that.
+    """Test whether the steps of a run may run in parts, if the user wants that.
 
     Args:
         run: the run.
         targets: the target modules of its model.
         parts: gets the result of the test.
         options: the options of the pilot.
-        budget: the budget as its user gave it.
+        budget: the user's budget.
         seed: the seed of the test.
-        plans: how many the run makes.
+        plans: number of plans in the run.
     """
     if options.parts == "off" or not run.in_parts or budget.kind == "parameters":
         return
@@ -277,7 +277,7 @@ def try_parts(
 
 
 def _padding(run: TrainingRun, cuts: Cuts, seed: int) -> float:
-    """The share of padding in a few batches of a run; 0 where nothing tells it."""
+    """Return the share of padding in a few batches of a run; 0 if unknown."""
     try:
         batches = run.small_batches(SAMPLED_BATCHES, run.rows, seed)
         found = [BatchRows.of(batch, cuts, run.step.rows_per_example) for batch in batches]
@@ -287,10 +287,10 @@ def _padding(run: TrainingRun, cuts: Cuts, seed: int) -> float:
 
 
 def _reason_of_compiled(run: TrainingRun, plans: int) -> str:
-    """Why steps of a compiled model run as a whole; empty where few graphs serve all parts, or nothing is compiled.
+    """Return why steps of a compiled model run whole; empty if few graphs serve all parts, or nothing is compiled.
 
-    With its layers, a plan takes two: torch keeps those of one row apart (2.13). Two more are there before it has seen
-    which sizes change, and evaluations take as many again.
+    A plan with its layers takes two graphs: torch specializes on one row (2.13). Two more precede dynamic shapes, and
+    evaluations double the total.
     """
     most = graphs_per_plan(run.wrapped) * (2 * plans + 2) * (2 if run.evaluations else 1)
     if not most:
@@ -316,30 +316,30 @@ def run_costs(
     whole: bool = False,
     in_parts: bool = False,
 ) -> PlanCosts:
-    """Measure what plans cost with a run's largest batch, and resolve its budget to a limit.
+    """Measure the cost of plans with a run's largest batch, and resolve its budget to a limit.
 
     Args:
         run: the run.
         targets: the target modules of its model.
-        budget: the budget as its user gave it.
-        signals: whether the costs of plans include signal buffers.
+        budget: the user's budget.
+        signals: True if the costs of plans include signal buffers.
         least: the cost of the cheapest possible plan, if layers may be checkpointed (see `plan_costs`).
-        savers: the exact savers that are on.
-        kept: the ranks of adapters that are trained already, int64 (modules,) (see `Budget.resolve`).
-        whole: whether all layers are checkpointed (see `checkpointed_cost`).
-        in_parts: whether steps run in parts.
+        savers: the active exact savers.
+        kept: the ranks of already trained adapters, int64 (modules,) (see `Budget.resolve`).
+        whole: True if all layers are checkpointed (see `checkpointed_cost`).
+        in_parts: True if steps run in parts.
     """
     budget = budget_for_all_processes(run, budget)
     costs = partial(plan_costs, budget, signals=signals, least=least, savers=savers, kept=kept, whole=whole)
     costs = partial(costs, in_parts=run.step_in_parts if in_parts else None)
     found = run.measured(lambda: costs(run.step, targets, run.largest_batch()))
     if savers and found.saved:
-        savers.take(found.savers)  # in each process what the first has found out
+        savers.take(found.savers)  # in each process, as found by the first
     return found
 
 
 def budget_for_all_processes(run: TrainingRun, budget: Budget) -> Budget:
-    """The budget that every process can keep: under "auto" the process with the least free memory counts."""
+    """Return a budget that every process can keep: under "auto" the process with the least free memory counts."""
     if budget.kind != "auto":
         return budget
     replicas, free = run.replicas, float(free_bytes(run.device))
@@ -355,8 +355,8 @@ def run_memory(
     Args:
         run: the run.
         targets: the target modules of its model.
-        batch: the batch to measure with, on the device; by default the run's largest one.
-        signals: whether the costs of plans include signal buffers.
+        batch: the batch to measure with, on the device; defaults to the run's largest one.
+        signals: True if the costs of plans include signal buffers.
     """
     return run.measured(
         lambda: measure_memory(run.step, targets, run.largest_batch() if batch is None else batch, signals=signals)
@@ -369,19 +369,19 @@ def clear_adapter_state(run: TrainingRun, targets: Sequence[TargetModule], *, ke
     Args:
         run: the run.
         targets: the target modules of its model.
-        keeps: whether the adapters are trained already and kept. Then only state that does not fit them is cleared.
+        keeps: True if the adapters are already trained and kept. Only incompatible state is then cleared.
     """
     parameters = [parameter for target in targets for parameter in target.parameters.values()]
     if keeps:
         drop_foreign_state(run.optimizer, parameters)
-    else:  # the optimizer may have a state all the same: `auto_find_batch_size` trains again
+    else:  # the optimizer may still have state: `auto_find_batch_size` restarts training
         reset_state(run.optimizer, parameters)
 
 
 LOOKING = "Trying the training step on some rows ..."
 RECORDING = "Recording small training steps, to price plans ..."
 TIMING = "Timing training steps ..."
-"""Lines before work that takes a while."""
+"""Report lines before slow operations."""
 
 STAY = (
     "Ranks and learning rate stay as they are: under reinforcement learning, ranks that follow gradients lose reward; "
@@ -393,14 +393,14 @@ ROLLOUTS = "It holds for training steps; the rollouts between them are not count
 def budget_text(
     run: TrainingRun, targets: Sequence[TargetModule], budget: Budget, limit: Limit, *, stay: bool = False
 ) -> str:
-    """The first line that a run tells: what its budget allows, and what the rank of its LoraConfig means.
+    """Return a run's first report line: its budget, and the meaning of its LoraConfig's rank.
 
     Args:
         run: the run.
         targets: the target modules; new adapters are at rank 1.
-        budget: the budget as its user gave it.
+        budget: the user's budget.
         limit: the limit that the budget was resolved to.
-        stay: whether ranks and rate stay as they are, because the run makes its data while it trains.
+        stay: True if ranks and rate are fixed, because the run generates its data during training.
     """
     if stay:
         return f"{STAY} {budget.told(limit, kept=True)} {ROLLOUTS}"
@@ -412,7 +412,7 @@ def budget_text(
 
 
 def warn_of_other_adapters(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
-    """Warn of other adapters of the model that train too, which a budget of parameters does not count."""
+    """Warn of other trained adapters of the model, not counted by a budget of parameters."""
     adapter = targets[0].adapter
     others = [name for name in unwrap(run.model).peft_config if name != adapter]
     trained = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad and ".lora_" in name]
@@ -440,15 +440,15 @@ KEPT = (
 def keep_what_was_learned(
     run: TrainingRun, applier: PlanApplier[PeftAdapters], note: Callable[[str], None]
 ) -> Iterator[None]:
-    """A context for the first decision that keeps what trained adapters have learned, as far as the budget allows.
+    """Keep the trained adapters' weights in the first decision, inside this context, if the budget allows.
 
-    If all trained adapters fit at their ranks, none may shrink. If they do not fit, some have to; then the loss on a
-    few rows before and after the decision is told.
+    If all trained adapters fit at their ranks, none may shrink. If they do not fit, some must; the loss on a few rows
+    before and after the decision is then reported.
 
     Args:
         run: the run.
         applier: applies the decision.
-        note: gets the line to tell.
+        note: called with the line to report.
     """
     if not any(map(is_trained, applier.targets)):
         yield
@@ -479,13 +479,13 @@ def keep_what_was_learned(
 
 
 def ranks_that_keep_all(targets: Sequence[TargetModule]) -> IntArray:
-    """The least ranks of the ladder at which no adapter has to shrink, int64 (modules,)."""
+    """Return the lowest ranks of the ladder at which no adapter must shrink, int64 (modules,)."""
     ranks, ladder = np.array([target.rank for target in targets], dtype=np.int64), RankLadder()
     return np.maximum(ranks, np.minimum(ladder.array[ladder.rung_above(ranks)], highest_ranks(targets)))
 
 
 def _some_plan_fits(applier: PlanApplier[PeftAdapters]) -> bool:
-    """Whether any plan fits the budget and the limit of time, within the applier's bounds."""
+    """True if any plan fits the budget and the limit of time, within the applier's bounds."""
     problem = applier.problem()
     try:
         check_budget(problem, list(applier.names))

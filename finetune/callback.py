@@ -1,4 +1,4 @@
-"""The front door for the transformers Trainer: a policy decides the ranks of a real fine-tune."""
+"""Entry point for the transformers Trainer: a policy decides the ranks of a real fine-tune."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ logger = logging.getLogger(__name__)
 
 
 class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
-    """Saves a checkpoint after the step that runs when `stop` is called, and ends the training there.
+    """Saves a checkpoint after the current step once `stop` is called, and ends training there.
 
     Args:
-        processes: of the run; where `stop` is called in one of them, all end after the same step.
+        processes: those of the run; a call of `stop` in one of them ends all after the same step.
 
     Attributes:
-        stopped: whether `stop` was called.
+        stopped: True once `stop` was called.
     """
 
     def __init__(self, processes: Processes | None = None) -> None:
@@ -53,38 +53,38 @@ class StopWithCheckpoint(TrainerCallback):  # type: ignore[misc]
         self._stepping = self._asked = False
 
     def stop(self) -> None:
-        """Ask for the end.
+        """Request the end of training.
 
         Raises:
-            Terminated: no step runs, so there is nothing to save; or this is the second call.
+            Terminated: no step is running, so there is nothing to save; or this is the second call.
         """
-        if self._asked or not self._stepping:  # `stopped` may be another process's wish
+        if self._asked or not self._stepping:  # `stopped` may come from another process
             terminate()
         self._asked = self.stopped = True
 
     def on_step_begin(self, *event: Any, **objects: Any) -> None:
-        """From now on there are steps that a checkpoint can keep."""
+        """Note that there are now steps to save."""
         self._stepping = True
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **objects: Any) -> None:
-        """Let the Trainer save and end, if asked."""
+        """Make the Trainer save and stop, if requested."""
         self.stopped = bool(self._processes.most(self.stopped)[0])
         if self.stopped:
             control.should_log = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, *event: Any, **objects: Any) -> None:
-        """All steps are done and saved."""
+        """Note that all steps are done and saved."""
         self._stepping = False
 
 
 class StopOnSigterm(StopWithCheckpoint):
-    """Handles SIGTERM while a Trainer's run lasts: a checkpoint after the step that runs, and exit status 143.
+    """Handles SIGTERM during a Trainer's run: a checkpoint after the current step, and exit status 143.
 
-    It is the last of the Trainer's callbacks, so that trackers have ended when it raises Terminated.
+    It is the Trainer's last callback, so trackers have closed by the time it raises Terminated.
 
     Args:
-        trainer: the Trainer whose run begins.
-        processes: of the run.
+        trainer: the Trainer about to train.
+        processes: those of the run.
     """
 
     def __init__(self, trainer: Trainer, processes: Processes) -> None:
@@ -95,11 +95,11 @@ class StopOnSigterm(StopWithCheckpoint):
 
     @classmethod
     def unless_handled(cls, trainer: Trainer, processes: Processes) -> StopOnSigterm | None:
-        """Handle SIGTERM for this Trainer; None if somebody does in any process, as its just-in-time checkpoint."""
+        """Handle SIGTERM for this Trainer; None if any process already does, such as by a just-in-time checkpoint."""
         return cls(trainer, processes) if processes.least(is_unhandled())[0] else None
 
     def came_late(self) -> bool:
-        """Whether it came after the last step, as in an evaluation, and no checkpoint follows; all processes ask."""
+        """True if SIGTERM came after the last step, with no checkpoint to follow; all processes call this."""
         args, state = self._trainer.args, self._trainer.state
         self.stopped = bool(self._processes.most(self.stopped)[0])
         return (
@@ -108,16 +108,16 @@ class StopOnSigterm(StopWithCheckpoint):
         )
 
     def release(self) -> None:
-        """Handle SIGTERM no more."""
+        """Stop handling SIGTERM."""
         self._handling.close()
         callbacks = self._trainer.callback_handler.callbacks
         callbacks[:] = [one for one in callbacks if one is not self]
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **objects: Any) -> None:
-        """End the process, if asked.
+        """End the process, if requested.
 
         Raises:
-            Terminated: SIGTERM came.
+            Terminated: SIGTERM was received.
         """
         self.release()
         if self.stopped:
@@ -129,7 +129,7 @@ class StopOnSigterm(StopWithCheckpoint):
 
 
 EVALUATION_ROOM = 0.5
-"""The share of the budget for which the batch of an evaluation is made anew, since not all of it shrinks with it."""
+"""Share of the budget targeted by a smaller evaluation batch, since not all of its memory shrinks with it."""
 
 
 _WITHOUT_TRAINER = (
@@ -145,28 +145,28 @@ def attach(
 ) -> RankPilotCallback:
     """Let a policy decide the ranks of a Trainer's runs, inside a hard budget; call this before `train`.
 
-    Before the first step it is measured what plans cost in the Trainer's own training step, on its data, and probed
-    which modules matter. Then the policy decides the ranks, and again at later steps if its schedule has any. The
-    adapters really change their size, the optimizer keeps its state, and every checkpoint is an adapter that plain PEFT
-    loads. Adapters that are trained already are kept. Where nobody handles SIGTERM, it saves a checkpoint and ends the
-    process with status 143. `train(resume_from_checkpoint=True)` takes the last checkpoint that is whole.
+    Before the first step it measures the cost of plans in the Trainer's own training step, on its data, and probes
+    which modules matter. Then the policy decides the ranks, and again at later steps if its schedule has any. Adapters
+    are physically resized, the optimizer keeps its state, and plain PEFT can load every checkpoint. Adapters that are
+    already trained are kept. Unless SIGTERM is already handled, it saves a checkpoint and ends the process with status
+    143. `train(resume_from_checkpoint=True)` picks the last complete checkpoint.
 
     Args:
-        trainer: a transformers Trainer or one of TRL, with a PEFT model.
-        policy: "default", "agent", which was trained and ships, the folder of a trained policy, a rule's name
-            ("signal-mean", "top-down"), a plan that a person edited ("plan.yaml"), or a policy object.
+        trainer: a transformers or TRL Trainer, with a PEFT model.
+        policy: "default", "agent" (trained, shipped with rankpilot), the folder of a trained policy, a rule's name
+            ("signal-mean", "top-down"), a plan edited by hand ("plan.yaml"), or a policy object.
         options: all options, or the budget alone.
-        changes: single options by their names; see `PilotOptions`.
+        changes: single options by name; see `PilotOptions`.
 
     Returns:
-        The callback, which is among the Trainer's from now on, before those of its user: one that copies parameters
-        when training begins finds the ranks of the first plan.
+        The callback, already added to the Trainer ahead of the user's own: a callback that copies parameters when
+        training begins finds the ranks of the first plan.
 
     Raises:
         UnsupportedError: another such callback decides its ranks, or its model has no adapter of a known kind.
         DataError: its training set is empty.
-        ConfigError, UnknownNameError, PolicyFileError, BudgetError: an argument that cannot be used. `Trainer.train`
-            then raises what `RankPilot.begin` and its other methods do.
+        ConfigError, UnknownNameError, PolicyFileError, BudgetError: an argument is invalid. `Trainer.train` then raises
+            the errors of `RankPilot.begin` and its other methods.
 
     Example:
         >>> rankpilot.attach(trainer, "default", budget="80%", goal="time")  # doctest: +SKIP
@@ -185,20 +185,20 @@ def attach(
 
 
 class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
-    """Decides the LoRA rank of each module in a Trainer's runs; `attach` makes it.
+    """Decides the LoRA rank of each module in a Trainer's runs; created by `attach`.
 
     Args:
-        trainer: the one Trainer whose runs are decided.
-        policy: who decides, in the forms that `attach` takes.
+        trainer: the only Trainer whose ranks it decides.
+        policy: the policy, in any form that `attach` takes.
         options: all options, or the budget alone.
-        changes: single options by their names.
+        changes: single options by name.
 
     Attributes:
         trainer: as above.
         pilot: decides the ranks.
 
     Raises:
-        ConfigError: there is no Trainer; and all that `attach` raises.
+        ConfigError: there is no Trainer; plus all errors of `attach`.
     """
 
     trainer: Trainer
@@ -244,18 +244,18 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
     @property
     def peaks(self) -> list[tuple[int, int]]:
-        """(step, bytes at its peak) of each measured step."""
+        """(step, peak bytes) of each measured step."""
         return self.pilot.peaks
 
     @property
     def limit(self) -> float:
-        """What a plan may cost, in bytes or parameters. It is known from the start of training on."""
+        """Maximum cost of a plan, in bytes or parameters. Known once training begins."""
         return self.pilot.limit
 
-    # The events of a run, in their order ------------------------------------------------------------------------------
+    # The events of a run, in order ------------------------------------------------------------------------------------
 
     def _before_training(self, resume: Any) -> str | bool | None:
-        """Get ready to load a checkpoint; returns the one that the run goes on from, as `train` takes it."""
+        """Prepare to load a checkpoint; return the one to resume from, as `train` takes it."""
         ready_to_train(self.trainer, self._options.scaling)
         output = self.trainer.args.output_dir
         chosen = Processes.of_this_run().on_first(lambda: chosen_checkpoint(resume, output))
@@ -265,7 +265,7 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Prepare the run and take the first decision, or go on from a checkpoint."""
+        """Prepare the run and take the first decision, or resume from a checkpoint."""
         if state is not self.trainer.state:
             raise ConfigError(_WITHOUT_TRAINER)
         check_arguments(args)
@@ -293,18 +293,18 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step >= state.max_steps:
             step.take_no_more()
             control.should_training_stop = True
-        if self._stop:  # of a run that began before and found another batch size
+        if self._stop:  # from an earlier attempt with another batch size
             self._stop.release()
         self._stop = StopOnSigterm.unless_handled(self.trainer, run.replicas.processes)
 
     def on_step_begin(self, *event: Any, **objects: Any) -> None:
-        """Decide if a decision is due, look at the step's batches, and measure the step if it is due.
+        """Decide if a decision is due, inspect the step's batches, and measure the step if due.
 
-        Where the batches are made in the step, that waits for them.
+        If batches are generated inside the step, all this waits for them.
 
         Raises:
-            BudgetError: no plan fits the batches, or the memory that is left; the run is saved before.
-            ConfigError: the function that is the budget fails; the run is saved before.
+            BudgetError: no plan fits the batches, or the memory left; the run is saved first.
+            ConfigError: the budget function fails; the run is saved first.
         """
         self._loss = 0.0
         if not self._step.rollouts:
@@ -316,14 +316,14 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def _saved_on_error(self) -> Iterator[None]:
-        """Save the run where it ends because no plan fits any more, or no budget can be told."""
+        """Save the run if it ends because no plan fits any more, or because the budget is unknown."""
         args, state = self.trainer.args, self.trainer.state
         try:
             yield
         except (BudgetError, ConfigError) as error:
             if not state.global_step:
                 raise
-            self._between_steps = True  # adapters and optimizer are those of a whole step
+            self._between_steps = True  # adapters and optimizer are in the state of a complete step
             self.trainer._save_checkpoint(self.trainer.model, None)
             raise type(error)(
                 f"{error} Step {state.global_step} is saved in {args.output_dir}: resume_from_checkpoint=True goes on "
@@ -331,15 +331,15 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
             ) from error
 
     def on_pre_optimizer_step(self, *event: Any, **objects: Any) -> None:
-        """Read the gradients, which are complete now."""
+        """Read the gradients, which are now complete."""
         self._between_steps = False
         self.pilot.before_optimizer_step(self._loss)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **objects: Any) -> None:
-        """Compare the peak with the budget. A decision that is due is made when the next step begins, if one does.
+        """Compare the peak with the budget. A due decision waits for the start of the next step, if there is one.
 
         Raises:
-            BudgetError: the step was above the budget, and no plan fits; the run is saved before.
+            BudgetError: the step exceeded the budget, and no plan fits; the run is saved first.
         """
         with self._saved_on_error():
             self.pilot.after_step(decide=False)
@@ -355,17 +355,17 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
         self._evaluations.put_back()
         self.pilot.finish()
 
-    # What the events do -----------------------------------------------------------------------------------------------
+    # Handlers of the events -------------------------------------------------------------------------------------------
 
     def _default_log(self) -> DecisionLog:
-        trainer = self.trainer  # the trials of a search have a folder each
+        trainer = self.trainer  # each trial of a search has its own folder
         return DecisionLog(Path(trainer._get_output_dir(getattr(trainer, "_trial", None))) / "decisions")
 
     def break_off(self, begins_again: bool = False) -> None:
-        """Stop measuring, following the Trainer and handling SIGTERM, since the run ends with an error.
+        """Stop measuring, following the Trainer and handling SIGTERM after an error.
 
         Args:
-            begins_again: whether the Trainer begins it again with a smaller batch.
+            begins_again: True if the Trainer restarts the run with a smaller batch.
         """
         self._between_steps, self._save_later = True, False
         try:
@@ -377,31 +377,31 @@ class RankPilotCallback(TrainerCallback):  # type: ignore[misc]
                 self._stop.release()
 
     def take_batches(self, batches: list[Batch]) -> None:
-        """Take the batches of the optimiser step that begins, before the first is run."""
+        """Take the batches of the optimizer step about to begin, before the first one runs."""
         self._batches = batches
         if self._step.rollouts:
             self._begin_step()
 
     def take_loss(self, loss: torch.Tensor) -> None:
-        """Add the loss of a batch to that of its optimiser step."""
+        """Add the loss of a batch to that of its optimizer step."""
         self._loss = self._loss + loss
 
     def save_state(self, checkpoint: Path) -> bool:
         """Write the state of this callback into a checkpoint, before the Trainer writes its files.
 
-        So the checkpoint is complete when the Trainer deletes older ones. Other callbacks may ask for one while this
-        callback has not heard yet of the end of the step; then it is made a moment later.
+        The checkpoint is then complete when the Trainer deletes older ones. Other callbacks may request one before this
+        callback sees the end of the step; the save is then slightly delayed.
         """
         self._save_later = not self._between_steps
         if self._between_steps:
             state = self.pilot.state_dict()
-            if self.trainer.args.should_save:  # of several processes one writes
+            if self.trainer.args.should_save:  # only one of several processes writes
                 save_state(checkpoint, state)
         return self._between_steps
 
 
 def ready_to_train(trainer: Trainer, scaling: Scaling) -> None:
-    """Let a Trainer's model load adapters of any ranks, and train those that an earlier run left at rank 0.
+    """Let a Trainer's model load adapters of any rank, and train those left at rank 0 by an earlier run.
 
     Raises:
         DataError: the training set is empty.
@@ -409,12 +409,12 @@ def ready_to_train(trainer: Trainer, scaling: Scaling) -> None:
     """
     if isinstance(trainer.train_dataset, Sized) and not len(trainer.train_dataset):
         raise DataError("The training set is empty. Pass a train_dataset that holds rows.")
-    if trainer.model is not None:  # of a search the next trial's model is yet to be made
+    if trainer.model is not None:  # in a search, the next trial's model does not exist yet
         let_train([target for target in resizable_targets(trainer.model, scaling) if not target.rank])
 
 
 def tell_beside_bar(trainer: Trainer, text: str) -> None:
-    """Show a line above the progress bar; without one, log it if logs of this level are kept, and else print it."""
+    """Show a line above the progress bar; without a bar, log it if its level is enabled, else print it."""
     if not trainer.args.disable_tqdm or not logger.isEnabledFor(logging.INFO):
         tqdm.write(f"rankpilot: {text}")
     else:
@@ -422,16 +422,16 @@ def tell_beside_bar(trainer: Trainer, text: str) -> None:
 
 
 def bar_of_trainer(trainer: Trainer, items: Iterable[Any], label: str, count: int) -> Iterable[Any]:
-    """Show how far these items have come, where the Trainer shows bars."""
+    """Show progress through these items, if the Trainer shows progress bars."""
     bar: Iterable[Any] = tqdm(items, desc=label, total=count, disable=trainer.args.disable_tqdm, leave=False)
     return bar
 
 
 class Evaluations:
-    """Measures one evaluation of each batch size in a Trainer's run, and has the next ones keep within the budget.
+    """Measures one evaluation per batch size in a Trainer's run, and keeps later ones within the budget.
 
     Args:
-        trainer: whose `per_device_eval_batch_size` may shrink.
+        trainer: the Trainer, whose `per_device_eval_batch_size` may shrink.
         pilot: knows the budget.
     """
 
@@ -440,7 +440,7 @@ class Evaluations:
         self._measured, self._own = 0, 0  # batch sizes; 0 for none
 
     def run(self, evaluate: Callable[[], Any]) -> Any:
-        """Run an evaluation, and measure the first one with its batch size."""
+        """Run an evaluation, measuring the first one of each batch size."""
         rows = self._trainer.args.per_device_eval_batch_size
         if rows == self._measured:
             return evaluate()
@@ -463,29 +463,29 @@ class Evaluations:
         return result
 
     def put_back(self) -> None:
-        """Let evaluations after the run have the batches that their user chose."""
+        """Restore the user's batch size for evaluations after the run."""
         if self._own:
             self._have(self._own)
         self._measured, self._own = 0, 0
 
     def _have(self, rows: int) -> None:
-        """Have batches of so many rows from the next evaluation on, also where the Trainer keeps its loaders."""
+        """Set the batch size from the next evaluation on, even if the Trainer caches its loaders."""
         self._trainer.args.per_device_eval_batch_size = rows
         vars(self._trainer).pop("_eval_dataloaders", None)
 
 
 def warn_of_recompiles(model: nn.Module, args: TrainingArguments, plans: int) -> None:
-    """Warn if a compiled run plans more sets of ranks than torch keeps graphs for; beyond them it runs uncompiled.
+    """Warn if a compiled run plans more sets of ranks than torch caches graphs; any further one runs uncompiled.
 
     Measured on torch 2.13: a compiled model is one frame with the LoRA layers inlined, so a set of ranks takes one
-    graph however many modules it changes, and a set that comes back takes none. Layers that are compiled one by one
-    share the cache of their common code, and each takes one graph for each set. Once a cache holds `recompile_limit`
-    graphs, the code runs uncompiled for every further set, of which torch writes no more than a line to its log.
+    graph however many modules it changes, and a repeated set takes none. Layers compiled one by one share the cache of
+    their common code, and each takes one graph per set. Once a cache holds `recompile_limit` graphs, the code runs
+    uncompiled for every further set, with just a line in torch's log.
 
     Args:
-        model: the Trainer's model, which the user may have compiled.
-        args: the Trainer's arguments; `torch_compile` says whether the Trainer compiles the model.
-        plans: the number of sets of ranks that the run may still have, the present one included.
+        model: the Trainer's model, possibly compiled by the user.
+        args: the Trainer's arguments; `torch_compile` is set if the Trainer compiles the model.
+        plans: the number of sets of ranks still ahead, including the current one.
     """
     limit: int = torch._dynamo.config.recompile_limit
     needed = plans * (graphs_per_plan(model) or int(args.torch_compile))

@@ -1,6 +1,6 @@
-"""What rankpilot adds to a Trainer's checkpoint, and from which checkpoints a run can go on.
+"""Additions of rankpilot to a Trainer's checkpoint, and the choice of a checkpoint to resume from.
 
-The two files of rankpilot are written first; the Trainer's own follow, of which `trainer_state.json` is the last.
+The two files of rankpilot are written first; the Trainer's own follow, ending with `trainer_state.json`.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ logger = logging.getLogger(__name__)
 STATE, TENSORS = "rankpilot.json", "rankpilot.safetensors"
 
 MOST_STATE_BYTES = 2**40
-"""Bytes of the state's tensors, at most: they grow with the model. No more is allocated than the file is long."""
+"""Maximum bytes of the state's tensors, which grow with the model. No more is allocated than the length of the file."""
 
 FORMAT = 5
-"""Version of the files. It rises when older checkpoints cannot be read any more."""
+"""Version of the file format, increased when older checkpoints become unreadable."""
 
 
 TRAINER_STATE = "trainer_state.json"
 
 MOST_PROCESSES = 2**16
-"""Processes of one run, at most."""
+"""Maximum number of processes in a run."""
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 _RANDOM_STATES = "rng_state*.pth"
-"""The random numbers of each process. Under `save_only_model=True` there are none, no optimiser and no scheduler."""
+"""Random states of each process. With `save_only_model=True` there are none, and no optimizer or scheduler."""
 
 
 def last_checkpoint(
     folder: str | Path, *, piloted: bool = True, tell: Callable[[str], None] = logger.warning
 ) -> Path | None:
-    """The latest checkpoint of which all files can be read; None if there is none.
+    """Return the latest checkpoint whose files are all readable; None if there is none.
 
-    A run that is killed or fills the disk may leave a torn one behind.
+    A run that is killed or fills the disk may leave a damaged one behind.
 
     Args:
-        folder: the Trainer's output folder; it need not be there.
-        piloted: whether the run is under a policy, whose state is part of the checkpoint.
-        tell: called with a line for each checkpoint that is passed over.
+        folder: the Trainer's output folder; it need not exist.
+        piloted: True if the run is under a policy, whose state is part of the checkpoint.
+        tell: called with a line for each skipped checkpoint.
 
     Raises:
         ConfigError: the folder is no path.
@@ -75,20 +75,20 @@ def last_checkpoint(
 
 
 def chosen_checkpoint(resume: str | Path | bool | None, output: str | Path) -> str | Literal[True] | None:
-    """The checkpoint from which a Trainer goes on, given its argument `resume_from_checkpoint`.
+    """Return the checkpoint a Trainer resumes from, given its argument `resume_from_checkpoint`.
 
     Args:
-        resume: a folder, which must be whole; True for the last whole one; None or False for a new run.
+        resume: a folder, which must be complete; True for the last complete one; None or False for a new run.
         output: the Trainer's output folder.
 
     Raises:
-        RunFolderError: the checkpoint, or each one in the output folder, is torn or was made without rankpilot.
+        RunFolderError: the checkpoint, or each one in the output folder, is damaged or was made without rankpilot.
     """
     if resume is True:
         whole = last_checkpoint(output)
         if whole is None and any(Path(output).glob("checkpoint-*")):
             raise RunFolderError(f"No checkpoint can be resumed. {way_out(Path(output))}")
-        return str(whole) if whole else True  # without any checkpoint the Trainer says so
+        return str(whole) if whole else True  # without any checkpoint the Trainer reports it
     if not resume:
         return None
     fault = fault_of(Path(resume), piloted=True)
@@ -98,7 +98,7 @@ def chosen_checkpoint(resume: str | Path | bool | None, output: str | Path) -> s
 
 
 def way_out(folder: Path) -> str:
-    """What to do where a checkpoint in this folder cannot be resumed."""
+    """Return advice for a folder with a checkpoint that cannot be resumed."""
     whole = last_checkpoint(folder, tell=lambda _: None)
     if whole:
         return f"The last whole checkpoint is {whole}: pass it as resume_from_checkpoint."
@@ -116,9 +116,9 @@ def way_out(folder: Path) -> str:
 
 
 def _files_of(checkpoint: Path, *, piloted: bool) -> Iterator[Path]:
-    """The files that a whole checkpoint has."""
+    """Yield the files of a complete checkpoint."""
     yield checkpoint / TRAINER_STATE
-    # Adapters that are not called "default" lie in folders of their names.
+    # Adapters with names other than "default" are in folders of those names.
     adapters = {path.parent for name in _ADAPTER_FILES for path in checkpoint.rglob(name)} or {checkpoint}
     yield from (folder / name for folder in sorted(adapters) for name in _ADAPTER_FILES)
     yield from (checkpoint / name for name in ((STATE, TENSORS) if piloted else ()))
@@ -130,7 +130,7 @@ def _files_of(checkpoint: Path, *, piloted: bool) -> Iterator[Path]:
 
 
 def _processes_of(checkpoint: Path) -> int:
-    """How many processes have written a checkpoint, each its random numbers."""
+    """Return the number of processes that wrote a checkpoint, each with its random states."""
     with suppress(OSError, ValueError, TypeError, OverflowError):
         count = int(files.read_object(checkpoint / STATE).get("processes", 1))
         return count if count <= MOST_PROCESSES else 1
@@ -138,7 +138,7 @@ def _processes_of(checkpoint: Path) -> int:
 
 
 def fault_of(checkpoint: Path, *, piloted: bool) -> str:
-    """What is wrong with the files of a checkpoint, in a few words; empty if they are whole."""
+    """Return the fault in a checkpoint's files, in a few words; empty if they are complete."""
     if not checkpoint.is_dir():
         return "there is no such folder"
     for path in _files_of(checkpoint, piloted=piloted):
@@ -161,12 +161,12 @@ def fault_of(checkpoint: Path, *, piloted: bool) -> str:
 
 
 def _checksum(checkpoint: Path, values: Mapping[str, Any]) -> str:
-    """The sha256 of these values and of the tensors beside them, in hexadecimal."""
+    """Return the sha256 of these values and of the tensor file, in hexadecimal."""
     return sha256(json.dumps([values, files.sha256(checkpoint / TENSORS)]).encode()).hexdigest()
 
 
 def _is_as_written(checkpoint: Path, state: dict[str, Any]) -> bool:
-    """Whether tensors and values are those that were written; takes format and checksum out of the values."""
+    """Check that tensors and values are as written; remove format and checksum from the values."""
     state.pop("format", None)
     return state.pop("checksum", None) in (None, _checksum(checkpoint, state))
 
@@ -176,9 +176,9 @@ def save_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
 
     Args:
         checkpoint: the folder.
-        state: dictionaries, to any depth, of tensors, arrays and JSON values.
+        state: dictionaries, nested to any depth, of tensors, arrays and JSON values.
     """
-    (checkpoint / TRAINER_STATE).unlink(missing_ok=True)  # of an earlier save of this step: incomplete from now on
+    (checkpoint / TRAINER_STATE).unlink(missing_ok=True)  # from an earlier save of this step, now incomplete
     values, tensors = _split(state)
     with files.atomic_path(checkpoint / TENSORS) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
@@ -186,11 +186,10 @@ def save_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote; arrays come back as tensors.
+    """Read the state written by `save_state`; arrays come back as tensors.
 
     Raises:
-        RunFolderError: the checkpoint was made without rankpilot or by another version, or was cut off while being
-            written.
+        RunFolderError: the checkpoint was made without rankpilot or by another version, or its writing was interrupted.
     """
     missing = [name for name in (STATE, TENSORS) if not (checkpoint / name).is_file()]
     if missing:
@@ -228,7 +227,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The JSON values of nested dictionaries, nested as before, and their tensors by path."""
+    """Split nested dictionaries into JSON values, nested as before, and tensors by path."""
     values: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, value in state.items():

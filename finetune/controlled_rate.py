@@ -1,4 +1,4 @@
-"""Control of a run while it goes: its learning rate is corrected, and damage undone; see `decide/rate_control.py`."""
+"""Control of a run: its learning rate is corrected, and damage undone; see `decide/rate_control.py`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .run import Participant, TrainingRun
 
 @torch.no_grad()
 def alignment(optimizer: torch.optim.Optimizer, targets: Sequence[TargetModule]) -> torch.Tensor:
-    """The cosine between the optimizer's last step of the adapters and their descent direction now; NaN before a step.
+    """Return the cosine of the optimizer's last step of the adapters with their descent direction; NaN before a step.
 
     Args:
-        optimizer: one of Adam's kin.
-        targets: whose adapters hold gradients.
+        optimizer: an Adam variant.
+        targets: modules whose adapters hold gradients.
     """
     products: list[torch.Tensor] = []
     for parameter in (p for target in targets for p in target.parameters.values()):
@@ -44,20 +44,20 @@ def alignment(optimizer: torch.optim.Optimizer, targets: Sequence[TargetModule])
 class ControlledRate(Participant):
     """Reads the steps of a run and corrects its learning rate at a few moments.
 
-    Copies for undoing lie in main memory. A change of ranks makes them useless: another is made before the next step.
-    A step that leaves weights or moments which are not finite is undone at once, also after the last moment: from there
-    on, and in a run that is too short for control, a copy is made at each tenth of the run.
+    Copies for undoing are kept in main memory. A change of ranks invalidates them: another is made before the next
+    step. A step that leaves non-finite weights or moments is undone at once, even after the last moment: from then on,
+    and in runs too short for control, a copy is made at each tenth of the run.
 
     Args:
-        run: that begins.
+        run: the run about to begin.
         targets: its adapters.
-        rate: what multiplies the learning rate.
-        control: chooses; None where the policy of the ranks does, see `steer`.
-        steps: before which the rate is decided.
-        journal: told of each change.
+        rate: multiplies the learning rate.
+        control: chooses; None if the policy of the ranks does, see `steer`.
+        steps: steps before which the rate is decided.
+        journal: notified of each change.
 
     Attributes:
-        record: what the run has shown.
+        record: observations of the run so far.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ControlledRate(Participant):
         self._copies = {at for tenth in range(1, 10) if (at := round(tenth * run.total_steps / 10)) > last}
         self._kept: AdapterSnapshot | None = None
         self._kept_at = 0
-        self._broken = (-1, 0)  # the last step that left something not finite, and how many did before it in a row
+        self._broken = (-1, 0)  # last step with a non-finite result, and their number in a row
         self.record: RunRecord = RunRecord(run.total_steps)
 
     def _keep(self, step: int) -> AdapterSnapshot:
@@ -85,18 +85,18 @@ class ControlledRate(Participant):
         return kept
 
     def ranks_changed(self) -> None:
-        """A copy of other ranks is of no use."""
+        """Drop a copy with other ranks."""
         if self._kept and not self._kept.fits:
             self._kept = None
 
     def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
-        """Read the loss and the alignment of a step, up to the last moment at which the rate is decided."""
+        """Read the loss and the alignment of a step, up to the last decision on the rate."""
         if self._steps and step < self._steps[-1]:
             mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else loss
             self._seen.append((mean, alignment(self._run.optimizer, self._targets)))
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
-        """Decide the rate if `step`, the optimizer steps done, is a moment for it; keep a copy if one is due."""
+        """Decide the rate if due at `step`, the optimizer steps done; make a copy if due."""
         if self._control and step in self._steps and (self._seen or self.record.losses):
             self._decide(step, self._control)
         if self._control and self._steps and step == self._steps[-1] and not self.record.changed:
@@ -105,13 +105,13 @@ class ControlledRate(Participant):
             self._keep(step)
 
     def undo_broken(self, step: int) -> bool:
-        """Go back to the copy at once, and halve the rate, since a step has left something that is not finite.
+        """Restore the copy at once, and halve the rate, after a step with a non-finite result.
 
         Args:
-            step: optimizer steps done, with that one.
+            step: optimizer steps done, including that one.
 
         Returns:
-            Whether that is of any use: not without a copy, nor where it was none for `PATIENCE` steps in a row.
+            False if this is useless: without a copy, or after it failed for `PATIENCE` steps in a row.
         """
         last, before = self._broken
         self._broken = step, before + 1 if step == last + 1 else 1
@@ -120,18 +120,18 @@ class ControlledRate(Participant):
         at, self._seen = self._kept_at, []
         self.record.losses, self.record.alignments = [], []
         said = f"It left weights or moments that are not finite. Adapters and optimizer are back at step {at}."
-        # By half: the cause may be one batch, and not the rate.
+        # By half: the cause may be one batch, not the rate.
         self._take(HALVED, step, said, {"not_finite": True}, back=True)
         return self._broken[1] < PATIENCE
 
     def _read(self) -> None:
         for loss, aligned in self._seen:
-            if math.isfinite(loss):  # else the step has changed nothing, as one that a scaler leaves out
+            if math.isfinite(loss):  # else the step has changed nothing, like one skipped by a scaler
                 self.record.add(float(loss), float(aligned))
         self._seen = []
 
     def read(self, step: int) -> float:
-        """Let the record read all steps before `step`; returns the schedule's rate now, as a share of its peak."""
+        """Record all steps before `step`; return the schedule's current rate, as a share of its peak."""
         self._read()
         self.record.step = step
         peak = self._rate.own
@@ -139,7 +139,7 @@ class ControlledRate(Participant):
         return min(float(now) / peak, 1.0) if peak else 1.0
 
     def steer(self, change: int, step: int) -> None:
-        """Do to the rate what a decision of the policy says, the number of one of `CHANGES`."""
+        """Apply the policy's decision to the rate, an index of `CHANGES`."""
         if self.record.losses:
             back = change == UNDO and self._kept is not None
             self._take(change, step, "Adapters and optimizer are back at their copy." if back else "", {}, back=back)
@@ -155,7 +155,7 @@ class ControlledRate(Participant):
         self._take(action, step, said, {"seen": named}, back=back)
 
     def _take(self, action: int, step: int, said: str, row: Mapping[str, Any], *, back: bool) -> None:
-        """Take an action, go back if that belongs to it, tell it with some words, and log it with a row."""
+        """Apply an action, restore the copy if part of it, report it with some words, and log it with a row."""
         if back and self._kept:
             self._kept.put_back()
         if back or CHANGES[action] >= 0:
@@ -169,14 +169,14 @@ class ControlledRate(Participant):
         self._journal.log_control({"step": step, "change": CHANGES[action], "undone": back, "rate": rate, **row})
 
     def state(self) -> dict[str, Any]:
-        """What `begin` needs, as tensors and JSON values; the copy is part of it."""
+        """Return the state for `begin`, as tensors and JSON values, including the copy."""
         self._read()
         kept = self._kept.state_dict() if self._kept else None
         at, broken = self._kept_at if self._kept else None, list(self._broken)
         return {"control": {**asdict(self.record), "kept": kept, "kept_at": at, "broken": broken}}
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from a state of control, if the run had one; without a copy in it, the next step makes one."""
+        """Restore a state of control, if any; without a copy in it, the next step makes one."""
         state = state and state.get("control")
         if not state:
             return

@@ -1,4 +1,4 @@
-"""A budget that follows the memory: of what is free on the device now, or of what a function says."""
+"""A budget that follows the free memory of the device, or the value of a function."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .run import Participant, TrainingRun
 
 
 def held_bytes(device: torch.device) -> int:
-    """The bytes that this process holds: on CUDA in tensors on the device, else in main memory."""
+    """Return the bytes held by this process: on CUDA in tensors on the device, else in main memory."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
     import psutil
@@ -28,20 +28,20 @@ def held_bytes(device: torch.device) -> int:
 
 
 class ElasticBudget(Participant):
-    """What a plan of a run may cost at the moment.
+    """Current limit on the cost of a run's plan.
 
-    "auto" is a share of the memory that the run could have: what is free now, and what the run has come to hold itself
-    since it began. So another process that takes memory lowers it, and the run's own steps do not.
+    "auto" is a share of the memory available to the run: the free memory now, plus the run's own since it began. Memory
+    taken by another process thus lowers it, and the run's own steps do not.
 
     Args:
-        run: that begins.
-        budget: the budget as its user gave it, or a function that gives it before each step.
+        run: the run about to begin.
+        budget: the user's budget, or a function that returns it before each step.
         guard: brings the plan within the limit.
 
     Attributes:
-        budget: the budget as it was read last.
-        given: whether the user has given another budget since.
-        now: the limit that the budget sets, in bytes or parameters. While a plan waits to grow, its own limit is lower.
+        budget: the last budget read.
+        given: True if the user has since set another budget.
+        now: the limit set by the budget, in bytes or parameters. While a plan waits to grow, its own limit is lower.
     """
 
     def __init__(self, run: TrainingRun, budget: GivenBudget, guard: PeakGuard) -> None:
@@ -54,22 +54,22 @@ class ElasticBudget(Participant):
 
     @property
     def moves(self) -> bool:
-        """Whether it may change by itself; that of several processes, which must agree, does not."""
+        """True if the budget may change by itself; with several processes, which must agree, it does not."""
         alone = self._run.replicas.processes.count == 1
         return alone and (callable(self._given) or self.budget.kind == "auto")
 
     def give(self, budget: GivenBudget, applier: PlanApplier[PeftAdapters]) -> None:
-        """Take another budget from the next step on.
+        """Set another budget from the next step on.
 
         Raises:
-            BudgetError: it counts another unit than the run's.
+            BudgetError: its unit differs from the run's.
         """
         if not callable(budget):
             Budget.parse(budget).resolve(applier.cost, highest_ranks(applier.targets), self._run.device)
         self._given, self.given = budget, True
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from the budget and the limit of a run that is resumed, which holds again what it held then."""
+        """Restore the budget and the limit of a resumed run, which then holds the same memory again."""
         if state is None:
             return
         budget, elastic = state["settings"]["budget"], state["elastic"]
@@ -79,25 +79,25 @@ class ElasticBudget(Participant):
         self._held -= finite(elastic["own"])
 
     def first_limit(self, limit: Limit) -> None:
-        """Note the limit that the budget sets on the first plan, and the cost that shares are shares of."""
+        """Record the limit of the first plan, and the cost that relative budgets refer to."""
         self.now, self._whole = limit.value, limit.whole
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
-        """Bring the plan within the limit of the moment, if the limit may have moved."""
+        """Bring the plan within the current limit, if it may have moved."""
         shortage = self._guard.shortage
         if self.given or self.moves or shortage.follows:
             shortage.follow(self.limit(self._guard.plan.applier), step)
 
     def state(self) -> dict[str, Any]:
-        """The limit, what shares are shares of, and the bytes that the run holds itself, as JSON values."""
+        """Return the limit, the cost that relative budgets refer to, and the run's own bytes, as JSON values."""
         own = held_bytes(self._run.device) - self._held
         return {"elastic": {"limit": self.now, "whole": self._whole, "own": own}}
 
     def limit(self, applier: PlanApplier[PeftAdapters]) -> float:
-        """The limit of plans now, in the unit of the applier's costs.
+        """Return the current limit of plans, in the unit of the applier's costs.
 
         Raises:
-            BudgetError: the budget cannot be read, or counts another unit than the run's.
+            BudgetError: the budget cannot be parsed, or its unit differs from the run's.
             ConfigError: the function fails.
         """
         self.given = False
@@ -105,14 +105,14 @@ class ElasticBudget(Participant):
         return least
 
     def _limit_here(self, applier: PlanApplier[PeftAdapters]) -> float:
-        """The same, before several processes agree on the lowest."""
+        """Return the same limit, before several processes agree on the lowest."""
         before, self.budget = self.budget, budget_now(self._given)
-        if self.budget != before:  # one of another unit is refused
+        if self.budget != before:  # another unit is rejected
             budget, highest = beside_model(self.budget, self._run.model), highest_ranks(applier.targets)
             self.now = budget.resolve(applier.cost, highest, self._run.device).value
         if self.budget.kind == "auto":
             own = max(held_bytes(self._run.device) - self._held, 0)
             return self.budget.value * (free_bytes(self._run.device) / self._run.replicas.on_this_device + own)
-        if self.budget.kind == "share":  # costs may since be those of checkpointed layers
+        if self.budget.kind == "share":  # costs may by now be those of checkpointed layers
             self.now = self.budget.value * self._whole
         return self.now

@@ -1,8 +1,8 @@
-"""Evaluations in parts: a batch that is evaluated runs as those of training do, and its results are put together again.
+"""Evaluations in parts: an evaluation batch is split as in training, and its results are joined again.
 
-Losses of a Trainer's evaluations need not count as those of its steps, and what it returns is its own business. So the
-first batch is tested: some of its rows as a whole and in two parts. Where the results differ, batches run as they are.
-Under a loss that is not known, whole batches are tested in their parts, as those of training are.
+Losses of a Trainer's evaluations need not be averaged as in its steps, and its results may take any form. So the first
+batch is tested: some of its rows, whole and in two parts. If the results differ, batches run whole. Under an unknown
+loss, whole batches are tested in their parts, as in training.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from .parts import StepParts
 from .watched_parts import News
 
 SMALLER = 4.0
-"""By what the bytes of parts are multiplied after one that ran out of memory; after a second one rows run alone."""
+"""Factor on the assumed bytes of parts after one ran out of memory; after a second error rows run alone."""
 
 Result = tuple[torch.Tensor | None, Any, Any]
-"""What `Trainer.prediction_step` returns: loss, predictions and labels, each tensors in any nesting, or None."""
+"""Result of `Trainer.prediction_step`: loss, predictions and labels, each tensors in any nesting, or None."""
 
 
 class EvaluatedParts:
     """The evaluations of a run.
 
     Args:
-        parts: of the run's steps.
-        tell: gets a line where batches run as they are.
+        parts: the parts of the run's steps.
+        tell: called with a line if batches run whole.
 
     Attributes:
-        on: whether batches of evaluations run in parts; None before the first.
+        on: True if evaluation batches run in parts; None before the first.
     """
 
     def __init__(self, parts: StepParts, tell: Callable[[str], None]) -> None:
@@ -54,12 +54,12 @@ class EvaluatedParts:
 
         Args:
             evaluate: runs the Trainer's step on a batch.
-            batch: as the Trainer has it.
-            whole: why batches run as they are, for people; empty where nothing speaks against parts.
-            unknown: why the loss is not known; then they do unless its user asks for parts.
+            batch: the Trainer's batch.
+            whole: why batches run whole, for people; empty if nothing prevents parts.
+            unknown: why the loss is not known; batches then run whole unless the user asks for parts.
 
         Raises:
-            torch.OutOfMemoryError: a row alone is too much.
+            torch.OutOfMemoryError: a single row does not fit.
         """
         rows = rows_of(batch, self._parts.cuts, 1) if self._parts.on and self.on is not False else None
         if rows is None or rows.examples < 2:
@@ -76,7 +76,7 @@ class EvaluatedParts:
                     return evaluate(batch)
                 found = self._joined(rows, parts, [evaluate(rows.part(part)) for part in parts])
                 return self._compared(evaluate, rows, parts, found)
-            except torch.OutOfMemoryError:  # outside of it, since it holds the tensors of the part
+            except torch.OutOfMemoryError:  # retried outside, since the exception holds the part's tensors
                 if math.isinf(self._share):
                     raise
             except CUT_FAILS as error:
@@ -87,7 +87,7 @@ class EvaluatedParts:
     def _compared(
         self, evaluate: Callable[[Batch], Result], rows: BatchRows, parts: Sequence[Sequence[int]], found: Result
     ) -> Result:
-        """The result of a batch in parts, or that of the whole one if it is tested, and theirs differ."""
+        """Return the result of a batch in parts, or of the whole batch if it is tested and differs."""
         self._batches += 1
         if self._news is None or not self._news.due(self._batches, rows, parts):
             return found
@@ -112,7 +112,7 @@ class EvaluatedParts:
         self._share *= share
 
     def _decide(self, evaluate: Callable[[Batch], Result], rows: BatchRows, whole: str, unknown: str) -> None:
-        """Test on some rows whether results of parts are those of a batch."""
+        """Test on some rows whether results of parts match those of a batch."""
         self._news = News(0) if unknown and self._parts.asked else None
         reason = whole or ("an example has several rows" if self._parts.plans.each > 1 else "")
         reason = reason or (unknown if not self._news else "")
@@ -128,7 +128,7 @@ class EvaluatedParts:
             self._stop(reason)
 
     def _tested(self, evaluate: Callable[[Batch], Result], rows: BatchRows, count: int) -> str:
-        """Why batches run as they are, by a test of the shortest rows, as many as there is memory for; else nothing."""
+        """Test the shortest rows, as many as fit in memory; return why batches run whole, or nothing."""
         order = np.argsort(rows.lengths, kind="stable")[:count]
         cuts = self._parts.cuts
         some = BatchRows.of(rows.part(sorted(order.tolist())), cuts)
@@ -158,7 +158,7 @@ class EvaluatedParts:
         return "" if same else "in parts predictions are others"
 
     def _joined(self, rows: BatchRows, parts: Sequence[Sequence[int]], results: Sequence[Result]) -> Result:
-        """The result of a batch by those of its parts; what is not known of padding is `IGNORED`."""
+        """Join the results of a batch's parts; unknown values of padding are `IGNORED`."""
         loss = None
         if (first := results[0][0]) is not None:
             loss = first.new_tensor(_loss(rows, parts, self._kind, results))
@@ -176,7 +176,7 @@ class EvaluatedParts:
 
 
 def _loss(rows: BatchRows, parts: Sequence[Sequence[int]], kind: str, results: Sequence[Result]) -> float:
-    """The loss of a batch; a part without predictions, whose mean is no number, adds nothing."""
+    """Return the loss of a batch; a part without predictions, whose mean is NaN, adds nothing."""
     shares = rows.shares(parts, kind)
     return sum(
         share * float(loss) for share, (loss, _, _) in zip(shares, results, strict=True) if share and loss is not None
@@ -186,7 +186,7 @@ def _loss(rows: BatchRows, parts: Sequence[Sequence[int]], kind: str, results: S
 def _placed(
     rows: BatchRows, parts: Sequence[Sequence[int]], spans: Sequence[slice], values: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Tensors of parts in one of the batch: rows where they were, and tokens too."""
+    """Merge tensors of parts into one of the batch, with rows and tokens in their original places."""
     length = rows.shape.length
     sizes = [value.shape[1] for value in values if value.dim() > 1]
     by_token = bool(sizes) and sizes == [span.stop - span.start for span in spans]
@@ -211,7 +211,7 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 
 def _close(one: torch.Tensor, other: torch.Tensor, rounding: float) -> bool:
-    """Whether predictions are the same, but for padding that did not run."""
+    """True if predictions are the same, except for skipped padding."""
     if one.shape != other.shape:
         return False
     known = (one != IGNORED) | (other == IGNORED)

@@ -1,9 +1,8 @@
-"""Tests whether a step may run in parts: the gradient of some rows, as a whole and in parts.
+"""Tests of running a step in parts: the gradient of some rows, whole and in parts.
 
-Before training the test finds out what the losses of parts are multiplied with: a loss may be a sum over rows, a mean
-over rows or one over tokens. It is no proof, since what is rare is in no test of a few rows. So a loss is known to be
-such a sum (`known_losses.py`), or its user has asked for parts, and real batches are tested during the run
-(`watched_parts.py`).
+Before training, the test finds the factors of the losses of parts: a loss may be a sum over rows, or a mean over rows
+or tokens. It proves nothing about rare cases, absent from a few rows. So the loss must be known to be such a sum
+(`known_losses.py`), or the user asks for parts, and real batches are tested during the run (`watched_parts.py`).
 """
 
 from __future__ import annotations
@@ -31,33 +30,33 @@ from .batch_rows import NEXT_TOKENS, ROWS, SHARES, TOKENS, BatchRows, Cuts
 from .run import TrainingRun
 
 TESTED_ROWS = 4
-"""Examples of the test at most: two parts of two."""
+"""Maximum number of examples in the test: two parts of two."""
 
 TRIES = 4
-"""Batches that are tried until one has a loss: all labels of a few rows may be masked."""
+"""Number of batches tried until one has a loss: all labels of a few rows may be masked."""
 
 NOT_FINITE = "the loss of the first rows is not finite"
 
 ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
-"""The relative difference of two gradients that is rounding, by the lowest precision of the step: two last places of a
-number. `FULL_ROUNDING` in full precision, where a gradient in parts differs by 4e-7 to 2e-6."""
+"""Relative difference of two gradients due to rounding, by the lowest precision of the step: two units in the last
+place. `FULL_ROUNDING` in full precision, where a gradient in parts differs by 4e-7 to 2e-6."""
 
 SHAKEN, NUDGED = 0.1, 0.01
-"""Standard deviations of what is added to adapters, before training and in tests of real batches: many of the rows of a
-model that is shaken look alike."""
+"""Standard deviations of the noise added to adapters, before training and in tests of real batches: with much noise,
+many rows look alike to a model."""
 
 FULL_ROUNDING, TF32_ROUNDING = 1e-5, 2**-9
 
 
 @dataclass(frozen=True)
 class Exactness:
-    """What a test has found.
+    """Result of a test.
 
     Attributes:
-        kind: what the loss is of its rows, one of `SHARES`; empty where steps run as a whole.
+        kind: how the loss combines its rows, one of `SHARES`; empty if steps run whole.
         reason: why they do, for people.
-        draws: whether the step draws numbers at random, as dropout does.
-        packed: whether the rows of the test were texts of one packed row; else such a row is not split.
+        draws: True if the step draws random numbers, as dropout does.
+        packed: True if the rows of the test were texts of one packed row; otherwise such a row is not split.
     """
 
     kind: str
@@ -67,22 +66,22 @@ class Exactness:
 
 
 class _EqualDropout:
-    """Has dropout draw the same numbers for each shape inside, and notes the precisions of all results.
+    """Makes dropout draw the same numbers for every shape inside, and records the precisions of all results.
 
-    The mask of a call is that of its place among the calls of a pass, and of the last axis: all rows and tokens have
-    the same. Copies of the rows side by side have masks of their own, since a loss may compare them (R-Drop, Liang et
-    al., 2021, arXiv 2106.14448). Under a loss that is known, dropout is left out.
+    The mask of a call depends on its index among the calls of a pass, and on the last axis: all rows and tokens share
+    it. Copies of the rows side by side have their own masks, since a loss may compare them (R-Drop, Liang et al., 2021,
+    arXiv 2106.14448). Under a known loss, dropout is skipped.
 
-    A model in full precision is not under autocast inside: a small part of a loss would be lost in the rounding.
+    A model in full precision runs without autocast: a small part of a loss would be lost in the rounding.
 
     Args:
         model: the PEFT model.
-        known: whether the loss is known.
+        known: True if the loss is known.
 
     Attributes:
-        drew: whether any dropout drew numbers.
-        dtypes: of what modules return.
-        examples: of the batch that runs.
+        drew: True if any dropout drew numbers.
+        dtypes: dtypes of the modules' outputs.
+        examples: examples of the current batch.
     """
 
     _DROPS = (
@@ -116,7 +115,7 @@ class _EqualDropout:
         self._undo.callback(setattr, functional, name, before)
 
     def begin(self, examples: int) -> None:
-        """Begin a pass on a batch of so many examples, whose calls of dropout are counted anew."""
+        """Begin a pass on a batch of this many examples, and reset the count of dropout calls."""
         self.examples, self._calls = examples, 0
 
     def _kept(
@@ -145,18 +144,18 @@ class _EqualDropout:
 
     @property
     def rounding(self) -> float:
-        """The relative difference that is rounding; see `ROUNDING`."""
+        """Relative difference due to rounding; see `ROUNDING`."""
         return max(map(rounding_of, self.dtypes), default=rounding_of(torch.float32))
 
 
 def rounding_of(dtype: torch.dtype) -> float:
-    """The relative difference that is rounding in results of this precision, or of products in it; see `ROUNDING`."""
+    """Return the relative difference due to rounding at this precision, or in its products; see `ROUNDING`."""
     products = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32
     return max(ROUNDING.get(dtype, 0.0), TF32_ROUNDING if products else FULL_ROUNDING)
 
 
 def _entered_off(autocast: Any, enter: Callable[[Any], Any]) -> Any:
-    """Enter an autocast that is off this time."""
+    """Enter an autocast context with autocast disabled."""
     before, autocast._enabled = autocast._enabled, False
     try:
         return enter(autocast)
@@ -165,17 +164,17 @@ def _entered_off(autocast: Any, enter: Callable[[Any], Any]) -> Any:
 
 
 def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int, *, known: bool) -> Exactness:
-    """Find out how losses of parts count, and whether a few rows have the same gradient in parts.
+    """Find the factors of the losses of parts, and check whether a few rows have the same gradient in parts.
 
-    Training goes on as if nothing had run. Adapters have random values meanwhile, and then the same ones with B of the
-    other sign: where they change nothing yet, a part of the loss may be zero that is not zero later, as the divergence
-    from the base model is under KTO.
+    Training is unaffected. Adapters hold random values during the test, then the same ones with the sign of B flipped:
+    while an adapter has no effect, a part of the loss may be zero that later is not, such as KTO's divergence from the
+    base model.
 
     Args:
         run: the run.
         targets: the target modules of its model.
-        seed: of the choice of rows, and of these values.
-        known: whether the loss is known to be a sum over rows or tokens.
+        seed: seed of the choice of rows, and of these values.
+        known: True if the loss is known to be a sum over rows or tokens.
     """
     cuts = run.cuts
 
@@ -192,8 +191,8 @@ def exactness_of(run: TrainingRun, targets: Sequence[TargetModule], seed: int, *
             return found
         except UnsupportedError as error:
             return Exactness("", str(error).rstrip("."))
-        except torch.OutOfMemoryError:  # which holds the tensors of the step until it is left
-            if run.replicas.sharded:  # and the other processes in the middle of the test
+        except torch.OutOfMemoryError:  # the exception holds the step's tensors until handled
+            if run.replicas.sharded:  # other processes are in the middle of the test
                 raise
         except CUT_FAILS as error:
             return Exactness("", f"the loss does not take a part of a batch ({first_line(error)})")
@@ -214,18 +213,18 @@ def difference_of(
     kind: str,
     seed: int,
 ) -> str:
-    """Why a real batch in its real parts is not the whole batch, for people; empty where it is.
+    """Return why a real batch in its real parts differs from the whole batch, for people; empty if it does not.
 
-    The loop's own steps run, with what they do after the backward pass. Adapters have random values beside their own
-    meanwhile: gradients of rows that are learned are rounding. Training goes on as if nothing had run.
+    This runs the loop's own steps, including their work after the backward pass. Random values are added to the
+    adapters for the test: gradients of learned rows are mere rounding. Training is unaffected.
 
     Args:
         run: the run.
         targets: the target modules of its model.
-        rows: of the batch.
-        parts: the places of their examples.
-        kind: what the loss is of its rows, one of `SHARES`.
-        seed: of these values.
+        rows: the rows of the batch.
+        parts: the indices of their examples.
+        kind: how the loss combines its rows, one of `SHARES`.
+        seed: seed of these values.
 
     Raises:
         torch.OutOfMemoryError: the whole batch does not fit.
@@ -251,7 +250,7 @@ _MEET = "in parts the gradient of a step differs by {:.2g} of its size, since ro
 def _stepped(
     run: TrainingRun, dropout: _EqualDropout, whole: Batch, steps: Sequence[tuple[Batch, float, int]]
 ) -> tuple[torch.Tensor, float]:
-    """The gradient and the loss that the loop's own steps leave together, of parts with their shares and examples."""
+    """Return the total gradient and loss of the loop's own steps on parts, given with their shares and examples."""
     trains = [p for p in run.model.parameters() if p.requires_grad] + trained_outside(run.model, run.optimizer)
     loss = 0.0
     with run.aside() as backward:
@@ -299,7 +298,7 @@ def _tested(run: TrainingRun, rows: BatchRows, turn: Callable[[], None], *, know
 
 @contextmanager
 def _shaken(targets: Sequence[TargetModule], seed: int, by: float = SHAKEN) -> Iterator[Callable[[], None]]:
-    """Add random values to the adapters inside; yields what gives B the other sign."""
+    """Add random values to the adapters inside; yield a function that flips the sign of B."""
     generator = torch.Generator().manual_seed(seed)
     before = [(weight, weight.detach().clone()) for t in targets for weight in (t.weight_a, t.weight_b)]
     try:
@@ -325,10 +324,10 @@ def _part_loss(run: TrainingRun, part: Batch, whole: Batch) -> torch.Tensor:
 
 
 def uneven(rows: BatchRows, parts: Sequence[Sequence[int]], cuts: Cuts, *, known: bool) -> BatchRows:
-    """The same rows with fewer counted labels in one, so that means over rows and over tokens are two numbers.
+    """Return the same rows with fewer counted labels in one, so that means over rows and over tokens differ.
 
-    That row counts its first token, which causal language models predict from nothing. In a packed row they would
-    predict it from the text before. Labels of rows change only under a loss that is `known`, which counts no `IGNORED`.
+    That row counts its first token, which causal language models do not predict. In a packed row they would predict it
+    from the previous text. Labels of rows change only under a `known` loss, one that ignores `IGNORED`.
     """
     if rows.predicted is None or len(parts) < 2:
         return rows
@@ -358,7 +357,7 @@ def uneven(rows: BatchRows, parts: Sequence[Sequence[int]], cuts: Cuts, *, known
 def _difference(
     shares: Sequence[float], parts: Sequence[tuple[torch.Tensor, float]], whole: torch.Tensor, loss: float
 ) -> float:
-    """The difference of the gradients' sum over the whole gradient, or of the losses if that is more."""
+    """Return the relative difference of the summed gradients from the whole one, or of the losses if larger."""
     total = sum(share * gradient for share, (gradient, _) in zip(shares, parts, strict=True))
     losses = sum(share * value for share, (_, value) in zip(shares, parts, strict=True))
     size = max(float(whole.norm()), 1e-30)
@@ -366,7 +365,7 @@ def _difference(
 
 
 def _gradient(run: TrainingRun, loss: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """The gradient of a loss by all that trains, as one vector in fp32, and the loss; gradients are cleared."""
+    """Return a loss and its gradient over all trained tensors, as (fp32 vector, loss); restore gradients."""
     trains = [p for p in run.model.parameters() if p.requires_grad] + trained_outside(run.model, run.optimizer)
     before = [(parameter, parameter.grad) for parameter in trains]
     try:
@@ -382,7 +381,7 @@ def _gradient(run: TrainingRun, loss: Callable[[], torch.Tensor]) -> tuple[torch
 
 
 def rows_of(batch: Batch, cuts: Cuts, each: int, *, packed: bool = False) -> BatchRows | None:
-    """The rows of a batch; None where something in it belongs to no row, or where it is `packed` and may not be."""
+    """Return the rows of a batch; None if an entry belongs to no row, or if it is `packed` without permission."""
     try:
         rows = BatchRows.of(batch, cuts, each)
     except UnsupportedError:

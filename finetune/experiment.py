@@ -1,4 +1,4 @@
-"""A real fine-tune under a policy, and runs of fixed ranks with the same seed and batches to compare it with."""
+"""A real fine-tune under a policy, and baselines of fixed ranks with the same seed and batches."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .watches import all_finite
 logger = logging.getLogger(__name__)
 
 MEASURE_EVERY = 10
-"""Steps from one measured peak to the next. The report draws them; a measured step takes about 1.15 times as long."""
+"""Steps between measured peaks, which the report plots; a measured step takes about 1.15 times as long."""
 
 
 def finetune(
@@ -48,15 +48,15 @@ def finetune(
     resume: bool = False,
     on_phase: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Run a fine-tune under a policy and, if asked for, those that it is compared with.
+    """Run a fine-tune under a policy, and its baselines if requested.
 
-    Each process that torchrun or accelerate has started calls this; the first one writes, and tells what happens.
+    Each process started by torchrun or accelerate calls this; the first one writes and reports.
 
     Args:
-        config: what to run.
+        config: the settings of the fine-tune.
         folder: the run's folder.
         resume: continue an interrupted run; finished parts are not repeated.
-        on_phase: called with a few words on what happens next.
+        on_phase: called with a short description of each phase.
 
     Raises:
         RunFolderError: see `open_run`.
@@ -66,7 +66,7 @@ def finetune(
     tell = on_phase if on_phase and is_first_process() else lambda text: None
     policy = load_policy(config.policy)
     config, workload = read_workload(config, tell)
-    check_arguments(new_arguments(config, workload.task, folder))  # so that a setting that does not fit is told now
+    check_arguments(new_arguments(config, workload.task, folder))  # report unsuitable settings early
     rank_bounds_of(config.bounds)
     processes, settings = Processes.of_this_run(), files.as_json(FinetuneConfig, config)
     with ExitStack() as stack:
@@ -89,7 +89,7 @@ def finetune(
 
 
 def _runs(config: FinetuneConfig, policy: str) -> dict[str, str]:
-    """The runs of a fine-tune by name, and what each is under."""
+    """Return the runs of a fine-tune by name, with a description of each."""
     runs = {PILOT: f"under {policy}"}
     if config.compare_uniform:
         runs[UNIFORM] = "with uniform ranks"
@@ -105,13 +105,13 @@ def plan_ahead(
     *,
     frontier: bool = False,
 ) -> StaticPlan:
-    """The plan that `finetune` would begin with, without training; it raises the same errors.
+    """Return the initial plan of `finetune`, without training; raises the same errors.
 
     Args:
         config: the settings of the fine-tune.
-        on_phase: called with what is done next.
+        on_phase: called with a short description of each phase.
         log: the folder of a decision log of the plan; None for no log.
-        frontier: also weigh plans of any cost; see `StaticPlan.frontier`.
+        frontier: also compare plans of any cost; see `StaticPlan.frontier`.
     """
     tell = on_phase or (lambda text: None)
     config, workload = read_workload(config, tell)
@@ -123,7 +123,7 @@ def plan_ahead(
 
 
 def _head(workload: Workload) -> dict[str, Any]:
-    """How many outputs the head has, and with what an accuracy is to be compared: the share of the largest class."""
+    """Return the number of outputs of the head, and the baseline of an accuracy: the share of the largest class."""
     if not workload.labels:
         return {}
     facts: dict[str, Any] = {"outputs": len(workload.labels), "held_out_rows": len(workload.held_out)}
@@ -144,13 +144,13 @@ def run_one(
 
     Args:
         config: the settings of the fine-tune.
-        workload: the texts to train and to evaluate on.
-        folder: of all runs.
+        workload: the training and evaluation texts.
+        folder: the folder of all runs.
         name: `PILOT`, `UNIFORM` for equal ranks, or `ALL_LINEAR` for plain LoRA.
-        tell: called with a line for each checkpoint that cannot be read.
+        tell: called with a line for each unreadable checkpoint.
 
     Returns:
-        What `result-NAME.json` holds. If that file is there already, nothing runs.
+        The content of `result-NAME.json`. If that file already exists, nothing runs.
 
     Raises:
         Terminated: the process was asked to end; a checkpoint is saved if steps were done.
@@ -193,7 +193,7 @@ def _written(
     result: Callable[[], dict[str, Any]],
     held_out: float,
 ) -> dict[str, Any]:
-    """Save the adapter of a run that has ended, and write its result.
+    """Save the adapter of a finished run, and write its result.
 
     Raises:
         NonFiniteError: the held-out loss is not finite; the adapter is saved.
@@ -215,7 +215,7 @@ def _written(
 
 
 def _read_result(path: Path) -> dict[str, Any] | None:
-    """The result of a run that has ended; one whose file is torn goes on from its last checkpoint."""
+    """Return the result of a finished run; None if its file is damaged, to resume from its last checkpoint."""
     with suppress(FileNotFoundError, DataError):
         return files.read_object(path)
     return None
@@ -224,7 +224,7 @@ def _read_result(path: Path) -> dict[str, Any] | None:
 def _result(
     trainer: Trainer, metrics: RunMetrics, held_out: dict[str, float], decides: RankPilotCallback | None
 ) -> dict[str, Any]:
-    """What is written down of a run that has ended."""
+    """Return the recorded result of a finished run."""
     if decides:
         for step, peak in decides.peaks:
             files.append_json_line(metrics.path, {"step": step, "peak_bytes": peak})
@@ -235,7 +235,7 @@ def _result(
         "held_out_loss": held_out["eval_loss"],
         "held_out_accuracy": held_out.get("eval_accuracy"),
         "adapter_parameters": sum(target.rank * (target.d_in + target.d_out) for target in targets),
-        # From the file: a run that was killed after its last step measures nothing when it goes on.
+        # From the file: a run killed after its last step measures nothing when resumed.
         "peak_bytes": max(row["peak_bytes"] for row in files.read_json_lines(metrics.path) if "peak_bytes" in row),
         "budget_bytes": decides.limit if decides else None,
         "median_step_s": float(np.median(metrics.step_s)) if metrics.step_s else None,
@@ -249,14 +249,14 @@ def _result(
 
 
 def _plain_rate(trainer: Trainer, decides: RankPilotCallback | None) -> float:
-    """The peak of the learning rate for plain LoRA."""
+    """Return the peak learning rate for plain LoRA."""
     rates = decides.pilot.rates if decides else None
     return float(rates[0] if rates else trainer.args.learning_rate)
 
 
 def _decides(config: FinetuneConfig, trainer: Trainer, folder: Path, name: str) -> RankPilotCallback | None:
-    """Let the ranks of a run be decided as the settings say; None for plain LoRA."""
-    if name != PILOT and config.learning_rate == "auto":  # that of the run under the policy, which looked at it
+    """Attach the policy of a run, according to the settings; None for plain LoRA."""
+    if name != PILOT and config.learning_rate == "auto":  # the rate found by the run under the policy
         with suppress(FileNotFoundError, DataError, KeyError):
             trainer.args.learning_rate = files.read_object(folder / f"result-{PILOT}.json")["plain_learning_rate"]
     if name == ALL_LINEAR:
@@ -269,7 +269,7 @@ def _decides(config: FinetuneConfig, trainer: Trainer, folder: Path, name: str) 
 
 
 def _save_adapter(model: PeftModel, workload: Workload, folder: Path) -> None:
-    """Save the adapter, with the tokenizer and the names of the classes beside it."""
+    """Save the adapter, together with the tokenizer and the class names."""
     adapter = folder / "adapter"
     model.save_pretrained(adapter)
     workload.tokenizer.save_pretrained(adapter)
@@ -278,7 +278,7 @@ def _save_adapter(model: PeftModel, workload: Workload, folder: Path) -> None:
 
 
 def _uniform_budget(config: FinetuneConfig, folder: Path) -> Budget:
-    """The budget of the run under the policy; for "auto", the bytes that were free before that run."""
+    """Return the budget of the run under the policy; for "auto", the bytes free before that run."""
     budget = config.budget_read
     if budget.kind != "auto":
         return budget

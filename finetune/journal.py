@@ -1,6 +1,6 @@
-"""Writes down what is decided in a run: a list of costs, a line for people, and the decision log.
+"""Records the decisions of a run: a list of costs, a line for people, and the decision log.
 
-Changes of rank that no policy asked for, such as a plan that shrinks, are written down like decisions.
+Changes of rank outside the policy, such as a shrinking plan, are recorded like decisions.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from .put_back import could_checkpoint
 
 @dataclass(frozen=True, eq=False)
 class PlanChange:
-    """A decision of the policy that was applied, or a change of ranks that no policy asked for.
+    """An applied decision of the policy, or a change of ranks outside the policy.
 
     Attributes:
         step: the optimizer steps before it.
         observation: the state of the run before it.
-        decision: what was wanted.
+        decision: the wanted ranks.
         plan: the new plan.
-        corrects: whether the guard or a person changed the ranks, and not the policy.
-        reason: why, for the decision log; empty for a decision, and where a person gave the ranks.
+        corrects: True if the guard or the user changed the ranks, not the policy.
+        reason: why, for the decision log; empty for a decision, and for ranks set by hand.
     """
 
     step: int
@@ -52,22 +52,22 @@ class PlanChange:
 
     @classmethod
     def correction(cls, step: int, reason: str, wanted: IntArray, observation: Observation, plan: Plan) -> PlanChange:
-        """A change by the guard; `wanted` are the ranks of the plan before, or the current ones, int64 (modules,)."""
+        """Create a change by the guard; `wanted` are the previous or the current ranks, int64 (modules,)."""
         return cls(step, observation, decision_from_plan(wanted), plan, corrects=True, reason=reason)
 
     @property
     def notes(self) -> dict[str, str]:
-        """The reason, for each module that has another rank now."""
+        """The reason, for each module with a new rank."""
         moved = np.flatnonzero(self.plan.ranks != self.observation.problem.ranks)
         return {self.observation.names[module]: self.reason for module in moved.tolist()} if self.reason else {}
 
 
 RECOMPUTE = ", and so does gradient checkpointing, which takes time"
-"""What may help beside a larger budget."""
+"""Possible remedy other than a larger budget."""
 
 
 class Journal:
-    """Writes down the decisions and corrections of one run.
+    """Records the decisions and corrections of one run.
 
     Args:
         log: the decision log; None for none.
@@ -75,7 +75,7 @@ class Journal:
         tell: called with a line for each decision and correction.
 
     Attributes:
-        log: as above; it may be given later.
+        log: as above; it may be set later.
         predictions: (step, predicted cost of the plan) of each decision and correction.
     """
 
@@ -89,12 +89,13 @@ class Journal:
         self._name, self._writes, self._saved = "", True, tuple[Saved, ...]()
 
     def open(self, name: str, predictions: list[tuple[int, float]], *, writes: bool = True) -> None:
-        """Begin to write of a run, after the decisions that were already taken in it.
+        """Start recording a run, after its earlier decisions.
 
         Args:
-            name: of the run.
-            predictions: of those decisions. Without any, a run begins, and the log of an earlier one is put aside.
-            writes: whether this process writes and tells; of several processes one does.
+            name: the name of the run.
+            predictions: predictions of those decisions. Without any, a run begins, and the log of an earlier one is
+                moved away.
+            writes: True if this process writes and reports; only one of several processes does.
         """
         self._name, self.predictions, self._writes, self._saved = name, predictions, writes, ()
         if self.log is not None and writes:
@@ -108,7 +109,7 @@ class Journal:
                     shutil.copyfile(folder / name, self.log.folder / POLICY / name)
 
     def forget(self, keep: int) -> None:
-        """Forget all but so many decisions and corrections, since the later ones were put back."""
+        """Keep only the first `keep` decisions and corrections, since the later ones were undone."""
         if len(self.predictions) > keep:
             del self.predictions[keep:]
             if self.log is not None and self._writes:
@@ -116,23 +117,23 @@ class Journal:
             self.note("The previous plan is back, with all adapters and the optimizer.")
 
     def log_control(self, row: Mapping[str, Any]) -> None:
-        """Log how the learning rate was controlled at a step, or that the step left something that is not finite."""
+        """Log the control of the learning rate at a step, or the non-finite values left by the step."""
         if self.log is not None and self._writes:
             append_json_line(self.log.folder / CONTROL, row)
 
     def forget_control(self, step: int) -> None:
-        """Forget what was logged so after a checkpoint of this step, from which the run goes on."""
+        """Delete control rows logged after a checkpoint of this step, when resuming from it."""
         if self.log is not None and self._writes and (path := self.log.folder / CONTROL).is_file():
             rows = [row for row in read_json_lines(path) if row["step"] < step + bool(row.get("not_finite"))]
             write_json_lines(path, rows)
 
     def note(self, line: str) -> None:
-        """Tell people a line, if there is one."""
+        """Report a line, if not empty."""
         if self._writes and line:
             self.tell(line)
 
     def note_saved(self, saved: Sequence[Saved]) -> None:
-        """Tell what a step of plain LoRA takes without and with exact savers; write it down with the first decision."""
+        """Report the memory of plain LoRA without and with exact savers; record it with the first decision."""
         self._saved = tuple(saved)
         if saved:
             selective = " Selective checkpointing is on, which takes some time."
@@ -148,15 +149,15 @@ class Journal:
         rates: tuple[float, float] | None = None,
         remark: str = "",
     ) -> None:
-        """Write down a change that has just been applied, with the cost of its plan until the next one.
+        """Record a change just applied, with the cost of its plan until the next one.
 
         Args:
             applier: has applied it.
             change: the decision or correction.
-            loss: mean training loss since the change before this one.
-            peak: bytes at the latest peak that was measured.
-            rates: the peak of the learning rate for plain LoRA, and under the plan.
-            remark: added to the line.
+            loss: mean training loss since the previous change.
+            peak: the latest measured peak in bytes.
+            rates: peak learning rates for plain LoRA, and under the plan.
+            remark: appended to the line.
 
         Raises:
             BudgetError: the plan holds no adapter.
@@ -192,7 +193,7 @@ class Journal:
             )
 
     def _note_expected(self, found: Choice, problem: AllocationProblem, model: nn.Module) -> None:
-        """Tell what is expected of the first plan, and what helps where much is lost."""
+        """Report the expected loss of the first plan, and remedies if it is high."""
         helps = "A larger budget or time makes room."
         if not isinstance(problem.cost, TimedCost):
             more = problem.cost.unit == "bytes" and could_checkpoint(model)

@@ -1,7 +1,7 @@
-"""Which losses are known to be a sum over rows or tokens, so that a step may run in parts without being asked to.
+"""Losses known to be a sum over rows or tokens, so that a step may run in parts by default.
 
-No test of some rows proves that rows never meet in a loss: a class with a weight of its own may be in none of them. So
-a loss is known by the code that computes it: that of transformers or TRL, and nobody's on top of it.
+No test of some rows proves that rows never interact in a loss: a class with its own weight may be in none of them. So a
+loss is recognized by its code: that of transformers or TRL, unmodified.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TRAINERS = (
     "trl.trainer.dpo_trainer",
     "trl.trainer.reward_trainer",
 )
-"""Modules whose trainers are known."""
+"""Modules with known trainers."""
 
 _SUMS = (
     tiled_causal_lm_loss,
@@ -66,34 +66,34 @@ _MASKED = _set(
     "albert bart bert camembert data2vec-text deberta deberta-v2 distilbert electra ernie m2m_100 marian mbart "
     "modernbert mpnet mt5 pegasus roberta t5 umt5 xlm-roberta xlm-roberta-xl"
 )
-"""Families that read tokens on both sides, and none that a mask hides. A causal model reads none to the right."""
+"""Families that attend to tokens on both sides, but to no masked ones. A causal model attends to none on the right."""
 
 _MEET = _set("big_bird bigbird_pegasus nllb-moe reformer switch_transformers xlnet")
-"""Families whose rows meet, or in which the length of a batch changes what is computed."""
+"""Families whose rows interact, or whose results depend on the length of the batch."""
 
 _LENGTHS_CHANGE = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies follow the longest row."""
+"""Rotary embeddings whose frequencies depend on the longest row."""
 
 _LEFT = _set(
     "cohere cohere2 gemma gemma2 gemma3_text glm glm4 gpt_neox granite llama mistral olmo olmo2 olmo3 phi phi3 "
     "qwen2 qwen3 smollm3 stablelm starcoder2"
 )
-"""Families that know the distance of two tokens and no position: padding on the left changes nothing."""
+"""Families that use relative positions only: padding on the left changes nothing."""
 
 _PAIRS = _set("sigmoid hinge ipo exo_pair nca_pair robust sppo_hard apo_zero apo_down discopop sigmoid_norm")
-"""Losses of DPO that are a mean over pairs."""
+"""DPO losses that are a mean over pairs."""
 
 _OURS = _set("accelerate auto_gptq awq bitsandbytes gptqmodel optimum peft rankpilot torch torchao transformers trl")
-"""Packages whose modules and hooks compute each row for itself."""
+"""Packages whose modules and hooks compute each row independently."""
 
 
 def unknown_trainer(trainer: Trainer, methods: Iterable[str], replaced: Mapping[str, Any]) -> str:
-    """Why the loss of a Trainer is not known to be a sum over rows or tokens, for people; empty where it is.
+    """Return why a Trainer's loss is not known to be a sum over rows or tokens, for people; empty if it is.
 
     Args:
         trainer: the Trainer.
         methods: `STEP` or `EVALUATION`.
-        replaced: what stands in the Trainer's attributes for rankpilot's own functions, by name.
+        replaced: the Trainer's attributes replaced by rankpilot's functions, by name.
     """
     attributes = {**vars(trainer), **replaced}
     for name in methods:
@@ -117,11 +117,11 @@ def unknown_trainer(trainer: Trainer, methods: Iterable[str], replaced: Mapping[
 
 
 def unknown_model(model: nn.Module, longest: Callable[[], int]) -> str:
-    """Why the loss that a model returns is not known to be a sum over rows or tokens, for people; empty where it is.
+    """Return why a model's loss is not known to be a sum over rows or tokens, for people; empty if it is.
 
     Args:
         model: the PEFT model.
-        longest: tells the tokens of the longest row.
+        longest: returns the tokens of the longest row.
     """
     base: Any = unwrap(model).get_base_model()
     kind = type(base).__name__
@@ -144,7 +144,7 @@ def unknown_model(model: nn.Module, longest: Callable[[], int]) -> str:
 
 
 def _functions(base: nn.Module) -> Iterator[Callable[..., Any]]:
-    """What the losses of transformers call, as it is now."""
+    """Yield the functions that the losses of transformers currently call."""
     yield from (functional.cross_entropy, functional.mse_loss, functional.binary_cross_entropy_with_logits)
     yield loss_utils.fixed_cross_entropy
     own = vars(sys.modules[type(base).__module__])
@@ -154,19 +154,19 @@ def _functions(base: nn.Module) -> Iterator[Callable[..., Any]]:
 
 
 def _is_of(function: Callable[..., Any]) -> bool:
-    """Whether a function is one of packages whose modules compute each row for itself."""
+    """True if a function belongs to a package whose modules compute each row independently."""
     return _package(_written_in(function)) in _OURS
 
 
 def cuts_left(model: nn.Module) -> bool:
-    """Whether padding on the left can be left out of a model without telling it the positions that are left."""
+    """True if a model's padding on the left can be cut without passing it the remaining positions."""
     config = getattr(unwrap(model).get_base_model(), "config", None)
     known = getattr(config, "model_type", "") in _LEFT
     return known and all(_same_up_to(part) == math.inf for part in _configs(config))
 
 
 def _foreign(model: nn.Module) -> str:
-    """Why modules, parameters or hooks may let rows meet, for people; empty where all are of known packages."""
+    """Return why modules, parameters or hooks may mix rows, for people; empty if all are of known packages."""
     kinds: dict[type, None] = {}
     modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())  # type: ignore[no-untyped-call]
     for mode in map(type, modes):
@@ -199,19 +199,19 @@ def _foreign(model: nn.Module) -> str:
 
 
 def _names(mappings: Iterable[Mapping[str, Any]]) -> set[str]:
-    """The names of classes in mappings of transformers, whose values are a name or several."""
+    """Return the class names in transformers' mappings, whose values are one name or several."""
     values = (value for mapping in mappings for value in mapping.values())
     return {name for value in values for name in (value if isinstance(value, tuple | list) else (value,))}
 
 
 def _configs(config: Any) -> Iterator[Any]:
-    """A configuration and those of the models inside, such as that of the texts."""
+    """Yield a configuration and those of its submodels, such as the text model's."""
     yield config
     yield from (part for name, part in vars(config).items() if name.endswith("_config") and hasattr(part, "to_dict"))
 
 
 def _same_up_to(config: Any) -> float:
-    """Tokens up to which rotary embeddings of a model do not depend on the length of the batch."""
+    """Return the tokens up to which a model's rotary embeddings do not depend on the length of the batch."""
     given = getattr(config, "rope_parameters", None) or {}
     each = [one for one in (given, *given.values()) if isinstance(one, Mapping)]
     if not any(one.get("rope_type") in _LENGTHS_CHANGE for one in each):
@@ -223,7 +223,7 @@ def _same_up_to(config: Any) -> float:
 
 
 def _written_in(function: Callable[..., Any]) -> str:
-    """The module whose code a function is; decorators cannot rename it."""
+    """Return the module that defines a function; decorators cannot disguise it."""
     while True:
         inner = function.func if isinstance(function, partial) else getattr(function, "__func__", None)
         inner = inner or getattr(function, "__wrapped__", None)

@@ -1,4 +1,4 @@
-"""Checkpoints of a training loop of one's own: what trains, its optimizer, and the ranks with their history."""
+"""Checkpoints of a custom training loop: trained tensors, optimizer, and the ranks with their history."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from .run import TrainingRun
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
 
 _OUTSIDE = "beside the model."
-"""How the names of parameters begin that train and are none of the model's; their place in the optimiser follows."""
+"""Prefix of the names of trained parameters outside the model; their index in the optimizer follows."""
 
 
 def save_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path) -> None:
-    """Write all that a loop needs to go on: what trains of the model, the optimiser, and the ranks and their history.
+    """Save everything needed to resume a loop: trained tensors, the optimizer, and the ranks with their history.
 
-    The schedule of the learning rate, the order of the batches and random numbers are the loop's own to keep. All
-    processes of a run call this, and the first one writes.
+    The learning rate schedule, the order of the batches and random states are left to the loop. All processes of a run
+    call this, and the first one writes.
 
     Args:
-        pilot: has begun, or was resumed.
-        run: that it was given.
-        folder: of this checkpoint alone; one that is there already is replaced.
+        pilot: a pilot after `begin` or `resume`.
+        run: the pilot's run.
+        folder: a folder for this checkpoint only; an existing checkpoint is replaced.
 
     Raises:
         ConfigError: the run has not begun.
-        RunFolderError: the folder holds something else than a checkpoint, which would be lost.
+        RunFolderError: the folder holds something other than a checkpoint, which would be lost.
 
     Example:
         >>> rankpilot.save_checkpoint(pilot, run, "runs/loop/checkpoint")  # doctest: +SKIP
@@ -55,20 +55,20 @@ def save_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path) -> N
 
 
 def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, name: str = "") -> int:
-    """Go on from `save_checkpoint`, in place of `RankPilot.begin`; the model is made as for a new run.
+    """Resume from `save_checkpoint`, in place of `RankPilot.begin`; create the model as for a new run.
 
     Args:
-        pilot: has not begun.
-        run: model, optimiser and data as they were made at first.
-        folder: of the checkpoint.
-        name: of the run, for the decision log.
+        pilot: a pilot before `begin`.
+        run: model, optimizer and data as created initially.
+        folder: the folder of the checkpoint.
+        name: the run's name in the decision log.
 
     Returns:
-        The optimiser steps done.
+        The number of optimizer steps done.
 
     Raises:
-        RunFolderError: the checkpoint is missing, torn or of another run.
-        BudgetError: no plan fits another budget.
+        RunFolderError: the checkpoint is missing, damaged or from another run.
+        BudgetError: no plan fits a changed budget.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -80,8 +80,8 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
         if state.pop(WEIGHTS, None) not in (None, files.sha256(folder / WEIGHTS)):
             raise DataError(f"{WEIGHTS} is not what was written")
         weights = load_file(folder / WEIGHTS)
-        moments = files.load_archive(folder / OPTIMIZER, "cpu")  # the optimiser moves what belongs on the device
-    except Exception as error:  # whatever a torn or foreign file makes the readers raise
+        moments = files.load_archive(folder / OPTIMIZER, "cpu")  # the optimizer moves state to the device
+    except Exception as error:  # readers raise many errors on damaged or foreign files
         raise RunFolderError(
             f"The checkpoint {folder} cannot be read: {first_line(error)}. Take an earlier one."
         ) from error
@@ -108,7 +108,7 @@ def load_checkpoint(pilot: RankPilot, run: TrainingRun, folder: str | Path, *, n
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raise RunFolderError if there is something at this path that is no checkpoint of a loop."""
+    """Raise RunFolderError if this path holds anything but a loop's checkpoint."""
     if not path.exists():
         return
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
@@ -120,7 +120,7 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _trained(run: TrainingRun, targets: Sequence[TargetModule]) -> dict[str, torch.Tensor]:
-    """What trains, by name, and all adapters, those at rank 0 included."""
+    """Return trained tensors by name, and all adapters, including those at rank 0."""
     adapters = {id(p) for target in targets for p in target.parameters.values()}
     parameters = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad or id(p) in adapters]
     outside = enumerate(trained_outside(run.model, run.optimizer))

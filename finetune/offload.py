@@ -1,8 +1,8 @@
-"""Inputs of checkpointed layers in main memory from their forward pass to the second run: the same bits, fewer bytes.
+"""Offload of checkpointed layers' inputs to main memory until recomputation: the same bits, fewer bytes.
 
-A checkpointed layer holds its input alone, and that of all layers together is what is left to save. An input is copied
-to main memory beside the computation, leaves the device when `INPUTS_ON_DEVICE` layers have begun since, and is copied
-back as many layers before it is needed. No GPU has measured it yet.
+A checkpointed layer saves only its input, so the inputs of all layers are what remains to be saved. An input is copied
+to main memory in parallel to the computation, leaves the device after `INPUTS_ON_DEVICE` further layers have begun, and
+is copied back the same number of layers before it is needed. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ..cost.training_step import CHECKPOINT
 
 
 class Input:
-    """The input of a layer, which is in main memory, on the device, or both.
+    """Input of a layer, in main memory, on the device, or both.
 
     Args:
         tensor: the input, on the device.
         copies: copies between the two.
-        number: among all inputs.
+        number: its index among all inputs.
     """
 
     def __init__(self, tensor: torch.Tensor, copies: Copies, number: int) -> None:
@@ -37,17 +37,17 @@ class Input:
         self._there, self._done = copies.to_main(tensor)
 
     def leave(self) -> None:
-        """Take it off the device, once its copy is done."""
+        """Free it on the device, once its copy is done."""
         self._copies.wait(self._done)
         self._here = None
 
     def come(self) -> None:
-        """Begin to bring it back, if it is not there."""
+        """Start copying it back, if it is not on the device."""
         if self._here is None:
             self._here, self._done = self._copies.to_device(self._there)
 
     def take(self) -> torch.Tensor:
-        """The input, which whoever asks for it holds from now on."""
+        """Return the input, and give up ownership of it."""
         self.come()
         self._copies.wait(self._done)
         assert self._here is not None, "it has come"
@@ -56,24 +56,24 @@ class Input:
 
 
 class Copies:
-    """Copies between a CUDA device and pinned main memory, in a stream of their own; on the CPU, plain ones."""
+    """Copies between a CUDA device and pinned main memory, in a separate stream; on the CPU, plain ones."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def to_main(self, tensor: torch.Tensor) -> tuple[Any, Any]:
-        """A copy in main memory, and what tells that it is whole."""
+        """Return a copy in main memory, and its completion event."""
         there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return (there, tensor.device), self._copied(there, tensor, tensor.device)
 
     def to_device(self, there: Any) -> tuple[torch.Tensor, Any]:
-        """A copy on the device, likewise."""
+        """Return a copy on the device, and its completion event."""
         tensor, device = there
         here = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         return here, self._copied(here, tensor, device)
 
     def wait(self, done: Any) -> None:
-        """Let what runs next on the device wait for a copy."""
+        """Make later work on the device wait for a copy."""
         if done is not None:
             torch.cuda.current_stream().wait_event(done)
 
@@ -92,7 +92,7 @@ class OffloadedInputs:
     """Keeps inputs of checkpointed layers in main memory.
 
     Args:
-        copies: between device and main memory.
+        copies: copies between device and main memory.
     """
 
     def __init__(self, copies: Copies | None = None) -> None:
@@ -101,7 +101,7 @@ class OffloadedInputs:
         self._known: WeakValueDictionary[int, Input] = WeakValueDictionary()  # graphs hold them
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        """What the graph holds in place of a layer's input; masks, positions and parameters stay as they are."""
+        """Return the graph's replacement of a layer's input; masks, positions and parameters are left alone."""
         if not tensor.is_floating_point() or tensor.dim() < 3 or isinstance(tensor, nn.Parameter):
             return tensor
         made = Input(tensor.detach(), self._copies, self._count)
@@ -113,7 +113,7 @@ class OffloadedInputs:
         return made
 
     def unpack(self, packed: Any) -> torch.Tensor:
-        """The input; those of the layers below are under way from then on."""
+        """Return the input, and start copying those of the layers below."""
         if not isinstance(packed, Input):
             tensor: torch.Tensor = packed
             return tensor
@@ -126,7 +126,7 @@ class OffloadedInputs:
 
 
 class _Offloading:
-    """A checkpointing function whose inputs are in main memory; `keywords` are those of transformers' function."""
+    """A checkpointing function with inputs in main memory; `keywords` are those of transformers' function."""
 
     def __init__(self, function: Any, inputs: OffloadedInputs) -> None:
         self._function, self._inputs = function, inputs
@@ -139,15 +139,15 @@ class _Offloading:
 
 
 def can_offload(model: nn.Module) -> bool:
-    """Whether inputs of its layers can leave the device: that of a model that runs on CUDA, and is not compiled."""
+    """True if the inputs of a model's layers can be offloaded: it runs on CUDA, and is not compiled."""
     return next(model.parameters()).is_cuda and not is_compiled(model)
 
 
 def offload_inputs(model: nn.Module, inputs: OffloadedInputs | None = None) -> Callable[[], None]:
-    """Keep inputs of a model's checkpointed layers in main memory from now on; returns what undoes it.
+    """Keep inputs of a model's checkpointed layers in main memory from now on; return a function that undoes it.
 
     Args:
-        model: with gradient checkpointing switched on, of all layers or some.
+        model: a model with gradient checkpointing switched on, of all layers or some.
         inputs: keeps them.
     """
     inputs = inputs or OffloadedInputs()

@@ -1,4 +1,4 @@
-"""The options of a run, declared once for the Trainer, loops and plans ahead, and those of `rankpilot finetune`."""
+"""Run options, declared once for the Trainer, training loops and static plans, plus those of `rankpilot finetune`."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from ..plan.problem import Bounds, bound_of
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What a plan may take, and what it aims at: the options that the command line has as well.
+    """Limits and goal of a plan: the options shared with the command line.
 
     Attributes:
-        budget: limit that no training step may exceed: "24GiB" for all that the device holds, the frozen model
-            included; "6GiB step" for a step beside the frozen model; "80%" of what plain LoRA takes (rank 8 on all
-            modules); "auto" for nine tenths of what is free on the device; or "300k params", which counts the adapter's
-            parameters alone.
-        time: limit on the time of a step, beside the budget: "75%" of what plain LoRA takes without gradient
+        budget: limit that no training step may exceed: "24GiB" for everything on the device, frozen model
+            included; "6GiB step" for a step on top of the frozen model; "80%" of the memory of plain LoRA (rank 8 on
+            all modules); "auto" for nine tenths of the free device memory; or "300k params", which counts only the
+            adapter's parameters.
+        time: limit on the time of a step, in addition to the budget: "75%" of the time of plain LoRA without gradient
             checkpointing, or "0.8s". Measured before training.
-        exact_savers: let adapters share copies of their inputs, and tile the loss of a language model: the
-            same losses and gradients in fewer bytes, at no cost in time.
-        gradient_checkpointing: "auto" checkpoints as few layers as the plan needs, and all under goal bytes: less
-            memory, more time, the same losses. True checkpoints all layers, and False none. A model that checkpoints
-            already stays as it is. Under goal time, or where a budget counts parameters, "auto" is False.
-        parts: "auto" runs the rows of a batch in parts, each padded to its own longest row and with the layers
-            checkpointed that it needs: the same gradient in less time and fewer bytes. It does so where the loss is
-            known to be a sum over rows or tokens, as those of transformers and TRL (docs/parts.md). "on" does so under
-            any loss, and tests real batches during the run. Plans are priced with one row then, or two under a loss
-            that is not known. "off" runs each batch as it is, and so does a budget that counts parameters.
+        exact_savers: let adapters share copies of their inputs, and tile the loss of a language model: the same losses
+            and gradients in fewer bytes, at no cost in time.
+        gradient_checkpointing: "auto" checkpoints as few layers as the plan needs, and all of them under goal bytes:
+            less memory, more time, the same losses. True checkpoints all layers, False none. A model that already
+            checkpoints is left alone. Under goal time, or with a budget in parameters, "auto" means False.
+        parts: "auto" splits a batch into parts, each padded to its own longest row, with only the checkpointed layers
+            it needs: the same gradient in less time and fewer bytes. It applies where the loss is known to be a sum
+            over rows or tokens, such as the losses of transformers and TRL (docs/parts.md). "on" splits under any loss,
+            and tests real batches during the run. Plans are then priced with one row, or with two under an unknown
+            loss. "off" runs each batch whole, as does a budget in parameters.
         goal: quality, the lowest loss within the budget; time or bytes, the cheapest plan whose loss is surely within
             the tolerance of rank 8 on all modules.
-        tolerance: by how much the log loss may be higher under goal time or bytes: 0.01, the default, is 1 %.
-        keep_rate: train at the learning rate as it is. By default it is read as that of plain LoRA, and a plan that
-            adapts fewer modules trains at a higher one (docs/learning-rate.md).
+        tolerance: allowed increase of the log loss under goal time or bytes: 0.01, the default, is 1 %.
+        keep_rate: train at the given learning rate. By default it is read as the rate of plain LoRA, and a plan with
+            fewer adapted modules trains at a higher one (docs/learning-rate.md).
 
     Raises:
-        BudgetError: the budget or the time cannot be read.
-        ConfigError: a value is out of range, or two options do not go together.
+        BudgetError: the budget or the time cannot be parsed.
+        ConfigError: a value is out of range, or two options conflict.
     """
 
     budget: str | float | Budget = "100%"
@@ -74,54 +74,54 @@ class PlanOptions:
 
     @property
     def budget_read(self) -> Budget:
-        """The budget, read from what its user wrote."""
+        """The parsed budget."""
         return Budget.parse(self.budget)
 
     @property
     def time_read(self) -> TimeBudget | None:
-        """The limit of a step's time, read from what its user wrote; None without a limit."""
+        """The parsed limit on the time of a step; None without a limit."""
         return None if self.time is None else TimeBudget.parse(self.time)
 
     @property
     def aim(self) -> Goal:
-        """The goal with its tolerance."""
+        """The goal and its tolerance."""
         return goal_of(self.goal, self.tolerance, budget_unit=self.budget_read.unit)
 
     @property
     def chooses_layers(self) -> bool:
-        """Whether the plan decides which layers are checkpointed."""
+        """True if the plan decides which layers are checkpointed."""
         return self.gradient_checkpointing == "auto" and self.budget_read.kind != "parameters" and self.goal != "time"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PilotOptions(PlanOptions):
-    """The options of a run, whoever decides its ranks: `attach`, `RankPilot` and `allocate` take them.
+    """Options of a run, accepted by `attach`, `RankPilot` and `allocate`.
 
-    Each takes single options by name as well: `attach(trainer, budget="80%", goal="time")` is
+    Each of them also takes single options by name: `attach(trainer, budget="80%", goal="time")` is
     `attach(trainer, "default", PilotOptions(budget="80%", goal="time"))`.
 
     Attributes:
-        budget: as in `PlanOptions`, or a function without arguments that returns one, called before each step. "auto"
-            and functions are followed while the run goes on: the plan shrinks before a step that would not fit, and
-            comes back when there is memory again.
-        bounds: the rank of single modules, or their least and largest rank, by the module's name or the end of it:
+        budget: as in `PlanOptions`, or a function without arguments that returns a budget, called before each step.
+            "auto" and functions are followed during the run: the plan shrinks before a step that would not fit, and
+            grows back when memory is free again.
+        bounds: the rank of single modules, or their minimum and maximum rank, by module name or its suffix:
             `{"q_proj": 8, "layers.0.mlp.down_proj": (0, 4)}`.
-        schedule: when to decide; by default as the policy was trained to.
-        scaling: what stays when a rank changes: "alpha", the model's `lora_alpha`, so that one learning rate fits all
-            ranks; or "constant", the factor `lora_alpha / r` that the model begins with (docs/learning-rate.md).
-        fresh: begin with new adapters. By default trained ones are kept, and the first plan resizes them.
-        seed: of the probe and of fresh rows; by default `TrainingArguments.seed` under a Trainer, and 0 in a loop.
-        measure_every: measure the real peak every so many steps, and after each change of ranks.
-        log: the folder of the decision log. By default `decisions` in a Trainer's output folder, and none in a loop.
-        learning_rate: "auto" trains at the rate that a rule says for the model and the length of the run, in place of
-            the optimizer's. With control on texts it begins at seven tenths of it, and the run's steps raise it. It is
-            for Adam and its variants.
-        control: correct the learning rate in the first half of the run by what its steps show, and take back damage
-            that too high a rate has done (docs/control.md). For Adam and its variants, and runs of 60 steps or more. By
-            default it is on under learning_rate="auto", and off for a rate of your own. On labels it moves nothing.
-        offload: keep the inputs of checkpointed layers in main memory until they are needed: the same losses, and fewer
-            layers are checkpointed within the same bytes. For CUDA, where nobody has measured its time yet; a limit of
-            time does.
+        schedule: when to decide; defaults to the schedule the policy was trained with.
+        scaling: what stays constant when a rank changes: "alpha", the model's `lora_alpha`, so one learning rate fits
+            all ranks; or "constant", the model's initial factor `lora_alpha / r` (docs/learning-rate.md).
+        fresh: start with new adapters. By default trained adapters are kept, and the first plan resizes them.
+        seed: seed of the probe and of new adapter rows; defaults to `TrainingArguments.seed` under a Trainer, and to 0
+            in a loop.
+        measure_every: steps between measurements of the real peak, which is also measured after each change of ranks.
+        log: folder of the decision log. Defaults to `decisions` in a Trainer's output folder, and to no log in a loop.
+        learning_rate: "auto" replaces the optimizer's rate by a rule based on the model and the length of the run. With
+            control on texts the run starts at seven tenths of it, and its steps raise it. For Adam and its variants.
+        control: correct the learning rate in the first half of the run from its steps, and undo damage done by too high
+            a rate (docs/control.md). For Adam and its variants, and runs of 60 steps or more. On by default under
+            learning_rate="auto", off for a rate of your own. Has no effect on labels.
+        offload: keep the inputs of checkpointed layers in main memory until needed: the same losses, and fewer
+            checkpointed layers within the same bytes. For CUDA, where its time has not been measured yet; a time limit
+            measures it.
 
     Example:
         >>> options = PilotOptions(budget="80%", time="75%", bounds={"q_proj": 8})
@@ -141,7 +141,7 @@ class PilotOptions(PlanOptions):
 
     @property
     def budget_read(self) -> Budget:
-        """The budget, read from what its user wrote, or of the moment if that is a function."""
+        """The parsed budget; if it is a function, its current value."""
         return budget_now(self.budget)
 
     def __post_init__(self) -> None:
@@ -171,15 +171,15 @@ class PilotOptions(PlanOptions):
 
     @classmethod
     def of(cls, options: GivenOptions, changes: Mapping[str, Any]) -> PilotOptions:
-        """Options, with some of them changed.
+        """Build options from shared ones and changes.
 
         Args:
-            options: those that runs share, or a budget alone; None for the defaults.
-            changes: other values by the names of options.
+            options: shared options, or a budget alone; None for the defaults.
+            changes: new values by option name.
 
         Raises:
             UnknownNameError: there is no such option.
-            ConfigError, BudgetError: a value cannot be used.
+            ConfigError, BudgetError: a value is invalid.
         """
         names = [each.name for each in fields(cls)]
         for name in changes:
@@ -192,7 +192,7 @@ class PilotOptions(PlanOptions):
 
 
 GivenOptions = PilotOptions | GivenBudget | None
-"""All options, the budget alone, or None for the defaults."""
+"""All options, a budget alone, or None for the defaults."""
 
 
 def _check_switch(name: str, switch: object) -> None:
@@ -203,55 +203,56 @@ def _check_switch(name: str, switch: object) -> None:
 _RANK = re.compile(r"[0-9]{1,10}")
 
 MOST_STEPS = 10**9
-"""The most steps, epochs and rows that an option takes."""
+"""Largest number of steps, epochs or rows that an option accepts."""
 
 PILOT, UNIFORM, ALL_LINEAR = RUNS = ("rankpilot", "uniform", "all-linear")
-"""The run under a policy, and those that it may be compared with: names of folders, and in what is written."""
+"""The run under a policy and its possible baselines: names of folders, also used in reports."""
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(StepConfig, PlanOptions):
-    """What a fine-tune runs on, who decides its ranks, and how long it trains.
+    """Model, data, policy and length of a fine-tune.
 
     Attributes:
         model: a packaged model (rankpilot assets lists them), a Hugging Face id or a local folder.
         data: a packaged data set, a Hugging Face id, a local file (csv, json, jsonl, parquet, txt) or a folder.
-        policy: who decides the ranks: "default", which chooses a plan; "agent", which was trained to steer a run and
-            ships with rankpilot; the folder of another trained policy; a rule such as signal-mean (rankpilot policy
-            evaluate --help lists the rules); or a plan that rankpilot plan wrote and you edited (plan.yaml).
-        compare_uniform: also run uniform rank in the same budget, which is one rank on as many top layers as can have
-            rank 8, and compare.
+        policy: what decides the ranks: "default", which chooses a plan; "agent", the trained agent shipped with
+            rankpilot, which steers a run; the folder of another trained policy; a rule such as signal-mean (rankpilot
+            policy evaluate --help lists the rules); or a plan written by rankpilot plan and edited by you (plan.yaml).
+        compare_uniform: also run uniform rank in the same budget (one rank on as many top layers as can have rank 8),
+            and compare.
         compare_all_linear: also run plain LoRA, rank 8 on all modules, without any budget, and compare.
-        task: classification, regression, token-classification, seq2seq or causal-lm; without it, the columns of the
-            data decide.
+        task: classification, regression, token-classification, seq2seq or causal-lm; inferred from the columns of the
+            data by default.
         steps: optimizer steps of the run.
         epochs: passes over the training rows, instead of steps.
-        learning_rate: of plain LoRA at the first step; it falls to zero along a straight line. auto begins at a quarter
-            of what a rule says from the model's width, the length of the run and the loss before training, and
-            corrects it by what steps show; the plan adds a factor (keep_rate).
+        learning_rate: peak rate of plain LoRA; it decays linearly to zero. auto starts at a quarter of the rate
+            predicted from the model's width, the length of the run and the loss before training, and corrects it during
+            the run; the plan adds a factor (keep_rate).
         alpha: lora_alpha of every adapter.
-        scaling: the factor in front of an adapter's output at rank r: alpha, alpha / r; rslora, alpha / sqrt(r);
-            constant, alpha / 8 at every rank. Under alpha one learning rate fits all ranks.
-        train_rows: use at most so many training rows; all of them by default.
-        held_out_rows: use at most so many held-out rows.
+        scaling: factor on an adapter's output at rank r: alpha, alpha / r; rslora, alpha / sqrt(r); constant, alpha / 8
+            at every rank. Under alpha one learning rate fits all ranks.
+        train_rows: maximum number of training rows; all of them by default.
+        held_out_rows: maximum number of held-out rows.
         text_column: name of the column with the text, or with the tokens.
         label_column: name of the column with the class, the number, the tags or the target text.
         seed: seed of all random numbers.
-        eval_every: optimizer steps from one evaluation and checkpoint to the next.
-        eval_batch_size: rows that an evaluation processes at once; by default the training batch, so that evaluations
-            stay within the budget.
-        best: end with the checkpoint that had the lowest held-out loss.
-        early_stopping: stop after so many evaluations without a lower held-out loss, and end with the best checkpoint.
-        bounds: ranks of single modules, or their least and largest rank: q_proj=8 down_proj=0:4.
+        eval_every: optimizer steps between evaluations, each followed by a checkpoint.
+        eval_batch_size: rows per evaluation batch; defaults to the training batch size, which keeps evaluations within
+            the budget.
+        best: end with the checkpoint of the lowest held-out loss.
+        early_stopping: stop after this many evaluations without a lower held-out loss, and end with the best
+            checkpoint.
+        bounds: ranks of single modules, or their minimum and maximum rank: q_proj=8 down_proj=0:4.
         merge: also save the model with the adapter merged into it.
-        report_to: trackers that get losses, ranks and peaks: tensorboard, wandb, trackio, mlflow ...
+        report_to: trackers of losses, ranks and peaks: tensorboard, wandb, trackio, mlflow ...
         trainer: further settings of transformers' TrainingArguments (TRL's SFTConfig for causal-lm), as NAME=VALUE:
             warmup_steps=0.1 lr_scheduler_type=cosine optim=paged_adamw_8bit assistant_only_loss=true.
-        control: correct the learning rate by what the first half of the run shows, also your own (docs/control.md).
+        control: correct the learning rate in the first half of the run, including your own (docs/control.md).
 
     Raises:
         ConfigError: a value is out of range.
-        BudgetError: the budget or the time cannot be read.
+        BudgetError: the budget or the time cannot be parsed.
     """
 
     model: str
@@ -279,16 +280,16 @@ class FinetuneConfig(StepConfig, PlanOptions):
     report_to: tuple[str, ...] = ()
     trainer: tuple[str, ...] = ()
     control: bool = False
-    budget: str = field(default="100%", kw_only=True)  # as text, as `time`
+    budget: str = field(default="100%", kw_only=True)  # text, as is `time`
     time: str | None = field(default=None, kw_only=True)
 
     @property
     def kept(self) -> Scaling:
-        """What stays when a rank changes: alpha, or the scaling."""
+        """What stays constant when a rank changes: alpha, or the scaling."""
         return "constant" if self.scaling == "constant" else "alpha"
 
     def pilot_options(self, **further: Any) -> PilotOptions:
-        """The options of a run under a policy, with further ones by name, which its folder decides."""
+        """Return the options of a run under a policy, plus further ones by name, which depend on its folder."""
         shared = {each.name: getattr(self, each.name) for each in fields(PlanOptions)}
         rate = "auto" if self.learning_rate == "auto" else None
         own: dict[str, Any] = {"bounds": rank_bounds_of(self.bounds), "scaling": self.kept}
@@ -297,7 +298,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the run ends with its best checkpoint."""
+        """True if the run ends with its best checkpoint."""
         return self.best or self.early_stopping is not None
 
     def __post_init__(self) -> None:
@@ -331,7 +332,7 @@ class FinetuneConfig(StepConfig, PlanOptions):
 
 
 def rank_bounds_of(given: tuple[str, ...]) -> Bounds:
-    """Bounds from MODULE=RANK or MODULE=LEAST:MOST.
+    """Parse bounds from MODULE=RANK or MODULE=LEAST:MOST.
 
     Raises:
         ConfigError: an entry has another form.

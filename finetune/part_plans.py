@@ -1,4 +1,4 @@
-"""What parts of a step take under one plan, and the parts of a batch that take the least seconds within its limit."""
+"""Memory of the parts of a step under one plan, and the fastest parts of a batch within its limit."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from .batch_rows import BatchRows
 from .plan_keeper import PlanKeeper
 
 MOST_LEVELS = 8
-"""Numbers of checkpointed layers that parts may have beside none, evenly spread."""
+"""Number of nonzero levels of checkpointed layers available to parts, evenly spread."""
 
 MULTIPLE = 8
-"""Of which the tokens of a row are one on a GPU, as far as its batch has padding: its products are quicker then."""
+"""Row lengths on a GPU are rounded up to this multiple, as padding allows: its products are then faster."""
 
 MORE = 1.25
-"""By what the bytes of parts rise that are to be few, until they take no more seconds than the padded batch."""
+"""Factor by which the bytes of minimal parts rise, until they take no more seconds than the padded batch."""
 
 
 class PlanBytes:
-    """Bytes of the parts that a step may have under one plan.
+    """Bytes of the possible parts of a step under one plan.
 
     Args:
-        memory: the byte model of the step, with all layers checkpointed where they may be chosen.
+        memory: the byte model of the step, with all layers checkpointed if they may be chosen.
         ranks: the plan, int64 (modules,).
-        most: the largest shape that will be asked for.
-        chooses: whether layers may be chosen.
+        most: the largest shape to be priced.
+        chooses: True if layers may be chosen.
         each: rows of an example.
 
     Attributes:
-        layers: names of the layers that hold something for the backward pass, the lowest first.
-        levels: how many of them may be checkpointed, rising.
+        layers: names of the layers with saved activations, lowest first.
+        levels: allowed numbers of checkpointed layers, ascending.
         most: as above.
     """
 
@@ -53,7 +53,7 @@ class PlanBytes:
         self._of_level: dict[int, ShapeBytes] = {}
 
     def __call__(self, examples: IntArray, lengths: IntArray, layers: int) -> FloatArray:
-        """Bytes of parts at their peak by their examples and lengths, (parts,); see `ShapeCost`."""
+        """Return the peak bytes of parts by their examples and lengths, (parts,); see `ShapeCost`."""
         if layers not in self._of_level:
             rows, length = self.most.rows, self.most.length
             tokens = np.unique(np.geomspace(min(8, length), length, 4).round().astype(int)).tolist()
@@ -62,11 +62,11 @@ class PlanBytes:
         return self._of_level[layers](examples * self._each, lengths)
 
     def of(self, part: Part) -> float:
-        """Bytes of a part at its peak, between shapes that are predicted."""
+        """Return the peak bytes of a part, interpolated between predicted shapes."""
         return float(self(np.array([part.height]), np.array([part.length]), part.layers)[0])
 
     def exact(self, part: Part, *, first: bool = False) -> float:
-        """Bytes at the peak of a part, as a step is predicted; of the `first` one, beside which are no gradients."""
+        """Return the peak bytes of a part, predicted as for a step; the `first` one has no gradients alongside."""
         shape = BatchShape(part.height * self._each, part.length)
         return self._with(part.layers, self._first if first else self._memory).peak(self._ranks, shape)
 
@@ -80,15 +80,15 @@ class PartPlans:
 
     Args:
         keeper: keeps the plan of ranks, and knows its run, its limit and its byte model.
-        fewest: whether parts take as few bytes as the longest row of the run, where that takes no more seconds than
-            the padded batch with all layers checkpointed.
+        fewest: True if parts take as few bytes as the longest row of the run, unless that takes more seconds than the
+            padded batch with all layers checkpointed.
 
     Attributes:
         each: rows of an example.
-        least: examples of a part at least.
-        compiled: whether the model is, so that all parts have the layers of the plan checkpointed.
-        most: bytes that a part may take after an error; None for no further bound.
-        bytes: of parts, up to the shape of the latest batch; None before the first.
+        least: minimum number of examples in a part.
+        compiled: True if the model is compiled; all parts then use the plan's checkpointed layers.
+        most: limit on the bytes of a part after an error; None without one.
+        bytes: the bytes of parts, up to the shape of the latest batch; None before the first.
     """
 
     def __init__(self, keeper: PlanKeeper, *, fewest: bool) -> None:
@@ -101,12 +101,12 @@ class PartPlans:
         self._seconds: PartSeconds | None = None
 
     def forget(self) -> None:
-        """Price parts again, since ranks have changed."""
+        """Discard the prices of parts, since ranks have changed."""
         self.bytes = None
         self._of_shapes.clear()
 
     def fits(self, rows: BatchRows) -> bool:
-        """Whether rows fit as a whole, with all layers checkpointed and a copy of the adapters."""
+        """True if rows fit as a whole, with all layers checkpointed and a copy of the adapters."""
         cost = self.bytes_now(rows.shape)
         adapters = sum(p.nbytes for target in self._keeper.applier.targets for p in target.parameters.values())
         whole = Part(tuple(range(rows.examples)), rows.shape.length, cost.levels[-1], rows.packed)
@@ -114,14 +114,14 @@ class PartPlans:
         return cost.of(whole) + rows.token_bytes * whole.tokens <= room
 
     def of_evaluation(self, rows: BatchRows, token_bytes: float, share: float) -> tuple[Part, ...]:
-        """The parts of a batch that is evaluated.
+        """Return the parts of an evaluation batch.
 
-        Its forward pass is taken to need no more than a step in which all layers are checkpointed.
+        Its forward pass is assumed to need no more than a step with all layers checkpointed.
 
         Args:
-            rows: of the batch.
-            token_bytes: of what a token returns.
-            share: by which the bytes are multiplied; infinite for rows alone.
+            rows: the rows of the batch.
+            token_bytes: output bytes per token.
+            share: factor on the bytes; infinite for single rows.
         """
         if math.isinf(share):
             pieces = np.array_split(np.arange(rows.examples), max(rows.examples // self.least, 1))
@@ -134,13 +134,13 @@ class PartPlans:
         def bytes_of(examples: IntArray, tokens: IntArray, layers: int) -> FloatArray:
             return share * cost(examples, tokens, layers) + given * examples * tokens
 
-        whole = token_bytes * rows.examples * rows.shape.length  # what is put together lies beside the parts
+        whole = token_bytes * rows.examples * rows.shape.length  # the joined result lies next to the parts
         room = self._keeper.room_for(self._keeper.applier.ranks) - whole
         room = max(room, float(bytes_of(np.full(1, self.least), longest, most)[0]))
         return plan_parts(rows.lengths, room, (most,), bytes_of, seconds, least=self.least)
 
     def of(self, rows: BatchRows, count: int | None) -> tuple[Part, ...]:
-        """The parts of a batch, so many if a count is given."""
+        """Return the parts of a batch; exactly `count` of them if given."""
         lengths = rows.lengths
         if self._keeper.run.device.type == "cuda" and not rows.packed:
             lengths = np.minimum(-(-lengths // MULTIPLE) * MULTIPLE, rows.shape.length)
@@ -160,7 +160,7 @@ class PartPlans:
 
         room = self._keeper.room_for(self._keeper.applier.ranks)
         room = room if self.most is None else min(room, self.most)
-        if self._keeper.applier.fits():  # the row alone does, by the exact prediction
+        if self._keeper.applier.fits():  # the row alone fits, by the exact prediction
             room = max(room, least_of(self.least, own, bytes_of))
         plan = partial(
             plan_parts,
@@ -184,9 +184,9 @@ class PartPlans:
             given = min(MORE * given, room)
 
     def bytes_now(self, shape: BatchShape) -> PlanBytes:
-        """The bytes of parts under the plan of now, for batches up to a shape.
+        """Return the bytes of parts under the current plan, for batches up to a shape.
 
-        They are of the next power of two tokens, whatever came before: a run that is resumed has the same ones.
+        They are computed for the next power of two tokens, regardless of history: a resumed run gets the same ones.
         """
         keeper = self._keeper
         checkpointing = keeper.checkpointing
@@ -207,12 +207,12 @@ class PartPlans:
             operators = int(memory.recording.created.max()) + 1
             self._seconds = PartSeconds.of(keeper.run.model, operators, len(found.layers))
         self.bytes = self._of_shapes[most]
-        if self.compiled:  # others than those of the plan take further graphs
+        if self.compiled:  # levels other than the plan's need further graphs
             self.bytes.levels = (len(keeper.checkpointed),)
         return self.bytes
 
     def longest_row(self, each: Sequence[BatchRows | None]) -> str:
-        """The longest row of some batches and the longest one that fits alone, for an error."""
+        """Describe the longest row of some batches and the longest that fits alone, for an error."""
         found = [(rows.lengths, number) for number, rows in enumerate(each) if rows]
         if not found:
             return ""

@@ -1,9 +1,9 @@
-"""Runs the steps of a run in parts: each with the layers checkpointed that it needs, and no row with much padding.
+"""Running steps in parts, each with only the checkpointed layers it needs, and without rows of much padding.
 
-The parts of a step follow from the lengths of its rows, the plan and the limit (`plan/parts.py`): they are those of the
-least seconds within the budget. A run that is resumed has the same ones, and so has any run of the same seed.
+The parts of a step depend on the lengths of its rows, the plan and the limit (`plan/parts.py`): they minimize seconds
+within the budget. A resumed run has the same parts, as does any run with the same seed.
 
-A plan is priced with one row of the longest length then, alone: whatever the rows of a step, it can run.
+Plans are then priced with a single row of the longest length, so any step can run, whatever its rows.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from .run import Participant, TrainingRun
 from .watched_parts import Known, Watch
 
 SMALLER = 0.8
-"""The share of what a part was predicted to take that parts may take after it ran out of memory."""
+"""Memory limit of parts after one ran out of memory, as a share of that part's prediction."""
 
 
 @dataclass
 class Tally:
-    """What the steps of a run have had in common so far.
+    """Totals over the steps of a run so far.
 
     Attributes:
-        batches: that ran.
-        parts: in which they ran.
+        batches: number of batches.
+        parts: number of their parts.
         rectangle: tokens of the batches, padding included.
         real: tokens without padding.
         in_parts: tokens of all parts, padding included.
-        layers: checkpointed layers of all parts, by their tokens.
-        too_large: batches that would not have fit as a whole, with all layers checkpointed.
+        layers: checkpointed layers of all parts, weighted by their tokens.
+        too_large: batches too large to run whole, even with all layers checkpointed.
     """
 
     batches: int = 0
@@ -55,7 +55,7 @@ class Tally:
     too_large: int = 0
 
     def add(self, rows: BatchRows, parts: Sequence[Part], *, fits: bool) -> None:
-        """Count a batch, and whether it would have fit as a whole."""
+        """Add a batch; `fits` is True if it would have fit as a whole."""
         self.batches += 1
         self.too_large += not fits
         self.parts += len(parts)
@@ -66,7 +66,7 @@ class Tally:
 
     @property
     def padding_saved(self) -> float:
-        """The share of the padding that did not run; 0 where there was none."""
+        """Share of the padding that was skipped; 0 without padding."""
         padding = self.rectangle - self.real
         return (self.rectangle - self.in_parts) / padding if padding else 0.0
 
@@ -76,20 +76,20 @@ class StepParts(Participant):
 
     Args:
         keeper: keeps the plan, and knows its run, its limit and its byte model.
-        tell: gets a line where steps run as a whole, and why.
-        fewest: whether parts take as few bytes as the longest row of the run, where that takes no more seconds than
-            the padded batch with all layers checkpointed.
+        tell: called with a line if steps run whole, and why.
+        fewest: True if parts take as few bytes as the longest row of the run, unless that takes more seconds than the
+            padded batch with all layers checkpointed.
 
     Attributes:
-        asked: whether the user asks for parts under any loss.
-        tally: of the run so far.
+        asked: True if the user asks for parts under any loss.
+        tally: totals of the run so far.
     """
 
     def __init__(self, keeper: PlanKeeper, tell: Callable[[str], None], *, fewest: bool = False) -> None:
         self._keeper, self._tell, self.tally, self.plans = keeper, tell, Tally(), PartPlans(keeper, fewest=fewest)
         self._kind, self._packed = "", False
         self._since, self._wait, self._step = 0, GOOD_STEPS, 0
-        self._ran: list[tuple[Part, float]] = []  # in the step so far, and the bytes of what goes in
+        self._ran: list[tuple[Part, float]] = []  # in the step so far, with the bytes of its inputs
         self._told_whole = self._accumulates = False
         self._watch: Known | Watch | None = None
         self._seed: int | None = None
@@ -97,7 +97,7 @@ class StepParts(Participant):
 
     @property
     def on(self) -> bool:
-        """Whether steps run in parts."""
+        """True if steps run in parts."""
         return bool(self._kind)
 
     @property
@@ -106,12 +106,12 @@ class StepParts(Participant):
         return self._keeper.run.cuts
 
     def decide(self, found: Exactness, each: int, *, seed: int | None = None) -> None:
-        """Take what a test has found.
+        """Apply the result of a test.
 
         Args:
-            found: by it.
+            found: the result.
             each: rows of an example.
-            seed: of further tests, under a loss that is not known.
+            seed: seed of further tests, under an unknown loss.
         """
         self._kind, self._packed = found.kind, found.packed
         self._take(each, seed)
@@ -121,20 +121,20 @@ class StepParts(Participant):
             self._tell("Steps run in parts: the same gradients, but that dropout draws other numbers for other shapes.")
 
     def _take(self, each: int, seed: int | None) -> None:
-        """Have examples of so many rows; under a loss that is not known rows may meet, so none is alone in a part."""
+        """Set the rows of an example; under an unknown loss rows may interact, so no part is a single row."""
         self._seed, self.plans.each, self.plans.least = seed, each, 1 if seed is None else 2
 
     def begin_to_keep(self, run: TrainingRun) -> None:
-        """Keep the gradients of one part beside the next one, which the run's step is measured with from now on."""
+        """Keep the gradients of one part alongside the next; from now on the run's step is measured this way."""
         self._accumulates, self.plans.compiled = run.accumulation > 1, is_compiled(run.wrapped)
         run.keep_gradients()
 
     def turn_off(self, reason: str) -> None:
-        """Run steps as a whole from now on, for a reason that is told."""
+        """Run steps whole from now on, and report the reason."""
         self.decide(Exactness("", reason), 1)
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Go on in a run that is resumed."""
+        """Restore the state in a resumed run."""
         if state is None:
             return
         own = state["parts"]
@@ -147,17 +147,17 @@ class StepParts(Participant):
         self.tally = Tally(**{name: counted(own["tally"][name]) for name in vars(Tally())})
 
     def state(self) -> dict[str, Any]:
-        """What `begin` needs to go on, as JSON values."""
+        """Return the state for `begin`, as JSON values."""
         own = {name: getattr(self, f"_{name}") for name in ("kind", "packed", "seed", "since", "wait")}
         own |= {"each": self.plans.each, "most": self.plans.most}
         return {"parts": {**own, "tally": vars(self.tally)}}
 
     def ranks_changed(self) -> None:
-        """Price parts anew."""
+        """Discard the prices of parts."""
         self.plans.forget()
 
     def end(self) -> None:
-        """Tell what parts have brought; a second call tells nothing."""
+        """Report the effect of parts; a second call reports nothing."""
         if line := parts_sentence(self.figures()):
             self._tell(line)
         self._kind = ""
@@ -165,7 +165,7 @@ class StepParts(Participant):
     # A step -----------------------------------------------------------------------------------------------------------
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
-        """Begin a step, after a test if one is due; what an error has taken from parts comes back after good steps."""
+        """Begin a step, after a test if due; lift limits from an earlier error after enough good steps."""
         self._step, self._ran = step, []
         if self.plans.most is not None and step - self._since >= self._wait:
             self.plans.most, self._wait = None, 2 * self._wait
@@ -173,7 +173,7 @@ class StepParts(Participant):
             self.turn_off(f"from step {step + 1} on. {reason[:1].upper()}{reason[1:]}")
 
     def _watching(self) -> Known | Watch:
-        """What notices that batches may not run in parts any more."""
+        """Return the watch for batches that may no longer run in parts."""
         if self._watch is None:
             keeper, seed = self._keeper, self._seed
 
@@ -185,7 +185,7 @@ class StepParts(Participant):
         return self._watch
 
     def hear(self, loss: torch.Tensor) -> None:
-        """Hear of the loss of a part, before its backward pass; that of the first part of a step tells of the step."""
+        """Take the loss of a part, before its backward pass; the first part of a step represents the step."""
         if self._watch:
             self._watch.hear(self._step, loss)
 
@@ -193,7 +193,7 @@ class StepParts(Participant):
         return rows_of(batch, self.cuts, self.plans.each, packed=self._packed)
 
     def shape_of(self, batch: Batch) -> BatchShape:
-        """The shape with which plans are priced that have to run a batch: its longest example alone."""
+        """Return the shape used to price plans that must run a batch: its longest example alone."""
         shape = shape_of(batch)
         if not self.on:
             return shape
@@ -201,19 +201,19 @@ class StepParts(Participant):
         return BatchShape(min(self.plans.least * self.plans.each, shape.rows), longest)
 
     def of(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
-        """Yield the parts of a batch, and by what the loss of each is multiplied.
+        """Yield the parts of a batch, each with the factor of its loss.
 
-        What the loop does with a part, forward and backward, belongs to the part: its layers are checkpointed until the
-        next one, and other processes hear of the last one alone.
+        All work on a part, forward and backward, belongs to it: its layers stay checkpointed until the next part, and
+        gradients are exchanged with other processes only in the last one.
 
         Args:
-            batch: as the loop gets it.
+            batch: the batch as passed to the loop.
 
         Raises:
             BudgetError: a row does not fit alone.
         """
         if self.on and self._seed is None and (reason := self._watching().reason(self._step, ())):
-            self.turn_off(f"from step {self._step + 1} on. {reason[:1].upper()}{reason[1:]}")  # since a callback, say
+            self.turn_off(f"from step {self._step + 1} on. {reason[:1].upper()}{reason[1:]}")  # due to a callback
         rows = self._rows_of(batch) if self.on else None
         pairs = self._agreed(rows) if self.on else []
         if rows is None or not pairs:
@@ -238,11 +238,11 @@ class StepParts(Participant):
                 checkpointing.take(layers)
 
     def _agreed(self, rows: BatchRows | None) -> list[tuple[Part, float]]:
-        """The parts of a batch that run, and their shares; none where its rows cannot be told apart.
+        """Return the parts of a batch to run, and their shares; none if its rows cannot be separated.
 
-        Processes that run a sharded model together take as many passes, with as many layers checkpointed, inside which
-        modules may be gathered again. One that has fewer parts splits them further, and runs the last part again for
-        nothing where it has no more rows.
+        Processes that share a sharded model make the same number of passes, with the same number of checkpointed
+        layers, whose modules may be gathered again. A process with fewer parts splits them further, and out of rows
+        repeats the last part with a share of 0.
         """
         together = self._keeper.run.replicas.together
         parts = self.plans.of(rows, None) if rows else ()
@@ -261,10 +261,10 @@ class StepParts(Participant):
         layers = together(*(part.layers for part, _ in pairs))
         return [(replace(part, layers=int(own)), share) for (part, share), own in zip(pairs, layers, strict=True)]
 
-    # What a step takes ------------------------------------------------------------------------------------------------
+    # Memory of a step -------------------------------------------------------------------------------------------------
 
     def predicted(self) -> float:
-        """Bytes at the peak of the step that has run, by its parts; 0 where it ran as a whole."""
+        """Return the peak bytes of the last step, predicted from its parts; 0 if it ran whole."""
         if not self._ran or self.plans.bytes is None:
             return 0.0
         (first, given), *others = self._ran
@@ -272,7 +272,7 @@ class StepParts(Participant):
         return max([alone, *(self.plans.bytes.exact(part) + given for part, given in others)])
 
     def shrink(self) -> bool:
-        """Let parts take less after one that ran out of memory; False if that was a row alone with all layers."""
+        """Lower the limit of parts after an out-of-memory error; False for a lone row with all layers checkpointed."""
         if not self._ran or self.plans.bytes is None:
             return False
         part, _ = self._ran[-1]
@@ -283,18 +283,18 @@ class StepParts(Participant):
         return True
 
     def alone(self) -> str:
-        """The row that ran alone when memory ran out, for an error; empty where several did, or none is known."""
+        """Describe the single row that ran out of memory, for an error; empty if several did, or none is known."""
         if not self._ran or len((part := self._ran[-1][0]).rows) != 1:
             return ""
         layers = f"{part.layers} layers checkpointed"
         return f"Row {part.rows[0]} of its batch has {part.length:,} tokens, and ran alone with {layers}."
 
     def longest_row(self, batches: Sequence[Batch]) -> str:
-        """The longest row of some batches and the longest one that fits alone, for an error."""
+        """Describe the longest row of some batches and the longest that fits alone, for an error."""
         return self.plans.longest_row(list(map(self._rows_of, batches)))
 
     def figures(self) -> dict[str, float]:
-        """What a training log shows of parts."""
+        """Return figures on parts for a training log."""
         if not self.on or not self.tally.batches:
             return {}
         mean, tally = self.tally.parts / self.tally.batches, self.tally
@@ -302,7 +302,7 @@ class StepParts(Participant):
 
 
 def _counted(rows: BatchRows, parts: Sequence[Part], kind: str) -> list[tuple[Part, float]]:
-    """The parts that count in the loss of a batch, of which it is one of `SHARES`, with their shares."""
+    """Return the parts that count in a batch's loss, of this kind of `SHARES`, with their shares."""
     pairs = list(zip(parts, rows.shares([part.rows for part in parts], kind), strict=True))
-    # A mean over no predictions is NaN: a part without any is left out, as it adds nothing.
+    # A mean over no predictions is NaN: such a part is left out, as it adds nothing.
     return [pair for pair in pairs if pair[1]] or pairs

@@ -1,4 +1,4 @@
-"""Watches what the steps of a run take: their peaks, the batches, and gradients that stay from one to the next."""
+"""Monitoring of a run's steps: their peaks, their batches, and gradients kept from one step to the next."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from .shortage import Shortage
 
 
 class PeakGuard(Participant):
-    """Watches one run. Under a budget of bytes it has the plan corrected.
+    """Watches one run. Under a budget of bytes it corrects the plan.
 
     A step is measured after each change of ranks, and every `every_steps` steps. A peak above the budget corrects the
-    prediction by the error, and the plan with it. The cost of a batch that is larger than all batches before it is
-    predicted before the model sees it.
+    prediction by the error, and the plan with it. The cost of a batch larger than all earlier ones is predicted before
+    the model sees it.
 
     Args:
         every_steps: see `PeakMeter`.
-        tell: gets lines of `StepParts`.
+        tell: called with lines of `StepParts`.
         fewest: see `StepParts`.
 
     Attributes:
         meter: measures the steps.
         plan: keeps the plan inside the budget.
-        shortage: takes from the plan while memory is short, and gives it back.
+        shortage: shrinks the plan while memory is short, and restores it.
         parts: runs steps in parts.
         evaluated: runs evaluations in parts.
         evaluation_share: the peak of the latest evaluation as a share of the budget; 0 before the first.
@@ -60,10 +60,10 @@ class PeakGuard(Participant):
         self.checks: list[tuple[int, float, int]] = []
         self.evaluation_share: float = 0.0
         self._step_shape, self._batches = BatchShape(0, 0), StepBatches(0)
-        self._keeps_gradients: bool | None = None  # through the forward pass; None until it was looked
+        self._keeps_gradients: bool | None = None  # through the forward pass; None if not checked yet
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Go on in a run that is resumed; call this before the plan is attached."""
+        """Restore the state in a resumed run; call this before the plan is attached."""
         if state is None:
             return
         own = state["guard"]
@@ -73,7 +73,7 @@ class PeakGuard(Participant):
         self.checks = [(counted(step), finite(cost), counted(peak)) for step, cost, peak in own["checks"]]
 
     def state(self) -> dict[str, Any]:
-        """What `begin` needs to go on, as tensors and JSON values."""
+        """Return the state for `begin`, as tensors and JSON values."""
         measured = {"peaks": list(self.meter.history), "measure_next": self.meter.requested}
         own = {**self.plan.now.state(), **measured, "checks": list(self.checks)}
         return {"guard": own, "checkpointed": list(self.plan.checkpointed)}
@@ -91,7 +91,7 @@ class PeakGuard(Participant):
         corrected: Callable[[PlanChange], None],
         checkpointing: LayerCheckpointing | None,
     ) -> None:
-        """Begin to keep the plan, priced with one row where steps run in parts; see `PlanKeeper.attach`."""
+        """Start keeping the plan, priced with one row if steps run in parts; see `PlanKeeper.attach`."""
         if self.parts.on:
             self.parts.begin_to_keep(run)
         shape = memory.shape if memory else None
@@ -103,7 +103,7 @@ class PeakGuard(Participant):
     # A step -----------------------------------------------------------------------------------------------------------
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
-        """Look at the batches of the step that begins, and measure it if it is due."""
+        """Inspect the batches of the next step, and measure it if due."""
         run, plan = self.plan.run, self.plan
         plan.step, self._step_shape = step, run.replicas.largest_shape(map(self.parts.shape_of, batches))
         if plan.now.unchecked:
@@ -119,11 +119,11 @@ class PeakGuard(Participant):
             self._larger_batch(batches, larger)
         if self.meter.due(step):
             held, signals = run.replicas.begin_measuring(), plan.applier.adapters.meter
-            # Signal buffers are made in the first step of an interval, and stay.
+            # Signal buffers are allocated in the first step of an interval, and kept.
             self.meter.begin(run.model, run.optimizer, held, lambda: signals.buffer_bytes)
 
     def _larger_batch(self, batches: Sequence[Batch], shape: BatchShape) -> None:
-        """Have the plan fit a larger shape."""
+        """Make the plan fit a larger shape."""
         try:
             self.plan.larger_batch(batches, shape)
         except BudgetError as error:
@@ -133,7 +133,7 @@ class PeakGuard(Participant):
             raise BudgetError(f"{line} Cut rows to that length, or raise the budget.") from error
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> None:
-        """Prepare a step that ran out of memory to be taken again, in smaller parts if that is possible.
+        """Prepare to repeat a step that ran out of memory, in smaller parts if possible.
 
         Raises:
             torch.OutOfMemoryError, BudgetError: see `Shortage.out_of_memory`.
@@ -151,14 +151,14 @@ class PeakGuard(Participant):
         self.plan.warn("Step %d ran out of memory, and is taken again in smaller parts.", self.plan.step + 1)
 
     def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
-        """Note that the forward and backward passes of a step are done: they did not run out of memory."""
+        """Note that the forward and backward passes of a step did not run out of memory."""
         self.meter.passed()
         self.shortage.passed()
 
     def after_step(self, step: int) -> None:
-        """Compare the peak of the step with its prediction and with the budget, if it was measured.
+        """Compare the peak of the step with its prediction and with the budget, if measured.
 
-        What an out-of-memory error has taken from the plan comes back here, once there is memory again.
+        Rank lost to an out-of-memory error comes back here, once memory is free again.
 
         Raises:
             BudgetError: the peak is above the budget, and no plan with an adapter fits the corrected prediction.
@@ -179,13 +179,13 @@ class PeakGuard(Participant):
         self.shortage.give_back_if_room()
 
     def _predicted(self) -> float | None:
-        """Bytes at the peak that the step was predicted to have; None where its shape is not known."""
+        """Return the predicted peak bytes of the step; None if its shape is unknown."""
         plan, applier = self.plan, self.plan.applier
         (of_parts,) = plan.run.replicas.processes.most(self.parts.predicted()) if self.parts.on else (0.0,)
-        if of_parts:  # that of the process whose parts take the most, as the peak is
+        if of_parts:  # from the process whose parts take the most, as for the peak
             return of_parts + plan.now.underestimate - plan.unpaid(applier.ranks)
         cost = applier.cost
-        if self._step_shape != plan.now.shape:  # a smaller batch than the plan was made for
+        if self._step_shape != plan.now.shape:  # a smaller batch than planned for
             try:
                 cost = plan.cost_of_shape(self._step_shape)
             except UnsupportedError:
@@ -193,7 +193,7 @@ class PeakGuard(Participant):
         return plan_cost(applier.cost_now(cost), applier.ranks)
 
     def _check(self, step: int, peak: int, predicted: float | None) -> str:
-        """Hold the first measured step after a change of ranks against its prediction.
+        """Compare the first measured step after a change of ranks with its prediction.
 
         Returns:
             The prediction and the likely cause if they differ by more than the margin, else nothing.
@@ -202,18 +202,18 @@ class PeakGuard(Participant):
         plan.now = replace(plan.now, unchecked=False)
         if predicted is None:
             return ""
-        if not plan.now.underestimate:  # which is beside the cost with the excess
+        if not plan.now.underestimate:  # added to a cost that includes the excess
             predicted -= excess_of_state(applier.targets, self.plan.run.optimizer)
         self.checks.append((step, predicted, peak))
-        if peak < predicted and self.parts.on:  # rows without padding, as one alone, need no mask
+        if peak < predicted and self.parts.on:  # rows without padding, such as a single one, need no mask
             return ""
         return likely_cause(peak, predicted, self._batches, self.plan.run.accumulation)
 
-    # What is beside the steps -----------------------------------------------------------------------------------------
+    # Outside the steps ------------------------------------------------------------------------------------------------
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Let what runs inside be no part of a step, such as answers to prompts: no layer is checkpointed there."""
+        """Exclude code inside from the step, such as generation of answers: no layer is checkpointed there."""
         with settings_put_back(self.plan.run.model), self.meter.aside():
             if self.plan.checkpointing:
                 self.plan.checkpointing.pause()
@@ -221,7 +221,7 @@ class PeakGuard(Participant):
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Measure an evaluation; `evaluation_share` tells afterwards how much of the budget it took."""
+        """Measure an evaluation, and set `evaluation_share` to its share of the budget."""
         if self.plan.limits_bytes:
             self.meter.begin(self.plan.run.model, self.plan.run.optimizer, self.plan.run.replicas.begin_measuring())
         try:
@@ -238,14 +238,14 @@ class PeakGuard(Participant):
     # Gradients --------------------------------------------------------------------------------------------------------
 
     def _gradients_stay(self) -> bool:
-        """Whether the adapters hold gradients now."""
+        """True if the adapters currently hold gradients."""
         targets = self.plan.applier.targets
         return any(p.grad is not None for target in targets for p in target.parameters.values())
 
     def _watch_gradients(self) -> None:
-        """See whether gradients of the last step are there in the next forward pass, or are cleared before it."""
+        """Check whether gradients of the last step are kept into the next forward pass, or cleared before it."""
         run, self._keeps_gradients = self.plan.run, False
-        if run.step.accumulates or is_compiled(run.wrapped):  # they are counted, or hooks would be compiled
+        if run.step.accumulates or is_compiled(run.wrapped):  # already counted, or hooks would be compiled
             return
 
         def seen(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What decides the ranks of one fine-tune, between a model, an optimiser and a loss; it knows no Trainer."""
+"""Rank decisions for one fine-tune, given its model, optimizer and loss; independent of any Trainer."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ logger = logging.getLogger(__name__)
 class RankPilot:
     """Moves LoRA rank between modules during one fine-tune, inside a hard budget.
 
-    `begin` measures what plans cost on the run's model and data, probes which modules matter if the policy reads that,
-    and applies the first plan. Then a loop calls three methods in each optimiser step: `before_step`,
-    `before_optimizer_step`, `after_step`. `attach` has them called in the runs of a transformers Trainer.
+    `begin` measures the cost of plans on the run's model and data, probes which modules matter if the policy uses that,
+    and applies the first plan. A loop then calls three methods per optimizer step: `before_step`,
+    `before_optimizer_step`, `after_step`. `attach` arranges these calls in a transformers Trainer.
 
     Args:
-        policy: "default", "agent", which was trained and ships, the folder of a trained policy, a rule's name
-            ("signal-mean", "top-down"), a plan that a person edited ("plan.yaml"), or a policy object.
+        policy: "default", "agent" (trained, shipped with rankpilot), the folder of a trained policy, a rule's name
+            ("signal-mean", "top-down"), a plan edited by hand ("plan.yaml"), or a policy object.
         options: all options, or the budget alone.
-        tell: called with a line for each decision and each correction; by default they go to the log of this module.
-        progress: shows how far the probe has come.
-        changes: single options by their names; see `PilotOptions`.
+        tell: called with a line for each decision and correction; defaults to this module's logger.
+        progress: shows the progress of the probe.
+        changes: single options by name; see `PilotOptions`.
 
     Attributes:
         options: as above, with the changes.
-        budget: what a plan may cost.
-        time: what a step may take in time; None without a limit.
-        policy: decides.
+        budget: maximum cost of a plan.
+        time: limit on the time of a step; None without a limit.
+        policy: decides the ranks.
         schedule: when it does.
-        seed: of all that the next run draws: the rows of the probe, and fresh adapters.
-        times_plans: whether the time of steps is measured, limited or not.
-        journal: writes down the decisions.
+        seed: seed of the next run: of the rows of the probe, and of fresh adapters.
+        times_plans: True if the time of steps is measured, limited or not.
+        journal: records the decisions.
 
     Raises:
-        ConfigError, UnknownNameError, PolicyFileError, BudgetError: an argument that cannot be used.
+        ConfigError, UnknownNameError, PolicyFileError, BudgetError: an argument is invalid.
     """
 
     def __init__(
@@ -85,59 +85,59 @@ class RankPilot:
         self._progress = progress
         self._piloted: PilotedRun | None = None
 
-    # The events of a run, in their order ------------------------------------------------------------------------------
+    # The events of a run, in order ------------------------------------------------------------------------------------
 
     def begin(self, run: TrainingRun, *, name: str = "") -> None:
-        """Measure, probe, and apply the first plan. An earlier run that has no `finish` ends here.
+        """Measure, probe, and apply the first plan. An earlier run without a `finish` ends here.
 
         Args:
-            run: what is about to begin.
-            name: of the run, for the decision log.
+            run: the run about to begin.
+            name: its name in the decision log.
 
         Raises:
             BudgetError: no plan fits the budget.
-            UnsupportedError: the model, the optimiser or the loss cannot be handled, or another thread trains.
+            UnsupportedError: the model, the optimizer or the loss is not supported, or another thread is training.
             DataError, NonFiniteError: the training set is empty, or the loss is NaN or infinite.
-            ProcessError: the first of several processes failed, or they no longer hold the same adapters.
+            ProcessError: the first of several processes failed, or their adapters differ.
         """
         with _taking_over(self, run) as piloted:
             piloted.begin(self.seed, name=name, times_plans=self.times_plans, progress=self._progress)
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any], *, step: int, name: str = "") -> None:
-        """Go on from `state_dict`, with the adapters and the optimiser then. Another budget or time counts at once.
+        """Resume from a `state_dict`, with its adapters and optimizer. A changed budget or time applies at once.
 
         Args:
-            run: the run, whose model holds the adapters of that time.
-            state: what `state_dict` returned.
-            step: the optimiser steps done.
-            name: of the run, for the decision log.
+            run: the run, whose model holds the saved adapters.
+            state: the return value of `state_dict`.
+            step: the number of optimizer steps done.
+            name: the run's name in the decision log.
 
         Raises:
-            RunFolderError: policy, schedule, bounds or the model's ranks are others than those of that time.
-            BudgetError: no plan fits another budget.
+            RunFolderError: policy, schedule, bounds or the model's ranks differ from the saved ones.
+            BudgetError: no plan fits the changed budget.
         """
         with _taking_over(self, run) as piloted:
             piloted.resume(state, step, name=name)
 
     def before_step(self, *batches: Batch) -> None:
-        """Look at the batches of the step that begins, before the model sees them, and measure it if it is due.
+        """Inspect the batches of the next step before the model sees them, and measure the step if due.
 
-        A batch that is larger than all before may shrink the plan, and so does memory that others have taken under a
-        budget of "auto". A decision that was put off is made here.
+        A batch larger than all earlier ones may shrink the plan, as may memory taken by other programs under a budget
+        of "auto". A postponed decision is made here.
 
         Raises:
-            BudgetError: no plan fits the larger batch or the memory that is left, or that of the decision does not fit.
+            BudgetError: no plan fits the larger batch or the memory left, or the decided plan does not fit.
         """
         _begun(self._piloted).before_step(batches)
 
     def parts(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
-        """Yield the parts of a batch of this step, and by what the loss of each is multiplied.
+        """Yield the parts of a batch of this step, each with the factor of its loss.
 
-        All parts run, forward and backward, one after the other: their gradients, and their losses times these factors,
-        add up to those of the batch. Where steps run as a whole, the one part is the batch.
+        Run all parts, forward and backward, one after another: their gradients, and their losses times these factors,
+        add up to those of the batch. If steps run whole, the only part is the batch.
 
         Args:
-            batch: one of those that `before_step` got.
+            batch: one of the batches passed to `before_step`.
 
         Raises:
             BudgetError: a row does not fit alone.
@@ -150,15 +150,15 @@ class RankPilot:
         return self.guard.parts.of(batch)
 
     def hear_loss(self, loss: torch.Tensor) -> None:
-        """Hear of the loss of a part, with its graph, before its backward pass; a Trainer's steps call this.
+        """Take the loss of a part, with its graph, before its backward pass; called in a Trainer's steps.
 
-        Where it is computed in a way that is new in this run, it is tested before the next step whether parts still
-        have the gradient of the batch. Without this, a loop is tested before its second step and each hundredth.
+        If the loss is computed in a way new to this run, the next step first tests that parts still give the gradient
+        of the batch. Without this call, a loop is tested before its second step and every hundredth.
         """
         self.guard.parts.hear(loss)
 
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
-        """Read the gradients, which are complete now; call before they are cleared.
+        """Read the gradients, which are now complete; call before they are cleared.
 
         Args:
             loss: the mean loss of the step.
@@ -169,15 +169,15 @@ class RankPilot:
         _begun(self._piloted).before_optimizer_step(loss)
 
     def after_step(self, *, decide: bool = True) -> None:
-        """Compare the peak with the budget, and decide if a decision is due; call after the optimiser's step.
+        """Compare the peak with the budget, and decide if a decision is due; call after the optimizer step.
 
         Args:
-            decide: False puts a decision that is due off to the next step, so that none follows the last one.
+            decide: False postpones a due decision to the next step, so that none follows the last step.
 
         Raises:
             ConfigError: the step had no `before_step`, or no `before_optimizer_step`.
-            BudgetError: the step was above the budget, and no plan fits.
-            NonFiniteError: what trains is not finite any more, and control of the run cannot undo that.
+            BudgetError: the step exceeded the budget, and no plan fits.
+            NonFiniteError: a trained tensor is no longer finite, and control of the run cannot undo that.
         """
         piloted = _begun(self._piloted)
         piloted.after_step()
@@ -185,23 +185,23 @@ class RankPilot:
             piloted.decide()
 
     def take(self, ranks: Mapping[str, int]) -> None:
-        """Give the modules these ranks now, by full name, whatever the policy says; it is logged.
+        """Set the ranks of modules now, by full name, regardless of the policy; logged.
 
-        They stand for a decision that is due, and leave the schedule as it is where none is.
+        This replaces a due decision, and otherwise leaves the schedule unchanged.
 
         Raises:
-            BudgetError: they are above the budget.
+            BudgetError: the ranks exceed the budget.
             UnknownNameError, ConfigError: see `given_ranks`.
         """
         _begun(self._piloted).take(ranks)
 
     def set_budget(self, budget: GivenBudget) -> None:
-        """Give the run another budget from its next step on, or a function that is asked before each step.
+        """Set another budget from the next step on, or a function called before each step.
 
-        A lower one checkpoints more layers first, and then shrinks the plan; a higher one gives back what was taken.
+        A lower budget first checkpoints more layers, then shrinks the plan; a higher one reverses this.
 
         Raises:
-            BudgetError, ConfigError: it cannot be read.
+            BudgetError, ConfigError: it cannot be parsed.
         """
         options = replace(self.options, budget=budget)
         if self.applier:
@@ -209,52 +209,52 @@ class RankPilot:
         self.options, self.budget = options, options.budget_read
 
     def out_of_memory(self, error: torch.OutOfMemoryError | None = None) -> None:
-        """Shrink the plan after a step that ran out of memory; afterwards take the step again, from its first batch.
+        """Shrink the plan after a step ran out of memory; then repeat the step from its first batch.
 
-        Gradients are cleared. What a step that passes then has cost in rank comes back after some good steps.
+        Gradients are cleared. If the repeated step passes, the lost rank comes back after some good steps.
 
         Args:
-            error: of the step.
+            error: the error of the step.
 
         Raises:
-            torch.OutOfMemoryError: this error, or a new one. Smaller plans are no help, and ranks, adapters, optimizer
-                and decision log are as they were before the step.
+            torch.OutOfMemoryError: this error, or a new one. Smaller plans do not help; ranks, adapters, optimizer and
+                decision log are restored to their state before the step.
             BudgetError: other processes are in the middle of the step.
         """
         error = error or torch.OutOfMemoryError("A training step ran out of memory.")
         self.guard.out_of_memory(error)
 
     def finish(self) -> None:
-        """Stop measuring, checkpoint the layers of before, and write the ranks to PEFT's configuration for saving.
+        """Stop measuring, restore the original checkpointing, and write the ranks to PEFT's configuration for saving.
 
         Raises:
-            ProcessError: the processes do not hold the same adapters.
-            NonFiniteError: what was trained is not finite.
+            ProcessError: the processes' adapters differ.
+            NonFiniteError: a trained tensor is not finite.
         """
         if self._piloted:
             self._piloted.finish(checks=True)
 
     def break_off(self, *, as_found: bool = False) -> None:
-        """As `finish`, after an error: other processes are not heard, and what the step has changed is put back.
+        """Like `finish`, after an error: without contacting other processes, and undoing the changes of the step.
 
         Args:
-            as_found: undo the first plan as well if no step has passed under it, since the run begins again.
+            as_found: also undo the first plan if no step has passed under it, since the run starts over.
         """
         if self._piloted:
             self._piloted.break_off(as_found=as_found)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `resume` needs beside adapters and optimiser: dictionaries of tensors, arrays and JSON values.
+        """Return the state for `resume`, without adapters and optimizer: nested tensors, arrays and JSON values.
 
-        All processes call this.
+        All processes must call this.
 
         Raises:
-            ProcessError: the processes do not hold the same adapters.
-            NonFiniteError: what trains is not finite, so that no checkpoint is to hold it.
+            ProcessError: the processes' adapters differ.
+            NonFiniteError: a trained tensor is not finite, and must not enter a checkpoint.
         """
         return _begun(self._piloted).state()
 
-    # What can be read while the run lasts -----------------------------------------------------------------------------
+    # Properties that can be read during the run -----------------------------------------------------------------------
 
     @property
     def applier(self) -> PlanApplier[PeftAdapters] | None:
@@ -273,7 +273,7 @@ class RankPilot:
 
     @property
     def peaks(self) -> list[tuple[int, int]]:
-        """(step, bytes at its peak) of each measured step; the highest of all processes."""
+        """(step, peak bytes) of each measured step; the maximum over all processes."""
         return self._piloted.guard.meter.history if self._piloted else []
 
     @property
@@ -283,32 +283,32 @@ class RankPilot:
 
     @property
     def limit(self) -> float:
-        """What a plan may cost, in bytes or parameters. It is known from `begin` on."""
+        """Maximum cost of a plan, in bytes or parameters. Known once `begin` has run."""
         return float(_begun(self._piloted).applier.limit)
 
     @property
     def rate_factor(self) -> float:
-        """By what the optimizer's learning rate is multiplied in each step; see `PlanRate`."""
+        """Factor applied to the optimizer's learning rate in each step; see `PlanRate`."""
         return self._piloted.rate.factor if self._piloted and self._piloted.rate else 1.0
 
     @property
     def rates(self) -> tuple[float, float] | None:
-        """The peak of the learning rate for plain LoRA, and under the plan; None before `begin`."""
+        """Peak learning rate for plain LoRA, and under the plan; None before `begin`."""
         return self._piloted.rate.rates if self._piloted and self._piloted.rate else None
 
     def aside(self) -> AbstractContextManager[None]:
-        """Let what runs inside the block be no part of a step, as where the model writes what it learns from."""
+        """Exclude code in the block from the step, for instance where the model generates its own training data."""
         return self.guard.aside()
 
     @property
     def guard(self) -> PeakGuard:
-        """Watches what the run's steps and evaluations take, and runs them in parts; it is there from `begin` on."""
+        """Watches the memory of the run's steps and evaluations, and runs them in parts; available after `begin`."""
         return _begun(self._piloted).guard
 
     def figures(self) -> dict[str, float]:
-        """What a training log shows of the ranks: mean rank, adapted modules, cost of the plan and limit.
+        """Return figures on the ranks for a training log: mean rank, adapted modules, cost of the plan and limit.
 
-        The highest peak is among them if a step was measured since the last call, and after a step its learning rate.
+        They include the highest peak if a step was measured since the last call, and after a step its learning rate.
         """
         piloted = _begun(self._piloted)
         fresh, piloted.shown = self.peaks[piloted.shown :], len(self.peaks)
@@ -337,7 +337,7 @@ class RankPilot:
 
 @contextmanager
 def _taking_over(pilot: RankPilot, run: TrainingRun) -> Iterator[PilotedRun]:
-    """Begin a run in the place of an earlier one, which ends if it did not; after an error inside, end it."""
+    """Begin a run in place of an earlier one, which ends if still active; end the new run after an error inside."""
     targets = resizable_targets(run.model, pilot.options.scaling)
     check_run(run, targets)
     if pilot.options.control:
@@ -356,10 +356,10 @@ def _taking_over(pilot: RankPilot, run: TrainingRun) -> Iterator[PilotedRun]:
 
 
 def _begun(piloted: PilotedRun | None) -> PilotedRun:
-    """The run of a pilot, once it has begun.
+    """Return the run of a pilot.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: it has not begun.
     """
     if piloted is None or not piloted.begun:
         raise ConfigError("The run has not begun: call `begin` first, or `rankpilot.load_checkpoint`.")

@@ -1,4 +1,4 @@
-"""One run under a pilot: what takes part in it, the events that it hears of, and the decisions on its ranks."""
+"""One run under a pilot: its participants, their events, and the decisions on its ranks."""
 
 from __future__ import annotations
 
@@ -53,41 +53,41 @@ from .watches import FiniteWatch, GradientWatch, LoopCalls, LossMeter
 logger = logging.getLogger(__name__)
 
 CONTROL: RateControl = AlignmentRule()
-"""Who controls the learning rate."""
+"""Controls the learning rate."""
 
 
 _UNDER_WAY: WeakKeyDictionary[PilotedRun, Thread] = WeakKeyDictionary()
-"""The runs that have begun and not ended, and the threads in which they began."""
+"""Active runs, and the threads that started them."""
 
 _RUNS = Lock()
-"""Held while runs that are under way are looked at or changed."""
+"""Held while active runs are inspected or changed."""
 
 
 class PilotedRun:
-    """One run under a pilot, from its begin to its end.
+    """One run under a pilot, from start to end.
 
     Args:
         run: the run.
         targets: the target modules of its model.
-        journal: writes down the decisions.
+        journal: records the decisions.
         policy: decides the ranks.
-        schedule: tells before which optimizer steps the policy decides.
+        schedule: optimizer steps before which the policy decides.
         options: the pilot's options.
 
     Attributes:
         applier: observes the adapters and changes their ranks; it exists once `begun` is True.
-        begun: whether plans have costs and a limit.
+        begun: True once plans have costs and a limit.
         decision: the policy's latest decision; None before the first.
-        step: how many optimizer steps are done.
-        shown: how many measured peaks `RankPilot.figures` has shown.
-        elastic: tells what a plan may cost at the moment.
+        step: the number of optimizer steps done.
+        shown: the number of measured peaks already in `RankPilot.figures`.
+        elastic: tracks the current limit on the cost of a plan.
         guard: measures steps, and keeps their peak within the budget.
-        finite: notices losses, gradients and weights that are NaN or infinite.
+        finite: detects losses, gradients and weights that are NaN or infinite.
         rate: multiplies the learning rate by the factor of the plan; None before `begin`.
-        control: corrects the learning rate; None where nothing does.
+        control: corrects the learning rate; None without control.
 
     Raises:
-        UnsupportedError: a run is under way in another thread.
+        UnsupportedError: a run is active in another thread.
     """
 
     applier: PlanApplier[PeftAdapters]
@@ -103,7 +103,7 @@ class PilotedRun:
     ) -> None:
         self.run, self.journal, self.options = run, journal, options
         self._targets, self._policy, self._schedule = targets, policy, schedule
-        self._stays = isinstance(policy, AsConfigured)  # ranks, as the LoraConfig has them
+        self._stays = isinstance(policy, AsConfigured)  # ranks, as in the LoraConfig
         in_long_run = options.learning_rate == "auto" and run.total_steps >= SHORTEST
         self._steers = steers_rate(policy)
         self._controls: bool = self._steers or (in_long_run if options.control is None else options.control)
@@ -132,12 +132,12 @@ class PilotedRun:
 
     @property
     def participants(self) -> list[Participant]:
-        """What takes part, in the order in which it hears of each event; `end` goes the other way.
+        """The participants, in the order of their events; `end` runs in reverse.
 
-        The calls of the loop are checked before anything trusts them. The budget of the moment may change ranks, so it
-        goes before the copy that control makes of them, and that before the guard, which measures the step as it then
-        is. A loss counts once its gradients are known to train something. What is not finite is undone after the peak
-        was compared.
+        The calls of the loop are checked before anything relies on them. The elastic budget may change ranks, so it
+        precedes the copy of them made by control, which in turn precedes the guard: the guard measures the step in its
+        final form. A loss counts only once its gradients are known to train something. Non-finite values are undone
+        after the peak is compared.
         """
         calls, gradients = self._watches
         before = calls, self.elastic, self.rate, self.control, self.guard.parts
@@ -150,17 +150,17 @@ class PilotedRun:
         """Measure, probe, and apply the first plan.
 
         Args:
-            seed: of the probe, and of fresh rows.
-            name: of the run, for the decision log.
-            times_plans: whether the time of steps is measured without a limit of time as well.
-            progress: shows how far the probe has come.
+            seed: seed of the probe, and of fresh rows.
+            name: the run's name in the decision log.
+            times_plans: True to measure the time of steps even without a limit of time.
+            progress: shows the progress of the probe.
         """
         run, targets, options, journal = self.run, self._targets, self.options, self.journal
         stay, time, budget = self._stays, options.time_read, self.elastic.budget
         if budget.kind == "parameters":
             before_training.warn_of_other_adapters(run, targets)
         journal.open(name, [], writes=run.replicas.processes.first)
-        for part in self.participants:  # what is made later begins when it is made
+        for part in self.participants:  # participants created later begin when created
             part.begin(None)
         kept = nullcontext() if stay else start_kept(run.model, targets, options.fresh, journal.note)
         with adapters_put_back(run.model, targets, run.optimizer, after_errors=True) as found, kept:
@@ -203,10 +203,9 @@ class PilotedRun:
         time: TimeBudget | None,
         progress: Progress[Any] | None,
     ) -> PlanCosts:
-        """Measure what plans cost, and make the applier, after a probe where the policy reads signals.
+        """Measure the cost of plans and create the applier, after a probe if the policy reads signals.
 
-        Afterwards adapters that are trained are as they were before. Where none is, or with `fresh`, all are new, at
-        rank 1.
+        Trained adapters are restored afterwards. If none is trained, or with `fresh`, all are new, at rank 1.
         """
         run, targets, options, budget = self.run, self._targets, self.options, self.elastic.budget
         check_trains(targets)
@@ -253,12 +252,12 @@ class PilotedRun:
         return costs
 
     def resume(self, state: Mapping[str, Any], step: int, *, name: str) -> None:
-        """Go on from `state`, with the adapters and the optimiser of that time.
+        """Resume from `state`, with its adapters and optimizer.
 
         Args:
-            state: what `state` returned.
-            step: the optimizer steps done.
-            name: of the run, for the decision log.
+            state: the return value of `state`.
+            step: the number of optimizer steps done.
+            name: the run's name in the decision log.
         """
         run, targets, journal = self.run, self._targets, self.journal
         settings = run_settings(self.options, self.elastic.budget, self._policy, self._schedule)
@@ -311,13 +310,13 @@ class PilotedRun:
         self._ranks_changed()
 
     def _plan_in_words(self, at: int, cost: float) -> str:
-        """What the plan of a step gives to modules, and what it takes."""
+        """Describe the plan of a step: its modules, and its cost."""
         ranks, taken = self.applier.ranks, part_of(cost, self.applier.limit, self.applier.cost.unit)
         adapted = f"{np.count_nonzero(ranks)} of {len(ranks)} modules adapted"
         return f"with the plan of step {at}: {adapted}, {taken}, mean rank {ranks.mean():.1f}"
 
     def _applier_of(self, state: Mapping[str, Any]) -> PlanApplier[PeftAdapters]:
-        """The applier of a run that is resumed."""
+        """Return the applier of a resumed run."""
         adapters = PeftAdapters(self.run.model, self._targets)
         adapters.meter.load_state_dict(state["signals"])
         low, high = rank_bounds(self._targets, self.options.bounds or {})
@@ -329,13 +328,13 @@ class PilotedRun:
         return applier
 
     def _switch(self, savers: Collection[str] = tuple(SAVERS)) -> None:
-        """Have steps run as the options say until the run ends."""
+        """Make steps run as the options say until the run ends."""
         run, options = self.run, self.options
         if options.gradient_checkpointing is True:
             self._switches.callback(all_running_again(run.model))
         if options.exact_savers:
-            # Where ranks stay, answers are written with a cache, and read off logits. Without a cache, transformers
-            # takes positions for those of packed texts. A sharded head is whole in its own passes alone.
+            # With fixed ranks, answers are written with a cache, and read from logits. Without a cache, transformers
+            # mistakes positions for those of packed texts. A sharded head is whole only in its own passes.
             left_out = {CACHE: self._stays or run.tells_positions, TILES: self._stays or run.replicas.sharded}
             names = [name for name in savers if not left_out.get(name)]
             self._savers = ExactSavers(run.model, names, compiled=is_compiled(run.wrapped))
@@ -351,14 +350,14 @@ class PilotedRun:
             self.journal.note("offload=True changes nothing: the model is in main memory already, or it is compiled.")
 
     def _have_rate(self, initial: InitialLoss | None, own: float | None = None) -> None:
-        """Have the learning rate follow the plan until the run ends."""
+        """Make the learning rate follow the plan until the run ends."""
         auto, keep, controlled = self.options.learning_rate == "auto", self.options.keep_rate, self._controls
         self.rate = PlanRate(
             self.run, self._targets, auto=auto, controlled=controlled, keep=keep, initial=initial, own=own
         )
 
     def _have_control(self, state: Mapping[str, Any] | None) -> None:
-        """Have the learning rate corrected while the run goes, if that is wanted."""
+        """Start correcting the learning rate during the run, if requested."""
         if self._controls:
             assert self.rate is not None
             control, total = None if self._steers else CONTROL, self.run.total_steps
@@ -373,7 +372,7 @@ class PilotedRun:
                 self.control.begin(state)
 
     def stop(self) -> None:
-        """Let all that takes part end, the last first, and a step run as it did before the run."""
+        """End all participants, last first, and restore the original step."""
         for part in reversed(self.participants):
             part.end()
         self._switches.close()
@@ -382,7 +381,7 @@ class PilotedRun:
             _UNDER_WAY.pop(self, None)
 
     def finish(self, *, checks: bool) -> None:
-        """Stop, write the ranks to PEFT's configuration for saving, and see that what was trained is sound if asked."""
+        """Stop, write the ranks to PEFT's configuration for saving, and if requested check the trained tensors."""
         self.stop()
         if self.begun:
             finish_load(self.run.model, self._targets)
@@ -390,7 +389,7 @@ class PilotedRun:
                 self._check()
 
     def break_off(self, *, as_found: bool = False) -> None:
-        """Finish after an error: what the step has changed is put back, and the first plan as well if `as_found`."""
+        """Finish after an error: undo the changes of the step, and the first plan as well if `as_found`."""
         self.guard.shortage.put_back()
         if as_found and self._found:
             self._found.put_back()
@@ -399,15 +398,15 @@ class PilotedRun:
     # A step -----------------------------------------------------------------------------------------------------------
 
     def before_step(self, batches: Sequence[Batch]) -> None:
-        """Let all hear that a step begins, after a decision that is due."""
+        """Announce the beginning of a step, after a due decision."""
         if self.due:
             self.decide()
-        self._ranks_changed()  # a step that did not pass may have put others back
+        self._ranks_changed()  # a failed step may have restored others
         for part in self.participants:
             part.before_step(self.step, batches)
 
     def before_optimizer_step(self, loss: torch.Tensor | float) -> None:
-        """Let all hear that the gradients of a step are complete."""
+        """Announce that the gradients of a step are complete."""
         for part in self.participants:
             part.before_optimizer_step(self.step, loss)
         self._found = None
@@ -415,13 +414,13 @@ class PilotedRun:
             self.applier.adapters.meter.accumulate()
 
     def after_step(self) -> None:
-        """Let all hear that a step has passed."""
+        """Announce the end of a step."""
         self.step += 1
         for part in self.participants:
             part.after_step(self.step)
 
     def _ranks_changed(self) -> None:
-        """Let all hear of the ranks that are in place, if they are others than those that they heard of."""
+        """Announce the current ranks, if they differ from the last ones announced."""
         if (ranks := self.applier.ranks.tobytes()) != self._heard:
             for part in self.participants:
                 part.ranks_changed()
@@ -431,15 +430,15 @@ class PilotedRun:
 
     @property
     def due(self) -> bool:
-        """Whether a decision is due."""
+        """True if a decision is due."""
         return self.applier.due(self.step) and self.step < self.applier.total_steps
 
     @without_autocast()
     def decide(self) -> None:
-        """Ask the policy, apply what it wants as far as the budget allows, and write it down."""
+        """Ask the policy, apply its decision as the budget allows, and record it."""
         applier, step, loss, keeper = self.applier, self.step, self._losses.mean(), self.guard.plan
         keeper.price_for_decision()
-        by_hand = isinstance(self._policy, PlanFile)  # who wrote the plan may shrink trained adapters
+        by_hand = isinstance(self._policy, PlanFile)  # the author of a plan may shrink trained adapters
         keeps = not by_hand and not self._stays and not applier.decision
         with before_training.keep_what_was_learned(self.run, applier, self.journal.note) if keeps else nullcontext():
             share = self.control.read(step) if self.control and self._steers else 1.0
@@ -450,7 +449,7 @@ class PilotedRun:
             faster = ""
             if keeper.checkpointing and not applier.decision:
                 faster = before_training.faster_plan(keeper, applier, self._ask, decision)
-            if self.control and self._steers:  # an undo puts back adapters of the ranks of before
+            if self.control and self._steers:  # an undo restores adapters of the previous ranks
                 self.control.steer(decision.change, step)
             plan = applier.stay() if self._stays else applier.apply(decision, step, self.run.optimizer)
         self._losses.restart()
@@ -469,7 +468,7 @@ class PilotedRun:
         return self.run.replicas.processes.on_first(lambda: asked(self._policy, observation))
 
     def take(self, ranks: Mapping[str, int]) -> None:
-        """Give the modules these ranks, by full name, in place of a decision that is due, or beside the schedule."""
+        """Set the ranks of modules, by full name, in place of a due decision, or in addition to the schedule."""
         applier, step, loss = self.applier, self.step, self._losses.mean()
         self.guard.plan.price_for_decision()
         observation = applier.observation_now(step)
@@ -480,11 +479,11 @@ class PilotedRun:
         self._record(PlanChange(step, observation, decision, plan, corrects=True), loss)
 
     def _corrected(self, change: PlanChange) -> None:
-        """Write down a change of ranks by the guard like a decision."""
+        """Record a change of ranks by the guard like a decision."""
         self._record(change, self._losses.mean())
 
     def _record(self, change: PlanChange, loss: float | None) -> None:
-        """Let all hear of other ranks, and write down why they are there."""
+        """Announce new ranks, and record their reason."""
         self._ranks_changed()
         history, time, checkpointing = self.guard.meter.history, self.applier.time, self.guard.plan.checkpointing
         alone = "priced with the longest row alone" if self.guard.parts.on else ""
@@ -499,15 +498,15 @@ class PilotedRun:
         )
         self.run.replicas.changed(self._targets, change.step)
 
-    # What a checkpoint holds ------------------------------------------------------------------------------------------
+    # State of a checkpoint --------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        """See that what trains is finite, and the same in all processes."""
+        """Check that trained tensors are finite, and the same in all processes."""
         self.finite.check(self.step)
         self.run.replicas.compare(self._targets, self.step)
 
     def state(self) -> dict[str, Any]:
-        """All that `resume` needs beside adapters and optimiser: dictionaries of tensors, arrays and JSON values."""
+        """Return the state for `resume`, without adapters and optimizer: nested tensors, arrays and JSON values."""
         self._check()
         whole = {
             "processes": self.run.replicas.processes.count,

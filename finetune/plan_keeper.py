@@ -33,21 +33,21 @@ from .run import TrainingRun
 logger = logging.getLogger(__name__)
 
 GOOD_STEPS = 20
-"""A plan that shrank grows back after so many steps without an error; the wait doubles each time it fails again."""
+"""Steps without an error before a shrunken plan grows back; the wait doubles with each further failure."""
 
 
 @dataclass(frozen=True, eq=False)
 class PlanReduction:
-    """The plan as it was before memory became short, to which it grows back, and how far it has shrunk.
+    """The plan before memory ran short, to be restored later, and how far it has shrunk.
 
     Attributes:
         ranks: the ranks of the original plan, int64 (modules,).
-        layers: the names of the layers that were checkpointed with it.
-        limit: the limit of costs at that time.
+        layers: names of its checkpointed layers.
+        limit: its limit of costs.
         cost: the cost of the original plan, in the unit of the limit.
-        saved: how much each further reduction saves, in that unit; 0 if none would help.
+        saved: saving of each further reduction, in that unit; 0 if none would help.
         times: how many times the plan has shrunk since, 0 to `MOST_TRIES`.
-        step: the optimizer steps done at the latest error or fall of the limit.
+        step: optimizer steps done at the latest error or drop of the limit.
     """
 
     ranks: IntArray
@@ -59,12 +59,12 @@ class PlanReduction:
     step: int
 
     def state(self) -> dict[str, Any]:
-        """What `from_state` needs, as tensors and JSON values."""
+        """Return the state for `from_state`, as tensors and JSON values."""
         return {**vars(self), "ranks": torch.from_numpy(self.ranks.copy()), "layers": list(self.layers)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> PlanReduction:
-        """Restore a reduction from what `state` returned."""
+        """Restore a reduction from the result of `state`."""
         return cls(
             ranks=state["ranks"].numpy().copy(),
             layers=tuple(state["layers"]),
@@ -78,18 +78,18 @@ class PlanReduction:
 
 @dataclass(frozen=True, eq=False)
 class PlanState:
-    """The state of the plan keeper at a moment. It is replaced as a whole, and restored after a step that fails.
+    """Immutable state of the plan keeper, restored after a failed step.
 
     Attributes:
-        wait: the number of good steps before a plan that shrank grows back.
+        wait: good steps before a shrunken plan grows back.
         shape: the largest number of rows and the largest length of any batch so far.
-        underestimate: bytes by which measured peaks were above predictions; they are added to the cost of all plans.
-        unchecked: whether no step has been measured since the ranks changed.
-        before: the ranks before the last decision, int64 (modules,), which come back if a peak is above the budget;
-            None if there is nothing to go back to.
-        memory: the byte model of the step with the layers that are checkpointed now; None if it is not known.
+        underestimate: bytes by which measured peaks exceeded predictions, added to the cost of all plans.
+        unchecked: True if no step has been measured since the ranks changed.
+        before: the ranks before the last decision, int64 (modules,), restored if a peak exceeds the budget; None if
+            there are none.
+        memory: the byte model of the step with the current checkpointed layers; None if unknown.
         reduction: how far the plan has shrunk while memory is short; None if it has not.
-        cuts: the directions that were cut from ranks then, the oldest first.
+        cuts: the directions then cut from ranks, oldest first.
     """
 
     wait: int
@@ -102,7 +102,7 @@ class PlanState:
     cuts: tuple[CutDirections, ...] = ()
 
     def state(self) -> dict[str, Any]:
-        """What `from_state` needs, as tensors and JSON values."""
+        """Return the state for `from_state`, as tensors and JSON values."""
         return {
             "rows": self.shape.rows,
             "length": self.shape.length,
@@ -114,7 +114,7 @@ class PlanState:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> PlanState:
-        """Restore from what `state` returned; the byte model and the directions that were cut are not part of it."""
+        """Restore from the result of `state`, without the byte model and the cut directions."""
         return cls(
             counted(state.get("wait", GOOD_STEPS), 1),
             BatchShape(counted(state["rows"]), counted(state["length"])),
@@ -128,15 +128,15 @@ class PlanState:
 class PlanKeeper:
     """Keeps the plan of one run within its limit of bytes or parameters, and of time.
 
-    If the plan does not fit, more layers are checkpointed first, where gradient checkpointing is allowed, and only then
-    do ranks shrink. The result always has at least one adapter: if no such plan fits, the run stops with `BudgetError`.
+    If the plan does not fit, more layers are checkpointed first, where allowed, and only then do ranks shrink. The
+    result always has at least one adapter: if no such plan fits, the run stops with `BudgetError`.
 
     Args:
-        meter: measures the peak of steps; it is asked to measure the next step after each change.
+        meter: measures the peak of steps; after each change, the next step is measured.
 
     Attributes:
-        now: the present state; it is replaced as a whole, never changed.
-        step: the optimizer steps done.
+        now: the current state; replaced as a whole, never modified.
+        step: the number of optimizer steps done.
         run: the run.
         applier: changes the ranks.
         journal: records decisions and corrections.
@@ -161,21 +161,22 @@ class PlanKeeper:
         checkpointing: LayerCheckpointing | None,
         shape: BatchShape | None,
     ) -> None:
-        """Begin to keep the plan of a run.
+        """Start keeping the plan of a run.
 
         Args:
             run: the run; its optimizer's state is mapped to new ranks.
             applier: changes the ranks.
-            memory: the byte model, which predicts costs of other batch shapes; None to measure it when it is needed.
+            memory: the byte model, to predict costs of other batch shapes; None to measure it when needed.
             journal: records decisions and corrections.
             corrected: called with each correction.
-            checkpointing: chooses the layers to checkpoint. `memory` is then of a step with all layers checkpointed.
-            shape: the batch shape for which plans are priced; by default that of the run's largest batch.
+            checkpointing: chooses the layers to checkpoint. `memory` then describes a step with all layers
+                checkpointed.
+            shape: the batch shape used to price plans; defaults to the run's largest batch.
         """
         self.run, self.applier, self.journal, self.checkpointing = run, applier, journal, checkpointing
         self._corrected, self.meter.highest = corrected, run.replicas.highest
         if memory:
-            # A run that goes on has a shape: a larger batch is met before its step.
+            # A resumed run has a shape: a larger batch is handled before its step.
             shape = self.now.shape if self.now.shape.rows else shape or memory.shape
             if checkpointing:
                 checkpointing.memory, memory = memory, memory.with_checkpointed(checkpointing.layers)
@@ -185,28 +186,28 @@ class PlanKeeper:
 
     @property
     def checkpointed(self) -> tuple[str, ...]:
-        """Names of the layers that were chosen for gradient checkpointing."""
+        """Names of the layers chosen for gradient checkpointing."""
         return self.checkpointing.layers if self.checkpointing else ()
 
     @property
     def limits_bytes(self) -> bool:
-        """Whether the budget counts bytes."""
+        """True if the budget counts bytes."""
         return isinstance(self.applier.cost, ByteCost)
 
     def warn(self, text: str, *values: object) -> None:
-        """Log a warning in the first process alone, since all processes come to the same conclusion."""
+        """Log a warning in the first process only, since all processes reach the same conclusion."""
         if self.run.replicas.processes.first:
             logger.warning(text, *values)
 
     # Decisions --------------------------------------------------------------------------------------------------------
 
     def price_for_decision(self, *, checkpointing: bool = True) -> None:
-        """Set the costs that a decision sees: of each plan with the layers checkpointed that it needs to fit.
+        """Set the costs for a decision: each plan with just the checkpointed layers it needs to fit.
 
-        Without layers that may be checkpointed, costs stay as they are. See `checkpointed_cost`.
+        Without selectable layers, costs are unchanged. See `checkpointed_cost`.
 
         Args:
-            checkpointing: whether the decision may count on gradient checkpointing.
+            checkpointing: True if the decision may rely on gradient checkpointing.
         """
         if self.checkpointing and self.checkpointing.memory:
             applier, targets, now = self.applier, self.applier.targets, self.now
@@ -219,18 +220,18 @@ class PlanKeeper:
     def decided(self, before: IntArray, step: int, *, by_hand: bool = False) -> None:
         """Settle after a decision: choose the checkpointed layers, and measure the next step.
 
-        Ranks that the decision changed, or all of them if a person gave them, no longer grow back to what they were
-        before memory became short.
+        Ranks changed by the decision, or all of them if set by hand, no longer grow back to their values before memory
+        ran short.
 
         Args:
             before: the ranks before the decision, int64 (modules,).
             step: the optimizer steps before it.
-            by_hand: whether a person has given all ranks.
+            by_hand: True if all ranks were set by hand.
         """
         ranks, reduction = self.applier.ranks, self.now.reduction
         if reduction:
             reduction = replace(reduction, ranks=np.where(by_hand | (ranks != before), ranks, reduction.ranks))
-        way_back = before if step > 0 else None  # the first plan follows no plan
+        way_back = before if step > 0 else None  # there is no plan before the first one
         self.now = replace(self.now, before=way_back, cuts=(), reduction=reduction)
         self.checkpoint_fewest()
         if self.limits_bytes:
@@ -239,11 +240,11 @@ class PlanKeeper:
     # What makes plans cost more ---------------------------------------------------------------------------------------
 
     def larger_batch(self, batches: Sequence[Batch], shape: BatchShape) -> None:
-        """Predict costs for batches larger than all before, and shrink the plan if it no longer fits.
+        """Predict costs for batches larger than all earlier ones, and shrink the plan if it no longer fits.
 
         Args:
-            batches: the batches of the step that begins; the model has not seen them.
-            shape: the largest number of rows and the largest length of any batch so far, these included.
+            batches: the batches of the next step; the model has not seen them.
+            shape: the largest number of rows and the largest length of any batch so far, including these.
         """
         self.now = replace(self.now, shape=shape)
         if not self.limits_bytes:
@@ -251,7 +252,7 @@ class PlanKeeper:
         self.measure_next()
         try:
             cost = self.cost_of_shape(shape)
-        except UnsupportedError:  # the byte model predicts the shape of its calibration alone
+        except UnsupportedError:  # the byte model predicts only the shape of its calibration
             logger.debug("Calibrating again for %s.", shape)
             longest = max(batches, key=lambda batch: shape_of(batch).length, default=None)
             self.measure_again(longest, shape)
@@ -277,13 +278,13 @@ class PlanKeeper:
     def above(self, peak: int, cause: str, predicted: float | None = None) -> None:
         """Correct the prediction after a measured peak above the limit, and make the plan fit again.
 
-        The ranks go back to those before the last decision, as far as these fit the corrected prediction. If there was
-        no decision before, they shrink.
+        The ranks return to those before the last decision, reduced if necessary to fit the corrected prediction.
+        Without an earlier decision, they shrink.
 
         Args:
             peak: the measured peak of the step, in bytes.
-            cause: why the peak is above the prediction, in words for people; empty if it is not known.
-            predicted: the predicted peak of the step, in bytes; by default the cost of the plan.
+            cause: why the peak exceeds the prediction, for people; empty if unknown.
+            predicted: the predicted peak of the step, in bytes; defaults to the cost of the plan.
 
         Raises:
             BudgetError: no plan with an adapter fits the corrected prediction.
@@ -309,7 +310,7 @@ class PlanKeeper:
             self.correct("rolled back: peak above the budget" if back else "shrunk: peak above the budget", before)
 
     def new_limit(self, limit: float, step: int) -> None:
-        """Change the limit of a run that is resumed, and shrink the plan if it no longer fits.
+        """Change the limit of a resumed run, and shrink the plan if it no longer fits.
 
         Raises:
             BudgetError: no plan fits.
@@ -322,17 +323,17 @@ class PlanKeeper:
             self.check_possible(reason)
             self.correct("shrunk: another budget or time", applier.ranks)
 
-    # How a plan is made to fit ----------------------------------------------------------------------------------------
+    # Making a plan fit ------------------------------------------------------------------------------------------------
 
     def cost_of_shape(self, shape: BatchShape, memory: MemoryModel | None = None) -> ByteCost:
-        """The cost of plans for a batch shape, in bytes.
+        """Return the cost of plans for a batch shape, in bytes.
 
         Args:
             shape: the shape of the largest batch.
-            memory: the byte model to ask; by default that of the layers that are checkpointed now.
+            memory: the byte model to use; defaults to that of the current checkpointed layers.
 
         Raises:
-            UnsupportedError: no byte model knows this shape.
+            UnsupportedError: no byte model covers this shape.
         """
         memory = memory or self.now.memory
         if memory is None:
@@ -352,7 +353,7 @@ class PlanKeeper:
             checkpointing.all()
 
         def measure() -> MemoryModel:
-            # The largest rows and the largest length so far may be of two batches, or of another process.
+            # The largest rows and length so far may come from two batches, or from another process.
             largest = run.largest_batch() if batch is None else run.on_device(batch)
             whole = reshaped(largest, shape, run.step.rows_per_example)
             return measure_memory(run.step, targets, whole, signals=True)
@@ -365,21 +366,21 @@ class PlanKeeper:
             self.checkpoint_fewest()
 
     def layers_of(self, ranks: IntArray) -> tuple[str, ...]:
-        """The names of the layers that have to be checkpointed for a plan of these ranks, int64 (modules,), to fit."""
+        """Return the names of the layers to checkpoint for a plan of these ranks, int64 (modules,), to fit."""
         if self.checkpointing is None:
             return ()
         return self.checkpointing.fewest(ranks, self.room_for(ranks), self.now.shape)
 
     def room_for(self, ranks: IntArray) -> float:
-        """The bytes that the byte model may predict for a plan, int64 (modules,), within the limit."""
+        """Return the bytes that the byte model may predict for a plan, int64 (modules,), within the limit."""
         return self.applier.limit - self.now.underestimate + self.unpaid(ranks)
 
     def unpaid(self, ranks: IntArray) -> float:
-        """The bytes of signal buffers, which the byte model counts, in a run that measures no signals; else 0."""
+        """Return the bytes of signal buffers in the byte model that a run without signals does not use; else 0."""
         return 0.0 if self.applier.measures else float(signal_buffer_bytes(self.applier.targets) @ ranks)
 
     def fits_with_checkpointing(self, reason: str) -> bool:
-        """Try to make the plan fit by checkpointing other layers alone; True if it fits, with the ranks as they are.
+        """Try to make the plan fit by checkpointing other layers; True if it fits with unchanged ranks.
 
         Args:
             reason: why it may not fit, for the warning if the layers change.
@@ -393,12 +394,12 @@ class PlanKeeper:
         return True
 
     def correct(self, reason: str, wanted: IntArray, *, keeps: bool = False) -> None:
-        """Bring the ranks within the limit, as near to some wanted ranks as it allows.
+        """Bring the ranks within the limit, as close as possible to some wanted ranks.
 
         Args:
             reason: for the decision log.
             wanted: the wanted ranks, int64 (modules,).
-            keeps: whether the directions that are cut are kept in main memory.
+            keeps: True to keep the cut directions in main memory.
         """
         applier = self.applier
         observation = applier.observation_now(self.step)
@@ -409,12 +410,12 @@ class PlanKeeper:
         self.changed(PlanChange.correction(self.step, reason, wanted, observation, plan))
 
     def _fit(self, text: str, cause: str, hint: str = "") -> None:
-        """Make the plan fit after costs rose, and say what was done.
+        """Make the plan fit after costs rose, and report it.
 
         Args:
-            text: what happened, the beginning of the line that is told.
+            text: what happened; the beginning of the reported line.
             cause: why costs rose, for the decision log.
-            hint: what else to tell if no plan fits.
+            hint: further text if no plan fits.
         """
         if self.applier.fits():
             self.warn("%s The plan still fits.", text)
@@ -431,19 +432,19 @@ class PlanKeeper:
             raise BudgetError(f"{context} {error}") from error
 
     def changed(self, change: PlanChange) -> None:
-        """Settle after ranks were corrected: choose checkpointed layers, measure the next step, record the change."""
+        """Settle after a correction of ranks: choose checkpointed layers, measure the next step, record the change."""
         self.checkpoint_fewest()
         self.now = replace(self.now, before=None)
         self.measure_next()
         self._corrected(change)
 
     def measure_next(self) -> None:
-        """Ask for the peak of the next step, to be compared with the prediction."""
+        """Measure the peak of the next step, for comparison with the prediction."""
         self.meter.request()
         self.now = replace(self.now, unchecked=True)
 
     def checkpoint_fewest(self) -> bool:
-        """Checkpoint the fewest layers with which the plan fits; returns whether it fits then."""
+        """Checkpoint the fewest layers with which the plan fits; return True if it then fits."""
         self.checkpoint(self.layers_of(self.applier.ranks))
         return self.applier.fits()
 

@@ -1,8 +1,8 @@
-"""The learning rate follows the plan: adapters train at the rate of their optimizer times a factor.
+"""Learning rate of the plan: adapters train at their optimizer's rate times a factor.
 
-The factor is applied around each step of the optimizer, so that schedules, warm-up, several groups, and loops that set
-the rate themselves go on as they are. Between two steps the groups show the user's rate. One that a callback of a
-Trainer's user writes there, beside its schedule, is no matter of the rule and of control.
+The factor is applied only around each optimizer step, so schedules, warm-up, several groups, and loops that set the
+rate themselves work unchanged. Between steps the groups show the user's rate. The rule and control ignore a rate
+written there by a user's Trainer callback in addition to its schedule.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from ..plan.worth import KNOWN
 from .run import FIRST_ROWS, FirstRows, Participant, TrainingRun, adapter_rates, own_rate, probe_rate
 
 FAR = 4.0
-"""A rate so many times above or below the rule's is told."""
+"""Ratio to the rule's rate, up or down, above which the rate is reported."""
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
-"""Names of the hidden width in configurations of models."""
+"""Names of the hidden width in model configurations."""
 
 _OWN_RATE = ("prodigy", "dadapt", "schedulefree", "adafactor")
-"""Parts of the names of optimizers that choose their rate themselves, or are no Adam."""
+"""Substrings of the names of optimizers that choose their own rate, or are not Adam variants."""
 
 
 def hidden_width(model: nn.Module) -> int | None:
-    """The width of a model's hidden states, from its configuration; None where that does not tell."""
+    """Return the width of a model's hidden states, from its configuration; None if not given there."""
     config = getattr(unwrap(model), "config", None)
     for holder in (config, getattr(config, "text_config", None)):
         for name in _WIDTHS:
@@ -47,21 +47,21 @@ def hidden_width(model: nn.Module) -> int | None:
 
 
 def follows_rule(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer is a kind of Adam whose rate its user chooses."""
+    """True if an optimizer is an Adam variant with a rate chosen by the user."""
     name = type(unwrap_optimizer(optimizer)).__name__.lower()
     return "adam" in name and not any(part in name for part in _OWN_RATE)
 
 
 def check_follows(optimizer: torch.optim.Optimizer, asked: str, instead: str) -> None:
-    """Refuse to correct the rate of an optimizer that is no kind of Adam: the alignment of its steps is not known.
+    """Reject rate control for an optimizer that is no Adam variant: the alignment of its steps is unknown.
 
     Args:
-        optimizer: of the run.
-        asked: what its user asked for, for the error.
-        instead: what to do.
+        optimizer: the optimizer of the run.
+        asked: the user's request, for the error.
+        instead: advice for the error.
 
     Raises:
-        ConfigError: it is none, or chooses its rate itself.
+        ConfigError: it is no Adam variant, or chooses its own rate.
     """
     if not follows_rule(optimizer):
         raise ConfigError(
@@ -71,23 +71,23 @@ def check_follows(optimizer: torch.optim.Optimizer, asked: str, instead: str) ->
 
 
 def rule_knows(run: TrainingRun) -> bool:
-    """Whether the rule says something of a run: of its optimizer, its model and its loss."""
+    """True if the rule covers a run's optimizer, model and loss."""
     return follows_rule(run.optimizer) and hidden_width(run.model) is not None and not run.learns_preferences
 
 
 def rate_by_rule(
     model: nn.Module, targets: Sequence[TargetModule], steps: int, initial: InitialLoss = TYPICAL
 ) -> float:
-    """What the rule says for plain LoRA on a model.
+    """Return the rule's rate for plain LoRA on a model.
 
     Args:
         model: a PEFT model.
-        targets: its adapters, whose alpha decides the scale at rank 8.
-        steps: of the run.
+        targets: its adapters, whose alpha sets the scale at rank 8.
+        steps: the length of the run in optimizer steps.
         initial: the loss before training, and the tokens of a step.
 
     Raises:
-        ConfigError: the model's configuration does not tell its width.
+        ConfigError: the model's configuration has no width.
     """
     width = hidden_width(model)
     if width is None:
@@ -99,11 +99,11 @@ def rate_by_rule(
 
 
 def initial_loss(run: TrainingRun, first_rows: FirstRows) -> InitialLoss:
-    """What the rule reads off some rows before training; a run that learns labels looks like any.
+    """Return the rule's inputs from some rows before training; runs on labels all get the same.
 
     Args:
-        run: that begins.
-        first_rows: what `TrainingRun.read_first_rows` returned.
+        run: the run about to begin.
+        first_rows: the result of `TrainingRun.read_first_rows`.
     """
     loss, counts = first_rows
     if predicted_share(counts) < LABELS or not math.isfinite(loss):
@@ -113,22 +113,22 @@ def initial_loss(run: TrainingRun, first_rows: FirstRows) -> InitialLoss:
 
 
 LABELS = 0.05
-"""A loss that counts a smaller share of the tokens is of labels."""
+"""Share of counted tokens below which a loss is one on labels."""
 
 
 def learns_labels(run: TrainingRun, initial: InitialLoss | None) -> bool:
-    """Whether a run learns labels: its model has no output layer over tokens, or its loss counts hardly any of them.
+    """True if a run learns labels: its model has no output layer over tokens, or its loss counts hardly any of them.
 
     Args:
-        run: that begins.
-        initial: what `initial_loss` returned; None where no row was read.
+        run: the run about to begin.
+        initial: the result of `initial_loss`; None if no row was read.
     """
     output = getattr(unwrap(run.model), "get_output_embeddings", None)
     return initial == TYPICAL or (output is not None and output() is None)
 
 
 def _groups_at_zero(run: TrainingRun) -> list[int]:
-    """The numbers of the optimizer's groups whose adapters have a rate of 0 while others have one.
+    """Return the indices of optimizer groups whose adapters have a rate of 0 while others do not.
 
     Raises:
         ConfigError: the rate of a group with adapters is negative or not finite.
@@ -144,34 +144,34 @@ def _groups_at_zero(run: TrainingRun) -> list[int]:
 
 
 def _scale(targets: Sequence[TargetModule]) -> float:
-    """The scale of plain LoRA, the geometric mean over the modules."""
+    """Return the scale of plain LoRA, the geometric mean over the modules."""
     return float(np.exp(np.mean([math.log(target.scaling_at(REFERENCE_RANK)) for target in targets])))
 
 
 class PlanRate(Participant):
-    """Multiplies the learning rate of adapters by what the plan, and the rule if it is to decide, make of it.
+    """Multiplies the learning rate of adapters by the factor of the plan, and of the rule if requested.
 
     Args:
-        run: whose optimizer steps.
-        targets: its adapters. Groups of the optimizer that hold none keep their rate.
-        auto: begin with what the rule says for plain LoRA; else with the optimizer's own rate.
-        controlled: whether the run's steps correct the rate, which begins lower then, but for runs that learn labels.
-        keep: leave the rate as it is, whatever the plan.
+        run: the run.
+        targets: its adapters. Optimizer groups without adapters keep their rate.
+        auto: start from the rule's rate for plain LoRA, instead of the optimizer's own.
+        controlled: True if the run's steps correct the rate, which then starts lower, except for runs on labels.
+        keep: leave the rate unchanged, whatever the plan.
         initial: the loss before training, and the tokens of a step.
-        own: of the attributes, where the run goes on; the optimizer's rate may be anywhere on its schedule then.
+        own: the attribute `own` of a resumed run, whose optimizer may be anywhere on its schedule.
 
     Attributes:
-        initial: the loss before training; None where no row was read.
-        own: the rate that the optimizer begins with or warms up to.
-        of_labels: whether the run learns labels.
-        rule: what the rule says for plain LoRA; None where the optimizer is no Adam, or the width is unknown.
-        factor: by which the rate is multiplied now.
-        moved: the part of it that control of the run has added.
+        initial: the loss before training; None if no row was read.
+        own: the optimizer's initial or warmed-up rate.
+        of_labels: True if the run learns labels.
+        rule: the rule's rate for plain LoRA; None if the optimizer is no Adam variant, or the width is unknown.
+        factor: current factor on the rate.
+        moved: its part due to control of the run.
         last: the rate of the optimizer's first group in its last step; None before one.
 
     Raises:
-        ConfigError: the optimizer's rate is negative or not finite; or `auto`, and the rule says nothing here: of
-            another optimizer, or of losses that compare answers.
+        ConfigError: the optimizer's rate is negative or not finite; or `auto` is set and the rule does not apply: to
+            another optimizer, or to losses that compare answers.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class PlanRate(Participant):
         if auto and self.rule:
             self._auto = (RateRange.around(self.rule).low if self._raised else self.rule) / self.own
         wide = (hidden_width(run.model) or 0) > KNOWN["width"][1]
-        self._most = 1.0 if wide else math.inf  # on wider models no plan is known to want more than plain LoRA
+        self._most = 1.0 if wide else math.inf  # on wider models no plan is known to need more than plain LoRA
         self.factor: float = 1.0
         self.moved: float = 1.0
         self.last: float | torch.Tensor | None = None
@@ -232,26 +232,26 @@ class PlanRate(Participant):
 
     @property
     def plain(self) -> float:
-        """The peak of the learning rate of plain LoRA, as far as control of the run has moved it."""
+        """Peak learning rate of plain LoRA, including changes by control of the run."""
         return self.own * self._auto * self.moved
 
     @property
     def rate(self) -> float:
-        """The peak of the learning rate under the plan."""
+        """Peak learning rate under the plan."""
         return self.own * self.factor
 
     @property
     def rates(self) -> tuple[float, float]:
-        """The peak of the learning rate for plain LoRA, and under the plan."""
+        """Peak learning rates for plain LoRA, and under the plan."""
         return self.plain, self.rate
 
     def move(self, moved: float) -> None:
-        """Multiply the plain rate by `moved` from now on, as control of the run has chosen."""
+        """Multiply the plain rate by `moved` from now on, as chosen by control of the run."""
         self.moved = moved
         self.ranks_changed()
 
     def ranks_changed(self) -> None:
-        """Take the factor of the plan that is in place."""
+        """Set the factor of the current plan."""
         if not self._keep and self._follows:
             ranks = np.array([target.rank for target in self._targets], dtype=np.int64)
             of_plan = RULE.factor(ranks, np.array([target.scaling for target in self._targets]), self._plain)
@@ -259,7 +259,7 @@ class PlanRate(Participant):
         self.factor = self.plain / self.own * self._of_plan
 
     def told(self) -> str:
-        """A line on the rate; empty where it is the user's, and near the rule's."""
+        """Return a report line on the rate; empty for a user's rate close to the rule's."""
         lines = []
         if self._still:
             groups = ", ".join(map(str, self._still))
@@ -290,11 +290,11 @@ class PlanRate(Participant):
         return " ".join(lines)
 
     def state(self) -> dict[str, Any]:
-        """The user's rate, and what the rule has read off the run."""
+        """Return the user's rate, and the rule's inputs from the run."""
         return {"own_rate": self.own, "initial": list(astuple(self.initial)) if self.initial else None}
 
     def end(self) -> None:
-        """Leave the rate as the optimizer has it."""
+        """Restore the optimizer's rate."""
         for hook in self._hooks:
             hook.remove()
         self._put_back()
@@ -305,8 +305,8 @@ class PlanRate(Participant):
         for at, group in enumerate(optimizer.param_groups):
             rate = group["lr"]
             if rate is None or not any(id(parameter) in self._adapters for parameter in group["params"]):
-                continue  # None: the optimizer finds its own
-            if isinstance(rate, torch.Tensor):  # of a captured graph, which reads it where it is
+                continue  # None: the optimizer chooses its own
+            if isinstance(rate, torch.Tensor):  # for a captured graph, which reads it in place
                 self._before.append((group, rate.clone()))
                 rate.mul_(self.factor)
             else:

@@ -1,4 +1,4 @@
-"""Before a run its modules are probed for a policy that reads signals; for any other, a few rows are read."""
+"""Probe of a run's modules for a policy that reads signals; for any other, a few rows are read."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from .run import FIRST_ROWS, FirstRows, TrainingRun
 
 Item = TypeVar("Item")
 Progress = Callable[[Iterable[Item], str, int], Iterable[Item]]
-"""Shows how far an iterable has come: the iterable, what it does, its length."""
+"""Shows the progress of an iterable: the iterable, its label, its length."""
 
 PROBE_SHARE = 0.0175
-"""The probe reads at most this share of the examples that the run reads. An example costs up to 1.6 times as much in
-the probe as under a plan, because all modules have adapters and batches are small. With the steps that measure what
-plans cost (1 to 2 % of 100 steps of 16 rows) about 5 % of such a run come before its first step."""
+"""Maximum number of examples of the probe, as a share of those of the run. An example costs up to 1.6 times as much in
+the probe as under a plan, because all modules have adapters and batches are small. With the steps that measure the cost
+of plans (1 to 2 % of 100 steps of 16 rows) about 5 % of such a run precede its first step."""
 
 LEAST_PROBE_STEPS = 8
-"""However short the run is, the probe has so many steps, or as many as the schedule has."""
+"""Minimum number of steps of the probe in short runs, up to those of the schedule."""
 
 
 def probe_steps(run: TrainingRun, schedule: DecisionSchedule) -> int:
-    """The steps of the probe before a run: those of the schedule, or fewer before a short run."""
+    """Return the steps of the probe before a run: those of the schedule, or fewer before a short run."""
     examples = run.total_steps * run.accumulation * run.rows
     affordable = int(PROBE_SHARE * examples / schedule.probe_batch)
     return min(schedule.probe_steps, max(affordable, LEAST_PROBE_STEPS))
@@ -55,16 +55,16 @@ def first_signals(
     keeps: bool,
     progress: Progress[Any] | None,
 ) -> ProbeResult:
-    """Probe the modules, unless rows were read instead; afterwards adapters that are not kept are new.
+    """Probe the modules, unless rows were read instead; then reset adapters that are not kept.
 
     Args:
         run: the run.
         targets: the target modules of its model.
         schedule: see `run_probe`.
-        seed: of the choice of rows, and of fresh adapters, which have rank 1.
-        first_rows: what `TrainingRun.read_first_rows` returned, for a policy that reads no signals.
-        keeps: whether adapters stay as they are.
-        progress: shows how far the probe has come.
+        seed: seed of the choice of rows, and of fresh adapters, which have rank 1.
+        first_rows: the result of `TrainingRun.read_first_rows`, for a policy without signals.
+        keeps: True to keep the adapters.
+        progress: shows the progress of the probe.
     """
     if not keeps:
         reset_adapters(targets, 1, seed)
@@ -86,18 +86,18 @@ def run_probe(
     *,
     progress: Progress[Any] | None = None,
 ) -> ProbeResult:
-    """The probe on the data of the run, with a new optimizer. All weights are restored afterwards.
+    """Run the probe on the data of the run, with a new optimizer. All weights are restored afterwards.
 
     Args:
         run: the run.
-        targets: the target modules of its model, with the adapters that are probed.
-        schedule: the most steps that the probe takes, and their rows; see `probe_steps`.
-        seed: of the choice of rows.
-        progress: shows how far the probe has come.
+        targets: the target modules of its model, with the adapters to probe.
+        schedule: the maximum number of steps of the probe, and their rows; see `probe_steps`.
+        seed: seed of the choice of rows.
+        progress: shows the progress of the probe.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
-        DataError: the labels of all rows that it reads are masked, or rows have one token and no loss.
+        DataError: the labels of all rows read are masked, or rows have one token and no loss.
     """
     pairs = [w for target in targets if target.rank > 0 for w in (target.weight_a, target.weight_b)]
     parameters = [*other_trainable(run.model, targets), *pairs]
@@ -112,7 +112,7 @@ def run_probe(
         nonlocal length
         for batch in batches:
             counted, length = count_predictions(batch), shape_of(batch).length
-            if counted[0] > 0:  # the loss of rows whose labels are all masked is 0 / 0
+            if counted[0] > 0:  # the loss of fully masked rows is 0 / 0
                 counts.append(counted)
                 yield partial(run.loss, batch)
         if not counts:
@@ -129,11 +129,11 @@ def run_probe(
 
 
 def unprobed(first_rows: FirstRows, modules: int) -> ProbeResult:
-    """What some rows tell without a step of training: the loss, and the share of tokens that it counts; no signals.
+    """Return facts from some rows without a training step: the loss, and its share of counted tokens; no signals.
 
     Args:
-        first_rows: what `TrainingRun.read_first_rows` returned.
-        modules: how many the run has.
+        first_rows: the result of `TrainingRun.read_first_rows`.
+        modules: number of modules in the run.
 
     Raises:
         NonFiniteError: the loss is NaN or infinite.
@@ -166,7 +166,7 @@ def _too_short(length: int) -> DataError:
 
 @contextmanager
 def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Restore the values of these parameters afterwards; they have no gradients then."""
+    """Restore the values of these parameters afterwards, without gradients."""
     before = [parameter.detach().clone() for parameter in parameters]
     try:
         yield

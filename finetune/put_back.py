@@ -1,4 +1,4 @@
-"""What a run changes in a user's model and Trainer beside the ranks: checkpointed layers, and all that is put back."""
+"""Changes to a user's model and Trainer other than ranks (checkpointed layers, settings), and their restoration."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from ..lora.targets import TargetModule, other_trainable, unwrap
 
 
 def adapter_bytes(targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the adapters' factors, their gradients and their optimiser state."""
+    """Return the bytes of the adapters' factors, their gradients and their optimizer state."""
     factors = [weight.detach() for target in targets for weight in (target.weight_a, target.weight_b) if target.rank]
     return sum(2 * factor.nbytes + state_bytes_of(optimizer, factor) for factor in factors)
 
 
 class AdapterSnapshot:
-    """The adapters of a model at this moment, PEFT's configuration and the optimiser's state, in main memory.
+    """Snapshot of a model's adapters, PEFT's configuration and the optimizer's state, in main memory.
 
     Args:
         model: the PEFT model.
         targets: its target modules.
-        optimizer: its own; None for none.
-        steps: whether it steps before `put_back`. Then a head that trains beside the adapters is kept, too.
+        optimizer: its optimizer; None for none.
+        steps: True if the optimizer steps before `put_back`. A head trained with the adapters is then included.
     """
 
     def __init__(
@@ -58,20 +58,20 @@ class AdapterSnapshot:
 
     @property
     def fits(self) -> bool:
-        """Whether the parameters have the shapes that they had, so that no rank has changed."""
+        """True if no parameter's shape, and so no rank, has changed."""
         return all(parameter.shape == value.shape for parameter, value, _ in self._values)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What `load_state_dict` needs, as tensors and JSON values; None where the optimizer's state is no such."""
+        """Return the state for `load_state_dict`, as tensors and JSON values; None if the optimizer's state is not."""
         state = self._state.state_dict()
         values = {str(i): value for i, (_, value, _) in enumerate(self._values)}
         return None if state is None else {"values": values, "state": state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep what `state_dict` told instead of what is there now, at the same ranks.
+        """Replace the snapshot by the result of `state_dict`, at the same ranks.
 
         Raises:
-            LookupError, TypeError, ValueError: it is of other modules or ranks.
+            LookupError, TypeError, ValueError: it belongs to other modules or ranks.
         """
         kept = []
         for index, (parameter, now, trains) in enumerate(self._values):
@@ -82,7 +82,7 @@ class AdapterSnapshot:
         self._state.load_state_dict(state["state"])
 
     def put_back(self) -> None:
-        """Give all of it back, after any changes of rank; this can be done once."""
+        """Restore everything, after any changes of rank; this works once."""
         self._state.put_back()
         for parameter, value, _ in self._values:
             write_in_place(parameter, value.to(parameter.device))
@@ -97,13 +97,13 @@ class AdapterSnapshot:
 
 @dataclass(frozen=True, eq=False)
 class CutDirections:
-    """Directions of a module's pair in main memory, which are cut away for a while.
+    """Directions of a module's pair kept in main memory while they are cut.
 
     Attributes:
         target: the module.
-        rows: of A, (experts, directions, d_in).
-        columns: of B, (experts, d_out, directions).
-        scaling: by which their product is multiplied.
+        rows: rows of A, (experts, directions, d_in).
+        columns: columns of B, (experts, d_out, directions).
+        scaling: factor of their product.
     """
 
     target: TargetModule
@@ -113,12 +113,12 @@ class CutDirections:
 
     @classmethod
     def of(cls, target: TargetModule) -> CutDirections:
-        """All directions of a module."""
+        """Return all directions of a module."""
         a, b = (weight.detach().to("cpu", copy=True) for weight in (target.weight_a, target.weight_b))
         return cls(target, target.each_a(a), target.each_b(b), target.scaling)
 
     def beyond(self, rank: int) -> CutDirections:
-        """Those that a shrink to this rank takes, the largest first; see `shrink_maps`."""
+        """Return the directions removed by a shrink to this rank, largest first; see `shrink_maps`."""
         a, b = self.rows.double(), self.columns.double()
         share = self.scaling / (self.target.scaling_at(REFERENCE_RANK) or 1.0)
         p, q, used = shrink_maps([*a], [*(b * share)], a.shape[1])
@@ -128,7 +128,7 @@ class CutDirections:
 
     @torch.no_grad()
     def put_back(self, at: int) -> int:
-        """Write them into a pair from direction `at` on, as many as it has room for; returns where they end."""
+        """Write the directions into a pair from index `at` up to its rank; return the end index."""
         target, end = self.target, min(at + self.rows.shape[1], self.target.rank)
         factor = target.scaling / self.scaling if self.scaling else 1.0
         rows, columns = self.rows[:, : end - at], self.columns[:, :, : end - at]
@@ -139,16 +139,16 @@ class CutDirections:
 
 
 LONG = 10_000
-"""Lists that are longer hold data, not records of steps."""
+"""Lists longer than this hold data, not records of steps."""
 
 
 _SWITCHES = ("gradient_checkpointing", training_step.CHECKPOINT)
-"""Attributes of a module that say whether it is checkpointed, and how."""
+"""Attributes of a module that control whether and how it is checkpointed."""
 
 
 @contextmanager
 def put_back(*owners: object) -> Iterator[None]:
-    """Put back what is written into the attributes of objects, and into the lists and dictionaries that they hold."""
+    """Restore the attributes of objects, and the lists and dictionaries in them."""
     every = [own for owner in owners if isinstance(own := getattr(owner, "__dict__", None), dict)]
     before = [(attributes, dict(attributes)) for attributes in every]
     containers: dict[int, tuple[Any, Any]] = {}
@@ -167,7 +167,7 @@ def put_back(*owners: object) -> Iterator[None]:
 
 
 def _note(value: Any, containers: dict[int, tuple[Any, Any]]) -> None:
-    """Note the content of a container and of those inside it."""
+    """Record the content of a container and of nested ones."""
     if not isinstance(value, dict | list | deque | set) or len(value) > LONG or id(value) in containers:
         return
     containers[id(value)] = value, value.copy()
@@ -176,10 +176,10 @@ def _note(value: Any, containers: dict[int, tuple[Any, Any]]) -> None:
 
 
 class ModelSettings:
-    """Which layers of a transformers model are checkpointed, which outputs require gradients, and its cache.
+    """Settings of a transformers model: checkpointed layers, outputs that require gradients, and the cache.
 
     Args:
-        model: the model, as it is now.
+        model: the model to record.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -190,7 +190,7 @@ class ModelSettings:
         self._caches = [(one, one.use_cache) for one in configs.values() if hasattr(one, "use_cache")]
 
     def put_back(self) -> None:
-        """Set the model as it was."""
+        """Restore the model."""
         for module, before in self._switches:
             for name in _switches(module).keys() - before.keys():
                 delattr(module, name)
@@ -203,14 +203,14 @@ class ModelSettings:
         self.put_back_caches()
 
     def put_back_caches(self) -> None:
-        """Let the model fill caches of keys and values as it did."""
+        """Restore the model's settings of its key-value caches."""
         for config, cache in self._caches:
             config.use_cache = cache
 
 
 @contextmanager
 def settings_put_back(model: nn.Module) -> Iterator[None]:
-    """Set a model afterwards as it was before."""
+    """Restore a model's settings afterwards."""
     settings = ModelSettings(model)
     try:
         yield
@@ -220,7 +220,7 @@ def settings_put_back(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def switches_put_back(model: torch.nn.Module) -> Iterator[None]:
-    """Let parameters train, modules be in training mode and torch draw numbers afterwards as they did before."""
+    """Restore trainable parameters, training modes and torch's random states afterwards."""
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
@@ -238,13 +238,13 @@ def switches_put_back(model: torch.nn.Module) -> Iterator[None]:
 def adapters_put_back(
     model: Any, targets: Sequence[TargetModule], optimizer: torch.optim.Optimizer | None, *, after_errors: bool = False
 ) -> Iterator[AdapterSnapshot]:
-    """Give the adapters their values, ranks, PEFT's configuration and the optimiser's state back afterwards.
+    """Restore the adapters, their ranks, PEFT's configuration and the optimizer's state afterwards.
 
     Args:
         model: the PEFT model.
         targets: its target modules.
-        optimizer: its own; None for none.
-        after_errors: do so only after an error inside, such as Ctrl-C in the probe.
+        optimizer: its optimizer; None for none.
+        after_errors: restore only after an error inside, such as Ctrl-C in the probe.
     """
     kept = AdapterSnapshot(model, targets, optimizer)
     try:
@@ -261,23 +261,23 @@ def _switches(module: nn.Module) -> dict[str, Any]:
 
 
 def _gradient_hooks(module: nn.Module) -> dict[int, Any]:
-    """The hooks that make a module's output require gradients."""
+    """Return the hooks that make a module's output require gradients."""
     return {key: hook for key, hook in module._forward_hooks.items() if training_step.requires_grad_hook(hook)}
 
 
 class LayerCheckpointing:
-    """Checkpoints single layers of a transformers model. Losses stay the same.
+    """Checkpoints single layers of a transformers model. Losses are unchanged.
 
     Args:
         model: the PEFT model. All its layers are checkpointed until `put_back`, so that the step can be measured.
-        whole: checkpoint all that hold something, whatever the limit: for the fewest bytes.
+        whole: checkpoint all layers with saved activations, whatever the limit: for the fewest bytes.
 
     Attributes:
         layers: the names of the checkpointed layers.
-        memory: the byte model of the step in which all are; None until it is known.
+        memory: the byte model of the step with all layers checkpointed; None until known.
 
     Raises:
-        UnsupportedError: the model has no layers that can be checkpointed one by one.
+        UnsupportedError: the model has no layers that can be checkpointed individually.
     """
 
     def __init__(self, model: nn.Module, *, whole: bool = False) -> None:
@@ -298,23 +298,23 @@ class LayerCheckpointing:
         self.memory: MemoryModel | None = None
 
     def put_back(self) -> None:
-        """Checkpoint the layers that were so before, and set the model's cache as it was; the first call does so."""
+        """Restore the original checkpointing and the model's cache; only the first call has an effect."""
         if self._before:
             self._before.put_back()
-            for layer in self._layers.values():  # as what is in them: see `before_step`
+            for layer in self._layers.values():  # like their submodules: see `before_step`
                 layer.training = next(layer.children(), layer).training
         self._before = None
 
     def before_step(self) -> None:
-        """Let the chosen layers be in training mode, since transformers checkpoints no other; what is in them stays.
+        """Put the chosen layers, but not their submodules, into training mode, as transformers' checkpointing requires.
 
-        Layers that drop numbers themselves stay as they are, as without rankpilot.
+        Layers that apply dropout themselves are left alone, as without rankpilot.
         """
         for layer in map(self._layers.__getitem__, self.layers):
             layer.training = layer.training or not drops_itself(layer)
 
     def pause(self) -> None:
-        """Checkpoint no layer, and have the cache of before; call inside `settings_put_back`."""
+        """Checkpoint no layer, and restore the original cache; call inside `settings_put_back`."""
         for layer in self._layers.values():
             layer.gradient_checkpointing = False
         if self._before:
@@ -325,18 +325,18 @@ class LayerCheckpointing:
         self.take(self._layers)
 
     def take(self, layers: Collection[str]) -> None:
-        """Checkpoint these layers, and no other."""
+        """Checkpoint exactly these layers."""
         self.layers = tuple(name for name in self._layers if name in layers)
         for name, layer in self._layers.items():
             layer.gradient_checkpointing = name in layers
 
     def fewest(self, ranks: IntArray, limit: float, shape: BatchShape | None = None) -> tuple[str, ...]:
-        """The fewest layers that must be checkpointed so that a plan fits, or all that hold something.
+        """Return the fewest checkpointed layers with which a plan fits, or all layers with saved activations.
 
         Args:
             ranks: the plan, int64 (modules,).
-            limit: bytes that the step may take.
-            shape: of the batch; by default the one that the memory was measured with.
+            limit: limit of the step in bytes.
+            shape: the shape of the batch; defaults to the one measured.
         """
         assert self.memory is not None, "the step has not been measured"
         return fewest_checkpointed(self.memory, ranks, 0.0 if self.whole else limit, shape)
@@ -350,15 +350,15 @@ class LayerCheckpointing:
         least: Callable[[ByteCost], float] | None,
         unpaid: FloatArray,
     ) -> ByteCost:
-        """What plans cost, where layers may be checkpointed or may not; see `checkpointed_cost`.
+        """Return the cost of plans, with or without selectable layers; see `checkpointed_cost`.
 
         Args:
             max_ranks: the highest rank of each module, int64 (modules,).
-            limit: bytes that the step may take.
-            shape: of the batch.
-            ranks: those in place, int64 (modules,).
-            least: what the least possible plan takes under a cost; None where no layer may be checkpointed.
-            unpaid: bytes for each rank that are in the cost and that the plans do not take, (modules,).
+            limit: limit of the step in bytes.
+            shape: the shape of the batch.
+            ranks: the current ranks, int64 (modules,).
+            least: returns the least cost of any plan; None if no layer may be checkpointed.
+            unpaid: bytes per rank that are in the cost but not used by the plans, (modules,).
         """
         assert self.memory is not None, "the step has not been measured"
         if least:
@@ -369,7 +369,7 @@ class LayerCheckpointing:
         return self.memory.with_checkpointed(()).cost(shape)
 
     def memory_now(self) -> MemoryModel:
-        """The byte model of the step in which the layers are checkpointed that are now."""
+        """Return the byte model of the step with the current checkpointed layers."""
         assert self.memory is not None, "the step has not been measured"
         return self.memory.with_checkpointed(self.layers)
 
@@ -378,19 +378,19 @@ class LayerCheckpointing:
 
 
 def could_checkpoint(model: nn.Module) -> bool:
-    """Whether a model has layers that can be checkpointed one by one, and none that is."""
+    """True if a model has layers that can be checkpointed individually, and none is."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     switched = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     return training_step.has_checkpointing(unwrap(model)) and bool(layers) and not switched
 
 
 def drops_itself(module: nn.Module) -> bool:
-    """Whether a module has a share of numbers to drop that no module of dropout inside of it tells."""
+    """True if a module has its own dropout share, outside of any dropout submodule."""
     return any(isinstance(share, float) and share > 0 and "drop" in name for name, share in vars(module).items())
 
 
 def all_running_again(model: nn.Module) -> Callable[[], None]:
-    """Checkpoint all layers of a model; returns what undoes it.
+    """Checkpoint all layers of a model; return a function that undoes it.
 
     Raises:
         UnsupportedError: the model has no gradient checkpointing.

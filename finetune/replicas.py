@@ -1,10 +1,9 @@
-"""The copies of a model that several processes train together, under torch's DistributedDataParallel.
+"""Model replicas trained by several processes, under torch's DistributedDataParallel.
 
-Other ways of spreading a run over devices and processes, under which ranks cannot change, are refused before training.
+Other ways of distributing a run, under which ranks cannot change, are rejected before training.
 
-DDP looks at the parameters once, when it wraps the model: which of them train, and how large their gradients are. So
-its reducer is built anew after each change of ranks. What the first process does alone, such as the probe, goes past
-DDP.
+DDP inspects the parameters once, when it wraps the model: which of them train, and the sizes of their gradients. So its
+reducer is rebuilt after each change of ranks. Work done by the first process alone, such as the probe, bypasses DDP.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from ..errors import BudgetError, ProcessError, UnsupportedError
 from ..lora.targets import PLAN_FIRST, TargetModule, wrappers_of
 
 STATELESS_HOOKS = ("allreduce_hook", "bf16_compress_hook", "fp16_compress_hook")
-"""Communication hooks of torch that know nothing of the shapes of gradients, and so go on with others."""
+"""Communication hooks of torch that do not depend on the shapes of gradients, and so still work after a change."""
 
 _HOOKS = "torch.distributed.algorithms.ddp_comm_hooks.default_hooks"
-"""Where they are; a Trainer does not load it."""
+"""Module of these hooks; a Trainer does not load it."""
 
 WAY_OUT = "Start one process for each device with torchrun, which trains under DistributedDataParallel."
 
@@ -49,16 +48,16 @@ _REASONS = {
 
 
 class Replicas:
-    """The copies of one model, one in each process. Where there is one process, all of this does nothing.
+    """Replicas of one model, one in each process. With a single process, all methods do nothing.
 
     Args:
-        wrapper: the DDP around the model of this process; None where there is none.
-        processes: those that hold the copies.
+        wrapper: the DDP around the model of this process; None without DDP.
+        processes: the processes that hold the replicas.
 
     Attributes:
         wrapper: as above, as `processes`.
         processes: as above.
-        sharded: whether each process holds a part of the frozen model (FSDP2), so that all must run it together.
+        sharded: True if each process holds a shard of the frozen model (FSDP2), so that all must run it together.
     """
 
     processes: Processes
@@ -71,7 +70,7 @@ class Replicas:
 
     @classmethod
     def of(cls, model: nn.Module) -> Replicas:
-        """The copies of a model as its loop calls it, with all its wrappers.
+        """Return the replicas of a model as called by its loop, with all its wrappers.
 
         Raises:
             UnsupportedError: ranks cannot change inside one of them; see `check_wrappers`.
@@ -82,7 +81,7 @@ class Replicas:
         return cls(wrapper, Processes.of_this_run() if wrapper is not None else None)
 
     def check(self) -> None:
-        """Raise UnsupportedError if there are other processes, and no wrapper that joins their gradients."""
+        """Raise UnsupportedError if there are other processes, and no wrapper to reduce their gradients."""
         if self.wrapper is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise UnsupportedError(
                 f"{dist.get_world_size()} processes run, and the model of this one is not wrapped in "
@@ -92,21 +91,22 @@ class Replicas:
             )
 
     def inside(self, model: nn.Module) -> nn.Module:
-        """The model inside DDP; the model itself where there is none."""
+        """Return the model inside DDP; the model itself without DDP."""
         return model if self.wrapper is None else self.wrapper.module
 
     # Memory -----------------------------------------------------------------------------------------------------------
 
     @property
     def gradients_stay(self) -> bool:
-        """Whether gradients lie in DDP's buckets, which are there all the time."""
+        """True if gradients are views of DDP's buckets, which are always allocated."""
         return self.wrapper is not None and bool(self.wrapper.gradient_as_bucket_view)
 
     def bucket_copies(self, *, several: bool) -> float:
-        """How often DDP holds all gradients besides: in buckets, and in the messages of a hook that rounds them.
+        """Return the number of further copies of all gradients in DDP: in buckets, and in messages of a rounding hook.
 
         Args:
-            several: whether a step takes several passes. Gradients lie beside their buckets until the last one.
+            several: True if a step takes several passes. Gradients are then separate from their buckets until the last
+                one.
         """
         if self.wrapper is None:
             return 0.0
@@ -114,21 +114,21 @@ class Replicas:
 
     @property
     def all_passes_alike(self) -> bool:
-        """Whether DDP takes all passes for alike (`static_graph`), with gradients exchanged in each of them."""
+        """True if DDP assumes identical passes (`static_graph`), with gradients reduced in each of them."""
         return self.wrapper is not None and bool(self.wrapper.static_graph)
 
     @property
     def message_bytes(self) -> int:
-        """Bytes of the message by which DDP sends the model's buffers before a forward pass.
+        """Bytes of DDP's message with the model's buffers before a forward pass.
 
-        A thread of its own lets go of it, so that it may outlast the beginning of the pass or the whole of it.
+        A separate thread releases it, so it may outlive the beginning of the pass, or all of it.
         """
         if self.wrapper is None or not self.wrapper.broadcast_buffers:
             return 0
         return sum(int(buffer.nbytes) for buffer in self.wrapper.module.buffers())
 
     def begin_measuring(self) -> int:
-        """Bytes of DDP's buckets, now that a step begins that is measured; gradients inside them are not counted."""
+        """Return the bytes of DDP's buckets, excluding gradients inside them, at the start of a measured step."""
         if self.wrapper is None:
             return 0
         self._had_rebuilt = self.wrapper._has_rebuilt_buckets
@@ -137,44 +137,44 @@ class Replicas:
 
     @property
     def on_this_device(self) -> int:
-        """How many processes share this process's device: all of a host where it is no accelerator."""
+        """Number of processes that share this process's device: all of a host unless it is an accelerator."""
         if self.wrapper is None or self.wrapper.device_type != "cpu":
             return 1
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.processes.count))
 
-    # What all processes agree on --------------------------------------------------------------------------------------
+    # Agreement of all processes ---------------------------------------------------------------------------------------
 
     def largest_shape(self, shapes: Iterable[BatchShape]) -> BatchShape:
-        """The largest number of rows and the largest length of these shapes, in any process."""
+        """Return the largest number of rows and the largest length of these shapes, in any process."""
         shape = BatchShape(0, 0)
         for each in shapes:
             shape = shape.joined(each)
         return BatchShape(*map(int, self.processes.most(shape.rows, shape.length)))
 
     def exchanging(self, last: bool) -> AbstractContextManager[Any]:
-        """Let processes exchange gradients in the last part of a step alone."""
+        """Reduce gradients across processes only in the last part of a step."""
         return nullcontext() if last or self.wrapper is None else self.wrapper.no_sync()
 
     def together(self, *numbers: float) -> list[float]:
-        """The largest of each number over the processes that run a sharded model together; elsewhere what is given."""
+        """Return the maximum of each number over the processes of a sharded model; otherwise the numbers unchanged."""
         return self.processes.most(*numbers) if self.sharded else list(numbers)
 
     def highest(self, peak: int) -> int:
-        """The highest of the peaks of all processes, in bytes, given that of the step of this one."""
+        """Return the highest peak of all processes, in bytes, given this one's peak of the step."""
         wrapper = self.wrapper
         if wrapper is None:
             return peak
         if wrapper._has_rebuilt_buckets and not self._had_rebuilt and wrapper.device_type != "cuda":
-            # DDP has put its buckets into another order. The new ones were seen, and not that the old ones are gone.
+            # DDP has reordered its buckets. The meter saw the new ones, but not the release of the old ones.
             peak -= trained_bytes(wrapper)
         return int(self.processes.most(peak)[0])
 
     def check_again(self, step: int, limit: Budget) -> None:
-        """Raise BudgetError if other processes are in the middle of a step that this one would take again.
+        """Raise BudgetError if other processes are in the middle of a step that this one would repeat.
 
         Args:
             step: its number, from 1.
-            limit: what a plan may cost from now on.
+            limit: the new limit on the cost of a plan.
         """
         if self.wrapper is not None:
             raise BudgetError(
@@ -185,11 +185,11 @@ class Replicas:
     # Changes of ranks -------------------------------------------------------------------------------------------------
 
     def changed(self, targets: Sequence[TargetModule], step: int) -> None:
-        """Let DDP know of new ranks, and compare the copies.
+        """Notify DDP of new ranks, and compare the replicas.
 
         Args:
             targets: the target modules of the model.
-            step: the optimiser steps done.
+            step: the number of optimizer steps done.
 
         Raises:
             ProcessError: see `compare`.
@@ -202,7 +202,7 @@ class Replicas:
         """Compare ranks and adapters of all processes, bit for bit.
 
         Raises:
-            ProcessError: they are not the same, in all processes.
+            ProcessError: they differ; raised in all processes.
         """
         if self.wrapper is None:
             return
@@ -217,7 +217,7 @@ class Replicas:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Let this process run the model alone: nothing is sent by DDP, and nothing gathered by accelerate."""
+        """Let this process run the model alone, without communication by DDP or gathering by accelerate."""
         wrapper = self.wrapper
         if wrapper is None:
             yield
@@ -242,22 +242,22 @@ class Replicas:
 
 
 def _copied(output: torch.Tensor) -> torch.Tensor:
-    """What DDP makes of an output where it looks for parameters without gradients: a copy, which takes memory."""
+    """Clone an output, as DDP does to find parameters without gradients; the copy takes memory."""
     return output.clone() if output.grad_fn is not None else output
 
 
 def trained_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters that train, and of their gradients."""
+    """Return the bytes of all trained parameters, equal to those of their gradients."""
     return sum(int(parameter.nbytes) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
-    """Let DDP look at the parameters again, as it does when it is unpickled: which train, and how large they are."""
+    """Make DDP inspect the parameters again, as after unpickling: which train, and their sizes."""
     hooks = list(wrapper._comm_hooks)
     wrapper.__setstate__(wrapper.__getstate__())  # type: ignore[no-untyped-call]
     wrapper._has_rebuilt_buckets = False
     if wrapper.static_graph:
-        # Its first backward pass joins gradients only at its end, for which it must be the first one again.
+        # Its first backward pass reduces gradients only at the end, for which it must be the first one again.
         wrapper._static_graph_delay_allreduce_enqueued = False
     for hook, state in hooks:
         dist._register_comm_hook(wrapper.reducer, state, hook)  # type: ignore[attr-defined]
@@ -265,7 +265,7 @@ def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
 
 @torch.no_grad()
 def digest_of(targets: Sequence[TargetModule]) -> str:
-    """A checksum of the ranks and the adapters of target modules."""
+    """Return a checksum of the ranks and the adapters of target modules."""
     digest = hashlib.sha256()
     for target in targets:
         digest.update(f"{target.name} {target.rank};".encode())
@@ -275,11 +275,11 @@ def digest_of(targets: Sequence[TargetModule]) -> str:
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Refuse settings of a Trainer under which ranks cannot be changed.
+    """Reject Trainer settings under which ranks cannot be changed.
 
     Raises:
-        UnsupportedError: the run uses nn.DataParallel, DeepSpeed, FSDP, another kind of parallelism than that of data,
-            or activation offloading.
+        UnsupportedError: the run uses nn.DataParallel, DeepSpeed, FSDP, parallelism other than data parallelism, or
+            activation offloading.
     """
     if args.n_gpu > 1:
         raise UnsupportedError(
@@ -306,14 +306,14 @@ def check_arguments(args: TrainingArguments) -> None:
 
 
 def check_wrappers(wrappers: Sequence[nn.Module]) -> None:
-    """Refuse wrappers of a model under which ranks cannot be changed.
+    """Reject wrappers of a model under which ranks cannot be changed.
 
     Args:
-        wrappers: the model as its loop calls it, what it wraps, and so on.
+        wrappers: the model as called by its loop, then each wrapped module in turn.
 
     Raises:
         UnsupportedError: it is wrapped by nn.DataParallel, DeepSpeed, FSDP or FSDP2, or by DistributedDataParallel with
-            a group of its own, a communication hook with a state, or another thing that knows the shapes of gradients.
+            its own process group, a stateful communication hook, or anything else tied to the shapes of gradients.
     """
     for module in wrappers:
         for kind in type(module).__mro__:
@@ -324,10 +324,10 @@ def check_wrappers(wrappers: Sequence[nn.Module]) -> None:
 
 
 def check_one_device(model: nn.Module) -> None:
-    """Refuse a model whose trainable parameters are on several devices, of which one alone would be watched.
+    """Reject a model with trainable parameters on several devices, since only one would be watched.
 
     Raises:
-        UnsupportedError: they are, as `device_map="auto"` spreads them where there are several GPUs.
+        UnsupportedError: there are several, as with `device_map="auto"` on several GPUs.
     """
     devices = sorted({str(parameter.device) for parameter in model.parameters() if parameter.requires_grad})
     if len(devices) > 1:

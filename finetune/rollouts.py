@@ -1,12 +1,12 @@
-"""Trainers that make their data while they train, as TRL's GRPOTrainer and RLOOTrainer do.
+"""Trainers that generate their data during training, such as TRL's GRPOTrainer and RLOOTrainer.
 
-The model answers prompts (the rollout), its answers are scored, and then it takes training steps on them. Of these
-phases the training steps take gradients, so their memory is what a budget is for. What one takes at most is known
-before: the longest prompt, and an answer of the length at which answers are cut. Batches have the tokens of prompt and
-answer side by side here, so that rows and length tell their shape.
+The model answers prompts (the rollout), its answers are scored, and training steps on them follow. Only the training
+steps compute gradients, so the budget covers their memory. Its maximum is known in advance: the longest prompt, and an
+answer of the maximum length. Batches here concatenate the tokens of prompt and answer, so rows and length define their
+shape.
 
-Ranks and learning rate stay as they are. Where ranks moved by gradient under GRPO at equal budgets, the reward fell
-below that of uniform ranks (arXiv 2605.07366), and before the first rollout there is no loss to plan by.
+Ranks and learning rate are fixed. Where gradients moved ranks under GRPO at equal budgets, the reward fell below that
+of uniform ranks (arXiv 2605.07366), and before the first rollout there is no loss to plan with.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ _DECIDING = ("bounds", "schedule", "fresh", "learning_rate", "control", "time", 
 
 
 def makes_rollouts(trainer: Trainer) -> bool:
-    """Whether a Trainer makes its data while it trains, in a way that is known here."""
+    """True if a Trainer generates its data during training, in a known way."""
     own = hasattr(trainer, "_generate_and_score_completions") and hasattr(trainer, "_buffered_inputs")
-    return own and hasattr(trainer.args, "num_generations")  # and no distillation, whose steps read a teacher
+    return own and hasattr(trainer.args, "num_generations")  # excluding distillation, whose steps read a teacher
 
 
 def left_alone(trainer: Trainer, policy: str | Path | Policy, options: PilotOptions) -> tuple[Policy, PilotOptions]:
-    """The policy and the options of a run that makes its data: ranks and rate stay, and no row comes twice.
+    """Return the policy and the options of a run on rollouts: ranks and rate are fixed, and no row repeats.
 
     Raises:
-        UnsupportedError: something is to decide ranks or rate.
+        UnsupportedError: an option would decide ranks or rate.
     """
     default = PilotOptions()
     given = [] if policy == DEFAULT else ["policy"]
@@ -63,7 +63,7 @@ def left_alone(trainer: Trainer, policy: str | Path | Policy, options: PilotOpti
 
 
 def refuse_to_plan(trainer: Trainer) -> None:
-    """Raise UnsupportedError if a Trainer makes its data: there is no loss that a plan could be made by."""
+    """Raise UnsupportedError if a Trainer generates its data: there is no loss to plan with."""
     if makes_rollouts(trainer):
         raise UnsupportedError(
             f"{type(trainer).__name__} makes its data while it trains, so no plan can be made of it. {PLAN_FIRST}"
@@ -71,7 +71,7 @@ def refuse_to_plan(trainer: Trainer) -> None:
 
 
 def refuse_answers(trainer: Trainer, *_: Any, **__: Any) -> None:
-    """Raise UnsupportedError in place of answers that a training step has the model write (TRL's GKDTrainer)."""
+    """Raise UnsupportedError in place of answers generated within a training step (TRL's GKDTrainer)."""
     raise UnsupportedError(
         f"{type(trainer).__name__} makes its data while it trains, in its training step, so what a step takes cannot "
         f"be measured before. {PLAN_FIRST}"
@@ -79,17 +79,17 @@ def refuse_answers(trainer: Trainer, *_: Any, **__: Any) -> None:
 
 
 class Rollouts:
-    """The batches of a Trainer's training phase: the largest ones before it trains, and those that it meets.
+    """The batches of a Trainer's training phase: the largest ones before training, and the actual ones.
 
     Args:
         trainer: see `makes_rollouts`.
 
     Attributes:
-        rows: of a batch.
-        dataset: as many examples as a batch has, of the longest prompts and answers.
+        rows: rows per batch.
+        dataset: the examples of one batch, with the longest prompts and answers.
 
     Raises:
-        UnsupportedError: prompts hold images or come from environments, or answers have no greatest length.
+        UnsupportedError: prompts hold images or come from environments, or answers have no maximum length.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -113,7 +113,7 @@ class Rollouts:
         self._of_tokens = _made_for_each_token(trainer)
 
     def collate(self, examples: Sequence[Mapping[str, list[int]]]) -> Batch:
-        """A batch of examples, padded on the left, int64 (rows, tokens)."""
+        """Collate examples, padded on the left, int64 (rows, tokens)."""
         length = self._length
         tokens = torch.full((len(examples), length), self._fill)
         mask = torch.zeros_like(tokens)
@@ -123,7 +123,7 @@ class Rollouts:
         return {TOKENS: tokens, MASK: mask}
 
     def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """What the training step reads, of a batch in the form of this class; scores are all one."""
+        """Return the inputs of the training step for a batch in the form of this class; scores are all one."""
         tokens, mask = batch[TOKENS], batch[MASK]
         rows, length = tokens.shape
         cut = length - min(max(round(self._share * length), 1), length - 1)
@@ -141,7 +141,7 @@ class Rollouts:
         }
 
     def of_this_step(self) -> list[Batch]:
-        """The batches of the optimiser's step that begins, once the first of them has its answers."""
+        """Return the batches of the current optimizer step, once the first of them has its answers."""
         trainer: Any = self._trainer
         made = trainer._buffered_inputs
         count = trainer.current_gradient_accumulation_steps
@@ -156,7 +156,7 @@ def _side_by_side(inputs: Mapping[str, torch.Tensor]) -> Batch:
 
 
 def _made_for_each_token(trainer: Any) -> list[str]:
-    """The numbers for each token of an answer, float32 (rows, tokens), that are made before the training steps."""
+    """Return the names of values per answer token, float32 (rows, tokens), computed before the training steps."""
     args = trainer.args
     corrects = bool(getattr(args, "use_vllm", False) and getattr(args, "vllm_importance_sampling_correction", False))
     again = args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0
@@ -169,7 +169,7 @@ def _made_for_each_token(trainer: Any) -> list[str]:
 
 
 def _longest_prompts(trainer: Any, count: int) -> list[list[int]]:
-    """The token ids of the longest prompts, the longest first; some come twice where there are too few."""
+    """Return the token ids of the longest prompts, longest first; some repeat if there are too few."""
     dataset = trainer.train_dataset
     apart = -(-len(dataset) // MOST_EXAMPLES) if hasattr(dataset, "__len__") else 1
     prompts = [row["prompt"] for row in islice(dataset, 0, apart * MOST_EXAMPLES, apart)]

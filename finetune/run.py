@@ -1,4 +1,4 @@
-"""A fine-tune that is about to begin: its model, optimiser, loss and data; and what takes part in it."""
+"""A fine-tune about to begin (model, optimizer, loss and data), and the participants of a run."""
 
 from __future__ import annotations
 
@@ -31,98 +31,99 @@ from .undisturbed import gradients_put_back, training_mode, undisturbed
 T = TypeVar("T")
 
 PROBE_RATE = 1e-3
-"""The learning rate of the probe where the optimiser finds its own."""
+"""Learning rate of the probe if the optimizer chooses its own."""
 
 LOOKED_AT = 16
-"""Examples that tell which axes of a batch hold tokens."""
+"""Examples inspected to find which axes of a batch hold tokens."""
 
 FIRST_ROWS = 16
-"""Rows that are read before a run; see `TrainingRun.read_first_rows`."""
+"""Rows read before a run; see `TrainingRun.read_first_rows`."""
 
 StepOfPart = Callable[[Batch, Batch, float], torch.Tensor]
-"""Runs a step, forward and backward, on a part of a batch, the batch, and the share of the part; returns its loss."""
+"""Runs a step, forward and backward, given a part of a batch, the batch, and the part's share; returns its loss."""
 
 FirstRows = tuple[float, list[tuple[int, int]]]
 """A loss before training, and `count_predictions` of each batch."""
 
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-"""Settings of transformers models that leave layers out at random in training."""
+"""Settings of transformers models that drop layers at random in training."""
 
 
 class Participant:
-    """Takes part in a run: it hears of the run's events, in the order of `PilotedRun.participants`.
+    """Base class for participants of a run, notified of its events in the order of `PilotedRun.participants`.
 
-    A participant implements the events that it needs; the others do nothing.
+    Subclasses override the events they need; the others do nothing.
     """
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Begin with the run, or go on with a run that is resumed.
+        """Begin with the run, or continue in a resumed run.
 
         Args:
-            state: what the checkpoint holds of the whole run, with the keys of `state`; None in a new run.
+            state: the checkpointed state of the whole run, with the keys of `state`; None in a new run.
         """
 
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
-        """Hear that an optimiser step begins.
+        """Handle the beginning of an optimizer step.
 
         Args:
-            step: the optimiser steps done.
-            batches: of the step that begins.
+            step: the number of optimizer steps done.
+            batches: the batches of the step.
         """
 
     def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
-        """Hear that the gradients of a step are complete.
+        """Handle the complete gradients of a step.
 
         Args:
-            step: the optimiser steps done before it.
+            step: the number of optimizer steps done before it.
             loss: the mean loss of the step.
         """
 
     def after_step(self, step: int) -> None:
-        """Hear that a step has passed; `step` optimiser steps are done, with this one."""
+        """Handle the end of a step; `step` counts the optimizer steps done, including this one."""
 
     def ranks_changed(self) -> None:
-        """Hear that modules have other ranks than before."""
+        """Handle a change of ranks."""
 
     def state(self) -> dict[str, Any]:
-        """What `begin` needs to go on, as tensors and JSON values, by keys that no other participant uses."""
+        """Return the state for `begin`, as tensors and JSON values, under keys unique to this participant."""
         return {}
 
     def end(self) -> None:
-        """Leave model, optimiser and hooks as they were; a second call does nothing."""
+        """Restore model, optimizer and hooks; a second call does nothing."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
-    """A fine-tune that is about to begin.
+    """A fine-tune about to begin.
 
     Attributes:
         model: the PEFT model, on its device.
-        optimizer: the optimiser of the run.
-        loss: the loss of a batch, computed as the loop does.
+        optimizer: the optimizer of the run.
+        loss: the loss of a batch, computed as in the loop.
         dataset: the training set.
         collate: makes a batch of its examples.
-        rows: the examples of a batch.
-        total_steps: the optimiser steps of the run.
-        accumulation: the batches whose gradients make one optimiser step.
-        learning_rate: of the probe.
-        folder: of the run's files; by default one for temporary files.
-        evaluations: how often held-out rows are read, as far as it is known.
-        in_parts: whether the loop runs its batches through `RankPilot.parts`, as a Trainer's does.
-        whole: why batches run as a whole all the same, for people; empty where nothing speaks against parts.
-        part_loss: the loss of a part of a batch, as it counts in that of the whole batch, which is the second argument;
-            None for `loss` of the part.
-        foreign: tells why the loss is not one of transformers or TRL, for people; empty where it is.
-        stepping: yields what runs the loop's own step on a part; see `aside`. By default the loss and its gradient.
-        wrapped: the model as the loop calls it, where wrappers are around it, such as DistributedDataParallel; by
-            default `model`, which may be wrapped itself.
-        scheduler: sets the rates of the optimizer; None where that is not known, as of a loop.
-        replicas: its copies in the processes of the run. `model` is the one of this process, without their wrapper.
+        rows: examples per batch.
+        total_steps: optimizer steps of the run.
+        accumulation: batches per optimizer step.
+        learning_rate: learning rate of the probe.
+        folder: folder of the run's files; defaults to the one for temporary files.
+        evaluations: number of evaluations, if known.
+        in_parts: True if the loop runs its batches through `RankPilot.parts`, like a Trainer's.
+        whole: why batches nevertheless run whole, for people; empty if nothing prevents parts.
+        part_loss: loss of a part of a batch, as it counts in that of the whole batch, the second argument; None for
+            `loss` of the part.
+        foreign: returns why the loss is not one of transformers or TRL, for people; empty if it is.
+        stepping: yields a function that runs the loop's own step on a part; see `aside`. Defaults to the loss and its
+            gradient.
+        wrapped: the model as called by the loop, including wrappers such as DistributedDataParallel; defaults to
+            `model`, which may itself be wrapped.
+        scheduler: sets the rates of the optimizer; None if unknown, as in a loop.
+        replicas: its copies in the processes of the run. `model` is the one of this process, unwrapped.
 
     Raises:
         UnsupportedError: ranks cannot change inside a wrapper; see `check_wrappers`.
 
-    From now on the inputs of the model require no gradients; see `release_inputs`.
+        From now on the inputs of the model require no gradients; see `release_inputs`.
     """
 
     model: nn.Module
@@ -165,17 +166,17 @@ class TrainingRun:
         learning_rate: float | None = None,
         in_parts: bool = False,
     ) -> TrainingRun:
-        """The run of a plain loop over a DataLoader.
+        """Return the run of a plain loop over a DataLoader.
 
         Args:
             model: the PEFT model, on its device; with several processes, inside DistributedDataParallel.
-            optimizer: the optimiser of the run.
+            optimizer: the optimizer of the run.
             loader: makes the batches.
-            total_steps: the optimiser steps of the run.
-            loss: the loss of a batch, computed as the loop does; by default the one that the model returns.
-            accumulation: the batches whose gradients make one optimiser step.
-            learning_rate: of the probe; by default see `probe_rate`.
-            in_parts: whether the loop runs its batches through `RankPilot.parts`.
+            total_steps: optimizer steps of the run.
+            loss: the loss of a batch, computed as in the loop; defaults to the loss returned by the model.
+            accumulation: batches per optimizer step.
+            learning_rate: learning rate of the probe; see `probe_rate` for the default.
+            in_parts: True if the loop runs its batches through `RankPilot.parts`.
 
         Raises:
             ConfigError: the loader is no DataLoader, or its batches have no fixed number of examples.
@@ -207,13 +208,13 @@ class TrainingRun:
         )
 
     def unknown(self) -> str:
-        """Why the loss is not known to be a sum over rows or tokens, for people; empty where it is."""
+        """Return why the loss is not known to be a sum over rows or tokens, for people; empty if it is."""
         longest = partial(self.measured, lambda: shape_of(self.largest_batch()).length)
         return self.foreign() or unknown_model(self.model, longest)
 
     @cached_property
     def cuts(self) -> Cuts:
-        """What may be cut from batches, as batches of single examples show it."""
+        """Parts of a batch that may be cut, inferred from batches of single examples."""
 
         def seen() -> Cuts:
             batches = small_batches(self.dataset, self._collate, LOOKED_AT, min(2, self.rows), 0)
@@ -223,7 +224,7 @@ class TrainingRun:
 
     @contextmanager
     def aside(self) -> Iterator[StepOfPart]:
-        """Yield what runs the loop's own steps, which are none of the run, on parts of a batch."""
+        """Yield a function that runs the loop's own steps on parts of a batch, outside the run."""
         if self.stepping:
             with self.stepping() as step:
                 yield step
@@ -238,11 +239,11 @@ class TrainingRun:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
     def largest_batch(self) -> Batch:
-        """The largest batch that training can meet, on the device.
+        """Return the largest batch possible in training, on the device.
 
         Raises:
             DataError: the training set is empty.
@@ -251,12 +252,12 @@ class TrainingRun:
         return self.on_device(largest_batch(self.dataset, self._collate, self.rows))
 
     def small_batches(self, steps: int, rows: int, seed: int) -> Iterator[Batch]:
-        """Batches of a few examples, on the device; see `data.batches.small_batches`."""
+        """Yield batches of a few examples, on the device; see `data.batches.small_batches`."""
         return map(self.on_device, small_batches(self.dataset, self._collate, steps, rows, seed))
 
     @cached_property
     def step(self) -> TrainingStep:
-        """One step of the run, as it is measured."""
+        """The step that is measured."""
         rows = shape_of(self._collate([first_example(self.dataset)] * self.rows)).rows
         each = rows // self.rows if rows % self.rows == 0 else 1
         replicas = self.replicas
@@ -272,39 +273,39 @@ class TrainingRun:
 
     @property
     def step_in_parts(self) -> TrainingStep:
-        """The step where it takes several passes, each beside the gradients of those before."""
+        """The step as several passes, each alongside the gradients of the earlier ones."""
         return replace(self.step, accumulates=True, bucket_copies=self.replicas.bucket_copies(several=True))
 
     def keep_gradients(self) -> None:
-        """Measure steps from now on as those of a loop that keeps its gradients."""
+        """From now on, measure steps as in a loop that keeps its gradients."""
         vars(self)["step"] = self.step_in_parts
 
     def offload_inputs(self) -> None:
-        """Measure steps from now on as those in which inputs of checkpointed layers lie in main memory."""
+        """From now on, measure steps with the inputs of checkpointed layers in main memory."""
         vars(self)["step"] = replace(self.step, offloads=True)
 
     @property
     def tells_positions(self) -> bool:
-        """Whether batches hold the positions of their tokens."""
+        """True if batches hold the positions of their tokens."""
         return "position_ids" in self._names
 
     @property
     def learns_preferences(self) -> bool:
-        """Whether batches name their parts and have no labels, as where answers are compared (DPO, KTO, rewards)."""
+        """True if batches have named entries but no labels, as in losses that compare answers (DPO, KTO, rewards)."""
         return bool(self._names) and "labels" not in self._names
 
     @cached_property
     def _names(self) -> frozenset[str]:
-        """The names of the parts that a batch has; empty where they have none."""
+        """Names of the entries of a batch; empty if they are unnamed."""
         batch = self.measured(lambda: self._collate([first_example(self.dataset)] * self.rows))
         return (
             frozenset(name for name in batch if batch[name] is not None) if isinstance(batch, Mapping) else frozenset()
         )
 
     def measured(self, work: Callable[[], T]) -> T:
-        """What a function finds out by running steps, in the first process alone; all get its result or its error.
+        """Run a function that runs steps, in the first process only; all get its result or its error.
 
-        Training goes on as if nothing had run: with the random numbers and the mode of the model as they were.
+        Training is unaffected: random numbers and the mode of the model are restored.
         """
 
         def alone() -> T:
@@ -317,7 +318,7 @@ class TrainingRun:
             ):
                 return work()
 
-        if self.replicas.sharded:  # all take part in each pass
+        if self.replicas.sharded:  # all processes take part in each pass
             agree = AGREE.set(self.replicas.processes.on_first)
             try:
                 found = alone()
@@ -327,10 +328,10 @@ class TrainingRun:
         return self.replicas.processes.on_first(alone)
 
     def read_first_rows(self, seed: int) -> FirstRows:
-        """The mean loss of `FIRST_ROWS` rows in batches of two, NaN if none has one; `count_predictions` of each batch.
+        """Return the mean loss of `FIRST_ROWS` rows in batches of two, NaN if none, and their `count_predictions`.
 
         Args:
-            seed: of the choice of rows.
+            seed: seed of the choice of rows.
         """
 
         def read() -> FirstRows:
@@ -341,7 +342,7 @@ class TrainingRun:
         return self.measured(read)
 
     def on_device(self, batch: Batch) -> Batch:
-        """The batch on the model's device."""
+        """Move a batch to the model's device."""
         return map_tensors(batch, lambda tensor: tensor.to(self.device))
 
     def _collate(self, examples: list[Any]) -> Batch:
@@ -356,16 +357,16 @@ class TrainingRun:
 
 
 def check_run(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
-    """Refuse a run that cannot be trained.
+    """Reject a run that cannot be trained.
 
     Args:
         run: the run.
         targets: the target modules of its model.
 
     Raises:
-        UnsupportedError: the adapters are on several devices, the optimiser cannot be handled, the model leaves layers
-            out at random, an adapter is merged into its layer, or several processes run that share no gradients.
-        ConfigError: it has no steps, or some adapters are not in the optimiser.
+        UnsupportedError: the adapters are on several devices, the optimizer is not supported, the model drops layers at
+            random, an adapter is merged into its layer, or several processes run without sharing gradients.
+        ConfigError: it has no steps, or some adapters are not in the optimizer.
     """
     run.replicas.check()
     check_one_device(run.model)
@@ -380,7 +381,7 @@ def check_run(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
 
 
 def _check_all_layers_run(run: TrainingRun) -> None:
-    """Raise UnsupportedError if the model leaves layers out at random: no step tells then what another one takes."""
+    """Raise UnsupportedError if the model drops layers at random, which makes the memory of a step unpredictable."""
     config = getattr(unwrap(run.model), "config", None)
     for name in LAYER_DROPS:
         share = getattr(config, name, 0)
@@ -392,7 +393,7 @@ def _check_all_layers_run(run: TrainingRun) -> None:
 
 
 def _check_optimized(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
-    """Raise ConfigError if an adapter that may train is in no group of the optimiser: it would get rank for nothing."""
+    """Raise ConfigError if a trainable adapter is in no group of the optimizer: it would get rank for nothing."""
     held = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
     left = [
         target
@@ -414,10 +415,10 @@ def _check_optimized(run: TrainingRun, targets: Sequence[TargetModule]) -> None:
 
 
 def adapter_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, float]:
-    """The learning rates that a schedule begins with or warms up to, by number of those groups that hold adapters.
+    """Return the initial or warmed-up learning rates of the schedule, by index of the groups that hold adapters.
 
-    A rate is 0 where the optimiser finds its own (Adafactor), or a schedule that tells none begins at 0. Where no group
-    holds adapters, the rate is that of the first one.
+    A rate is 0 if the optimizer chooses its own (Adafactor), or if a schedule starts at 0 without recording its peak.
+    If no group holds adapters, the rate is that of the first one.
     """
     adapters = {id(parameter) for name, parameter in model.named_parameters() if "lora_" in name}
     groups = dict(enumerate(optimizer.param_groups))
@@ -429,21 +430,21 @@ def adapter_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[in
 
 
 def own_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate of the adapters: that of the first group that holds some and has a rate; else 0."""
+    """Return the learning rate of the adapters: that of the first group that holds some and has a rate; else 0."""
     return next((rate for rate in adapter_rates(model, optimizer).values() if rate), 0.0)
 
 
 def probe_rate(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate of the probe: that of the adapters, or `PROBE_RATE` where it is 0."""
+    """Return the learning rate of the probe: that of the adapters, or `PROBE_RATE` if it is 0."""
     return own_rate(model, optimizer) or PROBE_RATE
 
 
 def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:
-    """The data set of a DataLoader, what makes a batch of its examples, and how many a batch has.
+    """Return the data set of a DataLoader, its collator, and its batch size in examples.
 
     Args:
         loader: makes the batches.
-        rows: the examples of a batch, where the loader does not tell.
+        rows: examples per batch, if the loader does not define them.
 
     Raises:
         ConfigError: it is no DataLoader, or its batches have no fixed number of examples.
@@ -456,7 +457,7 @@ def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:
     sampler = loader.batch_sampler
     if sampler is None and loader.batch_size is None:  # the examples of the data set are batches
         return loader.dataset, _ReadyBatches(loader.collate_fn), 1
-    inner = getattr(sampler, "batch_sampler", None)  # as accelerate's skip_first_batches has it
+    inner = getattr(sampler, "batch_sampler", None)  # as in accelerate's skip_first_batches
     sizes = loader.batch_size, getattr(sampler, "batch_size", None), getattr(inner, "batch_size", None), rows
     size = next((size for size in sizes if isinstance(size, int)), None)
     if size is None:
@@ -471,7 +472,7 @@ def data_of(loader: Any, rows: int | None = None) -> tuple[Any, Collate, int]:
 
 @dataclass(frozen=True)
 class _ReadyBatches:
-    """Collates the one example, itself a batch, that each batch of a loader without a batch size has."""
+    """Collates batches of one example, itself a batch, for a loader without a batch size."""
 
     collate: Collate
 

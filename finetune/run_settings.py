@@ -1,4 +1,4 @@
-"""The settings of a run that a resumed run is held against."""
+"""Settings of a run, compared with those of a resumed run."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +16,13 @@ from ..lora.targets import TargetModule
 from .options import PilotOptions
 
 MAY_CHANGE = ("budget", "time")
-"""Settings that a resumed run may have anew; its limits count from then on."""
+"""Settings that may change in a resumed run; the new limits then apply."""
 
 
 def run_settings(options: PilotOptions, budget: Budget, policy: Policy, schedule: DecisionSchedule) -> dict[str, Any]:
-    """What a resumed run is held against, as JSON values; the budget is the one that was read last."""
+    """Return the settings to compare on resume, as JSON values, with the last budget read."""
     time, bounds = options.time_read, options.bounds or {}
-    goal = getattr(policy, "goal", None)  # of learned policies alone, as the sha256
+    goal = getattr(policy, "goal", None)  # only of learned policies, like the sha256
     return {
         "budget": str(budget),
         "time": None if time is None else str(time),
@@ -43,24 +43,24 @@ def run_settings(options: PilotOptions, budget: Budget, policy: Policy, schedule
 
 
 def adapter_settings(targets: Sequence[TargetModule]) -> dict[str, dict[str, Any]]:
-    """The ranks of adapters, and their scaling where it can be compared between ranks, by module name."""
+    """Return the ranks of adapters, and their scaling at a common reference rank, by module name."""
     scalings = {target.name: target.scaling_at(REFERENCE_RANK) for target in targets}
     return {"ranks": adapter_ranks(targets), "scalings": scalings}
 
 
 def check_same(now: Mapping[str, Any], state: Mapping[str, Any], targets: Sequence[TargetModule]) -> dict[str, Any]:
-    """Refuse to resume a run with settings or adapters of another run; its budget and time may be others.
+    """Reject resuming a run with settings or adapters of another run; budget and time may differ.
 
     Args:
-        now: the settings.
-        state: what `RankPilot.state_dict` returned; those of earlier versions tell no ranks and no scalings.
+        now: the current settings.
+        state: the result of `RankPilot.state_dict`; those of earlier versions have no ranks and no scalings.
         targets: the model's adapters.
 
     Returns:
-        The settings then.
+        The saved settings.
 
     Raises:
-        RunFolderError: they are others than those of the state.
+        RunFolderError: they differ from those of the state.
     """
     if "settings" not in state:
         raise RunFolderError(f"This is no state of a run: it has {shown([*state])}. Pass what `state_dict` returned.")
@@ -92,13 +92,13 @@ def check_same(now: Mapping[str, Any], state: Mapping[str, Any], targets: Sequen
 
 
 def predictions_of(state: Mapping[str, Any]) -> list[tuple[int, float]]:
-    """The steps of a state at which a plan's cost was predicted, and the costs."""
+    """Return the steps of a state with a predicted plan cost, and the costs."""
     return [(counted(step), finite(cost)) for step, cost in state["predictions"]]
 
 
 @contextmanager
 def readable_state() -> Iterator[None]:
-    """What a damaged or foreign state makes the block raise becomes a RunFolderError."""
+    """Turn errors on a damaged or foreign state in the block into RunFolderError."""
     try:
         yield
     except RankPilotError:
@@ -111,6 +111,6 @@ def readable_state() -> Iterator[None]:
 
 
 def changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
-    """For people, which limits have changed; nothing if none has."""
+    """Describe the changed limits, for people; empty if there are none."""
     differing = [key for key in MAY_CHANGE if now[key] != before.get(key)]
     return "; ".join(f"the {key} is {now[key] or 'none'} now, and was {before.get(key) or 'none'}" for key in differing)

@@ -1,9 +1,9 @@
-"""Shrinks the plan while memory is short, and lets it grow back when there is memory again.
+"""Shrinks the plan while memory is short, and restores it when memory is free again.
 
-Memory is short after an out-of-memory error, or when the budget's limit falls during the run. After an error the step
-is taken again with a smaller plan: at most twice, and only if the smaller plan is predicted to take noticeably fewer
-bytes. If the step then succeeds, the plan grows back some steps later. If it fails again, ranks, adapters and optimizer
-are restored as they were before the step.
+Memory is short after an out-of-memory error, or when the budget's limit drops during the run. After an error the step
+is repeated with a smaller plan: at most twice, and only if that plan is predicted to save a noticeable number of bytes.
+If the step then succeeds, the plan grows back some steps later. If it fails again, ranks, adapters and optimizer are
+restored to their state before the step.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from .plan_keeper import PlanKeeper, PlanReduction, PlanState
 from .put_back import AdapterSnapshot, adapter_bytes
 
 ROOM = 1.02
-"""The plan, or a part of it, grows back when the limit is this many times its cost, or as high as it was before."""
+"""The plan, or a part of it, grows back when the limit is this many times its cost, or as high as originally."""
 
 MOST_TRIES = 2
-"""How often a step that ran out of memory is taken again, at most."""
+"""Maximum number of repetitions of a step that ran out of memory."""
 
 STEP_SHARE = 0.1
-"""Each try takes less memory than the one before by at most this share of the step's bytes."""
+"""Maximum saving of each try relative to the last one, as a share of the step's bytes."""
 
 PLAN_SHARE = 0.25
-"""Each try takes less memory than the one before by at most this share of what can be saved: the bytes of adapters, and
-of layers that can be checkpointed. So two tries leave at least half of the rank."""
+"""Maximum saving of each try relative to the last one, as a share of the reducible bytes: adapters, and layers that can
+be checkpointed. Two tries thus keep at least half of the rank."""
 
 LEAST_SHARE = 0.01
-"""A plan that saves less than this share of the step's bytes is not worth a try."""
+"""Minimum saving of a try, as a share of the step's bytes."""
 
 ROUNDING = 16
-"""A plan of smaller ranks needs fewer checkpointed layers; by rounding its price may then be so many bytes too high."""
+"""Allowed excess in bytes: smaller ranks need fewer checkpointed layers, whose price may be rounded up."""
 
 
 def no_reduction_yet(plan: PlanKeeper) -> PlanReduction:
-    """A reduction of nothing, which remembers the plan as it is now: the one that will grow back."""
+    """Return an empty reduction with the current plan, the one to restore later."""
     applier, ranks, checkpointing = plan.applier, plan.applier.ranks, plan.checkpointing
     cost, whole = applier.cost_now(), None
     if isinstance(cost, ByteCost):
@@ -73,11 +73,11 @@ def no_reduction_yet(plan: PlanKeeper) -> PlanReduction:
 
 
 def next_limit(reduction: PlanReduction, cost: float) -> float | None:
-    """The limit of the next smaller plan, in the unit of costs; None if no further try would help.
+    """Return the limit of the next smaller plan, in the unit of costs; None if no further try would help.
 
     Args:
-        reduction: by how much the plan has shrunk so far.
-        cost: of the plan as it is now, in the unit of the limit.
+        reduction: the reduction so far.
+        cost: the cost of the current plan, in the unit of the limit.
     """
     if not reduction.saved or reduction.times == MOST_TRIES:
         return None
@@ -85,11 +85,11 @@ def next_limit(reduction: PlanReduction, cost: float) -> float | None:
 
 
 def saving_of_a_try(whole: float | None, reducible: float) -> float:
-    """How much each smaller plan should save compared with the one before; 0 if no saving would be noticeable.
+    """Return the saving of each smaller plan relative to the last one; 0 if no saving would be noticeable.
 
     Args:
-        whole: the cost of the whole step, in the unit of costs; None if it is not known.
-        reducible: the part of it that can be saved: adapters, and layers that can be checkpointed.
+        whole: the cost of the whole step, in the unit of costs; None if unknown.
+        reducible: its reducible part: adapters, and layers that can be checkpointed.
     """
     if whole is None:
         return PLAN_SHARE * reducible
@@ -99,17 +99,17 @@ def saving_of_a_try(whole: float | None, reducible: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class StepSnapshot:
-    """A copy of everything that a step may change, taken before the step, to restore it if the step fails.
+    """Copy of everything a step may change, taken before the step and restored if it fails.
 
     Attributes:
         adapters: the adapters, PEFT's configuration and the optimizer's state.
-        signals: what the signal meter has accumulated.
+        signals: accumulated state of the signal meter.
         decisions: the number of decisions and corrections in the journal.
         plan: the state of the plan keeper.
         limit: the limit of plans, in the unit of `cost`.
         cost: the cost model of plans.
         layers: the names of the checkpointed layers.
-        memory: the byte model of a step with all layers checkpointed; None if it is not known.
+        memory: the byte model of a step with all layers checkpointed; None if unknown.
     """
 
     adapters: AdapterSnapshot
@@ -123,19 +123,19 @@ class StepSnapshot:
 
 
 class Shortage:
-    """Shrinks the plan while memory is short, lets it grow back later, and restores the state after a failed step.
+    """Shrinks the plan while memory is short, restores it later, and undoes failed steps.
 
-    When the limit falls during the run and ranks are cut, the directions that were cut are kept in main memory, unless
-    the budget itself counts main memory. When ranks grow back, these directions are added to what the modules have
-    learned since, as far as ranks have room. The copy is dropped at a decision and is not part of a checkpoint; ranks
-    then grow back with directions that start at zero, as they do after an out-of-memory error.
+    When the limit drops during the run and ranks are cut, the cut directions are kept in main memory, unless the budget
+    itself counts main memory. When ranks grow back, these directions are added to the modules' newer weights, up to
+    their ranks. The copy is dropped at a decision and is not part of a checkpoint; ranks then grow back with
+    directions that start at zero, as after an out-of-memory error.
 
     Args:
         plan: keeps the plan of the run within its budget.
 
     Attributes:
-        follows: whether the limit has moved since the run began. If so, the plan grows back before a step and as far as
-            the present limit allows, instead of after a number of good steps.
+        follows: True if the limit has moved since the run began. The plan then grows back before a step, up to the
+            current limit, instead of after a number of good steps.
     """
 
     def __init__(self, plan: PlanKeeper) -> None:
@@ -144,7 +144,7 @@ class Shortage:
         self._tried: list[str] = []
 
     def keep(self) -> None:
-        """Take a snapshot of everything that the present step may change; later calls in the same step do nothing."""
+        """Take a snapshot of everything the current step may change; later calls in the same step do nothing."""
         if self._before:
             return
         plan, applier, checkpointing = self._plan, self._plan.applier, self._plan.checkpointing
@@ -160,7 +160,7 @@ class Shortage:
         )
 
     def put_back(self) -> None:
-        """Restore the snapshot, because the present step failed for good."""
+        """Restore the snapshot after a final failure of the current step."""
         before, self._before = self._before, None
         self._tried.clear()
         if before is None:
@@ -175,19 +175,19 @@ class Shortage:
         plan.journal.forget(before.decisions)
 
     def passed(self) -> None:
-        """Drop the snapshot, because the step has succeeded."""
+        """Drop the snapshot after a successful step."""
         self._before = None
         self._tried.clear()
 
     def out_of_memory(self, error: torch.OutOfMemoryError) -> None:
-        """Prepare a step that ran out of memory to be taken again, with a smaller plan.
+        """Prepare to repeat a step that ran out of memory, with a smaller plan.
 
-        That is done at most `MOST_TRIES` times a step, and only if the smaller plan is predicted to save noticeably. If
-        the plan has shrunk before and steps have succeeded with it since, the error may have been a chance: the step is
-        then taken again once with the same plan.
+        A step is repeated at most `MOST_TRIES` times, and only if the smaller plan is predicted to save noticeably. If
+        the plan has already shrunk and later steps succeeded, the error may have been a chance event: the step is then
+        repeated once with the same plan.
 
         Args:
-            error: of the step. The tensors that its traceback holds are freed.
+            error: the error of the step. The tensors held by its traceback are freed.
 
         Raises:
             torch.OutOfMemoryError: this error, if no smaller plan helps. The state before the step is restored.
@@ -210,7 +210,7 @@ class Shortage:
         raise error
 
     def drop_step(self, error: torch.OutOfMemoryError) -> None:
-        """Free the tensors and gradients of a step that ran out of memory, so that it can begin again.
+        """Free the tensors and gradients of a step that ran out of memory, so that it can be repeated.
 
         Args:
             error: the error of the step.
@@ -230,7 +230,7 @@ class Shortage:
         plan.meter.request()
 
     def _try_again(self, number: int) -> bool:
-        """Prepare the step of this number, counted from 1, to be taken again; False if no smaller plan would help."""
+        """Prepare to repeat this step, counted from 1; False if no smaller plan would help."""
         plan, applier, reduction = self._plan, self._plan.applier, self._plan.now.reduction
         if reduction and not self._tried:
             plan.warn("Step %d ran out of memory, and is taken again: this plan has passed steps before.", number)
@@ -260,11 +260,11 @@ class Shortage:
         return applier.fits()
 
     def follow(self, limit: float, step: int) -> None:
-        """Adapt the plan to the present limit, before a step.
+        """Adapt the plan to the current limit, before a step.
 
-        If the plan no longer fits, more layers are checkpointed first, and then ranks shrink. After `GOOD_STEPS` steps
-        at the earliest the plan grows back: as a whole if there is room, otherwise fewer layers are checkpointed first,
-        and then ranks grow as far as the limit allows.
+        If the plan no longer fits, more layers are checkpointed first, and then ranks shrink. It grows back after
+        `GOOD_STEPS` steps or more: in full if there is room, otherwise fewer layers are checkpointed first, and then
+        ranks grow up to the limit.
 
         Raises:
             BudgetError: no plan fits the limit.
@@ -290,7 +290,7 @@ class Shortage:
                     self._give_back(reduction, limit, whole=False)
 
     def _shrink(self, reason: str) -> None:
-        """Shrink the ranks to the present limit; if no plan fits, restore the state before the step and raise."""
+        """Shrink the ranks to the current limit; if no plan fits, restore the state before the step and raise."""
         try:
             self._plan.check_possible(reason)
         except BudgetError:
@@ -301,18 +301,18 @@ class Shortage:
 
     @property
     def _keeps_cuts(self) -> bool:
-        """Whether directions that are cut are kept in main memory: not if the budget itself counts main memory."""
+        """True if cut directions are kept in main memory: not if the budget itself counts main memory."""
         return not self._plan.limits_bytes or self._plan.run.device.type == "cuda"
 
     def give_back_if_room(self) -> None:
-        """Let the plan grow back after an out-of-memory error, once enough steps succeeded and memory is free again."""
+        """Restore the plan after an out-of-memory error, once enough steps succeeded and memory is free again."""
         plan, run, applier = self._plan, self._plan.run, self._plan.applier
         reduction, history = plan.now.reduction, plan.meter.history
         if self.follows or reduction is None or plan.step >= applier.total_steps:
             return
         if plan.step - reduction.step < plan.now.wait:
             return
-        if run.device.type == "cuda" and history:  # without CUDA good steps tell
+        if run.device.type == "cuda" and history:  # without CUDA, good steps are the evidence
             more = reduction.cost - plan_cost(applier.cost_now(), applier.ranks)
             if not plan.limits_bytes:
                 more *= adapter_bytes(applier.targets, run.optimizer) / plan_cost(applier.cost, applier.ranks)
@@ -321,13 +321,13 @@ class Shortage:
         self._give_back(reduction, reduction.limit)
 
     def _give_back(self, reduction: PlanReduction, limit: float, *, whole: bool = True) -> None:
-        """Let the plan grow back: its limit, checkpointed layers and ranks, with the directions that were cut.
+        """Restore the plan: its limit, checkpointed layers and ranks, with the cut directions.
 
         Args:
-            reduction: remembers the plan to go back to.
-            limit: the limit of plans from now on.
-            whole: whether there is room for the whole plan. If not, modules get their ranks back one after another
-                while there is room, and the others later.
+            reduction: holds the plan to restore.
+            limit: the new limit of plans.
+            whole: True if there is room for the whole plan. Otherwise modules get their ranks back one by one while
+                there is room, and the rest later.
         """
         plan, applier, step = self._plan, self._plan.applier, self._plan.step
         applier.limit = limit if whole else limit / ROOM

@@ -1,4 +1,4 @@
-"""The model and the Trainer of a fine-tune, the Trainer's arguments, and what it measures of itself."""
+"""The model and the Trainer of a fine-tune, its arguments, and its metrics."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ _PROCESSORS = Path("/proc/cpuinfo")
 
 
 class RunMetrics(TrainerCallback):  # type: ignore[misc]
-    """Writes the curves of a run as JSON lines, and measures its time and energy, from when this object is made.
+    """Writes the curves of a run as JSON lines, and measures its time and energy, from the creation of this object.
 
     Args:
         path: the file; a resumed run appends to it.
         meter: measures peaks in a run without RankPilotCallback, which measures them itself.
-        energy: of the device; None where the hardware does not count it.
+        energy: counter of the device; None if the hardware has none.
 
     Attributes:
-        step_s: seconds of each step, those before a resumption included.
+        step_s: seconds of each step, including those before a resume.
     """
 
     meter: PeakMeter | None
@@ -80,36 +80,36 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
 
     @property
     def train_s(self) -> float:
-        """Seconds that the run has taken, those before a resumption included."""
+        """Seconds taken by the run, including those before a resume."""
         return self._before_s + time.perf_counter() - self._made
 
     @property
     def energy_joules(self) -> float | None:
-        """The energy that the device has taken meanwhile, before a resumption included; None if it is not counted."""
+        """Energy used by the device since the start, including before a resume; None if not counted."""
         return self._before_joules + self.energy.joules() - self._joules_made if self.energy else None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **objects: Any) -> None:
-        """Delete what an interrupted run wrote after its last checkpoint, and go on with its times."""
+        """Delete rows written after the last checkpoint of an interrupted run, and continue its times."""
         rows = [row for row in read_json_lines(self.path) if 0 < row["step"] <= state.global_step]
-        if self.meter is None:  # RankPilotCallback knows all peaks of the run, and they are written at its end
+        if self.meter is None:  # RankPilotCallback knows all peaks of the run, written at its end
             rows = [row for row in rows if "peak_bytes" not in row]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.step_s = [seconds for row in rows for seconds in row.get("step_s", ())]
         self._written = len(self.step_s)
         self._before_s = max((row.get("train_s", 0.0) for row in rows), default=0.0)
         self._before_joules = max((row.get("energy_joules") or 0.0 for row in rows), default=0.0)
-        if self.meter and state.global_step > 0:  # as in a run that nothing has interrupted
+        if self.meter and state.global_step > 0:  # as in an uninterrupted run
             self.meter.requested = False
         self._evaluated = {row["step"] for row in rows if "eval_loss" in row}
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **objects: Any) -> None:
-        """Start the clock, and measure this step if it is due."""
+        """Start the clock, and measure this step if due."""
         if self.meter and self.meter.due(state.global_step):
             self.meter.begin(objects["model"], objects["optimizer"])
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **objects: Any) -> None:
-        """Stop the clock, and write the peak if it was measured."""
+        """Stop the clock, and write the peak if measured."""
         self.step_s.append(time.perf_counter() - self._started)
         peak = self.meter.end(state.global_step) if self.meter else None
         if peak is not None:
@@ -123,13 +123,13 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, float] | None = None,
         **objects: Any,
     ) -> None:
-        """Write losses, accuracies and times; one evaluation for each step.
+        """Write losses, accuracies and times; one evaluation per step.
 
         Raises:
-            NonFiniteError: the gradient is NaN or infinite, and none is expected to be.
+            NonFiniteError: the gradient is unexpectedly NaN or infinite.
         """
         norm = (logs or {}).get("grad_norm", 0.0)
-        # In float16 the scaler leaves such steps out, and lowers its factor; RankPilotCallback looks itself.
+        # In float16 the scaler skips such steps, and lowers its factor; RankPilotCallback checks itself.
         if self.meter and not math.isfinite(float(norm)) and not args.fp16:
             raise NonFiniteError(
                 f"The gradient norm is {norm} at step {state.global_step}: training diverged. Lower --learning-rate."
@@ -150,7 +150,7 @@ class RunMetrics(TrainerCallback):  # type: ignore[misc]
 
 
 class LossInProgressBar(ProgressCallback):  # type: ignore[misc]
-    """The progress bar of the Trainer, which shows the latest losses instead of printing a line for each log."""
+    """The Trainer's progress bar, showing the latest losses instead of printing a line per log."""
 
     def on_log(self, *event: Any, logs: dict[str, float] | None = None, **objects: Any) -> None:
         """Show the latest losses."""
@@ -160,12 +160,12 @@ class LossInProgressBar(ProgressCallback):  # type: ignore[misc]
 
 
 def hardware_facts(device: torch.device) -> dict[str, Any]:
-    """Name of a device, the share of it that is busy, and its free and whole memory in bytes, as JSON values.
+    """Return name, utilization, and free and total memory in bytes of a device, as JSON values.
 
-    The share is that of all cores over the last minute; of a GPU as the driver tells it, None where it does not.
+    The utilization is that of all cores over the last minute; for a GPU as reported by the driver, or None.
 
     Args:
-        device: where the run trains.
+        device: the device of the run.
     """
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -185,7 +185,7 @@ def _busy_gpu(device: torch.device) -> float | None:
 
 
 def _processor() -> str:
-    """The name of the processor, as Linux gives it; elsewhere its kind."""
+    """Return the name of the processor on Linux; elsewhere its type."""
     try:
         lines = _PROCESSORS.read_text().splitlines()
     except OSError:
@@ -212,14 +212,14 @@ DECIDED = {name: f"--{name.replace('_', '-')}" for name in _OPTIONS.split()} | {
     "activation_checkpointing": "--gradient-checkpointing",
     **dict.fromkeys(("eval_strategy", "save_strategy", "save_steps"), "--eval-steps"),
 }
-"""Arguments that an option of rankpilot decides, and that option."""
+"""Arguments set by an option of rankpilot, and that option."""
 
 
 def check_possible(config: FinetuneConfig) -> None:
-    """Refuse settings that this machine cannot run.
+    """Reject settings that this machine cannot run.
 
     Raises:
-        UnsupportedError: the library of the optimizer or of the quantisation is missing, or the GPU does not compute in
+        UnsupportedError: the library of the optimizer or of the quantization is missing, or the GPU does not support
             bfloat16.
     """
     check_installed(config.optimizer, config.quantization)
@@ -228,14 +228,14 @@ def check_possible(config: FinetuneConfig) -> None:
 
 
 def started_processes() -> int:
-    """How many processes a launcher such as torchrun has started for this run, as it tells them."""
+    """Return the number of processes started by a launcher such as torchrun, from its environment."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def read_workload(config: FinetuneConfig, tell: Callable[[str], None]) -> tuple[FinetuneConfig, Workload]:
-    """The settings of a fine-tune with the sizes that its task has, and its data.
+    """Return the settings of a fine-tune, with the sizes of its task filled in, and its data.
 
-    `tell` is called with a few words on what happens next.
+    `tell` is called with a short description of each phase.
 
     Raises:
         UnsupportedError: see `check_possible`.
@@ -258,11 +258,11 @@ def read_workload(config: FinetuneConfig, tell: Callable[[str], None]) -> tuple[
 
 
 def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:
-    """The same model for both runs: base, fresh adapters and head depend on the seed alone.
+    """Create the same model for all runs: base, fresh adapters and head depend on the seed alone.
 
     Raises:
         UnknownNameError, AssetError, ConfigError: there is no such model, or it does not fit the task or the length.
-        UnsupportedError: gradient checkpointing is asked for, and the model has none.
+        UnsupportedError: gradient checkpointing is requested, and the model has none.
     """
     set_seed(config.seed)
     kind = workload.task, workload.labels, workload.tokenizer
@@ -282,7 +282,7 @@ def new_model(config: FinetuneConfig, workload: Workload) -> PeftModel:
 
 
 _TO_BE_RULED = 1e-3
-"""The rate of arguments that are made before the model, where the rule decides it."""
+"""Placeholder rate of arguments created before the model, if the rule sets it."""
 
 
 def new_trainer(
@@ -292,14 +292,14 @@ def new_trainer(
     folder: Path,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    """A Trainer that evaluates and saves every `eval_every` steps.
+    """Create a Trainer that evaluates and saves every `eval_every` steps.
 
     Args:
         config: the settings of the fine-tune.
-        workload: the texts to train and to evaluate on.
+        workload: the training and evaluation texts.
         model: from `new_model`.
-        folder: where checkpoints go.
-        callbacks: beside the progress bar.
+        folder: the folder of checkpoints.
+        callbacks: callbacks in addition to the progress bar.
     """
     arguments = new_arguments(config, workload.task, folder)
     if config.early_stopping is not None:
@@ -332,10 +332,10 @@ def new_trainer(
 
 
 def _sft_trainer(texts: Texts, common: dict[str, Any]) -> Trainer:
-    """TRL's SFTTrainer. It applies the chat template itself; plain texts come as blocks of full length.
+    """Create TRL's SFTTrainer. It applies the chat template itself; plain texts come as blocks of full length.
 
     Raises:
-        ConfigError: TRL refuses model, texts or settings.
+        ConfigError: TRL rejects model, texts or settings.
     """
     from trl import SFTTrainer
 
@@ -355,7 +355,7 @@ def _accuracy(prediction: Any) -> dict[str, float]:
 
 
 def arguments_class(task: Task) -> type[TrainingArguments]:
-    """The class of the Trainer's arguments: TRL's for models that continue a text, transformers' for all others.
+    """Return the class of the Trainer's arguments: TRL's for causal language models, transformers' for all others.
 
     Raises:
         UnsupportedError: TRL is not installed.
@@ -372,15 +372,15 @@ def arguments_class(task: Task) -> type[TrainingArguments]:
 
 
 def new_arguments(config: FinetuneConfig, task: Task, folder: Path) -> TrainingArguments:
-    """The Trainer's arguments.
+    """Create the Trainer's arguments.
 
     Args:
         config: the settings of the fine-tune.
-        task: what the model learns.
-        folder: where checkpoints go.
+        task: the task of the model.
+        folder: the folder of checkpoints.
 
     Raises:
-        UnknownNameError, ConfigError: a further setting is unknown, belongs to an option of rankpilot, or does not fit.
+        UnknownNameError, ConfigError: a further setting is unknown, belongs to an option of rankpilot, or is invalid.
         UnsupportedError: see `arguments_class`.
     """
     kind = arguments_class(task)
@@ -393,7 +393,7 @@ def new_arguments(config: FinetuneConfig, task: Task, folder: Path) -> TrainingA
         "per_device_eval_batch_size": config.eval_batch_size or config.batch_size,
         "gradient_accumulation_steps": config.accumulation,
         "bf16": config.bf16,
-        # Where there is no GPU, the Trainer else refuses bf16, and joins no processes.
+        # Without a GPU, the Trainer otherwise rejects bf16, and joins no processes.
         "use_cpu": (config.bf16 or started_processes() > 1) and not torch.cuda.is_available(),
         "optim": OPTIMIZERS[config.optimizer],
         "learning_rate": _TO_BE_RULED if config.learning_rate == "auto" else config.learning_rate,
@@ -426,7 +426,7 @@ def new_arguments(config: FinetuneConfig, task: Task, folder: Path) -> TrainingA
 
 
 def further_settings(given: tuple[str, ...], kind: type[TrainingArguments]) -> dict[str, Any]:
-    """Settings of the Trainer's arguments from NAME=VALUE; a value is read as JSON, or else as text.
+    """Parse settings of the Trainer's arguments from NAME=VALUE; a value is read as JSON, or else as text.
 
     Raises:
         UnknownNameError, ConfigError: a name is unknown or belongs to an option of rankpilot, or there is no value.
@@ -451,7 +451,7 @@ def further_settings(given: tuple[str, ...], kind: type[TrainingArguments]) -> d
 
 
 def _checkpointing(wanted: bool) -> Mapping[str, Any]:
-    """Arguments that switch gradient checkpointing on or off; transformers 5.20 gave them another name."""
+    """Return arguments that switch gradient checkpointing on or off, renamed in transformers 5.20."""
     name = "activation_checkpointing"
     if not hasattr(TrainingArguments, name):
         name = "gradient_checkpointing"

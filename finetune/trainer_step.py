@@ -1,7 +1,7 @@
-"""The run of a transformers Trainer: its training step, run as it runs, up to the loss, and followed while it trains.
+"""The run of a transformers Trainer: its own training step, run up to the loss, and followed during training.
 
-The loss that a Trainer trains on is its own business: it may fuse the last layer with the loss (TRL's SFTTrainer), run
-the model twice (DPO), weigh classes or smooth labels. So the Trainer's `training_step` itself is run; what it hands to
+A Trainer computes its loss in its own way: it may fuse the last layer with the loss (TRL's SFTTrainer), run the model
+twice (DPO), weigh classes or smooth labels. So this module runs the Trainer's `training_step` itself; the argument of
 `accelerator.backward` is the loss, with its graph.
 """
 
@@ -30,38 +30,38 @@ from .rollouts import Rollouts, makes_rollouts, refuse_answers, refuse_to_plan
 from .run import TrainingRun, data_of, probe_rate
 
 RESUME = "resume_from_checkpoint"
-"""The first argument of `Trainer.train`."""
+"""First argument of `Trainer.train`."""
 
 COUNTED_BY_CALL = ("_metrics", "_stored_metrics")
-"""Where trainers of TRL note figures of each batch."""
+"""Attributes in which TRL's trainers record figures of each batch."""
 
 _ABSENT: Any = object()
 
 
 class StepListener(Protocol):
-    """What hears of the steps of a Trainer."""
+    """Interface of a listener to the steps of a Trainer."""
 
     pilot: RankPilot
 
     def take_batches(self, batches: list[Batch]) -> None:
-        """Hear of an optimizer step's batches before the first is run."""
+        """Take the batches of an optimizer step before the first one runs."""
 
     def take_loss(self, loss: torch.Tensor) -> None:
-        """Hear of a batch's loss as the Trainer counts it; those of one step add up to its mean."""
+        """Take a batch's loss as the Trainer counts it; the losses of one step add up to its mean."""
 
     def save_state(self, folder: Path) -> bool:
-        """Hear of a checkpoint before it is written; whether it may be."""
+        """Prepare for a checkpoint before it is written; return True if it may be."""
 
     def break_off(self, begins_again: bool) -> None:
-        """Hear of an error that ends the run, or lets the Trainer begin it again with smaller batches."""
+        """Handle an error that ends the run, or makes the Trainer restart it with smaller batches."""
 
 
 class TrainerStep:
     """The training step of one Trainer.
 
     Args:
-        trainer: the Trainer. Functions that its user has set on it, such as another `training_step`, are run as well,
-            and are there again afterwards.
+        trainer: the Trainer. Functions set on it by the user, such as another `training_step`, still run, and are
+            restored afterwards.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -69,28 +69,28 @@ class TrainerStep:
         self._ours: dict[str, Callable[..., Any]] = {}
         self._before: dict[str, Any] = {}
         self.rollouts: Rollouts | None = None
-        self._done: list[tuple[Any, ...]] = []  # batches of the optimiser step that is under way
+        self._done: list[tuple[Any, ...]] = []  # batches of the current optimizer step
         self._listener: StepListener
         self._counts: tuple[bool, ...] = ()
 
     def loss(self, batch: Batch, whole: Batch | None = None) -> torch.Tensor:
-        """Run the Trainer's step on a batch up to its loss, which is not divided by the accumulated batches.
+        """Run the Trainer's step on a batch up to its loss, not divided by the number of accumulated batches.
 
-        Whatever the step writes into the Trainer, such as metrics and counters, is put back.
+        Anything the step writes into the Trainer, such as metrics and counters, is restored.
 
         Args:
-            batch: what the step runs on.
-            whole: the batch that it is a part of, whose predictions the loss is divided by; by default the batch.
+            batch: the input of the step.
+            whole: the batch it is a part of, whose predictions the loss is divided by; by default the batch.
 
         Raises:
-            UnsupportedError: the step makes no loss of the batch.
+            UnsupportedError: the step computes no loss of the batch.
         """
         trainer, losses = self.trainer, []
         with self._aside(lambda loss, **_: losses.append(loss)) as step:
             try:
                 step(batch, whole or batch)
             except Exception:
-                if not losses:  # what a step does after its backward pass may ask for gradients
+                if not losses:  # code after the backward pass may need gradients
                     raise
         if len(losses) != 1 or not losses[0].requires_grad:
             problem = (
@@ -106,7 +106,7 @@ class TrainerStep:
 
     @contextmanager
     def aside(self) -> Iterator[Callable[[Batch, Batch, float], torch.Tensor]]:
-        """Run whole training steps inside that are none of the run; see `TrainingRun.aside`."""
+        """Yield a function that runs whole training steps outside the run; see `TrainingRun.aside`."""
         backward, shares = self.trainer.accelerator.backward, [1.0]
 
         def scaled(loss: torch.Tensor, **options: Any) -> None:
@@ -121,15 +121,15 @@ class TrainerStep:
 
     @contextmanager
     def _aside(self, backward: Callable[..., None]) -> Iterator[Callable[[Batch, Batch], torch.Tensor]]:
-        """Yield the Trainer's step on a part of a batch; what it writes into the Trainer is put back afterwards.
+        """Yield the Trainer's step on a part of a batch; restore its changes to the Trainer afterwards.
 
         Args:
-            backward: stands for the accelerator's.
+            backward: replaces the accelerator's.
         """
         trainer = self.trainer
 
         def step(batch: Batch, whole: Batch) -> torch.Tensor:
-            copied = copy(batch) if isinstance(batch, Mapping) else batch  # a step may take out what it has read
+            copied = copy(batch) if isinstance(batch, Mapping) else batch  # a step may pop entries
             if self.rollouts:
                 copied = self.rollouts.inputs(copied)
                 trainer._prepare_inputs = lambda inputs: inputs
@@ -144,16 +144,16 @@ class TrainerStep:
             _standing(trainer.model, "generate", partial(refuse_answers, trainer)),
         ):
             trainer.current_gradient_accumulation_steps = 1
-            trainer.log = lambda *_, **__: None  # what the step logs is no step of the run
+            trainer.log = lambda *_, **__: None  # such a log is no step of the run
             yield step
 
     def run(self, args: TrainingArguments, state: TrainerState, objects: Mapping[str, Any]) -> TrainingRun:
-        """The run that begins.
+        """Return the run about to begin.
 
         Args:
-            args: of the event in which training begins.
-            state: of that event.
-            objects: model, optimiser, scheduler and loader of that event.
+            args: arguments of the event at the start of training.
+            state: state of that event.
+            objects: model, optimizer, scheduler and loader of that event.
 
         Raises:
             ConfigError: the loader is no DataLoader, or its batches have no fixed number of examples.
@@ -186,7 +186,7 @@ class TrainerStep:
         )
 
     def _foreign(self, methods: Sequence[str]) -> str:
-        """Why the loss of this Trainer is not known; see `unknown_trainer`."""
+        """Return why the loss of this Trainer is not known; see `unknown_trainer`."""
         if self._counts != self._counts_now():
             return "the loss counts otherwise than before training"
         ours = {name: self._before[name] for name, own in self._ours.items() if vars(self.trainer).get(name) is own}
@@ -195,13 +195,13 @@ class TrainerStep:
         )
 
     def _counts_now(self) -> tuple[bool, ...]:
-        """What decides how the losses of parts add up."""
+        """Return the settings that decide how the losses of parts add up."""
         trainer = self.trainer
         return trainer.label_smoother is None, bool(trainer.model_accepts_loss_kwargs)
 
     @property
     def _whole(self) -> str:
-        """Why steps of this Trainer run as a whole; empty where nothing speaks against parts."""
+        """The reason why steps of this Trainer run whole; empty if nothing prevents parts."""
         if self.rollouts:
             return f"{type(self.trainer).__name__} makes its batches in its steps"
         searches = self.trainer.args.auto_find_batch_size
@@ -210,14 +210,13 @@ class TrainerStep:
     def around_training(
         self, follows: Callable[[], bool], prepare: Callable[[Any], Any], break_off: Callable[[], None]
     ) -> None:
-        """Call functions before this Trainer trains, and after an error in it, from now on.
+        """From now on, call functions before this Trainer trains, and after an error in it.
 
-        A callback hears nothing before a checkpoint has been loaded, which is too late to choose it, and nothing of an
-        error.
+        A callback gets no event before a checkpoint is loaded, too late to choose it, and none on an error.
 
         Args:
-            follows: whether the others are to be called.
-            prepare: gets what `train` is asked to resume from, and returns what it resumes from.
+            follows: returns True if the others are to be called.
+            prepare: takes the checkpoint argument of `train`, and returns the one to resume from.
             break_off: called after an error.
         """
         run = self.trainer.train
@@ -239,8 +238,8 @@ class TrainerStep:
         """Follow the real steps.
 
         Args:
-            listener: hears of the run's steps. Its pilot's figures go into each log entry that has a training loss, and
-                so to all trackers.
+            listener: gets the run's steps. Its pilot's figures go into each log entry with a training loss, and so to
+                all trackers.
         """
         self._listener = listener
         self._replace("get_batch_samples", self._get_batch_samples)
@@ -269,15 +268,15 @@ class TrainerStep:
     def _training_step(
         self, run: Callable[..., Any], model: Any, inputs: Any, *rest: Any, **options: Any
     ) -> torch.Tensor:
-        """Run a batch. After an out-of-memory error, all batches of the step so far run once more.
+        """Run a batch. After an out-of-memory error, repeat all batches of the step so far.
 
-        Where the Trainer looks for its batch size, that goes first.
+        The Trainer's own search for a batch size takes precedence.
         """
         self._done.append((model, inputs, *rest))
         begins_again, again = self.trainer.args.auto_find_batch_size, self._listener.pilot.out_of_memory
         loss: torch.Tensor
         try:
-            if begins_again or self.rollouts:  # answers are not made twice
+            if begins_again or self.rollouts:  # answers are not generated twice
                 loss = run(model, inputs, *rest, **options)
             else:
                 loss = _retried(lambda step: self._in_parts(run, step, options), self._done, again)
@@ -288,18 +287,18 @@ class TrainerStep:
         return loss
 
     def _in_parts(self, run: Callable[..., Any], step: tuple[Any, ...], options: Mapping[str, Any]) -> torch.Tensor:
-        """The loss of a batch that runs in parts, whose losses and gradients add up to those of the batch."""
+        """Return the loss of a batch run in parts, whose losses and gradients add up to those of the batch."""
         model, inputs, *rest = step
         accelerator, losses, pilot = self.trainer.accelerator, list[torch.Tensor](), self._listener.pilot
         backward = accelerator.backward
         for part, share in pilot.parts(inputs):
-            copied = copy(part) if isinstance(part, Mapping) else part  # a step may take out what it has read
+            copied = copy(part) if isinstance(part, Mapping) else part  # a step may pop entries
             scaled = partial(_scaled, backward, pilot.hear_loss, share)
             with _standing(accelerator, "backward", scaled) if pilot.guard.parts.on else nullcontext():
                 losses.append(run(model, copied, *rest, **options))
             if share != 1:
                 losses[-1] = losses[-1] * share
-            del part, copied  # before the next one is there
+            del part, copied  # before the next one exists
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _prediction_step(
@@ -313,7 +312,7 @@ class TrainerStep:
         return guard.evaluated.run(lambda part: run(model, part, *rest, **options), inputs, whole, unknown)
 
     def _log(self, run: Callable[..., Any], logs: dict[str, float], *rest: Any, **options: Any) -> None:
-        """Log with the figures of the ranks, and the rate that steps really have."""
+        """Log with the figures of the ranks and the actual learning rate of steps."""
         run({**logs, **(self._listener.pilot.figures() if "loss" in logs else {})}, *rest, **options)
 
     def _save_checkpoint(self, run: Callable[..., Any], model: Any, trial: Any = None) -> None:
@@ -323,7 +322,7 @@ class TrainerStep:
                 run(model, trial)
 
     def prepare_new_models(self, prepare: Callable[[Any], Any]) -> None:
-        """Let a function see each model that `model_init` makes, before a checkpoint is loaded into it."""
+        """Apply a function to each new model of `model_init`, before a checkpoint is loaded into it."""
         make = type(self.trainer).call_model_init.__get__(self.trainer)
 
         def made(trial: Any = None) -> Any:
@@ -334,25 +333,25 @@ class TrainerStep:
         self.trainer.call_model_init = made
 
     def take_no_more(self) -> None:
-        """Give the Trainer no more batches: when it resumes a run that has all its steps, it would train one more."""
+        """Give the Trainer no more batches: on resuming a finished run, it would train one more."""
         self._replace("get_batch_samples", lambda *_, **__: ([], None))
 
     def follow_evaluations(self, evaluate: Callable[[Callable[[], Any]], Any]) -> None:
-        """Let a function run the Trainer's evaluations, which it gets as a function without arguments."""
+        """Let a function run the Trainer's evaluations, passed to it as a function without arguments."""
         self._replace("evaluate", lambda run, *arguments, **options: evaluate(partial(run, *arguments, **options)))
 
     def release(self) -> None:
         """Stop following."""
         attributes = vars(self.trainer)
         for name, before in self._before.items():
-            if attributes.get(name) is self._ours[name]:  # else someone has replaced it since, and may call ours still
+            if attributes.get(name) is self._ours[name]:  # else it was replaced since, and may still call ours
                 _put_back(attributes, name, before)
         self._ours.clear()
         self._before.clear()
 
     @contextmanager
     def _unfollowed(self) -> Iterator[None]:
-        """Let our functions only call those of the Trainer: a step that is measured is none of the run."""
+        """Reduce our functions to calls of the Trainer's: a measured step is not part of the run."""
         ours, self._ours = self._ours, {}
         try:
             yield
@@ -360,7 +359,7 @@ class TrainerStep:
             self._ours = ours
 
     def _replace(self, name: str, function: Callable[..., Any]) -> None:
-        """Let a function, which gets the Trainer's as its first argument, stand for that one until `release`."""
+        """Replace a method until `release` by a function that gets the original as its first argument."""
         attributes, run = vars(self.trainer), getattr(self.trainer, name)
         self._before.setdefault(name, attributes.get(name, _ABSENT))
 
@@ -372,7 +371,7 @@ class TrainerStep:
 
 
 def _evaluations(args: TrainingArguments, state: TrainerState) -> int:
-    """How many evaluations a run makes."""
+    """Return the number of evaluations in a run."""
     every = {"steps": state.eval_steps, "epoch": state.max_steps / max(state.num_train_epochs, 1)}
     each = every.get(str(getattr(args.eval_strategy, "value", args.eval_strategy)))
     return int(state.max_steps / each) if each else 0
@@ -380,7 +379,7 @@ def _evaluations(args: TrainingArguments, state: TrainerState) -> int:
 
 @contextmanager
 def _standing(thing: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Let a function stand for one of an object's."""
+    """Replace a function of an object."""
     attributes = vars(thing)
     before, attributes[name] = attributes.get(name, _ABSENT), function
     try:
@@ -390,7 +389,7 @@ def _standing(thing: Any, name: str, function: Callable[..., Any]) -> Iterator[N
 
 
 def _put_back(attributes: dict[str, Any], name: str, before: Any) -> None:
-    """Set an attribute of an object as it was, or remove it if it was not there."""
+    """Restore an attribute of an object, or remove it if it was absent."""
     if before is _ABSENT:
         attributes.pop(name, None)
     else:
@@ -404,7 +403,7 @@ def _scaled(
     loss: torch.Tensor,
     **options: Any,
 ) -> None:
-    """Take the gradients of a share of a loss, after it was heard."""
+    """Compute the gradients of a share of a loss, after passing the loss to `hear`."""
     hear(loss)
     backward(loss if share == 1 else loss * share, **options)
 
@@ -414,12 +413,12 @@ def _retried(
     steps: list[tuple[Any, ...]],
     again: Callable[[torch.OutOfMemoryError], None],
 ) -> torch.Tensor:
-    """The loss of the last of these steps; after an out-of-memory error all of them run once more.
+    """Return the loss of the last of these steps; after an out-of-memory error, repeat all of them.
 
     Args:
         run: runs one of them.
-        steps: the batches of an optimiser step so far.
-        again: prepares that, or raises the error that it gets.
+        steps: the batches of an optimizer step so far.
+        again: prepares the repetition, or raises the error passed to it.
     """
     try:
         return run(steps[-1])
@@ -430,20 +429,20 @@ def _retried(
         try:
             return [run(step) for step in steps][-1]
         except torch.OutOfMemoryError as caught:
-            clear_frames(caught.__traceback__)  # they hold the tensors of the step
+            clear_frames(caught.__traceback__)  # frames hold the tensors of the step
 
 
 def add_before_users(trainer: Trainer, callback: TrainerCallback) -> None:
-    """Add a callback before those of users, which may copy parameters when training begins: by then ranks changed."""
+    """Add a callback before the user's, which may copy parameters when training begins: ranks have then changed."""
     callbacks = trainer.callback_handler.callbacks
     users = (at for at, one in enumerate(callbacks) if not type(one).__module__.startswith("transformers."))
     callbacks.insert(next(users, len(callbacks)), callback)
 
 
 def run_of_trainer(trainer: Trainer) -> TrainingRun:
-    """The run that `trainer.train()` would begin: its step, its optimiser and its data.
+    """Return the run that `trainer.train()` would begin: its step, its optimizer and its data.
 
-    The Trainer is ready to run steps afterwards, and its own callbacks have heard of nothing.
+    The Trainer is then ready to run steps, and its own callbacks have received no event.
     """
     refuse_to_plan(trainer)
     handler, finder = trainer.callback_handler, _Finder(trainer)
@@ -462,7 +461,7 @@ class _FoundError(Exception):
 
 
 class _Finder(TrainerCallback):  # type: ignore[misc]
-    """Notes the run that begins, and ends it."""
+    """Records the run about to begin, and ends it."""
 
     run: TrainingRun
 

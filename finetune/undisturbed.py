@@ -1,4 +1,4 @@
-"""What a run leaves as it was while its steps are measured: random states, modes, buffers, gradients."""
+"""Restores the state of a run around measured steps: random states, modes, buffers, gradients."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .put_back import put_back
 
 @contextmanager
 def undisturbed(collate: Collate) -> Iterator[None]:
-    """Restore random states afterwards, so that the run draws the numbers that it would draw without us.
+    """Restore random states afterwards, so that the run draws the same numbers as without measurements.
 
-    Those of generators that a collator holds too, and its attributes. A compiled model runs uncompiled
-    meanwhile: each plan that is tried would take one of the few graphs that torch keeps.
+    This includes a collator's generators and attributes. A compiled model runs uncompiled inside: each tried plan would
+    take one of torch's few cached graphs.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (a user's collator may draw from it)
@@ -32,7 +32,7 @@ def undisturbed(collate: Collate) -> Iterator[None]:
     states = [copy.deepcopy(_state_of(generator)) for generator in own]
     try:
         with (
-            put_back(*owners),  # transformers' collators make their generator with the first batch
+            put_back(*owners),  # transformers' collators create their generator with the first batch
             torch.random.fork_rng(devices=devices),
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
@@ -46,11 +46,11 @@ def undisturbed(collate: Collate) -> Iterator[None]:
 
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-"""Of random numbers, which objects of a user's may have."""
+"""Random generators possibly held by a user's objects."""
 
 
 def _owners(collate: Any, depth: int = 3) -> Iterator[Any]:
-    """A collator and the callables that it has as attributes, as one that the Trainer has wrapped has the user's."""
+    """Yield a collator and its callable attributes, such as the user's collator inside one wrapped by the Trainer."""
     yield collate
     if depth:
         inside = (getattr(collate, "__self__", None), getattr(collate, "func", None))
@@ -60,7 +60,7 @@ def _owners(collate: Any, depth: int = 3) -> Iterator[Any]:
 
 
 def _held(owner: Any) -> Iterator[Any]:
-    """The attributes of a callable, and the variables of its closure and of its file that its code names."""
+    """Yield the attributes of a callable, and the variables of its closure and module used by its code."""
     yield from getattr(owner, "__dict__", {}).values()
     yield from _in_closure(owner)
     called = owner if hasattr(owner, "__code__") else type(owner).__call__
@@ -90,7 +90,7 @@ def _set_state(generator: Any, state: Any) -> None:
 
 @contextmanager
 def gradients_put_back(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Give parameters no gradients for a while, and then those that they had."""
+    """Clear the gradients of parameters inside, and restore them afterwards."""
     before = [(parameter, parameter.grad) for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -109,11 +109,11 @@ def _base(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into training mode for a while; modes, buffers and numbers of modules are restored afterwards.
+    """Put a model into training mode inside; restore modes, buffers and numbers of modules afterwards.
 
-    Those are running statistics, and the length up to which a rotary embedding is known.
+    These are running statistics, and the length up to which a rotary embedding is cached.
 
-    Parts of a model in training mode that its user has put into evaluation mode stay so.
+    Parts of a training model that its user put into evaluation mode stay so.
     """
     numbers = [
         (own, {name: value for name, value in own.items() if name == "training" or type(value) in (int, float)})
@@ -124,7 +124,7 @@ def training_mode(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    if not (model.training and _base(model).training):  # a model that was loaded is in evaluation mode inside of PEFT
+    if not (model.training and _base(model).training):  # a loaded model is in evaluation mode inside PEFT
         model.train()
     try:
         yield

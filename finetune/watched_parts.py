@@ -1,7 +1,7 @@
-"""Watches steps in parts: that a known loss stays known, and that real batches have the same gradient under another.
+"""Monitoring of steps in parts: a known loss must stay known, and under any other loss real batches are tested.
 
-A user who asks for parts has them under any loss. What the first batches hold tells nothing of what is rare, so a batch
-is tested before its step runs where it shows something new: a class, a weight above all others, padding, fewer rows.
+Users may ask for parts under any loss. The first batches say nothing about rare cases, so each batch with something new
+is tested before its step: a new class, a larger weight, more padding, fewer rows.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from .plan_keeper import PlanKeeper
 from .run import TrainingRun
 
 LOOK_EVERY = 100
-"""Steps from one look at the modules of a model whose loss is known to the next; a new hook is noticed at once."""
+"""Steps between checks of the modules of a model with a known loss; a new hook is noticed at once."""
 
 CHANCE = 1 / 400
-"""Of a step to be tested that shows nothing new."""
+"""Probability of testing a step without anything new."""
 
 MOST_VALUES = 64
-"""Different values of a tensor that are remembered; one that has more is taken for token ids."""
+"""Maximum number of distinct values remembered per tensor; one with more is assumed to hold token ids."""
 
 
 NEAREST = 32
-"""Operators that tell how a loss is computed."""
+"""Number of operators that identify how a loss is computed."""
 
 _LAYOUT = re.compile(r"(Unsafe|Reshape)?(View|Alias)|Reshape|Transpose|Permute|T|Clone|Expand|(Un)?[Ss]queeze")
-"""Operators that compute nothing; torch takes one or another where it measures a step."""
+"""Operators that compute nothing; torch may use different ones in a measured step."""
 
 
 def way_of(loss: torch.Tensor) -> int:
-    """A number that tells how a loss is computed: by the names of the operators nearest to it in autograd's graph."""
+    """Hash how a loss is computed, by the names of the operators nearest to it in autograd's graph."""
     names, found = list[str](), deque([loss.grad_fn])
     while found and len(names) < NEAREST:
         if (node := found.popleft()) is not None:
@@ -51,10 +51,10 @@ def way_of(loss: torch.Tensor) -> int:
 
 
 class Known:
-    """Notices where a loss that is known becomes another one.
+    """Detects when a known loss becomes another one.
 
     Args:
-        run: whose loss it is.
+        run: the run with this loss.
     """
 
     def __init__(self, run: TrainingRun) -> None:
@@ -62,11 +62,11 @@ class Known:
         self._seen: tuple[int, ...] | None = None
 
     def reason(self, step: int, batches: Sequence[Batch]) -> str:
-        """Why batches may not run in parts any more, for people; empty where they may.
+        """Return why batches may no longer run in parts, for people; empty if they may.
 
         Args:
-            step: the optimizer steps done.
-            batches: of the step that begins.
+            step: the number of optimizer steps done.
+            batches: the batches of the next step.
         """
         modules = list(self._run.model.modules())
         kept = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -81,19 +81,19 @@ class Known:
         return self._run.unknown() if looks else self._run.foreign()
 
     def hear(self, step: int, loss: torch.Tensor) -> None:
-        """Hear of the first loss of a step, which tells nothing more of a loss that is known."""
+        """Take the first loss of a step; a known loss needs no further check."""
 
 
 class Watch:
-    """Tests batches of a run in their parts, whose loss is not known.
+    """Tests a run's batches in their parts, under an unknown loss.
 
     Args:
         keeper: keeps the plan, and knows its run.
-        rows_of: the rows of a batch; None where they cannot be told apart.
-        plan: the parts of some rows, as places of examples.
-        fits: whether all rows of a batch fit as a whole.
-        kind: what the loss is of its rows, one of `SHARES`.
-        seed: of the steps that are tested at random.
+        rows_of: returns the rows of a batch; None if they cannot be separated.
+        plan: returns the parts of some rows, as indices of examples.
+        fits: returns True if all rows of a batch fit as a whole.
+        kind: how the loss combines its rows, one of `SHARES`.
+        seed: seed of the choice of steps tested at random.
     """
 
     def __init__(
@@ -108,14 +108,14 @@ class Watch:
         self._keeper, self._rows_of, self._plan, self._fits = keeper, rows_of, plan, fits
         self._kind = kind
         self._news, self._asked, self._heard = News(seed), False, -1
-        self._ways: set[int] = set()  # in which losses were computed, with the modes of the model
+        self._ways: set[int] = set()  # ways of computing losses so far, and modes of the model
 
     def reason(self, step: int, batches: Sequence[Batch]) -> str:
-        """Why batches may not run in parts, by tests of those that are due, for people; else nothing.
+        """Test the batches that are due; return why they may not run in parts, for people, else nothing.
 
         Args:
-            step: the optimizer steps done.
-            batches: of the step that begins.
+            step: the number of optimizer steps done.
+            batches: the batches of the next step.
         """
         keeper = self._keeper
         checkpointing, layers = keeper.checkpointing, keeper.checkpointed
@@ -144,7 +144,7 @@ class Watch:
         return ""
 
     def _some(self, rows: BatchRows) -> tuple[BatchRows, list[Sequence[int]]]:
-        """As many rows of a batch as fit as a whole, of all lengths, in two parts."""
+        """Return as many rows of a batch as fit as a whole, of all lengths, in two parts."""
         order, cuts = np.argsort(rows.lengths, kind="stable"), self._keeper.run.cuts
         for count in range(rows.examples - 1, TESTED_ROWS - 1, -1):
             chosen = order[np.linspace(0, rows.examples - 1, count).round().astype(int)]
@@ -155,7 +155,7 @@ class Watch:
         return some, [sorted(part.tolist()) for part in np.array_split(longest, 2)]
 
     def hear(self, step: int, loss: torch.Tensor) -> None:
-        """Have the next batch tested where the first loss of a step is computed in a way that is new in this run."""
+        """Schedule a test of the next batch if the first loss of a step is computed in a way new to this run."""
         if step == self._heard:
             return
         ways = {way_of(loss), hash(tuple(module.training for module in self._keeper.run.model.modules()))}
@@ -164,10 +164,10 @@ class Watch:
 
 
 class News:
-    """Tells which batches show something new, and draws some others at random.
+    """Detects batches with something new, and draws some others at random.
 
     Args:
-        seed: of those at random.
+        seed: seed of the random draws.
     """
 
     def __init__(self, seed: int) -> None:
@@ -176,19 +176,19 @@ class News:
         self._ranges: dict[str, tuple[float, float]] = {}
 
     def due(self, step: int, rows: BatchRows, parts: Sequence[Sequence[int]]) -> bool:
-        """Whether a batch is to be tested before it runs: the first, those with something new, some at random.
+        """Return True if a batch must be tested before it runs: the first, those with something new, some at random.
 
         Args:
-            step: a number of the batch.
-            rows: of the batch.
-            parts: the places of their examples.
+            step: an index of the batch.
+            rows: the rows of the batch.
+            parts: the indices of their examples.
         """
         new = self._learns(rows, parts)
         first, self._first = self._first, False
         return new or first or np.random.default_rng([self._seed, step]).random() < CHANCE
 
     def _learns(self, rows: BatchRows, parts: Sequence[Sequence[int]]) -> bool:
-        """Whether a batch holds what none before it held; it is remembered from now on."""
+        """Return True if a batch holds anything new, and remember it."""
         new = False
         for name, value in _held(rows, parts):
             if isinstance(value, set):
@@ -204,7 +204,7 @@ class News:
 
 
 def _held(rows: BatchRows, parts: Sequence[Sequence[int]]) -> Iterator[tuple[str, set[Any] | tuple[float, float]]]:
-    """What a batch holds by the names of its tensors and lists: some values, or the least and the largest number."""
+    """Yield the contents of a batch by name of tensor or list: some values, or the minimum and maximum."""
     yield "rows of a part", (min(map(len, parts)), rows.examples)
     for name, value in rows.named():
         if not isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What a run watches in each step: the calls of its loop, losses, whether adapters train, and whether all is finite."""
+"""Checks of a run in each step: the calls of its loop, losses, gradients of adapters, and finite values."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _MISSING = {
     "before_optimizer_step": "`pilot.before_optimizer_step(loss)`, so its gradients are not seen: call it after "
     "`loss.backward()` and before `optimizer.step()`",
 }
-"""What a step lacks without a call, and where the call belongs."""
+"""Consequence of a missing call in a step, and the place of the call."""
 
 
 class LoopCalls(Participant):
-    """Notices a loop that leaves out a call of a step, or makes them at other times than once an optimizer step.
+    """Detects a loop that omits a call of a step, or does not make each call once per optimizer step.
 
-    Such a loop would train on with less than was asked for. A hook on the optimizer sees what it does.
+    Such a loop would silently train with less than requested. A hook on the optimizer observes its steps.
 
     Args:
-        run: whose loop makes the calls.
+        run: the run whose loop makes the calls.
         break_off: ends the run before an error.
     """
 
@@ -50,12 +50,12 @@ class LoopCalls(Participant):
         self._called = False  # since the run began
         self._over = False
         self._optimizer_steps = 0  # since the latest end of a step
-        self._without = 0  # ends of steps since the optimizer's latest one
-        self._uneven = 0  # steps of the optimizer in a row that had more than one end
+        self._without = 0  # ends of steps since the latest optimizer step
+        self._uneven = 0  # optimizer steps in a row with more than one end
         self._hook: RemovableHandle | None = None
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Begin to count the steps of the run's optimizer."""
+        """Start counting the steps of the run's optimizer."""
         inner = unwrap_optimizer(self._run.optimizer)
         self._hook = inner.register_step_post_hook(lambda *_: self._stepped())
 
@@ -78,7 +78,7 @@ class LoopCalls(Participant):
         """Note a call, a key of `_MISSING`.
 
         Raises:
-            ConfigError: the run is over, or the optimizer has made several steps, and none was told to have ended.
+            ConfigError: the run is over, or the optimizer has made several steps without an `after_step`.
         """
         if self._over:
             raise self._refusal(
@@ -94,15 +94,15 @@ class LoopCalls(Participant):
             )
 
     def _refusal(self, text: str) -> ConfigError:
-        """The error of a loop that makes other calls than those of a step; measuring ends before it."""
+        """End measuring and return the error of a loop with wrong calls."""
         self._break_off()
         return ConfigError(text)
 
     def after_step(self, step: int) -> None:
-        """Begin the calls of the next step.
+        """Reset the calls for the next step.
 
         Raises:
-            ConfigError: a call of the step was left out.
+            ConfigError: a call of the step is missing.
         """
         missing = next((text for call, text in _MISSING.items() if call not in self._made), None)
         self._made.clear()
@@ -118,8 +118,8 @@ class LoopCalls(Participant):
         self._count()
 
     def _count(self) -> None:
-        """Notice calls that are made once a batch, where several batches make a step."""
-        if not self._optimizer_steps:  # a scaler of losses may leave one out now and then
+        """Detect calls made once per batch instead of once per step of several batches."""
+        if not self._optimizer_steps:  # a loss scaler may skip one now and then
             self._without += 1
             return
         self._uneven = self._uneven + 1 if self._without else 0
@@ -147,15 +147,15 @@ class LoopCalls(Participant):
 
 
 PATIENCE = 3
-"""Looks in a row at which all gradients are zero, after which the run is stopped. One batch may have none: all of its
-labels may be masked."""
+"""Number of checks in a row with all-zero gradients that stop the run. One batch may have none: all of its labels may
+be masked."""
 
 
 class LossMeter(Participant):
     """Sums the losses of optimizer steps, without waiting for the device.
 
     Args:
-        processes: whose losses count; by default those of this one alone.
+        processes: the processes whose losses count; by default only this one.
 
     Attributes:
         total: the sum of the finite losses in this process, a float or a scalar tensor.
@@ -168,7 +168,7 @@ class LossMeter(Participant):
         self._processes = processes or Processes()
 
     def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
-        """Add the mean loss of this step; a loss that is NaN, as where all labels are masked, is none."""
+        """Add the mean loss of this step; a NaN loss, as with fully masked labels, is skipped."""
         if not (isinstance(loss, torch.Tensor) or is_real(loss)):
             raise ConfigError(f"The loss of a step is a number or a tensor; got {shown(loss)}.")
         mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else torch.tensor(loss)
@@ -176,23 +176,23 @@ class LossMeter(Participant):
         self.count = self.count + mean.isfinite()
 
     def restart(self) -> None:
-        """Begin a new interval."""
+        """Start a new interval."""
         self.total, self.count = 0.0, 0
 
     def mean(self) -> float | None:
-        """The mean loss of the interval over all processes, all of which call this; None if no loss was added."""
+        """Return the mean loss of the interval over all processes, which must all call this; None without losses."""
         sums = self._processes.of_each((float(self.total), int(self.count)))
         count = sum(count for _, count in sums)
         return sum(total for total, _ in sums) / count if count else None
 
     def state(self) -> dict[str, Any]:
-        """The sums of the interval, as JSON values; all processes call this."""
+        """Return the sums of the interval, as JSON values; all processes call this."""
         sums = self._processes.of_each((float(self.total), int(self.count)))
         whole = {"total": sum(total for total, _ in sums), "count": sum(count for _, count in sums)}
         return {"losses": whole | ({"of_each": sums} if len(sums) > 1 else {})}
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Go on within an interval. Of another number of processes the first takes all."""
+        """Resume within an interval. If the number of processes has changed, the first takes all."""
         if state is None:
             return
         losses = state["losses"]
@@ -205,12 +205,12 @@ class LossMeter(Participant):
 
 
 LARGEST = 1e18
-"""A gradient above it has a square, which Adam keeps a mean of, that is not finite in float32."""
+"""Bound on gradients: above it, the squares averaged by Adam may overflow in float32."""
 
 
 @torch.no_grad()
 def all_finite(tensors: Iterable[torch.Tensor], below: float = math.inf) -> torch.Tensor:
-    """Whether all numbers are finite, and their sizes below a bound, as a bool tensor on the device of the first."""
+    """Check that all numbers are finite and smaller in size than a bound; return a bool tensor on the first device."""
     found = [each for each in tensors if each.is_floating_point() and each.numel()]
     most = torch._foreach_norm(found, math.inf) if found else [torch.zeros(())]
     if len({(each.dtype, each.device) for each in most}) > 1:
@@ -219,7 +219,7 @@ def all_finite(tensors: Iterable[torch.Tensor], below: float = math.inf) -> torc
 
 
 def trains_finite(optimizer: torch.optim.Optimizer, *, moments: bool = False) -> bool:
-    """Whether all that an optimizer trains is finite, with its state if the `moments` count as well."""
+    """Check that all trained tensors of an optimizer are finite, including its state if `moments` is True."""
     inner = unwrap_optimizer(optimizer)
     weights: list[torch.Tensor] = [weight for group in inner.param_groups for weight in group["params"]]
     states = (value for weight in weights if moments for value in inner.state.get(weight, {}).values())
@@ -227,16 +227,16 @@ def trains_finite(optimizer: torch.optim.Optimizer, *, moments: bool = False) ->
 
 
 class FiniteWatch(Participant):
-    """Notices where a loss or a gradient was not finite, and sees to it that nothing of that is saved.
+    """Detects non-finite losses and gradients, and prevents saving their results.
 
-    On a GPU it does not wait for the device where nothing controls the run; then it may notice some steps later.
+    On a GPU without control of the run it does not wait for the device, and may detect them some steps later.
 
     Args:
-        run: that it watches.
-        journal: is told.
+        run: the run to watch.
+        journal: gets the reports.
 
     Attributes:
-        control: undoes a step that leaves something which is not finite; None where nothing controls the run.
+        control: undoes a step with a non-finite result; None without control of the run.
     """
 
     def __init__(self, run: TrainingRun, journal: Journal) -> None:
@@ -248,7 +248,7 @@ class FiniteWatch(Participant):
         self._found = self._host = torch.zeros(2, dtype=torch.bool)  # of losses, and of gradients
 
     def before_optimizer_step(self, step: int, loss: torch.Tensor | float) -> None:
-        """Look at the mean loss of a step; in a run under control at the gradients as well, up to `LARGEST`."""
+        """Check the mean loss of a step; in a run under control also the gradients, up to `LARGEST`."""
         mean = loss.detach().float().mean() if isinstance(loss, torch.Tensor) else torch.tensor(float(loss))
         weights = [weight for group in self._run.optimizer.param_groups if self.control for weight in group["params"]]
         sound = all_finite((weight.grad for weight in weights if weight.grad is not None), LARGEST)
@@ -261,18 +261,18 @@ class FiniteWatch(Participant):
             self._host = self._found
 
     def after_step(self, step: int) -> None:
-        """Undo a step that left something which is not finite, end the run, or tell that nothing is broken.
+        """Undo a step with a non-finite result, end the run, or report that nothing is broken.
 
-        An overflow in float16, for which a scaler leaves the step out, breaks nothing, nor does a batch without labels.
+        An overflow in float16, skipped by a scaler, breaks nothing, nor does a batch without labels.
 
         Args:
-            step: optimizer steps done.
+            step: the number of optimizer steps done.
 
         Raises:
-            NonFiniteError: what trains is not finite, and nothing undoes that.
+            NonFiniteError: a trained tensor is not finite, and nothing undoes that.
         """
         control = self.control
-        processes = self._run.replicas.processes if control else Processes()  # all undo a step; one that ends, ends all
+        processes = self._run.replicas.processes if control else Processes()  # all undo a step; if one ends, all end
         loss, gradient = processes.most(*map(float, (self._found if control else self._host).tolist()))
         if not loss and not gradient:
             return
@@ -285,16 +285,16 @@ class FiniteWatch(Participant):
             raise self._diverged(step)
 
     def check(self, step: int) -> None:
-        """See that what trains is finite, before it is saved or handed back; all processes call this.
+        """Check that trained tensors are finite, before they are saved or returned; all processes call this.
 
         Raises:
-            NonFiniteError: it is not.
+            NonFiniteError: they are not.
         """
         if not self._run.replicas.processes.least(trains_finite(self._run.optimizer))[0]:
             raise self._diverged(step)
 
     def _diverged(self, step: int) -> NonFiniteError:
-        """The error of a run that has diverged, of which the log gets a row."""
+        """Log a row and return the error of a run that has diverged."""
         self._journal.log_control({"step": step, "change": 0.0, "undone": False, "not_finite": True})
         last = last_checkpoint(self._run.folder, tell=logger.debug) if self._run.folder else None
         saved = f"The last checkpoint is {last}." if last else "No checkpoint is replaced."
@@ -306,11 +306,11 @@ class FiniteWatch(Participant):
 
 
 class GradientWatch(Participant):
-    """Looks at the gradients of the adapters before optimizer steps.
+    """Checks the gradients of the adapters before optimizer steps.
 
     Args:
         targets: the target modules.
-        meter: measures some steps. In those the gradients are compared with zero, for which the device is waited for.
+        meter: measures some steps. In those the gradients are compared with zero, which waits for the device.
     """
 
     def __init__(self, targets: Sequence[TargetModule], meter: PeakMeter) -> None:
@@ -344,6 +344,6 @@ class GradientWatch(Participant):
             )
 
     def _refusal(self, text: str) -> NoGradientError:
-        """The error of a run that trains nothing; measuring ends before it."""
+        """End measuring and return the error of a run that trains nothing."""
         self._meter.close()
         return NoGradientError(text)
