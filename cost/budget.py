@@ -134,7 +134,7 @@ class Budget:
         return cls("total", number)
 
     def __str__(self) -> str:
-        """Return the budget in a form that `parse` accepts."""
+        """Return the budget as text for `parse`."""
         if self.kind == "share":
             return f"{100 * self.value:g}%"
         if self.kind == "auto":
@@ -205,7 +205,7 @@ class Budget:
 
 
 GivenBudget = str | float | Budget | Callable[[], str | float | Budget]
-"""A budget as given by the user: see `Budget.parse`, or a function without arguments that returns one."""
+"""A budget as given by the user: see `Budget.parse`; or a function without arguments to return one."""
 
 
 def budget_now(given: GivenBudget) -> Budget:
@@ -328,11 +328,11 @@ class TimeBudget:
 
     @classmethod
     def unlimited(cls) -> TimeBudget:
-        """Return a limit that no plan reaches, for runs that time steps only to compare plans."""
+        """Return a limit beyond any plan, for runs that time steps only to compare plans."""
         return cls("share", 64.0)
 
     def __str__(self) -> str:
-        """Return the limit in a form that `parse` accepts."""
+        """Return the limit as text for `parse`."""
         return f"{100 * self.value:g}%" if self.kind == "share" else f"{self.value:g}s"
 
     def resolve(self, time: StepTime, max_ranks: IntArray) -> float:

@@ -43,7 +43,7 @@ CUT_FAILS = (RuntimeError, ValueError, LookupError, TypeError, AssertionError)
 """Exceptions a loss function may raise for a resized batch."""
 
 MOST_BRANCHES = 3
-"""Most unused branches of a model to list in an error."""
+"""Maximum number of unused branches of a model to list in an error."""
 
 CUDA_BLOCK = 512
 """CUDA's caching allocator rounds sizes up to multiples of this many bytes."""
@@ -381,11 +381,11 @@ def limited_cost(
 
 
 MOST_WORKSPACE_BYTES = 2 * HOPPER_WORKSPACE_BYTES
-"""Most bytes of cuBLAS workspaces in torch's allocator: one for each of two threads (Hopper; less on older cards)."""
+"""Maximum bytes of cuBLAS workspaces in torch's allocator: one per thread of two (Hopper; less on older cards)."""
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Return the bytes on the model's device that plans do not cover.
+    """Return the bytes on the model's device not covered by plans.
 
     They include the frozen model; on CUDA also all usage outside torch's allocator, by contexts and other processes,
     and cuBLAS workspaces.

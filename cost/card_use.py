@@ -1,4 +1,4 @@
-"""Add up everything that a card must hold, and decide if a plan fits."""
+"""Add up the memory needs of a plan on a card, and decide if it fits."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ allocator reserved up to 7.3 % more than predicted in 27 runs (docs/known-models
 
 
 def slack_of(quantization: Quantization) -> float:
-    """Return the share of a card that must remain free for a plan to fit safely."""
+    """Return the share of a card to leave free for a plan to fit safely."""
     return SLACK if quantization == "none" else QUANTISED_SLACK
 
 
 @dataclass(frozen=True)
 class CardUse:
-    """Bytes that a plan uses on a card.
+    """Memory use of a plan on a card, in bytes.
 
     Attributes:
         device: the card.
         base_bytes: the frozen model.
         step_bytes: tensors at the peak of a training step, excluding the frozen model, including library workspaces.
         evaluation_bytes: the same at the peak of evaluation; 0 without evaluation.
-        reserve_bytes: bytes that the allocator holds beyond tensors, at most.
+        reserve_bytes: bytes reserved by the allocator beyond tensors, at most.
         context_bytes: the CUDA context.
         margin_bytes: safety margin of the byte model against predictions that are too low.
         slack: share of the card left free by a plan that fits; see `slack_of`.
@@ -102,7 +102,7 @@ def card_use(
     expandable: bool = False,
     slack: float = SLACK,
 ) -> CardUse:
-    """Compute the bytes that a plan uses on a card.
+    """Compute the memory use of a plan on a card.
 
     Args:
         memory: the byte model of its training step, which also sets the checkpointed layers.

@@ -35,7 +35,7 @@ _KEYS = torch._C.DispatchKeySet(_DISPATCH_KEY)
 
 @dataclass(frozen=True)
 class DeviceOnMeta:
-    """The device that the meta device emulates.
+    """The device emulated by the meta device.
 
     Attributes:
         kind: "cpu" or "cuda".
@@ -293,7 +293,7 @@ LOWER = _names(
     lstm_cell matmul mkldnn_rnn_layer mm mv prelu rnn_relu_cell rnn_tanh_cell scaled_dot_product_attention
     """
 )
-"""Operators that compute in the lower precision."""
+"""Operators run in the lower precision under autocast."""
 
 WITH_DTYPE = _names(
     """
@@ -308,7 +308,7 @@ WIDEST = _names(
     addcdiv addcmul atan2 bilinear cat cross dot grid_sampler index_copy index_put scatter_add stack tensordot vdot
     """
 )
-"""Operators that compute in the widest precision of their inputs."""
+"""Operators run in the widest precision of their inputs."""
 
 
 @dataclass

@@ -327,7 +327,7 @@ PEFT_TYPES = {
     "AutoModelForSequenceClassification": "SEQ_CLS",
     "AutoModelForTokenClassification": "TOKEN_CLS",
 }
-"""Classes of transformers that create a model with a head, and PEFT's `task_type` for each."""
+"""Classes of transformers for models with a head, and PEFT's `task_type` for each."""
 
 
 _ENDINGS = {
@@ -339,7 +339,7 @@ _ENDINGS = {
 
 
 def usual_class(config: PreTrainedConfig) -> str:
-    """Return the transformers class that creates a model with its architecture's usual fine-tuning head."""
+    """Return the transformers class for a model with its architecture's usual fine-tuning head."""
     kind = type(config)
     for architecture in config.architectures or ():
         for ending, name in _ENDINGS.items():

@@ -35,7 +35,7 @@ FORWARD, _LOSS = "forward", "_loss_function"
 def use_tiled_loss(model: nn.Module) -> Callable[[], None]:
     """Compute transformers' own causal language modelling losses in a model in tiles.
 
-    Returns a function that undoes the change.
+    Returns a function to undo the change.
     """
     models = [
         module
@@ -82,7 +82,7 @@ def tiled_causal_lm_loss(
 
 
 def defer_logits(model: nn.Module) -> Callable[[], None]:
-    """Make a model's output layer return `LaterLogits` if possible; returns a function that undoes it.
+    """Make a model's output layer return `LaterLogits` if possible; returns a function to undo it.
 
     The layer must be a plain, frozen linear layer.
     """

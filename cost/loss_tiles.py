@@ -37,7 +37,7 @@ _UNWRAP: list[Callable[[], None]] = []
 
 
 def use_own_tiles(model: nn.Module) -> Callable[[], None]:
-    """Give TRL's fused loss our tile size for a frozen output layer; returns a function that undoes it.
+    """Give TRL's fused loss our tile size for a frozen output layer; returns a function to undo it.
 
     Also undone once the layer is freed, for models that are only inspected.
     """
@@ -73,7 +73,7 @@ def tile_tokens(tokens: int, size: TileSize) -> int:
 
 
 def _wrapped(module: Any) -> Callable[[], None]:
-    """Apply the lists' tile sizes to TRL's function in both passes; returns a function that undoes it."""
+    """Apply the lists' tile sizes to TRL's function in both passes; returns a function to undo it."""
     function, usual = getattr(module, FUNCTION), getattr(module, TILE)
     forward, backward = function.forward, function.backward
 

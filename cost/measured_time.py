@@ -45,7 +45,7 @@ SHORT_SECONDS = 0.3
 """Shorter steps run once before each timed one: the first step after a change of ranks is slightly slower."""
 
 HIGH_RANK, HIGHEST_RANK = 32, 64
-"""Ranks of two plans that show the growth with rank; the growth between them may exceed that up to the first."""
+"""Ranks of two plans used to measure the growth with rank; it may be steeper between them than up to the first."""
 
 REFERENCE_WEIGHT = 3
 """Weight in the fit of plain LoRA, the reference for shares in budgets."""
@@ -155,7 +155,7 @@ def usual_seconds(seconds: FloatArray) -> FloatArray:
 def timed_plans(
     targets: Sequence[TargetModule], layers: tuple[str, ...], always: tuple[str, ...] = ()
 ) -> list[TimedPlan]:
-    """Return the plans whose times isolate the parts of a step.
+    """Return the plans to time in order to isolate the parts of a step.
 
     They are: all modules at rank 8 (the reference for shares), and at rank 32; only the uppermost module, nearly a bare
     forward pass; only the lowest layer, nearly a full backward pass with few adapters; the upper half, and the upper

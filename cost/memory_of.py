@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .from_config import StepRecorder
 
 _OF_LOAD = {each.name for each in fields(LoadedAs)} - {"device", "dtype", "attention", "padded", "implementation"}
-"""Settings of `LoadedAs` that `memory_of` accepts by name."""
+"""Settings of `LoadedAs` accepted by `memory_of` by name."""
 
 
 def _dtype_on(card: DeviceSpec, dtype: str | None) -> str:
@@ -125,7 +125,7 @@ def _adapter(given: object) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class AskedStep:
-    """The parts of a requested step that determine its recording.
+    """The parts of a requested step with an effect on its recording.
 
     Attributes:
         model: see `memory_of`.
@@ -147,7 +147,7 @@ class AskedStep:
 
     @property
     def _recorded(self) -> LoadedAs:
-        """Return how the model is loaded, without the settings that do not affect a recording."""
+        """Return how the model is loaded, without settings irrelevant to a recording."""
         adapter = self.loaded.adapter
         if adapter.get("lora_dropout"):  # regardless of the rate
             adapter = {**adapter, "lora_dropout": 0.05}
@@ -166,7 +166,7 @@ class AskedStep:
         return self._with_what_is_said(found), step
 
     def _with_what_is_said(self, found: ConfiguredStep) -> ConfiguredStep:
-        """Add the facts that only the model's configuration contains."""
+        """Add the facts only found in the model's configuration."""
         said = _fields(self.model)
         words = said.get("vocab_size") or (said.get("text_config") or {}).get("vocab_size") or 0
         model = replace(found.model, words=words, own_code=bool(said.get("auto_map")))

@@ -48,13 +48,13 @@ memory than predicted (up to 0.4 and 1.8 % on T5).
 
 @dataclass(frozen=True, eq=False)
 class ModelStates:
-    """Bytes that an adapter and its optimizer hold between steps.
+    """State of an adapter and its optimizer between steps, in bytes.
 
     Attributes:
         weights: bytes of weights per rank of each module, (modules,); gradients take the same.
         optimizer: bytes of optimizer state per rank of each module, (modules,).
         scratch: temporary bytes per rank during the optimizer step, (modules,).
-        signals: bytes per rank that `SignalMeter` holds for each module, (modules,).
+        signals: bytes per rank held by `SignalMeter` for each module, (modules,).
         fixed: rank-independent bytes of an adapted module: gradients and state of biases and magnitudes, (modules,).
         others: bytes of weights and state of everything else that trains, such as a classifier.
         other_gradients: bytes of its gradients, and of temporaries of its optimizer step.
@@ -77,7 +77,7 @@ class ModelStates:
 
     @property
     def between_steps(self) -> FloatArray:
-        """Bytes per rank of each module that are always allocated, (modules,)."""
+        """Permanently allocated bytes per rank of each module, (modules,)."""
         held: FloatArray = self.weights + self.optimizer + self.signals + self.buckets
         return held
 
@@ -372,7 +372,7 @@ class ShapeBytes:
 
 @dataclass(frozen=True, eq=False)
 class _Needs:
-    """Storages that one plan holds, for each of several reasons; all masks are bool (reasons, storages).
+    """Storages held by one plan, for each of several reasons; all masks are bool (reasons, storages).
 
     Attributes:
         known: whether the modules that need a storage for this reason are known; if not, it always counts.

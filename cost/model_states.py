@@ -1,4 +1,4 @@
-"""State that a model holds between steps: frozen weights, adapters, their gradients and optimizer state."""
+"""State of a model between steps: frozen weights, adapters, their gradients and optimizer state."""
 
 from collections.abc import Sequence
 from itertools import chain

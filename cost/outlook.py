@@ -1,4 +1,4 @@
-"""The cost of a training step and its alternatives, and the ones that fit a card or a budget.
+"""The cost of a training step and its alternatives, and the choices within a card or a budget.
 
 All choices derive from one recording with every layer checkpointed. It yields the peak for any ranks, depth, set of
 checkpointed layers and batch. If plain LoRA does not fit the card, the recording uses selective checkpointing too, as a
@@ -184,7 +184,7 @@ class Outlook:
 
     @cached_property
     def step(self) -> ConfiguredStep:
-        """The step that a run uses: on a card, with activation checkpointing if plain LoRA does not fit without it."""
+        """The step of a run: on a card, with activation checkpointing if plain LoRA does not fit without it."""
         plain = self._free.memory.with_checkpointed(())
         if self.card is None or _fits(self, plain) or self._lean is None:
             return self._free
@@ -242,12 +242,12 @@ class Outlook:
 
     @cached_property
     def checkpointable(self) -> tuple[str, ...]:
-        """Names of the layers that support checkpointing; empty if the model class does not support it."""
+        """Names of the checkpointable layers; empty if the model class does not support checkpointing."""
         return tuple(dict.fromkeys(segment.name for segment in self.memory.segments))
 
     @property
     def _set(self) -> tuple[str, ...] | None:
-        """The layers that every choice on a card checkpoints by request; None if each choice decides."""
+        """The layers checkpointed by every choice on a card, by request; None if each choice decides."""
         wanted = self.settings.gradient_checkpointing if self.card else "auto"
         segments = self._free.memory.segments if wanted else ()
         return None if wanted == "auto" else tuple(dict.fromkeys(segment.name for segment in segments))
@@ -422,7 +422,7 @@ def _room_beside(outlook: Outlook, reserve: float) -> float:
 
 
 def smallest_use(outlook: Outlook) -> tuple[Choice, int]:
-    """Return the choice that uses the least of the card, and its bytes. Replays the allocator only for contenders."""
+    """Return the choice with the least use of the card, and its bytes. Replays the allocator only for contenders."""
     assert outlook.card is not None, "there is no card"
     beside, found = outlook.card.memory_bytes - outlook.room, list[tuple[int, int]]()
     for index, choice in sorted(enumerate(outlook.choices), key=lambda pair: pair[1].step_bytes):

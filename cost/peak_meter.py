@@ -23,7 +23,7 @@ from .live_storages import LivePeak
 from .model_states import gradients_of, state_bytes
 
 MARGIN = 0.03
-"""Relative difference between measured and predicted peak that needs no explanation."""
+"""Relative difference between measured and predicted peak tolerated without an explanation."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class PeakMeter:
     On CUDA this reads the allocator's statistics. On other devices it tracks every tensor created in the step, which
     slows that step by a few per cent; a model under torch.compile then runs uncompiled.
 
-    Call `begin` before a step's first forward pass, and `end` after the optimizer step. Code between these two last
-    points, such as a user callback, is excluded. Persistent tensors created in this step, such as optimizer state in
+    Call `begin` before a step's first forward pass, and `end` after the optimizer step. Code between the optimizer step
+    and `end`, such as a user callback, is excluded. Persistent tensors created in this step, such as optimizer state in
     the first one, count from its start, as in the next step. Gradients of the previous step count until they are
     cleared.
 

@@ -25,7 +25,7 @@ def adapted_modules(ranks: IntArray | BoolArray) -> ModuleSet:
 
 
 NEVER = np.iinfo(np.int64).max
-"""Time of an event that does not happen within the step."""
+"""Time of an event outside the step."""
 
 
 Phases = tuple[tuple[int, ModuleSet], ...]
@@ -34,7 +34,7 @@ Phases = tuple[tuple[int, ModuleSet], ...]
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of the forward pass that gradient checkpointing recomputes in the backward pass.
+    """A part of the forward pass recomputed in the backward pass under gradient checkpointing.
 
     Attributes:
         start: start time.
@@ -44,8 +44,8 @@ class Segment:
         sequences: autograd's sequence number at its start and end.
         reentrant: whether recomputation builds a separate graph, which holds the outputs until its backward pass ends.
         name: name of the recomputed module.
-        saved: storages its operations save for the backward pass, and the target modules that need each; held by the
-            second run and, without checkpointing, by the first.
+        saved: storages saved by its operations for the backward pass, and the target modules that need each; held by
+            the second run and, without checkpointing, by the first.
     """
 
     start: int
@@ -185,7 +185,7 @@ class BatchShape:
     length: int
 
     def joined(self, other: BatchShape) -> BatchShape:
-        """Return the smallest shape that covers both."""
+        """Return the smallest shape to cover both."""
         return BatchShape(max(self.rows, other.rows), max(self.length, other.length))
 
     def __str__(self) -> str:

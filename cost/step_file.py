@@ -31,7 +31,7 @@ from .tile_size import TileSize, TileTokens
 from .work_growth import WorkGrowth
 
 MOST_BYTES = 2**28
-"""Most bytes a file may unpack to."""
+"""Maximum size of an unpacked file in bytes."""
 
 Json = dict[str, Any]
 

@@ -64,7 +64,7 @@ multiples to which kernels round lengths; multiples up to 16 only occur with mas
 """
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-"""Libraries that affect a recording, in addition to this package."""
+"""Libraries with an effect on a recording, in addition to this package."""
 
 
 class Recorder(StepSource, Protocol):

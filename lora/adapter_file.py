@@ -39,10 +39,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MOST_CONFIG_BYTES = 2**24
-"""Most bytes of an adapter's configuration; one with a rank for each of 50,000 modules has a quarter of it."""
+"""Maximum size of an adapter's configuration in bytes; ranks for 50,000 modules take a quarter of it."""
 
 MOST_PATTERN, MOST_REPEATS = 1000, 2
-"""Most characters of a pattern of module names, and most unbounded repeats in it."""
+"""Maximum length of a pattern of module names, and maximum number of unbounded repeats in it."""
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "r": (int,),
@@ -278,7 +278,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values allowed by vLLM for `max_lora_rank` (`MaxLoRARanks` in vllm/config/lora.py)."""
 
 MOST_PADDED_BYTES = 2**33
-"""Most bytes of a padded adapter."""
+"""Maximum size of a padded adapter in bytes."""
 
 _OTHER_FORMS = (
     "use_dora",

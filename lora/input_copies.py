@@ -34,7 +34,7 @@ _COPY = "_rankpilot_copy"
 
 
 def share_input_copies(model: nn.Module) -> Callable[[], None]:
-    """Let the plain LoRA layers of a model share copies of their inputs; returns a function that undoes it.
+    """Let the plain LoRA layers of a model share copies of their inputs; returns a function to undo it.
 
     Layers with input dropout are excluded, since their copies differ, and so are variants such as DoRA.
     """
@@ -116,7 +116,7 @@ Steps = list[tuple[Make, int]]
 
 
 def run_activations_again(model: nn.Module) -> Callable[[], None]:
-    """Save the input of an activation function in place of its result; returns a function that undoes it.
+    """Save the input of an activation function in place of its result; returns a function to undo it.
 
     The input is saved anyway. Consumers of the result are the product of a gate with its other half, and the factors A
     of plain LoRA layers. Each recomputes the function in the backward pass. Nodes in autograd's graph stay the same, so

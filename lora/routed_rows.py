@@ -28,7 +28,7 @@ ROWS = "_rankpilot_rows"
 
 
 def route_rows(model: nn.Module) -> Callable[[], None]:
-    """Run adapters of experts on routed rows only; returns a function that undoes it.
+    """Run adapters of experts on routed rows only; returns a function to undo it.
 
     Layers without exactly one active, unmerged adapter keep PEFT's way, and so do experts of other forms.
     """

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_STEPS = 500
-"""Most steps to evaluate: the first ones of one order of the rows."""
+"""Maximum number of evaluated steps: the first ones of one order of the rows."""
 
 MOST_BYTES = 2**26
-"""Most bytes of a file of lengths."""
+"""Maximum size of a file of lengths in bytes."""
 
 
 @dataclass(frozen=True, eq=False)

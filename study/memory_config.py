@@ -12,7 +12,7 @@ from ..data.task import Task
 from ..errors import ConfigError, shown
 
 MOST_LABELS = 1_000_000
-"""Most classes."""
+"""Maximum number of classes."""
 
 AttentionKind = Literal["eager", "sdpa", "flash", "flex", "math"]
 

@@ -46,7 +46,7 @@ MOST_POINTS = 1500
 """More points than fit on a wide screen; longer curves are thinned to this number."""
 
 MOST_PLANS = 24
-"""Most plans of one decision on a page, the best for the goal."""
+"""Maximum number of plans of one decision on a page, the best for the goal."""
 
 NOT_MEASURED = 'not measured: no counter can be read (on NVIDIA: pip install -e ".[energy]")'
 

@@ -234,9 +234,9 @@ PANEL_ROW_INCHES = 0.045, 0.16
 LABEL_INCHES = 0.14
 """Height of a layer's name."""
 MOST_LINES = 6
-"""Most decisions drawn as lines through the panel."""
+"""Maximum number of decisions drawn as lines through the panel."""
 ONE_LINE = 16
-"""Most letters of a name on one line above a panel."""
+"""Maximum length of a name on one line above a panel."""
 OTHER = "other"
 
 

@@ -21,7 +21,7 @@ from ..common.files import parse_yaml, read_text
 from ..errors import MOST_NAME, ConfigError, shown
 
 MOST_BYTES = 2**20
-"""Most bytes of a file; reading them takes some seconds."""
+"""Maximum size of a file in bytes; reading it takes some seconds."""
 
 
 @dataclass(frozen=True)

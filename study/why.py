@@ -31,7 +31,7 @@ RATE_TOLD = {
 """Changes to the learning rate by a decision, in addition to ranks."""
 
 SHOWN = 3
-"""Most plans and parts named in a sentence."""
+"""Maximum number of plans and parts named in a sentence."""
 
 
 @dataclass(frozen=True, eq=False)
