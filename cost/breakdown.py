@@ -22,7 +22,7 @@ Kind = Literal["saved", "inputs", "recomputed", "transient", "weights", "gradien
 
 saved: tensors saved by autograd for the backward pass.
 inputs: inputs of checkpointed segments, kept for recomputation.
-checkpointed: tensors of a checkpointed segment during recomputation.
+recomputed: tensors of a checkpointed segment during recomputation.
 transient: short-lived tensors: logits, gradients of activations, the optimizer's copies.
 weights, gradients, optimizer, signals: those of the adapters, as in `ModelStates`; gradients include their bucket
 copies.

@@ -35,7 +35,7 @@ SHARES = (0.75, 0.5, 0.25)
 """Shares of the layers, counted from the top, to show in addition to all layers."""
 
 SURELY = 0.98
-"""Lower bound on the actual peak as a share of the predicted one, well below the error from margin and rounding."""
+"""Lower bound on the actual peak as a share of the predicted one, with ample room for margin and rounding."""
 
 RESERVE = 0.025
 """Initial guess of the allocator's reserve, as a share of all tensors."""
